@@ -496,8 +496,7 @@ def test_what_is_kept_beside_does_not_fail_a_checkpoint(
         def beside(error: Exception = error) -> None:
             raise error
 
-        checkpointer.beside = beside
-        checkpointer.offer(trained.checkpoint())
+        checkpointer.offer(trained.checkpoint(), beside)
         with caplog.at_level("INFO"):
             assert checkpointer.flush(LIMIT_S)
         assert str(error) in caplog.text
@@ -507,9 +506,7 @@ def test_what_is_kept_beside_does_not_fail_a_checkpoint(
 def test_what_others_keep_comes_along(tmp_path: Path, identity: Identity, trained: Peer) -> None:
     beside: list[str] = []
     checkpointer, _, _ = writer(tmp_path, identity)
-    checkpointer.beside = lambda: beside.append("written")
-    checkpointer.extras["tally"] = lambda: {"anna": 3}
-    checkpointer.offer(trained.checkpoint(**checkpointer.extra()))
+    checkpointer.offer(trained.checkpoint(tally={"anna": 3}), lambda: beside.append("written"))
     assert checkpointer.close(LIMIT_S) and beside == ["written"]
     assert extra_of(load(checkpoints(tmp_path, identity))) == {"tally": {"anna": 3}}
 

@@ -168,11 +168,9 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
         anything,
         control,
     )
-    checkpointer = SimpleNamespace(extra=dict, flush=lambda limit_s: True, durable=None)
+    checkpointer = SimpleNamespace(flush=lambda limit_s: True, durable=None)
     offered: list[Any] = []  # and nothing is counted again: this peer's own counts are in it
-    keeper = SimpleNamespace(
-        checkpointer=checkpointer, keep=lambda kept: None, offer=lambda swarm, kept: offered.append(kept)
-    )
+    keeper = SimpleNamespace(checkpointer=checkpointer, extra=dict, keep=lambda kept: None, offer=offered.append)
     peer.keeper = cast(Any, keeper)
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
@@ -256,7 +254,7 @@ def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving
     published = PublishedRun(b"", "ab" * 32, run, b"", b"")
     settings = PeerSettings(directory=tmp_path, name="bootstrap")
     peer = leaving.peer = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), network, control)
-    keeper = SimpleNamespace(checkpointer=SimpleNamespace(extra=dict), keep=leaving.kept.append)
+    keeper = SimpleNamespace(extra=dict, keep=leaving.kept.append)
     peer.keeper = cast(Any, keeper)
     peer.progress = Progress(round=1, run_tokens=500)
     yield leaving

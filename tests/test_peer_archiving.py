@@ -41,13 +41,14 @@ class Boot:
         )
         extras: dict[str, Any] = {}
         keeper: Any = SimpleNamespace(
-            checkpointer=SimpleNamespace(extras=extras, extra=lambda: {name: give() for name, give in extras.items()}),
-            restore_counts=lambda swarm: self.tallying.learn(counts_on_disk),
+            extras=extras,
+            extra=lambda: {name: give() for name, give in extras.items()},
+            restore_counts=lambda: self.tallying.learn(counts_on_disk),
             offer=self._offer,
         )
         self.archive = Archive(self.swarm, keeper)
 
-    async def _offer(self, swarm: Any, kept: Checkpoint) -> None:
+    async def _offer(self, kept: Checkpoint) -> None:
         self.offered.append(kept)
 
 

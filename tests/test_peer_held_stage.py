@@ -18,9 +18,9 @@ from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, StageSite
-from swarmtrain.peer.keeping import Keeper
 from swarmtrain.peer.pipeline import PipelineVolunteer
 from swarmtrain.peer.session import OwnPart
 from swarmtrain.peer.stopping import StopFlag
@@ -80,13 +80,13 @@ def volunteer(folder: Path) -> Any:
 
 @pytest.mark.parametrize("drawn", [0, 7])
 def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: int) -> None:
-    def load(keeper: Keeper, size: int) -> Checkpoint | None:
+    def load(checkpointer: Checkpointer, run: RunFile, size: int) -> Checkpoint | None:
         own = OwnPart(batches=drawn, own_tokens=9, young_steps=None, steps_per_s=1.0, moments=moments)
         state = OuterState(torch.zeros(size), torch.zeros(size))
         return Checkpoint(state=state, progress=Progress(), roster=None, signed_roster=None, own=own) if drawn else None
 
     moments = Moments(vectors=torch.zeros(2, 1), steps=torch.zeros(1))
-    monkeypatch.setattr(Keeper, "load", load)
+    monkeypatch.setattr(Checkpointer, "load", load)
     monkeypatch.setattr(HeldStage, "enter", lambda held, through: None)
     monkeypatch.setattr(HeldStage, "begin", lambda held: None)
     one = volunteer(tmp_path)

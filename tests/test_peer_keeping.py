@@ -24,7 +24,7 @@ from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.exporting import export_from_folder
 from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.peer.keeping import Keeper, kept_stages, known_peers, run_to_resume
+from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of, kept_stages, known_peers, run_to_resume
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.rosters import Publication, Roster
@@ -67,12 +67,20 @@ def merged(published: PublishedRun, value: float) -> Checkpoint:
     )
 
 
-def keeper(path: Path, published: PublishedRun) -> tuple[Keeper, list[Event]]:
+def swarm_of(published: PublishedRun, now: float = 50.0, **parts: Any) -> Any:
+    """As much of a swarm as a keeper looks at."""
+    return SimpleNamespace(
+        published=published, asynchronous=True, tallying=tallying(published, now), membership=None, **parts
+    )
+
+
+def keeper(path: Path, published: PublishedRun, now: float = 50.0) -> tuple[Keeper, list[Event]]:
     events: list[Event] = []
     path.mkdir(exist_ok=True)
     folder = PeerFolder(path)
     folder.keep_run(published)
-    return Keeper(folder, published, ME, events.append), events
+    checkpointer = checkpointer_of(folder, published, ME, events.append)
+    return Keeper(folder, checkpointer, swarm_of(published, now), events.append), events
 
 
 def test_who_is_away_is_remembered_after_those_who_are_here() -> None:
@@ -101,68 +109,82 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     tmp_path: Path, published: PublishedRun
 ) -> None:
     kept, events = keeper(tmp_path / "peer", published)
-    swarm: Any = SimpleNamespace(tallying=tallying(published, 50.0))
-    kept.attach(swarm)
     kept.keep_counts()
     path = kept.folder.path / "counts.json"
     assert not path.exists(), "there are none"
-    swarm.tallying.bring([{BEN: 5000}])
+    kept.swarm.tallying.bring([{BEN: 5000}])
     kept.keep_counts()
     written = path.read_bytes()
     kept.keep_counts()
     assert path.read_bytes() == written, "nothing has changed"
 
-    again: Any = SimpleNamespace(tallying=tallying(published, 60.0))
-    kept.restore_counts(again)
-    assert again.tallying.contributions() == {BEN: 5000}
-    newer: Any = SimpleNamespace(tallying=tallying(published, 60.0))
-    newer.tallying.bring([{BEN: 9000}])
-    kept.restore_counts(newer)
-    assert newer.tallying.contributions() == {BEN: 9000}
+    again, _ = keeper(tmp_path / "peer", published, 60.0)
+    again.restore_counts()
+    assert again.swarm.tallying.contributions() == {BEN: 5000}
+    newer, of_newer = keeper(tmp_path / "peer", published, 60.0)
+    newer.swarm.tallying.bring([{BEN: 9000}])
+    newer.restore_counts()
+    assert newer.swarm.tallying.contributions() == {BEN: 9000}
 
     for other in (b'{"run_sha256": "ab"}', b"[]", b"no json"):
         path.write_bytes(other)
-        of_another: Any = SimpleNamespace(tallying=tallying(published, 60.0))
-        kept.restore_counts(of_another)
-        assert of_another.tallying.contributions() == {} and not events
+        of_another, told = keeper(tmp_path / "peer", published, 60.0)
+        of_another.restore_counts()
+        assert of_another.swarm.tallying.contributions() == {} and not told
     path.write_text(f'{{"run_sha256": "{published.sha256}", "tally": [[1]]}}')
-    kept.restore_counts(newer)
-    (warning,) = events
-    assert "not used" in to_plain_line(warning) and newer.tallying.contributions() == {BEN: 9000}
+    newer.restore_counts()
+    (warning,) = of_newer
+    assert "not used" in to_plain_line(warning) and newer.swarm.tallying.contributions() == {BEN: 9000}
+    assert not events
 
 
 def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) -> None:
     keeper(tmp_path / "peer", published)
     folder = PeerFolder(tmp_path / "peer")
-    first, second = (Keeper(folder, published, ME, [].append, stage=stage) for stage in (0, 1))
-    swarm: Any = SimpleNamespace(tallying=tallying(published, 50.0))
-    swarm.tallying.bring([{BEN: 5000}])
-    first.attach(swarm)
+    first, second = (
+        Keeper(
+            folder,
+            checkpointer_of(folder, published, ME, [].append, stage),
+            swarm_of(published),
+            [].append,
+            stage=stage,
+        )
+        for stage in (0, 1)
+    )
+    first.swarm.tallying.bring([{BEN: 5000}])
     first.keep_counts()
-    other: Any = SimpleNamespace(tallying=tallying(published, 50.0))
-    second.restore_counts(other)
-    assert other.tallying.contributions() == {} and (folder.path / "counts-stage-0.json").exists()
+    second.restore_counts()
+    assert second.swarm.tallying.contributions() == {} and (folder.path / "counts-stage-0.json").exists()
 
 
 def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:
-    kept, _ = keeper(tmp_path / "peer", published)
-    kept.keep_peers()
     live: list[PeerInfo] = []
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=lambda: live), tallying=SimpleNamespace(kept=list))
-    kept.attach(swarm)
-    kept.keep_peers()
-    assert kept.folder.kept_peers() == ()
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=lambda: live))
+    kept_by, _ = keeper(tmp_path / "peer", published)
+    kept = PeersFile(kept_by.folder, swarm)
+    kept.keep()
+    assert kept_by.folder.kept_peers() == ()
     other = new_identity().peer_id
     live.append(PeerInfo(peer=other, addresses=("/ip4/127.0.0.1/tcp/4711",)))
-    kept.keep_peers()
-    assert kept.folder.kept_peers() == (invited(other, 4711),)
+    kept.keep()
+    assert kept_by.folder.kept_peers() == (invited(other, 4711),)
     some = [PeerInfo(peer=new_identity().peer_id, addresses=("/ip4/127.0.0.1/tcp/1",)) for _ in range(20)]
     live += [*some, PeerInfo(peer=ME, addresses=("/ip4/127.0.0.1/tcp/2",), is_bootstrap=True)]
-    kept.keep_peers()
-    assert kept.folder.kept_peers()[:2] == (invited(ME, 2), invited(other, 4711)), "bootstraps first"
-    (kept.folder.path / "peers.json").unlink()
-    kept.keep_peers()
-    assert kept.folder.kept_peers() == (), "nothing has changed: nothing is written"
+    kept.keep()
+    assert kept_by.folder.kept_peers()[:2] == (invited(ME, 2), invited(other, 4711)), "bootstraps first"
+    (kept_by.folder.path / "peers.json").unlink()
+    kept.keep()
+    assert kept_by.folder.kept_peers() == (), "nothing has changed: nothing is written"
+    kept_by.peers = kept
+    kept_by.keep(merged(published, 1.0))
+    kept_by.close()
+    assert kept_by.folder.kept_peers() == (), "and still nothing, beside a checkpoint"
+    live.append(PeerInfo(peer=new_identity().peer_id, addresses=("/ip4/127.0.0.1/tcp/3",), is_bootstrap=True))
+    kept_by, _ = keeper(tmp_path / "peer", published)
+    kept_by.peers = kept
+    kept_by.keep(merged(published, 2.0))
+    kept_by.close()
+    assert len(kept_by.folder.kept_peers()) == 16, "those who came are, beside the next"
 
 
 def test_whoever_asks_gets_the_newest_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
@@ -209,7 +231,9 @@ def test_which_stages_of_a_pipeline_were_kept(tmp_path: Path, published: Publish
     first, _ = keeper(tmp_path / "peer", published)
     assert kept_stages(first.folder, published, ME, 4) == {}
     for stage, rounds in (0, 1), (2, 3), (3, 3):
-        of_stage = Keeper(first.folder, published.of_stage(stage), ME, lambda event: None, stage=stage)
+        run = published.of_stage(stage)
+        files = checkpointer_of(first.folder, run, ME, lambda event: None, stage)
+        of_stage = Keeper(first.folder, files, swarm_of(run), lambda event: None, stage=stage)
         state = merged(published, 1.0)
         for number in range(rounds):
             progress = dataclasses.replace(state.progress, round=number + 1)
@@ -228,12 +252,12 @@ def test_a_restart_finds_what_was_kept(tmp_path: Path, published: PublishedRun) 
     first.close()
     newest = max((tmp_path / "peer" / "checkpoints").glob("*.safetensors"))
     again, events = keeper(tmp_path / "peer", published)
-    kept = again.load(num_parameters(published.run.model))
+    kept = again.checkpointer.load(published.run, num_parameters(published.run.model))
     assert kept is not None and float(kept.state.theta[0]) == 2.0 and not events
     assert again.checkpointer.durable == kept.progress and again.checkpointer.last is not None
     newest.write_bytes(b"")
     again, events = keeper(tmp_path / "peer", published)
-    again.load(num_parameters(published.run.model))
+    again.checkpointer.load(published.run, num_parameters(published.run.model))
     assert len(events) == 1 and "is not used: its tensors were torn or altered" in to_plain_line(events[0])
 
 

@@ -50,7 +50,7 @@ class Archive:
 
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
-        self.keeper.checkpointer.extras.update(
+        self.keeper.extras.update(
             {
                 _HOLDS: lambda: dict(self.holds),
                 _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
@@ -74,7 +74,7 @@ class Archive:
                 self.rows.restore(kept.extra.get(_ROWS, []))
             except (ValueError, TypeError) as error:
                 _log.info("what the archive says of the data is not used: %s", error)
-        self.keeper.restore_counts(self.swarm)
+        self.keeper.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
         """States of some of these volunteers, who are all that train, are asked for."""
@@ -109,7 +109,7 @@ class Archive:
             return
         self._served = dataclasses.replace(progress, run_tokens=sum(counts.values()), peer_tokens=counts)
         kept = Checkpoint(state=state, progress=self._served, roster=None, signed_roster=None)
-        await self.keeper.offer(self.swarm, kept)
+        await self.keeper.offer(kept)
 
 
 def checkpoint_of(present: Present, keeper: Keeper) -> Checkpoint:
@@ -119,7 +119,7 @@ def checkpoint_of(present: Present, keeper: Keeper) -> Checkpoint:
         progress=present.progress,
         roster=present.roster,
         signed_roster=present.signed_roster,
-        extra=keeper.checkpointer.extra(),
+        extra=keeper.extra(),
     )
 
 

@@ -60,7 +60,7 @@ from swarmtrain.peer.consensus import ARCHIVED
 from swarmtrain.peer.controlled import controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import hosting_of
-from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of
 from swarmtrain.peer.logs import log_event, logged, peer_log
 from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.merge_server import MergeServer
@@ -178,11 +178,12 @@ class _Bootstrap(BootstrapPeer):
         kind = self.published.run.merge.kind
         model = build_model(self.published.run.model, self.published.run.run.seed)
         specs = tensor_specs(model.named_parameters())
-        keeper = self.keeper = Keeper(self.folder, self.published, node.identity.peer_id, self.emit)
+        checkpointer = checkpointer_of(self.folder, self.published, node.identity.peer_id, self.emit)
         swarm = self.swarm = Swarm(
-            node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=keeper.durable
+            node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=lambda: checkpointer.durable
         )
-        keeper.attach(swarm)
+        peers = self.peers = PeersFile(self.folder, swarm)
+        keeper = self.keeper = Keeper(self.folder, checkpointer, swarm, self.emit, peers=peers)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
@@ -243,9 +244,9 @@ class _Bootstrap(BootstrapPeer):
 
     def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> Checkpoint | None:
         """Offer the state that was archived last time."""
-        kept = keeper.load(num_parameters)
+        kept = keeper.checkpointer.load(self.published.run, num_parameters)
         if kept is not None:
-            wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
+            wait_for(self.network.submit(keeper.restore(kept)), self.stop)
             self._have(swarm, kept)
         if self.archived is not None:
             self.archived.restore(kept)
@@ -255,7 +256,7 @@ class _Bootstrap(BootstrapPeer):
         """The server, going on from what was kept, else with the initial weights `theta`, (P,)."""
 
         def keep(checkpoint: Checkpoint) -> None:
-            extra = {**keeper.checkpointer.extra(), **checkpoint.extra}
+            extra = {**keeper.extra(), **checkpoint.extra}
             keeper.keep(dataclasses.replace(checkpoint, extra=extra))
 
         kind: type[MergeServer] = load_part(self.published.run.merge.kind.server)
@@ -350,9 +351,9 @@ class _Bootstrap(BootstrapPeer):
         """Look how far the volunteers are, and remember whom to dial if we are started again, and what is counted."""
         self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greeter.greet_some()), self.stop)
-        assert self.keeper is not None
+        assert self.keeper is not None and self.peers is not None
         try:
-            self.keeper.keep_peers()
+            self.peers.keep()
             if self.archived is not None and time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
                 self._counts_kept_s = time.monotonic()
                 self.keeper.keep_counts()
@@ -430,7 +431,7 @@ class _Bootstrap(BootstrapPeer):
         kept = self._kept(present)
         keeper.keep(kept)
         keeper.checkpointer.flush(FLUSH_S)  # so that it can be told at once
-        wait_for(self.network.submit(keeper.offer(swarm, kept)), self.stop)
+        wait_for(self.network.submit(keeper.offer(kept)), self.stop)
         self._have(swarm, kept)
         self._write_kept(kept)
         return True
@@ -458,10 +459,10 @@ class _Bootstrap(BootstrapPeer):
     def _of_server(self, server: MergeServer) -> Checkpoint:
         """What a checkpoint of it keeps, taken where nothing enters meanwhile."""
         assert self.keeper is not None
-        checkpointer = self.keeper.checkpointer
+        keeper = self.keeper
 
         async def take() -> Checkpoint:
-            return await server.settled(checkpointer.extra())
+            return await server.settled(keeper.extra())
 
         return wait_for(self.network.submit(take()), self.stop)
 

@@ -29,7 +29,7 @@ from swarmtrain.peer.common import (
 )
 from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.keeping import Keeper, PeersFile
 from swarmtrain.peer.limits import limit_link
 from swarmtrain.peer.stopping import StopFlag
 from swarmtrain.protocol.ending import may_come_back
@@ -68,6 +68,7 @@ class BootstrapPeer:
     node: Node | None = None
     swarm: Swarm | None = None
     keeper: Keeper | None = None
+    peers: PeersFile | None = None
     name: str = ""
     loss: float | None = None
     since_s: float = field(default_factory=swarm_time)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import LentMoments
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.peer.checkpoint import Checkpoint, save
+from swarmtrain.peer.checkpoint import Checkpoint, load_newest, save
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Written
 from swarmtrain.peer.process import trim_heap
 from swarmtrain.protocol.progress import Progress
+from swarmtrain.run import RunFile
 
 __all__ = ["MOST_COPIED", "Checkpointer"]
 
@@ -44,17 +44,14 @@ class Checkpointer:
 
     folder: CheckpointFolder
     emit: Callable[[Event], None]
-    beside: Callable[[], None] = lambda: None
-    """Called in the writing thread after each checkpoint, for small files that are kept with it; may raise OSError."""
     now: Callable[[], float] = time.monotonic
     last: Written | None = None
     """The newest checkpoint on the disk, if one was written or found."""
     durable: Progress | None = None
     """The progress that `last` keeps."""
-    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
     _change: threading.Condition = field(default_factory=threading.Condition)
     _waiting: Checkpoint | None = None
+    _beside: Callable[[], None] | None = None
     _num_offered: int = 0
     _done: int = 0
     """Number of the newest offer whose writing has ended, well or not."""
@@ -68,6 +65,15 @@ class Checkpointer:
     _failing: bool = False
 
     # ------------------------------------------------------------- the trainer's side
+
+    def load(self, run: RunFile, num_parameters: int) -> Checkpoint | None:
+        """The newest checkpoint that is whole; a warning for each that is not used."""
+        found = load_newest(self.folder, run, num_parameters, lambda message: self.emit(WarningEvent(message=message)))
+        if found is None:
+            return None
+        kept, self.last = found
+        self.durable = kept.progress
+        return kept
 
     def prepare(self, num_parameters: int) -> None:
         """Make room for moments beforehand: fresh memory costs several times as much to fill as memory in use."""
@@ -93,16 +99,13 @@ class Checkpointer:
             return None
         return torch.empty(2, num_parameters)
 
-    def extra(self) -> dict[str, Any]:
-        """What others want to keep in a checkpoint taken now."""
-        return {name: give() for name, give in self.extras.items()}
-
-    def offer(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint` when the writer is free, unless a newer one comes before that. Returns at once."""
+    def offer(self, checkpoint: Checkpoint, beside: Callable[[], None] | None = None) -> None:
+        """Write `checkpoint` when the writer is free, unless a newer one comes before that. Returns at once. After it
+        the writing thread calls `beside`, for small files that are kept with it; that may raise OSError."""
         with self._change:
             if self._waiting is not None:
                 self._recycle(self._waiting)
-            self._waiting = checkpoint
+            self._waiting, self._beside = checkpoint, beside
             self._num_offered += 1
             self._start()
             self._change.notify_all()
@@ -149,11 +152,12 @@ class Checkpointer:
                 num_parameters = self._num_to_prepare
                 if not num_parameters:
                     checkpoint, self._waiting, number = self._waiting, None, self._num_offered
+                    beside = self._beside
             if num_parameters:
                 self._prepare(num_parameters)
                 continue
             assert checkpoint is not None
-            is_written = self._write(checkpoint)
+            is_written = self._write(checkpoint, beside)
             if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
                 trim_heap()
             with self._change:
@@ -181,7 +185,7 @@ class Checkpointer:
             self._num_to_prepare = 0
             self._change.notify_all()
 
-    def _write(self, checkpoint: Checkpoint) -> bool:
+    def _write(self, checkpoint: Checkpoint, beside: Callable[[], None] | None) -> bool:
         try:
             self.last = save(self.folder, checkpoint, _be_nice)
             self.durable = checkpoint.progress
@@ -196,17 +200,10 @@ class Checkpointer:
             if self._failing:
                 self._failing, self._warned_s = False, None
                 self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
-            self._write_beside()
+            if beside is not None:
+                _write_beside(beside)
             return True
         return False
-
-    def _write_beside(self) -> None:
-        try:
-            self.beside()
-        except OSError as error:  # the checkpoint is on the disk all the same
-            _log.info("not written beside the checkpoint: %s", error)
-        except Exception:  # the boundary of this thread
-            _log.exception("writing beside a checkpoint")
 
     def _in_words(self, error: OSError) -> str:
         where = self.folder.path
@@ -223,6 +220,15 @@ class Checkpointer:
         if self._warned_s is None or now >= self._warned_s + _REPEAT_S:
             self._warned_s = now
             self.emit(WarningEvent(message=message))
+
+
+def _write_beside(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:  # the checkpoint is on the disk all the same
+        _log.info("not written beside the checkpoint: %s", error)
+    except Exception:  # the boundary of this thread
+        _log.exception("writing beside a checkpoint")
 
 
 def _be_nice() -> None:

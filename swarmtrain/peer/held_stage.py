@@ -30,10 +30,11 @@ from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import Emit, StopFlag, wait_for
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.gossip_exchange import GossipExchange
-from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.keeping import Keeper, checkpointer_of
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.preparing import initial_seed
 from swarmtrain.peer.reporting import round_event
@@ -77,8 +78,8 @@ class StageSite:
     on_arriving: Callable[[Any], None] = lambda held: None
     swarms: dict[int, Swarm] = field(default_factory=dict)
     """Of every stage that this process has held: calls that it answers cannot be taken back."""
-    keepers: dict[int, Keeper] = field(default_factory=dict)
-    """The same, of those who keep its rounds now, or did last."""
+    checkpointers: dict[int, Checkpointer] = field(default_factory=dict)
+    """The same, of what writes its rounds now, or did last."""
 
 
 def emit_of_stage(emit: Emit) -> Emit:
@@ -118,8 +119,9 @@ class HeldStage:
         run, me = published.run, site.node.identity.peer_id
         model = build_stage(self.shape, initial_seed(run, me))
         specs = tensor_specs(model.named_parameters())
-        self.keeper = site.keepers[self.number] = Keeper(site.folder, published, me, site.emit, stage=self.number)
-        kept = self._kept = self.keeper.load(self.shape.num_parameters)
+        checkpointer = checkpointer_of(site.folder, published, me, site.emit, self.number)
+        kept = self._kept = checkpointer.load(run, self.shape.num_parameters)
+        site.checkpointers[self.number] = checkpointer
         batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
         self._is_new = self.number not in site.swarms
         if self._is_new:
@@ -134,6 +136,9 @@ class HeldStage:
             on_first_round=site.on_first_round,
             on_arriving=site.on_arriving,
             sure_share=_SURE_SHARE,
+        )
+        self.keeper = Keeper(
+            site.folder, checkpointer, self.swarm, site.emit, stage=self.number, extras=dict(self.exchange.kept())
         )
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         life = time.time_ns() % 2**62
@@ -169,7 +174,7 @@ class HeldStage:
             emit_of_stage(site.emit),
             me,
             shards=shards,
-            durable=lambda: site.keepers[number].durable(),
+            durable=lambda: site.checkpointers[number].durable,
         )
 
     @property
@@ -185,15 +190,13 @@ class HeldStage:
         site, swarm, session, keeper = self.site, self.swarm, self.session, self.keeper
         replica, num_parameters = session.replica, self.shape.num_parameters
         kept, self._kept = self._kept, None  # 16 bytes a parameter
-        keeper.attach(swarm)
-        keeper.checkpointer.extras.update(self.exchange.kept())
         keeper.checkpointer.prepare(num_parameters)
         if kept is not None and kept.own is not None:
             own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if it was here before
             session.resume(kept.state, kept.progress, own)
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
-            wait_for(site.network.submit(keeper.restore(swarm, kept)), site.stop)
+            wait_for(site.network.submit(keeper.restore(kept)), site.stop)
         serving = self.exchange.serving()
         entering = swarm.start(through, serving) if self._is_new else swarm.come_back(serving)
         wait_for(site.network.submit(entering), site.stop)
@@ -270,7 +273,7 @@ class HeldStage:
 
     def _settle(self, session: Session) -> None:
         self.exchange.offer(session.replica.state, session.progress)
-        self.keeper.keep_round(session, self.swarm)
+        self.keeper.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
         self.site.emit(round_event(report, self.exchange, self.number))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ from swarmtrain.network.codec import body_of_state
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.swarm import PublishedRun, Swarm
-from swarmtrain.peer.checkpoint import Checkpoint, load_newest
+from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoint_files import CheckpointFolder, Kept
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import Emit
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.session import Session
-from swarmtrain.protocol.progress import Progress
 from swarmtrain.v1 import control_pb2 as control_pb
 
-__all__ = ["Keeper", "kept_stages", "known_peers", "run_to_resume"]
+__all__ = ["Keeper", "PeersFile", "checkpointer_of", "kept_stages", "known_peers", "run_to_resume"]
 
 _log = logging.getLogger(__name__)
 _MAX_PEERS = 16
@@ -42,89 +41,81 @@ _TALLY = "tally"
 _TALLY_UNTIL = "tally_until"
 
 
+def checkpointer_of(
+    folder: PeerFolder, published: PublishedRun, peer: str, emit: Emit, stage: int | None = None
+) -> Checkpointer:
+    """What reads and writes the checkpoints of one peer in one run; those of a pipeline's stage have a folder of their
+    own."""
+    path = folder.checkpoints_path
+    if stage is not None:
+        with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+            path.mkdir(0o700, exist_ok=True)
+        path = stage_path(folder, stage)
+    return Checkpointer(CheckpointFolder(path, published.sha256, peer), emit)
+
+
 @dataclass
 class Keeper:
-    """Keeps the checkpoints of one peer in one run."""
+    """Keeps what one peer has of one run: checkpoints, and what its swarm counts."""
 
     folder: PeerFolder
-    published: PublishedRun
-    peer: str
+    checkpointer: Checkpointer
+    swarm: Swarm
     emit: Emit
     stage: int | None = None
-    """Of a pipeline, whose checkpoints have a folder of their own; whom this peer knew is kept for the whole run."""
-    checkpointer: Checkpointer = field(init=False)
-    _swarm: Swarm | None = None
-    _known: tuple[InvitedPeer, ...] = ()
+    """Of a pipeline, whose counts have a file of their own."""
+    peers: PeersFile | None = None
+    """Kept beside the checkpoints; of a pipeline it is kept for the whole run."""
+    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
     _kept_rows: list[list[str | int | float]] = field(default_factory=list)
-    _keeping_peers: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        path, beside = self.folder.checkpoints_path, self.keep_peers
-        if self.stage is not None:
-            with contextlib.suppress(OSError):  # if so, the first checkpoint says it
-                path.mkdir(0o700, exist_ok=True)
-            path, beside = stage_path(self.folder, self.stage), lambda: None
-        files = CheckpointFolder(path, self.published.sha256, self.peer)
-        self.checkpointer = Checkpointer(files, self.emit, beside=beside)
-        self._known = self.folder.kept_peers()
+        swarm = self.swarm
+        own: dict[str, Callable[[], Any]] = {_TALLY: swarm.tallying.kept, _TALLY_UNTIL: swarm_time}
+        if not swarm.asynchronous:
+            own[_CHAIN] = swarm.rounds.chains.kept
+        self.extras = own | self.extras
 
-    def load(self, num_parameters: int) -> Checkpoint | None:
-        """The newest checkpoint that is whole; a warning for each that is not used."""
-
-        def warn(message: str) -> None:
-            self.emit(WarningEvent(message=message))
-
-        found = load_newest(self.checkpointer.folder, self.published.run, num_parameters, warn)
-        if found is None:
-            return None
-        kept, self.checkpointer.last = found
-        self.checkpointer.durable = kept.progress
-        return kept
-
-    def attach(self, swarm: Swarm) -> None:
-        """Keep what `swarm` counts and whom it knows."""
-        self._swarm = swarm
-        self.checkpointer.extras[_TALLY] = swarm.tallying.kept
-        self.checkpointer.extras[_TALLY_UNTIL] = swarm_time
-        if not self.published.run.merge.kind.asynchronous:
-            self.checkpointer.extras[_CHAIN] = swarm.rounds.chains.kept
-
-    def durable(self) -> Progress | None:
-        """What is on the disk: what this peer tells others to have trained."""
-        return self.checkpointer.durable
-
-    async def restore(self, swarm: Swarm, kept: Checkpoint) -> None:
+    async def restore(self, kept: Checkpoint) -> None:
         """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
-        self._restore_counts(swarm, kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
+        swarm = self.swarm
+        self._restore_counts(kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
         if not swarm.asynchronous and _CHAIN in kept.extra:
             chains, settings = swarm.rounds.chains, swarm.rounds.settings
             try:
                 await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
             except BadBytesError as error:
                 _log.warning("the rosters before the checkpoint's are not known: %s", error)
-        await self.offer(swarm, kept)
+        await self.offer(kept)
 
-    def _restore_counts(self, swarm: Swarm, rows: Any, until_s: Any) -> None:
+    def _restore_counts(self, rows: Any, until_s: Any) -> None:
         try:
-            swarm.tallying.restore(rows, None if until_s is None else float(until_s))
+            self.swarm.tallying.restore(rows, None if until_s is None else float(until_s))
         except (ValueError, TypeError) as error:
             self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
 
-    async def offer(self, swarm: Swarm, kept: Checkpoint) -> None:
+    async def offer(self, kept: Checkpoint) -> None:
         """Offer the state of a checkpoint to the others. In the network thread."""
+        swarm = self.swarm
         if kept.roster is not None and kept.signed_roster is not None:
             swarm.rounds.know_roster(kept.roster, kept.signed_roster)
         swarm.set_state(kept.progress, body_of_state(kept.state))
 
     # ------------------------------------------------------------- while it runs
 
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Have it written."""
-        self.checkpointer.offer(checkpoint)
+    def extra(self) -> dict[str, Any]:
+        """What others want to keep in a checkpoint taken now."""
+        return {name: give() for name, give in self.extras.items()}
 
-    def keep_round(self, session: Session, swarm: Swarm) -> None:
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Have it written, and beside it whom this peer knows."""
+        self.checkpointer.offer(checkpoint, None if self.peers is None else self.peers.keep)
+
+    def keep_round(self, session: Session) -> None:
         """After a round: have the replica's state written, with what is its own and the roster behind it, if any."""
-        last, replica = swarm.rounds.last, session.replica
+        swarm, replica = self.swarm, session.replica
+        last = swarm.rounds.last
         if not swarm.asynchronous and (last is None or last[0].digest != replica.progress.roster_sha256):
             _log.warning("no checkpoint of round %d: its roster is not known", replica.progress.round)
             return
@@ -136,7 +127,7 @@ class Keeper:
                 roster=None if last is None else last[0],
                 signed_roster=None if last is None else last[1],
                 own=session.own_part(room),
-                extra=self.checkpointer.extra(),
+                extra=self.extra(),
             )
         )
 
@@ -162,21 +153,19 @@ class Keeper:
             kept = control_pb.KeptCheckpoint(round=last.round, time=last.time, size_bytes=last.size_bytes)
             status.checkpoint.CopyFrom(kept)
 
-    def restore_counts(self, swarm: Swarm) -> None:
+    def restore_counts(self) -> None:
         """Count on from `counts.json` too, if it is of this run: the greater count stands, so that an old one does no
         harm."""
         kept = self.folder.kept_counts(self.stage)
-        if isinstance(kept, dict) and kept.get("run_sha256") == self.published.sha256:
-            self._restore_counts(swarm, kept.get(_TALLY, []), kept.get(_TALLY_UNTIL))
+        if isinstance(kept, dict) and kept.get("run_sha256") == self.swarm.published.sha256:
+            self._restore_counts(kept.get(_TALLY, []), kept.get(_TALLY_UNTIL))
 
     def keep_counts(self) -> None:
         """Write down what is counted, if that has changed: a kill must not lose it until the next checkpoint. From any
         thread; raises OSError."""
-        if self._swarm is None:
-            return
-        rows = self._swarm.tallying.kept()
+        rows = self.swarm.tallying.kept()
         if rows and rows != self._kept_rows:
-            counts = {"run_sha256": self.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
+            counts = {"run_sha256": self.swarm.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
             self.folder.keep_counts(counts, self.stage)
             self._kept_rows = rows
 
@@ -185,16 +174,23 @@ class Keeper:
         if not self.checkpointer.close(_FLUSH_S):
             _log.warning("the last checkpoint is not on the disk; the one before it is")
 
-    def keep_peers(self) -> None:
-        """Write down whom to dial when started again, if that has changed. From any thread; raises OSError."""
-        if self._swarm is None:
-            return
+
+class PeersFile:
+    """Keeps `peers.json`: whom to dial when started again. Usable from any thread."""
+
+    def __init__(self, folder: PeerFolder, swarm: Swarm) -> None:
+        self._folder, self._swarm = folder, swarm
+        self._known = folder.kept_peers()
+        self._lock = threading.Lock()
+
+    def keep(self) -> None:
+        """Write them down, if they have changed. Raises OSError."""
         infos = sorted(self._swarm.membership.live(), key=lambda info: not info.is_bootstrap)
         live = [InvitedPeer(info.peer, info.addresses) for info in infos if info.addresses]
-        with self._keeping_peers:
+        with self._lock:
             known = known_peers(live, self._known)
             if known != self._known:
-                self.folder.keep_peers(known)
+                self._folder.keep_peers(known)
                 self._known = known
 
 

@@ -45,7 +45,7 @@ from swarmtrain.peer.controlled import Controlled
 from swarmtrain.peer.driving import Driving, TellRetries
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, SlowedWork, StageSite
-from swarmtrain.peer.keeping import Keeper, kept_stages
+from swarmtrain.peer.keeping import PeersFile, kept_stages
 from swarmtrain.peer.leaving import hand_over_stages
 from swarmtrain.peer.microbatches import MicrobatchSource, NoBatches
 from swarmtrain.peer.moving import Mover
@@ -102,7 +102,6 @@ class PipelineVolunteer:
     name: str
     swarm: Swarm = field(init=False)
     """The run's: who is here, and what each holds."""
-    keeper: Keeper = field(init=False)
     held: dict[int, HeldStage] = field(default_factory=dict)
     mover: Mover = field(init=False)
     end: FirstStageWatch = field(init=False)
@@ -139,7 +138,7 @@ class PipelineVolunteer:
         self.swarm = Swarm(
             self.node, self.published, (), average_bytes_untrusted, self.emit, info, durable=self._durable
         )
-        self.keeper = Keeper(self.folder, self.published, self.me, self.emit)
+        self.peers_file = PeersFile(self.folder, self.swarm)
 
     # ------------------------------------------------------------- life
 
@@ -199,7 +198,6 @@ class PipelineVolunteer:
     def _enter_run(self) -> None:
         """Answer others' questions, learn who is here, and say that we are, without a stage yet."""
         swarm = self.swarm
-        self.keeper.attach(swarm)
         swarm.presence.change(place=self._place())
         client = StageClient(self.node, self.published.sha256, on_failure=swarm.peers.call_failed)
         wire = StageShapes(
@@ -403,7 +401,7 @@ class PipelineVolunteer:
         if now >= self._next_keep_s:
             self._next_keep_s = now + _KEEP_PEERS_EVERY_S
             with contextlib.suppress(OSError):  # checkpoints say it
-                self.keeper.keep_peers()
+                self.peers_file.keep()
 
     def _consider_moving(self) -> None:
         if self.mover.is_due:

@@ -47,7 +47,7 @@ from swarmtrain.peer.common import (
 from swarmtrain.peer.consensus import ARCHIVED
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.held_stage import emit_of_stage
-from swarmtrain.peer.keeping import Keeper
+from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of
 from swarmtrain.peer.present import Present, fetch_present
 from swarmtrain.peer.stopping import Interrupted
 from swarmtrain.protocol.leaving import Leavers
@@ -104,11 +104,10 @@ class PipelineBootstrap(BootstrapPeer):
         """Publish, archive, measure, and wait for goodbyes."""
         run = self.published.run
         node, me = self.enter_network()
-        keeper = self.keeper = Keeper(self.folder, self.published, me.peer, self.emit)
         swarm = self.swarm = Swarm(
-            node, self.published, (), average_bytes_untrusted, self.emit, me, durable=keeper.durable
+            node, self.published, (), average_bytes_untrusted, self.emit, me, durable=lambda: None
         )
-        keeper.attach(swarm)
+        self.peers = PeersFile(self.folder, swarm)
         known = self.folder.kept_peers()
         self._wait(swarm.start(known))
         self._wait(swarm.watch_daemon(self.stop.fail))
@@ -139,17 +138,17 @@ class PipelineBootstrap(BootstrapPeer):
         """Be there for those who hold the stage, with what was archived last time."""
         published = self.published.of_stage(number)
         specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
-        keeper = Keeper(self.folder, published, me.peer, self.emit, stage=number)
+        checkpointer = checkpointer_of(self.folder, published, me.peer, self.emit, number)
         emit = emit_of_stage(self.emit)
-        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=keeper.durable)
-        keeper.attach(swarm)
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=lambda: checkpointer.durable)
+        keeper = Keeper(self.folder, checkpointer, swarm, self.emit, stage=number)
         archived, leavers = Archive(swarm, keeper), Leavers(swarm.membership)
         archive = StageArchive(
             number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived, leavers=leavers
         )
-        kept = keeper.load(shape.num_parameters)
+        kept = checkpointer.load(published.run, shape.num_parameters)
         if kept is not None:
-            self._wait(keeper.restore(swarm, kept))
+            self._wait(keeper.restore(kept))
             archive.state, archive.progress = kept.state, kept.progress
             self._unjoined.add(number)  # it may have been killed before it joined them
             self._tell(archive)
@@ -287,7 +286,7 @@ class PipelineBootstrap(BootstrapPeer):
         keeper = archive.keeper
         kept = archive.archived.kept_of(present)
         keeper.keep(kept)
-        self._wait(keeper.offer(archive.swarm, kept))
+        self._wait(keeper.offer(kept))
         archive.state, archive.progress = kept.state, kept.progress
         self._unjoined.add(archive.number)
 
@@ -308,9 +307,9 @@ class PipelineBootstrap(BootstrapPeer):
         self._write_joined()
 
     def _keep_peers(self) -> None:
-        assert self.keeper is not None
+        assert self.peers is not None
         with contextlib.suppress(OSError):  # the archive will say so too
-            self.keeper.keep_peers()
+            self.peers.keep()
             if time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
                 self._counts_kept_s = time.monotonic()
                 for archive in self.archives:

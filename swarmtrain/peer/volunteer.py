@@ -37,6 +37,7 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
 from swarmtrain.peer.arriving import Arrival
 from swarmtrain.peer.checkpoint import Checkpoint
+from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import (
     Emit,
     Interrupted,
@@ -58,7 +59,7 @@ from swarmtrain.peer.controlled import Controlled, controlled
 from swarmtrain.peer.exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.held_stage import SlowedWork
-from swarmtrain.peer.keeping import Keeper, known_peers, run_to_resume
+from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of, known_peers, run_to_resume
 from swarmtrain.peer.leaving import hand_over
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, options_of
 from swarmtrain.peer.logs import log_event, logged, peer_log
@@ -171,9 +172,9 @@ class _Volunteer:
         self.limits.limit_link(node.traffic, published.run.network)
         if published.run.pipeline.stages > 1:
             return self.stamp(self._live_in_pipeline(node, published, through))
-        keeper = self.keeper = Keeper(self.folder, published, node.identity.peer_id, self.emit)
-        ready, kept = self._prepare(node, published, keeper)
-        swarm = self.swarm = self._swarm(node, ready, keeper)
+        checkpointer = checkpointer_of(self.folder, published, node.identity.peer_id, self.emit)
+        ready, kept = self._prepare(node, published, checkpointer)
+        swarm = self.swarm = self._swarm(node, ready, checkpointer)
         answering = exchange_of(published.run.merge.kind)
         exchange = answering(
             self.network,
@@ -183,6 +184,14 @@ class _Volunteer:
             self.pause,
             on_first_round=lambda inner_steps: self._tell_started(inner_steps, published.run),
             on_arriving=Arrival(self.control.board, self.emit).look,
+        )
+        keeper = self.keeper = Keeper(
+            self.folder,
+            checkpointer,
+            swarm,
+            self.emit,
+            peers=PeersFile(self.folder, swarm),
+            extras=dict(exchange.kept()),
         )
         session = Session(
             run=published.run,
@@ -194,8 +203,6 @@ class _Volunteer:
             settled=lambda session: self._settle(exchange, session, keeper),
         )
         replica = session.replica
-        keeper.attach(swarm)
-        keeper.checkpointer.extras.update(exchange.kept())
         keeper.checkpointer.prepare(replica.state.size)
         self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         self._resume(swarm, session, kept, keeper)
@@ -326,7 +333,7 @@ class _Volunteer:
         raise AssertionError("the last attempt returns or raises")
 
     def _prepare(
-        self, node: Node, published: PublishedRun, keeper: Keeper
+        self, node: Node, published: PublishedRun, checkpointer: Checkpointer
     ) -> tuple[_Ready, tuple[Checkpoint, OwnPart] | None]:
         """Text, model and checkpoint: what takes time and needs nobody else."""
         run = published.run
@@ -335,7 +342,7 @@ class _Volunteer:
         data = training_data(run, base, published.held_out, published.tokenizer, self.settings.cache_folder)
         self.stop.check()
         model = build_model(run.model, initial_seed(run, node.identity.peer_id))
-        kept = keeper.load(num_parameters(run.model))
+        kept = checkpointer.load(run, num_parameters(run.model))
         resumed = None if kept is None or kept.own is None else (kept, kept.own)  # a bootstrap's has not trained
         if self.nobody is not None and resumed is None:
             raise self.nobody  # there is nothing to go on with alone
@@ -347,7 +354,7 @@ class _Volunteer:
         resumed_round = None if resumed is None else resumed[0].progress.round
         return _Ready(published, data, loop, resumed_round), resumed
 
-    def _swarm(self, node: Node, ready: _Ready, keeper: Keeper) -> Swarm:
+    def _swarm(self, node: Node, ready: _Ready, checkpointer: Checkpointer) -> Swarm:
         """This peer's place in the swarm, not yet entered."""
         me = PeerInfo(
             peer=node.identity.peer_id,
@@ -366,7 +373,7 @@ class _Volunteer:
             me,
             num_served=self.settings.num_served_by(self.name),
             shards=shards,
-            durable=keeper.durable,
+            durable=lambda: checkpointer.durable,
         )
 
     def _resume(
@@ -376,7 +383,7 @@ class _Volunteer:
         if resumed is not None:
             kept, own = resumed
             session.resume(kept.state, kept.progress, own)
-            wait_for(self.network.submit(keeper.restore(swarm, kept)), self.stop)
+            wait_for(self.network.submit(keeper.restore(kept)), self.stop)
 
     def _look_for_others(self, node: Node, swarm: Swarm, through: tuple[InvitedPeer, ...]) -> None:
         """Nobody answered: they may just be starting again too. This peer answers already; then it goes on alone."""
@@ -493,7 +500,7 @@ class _Volunteer:
     def _settle(self, exchange: SwarmExchange, session: Session, keeper: Keeper) -> None:
         """After each round: offer the new state to others, and keep it."""
         exchange.offer(session.replica.state, session.progress)
-        keeper.keep_round(session, exchange.swarm)
+        keeper.keep_round(session)
 
     def _report(self, report: RoundReport, exchange: SwarmExchange, ready: _Ready) -> None:
         """After each merge: tell, and measure the held-out loss if it is time."""

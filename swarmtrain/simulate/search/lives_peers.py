@@ -646,8 +646,9 @@ class Bootstrap(Process):
         self._next_s, self._counts_kept_s = -math.inf, -math.inf
         extras: dict[str, Callable[[], Any]] = {}
         self.keeper = SimpleNamespace(
-            checkpointer=SimpleNamespace(extras=extras, extra=lambda: {name: give() for name, give in extras.items()}),
-            restore_counts=lambda swarm: self._restore_counts(),
+            extras=extras,
+            extra=lambda: {name: give() for name, give in extras.items()},
+            restore_counts=self._restore_counts,
             offer=self._offer_archived,
         )
         keeper: Any = self.keeper
@@ -677,7 +678,7 @@ class Bootstrap(Process):
         """Beside the archives."""
         self.folder.counts = self.tallying.kept(), self.world.clock.now
 
-    async def _offer_archived(self, swarm: Any, kept: Any) -> None:
+    async def _offer_archived(self, kept: Any) -> None:
         self.offered = kept.progress, self.behind
         self.tallying.learn(kept.progress.peer_tokens)
 

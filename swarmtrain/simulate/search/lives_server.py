@@ -179,7 +179,7 @@ class Server(Bootstrap):
         self.progress, self.behind = self.progress_now(), self.state_behind
         of_server = self.arrivals, self.refreshes, self.in_buffer, self.marks.rows()
         self._archived_arrivals = self.arrivals
-        now, extra = self.world.clock.now, self.keeper.checkpointer.extra()
+        now, extra = self.world.clock.now, self.keeper.extra()
         self.folder.write(
             Kept(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra, of_server=of_server)
         )
