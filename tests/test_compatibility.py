@@ -19,7 +19,7 @@ from swarmtrain.network import finding
 from swarmtrain.network.finding import find_run, refusal_untrusted
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
-from swarmtrain.peer import volunteer
+from swarmtrain.peer import fetching
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.problems import section_fields
@@ -176,7 +176,7 @@ def test_nobody_goes_on_alone_while_peers_answer_that_it_cannot_train_with(monke
     def find(*args: object) -> str:
         raise VersionError("the peer at somewhere runs swarmtrain 0.1.0")
 
-    monkeypatch.setattr(volunteer, "run_to_resume", lambda *args: SimpleNamespace())
-    peer: Any = SimpleNamespace(_find=find, folder=None, invite=Invite(RUN, PEERS))
+    monkeypatch.setattr(fetching, "run_to_resume", lambda *args: SimpleNamespace())
+    peer: Any = SimpleNamespace(find=find, folder=None, invite=Invite(RUN, PEERS))
     with pytest.raises(VersionError):
-        volunteer._Volunteer._fetch(peer, SimpleNamespace(identity=new_identity()), ())  # type: ignore[arg-type]
+        fetching.RunFetcher.fetch(peer)

@@ -18,18 +18,18 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite
 from swarmtrain.network.presence import OwnPresence
-from swarmtrain.network.swarm import Serving
-from swarmtrain.peer.board import StatusBoard
+from swarmtrain.network.swarm import PublishedRun, Serving
+from swarmtrain.peer.board import Pulse, StatusBoard
 from swarmtrain.peer.checkpoint_files import CheckpointFolder
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import Controlled, bootstrap_pulse, controlled, swarm_looker, volunteer_pulse
-from swarmtrain.peer.estimate import estimate
+from swarmtrain.peer.estimate import estimate, estimates_of
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.reporting import tell_loss
 from swarmtrain.peer.stopping import Interrupted, StopFlag
-from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.peer.volunteer import Volunteer
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.run import parse_run, run_sha256
@@ -122,13 +122,23 @@ def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
         peer_folder(tmp_path) as folder,
         controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()) as c,
     ):
-        volunteer = _Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, None, c)  # type: ignore[arg-type]
+        volunteer = Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, c)
         c.board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
-        monkeypatch.setattr(c, "_watch", lambda swarm: None)
         assert volunteer.limits._expected() is None
-        exchange: Any = SimpleNamespace(swarm=SimpleNamespace(published=SimpleNamespace(run=run)))
-        monkeypatch.setattr("swarmtrain.peer.controlled.volunteer_pulse", lambda board, exchange: None)
-        c.watch_volunteer(exchange)
+        me = PeerInfo(peer=BEN)
+        swarm: Any = SimpleNamespace(
+            published=PublishedRun(b"", "ab" * 32, run, b"", b""), presence=SimpleNamespace(me=me)
+        )
+        monkeypatch.setattr("swarmtrain.peer.controlled.swarm_looker", lambda board, swarm: lambda status: None)
+        kept: Any = SimpleNamespace(show=lambda status: None)
+        c.watch(swarm, lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""), kept)
+        assert volunteer.limits._expected() is None, "of a pipeline"
+        c.watch(
+            swarm,
+            lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""),
+            kept,
+            estimates_of(run, num_parameters(run.model)),
+        )
         assert volunteer.limits._expected() == estimate(run, num_parameters(run.model), 3)
         assert "this run needs about" in c.powers().limit(pb.Limits(memory_bytes=10**8))
 
@@ -139,8 +149,8 @@ def test_a_pause_that_a_person_asked_for_is_remembered_until_they_resume_it(tmp_
         controlled("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()) as c,
     ):
 
-        def volunteer() -> _Volunteer:
-            return _Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, None, c)  # type: ignore[arg-type]
+        def volunteer() -> Volunteer:
+            return Volunteer(Invite("ab" * 32, ()), settings(tmp_path), folder, c)
 
         assert not volunteer().pause.held
         c.powers().pause()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +19,17 @@ from swarmtrain.network.node import NodeSettings, Traffic
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpointer import Checkpointer
+from swarmtrain.peer.common import PeerSettings
+from swarmtrain.peer.first_stage import FirstStage
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, StageSite
-from swarmtrain.peer.pipeline import PipelineVolunteer
+from swarmtrain.peer.held_stages import HeldStages
 from swarmtrain.peer.session import OwnPart
+from swarmtrain.peer.stage_assignment import StageAssignment
 from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.protocol.balance import Rule
 from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.stages import FirstStageWatch
 from swarmtrain.run import RunFile
 
 IDENTITY = new_identity()
@@ -42,40 +47,32 @@ PUBLISHED = PublishedRun(b"", "ab" * 32, RUN, b"", b"")
 TEXT = np.arange(10**6, dtype=np.uint8)
 
 
-def volunteer(folder: Path) -> Any:
+def assignment(folder: Path) -> tuple[StageAssignment, HeldStages]:
     """As much of a volunteer as takes a stage."""
-    node: Any = SimpleNamespace(
-        identity=IDENTITY, settings=NodeSettings(directory=folder), traffic=Traffic(), read_bucket=None
-    )
-    network: Any = SimpleNamespace()
-    site = StageSite(
+    context: Any = SimpleNamespace(
         published=PUBLISHED,
-        network=network,
-        node=node,
+        run=RUN,
+        me=IDENTITY.peer_id,
+        name="anna",
+        node=SimpleNamespace(
+            identity=IDENTITY, settings=NodeSettings(directory=folder), traffic=Traffic(), read_bucket=None
+        ),
+        network=None,
         folder=PeerFolder(folder),
+        settings=PeerSettings(directory=folder, name="anna"),
         emit=lambda event: None,
         stop=StopFlag(),
-        name="anna",
-    )
-    one: Any = SimpleNamespace(
-        site=site,
-        me=IDENTITY.peer_id,
-        run=RUN,
-        published=PUBLISHED,
-        shapes=stage_shapes(RUN.model, (1,)),
-        swarm=SimpleNamespace(membership=SimpleNamespace(live=list)),
         control=SimpleNamespace(starting=lambda what: None),
-        end=SimpleNamespace(is_over=False),
-        held={},
-        _desks={},
-        _source=None,
-        _base=folder,
-        _data=SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32)),
-        _wait=lambda work: None,
-        _start_driving=lambda held: None,
+        slowed_work=lambda: lambda kind: nullcontext(),
     )
-    one._batches_at = partial(PipelineVolunteer._batches_at, one)
-    return one
+    data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))
+    nothing: Any = None
+    stages, rule, end = HeldStages(context.me, (0.5, 0.5)), Rule(costs=(0.5, 0.5)), FirstStageWatch(10**6)
+    first = FirstStage(context, data, folder, swarm, stages, nothing)
+    first.drive = lambda desk: None  # type: ignore[method-assign]
+    shapes = stage_shapes(RUN.model, (1,))
+    return StageAssignment(StageSite(context=context), shapes, swarm, stages, first, nothing, rule, end), stages
 
 
 @pytest.mark.parametrize("drawn", [0, 7])
@@ -89,17 +86,17 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Checkpointer, "load", load)
     monkeypatch.setattr(HeldStage, "enter", lambda held, through: None)
     monkeypatch.setattr(HeldStage, "begin", lambda held: None)
-    one = volunteer(tmp_path)
-    PipelineVolunteer._enter(one, 0)
-    held = one.held[0]
+    one, stages = assignment(tmp_path)
+    one.enter(0)
+    held: Any = stages.all[0]
     assert held.trainer.batches.position == drawn
     assert RUN.num_shards(len(TEXT)) > 0 and held.swarm.coverage.shards.num_shards == RUN.num_shards(len(TEXT))
-    PipelineVolunteer._enter(one, 1)
-    assert one.held[1].swarm.coverage is None, "only the first stage draws data"
+    one.enter(1)
+    assert stages.all[1].swarm.coverage is None, "only the first stage draws data"
     held.keeper.checkpointer.durable = Progress(round=4)
-    assert (held.swarm.records.safe(), one.held[1].swarm.records.safe()) == (Progress(round=4), None)
+    assert (held.swarm.records.safe(), stages.all[1].swarm.records.safe()) == (Progress(round=4), None)
     held.trainer.batches.next_batch()
-    PipelineVolunteer._enter(one, 0)
-    assert one.held[0].swarm is held.swarm, "what it answers cannot be taken back"
-    assert one.held[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
+    one.enter(0)
+    assert stages.all[0].swarm is held.swarm, "what it answers cannot be taken back"
+    assert stages.all[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
     assert held.swarm.records.safe() is None, "of who keeps it now"

@@ -12,12 +12,13 @@ import pytest
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.peer import leaving, pipeline_bootstrap
+from swarmtrain.peer import leaving, pipeline, pipeline_bootstrap
 from swarmtrain.peer.held_stage import HeldStage
-from swarmtrain.peer.leaving import hand_over_stages
+from swarmtrain.peer.held_stages import HeldStages
 from swarmtrain.peer.pausing import PauseSwitch
-from swarmtrain.peer.pipeline import PipelineVolunteer
+from swarmtrain.peer.pipeline import PipelineTraining
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
+from swarmtrain.peer.stopping import StopFlag
 from swarmtrain.protocol.archiving import ArchiveWatch
 from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
@@ -27,15 +28,26 @@ from swarmtrain.protocol.progress import Progress
 class StageStandIn(HeldStage):
     """A stage without a model or a network: what is done with its parts is written down."""
 
-    def __init__(self, training: Future[str], done: list[str], is_offline: bool = False) -> None:
+    def __init__(
+        self,
+        training: Future[str],
+        done: list[str],
+        is_offline: bool = False,
+        number: int = 1,
+        counted: int = 0,
+    ) -> None:
         def run(coroutine: object, limit_s: float) -> None:
             done.append("withdraw")
             if is_offline:
                 raise RunTimeError("nobody hears it")
 
-        self.number, self.training, self.pause = 1, training, PauseSwitch()
+        self.number, self.training, self.pause = number, training, PauseSwitch()
+        self.trainer: Any = SimpleNamespace(desk=None)
+        self.session: Any = SimpleNamespace(
+            progress=Progress(round=5, run_tokens=counted), replica=SimpleNamespace(own_tokens=900)
+        )
         self.swarm: Any = SimpleNamespace(withdraw=lambda limit_s: None)
-        self.site: Any = SimpleNamespace(network=SimpleNamespace(run=run))
+        self.site: Any = SimpleNamespace(context=SimpleNamespace(network=SimpleNamespace(run=run)))
         self.keeper: Any = SimpleNamespace(close=lambda: done.append("close"))
 
 
@@ -51,17 +63,31 @@ def ended(how: str | Exception) -> Future[str]:
 BROKEN = RunTimeError("no memory for this stage")
 
 
-def volunteer(*stages: HeldStage) -> Any:
-    return SimpleNamespace(held=dict(enumerate(stages)), _driving=None)
+def holding(*stages: HeldStage) -> HeldStages:
+    held = HeldStages("me", [0.5, 0.5, 0.5])
+    for number, stage in enumerate(stages):
+        stage.number = number
+        held.add(stage)
+    return held
+
+
+def training_of(*stages: HeldStage) -> Any:
+    """As much of a pipeline's training as ends: it drives, and trains these stages."""
+    one: Any = PipelineTraining.__new__(PipelineTraining)
+    run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
+    stop, folder = StopFlag(), SimpleNamespace(path=Path("/home/ada/run"))
+    one._context = SimpleNamespace(control="control", network="network", node="node", stop=stop, folder=folder, run=run)
+    one._stages, one._first = holding(*stages), SimpleNamespace(stop_soon=lambda: None)
+    one.swarm = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096)))
+    return one
 
 
 def test_what_ended_a_stage_is_raised_behind_one_that_still_trains() -> None:
-    all_done = PipelineVolunteer._all_done
     trains, has_ended, is_done = (StageStandIn(each, []) for each in (Future(), ended(BROKEN), ended("total_tokens")))
-    assert not all_done(volunteer(is_done, trains))
-    assert all_done(volunteer(is_done, is_done))
+    assert not holding(is_done, trains).are_done
+    assert holding(is_done).are_done
     with pytest.raises(RunTimeError, match="no memory"):
-        all_done(volunteer(trains, has_ended))
+        assert holding(trains, has_ended).are_done
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
@@ -74,23 +100,28 @@ def test_a_stage_whose_training_failed_says_goodbye_and_is_kept(is_offline: bool
     assert not stage.pause.held
 
 
-def test_one_stage_that_cannot_be_left_keeps_no_other() -> None:
+def test_one_stage_that_cannot_be_left_keeps_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     stages = StageStandIn(ended(BROKEN), []), StageStandIn(ended("total_tokens"), done)
-    PipelineVolunteer._leave_everything(volunteer(*stages))
-    assert done == ["withdraw", "close"]
+    left: list[Any] = []
+    monkeypatch.setattr(pipeline, "leave_swarm", lambda *what: left.append(what))
+    one = training_of(*stages)
+    one.leave()
+    assert done == ["withdraw", "close"] and left == [("network", one.swarm, "node")]
 
 
 def test_one_that_drives_says_that_the_first_stage_is_done_before_its_others_are() -> None:
-    says = PipelineVolunteer._has_had_tokens
-    trains, is_done = StageStandIn(Future(), []), StageStandIn(ended("total_tokens"), [])
-    assert says(SimpleNamespace(held={0: is_done, 1: trains}))  # type: ignore[arg-type]
-    assert not says(SimpleNamespace(held={0: trains, 1: is_done}))  # type: ignore[arg-type]
-    for stages, done in (((is_done, is_done), True), ((is_done, trains), False), ((), False)):
-        one = volunteer(*stages)
-        one.held = {stage + 1: held for stage, held in one.held.items()}
-        one._all_done = lambda one=one: PipelineVolunteer._all_done(one)
-        assert says(one) == done
+    def says(**stages: str) -> bool:
+        """Of the stages s0, s1 and s2 whether each trains or is done."""
+        held = HeldStages("me", [0.5, 0.5, 0.5])
+        for name, how in stages.items():
+            training = ended("total_tokens") if how == "done" else Future[str]()
+            held.add(StageStandIn(training, [], number=int(name[1])))
+        return held.have_had_tokens
+
+    assert says(s0="done", s1="trains")
+    assert not says(s0="trains", s1="done")
+    assert says(s1="done", s2="done") and not says(s1="done", s2="trains") and not says()
 
 
 def test_of_the_first_stage_one_that_has_the_last_weights_will_do_and_of_others_all_must() -> None:
@@ -230,21 +261,18 @@ def test_what_a_bootstrap_kept_before_it_was_killed_is_joined_when_it_is_back() 
 def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
     """Seen: 4,096 where the stage's own rounds said 6,656."""
 
-    def stage(tokens: int) -> Any:
-        session = SimpleNamespace(
-            progress=Progress(round=5, run_tokens=tokens), replica=SimpleNamespace(own_tokens=900)
-        )
-        return SimpleNamespace(session=session, end=lambda: None)
+    def stage(number: int, counted: int) -> StageStandIn:
+        return StageStandIn(ended("interrupted"), [], number=number, counted=counted)
 
-    one: Any = PipelineVolunteer.__new__(PipelineVolunteer)
-    one.__dict__ |= {"held": {1: stage(6656), 2: stage(5000)}, "_left_at_tokens": 0, "_contribution": lambda: 900}
-    one.swarm = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096)))
-    one.run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
+    one = training_of(stage(0, 6656), stage(1, 5000))
     assert one._done("interrupted").run_tokens == 6656
-    one._own_tokens, one._desks = {}, {}
-    one._leave(1)
-    assert one._done("interrupted").run_tokens == 6656, "it has moved, or rests"
-    one.held[2] = stage(10_500)
+    one._stages.drop(0)
+    done = one._done("interrupted")
+    assert (done.run_tokens, done.tokens) == (6656, 900), "it has moved, or rests"
+    assert one._stages.durable() == Progress(round=5, run_tokens=0, peer_tokens={"me": 900})
+    one._stages.drop(1)
+    assert one._stages.durable().round == 5 and one._stages.numbers == ()
+    one._stages.add(stage(2, 10_500))
     assert one._done("interrupted").run_tokens == 10_000
 
 
@@ -252,12 +280,12 @@ def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pyt
     done: list[Any] = []
     stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
     for stage in stages:
-        stage.keeper = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))  # type: ignore[assignment]
-    stopped: list[float] = []
-    network: Any = SimpleNamespace(run=lambda work, limit_s: stopped.append(work))
-    driving: Any = SimpleNamespace(stop=lambda limit_s: limit_s)
-    control: Any = "control"
+        stage.keeper = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))
     monkeypatch.setattr(leaving, "hand_over", lambda *what: done.append(what))
-    hand_over_stages(control, network, driving, stages, Path("/home/ada/run"))
-    assert all(stage.pause.held for stage in stages) and len(stopped) == 1
-    assert done[2:] == [("control", [stage.swarm for stage in stages], network, Path("/home/ada/run"))]
+    one = training_of(*stages)
+    one._first.stop_soon = lambda: done.append("drives no more")
+    one._context.stop.stop()
+    event = one.hand_over()
+    assert all(stage.pause.held for stage in stages) and done[0] == "drives no more"
+    assert done[3:] == [("control", [stage.swarm for stage in stages], "network", Path("/home/ada/run"))]
+    assert (event.reason, event.tokens) == ("interrupted", 900)

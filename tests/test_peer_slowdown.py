@@ -13,11 +13,11 @@ import torch
 
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
+from swarmtrain.peer.context import VolunteerContext
 from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.peer.slowdown import LOOK_S, MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
 from swarmtrain.peer.stopping import Interrupted, StopFlag, StopTraining
-from swarmtrain.peer.volunteer import _Volunteer
 from swarmtrain.protocol.limits import Limits, parse_slowdown
 from swarmtrain.run import parse_run
 
@@ -203,8 +203,8 @@ def test_every_inner_step_of_a_trainer_is_slowed_and_no_merge() -> None:
 
 def test_a_volunteer_without_a_factor_is_not_touched() -> None:
     def slowed(factor: float) -> Callable[[], AbstractContextManager[None]]:
-        volunteer: Any = SimpleNamespace(settings=SimpleNamespace(limits=Limits(slowdown=factor)), stop=StopFlag())
-        return _Volunteer._slowed(volunteer)
+        context: Any = SimpleNamespace(settings=SimpleNamespace(limits=Limits(slowdown=factor)), stop=StopFlag())
+        return VolunteerContext.slowed(context)
 
     assert slowed(1.0) is nullcontext
     made = slowed(2.5)

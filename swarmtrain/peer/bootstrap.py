@@ -57,7 +57,7 @@ from swarmtrain.peer.common import (
     weights_in,
 )
 from swarmtrain.peer.consensus import ARCHIVED
-from swarmtrain.peer.controlled import controlled
+from swarmtrain.peer.controlled import bootstrap_pulse, controlled
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of
@@ -184,7 +184,6 @@ class _Bootstrap(BootstrapPeer):
         )
         peers = self.peers = PeersFile(self.folder, swarm)
         keeper = self.keeper = Keeper(self.folder, checkpointer, swarm, self.emit, peers=peers)
-        self.control.keeps_checkpoints(keeper.flushed, keeper.show)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
@@ -207,7 +206,8 @@ class _Bootstrap(BootstrapPeer):
             wait_for(self.network.submit(self.server.start()), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         show_invite(swarm, self.folder, self.emit)
-        self.control.watch_bootstrap(swarm, lambda: self.progress)
+        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), keeper)
+        self.control.serving()
         self._archive_until_the_end(swarm)
         if self.leavers is not None:
             self.leavers.release()

@@ -13,22 +13,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
-from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.board import Pulse, StatusBoard
 from swarmtrain.peer.checkpoint_files import Written, newest_written
 from swarmtrain.peer.common import Emit, PeerSettings, process_age_s
 from swarmtrain.peer.control import ControlServer, Powers, read_status
-from swarmtrain.peer.estimate import estimates_of
+from swarmtrain.peer.estimate import Estimate
 from swarmtrain.peer.exchange import SwarmExchange
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import health
-from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.stopping import StopFlag, StopTraining
 from swarmtrain.protocol.lifecycle import PeerInfo
@@ -47,6 +46,17 @@ _COUNTS_LAG_S = 15.0
 """So old is at most what a bootstrap has counted: progress records are written and read every few seconds."""
 
 
+class Checkpoints(Protocol):
+    """What a peer keeps, see `Keeper`."""
+
+    def flushed(self) -> pb.CheckpointReply:
+        """The newest one, once it is on the disk. Raises RunTimeError."""
+        ...
+
+    def show(self, status: pb.PeerStatus) -> None:
+        """Fill in the newest one on the disk."""
+
+
 @dataclass
 class Controlled:
     """The handle a peer has of its own control: where it tells what it does and what it can."""
@@ -59,7 +69,7 @@ class Controlled:
     _pause: PauseSwitch | None = None
     _pause_asked: Callable[[bool], None] = lambda paused: None
     _limit: Callable[[pb.Limits], str] | None = None
-    _checkpoints: Callable[[], pb.CheckpointReply] | None = None
+    _checkpoints: Checkpoints | None = None
 
     def ended(self, done: DoneEvent) -> DoneEvent:
         """Its work is over; what remains is to leave."""
@@ -91,43 +101,34 @@ class Controlled:
         self._pause_asked, self._limit = pause_asked, limit
         self._pause = pause  # last: who pauses it now is heard by `pause_asked`
 
-    def watch_volunteer(self, exchange: SwarmExchange) -> None:
-        """From now on the board looks at this exchange and its swarm."""
-        self._watch(exchange.swarm)
-        run = exchange.swarm.published.run
-        self.board.estimates_by(estimates_of(run, num_parameters(run.model)))
-        self.board.set_pulse(volunteer_pulse(self.board, exchange))
-
-    def watch_bootstrap(self, swarm: Swarm, archived: Callable[[], Progress]) -> None:
-        """It serves, and the board looks at its swarm."""
-        self._watch(swarm)
-        self.board.set_pulse(bootstrap_pulse(swarm, archived))
-        self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
-
-    def watch_pipeline(self, swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> None:
-        """From now on the board looks at the run's swarm and at the stages held here."""
-        self._watch(swarm)
-        self.board.set_pulse(stages_pulse(swarm, held))
-
-    def keeps_checkpoints(
-        self, flushed: Callable[[], pb.CheckpointReply], show: Callable[[pb.PeerStatus], None] | None = None
+    def watch(
+        self,
+        swarm: Swarm,
+        pulse: Callable[[], Pulse],
+        checkpoints: Checkpoints,
+        estimates: Callable[[int], Estimate] | None = None,
     ) -> None:
-        """From now on the newest one can be asked for: `flushed` returns once it is on the disk. `show` fills it into
-        the status."""
-        self._checkpoints = flushed
-        if show is not None:
-            self.board.add_looker(show)
-
-    def training_stages(self, stages: Sequence[int]) -> None:
-        """It holds these now."""
-        self.board.doing(pb.PEER_STATE_TRAINING, f"training {stages_in_words(stages)}")
-
-    def _watch(self, swarm: Swarm) -> None:
+        """It takes part in the swarm of its run: from now on the board looks there and at `pulse`, and the newest of
+        its checkpoints can be asked for. `estimates`: what the run costs each of so many volunteers, of one that holds
+        the whole model."""
         run, board = swarm.published.run, self.board
         board.is_peer(swarm.presence.me.peer, swarm.presence.me.name)
         board.has_run(run.run.name, swarm.published.sha256, run.run.total_tokens)
         board.tokens_per_step = run.tokens_per_step
+        if estimates is not None:
+            board.estimates_by(estimates)
         board.add_looker(swarm_looker(board, swarm))
+        board.add_looker(checkpoints.show)
+        board.set_pulse(pulse)
+        self._checkpoints = checkpoints
+
+    def serving(self) -> None:
+        """It serves the run from now on."""
+        self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
+
+    def training_stages(self, stages: Sequence[int]) -> None:
+        """It holds these now."""
+        self.board.doing(pb.PEER_STATE_TRAINING, f"training {stages_in_words(stages)}")
 
     # ------------------------------------------------------------- powers
 
@@ -168,7 +169,7 @@ class Controlled:
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:
             raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
-        return self._checkpoints()
+        return self._checkpoints.flushed()
 
     def _order_limit(self, limits: pb.Limits) -> str:
         if self._limit is None:
@@ -258,33 +259,6 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
             patience_s=patience_s,
-        )
-
-    return pulse
-
-
-def stages_pulse(swarm: Swarm, held: Callable[[], Sequence[HeldStage]]) -> Callable[[], Pulse]:
-    """What a volunteer of a pipeline is doing, stage by stage. It may well wait for others: that is no fault of its."""
-    traffic = swarm.node.traffic
-
-    def pulse() -> Pulse:
-        stages = held()
-        about = [
-            f"stage {each.number}, round {each.session.progress.round}: {each.swarm.rounds.inner_steps_done} of "
-            f"{each.exchange.round_steps} steps"
-            for each in stages
-        ]
-        first = stages[0] if stages else None
-        return Pulse(
-            state=pb.PEER_STATE_TRAINING if stages else pb.PEER_STATE_STARTING,
-            doing=f"training {'; '.join(about)}" if about else "looking for a stage to hold",
-            round=0 if first is None else first.session.progress.round,
-            inner_steps_done=0 if first is None else first.swarm.rounds.inner_steps_done,
-            inner_steps=0 if first is None else first.exchange.round_steps,
-            num_steps=sum(each.exchange.num_steps for each in stages),
-            sent_bytes=traffic.sent_bytes,
-            received_bytes=traffic.received_bytes,
-            patience_s=_FIRST_ROUND_PATIENCE_S,
         )
 
     return pulse

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +25,12 @@ from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.finding import PublishedRun
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpointer import Checkpointer
-from swarmtrain.peer.common import Emit, StopFlag, wait_for
-from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.common import Emit
+from swarmtrain.peer.context import VolunteerContext
 from swarmtrain.peer.gossip_exchange import GossipExchange
 from swarmtrain.peer.keeping import Keeper, checkpointer_of
 from swarmtrain.peer.pausing import PauseSwitch
@@ -43,7 +41,7 @@ from swarmtrain.peer.stage_desk import StageDesk
 from swarmtrain.peer.stage_trainer import StageTrainer
 from swarmtrain.peer.stopping import StopTraining
 from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.microbatches import Kind, LedgerLimits, StageLedger
+from swarmtrain.protocol.microbatches import LedgerLimits, StageLedger
 
 __all__ = ["HeldStage", "StageSite", "emit_of_stage"]
 
@@ -56,23 +54,12 @@ _LAST_FLUSH_S = 1.0
 _SURE_SHARE = 0.6
 """How long a stage's round lasts is its drivers' doing, and changes from one to the next."""
 
-SlowedWork = Callable[[Kind | None], AbstractContextManager[None]]
-
 
 @dataclass(kw_only=True)
 class StageSite:
     """What all stages of a peer have in common."""
 
-    published: PublishedRun
-    network: NetworkThread
-    node: Node
-    folder: PeerFolder
-    emit: Emit
-    stop: StopFlag
-    name: str
-    between_steps: Callable[[], None] = lambda: None
-    slowed: Callable[[], SlowedWork] = lambda: lambda kind: nullcontext()
-    """For each stage anew: what its work runs in."""
+    context: VolunteerContext
     graph_bytes: float = float("inf")
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     on_arriving: Callable[[Any], None] = lambda held: None
@@ -115,11 +102,12 @@ class HeldStage:
     _kept: Checkpoint | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        site, published = self.site, self.site.published.of_stage(self.number)
-        run, me = published.run, site.node.identity.peer_id
+        site, context = self.site, self.site.context
+        published, me = context.published.of_stage(self.number), context.me
+        run = published.run
         model = build_stage(self.shape, initial_seed(run, me))
         specs = tensor_specs(model.named_parameters())
-        checkpointer = checkpointer_of(site.folder, published, me, site.emit, self.number)
+        checkpointer = checkpointer_of(context.folder, published, me, context.emit, self.number)
         kept = self._kept = checkpointer.load(run, self.shape.num_parameters)
         site.checkpointers[self.number] = checkpointer
         batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
@@ -128,17 +116,22 @@ class HeldStage:
             site.swarms[self.number] = self._swarm_of(published, specs, batches.num_shards)
         self.swarm = site.swarms[self.number]
         self.exchange = GossipExchange(
-            site.network,
+            context.network,
             self.swarm,
             run,
-            site.stop,
+            context.stop,
             self.pause,
             on_first_round=site.on_first_round,
             on_arriving=site.on_arriving,
             sure_share=_SURE_SHARE,
         )
         self.keeper = Keeper(
-            site.folder, checkpointer, self.swarm, site.emit, stage=self.number, extras=dict(self.exchange.kept())
+            context.folder,
+            checkpointer,
+            self.swarm,
+            context.emit,
+            stage=self.number,
+            extras=dict(self.exchange.kept()),
         )
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         life = time.time_ns() % 2**62
@@ -147,7 +140,7 @@ class HeldStage:
             StageWork(model, site.graph_bytes),
             batches,
             StageDesk(StageLedger(limits, life), time.monotonic),
-            site.slowed(),
+            context.slowed_work(),
             self.over,
         )
         self.session = Session(
@@ -163,15 +156,20 @@ class HeldStage:
 
     def _swarm_of(self, published: PublishedRun, specs: tuple[TensorSpec, ...], num_shards: int) -> Swarm:
         """The stage's, not yet entered."""
-        site, number = self.site, self.number
-        me = PeerInfo(peer=site.node.identity.peer_id, name=site.name, training=True, corpus_sha256=self.corpus_sha256)
+        site, context, number = self.site, self.site.context, self.number
+        me = PeerInfo(
+            peer=context.me,
+            name=context.name,
+            training=True,
+            corpus_sha256=self.corpus_sha256,
+        )
         shards = shards_of(published.run, published.sha256, self.corpus_sha256, num_shards) if num_shards else None
         return Swarm(
-            site.node,
+            context.node,
             published,
             specs,
             average_bytes_untrusted,
-            emit_of_stage(site.emit),
+            emit_of_stage(context.emit),
             me,
             shards=shards,
             durable=lambda: site.checkpointers[number].durable,
@@ -187,7 +185,7 @@ class HeldStage:
     def enter(self, through: tuple[InvitedPeer, ...]) -> None:
         """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
         RunTimeError when others have trained it and nobody delivers."""
-        site, swarm, session, keeper = self.site, self.swarm, self.session, self.keeper
+        context, swarm, session, keeper = self.site.context, self.swarm, self.session, self.keeper
         replica, num_parameters = session.replica, self.shape.num_parameters
         kept, self._kept = self._kept, None  # 16 bytes a parameter
         keeper.checkpointer.prepare(num_parameters)
@@ -196,17 +194,17 @@ class HeldStage:
             session.resume(kept.state, kept.progress, own)
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
-            wait_for(site.network.submit(keeper.restore(kept)), site.stop)
+            context.wait(keeper.restore(kept))
         serving = self.exchange.serving()
         entering = swarm.start(through, serving) if self._is_new else swarm.come_back(serving)
-        wait_for(site.network.submit(entering), site.stop)
+        context.wait(entering)
         new = self.exchange.present_state(replica.progress)
         if new is not None:
             session.adopt(new)
             self.state_from = new.from_peer
-        replica.count_on(swarm.tallying.contributions().get(swarm.identity.peer_id, 0))
+        replica.count_on(swarm.tallying.contributions().get(context.me, 0))
         self.exchange.offer(replica.state, replica.progress)
-        wait_for(site.network.submit(swarm.announce()), site.stop)
+        context.wait(swarm.announce())
 
     def begin(self) -> None:
         """Train, in a thread, until the run ends or `end` is called."""
@@ -239,7 +237,7 @@ class HeldStage:
         finally:
             self.pause.release(_LEAVING)
             try:
-                self.site.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
+                self.site.context.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
             finally:
                 self.keeper.close()
 
@@ -256,24 +254,24 @@ class HeldStage:
 
     def tell_done(self) -> None:
         """The run's tokens have passed through this stage, whatever entered its steps."""
-        progress, total = self.session.progress, self.site.published.run.run.total_tokens
+        progress, total = self.session.progress, self.site.context.published.run.run.total_tokens
 
         async def tell() -> None:
             self.swarm.presence.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
             self.swarm.presence.change(settled=True)
             await self.swarm.greeter.greet_everyone()
 
-        wait_for(self.site.network.submit(tell()), self.site.stop)
+        self.site.context.wait(tell())
 
     # ------------------------------------------------------------- the session's calls
 
     def _should_stop(self) -> bool:
-        self.site.between_steps()
-        return self.site.stop.is_set() or self.pause.held
+        self.site.context.limits.between_steps()
+        return self.site.context.stop.is_set() or self.pause.held
 
     def _settle(self, session: Session) -> None:
         self.exchange.offer(session.replica.state, session.progress)
         self.keeper.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
-        self.site.emit(round_event(report, self.exchange, self.number))
+        self.site.context.emit(round_event(report, self.exchange, self.number))

@@ -16,7 +16,6 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import Interrupted, wait_for
 from swarmtrain.peer.controlled import Controlled
-from swarmtrain.peer.driving import Driving
 from swarmtrain.peer.held_stage import HeldStage
 from swarmtrain.protocol.leaving import Leave, before_leaving
 from swarmtrain.v1 import control_pb2, snapshot_pb2
@@ -33,9 +32,7 @@ _AGAIN_S = 0.5
 _SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
 _CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
 _GOODBYE_S = 1.0
-_LAST_DRAIN_S = 0.5
 _MOST_ASKED = 32
-_STOP_DRIVING_S = 5.0
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
 
 
@@ -169,13 +166,8 @@ def hand_over(control: Controlled, swarms: Sequence[Swarm], network: NetworkThre
     control.emit(WarningEvent(message=message))
 
 
-def hand_over_stages(
-    control: Controlled, network: NetworkThread, driving: Driving | None, held: Sequence[HeldStage], folder: Path
-) -> None:
-    """The same of one that holds stages, once it drives no more and the rounds under way have ended."""
-    if driving is not None:
-        with contextlib.suppress(TimeoutError, RunTimeError):
-            network.run(driving.stop(_LAST_DRAIN_S), _STOP_DRIVING_S)
+def hand_over_stages(control: Controlled, network: NetworkThread, held: Sequence[HeldStage], folder: Path) -> None:
+    """The same of one that holds stages and drives no more, once the rounds under way have ended."""
     for each in held:
         each.end_round()
     hand_over(control, [each.swarm for each in held], network, folder)

@@ -45,6 +45,7 @@ from swarmtrain.peer.common import (
     wait_for,
 )
 from swarmtrain.peer.consensus import ARCHIVED
+from swarmtrain.peer.controlled import bootstrap_pulse
 from swarmtrain.peer.gossip_exchange import hosting_of
 from swarmtrain.peer.held_stage import emit_of_stage
 from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of
@@ -116,9 +117,9 @@ class PipelineBootstrap(BootstrapPeer):
         for number, shape in enumerate(stage_shapes(run.model, published.boundaries)):
             self.archives.append(self._enter_stage(number, shape, node, me))
         self._wait(swarm.announce())
-        self.control.keeps_checkpoints(lambda: self.archives[0].keeper.flushed())
         show_invite(swarm, self.folder, self.emit)
-        self.control.watch_bootstrap(swarm, lambda: self.progress)
+        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), self.archives[0].keeper)
+        self.control.serving()
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()

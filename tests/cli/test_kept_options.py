@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,11 @@ from swarmtrain.network.invite import Invite, InvitedPeer
 from swarmtrain.network.links import FailingPulls
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.common import PeerSettings
+from swarmtrain.peer.fetching import RunFetcher
 from swarmtrain.peer.folder import PeerFolder, peer_folder
 from swarmtrain.peer.limits import options_of
 from swarmtrain.peer.started import Started, StartedFile
-from swarmtrain.peer.volunteer import _Volunteer
+from swarmtrain.peer.stopping import StopFlag
 from swarmtrain.protocol.limits import exact_size, parse_size
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
@@ -201,13 +201,14 @@ def test_whom_the_invite_named_is_remembered_from_the_first_answer_on(tmp_path: 
     published = PublishedRun(b"", "ab" * 32, run_file, b"text", b"")
     invited = (InvitedPeer("12D3KooW" + "b" * 44, ("/ip4/203.0.113.7/tcp/31337",)),)
     folder = PeerFolder(tmp_path)
-    peer: Any = SimpleNamespace(
-        _find=lambda *args: "ben",
-        _fetch_from=lambda *args: published,
-        folder=folder,
+    fetcher: Any = RunFetcher(
         invite=Invite("ab" * 32, invited),
+        folder=folder,
+        network=None,  # type: ignore[arg-type]
+        node=None,  # type: ignore[arg-type]
         emit=lambda event: None,
+        stop=StopFlag(),
     )
-    node: Any = SimpleNamespace(settings=SimpleNamespace(call_limit_s=1.0))
-    _Volunteer._fetch(peer, node, invited)
+    fetcher.find, fetcher._fetch_from = lambda limit_s: "ben", lambda source: published
+    assert fetcher.fetch() == (published, None)
     assert folder.kept_peers() == invited, "it may fail for want of its data before it knows anybody"

@@ -1,0 +1,87 @@
+"""A volunteer that moves from stage to stage: what `Mover` decides is carried out here."""
+
+from __future__ import annotations
+
+import logging
+
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import MovedEvent, WarningEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.context import VolunteerContext
+from swarmtrain.peer.held_stages import HeldStages
+from swarmtrain.peer.moving import Mover
+from swarmtrain.peer.stage_assignment import StageAssignment
+from swarmtrain.peer.stage_record import StageRecord
+from swarmtrain.peer.stage_service import WireCalls
+from swarmtrain.protocol import moving
+from swarmtrain.words import stages_in_words
+
+__all__ = ["StageMoves"]
+
+_log = logging.getLogger(__name__)
+
+
+class StageMoves:
+    """The main thread moves; what others ask is answered in the network's."""
+
+    def __init__(
+        self,
+        context: VolunteerContext,
+        swarm: Swarm,
+        stages: HeldStages,
+        mover: Mover,
+        assignment: StageAssignment,
+        record: StageRecord,
+        calls: WireCalls,
+    ) -> None:
+        """`swarm` is the run's."""
+        self._context, self._swarm, self._stages, self._mover = context, swarm, stages, mover
+        self._assignment, self._record, self._calls = assignment, record, calls
+
+    def look(self) -> None:
+        """Move, if it is time to look and a move of this peer's is the best one."""
+        if self._mover.is_due:
+            self._mover.look(moving.PlacesSeen(self._record.places(), swarm_time()), self._do)
+
+    def _do(self, command: moving.MoveCommand) -> moving.MoveEvent | None:
+        """A part of a move, done when it returns."""
+        context, record = self._context, self._record
+        match command:
+            case moving.AskToStay():
+                answer = context.wait(self._calls.ask_to_stay(command.peer, command.stage))
+                return moving.StayAnswered(command.number, *answer)
+            case moving.Moves():
+                record.goes_to(command.change.after)
+            case moving.FetchStages():
+                try:
+                    for stage in command.stages:
+                        self._assignment.enter(stage)
+                except RunTimeError as error:
+                    if context.stop.failure is not None:
+                        raise
+                    message = f"{stages_in_words(command.stages)} could not be taken: {error}"
+                    context.emit(WarningEvent(message=message))
+                    return moving.FetchFailed(str(error))
+                return moving.StagesFetched(record.places(), swarm_time())
+            case moving.LeaveStages():
+                for stage in command.stages:
+                    self._assignment.leave(stage)
+                record.tell(now=True)
+                return moving.StagesLeft()
+            case moving.Moved():
+                before, after, seconds = command.change.before, command.change.after, record.has_taken()
+                context.control.training_stages(after)
+                context.emit(MovedEvent(before=before, after=after, reason=command.change.reason, seconds=seconds))
+            case moving.StaysHere():
+                _log.info("stays: %s", command.reason)
+                if command.had_begun:
+                    record.stays()
+        return None
+
+    def asked_to_stay(self, asker: str, stage: int) -> tuple[float, str]:
+        """For how long this peer promises `asker`, who would leave `stage`, to stay there, 0 if it does not; with the
+        reason. In the network thread."""
+        info = self._swarm.membership.info(asker)
+        is_known = info is not None and info.place is not None and stage in info.place.stages
+        return self._mover.asked(asker, stage, self._stages.numbers, is_known)
