@@ -82,6 +82,32 @@ def training_of(*stages: HeldStage) -> Any:
     return one
 
 
+def test_it_says_that_it_is_here_only_when_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is paused when it starts would take a stage, and leave it at once."""
+    one, done = training_of(), list[str]()
+    swarm, presence = one.swarm, SimpleNamespace(change=lambda place: None, me=None)
+    swarm.presence, swarm.start, swarm.announce = presence, lambda through: "start", lambda: "announce"
+    swarm.watch_daemon, swarm.node = lambda died: "watch", SimpleNamespace(traffic=None)
+    one._record = SimpleNamespace(place=lambda: None)
+    one._assignment = SimpleNamespace(choose=lambda: done.append("choose"))
+    one._host = SimpleNamespace(serve=None)
+    one._context = SimpleNamespace(
+        control=SimpleNamespace(starting=lambda what: None, watch=lambda *what: None),
+        node=SimpleNamespace(serve_pipes=lambda name, serve: "serve"),
+        published=SimpleNamespace(sha256="ab" * 32),
+        fetcher=SimpleNamespace(through=()),
+        stop=StopFlag(),
+        folder=None,
+        emit=None,
+        wait=done.append,
+    )
+    monkeypatch.setattr(pipeline, "show_invite", lambda *what: done.append("invite"))
+    one.enter()
+    assert done == ["serve", "start", "watch"]
+    one.join()
+    assert done[3:] == ["announce", "invite", "choose"]
+
+
 def test_what_ended_a_stage_is_raised_behind_one_that_still_trains() -> None:
     trains, has_ended, is_done = (StageStandIn(each, []) for each in (Future(), ended(BROKEN), ended("total_tokens")))
     assert not holding(is_done, trains).are_done

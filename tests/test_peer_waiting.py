@@ -19,6 +19,7 @@ from swarmtrain.events import DoneEvent, parse_event
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.peer.common import Interrupted, StopFlag, wait_for
+from swarmtrain.peer.stopping import explained_on_signal
 
 
 def test_a_result_is_returned_also_when_the_end_was_asked_for() -> None:
@@ -109,10 +110,29 @@ def test_ctrl_c_once_spoils_no_clean_end_twice_ends_at_once(first: str) -> None:
 def test_sigusr1_explains() -> None:
     explained = threading.Event()
     with stop_on_signals() as stop:
-        stop.explained_by(explained.set)
+        os.kill(os.getpid(), signal.SIGUSR1)  # nobody explains anything yet, and nothing ends
+        with explained_on_signal(explained.set):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert explained.wait(5)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert explained.wait(5)
         assert not stop.is_set()
+
+
+def test_before_it_has_begun_an_end_that_is_asked_for_is_one_at_once() -> None:
+    ended: list[str] = []
+    stop = StopFlag(lambda: ended.append("at once"))
+    stop.begin()
+    with stop.before_it_begins():
+        assert not ended
+    stop.stop()
+    assert not ended and stop.is_set()
+    asked = StopFlag(lambda: ended.append("at once"))
+    asked.begin()
+    with pytest.raises(Interrupted), asked.before_it_begins():
+        asked.stop()
+    assert ended == ["at once"]
+    StopFlag(lambda: ended.append("again")).stop()
+    assert ended == ["at once", "again"]
 
 
 INTERRUPTED_AT_IMPORT = """

@@ -313,10 +313,9 @@ def peer_options(function: _F) -> _F:
         from swarmtrain.peer.process import use_few_arenas
 
         use_few_arenas()
-        with stop_on_signals() as stop:
+        with stop_on_signals(functools.partial(_end_at_once, values["json"], values["name"])) as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
-            stop.has_not_begun(functools.partial(_end_at_once, options))
             from swarmtrain.peer.logs import log_to_file_only, log_to_terminal
 
             (log_to_file_only if is_the_background() else log_to_terminal)(options.log_level)
@@ -340,13 +339,13 @@ def _start_in_background(values: dict[str, Any]) -> int:
     return start_in_background(show_once, by_folder=values["dir"] is not None)
 
 
-def _end_at_once(options: PeerOptions) -> None:
+def _end_at_once(as_json: bool, name: str) -> None:
     """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
     click.echo("interrupted before it had begun", err=True)
-    if options.json:
+    if as_json:
         from swarmtrain.peer.process import process_age_s
 
-        head = {"event": "done", "time": time.time(), "peer": "", "name": options.name}
+        head = {"event": "done", "time": time.time(), "peer": "", "name": name}
         counts = {"held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": process_age_s()}
         click.echo(json.dumps({**head, **counts, "reason": "interrupted"}))
     os._exit(0)
@@ -361,10 +360,10 @@ def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
         if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         click.echo(f"warning: {error}", err=True)
-        options.stop.has_not_begun(functools.partial(_end_at_once, options))  # Ctrl-C at the question
-        if not click.confirm("Go by their clock?", default=False, err=True):
+        with options.stop.before_it_begins():
+            goes_by_theirs = click.confirm("Go by their clock?", default=False, err=True)
+        if not goes_by_theirs:
             raise
-        options.stop.begin()
         live(True)
 
 

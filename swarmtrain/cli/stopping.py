@@ -2,7 +2,7 @@
 was closed) unless it was ignored from the start (`nohup`). SIGTERM twice leaves out the bootstrap's last archive; one
 SIGTERM after one Ctrl-C does not, as both come when a terminal and a parent process end a peer.
 
-SIGUSR1 writes what the peer is waiting for to its log.
+SIGUSR1 ends nobody. A volunteer writes to its log then what it is waiting for (`peer/stopping.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -22,9 +22,10 @@ _INTERRUPTED = 130
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once."""
-    stop = StopFlag()
+def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[StopFlag]:
+    """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once. `at_once`: see
+    `StopFlag`."""
+    stop = StopFlag(at_once)
     seen: set[int] = set()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -36,9 +37,6 @@ def stop_on_signals() -> Iterator[StopFlag]:
         else:
             stop.insist()
 
-    def explain(number: int, frame: FrameType | None) -> None:
-        stop.explain()
-
     def hang_up(number: int, frame: FrameType | None) -> None:
         _let_go_of_terminal()
         stop.stop()
@@ -46,7 +44,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
-    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, explain)
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         yield stop
     finally:

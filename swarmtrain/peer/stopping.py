@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from swarmtrain.errors import RunTimeError
 
-__all__ = ["Interrupted", "StopFlag", "StopTraining"]
+__all__ = ["Interrupted", "StopFlag", "StopTraining", "explained_on_signal"]
 
 
 class StopTraining(Exception):  # noqa: N818 - a signal, not an error
@@ -27,7 +28,8 @@ class Interrupted(StopTraining):
 class StopFlag:
     """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Callable[[], None] = lambda: None) -> None:
+        """As long as there is nothing else to end, until `begin`, `at_once` ends the process when that is asked for."""
         # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._set = self._insisted = False
@@ -35,25 +37,19 @@ class StopFlag:
         self._last_work: StopFlag | None = None
         self.reason = "interrupted"
         self.failure: str | None = None
-        self._explain: Callable[[], None] = lambda: None
-        self._at_once: Callable[[], None] = lambda: None
-
-    def has_not_begun(self, end: Callable[[], None]) -> None:
-        """As long as there is nothing else to end, until `begin`, `end` ends the process when that is asked for."""
-        self._at_once = end
-
-    def explained_by(self, explain: Callable[[], None]) -> None:
-        """From now on `explain` writes to the log what this peer is waiting for."""
-        self._explain = explain
-
-    def explain(self) -> None:
-        """Write that to the log (on SIGUSR1)."""
-        self._explain()
+        self._at_once, self._has_begun = at_once, False
 
     def begin(self) -> None:
         """From now on there is something to end; raises as `check` does."""
-        self._at_once = lambda: None
+        self._has_begun = True
         self.check()
+
+    @contextlib.contextmanager
+    def before_it_begins(self) -> Iterator[None]:
+        """Inside, a person is asked something, and there is nothing else to end; then as `begin`."""
+        self._has_begun = False
+        yield
+        self.begin()
 
     def stop(self, reason: str = "interrupted") -> None:
         """Ask for a clean end; `reason` is the one that the `done` event tells."""
@@ -61,7 +57,8 @@ class StopFlag:
             self.reason = reason
         self._set = True
         self._wake.put(None)
-        self._at_once()
+        if not self._has_begun:
+            self._at_once()
 
     def insist(self) -> None:
         """The end is asked for again: what `last_work` is for is left undone."""
@@ -100,3 +97,13 @@ class StopFlag:
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=max(0.0, min(seconds, self._until_s - time.monotonic())))
         self.check()
+
+
+@contextlib.contextmanager
+def explained_on_signal(explain: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGUSR1 calls `explain`, which writes to the log what this peer is waiting for. In the main thread."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: explain())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -33,6 +33,7 @@ from swarmtrain.peer.merge_rules import mean_of
 from swarmtrain.peer.model_training import prepare_model
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
 from swarmtrain.peer.pipeline import prepare_pipeline
+from swarmtrain.peer.stopping import explained_on_signal
 from swarmtrain.run import NetworkSection
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -54,7 +55,9 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
         folder.started.keep_command(settings.started)
         volunteer = Volunteer(invite, settings, folder, control)
         with kept_limits(volunteer.limits):
-            return volunteer.live()
+            network = NetworkThread()
+            with explained_on_signal(network.log_tasks):
+                return volunteer.live(network)
 
 
 class Training(Protocol):
@@ -114,10 +117,8 @@ class Volunteer:
         control.takes_orders(self.pause, folder.started.keep_pause, self._limit)
         board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
-    def live(self) -> DoneEvent:
+    def live(self, network: NetworkThread) -> DoneEvent:
         """Join, train until the run has its tokens or an end is asked for, and leave; returns how it went."""
-        network = NetworkThread()
-        self.stop.explained_by(network.log_tasks)
         node: Node | None = None
         training: Training | None = None
         try:
