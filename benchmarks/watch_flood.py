@@ -28,7 +28,7 @@ import torch
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.events import RoundEvent, StartedEvent
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control import MAX_WATCHERS, ControlServer, Powers
 from swarmtrain.peer.health import health
 from swarmtrain.run import load_run
@@ -90,11 +90,13 @@ def board_of(trainer: Trainer) -> StatusBoard:
             status.peers.add(peer=peer, name="somebody", tokens=10**6, present=True, round=512, tokens_per_s=1000.0)
 
     board.add_looker(look)
-    board.set_pulse(
-        lambda: Pulse(
-            state=pb.PEER_STATE_TRAINING,
-            doing=f"training round 512: {trainer.num_steps} of 10000 steps",
-            num_steps=trainer.num_steps,
+    board.watch(
+        Watched(
+            pulse=lambda: Pulse(
+                state=pb.PEER_STATE_TRAINING,
+                doing=f"training round 512: {trainer.num_steps} of 10000 steps",
+                num_steps=trainer.num_steps,
+            )
         )
     )
     return board

@@ -5,7 +5,7 @@ from __future__ import annotations
 from swarmtrain.events import ArrivingEvent, CaughtUpEvent, Event, StartedEvent
 from swarmtrain.network.snapshots import CHUNK_BYTES, Held, Snapshot, empty_held
 from swarmtrain.peer.arriving import Arrival
-from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.health import health
 from swarmtrain.v1 import control_pb2 as control_pb
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -71,7 +71,8 @@ def test_who_falls_behind_takes_weights_while_it_trains_and_stays_healthy() -> N
     now_s = [0.0]
     board = StatusBoard("volunteer", 0.0, now=lambda: now_s[0])
     board.take(StartedEvent(inner_steps_per_round=10, num_parameters=1000, total_tokens=10_000, startup_s=1.0))
-    board.set_pulse(lambda: Pulse(state=control_pb.PEER_STATE_TRAINING, doing="merging round 4"))
+    pulse = Pulse(state=control_pb.PEER_STATE_TRAINING, doing="merging round 4")
+    board.watch(Watched(pulse=lambda: pulse))
     held = room(10)
     held.have.update(range(5))
     Arrival(board, lambda event: None, lambda: now_s[0]).look(held)

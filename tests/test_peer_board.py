@@ -26,7 +26,7 @@ from swarmtrain.events import (
     WarningEvent,
     in_words,
 )
-from swarmtrain.peer.board import MAX_LOSSES, LossCurve, Pulse, StatusBoard
+from swarmtrain.peer.board import MAX_LOSSES, LossCurve, Pulse, StatusBoard, Watched
 from swarmtrain.peer.health import Vitals, health
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -161,7 +161,6 @@ def test_pauses_warnings_and_the_end(board: StatusBoard) -> None:
 
 
 def test_rates_are_those_of_the_last_half_minute(board: StatusBoard, clock: Clock) -> None:
-    board.tokens_per_step = 100
     steps = 0
 
     def pulse() -> Pulse:
@@ -169,7 +168,7 @@ def test_rates_are_those_of_the_last_half_minute(board: StatusBoard, clock: Cloc
             state=pb.PEER_STATE_TRAINING, doing="training", num_steps=steps, sent_bytes=steps * 10, received_bytes=7
         )
 
-    board.set_pulse(pulse)
+    board.watch(Watched(pulse=pulse, tokens_per_step=100))
     board.take(STARTED)
     for _ in range(200):  # 100 s at two steps a tick
         board.tick()
@@ -204,11 +203,16 @@ def test_the_swarms_speed_is_the_sum_of_the_peers_and_each_is_measured(board: St
     gone = {"peer": CARL, "present": False, "tokens": 10**6, "tokens_per_s": 99.0}
     boot = {"peer": DORA, "present": True, "bootstrap": True}
     board.add_looker(looker_of(me, ben, gone, boot))
-    board.tokens_per_step = 100
     board.take(STARTED)
-    board.is_peer(ANNA, "anna")
     steps = 0
-    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps))
+    board.watch(
+        Watched(
+            pulse=lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps),
+            peer=ANNA,
+            name="anna",
+            tokens_per_step=100,
+        )
+    )
     for second in range(40):
         if second % 10 == 5:
             me["tokens"] += 1000
@@ -230,11 +234,16 @@ def test_in_a_pipeline_a_step_of_a_stage_is_no_step_of_the_model(board: StatusBo
     me = {"peer": ANNA, "present": True, "tokens": 0, "tokens_per_s": 70.0}
     board.add_looker(looker_of(me))
     board.add_looker(lambda status: status.stages.add(number=0) and None)
-    board.tokens_per_step = 100
     board.take(STARTED)
-    board.is_peer(ANNA, "anna")
     steps = 0
-    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps))
+    board.watch(
+        Watched(
+            pulse=lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", num_steps=steps),
+            peer=ANNA,
+            name="anna",
+            tokens_per_step=100,
+        )
+    )
     for _ in range(8):
         board.tick()
         status = board.status()
@@ -298,7 +307,7 @@ def test_while_nobody_trains_no_time_is_left(clock: Clock) -> None:
 def test_an_ended_bootstrap_has_the_round_that_it_was_in(clock: Clock) -> None:
     board = StatusBoard("bootstrap", 50.0, now=clock, wall=lambda: 1e9 + clock.now_s)
     board.doing(pb.PEER_STATE_SERVING, "serving")
-    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving", round=7))
+    board.watch(Watched(pulse=lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving", round=7)))
     board.tick()
     board.ended(pb.PEER_STATE_DONE, "asked", 0)
     assert board.status().round == 7
@@ -332,7 +341,7 @@ def test_what_a_bootstrap_archived_is_kept_over_a_restart(clock: Clock) -> None:
 
 
 def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:
-    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="step 3", round=2, inner_steps=10))
+    board.watch(Watched(pulse=lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="step 3", round=2, inner_steps=10)))
     assert board.status().state == pb.PEER_STATE_STARTING
     board.take(STARTED)
     assert (board.status().doing, board.status().round, board.status().inner_steps) == ("step 3", 2, 10)
@@ -486,7 +495,7 @@ def test_what_counts_as_getting_further(
     board: StatusBoard, clock: Clock, change: dict[str, Any], is_progress: bool
 ) -> None:
     fields: dict[str, Any] = {"state": pb.PEER_STATE_TRAINING, "doing": "12 s at most"}
-    board.set_pulse(lambda: Pulse(**fields))
+    board.watch(Watched(pulse=lambda: Pulse(**fields)))
     board.take(STARTED)
     board.tick()
     clock.now_s += 40.0
@@ -497,7 +506,7 @@ def test_what_counts_as_getting_further(
 
 
 def test_a_beat_counts_as_getting_further(board: StatusBoard, clock: Clock) -> None:
-    board.set_pulse(lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving"))
+    board.watch(Watched(pulse=lambda: Pulse(state=pb.PEER_STATE_SERVING, doing="serving")))
     board.doing(pb.PEER_STATE_SERVING, "serving")
     for _ in range(10):
         clock.now_s += 40.0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from swarmtrain.network.swarm import Serving
-from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.controlled import swarm_looker
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
 from swarmtrain.v1 import control_pb2 as pb
@@ -88,7 +88,8 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
         reaching=SimpleNamespace(in_words=str),
     )
     board = StatusBoard("bootstrap", 0.0, now=Clock())
-    board.has_run("tiny", "ab" * 32, 10**6)
+    pulse = Pulse(state=pb.PEER_STATE_SERVING, doing="")
+    board.watch(Watched(pulse=lambda: pulse, run_name="tiny", run_sha256="ab" * 32, total_tokens=10**6))
     board.add_looker(swarm_looker(board, swarm))
     assert board.status().run_tokens == 100 + 15 * 4 * 3 * 3, "three at the usual speed"
     for peer in ("ben", "carl"):

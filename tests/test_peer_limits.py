@@ -17,7 +17,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.node import Traffic
 from swarmtrain.peer import limits as module
-from swarmtrain.peer.board import StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.limits import LimitKeeper, check_memory, kept_limits, limit_link
 from swarmtrain.peer.pausing import ASKED, PauseSwitch
@@ -111,7 +111,8 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
     board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
     assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
-    board.estimates_by(estimates_of(run, 14 * 10**6))
+    pulse = Pulse(state=pb.PEER_STATE_TRAINING, doing="")
+    board.watch(Watched(pulse=lambda: pulse, estimates=estimates_of(run, 14 * 10**6)))
     needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
     said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
     assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as plain_tex
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import FetchedEvent, JoinedEvent, RefusedEvent, RoundEvent, StartedEvent, WarningEvent
-from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.common import PeerSettings
 from swarmtrain.peer.control import read_status
 from swarmtrain.peer.controlled import controlled
@@ -77,19 +77,19 @@ class Peer:
         self.now = 0.0
         self.healthy = True
         self.board = StatusBoard("volunteer", 1000.5, now=lambda: self.now, wall=lambda: 2000.0)
-        self.board.estimates_by(estimates_of(RUN, 1_000_000))
+        self.estimates = estimates_of(RUN, 1_000_000)
+        state = pb.PEER_STATE_TRAINING
+        self.board.watch(Watched(pulse=lambda: Pulse(state=state, doing=""), estimates=self.estimates))
         self.where = ""
 
     def train(self) -> None:
         """To the middle of round 7."""
         board = self.board
-        board.is_peer("P", "anna")
         board.take(
             FetchedEvent(run_sha256="ab" * 32, run_name="tiny", held_out_bytes=1, from_peer="B", total_tokens=9000)
         )
         board.take(JoinedEvent(round=6, run_tokens=6000, num_peers=2, state_from="", wall_s=1.0))
         board.take(StartedEvent(inner_steps_per_round=64, num_parameters=10, total_tokens=9000, startup_s=1.0))
-        board.tokens_per_step = 512
         for event in (round_event(5), round_event(6)):
             board.take(event)
         board.add_looker(self.look)
@@ -99,8 +99,17 @@ class Peer:
 
     def pulse(self, steps: int, sent_bytes: int) -> None:
         state = pb.PEER_STATE_TRAINING
-        self.board.set_pulse(
-            lambda: Pulse(state=state, doing="training", round=7, num_steps=steps, sent_bytes=sent_bytes)
+        self.board.watch(
+            Watched(
+                pulse=lambda: Pulse(state=state, doing="training", round=7, num_steps=steps, sent_bytes=sent_bytes),
+                peer="P",
+                name="anna",
+                run_name="tiny",
+                run_sha256="ab" * 32,
+                total_tokens=9000,
+                tokens_per_step=512,
+                estimates=self.estimates,
+            )
         )
 
     def look(self, status: pb.PeerStatus) -> None:

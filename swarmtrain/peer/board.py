@@ -47,7 +47,7 @@ from swarmtrain.peer.growth import Growth
 from swarmtrain.peer.health import Vitals
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["LossCurve", "Pulse", "StatusBoard"]
+__all__ = ["LossCurve", "Pulse", "StatusBoard", "Watched"]
 
 MAX_LOSSES = 512
 _MAX_NOTICES = 8
@@ -88,6 +88,22 @@ class Pulse:
     received_bytes: int = 0
     patience_s: float = _PATIENCE_S
     """See `Vitals`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What the board knows and looks at as soon as the peer takes part in its run."""
+
+    pulse: Callable[[], Pulse]
+    """Asked twice a second."""
+    peer: str = ""
+    name: str = ""
+    run_name: str = ""
+    run_sha256: str = ""
+    total_tokens: int = 0
+    tokens_per_step: int = 0
+    estimates: Callable[[int], Estimate] | None = None
+    """What the run costs each of so many volunteers, of one that holds the whole model."""
 
 
 class LossCurve:
@@ -136,8 +152,7 @@ class StatusBoard:
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.tokens_per_step = 0
-        self._estimates: Callable[[int], Estimate] | None = None
+        self._watched: Watched | None = None
         self._now, self._wall = now, wall
         self._lock = threading.Lock()
         self._base = pb.PeerStatus(
@@ -147,7 +162,7 @@ class StatusBoard:
         self._names: dict[str, str] = {}
         self._before: pb.PeerStatus | None = None
         self._busy = self._arriving = ""
-        self._pulse: Callable[[], Pulse] | None = None
+        self._has_ended = False
         self._lookers: list[Callable[[pb.PeerStatus], None]] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._samples: deque[tuple[float, Pulse]] = deque()
@@ -162,13 +177,22 @@ class StatusBoard:
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
         """What `status` lets this peer expect to use, with as many volunteers as are present; None where not known."""
         present = sum(peer.present and not peer.bootstrap for peer in status.peers)
-        return self._estimates(present) if self._estimates is not None and present else None
+        estimates = None if self._watched is None else self._watched.estimates
+        return estimates(present) if estimates is not None and present else None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of this peer; 0 before it takes part."""
+        return 0 if self._watched is None else self._watched.tokens_per_step
 
     # ------------------------------------------------------------- what it is told
 
-    def estimates_by(self, estimates: Callable[[int], Estimate]) -> None:
-        """This peer holds the whole model: what the run costs each of so many volunteers."""
-        self._estimates = estimates
+    def watch(self, watched: Watched) -> None:
+        """The peer takes part in its run."""
+        with self._lock:
+            self._base.peer, self._base.name = watched.peer, watched.name
+            self._set_run(watched.run_name, watched.run_sha256, watched.total_tokens)
+        self._watched = watched
 
     def listening(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
         """`emit` with each event noted here first."""
@@ -237,16 +261,6 @@ class StatusBoard:
         del notices[:]
         notices.extend(kept)
 
-    def is_peer(self, peer: str, name: str) -> None:
-        """Who this peer is, once that is known."""
-        with self._lock:
-            self._base.peer, self._base.name = peer, name
-
-    def has_run(self, name: str, sha256: str, total_tokens: int) -> None:
-        """Which run it belongs to."""
-        with self._lock:
-            self._set_run(name, sha256, total_tokens)
-
     def _set_run(self, name: str, sha256: str, total_tokens: int) -> None:
         base = self._base
         base.run_name, base.run_sha256, base.total_tokens = name, sha256, total_tokens
@@ -307,13 +321,9 @@ class StatusBoard:
                 base.round = max(base.round, self._samples[-1][1].round)
             base.state, base.end_reason, base.exit_code = state, reason, exit_code
             base.doing = f"ended: {_REASONS.get(reason, reason)}"
-            self._pulse = None
+            self._has_ended = True
 
     # ------------------------------------------------------------- where it looks
-
-    def set_pulse(self, pulse: Callable[[], Pulse]) -> None:
-        """Where to look twice a second."""
-        self._pulse = pulse
 
     def add_looker(self, looker: Callable[[pb.PeerStatus], None]) -> None:
         """Somebody who fills live facts into a status that is asked for."""
@@ -393,14 +403,19 @@ class StatusBoard:
 
     def _look(self) -> Pulse | None:
         """The pulse, while the peer is in its rounds or serves."""
-        pulse = self._pulse
-        if pulse is None or self._base.state not in (
-            pb.PEER_STATE_WAITING,
-            pb.PEER_STATE_TRAINING,
-            pb.PEER_STATE_SERVING,
+        watched = self._watched
+        if (
+            watched is None
+            or self._has_ended
+            or self._base.state
+            not in (
+                pb.PEER_STATE_WAITING,
+                pb.PEER_STATE_TRAINING,
+                pb.PEER_STATE_SERVING,
+            )
         ):
             return None
-        return pulse()
+        return watched.pulse()
 
     def status(self) -> pb.PeerStatus:
         """Everything that is known now."""

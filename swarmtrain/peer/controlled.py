@@ -19,7 +19,7 @@ from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.board import Pulse, StatusBoard
+from swarmtrain.peer.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.checkpoint_files import Written, newest_written
 from swarmtrain.peer.common import Emit, PeerSettings, process_age_s
 from swarmtrain.peer.control import ControlServer, Powers, read_status
@@ -112,14 +112,20 @@ class Controlled:
         its checkpoints can be asked for. `estimates`: what the run costs each of so many volunteers, of one that holds
         the whole model."""
         run, board = swarm.published.run, self.board
-        board.is_peer(swarm.presence.me.peer, swarm.presence.me.name)
-        board.has_run(run.run.name, swarm.published.sha256, run.run.total_tokens)
-        board.tokens_per_step = run.tokens_per_step
-        if estimates is not None:
-            board.estimates_by(estimates)
         board.add_looker(swarm_looker(board, swarm))
         board.add_looker(checkpoints.show)
-        board.set_pulse(pulse)
+        board.watch(
+            Watched(
+                pulse=pulse,
+                peer=swarm.presence.me.peer,
+                name=swarm.presence.me.name,
+                run_name=run.run.name,
+                run_sha256=swarm.published.sha256,
+                total_tokens=run.run.total_tokens,
+                tokens_per_step=run.tokens_per_step,
+                estimates=estimates,
+            )
+        )
         self._checkpoints = checkpoints
 
     def serving(self) -> None:
