@@ -32,7 +32,7 @@ LATE_S = 1.0
 """What a busy machine may add to a round; a call that nobody answers takes 3 s (`write_run`)."""
 SLOWED = ("--slowdown", "2")
 """So that the run lasts until a late joiner is there, and its machine has room for that."""
-SHORT_END = "import swarmtrain.peer.volunteer\nswarmtrain.peer.volunteer._LINGER_S = 3.0"
+SHORT_END = "import swarmtrain.peer.model_training\nswarmtrain.peer.model_training._LINGER_S = 3.0"
 """At the end a volunteer waits a minute for an archive that may come back."""
 
 
