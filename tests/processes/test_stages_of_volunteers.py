@@ -6,11 +6,13 @@ import json
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
-from swarm import Child, Swarm, exit_limit_s, wait_until, write_run
+from swarm import PATIENCE_S, Child, Swarm, exit_limit_s, wait_until, write_run
 
 from swarmtrain.events import (
     ArchivedEvent,
@@ -18,10 +20,15 @@ from swarmtrain.events import (
     DoneEvent,
     JoinedEvent,
     MovedEvent,
+    PausedEvent,
+    PeerLeftEvent,
     RefusedEvent,
+    ResumedEvent,
     RoundEvent,
     StageThroughputEvent,
 )
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
@@ -206,6 +213,47 @@ def test_everyone_killed_and_started_again_goes_on_from_what_each_kept(swarm: Sw
     for child in (*again, bootstrap):
         assert child.wait() == 0, child.story()
     swarm.assert_nothing_left()
+
+
+def test_one_that_rests_holds_nothing_and_one_that_starts_paused_takes_nothing(swarm: Swarm) -> None:
+    """A pause that a person asked for outlives the process."""
+    bootstrap = swarm.bootstrap(_run(swarm, 10**9, "none"), "--wait-for", "2")
+    invite = bootstrap.invite.invite
+    anna, ben = swarm.join("anna", invite), swarm.join("ben", invite)
+    for child in (anna, ben):
+        child.wait_event(RoundEvent)
+    with _control_of(anna) as stub:
+        stub.Pause(pb.PauseRequest(), timeout=PATIENCE_S)
+        paused = anna.wait_event(PausedEvent)
+        ben.wait_event(PeerLeftEvent, lambda event: event.left == anna.id)
+        assert max(event.time for event in anna.all(RoundEvent)) <= paused.time, "it has left its stages"
+        stub.Resume(pb.ResumeRequest(), timeout=PATIENCE_S)
+        resumed = anna.wait_event(ResumedEvent)
+        assert len(anna.all(AssignedEvent)) == 2, "it takes what needs it then"
+        anna.wait_event(RoundEvent, lambda event: event.time > resumed.time)
+        stub.Pause(pb.PauseRequest(), timeout=PATIENCE_S)
+        wait_until(lambda: len(anna.all(PausedEvent)) == 2, "the second pause")
+    anna.interrupt()
+    assert anna.wait() == 0, anna.story()
+    again = swarm.join("anna", invite)
+    again.wait_event(PausedEvent)
+    assert not again.all(AssignedEvent) and not again.all(JoinedEvent)
+    with _control_of(again) as stub:
+        stub.Resume(pb.ResumeRequest(), timeout=PATIENCE_S)
+        again.wait_event(RoundEvent)
+    assert not again.all(ResumedEvent), "it had not been there"
+    for child in (again, ben, bootstrap):
+        child.interrupt()
+    for child in (again, ben, bootstrap):
+        assert child.wait() == 0, child.story()
+
+
+@contextmanager
+def _control_of(child: Child) -> Iterator[pb_grpc.ControlStub]:
+    address = child.folder / "control.address"
+    wait_until(address.exists, f"control of {child.name}")
+    with grpc.insecure_channel(address.read_text().splitlines()[0]) as channel:
+        yield pb_grpc.ControlStub(channel)
 
 
 def test_one_of_two_that_hangs_or_dies_costs_seconds_and_the_last_one_is_replaced(swarm: Swarm) -> None:
