@@ -122,11 +122,12 @@ def test_to_the_end(life: Life) -> None:
 def test_a_pause_is_told_once_the_others_know_and_is_over_once_it_is_back(life: Life) -> None:
     resume_soon(life)
     life.during["train"] = [lambda: pause(life)]
-    life.during["look who is here"] = [lambda: told.append([type(event) for event in life.events])]
     told: list[list[type[Event]]] = []
+    for step in ("withdraw", "look who is here"):
+        life.during[step] = [lambda: told.append([type(event) for event in life.events])]
     life.live()
     assert life.steps == [*BEFORE, "join", "train", "withdraw", *RESTED, "come back", "train", "finish", "leave"]
-    assert told == [[PausedEvent]]
+    assert told == [[], [PausedEvent]]
     paused, resumed = life.events
     assert isinstance(paused, PausedEvent) and paused.reason == "you asked for it"
     assert isinstance(resumed, ResumedEvent) and resumed.round == 7
