@@ -91,7 +91,7 @@ def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
     async def ask_now(peers: list[str]) -> dict[str, Told]:
         return answers.pop(0) if answers else {}
 
-    monkeypatch.setattr(exchange.swarm.rounds, "ask_now", ask_now)
+    monkeypatch.setattr(exchange.swarm.rounds.search, "ask_now", ask_now)
     assert exchange.present_state(Progress()) is None, "ben was busy for a moment, and has merged nothing yet"
     with pytest.raises(RunTimeError, match="nobody could deliver"):
         exchange.present_state(Progress())
@@ -111,8 +111,8 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
     async def fetch(told: dict[str, Told], reason: str, above_tokens: int = 0) -> object:
         return sorted(told)
 
-    monkeypatch.setattr(rounds, "ask_now", ask_now)
-    monkeypatch.setattr(rounds, "fetch_told_state", fetch)
+    monkeypatch.setattr(rounds.search, "ask_now", ask_now)
+    monkeypatch.setattr(rounds.search, "fetch_told_state", fetch)
 
     def a_round() -> object:
         exchange.ask_archives()

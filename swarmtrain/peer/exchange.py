@@ -303,7 +303,7 @@ class RosterExchange(SwarmExchange):
         self._told = None
         if came:
             asked = [*sorted(came), *random.sample(volunteers, min(_SAMPLE, len(volunteers)))]
-            self._told = self.network.submit(self.swarm.rounds.ask_now(asked))
+            self._told = self.network.submit(self.swarm.rounds.search.ask_now(asked))
 
     def archive_that_holds(self) -> NewState | None:
         """The state of one of these, if its answer is here and it holds against ours."""
@@ -315,7 +315,7 @@ class RosterExchange(SwarmExchange):
         self._archives |= came
         if not came:
             return None
-        fetching = self.network.submit(self.swarm.rounds.fetch_told_state(told, "the archive is back"))
+        fetching = self.network.submit(self.swarm.rounds.search.fetch_told_state(told, "the archive is back"))
         return wait_for(fetching, self.stop)
 
     def _replaced(self, new: NewState) -> Replaced:
@@ -330,7 +330,7 @@ class RosterExchange(SwarmExchange):
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
             self.swarm.rounds.begin(guest=True)
-            await self.swarm.rounds.ask_now([new.from_peer])
+            await self.swarm.rounds.search.ask_now([new.from_peer])
 
         wait_for(self.network.submit(look()), self.stop)
         self.offer(state, progress)
@@ -352,15 +352,15 @@ class RosterExchange(SwarmExchange):
         peers = [info.peer for info in live if not info.is_bootstrap]
         sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
         for _ in range(_TRIES):
-            told = wait_for(self.network.submit(rounds.ask_now(sample)), self.stop)
+            told = wait_for(self.network.submit(rounds.search.ask_now(sample)), self.stop)
             self._archives = frozenset(info.peer for info in live if info.is_bootstrap and info.peer in told)
             if sample and not told:
                 self.stop.sleep(1.0)
                 continue  # that nobody answers says nothing of what they have
-            if wait_for(self.network.submit(rounds.holds(told)), self.stop):
+            if wait_for(self.network.submit(rounds.search.holds(told)), self.stop):
                 return None
             reason = "joined late" if own is None else "was away"
-            fetching = self.network.submit(rounds.fetch_told_state(told, reason))
+            fetching = self.network.submit(rounds.search.fetch_told_state(told, reason))
             new = wait_for(fetching, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
             if new is not None:
                 return self._adopted(new)
