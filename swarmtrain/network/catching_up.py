@@ -18,7 +18,7 @@ from swarmtrain.protocol import round_events as ev
 from swarmtrain.protocol.rosters import Roster, Told
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NewState", "OfferedStates", "PeerStates", "StateSearch", "StateSource"]
+__all__ = ["Joined", "NewState", "OfferedStates", "PeerStates", "StateSearch", "StateSource"]
 
 _MAX_OFFERED = 8
 """So many states that were offered are kept, the last: most are never taken, and have no bytes here."""
@@ -33,6 +33,16 @@ class NewState:
     signed_roster: pb.Signed
     from_peer: str
     reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What a peer that comes, or comes back, begins with."""
+
+    begins: ev.JoinsWith
+    state: NewState | None
+    told: Mapping[str, Told]
+    """What those say that answered."""
 
 
 class StateSource(Protocol):
@@ -134,6 +144,12 @@ class StateSearch:
         survey = ev.Survey(search, tuple(peers))
         told: dict[str, Told] = await self._awaited.result(search, survey, ev.GivenUp(search))
         return told
+
+    async def join(self, peers: Sequence[str]) -> Joined:
+        """What this peer begins with, which comes, or comes back, and knows these; nobody is asked twice by this."""
+        search = self._awaited.next_number()
+        joined: Joined = await self._awaited.result(search, ev.Join(search, tuple(peers)), ev.GivenUp(search))
+        return joined
 
     async def holds(self, told: Mapping[str, Told]) -> bool:
         """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked

@@ -18,7 +18,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, TypeAlias, assert_never
 
 from swarmtrain.errors import BadBytesError, UnreachableError
-from swarmtrain.network.catching_up import NewState, OfferedStates, PeerStates, StateSearch, StateSource
+from swarmtrain.network.catching_up import Joined, NewState, OfferedStates, PeerStates, StateSearch, StateSource
 from swarmtrain.network.chains import ChainStore, NextRosters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.downloads import Downloads
@@ -161,10 +161,8 @@ class Rounds:
                     task.cancel()
                 self._states.drop(command.number)
                 if command.failed:
-                    silence_s = self.settings.silence_s
-                    self.downloads.calls.on_failure(
-                        command.peer, UnreachableError(f"it has not answered for {silence_s:g} s")
-                    )
+                    error = UnreachableError(f"it has not answered for {self.settings.silence_s:g} s")
+                    self.downloads.calls.on_failure(command.peer, error)
             case ev.Answer():
                 reply = self._answers.reply(command, self._requests[command.call], self.inner_steps_done)
                 self._awaited.found(command.call, reply)
@@ -183,6 +181,10 @@ class Rounds:
             case ev.Sought():
                 state = None if command.number is None else self._states.pop(command.number)
                 self._awaited.found(command.search, (command.is_ours, state))
+            case ev.Joined():
+                state = None if command.number is None else self._states.pop(command.number)
+                joined = Joined(begins=command.begins, state=state, told=dict(command.told))
+                self._awaited.found(command.search, joined)
             case ev.Name():
                 self.downloads.refused(command.peer, BadBytesError(command.detail))
             case ev.Report():
@@ -190,11 +192,7 @@ class Rounds:
             case _:
                 assert_never(command)
 
-    def _do_in(
-        self,
-        ended: EndedRound,
-        command: ev.Bring | ev.Merge[pb.Signed] | ev.GiveUpMerge | ev.Finish[pb.Signed] | ev.Adopt,
-    ) -> None:
+    def _do_in(self, ended: EndedRound, command: _InEnded) -> None:
         match command:
             case ev.Bring():
                 ended.bring(command)

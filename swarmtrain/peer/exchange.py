@@ -13,7 +13,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,7 @@ from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s
 from swarmtrain.protocol.rosters import Told, steps_of_round
+from swarmtrain.protocol.round_events import JoinsWith
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -46,7 +47,7 @@ __all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
-_TRIES = 3
+_TRY_AGAIN_S = 1.0
 _OFFER_S = 30.0
 
 
@@ -346,25 +347,21 @@ class RosterExchange(SwarmExchange):
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that it comes into late."""
         self._fresh = True
-        rounds = self.swarm.rounds
-        own = None if rounds.last is None else rounds.last[0]
-        live = self.swarm.membership.live()
+        live, search = self.swarm.membership.live(), self.swarm.rounds.search
+        bootstraps = [info.peer for info in live if info.is_bootstrap]
         peers = [info.peer for info in live if not info.is_bootstrap]
-        sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
-        for _ in range(_TRIES):
-            told = wait_for(self.network.submit(rounds.search.ask_now(sample)), self.stop)
-            self._archives = frozenset(info.peer for info in live if info.is_bootstrap and info.peer in told)
-            if sample and not told:
-                self.stop.sleep(1.0)
-                continue  # that nobody answers says nothing of what they have
-            if wait_for(self.network.submit(rounds.search.holds(told)), self.stop):
-                return None
-            reason = "joined late" if own is None else "was away"
-            fetching = self.network.submit(rounds.search.fetch_told_state(told, reason))
-            new = wait_for(fetching, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
-            if new is not None:
-                return self._adopted(new)
-            self.stop.sleep(1.0)
-        if own is not None:
-            return None  # it will catch up at the end of its round
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+        asked = random.sample(peers, min(_SAMPLE, len(peers))) + bootstraps
+        while True:
+            joining = self.network.submit(search.join(asked))
+            joined = wait_for(joining, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
+            self._archives = frozenset(joined.told.keys() & set(bootstraps))
+            match joined.begins:
+                case JoinsWith.OTHERS:
+                    assert joined.state is not None
+                    reason = "joined late" if self.swarm.rounds.last is None else "was away"
+                    return self._adopted(replace(joined.state, reason=reason))
+                case JoinsWith.OWN:
+                    return None
+                case JoinsWith.NOTHING:
+                    raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+            self.stop.sleep(_TRY_AGAIN_S)

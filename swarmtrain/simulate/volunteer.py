@@ -29,7 +29,7 @@ __all__ = ["Reply", "Surroundings", "Volunteer", "named"]
 Reply: TypeAlias = ev.Reply[None, None]
 _Event: TypeAlias = ev.Event[None, None]
 
-_SAMPLE, _TRIES, _TRY_AGAIN_S = 16, 3, 1.0
+_SAMPLE, _TRY_AGAIN_S = 16, 1.0
 _JOINS, _LOOKS = 0, 1
 """What it asks others for: a state to begin with, and how far they are."""
 
@@ -110,7 +110,6 @@ class Volunteer(Transfers):
         self._num_calls = itertools.count()
         self._asking: dict[int, Question] = {}
         self._offered: dict[int, tuple[str, State]] = {}
-        self._tries = 0
         self._started_s = self._training_ends_s = self._frozen_at_s = world.clock.now
         self._presence_read = 0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
@@ -242,10 +241,10 @@ class Volunteer(Transfers):
                 self._tell(ev.Taken(number))
             case ev.Adopt(number=number):
                 self._adopt(*self._offered.pop(number))
-            case ev.Surveyed(search=search):
-                self._surveyed(search, command.told)
-            case ev.Sought(is_ours=is_ours, number=found):
-                self._sought(is_ours, found)
+            case ev.Surveyed():
+                self._begin_late()
+            case ev.Joined(begins=begins, number=number):
+                self._joined(begins, number)
 
     def _answered(self, number: int, peer: str, reply: Reply | None) -> None:
         self._asking.pop(number, None)
@@ -282,24 +281,15 @@ class Volunteer(Transfers):
     def begin(self) -> None:
         """Look who is there, take their state, train."""
         self._read_presences()
-        self._tries += 1
         others = [info.peer for info in self.membership.volunteers()][:_SAMPLE]
-        self._tell(ev.Survey(_JOINS, tuple(others)))
+        self._tell(ev.Join(_JOINS, tuple(others)))
 
-    def _surveyed(self, search: int, told: Mapping[str, Told]) -> None:
-        if search == _LOOKS:
+    def _joined(self, begins: ev.JoinsWith, number: int | None) -> None:
+        if number is not None:
+            self._adopt(*self._offered.pop(number))
+        elif begins is ev.JoinsWith.OWN:
             self._begin_late()
-        elif told or not self.membership.volunteers():
-            self._tell(ev.Seek(_JOINS, told))
-        else:
-            self._sought(False, None)  # that nobody answers says nothing of what they have
-
-    def _sought(self, is_ours: bool, found: int | None) -> None:
-        if found is not None:
-            self._adopt(*self._offered.pop(found))
-        elif is_ours or (self._tries >= _TRIES and self.last is not None):
-            self._begin_late()
-        else:
+        else:  # who has nothing is started again
             self._later(_TRY_AGAIN_S, self.begin)
 
     def _begin_late(self) -> None:
