@@ -119,10 +119,10 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
     monkeypatch.setattr(rounds.search, "fetch_told_state", fetch)
 
     def a_round() -> object:
-        exchange.ask_archives()
-        if exchange._told is not None:
-            exchange._told.result(5)
-        return exchange.archive_that_holds()
+        exchange.archives.ask()
+        if exchange.archives._told is not None:
+            exchange.archives._told.result(5)
+        return exchange.archives.state_that_holds()
 
     def comes(stamp: float) -> None:
         info = PeerInfo(peer=CARL.peer_id, is_bootstrap=True, stamp=stamp)

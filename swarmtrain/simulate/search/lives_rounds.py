@@ -151,8 +151,7 @@ class _Exchange(RosterExchange):
     def __init__(self, volunteer: RoundsVolunteer) -> None:
         world: Any = volunteer.world
         stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
-        self.swarm, self.run, self.network, self.stop = volunteer.swarm, world.run_file, world, stop
-        self._fresh = True
+        super().__init__(world, volunteer.swarm, world.run_file, stop)
 
     def offer(self, state: Any, progress: Progress) -> None:
         """The volunteer does it."""
@@ -199,7 +198,7 @@ class RoundsVolunteer(Volunteer):
         if self.is_first:
             self.world.first_round(self)
         self.is_first = False
-        self.exchange.ask_archives()
+        self.exchange.archives.ask()
         super()._start_round()
 
     def _end_round(self) -> None:
@@ -218,7 +217,7 @@ class RoundsVolunteer(Volunteer):
         if waits and all(self._is_with_us(one) for one in others):  # it would hear that
             self.later(_LOOKS_S, self._agree)
             return
-        if (archived := self.exchange.archive_that_holds()) is not None:
+        if (archived := self.exchange.archives.state_that_holds()) is not None:
             self._take(archived)
             return
         told = self.world.run(self.rounds.search.ask_now([one.me for one in others]))
