@@ -151,6 +151,11 @@ class StateSearch:
         joined: Joined = await self._awaited.result(search, ev.Join(search, tuple(peers)), ev.GivenUp(search))
         return joined
 
+    async def took(self, state: NewState) -> None:
+        """This state is ours now: look once more how far its round is, into which we come late."""
+        search = self._awaited.next_number()
+        await self._awaited.result(search, ev.TookState(search, state.from_peer), ev.GivenUp(search))
+
     async def holds(self, told: Mapping[str, Told]) -> bool:
         """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked
         how it came there before any is judged."""

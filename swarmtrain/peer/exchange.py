@@ -299,8 +299,7 @@ class RosterExchange(SwarmExchange):
 
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
-            self.swarm.rounds.begin(guest=True)
-            await self.swarm.rounds.search.ask_now([new.from_peer])
+            await self.swarm.rounds.search.took(new)
 
         wait_for(self.network.submit(look()), self.stop)
         self.offer(state, progress)

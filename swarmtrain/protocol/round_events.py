@@ -234,6 +234,14 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class TookState:
+    """The weights are now those of `source`: its round is under way, and this peer comes into it late."""
+
+    search: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Offered(Generic[Envelope]):
     """A state that was asked for is offered, after this roster."""
 
@@ -280,6 +288,7 @@ Event: TypeAlias = (
     | Survey
     | Seek
     | Join
+    | TookState
     | Offered[Envelope]
     | NotFetched
     | Taken

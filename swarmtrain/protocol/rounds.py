@@ -166,6 +166,9 @@ class RoundEngine(Generic[Envelope, Link]):
                 return self._seeker.seek(event, self.round, now)
             case ev.Join():
                 return self._seeker.join(event, self.round, now)
+            case ev.TookState():
+                self.guest = True
+                return self._seeker.survey(ev.Survey(event.search, (event.source,)), self.round, now)
             case ev.Offered() | ev.NotFetched() | ev.Taken():
                 return self._caught_up(self._seeker.fetch_went_on(event, now), now)
         return []

@@ -388,5 +388,4 @@ class Volunteer:
         for round in [r for r in self.digest_at if r >= self.round]:
             del self.digest_at[round]
         self.world.record("adopted", self, state.last)
-        self.tell(ev.Begun(guest=True))
-        self.tell(ev.Survey(_LOOKS, (source,)))
+        self.tell(ev.TookState(_LOOKS, source))

@@ -511,6 +511,15 @@ def test_who_joins_takes_the_state_that_holds_or_tries_again() -> None:
     assert engine.receive(ev.Taken(fetch.number), 1.3) == [ev.Joined(1, ev.JoinsWith.OTHERS, fetch.number, told)]
 
 
+def test_who_takes_a_state_is_a_guest_and_asks_its_source_how_far_its_round_is() -> None:
+    engine = engine_of("z", "b", "c", applied=(BEGAN,))
+    assert not engine.guest
+    [ask] = engine.receive(ev.TookState(7, "b"), 1.0)
+    assert engine.guest and isinstance(ask, ev.Ask) and (ask.peer, ask.question) == ("b", ev.Question(round=1))
+    told = {"b": Told(round=3, last=TWO)}
+    assert engine.receive(ev.Answered(ask.number, reply(TWO)), 1.1) == [ev.Surveyed(7, told)]
+
+
 def test_who_does_not_want_to_join_any_more_asks_nobody() -> None:
     engine = engine_of("z", "b")
     [number] = asked(engine.receive(ev.Join(1, ("b",)), 1.0)).values()
