@@ -139,6 +139,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 self.guest = event.guest
             case ev.Left():
                 self.away = self.guest = True
+                self._seeker.join_anew()
                 return self._tell()
             case ev.CameBack():
                 self.away = False

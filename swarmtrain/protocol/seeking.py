@@ -306,6 +306,10 @@ class Seeker(Generic[Envelope, Link]):
         )
         return self._seek_on(search, now)
 
+    def join_anew(self) -> None:
+        """This peer has left: whatever it tried before, it tries as often when it comes back."""
+        self._join_tries = 0
+
     def catch_up(self, of: CatchingUp[Envelope, Link]) -> _Commands[Envelope]:
         """Take the state of one of those ahead."""
         return self._fetch_next(of)

@@ -485,8 +485,11 @@ def test_who_joins_asks_three_times_before_it_goes_on_without_an_answer(applied:
     engine = engine_of("z", "b", applied=applied)
     last = ev.JoinsWith.OWN if applied else ev.JoinsWith.NOTHING
     yet = ev.JoinsWith.NOTHING_YET
-    for begins in (yet, yet, last, yet, yet, last):
+    for begins in (yet, yet, last, yet, yet, last, yet):
         assert joined(engine, None) == [ev.Joined(1, begins, None, {})]
+    engine.receive(ev.Left(), 1.0)
+    for begins in (yet, yet, last):
+        assert joined(engine, None) == [ev.Joined(1, begins, None, {})], "it was paused meanwhile"
 
 
 def test_who_joins_a_swarm_in_which_nobody_is_or_has_merged_a_round_begins_with_its_own() -> None:
