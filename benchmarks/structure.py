@@ -128,7 +128,7 @@ PATHS = {
         network/rounds.py Rounds.finish
         network/snapshots.py SnapshotStore.add
         + network/service.py service_type.PeerService.rpc_round
-        + network/rounds.py Rounds._read_untrusted | network/rounds.py Rounds._reply_untrusted
+        + network/rounds.py Rounds._read_untrusted | network/rounds.py Rounds._reply_untrusted | network/round_questions.py RoundQuestions.read_untrusted
         + network/roster.py check_publication
         + network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
@@ -142,13 +142,13 @@ PATHS = {
         network/node.py Stream.take
         network/snapshots.py _pull_run
         network/snapshots.py pull_chunks
-        network/merging.py Merger.pull
-        network/merging.py Merger._average_range
+        network/merging.py Merger.pull | network/downloads.py Downloads.pull
+        network/merging.py Merger._average_range | network/merging.py Merger.average_range
         network/codec.py average_bytes_untrusted
         algorithm/outer.py weighted_mean
         network/merging.py Merger.merge
-        network/rounds.py Rounds._merge
-        network/round_state.py Merged | network/rounds.py Merged
+        network/rounds.py Rounds._merge | network/round_end.py EndedRound._merge
+        network/round_state.py Merged | network/rounds.py Merged | network/round_end.py Merged
         network/rounds.py Rounds._step | network/rounds.py Rounds._do
         network/rounds.py Rounds.finish
         peer/exchange.py RosterExchange.collect
@@ -158,7 +158,7 @@ PATHS = {
         peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
         peer/updates.py Averaged.next_state | peer/trainer.py Averaged.next_state | peer/trainer.py Trainer.merge
         algorithm/outer.py outer_step
-    """,
+    """,  # noqa: E501 - a step and its successors are one line
     "activations, pipeline": """
         peer/microbatches.py MicrobatchSource.next_microbatch
         peer/driving.py Driving._keep_drawing | Driving._keep_driving

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
@@ -86,15 +86,19 @@ def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
 ) -> None:
     exchange = exchange_for(1)
     monkeypatch.setattr(exchange.stop, "sleep", lambda seconds: None)
-    answers: list[dict[str, Told]] = [{}, {BEN.peer_id: Told(round=0, last=None)}]
+    asked = list[str]()
 
-    async def ask_now(peers: list[str]) -> dict[str, Told]:
-        return answers.pop(0) if answers else {}
+    async def answer(peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        asked.append(peer)
+        if len(asked) != 2:
+            raise UnreachableError("it is busy")
+        return pb.RoundReply()
 
-    monkeypatch.setattr(exchange.swarm.rounds, "ask_now", ask_now)
+    monkeypatch.setattr(exchange.swarm.calls, "round", answer)
     assert exchange.present_state(Progress()) is None, "ben was busy for a moment, and has merged nothing yet"
     with pytest.raises(RunTimeError, match="nobody could deliver"):
         exchange.present_state(Progress())
+    assert asked == [BEN.peer_id] * 5
 
 
 def test_an_archive_that_comes_is_asked_once_beside_the_round(
@@ -111,14 +115,14 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
     async def fetch(told: dict[str, Told], reason: str, above_tokens: int = 0) -> object:
         return sorted(told)
 
-    monkeypatch.setattr(rounds, "ask_now", ask_now)
-    monkeypatch.setattr(rounds, "fetch_told_state", fetch)
+    monkeypatch.setattr(rounds.search, "ask_now", ask_now)
+    monkeypatch.setattr(rounds.search, "fetch_told_state", fetch)
 
     def a_round() -> object:
-        exchange.ask_archives()
-        if exchange._told is not None:
-            exchange._told.result(5)
-        return exchange.archive_that_holds()
+        exchange.archives.ask()
+        if exchange.archives._told is not None:
+            exchange.archives._told.result(5)
+        return exchange.archives.state_that_holds()
 
     def comes(stamp: float) -> None:
         info = PeerInfo(peer=CARL.peer_id, is_bootstrap=True, stamp=stamp)

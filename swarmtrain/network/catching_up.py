@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from swarmtrain.errors import BadBytesError
-from swarmtrain.network.merging import Merger
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.downloads import Downloads, check_finite
+from swarmtrain.network.merging import RoundSettings
+from swarmtrain.network.roster import CheckedRosters, named
 from swarmtrain.network.snapshots import Held, empty_held, manifest_untrusted
+from swarmtrain.network.tasks import Awaited
 from swarmtrain.network.token_rows import check_token_rows_untrusted
-from swarmtrain.protocol.rosters import Roster
+from swarmtrain.protocol import round_events as ev
+from swarmtrain.protocol.rosters import Roster, Told
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NewState", "offered_state_untrusted", "take_state"]
+__all__ = ["Joined", "NewState", "OfferedStates", "PeerStates", "StateSearch", "StateSource"]
+
+_MAX_OFFERED = 8
+"""So many states that were offered are kept, the last: most are never taken, and have no bytes here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,24 +35,143 @@ class NewState:
     reason: str = ""
 
 
-def offered_state_untrusted(
-    merger: Merger, reply: pb.StateReply, source: str, min_round: int, roster: Roster
-) -> NewState:
-    """The state that `source` offers, none of whose bytes are here yet; `roster` is the one in `reply`, checked."""
-    kind, settings = pb.SNAPSHOT_KIND_STATE, merger.settings
-    snapshot = manifest_untrusted(reply.manifest, settings.run_sha256, kind, settings.state_specs)
-    manifest = snapshot.manifest
-    if manifest.round < min_round or manifest.round != roster.round + 1:
-        raise BadBytesError("a state of another round than asked for, or than its roster leads to")
-    if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
-        raise BadBytesError("a state that does not fit its roster")
-    check_token_rows_untrusted(manifest)
-    return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What a peer that comes, or comes back, begins with."""
+
+    begins: ev.JoinsWith
+    state: NewState | None
+    told: Mapping[str, Told]
+    """What those say that answered."""
 
 
-async def take_state(merger: Merger, state: NewState) -> None:
-    """Bring its bytes here. Raises PeerError."""
-    snapshot = state.held.snapshot
-    with merger.store.showing(state.held):
-        await merger.pull(state.held, range(snapshot.num_chunks), [state.from_peer])
-        await merger.check_finite(state.held.part(0, snapshot.manifest.total_bytes))
+class StateSource(Protocol):
+    """Where others' states come from."""
+
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """The state that a peer has, none of whose bytes are here yet; None if it has none. Raises PeerError."""
+
+    async def take(self, state: NewState) -> None:
+        """Bring its bytes here. Raises PeerError."""
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """That peer is why there is no state."""
+
+
+class PeerStates:
+    """States by the network: see `StateSource`."""
+
+    def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
+        self._downloads, self._settings, self._rosters = downloads, settings, rosters
+
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """See `StateSource`."""
+        reply = await self._downloads.calls.state(source, min_round)
+        if not reply.HasField("manifest"):
+            return None
+        roster, settings = self._rosters.read_untrusted(reply.roster).roster, self._settings
+        snapshot = manifest_untrusted(reply.manifest, settings.run_sha256, pb.SNAPSHOT_KIND_STATE, settings.state_specs)
+        manifest = snapshot.manifest
+        if manifest.round < min_round or manifest.round != roster.round + 1:
+            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
+        if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
+            raise BadBytesError("a state that does not fit its roster")
+        check_token_rows_untrusted(manifest)
+        return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
+
+    async def take(self, state: NewState) -> None:
+        """See `StateSource`."""
+        snapshot = state.held.snapshot
+        with self._downloads.store.showing(state.held):
+            await self._downloads.pull(state.held, range(snapshot.num_chunks), [state.from_peer])
+            await check_finite(state.held.part(0, snapshot.manifest.total_bytes))
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """See `StateSource`."""
+        self._downloads.blame(peer, error)
+
+
+class OfferedStates:
+    """The states that were asked for, by the engine's numbers."""
+
+    def __init__(self, source: StateSource) -> None:
+        self._source = source
+        self._offered: dict[int, NewState] = {}
+
+    async def fetch(self, fetch: ev.Fetch) -> ev.Offered[pb.Signed] | ev.NotFetched:
+        """Have a peer offer its state."""
+        try:
+            state = await self._source.offered_untrusted(fetch.source, fetch.min_round)
+        except PeerError as error:
+            self._source.blame(fetch.source, error)
+            state = None
+        if state is None:
+            return ev.NotFetched(fetch.number)
+        self._offered[fetch.number] = state
+        while len(self._offered) > _MAX_OFFERED:
+            del self._offered[next(iter(self._offered))]
+        return ev.Offered(fetch.number, named(state.roster, state.signed_roster))
+
+    async def take(self, number: int) -> ev.Taken | ev.NotFetched:
+        """Bring the bytes of one that is offered."""
+        state = self._offered.pop(number)  # what comes of it takes memory: it is kept if it is whole
+        try:
+            await self._source.take(state)
+        except PeerError as error:
+            self._source.blame(state.from_peer, error)
+            return ev.NotFetched(number)
+        self._offered[number] = state
+        return ev.Taken(number)
+
+    def pop(self, number: int) -> NewState:
+        """One that is here, whole."""
+        return self._offered.pop(number)
+
+    def drop(self, number: int) -> None:
+        """It is not wanted any more, if it was a state."""
+        self._offered.pop(number, None)
+
+
+class StateSearch:
+    """Asks others how far they are, and finds the state that holds among theirs."""
+
+    def __init__(self, awaited: Awaited[ev.Event[pb.Signed, pb.ChainLink]]) -> None:
+        self._awaited = awaited
+
+    async def ask_now(self, peers: Sequence[str]) -> dict[str, Told]:
+        """What these peers tell of themselves now; those that do not answer are missing."""
+        search = self._awaited.next_number()
+        survey = ev.Survey(search, tuple(peers))
+        told: dict[str, Told] = await self._awaited.result(search, survey, ev.GivenUp(search))
+        return told
+
+    async def join(self, peers: Sequence[str]) -> Joined:
+        """What this peer begins with, which comes, or comes back, and knows these; nobody is asked twice by this."""
+        search = self._awaited.next_number()
+        joined: Joined = await self._awaited.result(search, ev.Join(search, tuple(peers)), ev.GivenUp(search))
+        return joined
+
+    async def took(self, state: NewState) -> None:
+        """This state is ours now: look once more how far its round is, into which we come late."""
+        search = self._awaited.next_number()
+        await self._awaited.result(search, ev.TookState(search, state.from_peer), ev.GivenUp(search))
+
+    async def holds(self, told: Mapping[str, Told]) -> bool:
+        """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked
+        how it came there before any is judged."""
+        is_ours, _ = await self._seek(ev.Seek(self._awaited.next_number(), told, fetches=False))
+        return is_ours
+
+    async def fetch_told_state(self, told: Mapping[str, Told], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The state that holds, from whoever has it of those who have just `told` what they have, if it counts more
+        than `above_tokens` tokens. None if nobody has such a one, or nobody delivered."""
+        _, state = await self._seek(ev.Seek(self._awaited.next_number(), told, above_tokens))
+        return None if state is None else dataclasses.replace(state, reason=reason)
+
+    async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The same from these peers, asked now."""
+        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
+
+    async def _seek(self, seek: ev.Seek) -> tuple[bool, NewState | None]:
+        found: tuple[bool, NewState | None] = await self._awaited.result(seek.search, seek, ev.GivenUp(seek.search))
+        return found

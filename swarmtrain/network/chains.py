@@ -1,6 +1,6 @@
 """A peer's own chain of rosters with the manifests that stand on them, and those that others show; as bytes, checked.
 
-What they mean is in `protocol/chains.py`; who asks for them is in `network/rounds.py`.
+What they mean is in `protocol/chains.py`; who asks for them is in `network/round_questions.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.merging import RoundSettings
-from swarmtrain.network.roster import check_publication, publication_of, roster_untrusted
+from swarmtrain.network.roster import check_publication, named, publication_of, roster_untrusted
 from swarmtrain.network.signing import payload_sha256
 from swarmtrain.network.snapshots import manifest_untrusted
 from swarmtrain.protocol.chains import MAX_LINKS, Chain, ChainLink, Chains, ShownChain, flaw
 from swarmtrain.protocol.rosters import Roster
+from swarmtrain.protocol.round_events import SignedRoster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ChainStore", "chain_untrusted"]
+__all__ = ["ChainStore", "NextRosters", "chain_untrusted"]
 
 _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Of a chain on the wire, and of what is kept of the own one: a frame has 4 MiB."""
@@ -122,3 +123,32 @@ class ChainStore(Chains[pb.ChainLink]):
             raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
         if message.links:
             self.keep(chain_untrusted(message, self.chain, settings))
+
+
+class NextRosters:
+    """The rosters one of which this peer may apply next: of each the mean is made here, or a state was taken."""
+
+    def __init__(self, chains: ChainStore) -> None:
+        self._chains = chains
+        self._known: dict[str, tuple[SignedRoster[pb.Signed], Sequence[pb.Signed]]] = {}
+        """By digest, with the manifests that were merged."""
+
+    def merged(self, one: SignedRoster[pb.Signed], manifests: Sequence[pb.Signed]) -> None:
+        """Its mean is made here, of these."""
+        self._known[one.roster.digest] = one, manifests
+
+    def taken(self, roster: Roster, signed: pb.Signed) -> None:
+        """The state after it was taken from another peer, or read from a disk."""
+        _, manifests = self._known.get(roster.digest, (None, ()))
+        self._known[roster.digest] = named(roster, signed), manifests
+
+    def apply(self, digest: str, last: SignedRoster[pb.Signed] | None) -> SignedRoster[pb.Signed]:
+        """This one it is, unless it is `last`, that which was applied before: our chain leads to it from now on."""
+        one, manifests = self._known.get(digest, (last, ()))
+        assert one is not None and one.roster.digest == digest, "a state without its roster"
+        self._chains.move_to(one.roster, one.signed, manifests)
+        return one
+
+    def forget(self) -> None:
+        """Those of the round before are not needed any more."""
+        self._known.clear()

@@ -8,29 +8,26 @@ those of an all-reduce; whoever finds a share missing averages it from the hashe
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.downloads import Downloads, check_finite
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.roster import check_publication
-from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.signing import open_signed_untrusted
 from swarmtrain.network.snapshots import (
     CHUNK_BYTES,
     Body,
     Held,
     PullLimits,
-    SnapshotStore,
     TensorSpec,
-    all_finite,
     build_snapshot,
     empty_held,
     manifest_untrusted,
-    pull_chunks,
     pull_manifest,
 )
 from swarmtrain.network.tasks import run_together
@@ -40,7 +37,6 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
 
-_log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 0.1
 _T = TypeVar("_T")
 
@@ -70,26 +66,29 @@ class UnobtainableError(Exception):
         self.peers = frozenset(peers)
 
 
-@dataclass
 class Merger:
-    """Pulls and averages. `publications` are those known of the round, by peer; it adds what it has to look for."""
+    """Averages what rosters name. A share is asked for with the hash of the roster that its owner told of last,
+    `last_known(owner)`."""
 
-    identity: Identity
-    calls: PeerCalls
-    store: SnapshotStore
-    membership: Membership
-    settings: RoundSettings
-    average: Average
-    refused: Callable[[str, PeerError], None]
-    share_ready: Callable[[Held], None]
-    last_known: Callable[[str], bytes] = lambda peer: b""
-    """The hash of the last roster that a peer is known to have told of."""
-    roster_sha256: bytes = b""
-    """The hash by which the others know the roster that is merged."""
-    _own_share_s: float = field(default=0.0, init=False)
+    def __init__(
+        self,
+        identity: Identity,
+        downloads: Downloads,
+        membership: Membership,
+        settings: RoundSettings,
+        average: Average,
+        last_known: Callable[[str], bytes],
+    ) -> None:
+        self.identity, self.downloads, self.membership, self.settings = identity, downloads, membership, settings
+        self.last_known = last_known
+        self._average = average
 
-    async def merge(self, roster: Roster, publications: dict[str, Held]) -> bytearray:
-        """The mean as bytes, over those publications that are finite. Raises UnobtainableError."""
+    async def merge(
+        self, roster: Roster, name: str, publications: dict[str, Held], share_ready: Callable[[Held], None]
+    ) -> bytearray:
+        """The mean as bytes, over those publications that are finite. `publications` are those known of the round, by
+        peer; what has to be looked for is added. `name` is what the others call the roster; `share_ready` gets this
+        peer's share, where there are shares. Raises UnobtainableError."""
         entries: list[Held] = []
         for entry in roster.entries:
             held = publications.get(entry.peer)
@@ -97,28 +96,23 @@ class Merger:
                 held = await self._find(roster, entry)
                 if entry.peer != self.identity.peer_id:
                     publications[entry.peer] = held
-            self._check_entry(entry, held)
+            _check_entry(entry, held)
             entries.append(held)
-        num_chunks = entries[0].snapshot.num_chunks
         if len(entries) <= self.settings.share_above:
-            return await self._average_range(roster, entries, range(num_chunks))
-        return await self._average_in_shares(roster, entries, num_chunks)
-
-    def _check_entry(self, entry: Publication, held: Held) -> None:
-        manifest = held.snapshot.manifest
-        if (manifest.tokens, manifest.inner_steps) != (entry.tokens, entry.inner_steps):
-            raise UnobtainableError(entry.peer)  # the roster says something else than what it points to
+            return await self.average_range(roster, entries, range(entries[0].snapshot.num_chunks))
+        return await _MergeInShares(self, roster, name, entries, share_ready).run()
 
     async def _find(self, roster: Roster, entry: Publication) -> Held:
+        settings, downloads = self.settings, self.downloads
         for source in self._sources(roster, entry.peer):
             try:
-                signed = await pull_manifest(source, entry.snapshot, self.calls.open_pull, self.settings.pull)
+                signed = await pull_manifest(source, entry.snapshot, downloads.calls.open_pull, settings.pull)
                 kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
-                snapshot = manifest_untrusted(signed, self.settings.run_sha256, kind, self.settings.specs)
-                check_publication(snapshot, entry.peer, roster.round, self.settings.max_tokens)
+                snapshot = manifest_untrusted(signed, settings.run_sha256, kind, settings.specs)
+                check_publication(snapshot, entry.peer, roster.round, settings.max_tokens)
                 return empty_held(snapshot)
             except PeerError as error:
-                self.blame(source, error)
+                downloads.blame(source, error)
         raise UnobtainableError(entry.peer)
 
     def _sources(self, roster: Roster, author: str) -> list[str]:
@@ -126,131 +120,131 @@ class Merger:
         sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
         return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
-    async def pull(self, held: Held, chunks: range, sources: Sequence[str]) -> None:
-        """Bring chunks here and serve them on. Raises UnreachableError."""
-        sources = [source for source in sources if source != self.identity.peer_id]
-        async with held.pulling, self.calls.pull_slots:
-            await pull_chunks(held, chunks, sources, self.calls.open_pull, self.settings.pull, self.blame)
-        self.store.add(held)
-
-    def _rotated(self, items: list[_T]) -> list[_T]:
+    def rotated(self, items: list[_T]) -> list[_T]:
         """The same items, begun elsewhere by every peer, so that not all pull from the first one first."""
         start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
         return items[start:] + items[:start]
 
-    def blame(self, peer: str, error: PeerError) -> None:
-        """Tell of hostile bytes; log the rest."""
-        if isinstance(error, BadBytesError):
-            self.refused(peer, error)
-        else:
-            _log.debug("pulling from %s: %s", peer, error)
-
-    async def _average_range(self, roster: Roster, entries: Sequence[Held], chunks: range) -> bytearray:
-        """The weighted mean of one range of chunks over the whole roster, in roster order."""
-
+    async def average_range(self, roster: Roster, entries: Sequence[Held], chunks: range) -> bytearray:
+        """The weighted mean of one range of chunks over the whole roster, in roster order. Raises UnobtainableError."""
         lacking: list[str] = []
 
         async def bring(entry: Publication, held: Held) -> None:
             try:
-                await self.pull(held, chunks, self._sources(roster, entry.peer))
+                await self.downloads.pull(held, chunks, self._sources(roster, entry.peer))
             except UnreachableError:
                 lacking.append(entry.peer)
 
         pairs = list(zip(roster.entries, entries, strict=True))
-        await run_together(bring(entry, held) for entry, held in self._rotated(pairs))
+        await run_together(bring(entry, held) for entry, held in self.rotated(pairs))
         if lacking:
             raise UnobtainableError(*lacking)
         total = entries[0].snapshot.manifest.total_bytes
         start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, total)
         parts = [held.part(start, end) for held in entries]
         weights = [entry.tokens for entry in roster.entries]
-        mean, left_out = await asyncio.to_thread(self.average, parts, weights)
+        mean, left_out = await asyncio.to_thread(self._average, parts, weights)
         for index in left_out:
-            self.refused(roster.entries[index].peer, BadBytesError("a pseudo-gradient that is not finite"))
+            error = BadBytesError("a pseudo-gradient that is not finite")
+            self.downloads.refused(roster.entries[index].peer, error)
         return mean
 
-    # ------------------------------------------------------------- shares
 
-    async def _average_in_shares(self, roster: Roster, entries: Sequence[Held], num_chunks: int) -> bytearray:
-        mean = bytearray(entries[0].snapshot.manifest.total_bytes)
-        ranges = share_ranges(num_chunks, len(entries))
-        roster_s = swarm_time()
-        own = roster.peers.index(self.identity.peer_id) if self.identity.peer_id in roster.peers else None
+class _MergeInShares:
+    """One merge of which each on the roster averages a share."""
+
+    def __init__(
+        self, merger: Merger, roster: Roster, name: str, entries: Sequence[Held], share_ready: Callable[[Held], None]
+    ) -> None:
+        self._merger, self._roster, self._name, self._entries = merger, roster, name, entries
+        self._share_ready = share_ready
+        me = merger.identity.peer_id
+        self._own = roster.peers.index(me) if me in roster.peers else None
+        self._ranges = share_ranges(entries[0].snapshot.num_chunks, len(entries))
+        self._roster_s = swarm_time()
+        has_share = self._own is not None and bool(self._ranges[self._own])
+        self._own_share_s = math.inf if has_share else self._roster_s
+        """When this peer's own share was made."""
+
+    async def run(self) -> bytearray:
+        """The mean. Raises UnobtainableError."""
+        mean = bytearray(self._entries[0].snapshot.manifest.total_bytes)
 
         async def fill(index: int) -> None:
-            chunks = ranges[index]
+            chunks = self._ranges[index]
             if not chunks:
                 return
             part = None
-            if index != own:
-                part = await self._pull_share(roster, index, _range_bytes(chunks, len(mean)), roster_s)
+            if index != self._own:
+                part = await self._pull(index, _range_bytes(chunks, len(mean)))
             if part is None:
-                part = await self._average_range(roster, entries, chunks)
+                part = await self._merger.average_range(self._roster, self._entries, chunks)
             mean[chunks.start * CHUNK_BYTES : chunks.start * CHUNK_BYTES + len(part)] = part
-            if index == own:
-                await self._publish_share(roster, index, part)
+            if index == self._own:
+                await self._publish(index, part)
 
-        self._own_share_s = float("inf") if own is not None and ranges[own] else roster_s
-        await run_together(fill(index) for index in self._rotated(list(range(len(ranges)))))
+        await run_together(fill(index) for index in self._merger.rotated(list(range(len(self._ranges)))))
         return mean
 
-    async def _publish_share(self, roster: Roster, index: int, part: bytearray) -> None:
+    async def _publish(self, index: int, part: bytearray) -> None:
         manifest = pb.Manifest(
-            run_sha256=bytes.fromhex(self.settings.run_sha256),
+            run_sha256=bytes.fromhex(self._merger.settings.run_sha256),
             kind=pb.SNAPSHOT_KIND_SHARE,
-            round=roster.round,
+            round=self._roster.round,
             part=index,
-            roster_sha256=bytes.fromhex(roster.digest),
+            roster_sha256=bytes.fromhex(self._roster.digest),
         )
         specs = [TensorSpec("share", (len(part) // 4,))]
-        held = await asyncio.to_thread(build_snapshot, self.identity, manifest, specs, Body([part]))
-        self.store.add(held)
+        held = await asyncio.to_thread(build_snapshot, self._merger.identity, manifest, specs, Body([part]))
+        self._merger.downloads.store.add(held)
         self._own_share_s = swarm_time()
-        self.share_ready(held)
+        self._share_ready(held)
 
-    async def _pull_share(self, roster: Roster, index: int, size_bytes: int, roster_s: float) -> bytearray | None:
+    async def _pull(self, index: int, size_bytes: int) -> bytearray | None:
         """The share that its owner averaged; None when it is lost, or overdue."""
+        merger, roster, downloads = self._merger, self._roster, self._merger.downloads
         owner = roster.peers[index]
         specs = [TensorSpec("share", (size_bytes // 4,))]
-        while swarm_time() < share_due_s(roster_s, self._own_share_s, self.settings.silence_s):
-            if self.membership.state(owner) in (PeerState.LOST, PeerState.LEFT):
+        while swarm_time() < share_due_s(self._roster_s, self._own_share_s, merger.settings.silence_s):
+            if merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT):
                 return None
             try:
                 request = pb.RoundRequest(
                     round=roster.round,
                     has_publication=True,
-                    has_roster_sha256=self.roster_sha256,
-                    has_last_sha256=self.last_known(owner),
+                    has_roster_sha256=bytes.fromhex(self._name),
+                    has_last_sha256=merger.last_known(owner),
                     wait_s=1.0,
                 )
-                reply = await self.calls.round(owner, request)
-                if reply.HasField("share") and self._is_of_untrusted(reply.share, roster):
+                reply = await downloads.calls.round(owner, request)
+                if reply.HasField("share") and self._is_of_untrusted(reply.share):
                     kind = pb.SNAPSHOT_KIND_SHARE
-                    snapshot = manifest_untrusted(reply.share, self.settings.run_sha256, kind, specs)
+                    snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
                     manifest = snapshot.manifest
                     if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
                         raise BadBytesError("a share of another peer, round or index")
                     held = empty_held(snapshot)
-                    await self.pull(held, range(snapshot.num_chunks), [owner])
-                    await self.check_finite(held.part(0, size_bytes))
+                    await downloads.pull(held, range(snapshot.num_chunks), [owner])
+                    await check_finite(held.part(0, size_bytes))
                     return held.buffer
             except BadBytesError as error:
-                self.blame(owner, error)
+                downloads.blame(owner, error)
                 return None
             except PeerError as error:
-                self.blame(owner, error)
+                downloads.blame(owner, error)
             await asyncio.sleep(_ASK_AGAIN_S)
         return None
 
-    async def check_finite(self, part: memoryview) -> None:
-        """BadBytesError if these fp32 numbers are not all finite."""
-        if not await asyncio.to_thread(all_finite, part):
-            raise BadBytesError("numbers that are not finite")
-
-    def _is_of_untrusted(self, signed: pb.Signed, roster: Roster) -> bool:
+    def _is_of_untrusted(self, signed: pb.Signed) -> bool:
         """Whether a share belongs to this roster; its owner may be about another one."""
-        _, manifest = open_signed_untrusted(signed, "manifest", self.settings.run_sha256, pb.Manifest)
-        return manifest.roster_sha256.hex() == roster.digest
+        _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
+        return manifest.roster_sha256.hex() == self._roster.digest
+
+
+def _check_entry(entry: Publication, held: Held) -> None:
+    manifest = held.snapshot.manifest
+    if (manifest.tokens, manifest.inner_steps) != (entry.tokens, entry.inner_steps):
+        raise UnobtainableError(entry.peer)  # the roster says something else than what it points to
 
 
 def _range_bytes(chunks: range, total_bytes: int) -> int:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.identity import Identity, peer_bytes, peer_id_from_bytes_untrusted
-from swarmtrain.network.signing import open_signed_untrusted, sign
+from swarmtrain.network.signing import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.snapshots import Snapshot
 from swarmtrain.protocol.rosters import Publication, Roster
+from swarmtrain.protocol.round_events import SignedRoster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["check_publication", "publication_of", "roster_untrusted", "sign_roster"]
+__all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "roster_untrusted", "sign_roster"]
 
 _MAX_ENTRIES = 4096
 _MAX_COUNTER = 2**60
+_MAX_CHECKED = 256
+_MAX_CHECKED_ENTRIES = 65_536
 
 
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
@@ -69,6 +72,32 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
         base=base,
         base_tokens=message.base_tokens,
     )
+
+
+def named(roster: Roster, signed: pb.Signed) -> SignedRoster[pb.Signed]:
+    """A roster and what was signed, with the name that peers give to that."""
+    return SignedRoster(roster, signed, payload_sha256(signed))
+
+
+class CheckedRosters:
+    """Rosters that others sent, each checked once; the last are kept, up to a number of entries."""
+
+    def __init__(self, run_sha256: str, max_tokens: int) -> None:
+        self._run_sha256, self._max_tokens = run_sha256, max_tokens
+        self._checked: dict[str, Roster] = {}
+        """By the hash of what was signed, and by whom."""
+
+    def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
+        """The same as `roster_untrusted`, with its name."""
+        name = payload_sha256(signed)
+        key = name + signed.author.hex() + signed.signature.hex()
+        if (roster := self._checked.get(key)) is None:
+            roster = roster_untrusted(signed, self._run_sha256, self._max_tokens)
+            self._checked[key] = roster
+            num_entries = sum(len(kept.entries) for kept in self._checked.values())
+            while len(self._checked) > _MAX_CHECKED or num_entries > _MAX_CHECKED_ENTRIES:
+                num_entries -= len(self._checked.pop(next(iter(self._checked))).entries)
+        return SignedRoster(roster, signed, name)
 
 
 def publication_of(snapshot: Snapshot) -> Publication:

@@ -20,6 +20,7 @@ from swarmtrain.network.answers import Serving, SwarmAnswers
 from swarmtrain.network.consensus import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, ShardsOf, rows_of
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.downloads import Downloads
 from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
 from swarmtrain.network.greeting import Greeter
 from swarmtrain.network.identity import Identity
@@ -116,16 +117,9 @@ class Swarm:
             silence_s=run.merge.silence_s,
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
         )
+        downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
         rounds = self.rounds = Rounds(
-            identity,
-            calls,
-            store,
-            members,
-            settings,
-            average,
-            refused=peers.refused,
-            report=peers.report,
-            trains=not me.is_bootstrap,
+            identity, downloads, members, settings, average, report=peers.report, trains=not me.is_bootstrap
         )
         self.coverage: DataCoverage | None = None  # so in a bootstrap, and where data have no shards
         if shards is not None:

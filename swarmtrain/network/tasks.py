@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Making", "end_tasks", "logged", "run_together"]
+__all__ = ["Awaited", "Making", "end_tasks", "logged", "run_together"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.05
@@ -48,6 +49,41 @@ async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # seen, so that the loop does not complain of it
+
+
+class Awaited(Generic[_T]):
+    """What comes of the events that something is told, for those who wait for it."""
+
+    def __init__(self, tell: Callable[[_T], None]) -> None:
+        self._tell = tell
+        self._numbers = itertools.count()
+        self._futures: dict[int, asyncio.Future[Any]] = {}
+
+    def next_number(self) -> int:
+        """For an event of which something will come."""
+        return next(self._numbers)
+
+    async def result(self, number: int, event: _T, given_up: _T) -> Any:
+        """What comes of an event, which has this number, unless whoever waits for it gives up."""
+        future = self._futures[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._tell(event)
+            return await future
+        finally:
+            del self._futures[number]
+            self._tell(given_up)
+
+    def found(self, number: int, result: object) -> None:
+        """It has come."""
+        if (future := self._futures.get(number)) is not None and not future.done():
+            future.set_result(result)
+
+    def fail(self, error: BaseException) -> bool:
+        """Nothing comes any more. Whether anybody waits."""
+        waiting = [future for future in self._futures.values() if not future.done()]
+        for future in waiting:
+            future.set_exception(error)
+        return bool(waiting)
 
 
 class Making(Generic[_T]):

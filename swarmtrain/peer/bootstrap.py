@@ -400,11 +400,11 @@ class _Bootstrap(BootstrapPeer):
         if self.archived is not None:
             self.archived.asks(swarm.membership.volunteers())
             return await fetch_present(swarm, peers[:LAST_SAMPLE], "archive", 0, self.archived.is_wanted)
-        asking = [asyncio.create_task(swarm.rounds.ask_now([peer])) for peer in peers]
+        asking = [asyncio.create_task(swarm.rounds.search.ask_now([peer])) for peer in peers]
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
         told = {peer: answer for task in answered for peer, answer in task.result().items()}
-        new = await swarm.rounds.fetch_told_state(told, "archive", self.progress.run_tokens)
+        new = await swarm.rounds.search.fetch_told_state(told, "archive", self.progress.run_tokens)
         return None if new is None else present_of(new)
 
     @property

@@ -8,12 +8,11 @@ mean.
 from __future__ import annotations
 
 import logging
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +29,7 @@ from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.rounds import Merged, NewState, Outcome
 from swarmtrain.network.snapshots import Body, Held, build_snapshot
 from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.peer.archive_watch import ArchiveWatch
 from swarmtrain.peer.common import StopFlag, state_of, wait_for
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.session import Start
@@ -38,7 +38,8 @@ from swarmtrain.peer.updates import Averaged, Contribution, OuterUpdate, Replace
 from swarmtrain.protocol.ending import still_needed
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import round_ends_s
-from swarmtrain.protocol.rosters import Told, steps_of_round
+from swarmtrain.protocol.rosters import steps_of_round
+from swarmtrain.protocol.round_events import JoinsWith
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -46,7 +47,7 @@ __all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
-_TRIES = 3
+_TRY_AGAIN_S = 1.0
 _OFFER_S = 30.0
 
 
@@ -64,17 +65,18 @@ class SwarmExchange(ABC):
     """Called some times a second while it waits for another peer's state, with what is here of it."""
     keeps_in_step: ClassVar[bool] = False
     """Whether paced rounds end when others' do."""
-    num_missing: int = 0
+    num_missing: int = field(default=0, init=False)
     """Volunteers that it waits for before the first round."""
-    num_steps: int = 0
+    num_steps: int = field(default=0, init=False)
     """Inner steps taken in this process."""
-    round_steps: int = 0
+    round_steps: int = field(default=0, init=False)
     """Inner steps of this round, those included that it came too late for."""
-    _skipped_steps: int = 0
-    _traffic: tuple[int, int] = (0, 0)
-    _fresh: bool = True  # the next round is the first, or the first with a state taken from another peer
-    _first: bool = True
-    _offered: Progress | None = None
+    _skipped_steps: int = field(default=0, init=False)
+    _traffic: tuple[int, int] = field(default=(0, 0), init=False)
+    _fresh: bool = field(default=True, init=False)
+    """The next round is the first, or the first with a state taken from another peer."""
+    _first: bool = field(default=True, init=False)
+    _offered: Progress | None = field(default=None, init=False)
 
     # ------------------------------------------------------------- the trainer's calls
 
@@ -213,25 +215,20 @@ def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
 class RosterExchange(SwarmExchange):
     """Synchronous rounds: a round's end waits for the mean over a roster."""
 
-    _merge: Future[Outcome] | None = None
-    _started_s: float = 0.0
-    _cut_short: bool = False
-    _archives: frozenset[str] = frozenset()
-    """The bootstraps that told how far they are, and have been here since."""
-    _listening_since_s: float = -math.inf
-    """That of the rounds when they were asked."""
-    _told: Future[dict[str, Told]] | None = None
-    """What those say that have come in this round, and some volunteers."""
+    _merge: Future[Outcome] | None = field(default=None, init=False)
+    _started_s: float = field(default=0.0, init=False)
+    """When this round's inner steps began."""
+
+    def __post_init__(self) -> None:
+        self.archives = ArchiveWatch(self.network, self.swarm, self.stop)
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """See `Exchange`."""
         if self._fresh and progress.round == 0:
             self._wait_for_company()
         self._check()
-        inner_steps = self._inner_steps(progress.round, steps_per_s)
-        full = self.run.merge.inner_steps
-        guest = self._cut_short
-        self._skipped_steps = full - inner_steps if guest else 0
+        inner_steps, guest = self._inner_steps(progress.round, steps_per_s)
+        self._skipped_steps = self.run.merge.inner_steps - inner_steps if guest else 0
         self.round_steps = self._skipped_steps + inner_steps
         self._started_s = swarm_time()
 
@@ -242,21 +239,22 @@ class RosterExchange(SwarmExchange):
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)
-        self.ask_archives()
+        self.archives.ask()
         self._begin(inner_steps)
         return Start(inner_steps=inner_steps, num_peers=num_peers)
 
-    def _inner_steps(self, round: int, steps_per_s: float) -> int:
-        """A round's inner steps: the full number, fewer for one that comes late, fewer for a slower peer if paced."""
+    def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, bool]:
+        """A round's inner steps, the full number, fewer for one that comes late, fewer for a slower peer if paced; and
+        whether it comes late, so that nobody waits for it."""
         section = self.run.merge
         others = [(info.round, info.inner_steps_done) for info in self.swarm.membership.volunteers()]
         if round == 0 and section.min_peers > 1:
             others = [(its, done) for its, done in others if its > 0]  # they have waited: a whole round for all
         steps, reason = steps_of_round(section.inner_steps, round, others, fresh=self._fresh)
-        self._cut_short = steps < section.inner_steps
-        if self._cut_short:
+        is_late = steps < section.inner_steps
+        if is_late:
             _log.info("round %d: %d inner steps: %s", round, steps, reason)
-        return min(steps, self._paced(steps_per_s))
+        return min(steps, self._paced(steps_per_s)), is_late
 
     def publish(self, contribution: Contribution) -> None:
         """See `Exchange`."""
@@ -279,7 +277,7 @@ class RosterExchange(SwarmExchange):
         outcome = wait_for(self._merge, self.stop)
         if not isinstance(outcome, Merged):
             return self._replaced(outcome)
-        if (archived := self.archive_that_holds()) is not None:
+        if (archived := self.archives.state_that_holds()) is not None:
             return self._replaced(archived)
         roster = outcome.roster
         return Averaged(
@@ -289,34 +287,6 @@ class RosterExchange(SwarmExchange):
             signer=roster.signer,
             roster_sha256=roster.digest,
         )
-
-    def ask_archives(self) -> None:
-        """Ask the bootstraps that have come, or come back, how far their archives are, beside the round; all of them if
-        this process has stood still, or is alone. Who went on from an old folder while none was there, or slept while
-        all others left, would else train for nothing until a newcomer takes an archive's side."""
-        membership, since_s = self.swarm.membership, self.swarm.rounds.listening_since_s
-        here = frozenset(info.peer for info in membership.live() if info.is_bootstrap)
-        volunteers = [info.peer for info in membership.volunteers()]
-        if not volunteers or since_s != self._listening_since_s:
-            self._archives, self._listening_since_s = frozenset(), since_s
-        came, self._archives = here - self._archives, here & self._archives
-        self._told = None
-        if came:
-            asked = [*sorted(came), *random.sample(volunteers, min(_SAMPLE, len(volunteers)))]
-            self._told = self.network.submit(self.swarm.rounds.ask_now(asked))
-
-    def archive_that_holds(self) -> NewState | None:
-        """The state of one of these, if its answer is here and it holds against ours."""
-        asking, self._told = self._told, None
-        if asking is None or not asking.done() or asking.cancelled() or asking.exception() is not None:
-            return None
-        told = asking.result()
-        came = {info.peer for info in self.swarm.membership.live() if info.is_bootstrap} & told.keys()
-        self._archives |= came
-        if not came:
-            return None
-        fetching = self.network.submit(self.swarm.rounds.fetch_told_state(told, "the archive is back"))
-        return wait_for(fetching, self.stop)
 
     def _replaced(self, new: NewState) -> Replaced:
         replaced = self._adopted(new)
@@ -329,8 +299,7 @@ class RosterExchange(SwarmExchange):
 
         async def look() -> None:
             self.swarm.rounds.know_roster(new.roster, new.signed_roster)
-            self.swarm.rounds.begin(guest=True)
-            await self.swarm.rounds.ask_now([new.from_peer])
+            await self.swarm.rounds.search.took(new)
 
         wait_for(self.network.submit(look()), self.stop)
         self.offer(state, progress)
@@ -346,25 +315,20 @@ class RosterExchange(SwarmExchange):
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that it comes into late."""
         self._fresh = True
-        rounds = self.swarm.rounds
-        own = None if rounds.last is None else rounds.last[0]
-        live = self.swarm.membership.live()
+        live, search = self.swarm.membership.live(), self.swarm.rounds.search
         peers = [info.peer for info in live if not info.is_bootstrap]
-        sample = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
-        for _ in range(_TRIES):
-            told = wait_for(self.network.submit(rounds.ask_now(sample)), self.stop)
-            self._archives = frozenset(info.peer for info in live if info.is_bootstrap and info.peer in told)
-            if sample and not told:
-                self.stop.sleep(1.0)
-                continue  # that nobody answers says nothing of what they have
-            if wait_for(self.network.submit(rounds.holds(told)), self.stop):
-                return None
-            reason = "joined late" if own is None else "was away"
-            fetching = self.network.submit(rounds.fetch_told_state(told, reason))
-            new = wait_for(fetching, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
-            if new is not None:
-                return self._adopted(new)
-            self.stop.sleep(1.0)
-        if own is not None:
-            return None  # it will catch up at the end of its round
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+        asked = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
+        while True:
+            joining = self.network.submit(search.join(asked))
+            joined = wait_for(joining, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
+            self.archives.joined(joined.told)
+            match joined.begins:
+                case JoinsWith.OTHERS:
+                    assert joined.state is not None
+                    reason = "joined late" if self.swarm.rounds.last is None else "was away"
+                    return self._adopted(replace(joined.state, reason=reason))
+                case JoinsWith.OWN:
+                    return None
+                case JoinsWith.NOTHING:
+                    raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+            self.stop.sleep(_TRY_AGAIN_S)

@@ -63,7 +63,7 @@ async def fetch_present(
     """What `peers` have, if it counts more than `above_tokens` tokens, and where each peer has its own weights, if it
     `is_wanted`; None if nobody has such, or delivers."""
     if not swarm.asynchronous:
-        new = await swarm.rounds.fetch_newest_state(peers, reason, above_tokens)
+        new = await swarm.rounds.search.fetch_newest_state(peers, reason, above_tokens)
         return None if new is None else present_of(new)
     published = swarm.published.run.published
     server = None if published is None else published.server

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
 
 from swarmtrain.protocol.chains import Link, ShownChain
@@ -224,6 +225,23 @@ class Seek:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """This peer comes, or comes back: find out from these peers, those that it knows, what it begins its next round
+    with."""
+
+    search: int
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TookState:
+    """The weights are now those of `source`: its round is under way, and this peer comes into it late."""
+
+    search: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Offered(Generic[Envelope]):
     """A state that was asked for is offered, after this roster."""
 
@@ -269,6 +287,8 @@ Event: TypeAlias = (
     | NotMerged
     | Survey
     | Seek
+    | Join
+    | TookState
     | Offered[Envelope]
     | NotFetched
     | Taken
@@ -389,6 +409,25 @@ class Sought:
     number: int | None
 
 
+class JoinsWith(Enum):
+    """What a peer that comes begins with."""
+
+    OTHERS = "the state that was found"
+    OWN = "what it has: that holds, or nobody else has merged a round, or it will catch up at its round's end"
+    NOTHING_YET = "it tries again"
+    NOTHING = "others have trained, it has nothing, and nobody delivers"
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """How a join ended. The state that was found was taken with `number`; `told` is what those say that answered."""
+
+    search: int
+    begins: JoinsWith
+    number: int | None
+    told: Mapping[str, Told]
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """Tell the person that `peer` says what cannot be."""
@@ -418,6 +457,7 @@ Command: TypeAlias = (
     | Adopt
     | Surveyed
     | Sought
+    | Joined
     | Name
     | Report
 )

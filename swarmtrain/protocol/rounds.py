@@ -139,6 +139,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 self.guest = event.guest
             case ev.Left():
                 self.away = self.guest = True
+                self._seeker.join_anew()
                 return self._tell()
             case ev.CameBack():
                 self.away = False
@@ -164,6 +165,11 @@ class RoundEngine(Generic[Envelope, Link]):
                 return self._seeker.survey(event, self.round, now)
             case ev.Seek():
                 return self._seeker.seek(event, self.round, now)
+            case ev.Join():
+                return self._seeker.join(event, self.round, now)
+            case ev.TookState():
+                self.guest = True
+                return self._seeker.survey(ev.Survey(event.search, (event.source,)), self.round, now)
             case ev.Offered() | ev.NotFetched() | ev.Taken():
                 return self._caught_up(self._seeker.fetch_went_on(event, now), now)
         return []
@@ -473,7 +479,7 @@ class RoundEngine(Generic[Envelope, Link]):
         change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.Report(change)]
         if asked.of is not None:
-            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.told), now)
+            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.told), self.round, now)
             return [*commands, *self._caught_up(went_on, now)]
         assert self._ending is not None
         return [*commands, *self._read(self._ending, asked, reply, now)]
@@ -510,7 +516,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if asked is None:
             return []
         if asked.of is not None:
-            return self._caught_up(self._seeker.answered(asked.of, number, None, now), now)
+            return self._caught_up(self._seeker.answered(asked.of, number, None, self.round, now), now)
         known = self._ending
         assert known is not None
         del known.asking[asked.peer]

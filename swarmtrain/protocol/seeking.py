@@ -27,6 +27,8 @@ _CHAIN_TRIES = 2
 _CHAIN_AGAIN_S = 1.0
 """A peer is asked for its chain so often at most: checking it takes a while."""
 _MOST_STEPS = 2**31
+_JOIN_TRIES = 3
+"""So often who comes asks before it goes on with what it has."""
 
 
 @dataclass
@@ -281,13 +283,21 @@ class Seeker(Generic[Envelope, Link]):
     ) -> None:
         self._hearsay, self._questions, self._me, self._rng = hearsay, questions, me, rng
         self._fetching: dict[int, _Fetching[Envelope, Link]] = {}
+        self._joining: ev.Join | None = None
+        self._join_told: Mapping[str, Told] = {}
+        self._join_tries = 0
 
     def survey(self, event: ev.Survey, round: int, now: float) -> _Commands[Envelope]:
         """Ask some how far they are."""
         survey = Survey(event.search)
         asks = [self._questions.ask(peer, Question(round), now, survey) for peer in event.peers]
         survey.open.update(ask.number for ask in asks)
-        return [*asks] if asks else [ev.Surveyed(event.search, {})]
+        return [*asks] if asks else self._surveyed(survey, round, now)
+
+    def join(self, event: ev.Join, round: int, now: float) -> _Commands[Envelope]:
+        """Ask some how far they are, then look for the state that holds among theirs."""
+        self._joining = event
+        return self.survey(ev.Survey(event.search, event.peers), round, now)
 
     def seek(self, event: ev.Seek, round: int, now: float) -> _Commands[Envelope]:
         """Look for the state that holds."""
@@ -296,12 +306,18 @@ class Seeker(Generic[Envelope, Link]):
         )
         return self._seek_on(search, now)
 
+    def join_anew(self) -> None:
+        """This peer has left: whatever it tried before, it tries as often when it comes back."""
+        self._join_tries = 0
+
     def catch_up(self, of: CatchingUp[Envelope, Link]) -> _Commands[Envelope]:
         """Take the state of one of those ahead."""
         return self._fetch_next(of)
 
     def drop(self, search: int) -> _Commands[Envelope]:
         """Nothing is asked or fetched for it any more."""
+        if self._joining is not None and self._joining.search == search:
+            self._joining = None
         open_, fetching = self._questions.open, self._fetching
         asked = [n for n, one in open_.items() if one.of is not None and _number_of(one.of) == search]
         fetched = [n for n, one in fetching.items() if _number_of(one) == search]
@@ -313,6 +329,7 @@ class Seeker(Generic[Envelope, Link]):
         of: Asker[Envelope, Link],
         number: int,
         told: tuple[str, Told] | None,
+        round: int,
         now: float,
     ) -> _Commands[Envelope]:
         """A question of one of these has its answer, or has none: of one that was to show its chain, then, what is
@@ -320,7 +337,7 @@ class Seeker(Generic[Envelope, Link]):
         if isinstance(of, Survey):
             of.open.discard(number)
             of.told.update([] if told is None else [told])
-            return [] if of.open else [ev.Surveyed(of.search, of.told)]
+            return [] if of.open else self._surveyed(of, round, now)
         if of.source is None:
             assert isinstance(of, Search)
             return self._seek_on(of, now)
@@ -336,7 +353,7 @@ class Seeker(Generic[Envelope, Link]):
                 return self._fetch_failed(of)
             case ev.Taken():
                 del self._fetching[event.number]
-                return [ev.Sought(_number_of(of), False, event.number)]
+                return self._sought(_number_of(of), False, event.number)
         source, roster = of.source, event.roster.roster
         if found := self._hearsay.chains.wrong_with(roster):
             return [ev.Name(source.peer, found), *self._fetch_failed(of)]
@@ -350,8 +367,41 @@ class Seeker(Generic[Envelope, Link]):
             return [self._questions.ask(peer, Question(search.round, wants_chain=True), now, search)]
         is_ours = not search.choose()
         if is_ours or not search.fetches:
-            return [ev.Sought(search.search, is_ours, None)]
+            return self._sought(search.search, is_ours, None)
         return self._fetch_next(search)
+
+    def _surveyed(self, survey: Survey, round: int, now: float) -> _Commands[Envelope]:
+        """All have answered, or will not."""
+        join = self._joining
+        if join is None or join.search != survey.search:
+            return [ev.Surveyed(survey.search, survey.told)]
+        self._join_told = survey.told
+        if join.peers and not survey.told:  # that nobody answers says nothing of what they have
+            return self._joined(join, False, None)
+        return self.seek(ev.Seek(join.search, survey.told), round, now)
+
+    def _sought(self, search: int, is_ours: bool, number: int | None) -> _Commands[Envelope]:
+        """A search has ended."""
+        if self._joining is None or self._joining.search != search:
+            return [ev.Sought(search, is_ours, number)]
+        return self._joined(self._joining, is_ours, number)
+
+    def _joined(self, join: ev.Join, is_ours: bool, number: int | None) -> _Commands[Envelope]:
+        """What this peer begins with."""
+        self._join_tries += 1
+        if number is not None:
+            begins = ev.JoinsWith.OTHERS
+        elif is_ours:
+            begins = ev.JoinsWith.OWN
+        elif self._join_tries < _JOIN_TRIES:
+            begins = ev.JoinsWith.NOTHING_YET
+        else:
+            has_own = self._hearsay.chains.chain.head is not None
+            begins = ev.JoinsWith.OWN if has_own else ev.JoinsWith.NOTHING
+        if begins is not ev.JoinsWith.NOTHING_YET:
+            self._join_tries = 0
+        self._joining = None
+        return [ev.Joined(join.search, begins, number, self._join_told)]
 
     def _judge(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
         """Whether to take the state that is offered."""
@@ -370,7 +420,7 @@ class Seeker(Generic[Envelope, Link]):
         """Have the next of them offer its state."""
         of.source = None
         if (found := of.next()) is None:
-            return [ev.Sought(_number_of(of), False, None)]
+            return self._sought(_number_of(of), False, None)
         of.source = Source(next(self._questions.numbers), found[0])
         self._fetching[of.source.number] = of
         return [ev.Fetch(of.source.number, *found)]

@@ -21,7 +21,7 @@ from swarmtrain.protocol.rosters import Publication, Roster, Told, steps_of_roun
 from swarmtrain.protocol.rounds import RoundEngine, RoundRules
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link, Phase, Settings, State, hash_of
-from swarmtrain.simulate.network import End, Machine, Place
+from swarmtrain.simulate.presence import Directory, Presence
 from swarmtrain.simulate.transfers import Carrier, Transfers
 
 __all__ = ["Reply", "Surroundings", "Volunteer", "named"]
@@ -29,7 +29,7 @@ __all__ = ["Reply", "Surroundings", "Volunteer", "named"]
 Reply: TypeAlias = ev.Reply[None, None]
 _Event: TypeAlias = ev.Event[None, None]
 
-_SAMPLE, _TRIES, _TRY_AGAIN_S = 16, 3, 1.0
+_SAMPLE, _TRY_AGAIN_S = 16, 1.0
 _JOINS, _LOOKS = 0, 1
 """What it asks others for: a state to begin with, and how far they are."""
 
@@ -46,22 +46,15 @@ class Question(Protocol):
         """Who asked does not want to know any more."""
 
 
-class Surroundings(Carrier, Protocol):
+class Surroundings(Carrier, Directory, Protocol):
     """What is around a volunteer: what carries its bytes and questions, and takes note of what it does."""
 
     settings: Settings
     waits_s: list[tuple[str, int, float]]
-    presences: list[tuple[PeerInfo, float, int]]
 
     @property
     def peers(self) -> Mapping[str, Volunteer]:
         """By name, itself among them."""
-
-    def side(self, peer: Place) -> int:
-        """Which side of the partition it is on; 0 if there is none."""
-
-    def tell(self, src: End, dst: Machine, call: Callable[..., object], *args: Any) -> None:
-        """A message without an answer."""
 
     def call(self, src: Volunteer, dst_name: str, question: ev.Question, done: Callable[[Any], None]) -> Question:
         """Ask; `done(reply)` comes once, with None if the call failed."""
@@ -72,13 +65,12 @@ class Surroundings(Carrier, Protocol):
         """Add to the log."""
 
 
-class Volunteer(Transfers):
+class Volunteer:
     """One simulated peer. The world delivers to it; it answers and asks."""
 
     world: Surroundings
 
     def __init__(self, world: Surroundings, name: str, steps_per_s: float, link: Link) -> None:
-        super().__init__()
         self.world, self.name, self.steps_per_s, self.link = world, name, steps_per_s, link
         s = self.settings = world.settings
         self.alive, self.frozen = True, False
@@ -94,6 +86,8 @@ class Volunteer(Transfers):
         )
         chains: Chains[None] = Chains()
         self.engine: RoundEngine[None, None] = RoundEngine(self.membership, chains, rules, random.Random(name))
+        self.transfers = Transfers(self, world)
+        self.presence = Presence(self, world)
         self.digest = hash_of("weights of the run's seed")
         self.history: tuple[Roster, ...] = ()
         self.digest_at: dict[int, str] = {}
@@ -110,9 +104,7 @@ class Volunteer(Transfers):
         self._num_calls = itertools.count()
         self._asking: dict[int, Question] = {}
         self._offered: dict[int, tuple[str, State]] = {}
-        self._tries = 0
         self._started_s = self._training_ends_s = self._frozen_at_s = world.clock.now
-        self._presence_read = 0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     # ------------------------------------------------------------------ the process
@@ -151,6 +143,12 @@ class Volunteer(Transfers):
         left_s = max(0.0, self._training_ends_s - self.world.clock.now) if self.phase is Phase.TRAINING else 0.0
         return skipped + max(0, self.steps - math.ceil(left_s * self.steps_per_s))
 
+    def provide(self, what: str) -> Any:
+        """The state, or the bytes named `what`, for a pull; None if they are not here."""
+        if what != "state":
+            return self.transfers.provide(what)
+        return None if self.phase is Phase.JOINING else self._state()
+
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
         """Everything that reaches this process comes through here."""
         if self.frozen:
@@ -158,7 +156,8 @@ class Volunteer(Transfers):
         elif self.alive:
             call(*args)
 
-    def _later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
+    def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run something in this process, so much later; never if it is gone by then."""
         return self.world.clock.call_later(delay_s, self.deliver, call, *args)
 
     def die(self) -> None:
@@ -171,9 +170,7 @@ class Volunteer(Transfers):
 
     def leave(self) -> None:
         """Say goodbye, and end."""
-        for info in self.membership.live():
-            other = self.world.peers[info.peer]
-            self.world.tell(self, other, other.heard_goodbye, self._presence())
+        self.presence.say_goodbye()
         self.die()
 
     def freeze(self) -> None:
@@ -187,15 +184,15 @@ class Volunteer(Transfers):
         self._training_ends_s += now - self._frozen_at_s
         self._frozen_s += max(0.0, now - max(self._frozen_at_s, self.ended_s))
         if now - self._frozen_at_s > self.engine.rules.gap_s:
-            self._tell(ev.StoodStill())
-            self._read_presences()
+            self.tell(ev.StoodStill())
+            self.presence.read()
         backlog, self._backlog = self._backlog, []
         for call, args in backlog:
             self.deliver(call, *args)
 
     # ------------------------------------------------------------------ driving the engine
 
-    def _tell(self, event: _Event) -> None:
+    def tell(self, event: _Event) -> None:
         """Tell the engine what happened, and do what it says."""
         for command in self.engine.receive(event, self.world.clock.now):
             self.deliver(self._do, command)
@@ -206,7 +203,7 @@ class Volunteer(Transfers):
             timer.cancel()
         self._timer = None
         if wake_s is not None:
-            self._timer = self._later(wake_s - self.world.clock.now, self._tell, ev.Woke())
+            self._timer = self.later(wake_s - self.world.clock.now, self.tell, ev.Woke())
 
     def _do(self, command: ev.Command[None]) -> None:
         match command:
@@ -224,40 +221,40 @@ class Volunteer(Transfers):
                 if (one := command.roster) is not None and one.roster.signer == self.name:
                     self.world.reached(self, "told_one")
             case ev.Bring():
-                self._bring(command.publication, command.sources)
+                self.transfers.bring(command.publication, command.sources)
             case ev.Sign():
                 if self.signs:
                     self.world.record("signed", self, command.roster)
                     self.world.reached(self, "signed")
-                    self.deliver(self._tell, ev.Signed(named(command.roster)))
+                    self.deliver(self.tell, ev.Signed(named(command.roster)))
             case ev.Merge():
-                self._merge(command.roster.roster)
+                self.transfers.merge(command.roster.roster)
             case ev.GiveUpMerge():
-                self._merging = None
+                self.transfers.give_up_merge()
             case ev.Finish():
                 self._advance(command.roster.roster)
             case ev.Fetch(source=source):
                 self.world.pull(self, source, "state", self.settings.state_bytes, partial(self._fetched, command))
             case ev.Take(number=number):
-                self._tell(ev.Taken(number))
+                self.tell(ev.Taken(number))
             case ev.Adopt(number=number):
                 self._adopt(*self._offered.pop(number))
-            case ev.Surveyed(search=search):
-                self._surveyed(search, command.told)
-            case ev.Sought(is_ours=is_ours, number=found):
-                self._sought(is_ours, found)
+            case ev.Surveyed():
+                self._begin_late()
+            case ev.Joined(begins=begins, number=number):
+                self._joined(begins, number)
 
     def _answered(self, number: int, peer: str, reply: Reply | None) -> None:
         self._asking.pop(number, None)
         if reply is None:
             self.membership.call_failed(peer, self.world.clock.now, "calls to it failed")
-        self._tell(ev.Failed(number) if reply is None else ev.Answered(number, reply))
+        self.tell(ev.Failed(number) if reply is None else ev.Answered(number, reply))
 
     def asked(self, question: ev.Question, call: Any) -> None:
         """Another peer asks about a round: answered at once if it lacks something, else held."""
         number = next(self._num_calls)
         self._calls[number] = call
-        self._tell(ev.Asked(number, question))
+        self.tell(ev.Asked(number, question))
 
     def _reply(self, answer: ev.Answer[None], asker: str) -> Reply:
         last = None if answer.last is None else answer.last.roster
@@ -272,48 +269,36 @@ class Volunteer(Transfers):
 
     def _fetched(self, fetch: ev.Fetch, state: State | None) -> None:
         if state is None or state.last is None or state.round < fetch.min_round:
-            self._tell(ev.NotFetched(fetch.number))
+            self.tell(ev.NotFetched(fetch.number))
         else:
             self._offered[fetch.number] = fetch.source, state
-            self._tell(ev.Offered(fetch.number, named(state.last)))
+            self.tell(ev.Offered(fetch.number, named(state.last)))
 
     # ------------------------------------------------------------------ joining, presence
 
     def begin(self) -> None:
         """Look who is there, take their state, train."""
-        self._read_presences()
-        self._tries += 1
+        self.presence.read()
         others = [info.peer for info in self.membership.volunteers()][:_SAMPLE]
-        self._tell(ev.Survey(_JOINS, tuple(others)))
+        self.tell(ev.Join(_JOINS, tuple(others)))
 
-    def _surveyed(self, search: int, told: Mapping[str, Told]) -> None:
-        if search == _LOOKS:
+    def _joined(self, begins: ev.JoinsWith, number: int | None) -> None:
+        if number is not None:
+            self._adopt(*self._offered.pop(number))
+        elif begins is ev.JoinsWith.OWN:
             self._begin_late()
-        elif told or not self.membership.volunteers():
-            self._tell(ev.Seek(_JOINS, told))
-        else:
-            self._sought(False, None)  # that nobody answers says nothing of what they have
-
-    def _sought(self, is_ours: bool, found: int | None) -> None:
-        if found is not None:
-            self._adopt(*self._offered.pop(found))
-        elif is_ours or (self._tries >= _TRIES and self.last is not None):
-            self._begin_late()
-        else:
-            self._later(_TRY_AGAIN_S, self.begin)
+        else:  # who has nothing is started again
+            self.later(_TRY_AGAIN_S, self.begin)
 
     def _begin_late(self) -> None:
         joins = self.phase is Phase.JOINING
         self._train(fresh=True)
         if not joins:
             return
-        self._renew()
-        self._later(self.settings.read_presence_s, self._reread)
-        for info in self.membership.live():
-            other = self.world.peers[info.peer]
-            self.world.tell(self, other, other.heard_hello, self._presence())
+        self.presence.announce()
 
-    def _presence(self) -> PeerInfo:
+    def info(self) -> PeerInfo:
+        """What it says of itself."""
         return PeerInfo(
             peer=self.name,
             stamp=self.world.clock.now,
@@ -323,36 +308,6 @@ class Volunteer(Transfers):
             steps_per_s=self.steps_per_s,
         )
 
-    def _renew(self) -> None:
-        expires_s = self.world.clock.now + self.settings.presence_ttl_s
-        self.world.presences.append((self._presence(), expires_s, self.world.side(self)))
-        self._later(self.settings.presence_ttl_s / 3, self._renew)
-
-    def _read_presences(self) -> None:
-        now, side = self.world.clock.now, self.world.side(self)
-        news = self.world.presences[self._presence_read :]
-        self._presence_read = len(self.world.presences)
-        for info, expires_s, their_side in news:
-            if (side == their_side or 0 in (side, their_side)) and expires_s >= now:
-                self.membership.saw_presence(info, expires_s, now)
-        self.membership.expire(now)
-
-    def _reread(self) -> None:
-        self._read_presences()
-        self._later(self.settings.read_presence_s, self._reread)
-        self._tell(ev.PeersChanged())
-
-    def heard_hello(self, info: PeerInfo) -> None:
-        """A peer that joins says so to everyone it knows."""
-        now = self.world.clock.now
-        self.membership.saw_presence(info, now + self.settings.presence_ttl_s, now)
-        self._tell(ev.PeersChanged())
-
-    def heard_goodbye(self, info: PeerInfo) -> None:
-        """A peer that leaves says so."""
-        self.membership.left(info.peer, self.world.clock.now)
-        self._tell(ev.PeersChanged())
-
     # ------------------------------------------------------------------ a round
 
     def _train(self, *, fresh: bool) -> None:
@@ -361,20 +316,20 @@ class Volunteer(Transfers):
         others = [(info.round, info.inner_steps_done) for info in self.membership.volunteers()]
         steps, _ = steps_of_round(s.inner_steps, self.round, others, fresh=fresh)
         self.phase, self.steps = Phase.TRAINING, max(1, min(steps, math.floor(s.round_limit_s * self.steps_per_s)))
-        self._forget_bytes()
+        self.transfers.forget_old()
         self.ended_s, self._frozen_s = math.inf, 0.0
         self.checkpoints = (*self.checkpoints[-3:], self._state())
         self.digest_at[self.round] = self.digest
         self._started_s, self._training_ends_s = now, now + self.steps / self.steps_per_s
-        self._later(self._training_ends_s - now, self._trained)
-        self._tell(ev.Begun(guest=steps < s.inner_steps))
+        self.later(self._training_ends_s - now, self._trained)
+        self.tell(ev.Begun(guest=steps < s.inner_steps))
         self.world.reached(self, "started")
 
     def _trained(self) -> None:
         now = self.world.clock.now
         if self.phase is not Phase.TRAINING or now < self._training_ends_s - 1e-9:
             if self.phase is Phase.TRAINING:
-                self._later(self._training_ends_s - now, self._trained)
+                self.later(self._training_ends_s - now, self._trained)
             return
         self.phase, self.ended_s = Phase.MERGING, now
         offer = Publication(
@@ -384,9 +339,9 @@ class Volunteer(Transfers):
             inner_steps=self.steps,
             base=self.engine.base,
         )
-        self._store[offer.snapshot] = self.round
+        self.transfers.published(offer.snapshot)
         self.world.reached(self, "ended")
-        self.deliver(self._tell, ev.Ended(self.round, offer, self._started_s))
+        self.deliver(self.tell, ev.Ended(self.round, offer, self._started_s))
 
     def _advance(self, roster: Roster) -> None:
         """The outer step, and the next round."""
@@ -402,7 +357,7 @@ class Volunteer(Transfers):
 
     def _move(self, round: int, link: ChainLink) -> None:
         self.engine.chains.move(link)
-        self._tell(ev.Advanced(round, named(link.roster)))
+        self.tell(ev.Advanced(round, named(link.roster)))
 
     def _waited(self) -> None:
         wait_s = self.world.clock.now - self.ended_s - self._frozen_s
@@ -433,5 +388,4 @@ class Volunteer(Transfers):
         for round in [r for r in self.digest_at if r >= self.round]:
             del self.digest_at[round]
         self.world.record("adopted", self, state.last)
-        self._tell(ev.Begun(guest=True))
-        self._tell(ev.Survey(_LOOKS, (source,)))
+        self.tell(ev.TookState(_LOOKS, source))

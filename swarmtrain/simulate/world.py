@@ -17,7 +17,7 @@ from swarmtrain.protocol.round_events import Question
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.messages import Link, Moment, Settings
 from swarmtrain.simulate.network import Fault, Network, kept_until
-from swarmtrain.simulate.transfers import Transfers
+from swarmtrain.simulate.transfers import Owner
 from swarmtrain.simulate.volunteer import Volunteer
 
 __all__ = ["Event", "Link", "Moment", "Settings", "Volunteer", "World"]
@@ -123,7 +123,7 @@ class World(Network[Volunteer]):
         """What was declared and not reached yet strikes nobody."""
         self._faults.clear()
 
-    def reached(self, peer: Transfers, moment: Moment) -> None:
+    def reached(self, peer: Owner, moment: Moment) -> None:
         """Called by peers: strike if a fault was declared for this moment."""
         if self._faults and (fault := self._faults.pop((peer.name, peer.round, moment), None)) is not None:
             fault(peer.name)

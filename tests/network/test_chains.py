@@ -15,8 +15,9 @@ from swarmtrain.network import chains, merging
 from swarmtrain.network.chains import ChainStore, chain_untrusted
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.downloads import Downloads
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
-from swarmtrain.network.merging import Merger, RoundSettings
+from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.roster import publication_of, sign_roster
 from swarmtrain.network.rounds import Merged, NewState, Outcome, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot
@@ -236,7 +237,7 @@ class Peers:
 def bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """All bytes but those of what the liar publishes."""
 
-    async def pull(self: Merger, held: Held, chunks: range, sources: Sequence[str]) -> None:
+    async def pull(self: Downloads, held: Held, chunks: range, sources: Sequence[str]) -> None:
         manifest = held.snapshot.manifest
         if manifest.kind == pb.SNAPSHOT_KIND_PSEUDO_GRADIENT and held.snapshot.author == LIAR.peer_id:
             raise UnreachableError("it delivers nothing")
@@ -251,7 +252,7 @@ def bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
         return work(*args)
 
     monkeypatch.setattr(asyncio, "to_thread", at_once)
-    monkeypatch.setattr(Merger, "pull", pull)
+    monkeypatch.setattr(Downloads, "pull", pull)
     monkeypatch.setattr(merging, "pull_manifest", pull_manifest)
 
 
@@ -263,12 +264,9 @@ def rounds_of(me: Identity, own: ChainStore, peers: Peers, *, trains: bool = Tru
     for peer in peers.stores:
         membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=now), now + 999, now)
     calls: Any = peers
-    rounds = Rounds(
-        *(me, calls, SnapshotStore(), membership, SETTINGS, average_bytes_untrusted),
-        refused=lambda peer, error: refused.append(f"{peer} {error}"),
-        trains=trains,
-        chains=own,
-    )
+    refuse = lambda peer, error: refused.append(f"{peer} {error}")  # noqa: E731 - as short as it can be
+    downloads = Downloads(me.peer_id, calls, SnapshotStore(), SETTINGS.pull, refuse)
+    rounds = Rounds(me, downloads, membership, SETTINGS, average_bytes_untrusted, trains=trains, chains=own)
     rounds.begin(guest=False)
     if (head := own.chain.head) is not None:
         rounds.know_roster(head, own._signed[head.digest].roster)
@@ -343,7 +341,7 @@ def test_no_archive_and_no_newcomer_takes_one_volunteers_state(base_tokens: int 
 
     async def fetch(own: ChainStore) -> NewState | None:
         rounds, _ = rounds_of(A, own, told, trains=False)
-        return await rounds.fetch_newest_state(sorted(told.stores), "archive", above_tokens=50)
+        return await rounds.search.fetch_newest_state(sorted(told.stores), "archive", above_tokens=50)
 
     for own in (ChainStore(), common()):
         state = virtual_swarm(lambda own=own: fetch(own))  # type: ignore[misc]
@@ -368,7 +366,7 @@ def come_back(own: ChainStore, others: Peers) -> tuple[NewState | None, ChainSto
 
     async def run() -> NewState | None:
         rounds, _ = rounds_of(A, own, others)
-        new = await rounds.fetch_told_state(await rounds.ask_now(sorted(others.stores)), "was away")
+        new = await rounds.search.fetch_told_state(await rounds.search.ask_now(sorted(others.stores)), "was away")
         if new is not None:
             own.move_to(new.roster, new.signed_roster)
         return new
@@ -417,8 +415,8 @@ async def answers(rounds: Rounds, reply: pb.RoundReply) -> list[ev.Command[pb.Si
     rounds.engine.receive(ended, swarm_time())
     ask = next(one for one in rounds.engine.receive(ev.Woke(), swarm_time()) if isinstance(one, ev.Ask))
     assert ask.peer == B.peer_id
-    said = await rounds._reply_untrusted(ask, reply)
-    return rounds.engine.receive(ev.Answered(ask.number, said), swarm_time())
+    said = await rounds._questions.read_untrusted(ask, reply)
+    return rounds.engine.receive(said.event, swarm_time())
 
 
 def test_a_roster_that_counts_other_tokens_than_its_base_is_not_kept() -> None:
@@ -441,7 +439,7 @@ def test_who_says_same_as_before_cannot_hand_out_another_roster_with_it() -> Non
 
     async def run() -> list[ev.Command[pb.Signed]]:
         rounds, _ = rounds_of(A, own, peers(b=common()))
-        await rounds.ask_now([B.peer_id])
+        await rounds.search.ask_now([B.peer_id])
         assert rounds.engine.hearsay.last_of(B.peer_id) == own.chain.head
         return await answers(rounds, pb.RoundReply(current_round=2, same_last=True, last_roster=other))
 

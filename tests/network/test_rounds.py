@@ -15,11 +15,14 @@ import pytest
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import PeerError, UnreachableError
+from swarmtrain.network.catching_up import StateSource
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.downloads import Downloads
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.merging import Merger, RoundSettings
-from swarmtrain.network.roster import publication_of, sign_roster
+from swarmtrain.network.merging import Average, Merger, RoundSettings
+from swarmtrain.network.roster import CheckedRosters, publication_of, sign_roster
+from swarmtrain.network.round_questions import RoundQuestions
 from swarmtrain.network.rounds import Merged, NewState, Rounds
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec, build_snapshot, empty_held
 from swarmtrain.network.tasks import end_tasks
@@ -88,8 +91,27 @@ class Others:
         raise UnreachableError("it delivers nothing")
 
 
+class States:
+    """A source of states that has none."""
+
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        return None
+
+    async def take(self, state: NewState) -> None:
+        """It is here."""
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """Nobody asks."""
+
+
 def driver(
-    identities: list[Identity], me: Identity, others: Others, settings: RoundSettings = SETTINGS
+    identities: list[Identity],
+    me: Identity,
+    others: Others,
+    settings: RoundSettings = SETTINGS,
+    *,
+    average: Average = average_bytes_untrusted,
+    states: StateSource | None = None,
 ) -> tuple[Rounds, list[tuple[str, str]]]:
     """The rounds of `me` among `identities`; what is refused of whom."""
     refused: list[tuple[str, str]] = []
@@ -103,7 +125,8 @@ def driver(
         info = PeerInfo(peer=identity.peer_id, training=True, stamp=now)
         membership.saw_presence(info, now + 999, now)
     calls: Any = others
-    rounds = Rounds(me, calls, SnapshotStore(), membership, settings, average_bytes_untrusted, refused=refuse)
+    downloads = Downloads(me.peer_id, calls, SnapshotStore(), settings.pull, refuse)
+    rounds = Rounds(me, downloads, membership, settings, average, states=states)
     rounds.begin(guest=False)
     return rounds, refused
 
@@ -183,17 +206,16 @@ def test_many_rosters_of_one_signer_are_bounded() -> None:
 
 
 def test_rosters_that_were_checked_are_kept_up_to_a_number_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarmtrain.network.rounds._MAX_CHECKED_ENTRIES", 20)
-    identities = a_swarm(9)
-    rounds, _ = driver(identities, identities[0], Others({}))
+    monkeypatch.setattr("swarmtrain.network.roster._MAX_CHECKED_ENTRIES", 20)
+    identities, rosters = a_swarm(9), CheckedRosters(RUN, max_tokens=100)
     entries = tuple(
         Publication(peer=identity.peer_id, snapshot="5" * 64, tokens=10, inner_steps=1) for identity in identities
     )
     for number, identity in enumerate(identities):
         roster = Roster(round=0, signer=identity.peer_id, entries=entries, attempt=number)
-        assert rounds._roster_untrusted(sign_roster(identity, RUN, roster)).roster == roster
-        assert sum(len(kept.entries) for kept in rounds._checked.values()) <= 20
-    assert [kept.signer for kept in rounds._checked.values()] == [identity.peer_id for identity in identities[-2:]]
+        assert rosters.read_untrusted(sign_roster(identity, RUN, roster)).roster == roster
+        assert sum(len(kept.entries) for kept in rosters._checked.values()) <= 20
+    assert [kept.signer for kept in rosters._checked.values()] == [identity.peer_id for identity in identities[-2:]]
 
 
 def test_a_peer_whose_process_stands_still_is_lost_after_two_rounds() -> None:
@@ -272,23 +294,20 @@ def test_the_newest_state_never_counts_less_than_the_one_it_is_for() -> None:
     async def ask_now(peers: Sequence[str]) -> dict[str, Told]:
         return {peer: Told(round=last[peer].round + 1, last=last[peer]) for peer in peers}
 
-    async def offered(source: str, min_round: int) -> NewState | None:
-        asked.append(source)
-        if source == ahead.peer_id:
-            return None
-        held = empty_held(publication(behind).snapshot)
-        return NewState(held=held, roster=last[source], signed_roster=pb.Signed(), from_peer=source)
-
-    async def take(state: NewState) -> None:
-        """It is here."""
+    class Offering(States):
+        async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+            asked.append(source)
+            if source == ahead.peer_id:
+                return None
+            held = empty_held(publication(behind).snapshot)
+            return NewState(held=held, roster=last[source], signed_roster=pb.Signed(), from_peer=source)
 
     async def run(above_tokens: int) -> NewState | None:
-        rounds, _ = driver([ahead, behind], me, Others({}))
-        rounds.ask_now = ask_now  # type: ignore[method-assign]
-        rounds._offered_untrusted, rounds._take_bytes = offered, take  # type: ignore[method-assign]
+        rounds, _ = driver([ahead, behind], me, Others({}), states=Offering())
+        rounds.search.ask_now = ask_now  # type: ignore[method-assign]
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older), ChainLink(roster=last[ahead.peer_id])))))
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=older),))))
-        return await rounds.fetch_newest_state(sorted(last), "archive", above_tokens)
+        return await rounds.search.fetch_newest_state(sorted(last), "archive", above_tokens)
 
     found = asyncio.run(run(30))
     assert found is not None and found.roster == older
@@ -333,8 +352,7 @@ def test_who_else_signs_what_is_being_merged_changes_nothing() -> None:
         return average_bytes_untrusted(parts, weights)
 
     async def run() -> Merged:
-        one, _ = driver([late, me], me, Others({late.peer_id: late}, change=signs))
-        one.average = average
+        one, _ = driver([late, me], me, Others({late.peer_id: late}, change=signs), average=average)
         rounds.append(one)
         outcome = await asyncio.wait_for(one.finish(0, own, swarm_time()), 20)
         assert isinstance(outcome, Merged)
@@ -344,25 +362,78 @@ def test_who_else_signs_what_is_being_merged_changes_nothing() -> None:
     assert came.is_set() and outcome.roster.digest == roster.digest
 
 
-@pytest.mark.parametrize("broken", ["_do", "_reply_untrusted"])
-def test_an_error_of_ours_ends_what_waits(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a command that a timer leads to, or in the task of a question: nobody waits for ever."""
+def test_an_error_of_ours_ends_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a command that a timer leads to: nobody waits for ever."""
     identities = a_swarm(2)
     me, other = identities
 
-    def fail(self: Rounds, *what: Any) -> None:
+    def fail(self: Rounds, command: object) -> None:
         raise RuntimeError("a bug")
 
     async def run() -> None:
         rounds, _ = driver(identities, me, Others({other.peer_id: other}))
-        monkeypatch.setattr(Rounds, broken, fail)
+        monkeypatch.setattr(Rounds, "_do", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             await asyncio.wait_for(rounds.finish(0, publication(me), swarm_time()), 20)
         with pytest.raises(RuntimeError, match="a bug"):
-            await asyncio.wait_for(rounds.ask_now([other.peer_id]), 20)
+            await asyncio.wait_for(rounds.search.ask_now([other.peer_id]), 20)
         assert swarm_time() < 5
 
     virtual_swarm(run)
+
+
+def test_an_error_of_ours_in_one_question_is_a_call_that_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked again, and the round goes on; the log shows where it was."""
+    identities = a_swarm(3)
+    me, good, bad = identities
+    read, failures = RoundQuestions.read_untrusted, itertools.count()
+    broken_for = [2]
+
+    async def broken(self: RoundQuestions, ask: ev.Ask, reply: pb.RoundReply) -> object:
+        if ask.peer == bad.peer_id and next(failures) < broken_for[0]:
+            raise RuntimeError("a bug")
+        return await read(self, ask, reply)
+
+    async def bytes_come(self: Downloads, held: Held, chunks: range, sources: Sequence[str]) -> None:
+        held.have.update(chunks)
+
+    monkeypatch.setattr(RoundQuestions, "read_untrusted", broken)
+    monkeypatch.setattr(Downloads, "pull", bytes_come)
+    outcome, wait_s, refused = finish(identities, me, Others({one.peer_id: one for one in identities}))
+    assert set(outcome.roster.peers) == {me.peer_id, good.peer_id, bad.peer_id} and not refused
+    told = [record for record in caplog.records if record.exc_info is not None]
+    assert len(told) == 1 and "a bug" in str(told[0].exc_info), "it was so twice"
+    broken_for[0] = 10**6
+    caplog.clear()
+    outcome, wait_s, refused = finish(identities, me, Others({one.peer_id: one for one in identities}))
+    assert set(outcome.roster.peers) == {me.peer_id, good.peer_id} and not refused
+    assert wait_s == pytest.approx(SETTINGS.round_limit_s, abs=1), "it lives, and may publish yet"
+    assert len(caplog.records) == 1
+
+    async def ask() -> dict[str, Told]:
+        rounds, _ = driver(identities, me, Others({one.peer_id: one for one in identities}))
+        return await rounds.search.ask_now([good.peer_id, bad.peer_id])
+
+    assert list(virtual_swarm(ask)) == [good.peer_id]
+
+
+def test_an_error_of_ours_in_one_pull_leaves_that_publication_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    identities = a_swarm(3)
+    me, good, bad = identities
+
+    async def pull(self: Downloads, held: Held, chunks: range, sources: Sequence[str]) -> None:
+        if held.snapshot.author == bad.peer_id:
+            raise RuntimeError("a bug")
+        held.have.update(chunks)
+
+    monkeypatch.setattr(Downloads, "pull", pull)
+    outcome, _, _ = finish(identities, me, Others({one.peer_id: one for one in identities}))
+    assert set(outcome.roster.peers) == {me.peer_id, good.peer_id}
+    assert [record.exc_info is not None for record in caplog.records if "bringing" in record.message] == [True]
 
 
 def test_of_publications_in_answers_that_are_refused_nothing_is_kept() -> None:
@@ -380,14 +451,15 @@ def test_of_publications_in_answers_that_are_refused_nothing_is_kept() -> None:
         finishing = asyncio.create_task(rounds.finish(0, publication(me), swarm_time() - 60))
         while not finishing.done():
             await asyncio.sleep(0.5)
-            most[0] = max(most[0], len(rounds._publications))
+            if rounds._ended is not None:
+                most[0] = max(most[0], len(rounds._ended._publications))
 
     virtual_swarm(run)
     assert next(parts) > 3
     assert most == [1], "that of this peer"
 
 
-@pytest.mark.parametrize("ends", ["breaks off", "given up"])
+@pytest.mark.parametrize("ends", ["breaks off", "given up", "an error of ours"])
 def test_nothing_is_kept_of_a_state_that_did_not_come_whole(ends: str) -> None:
     """It takes 8 bytes a parameter."""
     me, ahead = a_swarm(2)
@@ -395,24 +467,26 @@ def test_nothing_is_kept_of_a_state_that_did_not_come_whole(ends: str) -> None:
     last = Roster(round=0, signer=ahead.peer_id, entries=(entry,))
     begun = list[str]()
 
-    async def offered(source: str, min_round: int) -> NewState:
-        held = empty_held(publication(ahead).snapshot)
-        return NewState(held=held, roster=last, signed_roster=pb.Signed(), from_peer=source)
+    class Breaking(States):
+        async def offered_untrusted(self, source: str, min_round: int) -> NewState:
+            held = empty_held(publication(ahead).snapshot)
+            return NewState(held=held, roster=last, signed_roster=pb.Signed(), from_peer=source)
 
-    async def take(state: NewState) -> None:
-        begun.append(state.from_peer)
-        if ends == "given up":
-            await asyncio.Event().wait()
-        raise UnreachableError("it broke off")
+        async def take(self, state: NewState) -> None:
+            begun.append(state.from_peer)
+            if ends == "given up":
+                await asyncio.Event().wait()
+            if ends == "an error of ours":
+                raise RuntimeError("a bug")
+            raise UnreachableError("it broke off")
 
     async def run() -> None:
-        rounds, _ = driver([ahead], me, Others({}))
-        rounds._offered_untrusted, rounds._take_bytes = offered, take  # type: ignore[method-assign]
+        rounds, _ = driver([ahead], me, Others({}), states=Breaking())
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=last),))))
         with contextlib.suppress(TimeoutError):
             told = {ahead.peer_id: Told(round=1, last=last)}
-            assert await asyncio.wait_for(rounds.fetch_told_state(told, "joined late"), 5) is None
-        assert begun and not rounds._offered
+            assert await asyncio.wait_for(rounds.search.fetch_told_state(told, "joined late"), 5) is None
+        assert begun and not rounds._states._offered
 
     virtual_swarm(run)
 
@@ -425,7 +499,7 @@ def test_what_a_merge_that_is_given_up_has_found_is_there_for_the_next(monkeypat
     roster = Roster(round=0, signer=other.peer_id, entries=entries)
     found = list[bool]()
 
-    async def merge(self: Merger, roster: Roster, publications: dict[str, Held]) -> bytearray:
+    async def merge(self: Merger, roster: Roster, name: str, publications: dict[str, Held], _: object) -> bytearray:
         found.append(other.peer_id in publications)
         publications[other.peer_id] = its
         await asyncio.sleep(1)

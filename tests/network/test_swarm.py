@@ -265,10 +265,10 @@ def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -
         async def answer(peer: str, request: pb.RoundRequest) -> pb.RoundReply:
             return next(replies)
 
-        swarm.rounds.calls = SimpleNamespace(round=answer)  # type: ignore[assignment]
-        await swarm.rounds.ask_now([BEN.peer_id])
+        swarm.calls.round = answer  # type: ignore[method-assign]
+        await swarm.rounds.search.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE
-        await swarm.rounds.ask_now([BEN.peer_id])
+        await swarm.rounds.search.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
         await asyncio.sleep(0.01)
         swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
@@ -404,10 +404,10 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
     async def body(swarm: Swarm) -> None:
         swarm.presence.me = dataclasses.replace(swarm.presence.me, training=True)
         swarm.node.store, swarm.node.read_bucket = store, read_bucket  # type: ignore[method-assign, assignment]
-        swarm.rounds.know_roster(Roster(round=6, signer=BEN.peer_id, entries=()), pb.Signed())
-        digest = next(iter(swarm.rounds._pending))
+        roster = Roster(round=6, signer=BEN.peer_id, entries=())
+        swarm.rounds.know_roster(roster, pb.Signed())
         counts = {ME.peer_id: 700, BEN.peer_id: 9}
-        swarm.set_state(Progress(round=7, peer_tokens=counts, roster_sha256=digest), Body([]))
+        swarm.set_state(Progress(round=7, peer_tokens=counts, roster_sha256=roster.digest), Body([]))
         safe = Progress(round=6, peer_tokens={ME.peer_id: 600})
         for durable in (lambda: None, lambda: safe, swarm.records.safe):
             await dataclasses.replace(swarm.records, safe=durable).store()

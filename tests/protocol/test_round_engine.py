@@ -470,6 +470,66 @@ def test_a_search_that_is_given_up_asks_nobody_any_more() -> None:
     assert engine.receive(ev.Answered(numbers["b"], reply(TWO)), 1.1) == [] and engine.hearsay.told == {}
 
 
+# ---------------------------------------------------------------- joining
+
+
+def joined(engine: Engine, answers: ev.Reply[str, str] | None, search: int = 1) -> list[Command]:
+    """It asks B, which says this, or nothing."""
+    numbers = asked(engine.receive(ev.Join(search, ("b",)), 1.0))
+    return engine.receive(ev.Failed(numbers["b"]) if answers is None else ev.Answered(numbers["b"], answers), 1.0)
+
+
+@pytest.mark.parametrize("applied", [(), (BEGAN, ONE)])
+def test_who_joins_asks_three_times_before_it_goes_on_without_an_answer(applied: tuple[Roster, ...]) -> None:
+    """That nobody answers says nothing of what they have."""
+    engine = engine_of("z", "b", applied=applied)
+    last = ev.JoinsWith.OWN if applied else ev.JoinsWith.NOTHING
+    yet = ev.JoinsWith.NOTHING_YET
+    for begins in (yet, yet, last, yet, yet, last, yet):
+        assert joined(engine, None) == [ev.Joined(1, begins, None, {})]
+    engine.receive(ev.Left(), 1.0)
+    for begins in (yet, yet, last):
+        assert joined(engine, None) == [ev.Joined(1, begins, None, {})], "it was paused meanwhile"
+
+
+def test_who_joins_a_swarm_in_which_nobody_is_or_has_merged_a_round_begins_with_its_own() -> None:
+    engine = engine_of("z", "b")
+    assert engine.receive(ev.Join(1, ()), 1.0) == [ev.Joined(1, ev.JoinsWith.OWN, None, {})]
+    told = {"b": Told(round=0, last=None)}
+    assert joined(engine, reply(), search=2) == [ev.Joined(2, ev.JoinsWith.OWN, None, told)]
+
+
+def test_who_joins_takes_the_state_that_holds_or_tries_again() -> None:
+    engine = engine_of("z", "b")
+    told = {"b": Told(round=3, last=TWO)}
+    for begins in (ev.JoinsWith.NOTHING_YET, ev.JoinsWith.NOTHING_YET, ev.JoinsWith.OTHERS):
+        commands = joined(engine, reply(TWO))
+        if (ask := asked(commands)).keys():  # B's chain is known after the first time
+            commands = engine.receive(ev.Answered(ask["b"], reply(TWO, chain=chain_of(BEGAN, ONE, TWO))), 1.0)
+        [fetch] = commands
+        assert isinstance(fetch, ev.Fetch)
+        if begins is ev.JoinsWith.NOTHING_YET:
+            assert engine.receive(ev.NotFetched(fetch.number), 1.1) == [ev.Joined(1, begins, None, told)]
+    assert engine.receive(ev.Offered(fetch.number, signed(TWO)), 1.2) == [ev.Take(fetch.number)]
+    assert engine.receive(ev.Taken(fetch.number), 1.3) == [ev.Joined(1, ev.JoinsWith.OTHERS, fetch.number, told)]
+
+
+def test_who_takes_a_state_is_a_guest_and_asks_its_source_how_far_its_round_is() -> None:
+    engine = engine_of("z", "b", "c", applied=(BEGAN,))
+    assert not engine.guest
+    [ask] = engine.receive(ev.TookState(7, "b"), 1.0)
+    assert engine.guest and isinstance(ask, ev.Ask) and (ask.peer, ask.question) == ("b", ev.Question(round=1))
+    told = {"b": Told(round=3, last=TWO)}
+    assert engine.receive(ev.Answered(ask.number, reply(TWO)), 1.1) == [ev.Surveyed(7, told)]
+
+
+def test_who_does_not_want_to_join_any_more_asks_nobody() -> None:
+    engine = engine_of("z", "b")
+    [number] = asked(engine.receive(ev.Join(1, ("b",)), 1.0)).values()
+    assert engine.receive(ev.GivenUp(1), 1.1) == [ev.HangUp(number, "b")]
+    assert engine.receive(ev.Survey(1, ()), 1.2) == [ev.Surveyed(1, {})], "and the number is free"
+
+
 # ---------------------------------------------------------------- steps
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.algorithm import pacing
-from swarmtrain.peer import archiving, exchange, replica
+from swarmtrain.peer import archive_watch, archiving, replica
 from swarmtrain.protocol import (
     balance,
     chains,
@@ -277,7 +277,7 @@ def who_was_killed_trains_on(patch: Patch) -> None:
 
 def nobody_asks_archives(patch: Patch) -> None:
     """In rounds, once they train."""
-    patch.setattr(exchange.RosterExchange, "ask_archives", lambda self: None)
+    patch.setattr(archive_watch.ArchiveWatch, "ask", lambda self: None)
 
 
 def old_folder_counts_anew(patch: Patch) -> None:

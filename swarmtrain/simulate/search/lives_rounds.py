@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from swarmtrain.errors import UnreachableError
+from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.catching_up import NewState
+from swarmtrain.network.downloads import Downloads
 from swarmtrain.network.merging import RoundSettings
 from swarmtrain.network.offering import state_specs
 from swarmtrain.network.roster import publication_of, sign_roster
@@ -94,20 +95,14 @@ class _Calls:
         return await rounds.answer(request)
 
 
-class _Rounds(Rounds):
-    """The product's; a state comes as the world's do."""
+class _States:
+    """States come as the world's do."""
 
     def __init__(self, process: Process) -> None:
-        membership: Any = _Membership(process)
-        calls: Any = _Calls(process)
-        averages: Any = None
-        super().__init__(
-            identity_of(process.folder.key), calls, SnapshotStore(), membership, _SETTINGS, averages,
-            trains=not process.is_bootstrap,
-        )  # fmt: skip
         self._process = process
 
-    async def _offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """See `StateSource`."""
         there = self._process.world.by_id(source)
         if there not in self._process.neighbours() or there.offered is None:
             return None
@@ -119,8 +114,22 @@ class _Rounds(Rounds):
         self._process.world.pulled = [pulled]
         return NewState(held=pulled.held, roster=last[0], signed_roster=last[1], from_peer=source)
 
-    async def _take_bytes(self, state: NewState) -> None:
+    async def take(self, state: NewState) -> None:
         """They are here."""
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """Nobody asks."""
+
+
+def _rounds_of(process: Process) -> Rounds:
+    """The product's."""
+    membership: Any = _Membership(process)
+    calls: Any = _Calls(process)
+    averages: Any = None
+    identity = identity_of(process.folder.key)
+    downloads = Downloads(identity.peer_id, calls, SnapshotStore(), _SETTINGS.pull, lambda peer, error: None)
+    trains, states = not process.is_bootstrap, _States(process)
+    return Rounds(identity, downloads, membership, _SETTINGS, averages, trains=trains, states=states)
 
 
 def _go_on(process: Process, kept: Kept) -> None:
@@ -142,8 +151,7 @@ class _Exchange(RosterExchange):
     def __init__(self, volunteer: RoundsVolunteer) -> None:
         world: Any = volunteer.world
         stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
-        self.swarm, self.run, self.network, self.stop = volunteer.swarm, world.run_file, world, stop
-        self._fresh = True
+        super().__init__(world, volunteer.swarm, world.run_file, stop)
 
     def offer(self, state: Any, progress: Progress) -> None:
         """The volunteer does it."""
@@ -156,7 +164,7 @@ class RoundsVolunteer(Volunteer):
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
     ) -> None:
         super().__init__(world, folder, address, invite, speed / _SLOWER)
-        self.swarm.asynchronous, self.swarm.rounds = False, _Rounds(self)
+        self.swarm.asynchronous, self.swarm.rounds = False, _rounds_of(self)
         self.exchange, self.round_ended_s = _Exchange(self), None
         self.is_first = True
 
@@ -164,9 +172,9 @@ class RoundsVolunteer(Volunteer):
     """When its inner steps of this round were done."""
 
     @property
-    def rounds(self) -> _Rounds:
+    def rounds(self) -> Rounds:
         """The product's part of it."""
-        found: _Rounds = self.swarm.rounds
+        found: Rounds = self.swarm.rounds
         return found
 
     def restore(self, kept: Kept) -> None:
@@ -190,7 +198,7 @@ class RoundsVolunteer(Volunteer):
         if self.is_first:
             self.world.first_round(self)
         self.is_first = False
-        self.exchange.ask_archives()
+        self.exchange.archives.ask()
         super()._start_round()
 
     def _end_round(self) -> None:
@@ -209,15 +217,15 @@ class RoundsVolunteer(Volunteer):
         if waits and all(self._is_with_us(one) for one in others):  # it would hear that
             self.later(_LOOKS_S, self._agree)
             return
-        if (archived := self.exchange.archive_that_holds()) is not None:
+        if (archived := self.exchange.archives.state_that_holds()) is not None:
             self._take(archived)
             return
-        told = self.world.run(self.rounds.ask_now([one.me for one in others]))
-        self.world.run(self.rounds.holds(told))
+        told = self.world.run(self.rounds.search.ask_now([one.me for one in others]))
+        self.world.run(self.rounds.search.holds(told))
         chains, heard = self.rounds.chains, {peer: (0.0, one) for peer, one in told.items()}
         view = chain_view(chains.chain, chains.shown, heard, since_s=0.0, me=self.me, is_away=False)
         if view.best is not None:
-            new = self.world.run(self.rounds.fetch_told_state(told, "others are further"))
+            new = self.world.run(self.rounds.search.fetch_told_state(told, "others are further"))
             if new is not None:
                 self._take(new)
                 return
@@ -294,7 +302,7 @@ class RoundsBootstrap(Bootstrap):
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
-        self.swarm.asynchronous, self.swarm.rounds = False, _Rounds(self)
+        self.swarm.asynchronous, self.swarm.rounds = False, _rounds_of(self)
 
     def restore(self, kept: Kept) -> None:
         """With the roster behind it."""

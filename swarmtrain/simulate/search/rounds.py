@@ -145,8 +145,9 @@ class Liar(Volunteer):
         """Of the present round, as told."""
         return self.settings.inner_steps if "done" in self.lies else super().inner_steps_done
 
-    def _presence(self) -> PeerInfo:
-        info = super()._presence()
+    def info(self) -> PeerInfo:
+        """What it says of itself."""
+        info = super().info()
         return replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
 
     def _reply(self, answer: Answer[None], asker: str) -> Reply:
