@@ -196,13 +196,21 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """What follows from what happened at `now`, in seconds of one clock."""
         self._commands.take()  # of an event that was refused
         match event:
-            case Replied() | Downloaded() | Decoded() | Failed() | Routed():
-                if self._pulls.happened(event, now):
+            case Replied():
+                self._pulls.replied(event, now)
+            case Downloaded():
+                self._pulls.downloaded(event, now)
+            case Decoded():
+                if self._pulls.decoded(event, now):
                     self._prepare_more(now)
             case Prepared():
                 self._prepared(event.number, event.merge, now)
             case Woke():
                 self._look(now)
+            case Failed():
+                self._pulls.failed(event, now)
+            case Routed():
+                self._pulls.routed(event, now)
             case Called():
                 self._others.back_off.called(event.peer, now)
                 self._look_if_short(now)
@@ -228,13 +236,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Ask as many partners as there should be by now, others in place of those that fail, until the merges."""
         self._schedule.looks()
         for due in self._schedule.due(len(self._others.infos), now):
-            for lane in self._wanting(due):
-                self._ask_due(lane, due, now)
-
-    def _wanting(self, due: Due) -> list[GossipLane[Held, Payload, Ready]]:
-        """Of which less is here than is due, or some are on their way, that may be slow."""
-        section, lanes = due.section, [self._lanes[each] for each in due.fragments]
-        return [lane for lane in lanes if lane.received.num_here(section) < due.number or lane.open.has_begun(section)]
+            for fragment in due.fragments:
+                lane = self._lanes[fragment]
+                if lane.may_want(due.section, due.number):
+                    self._ask_due(lane, due, now)
 
     def _ask_due(self, lane: GossipLane[Held, Payload, Ready], due: Due, now: float) -> None:
         """Begin pulls until as many are here or on their way as are due."""
@@ -256,7 +261,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _look_if_moved(self, now: float) -> None:
         """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
         for due in self._schedule.due(len(self._others.infos), now):
-            for lane in self._wanting(due):
+            for fragment in due.fragments:
+                lane = self._lanes[fragment]
+                if not lane.may_want(due.section, due.number):
+                    continue
                 if lane.open.is_wanted(due.section, due.number, lane.received.here, due.slow_after_s, now):
                     self._schedule.look_by(now)
                     return

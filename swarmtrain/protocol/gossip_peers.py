@@ -68,7 +68,7 @@ class OtherPeers:
     def told(self, fragment: int) -> list[tuple[int, Candidate]]:
         """In which round each says that a fragment is, and what it has published of it."""
         of = self._tellings.of
-        return [of(info)[fragment] for info in self.infos]
+        return [of(info, fragment) for info in self.infos]
 
 
 @dataclass(slots=True)

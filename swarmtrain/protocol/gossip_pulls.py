@@ -62,7 +62,7 @@ class GossipPull(Generic[Held]):
 
 
 class GossipPulls(Generic[Held, Payload, Ready]):
-    """Those that were begun and have not ended, by number."""
+    """Those that were begun and have not ended, by number. What becomes of one that was given up is dropped."""
 
     def __init__(
         self,
@@ -94,25 +94,11 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         else:
             self._commands.add(Route(number, peer))
 
-    def happened(self, event: Routed | Replied[Held] | Downloaded | Decoded[Payload] | Failed, now: float) -> bool:
-        """What became of a command. Whether there is more to merge now. The end of a pull that was given up is
-        dropped."""
-        if (pull := self.by_number.get(event.pull)) is None:
-            return False
-        match event:
-            case Replied():
-                self._replied(pull, event, now)
-            case Downloaded():
-                self._downloaded(pull, event, now)
-            case Decoded():
-                self._decoded(pull, event.payload, now)
-                return True
-            case Failed():
-                self._failed(pull, event.failure, now)
-            case Routed():
-                pull.sources = [pull.open.peer] if event.is_direct else self._others.hosts.of(pull.sources, now)
-                self._ask_next(pull, now)
-        return False
+    def routed(self, event: Routed, now: float) -> None:
+        """It can be asked itself, or only its hosts can."""
+        if (pull := self.by_number.get(event.pull)) is not None:
+            pull.sources = [pull.open.peer] if event.is_direct else self._others.hosts.of(pull.sources, now)
+            self._ask_next(pull, now)
 
     def _ask_next(self, pull: GossipPull[Held], now: float) -> None:
         """Ask the next source, if there is one."""
@@ -126,7 +112,10 @@ class GossipPulls(Generic[Held, Payload, Ready]):
 
     # ------------------------------------------------------------- what it has
 
-    def _replied(self, pull: GossipPull[Held], event: Replied[Held], now: float) -> None:
+    def replied(self, event: Replied[Held], now: float) -> None:
+        """Download it, if anything of it is new."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return
         lane, peer, mark = self._lanes[pull.fragment], pull.open.peer, event.mark
         if mark is None or event.held is None:
             self._nothing_new(pull, now)
@@ -136,7 +125,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             is_its_word = pull.source == peer
             wrong = lane.merged.wrong_counter(peer, mark, reference, self._others.round) if is_its_word else ""
             if wrong:
-                self._failed(pull, Failure(wrong, is_incident=True), now)
+                self._fail(pull, Failure(wrong, is_incident=True), now)
             else:
                 self._nothing_new(pull, now)
             return
@@ -157,7 +146,10 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             return None
         return round_began_s(told.since_s, found[1], told.steps_per_s)
 
-    def _downloaded(self, pull: GossipPull[Held], event: Downloaded, now: float) -> None:
+    def downloaded(self, event: Downloaded, now: float) -> None:
+        """Decode it, if anything of it is new still."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return
         assert pull.mark is not None
         assert pull.held is not None
         assert pull.begun is not None
@@ -175,7 +167,10 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             news, earlier = found
             self._commands.add(Decode(pull.number, peer, pull.open.section, fragment, pull.held, news, earlier))
 
-    def _decoded(self, pull: GossipPull[Held], payload: Payload, now: float) -> None:
+    def decoded(self, event: Decoded[Payload], now: float) -> bool:
+        """It can enter a merge from now on. False: it was given up."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return False
         assert pull.mark is not None
         assert pull.held is not None
         lane, peer = self._lanes[pull.fragment], pull.open.peer
@@ -183,14 +178,15 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             section=pull.open.section,
             peer=peer,
             mark=pull.mark,
-            payload=payload,
+            payload=event.payload,
             held=pull.held,
             pull_s=now - pull.asked_s,
             began_s=pull.began_s,
         )
-        lane.received.hold([*lane.received.pulled, pulled])
+        lane.received.add(pulled)
         lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
         self._settling.append(pull)
+        return True
 
     # ------------------------------------------------------------- how it ends
 
@@ -222,7 +218,12 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         self._lanes[pull.fragment].open.end(pull.open)
         self._commands.add(LeftAlone(pull.open.peer, self._others.back_off.busy(pull.open.peer, now)))
 
-    def _failed(self, pull: GossipPull[Held], failure: Failure, now: float) -> None:
+    def failed(self, event: Failed, now: float) -> None:
+        """It came to nothing."""
+        if (pull := self.by_number.get(event.pull)) is not None:
+            self._fail(pull, event.failure, now)
+
+    def _fail(self, pull: GossipPull[Held], failure: Failure, now: float) -> None:
         peer, source = pull.open.peer, pull.source
         if source != peer and not failure.is_authors:
             if failure.kind != "away":

@@ -32,13 +32,15 @@ class CommandList(Generic[Held, Payload, Ready]):
 
     def take(self) -> list[GossipCommand[Held, Payload, Ready]]:
         """All of them. None is kept: a merge takes memory, and is held by who asked for it alone."""
-        commands, self._commands = self._commands, []
+        if not (commands := self._commands):
+            return []
+        self._commands = []
         return commands
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadyMerge(Generic[Held, Payload, Ready]):
-    """A merge that is prepared, of that round of its fragment."""
+    """A merge that is prepared, of that round of its fragment. Nobody changes it."""
 
     round: int
     pulled: tuple[Pulled[Held, Payload], ...]
@@ -59,6 +61,12 @@ class ReceivedPublications(Generic[Held, Payload, Ready]):
         """These are what was pulled."""
         self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
         self._num_weights = sum([each.section == "weights" for each in pulled])
+
+    def add(self, pulled: Pulled[Held, Payload]) -> None:
+        """This was pulled too."""
+        self.pulled.append(pulled)
+        self.here.append((pulled.section, pulled.peer))
+        self._num_weights += pulled.section == "weights"
 
     def num_here(self, section: Section) -> int:
         """How many of that section."""
@@ -92,3 +100,7 @@ class GossipLane(Generic[Held, Payload, Ready]):
     merged: MergedPublications[Held]
     choice: PartnerChoice
     """Whom to ask."""
+
+    def may_want(self, section: Section, num_due: int) -> bool:
+        """Less is here than is due, or some are on their way, that may be slow."""
+        return self.received.num_here(section) < num_due or self.open.has_begun(section)

@@ -548,10 +548,11 @@ class GossipPeer:
             self._events.append(event)
             return
         now, engine = self.swarm.clock.now, self.engine
-        events = self._events = [event]
+        events, does = [event], self._does
+        self._events = events
         for each in events:
             for command in engine.receive(each, now):
-                self._does(command)
+                does(command)
             if each is events[-1] and (wake_s := engine.wake_at()) is not None and wake_s <= now:
                 self._wakes()
         self._events = None
