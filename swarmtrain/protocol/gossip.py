@@ -213,7 +213,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 self._pulls.routed(event, now)
             case Called():
                 self._others.back_off.called(event.peer, now)
-                self._look_if_short(now)
+                if self.is_left_alone(event.peer):  # else it could be asked before too
+                    self._look_if_short(now)
             case PeersChanged():
                 if self._others.changed(event.volunteers) and self._schedule.plans:
                     self._schedule.look_by(now)

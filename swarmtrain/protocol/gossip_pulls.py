@@ -226,7 +226,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
     def _fail(self, pull: GossipPull[Held], failure: Failure, now: float) -> None:
         peer, source = pull.open.peer, pull.source
         if source != peer and not failure.is_authors:
-            if failure.kind != "away":
+            if failure.kind not in ("away", "busy"):
                 self._others.hosts.back_off.failed(source, now, failure.reason)
                 if failure.is_incident:
                     self._commands.add(Report(source, failure))

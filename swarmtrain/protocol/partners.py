@@ -36,6 +36,7 @@ __all__ = [
     "Theta",
     "Whole",
     "agreed_places",
+    "is_too_old",
     "left_behind",
     "median_round",
     "rounds_behind",
@@ -336,6 +337,12 @@ def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) 
     """
     behind = rounds_behind(round, others)
     return behind if len(others) > 1 and behind > max(1, max_staleness_rounds - 1) else 0
+
+
+def is_too_old(round: int, others: Iterable[int], max_staleness_rounds: int) -> bool:
+    """Whether weights of `round`, with which a peer comes back, are given up for the others', who are in those rounds;
+    one in round 0 has not begun."""
+    return rounds_behind(round, [each for each in others if each]) > max_staleness_rounds
 
 
 # ---------------------------------------------------------------- whom

@@ -49,7 +49,7 @@ from swarmtrain.protocol.gossip_messages import (
 )
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
-from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
+from swarmtrain.protocol.partners import Mark, is_too_old, median_round
 from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
 from swarmtrain.protocol.tellings import Tellings
@@ -414,8 +414,8 @@ class GossipPeer:
         self.came = list(saved.came)
         self.engine.load(saved.ledger)
         self._look_around()
-        if rounds_behind(self.round, [info.round for info in self._others]) > self.settings.max_staleness_rounds:
-            self._begin(self.swarm.clock.now)  # what it has is too old for the others
+        if is_too_old(self.round, [info.round for info in self._others], self.settings.max_staleness_rounds):
+            self._begin(self.swarm.clock.now)
         else:
             self.start()
 
@@ -619,7 +619,7 @@ class GossipPeer:
         elif isinstance(found, Publication) and not found.is_forged:
             self._tell(Replied(ask.pull, found.mark, found))
         else:
-            self._failed(ask.pull, ask.source, ask.author, found, is_silent=True)
+            self._failed(ask.pull, ask.source, found, is_silent=True)
 
     def _came(self, download: Download[Publication], found: Publication | Refused | None) -> None:
         now, held = self.swarm.clock.now, download.held
@@ -630,16 +630,14 @@ class GossipPeer:
             for _ in range(1 + self.swarm.comes_twice()):
                 self._tell(Downloaded(download.pull, num_bytes))
         else:
-            self._failed(download.pull, download.source, held.peer, found)
+            self._failed(download.pull, download.source, found)
 
-    def _failed(self, pull: int, source: str, author: str, found: Any, *, is_silent: bool = False) -> None:
+    def _failed(self, pull: int, source: str, found: Any, *, is_silent: bool = False) -> None:
         if found is None:
             self.membership.call_failed(source, self.swarm.clock.now, "unreachable")
             failure = Failure("unreachable", "silent" if is_silent else "failed")
-        elif found is AWAY or (found is BUSY and source != author):
-            failure = Failure(found.reason, "away")
-        elif found is BUSY:
-            failure = Failure(found.reason, "busy")
+        elif found is AWAY or found is BUSY:
+            failure = Failure(found.reason, "away" if found is AWAY else "busy")
         else:
             failure = Failure("it is not what its author has signed", is_incident=True)
         self._tell(Failed(pull, failure))

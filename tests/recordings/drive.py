@@ -412,7 +412,7 @@ class _Driver:
     def replied(self, line: Line) -> Any:
         """By the author, or a host of its."""
         source, author = self.source[self.current]
-        if source != author and (line["busy"] or line["away"]):
+        if source != author and line["away"]:
             return Failed(self.current, Failure("", "away"))
         if line["busy"]:
             return Failed(self.current, Failure("it serves as many readers as it may", "busy"))
