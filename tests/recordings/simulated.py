@@ -451,7 +451,7 @@ class _Systems(_Lines):
         self.news(self.names.index(peer.name), "others", "sampled", told)
 
     def _merged(self, original: Any, peer: GossipPeer, number: int) -> None:
-        fragment, pulled = peer.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
+        fragment, pulled = peer.model.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
         what = {"fragment": number, "round": peer.round, "pulled": pulled}
         self._write(peer, "merges", **what, theta=fragment.theta.hex(), momentum=fragment.momentum.hex())
         original(peer, number)
