@@ -42,11 +42,11 @@ from swarmtrain.peer.session import RoundReport, Session
 from swarmtrain.protocol.archiving import adds_to_archive
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.gossip_messages import Prepare
-from swarmtrain.protocol.gossip_state import DuePulls
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.partners import Difference, Mark, Whole
 from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pull_schedule import DuePulls
 from swarmtrain.protocol.pulls import SECTIONS, PullPlan, Section
 from swarmtrain.run import GradientFormat, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -158,7 +158,7 @@ class _Calls:
 
 
 def _num_ready(engine: Engine, fragment: int, section: Section) -> int:
-    ready = engine._lanes[fragment].ready
+    ready = engine._lanes[fragment].received.ready
     return sum(one.section == section for one in ready.pulled) if ready else 0
 
 
@@ -190,17 +190,17 @@ class World:
         def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
             give_up_s = time.monotonic() + 30
             while any(_num_ready(engine, fragment, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
-                came = [(one.peer, one.section) for one in engine._lanes[fragment].pulled]
+                came = [(one.peer, one.section) for one in engine._lanes[fragment].received.pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
 
-        def at_once(plan: MergePlan) -> DuePulls:
+        def at_once(plan: MergePlan, num_others: int) -> DuePulls:
             due_s = (0.0,) * self.wants.get(peer.id, 0)
             return DuePulls((), PullPlan(due_s, due_s, "as many as the test wants"), math.inf)
 
         gossip.merge_due = merge_when_there  # type: ignore[method-assign]
-        engine._pull_plan = at_once  # type: ignore[method-assign]
+        engine._schedule._pull_plan = at_once  # type: ignore[method-assign]
         for other in self.peers.values():
             other.meet(peer)
             peer.meet(other)
@@ -289,7 +289,7 @@ def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
     def prepared(self: GossipExchange, command: Prepare[Any, Any]) -> Prepared:
         nonlocal seen, others_ready, differ
         lanes = self.gossip.engine._lanes
-        others_ready += any(lane.ready is not None for lane in lanes if lane.number != command.fragment)
+        others_ready += any(lane.received.ready is not None for lane in lanes if lane.number != command.fragment)
         for each in command.pulled:
             made = each.payload.decoded()
             vector = made.gradient if made.theta is None else made.theta
@@ -378,7 +378,7 @@ def test_finer_gradients_are_for_long_rounds_over_a_link_that_is_known(worlds: l
     peer, _ = world_of(worlds, 2, gradient_format="auto").everyone()
     peer.exchange.hold([peer.trainer.state_of(fragment) for fragment in range(4)])
     assert peer.exchange.start_round(Progress(), 1.0).gradient_format == "int2"
-    peer.exchange.gossip.engine._times.assume(1e5)  # what a round brings takes a twentieth of a second
+    peer.exchange.gossip.engine._schedule.times.assume(1e5)  # what a round brings takes a twentieth of a second
     formats = [peer.exchange.start_round(Progress(), speed).gradient_format for speed in (0.0, 1.0, 1000.0)]
     assert formats == ["int2", "int4", "int2"]
     peer.swarm.node.traffic.up.bytes_per_s = 1e3
@@ -472,7 +472,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
-        ledger = peer.exchange.gossip.engine._lanes[last].ledger
+        ledger = peer.exchange.gossip.engine._lanes[last].merged.ledger
         marks = {who: Mark(one.round, one.part, one.tokens) for who, one in told.items() if one is not None}
         return {who for who, mark in marks.items() if isinstance(ledger.news(who, mark, 3), Whole | Difference)}
 

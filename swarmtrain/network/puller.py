@@ -58,11 +58,10 @@ class Puller:
             return Failed(number, failure_of(error))
         except _NoAnswerError as error:
             return Failed(number, Failure(str(error), "silent"))
-        if is_author and reply.busy:
+        if reply.busy:
             return Failed(number, Failure("it serves as many readers as it may", "busy"))
-        if reply.busy or (reply.away and not is_author):
-            reason = "its host is busy" if reply.busy else "who should be its host is not"
-            return Failed(number, Failure(reason, "away"))
+        if reply.away and not is_author:
+            return Failed(number, Failure("who should be its host is not", "away"))
         if not reply.HasField("manifest"):
             return Replied(number)
         try:

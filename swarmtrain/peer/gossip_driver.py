@@ -111,9 +111,7 @@ class GossipDriver:
         commands = self._receive(Planned(round, plans))
 
         async def follow() -> None:
-            with self._lock:
-                is_known = self.engine.bytes_per_s is not None
-            if not is_known and (known_s := self._expected_s(self.engine.partner_bytes)):
+            if known_s := self._expected_s(self.engine.partner_bytes):
                 self._happened(LinkAssumed(self.engine.partner_bytes / known_s))
             self._follow(commands)
 

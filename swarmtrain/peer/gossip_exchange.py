@@ -56,7 +56,7 @@ from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip_messages import CatchUp, Decode, Prepare, Pulled
 from swarmtrain.protocol.hosts import callable_first
 from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
-from swarmtrain.protocol.partners import rounds_behind
+from swarmtrain.protocol.partners import is_too_old
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pulls import LARGE_MODEL, Section
 from swarmtrain.run import GradientFormat
@@ -433,14 +433,11 @@ class GossipExchange(AsynchronousExchange):
 
     # ------------------------------------------------------------- present weights
 
-    def _rounds_of_others(self) -> list[int]:
-        return [info.round for info in self.swarm.membership.volunteers() if info.round]
-
     def _is_old(self, round: int) -> bool:
         """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
         has, so that this must not be ahead at all: nor where whoever did does not answer, and may have been killed."""
         members = self.swarm.membership
-        if rounds_behind(round, self._rounds_of_others()) > self.run.merge.max_staleness_rounds:
+        if is_too_old(round, [info.round for info in members.volunteers()], self.run.merge.max_staleness_rounds):
             return True
         merges = any(info.round for info in members.answering())
         return not merges and any(info.round > round for info in members.live() if info.is_bootstrap)

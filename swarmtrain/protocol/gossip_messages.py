@@ -135,8 +135,8 @@ class Replied(Generic[Held]):
 
 @dataclass(slots=True)
 class Failure:
-    """Why nothing came. "busy": it serves as many as it may; "away": a host that is none, or is busy; "silent": it gave
-    no answer; "failed": anything else."""
+    """Why nothing came. "busy": it serves as many as it may; "away": a host that is none; "silent": it gave no answer;
+    "failed": anything else."""
 
     reason: str
     kind: Literal["busy", "away", "silent", "failed"] = "failed"

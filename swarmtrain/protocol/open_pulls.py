@@ -52,9 +52,10 @@ class OpenPulls:
     ) -> bool:
         """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
         another from being tried."""
-        if len(self.begun) >= self.most:
+        num_begun = len(self.begun)
+        if num_begun >= self.most:
             return False
-        if len(here) + len(self.begun) < num_due:
+        if len(here) + num_begun < num_due:
             return True
         return len(self.coming(section, here, now - slow_after_s)) < num_due
 

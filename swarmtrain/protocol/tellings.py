@@ -5,7 +5,6 @@ Pure. A simulated swarm has one of these for all of its peers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from swarmtrain.protocol.fragments import told_mark, told_round
@@ -22,22 +21,24 @@ class Tellings:
 
     def __init__(self, num_fragments: int, num_parts: int) -> None:
         self._num_fragments, self._num_parts = num_fragments, num_parts
-        self._of: dict[str, tuple[PeerInfo, Sequence[tuple[int, Candidate]]]] = {}
+        self._of: dict[str, tuple[PeerInfo, list[tuple[int, Candidate] | None]]] = {}
 
-    def of(self, info: PeerInfo) -> Sequence[tuple[int, Candidate]]:
-        """Of each fragment in which round it is, and what is published of it."""
+    def of(self, info: PeerInfo, fragment: int) -> tuple[int, Candidate]:
+        """In which round that fragment is, and what is published of it."""
         known = self._of.get(info.peer)
-        if known is not None and known[0] is info:
-            return known[1]
-        if len(self._of) > _MOST:
-            self._of.clear()
-        told, number, num_parts = Mark(info.round, info.part, info.part_tokens), self._num_fragments, self._num_parts
-        found = []
-        for each in range(number):
-            mark = told_mark(each, number, told, num_parts)
+        if known is None or known[0] is not info:
+            if len(self._of) > _MOST:
+                self._of.clear()
+            known = self._of[info.peer] = info, [None] * self._num_fragments
+        if (found := known[1][fragment]) is None:  # each when it is asked for: all at once take long, of many peers
+            told, number, num_parts = (
+                Mark(info.round, info.part, info.part_tokens),
+                self._num_fragments,
+                self._num_parts,
+            )
+            mark = told_mark(fragment, number, told, num_parts)
             candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
-            found.append((told_round(each, number, told, num_parts), candidate))
-        self._of[info.peer] = info, found
+            found = known[1][fragment] = told_round(fragment, number, told, num_parts), candidate
         return found
 
 

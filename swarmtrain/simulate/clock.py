@@ -54,9 +54,10 @@ class Clock:
 
     def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
         """Run `call(*args)` at `when_s`; at once after the present event if that time has passed."""
-        timer = Timer(max(when_s, self.now), call, args)
-        heapq.heappush(self._queue, (timer.when_s, self._seq, timer))
-        self._seq += 1
+        if when_s < self.now:
+            when_s = self.now
+        timer, self._seq = Timer(when_s, call, args), self._seq + 1
+        heapq.heappush(self._queue, (when_s, self._seq, timer))
         return timer
 
     def call_later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:

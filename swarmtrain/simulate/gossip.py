@@ -2,25 +2,21 @@
 
 The peers run the product's own decisions: gossip's engine, plans of merges, pacing, data coverage, lifecycle. Here is
 how what it commands is done: when an answer or a publication's bytes arrive, who stands still, what is lost. The model
-is one number a fragment, so that a thousand peers live for minutes in a second or two: an inner step moves it by
-`inner_rate` of the way to the peer's own `target`, the merge is the one of `algorithm/gossip.py` with a single weight.
-Publications are made when somebody asks for them, as in the product. What happened is in `GossipSwarm.rounds`,
-`entered` and `incidents`.
+is one number a fragment (`simulate.gossip_model`), so that a thousand peers live for minutes in a second or two. What
+happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
-from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
-from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published, publishes_every
+from swarmtrain.protocol.fragments import publishes_every
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip import GossipSettings as EngineSettings
 from swarmtrain.protocol.gossip_messages import (
@@ -49,12 +45,13 @@ from swarmtrain.protocol.gossip_messages import (
 )
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
-from swarmtrain.protocol.partners import Mark, median_round, rounds_behind
+from swarmtrain.protocol.partners import is_too_old, median_round
 from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
 from swarmtrain.protocol.shards import Coverage
 from swarmtrain.protocol.tellings import Tellings
 from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.gossip_model import GossipModel, Schedule, Value, schedule_of
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused, kept_until
 from swarmtrain.simulate.publications import (
@@ -82,32 +79,8 @@ BUSY = Refused("BUSY")
 AWAY = Refused("no guest of this host")
 
 
-class _Value(NamedTuple):
-    """What of a publication can enter a merge: a weight, or with its tokens what is new of a pseudo-gradient."""
-
-    value: float
-    tokens: int
-
-
-_Command: TypeAlias = GossipCommand[Publication, _Value, bool]
-_Event: TypeAlias = GossipEvent[Publication, _Value, bool]
-
-
-class _Schedule(NamedTuple):
-    """After which of a round's inner steps which fragments are merged, and which parts are published."""
-
-    merge_after: tuple[int, ...]
-    steps: tuple[int, ...]
-    parts: tuple[int, ...]
-
-
-@lru_cache(maxsize=4096)
-def _schedule(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> _Schedule:
-    """As the trainer has it."""
-    fragments = range(num_fragments)
-    merge_after = tuple(merged_step(one, num_fragments, inner_steps, num_parts) for one in fragments)
-    parts = published(inner_steps, num_parts, num_fragments, every)
-    return _Schedule(merge_after, tuple(parts), tuple(parts.values()))
+_Command: TypeAlias = GossipCommand[Publication, Value, bool]
+_Event: TypeAlias = GossipEvent[Publication, Value, bool]
 
 
 @dataclass(slots=True)
@@ -116,7 +89,7 @@ class _Round:
 
     started_s: float
     steps: int
-    schedule: _Schedule
+    schedule: Schedule
     num_over: int = 0
     """Fragments that were merged."""
     num_merged: int = 0
@@ -126,20 +99,6 @@ class _Round:
     """When its inner steps were done, if it is too far behind and asks for another's weights."""
 
 
-@dataclass(slots=True)
-class _Fragment:
-    """One fragment of the model: a number."""
-
-    theta: float
-    momentum: float = 0.0
-    weights: list[Publication] = field(default_factory=list)
-    """That its last two rounds began with."""
-    published: list[Publication] = field(default_factory=list)
-    """Its last two pseudo-gradients that somebody asked for."""
-    told_steps: int = 0
-    """Of the peer's round, those that were in the newest of them."""
-
-
 class GossipPeer:
     """One volunteer. Its decisions are the product's; its links and its clock are the swarm's."""
 
@@ -147,19 +106,17 @@ class GossipPeer:
         s = self.settings = swarm.settings
         self.swarm, self.name, self.steps_per_s, self.link = swarm, name, speed, link
         self.alive, self.frozen = True, False
-        self.target = theta
-        self.fragments = [_Fragment(theta) for _ in range(s.num_fragments)]
+        self.model = GossipModel(name, s, theta)
         self.round, self.bytes_up = 0, 0
         self.membership = Membership(me=name)
         self.coverage = Coverage(me=name, num_shards=s.num_shards) if s.num_shards else None
         self.shard = -1
         self._rng = random.Random(f"{swarm.seed} {name}")
-        self.engine: GossipEngine[Publication, _Value, bool] = GossipEngine(
+        self.engine: GossipEngine[Publication, Value, bool] = GossipEngine(
             name, swarm.engine_settings, self._rng, self._rng, swarm.tellings
         )
         self._planner = MergePlanner(s.num_fragments)
-        self._fragment_rounds = FragmentRounds(s.num_fragments)
-        self._now = _Round(math.inf, s.inner_steps, _schedule(s.inner_steps, s.num_parts, s.num_fragments, 1))
+        self._now = _Round(math.inf, s.inner_steps, self.model.schedule)
         self._last_tokens = 0
         """Of the round before."""
         self._others: list[PeerInfo] = []
@@ -171,9 +128,6 @@ class GossipPeer:
         self._events: list[_Event] | None = None
         """What the engine is being told."""
         self._timer: Timer | None = None
-        self.entered: list[Entered] = []
-        self.came: list[Entered] = []
-        """What had entered the weights that it took from others; and its own rounds."""
         self.checkpoints: list[Checkpoint] = []
         self._frozen_at_s = 0.0
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
@@ -249,25 +203,20 @@ class GossipPeer:
         """Another's weights take the place of its own."""
         self.round = max(self.round, state.round)
         self._tell(TookStates(self.round, [state.places], {peer: state.round}))
-        self._put(state)
-        self.entered, self.came = [], list(state.entered)
+        self.model.take(state)
         self.swarm.took_state(self, peer, self.swarm.clock.now - since_s)
         self.start()
-
-    def _put(self, of: State | Checkpoint) -> None:
-        for fragment, theta, momentum in zip(self.fragments, of.thetas, of.momenta, strict=True):
-            fragment.theta, fragment.momentum = theta, momentum
 
     # ------------------------------------------------------------------ training
 
     @property
     def theta(self) -> float:
         """The mean of the fragments' weights."""
-        return sum(one.theta for one in self.fragments) / len(self.fragments)
+        return self.model.theta
 
     @property
     def _is_training(self) -> bool:
-        return self._now.started_s < math.inf and self._now.num_over < len(self.fragments)
+        return self._now.started_s < math.inf and self._now.num_over < self.settings.num_fragments
 
     @property
     def steps_done(self) -> int:
@@ -280,11 +229,11 @@ class GossipPeer:
     @property
     def steps_unpublished(self) -> int:
         """Of the present round, those done since somebody asked for its publications last; none before it has begun."""
-        return self.steps_done - round(statistics.mean(one.told_steps for one in self.fragments))
+        return self.steps_done - self.model.told_steps
 
     def start(self) -> None:
         """Begin to train, with weights that are all new here."""
-        self._fragment_rounds.restart()
+        self.model.restart()
         self._start_round(all_begin=True)
 
     def _start_round(self, all_begin: bool = False) -> None:
@@ -299,14 +248,9 @@ class GossipPeer:
             limit_s=s.round_limit_s,
             others_end_in_s=[None if end_s is None else end_s - now for end_s in self._ends_s],
         )
-        number = len(self.fragments)
-        every = publishes_every(s.num_parts, number, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
-        self._now = _Round(now, steps, _schedule(steps, s.num_parts, number, every))
-        self._fragment_rounds.begin(self.round, s.num_parts)
-        for fragment in range(number):
-            self.fragments[fragment].told_steps = 0
-            if all_begin or fragment == number - 1:
-                self._publish_weights(fragment, self.round)
+        every = publishes_every(s.num_parts, s.num_fragments, steps / self.steps_per_s, s.state_bytes // _STATE_BYTES)
+        self._now = _Round(now, steps, schedule_of(steps, s.num_parts, s.num_fragments, every))
+        self.model.begin_round(self.round, self._now.schedule, all_begin=all_begin)
         if self.coverage is not None:
             busy = self.coverage.busy(one.peer for one in self._others)
             tokens = steps * s.tokens_per_step
@@ -335,48 +279,24 @@ class GossipPeer:
         else:
             self._tell(MergeDue(self.round, r.num_over))
 
-    def _gradient(self, fragment: _Fragment, steps: int) -> float:
-        """theta less the weight after so many inner steps."""
-        return (fragment.theta - self.target) * (1.0 - (1.0 - self.settings.inner_rate) ** steps)
-
-    def _merge(self, command: Merge[Publication, _Value, bool]) -> None:
-        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step."""
-        s, r, number = self.settings, self._now, command.fragment
-        fragment, steps = self.fragments[number], r.schedule.merge_after[number]
-        part = r.schedule.parts[r.schedule.steps.index(steps)]
-        own = self._fragment_rounds.of(number, part, steps * s.tokens_per_step, steps)
+    def _merge(self, command: Merge[Publication, Value, bool]) -> None:
+        r, number = self._now, command.fragment
         self._publish(number)  # its whole round, from the weights that it began with
-        weight, thetas = self._gradient(fragment, own.inner_steps) * own.tokens, [fragment.theta]
-        tokens = own.tokens
         reference = median_round([self.round, *(info.round for info in self._others)]) if command.pulled else 0
         for one in command.pulled:
-            value, new_tokens = one.payload
             r.staleness_rounds = max(r.staleness_rounds, reference - one.mark.round)
-            if one.section == "weights":
-                thetas.append(value)
-                continue
-            weight, tokens = weight + value * new_tokens, tokens + new_tokens
-            r.num_merged += 1
-            if s.keeps_past:
-                until = one.mark.tokens
-                self.entered.append(Entered(self.name, one.peer, number, one.mark.round, until - new_tokens, until))
-        if s.keeps_past:
-            self.came.append(Entered(self.name, self.name, number, own.round, 0, own.tokens))
-        mean = weight / tokens
-        fragment.momentum = s.outer_momentum * fragment.momentum + mean
-        step = s.outer_learning_rate * (mean + s.outer_momentum * fragment.momentum)
-        fragment.theta = sum(thetas) / len(thetas) - step
-        self._fragment_rounds.merged(number, part, steps * s.tokens_per_step, steps)
+            r.num_merged += one.section == "gradient"
+        self.model.merge(number, command.pulled)
         self._merged(number)
 
     def _merged(self, number: int) -> None:
         r, now = self._now, self.swarm.clock.now
         r.num_over += 1
         plans = self._planner.merged(number, now)
-        if r.num_over == len(self.fragments):
+        if r.num_over == self.settings.num_fragments:
             self._end_round(r)
             return
-        self._publish_weights(number, self.round + 1)
+        self.model.publish_weights(number, self.round + 1)
         if plans is not None:
             self._plan(plans)
         self._train_on()
@@ -389,9 +309,8 @@ class GossipPeer:
 
     def _save(self) -> None:
         if self.settings.keeps_past:
-            thetas, momenta = [one.theta for one in self.fragments], [one.momentum for one in self.fragments]
-            rows, entered = self.engine.rows(), list(self.entered)
-            saved = Checkpoint(thetas, momenta, self.round, rows, entered, list(self.came))
+            of, rows = self.model, self.engine.rows()
+            saved = Checkpoint(of.thetas, of.momenta, self.round, rows, list(of.entered), list(of.came))
             self.checkpoints = [*self.checkpoints[-2:], saved]
 
     def _over(self, r: _Round) -> None:
@@ -402,20 +321,18 @@ class GossipPeer:
             self.coverage.trained(self.shard, self._last_tokens)
         self.swarm.round_over(RoundRecord(
             peer=self.name, round=self.round, started_s=r.started_s, ended_s=ended_s, steps=r.steps,
-            partners=r.num_merged / len(self.fragments), staleness_rounds=r.staleness_rounds, bytes_down=r.bytes_down,
-            waited=r.waits_since_s is not None,
+            partners=r.num_merged / self.settings.num_fragments, staleness_rounds=r.staleness_rounds,
+            bytes_down=r.bytes_down, waited=r.waits_since_s is not None,
         ))  # fmt: skip
 
     def resume(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint, in a process that knows nothing else."""
-        self._put(saved)
+        self.model.resume(saved)
         self.round = saved.round
-        self.entered = list(saved.entered)  # what was merged later is gone with the weights it entered
-        self.came = list(saved.came)
         self.engine.load(saved.ledger)
         self._look_around()
-        if rounds_behind(self.round, [info.round for info in self._others]) > self.settings.max_staleness_rounds:
-            self._begin(self.swarm.clock.now)  # what it has is too old for the others
+        if is_too_old(self.round, [info.round for info in self._others], self.settings.max_staleness_rounds):
+            self._begin(self.swarm.clock.now)
         else:
             self.start()
 
@@ -425,12 +342,12 @@ class GossipPeer:
         if self._others:
             self._take_state(self._caught_up)
         else:
-            self._tell(MergeDue(self.round, len(self.fragments) - 1, may_catch_up=False))
+            self._tell(MergeDue(self.round, self.settings.num_fragments - 1, may_catch_up=False))
 
     def _caught_up(self, peer: str, state: Any) -> None:
         since_s = self._now.waits_since_s
         if since_s is None or not isinstance(state, State):
-            self._tell(MergeDue(self.round, len(self.fragments) - 1, may_catch_up=False))
+            self._tell(MergeDue(self.round, self.settings.num_fragments - 1, may_catch_up=False))
             return
         self._over(self._now)
         self.round += 1
@@ -439,39 +356,19 @@ class GossipPeer:
 
     # ------------------------------------------------------------------ publishing
 
-    def _publish_weights(self, number: int, round: int) -> None:
-        """A fragment's round begins, with its weights."""
-        fragment = self.fragments[number]
-        newest = Publication(self.name, Mark(round, 0, 0), fragment.theta, 0.0, fragment=number)
-        fragment.weights = [*fragment.weights[-1:], newest]
-
     def _publish(self, number: int) -> Publication | None:
-        """The newest publication of a fragment's pseudo-gradient; made now if its moment has passed."""
-        fragment, (_, steps, parts) = self.fragments[number], self._now.schedule
-        newest = fragment.published[-1] if fragment.published else None
-        if passed := bisect_right(steps, self.steps_done):
-            done, part = steps[passed - 1], parts[passed - 1]
-            of = self._fragment_rounds.of(number, part, done * self.settings.tokens_per_step, done)
-            mark = Mark(of.round, of.part, of.tokens)
-            if of.tokens and (newest is None or newest.mark != mark):
-                rows = () if self.coverage is None else tuple(self.coverage.rows_to_send())
-                gradient = self._gradient(fragment, of.inner_steps)
-                newest = Publication(self.name, mark, fragment.theta, gradient, rows, number)
-                fragment.published, fragment.told_steps = [*fragment.published[-1:], newest], done
-        return newest
+        return self.model.publish(number, self.steps_done, self.coverage)
 
     def provide(self, what: Any) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
         if isinstance(what, Asked):
             if what.section == "gradient":
                 return self._publish(what.fragment) or NOTHING
-            weights = self.fragments[what.fragment].weights
-            return weights[-1] if weights else NOTHING
+            return self.model.weights(what.fragment) or NOTHING
         if isinstance(what, Publication):
             if self.swarm.links.num_out(self.name) >= self.settings.max_readers:
                 return BUSY
-            fragment = self.fragments[what.fragment]
-            if what not in (fragment.published if what.mark.part else fragment.weights):
+            if not self.model.has(what):
                 return None
             self.bytes_up += self.settings.section_bytes(what.section)
             return what
@@ -484,20 +381,14 @@ class GossipPeer:
 
     def _state(self) -> State:
         """Its own rounds are in its weights too."""
-        return State(
-            [one.theta for one in self.fragments],
-            [one.momentum for one in self.fragments],
-            self.round,
-            self.engine.places(self.round - 1),
-            [*self.entered, *self.came],
-        )
+        of, places = self.model, self.engine.places(self.round - 1)
+        return State(of.thetas, of.momenta, self.round, places, [*of.entered, *of.came])
 
     def _announce(self, at_s: float) -> None:
         """The presence record as it was at `at_s`: a round's start, or a third of its lifetime after the last one."""
-        s, done, (_, steps, parts) = self.settings, self._steps_done_at(at_s), self._now.schedule
-        part, tokens = 0, self._last_tokens
-        if passed := bisect_right(steps, done):
-            part, tokens = parts[passed - 1], steps[passed - 1] * s.tokens_per_step
+        s, done, part, tokens = self.settings, self._steps_done_at(at_s), 0, self._last_tokens
+        if (passed := self._now.schedule.passed(done)) is not None:
+            part, tokens = passed[1], passed[0] * s.tokens_per_step
         info = self._describe(PeerInfo(
             peer=self.name, stamp=at_s, training=True, round=self.round, part=part, part_tokens=tokens,
             inner_steps=self._now.steps, inner_steps_done=done, steps_per_s=self.steps_per_s, addresses=(self.name,),
@@ -548,10 +439,11 @@ class GossipPeer:
             self._events.append(event)
             return
         now, engine = self.swarm.clock.now, self.engine
-        events = self._events = [event]
+        events, does = [event], self._does
+        self._events = events
         for each in events:
             for command in engine.receive(each, now):
-                self._does(command)
+                does(command)
             if each is events[-1] and (wake_s := engine.wake_at()) is not None and wake_s <= now:
                 self._wakes()
         self._events = None
@@ -618,7 +510,7 @@ class GossipPeer:
         elif isinstance(found, Publication) and not found.is_forged:
             self._tell(Replied(ask.pull, found.mark, found))
         else:
-            self._failed(ask.pull, ask.source, ask.author, found, is_silent=True)
+            self._failed(ask.pull, ask.source, found, is_silent=True)
 
     def _came(self, download: Download[Publication], found: Publication | Refused | None) -> None:
         now, held = self.swarm.clock.now, download.held
@@ -629,16 +521,14 @@ class GossipPeer:
             for _ in range(1 + self.swarm.comes_twice()):
                 self._tell(Downloaded(download.pull, num_bytes))
         else:
-            self._failed(download.pull, download.source, held.peer, found)
+            self._failed(download.pull, download.source, found)
 
-    def _failed(self, pull: int, source: str, author: str, found: Any, *, is_silent: bool = False) -> None:
+    def _failed(self, pull: int, source: str, found: Any, *, is_silent: bool = False) -> None:
         if found is None:
             self.membership.call_failed(source, self.swarm.clock.now, "unreachable")
             failure = Failure("unreachable", "silent" if is_silent else "failed")
-        elif found is AWAY or (found is BUSY and source != author):
-            failure = Failure(found.reason, "away")
-        elif found is BUSY:
-            failure = Failure(found.reason, "busy")
+        elif found is AWAY or found is BUSY:
+            failure = Failure(found.reason, "away" if found is AWAY else "busy")
         else:
             failure = Failure("it is not what its author has signed", is_incident=True)
         self._tell(Failed(pull, failure))
@@ -652,7 +542,7 @@ class GossipPeer:
             self.coverage.merge(held.rows, decode.author, lambda _, tokens: tokens)
         value = held.gradient if decode.section == "gradient" else held.theta
         value = value if earlier is None else value - earlier.gradient
-        self._tell(Decoded(decode.pull, _Value(value, decode.news.tokens)))
+        self._tell(Decoded(decode.pull, Value(value, decode.news.tokens)))
 
 
 class GossipSwarm(Network[GossipPeer]):
@@ -720,7 +610,7 @@ class GossipSwarm(Network[GossipPeer]):
         old = self.peers[name]
         assert not old.alive, f"{name} has not died"
         new = self.peers[name] = self._make(name, old.steps_per_s, old.theta, old.link)
-        new.target = old.target
+        new.model.target = old.model.target
         if old.checkpoints:
             new.checkpoints = [*kept_until(old.checkpoints, checkpoint)]
             new.deliver(new.resume, new.checkpoints[-1])
@@ -741,12 +631,12 @@ class GossipSwarm(Network[GossipPeer]):
     @property
     def entered(self) -> list[Entered]:
         """The inner steps that entered the weights."""
-        return [entry for peer in self.peers.values() for entry in peer.entered]
+        return [entry for peer in self.peers.values() for entry in peer.model.entered]
 
     def spread(self) -> float:
         """The consensus problem's error: the greatest difference between two running peers' weights."""
         running = self.running()
-        weights = ([peer.fragments[i].theta for peer in running] for i in range(self.settings.num_fragments))
+        weights = ([peer.model.fragments[i].theta for peer in running] for i in range(self.settings.num_fragments))
         return max(max(of_fragment) - min(of_fragment) for of_fragment in weights)
 
 

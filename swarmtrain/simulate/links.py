@@ -13,7 +13,7 @@ import heapq
 import random
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from swarmtrain.network.impairments import Lateness
 from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
@@ -189,31 +189,38 @@ class SharedLinks:
 
 def max_min_rates(transfers: Iterable[Transfer]) -> dict[Transfer, float]:
     """Max-min fair rates, in bytes a second: the end that can give each of its transfers least fixes theirs, and on."""
-    ends: dict[_Key, _Shared] = {}
+    uplinks, downlinks = dict[str, _Shared](), dict[str, _Shared]()
+    ends_of = dict[Transfer, tuple[_Shared, _Shared]]()
     for transfer in transfers:
-        for key, per_s in _ends(transfer):
-            if key not in ends:
-                ends[key] = _Shared(per_s)
-            ends[key].left[transfer] = None
-    heap = [(end.share, key) for key, end in ends.items()]
+        src, dst = transfer.src.name, transfer.dst.name
+        if (up := uplinks.get(src)) is None:
+            up = uplinks[src] = _Shared(transfer.up_per_s)
+        if (down := downlinks.get(dst)) is None:
+            down = downlinks[dst] = _Shared(transfer.down_per_s)
+        up.left[transfer] = down.left[transfer] = None
+        ends_of[transfer] = up, down
+    heap = [
+        (end.per_s / len(end.left), key, end)
+        for which, ends in (("up", uplinks), ("down", downlinks))
+        for key, end in (((which, name), end) for name, end in ends.items())
+    ]
     heapq.heapify(heap)
     rates: dict[Transfer, float] = {}
     while heap:
-        share, key = heapq.heappop(heap)
-        end = ends[key]
+        share, key, end = heap[0]
         if not end.left:
+            heapq.heappop(heap)
             continue
-        if end.share > share:  # shares only grow: what others could not use
-            heapq.heappush(heap, (end.share, key))
+        if (now := end.per_s / len(end.left)) > share:  # shares only grow: what others could not use
+            heapq.heapreplace(heap, (now, key, end))
             continue
+        heapq.heappop(heap)
         for transfer in list(end.left):
             rates[transfer] = share
-            for other, _ in _ends(transfer):
-                ends[other].give(transfer, share)
+            for other in ends_of[transfer]:
+                other.per_s -= share
+                del other.left[transfer]
     return rates
-
-
-_Key: TypeAlias = tuple[str, str]
 
 
 class _Shared:
@@ -224,16 +231,3 @@ class _Shared:
     def __init__(self, per_s: float) -> None:
         self.per_s = per_s
         self.left: dict[Transfer, None] = {}
-
-    @property
-    def share(self) -> float:
-        return self.per_s / len(self.left) if self.left else 0.0
-
-    def give(self, transfer: Transfer, rate: float) -> None:
-        self.per_s -= rate
-        del self.left[transfer]
-
-
-def _ends(transfer: Transfer) -> tuple[tuple[_Key, float], tuple[_Key, float]]:
-    """The uplink and the downlink that it is on, with what they carry."""
-    return (("up", transfer.src.name), transfer.up_per_s), (("down", transfer.dst.name), transfer.down_per_s)

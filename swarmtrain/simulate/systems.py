@@ -163,7 +163,7 @@ class SystemsSwarm(GossipSwarm):
 
     def deviation(self) -> float:
         """Of the running volunteers' weights; the mean over the fragments."""
-        weights = [[one.theta for one in peer.fragments] for peer in self.peers.values() if peer.running]
+        weights = [peer.model.thetas for peer in self.peers.values() if peer.running]
         return statistics.mean(map(statistics.pstdev, zip(*weights, strict=True))) if weights else 0.0
 
 

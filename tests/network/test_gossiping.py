@@ -187,7 +187,7 @@ class Peer:
 
     def ready(self) -> Sequence[Pulled]:
         """What is in the merge that is prepared."""
-        ready = self.engine._lanes[0].ready
+        ready = self.engine._lanes[0].received.ready
         return () if ready is None else ready.pulled
 
     def merge(self, round: int) -> Merge[Any, Any, Any]:
@@ -205,7 +205,7 @@ class Peer:
         await until(lambda: len(ready_of("gradient")) >= number)
         await until(lambda: not weights or ready_of("weights").keys() == ready_of("gradient").keys())
         gradients, thetas = ready_of("gradient"), ready_of("weights")
-        found = self.merge(self.engine._round)
+        found = self.merge(self.engine._others.round)
         assert found.merge is not None and list(found.pulled) == found.merge
         return {peer: replace(one, theta=thetas[peer].theta if weights else None) for peer, one in gradients.items()}
 
@@ -371,7 +371,7 @@ def test_what_cannot_be_merged_costs_its_author_and_another_is_tried() -> None:
         await until(lambda: ben.asked and not me.num_open())
         now = swarm_time()
         me.saw(dora, now)
-        assert me.engine._back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
+        assert me.engine._others.back_off.ready([BEN.peer_id, CARL.peer_id], now)[0] == {CARL.peer_id}
         assert set(await me.take(2)) == {CARL.peer_id, DORA.peer_id}, "what came of the others is merged"
         await me.gossip.stop()
 
@@ -439,7 +439,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         ben.publish(0, 4, 1000)
         me.begin(0)
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
-        await until(lambda: len(me.engine._lanes[0].pulled) == 2)
+        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2)
 
         def prepare(pulled: Sequence[Pulled]) -> Sequence[Pulled]:
             prepared.append(pulled)
@@ -448,7 +448,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         me.begin(1, prepare, lasts_s=60)
         await until(lambda: prepared and me.ready())
         assert {(pulled.peer, pulled.section) for pulled in me.merge(1).pulled} <= both
-        assert me.engine._times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
+        assert me.engine._schedule.times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
         await me.gossip.stop()
 
     run(script)
@@ -475,13 +475,13 @@ def test_what_is_ended_before_it_has_begun_leaves_no_warning_on_the_terminal() -
         me = Peer(ben)
         ben.publish(0, 4, 1000)
         me.begin(0)
-        await until(lambda: len(me.engine._lanes[0].pulled) == 2 and me.engine._preparing is None)
+        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2 and not me.engine._preparation.is_busy)
         now = swarm_time()
         plan = MergePlan(round=1, began_s=(now,), ends_s=now + 60, gradient_format="int8")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             await me.gossip.plan(1, [plan])
-            assert me.engine._preparing is not None
+            assert me.engine._preparation.is_busy
             await me.gossip.stop()
             gc.collect()
         assert [str(one.message) for one in told] == []

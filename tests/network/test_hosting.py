@@ -192,7 +192,7 @@ def test_a_host_that_fails_or_lies_costs_the_author_nothing(fault: str) -> None:
         guest.publish(0, 1, 100)
         bad, good = Host(CARL, guest, fault), Host(ELSE, guest)
         me, _ = a_reader(guest, bad, good)
-        me.engine._hosts.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
+        me.engine._others.hosts.back_off.failed(ELSE.peer_id, swarm_time(), "the bad one is to be asked first")
         me.begin(0)
         assert (await me.take(1))[DORA.peer_id].tokens == 100
         assert bad.num_asked >= 1
@@ -218,7 +218,7 @@ def test_what_this_peer_fails_to_decode_is_no_fault_of_a_host_and_not_asked_of_t
         await until(lambda: sum(host.num_asked for host in hosts) >= 2)
         await until(lambda: not me.num_open())
         assert sum(host.num_asked for host in hosts) == 2, "for its weights and for its gradient"
-        assert not any(me.engine._hosts.back_off.has_banned(host.identity.peer_id) for host in hosts)
+        assert not any(me.engine._others.hosts.back_off.has_banned(host.identity.peer_id) for host in hosts)
         assert me.engine.is_left_alone(DORA.peer_id) and me.refused == []
         await me.gossip.stop()
 
@@ -234,7 +234,7 @@ def test_with_no_host_that_answers_the_author_is_asked_for_again_soon() -> None:
         me.begin(0)
         await until(lambda: host.num_asked)
         await until(lambda: not me.num_open())
-        ban = me.engine._back_off._bans[DORA.peer_id]
+        ban = me.engine._others.back_off._bans[DORA.peer_id]
         assert ban.failures == 0 and ban.until_s < swarm_time() + 2 and me.refused == []
         await me.gossip.stop()
 

@@ -274,7 +274,7 @@ def _merges(record: Record) -> None:
         if isinstance(due, Merge):
             pulled = [[one.section, one.peer, one.mark, one.began_s] for one in due.pulled]
             of_s = None if due.merge is None else prepared_for[id(due.merge)]
-            reference = self.engine._reference_round()
+            reference = self.engine._others.reference_round()
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return due
 

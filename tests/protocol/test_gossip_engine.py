@@ -189,6 +189,20 @@ def test_a_silent_one_that_calls_is_asked_again_in_the_next_round() -> None:
     assert {ask.author for ask in me.asks()} == {"ben"}
 
 
+def test_a_call_of_one_whom_nothing_is_held_against_makes_nobody_look_again() -> None:
+    me = Driven("ben", wanted=1)
+    me.plan()
+    me.asks()
+    for ask in list(me.engine._pulls.by_number):
+        me.tells(Failed(ask, Failure("no answer", "silent")))
+    assert me.asks() == [] and me.engine.wake_at() == 1.0
+    me.now = 0.5
+    me.tells(Called("carl"))
+    assert me.engine.wake_at() == 1.0
+    me.tells(Called("ben"))
+    assert me.engine.wake_at() == 0.5
+
+
 def test_a_slow_pull_does_not_keep_another_from_being_tried() -> None:
     me = Driven("ben", "carl", wanted=1)
     me.tells(LinkAssumed(1250.0))  # a second for both sections: slow after three
@@ -215,7 +229,9 @@ def test_a_hidden_author_is_had_through_its_hosts_and_their_failures_are_theirs(
     lie = Failure("not signed by it", is_incident=True)
     report, ask = me.tells(Failed(number, lie))
     assert report.peer != "ben" and report.failure == lie
-    (ask,) = me.tells(Failed(number, Failure("its host is busy", "away")))
+    busy = ask.source
+    (ask,) = me.tells(Failed(number, Failure("it serves as many readers as it may", "busy")))
+    assert not me.engine._others.hosts.back_off.has_banned(busy), "that is no fault"
     me.tells(Replied(number, WHOLE, "g"))
     (end,) = me.tells(Failed(number, Failure("it broke off")))
     assert end == LeftAlone("ben", "busy: asked again after 1 s"), "nobody is left to ask: not its own fault"

@@ -20,6 +20,7 @@ from swarmtrain.protocol.partners import (
     Theta,
     Whole,
     agreed_places,
+    is_too_old,
     left_behind,
     median_round,
 )
@@ -431,3 +432,9 @@ def test_bans_are_bounded() -> None:
     for i in range(100):
         back_off.failed(f"p{i}", 0.0, "unreachable")
     assert back_off.ready([f"p{i}" for i in range(100)], 1.0)[0] == {f"p{i}" for i in range(90)}
+
+
+def test_who_comes_back_gives_its_weights_up_if_they_are_too_old_for_those_who_have_begun() -> None:
+    assert is_too_old(3, [6, 6, 6], 2) and not is_too_old(4, [6, 6, 6], 2)
+    assert is_too_old(3, [0, 6], 2), "one that has not begun says nothing"
+    assert not is_too_old(3, [0, 0], 2) and not is_too_old(3, [], 2)

@@ -21,8 +21,9 @@ from swarmtrain import errors
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.peer.gossip_exchange import codecs_of, gossip_settings
-from swarmtrain.protocol import gossip
+from swarmtrain.protocol import gossip_pulls
 from swarmtrain.protocol.gossip import GossipEngine
+from swarmtrain.protocol.gossip_merged import MergedPublications
 from swarmtrain.protocol.gossip_messages import (
     Ask,
     Called,
@@ -50,6 +51,8 @@ from swarmtrain.protocol.gossip_messages import (
     TookStates,
     Woke,
 )
+from swarmtrain.protocol.gossip_peers import PartnerChoice
+from swarmtrain.protocol.gossip_pulls import GossipPulls
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
@@ -141,10 +144,10 @@ class _Deferred(GossipEngine[Any, Any, Any]):
 
     def prepares(self, now: float) -> list[Any]:
         """What is prepared by now."""
-        self._out, self.is_prepared = [], True
+        self.is_prepared = True
         self._prepare_more(now)
         self.is_prepared = False
-        return self._out
+        return self._commands.take()
 
     def _prepared(self, number: int, merge: Any, now: float) -> None:
         self.is_prepared = True
@@ -156,7 +159,7 @@ class _Deferred(GossipEngine[Any, Any, Any]):
 
     def settles(self, number: int, now: float) -> None:
         """The pull of that number."""
-        if (pull := self._pulls.get(number)) is not None:
+        if (pull := self._pulls.by_number.get(number)) is not None:
             super()._settled(pull, now)
 
 
@@ -194,11 +197,11 @@ class _Driver:
         """Write what is decided within."""
         around, engine = recording.around, self.engine
 
-        def choose(original: Any, engine: Any, lane: Any, section: str, round: int, here: Any, now: float) -> Any:
-            self.choosing = {"fragment": lane.number, "section": section, "now": now, "own_round": round}
-            self.choosing |= {"rounds": dict(engine._view(lane).rounds)}
-            self.choosing |= {"with_weights": sorted(lane.open.coming("weights", here))}
-            return original(engine, lane, section, round, here, now)
+        def choose(original: Any, choice: PartnerChoice, section: Any, round: int, here: Any, now: float) -> Any:
+            self.choosing = {"fragment": choice.fragment, "section": section, "now": now, "own_round": round}
+            self.choosing |= {"rounds": dict(choice.view().rounds)}
+            self.choosing |= {"with_weights": sorted(engine._lanes[choice.fragment].open.coming("weights", here))}
+            return original(choice, section, round, here, now)
 
         def chosen(original: Any, partners: Partners, candidates: Any, **how: Any) -> Any:
             found = original(partners, candidates, **how)
@@ -207,26 +210,26 @@ class _Driver:
             self.write("choice", **self.choosing, **what)
             return found
 
-        def begin(original: Any, engine: Any, lane: Any, section: str, peer: str, round_s: float, now: float) -> None:
+        def begin(original: Any, pulls: Any, lane: Any, section: str, peer: str, round_s: float, now: float) -> None:
             assert self.wake_s is not None and self.wake_s <= now, "the engine would have asked nobody"
             ask = len(self.asks)
             self.write("asks", ask=ask, fragment=lane.number, section=section, author=peer, round_s=round_s)
-            number = engine._numbers + 1
+            original(pulls, lane, section, peer, round_s, now)
+            number = max(pulls.by_number)
             self.asks[number], self.pulls[ask] = ask, number
-            original(engine, lane, section, peer, round_s, now)
-            self.of[engine._pulls[number].open] = ask
+            self.of[pulls.by_number[number].open] = ask
 
-        def news(original: Any, engine: Any, lane: Any, peer: str, mark: Mark) -> Any:
-            found = original(engine, lane, peer, mark)
+        def news(original: Any, merged: MergedPublications[Any], peer: str, mark: Mark, reference: int) -> Any:
+            found = original(merged, peer, mark, reference)
             self.write(
                 "news",
-                fragment=lane.number,
+                fragment=next(lane.number for lane in engine._lanes if lane.merged is merged),
                 author=peer,
                 section="gradient" if mark.part else "weights",
                 mark=mark,
                 is_here=self.is_here,
                 is_own=not self.is_here and self.source[self.current][0] == peer,
-                reference=engine._reference_round(),
+                reference=reference,
                 found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
             )
             return found
@@ -234,10 +237,10 @@ class _Driver:
         def told(name: str) -> Callable[..., Any]:
             def call(original: Any, thing: Any, *args: Any) -> Any:
                 found = original(thing, *args)
-                if thing is engine._hosts.back_off and name == "failed":
+                if thing is engine._others.hosts.back_off and name == "failed":
                     host, _, reason = args
                     self.write("host_failed", ask=self.asks[self.current], host=host, reason=reason)
-                elif not isinstance(thing, BackOff) or thing is engine._back_off:
+                elif not isinstance(thing, BackOff) or thing is engine._others.back_off:
                     self.write(name if isinstance(thing, BackOff) else f"times.{name}", args=args, found=found)
                 return found
 
@@ -258,11 +261,11 @@ class _Driver:
 
             return call
 
-        around(GossipEngine, "_choose", choose)
+        around(PartnerChoice, "choose", choose)
         around(Partners, "choose", chosen)
-        around(GossipEngine, "_begin", begin)
-        around(GossipEngine, "_news", news)
-        around(gossip, "round_began_s", began)
+        around(GossipPulls, "begin", begin)
+        around(MergedPublications, "news", news)
+        around(gossip_pulls, "round_began_s", began)
         for name in ("busy", "failed", "answered", "called"):
             around(BackOff, name, told(name))
         for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
@@ -395,21 +398,21 @@ class _Driver:
     def sources(self, line: Line) -> None:
         """Whom it can be had from; hosts are drawn by lot."""
         number, found = self.current, list(line["found"])
-        author = self.engine._pulls[number].open.peer
+        author = self.engine._pulls.by_number[number].open.peer
         if (ask := self.asked.pop(number, None)) is None:
             is_direct = found == [author]
             if not is_direct:
-                recording.put(self.engine._hosts, "rng", _Lot(found))
+                recording.put(self.engine._others.hosts, "rng", _Lot(found))
             self.does(self.engine.receive(Routed(number, is_direct), self.engine.now))
         else:
             assert found == [author]
-            self.engine._pulls[number].asked_s = self.engine.now
+            self.engine._pulls.by_number[number].asked_s = self.engine.now
             self.requests(ask)
 
     def replied(self, line: Line) -> Any:
         """By the author, or a host of its."""
         source, author = self.source[self.current]
-        if source != author and (line["busy"] or line["away"]):
+        if source != author and line["away"]:
             return Failed(self.current, Failure("", "away"))
         if line["busy"]:
             return Failed(self.current, Failure("it serves as many readers as it may", "busy"))

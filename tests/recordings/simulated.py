@@ -19,7 +19,7 @@ from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.protocol import gossip
+from swarmtrain.protocol import pull_schedule
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import (
     Ask,
@@ -193,8 +193,8 @@ class _Learning(_Lines):
     def _gossip(self) -> None:
         def init(original: Any, driver: VirtualDriver, peer: Peer) -> None:
             original(driver, peer)
-            engine = driver.engine
-            for thing in (engine, engine._back_off, engine._times, *(lane.partners for lane in engine._lanes)):
+            engine, times = driver.engine, driver.engine._schedule.times
+            for thing in (engine, engine._others.back_off, times, *(lane.choice.partners for lane in engine._lanes)):
                 self.is_of(thing, peer.number)
 
         def receive(original: Any, engine: Any, event: Any, now: float) -> Any:
@@ -390,7 +390,11 @@ class _Systems(_Lines):
             if name not in self.names:
                 self.names.append(name)
             engine = peer.engine
-            for thing in (engine._times, engine._back_off, *(lane.partners for lane in engine._lanes)):
+            for thing in (
+                engine._schedule.times,
+                engine._others.back_off,
+                *(lane.choice.partners for lane in engine._lanes),
+            ):
                 self.is_of(thing, self.names.index(name))
             self.write(self.names.index(name), "comes", speed=peer.steps_per_s, theta=peer.theta)
 
@@ -406,7 +410,7 @@ class _Systems(_Lines):
             return found
 
         around(GossipPeer, "__init__", init)
-        around(gossip, "plan_pulls", plan)
+        around(pull_schedule, "plan_pulls", plan)
         around(Partners, "choose", choose)
         for name in ("die", "freeze", "thaw", "leave"):
             self._mine(name, lambda peer, name=name, *_: self._write(peer, name))
@@ -447,7 +451,7 @@ class _Systems(_Lines):
         self.news(self.names.index(peer.name), "others", "sampled", told)
 
     def _merged(self, original: Any, peer: GossipPeer, number: int) -> None:
-        fragment, pulled = peer.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
+        fragment, pulled = peer.model.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
         what = {"fragment": number, "round": peer.round, "pulled": pulled}
         self._write(peer, "merges", **what, theta=fragment.theta.hex(), momentum=fragment.momentum.hex())
         original(peer, number)

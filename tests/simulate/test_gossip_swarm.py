@@ -173,7 +173,7 @@ def test_fragments_are_merged_one_after_the_other_and_each_step_of_each_enters_o
         assert_steps_enter_at_most_once(swarm)
         assert fresh_share(swarm.rounds) > 0.95 and swarm.spread() < 0.02 * at_first
     assert {one.fragment for one in pieces.entered} == {0, 1, 2, 3}
-    assert len({one.theta for one in pieces.running()[0].fragments}) > 1, "each is merged by itself"
+    assert len({one.theta for one in pieces.running()[0].model.fragments}) > 1, "each is merged by itself"
     a_round = [statistics.mean(one.bytes_down for one in swarm.rounds if one.round > 1) for swarm in (whole, pieces)]
     assert a_round[1] == pytest.approx(a_round[0], rel=0.05)
 
@@ -186,9 +186,9 @@ def test_a_state_brings_what_has_entered_its_fragments(num_fragments: int) -> No
     swarm.run_until(120.0)
     entered = defaultdict(list)
     for peer in swarm.running():
-        for one in [*peer.came, *peer.entered]:
+        for one in [*peer.model.came, *peer.model.entered]:
             entered[peer.name, one.whose, one.fragment, one.round].append((one.since, one.until))
-    assert sum(len(peer.came) > 0 for peer in swarm.running()) == 18
+    assert sum(len(peer.model.came) > 0 for peer in swarm.running()) == 18
     for spans in entered.values():
         assert all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
 
@@ -220,7 +220,7 @@ def test_every_variant_brings_the_weights_together(variant: str) -> None:
 
 def test_peers_with_targets_of_their_own_stay_together_near_the_mean() -> None:
     swarm = unequal_swarm(8, GossipSettings(inner_rate=0.002), seed=5)
-    targets = [peer.target for peer in swarm.running()]
+    targets = [peer.model.target for peer in swarm.running()]
     at_first = swarm.spread()
     swarm.run_until(400.0)
     assert swarm.spread() < 0.25 * at_first

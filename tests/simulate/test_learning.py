@@ -243,7 +243,7 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
 
 
 def back_off_of(peer: Peer) -> BackOff:
-    return peer.gossip.engine._back_off
+    return peer.gossip.engine._others.back_off
 
 
 def test_a_transfer_that_breaks_off_goes_on_and_one_that_never_ends_costs_its_peer(tmp_path: Path) -> None:

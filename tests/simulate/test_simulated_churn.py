@@ -157,7 +157,7 @@ def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
     gone = World(churned(tmp_path, "gossip", {"peer": int(name[1:]), "at_s": at_s + 0.001, "for_s": 99.0}))
     for world, left_alone in (calm, False), (gone, True):
         world.run()
-        found = world.peers[reader].gossip.engine._back_off.ready({name, "another"}, world.clock.now)
+        found = world.peers[reader].gossip.engine._others.back_off.ready({name, "another"}, world.clock.now)
         assert (found == (frozenset({"another"}), "1 are left alone for now")) is left_alone
 
 
@@ -187,7 +187,7 @@ def test_who_says_nothing_is_left_alone_and_then_given_up(tmp_path: Path, monkey
     changes = {**changes, "merge.fragments": 1}  # each fragment finds it out for itself, and once it is known to all
     one = churned(tmp_path, "gossip", hangs=[hang], set=changes)
     world, asked, failed = World(one), list[float](), BackOff.failed
-    theirs = [world.peers[number].gossip.engine._back_off for number in (0, 2)]
+    theirs = [world.peers[number].gossip.engine._others.back_off for number in (0, 2)]
 
     def noted(self: BackOff, name: str, now: float, *about: Any) -> str:
         if name == "p1" and any(self is one for one in theirs):

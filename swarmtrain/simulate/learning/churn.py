@@ -21,7 +21,7 @@ from swarmtrain.peer.replica import Replica
 from swarmtrain.peer.session import Start
 from swarmtrain.protocol.gossip import GossipEngine
 from swarmtrain.protocol.gossip_messages import TookStates
-from swarmtrain.protocol.partners import rounds_behind
+from swarmtrain.protocol.partners import is_too_old
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.shards import Coverage, Row
 from swarmtrain.simulate.clock import Clock
@@ -187,8 +187,8 @@ def _come(peer: Comer) -> None:
         return
     world.num_told += 1
     peer.is_here, others = True, _answering(peer)
-    behind = rounds_behind(peer.round, (other.round for other in others))
-    if not others or (peer.learner.losses and behind <= world.setting.run.merge.max_staleness_rounds):
+    is_old = is_too_old(peer.round, [other.round for other in others], world.setting.run.merge.max_staleness_rounds)
+    if not others or (peer.learner.losses and not is_old):
         peer.begin()
         return
     _take_state(peer, others)

@@ -348,7 +348,7 @@ def _honest(swarm: SearchedSwarm) -> list[CountingPeer]:
 
 def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
     entered: defaultdict[tuple[str, str, int, int], list[tuple[int, int]]] = defaultdict(list)
-    came = [one._replace(who=peer.name) for peer in swarm.peers.values() for one in peer.came]
+    came = [one._replace(who=peer.name) for peer in swarm.peers.values() for one in peer.model.came]
     for one in [*swarm.entered, *came]:
         is_first = one.who == one.whose and one.round == 0  # who is killed in it has no checkpoint, and has it anew
         if not is_first and not {one.who, one.whose} & swarm.liars:
@@ -426,7 +426,7 @@ def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
             if counts.get(other, 0) < tokens and swarm.speeds[other] <= peer.usual_per_s:
                 detail = f"{peer.name} counts {counts.get(other, 0)} of {other}, which told {tokens}"
                 yield Violation("no token is lost", detail)
-        for one in peer.fragments:
+        for one in peer.model.fragments:
             if not math.isfinite(one.theta) or not math.isfinite(one.momentum):
                 yield Violation("weights are finite", f"{peer.name} has {one.theta}")
             elif not swarm.liars and abs(one.theta) > 10.0:

@@ -538,7 +538,8 @@ class Volunteer(Process):
     def _merge(self, mine: Round) -> bool:
         """What it has trained, and what a partner has; True if it takes the others' weights instead."""
         round = self.progress.round
-        behind = left_behind(round, self.exchange._rounds_of_others(), RUN.merge.max_staleness_rounds)
+        others = [info.round for info in self.membership.volunteers() if info.round]
+        behind = left_behind(round, others, RUN.merge.max_staleness_rounds)
         replaced = self.exchange._catch_up(round, behind) if behind else None
         if replaced is not None:
             self._adopt(replaced)
