@@ -45,7 +45,11 @@ class Peer:
     def __init__(self, partners: int, fragments: int, others: int) -> None:
         sizes: Any = {"int2": SectionBytes(10**6, 250_000, 1 / fragments)}
         settings = GossipSettings(
-            sizes=[sizes] * fragments, wanted=Wanted(partners, 3), num_parts=32, max_staleness_rounds=8
+            sections={"weights": "mean", "gradient": "outer step"},
+            sizes=[sizes] * fragments,
+            wanted=Wanted(partners, 3),
+            num_parts=32,
+            max_staleness_rounds=8,
         )
         self.engine: GossipEngine[int, int, int] = GossipEngine("me", settings, random.Random(1), random.Random(1))
         self.planner, self.fragments = MergePlanner(fragments), fragments

@@ -47,7 +47,7 @@ from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.partners import Difference, Mark, Whole
 from swarmtrain.protocol.progress import Progress
 from swarmtrain.protocol.pull_schedule import DuePulls
-from swarmtrain.protocol.pulls import SECTIONS, PullPlan, Section
+from swarmtrain.protocol.pulls import PullPlan, Section
 from swarmtrain.run import GradientFormat, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -189,7 +189,10 @@ class World:
 
         def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
             give_up_s = time.monotonic() + 30
-            while any(_num_ready(engine, fragment, section) < self.wants.get(peer.id, 0) for section in SECTIONS):
+            while any(
+                _num_ready(engine, fragment, section) < self.wants.get(peer.id, 0)
+                for section in engine._settings.sections
+            ):
                 came = [(one.peer, one.section) for one in engine._lanes[fragment].received.pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)

@@ -201,7 +201,7 @@ def variance_corrected_mean(
 @dataclass(frozen=True)
 class Arrival:
     """What was pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g; or
-    one of the two, theta without tokens or g without theta.
+    one of the two, theta (or other values that are averaged) without tokens or g without theta.
 
     Of who was merged earlier in the same round: the differences of g and tokens since then, theta as it is.
     """

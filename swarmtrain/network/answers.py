@@ -15,7 +15,7 @@ from swarmtrain.network.identity import peer_bytes
 from swarmtrain.network.known_peers import KnownPeers
 from swarmtrain.network.offering import Offer
 from swarmtrain.network.presence import OwnPresence
-from swarmtrain.network.publications import Publisher, Pulling, section_of
+from swarmtrain.network.publications import Publisher, Pulling, section_untrusted
 from swarmtrain.network.rounds import Rounds
 from swarmtrain.network.snapshots import SnapshotStore
 from swarmtrain.protocol.leaving import FellowLeavers, Leavers
@@ -34,7 +34,7 @@ class Serving:
     """What a peer does for others beside its rounds, given when it enters the swarm: its exchange is made by then."""
 
     publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
-    """Where rounds are asynchronous: of gradients and weights of each fragment."""
+    """Where rounds are asynchronous: of each section of each fragment."""
     pulling: Pulling | None = None
     """Stopped at the goodbye."""
     called: Callable[[str], None] = lambda peer: None
@@ -104,7 +104,12 @@ class SwarmAnswers:
             if serving.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
             return await serving.hosting.answer(request, caller)
-        publisher = serving.publishers.get((section_of(request), request.fragment))
+        try:
+            section = section_untrusted(request, {name for name, _ in serving.publishers})
+        except BadBytesError as error:
+            self.refused(caller, error)
+            return pb.PublicationReply()
+        publisher = serving.publishers.get((section, request.fragment))
         if publisher is None or self.rounds.away:
             return pb.PublicationReply(away=self.rounds.away)
         reply = pb.PublicationReply(presence=self.presence.signed(), busy=not self.store.has_room_for(caller))

@@ -180,42 +180,40 @@ class GradientCodec:
 
 @dataclass(frozen=True)
 class PublicationCodec:
-    """What is published as bytes and back: the weights that a round begins with in one format, and the pseudo-gradient
-    since in another."""
+    """What is published as bytes and back: the pseudo-gradient in one format or another, and what is averaged, the
+    weights that a round begins with among it."""
 
     sections: tuple[SectionSpec, ...]
 
-    def _section(self, name: Section) -> SectionSpec:
-        return next(section for section in self.sections if section.name == name)
+    @cached_property
+    def averaged(self) -> dict[Section, VectorCodec]:
+        """Of each section that is averaged."""
+        return {one.name: VectorCodec(one, one.formats[0]) for one in self.sections if one.rule == "mean"}
 
     @cached_property
     def weights(self) -> VectorCodec:
-        """Of theta."""
-        section = self._section("weights")
-        (format,) = section.formats
-        return VectorCodec(section, format)
+        """Of theta, which the outer step begins with."""
+        (codec,) = (each for each in self.averaged.values() if not each.section.num_parts)
+        return codec
 
     @cached_property
     def gradient(self) -> GradientCodec:
         """Of the pseudo-gradient."""
-        return GradientCodec(self._section("gradient"))
+        (section,) = (each for each in self.sections if each.rule == "outer step")
+        return GradientCodec(section)
 
     def sizes(self, share: float = 1.0) -> dict[Format, SectionBytes]:
         """What they weigh with the pseudo-gradient in each of its formats; `share` of the whole model's number."""
-        weights = self.weights.size_bytes
+        weights = sum(codec.size_bytes for codec in self.averaged.values())
         return {format: SectionBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()}
 
     def arrival_untrusted(self, name: Section, held: Held, news: News, earlier: Held | None) -> Arrival:
         """What is new of that section of a publication that is here, as its rule takes it into a merge; BadBytesError
         if it is not finite. `earlier` is the publication that `news` is the difference to."""
-        if self._section(name).rule == "mean":
-            return self.weights_untrusted(held)
-        return self.gradient_untrusted(held, news, earlier)
-
-    def weights_untrusted(self, held: Held) -> Arrival:
-        """Theta (P,) that is here, see `arrival_untrusted`."""
-        theta = self.weights.decode_untrusted(held)
-        return Arrival(theta, theta, 0)  # without tokens a gradient is not looked at
+        if (codec := self.averaged.get(name)) is None:
+            return self.gradient_untrusted(held, news, earlier)
+        values = codec.decode_untrusted(held)
+        return Arrival(values, values, 0)  # without tokens a gradient is not looked at
 
     def gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
         """What is new of a pseudo-gradient (P,) that is here, see `arrival_untrusted`."""

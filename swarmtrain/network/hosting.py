@@ -18,7 +18,7 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.bringing import bring
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
-from swarmtrain.network.publications import PublicationRules, publication_untrusted, request_of, section_of
+from swarmtrain.network.publications import PublicationRules, publication_untrusted, request_of, section_untrusted
 from swarmtrain.network.records import open_presence_untrusted
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots import Held, SnapshotStore
@@ -40,7 +40,7 @@ _Which: TypeAlias = tuple[str, Section, int]
 
 @dataclass
 class _Kept:
-    """What is here of a guest's weights, or of its gradients: the last ones, newest last, and its word of itself."""
+    """What is here of a section of a guest's: the last ones, newest last, and its word of itself."""
 
     held: list[Held] = field(default_factory=list)
     presence: pb.Signed = field(default_factory=pb.Signed)
@@ -85,9 +85,14 @@ class Hosting:
             self._forget(gone)
         if author not in here or request.fragment >= len(self.rules):
             return pb.PublicationReply(away=True)
+        try:
+            section = section_untrusted(request, self.rules[request.fragment])
+        except BadBytesError as error:
+            self.refused(caller, error)
+            return pb.PublicationReply(away=True)
         if not self.store.has_room_for(caller) or not self._may_wait(caller):
             return pb.PublicationReply(busy=True)
-        which = author, section_of(request), request.fragment
+        which = author, section, request.fragment
         kept = self._kept.setdefault(which, _Kept())
         if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
             kept.bringing = asyncio.create_task(self._bring(which, kept))

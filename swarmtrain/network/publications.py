@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -40,8 +40,12 @@ __all__ = [
     "is_signed_by_untrusted",
     "publication_untrusted",
     "request_of",
-    "section_of",
+    "section_untrusted",
 ]
+
+_WEIGHTS, _GRADIENT = "weights", "gradient"
+"""Those two are asked for by a flag: there was no other section before."""
+_MAX_NAME_BYTES = 32
 
 _KEPT = 1
 """So many publications stay, and those that somebody reads or was told of a moment ago."""
@@ -56,8 +60,8 @@ class Pulling(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PublicationRules:
-    """What the run file says about publications of one kind. `max_tokens` is what a round can have at most, `num_parts`
-    its parts; without any they are of the weights that it begins with."""
+    """What the run file says about publications of one section. `max_tokens` is what a round can have at most,
+    `num_parts` its parts; without any they are of the weights that it begins with."""
 
     run_sha256: str
     tables: tuple[tuple[TensorSpec, ...], ...]
@@ -75,16 +79,23 @@ class PublicationRules:
 
 
 def request_of(section: Section, fragment: int, known: Mark | None, presence: pb.Signed) -> pb.PublicationRequest:
-    """To be given a peer's newest weights or gradient of a fragment, if they are not those at `known`."""
-    request = pb.PublicationRequest(weights=section == "weights", fragment=fragment, presence=presence)
+    """To be given a peer's newest publication of a section of a fragment, if it is not that at `known`."""
+    named = "" if section in (_WEIGHTS, _GRADIENT) else section
+    request = pb.PublicationRequest(weights=section == _WEIGHTS, section=named, fragment=fragment, presence=presence)
     if known is not None:
         request.has_any, request.round, request.part = True, known.round, known.part
     return request
 
 
-def section_of(request: pb.PublicationRequest) -> Section:
-    """What is asked for."""
-    return "weights" if request.weights else "gradient"
+def section_untrusted(request: pb.PublicationRequest, sections: Collection[Section]) -> Section:
+    """What is asked for; BadBytesError if it is named, and none of the run's."""
+    if not request.section:
+        return _WEIGHTS if request.weights else _GRADIENT
+    if len(request.section.encode()) > _MAX_NAME_BYTES:
+        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes")
+    if request.section not in sections:
+        raise BadBytesError(f"it asks for a section that this run does not have: {request.section!r}")
+    return request.section
 
 
 def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
@@ -115,7 +126,7 @@ def publication_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed)
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """A round's pseudo-gradient up to its part number `part`, or as part 0 the weights that it begins with; `encode`
+    """What a section has as of a round's part number `part`, or as part 0 the weights that it begins with; `encode`
     makes the bytes."""
 
     round: int

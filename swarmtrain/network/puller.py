@@ -100,7 +100,8 @@ class Puller:
         """Pull the bytes of a publication."""
         held, number = command.held, command.pull
         try:
-            wrong = await bring(self.calls, command.source, held, self.rules[0]["weights"].pull)
+            limits = next(iter(self.rules[0].values())).pull  # the same for all
+            wrong = await bring(self.calls, command.source, held, limits)
         except PeerError as error:
             return Failed(number, failure_of(error))
         num_bytes = held.snapshot.manifest.total_bytes

@@ -1,6 +1,7 @@
 """The sections that a peer publishes of a model: tensors that travel together, and what a merge makes of them.
 
-A run's list of them is what codecs, the rules for others' publications and publishers are built from. Pure.
+A run's list of them is what codecs, the rules for others' publications, publishers and pulls are built from: a section
+that is added to it is published, pulled and merged. Pure.
 """
 
 from __future__ import annotations
@@ -8,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
 
 from swarmtrain.methods import GradientFormat
 from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.protocol.pulls import Section
+from swarmtrain.protocol.pulls import Section, SectionRule
 
-__all__ = ["SectionRule", "SectionSpec", "sections_of"]
-
-SectionRule: TypeAlias = Literal["mean", "outer step"]
-"""What a merge makes of partners' values: the mean with this peer's own, or, weighted by their tokens, the gradient of
-one outer step."""
+__all__ = ["SectionRule", "SectionSpec", "rules_of", "sections_of"]
 
 _DTYPES: dict[GradientFormat, str] = {
     "fp32": "float32",
@@ -31,19 +27,20 @@ _DTYPES: dict[GradientFormat, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SectionSpec:
-    """One of them."""
+    """One of them. Each fragment of a model has all of the run's, over tensors of its own; two make its outer step: the
+    one with that rule, and the weights, which are averaged and have no parts."""
 
     name: Section
-    """As it is asked for."""
+    """As it is asked for, at most 32 bytes."""
     prefix: str
     """Of its tensors' names in a publication."""
     tensors: tuple[TensorSpec, ...]
     """Names and shapes, as the parameters have them."""
     formats: tuple[GradientFormat, ...]
-    """Those that a publication may have, the coarsest first."""
+    """Those that a publication may have, the coarsest first; one if it is averaged."""
     rule: SectionRule
     num_parts: int
-    """With the ends of how many parts of a round it may be published; 0: once, as the round begins."""
+    """With the ends of how many parts of a round it may be published; 0: once, as the round begins, of weights."""
 
     @cached_property
     def tables(self) -> tuple[tuple[TensorSpec, ...], ...]:
@@ -79,3 +76,10 @@ def sections_of(
         name="weights", prefix="theta", tensors=tuple(tensors), formats=(weights_format,), rule="mean", num_parts=0
     )
     return gradient, weights
+
+
+def rules_of(sections: Sequence[SectionSpec]) -> dict[Section, SectionRule]:
+    """What is pulled of a partner, and what a merge makes of it, in the order of the pulls: what is averaged first, as
+    it stays what it is for longest, and of that the weights."""
+    ordered = sorted(sections, key=lambda section: (section.rule != "mean", section.num_parts))
+    return {section.name: section.rule for section in ordered}

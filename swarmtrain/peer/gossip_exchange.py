@@ -31,10 +31,11 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.hosting import Hosting
 from swarmtrain.network.publications import Publication, PublicationRules, Publisher
 from swarmtrain.network.puller import Puller
-from swarmtrain.network.sections import SectionSpec, sections_of
-from swarmtrain.network.snapshots import Body, Held
+from swarmtrain.network.sections import SectionSpec, rules_of, sections_of
+from swarmtrain.network.snapshots import Body, Held, TensorSpec
 from swarmtrain.network.swarm import Serving, Swarm
 from swarmtrain.peer.asynchronous import AsynchronousExchange
+from swarmtrain.peer.averaging import AveragedSection
 from swarmtrain.peer.common import wait_for
 from swarmtrain.peer.consensus import (
     SAMPLE,
@@ -87,7 +88,7 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
     """What the run file says about merging publications."""
     sizes = [codec.sizes(1 / len(codecs)) for codec in codecs]
     is_large = layout_of_specs(swarm.specs).size >= LARGE_MODEL
-    return GossipSettings.of(swarm.published.run.merge, sizes, is_large=is_large)
+    return GossipSettings.of(swarm.published.run.merge, rules_of(codecs[0].sections), sizes, is_large=is_large)
 
 
 def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
@@ -112,14 +113,15 @@ def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[
 
 def hosting_of(swarm: Swarm) -> Hosting:
     """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
-    section, rules = swarm.published.run.merge, publication_rules(swarm, codecs_of(swarm))
+    section, codecs = swarm.published.run.merge, codecs_of(swarm)
+    num_pulls = {"mean": section.num_weights, "outer step": section.num_partners}
     return Hosting(
         swarm.calls,
         swarm.store,
-        rules,
+        publication_rules(swarm, codecs),
         swarm.presence.signed,
         swarm.peers.refused,
-        waits_a_caller=(section.num_partners + section.num_weights) * len(rules),
+        waits_a_caller=sum(num_pulls[each.rule] for codec in codecs for each in codec.sections),
     )
 
 
@@ -139,6 +141,8 @@ class GossipExchange(AsynchronousExchange):
     _states: list[OuterState] = field(default_factory=list, repr=False)
     _planner: MergePlanner = field(init=False)
     _robustness: list[Robustness] = field(init=False)
+    _averaged: dict[tuple[Section, int], AveragedSection] = field(init=False)
+    """Of each fragment, what of the run's sections is averaged beside the weights."""
     _unmade: Contribution | None = field(default=None, repr=False)
     """The newest, whose gradients are to be made."""
     _unlearned: deque[Contribution] = field(default_factory=deque, repr=False)
@@ -161,6 +165,12 @@ class GossipExchange(AsynchronousExchange):
         self._robustness = [
             Robustness(section.robust, fragment.layout, naming, met=met) for fragment in self._fragments
         ]
+        self._averaged = {
+            (name, fragment): AveragedSection(averaged, section.robust, naming)
+            for fragment, codec in enumerate(self._codecs)
+            for name, averaged in codec.averaged.items()
+            if averaged is not codec.weights
+        }
         self.publishers = {
             (what, fragment): Publisher(
                 swarm.identity,
@@ -236,7 +246,7 @@ class GossipExchange(AsynchronousExchange):
     def _publish_weights(self, fragment: int, round: int) -> None:
         """A round of that fragment begins, with its weights."""
         theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
-        self.publishers["weights", fragment].newest = Publication(
+        self.publishers[self._codecs[fragment].weights.section.name, fragment].newest = Publication(
             round=round,
             part=0,
             tokens=0,
@@ -263,19 +273,25 @@ class GossipExchange(AsynchronousExchange):
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
+        for (name, fragment), averaged in self._averaged.items():
+            averaged.own = contribution.values[name, fragment]
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
-            self._codecs[fragment].gradient.over(of.round - 1)
-            self.publishers["gradient", fragment].newest = Publication(
-                round=of.round,
-                part=of.part,
-                tokens=of.tokens,
-                inner_steps=of.inner_steps,
-                author_tokens=contribution.own_tokens,
-                encode=functools.partial(self._encode_gradient, contribution.lent[fragment], of, fragment, format),
-                specs=self._codecs[fragment].gradient.of[format].tensors,
-            )
+            codec = self._codecs[fragment]
+            codec.gradient.over(of.round - 1)
+            for section in codec.sections:
+                if section.num_parts:
+                    encode, specs = self._encoding(contribution, fragment, section, format)
+                    self.publishers[section.name, fragment].newest = Publication(
+                        round=of.round,
+                        part=of.part,
+                        tokens=of.tokens,
+                        inner_steps=of.inner_steps,
+                        author_tokens=contribution.own_tokens,
+                        encode=encode,
+                        specs=specs,
+                    )
 
         async def describe() -> None:
             if contribution.round == self._progress.round:
@@ -312,15 +328,29 @@ class GossipExchange(AsynchronousExchange):
                     if of.tokens:
                         self._robustness[fragment].learn(contribution.gradient_of(fragment), of.tokens)
 
-    def _accept_untrusted(self, fragment: int, held: Held, arrival: Arrival) -> Arrival:
+    def _accept_untrusted(self, section: Section, fragment: int, held: Held, arrival: Arrival) -> Arrival:
         """What the run's rule lets enter a merge: it compares with all that was published here before."""
-        self._learn()
         author, round = held.snapshot.author, held.snapshot.manifest.round
+        if (averaged := self._averaged.get((section, fragment))) is not None:
+            return averaged.accept_untrusted(author, arrival, round)
+        self._learn()
         return self._robustness[fragment].accept(author, arrival, self._states[fragment].theta, round)
 
     def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
             self.swarm.coverage.hear_untrusted(peer, rows)
+
+    def _encoding(
+        self, contribution: Contribution, fragment: int, section: SectionSpec, format: GradientFormat
+    ) -> tuple[Callable[[], Body], Sequence[TensorSpec]]:
+        """What makes a section's bytes, with their tensor table. It holds nothing else of the contribution."""
+        codec = self._codecs[fragment]
+        if section.rule == "mean":
+            averaged, values = codec.averaged[section.name], contribution.values[section.name, fragment]
+            return lambda: Body([averaged.encode(values)]), averaged.tensors
+        lent, of = contribution.lent[fragment], contribution.fragment_rounds[fragment]
+        encode = functools.partial(self._encode_gradient, lent, of, fragment, format)
+        return encode, codec.gradient.of[format].tensors
 
     def _encode_weights(self, theta: Tensor, fragment: int) -> Body:
         return Body([self._codecs[fragment].weights.encode(theta)])
@@ -348,6 +378,7 @@ class GossipExchange(AsynchronousExchange):
             prepared=self._merge_of(fragment, self._states[fragment], ()) if due.merge is None else due.merge,
             merged=self._merged(due.pulled),
             apart=self._apart(due.pulled),
+            values=self._means_of(fragment, due.pulled),
             run_tokens=sum(counts.values()),
             peer_tokens=counts,
         )
@@ -355,6 +386,15 @@ class GossipExchange(AsynchronousExchange):
     def _apart(self, pulled: Sequence[Pulled[Held, Kept]]) -> tuple[Arrival, ...]:
         rule = self.run.merge.robust
         return () if mean_of(rule) is None else apart(rule, [each.payload.decoded() for each in pulled])
+
+    def _means_of(self, fragment: int, pulled: Sequence[Pulled[Held, Kept]]) -> dict[tuple[Section, int], Tensor]:
+        """Of what is averaged beside the weights, and came of any partner."""
+        found = dict[tuple[Section, int], Tensor]()
+        for which, averaged in self._averaged.items():
+            arrivals = [each.payload.decoded() for each in pulled if (each.section, fragment) == which]
+            if theirs := [arrival.theta for arrival in arrivals if arrival.theta is not None]:
+                found[which] = averaged.mean(theirs)
+        return found
 
     def _catch_up(self, round: int, rounds_behind: int) -> Replaced | None:
         """The others' weights, since this peer has fallen far behind; None if nobody gives them."""
@@ -385,7 +425,7 @@ class GossipExchange(AsynchronousExchange):
         """See `Merging`: decoded, and clipped as the run's rule says."""
         codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
         decode = functools.partial(codec.arrival_untrusted, command.section, held, command.news, command.earlier)
-        return self._kept_untrusted(fragment, held, decode)
+        return self._kept_untrusted(command.section, fragment, held, decode)
 
     def took_untrusted(self, command: Decode[Held]) -> None:
         """See `Merging`."""
@@ -393,11 +433,11 @@ class GossipExchange(AsynchronousExchange):
         self.swarm.tallying.hear(command.author, manifest.author_tokens)
         self._hear_rows_untrusted(command.author, manifest.coverage)
 
-    def _kept_untrusted(self, fragment: int, held: Held, decode: Callable[[], Arrival]) -> Kept:
+    def _kept_untrusted(self, section: Section, fragment: int, held: Held, decode: Callable[[], Arrival]) -> Kept:
         """Look at what was pulled, one at a time: what is decoded of a large model takes much memory."""
         with self._decoding:
             arrival = decode()
-            accepted = self._accept_untrusted(fragment, held, arrival)
+            accepted = self._accept_untrusted(section, fragment, held, arrival)
             tokens, factor = accepted.tokens, accepted.lengthened
             is_cut = factor is None or accepted.theta is not arrival.theta
             if factor is None or is_cut or not self._is_large or mean_of(self.run.merge.robust) is not None:
@@ -416,7 +456,8 @@ class GossipExchange(AsynchronousExchange):
 
     def prepare(self, command: Prepare[Held, Kept]) -> Prepared:
         """See `Merging`."""
-        plan, fragment, pulled = command.plan, command.fragment, command.pulled
+        plan, fragment = command.plan, command.fragment
+        pulled = [each for each in command.pulled if (each.section, fragment) not in self._averaged]
         arrivals = (
             dataclasses.replace(each.payload.decoded(), ahead_rounds=plan.ahead_rounds(fragment, each.began_s))
             for each in pulled

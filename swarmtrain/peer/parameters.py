@@ -7,13 +7,14 @@ source may name some of a model's tensors only (adapters), or tensors on a devic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.peer.updates import LentWeights
+from swarmtrain.protocol.pulls import Section
 
 __all__ = ["HostParameters", "ParameterSource"]
 
@@ -43,6 +44,14 @@ class ParameterSource(ABC):
     def take_back(self) -> None:
         """The values change from now on: each difference that was not made yet is made. The optimizer calls it before
         it steps."""
+
+    def values(self) -> Mapping[tuple[Section, int], Tensor]:
+        """What is averaged beside the named tensors, see `Contribution.values`: none of those in here."""
+        return {}
+
+    def write_values(self, values: Mapping[tuple[Section, int], Tensor]) -> None:
+        """Go on from some of these."""
+        assert not values, "only a source that has some is given any"
 
     @abstractmethod
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:

@@ -92,6 +92,7 @@ class Replica:
             own_tokens=self.own_tokens + tokens,
             base=self.progress.roster_sha256,
             lent=lent,
+            values=self.parameters.values(),
         )
 
     def merge(self, arrived: OuterUpdate, own: Contribution, fragment: int) -> None:
@@ -109,6 +110,7 @@ class Replica:
             self._states[fragment] = state
             self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
             self.parameters.write(state.theta, self.fragments[fragment])
+            self.parameters.write_values(arrived.values)
             self.is_entered = True
         if fragment == len(self.fragments) - 1:
             self.progress = arrived.next_progress(self.progress)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Self, TypedDict
 
 import torch
@@ -22,6 +23,7 @@ from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, oute
 from swarmtrain.peer.robustness import robust_mean
 from swarmtrain.protocol.fragments import FragmentRound
 from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.pulls import Section
 
 __all__ = [
     "Averaged",
@@ -92,6 +94,8 @@ class Contribution:
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
     lent: tuple[LentWeights, ...] = ()
     """With gossip: what each fragment's gradient is made of."""
+    values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict, repr=False)
+    """What is averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
 
     def gradient_of(self, fragment: int) -> Tensor:
         """The pseudo-gradient of a fragment, (Q,) fp32: computed by who asks first."""
@@ -134,6 +138,8 @@ class OuterUpdate(ABC):
     """Of the whole model, with which its next round begins; else of one fragment, which the model goes on with."""
     is_shared: ClassVar[bool] = False
     """The weights that it leads to should be everybody's."""
+    values: Mapping[tuple[Section, int], Tensor] = MappingProxyType({})
+    """To what it leads beside them, as `Contribution.values`, where partners have brought some."""
 
     @abstractmethod
     def next_state(
@@ -222,6 +228,8 @@ class Gathered(_Pulled):
     prepared: Prepared
     apart: tuple[Arrival, ...] = ()
     """The partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
+    values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict)
+    """See `OuterUpdate`."""
 
     def next_state(
         self, state: OuterState, own: Contribution, fragment: int, constants: OuterConstants, rule: str
@@ -247,7 +255,7 @@ class Gathered(_Pulled):
 
     def kept(self) -> Gathered:
         """See `OuterUpdate`: not the partners' publications, which are whole gradients."""
-        return replace(self, apart=())
+        return replace(self, apart=(), values={})
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -61,7 +61,15 @@ from swarmtrain.protocol.merge_preparation import MergePreparation
 from swarmtrain.protocol.open_pulls import OpenPulls
 from swarmtrain.protocol.partners import Ledger, Mark, Partners, Place
 from swarmtrain.protocol.pull_schedule import Due, PullSchedule
-from swarmtrain.protocol.pulls import SectionBytes, Wanted, gradient_format, most_pulls, total_bytes
+from swarmtrain.protocol.pulls import (
+    Section,
+    SectionBytes,
+    SectionRule,
+    Wanted,
+    gradient_format,
+    most_pulls,
+    total_bytes,
+)
 from swarmtrain.protocol.tellings import Tellings
 from swarmtrain.run import GradientFormat, MergeSection
 
@@ -74,6 +82,8 @@ class GossipSettings:
 
     sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
     """Of each fragment, by the format of pseudo-gradients, the coarsest first."""
+    sections: Mapping[Section, SectionRule]
+    """What of a partner is pulled, in that order, and what a merge makes of it; one with the rule "outer step"."""
     wanted: Wanted
     num_parts: int
     """Into how many parts a round's pseudo-gradients are divided."""
@@ -85,10 +95,16 @@ class GossipSettings:
 
     @classmethod
     def of(
-        cls, merge: MergeSection, sizes: Sequence[Mapping[GradientFormat, SectionBytes]], *, is_large: bool = False
+        cls,
+        merge: MergeSection,
+        sections: Mapping[Section, SectionRule],
+        sizes: Sequence[Mapping[GradientFormat, SectionBytes]],
+        *,
+        is_large: bool = False,
     ) -> GossipSettings:
-        """By a run file's section on merging, of fragments of these sizes."""
+        """By a run file's section on merging, of fragments with these sections, of these sizes."""
         return cls(
+            sections=sections,
             sizes=sizes,
             wanted=Wanted(merge.num_partners, merge.num_weights),
             num_parts=merge.publications_per_round,
@@ -113,7 +129,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         tellings = tellings or Tellings(len(settings.sizes), settings.num_parts)
         self._commands = CommandList[Held, Payload, Ready]()
         self._others = OtherPeers(me, tellings, host_rng or random.Random())
-        self._schedule = PullSchedule(settings.sizes, settings.wanted)
+        self._schedule = PullSchedule(settings.sections, settings.sizes, settings.wanted)
         self._lanes = [self._lane(number, rng) for number in range(len(settings.sizes))]
         self._pulls = GossipPulls(self._lanes, settings.num_parts, self._others, self._schedule, self._commands)
         self._preparation = MergePreparation(
@@ -129,8 +145,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
             OpenPulls(back_off, most_pulls(settings.wanted)),
             Partners(ledger, back_off, settings.variant, rng),
         )
-        choice = PartnerChoice(number, self._others, partners, opened, is_part=len(settings.sizes) > 1)
-        return GossipLane(number, opened, ReceivedPublications(), MergedPublications(ledger), choice)
+        leading, is_part = next(iter(settings.sections)), len(settings.sizes) > 1
+        choice = PartnerChoice(number, self._others, partners, opened, leading, is_part=is_part)
+        merged = MergedPublications[Held](ledger, settings.sections)
+        return GossipLane(number, opened, ReceivedPublications(), merged, choice)
 
     # ------------------------------------------------------------- what may be asked at any time
 
@@ -171,12 +189,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
 
     def merged_mark(self, fragment: int, peer: str) -> Mark | None:
         """Up to where the pseudo-gradients of `peer` were merged; None if none was."""
-        return self._lanes[fragment].merged.last("gradient", peer)
+        return self._lanes[fragment].merged.ledger.mark(peer)
 
     def pulled_mark(self, fragment: int, peer: str) -> Mark | None:
         """The same of what was pulled and waits to be merged."""
-        pulled = self._lanes[fragment].received.pulled
-        here = [each.mark for each in pulled if each.peer == peer and each.section == "gradient"]
+        pulled, rules = self._lanes[fragment].received.pulled, self._settings.sections
+        here = [each.mark for each in pulled if each.peer == peer and rules[each.section] == "outer step"]
         return here[-1] if here else None
 
     def rows(self) -> list[list[list[str | int]]]:

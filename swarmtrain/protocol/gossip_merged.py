@@ -12,7 +12,7 @@ from swarmtrain.protocol.gossip_messages import Held, Payload, Pulled
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.open_pulls import Which
 from swarmtrain.protocol.partners import Difference, Ledger, Mark, News, Nothing, Place, Theta, agreed_places
-from swarmtrain.protocol.pulls import Section
+from swarmtrain.protocol.pulls import Section, SectionRule
 
 __all__ = ["MergedPublications"]
 
@@ -23,8 +23,9 @@ _RESTART_ROUNDS = 3
 class MergedPublications(Generic[Held]):
     """The ledger of a fragment's merges, and what goes with it."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, rules: Mapping[Section, SectionRule]) -> None:
+        """`rules`: what a merge makes of each section."""
+        self.ledger, self._rules = ledger, rules
         self._held: dict[str, Held] = {}
         """Pseudo-gradients that a later part of their round is the difference to."""
         self._turned_back: dict[Which, int] = {}
@@ -32,9 +33,9 @@ class MergedPublications(Generic[Held]):
 
     # ------------------------------------------------------------- what of a publication is new
 
-    def news(self, peer: str, mark: Mark, reference: int) -> tuple[News, Held | None] | None:
+    def news(self, section: Section, peer: str, mark: Mark, reference: int) -> tuple[News, Held | None] | None:
         """What of a publication can be merged, and what it is the difference to; None if nothing can."""
-        news = self._news(peer, mark, reference)
+        news = self._news(section, peer, mark, reference)
         if isinstance(news, Nothing | Theta):
             return None
         if not isinstance(news, Difference):
@@ -42,23 +43,23 @@ class MergedPublications(Generic[Held]):
         earlier = self._held.get(peer)
         return None if earlier is None else (news, earlier)
 
-    def _news(self, peer: str, mark: Mark, reference: int) -> News:
-        if mark.part:
-            return self.ledger.news(peer, mark, reference)
-        return self.ledger.news_of_weights(peer, mark.round, reference)
+    def _news(self, section: Section, peer: str, mark: Mark, reference: int) -> News:
+        if self._rules[section] == "mean":
+            return self.ledger.news_of_values(section, peer, (mark.round, mark.part), reference)
+        return self.ledger.news(peer, mark, reference)
 
-    def wrong_counter(self, peer: str, mark: Mark, reference: int, round: int) -> str:
+    def wrong_counter(self, section: Section, peer: str, mark: Mark, reference: int, round: int) -> str:
         """In what way `peer` publishes what is too old, or its counter turned back for good; "" if it did not. `round`:
         this peer's own.
 
         One that was killed turned back by a few rounds, and is past them soon."""
-        news = self._news(peer, mark, reference)
+        news = self._news(section, peer, mark, reference)
         if not isinstance(news, Nothing):
             return ""
         known = self.ledger.mark(peer)
         if news.turned_back and known is not None:
             most = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
-            since = self._turned_back.setdefault(("gradient" if mark.part else "weights", peer), round)
+            since = self._turned_back.setdefault((section, peer), round)
             if mark.round >= known.round - most and round <= since + most:
                 return ""
         if news.turned_back or news.too_old:
@@ -77,23 +78,32 @@ class MergedPublications(Generic[Held]):
 
     def last(self, section: Section, peer: str) -> Mark | None:
         """Up to where that section of the peer's was merged."""
-        if section == "gradient":
+        if self._rules[section] != "mean":
             return self.ledger.mark(peer)
-        round = self.ledger.weights_round(peer)
-        return None if round is None else Mark(round, 0, 0)
+        place = self.ledger.values_at(section, peer)
+        return None if place is None else Mark(*place, 0)
 
     # ------------------------------------------------------------- merging
 
     def of_use(self, pulled: Iterable[Pulled[Held, Payload]], reference: int) -> list[Pulled[Held, Payload]]:
-        """Of what was pulled: what may be merged still."""
-        stays = self.ledger.stays_of_use
-        return [each for each in pulled if stays(each.section, each.peer, each.mark, reference)]
+        """Of what was pulled: what may be merged still. What it is the difference to was there when it came."""
+        rules, has_new, new_tokens = self._rules, self.ledger.has_new_values, self.ledger.new_tokens
+        found = []
+        for each in pulled:
+            section, peer, mark = each.section, each.peer, each.mark
+            if rules[section] == "mean":
+                is_new = has_new(section, peer, (mark.round, mark.part), reference)
+            else:
+                is_new = new_tokens(peer, mark, reference) is not None
+            if is_new:
+                found.append(each)
+        return found
 
     def merged(self, pulled: Iterable[Pulled[Held, Payload]], reference: int) -> None:
         """These enter the weights."""
         for each in pulled:
-            if each.section == "weights":
-                self.ledger.weights_merged(each.peer, each.mark.round)
+            if self._rules[each.section] == "mean":
+                self.ledger.values_merged(each.section, each.peer, (each.mark.round, each.mark.part))
             else:
                 self.ledger.merged(each.peer, each.mark, reference)
                 self._held[each.peer] = each.held

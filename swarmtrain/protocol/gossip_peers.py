@@ -89,16 +89,19 @@ class PartnerChoice:
     """Whom to ask for one fragment."""
 
     def __init__(
-        self, fragment: int, others: OtherPeers, partners: Partners, open: OpenPulls, *, is_part: bool
+        self,
+        fragment: int,
+        others: OtherPeers,
+        partners: Partners,
+        open: OpenPulls,
+        leading: Section,
+        *,
+        is_part: bool,
     ) -> None:
-        """`is_part`: the model has other fragments too, so that what others told of this one is a guess."""
-        self.fragment, self._others, self.partners, self._open, self._is_part = (
-            fragment,
-            others,
-            partners,
-            open,
-            is_part,
-        )
+        """`leading` is pulled first, and of whom it came or comes, all else. `is_part`: the model has other fragments
+        too, so that what others told of this one is a guess."""
+        self.fragment, self._others, self.partners, self._open = fragment, others, partners, open
+        self._leading, self._is_part = leading, is_part
         self._ledger = partners.ledger
         self._view: _View | None = None
 
@@ -115,11 +118,11 @@ class PartnerChoice:
             tokens = self._ledger.new_tokens
             view.new_tokens = {one.peer: tokens(one.peer, one, reference) for one in view.candidates}
         first: Collection[str]
-        if section == "gradient":
-            first = self._open.coming("weights", here)
+        if section != self._leading:
+            first = self._open.coming(self._leading, here)
         else:
             if view.new_weights is None:
-                view.new_weights = self.partners.first(view.rounds, view.reference)
+                view.new_weights = self.partners.first(section, view.rounds, view.reference)
             first = view.new_weights
         return self.partners.choose(
             view.candidates,

@@ -116,20 +116,21 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         """Download it, if anything of it is new."""
         if (pull := self.by_number.get(event.pull)) is None:
             return
-        lane, peer, mark = self._lanes[pull.fragment], pull.open.peer, event.mark
+        lane, section, peer, mark = self._lanes[pull.fragment], pull.open.section, pull.open.peer, event.mark
         if mark is None or event.held is None:
             self._nothing_new(pull, now)
             return
         reference = self._others.reference_round()
-        if lane.merged.news(peer, mark, reference) is None:
+        if lane.merged.news(section, peer, mark, reference) is None:
             is_its_word = pull.source == peer
-            wrong = lane.merged.wrong_counter(peer, mark, reference, self._others.round) if is_its_word else ""
+            own_round = self._others.round
+            wrong = lane.merged.wrong_counter(section, peer, mark, reference, own_round) if is_its_word else ""
             if wrong:
                 self._fail(pull, Failure(wrong, is_incident=True), now)
             else:
                 self._nothing_new(pull, now)
             return
-        lane.merged.right_counter(pull.open.section, peer)
+        lane.merged.right_counter(section, peer)
         pull.mark, pull.held = mark, event.held
         pull.began_s = self._round_began_s(lane.number, mark, event.told)
         pull.begun = self._times.bytes_begin(now)
@@ -157,15 +158,16 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         self._times.bytes_end(pull.begun, now, event.num_bytes)
         if event.wrong is not None and event.wrong.is_incident:
             self._commands.add(Report(pull.source, event.wrong))
-        peer, fragment = pull.open.peer, pull.fragment
+        section, peer, fragment = pull.open.section, pull.open.peer, pull.fragment
         if pull.source != peer:
             self._others.hosts.back_off.answered(pull.source)
-        found = self._lanes[fragment].merged.news(peer, pull.mark, self._others.reference_round())  # it may take long
+        reference = self._others.reference_round()  # it may have taken long
+        found = self._lanes[fragment].merged.news(section, peer, pull.mark, reference)
         if found is None:
             self._nothing_new(pull, now)
         else:
             news, earlier = found
-            self._commands.add(Decode(pull.number, peer, pull.open.section, fragment, pull.held, news, earlier))
+            self._commands.add(Decode(pull.number, peer, section, fragment, pull.held, news, earlier))
 
     def decoded(self, event: Decoded[Payload], now: float) -> bool:
         """It can enter a merge from now on. False: it was given up."""

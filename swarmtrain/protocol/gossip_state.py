@@ -55,22 +55,22 @@ class ReceivedPublications(Generic[Held, Payload, Ready]):
     here: list[Which] = field(default_factory=list)
     """What of it is of whom."""
     ready: ReadyMerge[Held, Payload, Ready] | None = None
-    _num_weights: int = 0
+    _sections: list[Section] = field(default_factory=list)
 
     def hold(self, pulled: list[Pulled[Held, Payload]]) -> None:
         """These are what was pulled."""
         self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
-        self._num_weights = sum([each.section == "weights" for each in pulled])
+        self._sections = [each.section for each in pulled]
 
     def add(self, pulled: Pulled[Held, Payload]) -> None:
         """This was pulled too."""
         self.pulled.append(pulled)
         self.here.append((pulled.section, pulled.peer))
-        self._num_weights += pulled.section == "weights"
+        self._sections.append(pulled.section)
 
     def num_here(self, section: Section) -> int:
         """How many of that section."""
-        return self._num_weights if section == "weights" else len(self.pulled) - self._num_weights
+        return self._sections.count(section)
 
     @property
     def has_more(self) -> bool:

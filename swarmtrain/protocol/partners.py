@@ -109,8 +109,8 @@ class Ledger:
 
     The driver keeps the decoded pseudo-gradients of `held` and of nobody else: those merged last, of rounds that may
     still go on. Without it a later part of that round does not enter; nor does, after a restart, any later part of a
-    round of which a part was merged. The steps in between never enter then: once at most, not once. Which weights
-    were merged is not in the checkpoint: after a restart those of a round may enter once more.
+    round of which a part was merged. The steps in between never enter then: once at most, not once. Which values
+    were averaged is not in the checkpoint: after a restart those of a round may enter once more.
 
     The same holds for what came with others' weights (`bring`): what those had merged is not merged again, nor is a
     later part of a round of which they had a part.
@@ -124,49 +124,49 @@ class Ledger:
     """No forgotten mark is of a later round: until it is past that, a stranger may have been merged before."""
     _marks: dict[str, Mark] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
-    _weights: dict[str, int] = field(default_factory=dict)
+    _averaged: dict[Section, dict[str, Place]] = field(default_factory=dict)
+    """Of each section that is averaged."""
     _brought: dict[str, Place] = field(default_factory=dict)
     """Up to where each peer was in the weights that were taken, if that is further than what was merged here."""
 
-    def news_of_weights(self, peer: str, round: int, reference_round: int) -> Whole | Nothing:
-        """Whether the weights that a round of `peer` began with may be merged: once, so that one that publishes no more
-        holds nobody back."""
-        if self.has_new_weights(peer, round, reference_round):
-            return Whole(0, f"nothing of the weights of its round {round} was merged")
+    def news_of_values(self, section: Section, peer: str, place: Place, reference_round: int) -> Whole | Nothing:
+        """Whether what `peer` published at `place` of a section that is averaged, such as weights, may be merged: once,
+        so that one that publishes no more holds nobody back."""
+        round, _ = place
+        if self.has_new_values(section, peer, place, reference_round):
+            return Whole(0, f"nothing of the {section} of its round {round} was merged")
         known = self._marks.get(peer)
         if known is not None and round < known.round:
-            return Nothing(f"its counter turned back to the weights of round {round} from round {known.round}", True)
+            return Nothing(f"its counter turned back to the {section} of round {round} from round {known.round}", True)
         if round < reference_round - self.max_staleness_rounds:
             return self._too_old(round, reference_round)
-        return Nothing(f"its weights of round {self._weights[peer]} were merged")
+        return Nothing(f"its {section} of round {self._averaged[section][peer][0]} were merged")
 
-    def has_new_weights(self, peer: str, round: int, reference_round: int) -> bool:
+    def has_new_values(self, section: Section, peer: str, place: Place, reference_round: int) -> bool:
         """The same as yes or no: it is asked of everybody."""
-        if round < reference_round - self.max_staleness_rounds or round <= self._weights.get(peer, -1):
+        round, averaged = place[0], self._averaged.get(section)
+        if round < reference_round - self.max_staleness_rounds:
+            return False
+        if averaged is not None and (before := averaged.get(peer)) is not None and place <= before:
             return False
         known = self._marks.get(peer)
         return known is None or round >= known.round
-
-    def stays_of_use(self, section: Section, peer: str, mark: Mark, reference_round: int) -> bool:
-        """Whether what could be merged when it was pulled still may be: what it is the difference to was there then."""
-        if section == "weights":
-            return self.has_new_weights(peer, mark.round, reference_round)
-        return self.new_tokens(peer, mark, reference_round) is not None
 
     def _too_old(self, round: int, reference_round: int) -> Nothing:
         behind = f"{reference_round - round} rounds behind the median"
         return Nothing(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
 
-    def weights_merged(self, peer: str, round: int) -> None:
+    def values_merged(self, section: Section, peer: str, place: Place) -> None:
         """They entered a merge."""
-        self._weights.pop(peer, None)  # the last one merged stands last
-        self._weights[peer] = round
-        while len(self._weights) > self.max_peers:
-            del self._weights[next(iter(self._weights))]
+        averaged = self._averaged.setdefault(section, {})
+        averaged.pop(peer, None)  # the last one merged stands last
+        averaged[peer] = place
+        while len(averaged) > self.max_peers:
+            del averaged[next(iter(averaged))]
 
-    def weights_round(self, peer: str) -> int | None:
-        """Whose weights of which round were merged last."""
-        return self._weights.get(peer)
+    def values_at(self, section: Section, peer: str) -> Place | None:
+        """Where the values of `peer` that were merged last were published."""
+        return self._averaged.get(section, {}).get(peer)
 
     def news(self, peer: str, mark: Mark | Candidate, reference_round: int) -> News:
         """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
@@ -472,9 +472,11 @@ class Partners:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
 
-    def first(self, rounds: Mapping[str, int], reference_round: int) -> set[str]:
-        """Whom to ask for weights before the others: who has told of a round (`rounds`) whose weights are new."""
-        return {peer for peer, round in rounds.items() if self.ledger.has_new_weights(peer, round, reference_round)}
+    def first(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
+        """Whom to ask before the others for a section that is averaged: who has told of a round (`rounds`) whose values
+        are new."""
+        has_new = self.ledger.has_new_values
+        return {peer for peer, round in rounds.items() if has_new(section, peer, (round, 0), reference_round)}
 
     def choose(
         self,

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.pulls import (
-    SECTIONS,
     PullPlan,
     PullTimes,
     Section,
     SectionBytes,
+    SectionRule,
     Wanted,
     plan_pulls,
     total_bytes,
@@ -65,8 +65,13 @@ class Due(NamedTuple):
 class PullSchedule:
     """The next merges, and when pulls for them are due."""
 
-    def __init__(self, sizes: Sequence[Mapping[GradientFormat, SectionBytes]], wanted: Wanted) -> None:
-        self._sizes, self._wanted = sizes, wanted
+    def __init__(
+        self,
+        sections: Mapping[Section, SectionRule],
+        sizes: Sequence[Mapping[GradientFormat, SectionBytes]],
+        wanted: Wanted,
+    ) -> None:
+        self._sections, self._sizes, self._wanted = tuple(sections.items()), sizes, wanted
         self.times = PullTimes()
         self.plans: Sequence[MergePlan] = ()
         self.merges = [NextMerge() for _ in sizes]
@@ -95,7 +100,8 @@ class PullSchedule:
         for plan in self.plans:
             if any(self.merges[each].plan is plan for each in plan.fragments):
                 pulls = self._pull_plan(plan, num_others).pulls
-                self.look_by(now if any(pulls.num_due(each, now) for each in SECTIONS) else pulls.next_s(now))
+                is_due = any(pulls.num_due(rule, now) for _, rule in self._sections)
+                self.look_by(now if is_due else pulls.next_s(now))
 
     def assume(self, bytes_per_s: float, now: float) -> None:
         """The link carries so much, as long as no pull was measured."""
@@ -114,8 +120,8 @@ class PullSchedule:
                 continue  # they are merged
             _, pulls, slow_after_s = self._pull_plan(plan, num_others)
             self.look_by(pulls.next_s(now))
-            for section in SECTIONS:
-                if num_due := pulls.num_due(section, now):
+            for section, rule in self._sections:
+                if num_due := pulls.num_due(rule, now):
                     yield Due(section, num_due, plan, fragments, slow_after_s)
 
     def _fragments_of(self, plan: MergePlan) -> Sequence[int]:

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 __all__ = [
     "LINK_SHARE",
-    "SECTIONS",
     "PullPlan",
     "PullTimes",
     "Section",
     "SectionBytes",
+    "SectionRule",
     "Wanted",
     "ahead_rounds",
     "expected_step_s",
@@ -32,10 +32,13 @@ __all__ = [
     "total_bytes",
 ]
 
-Section: TypeAlias = Literal["weights", "gradient"]
-"""What of a partner is pulled: the weights that its round began with, or its pseudo-gradient since."""
+Section: TypeAlias = str
+"""What of a partner is pulled, by its name in the run's list (`network.sections`): such as the weights that its round
+began with, or its pseudo-gradient since."""
 
-SECTIONS: tuple[Section, ...] = ("weights", "gradient")
+SectionRule: TypeAlias = Literal["mean", "outer step"]
+"""What a merge makes of partners' values: the mean with this peer's own, or, weighted by their tokens, the gradient of
+one outer step."""
 
 LARGE_MODEL = 4_000_000
 """Of so many parameters and more, what is held counts for more than the time that it takes to make it again."""
@@ -62,15 +65,16 @@ much earlier too; not by more than this."""
 
 @dataclass(frozen=True)
 class PullPlan:
-    """When the pulls of a round are due, of each section the earliest first; with the reason."""
+    """When the pulls of a round are due, of each rule the earliest first; with the reason."""
 
     weights_at_s: tuple[float, ...]
+    """Of each section that is averaged."""
     gradients_at_s: tuple[float, ...]
     reason: str
 
-    def num_due(self, section: Section, now: float) -> int:
-        """How many pulls of it should have begun."""
-        return bisect_right(self.weights_at_s if section == "weights" else self.gradients_at_s, now)
+    def num_due(self, rule: SectionRule, now: float) -> int:
+        """How many pulls of each section with that rule should have begun."""
+        return bisect_right(self.weights_at_s if rule == "mean" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
         """When the next pull is due; None if all are."""
@@ -86,6 +90,7 @@ class SectionBytes:
     """What a partner's weights and its pseudo-gradient weigh as they travel."""
 
     weights: int
+    """With all else that is averaged."""
     gradient: int
     share: float = 1.0
     """One divided by the number of the model's fragments, where they are of one of these."""
@@ -220,7 +225,7 @@ def idle_s(round_s: float) -> float:
 
 
 def most_pulls(configured: Wanted) -> int:
-    """How many may go on at once for a fragment, of both sections, the slow ones too."""
+    """How many may go on at once for a fragment, of all sections, the slow ones too."""
     return _PULLS_A_PARTNER * max(configured)
 
 

@@ -46,7 +46,7 @@ from swarmtrain.protocol.gossip_messages import (
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
 from swarmtrain.protocol.partners import is_too_old, median_round
-from swarmtrain.protocol.pulls import SECTIONS, round_ends_s
+from swarmtrain.protocol.pulls import round_ends_s
 from swarmtrain.protocol.shards import Coverage
 from swarmtrain.protocol.tellings import Tellings
 from swarmtrain.run import GradientFormat
@@ -55,6 +55,8 @@ from swarmtrain.simulate.gossip_model import GossipModel, Schedule, Value, sched
 from swarmtrain.simulate.messages import Link
 from swarmtrain.simulate.network import Network, Refused, kept_until
 from swarmtrain.simulate.publications import (
+    GRADIENT,
+    SECTIONS,
     Asked,
     Checkpoint,
     Entered,
@@ -285,7 +287,7 @@ class GossipPeer:
         reference = median_round([self.round, *(info.round for info in self._others)]) if command.pulled else 0
         for one in command.pulled:
             r.staleness_rounds = max(r.staleness_rounds, reference - one.mark.round)
-            r.num_merged += one.section == "gradient"
+            r.num_merged += one.section == GRADIENT
         self.model.merge(number, command.pulled)
         self._merged(number)
 
@@ -362,7 +364,7 @@ class GossipPeer:
     def provide(self, what: Any) -> Any:
         """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
         if isinstance(what, Asked):
-            if what.section == "gradient":
+            if what.section == GRADIENT:
                 return self._publish(what.fragment) or NOTHING
             return self.model.weights(what.fragment) or NOTHING
         if isinstance(what, Publication):
@@ -540,7 +542,7 @@ class GossipPeer:
             return
         if self.coverage is not None:
             self.coverage.merge(held.rows, decode.author, lambda _, tokens: tokens)
-        value = held.gradient if decode.section == "gradient" else held.theta
+        value = held.gradient if decode.section == GRADIENT else held.theta
         value = value if earlier is None else value - earlier.gradient
         self._tell(Decoded(decode.pull, Value(value, decode.news.tokens)))
 
@@ -642,6 +644,7 @@ class GossipSwarm(Network[GossipPeer]):
 
 def _engine_settings(settings: GossipSettings) -> EngineSettings:
     return EngineSettings(
+        sections=SECTIONS,
         sizes=[{_FORMAT: settings.fragment_sizes}] * settings.num_fragments,
         wanted=settings.wanted,
         num_parts=settings.num_parts,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from swarmtrain.network.sections import rules_of, sections_of
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.partners import Mark, Place
 from swarmtrain.protocol.pulls import Section, SectionBytes, Wanted
@@ -14,6 +15,9 @@ from swarmtrain.protocol.shards import Row
 from swarmtrain.run import RunFile
 
 __all__ = [
+    "GRADIENT",
+    "SECTIONS",
+    "WEIGHTS",
     "Asked",
     "Checkpoint",
     "Entered",
@@ -24,6 +28,10 @@ __all__ = [
     "RoundRecord",
     "State",
 ]
+
+SECTIONS = rules_of(sections_of((), "fp32", ("fp32",)))
+"""What is published, and what a merge makes of it: a number each, in place of tensors."""
+WEIGHTS, GRADIENT = SECTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,7 @@ class GossipSettings:
 
     def section_bytes(self, section: Section) -> int:
         """Of one fragment's."""
-        return self.fragment_sizes.weights if section == "weights" else self.fragment_sizes.gradient
+        return self.fragment_sizes.weights if section == WEIGHTS else self.fragment_sizes.gradient
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ class Publication:
     """What a peer published of a fragment: its weight at the start of the fragment's round and the pseudo-gradient
     since, or (part 0) the former."""
 
+    section: Section
+    """What is pulled of it."""
     peer: str
     mark: Mark
     theta: float
@@ -103,11 +113,6 @@ class Publication:
     fragment: int = 0
     is_forged: bool = False
     """Whether it is not what `peer` has signed: whoever serves it changed it."""
-
-    @property
-    def section(self) -> Section:
-        """What is pulled of it."""
-        return "gradient" if self.mark.part else "weights"
 
     @property
     def is_finite(self) -> bool:

@@ -341,7 +341,7 @@ class StateReply(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class PublicationRequest(_message.Message):
-    __slots__ = ("has_any", "round", "part", "presence", "author", "weights", "fragment")
+    __slots__ = ("has_any", "round", "part", "presence", "author", "weights", "fragment", "section")
     HAS_ANY_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +349,7 @@ class PublicationRequest(_message.Message):
     AUTHOR_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     FRAGMENT_FIELD_NUMBER: _ClassVar[int]
+    SECTION_FIELD_NUMBER: _ClassVar[int]
     has_any: bool
     round: int
     part: int
@@ -356,7 +357,8 @@ class PublicationRequest(_message.Message):
     author: bytes
     weights: bool
     fragment: int
-    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ..., weights: bool = ..., fragment: _Optional[int] = ...) -> None: ...
+    section: str
+    def __init__(self, has_any: bool = ..., round: _Optional[int] = ..., part: _Optional[int] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., author: _Optional[bytes] = ..., weights: bool = ..., fragment: _Optional[int] = ..., section: _Optional[str] = ...) -> None: ...
 
 class PublicationReply(_message.Message):
     __slots__ = ("manifest", "presence", "away", "busy")

@@ -20,9 +20,9 @@ from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_of
+from swarmtrain.network.publications import Publication, PublicationRules, Publisher, section_untrusted
 from swarmtrain.network.puller import Puller
-from swarmtrain.network.sections import sections_of
+from swarmtrain.network.sections import rules_of, sections_of
 from swarmtrain.network.snapshots import Body, Held, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.peer.gossip_driver import GossipDriver
 from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
@@ -95,7 +95,7 @@ class Partner:
 
     async def held_after(self, request: pb.PublicationRequest) -> Held | None:
         """Its answer to a request."""
-        return await self.publishers[section_of(request)].held_after(request)
+        return await self.publishers[section_untrusted(request, self.publishers)].held_after(request)
 
 
 class Calls:
@@ -134,6 +134,7 @@ class Peer:
         for partner in partners:
             self.saw(partner, now)
         settings = GossipSettings(
+            sections=rules_of(CODEC.sections),
             sizes=[CODEC.sizes()],
             wanted=Wanted(num_partners, num_partners),
             num_parts=4,
@@ -147,9 +148,7 @@ class Peer:
 
     def decode_untrusted(self, command: Decode[Held]) -> Arrival:
         """See `Merging`."""
-        if command.section == "weights":
-            return CODEC.weights_untrusted(command.held)
-        return CODEC.gradient_untrusted(command.held, command.news, command.earlier)
+        return CODEC.arrival_untrusted(command.section, command.held, command.news, command.earlier)
 
     def took_untrusted(self, command: Decode[Held]) -> None:
         """See `Merging`."""

@@ -15,6 +15,7 @@ PLAN = MergePlan(round=3, began_s=(100.0,), ends_s=160.0, gradient_format="int2"
 
 def engine_with_others() -> GossipEngine[Any, Any, Any]:
     settings = GossipSettings(
+        sections={"weights": "mean", "gradient": "outer step"},
         sizes=[{"int2": SectionBytes(weights=1_000_000, gradient=500_000)}],
         wanted=Wanted(2, 1),
         num_parts=4,

@@ -41,8 +41,9 @@ from swarmtrain.protocol.gossip_messages import (
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.merge_plans import MergePlan
 from swarmtrain.protocol.partners import Difference, Mark, Whole
-from swarmtrain.protocol.pulls import Section, SectionBytes, Wanted
+from swarmtrain.protocol.pulls import Section, SectionBytes, SectionRule, Wanted
 
+SECTIONS: dict[Section, SectionRule] = {"weights": "mean", "gradient": "outer step"}
 SIZES = {"int2": SectionBytes(1000, 250), "int4": SectionBytes(1000, 500)}
 
 
@@ -51,6 +52,7 @@ class Driven:
 
     def __init__(self, *others: str, fragments: int = 1, wanted: int = 2, is_large: bool = False) -> None:
         settings = GossipSettings(
+            sections=SECTIONS,
             sizes=[SIZES] * fragments,  # type: ignore[list-item]
             wanted=Wanted(wanted, wanted),
             num_parts=4,

@@ -93,34 +93,45 @@ def test_without_the_earlier_gradient_only_the_weights_enter_and_the_next_part_h
 
 def test_the_weights_of_a_round_are_merged_once() -> None:
     ledger = ledger_with(("a", 3, 4, 400))
-    assert ledger.has_new_weights("a", 3, 3), "only its gradient was merged"
-    ledger.weights_merged("a", 3)
-    assert not ledger.has_new_weights("a", 3, 3), "one that publishes no more holds nobody back"
-    assert ledger.has_new_weights("a", 4, 3)
-    ledger.weights_merged("a", 4)
-    assert not ledger.has_new_weights("a", 4, 3)
-    assert not ledger.has_new_weights("a", 5, 14), "too old"
+    assert ledger.has_new_values("weights", "a", (3, 0), 3), "only its gradient was merged"
+    ledger.values_merged("weights", "a", (3, 0))
+    assert not ledger.has_new_values("weights", "a", (3, 0), 3), "one that publishes no more holds nobody back"
+    assert ledger.has_new_values("weights", "a", (4, 0), 3)
+    ledger.values_merged("weights", "a", (4, 0))
+    assert not ledger.has_new_values("weights", "a", (4, 0), 3)
+    assert not ledger.has_new_values("weights", "a", (5, 0), 14), "too old"
     ledger.merged("a", Mark(6, 2, 200), 6)
-    assert not ledger.has_new_weights("a", 5, 6), "its counter turned back"
+    assert not ledger.has_new_values("weights", "a", (5, 0), 6), "its counter turned back"
+
+
+def test_of_each_section_that_is_averaged_it_is_known_what_was_merged() -> None:
+    ledger = Ledger()
+    ledger.values_merged("buffers", "a", (3, 2))
+    assert ledger.values_at("weights", "a") is None and ledger.values_at("buffers", "a") == (3, 2)
+    assert ledger.has_new_values("weights", "a", (3, 0), 3)
+    assert [ledger.has_new_values("buffers", "a", (3, part), 3) for part in (1, 2, 3)] == [False, False, True]
+    assert isinstance(ledger.news_of_values("buffers", "a", (3, 3), 3), Whole)
+    again = ledger.news_of_values("buffers", "a", (3, 2), 3)
+    assert isinstance(again, Nothing) and again.reason == "its buffers of round 3 were merged"
 
 
 def test_what_was_pulled_stays_of_use_though_what_it_differs_from_is_not_held_any_more() -> None:
     ledger = ledger_with(("a", 3, 1, 100))
-    assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
+    assert ledger.new_tokens("a", Mark(3, 2, 200), 3) is not None
     for peer in "bcd":
         ledger.merged(peer, Mark(3, 1, 100), 3)
     assert isinstance(ledger.news("a", Mark(3, 2, 200), 3), Theta), "a pull would bring what cannot be merged"
-    assert ledger.stays_of_use("gradient", "a", Mark(3, 2, 200), 3)
-    assert not ledger.stays_of_use("gradient", "a", Mark(3, 1, 100), 3)
-    assert ledger.stays_of_use("weights", "a", Mark(3, 0, 0), 3)
-    assert not ledger.stays_of_use("weights", "a", Mark(3, 0, 0), 12)
+    assert ledger.new_tokens("a", Mark(3, 2, 200), 3) is not None
+    assert ledger.new_tokens("a", Mark(3, 1, 100), 3) is None
+    assert ledger.has_new_values("weights", "a", (3, 0), 3)
+    assert not ledger.has_new_values("weights", "a", (3, 0), 12)
 
 
 def test_of_few_peers_weights_are_remembered() -> None:
     ledger = Ledger(max_peers=2)
     for peer in ("a", "b", "c"):
-        ledger.weights_merged(peer, 7)
-    assert [ledger.has_new_weights(peer, 7, 7) for peer in ("a", "b", "c")] == [True, False, False]
+        ledger.values_merged("weights", peer, (7, 0))
+    assert [ledger.has_new_values("weights", peer, (7, 0), 7) for peer in ("a", "b", "c")] == [True, False, False]
 
 
 def test_gradients_are_held_of_the_last_few_peers_and_not_of_rounds_that_are_over() -> None:
@@ -227,10 +238,9 @@ def test_what_came_with_others_weights_is_not_merged_again() -> None:
     for peer, mark in ("a", Mark(3, 4, 400)), ("a", Mark(2, 4, 400)), ("b", Mark(4, 2, 200)), ("b", Mark(4, 3, 300)):
         new = newcomer.news(peer, mark, 4)
         assert isinstance(new, Nothing) and "came with the weights" in new.reason and not new.turned_back
-        assert newcomer.new_tokens(peer, mark, 4) is None, "nobody is asked for it first"
-        assert not newcomer.stays_of_use("gradient", peer, mark, 4), "also if it was pulled before"
+        assert newcomer.new_tokens(peer, mark, 4) is None, "nobody is asked for it first, nor is it merged if it came"
     assert newcomer.news("a", Mark(4, 1, 90), 4).tokens == newcomer.new_tokens("a", Mark(4, 1, 90), 4) == 90
-    assert newcomer.has_new_weights("b", 4, 4), "weights are averaged, and count as often as they come"
+    assert newcomer.has_new_values("weights", "b", (4, 0), 4), "weights are averaged, and count as often as they come"
     newcomer.merged("a", Mark(4, 1, 90), 4)
     assert newcomer.news("a", Mark(4, 2, 190), 4).tokens == 100
     third = Ledger(num_parts=4)
@@ -322,9 +332,9 @@ def test_nobody_and_everybody_asked_are_said() -> None:
 
 def test_new_weights_first() -> None:
     ledger = Ledger()
-    ledger.weights_merged("p0", 1)
+    ledger.values_merged("weights", "p0", (1, 0))
     partners, rounds = Partners(ledger), {"p0": 1, "p1": 1, "p2": 2}
-    assert partners.first(rounds, 1) == {"p1", "p2"}, "those of p0 were merged"
+    assert partners.first("weights", rounds, 1) == {"p1", "p2"}, "those of p0 were merged"
     for _ in range(20):
         assert partners.choose(candidates(3), exclude=(), reference_round=1, now=0.0, first={"p1"})[0] == "p1"
         found = partners.choose(candidates(3), exclude=("p1",), reference_round=1, now=0.0, first={"p1"})[0]

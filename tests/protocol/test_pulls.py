@@ -77,7 +77,7 @@ def test_weights_come_first_then_one_gradient_after_the_other_as_late_as_the_lin
     short = plan_pulls(3, 1000.0, 1001.0, SIZES, known(1e9), THREE)
     assert short.gradients_at_s == pytest.approx((1000.9,) * 3), "a tenth of a round for another try"
     assert plan.reason == "3 of 3 gradients and the weights of 3"
-    assert [plan.num_due("weights", now) for now in (1000.0, 1039.4, 1100.0)] == [0, 1, 3]
+    assert [plan.num_due("mean", now) for now in (1000.0, 1039.4, 1100.0)] == [0, 1, 3]
     assert plan.next_s(1000.0) == plan.weights_at_s[0] and plan.next_s(plan.gradients_at_s[-1]) is None
 
 

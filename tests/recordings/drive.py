@@ -219,13 +219,15 @@ class _Driver:
             self.asks[number], self.pulls[ask] = ask, number
             self.of[pulls.by_number[number].open] = ask
 
-        def news(original: Any, merged: MergedPublications[Any], peer: str, mark: Mark, reference: int) -> Any:
-            found = original(merged, peer, mark, reference)
+        def news(
+            original: Any, merged: MergedPublications[Any], section: str, peer: str, mark: Mark, reference: int
+        ) -> Any:
+            found = original(merged, section, peer, mark, reference)
             self.write(
                 "news",
                 fragment=next(lane.number for lane in engine._lanes if lane.merged is merged),
                 author=peer,
-                section="gradient" if mark.part else "weights",
+                section=section,
                 mark=mark,
                 is_here=self.is_here,
                 is_own=not self.is_here and self.source[self.current][0] == peer,

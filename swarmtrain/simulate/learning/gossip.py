@@ -22,7 +22,7 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.network.sections import sections_of
+from swarmtrain.network.sections import rules_of, sections_of
 from swarmtrain.network.snapshots import TensorSpec
 from swarmtrain.peer.consensus import layout_of_specs
 from swarmtrain.peer.robustness import Naming, Robustness, apart
@@ -370,8 +370,8 @@ class Peer:
             return
         if self.coverage is not None:
             published.rows = self.coverage.rows_to_send()
-        if section == "weights":
-            published.sent = lane.codec.weights.decode(lane.codec.weights.encode(published.vector))
+        if (averaged := lane.codec.averaged.get(section)) is not None:
+            published.sent = averaged.decode(averaged.encode(published.vector))
         else:
             gradients, mark, format = lane.codec.gradient, published.mark, published.format
             assert format is not None
@@ -391,7 +391,7 @@ class Peer:
         assert vector is not None
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
-        if decode.section == "weights":
+        if decode.section in lane.codec.averaged:
             arrival = Arrival(vector, vector, 0)
         else:
             assert earlier is None or earlier.sent is not None
@@ -494,7 +494,7 @@ class World:
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
         num_fragments = len(self.fragments)
         sizes = [self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)]
-        self.gossip = GossipSettings.of(self.setting.run.merge, sizes)
+        self.gossip = GossipSettings.of(self.setting.run.merge, rules_of(self.codec(0).sections), sizes)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)

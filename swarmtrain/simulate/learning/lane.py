@@ -62,7 +62,7 @@ class Lane:
 
     def newer(self, section: Section, known: Mark | None) -> Published | None:
         """The newest that it has of a section; None if that is what the reader knows."""
-        found = self.weights if section == "weights" else self.newest
+        found = self.weights if section in self.codec.averaged else self.newest
         if found is None or (known is not None and (found.mark.round, found.mark.part) <= (known.round, known.part)):
             return None
         return found
