@@ -49,7 +49,7 @@ KEYS_SINCE: Mapping[str, int] = {"data.source=parquet": 2, "published.dataset_re
 """Keys of the run file, as "section.key", and values, as "section.key=value", that came after protocol 1, and with
 which."""
 
-WIRE_SHA256 = "a872f49721dca1edd52ebe36fc1f79550aa947106caa863726cf96e1dff559ca"
+WIRE_SHA256 = "241e702fe1ecac3728c5a4aa3656459dd0e841a48dcfa1d19bed94b0d0388cd2"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

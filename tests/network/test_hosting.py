@@ -185,6 +185,19 @@ def test_nothing_is_asked_of_a_guest_before_a_reader_asks_and_what_is_merged_is_
     run(script)
 
 
+def test_a_host_keeps_nothing_for_who_asks_for_a_section_that_the_run_does_not_have() -> None:
+    async def script() -> None:
+        guest = Partner(DORA, 0.5)
+        host, dora = Host(CARL, guest), peer_bytes(DORA.peer_id)
+        for name in ("buffers", "x" * 33):
+            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, section=name), ME.peer_id)
+            assert reply == pb.PublicationReply(away=True)
+        assert [peer for peer, _ in host.refused] == [ME.peer_id, ME.peer_id]
+        assert guest.asked == [] and not host.hosting._kept
+
+    run(script)
+
+
 @pytest.mark.parametrize("fault", ["gone", "full", "no host", "forges", "another's", "wrong bytes", "breaks off"])
 def test_a_host_that_fails_or_lies_costs_the_author_nothing(fault: str) -> None:
     async def script() -> None:

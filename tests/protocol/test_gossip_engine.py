@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -50,9 +50,16 @@ SIZES = {"int2": SectionBytes(1000, 250), "int4": SectionBytes(1000, 500)}
 class Driven:
     """An engine with two fragments at most, whose partners and times a test tells."""
 
-    def __init__(self, *others: str, fragments: int = 1, wanted: int = 2, is_large: bool = False) -> None:
+    def __init__(
+        self,
+        *others: str,
+        fragments: int = 1,
+        wanted: int = 2,
+        is_large: bool = False,
+        sections: Mapping[Section, SectionRule] = SECTIONS,
+    ) -> None:
         settings = GossipSettings(
-            sections=SECTIONS,
+            sections=sections,
             sizes=[SIZES] * fragments,  # type: ignore[list-item]
             wanted=Wanted(wanted, wanted),
             num_parts=4,
@@ -126,6 +133,28 @@ def test_a_round_from_the_question_to_the_merge() -> None:
     assert me.engine.places(-1) == [{"ben": (0, 4), "me": (0, 4)}]
     me.plan(round=1)
     assert [ask.known for ask in me.asks()] == [WEIGHTS, WHOLE], "only what is newer is asked for"
+
+
+def test_what_else_the_run_averages_is_pulled_and_merged_as_its_author_gets_on() -> None:
+    me = Driven("ben", sections={"weights": "mean", "buffers": "mean", "gradient": "outer step"})
+    me.plan()
+    asks = me.asks()
+    assert [ask.section for ask in asks] == ["weights", "buffers", "gradient"]
+    for ask, mark in zip(asks, (WEIGHTS, Mark(0, 2, 200), WHOLE), strict=True):
+        for prepare in me.pulls(ask, mark, ask.section):
+            me.tells(Prepared(prepare.number, "merge"))
+    (merge,) = me.tells(MergeDue(0))
+    assert [one.section for one in merge.pulled] == ["weights", "buffers", "gradient"]
+    me.plan(round=1)
+    asks = me.asks()
+    assert [ask.known for ask in asks] == [WEIGHTS, Mark(0, 2, 0), WHOLE]
+    assert me.tells(Replied(asks[1].pull, Mark(0, 2, 200), "the same")) == [], "it was merged"
+    me.now += 99.0
+    (again,) = (ask for ask in me.asks() if ask.section == "buffers")
+    (download,) = me.tells(Replied(again.pull, Mark(0, 3, 300), "later ones of that round"))
+    assert download.held == "later ones of that round"
+    (decode,) = me.tells(Downloaded(again.pull, 10))
+    assert isinstance(decode.news, Whole) and decode.earlier is None, "nothing is subtracted of what is averaged"
 
 
 def test_what_is_merged_of_a_round_is_subtracted_from_what_comes_of_it_later() -> None:
