@@ -130,7 +130,7 @@ def test_partners_pull_what_is_averaged_by_the_usual_distance_at_most() -> None:
     def accepted(values: Sequence[float], rule: str = "clip") -> AveragedSection:
         section = AveragedSection(VectorCodec(BUFFERS, "fp32"), rule, Naming(lambda peer, incident: None))
         assert section.accept_untrusted("p", arrival(9e9), 0).theta is not None, "nothing is usual yet"
-        section.own = torch.full((7,), 1.0)
+        section.published(torch.full((7,), 1.0))
         for value in values:
             section.accept_untrusted("p", arrival(value), 0)
         return section

@@ -23,18 +23,20 @@ class AveragedSection:
 
     def __init__(self, codec: VectorCodec, rule: str, naming: Naming) -> None:
         """`rule` is `merge.robust`: partners' values may pull by three times the usual distance."""
-        self.codec = codec
-        self.own: Tensor | None = None
-        """This peer's values (S,) as it published them last; not written into."""
+        self._own: Tensor | None = None
         self._layout = layout_of_specs(codec.section.tensors)
         self._robustness = Robustness(rule, self._layout, naming)
+
+    def published(self, values: Tensor) -> None:
+        """This peer's values (S,) are these by now; they are not written into."""
+        self._own = values
 
     def accept_untrusted(self, author: str, arrival: Arrival, round: int) -> Arrival:
         """What of a partner's values, of its `round`, may enter the mean. BadBytesError if nothing may. Before this
         peer has values of its own nothing is usual, and all may."""
-        return arrival if self.own is None else self._robustness.accept(author, arrival, self.own, round)
+        return arrival if self._own is None else self._robustness.accept(author, arrival, self._own, round)
 
     def mean(self, theirs: Sequence[Tensor]) -> Tensor:
         """Of this peer's values and partners' (S,), as of weights: see `variance_corrected_mean`."""
-        assert self.own is not None, "a round is published before it is merged"
-        return variance_corrected_mean([self.own, *theirs], self._layout).mean
+        assert self._own is not None, "a round is published before it is merged"
+        return variance_corrected_mean([self._own, *theirs], self._layout).mean

@@ -274,7 +274,7 @@ class GossipExchange(AsynchronousExchange):
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
         for (name, fragment), averaged in self._averaged.items():
-            averaged.own = contribution.values[name, fragment]
+            averaged.published(contribution.values[name, fragment])
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
