@@ -101,12 +101,14 @@ class MergedPublications(Generic[Held]):
 
     def merged(self, pulled: Iterable[Pulled[Held, Payload]], reference: int) -> None:
         """These enter the weights."""
+        ledger, rules = self.ledger, self._rules
         for each in pulled:
-            if self._rules[each.section] == "mean":
-                self.ledger.values_merged(each.section, each.peer, (each.mark.round, each.mark.part))
+            section, peer, mark = each.section, each.peer, each.mark
+            if rules[section] == "mean":
+                ledger.values_merged(section, peer, (mark.round, mark.part))
             else:
-                self.ledger.merged(each.peer, each.mark, reference)
-                self._held[each.peer] = each.held
+                ledger.merged(peer, mark, reference)
+                self._held[peer] = each.held
         stays = self.ledger.held
         self._held = {peer: held for peer, held in self._held.items() if peer in stays}
 

@@ -143,7 +143,7 @@ class Ledger:
         return Nothing(f"its {section} of round {self._averaged[section][peer][0]} were merged")
 
     def has_new_values(self, section: Section, peer: str, place: Place, reference_round: int) -> bool:
-        """The same as yes or no: it is asked of everybody."""
+        """The same as yes or no."""
         round, averaged = place[0], self._averaged.get(section)
         if round < reference_round - self.max_staleness_rounds:
             return False
@@ -151,6 +151,21 @@ class Ledger:
             return False
         known = self._marks.get(peer)
         return known is None or round >= known.round
+
+    def with_new_values(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
+        """Who of many has such values of the round that it is in: it is asked of everybody."""
+        oldest, averaged, marks = (
+            reference_round - self.max_staleness_rounds,
+            self._averaged.get(section, {}),
+            self._marks,
+        )
+        return {
+            peer
+            for peer, round in rounds.items()
+            if round >= oldest
+            and ((before := averaged.get(peer)) is None or (round, 0) > before)
+            and ((known := marks.get(peer)) is None or round >= known.round)
+        }
 
     def _too_old(self, round: int, reference_round: int) -> Nothing:
         behind = f"{reference_round - round} rounds behind the median"
@@ -475,8 +490,7 @@ class Partners:
     def first(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
         """Whom to ask before the others for a section that is averaged: who has told of a round (`rounds`) whose values
         are new."""
-        has_new = self.ledger.has_new_values
-        return {peer for peer, round in rounds.items() if has_new(section, peer, (round, 0), reference_round)}
+        return self.ledger.with_new_values(section, rounds, reference_round)
 
     def choose(
         self,

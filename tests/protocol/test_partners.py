@@ -110,6 +110,8 @@ def test_of_each_section_that_is_averaged_it_is_known_what_was_merged() -> None:
     assert ledger.values_at("weights", "a") is None and ledger.values_at("buffers", "a") == (3, 2)
     assert ledger.has_new_values("weights", "a", (3, 0), 3)
     assert [ledger.has_new_values("buffers", "a", (3, part), 3) for part in (1, 2, 3)] == [False, False, True]
+    assert ledger.with_new_values("buffers", {"a": 3, "b": 3}, 3) == {"b"}
+    assert ledger.with_new_values("buffers", {"a": 4, "b": -6}, 3) == {"a"}, "too old"
     assert isinstance(ledger.news_of_values("buffers", "a", (3, 3), 3), Whole)
     again = ledger.news_of_values("buffers", "a", (3, 2), 3)
     assert isinstance(again, Nothing) and again.reason == "its buffers of round 3 were merged"
