@@ -72,7 +72,9 @@ def assignment(folder: Path) -> tuple[StageAssignment, HeldStages]:
     first = FirstStage(context, data, folder, swarm, stages, nothing)
     first.drive = lambda desk: None  # type: ignore[method-assign]
     shapes = stage_shapes(RUN.model, (1,))
-    return StageAssignment(StageSite(context=context), shapes, swarm, stages, first, nothing, rule, end), stages
+    return StageAssignment(
+        StageSite(context=context), shapes, swarm, stages, first, nothing, rule=rule, end=end
+    ), stages
 
 
 @pytest.mark.parametrize("drawn", [0, 7])

@@ -131,7 +131,9 @@ class PipelineTraining:
             on_first_round=self._record.tell_started,
             on_arriving=Arrival(context.control.board, context.emit).look,
         )
-        self._assignment = StageAssignment(site, shapes, swarm, stages, self._first, self._record, rule, self._end)
+        self._assignment = StageAssignment(
+            site, shapes, swarm, stages, self._first, self._record, rule=rule, end=self._end
+        )
         self._moves = StageMoves(context, swarm, stages, mover, self._assignment, self._record, calls)
         asked_to_stay = self._moves.asked_to_stay
         server = StageServer(wire, len(shapes), stages.desks, swarm.peers.refused, asked_to_stay)

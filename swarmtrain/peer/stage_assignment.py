@@ -38,10 +38,11 @@ class StageAssignment:
         stages: HeldStages,
         first: FirstStage,
         record: StageRecord,
+        *,
         rule: Rule,
         end: FirstStageWatch,
     ) -> None:
-        """`swarm` is the run's; `end` says when no more comes to stages after the first."""
+        """`swarm` is the run's; `rule` says who moves; `end` says when no more comes to stages after the first."""
         self._site, self._context, self._shapes, self._swarm = site, site.context, shapes, swarm
         self._stages, self._first, self._record, self._rule, self._end = stages, first, record, rule, end
         given = self._context.settings.first_stages

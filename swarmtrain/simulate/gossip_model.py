@@ -17,7 +17,7 @@ from swarmtrain.protocol.fragments import FragmentRounds, merged_step, published
 from swarmtrain.protocol.gossip_messages import Pulled
 from swarmtrain.protocol.partners import Mark
 from swarmtrain.protocol.shards import Coverage
-from swarmtrain.simulate.publications import Checkpoint, Entered, GossipSettings, Publication, State
+from swarmtrain.simulate.publications import GRADIENT, WEIGHTS, Checkpoint, Entered, GossipSettings, Publication, State
 
 __all__ = ["GossipModel", "Schedule", "Value", "schedule_of"]
 
@@ -118,7 +118,7 @@ class GossipModel:
         tokens = own.tokens
         for one in pulled:
             value, new_tokens = one.payload
-            if one.section == "weights":
+            if one.section == WEIGHTS:
                 thetas.append(value)
                 continue
             weight, tokens = weight + value * new_tokens, tokens + new_tokens
@@ -138,7 +138,7 @@ class GossipModel:
     def publish_weights(self, number: int, round: int) -> None:
         """A fragment's round begins, with its weights."""
         fragment = self.fragments[number]
-        newest = Publication(self._name, Mark(round, 0, 0), fragment.theta, 0.0, fragment=number)
+        newest = Publication(WEIGHTS, self._name, Mark(round, 0, 0), fragment.theta, 0.0, fragment=number)
         fragment.weights = [*fragment.weights[-1:], newest]
 
     def weights(self, number: int) -> Publication | None:
@@ -157,7 +157,7 @@ class GossipModel:
             if of.tokens and (newest is None or newest.mark != mark):
                 rows = () if coverage is None else tuple(coverage.rows_to_send())
                 gradient = self._gradient(fragment, of.inner_steps)
-                newest = Publication(self._name, mark, fragment.theta, gradient, rows, number)
+                newest = Publication(GRADIENT, self._name, mark, fragment.theta, gradient, rows, number)
                 fragment.published, fragment.told_steps = [*fragment.published[-1:], newest], done
         return newest
 
