@@ -24,6 +24,7 @@ from swarmtrain.peer.first_stage import FirstStage
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.held_stage import HeldStage, StageSite
 from swarmtrain.peer.held_stages import HeldStages
+from swarmtrain.peer.pipeline_context import PipelineContext
 from swarmtrain.peer.session import OwnPart
 from swarmtrain.peer.stage_assignment import StageAssignment
 from swarmtrain.peer.stopping import StopFlag
@@ -72,9 +73,8 @@ def assignment(folder: Path) -> tuple[StageAssignment, HeldStages]:
     first = FirstStage(context, data, folder, swarm, stages, nothing)
     first.drive = lambda desk: None  # type: ignore[method-assign]
     shapes = stage_shapes(RUN.model, (1,))
-    return StageAssignment(
-        StageSite(context=context), shapes, swarm, stages, first, nothing, rule=rule, end=end
-    ), stages
+    pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=nothing)
+    return StageAssignment(pipeline, StageSite(context=context), first, nothing, end), stages
 
 
 @pytest.mark.parametrize("drawn", [0, 7])

@@ -31,6 +31,7 @@ from swarmtrain.peer.held_stages import HeldStages, stages_pulse
 from swarmtrain.peer.keeping import PeersFile
 from swarmtrain.peer.leaving import hand_over_stages
 from swarmtrain.peer.moving import Mover
+from swarmtrain.peer.pipeline_context import PipelineContext
 from swarmtrain.peer.preparing import data_base
 from swarmtrain.peer.stage_assignment import StageAssignment
 from swarmtrain.peer.stage_moves import StageMoves
@@ -115,15 +116,9 @@ class PipelineTraining:
         client = StageClient(context.node, context.published.sha256, on_failure=swarm.peers.call_failed)
         calls = WireCalls(me, client, wire, stages.desks)
         self._first = FirstStage(context, prepared.data, prepared.base, swarm, stages, calls)
+        pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=mover)
         self._record = StageRecord(
-            context,
-            swarm,
-            stages,
-            mover,
-            rule,
-            shapes,
-            most_stages=prepared.room.most_stages,
-            whole_tokens_per_s=prepared.whole_tokens_per_s,
+            pipeline, most_stages=prepared.room.most_stages, whole_tokens_per_s=prepared.whole_tokens_per_s
         )
         site = StageSite(
             context=context,
@@ -131,10 +126,8 @@ class PipelineTraining:
             on_first_round=self._record.tell_started,
             on_arriving=Arrival(context.control.board, context.emit).look,
         )
-        self._assignment = StageAssignment(
-            site, shapes, swarm, stages, self._first, self._record, rule=rule, end=self._end
-        )
-        self._moves = StageMoves(context, swarm, stages, mover, self._assignment, self._record, calls)
+        self._assignment = StageAssignment(pipeline, site, self._first, self._record, self._end)
+        self._moves = StageMoves(pipeline, self._assignment, self._record, calls)
         asked_to_stay = self._moves.asked_to_stay
         server = StageServer(wire, len(shapes), stages.desks, swarm.peers.refused, asked_to_stay)
         self._host = StageHost(context.node.traffic, server)

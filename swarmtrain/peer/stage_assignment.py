@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from swarmtrain.events import AssignedEvent, JoinedEvent
-from swarmtrain.model.stages import StageShape
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.common import process_age_s
 from swarmtrain.peer.first_stage import FirstStage
 from swarmtrain.peer.held_stage import HeldStage, StageSite
-from swarmtrain.peer.held_stages import HeldStages
 from swarmtrain.peer.keeping import kept_stages
 from swarmtrain.peer.microbatches import NoBatches
+from swarmtrain.peer.pipeline_context import PipelineContext
 from swarmtrain.peer.stage_record import StageRecord
-from swarmtrain.protocol.balance import Rule, first_stages
+from swarmtrain.protocol.balance import first_stages
 from swarmtrain.protocol.stages import FirstStageWatch
 from swarmtrain.words import counted
 
@@ -32,21 +28,18 @@ class StageAssignment:
 
     def __init__(
         self,
+        pipeline: PipelineContext,
         site: StageSite,
-        shapes: Sequence[StageShape],
-        swarm: Swarm,
-        stages: HeldStages,
         first: FirstStage,
         record: StageRecord,
-        *,
-        rule: Rule,
         end: FirstStageWatch,
     ) -> None:
-        """`swarm` is the run's; `rule` says who moves; `end` says when no more comes to stages after the first."""
-        self._site, self._context, self._shapes, self._swarm = site, site.context, shapes, swarm
-        self._stages, self._first, self._record, self._rule, self._end = stages, first, record, rule, end
+        """`end` says when no more comes to stages after the first."""
+        self._context, self._swarm, self._stages = pipeline.volunteer, pipeline.swarm, pipeline.stages
+        self._shapes, self._rule = pipeline.shapes, pipeline.rule
+        self._site, self._first, self._record, self._end = site, first, record, end
         given = self._context.settings.first_stages
-        self._given = tuple(stage for stage in given if stage < len(shapes))
+        self._given = tuple(stage for stage in given if stage < len(self._shapes))
 
     def choose(self) -> None:
         """Take the stages that need this peer most, once there is company."""

@@ -7,10 +7,7 @@ import logging
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import MovedEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.context import VolunteerContext
-from swarmtrain.peer.held_stages import HeldStages
-from swarmtrain.peer.moving import Mover
+from swarmtrain.peer.pipeline_context import PipelineContext
 from swarmtrain.peer.stage_assignment import StageAssignment
 from swarmtrain.peer.stage_record import StageRecord
 from swarmtrain.peer.stage_service import WireCalls
@@ -27,16 +24,13 @@ class StageMoves:
 
     def __init__(
         self,
-        context: VolunteerContext,
-        swarm: Swarm,
-        stages: HeldStages,
-        mover: Mover,
+        pipeline: PipelineContext,
         assignment: StageAssignment,
         record: StageRecord,
         calls: WireCalls,
     ) -> None:
-        """`swarm` is the run's."""
-        self._context, self._swarm, self._stages, self._mover = context, swarm, stages, mover
+        self._context, self._swarm = pipeline.volunteer, pipeline.swarm
+        self._stages, self._mover = pipeline.stages, pipeline.mover
         self._assignment, self._record, self._calls = assignment, record, calls
 
     def look(self) -> None:

@@ -7,18 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 
 from swarmtrain.events import StageThroughputEvent, StartedEvent
-from swarmtrain.model.stages import StageShape
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.records import MAX_KEPT
-from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import logged
 from swarmtrain.peer.common import process_age_s
-from swarmtrain.peer.context import VolunteerContext
 from swarmtrain.peer.first_stage import FirstStage
-from swarmtrain.peer.held_stages import HeldStages
-from swarmtrain.peer.moving import Mover
+from swarmtrain.peer.pipeline_context import PipelineContext
 from swarmtrain.peer.reporting import tell_loss
-from swarmtrain.protocol.balance import Rule, StagePeer
+from swarmtrain.protocol.balance import StagePeer
 from swarmtrain.protocol.stages import places_of
 
 __all__ = ["StageRecord"]
@@ -32,21 +28,11 @@ _FIRST_MOVE_S = 20.0
 class StageRecord:
     """This peer's place among the stages, as the run's swarm is told it."""
 
-    def __init__(
-        self,
-        context: VolunteerContext,
-        swarm: Swarm,
-        stages: HeldStages,
-        mover: Mover,
-        rule: Rule,
-        shapes: Sequence[StageShape],
-        *,
-        most_stages: int,
-        whole_tokens_per_s: float,
-    ) -> None:
+    def __init__(self, pipeline: PipelineContext, *, most_stages: int, whole_tokens_per_s: float) -> None:
         """`whole_tokens_per_s`: through the whole model, as this machine was measured."""
-        self._context, self._swarm, self._stages, self._mover, self._rule = context, swarm, stages, mover, rule
-        self._shapes, self._most_stages, self._whole_tokens_per_s = shapes, most_stages, whole_tokens_per_s
+        self._context, self._swarm, self._stages = pipeline.volunteer, pipeline.swarm, pipeline.stages
+        self._mover, self._rule, self._shapes = pipeline.mover, pipeline.rule, pipeline.shapes
+        self._most_stages, self._whole_tokens_per_s = most_stages, whole_tokens_per_s
         self._kept: Mapping[int, int] = {}
         self._goes_to: tuple[int, ...] = ()
         self._move_s, self._move_began_s = _FIRST_MOVE_S, 0.0
