@@ -19,7 +19,7 @@ def end(number, frame):
     if len(seen) < int(sys.argv[1]):
         return
     print(json.dumps({"event": "done", "name": sys.argv[sys.argv.index("--name") + 1], "held_out_loss": None,
-        "tokens": 0, "run_tokens": 0, "wall_s": 1.0, "reason": "interrupted"}), flush=True)
+        "tokens": 0, "run_tokens": 0, "wall_s": time.monotonic(), "reason": "interrupted"}), flush=True)
     os._exit(0)
 signal.signal(signal.SIGTERM, end)
 print(json.dumps({"event": "invite", "line": "", "invite": "", "run_sha256": "", "addresses": []}), flush=True)
@@ -38,6 +38,11 @@ def swarm_of(folder: Path, **needed: int) -> LocalSwarm:
     return swarm
 
 
+def _when(event: Event) -> float:
+    """When it was said: of two processes' last words, either may be read first."""
+    return event.wall_s if isinstance(event, DoneEvent) else 0.0
+
+
 def test_volunteers_end_before_the_bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swarmtrain.peer.local._HAND_OVER_LIMIT_S", 0.2)
     swarm = swarm_of(tmp_path, bootstrap=1, anna=1, bert=2)
@@ -46,7 +51,7 @@ def test_volunteers_end_before_the_bootstrap(tmp_path: Path, monkeypatch: pytest
     said: list[Event] = []
     swarm.stop(said.append)
     said += swarm.last_words()
-    ended = [event.name for event in said if isinstance(event, DoneEvent)]
+    ended = [event.name for event in sorted(said, key=_when) if isinstance(event, DoneEvent)]
     assert ended == ["anna", "bert", "bootstrap"], "bert was told twice"
     assert [child.process.returncode for child in swarm.children.values()] == [0, 0, 0]
 
