@@ -320,7 +320,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
 
     def _merge_due(self, event: MergeDue, now: float) -> None:
         if event.may_catch_up and event.fragment == len(self._lanes) - 1:
-            behind = self._others.left_behind(event.round, self._settings.max_staleness_rounds)
+            behind = self._others.left_behind(event.round, self._lanes[-1].merged.ledger)
             if behind:
                 self._commands.add(CatchUp(behind))
                 return

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from swarmtrain.protocol.hosts import HostOrder
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.open_pulls import OpenPulls, Which
-from swarmtrain.protocol.partners import BackOff, Candidate, Partners, left_behind, median_round
+from swarmtrain.protocol.partners import BackOff, Candidate, Ledger, Partners, left_behind, median_round
 from swarmtrain.protocol.pulls import Section
 from swarmtrain.protocol.tellings import Tellings, beyond
 
@@ -55,9 +55,14 @@ class OtherPeers:
             self._reference = median_round([self.round, *(info.round for info in self.infos)])
         return self._reference
 
-    def left_behind(self, round: int, max_staleness_rounds: int) -> int:
+    def left_behind(self, round: int, ledger: Ledger) -> int:
         """How many rounds this peer is too far behind, as it ends that one; 0: it is not."""
-        return left_behind(round, [info.round for info in self.infos if info.round], max_staleness_rounds)
+        rounds = {info.peer: info.round for info in self.infos if info.round}
+        if len(rounds) == 1:
+            # What one other claims moves nobody, or a liar could have this peer's weights replaced. But of two, the one
+            # that stood still would be too old for the other for ever; so what it has merged of the other counts.
+            rounds = {peer: mark.round for peer in rounds if (mark := ledger.mark(peer)) is not None}
+        return left_behind(round, rounds.values(), ledger.max_staleness_rounds)
 
     def hosts_of(self, peer: str) -> tuple[str, ...] | None:
         """Who serves the publications of one that nobody can dial; None if it can be asked itself."""

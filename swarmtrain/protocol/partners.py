@@ -345,13 +345,13 @@ def rounds_behind(round: int, others: Iterable[int]) -> int:
 
 def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) -> int:
     """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
-    others when they merge, so that it has to take their weights; else 0. What one other claims moves nobody.
+    others when they merge, so that it has to take their weights; else 0.
 
     The others merge at the end of their round, which may be the next one by then (see `Ledger.news`). A peer that was
     let stay just behind what is merged could train on at the others' pace, and be merged by nobody for ever.
     """
     behind = rounds_behind(round, others)
-    return behind if len(others) > 1 and behind > max(1, max_staleness_rounds - 1) else 0
+    return behind if behind > max(1, max_staleness_rounds - 1) else 0
 
 
 def is_too_old(round: int, others: Iterable[int], max_staleness_rounds: int) -> bool:

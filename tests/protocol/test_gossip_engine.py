@@ -524,3 +524,16 @@ def test_news_of_a_whole_round_are_whole() -> None:
     me.tells(Replied(ask.pull, WHOLE, "g"))
     (decode,) = me.tells(Downloaded(ask.pull, 250))
     assert decode.news == Whole(400, "nothing of its round 0 was merged") and decode.earlier is None
+
+
+def test_of_two_the_one_behind_goes_by_what_it_has_merged_of_the_other_and_not_by_its_word() -> None:
+    """It stood still, and all that it publishes is too old for the other, who would never merge it again."""
+    me = Driven("ben", wanted=1)
+    me.see("ben", round=9)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), Mark(9, 4, 400), "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    (merge,) = me.tells(MergeDue(0))
+    assert isinstance(merge, Merge) and [one.held for one in merge.pulled] == ["g"], "what it claims moves nobody"
+    me.plan(round=1)
+    assert me.tells(MergeDue(1)) == [CatchUp(8)]

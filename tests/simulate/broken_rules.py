@@ -247,7 +247,7 @@ def bootstrap_keeps_no_counts(patch: Patch) -> None:
     restore = archiving.Archive.restore
 
     def restored(self: archiving.Archive, kept: Any) -> None:
-        patch.setattr(self.keeper, "restore_counts", lambda swarm: None)
+        patch.setattr(self.keeper, "restore_counts", lambda: None)
         restore(self, kept)
 
     patch.setattr(archiving.Archive, "restore", restored)

@@ -22,6 +22,12 @@ def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
         assert not play(draw(seed)), as_test(draw(seed))
 
 
+def test_of_two_one_that_stood_still_for_long_is_merged_again() -> None:
+    """All that it published was too old for the other, and one other alone had no majority to say so."""
+    freeze = Fault(kind="freeze", peer=1, at_s=10.0, lasts_s=30.0)
+    assert not play(Schedule(world="gossip", speeds=(6.0, 6.0), faults=(freeze,)))
+
+
 @pytest.mark.long
 def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     code = command.main(["--schedules", "2000", "--seed", "0"])

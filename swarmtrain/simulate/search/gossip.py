@@ -393,11 +393,12 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
 
 
 def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
-    """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Of two,
-    one that was away for too long is not merged again: what one other claims moves nobody (`left_behind`). The first
-    round of a slow machine may last longer than the play: nothing of it is left to merge. Whose publication was refused
-    as too old may be left alone for longer than a play."""
+    """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Two are
+    told by nobody whom to believe where a third one lies. The first round of a slow machine may last longer than the
+    play: nothing of it is left to merge. Whose publication was refused as too old may be left alone for longer than a
+    play."""
     names = [peer.name for peer in _honest(swarm)]
+    nobody_lies = len(names) == len(swarm.peers)
     ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
     merging, merged = set(), set()
     refused = {whose for _, whose, reason in swarm.incidents if "an old round" in reason}
@@ -405,7 +406,7 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
         if round > reached.get(whose, 0):
             merging.add(who)
             merged.add(whose)
-    for name in names if len(names) > 2 and swarm.settings.pacing else ():
+    for name in names if (len(names) > 2 or nobody_lies) and swarm.settings.pacing else ():
         others_went_on = any(ended[other] > 1 for other in names if other != name)
         is_merged = name in merged or name in refused
         if ended[name] > 4 and others_went_on and name in reached and (name not in merging or not is_merged):

@@ -539,7 +539,7 @@ class Volunteer(Process):
         """What it has trained, and what a partner has; True if it takes the others' weights instead."""
         round = self.progress.round
         others = [info.round for info in self.membership.volunteers() if info.round]
-        behind = left_behind(round, others, RUN.merge.max_staleness_rounds)
+        behind = left_behind(round, others, RUN.merge.max_staleness_rounds) if len(others) > 1 else 0
         replaced = self.exchange._catch_up(round, behind) if behind else None
         if replaced is not None:
             self._adopt(replaced)
