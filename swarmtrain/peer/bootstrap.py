@@ -429,6 +429,7 @@ class _Bootstrap(BootstrapPeer):
         keeper = self.keeper
         assert keeper is not None
         kept = self._kept(present)
+        self.has_news = True
         keeper.keep(kept)
         keeper.checkpointer.flush(FLUSH_S)  # so that it can be told at once
         wait_for(self.network.submit(keeper.offer(kept)), self.stop)
@@ -449,6 +450,7 @@ class _Bootstrap(BootstrapPeer):
             return False
         arrivals = server.arrivals
         kept = self._of_server(server)
+        self.has_news = True
         keeper.keep(kept)
         keeper.checkpointer.flush(FLUSH_S)
         self._archived_arrivals = arrivals

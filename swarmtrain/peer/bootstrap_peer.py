@@ -21,7 +21,9 @@ from swarmtrain.peer.common import (
     Emit,
     PeerSettings,
     as_peer,
+    had_ended,
     held_out_loss_of,
+    kept_final_model,
     process_age_s,
     save_final_weights,
     save_weights,
@@ -71,6 +73,8 @@ class BootstrapPeer:
     peers: PeersFile | None = None
     name: str = ""
     loss: float | None = None
+    has_news: bool = False
+    """Whether anything was archived since it was started: then it has weights that no life before this one had."""
     since_s: float = field(default_factory=swarm_time)
     _early_looks: int = field(init=False, default=0)
 
@@ -99,10 +103,16 @@ class BootstrapPeer:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 
     def measure_and_save(self, model: GPT, progress: Progress) -> None:
-        """The run is over, with the weights that are in the model."""
+        """The run is over, with the weights that are in the model. The one that a life before this one left at the end
+        stays as it is where nothing came since."""
+        if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
+            model = kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
         self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
         self.emit(EvalEvent(round=max(0, progress.round - 1), held_out_loss=self.loss))
+        if kept is not None:
+            self.emit(had_ended(self.folder))
+            return
         weights = dict(model.named_parameters())
         if warning := save_final_weights(self.folder, weights, self.published, progress):
             self.emit(warning)

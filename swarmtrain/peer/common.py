@@ -20,7 +20,7 @@ from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
-from swarmtrain.model.export import export_model
+from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import GPT, evaluate
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.invite import Invite, format_invite, where_it_serves
@@ -46,9 +46,11 @@ __all__ = [
     "as_peer",
     "clock_warning",
     "clock_warnings",
+    "had_ended",
     "held_out_loss",
     "held_out_loss_of",
     "invite_event",
+    "kept_final_model",
     "leave_swarm",
     "named_weights",
     "process_age_s",
@@ -255,6 +257,25 @@ def save_final_weights(
     except UserError as error:
         return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}")
     return None
+
+
+def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
+    """The model that the run ended with, as a peer's life before this one left it in the folder. None without one, and
+    where it is not whole, of another run, or of before the end."""
+    path, run = folder.model_path, published.run
+    try:
+        exported, data = load_exported(path), (path / "run.toml").read_bytes()
+    except (UserError, OSError) as error:
+        _log.info("no model of the run's end: %s", error)
+        return None
+    given = (data, exported.held_out, exported.tokenizer, exported.model.section)
+    is_of_run = given == (published.data, published.held_out, published.tokenizer, run.model)
+    return exported.model if is_of_run and exported.run_tokens >= run.run.total_tokens else None
+
+
+def had_ended(folder: PeerFolder) -> WarningEvent:
+    """What is said where that model stays."""
+    return WarningEvent(message=f"this run had ended: its model is in {folder.model_path}, and stays as it is")
 
 
 def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
+import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, EvalEvent, JoinedEvent, StartedEvent, WarningEvent
@@ -18,8 +20,10 @@ from swarmtrain.peer.arriving import Arrival
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import (
+    had_ended,
     held_out_loss,
     held_out_loss_of,
+    kept_final_model,
     leave_swarm,
     process_age_s,
     save_final_weights,
@@ -127,6 +131,10 @@ class ModelTraining:
         self.resumed_round: int | None = None
         """Where this peer was when it last ran."""
         self.has_joined = False
+        self._had_ended = False
+        """Whether the run had all its tokens when this peer last ran."""
+        self._took_state = False
+        """Whether it goes on from a state that others gave it since it was started."""
 
     @property
     def round(self) -> int:
@@ -138,7 +146,7 @@ class ModelTraining:
         if kept is not None:
             assert kept.own is not None
             self.session.resume(kept.state, kept.progress, kept.own)
-            self.resumed_round = kept.progress.round
+            self.resumed_round, self._had_ended = kept.progress.round, self.session.finished
             self.context.wait(self.keeper.restore(kept))
         self.exchange.restore({} if kept is None else kept.extra)
 
@@ -170,6 +178,8 @@ class ModelTraining:
             if self.swarm.membership.live():
                 return
             context.stop.sleep(_LOOK_S)
+        if self._had_ended:
+            return  # there is nothing to go on with: `finish` says what becomes of the model
         message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
         context.emit(WarningEvent(message=message))
 
@@ -206,6 +216,7 @@ class ModelTraining:
             if session.skip_merged(merged):
                 _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
         session.adopt(new)
+        self._took_state = True
         return new
 
     # ------------------------------------------------------------- training
@@ -279,13 +290,14 @@ class ModelTraining:
             self.session.end()  # 8 bytes a parameter, which others' weights need
             own = self.session.replica.state.theta
             loss = self._measure(own)
-            theta = self.exchange.final_theta(own)
+            theta, is_kept = self._final_theta(own)
             if theta is not own:
                 own_loss, loss = loss, self._measure(theta)
             context.emit(EvalEvent(round=progress.round - 1, held_out_loss=loss, own_loss=own_loss))
-            weights = weights_in(self.loop.model, theta)
-            if warning := save_final_weights(context.folder, weights, context.published, progress):
-                context.emit(warning)
+            if not is_kept:
+                weights = weights_in(self.loop.model, theta)
+                if warning := save_final_weights(context.folder, weights, context.published, progress):
+                    context.emit(warning)
             context.control.finishing("serving on until others have them")
             while time.monotonic() < give_up_s or (
                 swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
@@ -298,6 +310,26 @@ class ModelTraining:
         except (Interrupted, RunTimeError):
             pass  # what there was to do here is done, or was not wanted
         return self._done("total_tokens", loss, own_loss)
+
+    def _final_theta(self, own: Tensor) -> tuple[Tensor, bool]:
+        """The weights that the run ended with, given this peer's `own` (P,); and whether the folder's model has them
+        already. It had ended when this peer last ran, where it left that model: its own weights alone are then another
+        model than the one that everybody has."""
+        context, theta = self.context, self.exchange.final_theta(own)
+        if theta is not own or self._took_state:
+            return theta, False
+        kept = kept_final_model(context.folder, context.published)
+        if kept is not None:
+            context.emit(had_ended(context.folder))
+            theta = flatten(kept.parameters())
+            return own if torch.equal(theta, own) else theta, True
+        if self._had_ended and self.swarm.asynchronous:  # in synchronous rounds its state is the run's
+            message = (
+                "this run had ended, and nobody gives the model that it ended with: the one in "
+                f"{context.folder.model_path} is made of this peer's own last weights"
+            )
+            context.emit(WarningEvent(message=message))
+        return own, False
 
     def _measure(self, theta: Tensor) -> float:
         """Of these weights, which are then the model's."""

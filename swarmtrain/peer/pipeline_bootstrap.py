@@ -286,6 +286,7 @@ class PipelineBootstrap(BootstrapPeer):
     def _keep(self, archive: StageArchive, present: Present) -> None:
         keeper = archive.keeper
         kept = archive.archived.kept_of(present)
+        self.has_news = True
         keeper.keep(kept)
         self._wait(keeper.offer(kept))
         archive.state, archive.progress = kept.state, kept.progress

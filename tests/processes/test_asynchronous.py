@@ -15,7 +15,7 @@ from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import ByteTokenizer
-from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent, WarningEvent
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import evaluate
 from swarmtrain.peer.exporting import export_from_folder
@@ -34,6 +34,9 @@ SLOWED = ("--slowdown", "2")
 """So that the run lasts until a late joiner is there, and its machine has room for that."""
 SHORT_END = "import swarmtrain.peer.model_training\nswarmtrain.peer.model_training._LINGER_S = 3.0"
 """At the end a volunteer waits a minute for an archive that may come back."""
+SOON_ALONE = """import swarmtrain.peer.fetching, swarmtrain.peer.model_training
+swarmtrain.peer.fetching._FIND_S = swarmtrain.peer.model_training._ALONE_AFTER_S = 1.0"""
+"""Whoever finds nobody looks for half a minute."""
 
 
 def gossip_run(swarm: Swarm, total_tokens: int = 10**9, min_peers: int = 3) -> str:
@@ -134,6 +137,16 @@ def test_a_run_ends_without_its_bootstrap_and_each_volunteer_exports_it(swarm: S
         target = swarm.folder / f"{child.name}-exported"
         assert export_from_folder(child.folder, target) == event.run_tokens
         assert loss_of(target) == pytest.approx(event.held_out_loss, rel=1e-4), "the consensus, not its own weights"
+
+    anna = survivors[0]
+    model = anna.folder / "model" / "model.safetensors"
+    inode, written_ns = model.stat().st_ino, model.stat().st_mtime_ns
+    again = swarm.join("anna", invite, prelude=SOON_ALONE)
+    assert again.wait() == 0, again.story()
+    assert again.wait_event(DoneEvent).held_out_loss == pytest.approx(done[0].held_out_loss, rel=1e-4)
+    assert (model.stat().st_ino, model.stat().st_mtime_ns) == (inode, written_ns), "nobody gave another"
+    (said,) = again.all(WarningEvent)
+    assert said.message == f"this run had ended: its model is in {model.parent}, and stays as it is"
     swarm.assert_nothing_left()
 
 
