@@ -23,7 +23,15 @@ from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap, pipeline_bootstrap
-from swarmtrain.peer.common import PeerSettings, StopFlag, held_out_loss_of, kept_final_model, save_model, weights_in
+from swarmtrain.peer.common import (
+    Interrupted,
+    PeerSettings,
+    StopFlag,
+    held_out_loss_of,
+    kept_final_model,
+    save_model,
+    weights_in,
+)
 from swarmtrain.peer.folder import PeerFolder
 from swarmtrain.peer.loop import ModelLoop
 from swarmtrain.peer.model_training import ModelTraining
@@ -321,6 +329,30 @@ def test_a_bootstrap_writes_what_it_has_archived_since(
     peer._measure_and_save()
     assert torch.equal(model_in(peer.folder), archived)
     assert not [event for event in events if isinstance(event, WarningEvent)]
+
+
+@pytest.mark.parametrize("spoil", [None, *SPOILT])
+@pytest.mark.parametrize("has_all", [True, False])
+def test_a_pipelines_bootstrap_started_again_knows_that_the_run_had_ended(
+    tmp_path: Path, spoil: Spoil | None, has_all: bool
+) -> None:
+    """Seen: it served on for good, for nobody was there to say that the run was over."""
+    peer, _ = boot(tmp_path, pipeline_bootstrap.PipelineBootstrap)
+    leave_model(peer.folder, peer.published, weights_of(peer.published, 2))
+    if spoil is not None:
+        spoil(peer.folder.model_path)
+    peer.archives = [SimpleNamespace(state=has_all or None, swarm=None, leavers=None, is_final=False)]
+
+    def rest(leavers: object) -> None:
+        raise Interrupted
+
+    peer.rest = rest
+    if spoil is None and has_all:
+        peer._archive_until_the_end(None)
+        assert peer.archives[0].is_final
+    else:
+        with pytest.raises(Interrupted):
+            peer._archive_until_the_end(None)
 
 
 def test_a_bootstrap_writes_a_model_where_the_one_it_left_is_of_before_the_end(tmp_path: Path) -> None:

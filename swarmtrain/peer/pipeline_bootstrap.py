@@ -40,6 +40,7 @@ from swarmtrain.peer.bootstrap_peer import (
     BootstrapPeer,
 )
 from swarmtrain.peer.common import (
+    kept_final_model,
     named_weights,
     show_invite,
     wait_for,
@@ -180,6 +181,9 @@ class PipelineBootstrap(BootstrapPeer):
         next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
         if self._unjoined:
             self._write_joined()
+        if self._had_ended():  # nobody may be there to say so
+            for archive in self.archives:
+                archive.is_final = True
         while not all(archive.is_final for archive in self.archives):
             self.rest([each.leavers for each in self.archives])
             self.control.board.beat()
@@ -196,6 +200,11 @@ class PipelineBootstrap(BootstrapPeer):
                 if time.monotonic() >= next_s:
                     next_s = time.monotonic() + (every_s if self._archive_all(every_s) else min(every_s, 5.0))
             self._keep_peers()
+
+    def _had_ended(self) -> bool:
+        """Whether a life before this one had the last weights of every stage: only then it left a model."""
+        has_all = all(archive.state is not None for archive in self.archives)
+        return has_all and kept_final_model(self.folder, self.published) is not None
 
     def _archive_all(self, every_s: float) -> bool:
         """Every stage that has something new, and the model of all, which is large; whether every stage had, since that
