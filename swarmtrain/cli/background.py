@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from swarmtrain.events import Event
 
-__all__ = ["is_the_background", "outputs_to_log", "report", "report_folder", "start_in_background"]
+__all__ = ["is_the_background", "outputs_to_log", "report", "report_folder", "say", "start_in_background"]
 
 _PIPE = "SWARMTRAIN_BACKGROUND"  # in the new process's environment: the descriptor of the pipe
 _INTERRUPTED = 130
@@ -65,6 +65,14 @@ def report(event: Event) -> None:
 def report_folder(folder: Path) -> None:
     """Tell whoever waits where the peer lives."""
     _write(json.dumps({"folder": str(folder.absolute())}))
+
+
+def say(words: str) -> None:
+    """Say a line to the person who starts a peer, on standard error: in the background, to whoever waits there."""
+    if is_the_background():
+        _write(json.dumps({"said": words}))
+    else:
+        click.echo(words, err=True)
 
 
 def _write(line: str) -> None:
@@ -143,6 +151,9 @@ class _Started:
             try:
                 if self.folder is None and line.startswith(b'{"folder"'):
                     self.folder = Path(json.loads(line)["folder"])
+                    continue
+                if line.startswith(b'{"said"'):
+                    click.echo(json.loads(line)["said"], err=True)
                     continue
                 event = parse_event(line)
             except ValueError:  # torn: it was killed while it wrote

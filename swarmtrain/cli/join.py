@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from swarmtrain.cli.background import say
 from swarmtrain.cli.common import (
     LINK_OPTIONS,
     PeerOptions,
@@ -210,7 +211,7 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
         if found:
             return found
         if not told:
-            click.echo(f"waiting for an invite in {path}", err=True)
+            say(f"waiting for an invite in {path}")
             told = True
         stop.sleep(_LOOK_S)
 
@@ -249,7 +250,7 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
         if kept in (None, run_sha256) and not is_in_use(candidate):
             break
     if is_other:
-        click.echo(f"{folder} holds another run: this one is kept in {candidate}", err=True)
+        say(f"{folder} holds another run: this one is kept in {candidate}")
     return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
 
 
@@ -268,7 +269,7 @@ def _stopped(folder: Path) -> Path | None:
         raise UserError(f"every volunteer of this user runs already ({running}): give an invite to start one more")
     if free and (len(ours) > 1 or free[0] != folder):
         others = ", ".join(f"`swarmtrain join --dir {shlex.quote(str(path))}`" for path in free[1:])
-        click.echo(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""), err=True)
+        say(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""))
     return free[0] if free else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from swarmtrain.cli.background import say
 from swarmtrain.peer.lock import is_in_use
 from swarmtrain.peer.started import Started, StartedFile, option_words
 
@@ -68,6 +69,6 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
                     f"{param.flag} as last time in {folder}: {what}; give {param.flag} anew"
                 ) from None
     if taken and not is_in_use(folder):  # else it is refused, in one line
-        click.echo(f"as last time in {folder}: {' '.join(option_words(taken))}", err=True)
+        say(f"as last time in {folder}: {' '.join(option_words(taken))}")
     typed = {flag: words for flag, words in given.items() if words is not None}
     return values, Started(command, {**taken, **typed})

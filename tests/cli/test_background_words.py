@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
-from swarmtrain.cli import background
+from swarmtrain.cli import background, join
 from swarmtrain.cli.background import _Started
+from swarmtrain.cli.kept_options import restore
 from swarmtrain.cli.main import run
 from swarmtrain.events import ErrorEvent, Event, PausedEvent, to_json_line
+from swarmtrain.peer.started import Started, StartedFile
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
@@ -60,3 +63,22 @@ def test_why_it_ended_is_said_once(
     said = capsys.readouterr()
     assert said.err == "error: the invite is garbled\n"
     assert said.out.count("the invite is garbled") == as_json
+
+
+def test_what_is_taken_from_the_folder_reaches_who_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new process says it before it has a folder, into a pipe: its standard error is nobody's."""
+    StartedFile(tmp_path).keep_command(Started(("join",), {"--threads": ("2",), "--nice": ("5",)}))
+    reading, writing = os.pipe()
+    monkeypatch.setattr(background, "_pipe", lambda: writing)
+    with click.Context(join.command, info_name="join") as ctx:
+        join.command.parse_args(ctx, ["--dir", str(tmp_path)])
+        restore(tmp_path, ("join",))
+    os.close(writing)
+    capsys.readouterr()
+    process: Any = None
+    peer, shown = _Started(process, by_folder=True), list[Event]()
+    with os.fdopen(reading, "rb") as pipe:
+        peer.listen(pipe, shown.append)
+    assert capsys.readouterr().err == f"as last time in {tmp_path}: --threads 2 --nice 5\n"
