@@ -113,6 +113,16 @@ def test_a_life_that_fails_shows_the_checkpoint_that_is_on_the_disk(tmp_path: Pa
     assert (left.checkpoint.round, left.checkpoint.size_bytes) == (7, written.size_bytes)
 
 
+def test_another_life_has_its_name_before_it_has_a_run(tmp_path: Path) -> None:
+    for name, shown in (("anna", "anna"), ("", "anna"), ("ben", "ben")):
+        named = dataclasses.replace(settings(tmp_path), name=name)
+        with (
+            peer_folder(tmp_path) as folder,
+            controlled("volunteer", folder, named, lambda event: None, StopFlag()) as c,
+        ):
+            assert c.board.status().name == shown
+
+
 def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

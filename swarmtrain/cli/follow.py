@@ -130,7 +130,7 @@ class _Following:
                 elif not self._may_be_there(item):  # a call may stay open that was made in the moment of its death
                     self._hang_up()
                 else:
-                    self._be(Life.SILENT)
+                    self._be(self._life_of_one_that_is_there(timed_out=not item.nobody_answers))
             case _Broken() if item.stream is self._stream:
                 self._hang_up()
                 if isinstance(item.error, RefusedError):
@@ -153,11 +153,9 @@ class _Following:
 
     def _reach(self) -> bool:
         """Nobody tells us anything: find out what has become of the peer, and call it again if it may answer."""
-        if self._is_held():
+        if self._is_held() and not (there := self._life_of_one_that_is_there()).over:
             self._gone_s = None
-            problem = NoAnswerError("")  # nothing that a person need read: it starts, or it ends
-            view = look_without_asking(self._peer, problem=problem)
-            self._be(view.life)
+            self._be(there)
         else:
             life = self._after_its_end()
             now = time.monotonic()
@@ -171,6 +169,13 @@ class _Following:
                 return False
         self._stream, self._probing, self._heard_s = _Stream(self._peer, self._news), False, time.monotonic()
         return False
+
+    def _life_of_one_that_is_there(self, *, timed_out: bool = False) -> Life:
+        """Of one that does not answer: it starts, it ends, or it hangs."""
+        if self._peer.folder is None:
+            return Life.SILENT
+        problem = NoAnswerError("", timed_out=timed_out)  # nothing that a person need read
+        return look_without_asking(self._peer, problem=problem, heard=self._view.status).life
 
     def _after_its_end(self) -> Life:
         """How it ended, by its last word: in its folder, or what arrived last."""

@@ -64,6 +64,7 @@ class Life(enum.Enum):
     RUNNING = "running"  # it answers
     STARTING = "starting"  # it holds its folder and does not answer yet
     SILENT = "silent"  # it holds its folder, and does not answer
+    ENDING = "ending"  # it has said its last word, and its process is still there
     ENDED = "ended"  # it has said goodbye
     FAILED = "failed"  # it has ended with an error
     DIED = "died"  # it is gone and has said nothing
@@ -73,6 +74,9 @@ class Life(enum.Enum):
     def over(self) -> bool:
         """Whether no process of it is left."""
         return self in (Life.ENDED, Life.FAILED, Life.DIED, Life.LOST)
+
+
+_ENDS = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,17 +372,26 @@ def look(peer: Peer) -> View:
     return View(status=status, life=Life.RUNNING, folder=peer.folder, now=time.time())
 
 
-def look_without_asking(peer: Peer, *, problem: NoAnswerError | None = None) -> View:
-    """What its folder tells of a peer, which `problem` says does not answer."""
+def look_without_asking(peer: Peer, *, problem: NoAnswerError | None = None, heard: Any = None) -> View:
+    """What its folder tells of a peer, which `problem` says does not answer; `heard` is its last word that came from
+    itself."""
     assert peer.folder is not None
+    process = holder_pid(peer.folder)  # first: what ends meanwhile has ended
     held, status = holder(peer.folder), peer.last()
     note = str(problem) if problem is not None and held is not Holder.NOBODY else ""
+    last = status if heard is None or heard.time < status.time else heard
     if held is Holder.NOBODY and _last_holder(peer.folder) not in (0, status.pid):
         life = Life.DIED  # the file is of its life before its last
     elif held is Holder.NOBODY:
-        life = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}.get(status.state, Life.DIED)
-    elif problem is not None and not problem.timed_out and status.pid != holder_pid(peer.folder):
-        life = Life.STARTING  # the file is of its life before this one
+        life = _ENDS.get(status.state, Life.DIED)
+    elif last.pid == process and last.state in _ENDS:
+        life = Life.ENDING
+    elif (
+        problem is not None
+        and not problem.timed_out
+        and (last.pid != process or last.state == wire.PEER_STATE_STARTING)
+    ):
+        life = Life.STARTING  # the word is of its life before this one, or it has just begun to serve
     else:
         life = Life.SILENT
     return View(status=status, life=life, folder=peer.folder, now=time.time(), note=note)

@@ -72,6 +72,7 @@ _STATES = {
     wire.PEER_STATE_FAILED: "failed",
 }
 _WORKING = (wire.PEER_STATE_WAITING, wire.PEER_STATE_TRAINING, wire.PEER_STATE_SERVING, wire.PEER_STATE_FINISHING)
+_OVER = (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED)
 _REASONS = {
     "total_tokens": "total_tokens: the run has all of them",
     "interrupted": "it was interrupted",
@@ -85,6 +86,8 @@ _COLOURS = {"training": "green", "serving": "green", "waiting": "yellow", "pause
 
 def state_in_words(view: View) -> str:
     """What the peer is doing, in a word."""
+    if view.life is Life.RUNNING and view.status.state in _OVER:
+        return Life.ENDING.value
     return _STATES.get(view.status.state, "running") if view.life is Life.RUNNING else view.life.value
 
 
@@ -95,10 +98,9 @@ def sentence(view: View) -> str:
     told = _REASONS.get(status.end_reason, one_line(status.end_reason))
     then = [one_line(view.note)] if view.note else []
     match view.life:
-        case Life.RUNNING:
+        case Life.RUNNING | Life.ENDING:
             text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, without saying more"
-            ends = status.state in (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED)
-            return f"ending: {told or text}" if ends else text
+            return f"ending: {told or text}" if status.state in _OVER else text
         case Life.STARTING:
             return "it is starting, and does not answer yet"
         case Life.SILENT:
@@ -109,7 +111,7 @@ def sentence(view: View) -> str:
             return "; ".join([f"nobody answers there since {_clock(status.time, view.now)} ({_was(status)})", *then])
         case Life.FAILED:
             text = f"failed {ago}: {told or 'it did not say why'} (exit code {status.exit_code})"
-        case Life.DIED if not status.time or status.state in (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED):
+        case Life.DIED if not status.time or status.state in _OVER:
             text = "died without a word while it was starting"
         case Life.DIED:
             text = f"died without a goodbye about {_clock(status.time, view.now)} ({_was(status)})"
@@ -477,8 +479,11 @@ def plain_line(view: View) -> str:
     """One line for a terminal that cannot be drawn on, and for a file."""
     status = view.status
     clock = time.strftime("%H:%M:%S", time.localtime(view.now))
-    parts = [f"{clock} {title(status, view.folder)} {state_in_words(view)}: {sentence(view)}"]
-    if status.time and not view.life.over:
+    state, said = state_in_words(view), sentence(view)
+    said = said.removeprefix(f"{Life.ENDING.value}: ")
+    parts = [f"{clock} {title(status, view.folder)} {state}: {said}"]
+    is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # its figures: of one that has got so far
+    if status.time and is_known and not view.life.over:
         parts += [f"round {status.round}", f"loss {_losses(status)}", _progress(view), _left(view)]
         parts.append(f"own {contribution_in_words(status)}")
     return "; ".join(part for part in parts if part)

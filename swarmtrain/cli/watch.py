@@ -78,12 +78,12 @@ class _PlainLines:
         self._told: object = None
 
     def __call__(self, view: View) -> None:
-        from swarmtrain.cli.screen import plain_line
+        from swarmtrain.cli.screen import plain_line, state_in_words
 
         status = view.status
         notice = status.notices[-1].time if status.notices else 0
         waiting = status.doing if status.state != _training() else ""
-        news = (view.life, status.state, status.round, notice, status.pid, waiting)
+        news = (state_in_words(view), status.state, status.round, notice, status.pid, waiting)
         if news != self._told:
             self._told = news
             click.echo(plain_line(view))

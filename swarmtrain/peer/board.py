@@ -279,6 +279,12 @@ class StatusBoard:
     def remember(self, before: pb.PeerStatus) -> None:
         """The last status of this folder's earlier life: its losses and names go on if the run is the same."""
         self._before = before
+        self.called(before.name)
+
+    def called(self, name: str) -> None:
+        """What the peer is called, until it says so with what it does."""
+        with self._lock:
+            self._base.name = name or self._base.name
 
     def doing(self, state: pb.PeerState, sentence: str) -> None:
         """What the peer does from now on, where no event says it."""

@@ -194,6 +194,7 @@ def controlled(
     board = StatusBoard(role, time.time() - process_age_s())
     if (before := read_status(folder.path)) is not None:
         board.remember(before)
+    board.called(settings.name)
     board.add_looker(partial(_show_checkpoint, newest_written(folder.checkpoints_path, folder.kept_sha256())))
     control = Controlled(board, board.listening(emit), stop)
     settings.show_status(board.status)

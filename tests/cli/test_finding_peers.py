@@ -33,6 +33,7 @@ from swarmtrain.cli.peers import (
     find_running,
     listed,
     look,
+    look_without_asking,
     view_as_json,
 )
 from swarmtrain.cli.status import command as status_command
@@ -205,6 +206,49 @@ def test_it_starts(home: Path, lives: Made) -> None:
         finding.ask(find_running(WhichPeer()), "Status", wire.StatusRequest())
     (peer.folder / "control.address").write_text(f"unix:{peer.folder}/old.sock\n")
     assert look(find(WhichPeer())).life is Life.STARTING, "the address is of a peer that was killed"
+
+
+def test_it_is_there_still_after_its_last_word(home: Path, lives: Made) -> None:
+    """As watch, which has heard the word, looks at it: it does not hang."""
+    peer = named(home, "anna")
+    peer.save()
+    lives.enter_context(living(peer.hold()))
+    heard = make_status(state=wire.PEER_STATE_DONE, end_reason="asked", time=peer.status.time + 1)
+    view = look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
+    assert view.life is Life.ENDING and not view.life.over
+    heard.state = wire.PEER_STATE_TRAINING
+    assert look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard).life is Life.SILENT
+    peer.status.state = wire.PEER_STATE_DONE
+    peer.save()
+    assert look(Peer(folder=peer.folder)).life is Life.ENDING
+
+
+def test_its_next_life_is_not_taken_for_the_last(home: Path, lives: Made) -> None:
+    """Neither before nor after it has left its first word, which comes a moment before it serves."""
+    peer = named(home, "anna")
+    lives.enter_context(living(peer.hold()))
+    heard = make_status(pid=1, time=peer.status.time - 12)
+    for state in (wire.PEER_STATE_UNSPECIFIED, wire.PEER_STATE_STARTING):
+        view = look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
+        assert view.life is Life.STARTING
+        peer.status.state = state or wire.PEER_STATE_STARTING
+        peer.save()
+
+
+def test_one_that_is_gone_while_it_is_looked_at_does_not_start(
+    home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = over(home, "anna")
+    lives.enter_context(living(peer.hold()))
+    of_process = finding.holder_pid
+
+    def then_gone(folder: Path) -> int:
+        found = of_process(folder)
+        peer.die()
+        return found
+
+    monkeypatch.setattr(finding, "holder_pid", then_gone)
+    assert look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError("")).life is Life.ENDED
 
 
 def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> None:

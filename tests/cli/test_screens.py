@@ -194,6 +194,7 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
         (view(doing="", state=wire.PEER_STATE_PAUSED), "paused, without saying more"),
         (view(Life.STARTING), "it is starting, and does not answer yet"),
         (view(Life.SILENT), "it runs and does not answer; its last word, 1 s ago: training round 12: 14 of 25 steps"),
+        (view(Life.ENDING, end_reason="asked", state=wire.PEER_STATE_DONE), "ending: it was asked to leave"),
         (view(Life.ENDED, end_reason="total_tokens"), "ended 1 s ago: total_tokens: the run has all of them"),
         (view(Life.ENDED, end_reason="asked"), "ended 1 s ago: it was asked to leave"),
         (
@@ -210,6 +211,14 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
 )
 def test_what_it_does_in_a_sentence(seen: View, expected: str) -> None:
     assert sentence(seen) == expected
+
+
+def test_a_line_of_one_that_starts_or_ends_says_it_once_and_no_figures_that_are_not_known() -> None:
+    ends = [view(life, end_reason="asked", state=wire.PEER_STATE_DONE) for life in (Life.RUNNING, Life.ENDING)]
+    assert {plain_line(seen).partition("; ")[0][9:] for seen in ends} == {"anna ending: it was asked to leave"}
+    new = wire.PeerStatus(name="anna", time=1.0, state=wire.PEER_STATE_STARTING, doing="starting the network")
+    line = plain_line(View(status=new, life=Life.RUNNING, folder=FOLDER, now=1.0))
+    assert line[9:] == "anna starting: starting the network"
 
 
 def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
