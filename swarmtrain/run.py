@@ -483,12 +483,13 @@ def load_run(path: str | Path) -> RunFile:
         raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text") from None
 
 
-def parse_run(text: str, origin: str) -> RunFile:
-    """The run file in `text`, as a person writes it; `origin` names it in errors. Raises `RunFileError`."""
+def parse_run(text: str, origin: str, *, has_lines: bool = True) -> RunFile:
+    """The run file in `text`, as a person writes it; `origin` names it in errors, and their lines are told if it
+    `has_lines` that a person can look at. Raises `RunFileError`."""
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
         raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
-    return _validated(table, origin, text)
+    return _validated(table, origin, text if has_lines else "")
 
 
 def published_bytes(run: RunFile) -> bytes:

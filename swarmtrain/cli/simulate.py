@@ -84,13 +84,18 @@ def command(
         draw(found, plot)
 
 
+def _key_and_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or key.count(".") != 1:
+        raise click.UsageError(f"{text!r}: write SECTION.KEY=VALUE, such as merge.outer_momentum=0.5")
+    return key, value
+
+
 def _changed(text: str) -> tuple[str, Any]:
     """KEY=VALUE, as a run file writes it; a word without quotes is text."""
     import tomllib
 
-    key, equals, value = text.partition("=")
-    if not equals or key.count(".") != 1:
-        raise click.UsageError(f"{text!r}: write SECTION.KEY=VALUE, such as merge.outer_momentum=0.5")
+    key, value = _key_and_value(text)
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -98,7 +103,7 @@ def _changed(text: str) -> tuple[str, Any]:
 
 
 def _swept(text: str) -> tuple[str, list[Any]]:
-    key, _, values = text.partition("=")
+    key, values = _key_and_value(text)
     return key, [_changed(f"{key}={value}")[1] for value in values.split(",")]
 
 

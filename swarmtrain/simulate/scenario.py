@@ -361,7 +361,7 @@ class Scenario:
         if self.peers.round_steps:
             told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
         table = _changed(self.table, told)
-        return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}")
+        return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}", has_lines=False)
 
 
 def load_scenario(path: Path) -> Scenario:

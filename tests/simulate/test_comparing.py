@@ -190,7 +190,8 @@ def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, se
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        (["--sweep", "momentum=0.5"], "write SECTION.KEY=VALUE"),
+        (["--sweep", "momentum=0.5"], "'momentum=0.5': write SECTION.KEY=VALUE"),
+        (["--sweep", "merge.outer_momentum"], "'merge.outer_momentum': write SECTION.KEY=VALUE"),
         (["--set", "merge.outer_momentum"], "write SECTION.KEY=VALUE"),
         (["--plot", "x.pdf"], ".png or .svg"),
         (["--plot", "x.svg"], "curve_points"),
@@ -199,7 +200,7 @@ def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, se
         (["--method", "nothing"], "there is no method nothing"),
         (["--sweep", "peers.slowdowns=[[1]]"], "peers.slowdowns.0"),
         (["--sweep", "peers.slowdowns={a=1}"], "a table is no value of a grid"),
-        (["--set", "merge.outer_momentum=7"], "outer_momentum"),
+        (["--set", "merge.outer_momentum=7"], "the run of scenario tiny: merge.outer_momentum: "),
     ],
 )
 def test_wrong_use_is_said(tmp_path: Path, given: list[str], problem: str) -> None:
