@@ -31,6 +31,8 @@ _IP4, _IP6, _TEXT = 4, 6, 1
 _MAX_WORD = 4096
 _MAX_PARTS = 64
 _SHOWN = 2
+_EXAMPLES = ipaddress.ip_network("203.0.113.0/24")
+"""Those of our pages; another range of examples may be somebody's network."""
 _AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
 _BEGIN = re.compile(r"(?<![0-9A-Za-z])st[0-9]")
 
@@ -127,6 +129,11 @@ def where_it_serves(invite: Invite) -> str:
         hosts.append(ipaddress.ip_address(match[2]))
     if any(host.is_global for host in hosts):
         return ""
+    if examples := [host for host in hosts if host in _EXAMPLES]:
+        return (
+            f"this invite leads to {examples[0]}, which is an example of the documentation and nobody's address; give "
+            "--announce HOST:PORT with your router's public address, and forward that port to --listen :PORT"
+        )
     inside = [host for host in hosts if not host.is_loopback]
     shown = ", ".join(map(str, dict.fromkeys(inside[:_SHOWN])))
     place = f"addresses of a local network only ({shown}): it serves this network" if inside else "this machine only"
