@@ -30,6 +30,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -184,7 +185,8 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
         except OSError:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             raise UserError(
-                f"{path} is in use by a running peer (process {owner or 'unknown'}); give another folder with --dir"
+                f"{path} is in use by a running peer (process {owner or 'unknown'}): `swarmtrain status --dir "
+                f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir"
             ) from None
         with contextlib.suppress(OSError):  # a full disk: the number only informs
             os.ftruncate(descriptor, 0)
