@@ -179,6 +179,7 @@ def test_rates_are_those_of_the_last_half_minute(board: StatusBoard, clock: Cloc
     assert status.sent_bytes_per_s == pytest.approx(40)
     assert status.received_bytes_per_s == 0
     board.take(PausedEvent(reason="you asked for it"))
+    assert board.status().own_tokens_per_s == 0, "at once"
     for _ in range(80):
         board.tick()
         clock.now_s += 0.5

@@ -228,14 +228,16 @@ def test_pause_and_resume() -> None:
     control.takes_orders(pause, asked.append, lambda limits: "changed")
     assert powers.resume() == "it was not paused"
     assert powers.pause().startswith("pausing")
+    assert powers.pause() == "it was paused already; `swarmtrain resume` lets it train"
     assert pause.reason == "you asked for it"
     pause.hold("hours", "outside the hours 22-7")
     assert powers.resume() == "it rests on all the same: outside the hours 22-7"
     pause.release("hours")
     powers.pause()
-    assert powers.resume().startswith("coming back")
+    back = powers.resume()
+    assert back.startswith("coming back") and "if it is more than a few rounds behind" in back
     assert not pause.held
-    assert asked == [False, True, False, True, False]
+    assert asked == [False, True, True, False, True, False]
     assert powers.limit(pb.Limits()) == "changed"
 
 

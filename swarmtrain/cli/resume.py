@@ -14,7 +14,7 @@ __all__ = ["command"]
 def command(which: WhichPeer) -> None:
     """Go on after a pause.
 
-    It takes the weights that the swarm has by then, and trains.
+    It trains on; after more than a few rounds of the others, from the weights that they have by then.
     """
     from swarmtrain.cli.peers import find_running, tell, wire
 

@@ -455,7 +455,8 @@ class StatusBoard:
         over_s = last_s - first_s
         if over_s < 1.0 or status.state in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED):
             return
-        status.own_tokens_per_s = _rounded((last.num_steps - first.num_steps) * self.tokens_per_step / over_s)
+        if status.state != pb.PEER_STATE_PAUSED:
+            status.own_tokens_per_s = _rounded((last.num_steps - first.num_steps) * self.tokens_per_step / over_s)
         status.sent_bytes_per_s = _rounded((last.sent_bytes - first.sent_bytes) / over_s)
         status.received_bytes_per_s = _rounded((last.received_bytes - first.received_bytes) / over_s)
 

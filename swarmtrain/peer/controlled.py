@@ -159,8 +159,10 @@ class Controlled:
     def _order_pause(self) -> str:
         if self._pause is None:
             raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
-        self._pause.hold(ASKED, "you asked for it")
+        is_new = self._pause.hold(ASKED, "you asked for it")
         self._pause_asked(True)
+        if not is_new:
+            return "it was paused already; `swarmtrain resume` lets it train"
         return "pausing: it finishes its step and leaves the swarm until you resume it"
 
     def _order_resume(self) -> str:
@@ -170,7 +172,9 @@ class Controlled:
         self._pause_asked(False)
         if self._pause.held:
             return f"it rests on all the same: {self._pause.reason}"
-        return "coming back: it takes the swarm's present weights first" if was_asked else "it was not paused"
+        if not was_asked:
+            return "it was not paused"
+        return "coming back: it trains on, from the swarm's present weights if it is more than a few rounds behind"
 
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:

@@ -23,10 +23,12 @@ class PauseSwitch:
         self._holds: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def hold(self, source: str, sentence: str) -> None:
-        """`source` wants a rest; `sentence` says why, such as "outside the hours 22-7"."""
+    def hold(self, source: str, sentence: str) -> bool:
+        """`source` wants a rest; `sentence` says why, such as "outside the hours 22-7". Whether that is news."""
         with self._lock:
+            is_new = source not in self._holds
             self._holds[source] = sentence
+        return is_new
 
     def release(self, source: str) -> bool:
         """`source` wants it no longer; whether it did."""
