@@ -160,6 +160,14 @@ def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
     assert torch.get_num_threads() == all_threads
 
 
+def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
+    keeper = Kept().keeper
+    assert keeper.change(pb.Limits(threads=99)) == (
+        "99 threads from the next inner step on, more than the 2 cores here: that only slows it down; it trains"
+    )
+    assert keeper.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
+
+
 def test_limits_are_told_and_what_is_absent_stays() -> None:
     kept = Kept(Limits(threads=3, memory_bytes=2 * 10**9, hours=parse_hours("8-17"), only_when_idle=True))
     kept.keeper.change(pb.Limits(threads=2))

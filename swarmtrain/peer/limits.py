@@ -130,7 +130,8 @@ class LimitKeeper:
     def _in_words(self, given: dict[str, object]) -> str:
         limits, said = self._limits, []
         if "threads" in given:
-            said.append(f"{counted(limits.threads or self._all_threads, 'thread')} from the next inner step on")
+            threads = f"{counted(limits.threads or self._all_threads, 'thread')} from the next inner step on"
+            said.append(threads + self._too_many(limits.threads))
         if "memory_bytes" in given:
             said.append(f"memory {size_of_limit(limits.memory_bytes)}{self._too_little(limits.memory_bytes)}")
         if "nice" in given:
@@ -146,6 +147,11 @@ class LimitKeeper:
         rests = self._pause.reason
         said.append(f"it rests: {rests}" if rests else "it trains")
         return "; ".join(said)
+
+    def _too_many(self, threads: int) -> str:
+        """What to say of more threads than can work at once."""
+        cores = self._measured.num_processors
+        return f", more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
 
     def _too_little(self, limit_bytes: int) -> str:
         """What to say of a limit that the run is expected to pass."""
