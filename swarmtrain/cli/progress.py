@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-__all__ = ["long_work"]
+from swarmtrain.words import time_in_words
+
+__all__ = ["long_work", "said_meanwhile"]
 
 _EVERY_S = 10.0
+_AGAIN_S = 60.0
 _Advance = Callable[[int], None]
 
 
@@ -29,6 +34,35 @@ def long_work(
     with Progress(console=Console(file=stream), transient=True) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda number: progress.advance(bar, number)
+
+
+@contextmanager
+def said_meanwhile(
+    words: Callable[[], str], stream: TextIO | None = None, pauses_s: tuple[float, float] = (_EVERY_S, _AGAIN_S)
+) -> Iterator[None]:
+    """Where there is no terminal, `words` and the time so far are said after ten seconds, and then each minute: of work
+    that tells of itself only when a large piece of it is done."""
+    out, done, began_s = stream or sys.stderr, threading.Event(), time.monotonic()
+
+    def say() -> None:
+        first, again = pauses_s
+        pause_s = first
+        while not done.wait(pause_s):
+            pause_s = again
+            with contextlib.suppress(OSError, ValueError):  # its reader is gone: the work is not
+                out.write(f"{words()}, after {time_in_words(time.monotonic() - began_s)}\n")
+                out.flush()
+
+    if out.isatty():
+        yield
+        return
+    thread = threading.Thread(target=say, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Lines:

@@ -70,7 +70,7 @@ def command(
     from swarmtrain.simulate.comparing import compare, document  # takes a second: after the file is known to be good
 
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
-    with _shown(loaded) as told:
+    with _ended_in_order(), _shown(loaded) as told:
         found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, fresh=fresh, told=told)
     for line in table_lines(found):
         click.echo(line)
@@ -123,6 +123,22 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
         raise click.UsageError(f"--plot needs matplotlib: {install_in_words('plot')}")
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the processes of a pool too, as Ctrl-C does."""
+    import signal
+    from types import FrameType
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)  # as a shell says it
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ---------------------------------------------------------------- what a person sees
 
 
@@ -134,7 +150,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
-    from swarmtrain.simulate.comparing import Comparison, Play
+    from swarmtrain.cli.progress import said_meanwhile
+    from swarmtrain.simulate.comparing import Comparison, Play, num_plays
     from swarmtrain.simulate.learning.setting import Outcome
 
     console, found = Console(stderr=True), Comparison(scenario)
@@ -145,7 +162,12 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
         lines = table_lines(found) if found.rows() else []
         return Group(*(Text(line) for line in lines), bar)
 
-    with Live(picture(), console=console, refresh_per_second=4, transient=True) as live:
+    total_runs = num_plays(scenario)
+
+    def so_far() -> str:
+        return f"{scenario.scenario.name}: {len(found.outcomes)} of {total_runs} runs are done"
+
+    with said_meanwhile(so_far), Live(picture(), console=console, refresh_per_second=4, transient=True) as live:
 
         def told(play: Play, outcome: Outcome, done: int, total: int) -> None:
             found.outcomes[play] = outcome

@@ -37,7 +37,7 @@ from swarmtrain.simulate.learning.setting import Outcome, setting_of
 from swarmtrain.simulate.scenario import GridPoint, Scenario
 from swarmtrain.simulate.systems import play_scenario
 
-__all__ = ["Comparison", "Play", "Row", "compare", "document", "plays_of"]
+__all__ = ["Comparison", "Play", "Row", "compare", "document", "num_plays", "plays_of"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,12 @@ def _without(point: GridPoint, keys: Mapping[str, Any]) -> GridPoint:
     return tuple(pair for pair in point if pair[0] not in keys)
 
 
+def num_plays(scenario: Scenario) -> int:
+    """How many runs a comparison is, those to choose constants included. `UserError` as `plays_of`."""
+    section, tuning = scenario.scenario, plays_of(scenario, None)
+    return len(tuning) + (len(section.methods) * len(section.seeds) if tuning else len(plays_of(scenario, {})))
+
+
 def compare(
     scenario: Scenario,
     *,
@@ -167,12 +173,8 @@ def compare(
 ) -> Comparison:
     """All runs. `kept` is the folder of those made before, which with `fresh` are made anew; `told` hears of each that
     is there, with how many of how many are."""
-    found, chosen = Comparison(scenario), dict[str, GridPoint]()
-    tuning = plays_of(scenario, None)
-    section, num_later = scenario.scenario, 0
-    if tuning:
-        num_later = len(section.methods) * len(section.seeds)
-    total = len(tuning) + (num_later or len(plays_of(scenario, {})))
+    found, chosen, section = Comparison(scenario), dict[str, GridPoint](), scenario.scenario
+    tuning, total = plays_of(scenario, None), num_plays(scenario)
     for play, outcome in _played(scenario, tuning, jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
 
 from swarmtrain.cli.main import run
-from swarmtrain.cli.progress import long_work
+from swarmtrain.cli.progress import long_work, said_meanwhile
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer import common
@@ -47,6 +48,25 @@ def test_long_work_tells_how_far_it_is_every_ten_seconds() -> None:
             advance(10)
     told = stream.getvalue().splitlines()
     assert told[0] == "measuring: 30 of 100 tokens" and 2 <= len(told) <= 4
+
+
+def test_work_in_large_pieces_says_that_it_goes_on_unless_it_is_quick() -> None:
+    twice = threading.Event()
+
+    class Lines(io.StringIO):
+        def flush(self) -> None:
+            if self.getvalue().count("\n") == 2:
+                twice.set()
+
+    stream = Lines()
+    with said_meanwhile(lambda: "equal: 0 of 9 runs are done", stream, (0.001, 0.001)):
+        assert twice.wait(30)
+    told = stream.getvalue().splitlines()
+    assert told[0] == "equal: 0 of 9 runs are done, after 0.0 s"
+    quick = io.StringIO()
+    with said_meanwhile(lambda: "equal", quick, (60.0, 60.0)):
+        pass
+    assert not quick.getvalue()
 
 
 def test_on_a_terminal_it_is_a_bar_that_leaves_nothing() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from learnt import tiny, write_scenario
 
-from swarmtrain.cli.main import cli
+from swarmtrain.cli.main import cli, run
 from swarmtrain.cli.simulate import table_lines
 from swarmtrain.errors import UserError
 from swarmtrain.simulate import comparing
@@ -185,6 +188,35 @@ def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, se
     scenario = tiny(tmp_path, **sections)
     first, second = (document(compare(scenario, jobs=jobs, kept=None)) for jobs in (1, 2))
     assert first == second and len(first["results"]) == 2
+
+
+def test_a_pipe_is_told_that_it_goes_on_and_its_end_is_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first run lasts nobody has said anything yet; a SIGTERM then leaves through all that is to be ended."""
+    said, left = threading.Event(), list[str]()
+
+    class Stderr(io.StringIO):
+        def flush(self) -> None:
+            if "0 of 6 runs are done, after" in self.getvalue():
+                said.set()
+
+    def play(*_: Any) -> Outcome:
+        try:
+            assert said.wait(30)
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it goes on")
+        finally:
+            left.append("in order")
+
+    monkeypatch.setattr(comparing, "_play", play)
+    monkeypatch.setattr("swarmtrain.cli.progress.said_meanwhile.__wrapped__.__defaults__", (Stderr(), (0.001, 60.0)))
+    path = write_scenario(tmp_path, scenario={"methods": ["gossip", "diloco"], "seeds": [0, 1, 2]})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run(["simulate", str(path), "--jobs", "1", "--fresh"])
+    assert ended.value.code == 143 and left == ["in order"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
