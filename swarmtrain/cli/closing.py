@@ -11,16 +11,26 @@ from swarmtrain.words import one_line
 
 if TYPE_CHECKING:
     from swarmtrain.events import DoneEvent
+    from swarmtrain.v1.control_pb2 import PeerStatus
 
-__all__ = ["closing_line", "go_on_line", "model_line"]
+__all__ = ["closing_line", "go_on_line", "last_line", "model_line"]
 
 
 def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
     """What a person wants to know once the peer in `folder` has ended. `is_usual`: the command finds that folder
     without `--dir` too."""
-    if done.reason == "total_tokens":
+    from swarmtrain.cli.peers import Peer
+
+    return last_line(done.reason, Peer(folder=folder).last(), folder, is_usual=is_usual)
+
+
+def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool = False) -> str:
+    """As `closing_line`, of one that ended for `reason` and left `status`: it may have been asked to end when its run
+    had its tokens and its model was written."""
+    if reason == "total_tokens":
         return model_line(folder / "model")
-    return go_on_line(folder, is_usual=is_usual)
+    is_over = 0 < status.total_tokens <= status.run_tokens
+    return (model_line(folder / "model") if is_over else "") or go_on_line(folder, is_usual=is_usual)
 
 
 def model_line(model: Path) -> str:

@@ -124,10 +124,9 @@ def _wait_for_end(peer: Peer, process: int, warnings: _Warnings) -> tuple[str, i
     ended = f"{title(view.status, peer.folder)}: {sentence(view)}"
     if view.life is not Life.ENDED:
         return ended, 1
-    from swarmtrain.cli.closing import go_on_line, model_line
+    from swarmtrain.cli.closing import last_line
 
-    is_run_over = view.status.end_reason == "total_tokens"  # it was at its end already
-    last = model_line(peer.folder / "model") if is_run_over else go_on_line(peer.folder)
+    last = last_line(view.status.end_reason, view.status, peer.folder)
     return "\n".join(line for line in (ended, last) if line), 0
 
 

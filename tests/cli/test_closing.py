@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -46,6 +47,20 @@ def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) 
     assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` goes on", "its folder knows the rest"
     CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
     assert go_on_line(tmp_path) == f"`{line}` goes on from round 7"
+
+
+def test_who_is_interrupted_when_the_run_has_its_tokens_has_the_model_and_nothing_to_go_on_with(tmp_path: Path) -> None:
+    """As a bootstrap that waits for the last volunteers to leave."""
+    (tmp_path / "run.toml").write_bytes(b"the run")
+    StartedFile(tmp_path).keep_command(Started(("join",), {}))
+    go_on, status = f"`swarmtrain join --dir {tmp_path}` goes on", tmp_path / "status.json"
+    status.write_text(json.dumps({"total_tokens": 100, "run_tokens": 100}))
+    assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "its model is not written yet"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    assert closing_line(done("interrupted"), tmp_path, is_usual=False).startswith(f"the model is in {tmp_path}/model")
+    status.write_text(json.dumps({"total_tokens": 100, "run_tokens": 99}))
+    assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "a model of another time"
 
 
 def test_a_reader_that_is_gone_costs_the_last_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
