@@ -19,9 +19,10 @@ __all__ = ["closing_line", "go_on_line", "last_line", "model_line"]
 def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
     """What a person wants to know once the peer in `folder` has ended. `is_usual`: the command finds that folder
     without `--dir` too."""
-    from swarmtrain.cli.peers import Peer
+    from swarmtrain.peer.control import read_status
+    from swarmtrain.v1.control_pb2 import PeerStatus
 
-    return last_line(done.reason, Peer(folder=folder).last(), folder, is_usual=is_usual)
+    return last_line(done.reason, read_status(folder) or PeerStatus(), folder, is_usual=is_usual)
 
 
 def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool = False) -> str:

@@ -54,12 +54,12 @@ def test_who_is_interrupted_when_the_run_has_its_tokens_has_the_model_and_nothin
     (tmp_path / "run.toml").write_bytes(b"the run")
     StartedFile(tmp_path).keep_command(Started(("join",), {}))
     go_on, status = f"`swarmtrain join --dir {tmp_path}` goes on", tmp_path / "status.json"
-    status.write_text(json.dumps({"total_tokens": 100, "run_tokens": 100}))
+    status.write_text(json.dumps({"pid": 7, "total_tokens": 100, "run_tokens": 100}))
     assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "its model is not written yet"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     assert closing_line(done("interrupted"), tmp_path, is_usual=False).startswith(f"the model is in {tmp_path}/model")
-    status.write_text(json.dumps({"total_tokens": 100, "run_tokens": 99}))
+    status.write_text(json.dumps({"pid": 7, "total_tokens": 100, "run_tokens": 99}))
     assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "a model of another time"
 
 
