@@ -78,5 +78,8 @@ def test_who_falls_behind_takes_weights_while_it_trains_and_stays_healthy() -> N
     Arrival(board, lambda event: None, lambda: now_s[0]).look(held)
     assert board.status().doing == "taking the swarm's present weights: 1.31 MB of 2.62 MB"
     assert board.status().state == control_pb.PEER_STATE_TRAINING and health(board.tick(), now_s[0])[0]
+    Arrival(board, lambda event: None, lambda: now_s[0]).look(None)
+    assert board.status().doing == "merging round 4", "nobody gives it"
+    Arrival(board, lambda event: None, lambda: now_s[0]).look(held)
     board.take(CaughtUpEvent(round=9, from_peer="", reason="it was 5 rounds behind the others"))
     assert board.status().doing == "merging round 4" and health(board.tick(), now_s[0])[0]

@@ -363,3 +363,23 @@ def test_a_bootstrap_writes_a_model_where_the_one_it_left_is_of_before_the_end(t
     has(peer, archived)
     peer._measure_and_save()
     assert torch.equal(model_in(peer.folder), archived)
+
+
+@pytest.mark.parametrize("has_joined", [False, True])
+def test_who_is_to_end_hands_over_what_is_on_its_disk_once_it_has_joined(
+    monkeypatch: pytest.MonkeyPatch, has_joined: bool
+) -> None:
+    """Before, nobody else lacks what it has: it would wait for an archive of what it has not touched."""
+    done: list[str] = []
+    monkeypatch.setattr("swarmtrain.peer.model_training.hand_over", lambda *given: done.append("hand over"))
+    training: Any = ModelTraining.__new__(ModelTraining)
+    checkpointer = SimpleNamespace(flush=lambda limit_s: done.append("flush"))
+    training.keeper, training.swarm = SimpleNamespace(checkpointer=checkpointer), None
+    training.context = SimpleNamespace(
+        control=None, network=None, folder=SimpleNamespace(path=None), stop=SimpleNamespace(reason="interrupted")
+    )
+    training.session = SimpleNamespace(replica=SimpleNamespace(own_tokens=7, progress=Progress(run_tokens=9)))
+    training.has_joined = has_joined
+    told = training.hand_over()
+    assert (told.tokens, told.run_tokens, told.reason) == (7, 9, "interrupted")
+    assert done == (["flush", "hand over"] if has_joined else [])

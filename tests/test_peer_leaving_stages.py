@@ -18,10 +18,13 @@ from swarmtrain.peer.held_stages import HeldStages
 from swarmtrain.peer.pausing import PauseSwitch
 from swarmtrain.peer.pipeline import PipelineTraining
 from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
+from swarmtrain.peer.stage_moves import StageMoves
 from swarmtrain.peer.stopping import StopFlag
 from swarmtrain.protocol.archiving import ArchiveWatch
+from swarmtrain.protocol.balance import Change
 from swarmtrain.protocol.leaving import Leavers
 from swarmtrain.protocol.lifecycle import Membership, PeerInfo
+from swarmtrain.protocol.moving import StaysHere
 from swarmtrain.protocol.progress import Progress
 
 
@@ -150,6 +153,32 @@ def test_one_that_drives_says_that_the_first_stage_is_done_before_its_others_are
     assert says(s1="done", s2="done") and not says(s1="done", s2="trains") and not says()
 
 
+def test_who_leaves_all_its_stages_is_in_the_latest_round_that_any_of_them_was_in() -> None:
+    ahead, behind = (StageStandIn(Future[str](), []) for _ in range(2))
+    ahead.session.progress, behind.session.progress = Progress(round=10), Progress(round=9)
+    held = holding(ahead, behind)
+    for number in held.numbers:
+        held.drop(number)
+    assert held.round == 10
+
+
+def test_who_does_not_move_after_all_trains_the_stages_that_it_has() -> None:
+    """It had told its board that it takes another one."""
+    trains, told = list[Any](), list[str]()
+    control: Any = SimpleNamespace(training_stages=trains.append)
+    pipeline: Any = SimpleNamespace(
+        volunteer=SimpleNamespace(control=control), swarm=None, mover=None, stages=holding(StageStandIn(Future(), []))
+    )
+    record: Any = SimpleNamespace(stays=lambda: told.append("stays"))
+    nothing: Any = None
+    moves = StageMoves(pipeline, nothing, record, nothing)
+    change = Change(peer="me", before=(0,), after=(1,), reason="more is needed there")
+    assert moves._do(StaysHere(change, "nobody promises to stay", had_begun=True)) is None
+    assert trains == [(0,)] and told == ["stays"]
+    moves._do(StaysHere(change, "somebody else moves", had_begun=False))
+    assert trains == [(0,)], "it told nobody"
+
+
 def test_of_the_first_stage_one_that_has_the_last_weights_will_do_and_of_others_all_must() -> None:
     def archive(number: int, *told: int) -> Any:
         infos = [SimpleNamespace(run_tokens=tokens) for tokens in told]
@@ -233,7 +262,7 @@ def test_stages_that_one_peer_holds_alone_are_joined_too(monkeypatch: pytest.Mon
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(pipeline_bootstrap, "time", clock)
     bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
-    stages = [SimpleNamespace(number=number, is_final=False, rounds=0) for number in (0, 1)]
+    stages = [SimpleNamespace(number=number, is_final=False, rounds=0, state=None) for number in (0, 1)]
     for stage in stages:
         stage.swarm, stage.leavers = SimpleNamespace(tallying=SimpleNamespace(total=0)), None
     nobody = SimpleNamespace(membership=SimpleNamespace(volunteers=list, known=list))
@@ -274,7 +303,7 @@ def test_what_a_bootstrap_kept_before_it_was_killed_is_joined_when_it_is_back() 
     bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
     run = SimpleNamespace(network=SimpleNamespace(archive_every_s=20.0), run=SimpleNamespace(total_tokens=10**6))
     bootstrap.__dict__ |= {
-        "archives": [SimpleNamespace(is_final=True, progress=Progress(round=7, run_tokens=700))],
+        "archives": [SimpleNamespace(is_final=True, state=None, progress=Progress(round=7, run_tokens=700))],
         "published": SimpleNamespace(run=run),
         "_unjoined": {0},
         "_joined": dict,

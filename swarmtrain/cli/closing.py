@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,16 @@ def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool =
     had its tokens and its model was written."""
     if reason == "total_tokens":
         return model_line(folder / "model")
-    is_over = 0 < status.total_tokens <= status.run_tokens
-    return (model_line(folder / "model") if is_over else "") or go_on_line(folder, is_usual=is_usual)
+    is_over = 0 < status.total_tokens <= _run_tokens(folder / "model")
+    return model_line(folder / "model") if is_over else go_on_line(folder, is_usual=is_usual)
+
+
+def _run_tokens(model: Path) -> int:
+    """How many tokens the run had when it was written; 0 where there is none. A peer may count more by now."""
+    try:
+        return int(json.loads((model / "config.json").read_bytes())["run_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def model_line(model: Path) -> str:

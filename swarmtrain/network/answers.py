@@ -104,14 +104,16 @@ class SwarmAnswers:
             if serving.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
             return await serving.hosting.answer(request, caller)
+        if self.rounds.away or not serving.publishers:
+            return pb.PublicationReply(away=self.rounds.away)
         try:
             section = section_untrusted(request, {name for name, _ in serving.publishers})
         except BadBytesError as error:
             self.refused(caller, error)
             return pb.PublicationReply()
         publisher = serving.publishers.get((section, request.fragment))
-        if publisher is None or self.rounds.away:
-            return pb.PublicationReply(away=self.rounds.away)
+        if publisher is None:
+            return pb.PublicationReply()
         reply = pb.PublicationReply(presence=self.presence.signed(), busy=not self.store.has_room_for(caller))
         if not reply.busy and (held := await publisher.held_after(request, caller)) is not None:
             reply.manifest.CopyFrom(held.snapshot.signed)

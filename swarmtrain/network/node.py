@@ -97,7 +97,8 @@ class NetworkThread:
                 task.print_stack(file=text)
                 _log.warning("%s", text.getvalue())
 
-        self._loop.call_soon_threadsafe(write)
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(write)
 
     def stop(self) -> None:
         """Cancel what still runs there and end the thread."""

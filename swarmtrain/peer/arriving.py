@@ -33,6 +33,7 @@ class Arrival:
     def look(self, held: Held | None) -> None:
         """`held` is what arrives, if something does."""
         if held is None:
+            self.board.arrived()
             return
         now_s, num_chunks = self.clock(), len(held.have)
         if held is not self._held:

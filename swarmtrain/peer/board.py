@@ -304,6 +304,11 @@ class StatusBoard:
                 self._arriving = sentence
                 self._beats += 1
 
+    def arrived(self) -> None:
+        """Nothing arrives now: all of it is here, or nobody gives it."""
+        with self._lock:
+            self._arriving = ""
+
     @contextmanager
     def busy(self, sentence: str) -> Iterator[None]:
         """Something else than inner steps and merges, for a while."""
@@ -325,7 +330,7 @@ class StatusBoard:
             base = self._base
             if self._samples:
                 base.round = max(base.round, self._samples[-1][1].round)
-            base.state, base.end_reason, base.exit_code = state, reason, exit_code
+            base.state, base.end_reason, base.exit_code, self._arriving = state, reason, exit_code, ""
             base.doing = f"ended: {_REASONS.get(reason, reason)}"
             self._has_ended = True
 

@@ -399,7 +399,7 @@ class GossipExchange(AsynchronousExchange):
     def _catch_up(self, round: int, rounds_behind: int) -> Replaced | None:
         """The others' weights, since this peer has fallen far behind; None if nobody gives them."""
         reason = f"it was {rounds_behind} rounds behind the others"
-        replaced = self._consensus(reason, round + 1)
+        replaced = self._consensus(reason, round + 1, least_round=round + 1)
         if replaced is not None:
             self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
         return replaced
@@ -547,8 +547,8 @@ class GossipExchange(AsynchronousExchange):
             message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
             self.swarm.emit(WarningEvent(message=message))
 
-    def _consensus(self, reason: str, own_round: int) -> Replaced | None:
-        """The others' present weights; None if nobody delivers."""
+    def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:
+        """The others' present weights; None if nobody delivers any of `least_round` or later."""
         swarm = self.swarm
         live = swarm.membership.live()
         volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
@@ -556,6 +556,7 @@ class GossipExchange(AsynchronousExchange):
         for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
             fetching = self.network.submit(swarm.states.fetch(peers, 1))
             states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
+            states = [found for found in states if found.round >= least_round]
             if not states:
                 continue
             more = self._counted_by_others(states)
@@ -570,4 +571,5 @@ class GossipExchange(AsynchronousExchange):
             for robustness in self._robustness:
                 robustness.comes_back()
             return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
+        self.on_arriving(None)
         return None

@@ -37,7 +37,7 @@ class HeldStages:
 
     def drop(self, number: int) -> HeldStage:
         """It is held no more; what was trained of it counts on."""
-        self._left_at_round = self.round
+        self._left_at_round = max(self._left_at_round, self.round)
         del self.desks[number]
         held = self._held.pop(number)
         self._own_tokens[number] = held.session.replica.own_tokens

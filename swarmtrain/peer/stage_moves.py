@@ -71,6 +71,8 @@ class StageMoves:
                 _log.info("stays: %s", command.reason)
                 if command.had_begun:
                     record.stays()
+                    if stages := self._stages.numbers:  # it was about to take another
+                        context.control.training_stages(stages)
         return None
 
     def asked_to_stay(self, asker: str, stage: int) -> tuple[float, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from swarmtrain.protocol.hosts import HostOrder
 from swarmtrain.protocol.lifecycle import PeerInfo
 from swarmtrain.protocol.open_pulls import OpenPulls, Which
-from swarmtrain.protocol.partners import BackOff, Candidate, Ledger, Partners, left_behind, median_round
+from swarmtrain.protocol.partners import BackOff, Candidate, Ledger, Mark, Partners, left_behind, median_round
 from swarmtrain.protocol.pulls import Section
 from swarmtrain.protocol.tellings import Tellings, beyond
 
@@ -34,6 +34,7 @@ class OtherPeers:
         self.version = 0
         """Another one after each change."""
         self._reference: int | None = None
+        self._moved_by: tuple[str, Mark] | None = None
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
 
@@ -58,11 +59,19 @@ class OtherPeers:
     def left_behind(self, round: int, ledger: Ledger) -> int:
         """How many rounds this peer is too far behind, as it ends that one; 0: it is not."""
         rounds = {info.peer: info.round for info in self.infos if info.round}
-        if len(rounds) == 1:
-            # What one other claims moves nobody, or a liar could have this peer's weights replaced. But of two, the one
-            # that stood still would be too old for the other for ever; so what it has merged of the other counts.
-            rounds = {peer: mark.round for peer in rounds if (mark := ledger.mark(peer)) is not None}
-        return left_behind(round, rounds.values(), ledger.max_staleness_rounds)
+        if len(rounds) != 1:
+            return left_behind(round, rounds.values(), ledger.max_staleness_rounds)
+        # What one other claims moves nobody, or a liar could have this peer's weights replaced again and again. But of
+        # two, the one that stood still would be too old for the other for ever; so what it has merged of the other
+        # counts, and once only.
+        ((peer, told),) = rounds.items()
+        mark = ledger.mark(peer)
+        if mark is None or self._moved_by == (peer, mark):
+            return 0
+        behind = left_behind(round, [min(told, mark.round)], ledger.max_staleness_rounds)
+        if behind:
+            self._moved_by = peer, mark
+        return behind
 
     def hosts_of(self, peer: str) -> tuple[str, ...] | None:
         """Who serves the publications of one that nobody can dial; None if it can be asked itself."""

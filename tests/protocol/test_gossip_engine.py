@@ -537,3 +537,17 @@ def test_of_two_the_one_behind_goes_by_what_it_has_merged_of_the_other_and_not_b
     assert isinstance(merge, Merge) and [one.held for one in merge.pulled] == ["g"], "what it claims moves nobody"
     me.plan(round=1)
     assert me.tells(MergeDue(1)) == [CatchUp(8)]
+    assert isinstance(me.tells(MergeDue(1, may_catch_up=False))[0], Merge)
+    me.plan(round=2)
+    assert isinstance(me.tells(MergeDue(2))[0], Merge), "what was merged once moves nobody twice"
+
+
+def test_of_two_what_the_other_has_signed_and_does_not_say_moves_nobody() -> None:
+    me = Driven("ben", wanted=1)
+    me.see("ben", round=1)
+    me.plan()
+    (prepare,) = me.pulls(of(me.asks(), "gradient"), Mark(2**39, 1, 1), "g")
+    me.tells(Prepared(prepare.number, "merge"))
+    assert isinstance(me.tells(MergeDue(0))[0], Merge)
+    me.plan(round=1)
+    assert isinstance(me.tells(MergeDue(1))[0], Merge)
