@@ -441,7 +441,7 @@ class _Exchange(GossipExchange):
         self.swarm, self.run, self.network = volunteer.swarm, world.run_file, world
         self._layout = layout_of_specs(SPECS)
         self.gossip, self.stop, self._robustness = gossip, stop, []
-        self._fresh = True
+        self._fresh, self.on_arriving = True, lambda held: None
 
     def offer(self, state: Any, progress: Progress) -> None:
         """The volunteer does it."""
@@ -458,6 +458,8 @@ class Volunteer(Process):
         self.info = dataclasses.replace(self.info, steps_per_s=speed)
         self.exchange: Any = _Exchange(self)
         self.leaves = False
+        self._merged: dict[str, int] = {}
+        """The round of the newest publication of each that it has merged."""
         self.fellows: FellowLeavers | None = None
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
@@ -538,8 +540,10 @@ class Volunteer(Process):
     def _merge(self, mine: Round) -> bool:
         """What it has trained, and what a partner has; True if it takes the others' weights instead."""
         round = self.progress.round
-        others = [info.round for info in self.membership.volunteers() if info.round]
-        behind = left_behind(round, others, RUN.merge.max_staleness_rounds) if len(others) > 1 else 0
+        others = {info.peer: info.round for info in self.membership.volunteers() if info.round}
+        if len(others) == 1:  # as `OtherPeers.left_behind`
+            others = {peer: min(told, self._merged[peer]) for peer, told in others.items() if peer in self._merged}
+        behind = left_behind(round, others.values(), RUN.merge.max_staleness_rounds)
         replaced = self.exchange._catch_up(round, behind) if behind else None
         if replaced is not None:
             self._adopt(replaced)
@@ -553,6 +557,7 @@ class Volunteer(Process):
             if self.progress.round - partner.offered[0].round <= RUN.merge.max_staleness_rounds:
                 self.tallying.hear(partner.me, partner.own_tokens)
                 self.behind = self.behind.with_weights_of(partner.offered[1])
+                self._merged[partner.me] = partner.offered[0].round
         return False
 
     # ------------------------------------------------------------- leaving
