@@ -461,6 +461,18 @@ def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:
     assert late.round(partners=3) is not None
 
 
+def test_who_is_behind_takes_no_weights_that_are_older_than_its_own(worlds: list[World]) -> None:
+    """Of two, the other may be gone by then, and an archive answers that is many rounds older."""
+    world = world_of(worlds, 3)
+    for number in range(3):
+        for peer in world.everyone():
+            peer.round(partners=2 if number else 0)
+    me = world.everyone()[0]
+    assert me.exchange._catch_up(7, 9) is None, "the others are in round 3"
+    assert me.exchange._catch_up(1, 9) is not None
+    assert [event.round for event in me.events if isinstance(event, CaughtUpEvent)] == [3]
+
+
 def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(worlds: list[World]) -> None:
     """The others have merged each other's last round, and publish it still: its first round would have it twice."""
     world = world_of(worlds, 3, publications_per_round=4)
