@@ -354,6 +354,16 @@ def test_the_pulse_speaks_only_in_rounds(board: StatusBoard) -> None:
     assert board.status().doing == "serving on"
 
 
+def test_whatever_a_thread_still_begins_the_last_word_stays(board: StatusBoard) -> None:
+    board.watch(Watched(pulse=lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="step 3")))
+    board.ended(pb.PEER_STATE_DONE, "asked", 0)
+    last = board.status()
+    board.take(STARTED)
+    board.arriving("taking the swarm's present weights")
+    now = board.status()
+    assert (now.state, now.doing) == (last.state, last.doing) == (pb.PEER_STATE_DONE, "ended: you asked it to leave")
+
+
 def test_events_have_names_for_a_person_and_peer_ids_for_a_program(board: StatusBoard) -> None:
     told: list[Event] = []
     emit = board.listening(told.append)

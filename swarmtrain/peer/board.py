@@ -51,6 +51,8 @@ __all__ = ["LossCurve", "Pulse", "StatusBoard", "Watched"]
 
 MAX_LOSSES = 512
 _MAX_NOTICES = 8
+_IN_ROUNDS = (pb.PEER_STATE_WAITING, pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING)
+_OVER = (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
 _MAX_NAMES = 4096
 _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
@@ -162,7 +164,6 @@ class StatusBoard:
         self._names: dict[str, str] = {}
         self._before: pb.PeerStatus | None = None
         self._busy = self._arriving = ""
-        self._has_ended = False
         self._lookers: list[Callable[[pb.PeerStatus], None]] = []
         self._listeners: list[Callable[[Event], None]] = []
         self._samples: deque[tuple[float, Pulse]] = deque()
@@ -292,6 +293,8 @@ class StatusBoard:
             self._do(state, sentence)
 
     def _do(self, state: pb.PeerState, sentence: str) -> None:
+        if self._base.state in _OVER:
+            return  # a stage's thread may still begin a round while the peer leaves
         self._base.state, self._base.doing, self._arriving = state, sentence, ""
         self._beats += 1
 
@@ -332,7 +335,6 @@ class StatusBoard:
                 base.round = max(base.round, self._samples[-1][1].round)
             base.state, base.end_reason, base.exit_code, self._arriving = state, reason, exit_code, ""
             base.doing = f"ended: {_REASONS.get(reason, reason)}"
-            self._has_ended = True
 
     # ------------------------------------------------------------- where it looks
 
@@ -415,16 +417,7 @@ class StatusBoard:
     def _look(self) -> Pulse | None:
         """The pulse, while the peer is in its rounds or serves."""
         watched = self._watched
-        if (
-            watched is None
-            or self._has_ended
-            or self._base.state
-            not in (
-                pb.PEER_STATE_WAITING,
-                pb.PEER_STATE_TRAINING,
-                pb.PEER_STATE_SERVING,
-            )
-        ):
+        if watched is None or self._base.state not in _IN_ROUNDS:
             return None
         return watched.pulse()
 
@@ -458,7 +451,7 @@ class StatusBoard:
         (first_s, first), (last_s, last) = self._samples[0], self._samples[-1]
         status.sent_bytes, status.received_bytes = last.sent_bytes, last.received_bytes
         over_s = last_s - first_s
-        if over_s < 1.0 or status.state in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED):
+        if over_s < 1.0 or status.state in _OVER:
             return
         if status.state != pb.PEER_STATE_PAUSED:
             status.own_tokens_per_s = _rounded((last.num_steps - first.num_steps) * self.tokens_per_step / over_s)
@@ -469,7 +462,7 @@ class StatusBoard:
         """Of this peer by its steps, of the others by what they are counted, and before that is known as they say; the
         swarm's is the sum. In a pipeline, where a step of one stage is a part of a step, everything is by counts."""
         known, self._peer_growths = self._peer_growths, {}
-        has_ended = status.state in (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+        has_ended = status.state in _OVER
         for item in status.peers:
             if item.bootstrap or not item.present or has_ended:
                 item.tokens_per_s = 0.0
