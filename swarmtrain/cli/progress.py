@@ -37,18 +37,15 @@ def long_work(
 
 
 @contextmanager
-def said_meanwhile(
-    words: Callable[[], str], stream: TextIO | None = None, pauses_s: tuple[float, float] = (_EVERY_S, _AGAIN_S)
-) -> Iterator[None]:
+def said_meanwhile(words: Callable[[], str]) -> Iterator[None]:
     """Where there is no terminal, `words` and the time so far are said after ten seconds, and then each minute: of work
     that tells of itself only when a large piece of it is done."""
-    out, done, began_s = stream or sys.stderr, threading.Event(), time.monotonic()
+    out, done, began_s = sys.stderr, threading.Event(), time.monotonic()
 
     def say() -> None:
-        first, again = pauses_s
-        pause_s = first
+        pause_s = _EVERY_S
         while not done.wait(pause_s):
-            pause_s = again
+            pause_s = _AGAIN_S
             with contextlib.suppress(OSError, ValueError):  # its reader is gone: the work is not
                 out.write(f"{words()}, after {time_in_words(time.monotonic() - began_s)}\n")
                 out.flush()

@@ -50,7 +50,7 @@ def test_long_work_tells_how_far_it_is_every_ten_seconds() -> None:
     assert told[0] == "measuring: 30 of 100 tokens" and 2 <= len(told) <= 4
 
 
-def test_work_in_large_pieces_says_that_it_goes_on_unless_it_is_quick() -> None:
+def test_work_in_large_pieces_says_that_it_goes_on_unless_it_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     twice = threading.Event()
 
     class Lines(io.StringIO):
@@ -58,15 +58,18 @@ def test_work_in_large_pieces_says_that_it_goes_on_unless_it_is_quick() -> None:
             if self.getvalue().count("\n") == 2:
                 twice.set()
 
-    stream = Lines()
-    with said_meanwhile(lambda: "equal: 0 of 9 runs are done", stream, (0.001, 0.001)):
+    quick, stream = io.StringIO(), Lines()
+    monkeypatch.setattr("sys.stderr", quick)
+    with said_meanwhile(lambda: "equal"):
+        pass
+    assert not quick.getvalue()
+    monkeypatch.setattr("sys.stderr", stream)
+    for pause in ("_EVERY_S", "_AGAIN_S"):
+        monkeypatch.setattr(f"swarmtrain.cli.progress.{pause}", 0.001)
+    with said_meanwhile(lambda: "equal: 0 of 9 runs are done"):
         assert twice.wait(30)
     told = stream.getvalue().splitlines()
     assert told[0] == "equal: 0 of 9 runs are done, after 0.0 s"
-    quick = io.StringIO()
-    with said_meanwhile(lambda: "equal", quick, (60.0, 60.0)):
-        pass
-    assert not quick.getvalue()
 
 
 def test_on_a_terminal_it_is_a_bar_that_leaves_nothing() -> None:

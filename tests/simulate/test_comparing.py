@@ -210,7 +210,8 @@ def test_a_pipe_is_told_that_it_goes_on_and_its_end_is_in_order(
             left.append("in order")
 
     monkeypatch.setattr(comparing, "_play", play)
-    monkeypatch.setattr("swarmtrain.cli.progress.said_meanwhile.__wrapped__.__defaults__", (Stderr(), (0.001, 60.0)))
+    monkeypatch.setattr("sys.stderr", Stderr())
+    monkeypatch.setattr("swarmtrain.cli.progress._EVERY_S", 0.001)
     path = write_scenario(tmp_path, scenario={"methods": ["gossip", "diloco"], "seeds": [0, 1, 2]})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
