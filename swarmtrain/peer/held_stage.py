@@ -219,9 +219,13 @@ class HeldStage:
             _log.info("stage %d ends: %r", self.number, error)
             self.training.set_exception(error)
 
+    def stop_soon(self) -> None:
+        """Have its training end with the piece of work under way; `end` waits for it."""
+        self.pause.hold(_LEAVING, "this peer leaves the stage")
+
     def end_round(self) -> None:
         """Finish the round under way and have it written, some seconds at most: the stage is served on as it is."""
-        self.pause.hold(_LEAVING, "this peer leaves the stage")
+        self.stop_soon()
         with contextlib.suppress(TimeoutError):
             self.training.exception(_LAST_ROUND_S)  # what ended it is raised by `end`
         self.keeper.checkpointer.flush(_LAST_FLUSH_S)
@@ -229,7 +233,7 @@ class HeldStage:
     def end(self) -> None:
         """Finish the piece of work, say goodbye to the others of the stage, and keep the last round. Raises what ended
         the training, if something did, after that."""
-        self.pause.hold(_LEAVING, "this peer leaves the stage")
+        self.stop_soon()
         try:
             self.training.result(_END_S)
         except TimeoutError:

@@ -240,7 +240,7 @@ class PipelineTraining:
         """See `Training`: each stage, and then the run."""
         held = self._stages.all
         for each in held:
-            each.pause.hold("leaving", "this peer leaves")
+            each.stop_soon()
         for end in (self._first.stop_soon, *(each.end for each in held)):
             try:
                 end()
