@@ -372,7 +372,9 @@ def look(peer: Peer) -> View:
     return View(status=status, life=Life.RUNNING, folder=peer.folder, now=time.time())
 
 
-def look_without_asking(peer: Peer, *, problem: NoAnswerError | None = None, heard: Any = None) -> View:
+def look_without_asking(
+    peer: Peer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
+) -> View:
     """What its folder tells of a peer, which `problem` says does not answer; `heard` is its last word that came from
     itself."""
     assert peer.folder is not None
