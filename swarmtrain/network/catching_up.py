@@ -97,6 +97,8 @@ class OfferedStates:
     def __init__(self, source: StateSource) -> None:
         self._source = source
         self._offered: dict[int, NewState] = {}
+        self._taken: dict[int, NewState] = {}
+        """Those whose bytes come, or are here."""
 
     async def fetch(self, fetch: ev.Fetch) -> ev.Offered[pb.Signed] | ev.NotFetched:
         """Have a peer offer its state."""
@@ -114,22 +116,23 @@ class OfferedStates:
 
     async def take(self, number: int) -> ev.Taken | ev.NotFetched:
         """Bring the bytes of one that is offered."""
-        state = self._offered.pop(number)  # what comes of it takes memory: it is kept if it is whole
+        state = self._taken[number] = self._offered.pop(number)
         try:
             await self._source.take(state)
         except PeerError as error:
+            self.drop(number)  # what came of it takes memory
             self._source.blame(state.from_peer, error)
             return ev.NotFetched(number)
-        self._offered[number] = state
         return ev.Taken(number)
 
     def pop(self, number: int) -> NewState:
         """One that is here, whole."""
-        return self._offered.pop(number)
+        return self._taken.pop(number)
 
     def drop(self, number: int) -> None:
-        """It is not wanted any more, if it was a state."""
+        """It is not wanted any more, if it was a state: nothing of it is kept, whatever comes of its task."""
         self._offered.pop(number, None)
+        self._taken.pop(number, None)
 
 
 class StateSearch:

@@ -48,7 +48,7 @@ class EndedRound:
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._merger, self._answers, self._rosters, self._tell = merger, answers, rosters, tell
         self._publications = {own.snapshot.sha256: own}
-        self._downloads: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
         self._merging: asyncio.Task[None] | None = None
         self._mean: Merged | None = None
 
@@ -58,9 +58,7 @@ class EndedRound:
 
     def bring(self, bring: ev.Bring) -> None:
         """Begin to bring a publication's bytes here."""
-        task = self._begin(self._bring(bring))
-        self._downloads.add(task)
-        task.add_done_callback(self._downloads.discard)
+        self._begin(self._bring(bring))
 
     def merge(self, one: _SignedRoster) -> None:
         """Begin to average what a roster names, when the merge before has ended."""
@@ -92,14 +90,16 @@ class EndedRound:
 
     async def stop(self) -> None:
         """End what is still under way."""
-        await end_tasks([*self._downloads, *([] if self._merging is None else [self._merging])])
+        await end_tasks(self._under_way)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
+        self._under_way.add(task)
         task.add_done_callback(self._work_ended)
         return task
 
     def _work_ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
             _log.error("the work of a round ended", exc_info=error)
 

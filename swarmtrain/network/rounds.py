@@ -227,6 +227,7 @@ class Rounds:
                 event = await self._states.take(command.number)
         except Exception:  # of ours: there are other peers to go to
             _log.exception("fetching a state failed")
+            self._states.drop(command.number)
             event = ev.NotFetched(command.number)
         self._tasks.pop(command.number, None)
         self._tell(event)

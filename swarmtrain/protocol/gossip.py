@@ -141,10 +141,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _lane(self, number: int, rng: random.Random) -> GossipLane[Held, Payload, Ready]:
         settings, back_off = self._settings, self._others.back_off
         ledger = Ledger(settings.max_staleness_rounds, settings.num_parts, settings.wanted.gradients)
-        opened, partners = (
-            OpenPulls(back_off, most_pulls(settings.wanted)),
-            Partners(ledger, back_off, settings.variant, rng),
-        )
+        opened = OpenPulls(back_off, most_pulls(settings.wanted))
+        partners = Partners(ledger, back_off, settings.variant, rng)
         leading, is_part = next(iter(settings.sections)), len(settings.sizes) > 1
         choice = PartnerChoice(number, self._others, partners, opened, leading, is_part=is_part)
         merged = MergedPublications[Held](ledger, settings.sections)

@@ -136,7 +136,7 @@ class PartnerChoice:
             first = self._open.coming(self._leading, here)
         else:
             if view.new_weights is None:
-                view.new_weights = self.partners.first(section, view.rounds, view.reference)
+                view.new_weights = self._ledger.with_new_values(section, view.rounds, view.reference)
             first = view.new_weights
         return self.partners.choose(
             view.candidates,

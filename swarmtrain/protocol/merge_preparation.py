@@ -63,11 +63,6 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         self._commands, self._is_large = commands, is_large
         self._preparing: _Preparing[Held, Payload] | None = None
 
-    @property
-    def is_busy(self) -> bool:
-        """One is being prepared."""
-        return self._preparing is not None
-
     def more(self) -> bool:
         """Have a merge of all that is here prepared. False: there is nothing to prepare."""
         if self._preparing is not None:

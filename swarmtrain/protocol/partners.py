@@ -154,11 +154,8 @@ class Ledger:
 
     def with_new_values(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
         """Who of many has such values of the round that it is in: it is asked of everybody."""
-        oldest, averaged, marks = (
-            reference_round - self.max_staleness_rounds,
-            self._averaged.get(section, {}),
-            self._marks,
-        )
+        oldest, marks = reference_round - self.max_staleness_rounds, self._marks
+        averaged = self._averaged.get(section, {})
         return {
             peer
             for peer, round in rounds.items()
@@ -486,11 +483,6 @@ class Partners:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"no such choice of partners: {self.variant}; allowed: {', '.join(VARIANTS)}")
-
-    def first(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
-        """Whom to ask before the others for a section that is averaged: who has told of a round (`rounds`) whose values
-        are new."""
-        return self.ledger.with_new_values(section, rounds, reference_round)
 
     def choose(
         self,

@@ -97,11 +97,8 @@ class PullSchedule:
     def look_when_due(self, num_others: int, now: float) -> None:
         """At once, unless nothing is due yet by the plans."""
         self.looks()
-        for plan in self.plans:
-            if any(self.merges[each].plan is plan for each in plan.fragments):
-                pulls = self._pull_plan(plan, num_others).pulls
-                is_due = any(pulls.num_due(rule, now) for _, rule in self._sections)
-                self.look_by(now if is_due else pulls.next_s(now))
+        for _ in self.due(num_others, now):
+            self.look_by(now)
 
     def assume(self, bytes_per_s: float, now: float) -> None:
         """The link carries so much, as long as no pull was measured."""

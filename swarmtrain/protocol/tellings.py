@@ -31,11 +31,8 @@ class Tellings:
                 self._of.clear()
             known = self._of[info.peer] = info, [None] * self._num_fragments
         if (found := known[1][fragment]) is None:  # each when it is asked for: all at once take long, of many peers
-            told, number, num_parts = (
-                Mark(info.round, info.part, info.part_tokens),
-                self._num_fragments,
-                self._num_parts,
-            )
+            told = Mark(info.round, info.part, info.part_tokens)
+            number, num_parts = self._num_fragments, self._num_parts
             mark = told_mark(fragment, number, told, num_parts)
             candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
             found = known[1][fragment] = told_round(fragment, number, told, num_parts), candidate

@@ -472,15 +472,16 @@ def test_what_is_ended_before_it_has_begun_leaves_no_warning_on_the_terminal() -
     async def script() -> None:
         ben = Partner(BEN, 0.5)
         me = Peer(ben)
+        preparation = me.engine._preparation
         ben.publish(0, 4, 1000)
         me.begin(0)
-        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2 and not me.engine._preparation.is_busy)
+        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2 and preparation._preparing is None)
         now = swarm_time()
         plan = MergePlan(round=1, began_s=(now,), ends_s=now + 60, gradient_format="int8")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             await me.gossip.plan(1, [plan])
-            assert me.engine._preparation.is_busy
+            assert preparation._preparing is not None
             await me.gossip.stop()
             gc.collect()
         assert [str(one.message) for one in told] == []

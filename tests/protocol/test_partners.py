@@ -336,7 +336,7 @@ def test_new_weights_first() -> None:
     ledger = Ledger()
     ledger.values_merged("weights", "p0", (1, 0))
     partners, rounds = Partners(ledger), {"p0": 1, "p1": 1, "p2": 2}
-    assert partners.first("weights", rounds, 1) == {"p1", "p2"}, "those of p0 were merged"
+    assert ledger.with_new_values("weights", rounds, 1) == {"p1", "p2"}, "those of p0 were merged"
     for _ in range(20):
         assert partners.choose(candidates(3), exclude=(), reference_round=1, now=0.0, first={"p1"})[0] == "p1"
         found = partners.choose(candidates(3), exclude=("p1",), reference_round=1, now=0.0, first={"p1"})[0]
