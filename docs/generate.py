@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from swarmtrain.events import EVENT_CLASSES
 from swarmtrain.problems import allowed_values
 from swarmtrain.run import RunFile
+from swarmtrain.run_aliases import ALIASES, Alias
 
 DOCS = Path(__file__).resolve().parent
 
@@ -36,6 +37,26 @@ The smallest run file is two lines:
 [run]
 total_tokens = 3_000_000
 ```
+"""
+
+ALIASES_HEAD = """
+## Words of the field
+
+Other projects' words are read too where they mean the same: nanoGPT's, transformers', litgpt's, torchtitan's,
+OpenDiLoCo's. Each is said back on standard error, such as `[model] hidden_size = 256 is read as width = 256`. Give a
+key by one word only. The published run has the keys of the tables above: two files that mean the same are published
+as the same bytes, and a published file with other words is refused. Scenarios' `[set]` and `[grid]`, and `--set` and
+`--sweep`, take the words that stand for a key as they are.
+
+| section | word | read as |
+|---|---|---|
+"""
+
+REFUSED_HEAD = """
+These are refused, with what to write instead:
+
+| section | word | instead | why |
+|---|---|---|---|
 """
 
 EVENTS_HEAD = """# Events
@@ -67,6 +88,23 @@ def section_of(field: FieldInfo) -> type[BaseModel]:
     return next(kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields"))
 
 
+def codes(words: tuple[str, ...]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def aliases() -> str:
+    def row(alias: Alias, *cells: str) -> str:
+        return f"| `[{alias.section}]` | {codes(alias.words)} | {' | '.join(map(cell, cells))}. |\n"
+
+    read = (alias for alias in ALIASES if not alias.refused)
+    refused = (alias for alias in ALIASES if alias.refused)
+    parts = [ALIASES_HEAD]
+    parts += [row(alias, codes(alias.keys) + (f"; {alias.says}" if alias.says else "")) for alias in read]
+    parts.append(REFUSED_HEAD)
+    parts += [row(alias, codes(alias.keys) or "nothing", alias.says) for alias in refused]
+    return "".join(parts)
+
+
 def run_file() -> str:
     parts = [RUN_FILE_HEAD]
     for name, section_field in RunFile.model_fields.items():
@@ -78,6 +116,7 @@ def run_file() -> str:
             allowed = allowed_values(field).replace("a string matching ", "")
             allowed = f"`{allowed}`" if allowed.startswith("^") else allowed
             parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(field.description or '')} |\n")
+    parts.append(aliases())
     return "".join(parts)
 
 

@@ -6,12 +6,13 @@ whose fields are sections; values are shown shortened and escaped, since the tab
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,6 +24,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.words import counted, one_line
 
 __all__ = [
+    "Rewritten",
     "Section",
     "allowed_values",
     "one_line",
@@ -31,6 +33,7 @@ __all__ = [
     "read_small_text",
     "read_toml",
     "section_fields",
+    "shown",
 ]
 
 _MAX_FILE_BYTES = 65_536
@@ -94,27 +97,51 @@ def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, 
         raise error_type(f"{origin}: {where}not TOML: {one_line(what)}") from None
 
 
-def problems_in_words(error: ValidationError, model: type[BaseModel], text: str = "") -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """What was done to a table between reading and validating it."""
+
+    words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    """By section and key: what the person wrote instead of the key."""
+    problems: tuple[tuple[tuple[str, ...], str], ...] = ()
+    """What was left out of the table: where it stands in the file, and the sentence about it."""
+    meant: frozenset[str] = frozenset()
+    """Keys that what was left out would have given, so that nobody is told that they are missing."""
+
+
+def problems_in_words(
+    error: ValidationError | None, model: type[BaseModel], text: str = "", rewritten: Rewritten | None = None
+) -> list[str]:
     """The problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...", the first few.
 
-    With the file's `text` each begins with its line, where that is known, and they are in its order.
+    With the file's `text` each begins with its line, where that is known, and they are in its order. What was
+    `rewritten` before is told by the person's words, with its own problems.
     """
+    rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
+    lines |= {ours: lines[(ours[0], word)] for ours, word in rewritten.words.items() if (ours[0], word) in lines}
     found: list[tuple[float, int, str, str]] = []
-    for detail in error.errors():
+    for place, sentence in rewritten.problems:
+        line = _line_of(list(place), lines)
+        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", sentence))
+    for detail in () if error is None else error.errors():
         sentence = _sentence(detail, model)
         names = (
             sentence.partition(": ")[0].split(".") if detail["type"] == "value_error" else list(map(str, detail["loc"]))
         )
         line = None if detail["type"] == "missing" else _line_of(names, lines)
+        if word := rewritten.words.get((names[0], names[-1])):
+            key, _, problem = sentence.partition(": ")
+            sentence = f"{key} (written {word}): {problem}"
         where = f"line {line}: " if line is not None else ""
         # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
         found.append((line or math.inf, detail["type"] != "extra_forbidden", where, sentence))
     found.sort(key=lambda one: one[:2])
-    meant = [sentence.rpartition("did you mean ")[2] for *_, sentence in found if "did you mean " in sentence]
-    told = [
-        where + sentence for _, _, where, sentence in found if f"{sentence.partition(': missing;')[0]}?" not in meant
-    ]
+    meant = {
+        sentence.rpartition("did you mean ")[2].rstrip("?") for *_, sentence in found if "did you mean " in sentence
+    }
+    meant |= rewritten.meant
+    told = [where + sentence for _, _, where, sentence in found if sentence.partition(": missing;")[0] not in meant]
     return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {counted(len(told) - _TOLD, 'more problem')}"]
 
 
@@ -210,9 +237,9 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
         required = next(name for name, field in fields.items() if field.is_required())
         return f"{key}.{required}: missing; allowed: {allowed_values(fields[required])}"
     if len(names) == 1:
-        return f"{key}: {_shown(detail['input'])} is no section; allowed: [{key}] with keys below it"
+        return f"{key}: {shown(detail['input'])} is no section; allowed: [{key}] with keys below it"
     allowed = allowed_values(section_fields(model.model_fields[names[0]].annotation)[names[1]])
-    problem = "missing" if detail["type"] == "missing" else f"{_shown(detail['input'])} is refused"
+    problem = "missing" if detail["type"] == "missing" else f"{shown(detail['input'])} is refused"
     return f"{key}: {problem}; allowed: {allowed}"
 
 
@@ -254,7 +281,7 @@ def _unknown(names: list[str], model: type[BaseModel]) -> str:
     return f"unknown section; allowed: {', '.join(sections)}"
 
 
-def _shown(value: object) -> str:
-    """A refused value on one line, shortened, without control characters."""
+def shown(value: object) -> str:
+    """A value on one line, shortened, without control characters."""
     text = one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -16,6 +16,8 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +29,8 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Section, one_line, problems_in_words, read_toml
+from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields
+from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "parse_run",
     "published_bytes",
     "run_sha256",
+    "translated",
 ]
 
 MAX_RUN_FILE_BYTES = 65_536
@@ -460,8 +464,9 @@ class RunFile(Section):
             raise ValueError(f"published.stage_costs: does not fit pipeline.stages = {stages}")
 
 
-def load_run(path: str | Path) -> RunFile:
-    """Read the run file a person wrote. Raises `RunFileError`, one line that names the file and the key."""
+def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) -> RunFile:
+    """Read the run file a person wrote. Raises `RunFileError`, one line that names the file and the key. `tell` hears of
+    each word of the field that was read as one of our keys."""
     path = Path(path)
     origin = one_line(str(path))
     try:
@@ -477,19 +482,40 @@ def load_run(path: str | Path) -> RunFile:
     if len(data) > MAX_RUN_FILE_BYTES:
         raise RunFileError(f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}")
     try:
-        return parse_run(data.decode("utf-8-sig"), origin)
+        return parse_run(data.decode("utf-8-sig"), origin, tell=tell)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text") from None
 
 
-def parse_run(text: str, origin: str, *, has_lines: bool = True) -> RunFile:
+def parse_run(
+    text: str, origin: str, *, has_lines: bool = True, tell: Callable[[str], None] = lambda line: None
+) -> RunFile:
     """The run file in `text`, as a person writes it; `origin` names it in errors, and their lines are told if it
-    `has_lines` that a person can look at. Raises `RunFileError`."""
+    `has_lines` that a person can look at. Raises `RunFileError`. For `tell` see `load_run`."""
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
         raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
-    return _validated(table, origin, text if has_lines else "")
+    found = translated(table)
+    run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
+    for line in found.said:
+        tell(line)
+    return run
+
+
+def translated(table: dict[str, Any]) -> Translation:
+    """The tables of a person's run file with our keys in place of words of the field."""
+    return translate(table, _defaults())
+
+
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    """By section and key; None where there is none."""
+    return {
+        name: {key: None if field.is_required() else field.default for key, field in fields.items()}
+        for name, section in RunFile.model_fields.items()
+        if name != "published" and (fields := section_fields(section.annotation))
+    }
 
 
 def published_bytes(run: RunFile) -> bytes:
@@ -579,11 +605,16 @@ def _ask_for_package(table: dict[str, Any]) -> None:
         method_named(name)
 
 
-def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:
+def _validated(table: dict[str, Any], origin: str, text: str = "", rewritten: Rewritten | None = None) -> RunFile:
+    problem = None
     try:
-        return RunFile.model_validate(table)
+        run = RunFile.model_validate(table)
     except ValidationError as error:
-        raise RunFileError(*(f"{origin}: {problem}" for problem in problems_in_words(error, RunFile, text))) from None
+        problem = error
+    if problem is not None or (rewritten is not None and rewritten.problems):
+        problems = problems_in_words(problem, RunFile, text, rewritten)
+        raise RunFileError(*(f"{origin}: {each}" for each in problems))
+    return run
 
 
 def _needs_told(published: dict[str, Any]) -> Needs:

@@ -37,12 +37,13 @@ class GivenRun:
         return str(self.path.absolute()) if Path(self.argument) == self.path else self.argument
 
     def load(self) -> RunFile:
-        """The run. Raises RunFileError, which lists the examples where there is no such file."""
+        """The run. Says on standard error what was read as which of our keys. Raises RunFileError, which lists the
+        examples where there is no such file."""
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line
 
         if self.path.exists() or not (names := list(examples())):
-            return load_run(self.path)
+            return load_run(self.path, lambda line: click.echo(line, err=True))
         near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(

@@ -60,8 +60,8 @@ def command(
     from swarmtrain.simulate.scenario import load_scenario
 
     grid = dict(map(_swept, sweeps))
-    loaded = load_scenario(scenario).with_changes(
-        seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes)
+    loaded = load_scenario(scenario, _say).with_changes(
+        seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes), tell=_say
     )
     if plot is not None:
         _check_plot(plot, loaded)
@@ -82,6 +82,10 @@ def command(
         from swarmtrain.cli.figure import draw
 
         draw(found, plot)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _key_and_value(text: str) -> tuple[str, str]:

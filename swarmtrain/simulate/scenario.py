@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,7 +21,8 @@ from swarmtrain.errors import UserError
 from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
-from swarmtrain.run import RunFile, parse_run
+from swarmtrain.run import RunFile, parse_run, translated
+from swarmtrain.run_aliases import our_key
 from swarmtrain.simulate.traces import Span, load_trace
 
 __all__ = [
@@ -308,10 +309,13 @@ class Scenario:
         methods: tuple[str, ...] = (),
         grid: Mapping[str, Sequence[Any]] | None = None,
         changes: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> Scenario:
         """With what a person asks for instead. A `grid` goes in place of the file's, and all of it is compared; what
-        `changes` say is not in the grid any more. `UserError` for what a run file cannot say."""
-        own, changes = _apart(changes or {})
+        `changes` say is not in the grid any more. `tell` hears of words of the field, as in `load_run`. `UserError` for
+        what a run file cannot say."""
+        grid = None if grid is None else _with_our_keys(grid, tell)
+        own, changes = _apart(_with_our_keys(changes or {}, tell))
         for key in {**own, **(grid or self.grid)}:
             if key.startswith("scenario.") and key not in _CHANGEABLE:
                 raise UserError(
@@ -364,11 +368,13 @@ class Scenario:
         return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}", has_lines=False)
 
 
-def load_scenario(path: Path) -> Scenario:
-    """Read such a file. Raises `UserError`, one line that names the file and the key."""
+def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -> Scenario:
+    """Read such a file. `tell` hears of words of the field, as in `load_run`. Raises `UserError`, one line that names
+    the file and the key."""
     origin = one_line(str(path))
     table = read_small_file(path, "a scenario file", _EXAMPLE)
     changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
+    grid = _with_our_keys(grid, tell)
     rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -377,7 +383,7 @@ def load_scenario(path: Path) -> Scenario:
         raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
     sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
-    run_table = read_small_file(run_path, "a run file", _RUN_EXAMPLE)
+    run_table = _run_table(run_path, tell)
     found = Scenario(
         scenario=sections.scenario,
         peers=sections.peers,
@@ -391,7 +397,30 @@ def load_scenario(path: Path) -> Scenario:
         folder=path.parent,
         grid={key: tuple(values) for key, values in grid.items()},
     )
-    return _checked(_traced(found, origin), origin).with_changes(changes=changes)
+    return _checked(_traced(found, origin), origin).with_changes(changes=changes, tell=tell)
+
+
+def _run_table(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The tables of the run file, with our keys. `UserError` for words of the field that stand for none."""
+    found = translated(read_small_file(path, "a run file", _RUN_EXAMPLE))
+    if found.rewritten.problems:
+        raise UserError(*(f"{one_line(str(path))}: {problem}" for _, problem in found.rewritten.problems))
+    for line in found.said:
+        tell(line)
+    return found.table
+
+
+def _with_our_keys(pairs: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Values by `SECTION.KEY`, with our keys for words of the field. `UserError` if a key is there by two words."""
+    found: dict[str, Any] = {}
+    for key, value in pairs.items():
+        ours = key if key.partition(".")[0] in _OWN else our_key(key)
+        if ours in found or (ours != key and ours in pairs):
+            raise UserError(f"{one_line(key)}: means {ours}, which is given too; leave one of them out")
+        if ours != key:
+            tell(f"{one_line(key)} is read as {ours}")
+        found[ours] = value
+    return found
 
 
 def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:

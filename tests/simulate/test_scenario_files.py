@@ -34,6 +34,30 @@ def test_what_a_scenario_changes_is_changed(tmp_path: Path) -> None:
     assert more.run(1).merge.inner_steps == 3 and more.run(1).run.total_tokens == 5000
 
 
+def test_words_of_the_field_are_read_in_a_scenario_and_its_run_file(tmp_path: Path) -> None:
+    told: list[str] = []
+    path = write_scenario(tmp_path, set={"merge.outer_lr": 0.5}, grid={"model.n_embd": [16, 32]})
+    run_path = path.parent / load_scenario(path).scenario.run
+    run_path.write_text(run_path.read_text() + "\n[evaluation]\neval_batch_size = 3\n")
+    scenario = load_scenario(path, told.append).with_changes(changes={"merge.H": 7}, tell=told.append)
+    assert told == [
+        "model.n_embd is read as model.width",
+        "[evaluation] eval_batch_size = 3 is read as batch_sequences = 3",
+        "merge.outer_lr is read as merge.outer_learning_rate",
+        "merge.H is read as merge.inner_steps",
+    ]
+    run = scenario.run(0, *scenario.points())
+    assert (run.merge.outer_learning_rate, run.merge.inner_steps, run.model.width) == (0.5, 7, 32)
+    assert run.evaluation.batch_sequences == 3
+    with pytest.raises(UserError, match=r"merge.H: means merge.inner_steps, which is given too"):
+        scenario.with_changes(changes={"merge.H": 7, "merge.inner_steps": 7})
+    with pytest.raises(UserError, match=r"inner.min_lr: means inner.floor_fraction, with another value"):
+        scenario.with_changes(grid={"inner.min_lr": [1e-4]})
+    run_path.write_text(run_path.read_text() + "[network]\nmax_steps = 3\n")
+    with pytest.raises(UserError, match=r"network.max_steps: belongs in \[run\], as total_tokens"):
+        load_scenario(path)
+
+
 def test_a_grid_can_be_of_the_scenario_itself(tmp_path: Path) -> None:
     scenario = tiny(tmp_path, grid={"peers.number": [2, 5], "merge.outer_momentum": [0.1]}, set={"links.up_mbit": 3.0})
     first, second = scenario.points()
