@@ -20,6 +20,7 @@ from swarmtrain.words import (
     below_in_words,
     count_in_words,
     counted,
+    loss_in_words,
     one_line,
     short_peer,
     size_in_words,
@@ -185,6 +186,8 @@ class EvalEvent(_Event):
     event: Literal["eval"] = "eval"
     round: int = Field(description="The last round merged into the weights that were measured.")
     held_out_loss: float = Field(description="Loss on the run's held-out text, in nats per byte.")
+    bits_per_byte: float | None = Field(None, description="The same in bits per byte.")
+    perplexity: float | None = Field(None, description="exp of the loss in nats per token; null if that is too large a number.")  # fmt: skip
     own_loss: float | None = Field(None, description="At the end with `gossip` and `server`: the loss of this peer's own weights, beside the consensus' or the server's in `held_out_loss`.")  # fmt: skip
 
 
@@ -549,7 +552,7 @@ def in_words(event: Event) -> str:
         case RoundEvent():
             return _round_in_words(event)
         case EvalEvent():
-            return f"held-out loss {event.held_out_loss:.3f} nats/byte after round {event.round}"
+            return f"held-out loss {loss_in_words(event.held_out_loss)} after round {event.round}"
         case AssignedEvent() | MovedEvent() | MicrobatchRetryEvent() | StageThroughputEvent():
             return _pipeline_in_words(event)
         case PeerJoinedEvent():
@@ -575,7 +578,7 @@ def in_words(event: Event) -> str:
         case AloneEvent():
             steps, time = event.inner_steps, time_in_words(event.wall_s)
             return (
-                f"one volunteer alone: held-out loss {event.held_out_loss:.3f} nats/byte after {steps} steps in {time}"
+                f"one volunteer alone: held-out loss {loss_in_words(event.held_out_loss)} after {steps} steps in {time}"
             )
         case ArchivedEvent():
             rounds = counted(event.round, "round")
@@ -587,7 +590,7 @@ def in_words(event: Event) -> str:
         case CheckEvent():
             return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():
-            loss = "not measured" if event.held_out_loss is None else f"{event.held_out_loss:.3f} nats/byte"
+            loss = "not measured" if event.held_out_loss is None else loss_in_words(event.held_out_loss)
             run = f"{count_in_words(event.run_tokens)} tokens"
             part = f"{count_in_words(event.tokens)} of {run} trained here" if event.tokens else f"{run} in all"
             return f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, {part}"

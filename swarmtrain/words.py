@@ -8,8 +8,10 @@ from collections.abc import Sequence
 __all__ = [
     "ago_in_words",
     "below_in_words",
+    "bits_per_byte",
     "count_in_words",
     "counted",
+    "loss_in_words",
     "one_line",
     "percent_in_words",
     "shares_in_words",
@@ -44,6 +46,16 @@ def speed_in_words(tokens_per_s: float) -> str:
 def below_in_words(times: float) -> str:
     """How much less than an all-reduce at every step was sent, such as `25.1 times below an all-reduce`."""
     return f"{count_in_words(times)} times below an all-reduce"
+
+
+def bits_per_byte(nats_per_byte: float) -> float:
+    """A loss in bits: a nat is 1 / ln 2 of them."""
+    return nats_per_byte / math.log(2)
+
+
+def loss_in_words(nats_per_byte: float) -> str:
+    """A held-out loss for a person, such as `1.386 nats/byte (2.000 bits/byte)`."""
+    return f"{nats_per_byte:.3f} nats/byte ({bits_per_byte(nats_per_byte):.3f} bits/byte)"
 
 
 def percent_in_words(part: float, whole: float) -> str:

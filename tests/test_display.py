@@ -237,7 +237,7 @@ def test_a_swarm_has_a_row_for_each_peer() -> None:
     assert rows["bert"][1] == "done"
     assert [rows[name][4] for name in ("bert", "cleo")] == ["33%", "33%"], "of a hundred"
     assert "10% of 3 M tokens" in text
-    assert "held-out loss 1.912 nats/byte" in text
+    assert "held-out loss 1.912 nats/byte (2.758 bits/byte)" in text
 
 
 def test_an_unknown_end_shows_tokens_only() -> None:

@@ -129,7 +129,7 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
             ArrivingEvent(received_bytes=300, total_bytes=1200, seconds=30.0),
             "the present weights arrive: 300 B of 1.2 kB (25%), 1 min 30 s left",
         ),
-        (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte after round 3"),
+        (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte (2.951 bits/byte) after round 3"),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
         (PeerLostEvent(lost="12D3KooWabcdef", lost_name="ben", reason="silent"), "peer ben is lost: silent"),
         (PeerLeftEvent(left="12D3KooWabcdef", left_name="ben"), "peer ben left"),

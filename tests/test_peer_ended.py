@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -188,6 +189,8 @@ def test_the_model_of_the_runs_end_stays_where_nobody_gives_another(tmp_path: Pa
     assert is_untouched(life.folder) and torch.equal(model_in(life.folder), life.consensus)
     assert life.said() == [life.text(ENDED)]
     (measured,) = (event for event in life.events if isinstance(event, EvalEvent))
+    assert measured.bits_per_byte == pytest.approx(measured.held_out_loss / math.log(2))
+    assert measured.perplexity == pytest.approx(math.exp(measured.held_out_loss)), "a token is a byte here"
     assert done.reason == "total_tokens" and done.held_out_loss == measured.held_out_loss
     assert done.own_loss is not None and done.own_loss != done.held_out_loss, "the loss is the kept model's"
 
@@ -295,7 +298,7 @@ def test_a_bootstrap_that_is_started_again_leaves_its_model_as_it_is(tmp_path: P
     said = [event.message for event in events if isinstance(event, WarningEvent)]
     assert said == [ENDED.format(peer.folder.model_path)]
     kept = load_exported(peer.folder.model_path).model
-    assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer())
+    assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer()).nats_per_byte
 
 
 @pytest.mark.parametrize("source", ["volunteers", "server", "stage"])

@@ -55,7 +55,7 @@ from swarmtrain.events import (
 )
 from swarmtrain.problems import one_line
 from swarmtrain.v1 import control_pb2 as wire
-from swarmtrain.words import below_in_words, counted, percent_in_words, shares_in_words
+from swarmtrain.words import below_in_words, counted, loss_in_words, percent_in_words, shares_in_words
 
 __all__ = ["PeerDisplay", "SwarmDisplay"]
 
@@ -355,7 +355,7 @@ class SwarmDisplay(_Display):
         yield table
         losses = [peer.held_out_loss for peer in self._peers.values() if peer.held_out_loss is not None]
         if losses:
-            yield Text(f"held-out loss {losses[-1]:.3f} nats/byte")
+            yield Text(f"held-out loss {loss_in_words(losses[-1])}")
 
     def _cells(self, peer: _Peer, share: str) -> list[str]:
         merged, times = peer.round, peer.times_below_allreduce

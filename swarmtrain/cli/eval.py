@@ -13,6 +13,8 @@ from swarmtrain.cli.common import THREADS, example
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from swarmtrain.model.gpt import TextLoss
+
 __all__ = ["command"]
 
 
@@ -26,7 +28,7 @@ __all__ = ["command"]
 def command(model: Path, text: Path | None, threads: int | None, as_json: bool) -> None:
     """Measure the loss of the model in folder MODEL.
 
-    In nats per byte of text; lower is better.
+    In nats and bits per byte of text, and as perplexity, per token; lower is better.
     """
     import json
 
@@ -35,7 +37,7 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
     from swarmtrain.errors import UserError
     from swarmtrain.model.export import load_exported
-    from swarmtrain.model.gpt import evaluate
+    from swarmtrain.model.gpt import TextLoss, evaluate
     from swarmtrain.peer.common import use_threads, useful_threads
 
     exported = load_exported(model)
@@ -52,12 +54,27 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     with long_work("measuring", len(tokens) - 1, "tokens") as advance:
         batches = _told(held_out_batches(tokens, section.context_tokens, 16), advance)
         sum_nats, num_targets = evaluate(exported.model, batches)
-    loss = sum_nats / len(data)
+    loss = TextLoss(sum_nats, num_targets, len(data))
     if as_json:
-        fields = {"held_out_loss": loss, "bytes": len(data), "tokens": num_targets, "run_tokens": exported.run_tokens}
+        fields = {
+            "held_out_loss": loss.nats_per_byte,
+            "bits_per_byte": loss.bits_per_byte,
+            "perplexity": loss.perplexity,
+            "bytes": loss.num_bytes,
+            "tokens": loss.num_tokens,
+            "run_tokens": exported.run_tokens,
+        }
         click.echo(json.dumps(fields))
     else:
-        click.echo(f"{'held-out loss' if text is None else 'loss'} {loss:.4f} nats/byte over {len(data)} bytes")
+        click.echo(_in_words("held-out loss" if text is None else "loss", loss))
+
+
+def _in_words(what: str, loss: TextLoss) -> str:
+    perplexity = "" if loss.perplexity is None else f", perplexity {loss.perplexity:.4g} a token"
+    return (
+        f"{what} {loss.nats_per_byte:.4f} nats/byte over {loss.num_bytes} bytes "
+        f"({loss.bits_per_byte:.4f} bits/byte{perplexity})"
+    )
 
 
 def _told(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:

@@ -97,6 +97,7 @@ def command(
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stopping import stop_on_signals
     from swarmtrain.peer.stopping import Interrupted
+    from swarmtrain.words import loss_in_words
 
     if slowdowns and len(slowdowns) != peers:
         factors = "1 factor" if len(slowdowns) == 1 else f"{len(slowdowns)} factors"
@@ -124,7 +125,7 @@ def command(
             _show_sample(directory, as_json)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
-            line = f"held-out loss {trained.loss:.3f} nats/byte"
+            line = f"held-out loss {loss_in_words(trained.loss)}"
             if compare_alone:
                 part, loss = _alone(directory, base, trained, stop)
                 click.echo(part.line(), err=as_json)

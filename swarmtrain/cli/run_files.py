@@ -39,11 +39,12 @@ class GivenRun:
     def load(self) -> RunFile:
         """The run. Says on standard error what was read as which of our keys. Raises RunFileError, which lists the
         examples where there is no such file."""
+        from swarmtrain.cli.background import say
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line
 
         if self.path.exists() or not (names := list(examples())):
-            return load_run(self.path, lambda line: click.echo(line, err=True))
+            return load_run(self.path, say)
         near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(

@@ -26,6 +26,7 @@ from swarmtrain.words import (
     below_in_words,
     count_in_words,
     counted,
+    loss_in_words,
     one_line,
     percent_in_words,
     shares_in_words,
@@ -191,13 +192,16 @@ def progress_in_words(view: View) -> str:
     return ", ".join(part for part in (_progress(view), _left(view)) if part)
 
 
-def _losses(status: Any) -> str:
+def _losses(status: Any, cells: float = math.inf) -> str:
+    """Losses in so many cells: without bits where these do not fit."""
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
     parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
     if _finite(status.held_out_loss):
-        parts.append(f"held-out {status.held_out_loss:.3f} nats/byte")
-    return ", ".join(parts) or "none yet"
+        in_nats = ", ".join([*parts, f"held-out {status.held_out_loss:.3f} nats/byte"])
+        in_both = ", ".join([*parts, f"held-out {loss_in_words(status.held_out_loss)}"])
+        return in_both if cell_len(in_both) <= cells else in_nats
+    return parts[0] if parts else "none yet"
 
 
 def _shares(peers: Sequence[Any]) -> list[str]:
@@ -569,7 +573,7 @@ def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if _finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if _finite(point.held_out_loss)]
-    caption = cut_line(width, ("loss  ", "dim"), _losses(status))
+    caption = cut_line(width, ("loss  ", "dim"), _losses(status, width - cell_len("loss  ")))
     if not training and not held_out:
         return [caption]
     inner = max(1, width - 2 * (_LABEL_CELLS + 1))

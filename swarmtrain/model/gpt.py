@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swarmtrain.run import ModelSection
+from swarmtrain.words import bits_per_byte
 
-__all__ = ["GPT", "build_model", "evaluate", "generate", "num_parameters"]
+__all__ = ["GPT", "TextLoss", "build_model", "evaluate", "generate", "num_parameters"]
 
 _ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
@@ -195,6 +197,34 @@ def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
         sum_nats += float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), targets, reduction="sum"))
         num_targets += targets.numel()
     return sum_nats, num_targets
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """How well a model predicts a text of which each byte stands in exactly one target token (`held_out_batches`)."""
+
+    sum_nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def nats_per_byte(self) -> float:
+        """The held-out loss."""
+        return self.sum_nats / self.num_bytes
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same in bits; it does not depend on the tokenizer, so models with different ones compare by it."""
+        return bits_per_byte(self.nats_per_byte)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nats a token): among how many equally likely tokens the next one is guessed. None where it is larger than
+        a float can be, since events hold finite numbers only."""
+        try:
+            return math.exp(self.sum_nats / self.num_tokens)
+        except OverflowError:
+            return None
 
 
 @torch.inference_mode()

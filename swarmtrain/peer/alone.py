@@ -76,7 +76,7 @@ def train_alone(
     loop = ModelLoop(run, model, batches)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
     loop.train(session)
-    return held_out_loss(model, session.replica.state.theta, published, data.tokenizer)
+    return held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte
 
 
 def _lone_run(run: RunFile, inner_steps: int) -> RunFile:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
+from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
 from swarmtrain.model.gpt import GPT
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.finding import PublishedRun
@@ -21,6 +21,7 @@ from swarmtrain.peer.common import (
     Emit,
     PeerSettings,
     as_peer,
+    eval_event,
     had_ended,
     held_out_loss_of,
     kept_final_model,
@@ -108,8 +109,9 @@ class BootstrapPeer:
         if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
             model = kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
-        self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
-        self.emit(EvalEvent(round=max(0, progress.round - 1), held_out_loss=self.loss))
+        loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        self.loss = loss.nats_per_byte
+        self.emit(eval_event(max(0, progress.round - 1), loss))
         if kept is not None:
             self.emit(had_ended(self.folder))
             return

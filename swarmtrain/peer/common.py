@@ -19,9 +19,9 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
+from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.model.export import export_model, load_exported
-from swarmtrain.model.gpt import GPT, evaluate
+from swarmtrain.model.gpt import GPT, TextLoss, evaluate
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
@@ -46,6 +46,7 @@ __all__ = [
     "as_peer",
     "clock_warning",
     "clock_warnings",
+    "eval_event",
     "had_ended",
     "held_out_loss",
     "held_out_loss_of",
@@ -216,8 +217,8 @@ def held_out_loss(
     published: PublishedRun,
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
-) -> float:
-    """Loss of `theta` (P,) on the run's held-out text, in nats per byte. The model has its own weights again after it.
+) -> TextLoss:
+    """Loss of `theta` (P,) on the run's held-out text. The model has its own weights again after it.
 
     `check` is called between batches and may raise.
     """
@@ -231,13 +232,24 @@ def held_out_loss(
 
 def held_out_loss_of(
     model: GPT, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
-) -> float:
+) -> TextLoss:
     """The same, of the weights that are in the model."""
     run = published.run
     tokens = tokenizer.encode(published.held_out)
     batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
-    sum_nats, _ = evaluate(model, _checked(batches, check))
-    return sum_nats / len(published.held_out)
+    sum_nats, num_tokens = evaluate(model, _checked(batches, check))
+    return TextLoss(sum_nats, num_tokens, len(published.held_out))
+
+
+def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
+    """The held-out loss in all its units, after a round."""
+    return EvalEvent(
+        round=round,
+        held_out_loss=loss.nats_per_byte,
+        bits_per_byte=loss.bits_per_byte,
+        perplexity=loss.perplexity,
+        own_loss=None if own_loss is None else own_loss.nats_per_byte,
+    )
 
 
 def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
-from swarmtrain.events import DoneEvent, EvalEvent, JoinedEvent, StartedEvent, WarningEvent
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
+from swarmtrain.model.gpt import TextLoss, build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.swarm import Swarm
@@ -20,6 +20,7 @@ from swarmtrain.peer.arriving import Arrival
 from swarmtrain.peer.checkpoint import Checkpoint
 from swarmtrain.peer.checkpointer import Checkpointer
 from swarmtrain.peer.common import (
+    eval_event,
     had_ended,
     held_out_loss,
     held_out_loss_of,
@@ -261,7 +262,7 @@ class ModelTraining:
             theta, tokenizer, control = report.state.theta, self.data.tokenizer, context.control
             with control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
                 loss = held_out_loss(self.loop.model, theta, context.published, tokenizer, control.check)
-            context.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
+            context.emit(eval_event(contribution.round, loss))
 
     # ------------------------------------------------------------- a pause
 
@@ -293,7 +294,7 @@ class ModelTraining:
             theta, is_kept = self._final_theta(own)
             if theta is not own:
                 own_loss, loss = loss, self._measure(theta)
-            context.emit(EvalEvent(round=progress.round - 1, held_out_loss=loss, own_loss=own_loss))
+            context.emit(eval_event(progress.round - 1, loss, own_loss))
             if not is_kept:
                 weights = weights_in(self.loop.model, theta)
                 if warning := save_final_weights(context.folder, weights, context.published, progress):
@@ -331,7 +332,7 @@ class ModelTraining:
             context.emit(WarningEvent(message=message))
         return own, False
 
-    def _measure(self, theta: Tensor) -> float:
+    def _measure(self, theta: Tensor) -> TextLoss:
         """Of these weights, which are then the model's."""
         weights_in(self.loop.model, theta)
         return held_out_loss_of(self.loop.model, self.context.published, self.data.tokenizer, self.context.stop.check)
@@ -343,11 +344,11 @@ class ModelTraining:
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
         return self._done(self.context.stop.reason)
 
-    def _done(self, reason: str, loss: float | None = None, own_loss: float | None = None) -> DoneEvent:
+    def _done(self, reason: str, loss: TextLoss | None = None, own_loss: TextLoss | None = None) -> DoneEvent:
         replica = self.session.replica
         return DoneEvent(
-            held_out_loss=loss,
-            own_loss=own_loss,
+            held_out_loss=None if loss is None else loss.nats_per_byte,
+            own_loss=None if own_loss is None else own_loss.nats_per_byte,
             tokens=replica.own_tokens,
             run_tokens=replica.progress.run_tokens,
             wall_s=process_age_s(),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import math
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
+from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
 from swarmtrain.model.export import export_model
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.gpt import TextLoss, build_model
 from swarmtrain.peer import common
 from swarmtrain.run import ModelSection
 
@@ -39,6 +43,45 @@ def test_threads_are_as_asked_and_one_for_a_small_model(
     assert taken == [1, 2], "torch's own choice for a larger one"
     assert not capsys.readouterr().err, "quick work says nothing"
     assert run([*command, model, "--threads", "0"]) == 2
+
+
+TEXT = "some text, größer than before and gröber than after\n".encode() * 12
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BpeTokenizer.learn(TEXT * 4, 272)], ids=["bytes", "bpe"])
+def test_a_loss_in_nats_bits_and_perplexity_is_that_of_a_plain_reference(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Token by token, each given those before it in its window, counting the bytes that each one stands for."""
+    kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "bpe"
+    section = SECTION.model_copy(update={"tokenizer": kind, "vocabulary_size": tokenizer.vocabulary_size})
+    model = build_model(section, seed=1)
+    files = {"held-out.txt": TEXT} | ({"tokenizer.bin": tokenizer.to_bytes()} if kind == "bpe" else {})
+    export_model(tmp_path / "model", dict(model.named_parameters()), section, 1, files)
+    tokens, bits, num_bytes = [ord("\n"), *map(int, tokenizer.encode(TEXT))], 0.0, 0
+    for place in range(1, len(tokens)):
+        first = (place - 1) // section.context_tokens * section.context_tokens
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[first:place]]))[0, -1].double()
+        bits -= float(torch.log2(logits.softmax(0)[tokens[place]]))
+        num_bytes += len(tokenizer.decode([tokens[place]]))
+    assert num_bytes == len(TEXT) and (kind == "bytes") == (len(tokens) == len(TEXT) + 1)
+
+    assert run(["eval", str(tmp_path / "model"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_byte"] == pytest.approx(bits / num_bytes, rel=1e-5)
+    assert found["held_out_loss"] == pytest.approx(bits / num_bytes * math.log(2), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(2 ** (bits / (len(tokens) - 1)), rel=1e-5)
+    assert (found["bytes"], found["tokens"]) == (num_bytes, len(tokens) - 1)
+    assert run(["eval", str(tmp_path / "model")]) == 0
+    said = f"({bits / num_bytes:.3f}"[:-1]
+    out = capsys.readouterr().out
+    assert f"nats/byte over {num_bytes} bytes {said}" in out and f"perplexity {found['perplexity']:.4g} a token" in out
+
+
+def test_a_perplexity_beyond_all_numbers_is_none() -> None:
+    assert TextLoss(sum_nats=8000.0, num_tokens=10, num_bytes=10).perplexity is None
+    assert TextLoss(sum_nats=7000.0, num_tokens=10, num_bytes=10).perplexity == pytest.approx(math.exp(700))
 
 
 def test_long_work_tells_how_far_it_is_every_ten_seconds() -> None:

@@ -59,7 +59,7 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert shown[0].endswith(" training")
     assert len(shown[0]) == width
     assert shown[1] == "training round 12: 14 of 25 steps"
-    assert "loss  2.250 nats/token, held-out 2.100 nats/byte" in text
+    assert "loss  2.250 nats/token, held-out 2.100 nats/byte (3.030 bits/byte)" in text
     assert "    5.00│" in text
     assert sum("│" in line for line in shown) >= 5
     assert re.search(r"█+░+  40% of 3 M tokens, about 2 min 26 s left$", text, re.MULTILINE)
@@ -329,7 +329,8 @@ def test_limits() -> None:
 def test_a_plain_line() -> None:
     line = plain_line(view())
     assert line[8:] == (
-        " anna training: training round 12: 14 of 25 steps; round 12; loss 2.250 nats/token, held-out 2.100 nats/byte; "
+        " anna training: training round 12: 14 of 25 steps; round 12; loss 2.250 nats/token, held-out 2.100 "
+        "nats/byte (3.030 bits/byte); "
         "40% of 3 M tokens; about 2 min 26 s left; own 400 k tokens, 33% of all"
     )
     assert cell_len(line) == len(line)
