@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from swarmtrain.cli.common import (
     peer_options,
     to_multiaddr,
 )
-from swarmtrain.cli.main import COMMANDS, cli, run
+from swarmtrain.cli.main import _MEANT, ALIASES, COMMANDS, cli, run
 from swarmtrain.errors import ClockError, InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
@@ -54,11 +55,13 @@ FROZEN: dict[str, tuple[str, ...]] = {
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json"),
+    "logs": ("[NAME]", "--dir", "--follow", "--lines"),
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,
     "leave": (*WHICH_PEER, "--no-wait"),
     "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
     "invite": ("--dir", "--json"),
+    "init": ("[PATH]", "--example"),
     "check": ("RUN.toml", "--peers", "--data", "--json"),
     "plan": (
         *("RUN.toml", "--peers", "--step-s", "--slowdown", "--rtt", "--link-up", "--link-down"),
@@ -72,6 +75,14 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
     "eval": ("MODEL", "--text", "--threads", "--json"),
     "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads"),
+}
+
+
+# What people type for them; no help lists it.
+FROZEN_ALIASES = {
+    "stop": ("leave",),
+    **dict.fromkeys(("list", "ls", "ps"), ("status", "--all")),
+    "log": ("logs",),
 }
 
 
@@ -90,6 +101,28 @@ def test_commands_and_options_are_the_frozen_ones() -> None:
         for name in COMMANDS
     }
     assert offered == FROZEN
+    assert ALIASES == FROZEN_ALIASES
+
+
+@pytest.mark.parametrize("alias", FROZEN_ALIASES)
+def test_an_alias_does_what_it_stands_for(alias: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = []
+    for words in ((alias,), FROZEN_ALIASES[alias]):
+        assert run([*words, "--dir", str(tmp_path), "anna"]) != 0
+        outcomes.append(capsys.readouterr().err)
+    assert outcomes[0] == outcomes[1] and f"has run in {tmp_path}" in outcomes[0]
+    help_text = CliRunner().invoke(cli, [alias, "--help"]).output
+    assert help_text.startswith(f"Usage: cli {FROZEN_ALIASES[alias][0]} ")
+    assert f"  {alias} " not in CliRunner().invoke(cli, ["--help"]).output
+
+
+def test_a_word_that_is_no_command_leads_to_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not _MEANT.keys() & {*COMMANDS, *ALIASES}
+    for word, meant in _MEANT.items():
+        named = set(re.findall(r"[a-z]+", meant)) & set(COMMANDS)
+        assert named or meant.startswith("--"), word
+        assert run([word, "x"]) == 2
+        assert f"error: No such command '{word}'; did you mean {meant}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -159,6 +192,11 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
     [
         (["chekc"], "error: No such command 'chekc'; did you mean check? (see swarmtrain --help)"),
         (["zzz"], "error: No such command 'zzz'; there are "),
+        (
+            ["train"],
+            "error: No such command 'train'; did you mean local RUN.toml (train here), join INVITE (",
+        ),
+        (["kill", "anna"], "error: No such command 'kill'; did you mean leave, which ends a peer cleanly? (see swarm"),
         (["check"], "error: Missing argument 'RUN.toml'. (see swarmtrain check --help)"),
         (["check", "x.toml", "--peers", "0"], "error: Invalid value for '--peers'"),
         (["--nope"], "error: No such option '--nope'."),

@@ -19,13 +19,39 @@ import click
 from swarmtrain import __version__
 from swarmtrain.errors import SwarmtrainError
 
-__all__ = ["COMMANDS", "cli", "main", "run"]
+__all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
 COMMANDS = (
     *("bootstrap", "join", "local"),
-    *("status", "watch", "pause", "resume", "leave", "limits", "invite"),
-    *("check", "plan", "doctor", "simulate", "export", "eval", "generate"),
+    *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite"),
+    *("init", "check", "plan", "doctor", "simulate", "export", "eval", "generate"),
 )
+
+ALIASES = {
+    "stop": ("leave",),
+    **dict.fromkeys(("list", "ls", "ps"), ("status", "--all")),
+    "log": ("logs",),
+}
+"""What people type out of habit, and what it stands for. Help does not list it."""
+
+_RUN_WAYS = "local RUN.toml (train here), join INVITE (take part) or bootstrap RUN.toml (begin a run for others)"
+_MEANT = {
+    **dict.fromkeys(("train", "start", "run", "fit", "launch"), _RUN_WAYS),
+    **dict.fromkeys(("serve", "host", "publish", "server", "master", "create"), "bootstrap RUN.toml"),
+    **dict.fromkeys(("connect", "volunteer", "worker", "client"), "join INVITE"),
+    **dict.fromkeys(("kill", "quit", "exit", "end", "down", "terminate"), "leave, which ends a peer cleanly"),
+    "restart": "leave, and then join --dir FOLDER, which goes on as before",
+    **dict.fromkeys(("download", "fetch", "pull", "save"), "export INVITE --to FOLDER, which fetches the model"),
+    **dict.fromkeys(("chat", "sample", "complete", "infer"), "generate MODEL --prompt TEXT, which continues a text"),
+    **dict.fromkeys(("evaluate", "test", "score"), "eval MODEL"),
+    **dict.fromkeys(("info", "show", "top", "monitor"), "status or watch"),
+    **dict.fromkeys(("validate", "lint", "verify"), "check RUN.toml"),
+    **dict.fromkeys(("new", "config"), "init, which writes a run file"),
+    **dict.fromkeys(("token", "share"), "invite"),
+    "help": "--help, or COMMAND --help",
+    "version": "--version",
+}
+"""Words that are no command, and what whoever types them may mean."""
 
 INTERRUPTED = 130
 
@@ -51,9 +77,10 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        args = [*ALIASES.get(args[0], args[:1]), *args[1:]]
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            near = _MEANT.get(args[0]) or next(iter(difflib.get_close_matches(args[0], COMMANDS, n=1)), "")
+            meant = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
             ctx.fail(f"No such command {args[0]!r}; {meant}")
         return super().resolve_command(ctx, args)
 

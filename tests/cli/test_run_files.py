@@ -13,6 +13,7 @@ from swarmtrain.cli import run_files
 from swarmtrain.cli.main import cli
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.extras import EXTRAS
+from swarmtrain.run import load_run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NAMES = ["diloco", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
@@ -71,6 +72,36 @@ def test_an_installation_without_its_clone_has_them_in_the_package(
     (tmp_path / "swarmtrain" / "__init__.py").write_text("")
     monkeypatch.setattr(run_files.swarmtrain, "__file__", str(tmp_path / "swarmtrain" / "__init__.py"))
     assert list(run_files.examples()) == ["of-swarmtrain-examples"]
+
+
+def test_init_writes_a_run_file_that_check_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["init"]) == 0
+    out = capsys.readouterr().out
+    assert out == "wrote run.toml; what it trains and costs: swarmtrain check run.toml\n"
+    assert run_command(out.partition("swarmtrain ")[2].split()) == 0
+    assert "no doubts" in capsys.readouterr().out
+    text = (tmp_path / "run.toml").read_text()
+    assert "#   swarmtrain local run.toml " in text and "examples/" not in text
+    assert load_run(tmp_path / "run.toml") == load_run(ROOT / "examples" / "stdlib-gpt.toml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_init_writes_any_example_wherever_it_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / "my runs").mkdir()
+    assert run_command(["init", "my runs", "--example", name]) == 0
+    assert load_run(tmp_path / "my runs" / "run.toml") == load_run(ROOT / "examples" / f"{name}.toml")
+    assert "swarmtrain check 'my runs/run.toml'" in (tmp_path / "my runs" / "run.toml").read_text()
+
+
+def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text("mine")
+    for path, problem in (
+        ("run.toml", "is there already, and stays as it is; give another PATH"),
+        ("nowhere/run.toml", "cannot be written: No such file or directory; give another PATH"),
+    ):
+        assert run_command(["init", path]) == 2
+        assert capsys.readouterr().err == f"error: {path}: {problem}\n"
+    assert (tmp_path / "run.toml").read_text() == "mine" and not (tmp_path / "nowhere").exists()
 
 
 def test_the_wheel_has_each_example() -> None:

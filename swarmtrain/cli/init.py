@@ -1,0 +1,63 @@
+"""`swarmtrain init`: a run file to begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import example
+from swarmtrain.cli.run_files import examples
+from swarmtrain.errors import UserError
+
+__all__ = ["command"]
+
+_NAME = "run.toml"
+_EXAMPLE = "stdlib-gpt"
+
+
+@click.command(
+    name="init", epilog=example("swarmtrain init", "swarmtrain init my-run.toml", "swarmtrain init --example own-text")
+)
+@click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=_NAME)
+@click.option("--example", "name", type=click.Choice(list(examples())), default=_EXAMPLE, show_default=True, help="Which of the examples that come with swarmtrain.")  # fmt: skip
+def command(path: Path, name: str) -> None:
+    """Write a run file with comments, to change.
+
+    PATH is the file, run.toml without; in a folder that is there, run.toml. Nothing is overwritten.
+    """
+    import shlex
+
+    from swarmtrain.words import one_line
+
+    path = path / _NAME if path.is_dir() else path
+    text = _begun(examples()[name].read_text(encoding="utf-8"), name, path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{path}: is there already, and stays as it is; give another PATH") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another PATH") from None
+    where = shlex.quote(one_line(str(path)))
+    click.echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
+
+
+def _begun(text: str, name: str, path: Path) -> str:
+    """The example with what to do next at its head, in place of its own command lines."""
+    import shlex
+
+    from swarmtrain.words import one_line
+
+    where = shlex.quote(one_line(str(path)))
+    head = (
+        f"# A run file, written by `swarmtrain init` from the example {name}. Change what you like, then:\n"
+        "#\n"
+        f"#   swarmtrain check {where}        # what it trains and costs, and any doubt\n"
+        f"#   swarmtrain local {where}        # trains here, with several volunteers\n"
+        f"#   swarmtrain bootstrap {where}    # publishes it: others join with the line that this prints\n"
+        "#\n"
+        "# Keys that are not here have defaults: docs/run-file.md lists them all.\n"
+        "\n"
+    )
+    return head + text[text.index("[run]") :]

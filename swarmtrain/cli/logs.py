@@ -1,0 +1,119 @@
+"""`swarmtrain logs`: a peer's log, its last lines and those to come."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from swarmtrain.cli.common import WhichPeer, example
+
+__all__ = ["LogReader", "command"]
+
+_LINES = 100
+_READ_EVERY_S = 0.5
+
+
+@click.command(
+    name="logs", epilog=example("swarmtrain logs", "swarmtrain logs anna --lines 20", "swarmtrain logs anna -f")
+)
+@click.argument("name", metavar="[NAME]", default="")
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder, or one with several of them.  [default: this user's]")  # fmt: skip
+@click.option("-f", "--follow", is_flag=True, help="Go on with each new line, until the peer has ended.")
+@click.option("-n", "--lines", type=click.IntRange(0), default=_LINES, show_default=True, metavar="N", help="How many of the lines that are there.")  # fmt: skip
+def command(name: str, directory: Path | None, follow: bool, lines: int) -> None:
+    """Print the last lines of a peer's log.
+
+    NAME is as for `status`. The log is `peer.log` in the peer's folder; it is there after the peer has ended too. With
+    -f Ctrl-C leaves it, and the peer goes on.
+    """
+    import sys
+    import threading
+
+    from swarmtrain.cli.peers import find
+    from swarmtrain.errors import UserError
+    from swarmtrain.peer.lock import Holder, holder
+    from swarmtrain.peer.logs import LOG_NAME
+
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    folder = find(WhichPeer(name=name, directory=directory)).folder
+    assert folder is not None, "without an address peers are found by their folders"
+    path = folder / LOG_NAME
+    try:
+        with LogReader(path) as log:
+            for line in log.last_lines(lines):
+                click.echo(line)
+            if follow:
+                for line in log.new_lines(
+                    lives=lambda: holder(folder) is not Holder.NOBODY,
+                    pause=lambda: threading.Event().wait(_READ_EVERY_S),
+                ):
+                    click.echo(line)
+    except KeyboardInterrupt:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: no log to read ({error.strerror}); give the peer's folder with --dir") from None
+
+
+class LogReader:
+    """Reads a log from its last lines on, while it is written and rotated."""
+
+    def __init__(self, path: Path) -> None:
+        """OSError when there is none."""
+        self._path = path
+        self._file = path.open("rb")
+
+    def __enter__(self) -> LogReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def last_lines(self, number: int) -> list[str]:
+        """The last of those that are there; of older files too where the newest has fewer."""
+        found = deque(self._file.read().splitlines(), maxlen=number)
+        older = sorted(self._path.parent.glob(f"{self._path.name}.[0-9]*"), key=lambda each: int(each.suffix[1:]))
+        for path in older:
+            if len(found) < number:
+                lines = path.read_bytes().splitlines()
+                found.extendleft(reversed(lines[len(found) - number :]))
+        return list(map(_shown, found))
+
+    def new_lines(self, lives: Callable[[], bool], pause: Callable[[], object]) -> Iterator[str]:
+        """What is written from now on, until its peer does not live any more. `pause` is called between two looks."""
+        begun = b""
+        while True:
+            lived = lives()  # before it is read: the last words of a peer are read once it is gone
+            for part in self._new_parts():
+                *whole, begun = (begun + part).split(b"\n")
+                yield from map(_shown, whole)
+            if not lived:
+                if begun:
+                    yield _shown(begun)
+                return
+            pause()
+
+    def _new_parts(self) -> Iterator[bytes]:
+        """What is new in the file, and in the one that has taken its name since."""
+        yield self._file.read()
+        try:
+            newest = self._path.open("rb")
+        except FileNotFoundError:
+            return  # renamed, and about to be made anew
+        if os.path.samestat(os.fstat(self._file.fileno()), os.fstat(newest.fileno())):
+            newest.close()
+            return
+        yield self._file.read()  # what was written before it was renamed
+        self._file.close()
+        self._file = newest
+        yield self._file.read()
+
+
+def _shown(line: bytes) -> str:
+    """A line fit for a terminal: what libraries write there may hold anything."""
+    from swarmtrain.words import one_line
+
+    return one_line(line.decode(errors="replace").rstrip("\r").replace("\t", "    "))
