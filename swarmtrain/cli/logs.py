@@ -98,15 +98,16 @@ class LogReader:
 
     def _new_parts(self) -> Iterator[bytes]:
         """What is new in the file, and in the one that has taken its name since."""
-        yield self._file.read()
         try:
-            newest = self._path.open("rb")
+            newest = self._path.open("rb")  # before the old one is read, which nobody writes to once there is a new one
         except FileNotFoundError:
-            return  # renamed, and about to be made anew
+            newest = None  # renamed, and about to be made anew
+        yield self._file.read()
+        if newest is None:
+            return
         if os.path.samestat(os.fstat(self._file.fileno()), os.fstat(newest.fileno())):
             newest.close()
             return
-        yield self._file.read()  # what was written before it was renamed
         self._file.close()
         self._file = newest
         yield self._file.read()
