@@ -9,6 +9,7 @@ steps that would have to be counted over an unknown number of volunteers, the fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -39,10 +40,11 @@ class _Given:
         return keys.get(name) if isinstance(keys, dict) else None
 
     def value(self, key: str) -> Any:
-        """The same, or the default; None for a number that is none, of which the validation tells."""
+        """The same, or the default; None for what is no number above 0, of which the validation tells."""
         section, _, name = key.partition(".")
         value = self.written(key)
-        return _number(self.defaults[section][name] if value is None else value)
+        number = _number(self.defaults[section][name] if value is None else value)
+        return number if number is not None and 0 < number < _MOST else None
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,16 @@ class Translation:
     rewritten: Rewritten
 
 
+_MOST = 2**63
+
+
 def _number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _positive(value: Any, what: str = "a number above 0") -> int | float:
     number = _number(value)
-    if number is None or not 0 < number < 2**63:
+    if number is None or not 0 < number < _MOST:
         raise ValueError(f"{shown(value)} is refused; allowed: {what}")
     return number
 
@@ -92,12 +97,15 @@ def _whole(value: Any) -> int:
 
 def _quotient(one: int | float, other: int | float) -> float:
     """Of the decimals that were written: 3e-4 of 3e-3 is 0.1, which floats would miss."""
-    return float(Fraction(str(one)) / Fraction(str(other)))
+    try:
+        return float(Fraction(str(one)) / Fraction(str(other)))
+    except OverflowError:
+        return math.inf  # which no key takes
 
 
 def _feed_forward(value: Any, given: _Given) -> dict[str, Any]:
     size, width = _whole(value), given.value("model.width")
-    if not width or width < 1:
+    if width is None:
         raise ValueError("is a multiple of model.width, which must be correct first; allowed: an integer above 0")
     return {"feed_forward_ratio": _quotient(size, width)}
 
@@ -111,19 +119,19 @@ def _betas(value: Any, given: _Given) -> dict[str, Any]:
 def _least_rate(value: Any, given: _Given) -> dict[str, Any]:
     peak = given.value("inner.learning_rate")
     number = _number(value)
-    if number is None or not 0 <= number < 2**63:
+    if number is None or not 0 <= number < _MOST:
         raise ValueError(f"{shown(value)} is refused; allowed: a number at least 0")
-    if not peak or not 0 < peak < 2**63:
+    if peak is None:
         raise ValueError("is a share of inner.learning_rate, which must be correct first; or write floor_fraction")
     return {"floor_fraction": _quotient(number, peak)}
 
 
 def _rounds(value: Any, given: _Given) -> dict[str, Any]:
     inner_steps = given.value("merge.inner_steps")
-    if value == 0:
+    if _number(value) == 0:
         return {"every_rounds": 0}
     steps = _whole(value)
-    if not inner_steps or inner_steps < 1:
+    if inner_steps is None or inner_steps < 1:
         raise ValueError(
             "counts steps of merge.inner_steps a round, which must be correct first; or write every_rounds"
         )
@@ -195,7 +203,7 @@ def _all_batches(value: Any, given: _Given) -> dict[str, Any]:
 def _step_tokens(given: _Given) -> int:
     """Tokens of one peer's step; 0 where the file's numbers are none."""
     batch, context = given.value("inner.batch_sequences"), given.value("model.context_tokens")
-    return int(batch * context) if batch and context and 0 < batch < 2**31 and 0 < context < 2**31 else 0
+    return int(batch * context) if batch is not None and context is not None else 0
 
 
 def _all_steps(value: Any, given: _Given) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def _warmup_steps(value: Any, given: _Given) -> dict[str, Any]:
     if number == 0:
         return {"warmup_fraction": 0}
     write = "write warmup_fraction"
-    if number and number > 0 and tokens and total and total > 0:
+    if number is not None and 0 < number < _MOST and tokens and total is not None:
         share = float(f"{_quotient(number * tokens, total):.4g}")
         write += f" = {share:g} for {shown(value)} steps of one volunteer, N times that for N volunteers"
     raise ValueError(f"counts steps, and the learning rate rises over a share of the run's tokens; {write}")

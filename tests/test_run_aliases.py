@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,41 @@ def test_what_cannot_be_read_names_our_key(text: str, expected: str) -> None:
     assert caught.value.lines[0].startswith("my.toml: line ")
     assert expected in str(caught.value)
     assert len(caught.value.lines) == (2 if "'x'\n" in text and "correct first" in expected else 1)
+
+
+STRANGE = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1e-320",
+    "1e308",
+    "1" + "0" * 30,
+    "true",
+    "'x'",
+    "[]",
+    "[1, 'x']",
+    "{}",
+    "1999-01-01",
+]
+
+
+GOES_BY = ["model.width", "model.context_tokens", "inner.learning_rate", "inner.batch_sequences", "merge.inner_steps"]
+NEXT_STEP = re.compile("allowed: |; (or )?write |: write |leave (it|one of them) out|is less than one inner step|and . more problem")
+
+
+def test_whatever_the_values_a_refusal_says_what_to_write() -> None:
+    values = [("", "", value) for value in STRANGE] + [(key, value, "7") for key in GOES_BY for value in STRANGE]
+    refused = 0
+    for alias, (key, strange, value) in itertools.product(ALIASES, values):
+        text = f"{key} = {strange}\n" * bool(key) + f"{alias.section}.{alias.words[0]} = {value}\n"
+        try:
+            parse_run(MINIMAL.replace("[run]\n", "run.") * ("total_tokens" not in alias.keys) + text, "r")
+        except RunFileError as error:
+            refused += 1
+            assert all(map(NEXT_STEP.search, error.lines)), error
+    assert refused > 500
 
 
 def test_what_a_refused_word_would_have_given_is_not_missing_too() -> None:
