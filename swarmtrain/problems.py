@@ -99,12 +99,12 @@ def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """What was done to a table between reading and validating it."""
+    """Changes to a table between reading and validating it."""
 
     words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """By section and key: what the person wrote instead of the key."""
+    """Section and key to the word that the person wrote for the key."""
     problems: tuple[tuple[tuple[str, ...], str], ...] = ()
-    """What was left out of the table: where it stands in the file, and the sentence about it."""
+    """Place in the file and sentence, for each word that was left out of the table."""
     meant: frozenset[str] = frozenset()
     """Keys that what was left out would have given, so that nobody is told that they are missing."""
 

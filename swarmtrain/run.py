@@ -504,13 +504,13 @@ def parse_run(
 
 
 def translated(table: dict[str, Any]) -> Translation:
-    """The tables of a person's run file with our keys in place of words of the field."""
+    """Replace words of the field by our keys in the tables of a person's run file."""
     return translate(table, _defaults())
 
 
 @cache
 def _defaults() -> dict[str, dict[str, Any]]:
-    """By section and key; None where there is none."""
+    """Map section to key to default; None where there is none."""
     return {
         name: {key: None if field.is_required() else field.default for key, field in fields.items()}
         for name, section in RunFile.model_fields.items()

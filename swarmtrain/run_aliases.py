@@ -26,21 +26,21 @@ _Keys = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Given:
-    """The file so far: its tables with our keys."""
+    """Tables of a file that is being translated, with our keys as far as it is."""
 
     table: Mapping[str, Any]
     defaults: _Keys
     words: Mapping[str, Any]
-    """The section of the word that is read, as the person wrote it."""
+    """Section of the word that is read, as the person wrote it."""
 
     def written(self, key: str) -> Any:
-        """The value of `SECTION.KEY` in the file; None where it is not there."""
+        """Value of `SECTION.KEY` in the file; None where it is not there."""
         section, _, name = key.partition(".")
         keys = self.table.get(section)
         return keys.get(name) if isinstance(keys, dict) else None
 
     def value(self, key: str) -> Any:
-        """The same, or the default; None for what is no number above 0, of which the validation tells."""
+        """Number in the file, or the default; None for what is no number above 0, of which the validation tells."""
         section, _, name = key.partition(".")
         value = self.written(key)
         number = _number(self.defaults[section][name] if value is None else value)
@@ -59,9 +59,9 @@ class Alias:
     """Give our keys their values, or raise ValueError with the rest of a sentence that begins with the word. None: the
     value is taken over as it is."""
     says: str = ""
-    """How it is converted, or why it is refused: for the page."""
+    """Conversion, or reason of the refusal, in words for the page."""
     refused: bool = False
-    """Whether it is always refused, with what to write instead."""
+    """True: no file may have it, and the refusal says what to write."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Translation:
 
     table: dict[str, Any]
     said: tuple[str, ...]
-    """What was read as what, a line each, in the file's order."""
+    """Lines that say what was read as what, in the file's order."""
     rewritten: Rewritten
 
 
@@ -96,7 +96,7 @@ def _whole(value: Any) -> int:
 
 
 def _quotient(one: int | float, other: int | float) -> float:
-    """Of the decimals that were written: 3e-4 of 3e-3 is 0.1, which floats would miss."""
+    """Divide the decimals that were written: 3e-4 by 3e-3 is 0.1, which floats would miss."""
     try:
         return float(Fraction(str(one)) / Fraction(str(other)))
     except OverflowError:
@@ -418,7 +418,7 @@ class _Draft:
 
 
 def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
-    """A person's `table` with our keys. What cannot be read is left out, and is among the problems."""
+    """Replace words by our keys in a person's `table`. What cannot be read is left out, and is among the problems."""
     draft = _Draft({name: dict(keys) if isinstance(keys, dict) else keys for name, keys in table.items()})
     for name in table:
         if name in _SECTIONS and name not in defaults:

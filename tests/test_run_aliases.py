@@ -210,7 +210,9 @@ STRANGE = [
 
 
 GOES_BY = ["model.width", "model.context_tokens", "inner.learning_rate", "inner.batch_sequences", "merge.inner_steps"]
-NEXT_STEP = re.compile("allowed: |; (or )?write |: write |leave (it|one of them) out|is less than one inner step|and . more problem")
+NEXT_STEP = re.compile(
+    "allowed: |; (or )?write |: write |leave (it|one of them) out|is less than one inner step|and . more problem"
+)
 
 
 def test_whatever_the_values_a_refusal_says_what_to_write() -> None:

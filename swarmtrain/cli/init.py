@@ -44,7 +44,7 @@ def command(path: Path, name: str) -> None:
 
 
 def _begun(text: str, name: str, path: Path) -> str:
-    """The example with what to do next at its head, in place of its own command lines."""
+    """Put what to do next at the head of an example, in place of its own command lines."""
     import shlex
 
     from swarmtrain.words import one_line

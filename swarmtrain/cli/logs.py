@@ -73,7 +73,7 @@ class LogReader:
         self._file.close()
 
     def last_lines(self, number: int) -> list[str]:
-        """The last of those that are there; of older files too where the newest has fewer."""
+        """Read the last lines that are there, from older files too where the newest has fewer."""
         found = deque(self._file.read().splitlines(), maxlen=number)
         older = sorted(self._path.parent.glob(f"{self._path.name}.[0-9]*"), key=lambda each: int(each.suffix[1:]))
         for path in older:
@@ -83,7 +83,7 @@ class LogReader:
         return list(map(_shown, found))
 
     def new_lines(self, lives: Callable[[], bool], pause: Callable[[], object]) -> Iterator[str]:
-        """What is written from now on, until its peer does not live any more. `pause` is called between two looks."""
+        """Yield what is written from now on, until the peer is gone. `pause` is called between two reads."""
         begun = b""
         while True:
             lived = lives()  # before it is read: the last words of a peer are read once it is gone
@@ -97,7 +97,7 @@ class LogReader:
             pause()
 
     def _new_parts(self) -> Iterator[bytes]:
-        """What is new in the file, and in the one that has taken its name since."""
+        """Read what is new in the file, and in the one that has taken its name since."""
         try:
             newest = self._path.open("rb")  # before the old one is read, which nobody writes to once there is a new one
         except FileNotFoundError:

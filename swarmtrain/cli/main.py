@@ -32,7 +32,7 @@ ALIASES = {
     **dict.fromkeys(("list", "ls", "ps"), ("status", "--all")),
     "log": ("logs",),
 }
-"""What people type out of habit, and what it stands for. Help does not list it."""
+"""Habits of other programs, and the words they stand for. Help does not list them."""
 
 _RUN_WAYS = "local RUN.toml (train here), join INVITE (take part) or bootstrap RUN.toml (begin a run for others)"
 _MEANT = {

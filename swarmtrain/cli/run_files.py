@@ -37,8 +37,8 @@ class GivenRun:
         return str(self.path.absolute()) if Path(self.argument) == self.path else self.argument
 
     def load(self) -> RunFile:
-        """The run. Says on standard error what was read as which of our keys. Raises RunFileError, which lists the
-        examples where there is no such file."""
+        """Load the run, and say on standard error which words were read as which keys. Raises RunFileError, which lists
+        the examples where there is no such file."""
         from swarmtrain.cli.background import say
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line

@@ -201,7 +201,7 @@ def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """How well a model predicts a text of which each byte stands in exactly one target token (`held_out_batches`)."""
+    """Loss on a text of which each byte stands in exactly one target token (`held_out_batches`)."""
 
     sum_nats: float
     num_tokens: int
@@ -209,12 +209,12 @@ class TextLoss:
 
     @property
     def nats_per_byte(self) -> float:
-        """The held-out loss."""
+        """Held-out loss as the run reports it."""
         return self.sum_nats / self.num_bytes
 
     @property
     def bits_per_byte(self) -> float:
-        """The same in bits; it does not depend on the tokenizer, so models with different ones compare by it."""
+        """Nats per byte in bits. It does not depend on the tokenizer: models with different ones compare by it."""
         return bits_per_byte(self.nats_per_byte)
 
     @property

@@ -242,7 +242,7 @@ def held_out_loss_of(
 
 
 def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
-    """The held-out loss in all its units, after a round."""
+    """Tell the held-out loss after a round, in all its units."""
     return EvalEvent(
         round=round,
         held_out_loss=loss.nats_per_byte,

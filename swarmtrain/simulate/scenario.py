@@ -401,7 +401,7 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
 
 
 def _run_table(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The tables of the run file, with our keys. `UserError` for words of the field that stand for none."""
+    """Read the run file's tables, with our keys. `UserError` for words of the field that stand for none."""
     found = translated(read_small_file(path, "a run file", _RUN_EXAMPLE))
     if found.rewritten.problems:
         raise UserError(*(f"{one_line(str(path))}: {problem}" for _, problem in found.rewritten.problems))
