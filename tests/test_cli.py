@@ -191,6 +191,7 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
     ("arguments", "expected"),
     [
         (["chekc"], "error: No such command 'chekc'; did you mean check? (see swarmtrain --help)"),
+        (["stpo"], "error: No such command 'stpo'; did you mean stop? (see swarmtrain --help)"),
         (["zzz"], "error: No such command 'zzz'; there are "),
         (
             ["train"],

@@ -79,7 +79,7 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         args = [*ALIASES.get(args[0], args[:1]), *args[1:]]
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = _MEANT.get(args[0]) or next(iter(difflib.get_close_matches(args[0], COMMANDS, n=1)), "")
+            near = _MEANT.get(args[0]) or next(iter(difflib.get_close_matches(args[0], (*COMMANDS, *ALIASES), n=1)), "")
             meant = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
             ctx.fail(f"No such command {args[0]!r}; {meant}")
         return super().resolve_command(ctx, args)
