@@ -35,8 +35,8 @@ def command(name: str, directory: Path | None, follow: bool, lines: int) -> None
 
     from swarmtrain.cli.peers import find
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.lock import Holder, holder
-    from swarmtrain.peer.logs import LOG_NAME
+    from swarmtrain.peer.control.logs import LOG_NAME
+    from swarmtrain.peer.lifecycle.folder_lock import Holder, holder
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     folder = find(WhichPeer(name=name, directory=directory)).folder

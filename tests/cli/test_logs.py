@@ -12,7 +12,7 @@ from fake_peer import FakePeer, living
 from swarmtrain.cli import logs
 from swarmtrain.cli.logs import LogReader
 from swarmtrain.cli.main import run
-from swarmtrain.peer.logs import peer_log
+from swarmtrain.peer.control.logs import peer_log
 
 
 def write(folder: Path, name: str, first: int, end: int) -> None:
@@ -71,7 +71,7 @@ def test_a_line_is_printed_once_it_is_whole(tmp_path: Path) -> None:
 
 def test_following_loses_nothing_when_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is written by a real peer, and rotated after a few lines."""
-    monkeypatch.setattr("swarmtrain.peer.logs.LOG_MAX_BYTES", 400)
+    monkeypatch.setattr("swarmtrain.peer.control.logs.LOG_MAX_BYTES", 400)
     log = logging.getLogger("swarmtrain.test")
     with peer_log(tmp_path):
         log.warning("number 0")

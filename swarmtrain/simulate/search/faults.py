@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from swarmtrain.simulate.network import Network
-from swarmtrain.simulate.pipeline import PipelineWorld
-from swarmtrain.simulate.search.schedule import Fault
+from swarmtrain.simulate.pipeline.world import PipelineWorld
+from swarmtrain.simulate.search.schedule import ScheduledFault
 
 __all__ = ["declare", "declare_span", "end_faults"]
 
@@ -18,13 +17,13 @@ Come: TypeAlias = Callable[[str, int], object]
 _LOST, _TWICE, _LATE = 0.2, 0.5, 0.2
 
 
-def declare_span(world: World, fault: Fault, begin: Callable[[], object], end: Callable[[], object]) -> None:
+def declare_span(world: World, fault: ScheduledFault, begin: Callable[[], object], end: Callable[[], object]) -> None:
     """`begin` when the fault strikes, `end` when it is over."""
     world.at(fault.at_s, begin)
     world.at(fault.end_s, end)
 
 
-def declare(world: World, fault: Fault, name: str, index: int, come: Come) -> None:
+def declare(world: World, fault: ScheduledFault, name: str, index: int, come: Come) -> None:
     """A fault of any kind that all have; `index` tells newcomers apart."""
     match fault.kind:
         case "kill" | "leave":
