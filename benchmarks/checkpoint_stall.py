@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.roster import sign_roster
-from swarmtrain.peer.checkpoint import Checkpoint
-from swarmtrain.peer.checkpoint_files import CheckpointFolder
-from swarmtrain.peer.checkpointer import Checkpointer
-from swarmtrain.peer.session import OwnPart
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.rosters import Publication, Roster
+from swarmtrain.network.rounds.roster import sign_roster
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.files import CheckpointFolder
+from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.training.session import LocalCheckpoint
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.protocol.tokens.progress import Progress
 
 RUN_SHA256 = "5e" * 32
 LIMIT_S = 600.0
@@ -110,7 +110,7 @@ def checkpoint(steps: Steps, state: OuterState, writer: Checkpointer, number: in
     copying_s = time.perf_counter()
     moments = steps.inner.copy_moments(room)
     copied_s = time.perf_counter()
-    own = OwnPart(batches=number, own_tokens=0, young_steps=None, steps_per_s=1.0, moments=moments)
+    own = LocalCheckpoint(batches=number, own_tokens=0, young_steps=None, steps_per_s=1.0, moments=moments)
     writer.offer(
         Checkpoint(
             state=state,
@@ -142,7 +142,7 @@ def checkpoint(steps: Steps, state: OuterState, writer: Checkpointer, number: in
 def a_template(state: OuterState) -> Checkpoint:
     """A checkpoint with a roster as good as any."""
     identity = new_identity()
-    entry = Publication(peer=identity.peer_id, snapshot="11" * 32, tokens=1, inner_steps=1)
+    entry = RoundPublication(peer=identity.peer_id, snapshot="11" * 32, tokens=1, inner_steps=1)
     roster = Roster(round=0, signer=identity.peer_id, entries=(entry,))
     progress = Progress().after(roster.peers, [1], roster.digest)
     signed = sign_roster(identity, RUN_SHA256, roster)

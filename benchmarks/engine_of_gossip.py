@@ -16,25 +16,25 @@ import time
 from collections import defaultdict, deque
 from typing import Any
 
-from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
-from swarmtrain.protocol.gossip_messages import (
-    Ask,
-    Decode,
-    Decoded,
-    Download,
-    Downloaded,
+from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip.merge_plans import MergePlanner, TrainersRound
+from swarmtrain.protocol.gossip.messages import (
+    AskPartner,
+    DecodePublication,
+    DownloadPublication,
     MergeDue,
-    PeersChanged,
-    Planned,
-    Prepare,
-    Prepared,
-    Replied,
-    Woke,
+    MergePrepared,
+    MergesPlanned,
+    PartnerReplied,
+    PartnersChanged,
+    PrepareMerge,
+    PublicationDecoded,
+    PublicationDownloaded,
+    PullTimerFired,
 )
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.merge_plans import MergePlanner, TrainersRound
-from swarmtrain.protocol.partners import Mark
-from swarmtrain.protocol.pulls import SectionBytes, Wanted
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.pulls import SectionBytes, WantedPartners
+from swarmtrain.protocol.membership.membership import PeerInfo
 
 STEPS, STEP_S = 100, 0.5
 
@@ -47,7 +47,7 @@ class Peer:
         settings = GossipSettings(
             sections={"weights": "mean", "gradient": "outer step"},
             sizes=[sizes] * fragments,
-            wanted=Wanted(partners, 3),
+            wanted=WantedPartners(partners, 3),
             num_parts=32,
             max_staleness_rounds=8,
         )
@@ -70,16 +70,20 @@ class Peer:
         left = deque(commands)
         while left:
             match left.popleft():
-                case Ask(number, _, _, section, _, _):
-                    mark = Mark(round, 32, 6400) if section == "gradient" else Mark(round, 0, 0)
-                    left += self.tell(Replied(number, mark, number))
-                case Download(number):
+                case AskPartner(number, _, _, section, _, _):
+                    mark = (
+                        PublicationVersion(round, 32, 6400)
+                        if section == "gradient"
+                        else PublicationVersion(round, 0, 0)
+                    )
+                    left += self.tell(PartnerReplied(number, mark, number))
+                case DownloadPublication(number):
                     self.now += 0.001
-                    left += self.tell(Downloaded(number, 10**5))
-                case Decode(number):
-                    left += self.tell(Decoded(number, number))
-                case Prepare(number):
-                    left += self.tell(Prepared(number, number))
+                    left += self.tell(PublicationDownloaded(number, 10**5))
+                case DecodePublication(number):
+                    left += self.tell(PublicationDecoded(number, number))
+                case PrepareMerge(number):
+                    left += self.tell(MergePrepared(number, number))
                 case _:
                     pass
 
@@ -89,7 +93,7 @@ class Peer:
             PeerInfo(peer=peer, training=True, round=round, part=16, part_tokens=3200, inner_steps=STEPS)
             for peer in self.others
         ]
-        self.does(self.tell(PeersChanged(infos)), round)
+        self.does(self.tell(PartnersChanged(infos)), round)
         merge_after = [STEPS * (number + 1) // self.fragments for number in range(self.fragments)]
         began_s = self.now
         of = TrainersRound(
@@ -102,10 +106,10 @@ class Peer:
         plans: Any = self.planner.round_began(of, began_s)
         for number, after in enumerate(merge_after):
             if plans is not None:
-                self.does(self.tell(Planned(round, plans)), round)
+                self.does(self.tell(MergesPlanned(round, plans)), round)
             while (wake_s := self.engine.wake_at()) is not None and wake_s < began_s + after * STEP_S:
                 self.now = max(self.now, wake_s)
-                self.does(self.tell(Woke()), round)
+                self.does(self.tell(PullTimerFired()), round)
             self.now = max(self.now, began_s + after * STEP_S)
             (merge,) = self.tell(MergeDue(round, number))
             self.num_merged += len(merge.pulled)

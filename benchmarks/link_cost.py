@@ -42,9 +42,10 @@ from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batche
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots import (
+from swarmtrain.network.snapshots.store import (
     Body,
     PullLimits,
     SnapshotStore,
@@ -56,11 +57,10 @@ from swarmtrain.network.snapshots import (
     pull_manifest,
 )
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
-from swarmtrain.peer.loop import ModelLoop
-from swarmtrain.peer.session import Session, Start
-from swarmtrain.peer.updates import Averaged, Contribution
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.peer.merging.updates import Averaged, LocalUpdate
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.session import Session, Start
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -229,7 +229,7 @@ class Rounds:
     costs: list[tuple[float, ...]] = field(default_factory=list)
     """Of each round with traffic: what `Link.counted` counted, and what this thread ran, as differences."""
     _before: tuple[float, ...] = ()
-    _own: Contribution | None = None
+    _own: LocalUpdate | None = None
 
     @property
     def has_traffic(self) -> bool:
@@ -256,7 +256,7 @@ class Rounds:
     def step_done(self, inner_steps_done: int) -> None:
         pass
 
-    def publish(self, contribution: Contribution) -> None:
+    def publish(self, contribution: LocalUpdate) -> None:
         self._own = contribution
         if self.has_traffic:
             now = (*self.link.counted(), schedule_s()[0])

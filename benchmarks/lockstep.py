@@ -24,7 +24,7 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import variance_corrected_mean
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
-from swarmtrain.peer.consensus import layout_of_specs
+from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.run import load_run
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.setting import Setting

@@ -33,7 +33,7 @@ import psutil
 import tomli_w
 from cold_start import read_run
 
-from swarmtrain.cli.peers import Life, Peer, look
+from swarmtrain.cli.peers import Life, LocalPeer, look
 from swarmtrain.network.daemon import owned_process_args
 
 FACTORS = "16,20,24,16,20,24"
@@ -66,7 +66,7 @@ def sample(folder: Path) -> Sample:
     """Of one peer and its daemon."""
     kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     process = psutil.Process(int((folder / "peer.pid").read_text()))
-    seen = look(Peer(folder=folder))
+    seen = look(LocalPeer(folder=folder))
     if seen.life is not Life.RUNNING:
         raise ValueError("it does not answer")
     alone = process.memory_info().rss / 2**20

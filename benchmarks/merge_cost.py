@@ -21,10 +21,10 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
-from swarmtrain.algorithm.gossip import Arrival, gossip_merge, layout_of, prepare
+from swarmtrain.algorithm.gossip import PartnerUpdate, gossip_merge, layout_of, prepare
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, unflatten_into
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.updates import LentWeights
+from swarmtrain.peer.merging.updates import LentWeights
 from swarmtrain.run import RunFile
 
 CONSTANTS = OuterConstants(learning_rate=0.7, momentum=0.8)
@@ -38,7 +38,10 @@ class Merges:
         self.fragment, self.model = fragment, fragment.pick(parameters)
         theta = memory.empty(fragment.layout.size).copy_(flatten(self.model))
         self.state = OuterState(theta, memory.zeros_like(theta).fill_(1e-3))
-        self.arrivals = [Arrival(theta + 1e-3, theta, 0), Arrival(None, 1e-3 * torch.randn(len(theta)), 5000)]
+        self.arrivals = [
+            PartnerUpdate(theta + 1e-3, theta, 0),
+            PartnerUpdate(None, 1e-3 * torch.randn(len(theta)), 5000),
+        ]
 
     def costs_ms(self) -> tuple[list[float], float]:
         """Of the processor by each part, and all of them by the clock."""

@@ -21,7 +21,7 @@ import tomli_w
 from cold_start import read_run
 
 from swarmtrain.events import DoneEvent, Event, MicrobatchRetryEvent, MovedEvent, RoundEvent
-from swarmtrain.peer.local import LocalSwarm
+from swarmtrain.peer.local.swarm import LocalSwarm
 from swarmtrain.run import RunFile
 
 KILLED_AT, LATE_AT = (0.25, 0.5), 1 / 3

@@ -24,8 +24,7 @@ from pipeline_swarm import EVEN, Odd, Watched, started
 VICTIM = 3
 GARBAGE = """
 import os
-from swarmtrain.peer import stage_service
-
+from swarmtrain.peer.pipeline import stage_service
 right = stage_service.StageServer.answer_untrusted
 
 async def answer_untrusted(self, caller, question, body):

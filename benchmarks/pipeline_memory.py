@@ -28,7 +28,7 @@ from cold_start import read_run
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import RoundEvent
-from swarmtrain.peer.local import LocalSwarm
+from swarmtrain.peer.local.swarm import LocalSwarm
 
 LARGE = [
     "model.width=512",

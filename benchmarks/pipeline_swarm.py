@@ -32,7 +32,7 @@ import tomli_w
 from cold_start import read_run
 
 from swarmtrain.events import AssignedEvent, Event, MovedEvent, StageThroughputEvent
-from swarmtrain.peer.local import LocalSwarm
+from swarmtrain.peer.local.swarm import LocalSwarm
 
 EVEN, UNEVEN = (0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 2)
 EVERY_S = 10.0

@@ -24,7 +24,7 @@ from pipeline_swarm import started
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model, num_parameters
-from swarmtrain.peer.loop import inner_constants
+from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 
 

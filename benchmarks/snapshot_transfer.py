@@ -32,7 +32,7 @@ from swarmtrain.network.daemon import hivemind_module, owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots import (
+from swarmtrain.network.snapshots.store import (
     CHUNK_BYTES,
     Body,
     PullLimits,

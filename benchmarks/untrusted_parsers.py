@@ -18,12 +18,11 @@ from typing import Any
 import msgpack
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.consensus import StateFetcher
+from swarmtrain.network.asynchronous.server_link import entered_round_untrusted
+from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, ShardsOf
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import new_identity, peer_bytes
-from swarmtrain.network.offering import state_specs
-from swarmtrain.network.records import (
+from swarmtrain.network.discovery.records import (
     MAX_BUCKET_RECORDS,
     PRESENCE,
     RecordRules,
@@ -33,12 +32,13 @@ from swarmtrain.network.records import (
     presence_from_proto_untrusted,
     presence_to_proto,
 )
-from swarmtrain.network.roster import roster_untrusted
-from swarmtrain.network.serving import entered_round_untrusted
-from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
+from swarmtrain.network.identity import new_identity, peer_bytes
+from swarmtrain.network.rounds.roster import roster_untrusted
+from swarmtrain.network.signatures import sign
+from swarmtrain.network.snapshots.state_provider import state_specs
+from swarmtrain.network.snapshots.store import Body, SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as stages
 from swarmtrain.v1 import snapshot_pb2 as pb
 

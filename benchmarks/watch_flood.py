@@ -28,9 +28,9 @@ import torch
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.events import RoundEvent, StartedEvent
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.board import Pulse, StatusBoard, Watched
-from swarmtrain.peer.control import MAX_WATCHERS, ControlServer, Powers
-from swarmtrain.peer.health import health
+from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
+from swarmtrain.peer.control.health import health
+from swarmtrain.peer.control.server import MAX_WATCHERS, ControlHandlers, ControlServer
 from swarmtrain.run import load_run
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -116,7 +116,9 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = Trainer()
     board = board_of(trainer)
-    powers = Powers(status=board.status, healthy=lambda: health(board.tick(), time.monotonic())[0], leave=lambda: "no")
+    powers = ControlHandlers(
+        status=board.status, healthy=lambda: health(board.tick(), time.monotonic())[0], leave=lambda: "no"
+    )
     with tempfile.TemporaryDirectory() as folder:
         server = ControlServer(Path(folder), powers)
         server.start()

@@ -1,7 +1,7 @@
 """What a rehearsal on one machine goes through: its links, who comes and goes, and what breaks when.
 
 A file that a person writes, like a run file; and from it and the volunteers' names every mishap with its time, the
-same ones each time. What strikes links is done to `network.links`, what strikes processes to `peer.local`.
+same ones each time. What strikes links is done to `network.links`, what strikes processes to `peer.local.swarm`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from swarmtrain.errors import UserError
 from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
 
 __all__ = [
-    "ChurnSection",
     "Deed",
+    "FaultEvent",
     "FaultSection",
     "LinksSection",
-    "Mishap",
+    "RehearsalChurn",
     "RehearsalFile",
     "SeedSection",
+    "fault_events",
     "load_rehearsal",
-    "mishaps",
 ]
 
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
@@ -53,7 +53,7 @@ class LinksSection(Section):
     )
 
 
-class ChurnSection(Section):
+class RehearsalChurn(Section):
     """`[churn]`: volunteers that are killed or leave, and come back."""
 
     every_s: float = Field(0.0, ge=0, description="About so often, in seconds; 0: never.")
@@ -82,7 +82,7 @@ class FaultSection(Section):
 class _Sections(Section):
     rehearsal: SeedSection = Field(default_factory=lambda: SeedSection())
     links: LinksSection = Field(default_factory=lambda: LinksSection())
-    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+    churn: RehearsalChurn = Field(default_factory=lambda: RehearsalChurn())
 
 
 class RehearsalFile(_Sections):
@@ -133,7 +133,7 @@ def _fault(row: Any, origin: str) -> FaultSection:
 
 
 @dataclass(frozen=True, order=True)
-class Mishap:
+class FaultEvent:
     """Something that strikes some volunteers at once; over after `for_s`."""
 
     at_s: float
@@ -142,7 +142,7 @@ class Mishap:
     for_s: float
 
 
-def mishaps(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
+def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
     """All that happens, by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
@@ -151,13 +151,13 @@ def mishaps(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
             raise UserError(f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers")
     rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
     told = [
-        Mishap(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)
+        FaultEvent(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)
         for fault in rehearsal.faults
     ]
     return heapq.merge(sorted(told), _churn(rehearsal, names))
 
 
-def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
+def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
     """One after the other, never the one who is still away."""
     churn, rng = rehearsal.churn, random.Random(f"churn of {rehearsal.rehearsal.seed}")
     back_s, now_s = dict.fromkeys(names, 0.0), 0.0
@@ -167,4 +167,4 @@ def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Mishap]:
         name = rng.choice([name for name in names if back_s[name] <= now_s])
         deed: Deed = rng.choice(["kill", "leave"])
         back_s[name] = now_s + churn.away_s
-        yield Mishap(now_s, deed, (name,), churn.away_s)
+        yield FaultEvent(now_s, deed, (name,), churn.away_s)

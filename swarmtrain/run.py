@@ -369,7 +369,7 @@ class RunFile(Section):
     @property
     def max_round_tokens(self) -> int:
         """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
-        are not all of one size (`protocol/microbatches.py`), and a round ends after the one that fills it."""
+        are not all of one size (`protocol/pipeline/ledger.py`), and a round ends after the one that fills it."""
         in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES

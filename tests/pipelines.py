@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from swarmtrain.simulate.microbatches import FAULTS, run_schedule
+from swarmtrain.simulate.pipeline.microbatches import FAULTS, run_schedule
 
 
 def main() -> None:

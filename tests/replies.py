@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from swarmtrain.network.replies import put_untrusted
+from swarmtrain.network.snapshots.replies import put_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from swarmtrain.peer.loop import InnerLoop
-from swarmtrain.peer.session import Session
+from swarmtrain.peer.training.loop import InnerLoop
+from swarmtrain.peer.training.session import Session
 
 __all__ = ["train_round"]
 

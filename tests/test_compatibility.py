@@ -15,13 +15,13 @@ import pytest
 from swarmtrain import __version__, compatibility
 from swarmtrain.compatibility import KEYS_SINCE, PROTOCOL, Needs, needs_untrusted
 from swarmtrain.errors import BadBytesError, InviteError, NewerRunError, UserError, VersionError
-from swarmtrain.network import finding
-from swarmtrain.network.finding import find_run, refusal_untrusted
+from swarmtrain.network.discovery import run_lookup
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite, parse_invite
+from swarmtrain.network.discovery.run_lookup import find_run, refusal_untrusted
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
-from swarmtrain.peer import fetching
 from swarmtrain.peer.bootstrap import publish_run
-from swarmtrain.peer.folder import PeerFolder
+from swarmtrain.peer.lifecycle import run_fetch
+from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.problems import section_fields
 from swarmtrain.run import RunFile, parse_published_untrusted, parse_run, run_sha256
 from swarmtrain.v1 import pipeline_pb2, snapshot_pb2
@@ -134,9 +134,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Callable[[], Any]:
         def __init__(self, node: object, run_sha256: str) -> None: ...
 
         async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float) -> pb.HelloReply:
-            return pb.HelloReply(time=finding.own_time(), **fields)
+            return pb.HelloReply(time=run_lookup.own_time(), **fields)
 
-    monkeypatch.setattr(finding, "PeerCalls", Calls)
+    monkeypatch.setattr(run_lookup, "PeerCalls", Calls)
 
     async def find() -> object:
         return await find_run(_Node(), RUN, PEERS)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_nobody_goes_on_alone_while_peers_answer_that_it_cannot_train_with(monke
     def find(*args: object) -> str:
         raise VersionError("the peer at somewhere runs swarmtrain 0.1.0")
 
-    monkeypatch.setattr(fetching, "run_to_resume", lambda *args: SimpleNamespace())
+    monkeypatch.setattr(run_fetch, "run_to_resume", lambda *args: SimpleNamespace())
     peer: Any = SimpleNamespace(find=find, folder=None, invite=Invite(RUN, PEERS))
     with pytest.raises(VersionError):
-        fetching.RunFetcher.fetch(peer)
+        run_fetch.RunFetcher.fetch(peer)

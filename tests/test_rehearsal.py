@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from swarmtrain.errors import UserError
-from swarmtrain.rehearsal import ChurnSection, FaultSection, Mishap, RehearsalFile, SeedSection, load_rehearsal, mishaps
+from swarmtrain.rehearsal import (
+    FaultEvent,
+    FaultSection,
+    RehearsalChurn,
+    RehearsalFile,
+    SeedSection,
+    fault_events,
+    load_rehearsal,
+)
 
 NAMES = [f"volunteer-{number}" for number in range(1, 7)]
 
@@ -23,16 +31,16 @@ def test_the_example_is_one() -> None:
     rehearsal = load_rehearsal(Path(__file__).parents[1] / "examples" / "rehearsals" / "bad-internet.toml")
     assert rehearsal.needs_links and rehearsal.strikes and rehearsal.links.rtt_ms == 80
     assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "reset", "half-open"]
-    first = list(itertools.islice(mishaps(rehearsal, NAMES), 20))
-    assert first == list(itertools.islice(mishaps(rehearsal, NAMES), 20))
+    first = list(itertools.islice(fault_events(rehearsal, NAMES), 20))
+    assert first == list(itertools.islice(fault_events(rehearsal, NAMES), 20))
     assert [mishap.at_s for mishap in first] == sorted(mishap.at_s for mishap in first)
-    assert Mishap(20.0, "hang", ("volunteer-2",), 15.0) in first
+    assert FaultEvent(20.0, "hang", ("volunteer-2",), 15.0) in first
     assert next(len(mishap.who) for mishap in first if mishap.do == "partition") == 3
 
 
 def test_an_empty_one_does_nothing(tmp_path: Path) -> None:
     rehearsal = read(tmp_path, "")
-    assert not rehearsal.needs_links and not rehearsal.strikes and list(mishaps(rehearsal, NAMES)) == []
+    assert not rehearsal.needs_links and not rehearsal.strikes and list(fault_events(rehearsal, NAMES)) == []
 
 
 def test_killing_needs_no_links_and_parting_does(tmp_path: Path) -> None:
@@ -74,16 +82,16 @@ def test_files_that_cannot_be_read_name_the_example(tmp_path: Path) -> None:
 
 def test_who_is_not_there_cannot_be_struck() -> None:
     with pytest.raises(UserError, match="anna is nobody's name here; there are volunteer-1"):
-        mishaps(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", who=("anna",)),)), NAMES)
+        fault_events(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", who=("anna",)),)), NAMES)
     with pytest.raises(UserError, match="7 of 6 volunteers; give more --peers"):
-        mishaps(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", number=7),)), NAMES)
+        fault_events(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", number=7),)), NAMES)
 
 
 def test_churn_strikes_about_so_often_and_nobody_who_is_away() -> None:
-    def some(seed: int) -> list[Mishap]:
-        churn = ChurnSection(every_s=10, away_s=30)
+    def some(seed: int) -> list[FaultEvent]:
+        churn = RehearsalChurn(every_s=10, away_s=30)
         rehearsal = RehearsalFile(rehearsal=SeedSection(seed=seed), churn=churn)
-        return list(itertools.islice(mishaps(rehearsal, NAMES), 1000))
+        return list(itertools.islice(fault_events(rehearsal, NAMES), 1000))
 
     struck = some(1)
     assert struck == some(1) != some(2)
@@ -96,15 +104,17 @@ def test_churn_strikes_about_so_often_and_nobody_who_is_away() -> None:
 
 
 def test_with_everybody_away_churn_waits() -> None:
-    churn = ChurnSection(every_s=1, away_s=100)
-    times = [mishap.at_s for mishap in itertools.islice(mishaps(RehearsalFile(churn=churn), NAMES[:2]), 4)]
+    churn = RehearsalChurn(every_s=1, away_s=100)
+    times = [mishap.at_s for mishap in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:2]), 4)]
     assert times[2] >= times[0] + 100 and times[3] >= times[1] + 100
 
 
 def test_churn_whose_victims_never_come_back_ends_no_loop() -> None:
     """It counted on, second by second, to the day of their return."""
-    churn = ChurnSection(every_s=1, away_s=1e9)
-    assert [mishap.at_s > 1e9 for mishap in itertools.islice(mishaps(RehearsalFile(churn=churn), NAMES[:1]), 2)] == [
+    churn = RehearsalChurn(every_s=1, away_s=1e9)
+    assert [
+        mishap.at_s > 1e9 for mishap in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:1]), 2)
+    ] == [
         False,
         True,
     ]

@@ -17,8 +17,8 @@ import sys
 
 from pydantic import ValidationError
 
-from swarmtrain.network.own_link import OwnLink
-from swarmtrain.peer.local import link_shape
+from swarmtrain.network.links.own_link import OwnLink
+from swarmtrain.peer.local.swarm import link_shape
 from swarmtrain.rehearsal import LinksSection
 
 LINK_USER, PEER_USER = "link", "swarmtrain"

@@ -23,10 +23,10 @@ from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step
 
 __all__ = [
-    "Arrival",
     "CorrectedMean",
     "Layout",
-    "Prepared",
+    "PartnerUpdate",
+    "PreparedMerge",
     "gossip_merge",
     "layout_of",
     "prepare",
@@ -199,7 +199,7 @@ def variance_corrected_mean(
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PartnerUpdate:
     """What was pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g; or
     one of the two, theta (or other values that are averaged) without tokens or g without theta.
 
@@ -217,7 +217,7 @@ class Arrival:
 
 
 @dataclass(kw_only=True)
-class Prepared:
+class PreparedMerge:
     """A merge as far as it goes without this peer's own gradient; good for one merge."""
 
     theta_mean: Tensor
@@ -240,8 +240,13 @@ class Prepared:
 
 @torch.no_grad()
 def prepare(
-    state: OuterState, arrivals: Iterable[Arrival], layout: Layout, learning_rate: float, *, may_write: bool = False
-) -> Prepared:
+    state: OuterState,
+    arrivals: Iterable[PartnerUpdate],
+    layout: Layout,
+    learning_rate: float,
+    *,
+    may_write: bool = False,
+) -> PreparedMerge:
     """Average theta (P,), this peer's at its round's start, with the partners', and add up their gradients.
 
     Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not. A
@@ -278,7 +283,7 @@ def prepare(
         mean = memory.empty_like(theta).copy_(theta) if tokens else theta
     if ahead := math.fsum(ahead_rounds):
         mean.add_(state.momentum, alpha=learning_rate * ahead / (1 + len(thetas)))
-    return Prepared(
+    return PreparedMerge(
         theta_mean=mean,
         gradient_sum=memory.zeros_like(theta) if gradient_sum is None else gradient_sum,
         tokens=math.fsum(tokens),
@@ -291,7 +296,7 @@ def prepare(
 
 @torch.no_grad()
 def gossip_merge(
-    state: OuterState, prepared: Prepared, gradient: Tensor, tokens: float, constants: OuterConstants
+    state: OuterState, prepared: PreparedMerge, gradient: Tensor, tokens: float, constants: OuterConstants
 ) -> OuterState:
     """The outer step at a round's end: `gradient` (P,) is this peer's own g of the round, `tokens` what it took.
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ClipIncident",
     "Clipped",
     "DirectionTrust",
     "DisplacementClip",
     "GradientClip",
     "Group",
-    "Incident",
     "Trusted",
     "flag_mean",
     "per_tensor",
@@ -50,7 +50,7 @@ _CANCELLED = 1e-6  # of K: a sum of unit vectors this short has no direction but
 
 
 @dataclass(frozen=True)
-class Incident:
+class ClipIncident:
     """A rule that cut what a peer sent, and how much, in words; the caller adds which peer."""
 
     rule: str
@@ -63,7 +63,7 @@ class Clipped:
 
     vector: Tensor
     factors: tuple[float, ...]  # what each group was multiplied by, 1.0 where it was not cut
-    incident: Incident | None  # None: nothing was cut
+    incident: ClipIncident | None  # None: nothing was cut
 
 
 def per_tensor(sizes: Sequence[int]) -> tuple[Group, ...]:
@@ -139,7 +139,7 @@ class GradientClip:
             f"gradient cut in {len(cut)} of {len(factors)} groups; group {worst} most, its norm {norms[worst]:.3g} "
             f"in {tokens:g} tokens to {limits[worst]:.3g}"
         )
-        return Clipped(vector, factors, Incident("gradient", detail))
+        return Clipped(vector, factors, ClipIncident("gradient", detail))
 
     def _norms(self, gradient: Tensor) -> list[float]:
         _check([gradient], at_least=1)
@@ -218,7 +218,7 @@ class DisplacementClip:
         for a, b, place in zip(*_chunks(own, theirs, vector), strict=True):
             place.copy_(a.double() + (b.double() - a.double()) * factor)
         detail = f"weights {norm:.3g} away from the own ones, drawn in to {limit:.3g}"
-        return Clipped(vector, (factor,), Incident("displacement", detail))
+        return Clipped(vector, (factor,), ClipIncident("displacement", detail))
 
     def _plain_limit(self) -> float:
         own = _TOLERANCE * max(self._own, default=0.0)
@@ -236,8 +236,8 @@ class Trusted:
 
     factor: float = 1.0
     weight: float = 1.0
-    incident: Incident | None = None
-    refusal: Incident | None = None
+    incident: ClipIncident | None = None
+    refusal: ClipIncident | None = None
 
 
 class DirectionTrust:
@@ -285,12 +285,12 @@ class DirectionTrust:
             return Trusted()
         if cosine < -usual / 2:
             detail = f"a gradient against the own one: cosine {cosine:.3f}, usual are {usual:.3f}"
-            return Trusted(refusal=Incident("direction", detail))
+            return Trusted(refusal=ClipIncident("direction", detail))
         least = self._own_norm * min(ratio, math.sqrt(ratio))
         factor = max(1.0, least / norm)
         incident = None
         if factor > _TOLERANCE:
-            incident = Incident(
+            incident = ClipIncident(
                 "length", f"gradient of norm {norm:.3g} lengthened to {least:.3g}, usual for its tokens"
             )
         return Trusted(factor, min(1.0, max(0.0, 2 * cosine / usual)), incident)

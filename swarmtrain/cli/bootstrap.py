@@ -24,7 +24,7 @@ from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.events import Event
-    from swarmtrain.peer.common import Emit
+    from swarmtrain.peer.lifecycle.node import Emit
 
 __all__ = ["command"]
 
@@ -69,7 +69,7 @@ def command(
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
     from swarmtrain.peer.bootstrap import run_bootstrap
-    from swarmtrain.peer.common import PeerSettings
+    from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.protocol.limits import Limits
 
     options.stop.begin()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli import rehearsed
+from swarmtrain.cli import swarm_options
 from swarmtrain.cli.common import example
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import RunFileError
@@ -24,7 +24,7 @@ __all__ = ["command"]
     epilog=run_examples() + example("swarmtrain check stdlib-gpt", "swarmtrain check run.toml --peers 16"),
 )
 @run_argument
-@rehearsed.PEERS
+@swarm_options.PEERS
 @click.option(
     "--data",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
@@ -44,7 +44,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     from swarmtrain.cli.estimate import doubts, estimate
 
     run = given.load()
-    peers = rehearsed.peers_for(run, peers)
+    peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
     from swarmtrain.model.gpt import num_parameters  # takes a second: after the file is known to be good
 
@@ -66,7 +66,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
 
 def _refused(run: RunFile) -> list[str]:
     """What a bootstrap would refuse besides the text."""
-    from swarmtrain.peer.merge_rules import mean_of
+    from swarmtrain.peer.merging.rules import mean_of
     from swarmtrain.run import published_bytes
 
     problems = []

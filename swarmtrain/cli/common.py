@@ -34,7 +34,7 @@ import click
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.errors import ClockError, SwarmtrainError
-from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.peer.lifecycle.stop import StopFlag
 
 if TYPE_CHECKING:
     from swarmtrain.events import DoneEvent, Event
@@ -309,14 +309,14 @@ def peer_options(function: _F) -> _F:
             raise click.UsageError("--only-announced: nobody could find this peer; give --announce ADDRESS too")
         if values["background"] and not is_the_background():
             return _start_in_background(values)
-        from swarmtrain.cli.stopping import stop_on_signals
-        from swarmtrain.peer.process import use_few_arenas
+        from swarmtrain.cli.stop_signals import stop_on_signals
+        from swarmtrain.peer.lifecycle.process import use_few_arenas
 
         use_few_arenas()
         with stop_on_signals(functools.partial(_end_at_once, values["json"], values["name"])) as stop:
             given = {item.name: values.pop(item.name) for item in fields(PeerOptions) if item.name in values}
             options = PeerOptions(**given, stop=stop)
-            from swarmtrain.peer.logs import log_to_file_only, log_to_terminal
+            from swarmtrain.peer.control.logs import log_to_file_only, log_to_terminal
 
             (log_to_file_only if is_the_background() else log_to_terminal)(options.log_level)
             return function(options=options, **values)
@@ -343,7 +343,7 @@ def _end_at_once(as_json: bool, name: str) -> None:
     """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
     click.echo("interrupted before it had begun", err=True)
     if as_json:
-        from swarmtrain.peer.process import process_age_s
+        from swarmtrain.peer.lifecycle.process import process_age_s
 
         head = {"event": "done", "time": time.time(), "peer": "", "name": name}
         counts = {"held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": process_age_s()}
@@ -386,7 +386,7 @@ def user_directory(role: str, name: str) -> Path:
 
 def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path) -> None:
     """The last line for a person, if one is there: `usual` is the folder of a peer like this without `--dir`."""
-    from swarmtrain.cli.closing import closing_line
+    from swarmtrain.cli.closing_line import closing_line
 
     if options.json or is_the_background():
         return

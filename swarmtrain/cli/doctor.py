@@ -10,8 +10,8 @@ import click
 from swarmtrain.cli.common import PEERS_ASSUMED, addresses, example, peer_name, user_directory
 
 if TYPE_CHECKING:
-    from swarmtrain.peer.doctor import DoctorSettings
-    from swarmtrain.peer.machine import Finding
+    from swarmtrain.peer.doctor.doctor import DoctorSettings
+    from swarmtrain.peer.doctor.machine import Finding
 
 __all__ = ["command"]
 
@@ -50,8 +50,8 @@ def command(
     import platformdirs
 
     from swarmtrain.cli.estimate import estimate
-    from swarmtrain.peer.doctor import DoctorSettings
-    from swarmtrain.peer.logs import log_to_terminal
+    from swarmtrain.peer.control.logs import log_to_terminal
+    from swarmtrain.peer.doctor.doctor import DoctorSettings
 
     log_to_terminal("error")
     settings = DoctorSettings(
@@ -74,7 +74,7 @@ def examine(settings: DoctorSettings, as_json: bool) -> int:
     import sys
     from collections import Counter
 
-    from swarmtrain.peer.doctor import Doctor
+    from swarmtrain.peer.doctor.doctor import Doctor
 
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it too leaves nothing behind
     progress = _Progress(sys.stderr.isatty() and not as_json)

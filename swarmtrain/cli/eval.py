@@ -36,7 +36,7 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     from swarmtrain.errors import UserError
     from swarmtrain.model.export import load_exported
     from swarmtrain.model.gpt import evaluate
-    from swarmtrain.peer.common import use_threads, useful_threads
+    from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
     exported = load_exported(model)
     try:

@@ -44,17 +44,17 @@ def command(invite: str | None, directory: Path | None, target: Path, accept_clo
     if (invite is None) == (directory is None):
         raise click.UsageError("give either INVITE or --dir FOLDER")
     if directory is not None:
-        from swarmtrain.peer.exporting import export_from_folder
+        from swarmtrain.peer.checkpoints.export import export_from_folder
 
         run_tokens = export_from_folder(directory, target)
     else:
         assert invite is not None
-        from swarmtrain.cli.stopping import stop_on_signals
-        from swarmtrain.network.invite import parse_invite
-        from swarmtrain.peer.exporting import export_from_swarm
+        from swarmtrain.cli.stop_signals import stop_on_signals
+        from swarmtrain.network.discovery.invite import parse_invite
+        from swarmtrain.peer.checkpoints.export import export_from_swarm
 
         parsed = parse_invite(invite)
-        from swarmtrain.peer.common import Interrupted
+        from swarmtrain.peer.lifecycle.node import Interrupted
 
         try:
             with stop_on_signals() as stop:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swarmtrain.simulate.comparing import Comparison
+    from swarmtrain.simulate.comparison import Comparison
 
 __all__ = ["draw"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from swarmtrain.cli.peers import (
     Life,
+    LocalPeer,
     NoAnswerError,
-    Peer,
     RefusedError,
     View,
     ask,
@@ -27,7 +27,7 @@ from swarmtrain.cli.peers import (
     look_without_asking,
 )
 from swarmtrain.errors import SwarmtrainError
-from swarmtrain.peer.lock import Holder, holder
+from swarmtrain.peer.lifecycle.folder_lock import Holder, holder
 from swarmtrain.v1 import control_pb2 as wire
 
 __all__ = ["Patience", "Signal", "follow"]
@@ -65,7 +65,7 @@ class _Probed:
 News = SimpleQueue[Any]
 
 
-def follow(peer: Peer, first: View, show: Callable[[View], None], news: News, patience: Patience) -> View | None:
+def follow(peer: LocalPeer, first: View, show: Callable[[View], None], news: News, patience: Patience) -> View | None:
     """Show a view whenever something changes, until the peer is over: then the last one. None when told to detach.
 
     RefusedError when the peer will not be watched, as when too many watch it already.
@@ -88,7 +88,7 @@ def follow(peer: Peer, first: View, show: Callable[[View], None], news: News, pa
 
 
 class _Following:
-    def __init__(self, peer: Peer, first: View, news: News, patience: Patience) -> None:
+    def __init__(self, peer: LocalPeer, first: View, news: News, patience: Patience) -> None:
         self._peer, self._news, self._patience = peer, news, patience
         self._view = first
         self._heard_s = time.monotonic()
@@ -192,7 +192,7 @@ class _Following:
 class _Stream:
     """One call of Watch in a thread of its own; what it brings goes to `news`, at the end a `_Broken`."""
 
-    def __init__(self, peer: Peer, news: News) -> None:
+    def __init__(self, peer: LocalPeer, news: News) -> None:
         self._peer, self._news = peer, news
         self._call: Any = None
         self._closed = False

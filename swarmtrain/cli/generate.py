@@ -32,7 +32,7 @@ def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int
     """Let the model in folder MODEL continue a prompt."""
     from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.exporting import Sampling, sample_text
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
 
     if not prompt:
         raise UserError("an empty prompt: give at least one character with --prompt")

@@ -25,9 +25,9 @@ def command(directory: Path | None, as_json: bool) -> None:
 
     import platformdirs
 
-    from swarmtrain.cli.peers import Peer
+    from swarmtrain.cli.peers import LocalPeer
     from swarmtrain.errors import InviteError, UserError
-    from swarmtrain.peer.folder import running_invite
+    from swarmtrain.peer.lifecycle.folder import running_invite
     from swarmtrain.words import one_line
 
     if directory is not None:
@@ -35,7 +35,7 @@ def command(directory: Path | None, as_json: bool) -> None:
     else:
         home = platformdirs.user_data_path("swarmtrain")
         folders = sorted(path for path in home.glob("*") if path.is_dir())
-    from swarmtrain.network.invite import parse_invite, where_it_serves
+    from swarmtrain.network.discovery.invite import parse_invite, where_it_serves
 
     found = {folder: line for folder in folders if (line := running_invite(folder)) is not None}
     if not found:
@@ -43,7 +43,7 @@ def command(directory: Path | None, as_json: bool) -> None:
             raise UserError(f"no running peer in {directory}; start it again, or give the folder of one that runs")
         raise UserError("no running peer of this user in the usual folders; give its --dir")
     for folder, line in found.items():
-        status, words = Peer(folder=folder).last(), ""
+        status, words = LocalPeer(folder=folder).last(), ""
         with contextlib.suppress(InviteError):  # of a peer of another version
             words = where_it_serves(parse_invite(line))
         if as_json:

@@ -30,9 +30,9 @@ from swarmtrain.cli.common import (
 from swarmtrain.cli.kept_options import KeptOption, restore
 
 if TYPE_CHECKING:
-    from swarmtrain.network.invite import Invite
-    from swarmtrain.network.snapshots import NumServed
-    from swarmtrain.peer.stopping import StopFlag
+    from swarmtrain.network.discovery.invite import Invite
+    from swarmtrain.network.snapshots.store import NumServed
+    from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
 __all__ = ["command"]
@@ -128,7 +128,7 @@ def command(
     The folder remembers --data, --threads, --listen, limits and a pause; what is given anew replaces it.
     """
     with errors_as_events(options.json, options.name):
-        from swarmtrain.network.invite import parse_invite
+        from swarmtrain.network.discovery.invite import parse_invite
 
         invite = " ".join(words)  # perhaps the whole line that was handed out, or a word with a break in it
         if invite and invite_file is not None:
@@ -144,7 +144,7 @@ def command(
 
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
-    from swarmtrain.peer.common import PeerSettings
+    from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
 
     options.stop.begin()
@@ -185,8 +185,8 @@ def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
 
 def _serving(fail_share: float) -> Callable[[str], NumServed]:
     """For a peer of some name, how much of each pull it serves: all of it, or in a rehearsal not always."""
-    from swarmtrain.network.links import FailingPulls
-    from swarmtrain.network.snapshots import all_chunks
+    from swarmtrain.network.links.proxy import FailingPulls
+    from swarmtrain.network.snapshots.store import all_chunks
 
     return lambda name: FailingPulls(fail_share, name).num_served if fail_share else all_chunks
 
@@ -194,7 +194,7 @@ def _serving(fail_share: float) -> Callable[[str], NumServed]:
 def _word_in(path: Path | None, stop: StopFlag) -> str:
     """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
     without a file."""
-    from swarmtrain.network.invite import invite_in
+    from swarmtrain.network.discovery.invite import invite_in
 
     if path is None:
         return ""
@@ -219,8 +219,8 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
 def _of_folder(directory: Path) -> Invite:
     """The run of the folder and the peers known there. UserError when there is no run."""
     from swarmtrain.errors import UserError
-    from swarmtrain.network.invite import Invite
-    from swarmtrain.peer.folder import PeerFolder
+    from swarmtrain.network.discovery.invite import Invite
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
 
     folder = PeerFolder(directory)
     kept = folder.kept_run()
@@ -234,7 +234,7 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     one is given, a numbered one beside it. Without a run and a name see `_stopped`. UserError when `--dir` holds
     another run."""
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.folder import PeerFolder, is_in_use
+    from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
 
     folder = peer_directory(options, "volunteer")
     is_other = run_sha256 is not None and PeerFolder(folder).kept_sha256() not in (None, run_sha256)
@@ -259,7 +259,7 @@ def _stopped(folder: Path) -> Path | None:
     with a run in which nobody lives; says which, and what the others are. None where there is no run. UserError where
     all of them run."""
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.folder import PeerFolder, is_in_use
+    from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
 
     beside = sorted(folder.parent.glob(f"{folder.name}-*"), key=_last_used, reverse=True)
     ours = [path for path in (folder, *beside) if PeerFolder(path).kept_sha256() is not None]

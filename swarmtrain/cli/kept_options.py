@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from swarmtrain.cli.background import say
-from swarmtrain.peer.lock import is_in_use
-from swarmtrain.peer.started import Started, StartedFile, option_words
+from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile, option_words
 
 __all__ = ["KeptOption", "restore"]
 

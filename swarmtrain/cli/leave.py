@@ -9,7 +9,7 @@ import click
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 
 if TYPE_CHECKING:
-    from swarmtrain.cli.peers import Peer
+    from swarmtrain.cli.peers import LocalPeer
 
 __all__ = ["command"]
 
@@ -29,7 +29,7 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     `swarmtrain join` with the same --dir brings it back.
     """
     from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
-    from swarmtrain.peer.lock import holder_pid
+    from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 
     peer, warnings = find_running(which), _Warnings()
     process = holder_pid(peer.folder) if peer.folder is not None else 0
@@ -44,13 +44,13 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     ctx.exit(code)
 
 
-def _interrupt(peer: Peer) -> str:
+def _interrupt(peer: LocalPeer) -> str:
     """Ask a peer that does not answer yet by a signal, which does the same. RunTimeError when that is not allowed."""
     import os
     import signal
 
     from swarmtrain.errors import RunTimeError
-    from swarmtrain.peer.lock import holder_pid
+    from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 
     assert peer.folder is not None
     process = holder_pid(peer.folder)
@@ -74,7 +74,7 @@ class _Warnings:
         self._since_s = time.time()
         self._told: set[str] = set()
 
-    def look(self, peer: Peer) -> None:
+    def look(self, peer: LocalPeer) -> None:
         """Say what is new, if it answers."""
         from swarmtrain.cli.peers import ask, wire
         from swarmtrain.errors import SwarmtrainError
@@ -94,7 +94,7 @@ class _Warnings:
                 click.echo(f"warning: {one_line(notice.message)}", err=True)
 
 
-def _wait_for_end(peer: Peer, process: int, warnings: _Warnings) -> tuple[str, int]:
+def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[str, int]:
     """How it ended, in a sentence, and our exit code; says its warnings meanwhile. RunTimeError when it has not by the
     time limit."""
     import threading
@@ -124,16 +124,16 @@ def _wait_for_end(peer: Peer, process: int, warnings: _Warnings) -> tuple[str, i
     ended = f"{title(view.status, peer.folder)}: {sentence(view)}"
     if view.life is not Life.ENDED:
         return ended, 1
-    from swarmtrain.cli.closing import last_line
+    from swarmtrain.cli.closing_line import last_line
 
     last = last_line(view.status.end_reason, view.status, peer.folder)
     return "\n".join(line for line in (ended, last) if line), 0
 
 
-def _lives(peer: Peer, process: int) -> bool:
+def _lives(peer: LocalPeer, process: int) -> bool:
     """Whether it holds its folder, or its process is there still; over TCP, whether it answers."""
     from swarmtrain.cli.peers import NoAnswerError, ask, wire
-    from swarmtrain.peer.lock import is_in_use
+    from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 
     if peer.folder is not None:
         return is_in_use(peer.folder) or _is_process(process)

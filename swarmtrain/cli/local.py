@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli import rehearsed
-from swarmtrain.cli.closing import model_line
+from swarmtrain.cli import swarm_options
+from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
     from swarmtrain.events import Event
-    from swarmtrain.peer.local import LocalSwarm
-    from swarmtrain.peer.rehearsing import Rehearsing
-    from swarmtrain.peer.stopping import StopFlag
+    from swarmtrain.peer.lifecycle.stop import StopFlag
+    from swarmtrain.peer.local.faults import FaultInjection
+    from swarmtrain.peer.local.swarm import LocalSwarm
     from swarmtrain.rehearsal import RehearsalFile
     from swarmtrain.run import RunFile
 
@@ -49,14 +49,14 @@ _LOST_TIMES = 8
 @run_argument
 @click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
-@click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
-@rehearsed.RTT
-@rehearsed.LINK_UP
-@rehearsed.LINK_DOWN
+@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
+@swarm_options.RTT
+@swarm_options.LINK_UP
+@swarm_options.LINK_DOWN
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
-@rehearsed.JITTER
-@rehearsed.LOSS
-@rehearsed.CHURN
+@swarm_options.JITTER
+@swarm_options.LOSS
+@swarm_options.CHURN
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="... all that and what breaks when, from a file; the options above go before it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on them: what the run's data paths are relative to.  [default: the run file's folder]")  # fmt: skip
@@ -95,8 +95,8 @@ def command(
     once. With the same --dir it goes on.
     """
     from swarmtrain.cli.common import errors_as_events
-    from swarmtrain.cli.stopping import stop_on_signals
-    from swarmtrain.peer.stopping import Interrupted
+    from swarmtrain.cli.stop_signals import stop_on_signals
+    from swarmtrain.peer.lifecycle.stop import Interrupted
 
     if slowdowns and len(slowdowns) != peers:
         factors = "1 factor" if len(slowdowns) == 1 else f"{len(slowdowns)} factors"
@@ -106,7 +106,7 @@ def command(
     with stop_on_signals() as stop:
         with errors_as_events(as_json, ""):
             run = given.load()
-            links = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
+            links = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         if crowded := crowded_in_words(peers, threads, slowdowns, _num_cores()):
             click.echo(f"warning: {crowded}", err=True)
@@ -198,14 +198,14 @@ def _rehearsal(
 ) -> RehearsalFile | None:
     """What the file says, and what options say instead; None if neither says anything. UserError if it does not fit
     these volunteers."""
-    from swarmtrain.rehearsal import RehearsalFile, load_rehearsal, mishaps
+    from swarmtrain.rehearsal import RehearsalFile, fault_events, load_rehearsal
 
     if path is None and not said and churn_s is None:
         return None
     read = load_rehearsal(path) if path is not None else RehearsalFile()
     churn = read.churn if churn_s is None else read.churn.model_copy(update={"every_s": churn_s})
     rehearsal = read.model_copy(update={"links": read.links.model_copy(update=said), "churn": churn})
-    mishaps(rehearsal, names)
+    fault_events(rehearsal, names)
     return rehearsal
 
 
@@ -259,8 +259,8 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     from swarmtrain.cli.display import SwarmDisplay
     from swarmtrain.cli.peers import listed
     from swarmtrain.events import LinkEvent
-    from swarmtrain.peer.local import LocalLinks, LocalSwarm
-    from swarmtrain.peer.stopping import Interrupted
+    from swarmtrain.peer.lifecycle.stop import Interrupted
+    from swarmtrain.peer.local.swarm import LocalLinks, LocalSwarm
 
     run = plan.run.run
 
@@ -272,7 +272,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     )
     given = plan.rehearsal
     links = LocalLinks(given.links, given.rehearsal.seed) if given is not None and given.needs_links else None
-    rehearsing: Rehearsing | None = None
+    rehearsing: FaultInjection | None = None
 
     def check() -> None:
         stop.check()
@@ -303,18 +303,18 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     return _Trained(parts, loss, emit)
 
 
-def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> Rehearsing | None:
+def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
     """What strikes the swarm, from `begin` on, whenever it waits for events."""
-    from swarmtrain.peer.rehearsing import Rehearsing
-    from swarmtrain.rehearsal import mishaps
+    from swarmtrain.peer.local.faults import FaultInjection
+    from swarmtrain.rehearsal import fault_events
 
     if plan.rehearsal is None or not plan.rehearsal.strikes:
         return None
-    return Rehearsing(swarm, swarm.links, mishaps(plan.rehearsal, plan.names))
+    return FaultInjection(swarm, swarm.links, fault_events(plan.rehearsal, plan.names))
 
 
 def _watch(
-    swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: Rehearsing | None
+    swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None
 ) -> tuple[dict[str, _Part], float | None]:
     """Start everyone and show their events to the end; (what each volunteer has done, held-out loss of the model)."""
     from swarmtrain.events import DoneEvent, InviteEvent
@@ -346,7 +346,7 @@ def _show_sample(directory: Path, as_json: bool) -> None:
     model = directory / "bootstrap" / "model"
     click.echo(f"the model writes a sample of {_SAMPLE_TOKENS} tokens:", err=True)
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.exporting import Sampling, sample_text  # with PyTorch: some seconds
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0), advance)
@@ -365,8 +365,8 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tu
 
     from swarmtrain.events import AloneEvent
     from swarmtrain.peer.alone import train_alone
-    from swarmtrain.peer.common import PeerSettings
-    from swarmtrain.peer.folder import PeerFolder
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
+    from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.protocol.limits import Limits
 
     settings = PeerSettings(

@@ -111,7 +111,7 @@ def _logged_bug(error: Exception) -> str:
 
     with tempfile.NamedTemporaryFile("w", prefix="swarmtrain-error-", suffix=".log", delete=False) as log:
         log.write("".join(traceback.format_exception(error)))
-    from swarmtrain.peer.logs import bug_in_words
+    from swarmtrain.peer.control.logs import bug_in_words
 
     return bug_in_words(error, log.name)
 

@@ -24,15 +24,15 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from swarmtrain.cli.common import WhichPeer
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
-from swarmtrain.peer.lock import Holder, holder, holder_pid
+from swarmtrain.peer.lifecycle.folder_lock import Holder, holder, holder_pid
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import one_line
 
 __all__ = [
     "ForeignError",
     "Life",
+    "LocalPeer",
     "NoAnswerError",
-    "Peer",
     "RefusedError",
     "View",
     "ask",
@@ -91,7 +91,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peer:
+class LocalPeer:
     """A peer that runs or has run: its folder, or the TCP address at which it answers."""
 
     folder: Path | None = None
@@ -140,14 +140,14 @@ def title(status: Any, folder: Path | None) -> str:
     return one_line(status.name) or (folder.name if folder is not None else "the peer")
 
 
-def known_peers(home: Path) -> list[Peer]:
+def known_peers(home: Path) -> list[LocalPeer]:
     """The peers whose folders are in `home`, the most recent first."""
     folders = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in home.iterdir():
             with contextlib.suppress(PermissionError):
                 folders += [path] if _is_peer_folder(path) else []
-    return [Peer(folder=path) for path in sorted(folders, key=_recent, reverse=True)]
+    return [LocalPeer(folder=path) for path in sorted(folders, key=_recent, reverse=True)]
 
 
 def _is_peer_folder(path: Path) -> bool:
@@ -162,10 +162,10 @@ def _recent(folder: Path) -> float:
     return max(times)
 
 
-def find(which: WhichPeer) -> Peer:
+def find(which: WhichPeer) -> LocalPeer:
     """The one peer meant: the only one that runs, else the one that ran last. UserError when it is not clear which."""
     if which.address:
-        return Peer(address=which.address)
+        return LocalPeer(address=which.address)
     peers, where = _candidates(which)
     running = [peer for peer in peers if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
     if len(running) > 1:
@@ -179,7 +179,7 @@ def find(which: WhichPeer) -> Peer:
     raise UserError(f"no peer{named} has run {where}; if it was started with --dir, give the same --dir")
 
 
-def _failed_before_it_had_a_run(peer: Peer) -> bool:
+def _failed_before_it_had_a_run(peer: LocalPeer) -> bool:
     """Whether its folder holds nothing but the message that it failed."""
     assert peer.folder is not None
     return not (peer.folder / "run.toml").exists() and peer.last().state == wire.PEER_STATE_FAILED
@@ -199,9 +199,9 @@ def listed(folder: Path) -> Iterator[None]:
             path.unlink()
 
 
-def _listed_running() -> list[Peer]:
+def _listed_running() -> list[LocalPeer]:
     """Those that run of the folders that are listed; whose process was killed is listed still, and may have gone on."""
-    entries, found = list[Path](), list[Peer]()
+    entries, found = list[Path](), list[LocalPeer]()
     with contextlib.suppress(OSError):
         entries = sorted((_home() / _LISTED).iterdir())
     for entry in entries:
@@ -211,9 +211,9 @@ def _listed_running() -> list[Peer]:
     return [peer for peer in found if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
 
 
-def _once(peers: list[Peer]) -> list[Peer]:
+def _once(peers: list[LocalPeer]) -> list[LocalPeer]:
     """Each peer once, by its folder, in the same order."""
-    found: dict[Path | None, Peer] = {}
+    found: dict[Path | None, LocalPeer] = {}
     for peer in peers:
         found.setdefault(peer.folder and peer.folder.resolve(), peer)
     return list(found.values())
@@ -225,17 +225,17 @@ def _home() -> Path:
     return platformdirs.user_data_path("swarmtrain")
 
 
-def find_all(which: WhichPeer) -> list[Peer]:
+def find_all(which: WhichPeer) -> list[LocalPeer]:
     """Every peer that `which` allows. UserError when there is none."""
     if which.address:
-        return [Peer(address=which.address)]
+        return [LocalPeer(address=which.address)]
     peers, where = _candidates(which)
     if not peers:
         raise UserError(f"no peer has run {where}; if one was started with --dir, give the same --dir")
     return peers
 
 
-def find_running(which: WhichPeer) -> Peer:
+def find_running(which: WhichPeer) -> LocalPeer:
     """The one peer meant, which runs. RunTimeError with what to do when it does not."""
     peer = find(which)
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
@@ -245,13 +245,13 @@ def find_running(which: WhichPeer) -> Peer:
     return peer
 
 
-def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
+def _candidates(which: WhichPeer) -> tuple[list[LocalPeer], str]:
     """The peers that `--dir` and NAME allow, the most recent first, and where they were looked for."""
     home = which.directory or _home()
     try:
         if which.directory is not None and not home.is_dir():
             raise UserError(f"{home} is no folder; give a peer's, or one with several of them, with --dir")
-        peers = [Peer(folder=home)] if _is_peer_folder(home) else known_peers(home)
+        peers = [LocalPeer(folder=home)] if _is_peer_folder(home) else known_peers(home)
         peers = _once([*peers, *_listed_running()]) if which.directory is None else peers
     except PermissionError:
         raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
@@ -260,7 +260,7 @@ def _candidates(which: WhichPeer) -> tuple[list[Peer], str]:
     return peers, f"in {home}"
 
 
-def _is_called(peer: Peer, name: str) -> bool:
+def _is_called(peer: LocalPeer, name: str) -> bool:
     assert peer.folder is not None
     status, folder = peer.last(), peer.folder.name
     names = (
@@ -275,7 +275,7 @@ def _is_called(peer: Peer, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def channel(peer: Peer, service: Callable[[Any], Any] | None = None) -> Iterator[Any]:
+def channel(peer: LocalPeer, service: Callable[[Any], Any] | None = None) -> Iterator[Any]:
     """A gRPC stub of `peer`, of its control service if no other is named. NoAnswerError when it does not say where it
     answers."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would write over the screen
@@ -296,7 +296,7 @@ def channel(peer: Peer, service: Callable[[Any], Any] | None = None) -> Iterator
         yield stub(opened)
 
 
-def ask(peer: Peer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) -> Any:
+def ask(peer: LocalPeer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) -> Any:
     """Call a method of the control service. SwarmtrainError in plain words when it cannot."""
     with channel(peer) as stub:
         import grpc
@@ -307,7 +307,7 @@ def ask(peer: Peer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) ->
             raise in_words(error, peer) from None
 
 
-def check_health(peer: Peer) -> None:
+def check_health(peer: LocalPeer) -> None:
     """What its health service says. RunTimeError with what it does instead, if it is not healthy."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -325,12 +325,12 @@ def check_health(peer: Peer) -> None:
         raise RunTimeError(f"{_name(peer)} is not healthy, it is {state}{doing}; `swarmtrain status` shows more")
 
 
-def tell(peer: Peer, method: str, request: Any) -> str:
+def tell(peer: LocalPeer, method: str, request: Any) -> str:
     """Have a peer do something; what it says about it."""
     return one_line(ask(peer, method, request).message)
 
 
-def in_words(error: Any, peer: Peer) -> SwarmtrainError:
+def in_words(error: Any, peer: LocalPeer) -> SwarmtrainError:
     """A gRPC error of a call to `peer`, as an error for a person."""
     code, details = error.code().name, one_line(error.details() or "")
     name = _name(peer)
@@ -352,14 +352,14 @@ def in_words(error: Any, peer: Peer) -> SwarmtrainError:
     return kind(f"{name}: {details or code}")
 
 
-def _name(peer: Peer) -> str:
+def _name(peer: LocalPeer) -> str:
     return title(peer.last(), peer.folder) if peer.folder is not None else peer.address
 
 
 # ---------------------------------------------------------------- looking
 
 
-def look(peer: Peer) -> View:
+def look(peer: LocalPeer) -> View:
     """What is known of `peer` now. NoAnswerError when there is no folder to look into, ForeignError when it may not."""
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         return look_without_asking(peer)
@@ -373,7 +373,7 @@ def look(peer: Peer) -> View:
 
 
 def look_without_asking(
-    peer: Peer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
+    peer: LocalPeer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
 ) -> View:
     """What its folder tells of a peer, which `problem` says does not answer; `heard` is its last word that came from
     itself."""

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swarmtrain.cli import rehearsed
+from swarmtrain.cli import swarm_options
 from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
     from swarmtrain.rehearsal import LinksSection
     from swarmtrain.run import RunFile
-    from swarmtrain.simulate.hurts import Hurt
-    from swarmtrain.simulate.planning import Plan
+    from swarmtrain.simulate.planning.bottlenecks import Bottleneck
+    from swarmtrain.simulate.planning.plan import Plan
 
 __all__ = ["command", "report"]
 
@@ -32,15 +32,15 @@ _TOLD = 3
     ),
 )
 @run_argument
-@rehearsed.PEERS
+@swarm_options.PEERS
 @click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
-@click.option("--slowdown", "slowdowns", callback=rehearsed.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
-@rehearsed.RTT
-@rehearsed.LINK_UP
-@rehearsed.LINK_DOWN
-@rehearsed.JITTER
-@rehearsed.LOSS
-@rehearsed.CHURN
+@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
+@swarm_options.RTT
+@swarm_options.LINK_UP
+@swarm_options.LINK_DOWN
+@swarm_options.JITTER
+@swarm_options.LOSS
+@swarm_options.CHURN
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is left to chance."
 )
@@ -69,20 +69,22 @@ def command(
     import json
 
     run = given.load()
-    said = rehearsed.links_said(rtt, link_up, link_down, jitter, loss)
-    peers = rehearsed.peers_for(run, peers)
+    said = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
+    peers = swarm_options.peers_for(run, peers)
     measured = step_s is None
     if step_s is None:
         step_s = _measured_step_s(run)
-    from swarmtrain.rehearsal import ChurnSection, LinksSection  # all of this takes a second or two
-    from swarmtrain.simulate.hurts import hurts
-    from swarmtrain.simulate.planning import Machines, plan
+    from swarmtrain.rehearsal import LinksSection, RehearsalChurn  # all of this takes a second or two
+    from swarmtrain.simulate.planning.bottlenecks import bottlenecks
+    from swarmtrain.simulate.planning.plan import PlaybackMachines, plan
 
     factors = tuple(itertools.islice(itertools.cycle(slowdowns or (1.0,)), peers))
-    machines = Machines(step_s=tuple(step_s * factor for factor in factors), churn=ChurnSection(every_s=churn or 0.0))
+    machines = PlaybackMachines(
+        step_s=tuple(step_s * factor for factor in factors), churn=RehearsalChurn(every_s=churn or 0.0)
+    )
     links = LinksSection(**said)
     found = plan(run, machines, links, seed)
-    worst = hurts(run, found)
+    worst = bottlenecks(run, found)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
         click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}, allow_nan=False))
@@ -93,8 +95,8 @@ def command(
 
 def _measured_step_s(run: RunFile) -> float:
     """Of this machine, with one thread, as `swarmtrain local` gives each volunteer."""
-    from swarmtrain.peer.common import use_threads
-    from swarmtrain.peer.speed import LIMIT_S, measure_speed
+    from swarmtrain.peer.lifecycle.node import use_threads
+    from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
 
     click.echo(f"measuring an inner step here, which takes {LIMIT_S:.0f} s at most; --step-s says it instead", err=True)
     use_threads(1)
@@ -199,8 +201,8 @@ def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> li
     ]
 
 
-def _worst(found: tuple[Hurt, ...]) -> list[str]:
-    from swarmtrain.simulate.hurts import FELT
+def _worst(found: tuple[Bottleneck, ...]) -> list[str]:
+    from swarmtrain.simulate.planning.bottlenecks import FELT
 
     felt = [one for one in found if one.strain >= FELT]
     if not felt:

@@ -19,7 +19,7 @@ from rich.text import Text
 from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
 from swarmtrain.cli.peers import Life, View, title
 from swarmtrain.cli.plot import plot
-from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import (
     ago_in_words,

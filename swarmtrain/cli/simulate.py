@@ -14,7 +14,7 @@ from swarmtrain.cli.common import example
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from swarmtrain.simulate.comparing import Comparison, Row
+    from swarmtrain.simulate.comparison import Comparison, ComparisonRow
     from swarmtrain.simulate.scenario import Scenario
 
 __all__ = ["command", "table_lines"]
@@ -67,7 +67,7 @@ def command(
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
         raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}; make it first")
-    from swarmtrain.simulate.comparing import compare, document  # takes a second: after the file is known to be good
+    from swarmtrain.simulate.comparison import compare, document  # takes a second: after the file is known to be good
 
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
     with _ended_in_order(), _shown(loaded) as told:
@@ -151,8 +151,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
     from rich.text import Text
 
     from swarmtrain.cli.progress import said_meanwhile
-    from swarmtrain.simulate.comparing import Comparison, Play, num_plays
-    from swarmtrain.simulate.learning.setting import Outcome
+    from swarmtrain.simulate.comparison import Comparison, Play, num_plays
+    from swarmtrain.simulate.learning.setting import RunOutcome
 
     console, found = Console(stderr=True), Comparison(scenario)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -169,7 +169,7 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
 
     with said_meanwhile(so_far), Live(picture(), console=console, refresh_per_second=4, transient=True) as live:
 
-        def told(play: Play, outcome: Outcome, done: int, total: int) -> None:
+        def told(play: Play, outcome: RunOutcome, done: int, total: int) -> None:
             found.outcomes[play] = outcome
             bar.update(task, completed=done, total=total)
             live.update(picture())
@@ -201,7 +201,7 @@ def table_lines(found: Comparison) -> list[str]:
     return lines
 
 
-def _name(row: Row) -> str:
+def _name(row: ComparisonRow) -> str:
     return " ".join([row.method, *(f"{key.partition('.')[2]}={value}" for key, value in row.point)])
 
 
@@ -242,7 +242,7 @@ def _attack_lines(found: Comparison) -> list[str]:
     """Attack by rule, a table for each of the other constants: losses to that without hostile ones and without a rule."""
     grid, the_runs, lines = found.scenario.grid, "the run file's", list[str]()
     attacks, rules = grid["hostile.attack"], grid.get("merge.robust", (the_runs,))
-    tables: dict[tuple[str, Any], dict[tuple[str, str], Row]] = {}
+    tables: dict[tuple[str, Any], dict[tuple[str, str], ComparisonRow]] = {}
     for row in found.rows():
         rest = dict(row.point)
         cell = rest.pop("hostile.attack"), rest.pop("merge.robust", the_runs)
@@ -261,7 +261,7 @@ def _attack_lines(found: Comparison) -> list[str]:
     return lines
 
 
-def _ratio(row: Row, other: Row | None) -> str:
+def _ratio(row: ComparisonRow, other: ComparisonRow | None) -> str:
     import math
 
     if other is None or set(row.outcomes) - set(other.outcomes):

@@ -22,20 +22,20 @@ from rich.text import Text
 
 from swarmtrain.cli.follow import Signal
 
-__all__ = ["Draw", "drawing", "listening"]
+__all__ = ["Redraw", "drawing", "listening"]
 
-Draw = Callable[[int, int, bool], list[Text]]
+Redraw = Callable[[int, int, bool], list[Text]]
 """(width, height, whether only ASCII can be shown) -> lines."""
 
 _QUIT = frozenset(b"qQ\x03\x04")
 
 
 @contextmanager
-def drawing(console: Console) -> Iterator[Callable[[Draw], None]]:
+def drawing(console: Console) -> Iterator[Callable[[Redraw], None]]:
     """A function that draws the whole screen anew, at the size that it has then."""
     with Live(Text(""), console=console, screen=True, auto_refresh=False) as live:
 
-        def draw(picture: Draw) -> None:
+        def draw(picture: Redraw) -> None:
             width, height = console.size
             live.update(Group(*picture(width, height, console.options.ascii_only)), refresh=True)
 

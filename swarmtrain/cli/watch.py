@@ -9,7 +9,7 @@ import click
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 
 if TYPE_CHECKING:
-    from swarmtrain.cli.peers import Peer, View
+    from swarmtrain.cli.peers import LocalPeer, View
 
 __all__ = ["command"]
 
@@ -40,7 +40,7 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
         ctx.exit(1)
 
 
-def _watched(peer: Peer, view: View, as_json: bool) -> View | None:
+def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
     """Show it until it is over: then its last view; None when the person had seen enough."""
     import os
     import sys

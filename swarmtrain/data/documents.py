@@ -20,7 +20,7 @@ from swarmtrain.data.overlap import near_duplicates
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
 
-__all__ = ["Document", "SourceFile", "Survey", "read_documents", "source_files", "survey"]
+__all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
 
 # Folders of a standard library that are tests, tables, generated, or somebody else's packages.
 _LEFT_OUT_FOLDERS = frozenset(
@@ -50,7 +50,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Survey:
+class SourceSurvey:
     """What can be read of a source, and all that cannot."""
 
     documents: list[Document]
@@ -88,14 +88,14 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
         raise RunFileError(_all_empty([file.path for file in files]))
 
 
-def survey(section: DataSection, base: Path, most_bytes: int) -> Survey:
+def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
     """Read documents of files until `most_bytes` are reached; what cannot be read is noted, and the rest read."""
     if section.source == "python-stdlib":
         try:
             files = _stdlib_files()
         except RunFileError as error:
-            return Survey([], None, (str(error),))
-        return Survey(list(_read_stdlib(files)), sum(f.path.stat().st_size for f in files if f.path.exists()), ())
+            return SourceSurvey([], None, (str(error),))
+        return SourceSurvey(list(_read_stdlib(files)), sum(f.path.stat().st_size for f in files if f.path.exists()), ())
     problems: dict[str, None] = {}
     found: dict[str, Path] = {}
     for pattern in section.paths:
@@ -109,7 +109,7 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> Survey:
     is_complete = not problems and section.source != "parquet"  # whose columns may be larger than they are stored
     for file in (SourceFile(name, found[name]) for name in sorted(found)):
         if len(problems) == most:
-            return Survey(documents, None, tuple(problems), None, is_cut=True)
+            return SourceSurvey(documents, None, tuple(problems), None, is_cut=True)
         try:
             num_bytes += _size(file, section)
             for document in _read_file(file, section) if read < most_bytes else ():
@@ -122,7 +122,7 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> Survey:
     if not documents and not problems:
         problems[_all_empty(list(found.values()))] = None
     all_bytes = num_bytes if is_complete else None
-    return Survey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
+    return SourceSurvey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
 
 
 def _size(file: SourceFile, section: DataSection) -> int:

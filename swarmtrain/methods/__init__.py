@@ -1,7 +1,7 @@
 """The ways in which peers become one model, by their names in `merge.method`.
 
 Each is one object, a `MergeMethod`: what code elsewhere must know of a method it asks the object, and not for its name.
-Another package can bring one, as it can a rule (`peer/merge_rules.py`).
+Another package can bring one, as it can a rule (`peer/merging/rules.py`).
 Here are no torch and no network: what needs them is named, and loaded where it is first wanted.
 """
 

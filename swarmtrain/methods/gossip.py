@@ -9,9 +9,9 @@ __all__ = ["GOSSIP"]
 GOSSIP = MergeMethod(
     name="gossip",
     says="nobody waits; each merges at its own pace what it pulled from a few partners.",
-    exchange="swarmtrain.peer.gossip_exchange:GossipExchange",
-    costs="swarmtrain.peer.merge_costs:GossipCosts",
-    lives="swarmtrain.simulate.living:by_gossip",
+    exchange="swarmtrain.peer.merging.gossip_exchange:GossipExchange",
+    costs="swarmtrain.peer.merging.costs:GossipCosts",
+    lives="swarmtrain.simulate.planning.playback:by_gossip",
     learns="swarmtrain.simulate.learning.hostile:gossip",
     keys=frozenset(
         {

@@ -10,10 +10,10 @@ SERVER = MergeMethod(
     name="server",
     says="nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its "
     "newest weights.",
-    exchange="swarmtrain.peer.server_exchange:ServerExchange",
-    costs="swarmtrain.peer.merge_costs:ServerCosts",
-    lives="swarmtrain.simulate.living:by_server",
-    learns="swarmtrain.simulate.learning.serving:server",
+    exchange="swarmtrain.peer.merging.server_exchange:ServerExchange",
+    costs="swarmtrain.peer.merging.costs:ServerCosts",
+    lives="swarmtrain.simulate.planning.playback:by_server",
+    learns="swarmtrain.simulate.learning.server:server",
     keys=frozenset(
         {
             "buffer_arrivals",
@@ -25,5 +25,5 @@ SERVER = MergeMethod(
         }
     ),
     defaults={"robust": "clip"},
-    server="swarmtrain.peer.merge_server:MergeServer",
+    server="swarmtrain.peer.merging.server:MergeServer",
 )

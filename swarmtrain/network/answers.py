@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.asynchronous.publications import Publisher, Pulling, section_untrusted
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.finding import PublishedRun, version_fields
-from swarmtrain.network.greeting import Greeter
-from swarmtrain.network.hosting import Hosting
+from swarmtrain.network.discovery.greeter import Greeter
+from swarmtrain.network.discovery.known_peers import KnownPeers
+from swarmtrain.network.discovery.presence import OwnPresence
+from swarmtrain.network.discovery.run_lookup import PublishedRun, version_fields
 from swarmtrain.network.identity import peer_bytes
-from swarmtrain.network.known_peers import KnownPeers
-from swarmtrain.network.offering import Offer
-from swarmtrain.network.presence import OwnPresence
-from swarmtrain.network.publications import Publisher, Pulling, section_untrusted
-from swarmtrain.network.rounds import Rounds
-from swarmtrain.network.snapshots import SnapshotStore
-from swarmtrain.protocol.leaving import FellowLeavers, Leavers
-from swarmtrain.protocol.partners import Place
-from swarmtrain.protocol.pulls import Section
+from swarmtrain.network.reachability.hosts import HostedPublications
+from swarmtrain.network.rounds.runner import RoundRunner
+from swarmtrain.network.snapshots.state_provider import StateProvider
+from swarmtrain.network.snapshots.store import SnapshotStore
+from swarmtrain.protocol.archive.departure import DepartureQueue, FellowDepartures
+from swarmtrain.protocol.gossip.partners import Place
+from swarmtrain.protocol.gossip.pulls import Section
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Serving", "SwarmAnswers"]
@@ -43,9 +43,9 @@ class Serving:
     """What goes with the states that it offers of the data that others have seen."""
     places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
     """The same of everyone's publications."""
-    hosting: Hosting | None = None
+    hosting: HostedPublications | None = None
     """For peers that nobody can dial."""
-    leavers: Leavers | None = None
+    leavers: DepartureQueue | None = None
     """Of a bootstrap: who would leave with what is in no archive."""
 
 
@@ -57,11 +57,11 @@ class SwarmAnswers:
     presence: OwnPresence
     peers: KnownPeers
     greeter: Greeter
-    rounds: Rounds
-    offer: Offer
+    rounds: RoundRunner
+    offer: StateProvider
     store: SnapshotStore
     serving: Callable[[], Serving]
-    fellows: Callable[[], FellowLeavers | None]
+    fellows: Callable[[], FellowDepartures | None]
     """Who leaves too, while this peer would leave."""
     refused: Callable[[str, PeerError], None]
 

@@ -15,14 +15,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.algorithm.gossip import PartnerUpdate
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.sections import SectionSpec
-from swarmtrain.network.snapshots import Body, Held, TensorSpec, all_finite
-from swarmtrain.protocol.partners import News
-from swarmtrain.protocol.pulls import Section, SectionBytes
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, all_finite
+from swarmtrain.protocol.gossip.partners import News
+from swarmtrain.protocol.gossip.pulls import Section, SectionBytes
 
 __all__ = [
     "ActivationCodec",
@@ -124,7 +124,7 @@ class VectorCodec:
         """The bytes of `vector` (P,)."""
         return _bytes_of(encode(vector, self.format, self._sizes))
 
-    def decode_untrusted(self, held: Held) -> Tensor:
+    def decode_untrusted(self, held: HeldSnapshot) -> Tensor:
         """The vector (P,) of a publication that is here; BadBytesError if it is not finite."""
         vector = self.decode(held.part(0, self.size_bytes))
         _check_finite_untrusted(vector)
@@ -163,18 +163,18 @@ class GradientCodec:
         """Nothing of that round, or of one before it, is asked for any more."""
         self._feedback.over(round)
 
-    def decode_untrusted(self, held: Held) -> Tensor:
+    def decode_untrusted(self, held: HeldSnapshot) -> Tensor:
         """The vector (P,) of a publication that is here, with a tensor table of one of these formats; BadBytesError
         if it is not finite."""
         return self._codec_of(held).decode_untrusted(held)
 
-    def less(self, vector: Tensor, held: Held) -> Tensor:
+    def less(self, vector: Tensor, held: HeldSnapshot) -> Tensor:
         """`vector` (P,) less that of a publication that was decoded before, in its place."""
         codec = self._codec_of(held)
         data = torch.frombuffer(held.part(0, codec.size_bytes), dtype=torch.uint8)
         return less_decoded(vector, data, codec.format, _sizes_of(self.section.tensors))
 
-    def _codec_of(self, held: Held) -> VectorCodec:
+    def _codec_of(self, held: HeldSnapshot) -> VectorCodec:
         return self.of[self.section.format_of(held.snapshot.manifest.tensors[0].dtype)]
 
 
@@ -207,21 +207,23 @@ class PublicationCodec:
         weights = sum(codec.size_bytes for codec in self.averaged.values())
         return {format: SectionBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()}
 
-    def arrival_untrusted(self, name: Section, held: Held, news: News, earlier: Held | None) -> Arrival:
+    def arrival_untrusted(
+        self, name: Section, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None
+    ) -> PartnerUpdate:
         """What is new of that section of a publication that is here, as its rule takes it into a merge; BadBytesError
         if it is not finite. `earlier` is the publication that `news` is the difference to."""
         if (codec := self.averaged.get(name)) is None:
             return self.gradient_untrusted(held, news, earlier)
         values = codec.decode_untrusted(held)
-        return Arrival(values, values, 0)  # without tokens a gradient is not looked at
+        return PartnerUpdate(values, values, 0)  # without tokens a gradient is not looked at
 
-    def gradient_untrusted(self, held: Held, news: News, earlier: Held | None) -> Arrival:
+    def gradient_untrusted(self, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None) -> PartnerUpdate:
         """What is new of a pseudo-gradient (P,) that is here, see `arrival_untrusted`."""
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)
             _check_finite_untrusted(gradient)
-        return Arrival(theta=None, gradient=gradient, tokens=news.tokens)
+        return PartnerUpdate(theta=None, gradient=gradient, tokens=news.tokens)
 
 
 @dataclass(frozen=True)

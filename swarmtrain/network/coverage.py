@@ -1,4 +1,4 @@
-"""Which data has been seen: the rows of `protocol.shards`, kept between rounds and carried in manifests.
+"""Which data has been seen: the rows of `protocol.tokens.shards`, kept between rounds and carried in manifests.
 
 Each author signs its own row; others hand it on as it is, so a row is either its author's or nobody's. The trainer's
 thread chooses and counts, the network's reads and tells.
@@ -19,9 +19,9 @@ from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
-from swarmtrain.network.signing import open_signed_untrusted, sign
-from swarmtrain.protocol.naming import NamedOnce
-from swarmtrain.protocol.shards import MAX_ROWS, Coverage, Row
+from swarmtrain.network.signatures import open_signed_untrusted, sign
+from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.tokens.shards import MAX_ROWS, Coverage, CoverageRow
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -122,7 +122,7 @@ class DataCoverage:
             own, *others = self._coverage.rows_to_send()
         return [self._sign(own), *(pb.Signed.FromString(row.signed) for row in others)]
 
-    def _sign(self, row: Row) -> pb.Signed:
+    def _sign(self, row: CoverageRow) -> pb.Signed:
         message = pb.ShardRow(
             corpus_sha256=bytes.fromhex(self.shards.corpus_sha256), tokens=row.counts, on=row.shard + 1
         )
@@ -157,7 +157,7 @@ class DataCoverage:
         if due:
             self.refused(peer, _RULE, detail)
 
-    def _row_untrusted(self, signed: pb.Signed) -> Row | None:
+    def _row_untrusted(self, signed: pb.Signed) -> CoverageRow | None:
         """The row, its signature checked; None if it is known already, or of another corpus."""
         envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
         as_signed = envelope.SerializeToString(deterministic=True)
@@ -170,7 +170,7 @@ class DataCoverage:
         )
         if message.corpus_sha256.hex() != self.shards.corpus_sha256:
             return None  # another version of the text: its shards are others
-        return Row(author, tuple(message.tokens), message.on - 1, as_signed)
+        return CoverageRow(author, tuple(message.tokens), message.on - 1, as_signed)
 
     # ------------------------------------------------------------- keeping
 

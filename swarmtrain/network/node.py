@@ -25,19 +25,19 @@ from google.protobuf.message import Message
 
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.network import daemon
-from swarmtrain.network.bounded_dht import use_bounded_protocol
-from swarmtrain.network.buckets import Buckets
 from swarmtrain.network.daemon import hivemind_module, swarm_time
+from swarmtrain.network.discovery.bounded_dht import use_bounded_protocol
+from swarmtrain.network.discovery.buckets import Buckets
+from swarmtrain.network.discovery.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.listening import cannot_listen, is_taken
-from swarmtrain.network.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
-from swarmtrain.network.replies import Replies
+from swarmtrain.network.links.throttle import Throttle, TransferTimes
+from swarmtrain.network.reachability.listen import cannot_listen, is_taken
+from swarmtrain.network.snapshots.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
-from swarmtrain.network.throttle import Throttle, TransferTimes
-from swarmtrain.protocol.dialling import may_dial
+from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "Traffic"]
+__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
 
 NOT_SERVED = "does not serve this run"
 """What an `UnreachableError` says of a peer that answers, and does not know the run, or the call."""
@@ -148,7 +148,7 @@ class NodeSettings:
 
 
 @dataclass
-class Traffic:
+class TrafficCount:
     """Bytes of messages sent and received, as serialised by us (the transport adds some per cent); how fast they may
     go each way, and how long what was received took."""
 
@@ -175,7 +175,7 @@ class Stream:
     Who takes data out of a message says how much (`count`): asking the message for its size would copy it.
     """
 
-    def __init__(self, stream: Any, traffic: Traffic) -> None:
+    def __init__(self, stream: Any, traffic: TrafficCount) -> None:
         self._stream, self._traffic = stream, traffic
         self._opened_s, self._received_bytes = time.monotonic(), 0
 
@@ -211,7 +211,7 @@ class Node:
     identity: Identity
     settings: NodeSettings
     rules: RecordRules
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: TrafficCount = field(default_factory=TrafficCount)
     _p2p: Any = None
     _dht: Any = None
     _buckets: Buckets = field(init=False, repr=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import PeerError
 from swarmtrain.events import Event, RefusedEvent
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.protocol.naming import NamedOnce
+from swarmtrain.protocol.membership.accusations import NamedOnce
 
 __all__ = ["Refusals", "rule_of"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from swarmtrain.methods import GradientFormat
-from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.protocol.pulls import Section, SectionRule
+from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.protocol.gossip.pulls import Section, SectionRule
 
 __all__ = ["SectionRule", "SectionSpec", "rules_of", "sections_of"]
 

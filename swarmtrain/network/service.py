@@ -20,12 +20,12 @@ from google.protobuf.message import Message
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
 from swarmtrain.network.daemon import MAX_FRAME_BYTES, hivemind_module
-from swarmtrain.network.dialback import DialBack
+from swarmtrain.network.links.throttle import Places, num_at_once
 from swarmtrain.network.node import Node, Stream
-from swarmtrain.network.replies import Reply, answer
-from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore, next_message
-from swarmtrain.network.throttle import Places, num_at_once
-from swarmtrain.protocol.budget import CallBudget
+from swarmtrain.network.reachability.dial_back import DialBack
+from swarmtrain.network.snapshots.replies import Reply, answer
+from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore, next_message
+from swarmtrain.protocol.membership.call_budget import CallBudget
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type", "stream_name"]

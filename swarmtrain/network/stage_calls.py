@@ -26,7 +26,7 @@ from swarmtrain.errors import (
     StalledError,
     UnreachableError,
 )
-from swarmtrain.network.node import Node, Traffic
+from swarmtrain.network.node import Node, TrafficCount
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import pipeline_pb2 as pb
 
@@ -63,7 +63,9 @@ class StageLimits:
 # ---------------------------------------------------------------- one direction of a stream
 
 
-async def _send(writer: asyncio.StreamWriter, traffic: Traffic, message: Message, body: Body, stall_s: float) -> None:
+async def _send(
+    writer: asyncio.StreamWriter, traffic: TrafficCount, message: Message, body: Body, stall_s: float
+) -> None:
     """A message, and the bytes of its tensors."""
     data = message.SerializeToString()
     await _write(writer, traffic, len(data).to_bytes(_LENGTH_BYTES, "big") + data, stall_s)
@@ -73,7 +75,9 @@ async def _send(writer: asyncio.StreamWriter, traffic: Traffic, message: Message
             await _write(writer, traffic, view[start : start + _PIECE_BYTES], stall_s)
 
 
-async def _write(writer: asyncio.StreamWriter, traffic: Traffic, piece: bytes | memoryview, stall_s: float) -> None:
+async def _write(
+    writer: asyncio.StreamWriter, traffic: TrafficCount, piece: bytes | memoryview, stall_s: float
+) -> None:
     await traffic.up.turn(len(piece))
     traffic.sent_bytes += len(piece)
     writer.write(piece)
@@ -103,7 +107,7 @@ async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit
 
 
 async def _body_untrusted(
-    reader: asyncio.StreamReader, traffic: Traffic, message: pb.StageQuestion | pb.StageAnswer, stall_s: float
+    reader: asyncio.StreamReader, traffic: TrafficCount, message: pb.StageQuestion | pb.StageAnswer, stall_s: float
 ) -> list[bytearray]:
     """The bytes of the message's tensors, whose sizes are checked already; BadBytesError if the hash is another."""
     body, digest = [], hashlib.sha256()
@@ -217,7 +221,7 @@ class StageAnswers(Protocol):
 class StageHost:
     """Answers questions to this peer's stages."""
 
-    traffic: Traffic
+    traffic: TrafficCount
     answers: StageAnswers
     limits: StageLimits = field(default_factory=StageLimits)
     _num_questions: Counter[str] = field(default_factory=Counter)

@@ -17,29 +17,29 @@ from typing import Any
 
 from swarmtrain.events import Event, RefusedEvent, WarningEvent
 from swarmtrain.network.answers import Serving, SwarmAnswers
-from swarmtrain.network.consensus import StateFetcher
+from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
 from swarmtrain.network.coverage import DataCoverage, ShardsOf, rows_of
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.downloads import Downloads
-from swarmtrain.network.finding import FoundRun, PublishedRun, fetch_published, find_run
-from swarmtrain.network.greeting import Greeter
+from swarmtrain.network.discovery.greeter import Greeter
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.discovery.known_peers import KnownPeers
+from swarmtrain.network.discovery.presence import OwnPresence, OwnRecords
+from swarmtrain.network.discovery.run_lookup import FoundRun, PublishedRun, fetch_published, find_run
+from swarmtrain.network.discovery.token_accounting import TokenAccounting, counting_rules
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.invite import Invite, InvitedPeer
-from swarmtrain.network.known_peers import KnownPeers
-from swarmtrain.network.merging import Average, RoundSettings
 from swarmtrain.network.node import Node
-from swarmtrain.network.offering import FillManifest, Offer, state_specs
-from swarmtrain.network.presence import OwnPresence, OwnRecords
-from swarmtrain.network.reaching import Reaching, is_loopback_only
-from swarmtrain.network.rounds import Rounds
+from swarmtrain.network.reachability.monitor import ReachabilityMonitor, is_loopback_only
+from swarmtrain.network.rounds.downloads import Downloads
+from swarmtrain.network.rounds.merger import Average, RoundSettings
+from swarmtrain.network.rounds.runner import RoundRunner
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots import Body, NumServed, PullLimits, SnapshotStore, TensorSpec, all_chunks
-from swarmtrain.network.tallying import Tallying, counting_rules
+from swarmtrain.network.snapshots.state_provider import FillManifest, StateProvider, state_specs
+from swarmtrain.network.snapshots.store import Body, NumServed, PullLimits, SnapshotStore, TensorSpec, all_chunks
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol import records
-from swarmtrain.protocol.leaving import FellowLeavers
-from swarmtrain.protocol.lifecycle import Membership, PeerInfo
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.protocol.archive.departure import FellowDepartures
+from swarmtrain.protocol.membership import records
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
@@ -85,7 +85,7 @@ class Swarm:
         node.settings = dataclasses.replace(node.settings, call_limit_s=limits.call_limit_s)
         members = self.membership = Membership(identity.peer_id)
         presence = self.presence = OwnPresence(identity, sha256, me, lambda: self.rounds.inner_steps_done)
-        tallying = self.tallying = Tallying(
+        tallying = self.tallying = TokenAccounting(
             identity.peer_id,
             counting_rules(run, swarm_time()),
             lambda kind, prefix: node.read_bucket(bytes.fromhex(sha256), kind, prefix),
@@ -118,7 +118,7 @@ class Swarm:
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
         )
         downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
-        rounds = self.rounds = Rounds(
+        rounds = self.rounds = RoundRunner(
             identity, downloads, members, settings, average, report=peers.report, trains=not me.is_bootstrap
         )
         self.coverage: DataCoverage | None = None  # so in a bootstrap, and where data have no shards
@@ -127,11 +127,15 @@ class Swarm:
             self.coverage = DataCoverage(identity, shards, *told, swarm_time, spares=peers.spares)
         self.serving = Serving()
         rows = lambda: [*rows_of(self.coverage), *self.serving.rows()]  # noqa: E731 - it changes
-        offer = self.offer = Offer(identity, sha256, settings.state_specs, store, rows, lambda: self.serving.places())
+        offer = self.offer = StateProvider(
+            identity, sha256, settings.state_specs, store, rows, lambda: self.serving.places()
+        )
         safe = durable or (lambda: offer.progress)
         self.records = OwnRecords(node, presence, tallying, limits.presence_ttl_s, safe)
-        self.reaching = Reaching(calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed)
-        self.fellows: FellowLeavers | None = None  # who leaves too: of a volunteer that leaves
+        self.reaching = ReachabilityMonitor(
+            calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
+        )
+        self.fellows: FellowDepartures | None = None  # who leaves too: of a volunteer that leaves
         self.answers = SwarmAnswers(
             published,
             presence,
@@ -192,7 +196,7 @@ class Swarm:
     def set_state(
         self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
     ) -> None:
-        """Offer this state to joiners from now on (`Offer.put`); nobody may write into its buffers any more."""
+        """Offer this state to joiners from now on (`StateProvider.put`); nobody may write into its buffers any more."""
         self.offer.put(progress, body, fill)
         self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)
@@ -201,7 +205,7 @@ class Swarm:
 
     def would_leave(self) -> None:
         """This peer would leave: those who ask whether they may are told so."""
-        self.fellows = FellowLeavers(self.identity.peer_id)
+        self.fellows = FellowDepartures(self.identity.peer_id)
 
     async def count_once_more(self) -> None:
         """At the end: tell what is counted here, and count what others have told by now."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Awaited", "Making", "end_tasks", "logged", "run_together"]
+__all__ = ["Awaited", "SingleFlight", "end_tasks", "logged", "run_together"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.05
@@ -86,7 +86,7 @@ class Awaited(Generic[_T]):
         return bool(waiting)
 
 
-class Making(Generic[_T]):
+class SingleFlight(Generic[_T]):
     """A thread's long work, begun once for all who ask for it and brought to its end, whoever gives up waiting. Asked
     by one after the other, with a lock of theirs: two never run at once."""
 

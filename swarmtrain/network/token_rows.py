@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.identity import is_peer_id, peer_bytes
-from swarmtrain.protocol.tally import ALL_OTHERS
+from swarmtrain.protocol.tokens.tally import ALL_OTHERS
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["MAX_ROWS_READ", "MAX_ROWS_TOLD", "add_token_rows", "check_token_rows_untrusted"]
 
 MAX_ROWS_READ = 16_384
-"""As many as anybody counts (`protocol.tally`)."""
+"""As many as anybody counts (`protocol.tokens.tally`)."""
 MAX_ROWS_TOLD = 4096
 """A state is 180 KB larger by so many."""
 _NOBODY = peer_bytes(ALL_OTHERS)

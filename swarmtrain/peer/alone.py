@@ -9,12 +9,12 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.common import PeerSettings, held_out_loss, use_threads
-from swarmtrain.peer.loop import ModelLoop
-from swarmtrain.peer.preparing import data_base
-from swarmtrain.peer.session import RoundReport, Session, Start
-from swarmtrain.peer.updates import Averaged, Contribution, Replaced
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
+from swarmtrain.peer.lifecycle.preparation import data_base
+from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.session import RoundReport, Session, Start
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
 __all__ = ["train_alone"]
@@ -28,7 +28,7 @@ class _Nobody:
 
     inner_steps: int
     left: int
-    _own: Contribution | None = None
+    _own: LocalUpdate | None = None
 
     def hold(self, states: Sequence[OuterState]) -> None:
         pass
@@ -42,7 +42,7 @@ class _Nobody:
     def step_done(self, inner_steps_done: int) -> None:
         pass
 
-    def publish(self, contribution: Contribution) -> None:
+    def publish(self, contribution: LocalUpdate) -> None:
         self._own = contribution
         self.left -= contribution.inner_steps
 

@@ -29,13 +29,17 @@ from swarmtrain.methods import load_part
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.identity import load_or_create_identity
-from swarmtrain.network.invite import InvitedPeer
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun, Serving, Swarm, find_run
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.peer.archiving import Archive, checkpoint_of
-from swarmtrain.peer.bootstrap_peer import (
+from swarmtrain.peer.checkpoints.archive import Archive, checkpoint_of
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile, checkpointer_of
+from swarmtrain.peer.control.logs import log_event, logged, peer_log
+from swarmtrain.peer.control.session import bootstrap_pulse, control_session
+from swarmtrain.peer.lifecycle.bootstrap_peer import (
     COUNTS_EVERY_S,
     FLUSH_S,
     LAST_ARCHIVE_S,
@@ -43,8 +47,8 @@ from swarmtrain.peer.bootstrap_peer import (
     LINGER_S,
     BootstrapPeer,
 )
-from swarmtrain.peer.checkpoint import Checkpoint
-from swarmtrain.peer.common import (
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.node import (
     Emit,
     Interrupted,
     PeerSettings,
@@ -56,20 +60,16 @@ from swarmtrain.peer.common import (
     wait_for,
     weights_in,
 )
-from swarmtrain.peer.consensus import ARCHIVED
-from swarmtrain.peer.controlled import bootstrap_pulse, controlled
-from swarmtrain.peer.folder import PeerFolder, peer_folder
-from swarmtrain.peer.gossip_exchange import hosting_of
-from swarmtrain.peer.keeping import Keeper, PeersFile, checkpointer_of
-from swarmtrain.peer.logs import log_event, logged, peer_log
-from swarmtrain.peer.merge_rules import mean_of
-from swarmtrain.peer.merge_server import MergeServer
-from swarmtrain.peer.pipeline_bootstrap import PipelineBootstrap
-from swarmtrain.peer.present import Present, fetch_present, present_of
-from swarmtrain.peer.stage_sizes import cut_and_measure
-from swarmtrain.protocol.archive_load import archive_every_s, archived_sources
-from swarmtrain.protocol.leaving import Leavers
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.peer.merging.consensus import ARCHIVED
+from swarmtrain.peer.merging.consensus_state import ConsensusState, consensus_state_of, fetch_consensus_state
+from swarmtrain.peer.merging.gossip_exchange import hosting_of
+from swarmtrain.peer.merging.rules import mean_of
+from swarmtrain.peer.merging.server import MergeServer
+from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
+from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
+from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.archive.load import archive_every_s, archived_sources
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -122,7 +122,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     with (
         peer_folder(settings.directory) as folder,
         peer_log(folder.path, settings.log_descriptors),
-        controlled("bootstrap", folder, settings, logged(emit), stop) as control,
+        control_session("bootstrap", folder, settings, logged(emit), stop) as control,
     ):
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
@@ -168,7 +168,7 @@ class _Bootstrap(BootstrapPeer):
     state: OuterState | None = None
     archived: Archive | None = None
     """What is known with the archive, where peers merge asynchronously."""
-    leavers: Leavers | None = None
+    leavers: DepartureQueue | None = None
     """Who would leave with what is in no archive; None where the run has a server."""
     _counts_kept_s: float = -math.inf
     _archived_arrivals: int = 0
@@ -183,7 +183,7 @@ class _Bootstrap(BootstrapPeer):
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=lambda: checkpointer.durable
         )
         peers = self.peers = PeersFile(self.folder, swarm)
-        keeper = self.keeper = Keeper(self.folder, checkpointer, swarm, self.emit, peers=peers)
+        keeper = self.keeper = CheckpointManager(self.folder, checkpointer, swarm, self.emit, peers=peers)
         if swarm.asynchronous:
             self.archived = Archive(swarm, keeper)
         kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
@@ -191,7 +191,7 @@ class _Bootstrap(BootstrapPeer):
             self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
-            self.leavers = Leavers(swarm.membership)
+            self.leavers = DepartureQueue(swarm.membership)
         del kept, model  # 8 bytes a parameter
         serving = dataclasses.replace(
             Serving() if self.archived is None else self.archived.serving(),
@@ -242,7 +242,7 @@ class _Bootstrap(BootstrapPeer):
             self.emit(warning)
         return known
 
-    def _restore(self, swarm: Swarm, keeper: Keeper, num_parameters: int) -> Checkpoint | None:
+    def _restore(self, swarm: Swarm, keeper: CheckpointManager, num_parameters: int) -> Checkpoint | None:
         """Offer the state that was archived last time."""
         kept = keeper.checkpointer.load(self.published.run, num_parameters)
         if kept is not None:
@@ -252,7 +252,9 @@ class _Bootstrap(BootstrapPeer):
             self.archived.restore(kept)
         return kept
 
-    def _merge_server(self, swarm: Swarm, keeper: Keeper, kept: Checkpoint | None, theta: Tensor) -> MergeServer:
+    def _merge_server(
+        self, swarm: Swarm, keeper: CheckpointManager, kept: Checkpoint | None, theta: Tensor
+    ) -> MergeServer:
         """The server, going on from what was kept, else with the initial weights `theta`, (P,)."""
 
         def keep(checkpoint: Checkpoint) -> None:
@@ -393,19 +395,19 @@ class _Bootstrap(BootstrapPeer):
         new = wait_for(self.network.submit(pulling), self.stop)
         return None if new is None else self._kept(new)
 
-    async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> Present | None:
+    async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> ConsensusState | None:
         """The newest state, without waiting for those who do not answer soon."""
         if not peers:
             return None
         if self.archived is not None:
             self.archived.asks(swarm.membership.volunteers())
-            return await fetch_present(swarm, peers[:LAST_SAMPLE], "archive", 0, self.archived.is_wanted)
+            return await fetch_consensus_state(swarm, peers[:LAST_SAMPLE], "archive", 0, self.archived.is_wanted)
         asking = [asyncio.create_task(swarm.rounds.search.ask_now([peer])) for peer in peers]
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
         told = {peer: answer for task in answered for peer, answer in task.result().items()}
         new = await swarm.rounds.search.fetch_told_state(told, "archive", self.progress.run_tokens)
-        return None if new is None else present_of(new)
+        return None if new is None else consensus_state_of(new)
 
     @property
     def _most_sources(self) -> int:
@@ -419,10 +421,10 @@ class _Bootstrap(BootstrapPeer):
         volunteers = [info.peer for info in infos]
         sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
-            fetching = fetch_present(swarm, sample, "archive", self.progress.run_tokens)
+            fetching = fetch_consensus_state(swarm, sample, "archive", self.progress.run_tokens)
         else:  # the last weights, whether they hold more tokens or not
             self.archived.asks(infos)
-            fetching = fetch_present(swarm, sample, "archive", 0, None if last else self.archived.is_wanted)
+            fetching = fetch_consensus_state(swarm, sample, "archive", 0, None if last else self.archived.is_wanted)
         present = wait_for(self.network.submit(fetching), self.stop)
         if present is None:
             return False
@@ -468,7 +470,7 @@ class _Bootstrap(BootstrapPeer):
 
         return wait_for(self.network.submit(take()), self.stop)
 
-    def _kept(self, present: Present) -> Checkpoint:
+    def _kept(self, present: ConsensusState) -> Checkpoint:
         assert self.keeper is not None
         if self.archived is not None:
             return self.archived.kept_of(present)

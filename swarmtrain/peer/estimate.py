@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
-from swarmtrain.peer.checkpoint_files import KEPT
-from swarmtrain.peer.merge_costs import BYTES_PER_PARAMETER, copies, costs_of, pulled_bytes, section_bytes
+from swarmtrain.peer.checkpoints.files import KEPT
+from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, pulled_bytes, section_bytes
 from swarmtrain.run import RunFile
 
 __all__ = [

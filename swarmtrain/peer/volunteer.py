@@ -9,11 +9,16 @@ from __future__ import annotations
 from typing import Protocol
 
 from swarmtrain.events import DoneEvent, PausedEvent, ResumedEvent, short_peer, stamped
+from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.identity import load_or_create_identity
-from swarmtrain.network.invite import Invite
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.common import (
+from swarmtrain.peer.control.limits import LimitKeeper, kept_limits, options_of
+from swarmtrain.peer.control.logs import log_event, logged, peer_log
+from swarmtrain.peer.control.session import ControlSession, control_session
+from swarmtrain.peer.lifecycle.context import VolunteerContext
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.node import (
     Emit,
     Interrupted,
     PeerSettings,
@@ -23,17 +28,12 @@ from swarmtrain.peer.common import (
     process_age_s,
     start_node,
 )
-from swarmtrain.peer.context import VolunteerContext
-from swarmtrain.peer.controlled import Controlled, controlled
-from swarmtrain.peer.fetching import RunFetcher
-from swarmtrain.peer.folder import PeerFolder, peer_folder
-from swarmtrain.peer.limits import LimitKeeper, kept_limits, options_of
-from swarmtrain.peer.logs import log_event, logged, peer_log
-from swarmtrain.peer.merge_rules import mean_of
-from swarmtrain.peer.model_training import prepare_model
-from swarmtrain.peer.pausing import ASKED, PauseSwitch
-from swarmtrain.peer.pipeline import prepare_pipeline
-from swarmtrain.peer.stopping import explained_on_signal
+from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
+from swarmtrain.peer.lifecycle.stop import explained_on_signal
+from swarmtrain.peer.merging.rules import mean_of
+from swarmtrain.peer.pipeline.pipeline_training import prepare_pipeline
+from swarmtrain.peer.training.model_training import prepare_model
+from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.run import NetworkSection
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -50,7 +50,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     with (
         peer_folder(settings.directory) as folder,
         peer_log(folder.path, settings.log_descriptors),
-        controlled("volunteer", folder, settings, logged(emit), stop) as control,
+        control_session("volunteer", folder, settings, logged(emit), stop) as control,
     ):
         folder.started.keep_command(settings.started)
         volunteer = Volunteer(invite, settings, folder, control)
@@ -103,7 +103,7 @@ class Training(Protocol):
 class Volunteer:
     """One volunteer, from `join` to goodbye."""
 
-    def __init__(self, invite: Invite, settings: PeerSettings, folder: PeerFolder, control: Controlled) -> None:
+    def __init__(self, invite: Invite, settings: PeerSettings, folder: PeerFolder, control: ControlSession) -> None:
         self.invite, self.settings, self.folder, self.control = invite, settings, folder, control
         self.me = load_or_create_identity(folder.key_path).peer_id
         self.name = settings.name or short_peer(self.me)

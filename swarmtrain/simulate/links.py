@@ -15,11 +15,11 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from swarmtrain.network.impairments import Lateness
-from swarmtrain.network.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.network.links.impairments import Lateness
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.simulate.clock import Clock, Timer
-from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.systems.messages import SimulatedLink
 
 __all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "latency_s", "link_of", "max_min_rates", "rates"]
 
@@ -35,10 +35,10 @@ def rates(links: LinksSection) -> tuple[float, float]:
     return up, down
 
 
-def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> Link:
+def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> SimulatedLink:
     """A volunteer's, as transfers of so many bytes find it."""
     up, down = rates(links)
-    return Link(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
+    return SimulatedLink(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
 
 
 def latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float:
@@ -52,7 +52,7 @@ def latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float
 
 class _End(Protocol):
     name: str
-    link: Link
+    link: SimulatedLink
 
 
 class Transfer:

@@ -22,17 +22,17 @@ from swarmtrain.problems import Section, one_line, problems_in_words, read_small
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
-from swarmtrain.simulate.traces import Span, load_trace
+from swarmtrain.simulate.traces import TraceSpan, load_trace
 
 __all__ = [
     "ATTACKS",
     "Away",
-    "ChurnSection",
     "GridPoint",
     "Hang",
     "HostileSection",
     "PeersSection",
     "Scenario",
+    "ScenarioChurn",
     "ScenarioLinks",
     "load_scenario",
 ]
@@ -174,7 +174,7 @@ class Away(Hang):
     """`[[away]]`: a volunteer is not there: it has crashed or left and comes back, or from 0 on, comes late."""
 
 
-class ChurnSection(Section):
+class ScenarioChurn(Section):
     """`[churn]`: all come and go by chance, as the run's seed says. Both times are means of exponential ones."""
 
     stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
@@ -196,14 +196,14 @@ class ChurnSection(Section):
         return [Hang(**span._asdict()) for span in _spans(f"hangs {seed}", num_peers, means_s, until_s)]
 
 
-def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: float) -> Iterator[Span]:
+def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: float) -> Iterator[TraceSpan]:
     """Of each so many in turn, each as long and as far from the one before as chance will: both exponential. None if
     the first of the means, of the time between them, is 0."""
     between_s, for_s = means_s
     for number in range(num_peers if between_s else 0):
         rng, now_s = random.Random(f"{key} {number}"), 0.0
         while (at_s := now_s + rng.expovariate(1 / between_s)) < until_s:
-            span = Span(number, at_s, rng.expovariate(1 / for_s) or for_s)
+            span = TraceSpan(number, at_s, rng.expovariate(1 / for_s) or for_s)
             yield span
             now_s = at_s + span.for_s
 
@@ -244,7 +244,7 @@ class _Sections(Section):
     peers: PeersSection = Field(default_factory=lambda: PeersSection())
     links: ScenarioLinks = Field(default_factory=lambda: ScenarioLinks())
     hostile: HostileSection = Field(default_factory=lambda: HostileSection())
-    churn: ChurnSection = Field(default_factory=lambda: ChurnSection())
+    churn: ScenarioChurn = Field(default_factory=lambda: ScenarioChurn())
 
 
 class _HangRow(Section):
@@ -285,7 +285,7 @@ class Scenario:
     peers: PeersSection
     links: ScenarioLinks
     hostile: HostileSection
-    churn: ChurnSection
+    churn: ScenarioChurn
     hangs: tuple[Hang, ...]
     away: tuple[Away, ...]
     table: Mapping[str, Any]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from swarmtrain.errors import UserError
 from swarmtrain.problems import one_line, read_small_text
 
-__all__ = ["EVENTS", "Span", "Trace", "load_trace", "trace_of"]
+__all__ = ["EVENTS", "Trace", "TraceSpan", "load_trace", "trace_of"]
 
 EVENTS = ("join", "leave", "crash", "hang", "wake")
 _COLUMNS = ("time_s", "peer", "event")
@@ -26,7 +26,7 @@ _FOREVER_S = 1e9
 _EXAMPLE = "examples/scenarios/traces/day-and-night.csv"
 
 
-class Span(NamedTuple):
+class TraceSpan(NamedTuple):
     """From when on and for how long something lasts, of which peer."""
 
     peer: int
@@ -38,8 +38,8 @@ class Span(NamedTuple):
 class Trace:
     """What a file says. Spans in the order in which they begin; what never ends lasts for a billion seconds."""
 
-    away: tuple[Span, ...] = ()
-    hangs: tuple[Span, ...] = ()
+    away: tuple[TraceSpan, ...] = ()
+    hangs: tuple[TraceSpan, ...] = ()
     figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """`speed`, `up_mbit` and `down_mbit`: those of peers that have one."""
 
@@ -74,7 +74,7 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
     return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
 
 
-def _in_order(spans: Sequence[Span]) -> tuple[Span, ...]:
+def _in_order(spans: Sequence[TraceSpan]) -> tuple[TraceSpan, ...]:
     return tuple(sorted(spans, key=lambda span: (span.at_s, span.peer)))
 
 
@@ -84,7 +84,7 @@ class _Life:
     def __init__(self, peer: int, *, is_away: bool) -> None:
         self.peer, self.since_s, self.last_s = peer, 0.0, -math.inf
         self.state = "away" if is_away else "here"
-        self._past: list[tuple[str, Span]] = []
+        self._past: list[tuple[str, TraceSpan]] = []
 
     def goes_on(self, row: _Row) -> None:
         """With the next event."""
@@ -103,11 +103,11 @@ class _Life:
 
     def _end(self, now_s: float) -> None:
         if now_s > self.since_s:  # who joins at 0 was never away
-            self._past.append((self.state, Span(self.peer, self.since_s, now_s - self.since_s)))
+            self._past.append((self.state, TraceSpan(self.peer, self.since_s, now_s - self.since_s)))
 
-    def spans(self, state: str) -> list[Span]:
+    def spans(self, state: str) -> list[TraceSpan]:
         """When it was that, once its last event is known."""
-        last = (self.state, Span(self.peer, self.since_s, _FOREVER_S))
+        last = (self.state, TraceSpan(self.peer, self.since_s, _FOREVER_S))
         return [span for each, span in (*self._past, last) if each == state]
 
 

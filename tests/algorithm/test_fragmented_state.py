@@ -11,7 +11,7 @@ from swarmtrain.algorithm.fragments import FragmentedState, fragments_of, whole_
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LentMoments
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.peer.updates import LentWeights
+from swarmtrain.peer.merging.updates import LentWeights
 
 LAYOUT = layout_of([(4, 5), (7,), (3, 3), (11,), (2, 6)])
 FRAGMENTS = fragments_of(LAYOUT, 3)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import (
-    Arrival,
     Layout,
-    Prepared,
+    PartnerUpdate,
+    PreparedMerge,
     gossip_merge,
     layout_of,
     prepare,
@@ -193,10 +193,10 @@ def test_corrected_mean_that_makes_no_sense(sizes: list[int], weights: list[floa
         variance_corrected_mean([torch.ones(n) for n in sizes], layout_of([(2, 2), (2,)]), weights)
 
 
-def _arrivals(num: int, seed: int, scale: float = 1.0) -> list[Arrival]:
+def _arrivals(num: int, seed: int, scale: float = 1.0) -> list[PartnerUpdate]:
     P = _LAYOUT.size
     return [
-        Arrival(scale * _random(P, seed + j), 0.1 * _random(P, 1000 + seed + j), 100.0 * (1 + (seed * 7 + j) % 9))
+        PartnerUpdate(scale * _random(P, seed + j), 0.1 * _random(P, 1000 + seed + j), 100.0 * (1 + (seed * 7 + j) % 9))
         for j in range(num)
     ]
 
@@ -294,7 +294,9 @@ def test_however_the_rounds_of_peers_lie_to_each_other_all_go_as_fast_as_one_alo
     def merge(own: int, states: list[OuterState], *, counts_ahead: bool) -> OuterState:
         ages = [(own - other) % num / num for other in range(num)]  # of their rounds; this one's is a whole one
         arrivals = [
-            Arrival(states[i].theta, gradient, 1, 1 - ages[i] if counts_ahead else 0.0) for i in range(num) if i != own
+            PartnerUpdate(states[i].theta, gradient, 1, 1 - ages[i] if counts_ahead else 0.0)
+            for i in range(num)
+            if i != own
         ]
         return gossip_merge(states[own], prepare(states[own], arrivals, layout, 0.7), gradient, 1, constants)
 
@@ -309,12 +311,12 @@ def test_who_has_no_tokens_gives_only_its_theta() -> None:
     """A later part of a round that was merged before, with no step since; its g does not enter, whatever it is."""
     P = _LAYOUT.size
     state, own = OuterState(_random(P, 0), _random(P, 1)), _random(P, 2)
-    idle = Arrival(_random(P, 3), torch.full((P,), math.nan), 0)
+    idle = PartnerUpdate(_random(P, 3), torch.full((P,), math.nan), 0)
     new = gossip_merge(state, prepare(state, [idle], _LAYOUT, _RATE), own, 50, _CONSTANTS)
     theta = variance_corrected_mean([state.theta, idle.theta], _LAYOUT).mean
     expected = outer_step(OuterState(theta, state.momentum), own, _CONSTANTS)
     assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
-    busy = Arrival(state.theta, _random(P, 4), 10)
+    busy = PartnerUpdate(state.theta, _random(P, 4), 10)
     new = gossip_merge(state, prepare(state, [busy], _LAYOUT, _RATE), own, 0, _CONSTANTS)
     expected = outer_step(state, busy.gradient, _CONSTANTS)
     assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
@@ -346,7 +348,7 @@ def test_with_gradients_alone_theta_is_this_peers_own_and_stays_as_it_was() -> N
 def test_merge_that_makes_no_sense_changes_nothing() -> None:
     layout = layout_of([(3,)])
     state = OuterState(torch.ones(3), torch.ones(3))
-    idle = Arrival(torch.ones(3), torch.ones(3), 0)
+    idle = PartnerUpdate(torch.ones(3), torch.ones(3), 0)
     prepared = prepare(state, [idle], layout, _RATE)
     with pytest.raises(ValueError, match="all weights are zero"):
         gossip_merge(state, prepared, torch.ones(3), 0, _CONSTANTS)
@@ -401,7 +403,7 @@ def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1
     together = [OuterState(0.2 * _random(P, peer), torch.zeros(P)) for peer in range(num_peers)]
     # Numbers that never meet: the lone peers' weights are one vector, and both worlds' inner steps are taken at once.
     alone = OuterState(torch.cat([state.theta for state in together]), torch.zeros(num_peers * P))
-    published: list[Arrival] = []
+    published: list[PartnerUpdate] = []
     largest_together = largest_alone = torch.zeros(len(_SMALL.slices))
     for _ in range(num_rounds):
         theta = torch.stack([torch.stack([state.theta for state in together]), alone.theta.view(num_peers, P)])
@@ -410,7 +412,7 @@ def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1
             phi = phi * (1 - 2e-4) - curvature * (phi - minimum) - kick
         gradients, lone_gradients = theta - phi
 
-        latest = [Arrival(state.theta, g, 100) for state, g in zip(together, gradients, strict=True)]
+        latest = [PartnerUpdate(state.theta, g, 100) for state, g in zip(together, gradients, strict=True)]
         for peer, (state, gradient) in enumerate(zip(together, gradients, strict=True)):
             others = [arrival for other, arrival in enumerate(published) if other != peer]
             prepared = prepare(state, chance.sample(others, num_partners) if others else [], _SMALL, _RATE)
@@ -446,7 +448,7 @@ def test_unequal_peers_find_the_weighted_minimum() -> None:
     states = [OuterState(torch.zeros(P), torch.zeros(P)) for _ in range(4)]
     for _ in range(120):
         gradients = [way * (s.theta - m) for way, s, m in zip(ways, states, minima, strict=True)]
-        everyone = [Arrival(s.theta, g, 32 * n) for s, g, n in zip(states, gradients, steps, strict=True)]
+        everyone = [PartnerUpdate(s.theta, g, 32 * n) for s, g, n in zip(states, gradients, steps, strict=True)]
         states = [
             gossip_merge(s, prepare(s, everyone[:i] + everyone[i + 1 :], _SMALL, _RATE), g, 32 * n, _CONSTANTS)
             for i, (s, g, n) in enumerate(zip(states, gradients, steps, strict=True))
@@ -460,8 +462,8 @@ def test_peers_from_their_own_weights_agree_and_converge() -> None:
     """Nobody waits: each has its own pace, takes one random partner's last publication, and starts where it likes."""
     minimum, chance = _random(_SMALL.size, 99), random.Random(1)
     states = [OuterState(_random(_SMALL.size, peer), torch.zeros(_SMALL.size)) for peer in range(4)]
-    published: list[Arrival | None] = [None] * 4
-    last: Prepared | None = None
+    published: list[PartnerUpdate | None] = [None] * 4
+    last: PreparedMerge | None = None
     for tick in range(1, 300):
         for peer, period in enumerate((1, 1, 3, 5)):
             if tick % period:
@@ -471,7 +473,7 @@ def test_peers_from_their_own_weights_agree_and_converge() -> None:
             gradient = 0.3 * (state.theta - minimum)
             last = prepare(state, chance.sample(others, 1) if others else [], _SMALL, _RATE)
             states[peer] = gossip_merge(state, last, gradient, 60 // period, _CONSTANTS)
-            published[peer] = Arrival(state.theta, gradient, 60 // period)
+            published[peer] = PartnerUpdate(state.theta, gradient, 60 // period)
     assert last is not None
     assert last.consensus_spread < 1e-3
     assert last.variance_factor == pytest.approx(1, abs=1e-5)
@@ -483,7 +485,7 @@ def test_what_may_be_written_into_is_prepared_to_the_same_bits() -> None:
     state = OuterState(_random(_LAYOUT.size, 0), _random(_LAYOUT.size, 1))
     arrivals = [dataclasses.replace(one, ahead_rounds=0.5) for one in _arrivals(4, 5)]
     arrivals[1] = dataclasses.replace(arrivals[1], theta=None)
-    arrivals[2] = Arrival(arrivals[2].theta, arrivals[2].gradient, 0)
+    arrivals[2] = PartnerUpdate(arrivals[2].theta, arrivals[2].gradient, 0)
     wanted = prepare(state, arrivals, _LAYOUT, _RATE)
     made = (
         dataclasses.replace(one, gradient=one.gradient.clone(), theta=None if one.theta is None else one.theta.clone())

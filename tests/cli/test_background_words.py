@@ -17,7 +17,7 @@ from swarmtrain.cli.background import _Started
 from swarmtrain.cli.kept_options import restore
 from swarmtrain.cli.main import run
 from swarmtrain.events import ErrorEvent, Event, PausedEvent, to_json_line
-from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import pytest
 
-from swarmtrain.cli.closing import closing_line, go_on_line
+from swarmtrain.cli.closing_line import closing_line, go_on_line
 from swarmtrain.cli.common import PeerOptions, say_the_end
 from swarmtrain.events import DoneEvent
-from swarmtrain.peer.checkpoint_files import CheckpointFolder
-from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.peer.checkpoints.files import CheckpointFolder
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.run import run_sha256
 
 

@@ -26,8 +26,8 @@ from swarmtrain.cli.main import run
 from swarmtrain.cli.peers import (
     ForeignError,
     Life,
+    LocalPeer,
     NoAnswerError,
-    Peer,
     find,
     find_all,
     find_running,
@@ -184,15 +184,15 @@ def test_no_peer_at_all(home: Path) -> None:
 )
 def test_what_became_of_it(home: Path, state: int, life: Life) -> None:
     peer = over(home, "anna", state)
-    assert look(Peer(folder=peer.folder)).life is life
+    assert look(LocalPeer(folder=peer.folder)).life is life
 
 
 def test_its_last_life_left_no_word(home: Path) -> None:
     peer = over(home, "anna")
     (peer.folder / "lock").write_text("1")
-    assert look(Peer(folder=peer.folder)).life is Life.DIED, "status.json is of the life before"
+    assert look(LocalPeer(folder=peer.folder)).life is Life.DIED, "status.json is of the life before"
     (peer.folder / "status.json").write_text("{ torn")
-    view = look(Peer(folder=peer.folder))
+    view = look(LocalPeer(folder=peer.folder))
     assert (view.life, view.status) == (Life.DIED, wire.PeerStatus())
 
 
@@ -214,13 +214,15 @@ def test_it_is_there_still_after_its_last_word(home: Path, lives: Made) -> None:
     peer.save()
     lives.enter_context(living(peer.hold()))
     heard = make_status(state=wire.PEER_STATE_DONE, end_reason="asked", time=peer.status.time + 1)
-    view = look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
+    view = look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
     assert view.life is Life.ENDING and not view.life.over
     heard.state = wire.PEER_STATE_TRAINING
-    assert look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard).life is Life.SILENT
+    assert (
+        look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard).life is Life.SILENT
+    )
     peer.status.state = wire.PEER_STATE_DONE
     peer.save()
-    assert look(Peer(folder=peer.folder)).life is Life.ENDING
+    assert look(LocalPeer(folder=peer.folder)).life is Life.ENDING
 
 
 def test_its_next_life_is_not_taken_for_the_last(home: Path, lives: Made) -> None:
@@ -229,7 +231,7 @@ def test_its_next_life_is_not_taken_for_the_last(home: Path, lives: Made) -> Non
     lives.enter_context(living(peer.hold()))
     heard = make_status(pid=1, time=peer.status.time - 12)
     for state in (wire.PEER_STATE_UNSPECIFIED, wire.PEER_STATE_STARTING):
-        view = look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
+        view = look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
         assert view.life is Life.STARTING
         peer.status.state = state or wire.PEER_STATE_STARTING
         peer.save()
@@ -248,7 +250,7 @@ def test_one_that_is_gone_while_it_is_looked_at_does_not_start(
         return found
 
     monkeypatch.setattr(finding, "holder_pid", then_gone)
-    assert look_without_asking(Peer(folder=peer.folder), problem=NoAnswerError("")).life is Life.ENDED
+    assert look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError("")).life is Life.ENDED
 
 
 def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +288,7 @@ def test_over_tcp(home: Path, lives: Made) -> None:
 )
 def test_errors_in_words(tmp_path: Path, code: str, details: str, expected: str) -> None:
     error = SimpleNamespace(code=lambda: SimpleNamespace(name=code), details=lambda: details)
-    assert str(finding.in_words(error, Peer(folder=tmp_path / "swarm"))).startswith(expected)
+    assert str(finding.in_words(error, LocalPeer(folder=tmp_path / "swarm"))).startswith(expected)
 
 
 @contextlib.contextmanager
@@ -347,7 +349,7 @@ def test_a_status_as_json() -> None:
 def test_a_status_of_a_newer_version_is_read(tmp_path: Path) -> None:
     status = make_status()
     (tmp_path / "status.json").write_text(json_format.MessageToJson(status)[:-1] + ', "whatNobodyKnows": 1}')
-    assert Peer(folder=tmp_path).last() == status
+    assert LocalPeer(folder=tmp_path).last() == status
 
 
 def test_the_command(home: Path, lives: Made) -> None:

@@ -11,11 +11,11 @@ import pytest
 from swarmtrain.cli.join import _word_in
 from swarmtrain.cli.main import run
 from swarmtrain.events import Event, WarningEvent
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity
-from swarmtrain.network.invite import Invite, InvitedPeer, where_it_serves
-from swarmtrain.peer.common import show_invite
-from swarmtrain.peer.folder import peer_folder
-from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.peer.lifecycle.folder import peer_folder
+from swarmtrain.peer.lifecycle.node import show_invite
+from swarmtrain.peer.lifecycle.stop import StopFlag
 
 
 @pytest.mark.parametrize("text", ["st1abc\n", "swarmtrain join st1abc\n", "  st1abc"])

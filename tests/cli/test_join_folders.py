@@ -11,7 +11,7 @@ import pytest
 from swarmtrain.cli.common import PeerOptions
 from swarmtrain.cli.join import _free_directory
 from swarmtrain.errors import UserError
-from swarmtrain.peer.folder import peer_folder
+from swarmtrain.peer.lifecycle.folder import peer_folder
 
 ONE, OTHER = b"a run", b"another run"
 

@@ -12,15 +12,15 @@ from swarmtrain.cli.main import run
 from swarmtrain.cli.peers import Life, View, wire
 from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
-from swarmtrain.network.invite import Invite, InvitedPeer
-from swarmtrain.network.links import FailingPulls
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.links.proxy import FailingPulls
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.common import PeerSettings
-from swarmtrain.peer.fetching import RunFetcher
-from swarmtrain.peer.folder import PeerFolder, peer_folder
-from swarmtrain.peer.limits import options_of
-from swarmtrain.peer.started import Started, StartedFile
-from swarmtrain.peer.stopping import StopFlag
+from swarmtrain.peer.control.limits import options_of
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.limits import exact_size, parse_size
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_only_forgets(tmp_path: Path, monkeypatch: pytest.Mo
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("swarmtrain.peer.started.write_atomically", full)
+    monkeypatch.setattr("swarmtrain.peer.lifecycle.start_options.write_atomically", full)
     StartedFile(tmp_path).keep_pause(True)
     assert not StartedFile(tmp_path).read().paused
 

@@ -13,7 +13,7 @@ from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer import common
+from swarmtrain.peer.lifecycle import node
 from swarmtrain.run import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
@@ -34,7 +34,7 @@ def test_threads_are_as_asked_and_one_for_a_small_model(
     monkeypatch.setattr("torch.set_num_threads", taken.append)
     assert run([*command, model]) == run([*command, model, "--threads", "2"]) == 0
     assert taken == [1, 2]
-    monkeypatch.setattr(common, "_SMALL_PARAMETERS", 10)
+    monkeypatch.setattr(node, "_SMALL_PARAMETERS", 10)
     assert run([*command, model]) == 0
     assert taken == [1, 2], "torch's own choice for a larger one"
     assert not capsys.readouterr().err, "quick work says nothing"

@@ -17,7 +17,7 @@ from fake_peer import FakePeer, living, make_status
 from swarmtrain.cli import leave
 from swarmtrain.cli.main import run
 from swarmtrain.cli.screen import limits_in_words
-from swarmtrain.peer.started import Started, StartedFile
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 
 

@@ -14,7 +14,7 @@ from fake_peer import FakePeer, living
 
 from swarmtrain.cli import peers
 from swarmtrain.cli.follow import Patience, Signal, _Stream, follow
-from swarmtrain.cli.peers import Life, Peer, RefusedError, View, look
+from swarmtrain.cli.peers import Life, LocalPeer, RefusedError, View, look
 from swarmtrain.v1 import control_pb2 as wire
 
 pytestmark = pytest.mark.slow  # they wait by the real clock, as who watches does
@@ -28,7 +28,7 @@ PROBING = replace(LASTING, probe_s=0.5)
 class Following:
     """`follow` in a thread; what it shows is waited for."""
 
-    def __init__(self, peer: Peer, patience: Patience) -> None:
+    def __init__(self, peer: LocalPeer, patience: Patience) -> None:
         self.seen: list[View] = []
         self.news: SimpleQueue[Any] = SimpleQueue()
         self.last: View | None = None
@@ -66,7 +66,7 @@ class Following:
 
 
 def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
-    with Following(Peer(folder=peer.folder), LASTING) as watch:
+    with Following(LocalPeer(folder=peer.folder), LASTING) as watch:
         watch.wait(lambda view: view.status.round == 12)
         for round in (13, 14, 15):
             peer.tell(round=round)
@@ -83,7 +83,7 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
     ],
 )
 def test_an_end_is_the_last_view(peer: FakePeer, state: int, reason: str, code: int, life: Life) -> None:
-    with Following(Peer(folder=peer.folder), PROBING) as watch:
+    with Following(LocalPeer(folder=peer.folder), PROBING) as watch:
         watch.wait(lambda view: view.status.round)
         peer.end(state, reason, code)
         last = watch.end()
@@ -91,7 +91,7 @@ def test_an_end_is_the_last_view(peer: FakePeer, state: int, reason: str, code: 
 
 
 def test_a_death_is_told_at_once_and_waited_over_for_a_while(peer: FakePeer) -> None:
-    with Following(Peer(folder=peer.folder), QUICK) as watch:
+    with Following(LocalPeer(folder=peer.folder), QUICK) as watch:
         watch.wait(lambda view: view.status.round)
         peer.tell(round=20)
         watch.wait(lambda view: view.status.round == 20)
@@ -104,7 +104,7 @@ def test_a_death_is_told_at_once_and_waited_over_for_a_while(peer: FakePeer) -> 
 
 
 def test_one_that_comes_back_is_shown_again(peer: FakePeer) -> None:
-    with Following(Peer(folder=peer.folder), PROBING) as watch:
+    with Following(LocalPeer(folder=peer.folder), PROBING) as watch:
         for life in range(3):
             watch.wait(lambda view, life=life: view.life is Life.RUNNING and view.status.round == 12 + life)
             peer.die()
@@ -117,7 +117,7 @@ def test_one_that_comes_back_is_shown_again(peer: FakePeer) -> None:
 
 def test_one_that_hangs_is_said_to(peer: FakePeer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.ask, "__defaults__", (0.3,))
-    with Following(Peer(folder=peer.folder), QUICK) as watch:
+    with Following(LocalPeer(folder=peer.folder), QUICK) as watch:
         watch.wait(lambda view: view.life is Life.RUNNING and view.status.round)
         peer.hanging.set()
         watch.wait(lambda view: view.life is Life.SILENT)
@@ -128,14 +128,14 @@ def test_one_that_hangs_is_said_to(peer: FakePeer, monkeypatch: pytest.MonkeyPat
 
 def test_one_that_refuses_is_not_asked_again(peer: FakePeer) -> None:
     peer.refusal = "64 watch this peer already; end one of them"
-    view = look(Peer(folder=peer.folder))
+    view = look(LocalPeer(folder=peer.folder))
     with pytest.raises(RefusedError, match="anna: 64 watch this peer already; end one of them"):
-        follow(Peer(folder=peer.folder), view, lambda view: None, SimpleQueue(), QUICK)
+        follow(LocalPeer(folder=peer.folder), view, lambda view: None, SimpleQueue(), QUICK)
     assert peer.watches == 1
 
 
 def test_quiet_is_not_silence(peer: FakePeer) -> None:
-    with Following(Peer(folder=peer.folder), QUICK) as watch:
+    with Following(LocalPeer(folder=peer.folder), QUICK) as watch:
         watch.wait(lambda view: view.status.time)
         first = watch.seen[-1].status.time
         for _ in range(3):  # probed, and it answered
@@ -146,14 +146,14 @@ def test_quiet_is_not_silence(peer: FakePeer) -> None:
 def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
     with living(FakePeer(tmp_path / "anna").hold()) as peer:
         address = peer.serve(tcp=True)
-        with Following(Peer(address=address), QUICK) as watch:
+        with Following(LocalPeer(address=address), QUICK) as watch:
             watch.wait(lambda view: view.status.round)
             peer.die()
             watch.wait(lambda view: view.life is Life.LOST)
             assert watch.end().life is Life.LOST
         peer.hold()
         address, before = peer.serve(tcp=True), peer.watches
-        with Following(Peer(address=address), PROBING) as watch:
+        with Following(LocalPeer(address=address), PROBING) as watch:
             watch.wait(lambda view: peer.watches > before)  # else it may ask once more, and hear of no end
             peer.tell(round=13)
             watch.wait(lambda view: view.status.round == 13)  # it hears what happens, and not only what it asked for
@@ -174,7 +174,7 @@ def test_a_call_that_stays_open_when_its_peer_dies_is_hung_up(
     monkeypatch.setattr(_Stream, "_watch", stay_open)
     with living(FakePeer(tmp_path / "anna").hold()) as peer:
         address = peer.serve(tcp=tcp)
-        with Following(Peer(address=address) if tcp else Peer(folder=peer.folder), QUICK) as watch:
+        with Following(LocalPeer(address=address) if tcp else LocalPeer(folder=peer.folder), QUICK) as watch:
             assert opened.wait(30)
             peer.die()
             assert watch.end().life is (Life.LOST if tcp else Life.DIED)

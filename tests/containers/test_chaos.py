@@ -12,7 +12,7 @@ from chaos.run import run
 from chaos.scenarios import Scenario, read
 from docker_engine import ROOT, build
 
-from swarmtrain.peer.speed import measure_speed
+from swarmtrain.peer.training.speed import measure_speed
 from swarmtrain.run import load_run
 
 pytestmark = pytest.mark.containers

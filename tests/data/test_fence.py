@@ -26,7 +26,7 @@ from swarmtrain.data.documents import source_files
 from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.peer.bootstrap import publish_run
-from swarmtrain.peer.preparing import data_base
+from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.run import PublishedSection, RunFile, parse_published_untrusted, published_bytes, run_sha256
 
 if importlib.util.find_spec("datasets") is None:

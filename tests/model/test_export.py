@@ -16,9 +16,9 @@ from swarmtrain.cli.main import run
 from swarmtrain.errors import UserError
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.invite import Invite, InvitedPeer, format_invite
-from swarmtrain.peer.exporting import export_from_folder
+from swarmtrain.peer.checkpoints.export import export_from_folder
 from swarmtrain.run import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)

@@ -15,11 +15,11 @@ import pytest
 from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, UnreachableError
-from swarmtrain.network.node import Traffic
+from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.stage_calls import StageClient, StageHost
-from swarmtrain.peer.stage_desk import StageDesk
-from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.protocol.microbatches import LedgerLimits, StageLedger
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
+from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.protocol.pipeline.ledger import LedgerLimits, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()
@@ -42,7 +42,7 @@ class Wire:
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        desk = StageDesk(StageLedger(LedgerLimits(batch_tokens=64), life=7), self.now)
+        desk = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=64), life=7), self.now)
         self.server = StageServer(
             SHAPES, 3, {0: desk, 1: desk}, lambda peer, error: self.refused.append((peer, str(error))), self.stays_s
         )
@@ -61,7 +61,7 @@ class Wire:
         self.streams.append(writer)
         if self.hangs:
             return await asyncio.open_connection(sock=ours)
-        serving = StageHost(Traffic(), self.server).serve("d", reader, writer)
+        serving = StageHost(TrafficCount(), self.server).serve("d", reader, writer)
         self.tasks.append(asyncio.create_task(serving if self.raw_answer is None else self.say(serving, writer)))
         return await asyncio.open_connection(sock=ours)
 
@@ -72,7 +72,7 @@ class Wire:
         await writer.drain()
         writer.close()
 
-    traffic = Traffic()
+    traffic = TrafficCount()
 
     async def raw(self, question: pb.StageQuestion, body: bytes = b"") -> pb.StageAnswer:
         """What is answered to this question."""

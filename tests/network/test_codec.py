@@ -21,8 +21,8 @@ from swarmtrain.network.codec import (
 )
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.sections import sections_of
-from swarmtrain.network.snapshots import Body, Held, TensorSpec, build_snapshot
-from swarmtrain.protocol.partners import Difference, Mark, Whole
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, build_snapshot
+from swarmtrain.protocol.gossip.partners import Delta, Full, PublicationVersion
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 
@@ -114,7 +114,7 @@ def test_parts_of_different_lengths_are_our_mistake() -> None:
         average_bytes_untrusted([as_part(first), as_part(second)[:-4]], [1, 1])
 
 
-def held_of(data: memoryview, codec: GradientCodec, format: Format) -> Held:
+def held_of(data: memoryview, codec: GradientCodec, format: Format) -> HeldSnapshot:
     manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
     return build_snapshot(new_identity(b"a" * 32), manifest, codec.of[format].tensors, Body([data]))
 
@@ -156,8 +156,8 @@ def test_what_is_new_of_a_round_may_be_in_another_format_than_what_was_merged_of
         held_of(codec.gradient.encode_sum(each, format, 3, part), codec.gradient, format)
         for part, (each, format) in enumerate(zip((first, whole), formats, strict=True), 1)
     ]
-    news = Difference(Mark(3, 1, 100), 50, "part 1 of its round was merged")
-    merged = codec.gradient_untrusted(sent[0], Whole(100, "nothing was merged"), None).gradient
+    news = Delta(PublicationVersion(3, 1, 100), 50, "part 1 of its round was merged")
+    merged = codec.gradient_untrusted(sent[0], Full(100, "nothing was merged"), None).gradient
     new = codec.gradient_untrusted(sent[1], news, sent[0])
     assert new.tokens == 50
     assert torch.allclose(merged + new.gradient, codec.gradient.decode_untrusted(sent[1]), atol=1e-6)
@@ -176,7 +176,7 @@ def test_a_section_says_what_travels_of_it_and_what_a_merge_takes_of_that() -> N
         TensorSpec("gradient/norm", (250,), "int4"),
     ]
     assert [gradient.format_of(table[0].dtype) for table in gradient.tables] == ["int2", "int4"]
-    codec, (vector,), news = PublicationCodec(sections), vectors(1), Whole(100, "nothing was merged")
+    codec, (vector,), news = PublicationCodec(sections), vectors(1), Full(100, "nothing was merged")
     manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
     sent = build_snapshot(new_identity(b"a" * 32), manifest, weights.tables[0], Body([codec.weights.encode(vector)]))
     mean = codec.arrival_untrusted("weights", sent, news, None)

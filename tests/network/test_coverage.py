@@ -14,16 +14,16 @@ import torch
 
 from swarmtrain.data.batches import Batches, Shards
 from swarmtrain.network import coverage
+from swarmtrain.network.asynchronous.publications import OwnPublication, Publisher
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
+from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.publications import Publication, Publisher
 from swarmtrain.network.sections import sections_of
-from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import Body, SnapshotStore, TensorSpec, manifest_untrusted
-from swarmtrain.network.tallying import Tallying
-from swarmtrain.protocol.shards import MAX_ROWS
-from swarmtrain.protocol.tally import CountingRules
+from swarmtrain.network.signatures import sign
+from swarmtrain.network.snapshots.store import Body, SnapshotStore, TensorSpec, manifest_untrusted
+from swarmtrain.protocol.tokens.shards import MAX_ROWS
+from swarmtrain.protocol.tokens.tally import CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN, CORPUS, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
@@ -97,7 +97,7 @@ class Peer(Reader):
                 self.coverage.reached(step * STEP_TOKENS)
         self.round += 1
         nothing = torch.zeros(12)
-        self.publisher.newest = Publication(
+        self.publisher.newest = OwnPublication(
             round=self.round,
             part=1,
             tokens=ROUND_TOKENS,
@@ -341,7 +341,7 @@ def test_what_is_believed_follows_from_the_tally_and_counts_nothing() -> None:
     speeds: dict[str, float] = {}
     reading: Any = None
     now = [0.0]
-    tallying = Tallying(ANNA.peer_id, rules, reading, lambda: speeds, lambda: now[0], lambda *told: None)
+    tallying = TokenAccounting(ANNA.peer_id, rules, reading, lambda: speeds, lambda: now[0], lambda *told: None)
     tallying.meet(BEN.peer_id)
     now[0] = 50.0
     anna = Reader(ANNA, explained=tallying.explained)

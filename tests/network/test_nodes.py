@@ -24,18 +24,19 @@ from typing import Any, TypeVar
 import pytest
 
 from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError
-from swarmtrain.network import daemon, listening
+from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.records import PRESENCE, bucket_key
 from swarmtrain.network.identity import load_or_create_identity, new_identity
-from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.listening import cannot_listen
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
-from swarmtrain.network.records import PRESENCE, bucket_key
+from swarmtrain.network.reachability import listen
+from swarmtrain.network.reachability.listen import cannot_listen
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots import (
+from swarmtrain.network.snapshots.store import (
     CHUNK_BYTES,
     Body,
-    Held,
+    HeldSnapshot,
     PullLimits,
     SnapshotStore,
     TensorSpec,
@@ -46,8 +47,8 @@ from swarmtrain.network.snapshots import (
     pull_manifest,
 )
 from swarmtrain.network.swarm import find_run
-from swarmtrain.peer.common import clock_warning
-from swarmtrain.protocol.dialling import may_dial
+from swarmtrain.peer.lifecycle.node import clock_warning
+from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes
@@ -276,14 +277,16 @@ CONTENT = bytes(hashlib.shake_128(b"theta").digest(SPECS[0].size_bytes))
 LIMITS = PullLimits(stall_limit_s=2.0)
 
 
-def published(peer: Peer) -> Held:
+def published(peer: Peer) -> HeldSnapshot:
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE, round=1)
     held = build_snapshot(peer.node.identity, manifest, SPECS, Body([CONTENT]))
     peer.store.add(held)
     return held
 
 
-async def pulled(peer: Peer, name: str, sources: list[str], limits: PullLimits = LIMITS) -> tuple[Held, list[str]]:
+async def pulled(
+    peer: Peer, name: str, sources: list[str], limits: PullLimits = LIMITS
+) -> tuple[HeldSnapshot, list[str]]:
     blamed: list[str] = []
     signed = await pull_manifest(sources[-1], name, peer.calls.open_pull, limits)
     held = empty_held(manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, SPECS))
@@ -609,7 +612,7 @@ def test_who_does_not_answer_is_said_in_a_few_addresses(here: Here) -> None:
 
 
 def test_only_the_one_that_serves_another_run_is_said_to(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarmtrain.network.finding._STARTING_S", 0.01)
+    monkeypatch.setattr("swarmtrain.network.discovery.run_lookup._STARTING_S", 0.01)
     nobody = InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/9",))
     address = here.run(here.a.node.addresses())[0]
     with pytest.raises(RunTimeError, match=f"^the peer at {address} serves another run; ask for a new invite"):
@@ -638,7 +641,7 @@ def test_an_address_of_the_router_is_not_said_to_be_taken(here: Here, monkeypatc
     folder.mkdir()
     key_path = folder / "identity.key"
     identity = load_or_create_identity(key_path)
-    monkeypatch.setattr(listening, "own_addresses", lambda: ["127.0.0.1", "fe80::1%eth0", "10.1.2.3"])
+    monkeypatch.setattr(listen, "own_addresses", lambda: ["127.0.0.1", "fe80::1%eth0", "10.1.2.3"])
     settings = NodeSettings(directory=folder, listen=("/ip4/192.0.2.77/tcp/31337",))
     with pytest.raises(RunTimeError) as told:
         here.run(Node.start(settings, identity, key_path))
@@ -650,7 +653,7 @@ def test_an_address_of_the_router_is_not_said_to_be_taken(here: Here, monkeypatc
 
 
 def test_a_port_for_administrators_is_not_said_to_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "_errno_of", lambda address: errno.EACCES)
+    monkeypatch.setattr(listen, "_errno_of", lambda address: errno.EACCES)
     assert "does not allow it; choose a port above 1023" in str(cannot_listen(["/ip4/0.0.0.0/tcp/80"]))
 
 

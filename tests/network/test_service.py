@@ -12,11 +12,11 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import BusyError, PeerError
 from swarmtrain.network import service as service_module
-from swarmtrain.network.node import Traffic
+from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.network.replies import Reply
 from swarmtrain.network.service import service_type
-from swarmtrain.network.snapshots import CHUNK_BYTES, SnapshotStore
+from swarmtrain.network.snapshots.replies import Reply
+from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 MALLORY, ANNA = SimpleNamespace(remote_id="mallory"), SimpleNamespace(remote_id="anna")
@@ -30,7 +30,7 @@ class Peer:
         self.store.add(held_of(4))
         self.num_answered = 0
         self.named: list[tuple[str, str]] = []
-        node = SimpleNamespace(traffic=Traffic(), settings=None)
+        node = SimpleNamespace(traffic=TrafficCount(), settings=None)
         self.service = service_type()(self, self.store, {}, node)
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:

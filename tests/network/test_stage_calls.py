@@ -24,12 +24,12 @@ from swarmtrain.errors import (
     StalledError,
     UnreachableError,
 )
-from swarmtrain.network.node import Traffic
+from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.stage_calls import StageClient, StageHost
-from swarmtrain.peer.driver import Part, Tail
-from swarmtrain.peer.stage_desk import StageDesk, Task
-from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.protocol.microbatches import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
+from swarmtrain.peer.pipeline.driver import Part, Tail
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
+from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.v1 import pipeline_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()
@@ -46,15 +46,15 @@ class Wire:
     now: Callable[[], float]
     streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
     named: list[tuple[str, str]] = field(default_factory=list)
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: TrafficCount = field(default_factory=TrafficCount)
     silent: bool = False
     factor: float = 2.0
 
     def __post_init__(self) -> None:
         limits = LedgerLimits(batch_tokens=4 * TOKENS, max_open_of_driver=3)
-        self.desks = {peer: StageDesk(StageLedger(limits, life=7), self.now) for peer in ("p", "q")}
+        self.desks = {peer: StageRequestQueue(StageLedger(limits, life=7), self.now) for peer in ("p", "q")}
         self.hosts = {
-            peer: StageHost(Traffic(), StageServer(SHAPES, 3, {stage: self.desks[peer]}, self.refused))
+            peer: StageHost(TrafficCount(), StageServer(SHAPES, 3, {stage: self.desks[peer]}, self.refused))
             for peer, stage in (("p", 1), ("q", 2))
         }
         self.client = StageClient(self, RUN)  # type: ignore[arg-type]

@@ -17,21 +17,21 @@ from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.records import presence_to_proto
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
-from swarmtrain.network.invite import InvitedPeer
-from swarmtrain.network.node import NodeSettings, Traffic
-from swarmtrain.network.records import presence_to_proto
-from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import Body
+from swarmtrain.network.node import NodeSettings, TrafficCount
+from swarmtrain.network.signatures import sign
+from swarmtrain.network.snapshots.store import Body
 from swarmtrain.network.swarm import PublishedRun, Serving, Swarm
-from swarmtrain.protocol import lifecycle
-from swarmtrain.protocol.hosts import HostCandidate, Reach
-from swarmtrain.protocol.leaving import Leavers
-from swarmtrain.protocol.lifecycle import PeerInfo, PeerState
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.records import READ_EVERY_S
-from swarmtrain.protocol.rosters import Publication, Roster
-from swarmtrain.protocol.round_events import SignedRoster
+from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.membership import membership
+from swarmtrain.protocol.membership.hosts import HostCandidate, Reach
+from swarmtrain.protocol.membership.membership import PeerInfo, PeerState
+from swarmtrain.protocol.membership.records import READ_EVERY_S
+from swarmtrain.protocol.rounds.messages import SignedRoster
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -69,7 +69,7 @@ def a_swarm(calls: Hellos, method: str = "diloco", **given: Any) -> tuple[Swarm,
     events: list[Event] = []
     settings = NodeSettings(directory=Path("/nowhere"))
     node: Any = SimpleNamespace(
-        identity=ME, settings=settings, traffic=Traffic(), remember_addresses=lambda *_: None, known_peers=list
+        identity=ME, settings=settings, traffic=TrafficCount(), remember_addresses=lambda *_: None, known_peers=list
     )
     run_file = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": method}})
     published = PublishedRun(b"", RUN, run_file, b"", b"")
@@ -170,7 +170,7 @@ def test_strangers_on_a_roster_that_is_applied_are_greeted() -> None:
 
     async def body(swarm: Swarm) -> None:
         entries = tuple(
-            Publication(peer=peer.peer_id, snapshot="5" * 64, tokens=1, inner_steps=1) for peer in (ME, BEN, CARL)
+            RoundPublication(peer=peer.peer_id, snapshot="5" * 64, tokens=1, inner_steps=1) for peer in (ME, BEN, CARL)
         )
         roster = Roster(round=0, signer=BEN.peer_id, entries=entries)
         swarm.rounds.engine.last = SignedRoster(roster, pb.Signed(), "")
@@ -285,7 +285,7 @@ def test_a_state_of_another_branch_is_not_taken_for_the_present_one() -> None:
 
     async def body(swarm: Swarm) -> None:
         for peer in (BEN, CARL):
-            entry = Publication(peer=peer.peer_id, snapshot="5" * 64, tokens=9, inner_steps=1)
+            entry = RoundPublication(peer=peer.peer_id, snapshot="5" * 64, tokens=9, inner_steps=1)
             roster = Roster(round=6, signer=peer.peer_id, entries=(entry,))
             swarm.rounds.know_roster(roster, pb.Signed())
             swarm.set_state(Progress(round=7, peer_tokens={peer.peer_id: 9}, roster_sha256=roster.digest), Body([]))
@@ -438,7 +438,7 @@ def records_of(*infos: PeerInfo, lifetime_s: float = 30.0) -> Callable[[bytes, s
 
 def test_a_full_table_takes_no_more_strangers_from_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """One node of the DHT can answer with any number of them."""
-    monkeypatch.setattr(lifecycle, "MAX_PEERS", 5)
+    monkeypatch.setattr(membership, "MAX_PEERS", 5)
 
     async def body(swarm: Swarm) -> None:
         for stamp_s in (swarm_time(), swarm_time() + 1):
@@ -622,7 +622,7 @@ def test_a_bootstrap_keeps_the_last_one_until_it_is_archived() -> None:
     async def body(swarm: Swarm) -> None:
         request = pb.HelloRequest(presence=presence(BEN), asks_to_leave=True)
         assert not swarm.answers.hello(request, BEN.peer_id).stay, "a volunteer has no archive"
-        leavers = Leavers(swarm.membership)
+        leavers = DepartureQueue(swarm.membership)
         swarm.serving = Serving(leavers=leavers)
         assert swarm.answers.hello(request, BEN.peer_id).stay
         assert not swarm.answers.hello(pb.HelloRequest(presence=presence(BEN)), BEN.peer_id).stay

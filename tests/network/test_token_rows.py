@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network import identity
+from swarmtrain.network.asynchronous.server_link import entered_round_untrusted
+from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
 from swarmtrain.network.codec import body_of
-from swarmtrain.network.consensus import StateFetcher
+from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import base58_decode, base58_encode, new_identity, peer_bytes
-from swarmtrain.network.offering import Offer, state_specs
-from swarmtrain.network.serving import entered_round_untrusted
-from swarmtrain.network.signing import sign
-from swarmtrain.network.snapshots import SnapshotStore, TensorSpec
-from swarmtrain.network.tallying import Tallying
+from swarmtrain.network.signatures import sign
+from swarmtrain.network.snapshots.state_provider import StateProvider, state_specs
+from swarmtrain.network.snapshots.store import SnapshotStore, TensorSpec
 from swarmtrain.network.token_rows import MAX_ROWS_READ, MAX_ROWS_TOLD, add_token_rows, check_token_rows_untrusted
-from swarmtrain.peer.consensus import counts_in_untrusted
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.tally import ALL_OTHERS, CountingRules
+from swarmtrain.peer.merging.consensus import counts_in_untrusted
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.protocol.tokens.tally import ALL_OTHERS, CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
@@ -89,8 +89,8 @@ def test_two_that_exchange_states_of_very_many_count_nobody_twice() -> None:
     rules = CountingRules(began_s=0.0, burst_tokens=10**6, most_tokens=10**12)
     now = 1e6
 
-    def who_knows_all() -> Tallying:
-        found = Tallying("me", rules, AsyncMock(), lambda: {"fast": 1e5}, lambda: now, lambda *_: None)
+    def who_knows_all() -> TokenAccounting:
+        found = TokenAccounting("me", rules, AsyncMock(), lambda: {"fast": 1e5}, lambda: now, lambda *_: None)
         found.learn(counts)
         return found
 
@@ -113,7 +113,7 @@ def test_few_rows_are_told_as_they_are() -> None:
 
 def test_a_state_of_a_run_of_many_is_read_by_who_asks_for_it() -> None:
     counts = {base58_encode(peer): 5 for peer in ids(6000)}
-    offer = Offer(EVE, RUN, state_specs(SPECS), SnapshotStore())
+    offer = StateProvider(EVE, RUN, state_specs(SPECS), SnapshotStore())
     held = offer._build(
         Progress(round=1, run_tokens=30_000, peer_tokens=counts),
         body_of(torch.zeros(20), torch.zeros(20)),

@@ -146,7 +146,7 @@ def _import_all() -> None:
     import swarmtrain.cli.display
     import swarmtrain.cli.join
     import swarmtrain.cli.main
-    import swarmtrain.cli.stopping
+    import swarmtrain.cli.stop_signals
     import swarmtrain.peer.bootstrap
     import swarmtrain.peer.volunteer  # noqa: F401
     from swarmtrain.network.daemon import hivemind_module

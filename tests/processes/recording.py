@@ -21,17 +21,17 @@ from typing import Any
 from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.network.asynchronous.publications import Publisher
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.network.publications import Publisher
-from swarmtrain.peer import asynchronous, exchange
-from swarmtrain.peer.gossip_driver import GossipDriver
-from swarmtrain.peer.gossip_exchange import GossipExchange
-from swarmtrain.peer.replica import Replica
-from swarmtrain.peer.robustness import Robustness
-from swarmtrain.protocol import gossip
-from swarmtrain.protocol.gossip import GossipEngine
-from swarmtrain.protocol.gossip_messages import Merge
-from swarmtrain.protocol.partners import Mark
+from swarmtrain.peer.merging import asynchronous_exchange, roster_exchange
+from swarmtrain.peer.merging.gossip_exchange import GossipExchange
+from swarmtrain.peer.merging.gossip_runner import GossipRunner
+from swarmtrain.peer.merging.robustness import Robustness
+from swarmtrain.peer.training.replica import Replica
+from swarmtrain.protocol.gossip import engine
+from swarmtrain.protocol.gossip.engine import GossipEngine
+from swarmtrain.protocol.gossip.messages import MergeFragment
+from swarmtrain.protocol.gossip.partners import PublicationVersion
 
 __all__ = [
     "Record",
@@ -199,15 +199,15 @@ def _rounds(record: Record) -> None:
             original(self, contribution)
 
     def build(original: Any, self: Publisher, publication: Any) -> Any:
-        mark = Mark(publication.round, publication.part, publication.tokens)
+        mark = PublicationVersion(publication.round, publication.part, publication.tokens)
         with record.lock:  # what rounding loses goes to the next one, unless its round is over when it is made
             record.write("asked_for", fragment=self.fragment, mark=mark)
             return original(self, publication)
 
     around(GossipExchange, "start_round", start_round)
-    around(exchange, "round_inner_steps", steps)
-    around(asynchronous, "steps_of_everybody", everybodys)
-    around(gossip, "gradient_format", gradient_format)
+    around(roster_exchange, "round_inner_steps", steps)
+    around(asynchronous_exchange, "steps_of_everybody", everybodys)
+    around(engine, "gradient_format", gradient_format)
     around(GossipExchange, "publish", publish)
     around(Publisher, "_build", build)
 
@@ -226,7 +226,7 @@ def _pulls(record: Record) -> None:
 
     def decode(original: Any, self: GossipExchange, command: Any) -> Any:
         manifest = command.held.snapshot.manifest
-        mark = Mark(manifest.round, manifest.part, manifest.tokens)
+        mark = PublicationVersion(manifest.round, manifest.part, manifest.tokens)
         record.thread.mark = command.fragment, mark
         which = {"fragment": command.fragment, "section": command.section, "author": command.author}
         found = [type(command.news).__name__, command.news.tokens]
@@ -269,9 +269,9 @@ def _merges(record: Record) -> None:
         prepared_for[id(found)] = plan.began_s[plan.fragments.index(command.fragment)], plan.ends_s
         return found
 
-    def merge_due(original: Any, self: GossipDriver, round: int, fragment: int, **how: Any) -> Any:
+    def merge_due(original: Any, self: GossipRunner, round: int, fragment: int, **how: Any) -> Any:
         due = original(self, round, fragment, **how)
-        if isinstance(due, Merge):
+        if isinstance(due, MergeFragment):
             pulled = [[one.section, one.peer, one.mark, one.began_s] for one in due.pulled]
             of_s = None if due.merge is None else prepared_for[id(due.merge)]
             reference = self.engine._others.reference_round()
@@ -297,7 +297,7 @@ def _merges(record: Record) -> None:
         )
 
     around(GossipExchange, "prepare", prepare)
-    around(GossipDriver, "merge_due", merge_due)
+    around(GossipRunner, "merge_due", merge_due)
 
     def step_done(original: Any, self: GossipExchange, inner_steps_done: int) -> None:
         record.thread.done = inner_steps_done

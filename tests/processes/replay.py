@@ -16,24 +16,24 @@ import torch
 from recording import plain
 from torch import Tensor
 
-from swarmtrain.algorithm.gossip import Arrival
+from swarmtrain.algorithm.gossip import PartnerUpdate
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
-from swarmtrain.algorithm.robust import Incident
+from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.peer.preparing import initial_seed
-from swarmtrain.peer.session import Start
-from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.gossip_messages import Decode
-from swarmtrain.protocol.partners import Difference, Mark, News, Whole
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.pulls import Section, ahead_rounds
+from swarmtrain.peer.lifecycle.preparation import initial_seed
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.gossip.fragments import publishes_every
+from swarmtrain.protocol.gossip.messages import DecodePublication
+from swarmtrain.protocol.gossip.partners import Delta, Full, News, PublicationVersion
+from swarmtrain.protocol.gossip.pulls import Section, ahead_rounds
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted, run_sha256
-from swarmtrain.simulate.learning.gossip import Peer, World
-from swarmtrain.simulate.learning.lane import Lane, Published
+from swarmtrain.simulate.learning.fragment import LearningFragment, Published
+from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.setting import Setting
 
@@ -69,7 +69,7 @@ def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Seque
     return RecordedText(run, data, held_out, text_folder, sha256=sha256, peers=tuple(peers))
 
 
-class ReplayedPeer(Peer):
+class ReplayedPeer(LearningPeer):
     """A peer of the simulator to which happens what happened to a real one; each kind of event has a method.
 
     It trains, publishes, decodes, cuts and merges as the real one did; an assertion fails where what comes of that is
@@ -81,9 +81,9 @@ class ReplayedPeer(Peer):
     def __init__(self, world: Replayed, number: int) -> None:
         super().__init__(world, number)
         self.name = world.names[number]
-        self.published: dict[tuple[int, Section, Mark], Published] = {}
+        self.published: dict[tuple[int, Section, PublicationVersion], Published] = {}
         self.new: dict[tuple[int, Section, str], News] = {}
-        self.here: dict[tuple[int, Section, str], tuple[Published, Arrival]] = {}
+        self.here: dict[tuple[int, Section, str], tuple[Published, PartnerUpdate]] = {}
         self.before: dict[tuple[int, str], Published] = {}
         """Whose gradients of each fragment were merged last."""
         self.unlearned: deque[tuple[Callable[[Tensor, int], None], Tensor, int]] = deque()
@@ -132,7 +132,7 @@ class ReplayedPeer(Peer):
         for lane in self.lanes:
             self._has(lane)
 
-    def _has(self, lane: Lane) -> None:
+    def _has(self, lane: LearningFragment) -> None:
         assert lane.weights is not None
         self.published.setdefault((lane.number, "weights", lane.weights.mark), lane.weights)
 
@@ -144,7 +144,7 @@ class ReplayedPeer(Peer):
         self.trainer.restart()
         for lane in self.lanes:
             lane.newest = lane.weights = None
-            self.published.pop((lane.number, "weights", Mark(self.round, 0, 0)), None)
+            self.published.pop((lane.number, "weights", PublicationVersion(self.round, 0, 0)), None)
 
     def _on_published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
@@ -161,11 +161,11 @@ class ReplayedPeer(Peer):
         learn(gradient, tokens)
 
     def _on_asked_for(self, event: Event) -> None:
-        mark, lane = Mark(**event["mark"]), self._lane_of(event)
+        mark, lane = PublicationVersion(**event["mark"]), self._lane_of(event)
         section: Section = "gradient" if mark.part else "weights"
         self.serve(lane, section, self.published[lane.number, section, mark])
 
-    def _lane_of(self, event: Event) -> Lane:
+    def _lane_of(self, event: Event) -> LearningFragment:
         return self.lanes[event["fragment"]]
 
     # ------------------------------------------------------------- what was pulled
@@ -173,16 +173,21 @@ class ReplayedPeer(Peer):
     def _on_news(self, event: Event) -> None:
         kind, tokens = event["found"]
         if event["is_here"] and kind:
-            mark, which = Mark(**event["mark"]), (event["fragment"], event["section"], event["author"])
-            self.new[which] = Difference(mark, tokens, "") if kind == "Difference" else Whole(tokens, "")
+            mark, which = PublicationVersion(**event["mark"]), (event["fragment"], event["section"], event["author"])
+            self.new[which] = Delta(mark, tokens, "") if kind in ("Delta", "Difference") else Full(tokens, "")
 
     def _on_accepted(self, event: Event) -> None:
-        section, author, mark, fragment = event["section"], event["author"], Mark(**event["mark"]), event["fragment"]
-        published, told = self.world.published(fragment, section, author, mark), list[Incident]()
+        section, author, mark, fragment = (
+            event["section"],
+            event["author"],
+            PublicationVersion(**event["mark"]),
+            event["fragment"],
+        )
+        published, told = self.world.published(fragment, section, author, mark), list[ClipIncident]()
         news, self.world.told_now = self.new.pop((fragment, section, author)), told
-        earlier = self.before[fragment, author] if isinstance(news, Difference) else None
+        earlier = self.before[fragment, author] if isinstance(news, Delta) else None
         try:
-            arrival = self.arrival_untrusted(Decode(0, author, section, fragment, published, news, earlier))
+            arrival = self.arrival_untrusted(DecodePublication(0, author, section, fragment, published, news, earlier))
             self.here[fragment, section, author] = published, arrival
             decided = [arrival.tokens, ""]
         except BadBytesError as error:
@@ -196,10 +201,10 @@ class ReplayedPeer(Peer):
 
     def _on_taken(self, event: Event) -> None:
         lane, is_last = self._lane_of(event), event["fragment"] == len(self.lanes) - 1
-        arrivals, tokens = list[Arrival](), dict[str, float]()
+        arrivals, tokens = list[PartnerUpdate](), dict[str, float]()
         for section, author, mark, began_s in event["pulled"]:
             published, arrival = self.here.pop((lane.number, section, author))
-            assert published.mark == Mark(**mark)
+            assert published.mark == PublicationVersion(**mark)
             ahead = ahead_rounds(began_s, *(event["of_s"] or (0.0, 0.0)))
             arrivals.append(replace(arrival, ahead_rounds=ahead))
             tokens[author] = tokens.get(author, 0) + arrival.tokens
@@ -256,7 +261,7 @@ class RecordedSetting(Setting):
 
 
 @dataclass
-class Replayed(World):
+class Replayed(LearningWorld):
     """The simulator's peers under the names of real ones, and as far as each of those knew."""
 
     names: tuple[str, ...] = ()
@@ -266,17 +271,17 @@ class Replayed(World):
     """How many of each kind were the same."""
     formats: Counter[str] = field(default_factory=Counter)
     """Of pseudo-gradients: in so many rounds."""
-    told_now: list[Incident] = field(default_factory=list)
+    told_now: list[ClipIncident] = field(default_factory=list)
 
-    def peer(self, number: int) -> Peer:
-        """See `World`."""
+    def peer(self, number: int) -> LearningPeer:
+        """See `LearningWorld`."""
         return ReplayedPeer(self, number)
 
-    def told(self, peer: str, incident: Incident) -> None:
-        """See `World`."""
+    def told(self, peer: str, incident: ClipIncident) -> None:
+        """See `LearningWorld`."""
         self.told_now.append(incident)
 
-    def published(self, fragment: int, section: Section, author: str, mark: Mark) -> Published:
+    def published(self, fragment: int, section: Section, author: str, mark: PublicationVersion) -> Published:
         """What that peer has published."""
         peer = self.by_name[author]
         assert isinstance(peer, ReplayedPeer)

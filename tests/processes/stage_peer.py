@@ -27,13 +27,13 @@ from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
-from swarmtrain.peer.driver import Driver, Tail
-from swarmtrain.peer.stage_desk import StageDesk, Task
-from swarmtrain.peer.stage_loop import StageLoop
-from swarmtrain.peer.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.peer.stopping import StopTraining
-from swarmtrain.protocol.microbatches import Due, Key, LedgerLimits, StageLedger, Step
-from swarmtrain.protocol.routing import Router
+from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.pipeline.driver import Driver, Tail
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
+from swarmtrain.peer.pipeline.stage_loop import StageLoop
+from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.protocol.pipeline.ledger import Due, Key, LedgerLimits, StageLedger, TakeStep
+from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.run import ModelSection
 
 RUN = hashlib.sha256(b"a run of stages").hexdigest()
@@ -89,7 +89,7 @@ class StagePeer:
         self.node = self.network.run(Node.start(node_settings, identity, folder / "identity.key"), 30)
         self.me = identity.peer_id
         limits = LedgerLimits(batch_tokens=BATCH_TOKENS)
-        self.desk = StageDesk(StageLedger(limits), time.monotonic)
+        self.desk = StageRequestQueue(StageLedger(limits), time.monotonic)
         stage = build_stage(stage_shapes(MODEL, boundaries)[self.stage], seed=5)
         inner = InnerOptimizer(stage.named_parameters(), CONSTANTS)
         self.loop = StageLoop(self.desk, StageWork(stage), inner, BATCH_TOKENS, record=self.record)
@@ -140,7 +140,7 @@ class StagePeer:
                 "gives": digest(answer if tail is None else tail.gradient),
                 "loss": None if tail is None else tail.loss,
             }
-        elif isinstance(what, Step):
+        elif isinstance(what, TakeStep):
             keys = [[*key] for key in what.microbatches]
             entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens, "keys": keys}
         else:

@@ -18,7 +18,7 @@ from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent, WarningEvent
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import evaluate
-from swarmtrain.peer.exporting import export_from_folder
+from swarmtrain.peer.checkpoints.export import export_from_folder
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
@@ -32,10 +32,10 @@ LATE_S = 1.0
 """What a busy machine may add to a round; a call that nobody answers takes 3 s (`write_run`)."""
 SLOWED = ("--slowdown", "2")
 """So that the run lasts until a late joiner is there, and its machine has room for that."""
-SHORT_END = "import swarmtrain.peer.model_training\nswarmtrain.peer.model_training._LINGER_S = 3.0"
+SHORT_END = "import swarmtrain.peer.training.model_training\nswarmtrain.peer.model_training._LINGER_S = 3.0"
 """At the end a volunteer waits a minute for an archive that may come back."""
-SOON_ALONE = """import swarmtrain.peer.fetching, swarmtrain.peer.model_training
-swarmtrain.peer.fetching._FIND_S = swarmtrain.peer.model_training._ALONE_AFTER_S = 1.0"""
+SOON_ALONE = """import swarmtrain.peer.lifecycle.run_fetch, swarmtrain.peer.training.model_training
+swarmtrain.peer.lifecycle.run_fetch._FIND_S = swarmtrain.peer.training.model_training._ALONE_AFTER_S = 1.0"""
 """Whoever finds nobody looks for half a minute."""
 
 

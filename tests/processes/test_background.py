@@ -15,8 +15,8 @@ import pytest
 from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite, parse_invite
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
 
 pytestmark = pytest.mark.processes
 

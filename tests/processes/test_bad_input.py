@@ -15,11 +15,11 @@ from swarm import Child, Finished, Swarm, write_run
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ErrorEvent, JoinedEvent, RoundEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite, parse_invite
 from swarmtrain.network.identity import load_or_create_identity, new_identity
-from swarmtrain.network.invite import Invite, InvitedPeer, format_invite, parse_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import namespace_of, service_type
-from swarmtrain.network.snapshots import SnapshotStore
+from swarmtrain.network.snapshots.store import SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from swarm import PATIENCE_S, Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import ArchivedEvent, DoneEvent
-from swarmtrain.peer.control import SERVICE, read_status
+from swarmtrain.peer.control.server import SERVICE, read_status
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.processes
 
 HELD = """
 import pathlib, signal
-from swarmtrain.peer.doctor import Doctor
+from swarmtrain.peer.doctor.doctor import Doctor
 start = Doctor._start
 def held(self, *arguments):
     node = start(self, *arguments)

@@ -16,15 +16,15 @@ from swarm import Child, Swarm, assert_same_states, wait_until, write_run
 from swarmtrain.events import PeerJoinedEvent, RefusedEvent, RoundEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.discovery.invite import Invite, parse_invite
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.invite import Invite, parse_invite
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
-from swarmtrain.network.roster import roster_untrusted
-from swarmtrain.network.snapshots import Body, Held, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.rounds.roster import roster_untrusted
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.network.swarm import Swarm as Membership
-from swarmtrain.peer.folder import PeerFolder
-from swarmtrain.protocol.lifecycle import PeerInfo
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes
@@ -59,7 +59,7 @@ class Mallory(Membership):
         self.mode = "honest"
         self.store = EndlessStore()
         self.answers.round = self._round  # type: ignore[method-assign]
-        self._published: dict[tuple[str, int], Held] = {}
+        self._published: dict[tuple[str, int], HeldSnapshot] = {}
 
     async def _round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         """As the caller is, so are we; and here is our share of it."""
@@ -74,13 +74,13 @@ class Mallory(Membership):
             reply.publication.CopyFrom(self._publication(request.round, base).snapshot.signed)
         return reply
 
-    def _publication(self, round: int, base: str) -> Held:
+    def _publication(self, round: int, base: str) -> HeldSnapshot:
         key = (self.mode + base, round)
         if key not in self._published:
             self._published[key] = self._publish(round, base)
         return self._published[key]
 
-    def _publish(self, round: int, base: str) -> Held:
+    def _publish(self, round: int, base: str) -> HeldSnapshot:
         self.store.endless = self.mode == "endless"
         section = self.published.run
         manifest = pb.Manifest(

@@ -11,8 +11,8 @@ from replay import ReplayedPeer, replay, text_of
 from swarm import Swarm, write_run
 
 from swarmtrain.events import ClippedEvent, DoneEvent, InviteEvent
-from swarmtrain.peer.checkpoint import load_newest
-from swarmtrain.peer.checkpoint_files import CheckpointFolder
+from swarmtrain.peer.checkpoints.checkpoint import load_newest
+from swarmtrain.peer.checkpoints.files import CheckpointFolder
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 

@@ -10,7 +10,7 @@ import pytest
 from swarm import Child, Swarm, assert_same_states, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, RoundEvent, WarningEvent
-from swarmtrain.peer.control import read_status
+from swarmtrain.peer.control.server import read_status
 from swarmtrain.v1 import control_pb2 as pb
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]

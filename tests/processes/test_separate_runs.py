@@ -9,7 +9,7 @@ from swarm import Swarm, write_run
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import JoinedEvent, PeerJoinedEvent
-from swarmtrain.network.invite import Invite, format_invite, parse_invite
+from swarmtrain.network.discovery.invite import Invite, format_invite, parse_invite
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 

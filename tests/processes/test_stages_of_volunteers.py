@@ -37,8 +37,7 @@ _NETWORK = {"call_limit_s": 3.0, "stall_limit_s": 3.0, "presence_ttl_s": 6.0, "a
 
 _GARBAGE = """
 import os
-from swarmtrain.peer import stage_service
-
+from swarmtrain.peer.pipeline import stage_service
 right = stage_service.StageServer.answer_untrusted
 
 async def answer_untrusted(self, caller, question, body):

@@ -15,49 +15,49 @@ from types import SimpleNamespace
 from typing import Any
 
 import recording
-from lines import Line, Recording
+from lines import Line, Recording, news_name
 
 from swarmtrain import errors
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import tensor_specs
-from swarmtrain.peer.gossip_exchange import codecs_of, gossip_settings
-from swarmtrain.protocol import gossip_pulls
-from swarmtrain.protocol.gossip import GossipEngine
-from swarmtrain.protocol.gossip_merged import MergedPublications
-from swarmtrain.protocol.gossip_messages import (
-    Ask,
-    Called,
-    Cancel,
-    Decode,
-    Decoded,
-    Download,
-    Downloaded,
-    Failed,
-    Failure,
-    LeftAlone,
-    LinkAssumed,
-    Merge,
+from swarmtrain.peer.merging.gossip_exchange import codecs_of, gossip_settings
+from swarmtrain.protocol.gossip import started_pulls
+from swarmtrain.protocol.gossip.engine import GossipEngine
+from swarmtrain.protocol.gossip.merge_plans import MergePlan
+from swarmtrain.protocol.gossip.merged import MergedPublications
+from swarmtrain.protocol.gossip.messages import (
+    AdvertisedProgress,
+    AskPartner,
+    CancelPull,
+    ConsensusTaken,
+    DecodePublication,
+    DownloadPublication,
+    FindRoute,
+    LinkRateAssumed,
     MergeDue,
-    PeersChanged,
-    Planned,
-    Prepare,
-    Prepared,
-    Replied,
-    Report,
-    Rested,
-    Route,
-    Routed,
-    Told,
-    TookStates,
-    Woke,
+    MergeFragment,
+    MergePrepared,
+    MergesPlanned,
+    PartnerBackedOff,
+    PartnerReplied,
+    PartnersChanged,
+    PeerCalled,
+    PrepareMerge,
+    PublicationDecoded,
+    PublicationDownloaded,
+    PullFailed,
+    PullFailure,
+    PullsPaused,
+    PullTimerFired,
+    ReportFailure,
+    RouteFound,
 )
-from swarmtrain.protocol.gossip_peers import PartnerChoice
-from swarmtrain.protocol.gossip_pulls import GossipPulls
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.merge_plans import MergePlan
-from swarmtrain.protocol.open_pulls import OpenPull, OpenPulls
-from swarmtrain.protocol.partners import BackOff, Mark, Partners
-from swarmtrain.protocol.pulls import PullTimes
+from swarmtrain.protocol.gossip.open_pulls import OpenPull, OpenPulls
+from swarmtrain.protocol.gossip.partners import BackOff, Partners, PublicationVersion
+from swarmtrain.protocol.gossip.peers import PartnerChoice
+from swarmtrain.protocol.gossip.pulls import PullTimes
+from swarmtrain.protocol.gossip.started_pulls import GossipPulls
+from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["Difference", "drive"]
@@ -123,12 +123,12 @@ class _Others:
                 found.append(PeerInfo(peer=peer, **fields))
         return found
 
-    def told(self, peer: str) -> Told | None:
+    def told(self, peer: str) -> AdvertisedProgress | None:
         """How far it is."""
         if (told := self.known.get(peer)) is None:
             return None
         names = ("round", "inner_steps", "inner_steps_done", "steps_per_s")
-        return Told(*(told[name] for name in names), since_s=told["so_far_since_s"])
+        return AdvertisedProgress(*(told[name] for name in names), since_s=told["so_far_since_s"])
 
 
 class _Deferred(GossipEngine[Any, Any, Any]):
@@ -184,7 +184,7 @@ class _Driver:
         self.of: dict[OpenPull, int] = {}
         self.source: dict[int, tuple[str, str]] = {}
         """Of each: who was asked for it last, and whose it is."""
-        self.asked: dict[int, Ask] = {}
+        self.asked: dict[int, AskPartner] = {}
         """Not yet written."""
         self.preparing: dict[int, int] = {}
         """The number of the merge that is prepared, by fragment."""
@@ -220,7 +220,12 @@ class _Driver:
             self.of[pulls.by_number[number].open] = ask
 
         def news(
-            original: Any, merged: MergedPublications[Any], section: str, peer: str, mark: Mark, reference: int
+            original: Any,
+            merged: MergedPublications[Any],
+            section: str,
+            peer: str,
+            mark: PublicationVersion,
+            reference: int,
         ) -> Any:
             found = original(merged, section, peer, mark, reference)
             self.write(
@@ -232,7 +237,7 @@ class _Driver:
                 is_here=self.is_here,
                 is_own=not self.is_here and self.source[self.current][0] == peer,
                 reference=reference,
-                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
+                found=[None, 0] if found is None else [news_name(found[0]), found[0].tokens],
             )
             return found
 
@@ -267,7 +272,7 @@ class _Driver:
         around(Partners, "choose", chosen)
         around(GossipPulls, "begin", begin)
         around(MergedPublications, "news", news)
-        around(gossip_pulls, "round_began_s", began)
+        around(started_pulls, "round_began_s", began)
         for name in ("busy", "failed", "answered", "called"):
             around(BackOff, name, told(name))
         for name in ("bytes_begin", "bytes_end", "merged", "round_ended", "assume"):
@@ -283,32 +288,32 @@ class _Driver:
         """What is decided."""
         for command in commands:
             match command:
-                case Route() | Cancel() | LeftAlone():
+                case FindRoute() | CancelPull() | PartnerBackedOff():
                     pass
-                case Ask(number, source, author):
+                case AskPartner(number, source, author):
                     self.source[number] = source, author
                     if self.is_looking:
                         self.asked[number] = command
                     else:
                         self.requests(command)
-                case Download(number, source, held):
+                case DownloadPublication(number, source, held):
                     self.write("downloads", ask=self.asks[number], source=source, mark=held.mark)
-                case Decode(number, _, section, fragment, held, found, earlier):
-                    what = {"news": type(found).__name__, **asdict(found), "has_earlier": earlier is not None}
+                case DecodePublication(number, _, section, fragment, held, found, earlier):
+                    what = {"news": news_name(found), **asdict(found), "has_earlier": earlier is not None}
                     decoded = None if section == "weights" else what
                     self.write("decodes", ask=self.asks[number], fragment=fragment, mark=held.mark, what=decoded)
-                case Prepare(number, _, fragment, pulled):
+                case PrepareMerge(number, _, fragment, pulled):
                     self.preparing[fragment] = number
                     self.write("readies", fragment=fragment, pulled=_named(pulled))
-                case Merge(fragment, merge, pulled):
+                case MergeFragment(fragment, merge, pulled):
                     found = None if merge is None else _named(pulled)
                     self.write("merges", fragment=fragment, round=self.due, pulled=found)
-                case Report(peer, failure):
+                case ReportFailure(peer, failure):
                     self.write("incident", author=peer, reason=failure.reason)
                 case _:
                     raise AssertionError(command)
 
-    def requests(self, ask: Ask) -> None:
+    def requests(self, ask: AskPartner) -> None:
         """It is asked now."""
         known = None if ask.known is None else [ask.known.round, ask.known.part]
         self.write("requests", ask=self.asks[ask.pull], source=ask.source, known=known)
@@ -326,7 +331,7 @@ class _Driver:
             for line in block:
                 if line["kind"] == "peers":
                     self.others.tell(line)
-                    self.does(self.engine.receive(PeersChanged(self.others.volunteers()), self.engine.now))
+                    self.does(self.engine.receive(PartnersChanged(self.others.volunteers()), self.engine.now))
             kinds = {line["kind"] for line in block}
             for line in sorted(block, key=lambda line: line["kind"] != "expects"):  # known before
                 assert line["kind"] != "forgets" or kinds & {"stops", "took_states"}, "it never came alone"
@@ -351,32 +356,32 @@ class _Driver:
         event: Any = None
         match kind:
             case "begins":
-                event = Planned(line["round"], [_plan(plan) for plan in line["plans"]])
+                event = MergesPlanned(line["round"], [_plan(plan) for plan in line["plans"]])
             case "looks":
                 self.wake_s = engine.wake_at()
-                event = Woke()
+                event = PullTimerFired()
             case "expects":
-                event = LinkAssumed(line["num_bytes"] / line["found"]) if line["found"] else None
+                event = LinkRateAssumed(line["num_bytes"] / line["found"]) if line["found"] else None
             case "sources":
                 self.sources(line)
             case "replied":
                 event = self.replied(line)
             case "unanswered":
                 is_authors_word = self.source[self.current][0] == self.source[self.current][1]
-                event = Failed(self.current, _failure(line, is_ask=is_authors_word))
+                event = PullFailed(self.current, _failure(line, is_ask=is_authors_word))
             case "came":
                 wrong = None if line["wrong"] is None else _failure(line["wrong"])
-                event = Downloaded(self.current, line["num_bytes"], wrong)
+                event = PublicationDownloaded(self.current, line["num_bytes"], wrong)
             case "broke":
-                event = Failed(self.current, _failure(line))
+                event = PullFailed(self.current, _failure(line))
             case "decoded":
-                event = Decoded(self.current, None)
+                event = PublicationDecoded(self.current, None)
             case "refused":
-                event = Failed(self.current, _failure(line, is_authors=True))
+                event = PullFailed(self.current, _failure(line, is_authors=True))
             case "prepares":
                 self.does(engine.prepares(now))
             case "prepared":
-                event = Prepared(self.preparing[line["fragment"]], "merge" if line["is_good"] else None)
+                event = MergePrepared(self.preparing[line["fragment"]], "merge" if line["is_good"] else None)
             case "settled":
                 engine.settles(self.current, now)
             case "due":  # whoever had fallen behind looked at that afterwards, when it was recorded
@@ -385,9 +390,9 @@ class _Driver:
             case "took_states":
                 event = _took_states(line)
             case "stops":
-                event = Rested()
+                event = PullsPaused()
             case "calls":
-                event = Called(line["author"])
+                event = PeerCalled(line["author"])
             case "format":
                 self.write("publishes_as", found=engine.gradient_format(line["round_s"], line["up"]))
             case "shows":
@@ -405,7 +410,7 @@ class _Driver:
             is_direct = found == [author]
             if not is_direct:
                 recording.put(self.engine._others.hosts, "rng", _Lot(found))
-            self.does(self.engine.receive(Routed(number, is_direct), self.engine.now))
+            self.does(self.engine.receive(RouteFound(number, is_direct), self.engine.now))
         else:
             assert found == [author]
             self.engine._pulls.by_number[number].asked_s = self.engine.now
@@ -415,13 +420,13 @@ class _Driver:
         """By the author, or a host of its."""
         source, author = self.source[self.current]
         if source != author and line["away"]:
-            return Failed(self.current, Failure("", "away"))
+            return PullFailed(self.current, PullFailure("", "away"))
         if line["busy"]:
-            return Failed(self.current, Failure("it serves as many readers as it may", "busy"))
+            return PullFailed(self.current, PullFailure("it serves as many readers as it may", "busy"))
         if line["mark"] is None:
-            return Replied(self.current)
-        mark = Mark(**line["mark"])
-        return Replied(self.current, mark, SimpleNamespace(mark=mark), self.others.told(author))
+            return PartnerReplied(self.current)
+        mark = PublicationVersion(**line["mark"])
+        return PartnerReplied(self.current, mark, SimpleNamespace(mark=mark), self.others.told(author))
 
 
 class _Lot:
@@ -436,11 +441,11 @@ class _Lot:
         return list(self.order)
 
 
-def _took_states(line: Line) -> TookStates:
+def _took_states(line: Line) -> ConsensusTaken:
     told = [
         [{peer: (place[0], place[1]) for peer, place in each.items()} for each in of_state] for of_state in line["told"]
     ]
-    return TookStates(line["round"], told, line["rounds"])
+    return ConsensusTaken(line["round"], told, line["rounds"])
 
 
 def _plan(told: Mapping[str, Any]) -> MergePlan:
@@ -448,14 +453,14 @@ def _plan(told: Mapping[str, Any]) -> MergePlan:
     return MergePlan(**{**told, **tuples})
 
 
-def _failure(told: Mapping[str, Any], *, is_ask: bool = False, is_authors: bool = False) -> Failure:
+def _failure(told: Mapping[str, Any], *, is_ask: bool = False, is_authors: bool = False) -> PullFailure:
     error = getattr(errors, told["error"])
     kind: Any = "failed"
     if issubclass(error, errors.BusyError):
         kind = "busy"
     elif is_ask and issubclass(error, errors.UnreachableError):
         kind = "silent"
-    return Failure(told["reason"], kind, told["is_incident"], is_authors)
+    return PullFailure(told["reason"], kind, told["is_incident"], is_authors)
 
 
 def _named(pulled: Sequence[Any]) -> list[Any]:

@@ -14,42 +14,42 @@ from typing import Any
 
 import recording
 from learnt import setting, tiny
-from lines import Line, Recording, header_of
+from lines import Line, Recording, header_of, news_name
 from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
-from swarmtrain.protocol import pull_schedule
-from swarmtrain.protocol.gossip import GossipEngine
-from swarmtrain.protocol.gossip_messages import (
-    Ask,
-    Called,
-    CatchUp,
-    Decode,
-    Decoded,
-    Download,
-    Downloaded,
-    Failed,
-    Merge,
+from swarmtrain.protocol.gossip import pull_schedule
+from swarmtrain.protocol.gossip.engine import GossipEngine
+from swarmtrain.protocol.gossip.messages import (
+    AskPartner,
+    DecodePublication,
+    DownloadPublication,
+    FetchConsensus,
     MergeDue,
-    PeersChanged,
-    Planned,
-    Prepare,
-    Replied,
-    Report,
-    Rested,
-    Woke,
+    MergeFragment,
+    MergesPlanned,
+    PartnerReplied,
+    PartnersChanged,
+    PeerCalled,
+    PrepareMerge,
+    PublicationDecoded,
+    PublicationDownloaded,
+    PullFailed,
+    PullsPaused,
+    PullTimerFired,
+    ReportFailure,
 )
-from swarmtrain.protocol.partners import BackOff, Partners
-from swarmtrain.protocol.pulls import PullTimes
+from swarmtrain.protocol.gossip.partners import BackOff, Partners
+from swarmtrain.protocol.gossip.pulls import PullTimes
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.gossip import GossipPeer, Publication
 from swarmtrain.simulate.learning import churn
-from swarmtrain.simulate.learning.gossip import Peer, VirtualDriver, World
+from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld, VirtualRunner
 from swarmtrain.simulate.learning.hostile import HostileWorld
-from swarmtrain.simulate.network import Refused
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
-from swarmtrain.simulate.search.schedule import Fault, Schedule
+from swarmtrain.simulate.search.schedule import FaultSchedule, ScheduledFault
+from swarmtrain.simulate.systems.gossip import GossipPeer, SimulatedPublication
+from swarmtrain.simulate.systems.network import PullRefusal
 
 __all__ = ["LEARNING", "SYSTEMS", "record_learning", "record_systems", "recorded_schedule"]
 
@@ -156,7 +156,7 @@ def record_learning(name: str, folder: Path) -> Recording:
     lines = _Learning(Clock())
     try:
         lines.put_in()
-        world = (HostileWorld if one.hostile.percent else World)(one)
+        world = (HostileWorld if one.hostile.percent else LearningWorld)(one)
         lines.clock = world.clock
         world.run()
     finally:
@@ -191,7 +191,7 @@ class _Learning(_Lines):
         self._merges()
 
     def _gossip(self) -> None:
-        def init(original: Any, driver: VirtualDriver, peer: Peer) -> None:
+        def init(original: Any, driver: VirtualRunner, peer: LearningPeer) -> None:
             original(driver, peer)
             engine, times = driver.engine, driver.engine._schedule.times
             for thing in (engine, engine._others.back_off, times, *(lane.choice.partners for lane in engine._lanes)):
@@ -215,75 +215,75 @@ class _Learning(_Lines):
             return found
 
         def bring(
-            original: Any, driver: VirtualDriver, one: Any, num_lives: int, left: int, attempts: int, *args: Any
+            original: Any, driver: VirtualRunner, one: Any, num_lives: int, left: int, attempts: int, *args: Any
         ) -> None:
             self.write(driver.peer.number, "transfers", ask=one.pull, left=left, attempts=attempts)
             original(driver, one, num_lives, left, attempts, *args)
 
-        around(VirtualDriver, "__init__", init)
+        around(VirtualRunner, "__init__", init)
         around(GossipEngine, "receive", receive)
         around(Partners, "choose", choose)
-        around(VirtualDriver, "bring", bring)
+        around(VirtualRunner, "bring", bring)
 
     def _event(self, peer: int, event: Any) -> None:
-        self.num_blocks += not isinstance(event, Woke)
+        self.num_blocks += not isinstance(event, PullTimerFired)
         match event:
-            case PeersChanged(volunteers):
+            case PartnersChanged(volunteers):
                 told = {one.peer: [one.round, one.part, one.part_tokens] for one in volunteers}
                 self.news(peer, "others", "others", told)
-            case Planned(round, plans):
+            case MergesPlanned(round, plans):
                 self.write(peer, "begins", round=round, plans=plans)
-            case Called(author):
+            case PeerCalled(author):
                 self.write(peer, "calls", author=author)
-            case Replied(ask, mark):
+            case PartnerReplied(ask, mark):
                 self.write(peer, "replied", ask=ask, mark=mark)
-            case Downloaded(ask, num_bytes):
+            case PublicationDownloaded(ask, num_bytes):
                 self.write(peer, "came", ask=ask, num_bytes=num_bytes)
-            case Failed(ask, failure):
+            case PullFailed(ask, failure):
                 self.write(peer, "breaks", ask=ask, reason=failure.reason, mute=failure.kind == "silent")
-            case Decoded(ask, arrival):
+            case PublicationDecoded(ask, arrival):
                 self.write(peer, "decoded", ask=ask, tokens=arrival.tokens)
             case MergeDue(round, fragment):
                 self.due = round
                 self.write(peer, "due", fragment=fragment, round=round)
-            case Rested():
+            case PullsPaused():
                 self.write(peer, "stops")
 
     def _command(self, peer: int, command: Any) -> None:
         match command:
-            case Ask(ask, source, author, section, fragment, known):
+            case AskPartner(ask, source, author, section, fragment, known):
                 self.write(peer, "asks", ask=ask, section=section, author=author, fragment=fragment)
                 known = None if known is None else [known.round, known.part]
                 self.write(peer, "requests", ask=ask, source=source, known=known)
-            case Download(ask, source, held):
+            case DownloadPublication(ask, source, held):
                 self.write(peer, "downloads", ask=ask, source=source, mark=held.mark)
-            case Decode(ask, _, _, fragment, held, news, earlier):
-                what = {"news": type(news).__name__, "tokens": news.tokens, "has_earlier": earlier is not None}
+            case DecodePublication(ask, _, _, fragment, held, news, earlier):
+                what = {"news": news_name(news), "tokens": news.tokens, "has_earlier": earlier is not None}
                 self.write(peer, "decodes", ask=ask, fragment=fragment, mark=held.mark, what=what)
-            case Prepare(_, _, fragment, pulled):
+            case PrepareMerge(_, _, fragment, pulled):
                 self.write(peer, "readies", fragment=fragment, pulled=_named(pulled))
-            case Merge(fragment, merge, pulled):
+            case MergeFragment(fragment, merge, pulled):
                 named = None if merge is None else _named(pulled)
                 self.write(peer, "merges", fragment=fragment, round=self.due, pulled=named)
-            case CatchUp():
+            case FetchConsensus():
                 self.write(peer, "catches_up", found=True)
-            case Report(author, failure):
+            case ReportFailure(author, failure):
                 self.write(peer, "incident", author=author, reason=failure.reason)
 
     def _mine(self, name: str, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
         """Around a method of a peer: `before(peer, *args)`, and with what it returned `after(peer, found, *args)`."""
 
-        def call(original: Any, peer: Peer, *args: Any) -> Any:
+        def call(original: Any, peer: LearningPeer, *args: Any) -> Any:
             before(peer, *args)
             found = original(peer, *args)
             if after is not None:
                 after(peer, found, *args)
             return found
 
-        around(Peer, name, call)
+        around(LearningPeer, name, call)
 
     def _rounds(self) -> None:
-        def paces(peer: Peer) -> None:
+        def paces(peer: LearningPeer) -> None:
             world = peer.world
             self.write(
                 peer.number,
@@ -302,12 +302,12 @@ class _Learning(_Lines):
         )
         self._mine("train_to", lambda peer, moment: None, self._published)
 
-    def _published(self, peer: Peer, _: None, moment: int) -> None:
+    def _published(self, peer: LearningPeer, _: None, moment: int) -> None:
         newest = [None if lane.newest is None else lane.newest.mark for lane in peer.lanes]
         self.write(peer.number, "published", done=moment, found=newest)
 
     def _merges(self) -> None:
-        def accepts(original: Any, peer: Peer, decode: Any) -> Any:
+        def accepts(original: Any, peer: LearningPeer, decode: Any) -> Any:
             refused, tokens = "", 0
             try:
                 arrival = original(peer, decode)
@@ -320,26 +320,26 @@ class _Learning(_Lines):
                 what = {"fragment": decode.fragment, "section": decode.section, "author": decode.author}
                 self.write(peer.number, "accepted", **what, mark=decode.held.mark, found=[tokens, refused])
 
-        def merged(peer: Peer, _: None, lane: Any, arrivals: Any) -> None:
+        def merged(peer: LearningPeer, _: None, lane: Any, arrivals: Any) -> None:
             state = peer.trainer.state_of(lane.number)
             sums = {"theta_sha256": vector_sha256(state.theta), "momentum_sha256": vector_sha256(state.momentum)}
             self.write(peer.number, "merged", fragment=lane.number, **sums)
 
         def lives(kind: str) -> Callable[..., None]:
-            def call(original: Any, peer: Peer) -> None:
+            def call(original: Any, peer: LearningPeer) -> None:
                 self.write(peer.number, kind)
                 original(peer)
 
             return call
 
-        def begin_with(original: Any, peer: Peer, taken: Any, rows: Any) -> None:
+        def begin_with(original: Any, peer: LearningPeer, taken: Any, rows: Any) -> None:
             sums = {"theta_sha256": vector_sha256(taken.state.theta)}
             sums["momentum_sha256"] = vector_sha256(taken.state.momentum)
             event = taken.event
             self.write(peer.number, "took_states", round=event.round, told=event.told, rounds=event.rounds, **sums)
             original(peer, taken, rows)
 
-        around(Peer, "arrival_untrusted", accepts)
+        around(LearningPeer, "arrival_untrusted", accepts)
         self._mine("merge", lambda *_: None, merged)
         around(churn, "_go", lives("goes"))
         around(churn, "_come", lives("returns"))
@@ -353,7 +353,7 @@ def _named(pulled: Any) -> list[Any]:
 # ---------------------------------------------------------------- without tensors
 
 
-def record_systems(name: str, schedule: Schedule | None = None) -> Recording:
+def record_systems(name: str, schedule: FaultSchedule | None = None) -> Recording:
     """One of `SYSTEMS`, or a schedule that was recorded, played."""
     schedule = schedule or draw_gossip(random.Random(SYSTEMS[name]))
     lines = _Systems()
@@ -367,11 +367,11 @@ def record_systems(name: str, schedule: Schedule | None = None) -> Recording:
     return Recording(header_of("systems", name, [{"name": each} for each in lines.names], how), lines.lines)
 
 
-def recorded_schedule(told: Mapping[str, Any]) -> Schedule:
+def recorded_schedule(told: Mapping[str, Any]) -> FaultSchedule:
     """As it was recorded."""
-    faults = tuple(Fault(**each) for each in told["faults"])
+    faults = tuple(ScheduledFault(**each) for each in told["faults"])
     options = tuple((name, value) for name, value in told["options"])
-    return Schedule(**{**told, "speeds": tuple(told["speeds"]), "faults": faults, "options": options})
+    return FaultSchedule(**{**told, "speeds": tuple(told["speeds"]), "faults": faults, "options": options})
 
 
 class _Systems(_Lines):
@@ -462,6 +462,6 @@ _READ = ("round", "part", "part_tokens", "inner_steps", "inner_steps_done", "ste
 
 
 def _told(found: Any) -> Any:
-    if isinstance(found, Publication):
+    if isinstance(found, SimulatedPublication):
         return found.mark if found.is_finite else "no numbers"
-    return found.reason if isinstance(found, Refused) else None
+    return found.reason if isinstance(found, PullRefusal) else None

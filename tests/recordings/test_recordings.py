@@ -21,7 +21,7 @@ from simulated import LEARNING as LEARNT
 from simulated import record_learning, record_systems, recorded_schedule
 from swarm import write_run
 
-from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
+from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, TrainersRound
 
 pytestmark = pytest.mark.slow
 

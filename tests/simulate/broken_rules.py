@@ -11,23 +11,16 @@ from typing import Any
 import pytest
 
 from swarmtrain.algorithm import pacing
-from swarmtrain.peer import archive_watch, archiving, replica
-from swarmtrain.protocol import (
-    balance,
-    chains,
-    hosts,
-    leaving,
-    lifecycle,
-    microbatches,
-    partners,
-    promises,
-    rosters,
-    seeking,
-    shards,
-    tally,
-)
-from swarmtrain.simulate import publications, transfers
+from swarmtrain.peer.checkpoints import archive, archive_watch
+from swarmtrain.peer.training import replica
+from swarmtrain.protocol.archive import departure
+from swarmtrain.protocol.gossip import partners
+from swarmtrain.protocol.membership import hosts, membership
+from swarmtrain.protocol.pipeline import balance, ledger, stage_leases
+from swarmtrain.protocol.rounds import chains, rosters, state_search
+from swarmtrain.protocol.tokens import shards, tally
 from swarmtrain.simulate.search.schedule import WorldKind
+from swarmtrain.simulate.systems import publications, transfers
 
 __all__ = ["BROKEN", "NEEDS"]
 
@@ -37,10 +30,12 @@ Patch = pytest.MonkeyPatch
 def ledger_takes_everything(patch: Patch) -> None:
     """What was merged before is merged again."""
 
-    def news(self: partners.Ledger, peer: str, mark: partners.Mark, reference_round: int) -> partners.News:
+    def news(
+        self: partners.Ledger, peer: str, mark: partners.PublicationVersion, reference_round: int
+    ) -> partners.News:
         if mark.part < 1:
-            return partners.Nothing("it has published nothing yet")
-        return partners.Whole(mark.tokens, "why not")
+            return partners.Stale("it has published nothing yet")
+        return partners.Full(mark.tokens, "why not")
 
     patch.setattr(partners.Ledger, "news", news)
 
@@ -94,14 +89,14 @@ def everything_told_is_believed(patch: Patch) -> None:
 
 def who_was_lost_stays_lost(patch: Patch) -> None:
     """A presence that is newer brings nobody back."""
-    saw = lifecycle.Membership.saw_presence
+    saw = membership.Membership.saw_presence
 
     def saw_presence(
-        self: lifecycle.Membership, info: lifecycle.PeerInfo, expires_s: float, now: float
-    ) -> lifecycle.Change | None:
-        return None if self.state(info.peer) is lifecycle.PeerState.LOST else saw(self, info, expires_s, now)
+        self: membership.Membership, info: membership.PeerInfo, expires_s: float, now: float
+    ) -> membership.MembershipChange | None:
+        return None if self.state(info.peer) is membership.PeerState.LOST else saw(self, info, expires_s, now)
 
-    patch.setattr(lifecycle.Membership, "saw_presence", saw_presence)
+    patch.setattr(membership.Membership, "saw_presence", saw_presence)
 
 
 def nobody_refetches(patch: Patch) -> None:
@@ -117,7 +112,7 @@ def signers_are_believed(patch: Patch) -> None:
         return -1 if chain.head is None else chain.head.base_tokens
 
     patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: behind(theirs) > behind(ours))
-    patch.setattr(seeking, "flaw", lambda chain, ours: "")
+    patch.setattr(state_search, "flaw", lambda chain, ours: "")
     patch.setattr(chains.Chains, "wrong_with", lambda self, roster: "")
 
 
@@ -159,19 +154,19 @@ def nobody_counts_who_is_left(patch: Patch) -> None:
 
 def promises_are_not_kept(patch: Patch) -> None:
     """Who has promised to stay moves."""
-    patch.setattr(promises.Stays, "bound_s", lambda self, stage, now: 0.0)
-    patch.setattr(promises.Stays, "bound", lambda self, now: ())
+    patch.setattr(stage_leases.StageLeases, "bound_s", lambda self, stage, now: 0.0)
+    patch.setattr(stage_leases.StageLeases, "bound", lambda self, now: ())
 
 
 def promises_are_given_to_all(patch: Patch) -> None:
     """Also by who wants to leave itself."""
 
     def asked(
-        self: promises.Stays, request: promises.Request, stages: Iterable[int], now: float
-    ) -> tuple[promises.Promise, str]:
-        return promises.Promise(request=request, lasts_s=self.lasts_s), "why not"
+        self: stage_leases.StageLeases, request: stage_leases.LeaseRequest, stages: Iterable[int], now: float
+    ) -> tuple[stage_leases.StageLease, str]:
+        return stage_leases.StageLease(request=request, lasts_s=self.lasts_s), "why not"
 
-    patch.setattr(promises.Stays, "asked", asked)
+    patch.setattr(stage_leases.StageLeases, "asked", asked)
 
 
 def nobody_is_hidden(patch: Patch) -> None:
@@ -186,17 +181,19 @@ def nobody_is_hidden(patch: Patch) -> None:
 
 def numbers_are_not_checked(patch: Patch) -> None:
     """What is infinite, or no number, is taken as any."""
-    patch.setattr(publications.Publication, "is_finite", True)
+    patch.setattr(publications.SimulatedPublication, "is_finite", True)
 
 
 def shards_are_added(patch: Patch) -> None:
     """What a row tells again is counted again."""
 
-    def take(self: shards.Coverage, row: shards.Row, teller: str, explained: Callable[[str, int], int]) -> str | None:
+    def take(
+        self: shards.Coverage, row: shards.CoverageRow, teller: str, explained: Callable[[str, int], int]
+    ) -> str | None:
         old = self.row(row.peer)
         if row.peer != self.me:
             counts = row.counts if old is None else tuple(map(operator.add, old.counts, row.counts))
-            self._put(shards.Row(row.peer, counts, row.shard))
+            self._put(shards.CoverageRow(row.peer, counts, row.shard))
         return None
 
     patch.setattr(shards.Coverage, "_take", take)
@@ -204,25 +201,25 @@ def shards_are_added(patch: Patch) -> None:
 
 def finished_microbatches_are_forgotten(patch: Patch) -> None:
     """What is asked again is computed again."""
-    finish = microbatches.StageLedger._finish
+    finish = ledger.StageLedger._finish
 
-    def forget(self: microbatches.StageLedger, key: microbatches.Key, *, counted: bool) -> None:
+    def forget(self: ledger.StageLedger, key: ledger.Key, *, counted: bool) -> None:
         finish(self, key, counted=counted)
         self._drivers[key.driver].finished.clear()
 
-    patch.setattr(microbatches.StageLedger, "_finish", forget)
+    patch.setattr(ledger.StageLedger, "_finish", forget)
 
 
 def gradients_count_at_once(patch: Patch) -> None:
     """As soon as they are computed, acknowledged or not."""
-    computed = microbatches.StageLedger.computed
+    computed = ledger.StageLedger.computed
 
-    def counted(self: microbatches.StageLedger, key: microbatches.Key, kind: microbatches.Kind, now: float) -> None:
+    def counted(self: ledger.StageLedger, key: ledger.Key, kind: ledger.Kind, now: float) -> None:
         computed(self, key, kind, now)
         if kind != "forward":
             self.acknowledge(key, 1.0, now)
 
-    patch.setattr(microbatches.StageLedger, "computed", counted)
+    patch.setattr(ledger.StageLedger, "computed", counted)
 
 
 def states_bring_no_counts(patch: Patch) -> None:
@@ -233,46 +230,46 @@ def states_bring_no_counts(patch: Patch) -> None:
 def archives_by_who_counts_higher(patch: Patch) -> None:
     """A state is archived if it counts more than the bootstrap, whatever is behind it."""
 
-    def is_wanted(self: archiving.Archive, counts: Mapping[str, int], authors: Collection[str]) -> bool:
+    def is_wanted(self: archive.Archive, counts: Mapping[str, int], authors: Collection[str]) -> bool:
         adds = sum(counts.values()) > self.swarm.tallying.total
         if not adds:
             self.watch.archived(self._asked)
         return adds
 
-    patch.setattr(archiving.Archive, "is_wanted", is_wanted)
+    patch.setattr(archive.Archive, "is_wanted", is_wanted)
 
 
 def bootstrap_keeps_no_counts(patch: Patch) -> None:
     """Between two archives it counts in memory only."""
-    restore = archiving.Archive.restore
+    restore = archive.Archive.restore
 
-    def restored(self: archiving.Archive, kept: Any) -> None:
+    def restored(self: archive.Archive, kept: Any) -> None:
         patch.setattr(self.keeper, "restore_counts", lambda: None)
         restore(self, kept)
 
-    patch.setattr(archiving.Archive, "restore", restored)
+    patch.setattr(archive.Archive, "restore", restored)
 
 
 def last_holder_goes_at_once(patch: Patch) -> None:
     """Also while the bootstrap is away."""
-    patch.setattr(leaving, "LAST_HOLDER_S", 0.0)
+    patch.setattr(departure, "LAST_HOLDER_S", 0.0)
 
 
 def nobody_is_asked_to_stay(patch: Patch) -> None:
     """The last one goes as all others do."""
-    patch.setattr(leaving.Leavers, "ask", lambda self, peer, now: False)
+    patch.setattr(departure.DepartureQueue, "ask", lambda self, peer, now: False)
 
 
 def who_was_killed_trains_on(patch: Patch) -> None:
     """Whoever is believed alive has what a leaver has."""
 
-    def ask(self: leaving.Leavers, peer: str, now: float) -> bool:
+    def ask(self: departure.DepartureQueue, peer: str, now: float) -> bool:
         if now < self._taken_s.pop(peer, -math.inf) + 5.0:
             return False
         self._asked_s[peer] = self._began_s[peer] = now
         return all(self._asks(info.peer, now) for info in self._membership.volunteers())
 
-    patch.setattr(leaving.Leavers, "ask", ask)
+    patch.setattr(departure.DepartureQueue, "ask", ask)
 
 
 def nobody_asks_archives(patch: Patch) -> None:

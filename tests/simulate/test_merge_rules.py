@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from learnt import tiny
-from test_peer_gossip_exchange import World, run_file, worlds
+from test_gossip_exchange import World, run_file, worlds
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunFileError, RunTimeError, UserError
 from swarmtrain.peer.bootstrap import publish_run
-from swarmtrain.peer.doctor import check_rule
-from swarmtrain.peer.merge_rules import GROUP, mean_of
-from swarmtrain.peer.robustness import robust_mean
+from swarmtrain.peer.doctor.doctor import check_rule
+from swarmtrain.peer.merging.robustness import robust_mean
+from swarmtrain.peer.merging.rules import GROUP, mean_of
 from swarmtrain.run import parse_run
-from swarmtrain.simulate import comparing
-from swarmtrain.simulate.comparing import Play, compare, plays_of
+from swarmtrain.simulate import comparison
+from swarmtrain.simulate.comparison import Play, compare, plays_of
 
 __all__ = ["worlds"]
 """A fixture of other tests, used here too."""
@@ -81,10 +81,10 @@ def test_it_is_compared_and_what_is_kept_is_by_its_file(install: Callable[..., P
     scenario = tiny(tmp_path, grid={"merge.robust": ["clip", RULE]}, set={"run.total_tokens": 6000})
     clip, median = compare(scenario, jobs=1, kept=kept).rows()
     assert dict(median.point) == {"merge.robust": RULE} and clip.loss != median.loss < 4.5
-    path = comparing._path(scenario, Play("gossip", median.point, 0), kept)
+    path = comparison._path(scenario, Play("gossip", median.point, 0), kept)
     assert path is not None and path.exists()
     module.write_text(MODULE + "\n# changed\n")
-    changed = comparing._path(scenario, Play("gossip", median.point, 0), kept)
+    changed = comparison._path(scenario, Play("gossip", median.point, 0), kept)
     assert changed is not None and not changed.exists()
 
 

@@ -18,17 +18,17 @@ from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_part, method_named, methods_of_keys
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.bootstrap import publish_run
-from swarmtrain.peer.exchange import SwarmExchange, exchange_of
-from swarmtrain.peer.loop import ModelLoop
-from swarmtrain.peer.merge_costs import MergeCosts, costs_of
-from swarmtrain.peer.merge_server import MergeServer
-from swarmtrain.peer.reporting import what_was_merged
-from swarmtrain.peer.session import RoundReport, Session
+from swarmtrain.peer.merging.costs import MergeCosts, costs_of
+from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
+from swarmtrain.peer.merging.server import MergeServer
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.round_report import what_was_merged
+from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import MergeSection, RunFile, parse_published_untrusted, parse_run, run_sha256
-from swarmtrain.simulate import comparing
-from swarmtrain.simulate.comparing import Play, compare
-from swarmtrain.simulate.living import Machines, lived
+from swarmtrain.simulate import comparison
+from swarmtrain.simulate.comparison import Play, compare
+from swarmtrain.simulate.planning.playback import PlaybackMachines, lived
 
 
 def test_each_is_found_by_its_own_name() -> None:
@@ -58,7 +58,7 @@ def test_its_parts_are_there(method: MergeMethod) -> None:
     assert isinstance(costs_of(run), MergeCosts)
     assert method.has_server == (method is SERVER)
     assert not method.has_server or issubclass(load_part(method.server), MergeServer)
-    found = lived(run, Machines(step_s=(0.5, 0.5)), LinksSection(), seed=0)
+    found = lived(run, PlaybackMachines(step_s=(0.5, 0.5)), LinksSection(), seed=0)
     assert len(found.round_s) == 2
 
 
@@ -67,10 +67,10 @@ def test_its_parts_are_there(method: MergeMethod) -> None:
 METHOD = "swarm-hermits:alone"
 MODULE = """
 from swarmtrain.methods import MergeMethod
-from swarmtrain.peer.exchange import SwarmExchange
-from swarmtrain.peer.merge_costs import MergeCosts
-from swarmtrain.peer.session import Start
-from swarmtrain.peer.updates import Averaged
+from swarmtrain.peer.merging.roster_exchange import SwarmExchange
+from swarmtrain.peer.merging.costs import MergeCosts
+from swarmtrain.peer.training.session import Start
+from swarmtrain.peer.merging.updates import Averaged
 from swarmtrain.simulate.learning.synchronous import data_parallel as learn
 
 ALONE = MergeMethod(
@@ -78,7 +78,7 @@ ALONE = MergeMethod(
     says="each trains by itself.",
     exchange="swarm_hermits:Alone",
     costs="swarm_hermits:Nothing",
-    lives="swarmtrain.simulate.living:by_server",
+    lives="swarmtrain.simulate.planning.playback:by_server",
     learns="swarm_hermits:learn",
     keys=frozenset({"share_above"}),
     defaults={"outer_momentum": 0.25},
@@ -155,7 +155,7 @@ def test_a_whole_method_of_a_package_trains(install: Callable[..., None]) -> Non
 def test_what_a_package_s_method_costs_is_its_own(install: Callable[..., None]) -> None:
     install()
     assert costs_of(run_by(METHOD)).merge_bytes(run_by(METHOD), 1000, 3) == (0, 0)
-    assert len(lived(run_by(METHOD), Machines(step_s=(0.5, 0.5)), LinksSection(), seed=0).round_s) == 2
+    assert len(lived(run_by(METHOD), PlaybackMachines(step_s=(0.5, 0.5)), LinksSection(), seed=0).round_s) == 2
 
 
 def test_a_package_s_method_is_compared(install: Callable[..., None], tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_package_s_method_is_compared(install: Callable[..., None], tmp_path: 
     kept = tmp_path / "kept"
     ours, same = compare(scenario, jobs=1, kept=kept).rows()
     assert (ours.method, ours.loss) == (METHOD, same.loss)
-    before = comparing._path(scenario, Play(METHOD, (), 0), kept)
+    before = comparison._path(scenario, Play(METHOD, (), 0), kept)
     assert before is not None and before.exists()
     (tmp_path / "site-packages" / "swarm_hermits.py").write_text(MODULE + "# changed")
-    after = comparing._path(scenario, Play(METHOD, (), 0), kept)
+    after = comparison._path(scenario, Play(METHOD, (), 0), kept)
     assert after is not None and not after.exists(), "what is kept is by the function's file"
 
 

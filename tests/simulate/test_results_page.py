@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from learnt import write_scenario
 
-from swarmtrain.simulate import comparing
+from swarmtrain.simulate import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def test_what_was_played_is_not_played_again(
     def play(*_: Any) -> Any:
         raise AssertionError("it was played before")
 
-    monkeypatch.setattr(comparing, "_play", play)
+    monkeypatch.setattr(comparison, "_play", play)
     assert results.main(arguments) == 0 and page.read_text() == first
     with pytest.raises(SystemExit):
         results.main(["equals", *arguments[1:]])

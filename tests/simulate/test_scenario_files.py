@@ -9,7 +9,7 @@ import pytest
 from learnt import tiny, write_scenario
 
 from swarmtrain.errors import UserError
-from swarmtrain.simulate.comparing import plays_of
+from swarmtrain.simulate.comparison import plays_of
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.scenario import load_scenario
 

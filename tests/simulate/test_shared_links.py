@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.links import SharedLinks, Transfer, max_min_rates
-from swarmtrain.simulate.messages import Link
+from swarmtrain.simulate.systems.messages import SimulatedLink
 
 
 @dataclass
 class Machine:
     name: str
-    link: Link = field(default_factory=lambda: Link(bytes_per_s=10.0))
+    link: SimulatedLink = field(default_factory=lambda: SimulatedLink(bytes_per_s=10.0))
 
 
 def transfer(src: Machine, dst: Machine) -> Transfer:
@@ -48,7 +48,7 @@ def test_who_sends_to_two_sends_half_to_each_and_all_to_the_one_that_is_left(exa
 
 def test_what_one_cannot_use_the_others_have() -> None:
     """`slow` takes 1 of the 10; max-min fair, the other one has 9 and not 5."""
-    a, b, slow = Machine("a"), Machine("b"), Machine("slow", Link(bytes_per_s=10.0, down_bytes_per_s=1.0))
+    a, b, slow = Machine("a"), Machine("b"), Machine("slow", SimulatedLink(bytes_per_s=10.0, down_bytes_per_s=1.0))
     rates = max_min_rates([to_slow := transfer(a, slow), to_b := transfer(a, b)])
     assert rates == {to_slow: 1.0, to_b: 9.0}
     clock = Clock()
@@ -62,7 +62,7 @@ def test_through_busy_uplinks_the_cheap_rule_takes_about_as_long(load: float, ap
     """At such a share of what 20 Mbit/s up and 100 down, lognormal, can carry; pulls are planned for the first one."""
     chance, size_bytes, lasts_s = random.Random(0), 4e6, 40.0
     factors = [chance.lognormvariate(0.0, 0.3) for _ in range(20)]
-    links = [Link(bytes_per_s=2.5e6 * each, down_bytes_per_s=12.5e6 * each) for each in factors]
+    links = [SimulatedLink(bytes_per_s=2.5e6 * each, down_bytes_per_s=12.5e6 * each) for each in factors]
     machines = [Machine(f"m{i}", link) for i, link in enumerate(links)]
     all_per_s, at_s = sum(link.bytes_per_s for link in links), 0.0
     wanted: list[tuple[Machine, Machine, float, float]] = []
@@ -100,7 +100,9 @@ def test_nobody_can_have_more_without_one_that_has_no_more_having_less(
     rates: list[tuple[int, int]], pairs: list[tuple[int, int]]
 ) -> None:
     """The definition: each transfer is on a full link on which none has more than it."""
-    machines = [Machine(f"m{i}", Link(bytes_per_s=up, down_bytes_per_s=down)) for i, (up, down) in enumerate(rates)]
+    machines = [
+        Machine(f"m{i}", SimulatedLink(bytes_per_s=up, down_bytes_per_s=down)) for i, (up, down) in enumerate(rates)
+    ]
     ends = [(machines[a % len(machines)], machines[b % len(machines)]) for a, b in pairs]
     found = max_min_rates([transfer(a, b) for a, b in ends])
     for one, rate in found.items():

@@ -10,13 +10,13 @@ import pytest
 from learnt import setting, tiny, write_scenario
 
 from swarmtrain.errors import UserError
-from swarmtrain.simulate import comparing
-from swarmtrain.simulate.comparing import Play
+from swarmtrain.simulate import comparison
+from swarmtrain.simulate.comparison import Play
 from swarmtrain.simulate.learning.methods import METHODS
-from swarmtrain.simulate.learning.serving import _Served
-from swarmtrain.simulate.learning.setting import Outcome
+from swarmtrain.simulate.learning.server import _Served
+from swarmtrain.simulate.learning.setting import RunOutcome
 from swarmtrain.simulate.scenario import Scenario, load_scenario
-from swarmtrain.simulate.traces import Span, load_trace, trace_of
+from swarmtrain.simulate.traces import TraceSpan, load_trace, trace_of
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +38,10 @@ def traced(folder: Path, text: str, **sections: Any) -> Scenario:
 def test_a_life_is_read() -> None:
     text = "# a log\ntime_s, peer, event\n\n0,0,join\n1,1,join\n2,0,hang\n3,0,wake\n3,2,hang\n4,0,leave\n"
     trace = trace_of(text + "5,2,crash\n6,0,join\n8,0,hang\n", "t", 4)
-    assert trace.away == (Span(1, 0, 1), Span(0, 4, 2), Span(2, 5, GONE_S))
-    assert trace.hangs == (Span(0, 2, 1), Span(2, 3, 2), Span(0, 8, GONE_S)), "who goes does not hang any more"
+    assert trace.away == (TraceSpan(1, 0, 1), TraceSpan(0, 4, 2), TraceSpan(2, 5, GONE_S))
+    assert trace.hangs == (TraceSpan(0, 2, 1), TraceSpan(2, 3, 2), TraceSpan(0, 8, GONE_S)), (
+        "who goes does not hang any more"
+    )
     assert not any(trace.figures.values())
     assert trace_of(HEAD, "t", 1).away == () == trace_of(HEAD, "t", 1).hangs
 
@@ -118,13 +120,13 @@ def test_what_comes_of_a_trace_is_what_comes_of_the_same_written_out(method: str
     scenario, written = traced(tmp_path, EVENTS), tiny(tmp_path, **SAME)
     assert (scenario.hangs, scenario.away) == (written.hangs, written.away)
     play = Play(method, (), 0)
-    assert comparing._path(scenario, play, tmp_path) == comparing._path(written, play, tmp_path)
-    outcome = comparing._play(scenario, play)
-    assert outcome == comparing._play(written, play), "to the bit"
-    assert outcome != comparing._play(tiny(tmp_path), play) and outcome.tokens_lost > 0
+    assert comparison._path(scenario, play, tmp_path) == comparison._path(written, play, tmp_path)
+    outcome = comparison._play(scenario, play)
+    assert outcome == comparison._play(written, play), "to the bit"
+    assert outcome != comparison._play(tiny(tmp_path), play) and outcome.tokens_lost > 0
 
 
-def played(scenario: Scenario, method: str) -> Outcome:
+def played(scenario: Scenario, method: str) -> RunOutcome:
     return METHODS[method].run(setting(scenario, **{k.replace(".", "__"): v for k, v in METHODS[method].keys.items()}))
 
 
@@ -139,9 +141,9 @@ def test_speeds_and_links_are_each_volunteer_s_own(method: str, tmp_path: Path) 
 
 def test_a_result_is_kept_by_what_its_trace_says(tmp_path: Path) -> None:
     figures, play = "time_s,peer,event,speed\n9,0,crash,{}\n", Play("gossip", (), 0)
-    paths = {comparing._path(traced(tmp_path, figures.format(speed)), play, tmp_path) for speed in ("", 2, 3)}
+    paths = {comparison._path(traced(tmp_path, figures.format(speed)), play, tmp_path) for speed in ("", 2, 3)}
     assert len(paths) == 3
-    usual = comparing._path(tiny(tmp_path, away=[{"peer": 0, "at_s": 9, "for_s": GONE_S}]), play, tmp_path)
+    usual = comparison._path(tiny(tmp_path, away=[{"peer": 0, "at_s": 9, "for_s": GONE_S}]), play, tmp_path)
     assert usual in paths, "what does not matter is not in its name"
 
 

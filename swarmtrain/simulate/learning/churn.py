@@ -1,8 +1,8 @@
 """Volunteers of gossip that crash or leave, come back, come late, or fall behind.
 
 Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
-takes the others' present weights as a real volunteer does (`peer.gossip_exchange`): their consensus, with momentum; or
-goes on with its own, as from a checkpoint, if these are not far behind.
+takes the others' present weights as a real volunteer does (`peer.merging.gossip_exchange`): their consensus, with
+momentum; or goes on with its own, as from a checkpoint, if these are not far behind.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Protocol
 
 from swarmtrain.algorithm.gossip import Layout
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.network.consensus import MOMENTA
-from swarmtrain.peer.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
-from swarmtrain.peer.replica import Replica
-from swarmtrain.peer.session import Start
-from swarmtrain.protocol.gossip import GossipEngine
-from swarmtrain.protocol.gossip_messages import TookStates
-from swarmtrain.protocol.partners import is_too_old
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.shards import Coverage, Row
+from swarmtrain.network.asynchronous.state_fetcher import MOMENTA
+from swarmtrain.peer.merging.consensus import SAMPLE, consensus_of_vectors, not_far_behind, round_of
+from swarmtrain.peer.training.replica import Replica
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.gossip.engine import GossipEngine
+from swarmtrain.protocol.gossip.messages import ConsensusTaken
+from swarmtrain.protocol.gossip.partners import is_too_old
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.protocol.tokens.shards import Coverage, CoverageRow
 from swarmtrain.simulate.clock import Clock
-from swarmtrain.simulate.learning.lane import Lane
+from swarmtrain.simulate.learning.fragment import LearningFragment
 from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.wire import Wire
@@ -68,7 +68,7 @@ class DrivesGossip(Protocol):
 
     engine: GossipEngine[Any, Any, Any]
 
-    def tell(self, event: TookStates) -> object:
+    def tell(self, event: ConsensusTaken) -> object:
         """It takes others' weights now."""
 
 
@@ -79,7 +79,7 @@ class Comer(Protocol):
     name: str
     learner: Learner
     trainer: Replica
-    lanes: list[Lane]
+    lanes: list[LearningFragment]
     rng: random.Random
     coverage: Coverage | None
     start: Start
@@ -113,7 +113,7 @@ class Comer(Protocol):
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> object:
         """On the world's clock, unless it has gone by then."""
 
-    def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
+    def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
         """What another tells of who has seen which data."""
 
 
@@ -122,7 +122,7 @@ class _Taken:
     """The others' consensus, and up to where everybody is in each of their states."""
 
     state: OuterState
-    event: TookStates
+    event: ConsensusTaken
 
 
 def schedule(world: Company) -> None:
@@ -173,7 +173,7 @@ def _taken(peer: Comer) -> int:
     return int(mean // step_tokens) * step_tokens
 
 
-def _taken_of(peer: Comer, lane: Lane, by: Comer) -> int:
+def _taken_of(peer: Comer, lane: LearningFragment, by: Comer) -> int:
     """The same of one fragment, by one other."""
     engine = by.gossip.engine
     marks = [engine.merged_mark(lane.number, peer.name), engine.pulled_mark(lane.number, peer.name)]
@@ -220,7 +220,7 @@ def _take_state(peer: Comer, others: list[Comer]) -> None:
     state, round = _present_state(world, sample)
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     told = [other.gossip.engine.places(other.round - 1) for other in near]
-    taken = _Taken(state, TookStates(max(round, peer.round), told, {other.name: other.round for other in near}))
+    taken = _Taken(state, ConsensusTaken(max(round, peer.round), told, {other.name: other.round for other in near}))
     size_bytes = _BYTES * world.layout.size
     arrives_s = max(
         world.wire.arrives_s(
@@ -242,7 +242,7 @@ def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int
     return present, round_of(near)
 
 
-def _begin_with(peer: Comer, taken: _Taken, rows: Mapping[str, Sequence[Row]]) -> None:
+def _begin_with(peer: Comer, taken: _Taken, rows: Mapping[str, Sequence[CoverageRow]]) -> None:
     for name, told in rows.items():
         peer.hear_rows(name, told)
     peer.learner.comes_late()

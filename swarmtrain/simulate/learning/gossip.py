@@ -1,7 +1,7 @@
 """Gossip in virtual time: the product's decisions, merges and formats, with real models, on a clock that only counts.
 
 What a volunteer does in threads and over sockets happens here in events: its inner steps at the moments when it
-publishes, and what `protocol.gossip` decides at once or, where bytes travel, when they have come.
+publishes, and what `protocol.gossip.engine` decides at once or, where bytes travel, when they have come.
 """
 
 from __future__ import annotations
@@ -15,76 +15,78 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
-from swarmtrain.algorithm.gossip import Arrival, Layout, prepare, variance_corrected_mean
+from swarmtrain.algorithm.gossip import Layout, PartnerUpdate, prepare, variance_corrected_mean
 from swarmtrain.algorithm.pacing import first_inner_steps
-from swarmtrain.algorithm.robust import Incident
+from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.bringing import ATTEMPTS
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.sections import rules_of, sections_of
-from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.peer.consensus import layout_of_specs
-from swarmtrain.peer.robustness import Naming, Robustness, apart
-from swarmtrain.peer.session import Start
-from swarmtrain.peer.updates import Contribution, Gathered
-from swarmtrain.protocol.fragments import publishes_every
-from swarmtrain.protocol.gossip import GossipEngine, GossipSettings
-from swarmtrain.protocol.gossip_messages import (
-    Ask,
-    Called,
-    CatchUp,
-    Decode,
-    Decoded,
-    Download,
-    Downloaded,
-    Failed,
-    Failure,
+from swarmtrain.network.snapshots.download import ATTEMPTS
+from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.peer.merging.consensus import layout_of_specs
+from swarmtrain.peer.merging.robustness import Naming, Robustness, apart
+from swarmtrain.peer.merging.updates import Gathered, LocalUpdate
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip.fragments import publishes_every
+from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, TrainersRound
+from swarmtrain.protocol.gossip.messages import (
+    AdvertisedProgress,
+    AskPartner,
+    DecodePublication,
+    DownloadPublication,
+    FetchConsensus,
     GossipCommand,
     GossipEvent,
-    LinkAssumed,
-    Merge,
+    LinkRateAssumed,
     MergeDue,
-    PeersChanged,
-    Planned,
-    Prepare,
-    Prepared,
-    Replied,
-    Report,
-    Rested,
-    Told,
-    Woke,
+    MergeFragment,
+    MergePrepared,
+    MergesPlanned,
+    PartnerReplied,
+    PartnersChanged,
+    PeerCalled,
+    PrepareMerge,
+    PublicationDecoded,
+    PublicationDownloaded,
+    PullFailed,
+    PullFailure,
+    PullsPaused,
+    PullTimerFired,
+    ReportFailure,
 )
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.merge_plans import MergePlan, MergePlanner, TrainersRound
-from swarmtrain.protocol.partners import Mark
-from swarmtrain.protocol.pulls import Section
-from swarmtrain.protocol.shards import Coverage, Row
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.tokens.shards import Coverage, CoverageRow
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.learning.churn import schedule, takes_state
-from swarmtrain.simulate.learning.lane import Lane, Published
-from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.fragment import LearningFragment, Published
+from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Peer", "VirtualDriver", "World"]
+__all__ = ["LearningPeer", "LearningWorld", "VirtualRunner"]
 
-Unprepared: TypeAlias = Prepare[Published, Arrival]
+Unprepared: TypeAlias = PrepareMerge[Published, PartnerUpdate]
 """A merge that is ready, but for its arithmetic: that is done once, when it is merged."""
-Event: TypeAlias = GossipEvent[Published, Arrival, Unprepared]
-Command: TypeAlias = GossipCommand[Published, Arrival, Unprepared]
+Event: TypeAlias = GossipEvent[Published, PartnerUpdate, Unprepared]
+Command: TypeAlias = GossipCommand[Published, PartnerUpdate, Unprepared]
 
 
-class VirtualDriver:
+class VirtualRunner:
     """Does in virtual time what the engine of one peer's gossip decides."""
 
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: LearningPeer) -> None:
         self.peer, self.world, setting = peer, peer.world, peer.world.setting
-        self.engine = GossipEngine[Published, Arrival, Unprepared](peer.name, self.world.gossip, peer.rng, peer.rng)
+        self.engine = GossipEngine[Published, PartnerUpdate, Unprepared](
+            peer.name, self.world.gossip, peer.rng, peer.rng
+        )
         self._others: list[PeerInfo] = []
         self._num_told = -1
         self._wake_s: float | None = None
         self._timer: Timer | None = None
-        self.engine.receive(LinkAssumed(min(setting.link_of(peer.name))), self.world.clock.now)
+        self.engine.receive(LinkRateAssumed(min(setting.link_of(peer.name))), self.world.clock.now)
 
     def tell(self, event: Event) -> list[Command]:
         """What has happened now. Whoever tells that a merge is due, merges."""
@@ -103,7 +105,7 @@ class VirtualDriver:
         self._num_told, others = world.num_told, [each.info for each in world.live if each is not self.peer]
         if others != self._others:
             self._others = others
-            self.engine.receive(PeersChanged(others), world.clock.now)
+            self.engine.receive(PartnersChanged(others), world.clock.now)
 
     def _wake(self) -> None:
         """When the engine wants, or as soon as this peer goes on, if it hangs then."""
@@ -116,7 +118,7 @@ class VirtualDriver:
 
     def _woke(self) -> None:
         self._wake_s = self._timer = None
-        self.tell(Woke())
+        self.tell(PullTimerFired())
 
     def _call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
         setting = self.world.setting
@@ -124,46 +126,56 @@ class VirtualDriver:
 
     def _do(self, command: Command) -> None:
         match command:
-            case Ask():
+            case AskPartner():
                 self._ask(command)
-            case Download(_, source, held):  # the bytes follow the reply
+            case DownloadPublication(_, source, held):  # the bytes follow the reply
                 asked_s, author = self.world.clock.now - self.world.setting.rtt_s, self.world.by_name[source]
                 self.bring(command, author.num_lives, held.num_bytes, ATTEMPTS, asked_s)
-            case Decode(pull, author):
+            case DecodePublication(pull, author):
                 try:
                     arrival = self.peer.arrival_untrusted(command)
                 except BadBytesError as error:
-                    self.tell(Failed(pull, Failure(str(error), is_incident=True, is_authors=True)))
+                    self.tell(PullFailed(pull, PullFailure(str(error), is_incident=True, is_authors=True)))
                 else:
                     self.peer.hear_rows(author, command.held.rows)
-                    self.tell(Decoded(pull, arrival))
-            case Prepare(number):
-                self.tell(Prepared(number, command))
-            case Report(author, failure):
-                self.world.told(author, Incident(rule_of(failure.reason), failure.reason))
+                    self.tell(PublicationDecoded(pull, arrival))
+            case PrepareMerge(number):
+                self.tell(MergePrepared(number, command))
+            case ReportFailure(author, failure):
+                self.world.told(author, ClipIncident(rule_of(failure.reason), failure.reason))
 
-    def _ask(self, ask: Ask) -> None:
+    def _ask(self, ask: AskPartner) -> None:
         """Who hangs says nothing; what another has when it is asked, this peer knows after a round trip."""
         now, setting, author = self.world.clock.now, self.world.setting, self.world.by_name[ask.source]
         if self.world.is_hanging(author.name):
-            silent = Failed(ask.pull, Failure("no answer", "silent"))
+            silent = PullFailed(ask.pull, PullFailure("no answer", "silent"))
             self._call_at(now + setting.run.network.call_limit_s, self.tell, silent)
             return
-        author.gossip.tell(Called(self.peer.name))
+        author.gossip.tell(PeerCalled(self.peer.name))
         self._call_at(now + setting.rtt_s, self._ended, author, author.num_lives, author.answer(ask))
 
-    def _ended(self, author: Peer, num_lives: int, event: Replied[Published] | Downloaded | Failed) -> None:
+    def _ended(
+        self,
+        author: LearningPeer,
+        num_lives: int,
+        event: PartnerReplied[Published] | PublicationDownloaded | PullFailed,
+    ) -> None:
         """So, unless who was asked has gone meanwhile."""
         is_gone = author.num_lives != num_lives
-        self.tell(Failed(event.pull, Failure("it has gone")) if is_gone else event)
+        self.tell(PullFailed(event.pull, PullFailure("it has gone")) if is_gone else event)
 
     def bring(
-        self, one: Download[Published], num_lives: int, left_bytes: int, attempts: int, asked_s: float | None = None
+        self,
+        one: DownloadPublication[Published],
+        num_lives: int,
+        left_bytes: int,
+        attempts: int,
+        asked_s: float | None = None,
     ) -> None:
         """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all. `num_lives`:
         its author's when it began."""
         world, rng, author = self.world, self.peer.rng, self.world.by_name[one.source]
-        event: Downloaded | Failed = Downloaded(one.pull, one.held.num_bytes)
+        event: PublicationDownloaded | PullFailed = PublicationDownloaded(one.pull, one.held.num_bytes)
         if author.num_lives != num_lives:
             self._ended(author, num_lives, event)
             return
@@ -175,14 +187,14 @@ class VirtualDriver:
             self._call_at(arrives_s, self.bring, one, num_lives, left_bytes - come_bytes, attempts - 1)
             return
         if breaks:
-            event = Failed(one.pull, Failure("its transfers break off"))
+            event = PullFailed(one.pull, PullFailure("its transfers break off"))
         self._call_at(arrives_s, self._ended, author, num_lives, event)
 
 
-class Peer:
+class LearningPeer:
     """A volunteer that merges at its own pace."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: LearningWorld, number: int) -> None:
         setting = world.setting
         self.world, self.number, self.name = world, number, f"p{number}"
         self.learner = setting.learner(number)
@@ -202,18 +214,18 @@ class Peer:
         """How often it has gone. What it had begun before then, comes to nothing."""
         self.began_s = math.inf
         """When its round did."""
-        self.own: Contribution
+        self.own: LocalUpdate
         """What its round has brought so far."""
         self.info, self.so_far_since_s = PeerInfo(peer=self.name), 0.0
         """What it has told of itself last, and when."""
         self.naming = Naming(world.told)
         self.lanes = [world.lane(fragment, self.naming) for fragment in range(len(world.fragments))]
-        self.gossip, self.planner = VirtualDriver(self), MergePlanner(len(self.lanes))
+        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
 
     def forget(self) -> None:
         """All that its process holds and no checkpoint keeps."""
         merged = self.gossip.engine.rows()
-        self.gossip, self.planner = VirtualDriver(self), MergePlanner(len(self.lanes))
+        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
         self.gossip.engine.load(merged)
         self.trainer.state = self.trainer.state
         for lane in self.lanes:
@@ -243,7 +255,7 @@ class Peer:
         )
         plans = self.planner.round_began(of, clock.now, all_begin=is_anew)
         self.tells(0, self.info.part_tokens)
-        self.gossip.tell(Planned(self.round, plans))
+        self.gossip.tell(MergesPlanned(self.round, plans))
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
 
     @property
@@ -306,7 +318,7 @@ class Peer:
             if lane.weights is None or lane is self.lanes[-1]:
                 self.begins(lane, self.round)
 
-    def begins(self, lane: Lane, round: int) -> None:
+    def begins(self, lane: LearningFragment, round: int) -> None:
         """A round of a fragment, whose weights it publishes."""
         lane.begins(round, self.trainer.state_of(lane.number).theta)
 
@@ -343,7 +355,7 @@ class Peer:
         for lane, of in zip(self.lanes, self.own.fragment_rounds, strict=True):
             gradient = self.own.gradient_of(lane.number)
             lane.robustness.learn(gradient, of.tokens)
-            lane.brought(Mark(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
+            lane.brought(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
         self.tells(self.own.part, self.own.tokens)
 
     def publish(self, moment: int) -> None:
@@ -353,18 +365,20 @@ class Peer:
 
     def _plan(self, plans: Sequence[MergePlan] | None) -> None:
         if plans is not None:
-            self.gossip.tell(Planned(self.round, plans))
+            self.gossip.tell(MergesPlanned(self.round, plans))
 
-    def answer(self, ask: Ask) -> Replied[Published]:
+    def answer(self, ask: AskPartner) -> PartnerReplied[Published]:
         """What it has of what it is asked for."""
         lane, info = self.lanes[ask.fragment], self.info
         if (published := lane.newer(ask.section, ask.known)) is None:
-            return Replied(ask.pull)
+            return PartnerReplied(ask.pull)
         self.serve(lane, ask.section, published)
-        told = Told(info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, self.so_far_since_s)
-        return Replied(ask.pull, published.mark, published, told)
+        told = AdvertisedProgress(
+            info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, self.so_far_since_s
+        )
+        return PartnerReplied(ask.pull, published.mark, published, told)
 
-    def serve(self, lane: Lane, section: Section, published: Published) -> None:
+    def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
         """That section of its publications was asked for: the first time it is encoded, for everybody."""
         if published.sent is not None:
             return
@@ -378,13 +392,13 @@ class Peer:
             encoded = gradients.encode_sum(published.vector, format, mark.round, mark.part)
             published.sent = gradients.of[format].decode(encoded)
 
-    def hear_rows(self, name: str, rows: Sequence[Row]) -> None:
+    def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
         """What another tells of who has seen which data, if those are the same."""
         part_of, other = self.world.setting.text.part_of, self.world.by_name[name]
         if self.coverage is not None and part_of(self.number) == part_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
 
-    def arrival_untrusted(self, decode: Decode[Published]) -> Arrival:
+    def arrival_untrusted(self, decode: DecodePublication[Published]) -> PartnerUpdate:
         """What is new of a publication, as far as the run's rule lets it enter a merge. BadBytesError if it must not
         be taken."""
         lane, vector, earlier = self.lanes[decode.fragment], decode.held.sent, decode.earlier
@@ -392,11 +406,11 @@ class Peer:
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite")
         if decode.section in lane.codec.averaged:
-            arrival = Arrival(vector, vector, 0)
+            arrival = PartnerUpdate(vector, vector, 0)
         else:
             assert earlier is None or earlier.sent is not None
             new = vector if earlier is None or earlier.sent is None else vector - earlier.sent
-            arrival = Arrival(None, new, decode.news.tokens)
+            arrival = PartnerUpdate(None, new, decode.news.tokens)
         theta = self.trainer.state_of(lane.number).theta
         return lane.robustness.accept(decode.author, arrival, theta, decode.held.mark.round)
 
@@ -408,11 +422,11 @@ class Peer:
             if merged_after != moment:
                 continue
             due = self._due(MergeDue(self.round, lane.number))
-            if isinstance(due, CatchUp):
+            if isinstance(due, FetchConsensus):
                 if takes_state(self):
                     return False
                 due = self._due(MergeDue(self.round, lane.number, may_catch_up=False))
-            assert isinstance(due, Merge)
+            assert isinstance(due, MergeFragment)
             self.merge(lane, _arrivals(due))
             if lane is not self.lanes[-1]:
                 self.begins(lane, self.round + 1)
@@ -439,10 +453,10 @@ class Peer:
             self.begin()
         else:
             self.is_over = True
-            self.gossip.tell(Rested())
+            self.gossip.tell(PullsPaused())
             self.world.finished(self)
 
-    def merge(self, lane: Lane, arrivals: Sequence[Arrival]) -> None:
+    def merge(self, lane: LearningFragment, arrivals: Sequence[PartnerUpdate]) -> None:
         """The end of a fragment's round, with what enters it."""
         world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
         prepared = prepare(self.trainer.state_of(lane.number), arrivals, lane.fragment.layout, rate)
@@ -459,7 +473,7 @@ class Peer:
         self.trainer.merge(gathered, self.own, lane.number)
 
 
-def _arrivals(due: Merge[Published, Arrival, Unprepared]) -> list[Arrival]:
+def _arrivals(due: MergeFragment[Published, PartnerUpdate, Unprepared]) -> list[PartnerUpdate]:
     """What enters, each with by how much of the round that was planned its author's began later."""
     if due.merge is None:
         return []
@@ -468,7 +482,7 @@ def _arrivals(due: Merge[Published, Arrival, Unprepared]) -> list[Arrival]:
 
 
 @dataclass
-class World:
+class LearningWorld:
     """Everyone, and the clock."""
 
     setting: Setting
@@ -483,8 +497,8 @@ class World:
     layout: Layout = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
     gossip: GossipSettings = field(init=False)
-    peers: list[Peer] = field(init=False)
-    by_name: dict[str, Peer] = field(init=False)
+    peers: list[LearningPeer] = field(init=False)
+    by_name: dict[str, LearningPeer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.specs = self.setting.learner(0).specs
@@ -504,21 +518,21 @@ class World:
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
         return PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
 
-    def lane(self, fragment: int, naming: Naming) -> Lane:
+    def lane(self, fragment: int, naming: Naming) -> LearningFragment:
         """Of a new peer."""
         rule, met = self.setting.run.merge.robust, not self.setting.own_weights
         robustness = Robustness(rule, self.fragments[fragment].layout, naming, met=met)
         codec, sizes = self.codec(fragment), self.gossip.sizes[fragment]
-        return Lane(fragment, self.fragments[fragment], sizes, robustness, codec)
+        return LearningFragment(fragment, self.fragments[fragment], sizes, robustness, codec)
 
     @property
-    def live(self) -> list[Peer]:
+    def live(self) -> list[LearningPeer]:
         """Those whom the others believe to be there."""
         gone, now_s = self.setting.is_gone, self.clock.now
         return [peer for peer in self.peers if peer.is_here and not gone(peer.number, now_s)]
 
     @property
-    def answering(self) -> list[Peer]:
+    def answering(self) -> list[LearningPeer]:
         """The honest ones who can be asked for their weights; all of them if nobody can."""
         found = [peer for peer in self.honest if peer.is_here and not self.is_hanging(peer.name)]
         return found or self.honest
@@ -527,23 +541,23 @@ class World:
         """Whether this peer stands still now."""
         return self.setting.is_hanging(self.by_name[name].number, self.clock.now)
 
-    def peer(self, number: int) -> Peer:
+    def peer(self, number: int) -> LearningPeer:
         """A new one."""
-        return Peer(self, number)
+        return LearningPeer(self, number)
 
-    def told(self, peer: str, incident: Incident) -> None:
+    def told(self, peer: str, incident: ClipIncident) -> None:
         """What `peer` published was cut or refused."""
 
-    def merged(self, peer: Peer) -> None:
+    def merged(self, peer: LearningPeer) -> None:
         """A round of `peer` is over."""
         self._recorder.see(self.tokens, self.clock.now, self.consensus)
 
-    def finished(self, peer: Peer) -> None:
+    def finished(self, peer: LearningPeer) -> None:
         """The last round of `peer` is over."""
         self.finished_s = max(self.finished_s, self.clock.now)
 
     @property
-    def honest(self) -> list[Peer]:
+    def honest(self) -> list[LearningPeer]:
         """Those whose weights are the swarm's."""
         return self.peers[: self.setting.num_honest]
 
@@ -569,10 +583,10 @@ class World:
         stuck, now_s = self.setting.is_stuck, self.clock.now
         return all(peer.is_over or not peer.is_here or stuck(peer.number, now_s) for peer in self.peers)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RunOutcome:
         """What came of it."""
         rounds = sum(peer.rounds_done for peer in self.honest)
-        return Outcome(
+        return RunOutcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),
             own_loss=self.setting.own_loss([peer.trainer.state.theta for peer in self.answering]),
             virtual_time_s=self.finished_s,

@@ -17,36 +17,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.robust import Incident
-from swarmtrain.protocol.partners import Mark
-from swarmtrain.protocol.pulls import Section
-from swarmtrain.simulate.learning.gossip import Peer, World
-from swarmtrain.simulate.learning.lane import Lane, Published
-from swarmtrain.simulate.learning.setting import Outcome, Setting
+from swarmtrain.algorithm.robust import ClipIncident
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.simulate.learning.fragment import LearningFragment, Published
+from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld
+from swarmtrain.simulate.learning.setting import RunOutcome, Setting
 
 __all__ = ["HostileWorld", "gossip"]
 
 _HUGE = 1e30
 
 
-class _Hostile(Peer):
+class _Hostile(LearningPeer):
     """Publishes something else than it has learnt."""
 
     gradients: tuple[Tensor, ...] = ()
     """Its own of the publication before, of each fragment."""
-    copied: Peer | None = None
+    copied: LearningPeer | None = None
 
     def begin(self) -> None:
-        """See `Peer`."""
+        """See `LearningPeer`."""
         self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
         super().begin()
 
-    def begins(self, lane: Lane, round: int) -> None:
-        """See `Peer`."""
+    def begins(self, lane: LearningFragment, round: int) -> None:
+        """See `LearningPeer`."""
         lane.begins(round, self.spoilt_weights(lane.number, self.trainer.state_of(lane.number).theta))
 
     def train_to(self, moment: int) -> None:
-        """See `Peer`. What it trains does not count."""
+        """See `LearningPeer`. What it trains does not count."""
         world = self.world
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
@@ -56,8 +56,8 @@ class _Hostile(Peer):
             assert lane.newest is not None
             lane.newest = self.spoilt(lane, lane.newest)
 
-    def serve(self, lane: Lane, section: Section, published: Published) -> None:
-        """See `Peer`; it makes bytes that no encoder makes, and says nothing of the data that it trains on."""
+    def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
+        """See `LearningPeer`; it makes bytes that no encoder makes, and says nothing of the data that it trains on."""
         if bool(torch.isfinite(published.vector).all()):
             super().serve(lane, section, published)
         else:
@@ -71,11 +71,13 @@ class _Hostile(Peer):
             return torch.full_like(theta, _HUGE)
         return theta + attack.factor * self.gradients[fragment] if attack.kind == "drag" and self.gradients else theta
 
-    def spoilt(self, lane: Lane, honest: Published) -> Published:
+    def spoilt(self, lane: LearningFragment, honest: Published) -> Published:
         """What it publishes in place of its gradient."""
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
-            return dataclasses.replace(honest, mark=Mark(mark.round, mark.part, self.most_tokens(mark.part)))
+            return dataclasses.replace(
+                honest, mark=PublicationVersion(mark.round, mark.part, self.most_tokens(mark.part))
+            )
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
             "scaled": lambda: attack.factor * g,
@@ -92,11 +94,11 @@ class _Hostile(Peer):
         return self.world.setting.run.max_round_tokens - self.start.num_parts + part
 
     def tells(self, part: int, tokens: int) -> None:
-        """See `Peer`."""
+        """See `LearningPeer`."""
         lies = part and self.world.setting.hostile.kind == "tokens"
         super().tells(part, self.most_tokens(part) if lies else tokens)
 
-    def noise(self, lane: Lane, honest: Published) -> Tensor:
+    def noise(self, lane: LearningFragment, honest: Published) -> Tensor:
         """Random numbers of the same norm in each tensor."""
         mark, like = honest.mark, honest.vector
         key = f"{self.world.setting.run.run.seed} {self.number} {mark.round} {mark.part}"
@@ -107,7 +109,7 @@ class _Hostile(Peer):
             made[place] *= like[place].norm() / made[place].norm()
         return made
 
-    def a_little(self, lane: Lane, own: Published) -> Tensor:
+    def a_little(self, lane: LearningFragment, own: Published) -> Tensor:
         """The mean of what the honest ones have published last, which anybody can pull, less `factor` times its
         standard deviation, number by number; each as if it had as many tokens as the own one."""
         newest = [peer.lanes[lane.number].newest for peer in self.world.honest]
@@ -117,7 +119,7 @@ class _Hostile(Peer):
         vectors = torch.stack([one.vector * (own.mark.tokens / one.mark.tokens) for one in known])
         return vectors.mean(0) - self.world.setting.hostile.factor * vectors.std(0)
 
-    def copy(self, lane: Lane, own: Published) -> Tensor:
+    def copy(self, lane: LearningFragment, own: Published) -> Tensor:
         """What an honest one, another in each round, has published last, as if of as many tokens as the own one."""
         assert self.copied is not None
         theirs = self.copied.lanes[lane.number].newest
@@ -125,32 +127,32 @@ class _Hostile(Peer):
 
 
 @dataclass
-class HostileWorld(World):
+class HostileWorld(LearningWorld):
     """Counts who was named by a rule."""
 
     named: Counter[bool] = field(default_factory=Counter)
     """By whether that one is hostile."""
 
-    def peer(self, number: int) -> Peer:
-        """See `World`."""
-        return _Hostile(self, number) if number >= self.setting.num_honest else Peer(self, number)
+    def peer(self, number: int) -> LearningPeer:
+        """See `LearningWorld`."""
+        return _Hostile(self, number) if number >= self.setting.num_honest else LearningPeer(self, number)
 
-    def told(self, peer: str, incident: Incident) -> None:
-        """See `World`."""
+    def told(self, peer: str, incident: ClipIncident) -> None:
+        """See `LearningWorld`."""
         self.named[self.by_name[peer].number >= self.setting.num_honest] += 1
 
-    def finished(self, peer: Peer) -> None:
-        """See `World`."""
+    def finished(self, peer: LearningPeer) -> None:
+        """See `LearningWorld`."""
         if peer.number < self.setting.num_honest:
             super().finished(peer)
 
-    def outcome(self) -> Outcome:
-        """See `World`."""
+    def outcome(self) -> RunOutcome:
+        """See `LearningWorld`."""
         return dataclasses.replace(super().outcome(), named_hostile=self.named[True], named_honest=self.named[False])
 
 
-def gossip(setting: Setting) -> Outcome:
+def gossip(setting: Setting) -> RunOutcome:
     """Nobody waits; and some are hostile, where a scenario says so."""
-    world = HostileWorld(setting) if setting.hostile.percent else World(setting)
+    world = HostileWorld(setting) if setting.hostile.percent else LearningWorld(setting)
     world.run()
     return world.outcome()

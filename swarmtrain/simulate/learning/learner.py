@@ -14,9 +14,9 @@ from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.model.gpt import build_model, evaluate
 from swarmtrain.network.codec import tensor_specs
-from swarmtrain.network.snapshots import TensorSpec
-from swarmtrain.peer.loop import ModelLoop
-from swarmtrain.peer.replica import Replica
+from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.replica import Replica
 from swarmtrain.run import MergeSection, RunFile
 
 __all__ = ["Learner", "Text", "warm_weights"]

@@ -12,8 +12,8 @@ from swarmtrain.methods import DILOCO, GOSSIP, SERVER, load_part, method_named
 from swarmtrain.packages import NAME
 from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
-from swarmtrain.simulate.learning.serving import async_nesterov, fedbuff, server_waiting
-from swarmtrain.simulate.learning.setting import Outcome, Setting
+from swarmtrain.simulate.learning.server import async_nesterov, fedbuff, server_waiting
+from swarmtrain.simulate.learning.setting import RunOutcome, Setting
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
 __all__ = ["METHODS", "Method", "scenario_method"]
@@ -24,7 +24,7 @@ class Method:
     """What it is, for a person; keys of the run file with their values; and what runs it where it learns."""
 
     says: str
-    run: Callable[[Setting], Outcome] | None = None
+    run: Callable[[Setting], RunOutcome] | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
     hostile: bool = False
     """Whether some volunteers can be hostile,"""

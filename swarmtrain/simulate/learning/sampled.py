@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.simulate.learning.setting import GROUP, Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.setting import GROUP, Recorder, RunOutcome, Setting
 
 __all__ = ["modest", "noloco"]
 
@@ -72,7 +72,7 @@ class _Pairs:
         return torch.stack([state.theta for state in self.states]).mean(0)
 
 
-def noloco(setting: Setting) -> Outcome:
+def noloco(setting: Setting) -> RunOutcome:
     """Rounds of H steps, then random pairs merge (NoLoCo, arXiv 2506.10911, the rule as its authors' code has it).
 
     With means over the pair of its pseudo-gradients g and weights theta:
@@ -83,7 +83,7 @@ def noloco(setting: Setting) -> Outcome:
         pairs.train()
         pairs.meet()
         recorder.see(pairs.tokens, max(pairs.now_s), pairs.mean)
-    return Outcome(
+    return RunOutcome(
         held_out_loss=setting.text.held_out_loss(pairs.mean()),
         own_loss=setting.own_loss([state.theta for state in pairs.states]),
         virtual_time_s=max(pairs.now_s),
@@ -109,7 +109,7 @@ def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: ra
     return sample or list(range(setting.num_peers)), now_s
 
 
-def modest(setting: Setting) -> Outcome:
+def modest(setting: Setting) -> RunOutcome:
     """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
 
     `GROUP` are in a sample. Who hangs is replaced when it has not answered for `network.call_limit_s`, and not asked
@@ -135,7 +135,7 @@ def modest(setting: Setting) -> Outcome:
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
         sent_bytes += 2 * len(trained) * size_bytes
         recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once
-    return Outcome(
+    return RunOutcome(
         held_out_loss=setting.text.held_out_loss(theta),
         virtual_time_s=now_s,
         tokens=tokens,

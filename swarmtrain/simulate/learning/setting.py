@@ -11,14 +11,14 @@ from torch import Tensor
 
 from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
-from swarmtrain.network.impairments import Lateness
+from swarmtrain.network.links.impairments import Lateness
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.pace import Pace
 from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
-__all__ = ["GROUP", "CurvePoint", "Outcome", "Recorder", "Setting", "setting_of"]
+__all__ = ["GROUP", "CurvePoint", "Recorder", "RunOutcome", "Setting", "setting_of"]
 
 GROUP = 4
 """So many volunteers are in a sample of MoDeST and so many updates in a buffer of FedBuff, or as many as there are."""
@@ -308,7 +308,7 @@ def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunOutcome:
     """What came of a run. Losses in nats per byte; `own_loss` is the mean of the peers' own weights, where each has
     some."""
 

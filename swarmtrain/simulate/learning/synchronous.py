@@ -9,14 +9,14 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
 from swarmtrain.simulate.learning.learner import Learner
-from swarmtrain.simulate.learning.setting import Outcome, Recorder, Setting
+from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 
 __all__ = ["data_parallel", "diloco", "diloco_round"]
 
 _BYTES = 4  # of a weight, as synchronous rounds send it
 
 
-def data_parallel(setting: Setting) -> Outcome:
+def data_parallel(setting: Setting) -> RunOutcome:
     """One step on the mean gradient of all volunteers' batches, the gradients averaged at every step."""
     run, everyone = setting.run, range(setting.num_peers)
     learners = [setting.learner(number) for number in everyone]
@@ -34,7 +34,7 @@ def data_parallel(setting: Setting) -> Outcome:
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
         recorder.see(tokens, now_s, lambda: first.reached)
-    return Outcome(
+    return RunOutcome(
         held_out_loss=setting.text.held_out_loss(first.reached),
         virtual_time_s=now_s,
         tokens=tokens,
@@ -61,7 +61,7 @@ def diloco_round(
     return outer_step(state, weighted_mean(gradients, [steps for _, steps in trained]), constants)
 
 
-def diloco(setting: Setting) -> Outcome:
+def diloco(setting: Setting) -> RunOutcome:
     """Rounds of H_i inner steps (`merge.pacing`), then one outer step on the mean pseudo-gradient (DiLoCo, arXiv
     2311.08105). Who hangs at a round's end is passed over after `merge.silence_s`, and comes back when it can."""
     run = setting.run
@@ -92,7 +92,7 @@ def diloco(setting: Setting) -> Outcome:
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
         recorder.see(tokens, now_s, lambda: state.theta)  # noqa: B023 - called at once
-    return Outcome(
+    return RunOutcome(
         held_out_loss=setting.text.held_out_loss(state.theta),
         virtual_time_s=now_s,
         tokens=tokens,

@@ -5,6 +5,6 @@ invariant breaks is shortened (`shrink`) and written down as a test (`as_test`).
 """
 
 from swarmtrain.simulate.search.play import as_test, draw, play, replay, shrink
-from swarmtrain.simulate.search.schedule import Fault, Schedule, Violation
+from swarmtrain.simulate.search.schedule import FaultSchedule, ScheduledFault, Violation
 
-__all__ = ["Fault", "Schedule", "Violation", "as_test", "draw", "play", "replay", "shrink"]
+__all__ = ["FaultSchedule", "ScheduledFault", "Violation", "as_test", "draw", "play", "replay", "shrink"]

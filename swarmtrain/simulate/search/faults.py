@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from swarmtrain.simulate.network import Network
-from swarmtrain.simulate.pipeline import PipelineWorld
-from swarmtrain.simulate.search.schedule import Fault
+from swarmtrain.simulate.pipeline.world import PipelineWorld
+from swarmtrain.simulate.search.schedule import ScheduledFault
+from swarmtrain.simulate.systems.network import SimulatedNetwork
 
 __all__ = ["declare", "declare_span", "end_faults"]
 
-World: TypeAlias = "Network[Any] | PipelineWorld"
+World: TypeAlias = "SimulatedNetwork[Any] | PipelineWorld"
 Come: TypeAlias = Callable[[str, int], object]
 """Starts a peer: a newcomer, or one that has died, from a checkpoint (-1 is the newest)."""
 
 _LOST, _TWICE, _LATE = 0.2, 0.5, 0.2
 
 
-def declare_span(world: World, fault: Fault, begin: Callable[[], object], end: Callable[[], object]) -> None:
+def declare_span(world: World, fault: ScheduledFault, begin: Callable[[], object], end: Callable[[], object]) -> None:
     """`begin` when the fault strikes, `end` when it is over."""
     world.at(fault.at_s, begin)
     world.at(fault.end_s, end)
 
 
-def declare(world: World, fault: Fault, name: str, index: int, come: Come) -> None:
+def declare(world: World, fault: ScheduledFault, name: str, index: int, come: Come) -> None:
     """A fault of any kind that all have; `index` tells newcomers apart."""
     match fault.kind:
         case "kill" | "leave":

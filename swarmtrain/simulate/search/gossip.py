@@ -17,25 +17,25 @@ from itertools import pairwise
 from typing import Any
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, paced_inner_steps
-from swarmtrain.network.tallying import Tallying
-from swarmtrain.protocol.gossip_messages import Merge
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.pulls import Wanted
-from swarmtrain.protocol.shards import Coverage
-from swarmtrain.protocol.tally import CountingRules, quick_speed
-from swarmtrain.simulate.gossip import BUSY, GossipSettings, Publication, RoundRecord
-from swarmtrain.simulate.hosting import HostedPeer, HostedSwarm
-from swarmtrain.simulate.messages import Link
-from swarmtrain.simulate.network import kept_until
-from swarmtrain.simulate.publications import OfGuest
+from swarmtrain.network.discovery.token_accounting import TokenAccounting
+from swarmtrain.protocol.gossip.messages import MergeFragment
+from swarmtrain.protocol.gossip.pulls import WantedPartners
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.tokens.shards import Coverage
+from swarmtrain.protocol.tokens.tally import CountingRules, quick_speed
 from swarmtrain.simulate.search.faults import declare, end_faults
-from swarmtrain.simulate.search.schedule import Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, Violation, draw_faults
+from swarmtrain.simulate.systems.gossip import BUSY, RoundRecord, SimulatedGossipSettings, SimulatedPublication
+from swarmtrain.simulate.systems.hosts import HostedPeer, HostedSwarm
+from swarmtrain.simulate.systems.messages import SimulatedLink
+from swarmtrain.simulate.systems.network import kept_until
+from swarmtrain.simulate.systems.publications import OfGuest
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["draw_gossip", "play_gossip"]
 
 _SETTLE_S = 40.0
-_SPAN = Span(2.0, 30.0, 20.0)
+_SPAN = FaultSpan(2.0, 30.0, 20.0)
 _LEAST_S = 20.0
 _EVER = 10**12
 _KINDS = {
@@ -46,7 +46,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def draw_gossip(rng: random.Random) -> Schedule:
+def draw_gossip(rng: random.Random) -> FaultSchedule:
     """A swarm of up to seven that gossips, and its faults."""
     speeds = tuple(rng.choice((0.7, 4.0, 6.0, 10.0, 12.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
     options = []
@@ -60,7 +60,7 @@ def draw_gossip(rng: random.Random) -> Schedule:
     seed = rng.randrange(2**16)
     if rng.random() < 0.5:
         options.append(("fragments", float(rng.randrange(2, 5))))
-    return Schedule(
+    return FaultSchedule(
         world="gossip",
         speeds=speeds,
         faults=faults,
@@ -84,12 +84,12 @@ def _at_once(work: Coroutine[Any, Any, None]) -> None:
 class CountingPeer(HostedPeer):
     """It counts the run's tokens as the product's peers do, and tells its own."""
 
-    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         self.searched = swarm
         super().__init__(swarm, name, speed, theta, link)
         round_tokens = self.settings.inner_steps * self.settings.tokens_per_step
         self.own_tokens, self.read_s, self.usual_per_s = 0, -math.inf, 0.0
-        self.tallying = Tallying(
+        self.tallying = TokenAccounting(
             me=name,
             rules=CountingRules(began_s=0.0, burst_tokens=2 * round_tokens, most_tokens=_EVER),
             read_bucket=swarm.read_bucket,
@@ -145,7 +145,7 @@ class CountingPeer(HostedPeer):
     def _paced(self, fastest: float) -> int:
         return paced_inner_steps(self.steps_per_s, max(fastest, self.steps_per_s), self.settings.inner_steps)
 
-    def _merge(self, command: Merge[Any, Any, Any]) -> None:
+    def _merge(self, command: MergeFragment[Any, Any, Any]) -> None:
         self.searched.merges += [(self.name, one.peer, one.mark.round) for one in command.pulled if one.mark.part]
         super()._merge(command)
 
@@ -193,14 +193,14 @@ class CountingPeer(HostedPeer):
             self._shards.load(shards)
 
 
-class Liar(CountingPeer):
+class GossipLiar(CountingPeer):
     """It does its work as the others do, and says something else."""
 
     lies: frozenset[str] = frozenset()
 
-    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: Link) -> None:
+    def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         super().__init__(swarm, name, speed, theta, link)
-        self._claimed: list[Publication] = []
+        self._claimed: list[SimulatedPublication] = []
         """What it has said lately that it has, changed."""
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
@@ -218,16 +218,16 @@ class Liar(CountingPeer):
         if "silent" in self.lies or "busy" in self.lies:
             return BUSY if "busy" in self.lies else None
         asked = what.what if isinstance(what, OfGuest) else what
-        if isinstance(asked, Publication) and any(asked is one for one in self._claimed):
+        if isinstance(asked, SimulatedPublication) and any(asked is one for one in self._claimed):
             return asked
         found = super().provide(what)
-        if not self.lies or not isinstance(found, Publication):
+        if not self.lies or not isinstance(found, SimulatedPublication):
             return found
         changed = self._changed(found)
         self._claimed = [*self._claimed[-31:], changed]
         return changed
 
-    def _changed(self, found: Publication) -> Publication:
+    def _changed(self, found: SimulatedPublication) -> SimulatedPublication:
         mark = found.mark
         if "turned back" in self.lies:
             mark = dataclasses.replace(mark, round=max(0, mark.round - 3))
@@ -247,7 +247,7 @@ class Liar(CountingPeer):
 class SearchedSwarm(HostedSwarm):
     """The swarm, the records of what was trained, and what was seen to be broken."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: FaultSchedule) -> None:
         self.progress: dict[str, tuple[pb.Record, float]] = {}
         self.earlier: dict[str, tuple[pb.Record, float]] = {}
         """The record before, which some nodes of the DHT may still have."""
@@ -264,9 +264,9 @@ class SearchedSwarm(HostedSwarm):
         self.speeds: dict[str, float] = {}
         """Of each honest machine that ever was here, in inner steps per second."""
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
-        settings = GossipSettings(
+        settings = SimulatedGossipSettings(
             inner_steps=32,
-            wanted=Wanted(2, 2),
+            wanted=WantedPartners(2, 2),
             pacing=bool(schedule.option("pacing", 1)),
             max_staleness_rounds=int(schedule.option("max_staleness_rounds", 4)),
             inner_rate=0.01,
@@ -277,10 +277,10 @@ class SearchedSwarm(HostedSwarm):
         super().__init__(lambda name: name in hidden, settings, seed=schedule.seed)
         self.clock.most_events = 200_000
 
-    def _make(self, name: str, steps_per_s: float, theta: float, link: Link) -> CountingPeer:
+    def _make(self, name: str, steps_per_s: float, theta: float, link: SimulatedLink) -> CountingPeer:
         if name not in self.liars:
             self.speeds[name] = steps_per_s
-        return (Liar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
+        return (GossipLiar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
 
     def took_state(self, peer: Any, of: str, waited_s: float) -> None:
         """It goes on with all that is in it."""
@@ -323,7 +323,7 @@ class SearchedSwarm(HostedSwarm):
 # ---------------------------------------------------------------- play
 
 
-def play_gossip(schedule: Schedule) -> Played:
+def play_gossip(schedule: FaultSchedule) -> Played:
     """Run it, and say what did not hold."""
     swarm = SearchedSwarm(schedule)
     for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
@@ -360,7 +360,7 @@ def _entered_twice(swarm: SearchedSwarm) -> Iterable[Violation]:
                 yield Violation("exactly once", f"{what} entered fragment {fragment} of {who} twice")
 
 
-def _rounds(swarm: SearchedSwarm, schedule: Schedule) -> Iterable[Violation]:
+def _rounds(swarm: SearchedSwarm, schedule: FaultSchedule) -> Iterable[Violation]:
     s = swarm.settings
     of: defaultdict[str, list[RoundRecord]] = defaultdict(list)
     for one in swarm.rounds:

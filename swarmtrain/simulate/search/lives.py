@@ -18,27 +18,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.inner import learning_rate_at
-from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
-from swarmtrain.peer.loop import inner_constants
-from swarmtrain.protocol.lifecycle import PeerState
+from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.protocol.membership.membership import PeerState
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     Bootstrap,
     Folder,
-    Liar,
+    LivesLiar,
     LivesWorld,
     Process,
     Round,
-    Volunteer,
+    SearchedVolunteer,
     identity_of,
 )
 from swarmtrain.simulate.search.lives_rounds import ROUNDS_RUN, RoundsBootstrap, RoundsVolunteer
 from swarmtrain.simulate.search.lives_server import SERVED_RUN, Server, Worker
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
 
 __all__ = ["draw_lives", "play_lives"]
 
-_SPAN = Span(4.0, 60.0, 40.0)
+_SPAN = FaultSpan(4.0, 60.0, 40.0)
 _LEAST_S = 20.0
 _SETTLE_S = 75.0
 _ARCHIVED_S = 60.0
@@ -58,13 +58,13 @@ _WARM_TOKENS = RUN.inner.warmup_fraction * RUN.run.total_tokens
 _CONSTANTS = inner_constants(RUN)
 
 
-def draw_lives(rng: random.Random) -> Schedule:
+def draw_lives(rng: random.Random) -> FaultSchedule:
     """A bootstrap, up to four volunteers at first, and what becomes of them."""
     speeds = (rng.choice((4.0, 6.0, 8.0)),) * rng.choice((1, 1, 2, 2, 3, 4))  # rounds are paced: all are as long
     faults = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(16))
     chance = rng.random()
     options = (("server", 1.0),) if chance < 0.25 else (("rounds", 1.0),) if chance > 0.85 else ()
-    return Schedule(world="lives", speeds=speeds, faults=faults, options=options, seed=rng.randrange(2**16))
+    return FaultSchedule(world="lives", speeds=speeds, faults=faults, options=options, seed=rng.randrange(2**16))
 
 
 # ---------------------------------------------------------------- who comes and goes
@@ -73,7 +73,7 @@ def draw_lives(rng: random.Random) -> Schedule:
 class _Lives(LivesWorld):
     """What a schedule does, and whether it is right."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: FaultSchedule) -> None:
         self.served, self.in_rounds = bool(schedule.option("server", 0)), bool(schedule.option("rounds", 0))
         super().__init__(schedule.seed, SERVED_RUN if self.served else ROUNDS_RUN if self.in_rounds else RUN)
         self.broken: list[Violation] = []
@@ -82,7 +82,7 @@ class _Lives(LivesWorld):
         self.folders: dict[str, Folder] = {}
         self.left_alone: set[str] = set()
         """Who was the last one when it left."""
-        self.volunteers: list[Volunteer] = []
+        self.volunteers: list[SearchedVolunteer] = []
         self.liars: dict[str, float] = {}
         """Since when they lie."""
         self.address = 0
@@ -104,7 +104,9 @@ class _Lives(LivesWorld):
         folder = self.folders[name] = folder or self.folders.get(name) or Folder(name)
         invite = {one.folder.key: one.address for one in self.living() if not one.away} | {"b": self.address}
         invite.pop(name, None)
-        kind = Liar if lies else Worker if self.served else RoundsVolunteer if self.in_rounds else Volunteer
+        kind = (
+            LivesLiar if lies else Worker if self.served else RoundsVolunteer if self.in_rounds else SearchedVolunteer
+        )
         self.left_alone.discard(name)
         new = self.processes[name] = kind(self, folder, 0, invite, self.speeds.setdefault(name, self.usual_speed))
         self.volunteers.append(new)
@@ -153,7 +155,7 @@ class _Lives(LivesWorld):
         speeds = sorted(one.speed for one in lately)[:-1]
         return 2 * RUN.round_tokens + sum(_LAG_S * speed * RUN.tokens_per_step for speed in speeds)
 
-    def trains(self, volunteer: Volunteer) -> None:
+    def trains(self, volunteer: SearchedVolunteer) -> None:
         """Tokens, and the learning rate by them; what a liar says of itself is bounded, and counted."""
         if self.liars:
             self._judge_claims(volunteer)
@@ -171,7 +173,7 @@ class _Lives(LivesWorld):
             self._break("the learning rate never rises again", f"{said} and {rates}")
         volunteer.behind = dataclasses.replace(behind, at_tokens=max(behind.at_tokens, tokens))
 
-    def first_round(self, volunteer: Volunteer) -> None:
+    def first_round(self, volunteer: SearchedVolunteer) -> None:
         """Of one that finds nobody but a bootstrap: it goes on from the archive, or from what it has beyond that."""
         boot, others = self.processes.get("b"), [one for one in volunteer.neighbours() if not one.is_bootstrap]
         if others or boot not in volunteer.neighbours() or not isinstance(boot, Bootstrap) or boot.away:
@@ -181,7 +183,7 @@ class _Lives(LivesWorld):
             detail = f"{volunteer.folder.key} begins with {tokens} tokens beside an archive of {archived}"
             self._break("a run's tokens never fall", detail)
 
-    def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
+    def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
         """Each round counts, whichever folder its peer came with: where a bootstrap was there to tell what it had done
         in later lives than that of its folder."""
         if not volunteer.met_bootstrap:
@@ -295,7 +297,7 @@ class _Lives(LivesWorld):
             elif process.asked_s < boot.came_s < process.asked_s + _WAITS_S - _SURE_S:
                 self._break("who has what nobody else has waits", f"{told}, and the bootstrap is back")
 
-    def left(self, volunteer: Volunteer) -> None:
+    def left(self, volunteer: SearchedVolunteer) -> None:
         """It says goodbye, and no bootstrap asks it to stay. With a server, what was not handed in is lost; and so is
         the last round of one that leaves others who train."""
         self.left_alone.discard(volunteer.folder.key)
@@ -341,7 +343,7 @@ def _rate(tokens: float) -> float:
 # ---------------------------------------------------------------- play
 
 
-def play_lives(schedule: Schedule) -> Played:
+def play_lives(schedule: FaultSchedule) -> Played:
     """Run it, and say what did not hold."""
     world, before = _Lives(schedule), random.getstate()
     random.seed(schedule.seed)  # exchanges choose by it whom they ask
@@ -367,11 +369,11 @@ def play_lives(schedule: Schedule) -> Played:
 
 
 def _in_the_end(world: _Lives) -> Iterable[Violation]:
-    if not any(isinstance(one, Volunteer) and one.progress.round for one in world.living()):
+    if not any(isinstance(one, SearchedVolunteer) and one.progress.round for one in world.living()):
         yield Violation("the run goes on", "who came last trains nothing")
 
 
-def _declare(world: _Lives, fault: Fault, name: str, index: int) -> None:
+def _declare(world: _Lives, fault: ScheduledFault, name: str, index: int) -> None:
     at, politely, other = world.clock.call_later, not fault.detail & 1, bool(fault.detail & 2)
     at_s, end_s = fault.at_s, fault.end_s
     match fault.kind:

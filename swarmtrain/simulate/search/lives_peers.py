@@ -1,9 +1,9 @@
 """The peers of the lives that are searched: processes with a folder each, who come, leave, are killed and come back.
 
-What they decide is the product's own: who is here (`Membership`), who has trained on how much (`Tallying`), what a
-state says and what is taken from it (`fetch_present`, the exchange's `present_state`), what a bootstrap archives
-(`Archive`), and who stays until then (`before_leaving`, `Leavers`). Modelled is what travels, when, and what is on a
-disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
+What they decide is the product's own: who is here (`Membership`), who has trained on how much (`TokenAccounting`), what
+a state says and what is taken from it (`fetch_consensus_state`, the exchange's `present_state`), what a bootstrap
+archives (`Archive`), and who stays until then (`before_leaving`, `DepartureQueue`). Modelled is what travels, when, and
+what is on a disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
+from swarmtrain.network.asynchronous.state_fetcher import FetchedState as State
 from swarmtrain.network.codec import body_of
-from swarmtrain.network.consensus import PeerState as State
-from swarmtrain.network.finding import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
+from swarmtrain.network.discovery.token_accounting import TokenAccounting, counting_rules
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
-from swarmtrain.network.offering import FillManifest
-from swarmtrain.network.snapshots import Held, Snapshot, TensorSpec
-from swarmtrain.network.tallying import Tallying, counting_rules
-from swarmtrain.peer import bootstrap, leaving
-from swarmtrain.peer.archiving import Archive
-from swarmtrain.peer.bootstrap_peer import COUNTS_EVERY_S, LAST_SAMPLE, LOOK_EVERY_S
-from swarmtrain.peer.consensus import ARCHIVED, layout_of_specs, not_far_behind
-from swarmtrain.peer.gossip_exchange import GossipExchange
-from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.replica import Replica
-from swarmtrain.peer.session import skippable_tokens
-from swarmtrain.peer.updates import Replaced
-from swarmtrain.protocol.archiving import ArchiveWatch
-from swarmtrain.protocol.leaving import FellowLeavers, Leave, Leavers, before_leaving
-from swarmtrain.protocol.lifecycle import Membership, PeerInfo, PeerState
-from swarmtrain.protocol.partners import left_behind
-from swarmtrain.protocol.progress import Progress
+from swarmtrain.network.snapshots.state_provider import FillManifest
+from swarmtrain.network.snapshots.store import HeldSnapshot, Snapshot, TensorSpec
+from swarmtrain.peer import bootstrap
+from swarmtrain.peer.checkpoints.archive import Archive
+from swarmtrain.peer.lifecycle import departure
+from swarmtrain.peer.lifecycle.bootstrap_peer import COUNTS_EVERY_S, LAST_SAMPLE, LOOK_EVERY_S
+from swarmtrain.peer.merging.consensus import ARCHIVED, layout_of_specs, not_far_behind
+from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
+from swarmtrain.peer.merging.gossip_exchange import GossipExchange
+from swarmtrain.peer.merging.updates import Replaced
+from swarmtrain.peer.training.replica import Replica
+from swarmtrain.peer.training.session import skippable_tokens
+from swarmtrain.protocol.archive.departure import DepartureQueue, FellowDepartures, Leave, before_leaving
+from swarmtrain.protocol.archive.schedule import ArchiveSchedule
+from swarmtrain.protocol.gossip.partners import left_behind
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo, PeerState
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -56,13 +57,13 @@ __all__ = [
     "SPECS",
     "Behind",
     "Bootstrap",
+    "DiskCheckpoint",
     "Folder",
-    "Kept",
-    "Liar",
+    "LivesLiar",
     "LivesWorld",
     "Process",
     "Round",
-    "Volunteer",
+    "SearchedVolunteer",
     "behind_mean",
     "identity_of",
     "state_that_came",
@@ -120,7 +121,7 @@ def behind_mean(states: Sequence[Behind]) -> Behind:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DiskCheckpoint:
     """A checkpoint on a disk."""
 
     progress: Progress
@@ -139,7 +140,7 @@ class Folder:
     """What a process leaves behind: its key, its newest checkpoints, and whom it knew at which address."""
 
     key: str
-    checkpoints: list[Kept] = field(default_factory=list)
+    checkpoints: list[DiskCheckpoint] = field(default_factory=list)
     peers: dict[str, int] = field(default_factory=dict)
     counts: tuple[list[list[str | int | float]], float] | None = None
     """What a bootstrap counts, between two archives; and when that was."""
@@ -149,7 +150,7 @@ class Folder:
         kept = self.checkpoints[: max(1, len(self.checkpoints) - age)]
         return Folder(self.key, list(kept), dict(self.peers), self.counts)
 
-    def write(self, kept: Kept) -> None:
+    def write(self, kept: DiskCheckpoint) -> None:
         """One checkpoint more."""
         self.checkpoints = [*self.checkpoints[1 - _KEPT :], kept]
 
@@ -188,7 +189,7 @@ class Process:
         self.dht: dict[str, tuple[float, pb.Record]] = {}
         self.membership = Membership(self.me)
         now = world.clock.now
-        self.tallying = Tallying(
+        self.tallying = TokenAccounting(
             self.me,
             counting_rules(RUN, -_OLD_S),
             self._read_bucket,
@@ -377,7 +378,7 @@ class Process:
         self.tallying.learn(self.progress.peer_tokens)
         self.info = dataclasses.replace(self.info, round=self.progress.round, run_tokens=self.progress.run_tokens)
 
-    def restore(self, kept: Kept) -> None:
+    def restore(self, kept: DiskCheckpoint) -> None:
         """Go on from a checkpoint."""
         self.progress, self.behind = kept.progress, kept.behind
         self.tallying.restore(kept.tally, kept.at_s)
@@ -425,7 +426,7 @@ def state_that_came(
     fill(manifest)
     snapshot = Snapshot(manifest, pb.Signed(), "", peer)
     buffer = bytearray(_ONE_BYTES.read(0, _ONE_BYTES.size_bytes))
-    return _Pulled(peer=peer, held=Held(snapshot, _ONE_BYTES, {0}, buffer), whole=True, behind=behind)
+    return _Pulled(peer=peer, held=HeldSnapshot(snapshot, _ONE_BYTES, {0}, buffer), whole=True, behind=behind)
 
 
 # ---------------------------------------------------------------- volunteers
@@ -434,7 +435,7 @@ def state_that_came(
 class _Exchange(GossipExchange):
     """The product's, of which only the decisions are asked."""
 
-    def __init__(self, volunteer: Volunteer) -> None:
+    def __init__(self, volunteer: SearchedVolunteer) -> None:
         world: Any = volunteer.world
         gossip: Any = SimpleNamespace(took_states=lambda *told: None)
         stop: Any = SimpleNamespace(sleep=volunteer.sleep, check=lambda: None)
@@ -447,7 +448,7 @@ class _Exchange(GossipExchange):
         """The volunteer does it."""
 
 
-class Volunteer(Process):
+class SearchedVolunteer(Process):
     """It trains."""
 
     def __init__(
@@ -460,7 +461,7 @@ class Volunteer(Process):
         self.leaves = False
         self._merged: dict[str, int] = {}
         """The round of the newest publication of each that it has merged."""
-        self.fellows: FellowLeavers | None = None
+        self.fellows: FellowDepartures | None = None
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
 
@@ -533,7 +534,9 @@ class Volunteer(Process):
             counts = self.tallying.contributions()
             self.progress = Progress(round=self.progress.round + 1, run_tokens=sum(counts.values()), peer_tokens=counts)
         self.set_state()
-        kept = Kept(self.progress, self.behind, self.tallying.kept(), self.own_tokens, at_s=self.world.clock.now)
+        kept = DiskCheckpoint(
+            self.progress, self.behind, self.tallying.kept(), self.own_tokens, at_s=self.world.clock.now
+        )
         self.later(_WRITES_S, self.folder.write, kept)
         self._start_round()
 
@@ -549,7 +552,7 @@ class Volunteer(Process):
             self._adopt(replaced)
             return True
         self.behind = dataclasses.replace(self.behind, rounds=self.behind.rounds | {mine})
-        partners = [one for one in self.neighbours() if isinstance(one, Volunteer) and one.offered is not None]
+        partners = [one for one in self.neighbours() if isinstance(one, SearchedVolunteer) and one.offered is not None]
         partners = [one for one in partners if self.membership.state(one.me) is PeerState.LIVE]
         if partners:
             partner = self.world.rng.choice(partners)
@@ -571,10 +574,10 @@ class Volunteer(Process):
         self.later(0.1, self.hand_over)
 
     def hand_over(self) -> None:
-        """As `peer.leaving.hand_over` does, a process that answers nobody any more being gone."""
+        """As `peer.lifecycle.departure.hand_over` does, a process that answers nobody any more being gone."""
         self._tell_progress()
-        self.fellows = FellowLeavers(self.me)
-        self._ask_to_leave(self.world.clock.now + leaving._IDLE_S)
+        self.fellows = FellowDepartures(self.me)
+        self._ask_to_leave(self.world.clock.now + departure._IDLE_S)
 
     def _ask_to_leave(self, idle_s: float) -> None:
         now, fellows = self.world.clock.now, self.fellows
@@ -588,7 +591,7 @@ class Volunteer(Process):
         leave = before_leaving(self.membership, answers, self.info.round, now - self.asked_s, fellows.leaving)
         fellows.is_going = leave is Leave.GO
         if leave is Leave.WAIT:
-            self.later(_ASKS_S, self._ask_to_leave, now + leaving._IDLE_S)
+            self.later(_ASKS_S, self._ask_to_leave, now + departure._IDLE_S)
         elif leave is Leave.HAND_OVER and now <= idle_s:
             self.later(_ASKS_S, self._ask_to_leave, idle_s)
         else:
@@ -604,13 +607,15 @@ class Volunteer(Process):
         if there not in self.neighbours():
             return None
         if not isinstance(there, Bootstrap):
-            return isinstance(there, Volunteer) and there.fellows is not None and there.fellows.ask(self.me, now)
+            return (
+                isinstance(there, SearchedVolunteer) and there.fellows is not None and there.fellows.ask(self.me, now)
+            )
         self.info = dataclasses.replace(self.info, stamp=max(now, self.info.stamp + 1e-6))
         there.membership.saw_presence(self.info, now + RUN.network.presence_ttl_s, now)
         return there.leavers is not None and there.leavers.ask(self.me, now)
 
 
-class Liar(Volunteer):
+class LivesLiar(SearchedVolunteer):
     """It comes, and says at once that it has trained for weeks: in its record, and with its state."""
 
     def own_to_tell(self, durable_tokens: int) -> int:
@@ -629,7 +634,7 @@ class Liar(Volunteer):
 # ---------------------------------------------------------------- the bootstrap
 
 
-class _Watch(ArchiveWatch):
+class _Watch(ArchiveSchedule):
     """By the world's clock."""
 
     def __init__(self, clock: Clock) -> None:
@@ -637,7 +642,7 @@ class _Watch(ArchiveWatch):
         self.clock = clock
 
     def refuse(self, now: float) -> bool:
-        """See `ArchiveWatch`."""
+        """See `ArchiveSchedule`."""
         return super().refuse(self.clock.now)
 
 
@@ -648,7 +653,7 @@ class Bootstrap(Process):
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
-        self.leavers: Leavers | None = Leavers(self.membership)
+        self.leavers: DepartureQueue | None = DepartureQueue(self.membership)
         self._next_s, self._counts_kept_s = -math.inf, -math.inf
         extras: dict[str, Callable[[], Any]] = {}
         self.keeper = SimpleNamespace(
@@ -733,13 +738,13 @@ class Bootstrap(Process):
 
     def _take(self, volunteers: Sequence[PeerInfo], peers: Sequence[str]) -> bool:
         self.archive.asks(volunteers)
-        present = self.world.run(fetch_present(self.swarm, peers, "archive", 0, self.archive.is_wanted))
+        present = self.world.run(fetch_consensus_state(self.swarm, peers, "archive", 0, self.archive.is_wanted))
         if present is None:
             return False
         kept, behind = self.archive.kept_of(present), self.pulled_behind()
         self.progress, self.behind = present.progress, behind
         self.folder.write(
-            Kept(self.progress, behind, self.tallying.kept(), at_s=self.world.clock.now, extra=kept.extra)
+            DiskCheckpoint(self.progress, behind, self.tallying.kept(), at_s=self.world.clock.now, extra=kept.extra)
         )
         self.set_state()
         self.world.archived(self)
@@ -822,13 +827,13 @@ class LivesWorld:
         self._rounds[peer] = self._rounds.get(peer, 0) + 1
         return self._rounds[peer]
 
-    def trains(self, volunteer: Volunteer) -> None:
+    def trains(self, volunteer: SearchedVolunteer) -> None:
         """A round begins."""
 
-    def first_round(self, volunteer: Volunteer) -> None:
+    def first_round(self, volunteer: SearchedVolunteer) -> None:
         """The first of its rounds begins."""
 
-    def trained(self, volunteer: Volunteer, before_tokens: int) -> None:
+    def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
         """A round is over, before which so many tokens of its peer were counted."""
 
     def archived(self, bootstrap: Bootstrap) -> None:
@@ -837,5 +842,5 @@ class LivesWorld:
     def begun(self, bootstrap: Bootstrap) -> None:
         """A bootstrap has read its folder."""
 
-    def left(self, volunteer: Volunteer) -> None:
+    def left(self, volunteer: SearchedVolunteer) -> None:
         """One leaves, as it may."""

@@ -1,8 +1,8 @@
 """The peers of the lives that are searched, in synchronous rounds: all have the same weights, and a roster behind them.
 
-A peer's `Rounds` are the product's own: what it tells of itself, the chains of rosters, whose holds, and which state it
-takes. Modelled is that a round's merge happens at once for all who stand on one roster: how they agree on that, with
-faults in its midst, is searched in `rounds.py`.
+A peer's `RoundRunner` are the product's own: what it tells of itself, the chains of rosters, whose holds, and which
+state it takes. Modelled is that a round's merge happens at once for all who stand on one roster: how they agree on
+that, with faults in its midst, is searched in `rounds.py`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from types import SimpleNamespace
 from typing import Any
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.network.catching_up import NewState
-from swarmtrain.network.downloads import Downloads
-from swarmtrain.network.merging import RoundSettings
-from swarmtrain.network.offering import state_specs
-from swarmtrain.network.roster import publication_of, sign_roster
-from swarmtrain.network.rounds import Rounds
-from swarmtrain.network.snapshots import Body, PullLimits, Snapshot, SnapshotStore, build_snapshot
-from swarmtrain.peer.exchange import RosterExchange
-from swarmtrain.peer.present import fetch_present
-from swarmtrain.peer.updates import Replaced
-from swarmtrain.protocol.chains import chain_view
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.rosters import Roster
-from swarmtrain.protocol.round_events import StoodStill
+from swarmtrain.network.rounds.downloads import Downloads
+from swarmtrain.network.rounds.merger import RoundSettings
+from swarmtrain.network.rounds.roster import publication_of, sign_roster
+from swarmtrain.network.rounds.runner import RoundRunner
+from swarmtrain.network.rounds.state_fetch import NewState
+from swarmtrain.network.snapshots.state_provider import state_specs
+from swarmtrain.network.snapshots.store import Body, PullLimits, Snapshot, SnapshotStore, build_snapshot
+from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
+from swarmtrain.peer.merging.roster_exchange import RosterExchange
+from swarmtrain.peer.merging.updates import Replaced
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.rounds.chains import chain_view
+from swarmtrain.protocol.rounds.messages import ProcessSuspended
+from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     SHA256,
     SPECS,
     Behind,
     Bootstrap,
+    DiskCheckpoint,
     Folder,
-    Kept,
     LivesWorld,
     Process,
     Round,
-    Volunteer,
+    SearchedVolunteer,
     behind_mean,
     identity_of,
     state_that_came,
@@ -91,7 +91,7 @@ class _Calls:
         if there not in asker.neighbours():
             asker.membership.call_failed(peer, asker.world.clock.now, "unreachable")
             raise UnreachableError("it does not answer")
-        rounds: Rounds = there.swarm.rounds
+        rounds: RoundRunner = there.swarm.rounds
         return await rounds.answer(request)
 
 
@@ -121,7 +121,7 @@ class _States:
         """Nobody asks."""
 
 
-def _rounds_of(process: Process) -> Rounds:
+def _rounds_of(process: Process) -> RoundRunner:
     """The product's."""
     membership: Any = _Membership(process)
     calls: Any = _Calls(process)
@@ -129,19 +129,19 @@ def _rounds_of(process: Process) -> Rounds:
     identity = identity_of(process.folder.key)
     downloads = Downloads(identity.peer_id, calls, SnapshotStore(), _SETTINGS.pull, lambda peer, error: None)
     trains, states = not process.is_bootstrap, _States(process)
-    return Rounds(identity, downloads, membership, _SETTINGS, averages, trains=trains, states=states)
+    return RoundRunner(identity, downloads, membership, _SETTINGS, averages, trains=trains, states=states)
 
 
-def _go_on(process: Process, kept: Kept) -> None:
-    """As `Keeper.restore` does: from a checkpoint, its roster and those before it."""
-    rounds: Rounds = process.swarm.rounds
+def _go_on(process: Process, kept: DiskCheckpoint) -> None:
+    """As `CheckpointManager.restore` does: from a checkpoint, its roster and those before it."""
+    rounds: RoundRunner = process.swarm.rounds
     if (last := kept.extra.get("last")) is not None:
         rounds.chains.restore_untrusted(kept.extra["chains"].kept(), _SETTINGS)
         rounds.know_roster(*last)
 
 
 def _extra(process: Process) -> Mapping[str, Any]:
-    rounds: Rounds = process.swarm.rounds
+    rounds: RoundRunner = process.swarm.rounds
     return {"last": rounds.last, "chains": dataclasses.replace(rounds.chains, _shown={})}  # most are never read
 
 
@@ -157,7 +157,7 @@ class _Exchange(RosterExchange):
         """The volunteer does it."""
 
 
-class RoundsVolunteer(Volunteer):
+class RoundsVolunteer(SearchedVolunteer):
     """It ends its rounds with all who stand where it does."""
 
     def __init__(
@@ -172,12 +172,12 @@ class RoundsVolunteer(Volunteer):
     """When its inner steps of this round were done."""
 
     @property
-    def rounds(self) -> Rounds:
+    def rounds(self) -> RoundRunner:
         """The product's part of it."""
-        found: Rounds = self.swarm.rounds
+        found: RoundRunner = self.swarm.rounds
         return found
 
-    def restore(self, kept: Kept) -> None:
+    def restore(self, kept: DiskCheckpoint) -> None:
         """With the roster behind it."""
         _go_on(self, kept)
         super().restore(kept)
@@ -188,9 +188,9 @@ class RoundsVolunteer(Volunteer):
         self.rounds.advance(self.progress)
 
     def thaw(self) -> None:
-        """As `Rounds` notices it."""
+        """As `RoundRunner` notices it."""
         if self.frozen and self.alive:
-            self.rounds.engine.receive(StoodStill(), self.world.clock.now)
+            self.rounds.engine.receive(ProcessSuspended(), self.world.clock.now)
         super().thaw()
 
     def _start_round(self) -> None:
@@ -261,7 +261,9 @@ class RoundsVolunteer(Volunteer):
         self.own_tokens += RUN.round_tokens
         self.set_state()
         now = self.world.clock.now
-        kept = Kept(self.progress, behind, self.tallying.kept(), self.own_tokens, at_s=now, extra=_extra(self))
+        kept = DiskCheckpoint(
+            self.progress, behind, self.tallying.kept(), self.own_tokens, at_s=now, extra=_extra(self)
+        )
         self.later(_LOOKS_S, self.folder.write, kept)
         self._start_round()
 
@@ -304,7 +306,7 @@ class RoundsBootstrap(Bootstrap):
         super().__init__(world, folder, address, invite)
         self.swarm.asynchronous, self.swarm.rounds = False, _rounds_of(self)
 
-    def restore(self, kept: Kept) -> None:
+    def restore(self, kept: DiskCheckpoint) -> None:
         """With the roster behind it."""
         _go_on(self, kept)
         super().restore(kept)
@@ -324,13 +326,13 @@ class RoundsBootstrap(Bootstrap):
         return max((info.run_tokens for info in infos), default=0) > self.progress.run_tokens
 
     def _take(self, volunteers: Sequence[PeerInfo], peers: Sequence[str]) -> bool:
-        present = self.world.run(fetch_present(self.swarm, peers, "archive", self.progress.run_tokens))
+        present = self.world.run(fetch_consensus_state(self.swarm, peers, "archive", self.progress.run_tokens))
         if present is None or present.roster is None or present.signed_roster is None:
             return False
         self.swarm.rounds.know_roster(present.roster, present.signed_roster)
         self.progress, self.behind = present.progress, behind_mean([one.behind for one in self.world.pulled])
         self.set_state()
         now, extra = self.world.clock.now, _extra(self)
-        self.folder.write(Kept(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra))
+        self.folder.write(DiskCheckpoint(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra))
         self.world.archived(self)
         return True

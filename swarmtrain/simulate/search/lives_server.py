@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from swarmtrain.network.serving import describe_weights
-from swarmtrain.peer.bootstrap_peer import LOOK_EVERY_S
-from swarmtrain.peer.server_exchange import ServerExchange
-from swarmtrain.protocol.progress import Progress
-from swarmtrain.protocol.serving import HandIn, HandIns, Marks, too_old
+from swarmtrain.network.asynchronous.server_link import describe_weights
+from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
+from swarmtrain.peer.merging.server_exchange import ServerExchange
+from swarmtrain.protocol.server import GradientUpload, GradientUploads, UploadVersions, too_old
+from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection
 from swarmtrain.simulate.search.lives_peers import (
     RUN,
     Behind,
     Bootstrap,
+    DiskCheckpoint,
     Folder,
-    Kept,
     LivesWorld,
     Round,
-    Volunteer,
+    SearchedVolunteer,
     identity_of,
 )
 
@@ -51,7 +51,7 @@ class _Exchange(ServerExchange):
     def __init__(self, worker: Worker) -> None:
         world: Any = worker.world
         server = identity_of("b").peer_id
-        publisher: Any = SimpleNamespace(server=server, lock=threading.Lock(), hand_ins=HandIns())
+        publisher: Any = SimpleNamespace(server=server, lock=threading.Lock(), hand_ins=GradientUploads())
         link: Any = SimpleNamespace(take=lambda: None, heard_s=0.0)
         stop: Any = SimpleNamespace(sleep=worker.sleep, check=lambda: None)
         self.swarm, self.run, self.network = worker.swarm, world.run_file, world
@@ -62,7 +62,7 @@ class _Exchange(ServerExchange):
         """The worker does it."""
 
 
-class Worker(Volunteer):
+class Worker(SearchedVolunteer):
     """It hands in each of its rounds, and goes on from the server's weights and what of its own is not in them."""
 
     def __init__(
@@ -74,15 +74,15 @@ class Worker(Volunteer):
         """Of its own rounds, by their numbers, what went into weights."""
 
     @property
-    def hand_ins(self) -> HandIns[Any]:
+    def hand_ins(self) -> GradientUploads[Any]:
         """What the server does not have yet."""
-        found: HandIns[Any] = self.exchange.publisher.hand_ins
+        found: GradientUploads[Any] = self.exchange.publisher.hand_ins
         return found
 
     def _merge(self, mine: Round) -> bool:
         number = self.progress.round
         self.rounds[number] = mine
-        piece = HandIn(
+        piece = GradientUpload(
             round=number,
             tokens=RUN.round_tokens,
             inner_steps=RUN.merge.inner_steps,
@@ -110,10 +110,10 @@ class Server(Bootstrap):
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
-        self.marks, self.arrivals, self.refreshes, self.in_buffer = Marks(), 0, 0, 0
+        self.marks, self.arrivals, self.refreshes, self.in_buffer = UploadVersions(), 0, 0, 0
         self.state_behind, self.leavers, self._archived_arrivals = Behind(), None, 0
 
-    def restore(self, kept: Kept) -> None:
+    def restore(self, kept: DiskCheckpoint) -> None:
         """Marks too."""
         super().restore(kept)
         arrivals, self.refreshes, self.in_buffer, rows = kept.of_server
@@ -181,7 +181,7 @@ class Server(Bootstrap):
         self._archived_arrivals = self.arrivals
         now, extra = self.world.clock.now, self.keeper.extra()
         self.folder.write(
-            Kept(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra, of_server=of_server)
+            DiskCheckpoint(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra, of_server=of_server)
         )
         self.world.archived(self)
 

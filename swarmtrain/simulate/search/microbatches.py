@@ -11,22 +11,22 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from swarmtrain.simulate.microbatches import Faults, MicrobatchSwarm
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
+from swarmtrain.simulate.pipeline.microbatches import Faults, MicrobatchSwarm
+from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
 from swarmtrain.simulate.virtual_loop import virtually
 
 __all__ = ["draw_microbatches", "play_microbatches"]
 
 _LIMIT_S = 900.0
-_SPAN = Span(0.1, 3.0, 40.0)
+_SPAN = FaultSpan(0.1, 3.0, 40.0)
 _SHARES = {"lost": "lost", "answers lost": "reply_lost", "repeated": "twice", "slow": "slow"}
 _KINDS = {"lost": 3, "answers lost": 3, "repeated": 3, "slow": 1, "parted": 2, "hang": 4, "death": 3, "driver dies": 2}
 
 
-def draw_microbatches(rng: random.Random) -> Schedule:
+def draw_microbatches(rng: random.Random) -> FaultSchedule:
     """Up to three drivers and two peers for each of up to two stages more, and what goes wrong."""
     speeds = (1.0,) * rng.choice((1, 2, 2, 3))
-    return Schedule(
+    return FaultSchedule(
         world="microbatches",
         speeds=speeds,
         faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(1, 13)),
@@ -35,7 +35,7 @@ def draw_microbatches(rng: random.Random) -> Schedule:
     )
 
 
-def play_microbatches(schedule: Schedule) -> Played:
+def play_microbatches(schedule: FaultSchedule) -> Played:
     """Run it, and say what did not hold."""
     rates = Faults()
     for fault in schedule.faults:
@@ -78,6 +78,6 @@ def play_microbatches(schedule: Schedule) -> Played:
     return virtually(body)
 
 
-def _deaths(faults: tuple[Fault, ...]) -> dict[int, float]:
+def _deaths(faults: tuple[ScheduledFault, ...]) -> dict[int, float]:
     """Drivers that die, and when first."""
     return {fault.peer: fault.at_s for fault in reversed(faults) if fault.kind == "driver dies"}

@@ -13,19 +13,19 @@ from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
 from swarmtrain.simulate.search.lives import draw_lives, play_lives
 from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
 from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Violation, WorldKind
+from swarmtrain.simulate.search.schedule import FaultSchedule, Played, ScheduledFault, Violation, WorldKind
 from swarmtrain.simulate.search.stages import draw_stages, play_stages
 
 __all__ = ["as_test", "draw", "play", "replay", "shrink"]
 
-_DRAW: dict[WorldKind, Callable[[random.Random], Schedule]] = {
+_DRAW: dict[WorldKind, Callable[[random.Random], FaultSchedule]] = {
     "rounds": draw_rounds,
     "gossip": draw_gossip,
     "stages": draw_stages,
     "microbatches": draw_microbatches,
     "lives": draw_lives,
 }
-_PLAY: dict[WorldKind, Callable[[Schedule], Played]] = {
+_PLAY: dict[WorldKind, Callable[[FaultSchedule], Played]] = {
     "rounds": play_rounds,
     "gossip": play_gossip,
     "stages": play_stages,
@@ -44,18 +44,18 @@ _WRONG = (
 )
 
 
-def draw(seed: int, world: WorldKind | None = None) -> Schedule:
+def draw(seed: int, world: WorldKind | None = None) -> FaultSchedule:
     """The schedule of a seed, in `world` or, so that consecutive seeds try all of them, in the one whose turn it is."""
     kinds = list(_DRAW)
     return _DRAW[world or kinds[seed % len(kinds)]](random.Random(seed))
 
 
-def play(schedule: Schedule) -> list[Violation]:
+def play(schedule: FaultSchedule) -> list[Violation]:
     """Run it in virtual time. What did not hold; an error in a decision is one of those."""
     return replay(schedule).violations
 
 
-def replay(schedule: Schedule) -> Played:
+def replay(schedule: FaultSchedule) -> Played:
     """The same, and what tells it from another."""
     try:
         return _PLAY[schedule.world](schedule)
@@ -66,7 +66,7 @@ def replay(schedule: Schedule) -> Played:
 # ---------------------------------------------------------------- shrinking
 
 
-def shrink(schedule: Schedule, invariant: str, most_plays: int = 400) -> Schedule:
+def shrink(schedule: FaultSchedule, invariant: str, most_plays: int = 400) -> FaultSchedule:
     """The shortest schedule found with at most so many plays in which this invariant, which breaks, still does."""
     tries = most_plays
     progress = True
@@ -81,7 +81,7 @@ def shrink(schedule: Schedule, invariant: str, most_plays: int = 400) -> Schedul
     return schedule
 
 
-def _smaller(schedule: Schedule) -> Iterator[Schedule]:
+def _smaller(schedule: FaultSchedule) -> Iterator[FaultSchedule]:
     """What to try instead, the greatest steps first; each is simpler by a measure of its own, so that this ends."""
     faults, number = schedule.faults, len(schedule.faults)
     size = number
@@ -103,14 +103,14 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
             yield replace(schedule, faults=(*faults[:i], simpler, *faults[i + 1 :]))
 
 
-def _without(schedule: Schedule, peer: int) -> Schedule:
+def _without(schedule: FaultSchedule, peer: int) -> FaultSchedule:
     """Without that peer, and what happened to it."""
     kept = [fault for fault in schedule.faults if fault.peer != peer]
     faults = tuple(replace(fault, peer=fault.peer - (fault.peer > peer)) for fault in kept)
     return replace(schedule, speeds=schedule.speeds[:peer] + schedule.speeds[peer + 1 :], faults=faults)
 
 
-def _simpler(fault: Fault) -> Iterator[Fault]:
+def _simpler(fault: ScheduledFault) -> Iterator[ScheduledFault]:
     """Its times shorter or rounder, its detail smaller."""
     for lasts_s in (0.0, float(int(fault.lasts_s / 2)), float(int(fault.lasts_s))):
         if lasts_s < fault.lasts_s:
@@ -126,7 +126,7 @@ def _simpler(fault: Fault) -> Iterator[Fault]:
 # ---------------------------------------------------------------- in words
 
 
-def as_test(schedule: Schedule, invariant: str = "of a searched schedule") -> str:
+def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") -> str:
     """A test that fails as this schedule does, named after what breaks."""
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
@@ -137,7 +137,7 @@ def as_test(schedule: Schedule, invariant: str = "of a searched schedule") -> st
     )
 
 
-def _written(schedule: Schedule) -> str:
+def _written(schedule: FaultSchedule) -> str:
     """As Python reads it, what is as usual left out."""
     lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
     faults = [f"            Fault({', '.join(f'{n}={v}' for n, v in _fields(fault))})," for fault in schedule.faults]
@@ -146,7 +146,7 @@ def _written(schedule: Schedule) -> str:
     return "\n".join(["Schedule(", *lines, "    )"])
 
 
-def _fields(one: Fault | Schedule) -> Iterator[tuple[str, str]]:
+def _fields(one: ScheduledFault | FaultSchedule) -> Iterator[tuple[str, str]]:
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
         if value != field.default:

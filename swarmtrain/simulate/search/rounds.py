@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from swarmtrain.protocol.chains import Chain, ChainLink, ShownChain
-from swarmtrain.protocol.lifecycle import PeerInfo
-from swarmtrain.protocol.rosters import Publication, Roster, Told
-from swarmtrain.protocol.round_events import Answer
-from swarmtrain.simulate.messages import Link, Phase, Settings, State, hash_of
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.rounds.chains import Chain, ChainLink, ShownChain
+from swarmtrain.protocol.rounds.messages import AnswerRoundQuestion
+from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication
 from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
-from swarmtrain.simulate.volunteer import Reply, Volunteer, named
-from swarmtrain.simulate.world import Moment, World
+from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
+from swarmtrain.simulate.systems.messages import JoinState, Phase, Settings, SimulatedLink, hash_of
+from swarmtrain.simulate.systems.volunteer import Reply, SimulatedVolunteer, named
+from swarmtrain.simulate.systems.world import SynchronousWorld, WorldMoment
 
 __all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
 
@@ -33,10 +33,10 @@ FAULT_WAIT_S = 22.0
 LIE_WAIT_S = 12.0
 """One that lies answers, so that nothing stalls."""
 
-_MOMENTS: tuple[Moment, ...] = get_args(Moment)
+_MOMENTS: tuple[WorldMoment, ...] = get_args(WorldMoment)
 _TOGETHER_S = 4.0
 """Those who come at the same moment have found each other by then; the times of faults are counted from there."""
-_SPAN = Span(0.0, 20.0, 14.0)
+_SPAN = FaultSpan(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
 _PULLED_S = 1.0
 """Within which others have a publication, links being as they are."""
@@ -50,7 +50,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def draw_rounds(rng: random.Random) -> Schedule:
+def draw_rounds(rng: random.Random) -> FaultSchedule:
     """A synchronous swarm of up to seven, and its faults."""
     speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
     options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
@@ -63,7 +63,7 @@ def draw_rounds(rng: random.Random) -> Schedule:
         faults = (*faults[:1], _stops_before_it_signs(rng))
     elif chance < 0.25:
         faults = (_lies_alone(rng, len(speeds)),)
-    return Schedule(
+    return FaultSchedule(
         world="rounds",
         speeds=speeds,
         faults=faults,
@@ -72,22 +72,22 @@ def draw_rounds(rng: random.Random) -> Schedule:
     )
 
 
-def _stops_before_it_signs(rng: random.Random) -> Fault:
+def _stops_before_it_signs(rng: random.Random) -> ScheduledFault:
     """The lowest peer, which has ended its round last and has yet to take the others' bytes; it wakes when those are
     two rounds further without it."""
     in_round, lasts_s = rng.randrange(4), round(rng.uniform(12.0, 18.0), 1)
     detail = 40 * rng.randrange(2, 4) + 5 * in_round + _MOMENTS.index("ended")
-    return Fault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
+    return ScheduledFault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
 
 
-def _lies_alone(rng: random.Random, num_peers: int) -> Fault:
+def _lies_alone(rng: random.Random, num_peers: int) -> ScheduledFault:
     """For long, so that nothing else explains what the others wait for: who signs first, or last."""
     kinds = {kind: weight for kind, weight in _KINDS.items() if kind.startswith("lie: ")}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    return Fault(kind=kind, peer=rng.choice((0, num_peers - 1)), at_s=4.0, lasts_s=3 * _SPAN.longest_s)
+    return ScheduledFault(kind=kind, peer=rng.choice((0, num_peers - 1)), at_s=4.0, lasts_s=3 * _SPAN.longest_s)
 
 
-def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
+def _at_the_edge(rng: random.Random, fault: ScheduledFault) -> ScheduledFault:
     """Half of those that stand still do so until a call or a silence has just ended: there decisions cross."""
     if fault.kind != "freeze at" or rng.random() < 0.5:
         return fault
@@ -102,11 +102,11 @@ def _at_the_edge(rng: random.Random, fault: Fault) -> Fault:
 # ---------------------------------------------------------------- liars
 
 
-class Liar(Volunteer):
+class RoundLiar(SimulatedVolunteer):
     """It does its work as the others do, and says something else."""
 
     lies: frozenset[str] = frozenset()
-    world: SearchedWorld
+    world: SearchedRounds
 
     def provide(self, what: str) -> Any:
         """Nothing, or the bytes of whatever it has told of."""
@@ -118,7 +118,7 @@ class Liar(Volunteer):
             return told
         return super().provide(what)
 
-    def _invented(self) -> State | None:
+    def _invented(self) -> JoinState | None:
         """Weights of its own, after rosters that it alone is on, with all the manifests that it can sign; they count as
         many tokens behind them as it likes, or as many as there are."""
         lasts = _LIE_ROUNDS[int(hash_of(self.name + str(self.round))[:8], 16) % len(_LIE_ROUNDS)]
@@ -128,7 +128,7 @@ class Liar(Volunteer):
         links, history = self.chain.links[:since], self.history[:since]
         for _ in range(lasts[1]):
             round, base = (history[-1].round + 1, history[-1].digest) if history else (0, "")
-            own = Publication(
+            own = RoundPublication(
                 peer=self.name, snapshot=hash_of(f"{self.name} {round} {base}"), tokens=32000, inner_steps=32, base=base
             )
             behind = history[-1].total_tokens if history else 0
@@ -138,7 +138,9 @@ class Liar(Volunteer):
             links = (*links, ChainLink(roster=roster, shown={self.name: own.tokens}))
             history = (*history, roster)
         weights = hash_of(f"what {self.name} would like")
-        return State(round=history[-1].round + 1, last=history[-1], digest=weights, history=history, chain=Chain(links))
+        return JoinState(
+            round=history[-1].round + 1, last=history[-1], digest=weights, history=history, chain=Chain(links)
+        )
 
     @property
     def inner_steps_done(self) -> int:
@@ -150,7 +152,7 @@ class Liar(Volunteer):
         info = super().info()
         return replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
 
-    def _reply(self, answer: Answer[None], asker: str) -> Reply:
+    def _reply(self, answer: AnswerRoundQuestion[None], asker: str) -> Reply:
         reply = super()._reply(answer, asker)
         return self._lie(reply, asker) if self.lies else reply
 
@@ -167,11 +169,14 @@ class Liar(Volunteer):
             roster = replace(roster, entries=roster.entries[:-1] or roster.entries)
         if "far ahead" in self.lies and first:
             last = Roster(round=self.round + 1000, signer=self.name, entries=(_INVENTED,), base_tokens=10**15)
-            told = Told(round=self.round + 1001, last=last)
+            told = AdvertisedRound(round=self.round + 1001, last=last)
         if "behind" in self.lies and len(self.history) > 1:
-            told, offer = Told(round=self.round - 1, last=self.history[-2]), None
+            told, offer = AdvertisedRound(round=self.round - 1, last=self.history[-2]), None
         if (state := self._invented()) is not None:
-            told, shown = Told(round=state.round, last=state.last), None if shown is None else ShownChain(state.chain)
+            told, shown = (
+                AdvertisedRound(round=state.round, last=state.last),
+                None if shown is None else ShownChain(state.chain),
+            )
         signed = None if roster is None else named(roster)
         applied = None if told.last is None else named(told.last)
         return replace(reply, publication=offer, roster=signed, told=told, last=applied, shown=shown)
@@ -181,13 +186,13 @@ _MANY_TOKENS = 10**12
 """Behind a roster, as a liar says."""
 _LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
 """(how many rounds before its head a liar's own chain begins, how many rosters it has)."""
-_INVENTED = Publication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
+_INVENTED = RoundPublication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
 
 
-class SearchedWorld(World):
+class SearchedRounds(SynchronousWorld):
     """Notes what only grows, and who was told to have merged what."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: FaultSchedule) -> None:
         settings = Settings(
             share_above=int(schedule.option("share_above", 5)),
             presence_ttl_s=15.0,
@@ -208,14 +213,14 @@ class SearchedWorld(World):
         self.told: dict[tuple[str, int], tuple[str, float]] = {}
         """(peer, round) -> the publication of its own that it has told as merged, by those that live on; and when."""
 
-    def _make(self, name: str, steps_per_s: float, link: Link) -> Volunteer:
-        return (Liar if name in self.liars else Volunteer)(self, name, steps_per_s, link)
+    def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
+        return (RoundLiar if name in self.liars else SimulatedVolunteer)(self, name, steps_per_s, link)
 
     def come(self, name: str, checkpoint: int) -> object:
         """One that died, or a newcomer."""
         return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
-    def record(self, kind: Any, peer: Volunteer, roster: Roster | None = None) -> None:
+    def record(self, kind: Any, peer: SimulatedVolunteer, roster: Roster | None = None) -> None:
         """Look at what is told."""
         super().record(kind, peer, roster)
         if kind == "joined":
@@ -242,7 +247,7 @@ class SearchedWorld(World):
                 if entry.peer == peer.name:
                     self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
 
-    def _gave_way(self, past: Sequence[Roster], peer: Volunteer) -> bool:
+    def _gave_way(self, past: Sequence[Roster], peer: SimulatedVolunteer) -> bool:
         """Whether weights with fewer tokens behind them were taken since more peers of the last common roster, or as
         many, went on with those."""
         new = peer.history
@@ -255,7 +260,7 @@ class SearchedWorld(World):
         stayed = set[str]().union(*(roster.peers for roster in past[common + 1 :]))
         return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
 
-    def _look_for_lies(self, peer: Volunteer, roster: Roster) -> None:
+    def _look_for_lies(self, peer: SimulatedVolunteer, roster: Roster) -> None:
         """Nobody whom another honest peer stands beside gives its weights up for a liar's own."""
         head = self.heads.get(peer.name)
         if roster.digest not in self.invented or head is None:
@@ -277,9 +282,9 @@ class SearchedWorld(World):
 # ---------------------------------------------------------------- play
 
 
-def play_rounds(schedule: Schedule) -> Played:
+def play_rounds(schedule: FaultSchedule) -> Played:
     """Run it, and say what did not hold."""
-    world = SearchedWorld(schedule)
+    world = SearchedRounds(schedule)
     for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
         world.join(name, steps_per_s=steps_per_s)
     for index, fault in enumerate(schedule.faults):
@@ -298,7 +303,7 @@ def play_rounds(schedule: Schedule) -> Played:
     return Played([*world.broken, *found], f"{world.clock.num_events} events, {weights}")
 
 
-def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
+def _declare(world: SearchedRounds, fault: ScheduledFault, name: str, index: int) -> None:
     if fault.kind == "idle":
         declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
     elif fault.kind in ("kill at", "freeze at"):
@@ -308,7 +313,7 @@ def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
         declare(world, fault, name, index, world.come)
 
 
-def _frozen_for(world: World, fault: Fault) -> Callable[[str], None]:
+def _frozen_for(world: SynchronousWorld, fault: ScheduledFault) -> Callable[[str], None]:
     def freeze(name: str) -> None:
         from_s = world.clock.now + _ASKED_S[fault.detail // 40 % 4]
         world.at(from_s, world.freeze, name)
@@ -320,7 +325,7 @@ def _frozen_for(world: World, fault: Fault) -> Callable[[str], None]:
 # ---------------------------------------------------------------- what must hold
 
 
-def _waits(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+def _waits(world: SearchedRounds, schedule: FaultSchedule) -> Iterable[Violation]:
     """What went wrong shortly before a wait or in it explains so much of it."""
     now = world.clock.now
     waits = [*world.waits, *((now, p.name, now - p.ended_s) for p in world.running() if p.phase is Phase.MERGING)]
@@ -335,12 +340,12 @@ def _waits(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
             yield Violation("nobody waits", f"{name} waited for {wait_s:.1f} s; {bound_s:.1f} s are explained")
 
 
-def _may_matter(fault: Fault, from_s: float, to_s: float) -> bool:
+def _may_matter(fault: ScheduledFault, from_s: float, to_s: float) -> bool:
     """Whether it was there at some time between these; one that strikes at a round's moment may come at any."""
     return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
 
 
-def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
+def not_one_model(world: SynchronousWorld, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
     """The faults are over: within `settle_rounds` rounds more, all live peers have equal weights, and stay so. What of
     that does not hold."""
     peers = world.running()
@@ -358,7 +363,7 @@ def not_one_model(world: World, settle_rounds: int = 2, limit_s: float = 120.0) 
     return []
 
 
-def counted_twice(world: World) -> list[str]:
+def counted_twice(world: SynchronousWorld) -> list[str]:
     """No publication, and no peer's round, is twice in anybody's past; base and token chains are unbroken. What of that
     does not hold."""
     found = []
@@ -374,7 +379,7 @@ def counted_twice(world: World) -> list[str]:
     return found
 
 
-def _lost(world: SearchedWorld) -> list[Violation]:
+def _lost(world: SearchedRounds) -> list[Violation]:
     """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so; and of one
     that stood still as soon as it had signed, when nobody else had its bytes yet, as of one that is cut off."""
     peers = world.running()
@@ -386,6 +391,6 @@ def _lost(world: SearchedWorld) -> list[Violation]:
     ]
 
 
-def _stopped_then(world: World, name: str, told_s: float) -> bool:
+def _stopped_then(world: SynchronousWorld, name: str, told_s: float) -> bool:
     stops_s = [event.time_s for event in world.events("frozen") if event.peer == name]
     return any(told_s <= stop_s <= told_s + _PULLED_S for stop_s in stops_s)

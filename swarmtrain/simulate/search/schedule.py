@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["Fault", "Played", "Schedule", "Span", "Violation", "WorldKind", "draw_faults"]
+__all__ = ["FaultSchedule", "FaultSpan", "Played", "ScheduledFault", "Violation", "WorldKind", "draw_faults"]
 
 WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "lives"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class ScheduledFault:
     """Something goes wrong with `peer` at `at_s` for `lasts_s` seconds; what `detail` means depends on the kind."""
 
     kind: str
@@ -29,12 +29,12 @@ class Fault:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class FaultSchedule:
     """What `play` runs: `speeds` has a number a peer, `options` what differs from the world's usual settings."""
 
     world: WorldKind
     speeds: tuple[float, ...]
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[ScheduledFault, ...] = ()
     options: tuple[tuple[str, float], ...] = ()
     seed: int = 0
     """Of chance within the world: which messages are lost, whom a peer asks."""
@@ -48,7 +48,7 @@ class Schedule:
         """The peers that are there at first, in PeerID order."""
         return [f"p{i}" for i in range(len(self.speeds))]
 
-    def name(self, fault: Fault) -> str:
+    def name(self, fault: ScheduledFault) -> str:
         """Whom it strikes."""
         return f"p{fault.peer}"
 
@@ -87,7 +87,7 @@ class Played:
 
 
 @dataclass(frozen=True)
-class Span:
+class FaultSpan:
     """When faults of a world strike, and for how long, in seconds."""
 
     first_s: float
@@ -96,8 +96,8 @@ class Span:
 
 
 def draw_faults(
-    rng: random.Random, kinds: Mapping[str, int], num_peers: int, span: Span, detail: Callable[[str], int]
-) -> tuple[Fault, ...]:
+    rng: random.Random, kinds: Mapping[str, int], num_peers: int, span: FaultSpan, detail: Callable[[str], int]
+) -> tuple[ScheduledFault, ...]:
     """Up to six faults of these kinds (with their weights), in the order of their times; one peer at most lies."""
     faults, liar = [], rng.randrange(num_peers)
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5, 6))):
@@ -106,5 +106,7 @@ def draw_faults(
         peer = liar if lies else rng.randrange(num_peers)
         longest_s = span.longest_s * (3 if lies else rng.choice((0.1, 0.1, 1, 1)))
         at_s, lasts_s = rng.uniform(span.first_s, span.last_s), rng.uniform(0, longest_s)
-        faults.append(Fault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind)))
+        faults.append(
+            ScheduledFault(kind=kind, peer=peer, at_s=round(at_s, 1), lasts_s=round(lasts_s, 1), detail=detail(kind))
+        )
     return tuple(sorted(faults, key=lambda fault: fault.at_s))

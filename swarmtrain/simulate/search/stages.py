@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from swarmtrain.protocol.balance import Rule, StagePeer
-from swarmtrain.protocol.moving import StayAnswer
-from swarmtrain.simulate.network import Place
-from swarmtrain.simulate.pipeline import Machine, PipelineSettings, PipelineWorld
+from swarmtrain.protocol.pipeline.balance import Rule, StagePeer
+from swarmtrain.protocol.pipeline.moves import StayAnswer
+from swarmtrain.simulate.pipeline.stage_moves import Moving, SimulatedMover
+from swarmtrain.simulate.pipeline.stage_peer import StageVolunteer
+from swarmtrain.simulate.pipeline.world import PipelineMachine, PipelineSettings, PipelineWorld
 from swarmtrain.simulate.search.faults import declare, end_faults
-from swarmtrain.simulate.search.schedule import Fault, Played, Schedule, Span, Violation, draw_faults
-from swarmtrain.simulate.stage_moves import Mover, Moving
-from swarmtrain.simulate.stage_peer import StageVolunteer
+from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
+from swarmtrain.simulate.systems.network import NetworkPlace
 
 __all__ = ["draw_stages", "play_stages"]
 
@@ -29,7 +29,7 @@ _RATE_S = 40.0
 _LONGEST_CALL_S = 300.0
 """What was lost without a word is asked again after so long at most: `Router.most_limit_s`."""
 _PROMISED_S = 60.0
-_SPAN = Span(10.0, 110.0, 60.0)
+_SPAN = FaultSpan(10.0, 110.0, 60.0)
 _LEAST_S = 60.0
 _GONE = ("kill", "vanish", "leave", "restart", "freeze")
 _KINDS = {
@@ -39,7 +39,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def draw_stages(rng: random.Random) -> Schedule:
+def draw_stages(rng: random.Random) -> FaultSchedule:
     """A pipeline of two to four stages and a few peers, piled or spread, and its faults."""
     num_stages = rng.choice((2, 3, 3, 4))
     speeds = tuple(rng.choice((300.0, 500.0, 800.0)) for _ in range(num_stages + rng.choice((0, 1, 1, 2, 3))))
@@ -50,7 +50,7 @@ def draw_stages(rng: random.Random) -> Schedule:
         options.append(("most_stages", 1.0))
     if rng.random() < 0.5:
         options.append(("stale", 1.0))
-    return Schedule(
+    return FaultSchedule(
         world="stages",
         speeds=speeds,
         faults=draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(64)),
@@ -62,10 +62,10 @@ def draw_stages(rng: random.Random) -> Schedule:
 # ---------------------------------------------------------------- liars
 
 
-class LyingMover(Mover):
+class LyingMover(SimulatedMover):
     """It promises whatever it is asked for."""
 
-    def asked(self, number: int, stage: int, by: Mover) -> None:
+    def asked(self, number: int, stage: int, by: SimulatedMover) -> None:
         """It stays, it says."""
         if "promises" not in getattr(self.peer, "lies", ()):
             super().asked(number, stage, by)
@@ -74,10 +74,10 @@ class LyingMover(Mover):
         self.peer.world.send(self.peer, by.peer, by.answered, number, answer)
 
 
-class Liar(StageVolunteer):
+class StageLiar(StageVolunteer):
     """It does its work as the others do, and says something else."""
 
-    def __init__(self, world: PipelineWorld, machine: Machine, rng: random.Random) -> None:
+    def __init__(self, world: PipelineWorld, machine: PipelineMachine, rng: random.Random) -> None:
         self._lies: frozenset[str] = frozenset()
         super().__init__(world, machine, rng)
         self.mover = LyingMover(self)
@@ -105,13 +105,13 @@ class Liar(StageVolunteer):
         return replace(told, bound=every) if "is bound" in self.lies else told
 
 
-class SearchedWorld(PipelineWorld):
+class SearchedPipeline(PipelineWorld):
     """Some of whose peers may lie; it notes who has promised to stay."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: FaultSchedule) -> None:
         self.schedule = schedule
         self.broken: list[Violation] = []
-        self._stays_until_s: dict[tuple[Place, int], float] = {}
+        self._stays_until_s: dict[tuple[NetworkPlace, int], float] = {}
         num_stages = int(schedule.option("stages", 2))
         rule = Rule(costs=(1 / num_stages,) * num_stages, live_s=30.0)
         self.liars = schedule.liars
@@ -122,20 +122,24 @@ class SearchedWorld(PipelineWorld):
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 200_000
 
-    def _make(self, machine: Machine) -> StageVolunteer:
-        return (Liar if machine.name in self.liars else StageVolunteer)(self, machine, random.Random(self.rng.random()))
+    def _make(self, machine: PipelineMachine) -> StageVolunteer:
+        return (StageLiar if machine.name in self.liars else StageVolunteer)(
+            self, machine, random.Random(self.rng.random())
+        )
 
-    def machine(self, name: str) -> Machine:
+    def machine(self, name: str) -> PipelineMachine:
         """Newcomers have the first one's."""
         speeds = dict(zip(self.schedule.names, self.schedule.speeds, strict=True))
         most = int(self.schedule.option("most_stages", 2))
-        return Machine(name=name, tokens_per_s=speeds.get(name, speeds["p0"]), fetch_s=10.0, most_stages=most)
+        return PipelineMachine(name=name, tokens_per_s=speeds.get(name, speeds["p0"]), fetch_s=10.0, most_stages=most)
 
     def come(self, name: str, checkpoint: int) -> object:
         """One that died, or a newcomer: in a pipeline neither has anything."""
         return self.join(self.machine(name))
 
-    def send(self, src: Place, dst: Place, call: Callable[..., object], *args: Any, after_s: float = 0.0) -> None:
+    def send(
+        self, src: NetworkPlace, dst: NetworkPlace, call: Callable[..., object], *args: Any, after_s: float = 0.0
+    ) -> None:
         """A promise, among others."""
         for answer in (one for one in args if isinstance(one, StayAnswer) and one.lasts_s):
             self._stays_until_s[src, answer.stage] = self.clock.now + answer.lasts_s
@@ -153,9 +157,9 @@ class SearchedWorld(PipelineWorld):
 # ---------------------------------------------------------------- play
 
 
-def play_stages(schedule: Schedule) -> Played:
+def play_stages(schedule: FaultSchedule) -> Played:
     """Run it, and say what did not hold."""
-    world = SearchedWorld(schedule)
+    world = SearchedPipeline(schedule)
     num_stages, piled = world.settings.rule.num_stages, int(schedule.option("piled", 0))
     for i, name in enumerate(schedule.names):
         world.join(world.machine(name), (0 if i < piled else i % num_stages,))
@@ -175,7 +179,7 @@ def play_stages(schedule: Schedule) -> Played:
     return Played(found, f"{world.clock.num_events} events, {len(world.log)} moments, {world.tokens_per_s}")
 
 
-def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
+def _declare(world: SearchedPipeline, fault: ScheduledFault, name: str, index: int) -> None:
     def leave_stage() -> None:
         if (peer := world.peers.get(name)) is not None and peer.stages:
             peer.serve((fault.detail % world.settings.rule.num_stages,))
@@ -198,12 +202,12 @@ def _declare(world: SearchedWorld, fault: Fault, name: str, index: int) -> None:
 # ---------------------------------------------------------------- what must hold
 
 
-def _suffice(world: SearchedWorld, schedule: Schedule) -> bool:
+def _suffice(world: SearchedPipeline, schedule: FaultSchedule) -> bool:
     """Whether those that are left can hold every stage."""
     return len(world.peers) * int(schedule.option("most_stages", 2)) >= world.settings.rule.num_stages
 
 
-def _emptied(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+def _emptied(world: SearchedPipeline, schedule: FaultSchedule) -> Iterable[Violation]:
     """By a move, and not because somebody was gone who had promised to stay."""
     if schedule.has("lie: promises", "lie: breaks"):
         return
@@ -214,7 +218,7 @@ def _emptied(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
             yield Violation("no move empties a stage", f"stage {stage} at {at_s:.1f} s")
 
 
-def _unserved(world: SearchedWorld, schedule: Schedule) -> Iterable[Violation]:
+def _unserved(world: SearchedPipeline, schedule: FaultSchedule) -> Iterable[Violation]:
     if not _suffice(world, schedule):
         return
     for stage, number in enumerate(world.holders()):

@@ -1,0 +1,66 @@
+"""The last line of a peer: where the model is, or how to go on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
+from swarmtrain.words import one_line
+
+if TYPE_CHECKING:
+    from swarmtrain.events import DoneEvent
+    from swarmtrain.v1.control_pb2 import PeerStatus
+
+__all__ = ["closing_line", "go_on_line", "last_line", "model_line"]
+
+
+def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
+    """What a person wants to know once the peer in `folder` has ended. `is_usual`: the command finds that folder
+    without `--dir` too."""
+    from swarmtrain.peer.control.server import read_status
+    from swarmtrain.v1.control_pb2 import PeerStatus
+
+    return last_line(done.reason, read_status(folder) or PeerStatus(), folder, is_usual=is_usual)
+
+
+def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool = False) -> str:
+    """As `closing_line`, of one that ended for `reason` and left `status`: it may have been asked to end when its run
+    had its tokens and its model was written."""
+    if reason == "total_tokens":
+        return model_line(folder / "model")
+    is_over = 0 < status.total_tokens <= _run_tokens(folder / "model")
+    return model_line(folder / "model") if is_over else go_on_line(folder, is_usual=is_usual)
+
+
+def _run_tokens(model: Path) -> int:
+    """How many tokens the run had when it was written; 0 where there is none. A peer may count more by now."""
+    try:
+        return int(json.loads((model / "config.json").read_bytes())["run_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def model_line(model: Path) -> str:
+    """Where the run's model is, and what to do with it; empty where there is none, as of who held stages of it."""
+    if not (model / "config.json").exists():
+        return ""
+    where = shlex.quote(one_line(str(model)))
+    return f"the model is in {where}; try: swarmtrain generate {where}"
+
+
+def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
+    """What to type to go on, and from where; empty where there is no run yet, or nobody knows how it was started."""
+    from swarmtrain.peer.checkpoints.files import newest_written
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
+
+    started, run_sha256 = StartedFile(folder).read(), PeerFolder(folder).kept_sha256()
+    if not started.command or run_sha256 is None:
+        return ""
+    # the folder remembers the options; without --dir the name leads to it
+    name = {flag: words for flag, words in started.options.items() if is_usual and flag == "--name"}
+    line = one_line(Started(started.command, name).line(None if is_usual else folder))
+    kept = newest_written(folder / "checkpoints", run_sha256)
+    return f"`{line}` goes on" + (f" from round {kept.round}" if kept is not None else "")

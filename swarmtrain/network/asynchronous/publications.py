@@ -1,0 +1,201 @@
+"""What this peer publishes in asynchronous rounds.
+
+The trainer hands over a publication and goes on; nothing is computed before somebody asks. At the first request it is
+quantised, hashed and signed, in a thread, and from then on it is that snapshot: every reader decodes the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.signatures import open_signed_untrusted
+from swarmtrain.network.snapshots.state_provider import FillManifest
+from swarmtrain.network.snapshots.store import (
+    Body,
+    HeldSnapshot,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+    manifest_untrusted,
+)
+from swarmtrain.network.tasks import SingleFlight
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = [
+    "OwnPublication",
+    "PublicationRules",
+    "Publisher",
+    "Pulling",
+    "is_signed_by_untrusted",
+    "publication_untrusted",
+    "request_of",
+    "section_untrusted",
+]
+
+_WEIGHTS, _GRADIENT = "weights", "gradient"
+"""Those two are asked for by a flag: there was no other section before."""
+_MAX_NAME_BYTES = 32
+
+_KEPT = 1
+"""So many publications stay, and those that somebody reads or was told of a moment ago."""
+
+
+class Pulling(Protocol):
+    """What a peer pulls in the background."""
+
+    async def stop(self) -> None:
+        """Pull nothing more, until it is told to begin again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicationRules:
+    """What the run file says about publications of one section. `max_tokens` is what a round can have at most,
+    `num_parts` its parts; without any they are of the weights that it begins with."""
+
+    run_sha256: str
+    tables: tuple[tuple[TensorSpec, ...], ...]
+    """Its tensors, in each of the formats that it may have."""
+    max_tokens: int
+    num_parts: int
+    pull: PullLimits
+    fragment: int = 0
+    """Of the model, whose tensors these are."""
+
+    @property
+    def most_bytes(self) -> int:
+        """What one weighs at most."""
+        return max(sum(spec.size_bytes for spec in table) for table in self.tables)
+
+
+def request_of(
+    section: Section, fragment: int, known: PublicationVersion | None, presence: pb.Signed
+) -> pb.PublicationRequest:
+    """To be given a peer's newest publication of a section of a fragment, if it is not that at `known`."""
+    named = "" if section in (_WEIGHTS, _GRADIENT) else section
+    request = pb.PublicationRequest(weights=section == _WEIGHTS, section=named, fragment=fragment, presence=presence)
+    if known is not None:
+        request.has_any, request.round, request.part = True, known.round, known.part
+    return request
+
+
+def section_untrusted(request: pb.PublicationRequest, sections: Collection[Section]) -> Section:
+    """What is asked for; BadBytesError if it is named, and none of the run's."""
+    if not request.section:
+        return _WEIGHTS if request.weights else _GRADIENT
+    if len(request.section.encode()) > _MAX_NAME_BYTES:
+        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes")
+    if request.section not in sections:
+        raise BadBytesError(f"it asks for a section that this run does not have: {request.section!r}")
+    return request.section
+
+
+def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
+    """Whether a manifest is `peer`'s: if not, whoever sent it made it up."""
+    try:
+        return open_signed_untrusted(signed, "manifest", rules.run_sha256, pb.Manifest)[0] == peer
+    except BadBytesError:
+        return False
+
+
+def publication_untrusted(
+    rules: PublicationRules, peer: str, signed: pb.Signed
+) -> tuple[HeldSnapshot, PublicationVersion]:
+    """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
+    snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
+    manifest = snapshot.manifest
+    if snapshot.author != peer:
+        raise BadBytesError("a publication of another peer than the one that sent it")
+    if manifest.fragment != rules.fragment:
+        raise BadBytesError(f"a publication of fragment {manifest.fragment} in place of {rules.fragment}")
+    if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
+        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
+    most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
+    if not (least <= manifest.inner_steps <= manifest.tokens <= most):
+        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+    if not manifest.tokens <= manifest.author_tokens < 2**60:
+        raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+    return empty_held(snapshot), PublicationVersion(manifest.round, manifest.part, manifest.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnPublication:
+    """What a section has as of a round's part number `part`, or as part 0 the weights that it begins with; `encode`
+    makes the bytes."""
+
+    round: int
+    part: int
+    tokens: int
+    inner_steps: int
+    author_tokens: int
+    encode: Callable[[], Body]
+    specs: Sequence[TensorSpec] | None = None
+    """Its tensors, where those are not what its publisher has by itself."""
+    token: object = field(default_factory=object)
+    """Stands for it without holding its vectors."""
+    fill: FillManifest = lambda manifest: None
+
+
+@dataclass
+class Publisher:
+    """Keeps the newest publication, and makes it a snapshot when it is asked for."""
+
+    identity: Identity
+    run_sha256: str
+    specs: Sequence[TensorSpec]
+    store: SnapshotStore
+    fragment: int = 0
+    newest: OwnPublication | None = None
+    """Set by the trainer's thread, read in the network's."""
+    shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
+    """Who has seen which data, for the manifest."""
+    _built: deque[tuple[object, HeldSnapshot]] = field(default_factory=deque)
+    _building: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _making: SingleFlight[HeldSnapshot] = field(default_factory=SingleFlight)
+
+    def wanted(self, request: pb.PublicationRequest, caller: str) -> OwnPublication | None:
+        """The newest publication, if the caller does not have it."""
+        newest = self.newest
+        if newest is None or (request.has_any and (newest.round, newest.part) == (request.round, request.part)):
+            return None
+        return newest
+
+    async def held_after(self, request: pb.PublicationRequest, caller: str = "") -> HeldSnapshot | None:
+        """What `wanted` gives, as a snapshot."""
+        async with self._building:
+            wanted = self.wanted(request, caller)
+            if wanted is None:
+                return None
+            if not self._built or self._built[-1][0] is not wanted.token:
+                held = await self._making.made(wanted.token, partial(self._build, wanted))
+                self._built.append((wanted.token, held))
+                while len(self._built) > _KEPT:
+                    self.store.drop(self._built.popleft()[1].snapshot.sha256)
+            self.store.add(self._built[-1][1])  # again: it may be of a round that the store has given up
+            self.store.touch(self._built[-1][1].snapshot.sha256)
+            return self._built[-1][1]
+
+    def _build(self, publication: OwnPublication) -> HeldSnapshot:
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(self.run_sha256),
+            kind=pb.SNAPSHOT_KIND_PUBLICATION,
+            round=publication.round,
+            part=publication.part,
+            tokens=publication.tokens,
+            inner_steps=publication.inner_steps,
+            author_tokens=publication.author_tokens,
+            fragment=self.fragment,
+            coverage=self.shard_rows(),
+        )
+        publication.fill(manifest)
+        return build_snapshot(self.identity, manifest, publication.specs or self.specs, publication.encode())

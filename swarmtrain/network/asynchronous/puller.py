@@ -1,0 +1,122 @@
+"""Asks partners for publications and pulls their bytes, as `protocol.gossip.engine` commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from swarmtrain.errors import BadBytesError, BusyError, PeerError, UnreachableError
+from swarmtrain.network.asynchronous.publications import (
+    PublicationRules,
+    is_signed_by_untrusted,
+    publication_untrusted,
+    request_of,
+)
+from swarmtrain.network.identity import peer_bytes
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots.download import download_snapshot
+from swarmtrain.network.snapshots.store import HeldSnapshot
+from swarmtrain.protocol.gossip.messages import (
+    AdvertisedProgress,
+    AskPartner,
+    DownloadPublication,
+    FindRoute,
+    PartnerReplied,
+    PublicationDownloaded,
+    PullFailed,
+    PullFailure,
+    RouteFound,
+)
+from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Puller", "failure_of"]
+
+
+def failure_of(
+    error: PeerError, kind: Literal["busy", "away", "silent", "failed"] | None = None, *, is_authors: bool = False
+) -> PullFailure:
+    """What gossip is told of an error."""
+    found = kind or ("busy" if isinstance(error, BusyError) else "failed")
+    return PullFailure(str(error), found, error.is_incident, is_authors)
+
+
+@dataclass(frozen=True)
+class Puller:
+    """Carries out gossip's commands over the network; each method returns the event that ends its command."""
+
+    calls: PeerCalls
+    membership: Membership
+    rules: Sequence[Mapping[Section, PublicationRules]]
+    """Of each fragment."""
+    presence: Callable[[], pb.Signed]
+    heard_untrusted: Callable[[str, pb.PublicationReply], None]
+    """Told what a peer answered, before anything else is done with it."""
+
+    async def route(self, command: FindRoute) -> RouteFound:
+        """A peer that nobody can dial may have opened a connection to this one."""
+        return RouteFound(command.pull, bool(await self.calls.node.seen_at(command.peer)))
+
+    async def ask(self, command: AskPartner) -> PartnerReplied[HeldSnapshot] | PullFailed:
+        """Ask the author, or a host of its, for something newer than what was merged."""
+        is_author, number = command.source == command.author, command.pull
+        try:
+            reply = await self._reply_untrusted(command)
+        except PeerError as error:
+            return PullFailed(number, failure_of(error))
+        except _NoAnswerError as error:
+            return PullFailed(number, PullFailure(str(error), "silent"))
+        if reply.busy:
+            return PullFailed(number, PullFailure("it serves as many readers as it may", "busy"))
+        if reply.away and not is_author:
+            return PullFailed(number, PullFailure("who should be its host is not", "away"))
+        if not reply.HasField("manifest"):
+            return PartnerReplied(number)
+        try:
+            rules = self.rules[command.fragment][command.section]
+            held, mark = publication_untrusted(rules, command.author, reply.manifest)
+        except PeerError as error:
+            return PullFailed(number, failure_of(error, is_authors=True))
+        return PartnerReplied(number, mark, held, self._told(command.author))
+
+    async def _reply_untrusted(self, command: AskPartner) -> pb.PublicationReply:
+        source, author = command.source, command.author
+        request = request_of(command.section, command.fragment, command.known, self.presence())
+        if source == author:
+            try:
+                reply = await self.calls.publication(author, request)
+            except UnreachableError as error:
+                raise _NoAnswerError(str(error)) from error
+            self.heard_untrusted(author, reply)
+            return reply
+        request.author = peer_bytes(author)
+        reply = await self.calls.publication(source, request)
+        rules = self.rules[command.fragment][command.section]
+        if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
+            raise BadBytesError(f"a publication of {author} that is not signed by it")
+        self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
+        return reply
+
+    def _told(self, peer: str) -> AdvertisedProgress | None:
+        info = self.membership.info(peer)
+        if info is None:
+            return None
+        since_s = self.membership.so_far_since_s(peer)
+        return AdvertisedProgress(info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, since_s)
+
+    async def download(self, command: DownloadPublication[HeldSnapshot]) -> PublicationDownloaded | PullFailed:
+        """Pull the bytes of a publication."""
+        held, number = command.held, command.pull
+        try:
+            limits = next(iter(self.rules[0].values())).pull  # the same for all
+            wrong = await download_snapshot(self.calls, command.source, held, limits)
+        except PeerError as error:
+            return PullFailed(number, failure_of(error))
+        num_bytes = held.snapshot.manifest.total_bytes
+        return PublicationDownloaded(number, num_bytes, None if wrong is None else failure_of(wrong))
+
+
+class _NoAnswerError(Exception):
+    """An author gave no answer when it was asked."""

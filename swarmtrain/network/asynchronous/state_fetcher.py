@@ -1,0 +1,184 @@
+"""Taking the run's present weights in asynchronous rounds: from several peers, since each has its own.
+
+The consensus is the variance-corrected mean of the peers' weights after their last merge, and of the momentum of three
+of them the median. Here are the bytes; who asks does the averaging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.asynchronous.place_rows import check_place_rows_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.rounds.merger import RoundSettings
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots.download import download_snapshot
+from swarmtrain.network.snapshots.store import (
+    CHUNK_BYTES,
+    HeldSnapshot,
+    SnapshotStore,
+    all_finite,
+    empty_held,
+    manifest_untrusted,
+)
+from swarmtrain.network.tasks import run_together
+from swarmtrain.network.token_rows import check_token_rows_untrusted
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
+
+_log = logging.getLogger(__name__)
+_LEAST_LIMIT_S = 20.0
+_PATIENCE = 4.0
+MOMENTA = 3
+"""So many give their momentum too: of three one that lies is outvoted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedState:
+    """A peer's state after its last merge; `whole` if its momentum is here too, not only its weights."""
+
+    peer: str
+    held: HeldSnapshot
+    whole: bool
+
+    @property
+    def round(self) -> int:
+        """The round that its author is in."""
+        return self.held.snapshot.manifest.round
+
+    @property
+    def run_tokens(self) -> int:
+        """The run's tokens as its author counted them."""
+        return self.held.snapshot.manifest.run_tokens
+
+
+@dataclass
+class StateFetcher:
+    """Pulls states of peers that merge asynchronously."""
+
+    calls: PeerCalls
+    store: SnapshotStore
+    settings: RoundSettings
+    refused: Callable[[str, PeerError], None]
+
+    async def fetch(self, peers: Sequence[str], min_round: int = 0) -> list[FetchedState]:
+        """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first three
+        the whole state, of the others the weights. Empty if nobody delivers a whole one."""
+        rest = await self._who_answers(peers)
+        whole: FetchedState | None = None
+        began_s = swarm_time()
+        while rest and whole is None:
+            began_s = swarm_time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limit_s()):
+                    whole = await self._fetch_one(rest.pop(0), min_round, whole=True)
+        if whole is None:
+            return []
+        limit_s = max(_LEAST_LIMIT_S, _PATIENCE * len(rest) * (swarm_time() - began_s))
+        return [whole, *await self._fetch_all(rest, min_round, limit_s, num_whole=MOMENTA - 1)]
+
+    async def _who_answers(self, peers: Sequence[str]) -> list[str]:
+        """Those of `peers` that answer a greeting, in their order: one that hangs would be waited for as long as making
+        a state may take, and whoever asks has others to go to, a bootstrap for one."""
+        answered: set[str] = set()
+
+        async def greet(peer: str) -> None:
+            try:
+                await self.calls.hello(peer, pb.HelloRequest(run_sha256=bytes.fromhex(self.settings.run_sha256)))
+                answered.add(peer)
+            except PeerError as error:
+                self._blame(peer, error)
+
+        await run_together(greet(peer) for peer in peers)
+        return [peer for peer in peers if peer in answered]
+
+    async def fetch_weights(
+        self, peers: Sequence[str], min_round: int = 0, limit_s: float | None = None
+    ) -> list[FetchedState]:
+        """The same, of all of them only the weights: those that have come within `limit_s`."""
+        return await self._fetch_all(peers, min_round, self._limit_s() if limit_s is None else limit_s, num_whole=0)
+
+    async def _fetch_all(
+        self, peers: Sequence[str], min_round: int, limit_s: float, *, num_whole: int
+    ) -> list[FetchedState]:
+        """The states that have come within `limit_s`, of the first `num_whole` peers with their momentum."""
+        found: dict[str, FetchedState] = {}
+
+        async def fetch(peer: str, whole: bool) -> None:
+            state = await self._fetch_one(peer, min_round, whole=whole)
+            if state is not None:
+                found[peer] = state
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await run_together(fetch(peer, number < num_whole) for number, peer in enumerate(peers))
+        return [found[peer] for peer in peers if peer in found]
+
+    async def fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
+        """What those of `peers` say of their states that answer soon, without the states: who has trained how much."""
+        found: dict[str, pb.Manifest] = {}
+
+        async def ask(peer: str) -> None:
+            try:
+                reply = await self.calls.state(peer, 1)
+                if reply.HasField("manifest"):
+                    found[peer] = self._state_untrusted(reply.manifest, peer, 1).snapshot.manifest
+            except PeerError as error:
+                self._blame(peer, error)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAST_LIMIT_S):
+                await run_together(ask(peer) for peer in peers)
+        return [found[peer] for peer in peers if peer in found]
+
+    def _limit_s(self) -> float:
+        """How long one state may take: some times what transfers have taken lately, or at the least speed, or a minute;
+        whoever trickles must not hold a joiner, or the archive, for hours."""
+        size_bytes = sum(spec.size_bytes for spec in self.settings.state_specs)
+        least_per_s = max(self.settings.pull.min_bytes_per_s, 1.0)
+        expected_s = self.calls.node.traffic.times.expected_s(size_bytes)
+        return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
+
+    async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> FetchedState | None:
+        try:
+            reply = await self.calls.state(peer, min_round)
+            if not reply.HasField("manifest"):
+                return None
+            held = self._state_untrusted(reply.manifest, peer, min_round)
+            size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
+            is_shown = whole and self.store.arriving is None
+            with self.store.showing(held) if is_shown else contextlib.nullcontext():
+                await download_snapshot(
+                    self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES))
+                )
+                if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
+                    raise BadBytesError("a state that is not finite")
+            return FetchedState(peer=peer, held=held, whole=whole)
+        except PeerError as error:
+            self._blame(peer, error)
+            return None
+
+    def _blame(self, peer: str, error: PeerError) -> None:
+        if isinstance(error, BadBytesError):
+            self.refused(peer, error)
+        else:
+            _log.debug("the state of %s: %s", peer, error)
+
+    def _state_untrusted(self, signed: pb.Signed, peer: str, min_round: int) -> HeldSnapshot:
+        kind = pb.SNAPSHOT_KIND_STATE
+        snapshot = manifest_untrusted(signed, self.settings.run_sha256, kind, self.settings.state_specs)
+        manifest = snapshot.manifest
+        if snapshot.author != peer:
+            raise BadBytesError("a state of another peer than the one that sent it")
+        if manifest.round < min_round or manifest.roster_sha256:
+            raise BadBytesError("a state of another round than asked for, or of another way to merge")
+        check_token_rows_untrusted(manifest)
+        check_place_rows_untrusted(manifest)
+        return empty_held(snapshot)

@@ -1,0 +1,165 @@
+"""The buckets of the DHT: storing a record and reading those of others, for as few bytes as that can cost.
+
+hivemind's own `store` and `get` ask the twenty nodes that are nearest to a key, each time, and whoever has a bucket
+sends all of it: with 25 peers that was twice what their training moved. Here a record is kept by the `REPLICAS`
+nearest, a search ends a few nodes behind those, and who they are is known for two minutes: records go there, and are
+read there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from swarmtrain.network.daemon import hivemind_module
+from swarmtrain.network.discovery.records import RecordRules, unsigned_untrusted
+from swarmtrain.protocol.membership.records import ALL_EVERY, ASKED, FEW, REPLICAS
+
+__all__ = ["Buckets"]
+
+_log = logging.getLogger(__name__)
+_WORKERS = 4
+_MAX_KEYS = 256
+"""Which buckets are read is for those to say who fill others: four times as many as are read at once are known."""
+_KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
+"""For how long the nodes nearest to a key are known; and if one of them did not answer."""
+
+
+@dataclass
+class _Nearest:
+    """The nodes nearest to a key, one of each peer, with their PeerIDs, the nearest first; and until when that is
+    believed. `seen` are all nodes that the search came by, since a peer that was started again may have two."""
+
+    nodes: list[tuple[Any, Any]]
+    seen: frozenset[Any]
+    until_s: float
+    num_reads: int = 0
+
+
+@dataclass
+class Buckets:
+    """Of the swarm, as a node of the DHT stores and reads them. `dht` is hivemind's DHTNode."""
+
+    dht: Any
+    rules: RecordRules
+    clock: Callable[[], float] = time.monotonic
+    rng: random.Random = field(default_factory=random.Random)
+    _nearest: dict[str, _Nearest] = field(default_factory=dict)
+
+    async def store(self, key: str, subkey: str, value: bytes, expiry_s: float) -> bool:
+        """Store this peer's record with the nodes nearest to the key, its own node included if it is one of them; False
+        if none took it."""
+        key_id = hivemind_module("dht.routing").DHTID.generate(key)
+        packed, packed_key = msgpack.packb(value, use_bin_type=True), msgpack.packb(subkey, use_bin_type=True)
+        signed = self.rules.sign(key_id.to_bytes(), packed_key, packed, expiry_s)
+        nearest = await self._nearest_to(key, key_id)
+        answers: list[bool] = []
+        asked, left = nearest.nodes[:REPLICAS], nearest.nodes[REPLICAS:]
+        while asked:
+            stores = (self._store_at(node, peer, key_id, subkey, signed, expiry_s) for node, peer in asked)
+            came = [answer for answer in await asyncio.gather(*stores) if answer is not None]
+            answers += came
+            num_silent = len(asked) - len(came)
+            if num_silent:
+                nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)
+            asked, left = left[:num_silent], left[num_silent:]
+        return any(answers)
+
+    async def _store_at(
+        self, node: Any, peer: Any, key_id: Any, subkey: str, signed: bytes, expiry_s: float
+    ) -> bool | None:
+        """Whether it took the record; None if it does not answer, or nothing that can be understood."""
+        if node == self.dht.node_id:
+            return bool(self.dht.protocol.storage.store(key_id, signed, expiry_s, subkey=subkey))
+        try:
+            answer = await self.dht.protocol.call_store(peer, [key_id], [signed], [expiry_s], subkeys=[subkey])
+            return None if answer is None else bool(answer[0])
+        except Exception as error:  # another peer's answer, in hivemind's hands
+            _log.debug("storing a record at %s failed: %r", peer, error)
+            return None
+
+    async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
+        if (known := self._known(key, key_id)) is not None:
+            return known
+        found = await self.dht.find_nearest_nodes([key_id], k_nearest=ASKED, beam_size=ASKED, num_workers=_WORKERS)
+        peers: dict[Any, Any] = {}
+        for node, peer in found[key_id].items():
+            peers.setdefault(peer, self.dht.node_id if peer == self.dht.peer_id else node)
+        nodes = [(node, peer) for peer, node in peers.items()]
+        nearest = _Nearest(nodes, frozenset(found[key_id]), self.clock() + _KNOWN_FOR_S)
+        if len(nodes) == ASKED:  # else everybody is one of the nearest, whoever comes too
+            self._nearest[key] = nearest
+            while len(self._nearest) > _MAX_KEYS:
+                del self._nearest[next(iter(self._nearest))]
+        else:
+            self._nearest.pop(key, None)
+        return nearest
+
+    def _known(self, key: str, key_id: Any) -> _Nearest | None:
+        """Who they are, if that was found a short while ago and nobody nearer has come."""
+        known = self._nearest.get(key)
+        fresh = known is not None and self.clock() < known.until_s and not self._has_nearer(known, key_id)
+        return known if fresh else None
+
+    def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
+        """Whether a node has come that is nearer to the key than one of those that keep it. Costs no call."""
+        farthest = key_id.xor_distance(known.nodes[REPLICAS - 1][0])
+        near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, REPLICAS, exclude=self.dht.node_id)
+        return any(node not in known.seen and key_id.xor_distance(node) < farthest for node, _ in near)
+
+    async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
+        """What is kept under a key: the value and the expiry of each subkey. A few of those that keep it are asked, and
+        at times all of them: one may have missed something, or keep it back."""
+        key_id = hivemind_module("dht.routing").DHTID.generate(key)
+        nearest = self._known(key, key_id)  # where this peer stores its own
+        if nearest is None:
+            return await self._search(key)
+        keepers, nearest.num_reads = nearest.nodes[:REPLICAS], nearest.num_reads + 1
+        few = nearest.num_reads % ALL_EVERY != 1
+        found = await asyncio.gather(
+            *(self._kept_at(*one, key_id) for one in (self.rng.sample(keepers, FEW) if few else keepers))
+        )
+        if None in found:
+            nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)
+        if not any(found):
+            return await self._search(key)
+        newest: dict[str, tuple[bytes, float]] = {}
+        for subkey, (value, expiry_s) in (item for one in found if one is not None for item in one.items()):
+            if subkey not in newest or newest[subkey][1] < expiry_s:
+                newest[subkey] = value, expiry_s
+        return newest
+
+    async def _search(self, key: str) -> dict[str, tuple[bytes, float]]:
+        """As hivemind does."""
+        found = await self.dht.get(key, latest=True, beam_size=ASKED)
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        return {
+            str(subkey): (item.value, float(item.expiration_time))
+            for subkey, item in found.value.items()
+            if isinstance(item.value, bytes)
+        }
+
+    async def _kept_at(self, node: Any, peer: Any, key_id: Any) -> dict[str, tuple[bytes, float]] | None:
+        """What a node keeps under the key, which hivemind has validated; None without an answer that can be
+        understood."""
+        try:
+            if node == self.dht.node_id:
+                kept = self.dht.protocol.storage.get(key_id)
+            else:
+                answer = await self.dht.protocol.call_find(peer, [key_id])
+                kept = answer[key_id][0]
+            if kept is None:
+                return {}
+            items = ((str(subkey), item) for subkey, item in kept.value.items())
+            return {subkey: (unsigned_untrusted(item.value), float(item.expiration_time)) for subkey, item in items}
+        except Exception as error:  # another peer's answer, in hivemind's hands
+            _log.debug("reading a bucket at %s failed: %r", peer, error)
+            return None

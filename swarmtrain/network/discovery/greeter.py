@@ -1,0 +1,127 @@
+"""Greeting others: who is greeted introduces itself, and names those that it knows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.known_peers import KnownPeers
+from swarmtrain.network.discovery.presence import OwnPresence
+from swarmtrain.network.node import Node
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.membership.membership import PeerState
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Greeter"]
+
+_log = logging.getLogger(__name__)
+_REDIALLED = 4
+_NEW_AT_ONCE = 32
+_ASKED = 16
+_GREETING_S = 3.0
+_GREETING_PASSES = 3
+_MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
+
+
+@dataclass
+class Greeter:
+    """Calls those who are, may be or were here, and tells them who we are."""
+
+    node: Node
+    calls: PeerCalls
+    peers: KnownPeers
+    presence: OwnPresence
+    _meets: bool = field(default=False, init=False)
+    _met_s: dict[str, float] = field(default_factory=dict, init=False)
+    _meetings: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+
+    async def greet_everyone(self) -> None:
+        """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
+        greeted: set[str] = set()
+        for _ in range(_GREETING_PASSES):
+            strangers = [info.peer for info in self.peers.membership.live() if info.peer not in greeted]
+            await self.greet_all(strangers, self.presence.signed())
+            greeted.update(strangers)
+
+    async def greet_some(self) -> None:
+        """Ask a sample of the volunteers how far they are."""
+        volunteers = [info.peer for info in self.peers.membership.volunteers()]
+        sample = random.sample(volunteers, min(_ASKED, len(volunteers)))
+        await asyncio.gather(*(self._greet(peer, None) for peer in sample))
+
+    async def greet(self, peer: str) -> None:
+        """Introduce ourselves to one peer; what it answers is news of it."""
+        await self._greet(peer, self.presence.signed())
+
+    async def greet_newcomers(self) -> None:
+        """Introduce ourselves to some who may not know us."""
+        live = self.peers.membership.live()
+        new = [info.peer for info in live if info.peer not in self.peers.greeted]
+        await self.greet_all(random.sample(new, min(_NEW_AT_ONCE, len(new))), self.presence.signed())
+
+    async def redial(self) -> None:
+        """Knock at a few peers that seem gone: after an outage nobody else would, and a swarm would stay apart."""
+        membership = self.peers.membership
+        known = {*(peer.peer for peer in self.peers.through), *self.node.known_peers()} - {membership.me}
+        away = [peer for peer in known if membership.state(peer) is not PeerState.LIVE]
+        sample = random.sample(away, min(_REDIALLED, len(away)))
+        await self.greet_all(sample, self.presence.signed())
+        for peer in sample:
+            if membership.state(peer) is PeerState.LIVE:
+                await self.node.enter_routing_table(peer)
+
+    async def greet_all(self, peers: Sequence[str], presence: pb.Signed | None = None) -> None:
+        """Greet side by side; whoever takes long is left to answer later."""
+        tasks = [asyncio.create_task(self._greet(peer, presence)) for peer in peers]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_GREETING_S)
+
+    def start(self) -> None:
+        """From now on strangers are met."""
+        self._meets = True
+
+    def meet(self, peers: Iterable[str]) -> None:
+        """Greet those who take part and were never heard of, or seemed gone: joiners at one moment may each have been
+        told of everyone but each other, and whoever does not know that another trains closes the round without it."""
+        now, membership = swarm_time(), self.peers.membership
+        self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
+        for peer in peers:
+            known = peer == membership.me or membership.state(peer) is PeerState.LIVE
+            if known or not self._meets or peer in self._met_s or not membership.has_room_for(peer):
+                continue
+            if len(self._meetings) >= _MAX_MEETINGS or len(self._met_s) >= _MAX_MET:
+                return
+            self._met_s[peer] = now
+            meeting = asyncio.create_task(self.greet(peer))
+            self._meetings.add(meeting)
+            meeting.add_done_callback(self._meetings.discard)
+
+    async def stop(self) -> None:
+        """Meet nobody any more."""
+        self._meets = False
+        await end_tasks(self._meetings)
+
+    async def _greet(self, peer: str, presence: pb.Signed | None) -> None:
+        """Without `presence` we only ask."""
+        peers = self.peers
+        request = pb.HelloRequest(run_sha256=bytes.fromhex(self.presence.run_sha256), presence=presence)
+        try:
+            reply = await self.calls.hello(peer, request)
+            peers.hear_untrusted(reply.presence, peer, answered=True, first_hand=not reply.away)
+            if reply.away:  # its record of before may be read for some time yet
+                peers.left(peer)
+            for other in list(reply.others)[:64]:
+                await asyncio.sleep(0)  # all of them take some 30 ms
+                peers.hear_untrusted(other, None)
+            if presence is not None and peers.membership.info(peer) is not None:
+                peers.greeted.add(peer)
+        except BadBytesError as error:
+            peers.refused(peer, error)
+        except PeerError as error:
+            _log.debug("greeting %s: %s", peer, error)

@@ -1,0 +1,186 @@
+"""The peers of a run that this one knows: what they and others say of them, and what a person is told of that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.records import PRESENCE, open_presence_untrusted, presence_from_proto_untrusted
+from swarmtrain.network.discovery.run_lookup import PublishedRun
+from swarmtrain.network.discovery.token_accounting import TokenAccounting
+from swarmtrain.network.node import Node
+from swarmtrain.network.refusals import Refusals
+from swarmtrain.protocol.membership.arrivals import Arrivals
+from swarmtrain.protocol.membership.membership import Membership, MembershipChange, PeerState
+from swarmtrain.protocol.membership.records import MAX_READ_BUCKETS, buckets_to_read
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["KnownPeers"]
+
+_MAX_STAMP_SKEW_S = 120.0
+
+
+@dataclass
+class KnownPeers:
+    """Who is here, as far as this peer knows; nobody is asked."""
+
+    node: Node
+    published: PublishedRun
+    membership: Membership
+    tallying: TokenAccounting
+    emit: Callable[[Event], None]
+    changed: Callable[[], None]
+    """Called when somebody has come or gone."""
+    through: tuple[InvitedPeer, ...] = field(default=(), init=False)
+    """Those that the user named."""
+    arrivals: Arrivals = field(default_factory=Arrivals, init=False)
+    greeted: set[str] = field(default_factory=set, init=False)
+    """Those who have ours, and are still here."""
+    _signed: dict[str, pb.Signed] = field(default_factory=dict, init=False)
+    """Each peer's newest presence, to hand on."""
+    _untold: dict[str, float] = field(default_factory=dict, init=False)
+    """Those known by hearsay and records alone, with the stamp of these: they may just have gone, and nobody is told of
+    them yet."""
+    _refusals: Refusals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._refusals = Refusals(self.emit, self.spares)
+
+    def begin_with(self, through: Sequence[InvitedPeer]) -> list[str]:
+        """Those that the user named, but for ourselves."""
+        self.through = tuple(peer for peer in through if peer.peer != self.membership.me)
+        for peer in self.through:
+            self.node.remember_addresses(peer.peer, peer.addresses, peer.addresses)
+        return [peer.peer for peer in self.through]
+
+    def is_hidden(self, peer: str) -> bool:
+        """Whether it says that nobody can dial it."""
+        info = self.membership.info(peer)
+        return info is not None and info.hidden
+
+    def others_than(self, caller: str, most: int) -> list[pb.Signed]:
+        """What some of those who are here say of themselves, for `caller`."""
+        known = [info.peer for info in self.membership.live() if info.peer in self._signed and info.peer != caller]
+        return [self._signed[peer] for peer in known[:most]]
+
+    # ------------------------------------------------------------- what is said of them
+
+    async def read_records(self) -> None:
+        """Read the presence buckets, the root first, then what lies below full ones."""
+        sizes: dict[str, int] = {}
+        while wanted := list(buckets_to_read(sizes)):
+            if len(sizes) + len(wanted) > MAX_READ_BUCKETS:
+                break
+            for prefix in wanted:
+                found = await self.node.read_bucket(bytes.fromhex(self.published.sha256), PRESENCE, prefix)
+                sizes[prefix] = len(found)
+                for peer in filter(self.membership.has_room_for, found):
+                    self.saw(peer, found[peer][0].presence)
+
+    def hear_untrusted(
+        self, signed: pb.Signed, expected_author: str | None, *, answered: bool = False, first_hand: bool = False
+    ) -> None:
+        """A presence that somebody sent: its own if `expected_author` says so, else hearsay."""
+        if not signed.payload:
+            return
+        author, message = open_presence_untrusted(signed, self.published.sha256)
+        if author == self.membership.me:
+            return
+        if expected_author is not None and author != expected_author:
+            raise BadBytesError("a presence of another peer than the one that sent it")
+        if expected_author is None and not self.membership.has_room_for(author):
+            return  # hearsay of strangers, of whom anyone can invent any number
+        self.saw(author, message, answered=answered, first_hand=first_hand)
+        info = self.membership.info(author)
+        if info is not None and info.stamp == message.stamp:
+            self._signed[author] = signed
+
+    def hear_reply_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
+        """What a partner tells of itself with its publication."""
+        self.hear_untrusted(reply.presence, peer, answered=True)
+        if reply.away:
+            self.left(peer)
+
+    def saw(self, peer: str, presence: pb.Presence, *, answered: bool = False, first_hand: bool = False) -> None:
+        """`first_hand`: `peer` itself says it now, and is here."""
+        try:
+            given = next((known.addresses for known in self.through if known.peer == peer), ())
+            info = presence_from_proto_untrusted(peer, presence, given)
+            if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
+                raise BadBytesError("a presence from the future")
+        except BadBytesError as error:
+            self.refused(peer, error)
+            return
+        run = self.published.run
+        info = dataclasses.replace(info, hidden=info.hidden and run.merge.kind.asynchronous)  # synchronously nobody is
+        expires_s = info.stamp + run.network.presence_ttl_s  # whatever its record says
+        self.node.remember_addresses(peer, info.addresses, given)
+        self.tallying.meet(peer)
+        is_here = first_hand or info.hidden  # of who cannot be dialled, its presence alone decides
+        self.report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered), is_here)
+        if peer in self._untold and (is_here or info.stamp > self._untold[peer]):  # it has renewed its presence
+            del self._untold[peer]
+            self.emit(PeerJoinedEvent(joined=peer, joined_name=info.name))
+
+    # ------------------------------------------------------------- what becomes of them
+
+    def answered(self, peer: str) -> None:
+        """A call to `peer` was answered."""
+        self.membership.heard(peer, swarm_time())
+
+    def call_failed(self, peer: str, error: PeerError) -> None:
+        """Told of a call to `peer` that brought nothing."""
+        self.report(self.membership.call_failed(peer, swarm_time(), str(error)))
+
+    def left(self, peer: str) -> None:
+        """`peer` says that it has left."""
+        self.report(self.membership.left(peer, swarm_time()))
+
+    def expire(self) -> None:
+        """Those whose presence has run out are gone."""
+        for change in self.membership.expire(swarm_time()):
+            self.report(change)
+
+    def forget(self, before_s: float) -> list[str]:
+        """Those who went before that; nothing is kept of them here."""
+        gone = list(self.membership.forget(before_s))
+        for peer in gone:
+            self._signed.pop(peer, None)
+            self._untold.pop(peer, None)
+            self.greeted.discard(peer)
+        return gone
+
+    def report(self, change: MembershipChange | None, is_here: bool = False) -> None:
+        """Tell of a change. Of one that came it is told now if it certainly `is_here`, else once that is known."""
+        if change is None:
+            return
+        self.changed()
+        info = self.membership.info(change.peer)
+        if change.state is PeerState.LIVE:
+            self.arrivals.came(change.peer, swarm_time())
+            if info is not None and info.training:
+                if is_here:
+                    self.emit(PeerJoinedEvent(joined=change.peer, joined_name=info.name))
+                else:
+                    self._untold[change.peer] = info.stamp
+        else:
+            self.greeted.discard(change.peer)
+            if self._untold.pop(change.peer, None) is not None or info is None or not info.training:
+                return
+            if change.state is PeerState.LOST:
+                self.emit(PeerLostEvent(lost=change.peer, lost_name=info.name, reason=change.reason))
+            else:
+                self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
+
+    def spares(self, peer: str, rule: str, detail: str) -> bool:
+        """Whether what was refused is not told yet, since somebody came lately."""
+        return self.arrivals.spares(peer, rule, detail, swarm_time())
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """Tell of hostile bytes."""
+        self._refusals.tell(peer, error)

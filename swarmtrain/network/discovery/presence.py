@@ -1,0 +1,120 @@
+"""What this peer says of itself: its presence, which is signed for whoever is told, and its records in the DHT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
+
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.records import PRESENCE, presence_to_proto, progress_to_proto
+from swarmtrain.network.discovery.token_accounting import TokenAccounting
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.node import Node
+from swarmtrain.network.signatures import sign
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.membership.records import bucket_of, choose_bucket
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["OwnPresence", "OwnRecords"]
+
+_MAX_OWN_ADDRESSES = 8
+_PROGRESS_TTL_S = 86_400.0
+
+
+class _Changes(TypedDict, total=False):
+    """Of a `PeerInfo`."""
+
+    round: int
+    run_tokens: int
+    inner_steps: int
+    loss: float
+    place: StagePeer
+    settled: bool
+
+
+@dataclass
+class OwnPresence:
+    """What others are told of this peer: `me`, as of the last time that anybody was told."""
+
+    identity: Identity
+    run_sha256: str
+    me: PeerInfo
+    steps_done: Callable[[], int]
+    """Of the present round."""
+    listens_at: tuple[str, ...] = field(default=(), init=False)
+
+    def describe(self, *, round: int, steps_per_s: float, run_tokens: int, inner_steps: int = 0) -> None:
+        """What the next presence says of our progress."""
+        self.me = dataclasses.replace(
+            self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens, inner_steps=inner_steps
+        )
+
+    def describe_part(self, part: int, tokens: int) -> None:
+        """What the next presence says of our newest publication in this round."""
+        self.me = dataclasses.replace(self.me, part=part, part_tokens=tokens)
+
+    def change(self, **what: Unpack[_Changes]) -> None:
+        """What the next presence says besides."""
+        self.me = dataclasses.replace(self.me, **what)
+
+    def describe_place(self, listens_at: Sequence[str], hidden: bool, hosts: tuple[str, ...]) -> None:
+        """What the next presence says of how to reach us; that we listen nowhere is no news."""
+        self.listens_at = tuple(listens_at) or self.listens_at
+        addresses = () if hidden else self.listens_at[:_MAX_OWN_ADDRESSES]
+        self.me = dataclasses.replace(self.me, addresses=addresses, hidden=hidden, hosts=hosts)
+
+    def renewed(self) -> pb.Presence:
+        """As of now."""
+        stamp = max(swarm_time(), self.me.stamp + 1e-6)
+        self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.steps_done())
+        return presence_to_proto(self.me)
+
+    def signed(self) -> pb.Signed:
+        """The same, for one that is told by us or by others."""
+        return sign(self.identity, PRESENCE, self.run_sha256, self.renewed())
+
+
+@dataclass
+class OwnRecords:
+    """This peer's records in the DHT: each kind in the shallowest bucket with room, found once."""
+
+    node: Node
+    presence: OwnPresence
+    tallying: TokenAccounting
+    presence_ttl_s: float
+    safe: Callable[[], Progress | None]
+    """What we have trained that cannot be lost any more."""
+    _buckets: dict[str, str] = field(default_factory=dict, init=False)
+
+    async def store(self) -> None:
+        """Our presence, which expires soon, and if we train, what we have trained, which is kept for a day."""
+        run_sha256 = bytes.fromhex(self.presence.run_sha256)
+        presence = pb.Record(run_sha256=run_sha256, presence=self.presence.renewed())
+        await self._store(presence, self.presence_ttl_s)
+        safe = self.safe()
+        if self.presence.me.training and safe is not None:
+            tokens = self.tallying.own_to_tell(safe.peer_tokens.get(self.presence.me.peer, 0))
+            progress = pb.Record(run_sha256=run_sha256, progress=progress_to_proto(tokens, safe.round))
+            await self._store(progress, _PROGRESS_TTL_S)
+
+    async def _store(self, record: pb.Record, lifetime_s: float) -> None:
+        """Store a record, whose bucket is filled in here."""
+        kind = record.WhichOneof("body")
+        assert kind is not None
+        if kind not in self._buckets:
+            self._buckets[kind] = await self._find_bucket(record.run_sha256, kind)
+        record.prefix = self._buckets[kind]
+        await self.node.store(record, lifetime_s)
+
+    async def _find_bucket(self, run_sha256: bytes, kind: str) -> str:
+        depth, me = 0, self.presence.me.peer
+        while True:
+            prefix = bucket_of(me, depth)
+            occupants = await self.node.read_bucket(run_sha256, kind, prefix)
+            if choose_bucket(me, depth, occupants.keys())[0]:
+                return prefix
+            depth += 1

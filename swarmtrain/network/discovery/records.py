@@ -1,0 +1,391 @@
+"""Presence and progress records as bytes: built, signed, checked.
+
+A DHT value here is msgpack(bytes of a `Record`) followed by 64 bytes of signature over (run, key, subkey, value,
+expiry). The validator runs on every node that stores or returns a record: it recomputes the key from the record's
+own run, kind and bucket, so that a record can live nowhere but where it belongs, and drops what is forged,
+oversized or expired. What it drops is counted by reason: "oversized", "expired", "malformed", "foreign", "forged".
+hivemind's own storage has no bounds; `bound_storage` gives it some, since identities cost a stranger nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Container
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+from google.protobuf.message import DecodeError
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.network.daemon import hivemind_module, swarm_time
+from swarmtrain.network.identity import (
+    Identity,
+    base58_decode,
+    peer_bytes,
+    peer_id_from_bytes_untrusted,
+    verify_untrusted,
+)
+from swarmtrain.network.signatures import open_signed_untrusted
+from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.protocol.membership.hosts import MAX_HOSTS
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.membership.records import MAX_DEPTH, bucket_of
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = [
+    "MAX_BUCKET_BYTES",
+    "MAX_BUCKET_RECORDS",
+    "MAX_LOSS",
+    "MAX_RECORD_BYTES",
+    "PRESENCE",
+    "PROGRESS",
+    "RecordRules",
+    "bound_storage",
+    "bucket_key",
+    "hashed_key",
+    "make_validator",
+    "num_records",
+    "open_presence_untrusted",
+    "presence_from_proto_untrusted",
+    "presence_to_proto",
+    "progress_from_proto_untrusted",
+    "progress_to_proto",
+    "record_from_value_untrusted",
+    "unsigned_untrusted",
+]
+
+PRESENCE = "presence"
+PROGRESS = "progress"
+MAX_RECORD_BYTES = 1024
+MAX_LOSS = 1000.0
+"""Nats per token that are told: a vocabulary of a million guessed blindly has 14."""
+_SIGNATURE_BYTES = 64
+_MAX_CHECKED = 1024
+"""Records that were fine are remembered, so many of them: 2 MB at most."""
+_MAX_LIFETIME_S = 2 * 86_400
+_MAX_PRESENCE_S = 3600 + 60
+"""Runs let a presence live an hour at most; clocks differ."""
+_MIN_ADVANCE_S = 0.5
+_MAX_BUCKETS = 512
+MAX_BUCKET_RECORDS = 128
+MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
+"""Of a full one, with signatures, PeerIDs and expiries."""
+_MAX_ADDRESSES = 16
+_MAX_PRESENCE_BYTES = 2048
+MAX_KEPT = 16
+_MAX_STAGES = 512
+_ADDRESS = re.compile(r"/[!-~]{1,254}")
+_PURPOSE = b"swarmtrain record v1\0"
+
+
+def bucket_key(run_sha256: bytes, kind: str, prefix: str) -> str:
+    """The DHT key of a bucket."""
+    return f"swarmtrain/{run_sha256.hex()}/{kind}/{prefix}"
+
+
+def hashed_key(key: str) -> bytes:
+    """The 20 bytes under which hivemind keeps a key."""
+    return hashlib.sha1(msgpack.packb(key, use_bin_type=True)).digest()
+
+
+def presence_to_proto(info: PeerInfo) -> pb.Presence:
+    """The wire form of what a peer says of itself."""
+    return pb.Presence(
+        role=pb.ROLE_BOOTSTRAP if info.is_bootstrap else pb.ROLE_VOLUNTEER,
+        name=info.name,
+        stamp=info.stamp,
+        round=info.round,
+        inner_steps=info.inner_steps,
+        inner_steps_done=info.inner_steps_done,
+        steps_per_s=info.steps_per_s,
+        loss=info.loss,
+        addresses=info.addresses,
+        corpus_sha256=bytes.fromhex(info.corpus_sha256),
+        training=info.training,
+        run_tokens=info.run_tokens,
+        part=info.part,
+        part_tokens=info.part_tokens,
+        settled=info.settled,
+        hidden=info.hidden,
+        hosts=map(peer_bytes, info.hosts),
+        place=None if info.place is None else place_to_proto(info.place),
+    )
+
+
+def place_to_proto(place: StagePeer) -> pb.Place:
+    """The wire form of what a peer holds of a pipeline."""
+    return pb.Place(
+        stages=place.stages,
+        moving_to=place.moving_to,
+        bound=place.bound,
+        tokens_per_s=place.tokens_per_s,
+        most_stages=place.most_stages,
+        move_s=place.move_s,
+        queue=place.queue,
+        flow_tokens_per_s=place.flow_tokens_per_s,
+        kept=[stage for stage, _ in place.kept],
+        kept_rounds=[round for _, round in place.kept],
+    )
+
+
+def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> StagePeer:
+    """What `peer` says that it holds of a pipeline; BadBytesError if a field is out of its range."""
+    lists = message.stages, message.moving_to, message.bound
+    if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
+        raise BadBytesError("a presence with stages that are no ascending list")
+    num_kept = len(message.kept)
+    if num_kept > MAX_KEPT or len(set(message.kept)) < num_kept or len(message.kept_rounds) != num_kept:
+        raise BadBytesError("a presence with checkpoints of too many stages")
+    known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
+    if not known or not 1 <= message.most_stages <= _MAX_STAGES:
+        raise BadBytesError("a presence with a stage that no run has")
+    numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
+    if not all(0 <= number < 1e12 for number in numbers):  # NaN too
+        raise BadBytesError("a presence with a speed of a stage out of range")
+    return StagePeer(
+        peer=peer,
+        stages=tuple(message.stages),
+        moving_to=tuple(message.moving_to),
+        bound=tuple(message.bound),
+        tokens_per_s=message.tokens_per_s,
+        most_stages=message.most_stages,
+        move_s=message.move_s,
+        queue=message.queue,
+        flow_tokens_per_s=message.flow_tokens_per_s,
+        kept=tuple(zip(message.kept, message.kept_rounds, strict=True)),
+        seen_s=stamp,
+    )
+
+
+def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb.Presence]:
+    """(author's PeerID, what it says of itself); BadBytesError if oversized, forged, or no presence."""
+    return open_signed_untrusted(signed, PRESENCE, run_sha256, pb.Presence, _MAX_PRESENCE_BYTES)
+
+
+def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collection[str] = ()) -> PeerInfo:
+    """What `peer` says of itself, of its addresses those that may be dialled: they are kept, and put into invites.
+    `given`: its addresses that the user gave, among which names may be. BadBytesError if a field is out of its range.
+    """
+    speed = message.steps_per_s
+    if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
+        raise BadBytesError("a presence with a speed or stamp out of range")
+    if not 0 <= message.loss <= MAX_LOSS:  # NaN too
+        raise BadBytesError("a presence with a loss out of range")
+    if len(message.name) > 64 or not message.name.isprintable():
+        raise BadBytesError("a presence with an unprintable or long name")
+    if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
+        raise BadBytesError("a presence with too many or malformed addresses")
+    if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
+        raise BadBytesError("a presence with a field out of range")
+    if len(message.hosts) > MAX_HOSTS:
+        raise BadBytesError("a presence with too many hosts")
+    if message.round >= 2**40 or message.part >= 2**16:
+        raise BadBytesError("a presence with a field out of range")
+    place = None
+    if message.HasField("place"):
+        place = place_from_proto_untrusted(peer, message.place, message.stamp)
+    return PeerInfo(
+        peer=peer,
+        name=message.name,
+        stamp=message.stamp,
+        is_bootstrap=message.role == pb.ROLE_BOOTSTRAP,
+        training=message.training,
+        round=message.round,
+        part=message.part,
+        part_tokens=message.part_tokens,
+        settled=message.settled,
+        inner_steps=message.inner_steps,
+        inner_steps_done=message.inner_steps_done,
+        steps_per_s=speed,
+        loss=message.loss,
+        run_tokens=message.run_tokens,
+        addresses=tuple(address for address in message.addresses if address in given or may_dial(address)),
+        hidden=message.hidden,
+        hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
+        corpus_sha256=message.corpus_sha256.hex(),
+        place=place,
+    )
+
+
+def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
+    """The wire form of what a peer has trained on, and the round that it was in then."""
+    return pb.Progress(stage=stage, tokens=tokens, round=round)
+
+
+def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
+    """(stage, tokens) of a progress record; BadBytesError if a field is out of its range."""
+    if message.stage >= num_stages:
+        raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}")
+    if message.tokens >= 2**60 or message.round >= 2**40:
+        raise BadBytesError("a progress record with a field out of range")
+    return message.stage, message.tokens
+
+
+def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
+    parts = (key, subkey, value, repr(float(expiry_s)).encode())
+    return _PURPOSE + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def unsigned_untrusted(value: bytes) -> bytes:
+    """What was signed, of a stored value; nothing if it is none of ours."""
+    with contextlib.suppress(BadBytesError):
+        payload = _unpack_untrusted(value[:-_SIGNATURE_BYTES], "its value")
+        return payload if isinstance(payload, bytes) else b""
+    return b""
+
+
+def record_from_value_untrusted(value: bytes) -> pb.Record:
+    """The record inside a stored value (without its signature)."""
+    payload = _unpack_untrusted(value, "its value")
+    if not isinstance(payload, bytes):
+        raise BadBytesError("malformed: its value is not bytes")
+    try:
+        return pb.Record.FromString(payload)
+    except DecodeError as error:
+        raise BadBytesError("malformed: its value is not a record") from error
+
+
+def _unpack_untrusted(data: bytes, what: str) -> Any:
+    """One msgpack string or bytes; nothing that nests or could take more room than `data`."""
+    if len(data) > MAX_RECORD_BYTES + 8:
+        raise BadBytesError(f"oversized: {len(data)} bytes")
+    try:
+        return msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=0)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise BadBytesError(f"malformed: {what} is no msgpack") from error
+
+
+@dataclass
+class RecordRules:
+    """Checks records; counts what it refuses, by reason."""
+
+    identity: Identity
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def sign(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
+        """The value with this peer's signature behind it, or as it is if the subkey is another's."""
+        if subkey != msgpack.packb(self.identity.peer_id, use_bin_type=True):
+            return value
+        return value + self.identity.sign(_message(key, subkey, value, expiry_s))
+
+    def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
+        """The record; BadBytesError, "reason: detail", if it is not allowed to be stored or believed."""
+        if not isinstance(value, bytes):
+            raise BadBytesError("malformed: its value is not bytes")
+        if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
+            raise BadBytesError(f"oversized: {len(value)} bytes")
+        now = swarm_time()
+        if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
+            raise BadBytesError("expired: or one that lives too long")
+        _check_signed_untrusted(key, subkey, value, expiry_s)
+        record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+        if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
+            raise BadBytesError("expired: or a presence that lives too long")
+        return record
+
+    def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
+        """Whether the record is fine; counted if not."""
+        try:
+            self.check_untrusted(key, subkey, value, expiry_s)
+        except BadBytesError as error:
+            self.refused[str(error).partition(":")[0]] += 1
+            return False
+        return True
+
+
+@functools.lru_cache(_MAX_CHECKED)
+def _check_signed_untrusted(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> None:
+    """What of a record does not change with time; BadBytesError if it is not allowed. A bucket is read from many nodes,
+    and each has the same records: those that were fine are remembered."""
+    record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
+    peer = _subkey_peer_untrusted(subkey)
+    kind = record.WhichOneof("body")
+    if kind is None or len(record.run_sha256) != 32:
+        raise BadBytesError("malformed: without a body or a run")
+    if not bucket_of(peer, MAX_DEPTH).startswith(record.prefix) or key != hashed_key(
+        bucket_key(record.run_sha256, kind, record.prefix)
+    ):
+        raise BadBytesError("foreign: it does not belong under its key")
+    message = _message(key, subkey, value[:-_SIGNATURE_BYTES], expiry_s)
+    try:
+        verify_untrusted(peer_bytes(peer), message, value[-_SIGNATURE_BYTES:])
+    except BadBytesError:
+        raise BadBytesError(f"forged: the signature is not {peer}'s") from None
+
+
+def _subkey_peer_untrusted(subkey: bytes) -> str:
+    text = _unpack_untrusted(subkey[:128], "its subkey")
+    try:
+        if isinstance(text, str) and peer_id_from_bytes_untrusted(base58_decode(text)) == text:
+            return text
+    except (BadBytesError, ValueError):
+        pass
+    raise BadBytesError("malformed: its subkey is not a PeerID")
+
+
+def make_validator(rules: RecordRules) -> Any:
+    """hivemind's validator interface over `rules`."""
+    base = hivemind_module("dht.validation").RecordValidatorBase
+
+    class Validator(base):  # type: ignore[misc, valid-type]
+        def validate(self, record: Any) -> bool:
+            return rules.allows(record.key, record.subkey, record.value, record.expiration_time)
+
+        def sign_value(self, record: Any) -> bytes:
+            return rules.sign(record.key, record.subkey, record.value, record.expiration_time)
+
+        def strip_value(self, record: Any) -> bytes:
+            return bytes(record.value[:-_SIGNATURE_BYTES])
+
+    return Validator()
+
+
+def bound_storage(storage: Any, always: Container[bytes]) -> None:
+    """Give hivemind's storage of dictionaries bounds: buckets, records in each, and how often a record is renewed.
+
+    A renewal that hardly lives longer is refused, because each leaves an entry in hivemind's heap until it expires.
+    `always`: keys of buckets of our own run, for which there is room whatever else is here.
+    """
+    plain = storage.store_subkey
+
+    def store_subkey(key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        bucket = storage.get(key)
+        if bucket is None and len(storage.data) >= _MAX_BUCKETS and key.to_bytes() not in always:
+            return False
+        if bucket is not None and not _takes(bucket.value, subkey, expiration_time):
+            return False
+        stored = bool(plain(key, subkey, value, expiration_time))
+        if bucket is None and stored:
+            _bound_bucket(storage.get(key).value)
+        return stored
+
+    storage.store_subkey = store_subkey
+
+
+def _takes(bucket: Any, subkey: Any, expiration_time: float) -> bool:
+    held = bucket.get(subkey)
+    if held is None:
+        return len(bucket.data) < MAX_BUCKET_RECORDS
+    return bool(expiration_time >= held.expiration_time + _MIN_ADVANCE_S)
+
+
+def _bound_bucket(bucket: Any) -> None:
+    """A search of hivemind puts what other nodes answer right into the bucket that is kept here."""
+    plain = bucket.store
+
+    def store(subkey: Any, value: bytes, expiration_time: float) -> bool:
+        return _takes(bucket, subkey, expiration_time) and bool(plain(subkey, value, expiration_time))
+
+    bucket.store = store
+
+
+def num_records(storage: Any) -> int:
+    """How many hivemind's storage keeps, those whose time is over included until it looks. From any thread."""
+    buckets = [bucket.value for bucket in list(storage.data.values())]
+    return sum(len(getattr(bucket, "data", (bucket,))) for bucket in buckets)

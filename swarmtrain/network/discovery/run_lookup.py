@@ -1,0 +1,206 @@
+"""Finding a run by its hash: dial those whom the invite names, correct the clock, fetch the run's files."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swarmtrain import __version__
+from swarmtrain.compatibility import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
+from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError, VersionError
+from swarmtrain.network import daemon
+from swarmtrain.network.daemon import own_time
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.node import NOT_SERVED, Node
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
+from swarmtrain.run import RunFile, run_sha256
+from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer, time_in_words
+
+__all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
+
+_OTHERS_S = 0.5
+_MORE_VOICES_S = 3.0
+"""So long others are waited for when those who answered first say that the clock is far off."""
+_MAX_SHOWN = 3
+_STARTING_LOOKS = 5
+_STARTING_S = 1.0
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run as it is handed out: its exact bytes, their hash, and the files that travel with it."""
+
+    data: bytes
+    sha256: str
+    run: RunFile
+    held_out: bytes
+    tokenizer: bytes
+
+    def blobs(self) -> dict[str, bytes]:
+        """The files by their hash."""
+        published = self.run.published
+        assert published is not None
+        blobs = {run_sha256(self.data): self.data, published.held_out_sha256: self.held_out}
+        if published.tokenizer_sha256 is not None:
+            blobs[published.tokenizer_sha256] = self.tokenizer
+        return blobs
+
+    def of_stage(self, stage: int) -> PublishedRun:
+        """The same as the peers of one stage are among themselves: a swarm of their own, whose hash is the SHA-256 of
+        the run's and the stage's number. For company a volunteer waits before it holds a stage."""
+        digest = hashlib.sha256(bytes.fromhex(self.sha256) + stage.to_bytes(4, "big")).hexdigest()
+        alone = self.run.model_copy(update={"merge": self.run.merge.model_copy(update={"min_peers": 1})})
+        return dataclasses.replace(self, sha256=digest, run=alone)
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """Who answered, by how much this machine's clock was corrected, in seconds, and whose clocks are far from that, by
+    how much they are ahead of it."""
+
+    peer: str
+    clock_correction_s: float
+    clock_outliers: tuple[tuple[str, float], ...] = ()
+
+
+async def find_run(
+    node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0, *, accept_clock: bool = False
+) -> FoundRun:
+    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those, by more than ten
+    minutes with `accept_clock` only.
+
+    Raises RunTimeError, within `limit_s`, when nobody answers; VersionError when whoever does is too old or too new for
+    this version; ClockError when a person is to decide about the clock.
+    """
+    calls = PeerCalls(node, run_sha256)
+    of_another: list[InvitedPeer] = []
+    misfits: list[str] = []
+
+    async def knock(peer: InvitedPeer) -> tuple[str, float]:
+        await node.connect(peer.peer, peer.addresses, limit_s)
+        for attempts_left in reversed(range(_STARTING_LOOKS)):
+            asked_s = own_time()
+            try:
+                reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+                offset_s = reply.time - (asked_s + own_time()) / 2
+                if misfit := refusal_untrusted(f"the peer at {_where([peer])}", reply):
+                    misfits.append(misfit)
+                    raise UnreachableError(misfit)
+                return peer.peer, offset_s
+            except PeerError as error:
+                if NOT_SERVED not in str(error):
+                    raise
+                if not attempts_left:
+                    of_another.append(peer)
+                    raise
+            await asyncio.sleep(_STARTING_S)  # a peer that has just been started listens before it serves its run
+        raise AssertionError("the last attempt returns or raises")
+
+    others = [peer for peer in peers if peer.peer != node.identity.peer_id]
+    if not others:
+        raise RunTimeError("nobody of this run is known but this peer itself; ask someone else of it for an invite")
+    tasks = [asyncio.create_task(knock(peer)) for peer in others]
+    answers: list[tuple[str, float]] = []
+    try:
+        for next_done in asyncio.as_completed(tasks, timeout=limit_s):
+            try:
+                await next_done
+            except PeerError:
+                continue
+            await asyncio.wait(tasks, timeout=_OTHERS_S)
+            answers = _answers_of(tasks)
+            if judge_clock(dict(answers)).is_doubtful:
+                await asyncio.wait(tasks, timeout=_MORE_VOICES_S)
+                answers = _answers_of(tasks)
+            break
+    except TimeoutError:
+        pass
+    finally:
+        await end_tasks(tasks)
+    if not answers:
+        if misfits:
+            raise VersionError(misfits[0])
+        if of_another:
+            raise RunTimeError(f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite")
+        raise RunTimeError(f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite")
+    verdict = judge_clock(dict(answers))
+    if verdict.is_doubtful and not accept_clock:
+        raise ClockError(_clocks_in_words(verdict, dict(answers)))
+    daemon.set_clock_offset(verdict.offset_s)
+    outliers = tuple((peer, offset_s - verdict.offset_s) for peer, offset_s in verdict.outliers)
+    far = {peer for peer, _ in outliers}
+    first = next((peer for peer, _ in answers if peer not in far), answers[0][0])
+    return FoundRun(first, verdict.offset_s, outliers)
+
+
+def _answers_of(tasks: Sequence[asyncio.Task[tuple[str, float]]]) -> list[tuple[str, float]]:
+    return [task.result() for task in tasks if task.done() and not task.cancelled() and task.exception() is None]
+
+
+def _clocks_in_words(verdict: ClockVerdict, offsets_s: Mapping[str, float]) -> str:
+    now, far = own_time(), dict(verdict.outliers)
+    who = " and ".join([short_peer(peer) for peer in offsets_s if peer not in far][:_MAX_SHOWN])
+    others = "".join(f", by {short_peer(peer)}'s {_time_in_words(now + by_s)}" for peer, by_s in far.items())
+    apart = f"more than {MOST_CORRECTED_S / 60:.0f} minutes apart ({time_in_words(abs(verdict.offset_s))})"
+    return (
+        f"it is {_time_in_words(now)} by this machine's clock, by that of {who} "
+        f"{_time_in_words(now + verdict.offset_s)}{others}, {apart}: if this machine's is wrong, set it right (Linux: "
+        "timedatectl set-ntp true) and start again; if theirs is the one to go by, add --accept-clock; else ask "
+        "somebody else for an invite"
+    )
+
+
+def _time_in_words(unix_s: float) -> str:
+    try:
+        return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):  # whatever a peer says
+        return "no date that there is"
+
+
+def version_fields(needs: Needs) -> dict[str, Any]:
+    """What the answer to a greeting says of this version, and of what the run `needs`."""
+    told = {"needs_protocol": needs.protocol, "needs_version": needs.version}
+    return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
+
+
+def refusal_untrusted(who: str, reply: pb.HelloReply) -> str:
+    """Why this version and the peer `who`, by its answer to a greeting, cannot train together; empty if they can."""
+    needs = needs_untrusted(reply.needs_protocol, reply.needs_version)
+    return too_old_for(needs) or too_old_to_train_with(who, reply.protocol, reply.swarmtrain_version)
+
+
+def _where(peers: Sequence[InvitedPeer]) -> str:
+    addresses = [address for peer in peers for address in peer.addresses]
+    more = len(addresses) - _MAX_SHOWN
+    return ", ".join(addresses[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+async def fetch_published(
+    calls: PeerCalls, source: str, parse: Callable[[bytes, str], RunFile], kept: Mapping[str, bytes]
+) -> PublishedRun:
+    """The run and its files from `source`, each checked by its hash; those in `kept` are not fetched again.
+
+    Raises BadBytesError or UnreachableError.
+    """
+
+    async def get(sha256: str, max_bytes: int) -> bytes:
+        return kept.get(sha256) or await calls.blob_untrusted(source, sha256, max_bytes)
+
+    data = await get(calls.run_sha256, 64 * 1024)
+    run = parse(data, calls.run_sha256)
+    published = run.published
+    if published is None:
+        raise BadBytesError("a run that was never published")
+    held_out = await get(published.held_out_sha256, published.held_out_bytes)
+    tokenizer = b""
+    if published.tokenizer_sha256 is not None:
+        tokenizer = await get(published.tokenizer_sha256, published.tokenizer_bytes)
+    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer)

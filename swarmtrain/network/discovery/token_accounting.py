@@ -1,0 +1,224 @@
+"""Counting the run's tokens: progress records are read in rotation and observed into this peer's tally.
+
+A few buckets at a time, the root first, then what lies below full ones, and from the start again: a small swarm is
+read whole every few seconds, a big one within minutes. The records come from strangers: each was signed by the peer
+that it speaks of, and what it says is believed as far as `protocol.tokens.tally` allows.
+
+The reading is done in the network thread; the trainer's and the control server's threads ask for counts.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.network.discovery.records import PROGRESS, progress_from_proto_untrusted
+from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
+from swarmtrain.protocol.tokens.tally import CountingRules, Tally, agreed_counts
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["TokenAccounting", "counting_rules"]
+
+_MAX_BUCKETS_A_PASS = 1024
+_BURST_ROUNDS = 2
+_ENOUGH = 3
+
+_ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
+"""(kind, prefix) -> PeerID -> (record, expiry) of a bucket."""
+
+
+@dataclass
+class TokenAccounting:
+    """This peer's tally, and how it is fed. Its methods may be called from any thread, those that read in the loop."""
+
+    me: str
+    rules: CountingRules
+    read_bucket: _ReadBucket
+    speeds: Callable[[], Mapping[str, float]]
+    """What the live peers claim to do, this one included, in tokens per second by PeerID."""
+    clock: Callable[[], float]
+    refused: Callable[[str, str, str], None]
+    """Told (peer, rule, detail) of what was not believed, once per peer and a few hours."""
+    _tally: Tally = field(init=False)
+    _named: NamedOnce = field(default_factory=NamedOnce)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _sizes: dict[str, int] = field(default_factory=dict)
+    _own_durable: int = 0
+
+    def __post_init__(self) -> None:
+        self._tally = Tally(self.rules)
+
+    # ------------------------------------------------------------- feeding
+
+    async def read_some(self) -> None:
+        """Read the next few buckets of progress records."""
+        wanted = list(buckets_to_read(self._sizes))
+        if not wanted or len(self._sizes) >= _MAX_BUCKETS_A_PASS:
+            self._sizes.clear()
+            wanted = list(buckets_to_read(self._sizes))
+        for prefix in wanted[:COUNTED_AT_ONCE]:
+            self._sizes[prefix] = await self._read_bucket(prefix)
+
+    async def read_all(self) -> None:
+        """Read every bucket once, from the root on: what others have told by now is counted then."""
+        sizes: dict[str, int] = {}
+        while (wanted := list(buckets_to_read(sizes))) and len(sizes) < _MAX_BUCKETS_A_PASS:
+            for prefix in wanted:
+                sizes[prefix] = await self._read_bucket(prefix)
+
+    async def _read_bucket(self, prefix: str) -> int:
+        """Observe the records of a bucket; how many they are."""
+        records = await self.read_bucket(PROGRESS, prefix)
+        speeds = self._know_speeds()
+        for peer, (record, _) in records.items():
+            try:
+                self._read_untrusted(peer, record, prefix, speeds.get(peer, 0.0))
+            except BadBytesError as error:
+                self._name(peer, "progress", str(error))
+        return len(records)
+
+    def _know_speeds(self) -> Mapping[str, float]:
+        speeds, now = self.speeds(), self.clock()
+        with self._lock:
+            self._tally.meet(speeds, now)
+            self._tally.know_speeds(speeds)
+        return speeds
+
+    def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float) -> None:
+        if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
+            raise BadBytesError("a progress record that is none, or in a place that is not its own")
+        stage, tokens = progress_from_proto_untrusted(record.progress)
+        now = self.clock()
+        with self._lock:
+            if peer == self.me:  # of an earlier life, whose folder was lost or put back: nobody else can have signed it
+                self._tally.learn({peer: tokens}, now, stage)
+                self._own_durable = max(self._own_durable, tokens)
+                return
+            _, incident = self._tally.observe(peer, stage, tokens, now, claimed_per_s)
+        if incident is not None:
+            self._name(peer, incident.rule, incident.detail)
+
+    def _name(self, peer: str, rule: str, detail: str) -> None:
+        with self._lock:
+            is_due = self._named.is_due(peer, self.clock(), rule)
+        if is_due:
+            self.refused(peer, rule, detail)
+
+    def learn(self, peer_tokens: Mapping[str, int]) -> None:
+        """What the rosters up to the present state count, or what belongs to it. From the first count on this
+        peer watches the run."""
+        now = self.clock()
+        with self._lock:
+            self._tally.learn(peer_tokens, now)
+            if peer_tokens and self._tally.watched_s is None:
+                self._tally.watched_s = now
+
+    def meet(self, peer: str) -> None:
+        """`peer` is here: what it trains from now on this peer has seen itself."""
+        with self._lock:
+            self._tally.meet([peer], self.clock())
+
+    def watch(self) -> None:
+        """This peer has been here since the run was published: what one or two bring is bounded from then on."""
+        with self._lock:
+            if self._tally.watched_s is None:
+                self._tally.watched_s = self.rules.began_s
+
+    def bring(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
+        """What states count that were pulled from as many peers, each peer's tokens by PeerID: see `Tally.bring`. The
+        server that a run names is believed alone. What they say of this peer itself is believed as its speed explains
+        it, as before."""
+        agreed, speeds = agreed_counts(told), self._know_speeds()
+        with self._lock:
+            counts = dict(self._tally.with_rest(agreed))
+            own = counts.pop(self.me, 0)
+            self._tally.bring(counts, _ENOUGH if is_server else len(told), self.clock())
+            if own:
+                self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
+
+    def hear(self, peer: str, tokens: int) -> None:
+        """What a publication or a state says of `peer`: believed as far as its speed explains it."""
+        self.hear_all({peer: tokens})
+
+    def hear_all(self, counts: Mapping[str, int]) -> None:
+        """The same of many: what is usual is looked up once, which may take a look at everybody ever counted."""
+        speeds, now = self._know_speeds(), self.clock()
+        with self._lock:
+            found = [
+                self._tally.observe(peer, 0, tokens, now, speeds.get(peer, 0.0))[1] for peer, tokens in counts.items()
+            ]
+        for incident in found:
+            if incident is not None:
+                self._name(incident.peer, incident.rule, incident.detail)
+
+    def explained(self, peer: str, tokens: int) -> int | None:
+        """Of `tokens` that somebody tells of `peer`, how many are believed; None while neither speeds nor counts are
+        known at all.
+
+        Nothing is counted."""
+        speeds = self._know_speeds()
+        with self._lock:
+            if self._tally.typical_per_s <= 0 and not self._tally.total:
+                return None
+            return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))
+
+    def own_to_tell(self, durable_tokens: int) -> int:
+        """What this peer's next record says: the most that was ever safe on its disk, `durable_tokens` by now.
+
+        What is told may be counted by others, so it must not be forgotten by a kill.
+        """
+        with self._lock:
+            self._own_durable = max(self._own_durable, durable_tokens)
+            return self._own_durable
+
+    # ------------------------------------------------------------- asking
+
+    def contributions(self) -> dict[str, int]:
+        """Everyone's tokens, by PeerID."""
+        with self._lock:
+            return self._tally.contributions()
+
+    def acknowledged(self) -> dict[str, int]:
+        """Everyone's tokens as far as this peer has read them in their own progress records, by PeerID."""
+        with self._lock:
+            return self._tally.told()
+
+    @property
+    def total(self) -> int:
+        """The run's tokens as counted here."""
+        with self._lock:
+            return self._tally.total
+
+    # ------------------------------------------------------------- keeping
+
+    def kept(self) -> list[list[str | int | float]]:
+        """The tally as a checkpoint keeps it."""
+        with self._lock:
+            return self._tally.rows()
+
+    def restore(self, rows: Iterable[Sequence[object]], until_s: float | None = None) -> None:
+        """Go on from what a checkpoint kept, taken at `until_s` if that is known. ValueError if that is something else;
+        nothing is counted then."""
+        with self._lock:
+            self._tally.merge_rows(rows)
+            if until_s is not None and math.isfinite(until_s):
+                before_s = self._tally.watched_s
+                self._tally.watched_s = until_s if before_s is None else max(before_s, until_s)
+            self._own_durable = max(self._own_durable, self._tally.tokens(self.me))
+
+
+def counting_rules(run: RunFile, now: float) -> CountingRules:
+    """How this run is counted; `now` stands in for its beginning if it was never published."""
+    began_s = now if run.published is None else datetime.fromisoformat(run.published.created).timestamp()
+    return CountingRules(
+        began_s=min(began_s, now),
+        burst_tokens=_BURST_ROUNDS * run.round_tokens,
+        most_tokens=run.run.total_tokens + run.max_round_tokens,
+        total_tokens=run.run.total_tokens,
+    )

@@ -1,0 +1,128 @@
+"""The link of one peer that has a network of its own, such as a container: all its connections pass it.
+
+Where all peers of a swarm are on one machine, `links` knows both ends of a connection. Here each peer carries its own
+half: the firewall of its network hands us what it dials and what others dial (peers/wan/), and we go on to where that
+was to go. What the peer sends passes the line up, what it is sent the line down, either with the link's delay; at the
+other end the other peer's link does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import struct
+from collections.abc import Callable
+
+from swarmtrain.network.links.impairments import Lateness
+from swarmtrain.network.links.proxy import (
+    Line,
+    LinkShape,
+    Way,
+    accepted,
+    carry,
+    listening_socket,
+    plain_socket,
+    receiver,
+    sender,
+)
+from swarmtrain.network.tasks import end_tasks
+
+__all__ = ["Address", "OwnLink", "was_to_go"]
+
+_log = logging.getLogger(__name__)
+_SO_ORIGINAL_DST = 80
+"""Of Linux: where a connection was to go before the firewall handed it to us."""
+
+_HERE = "127.0.0.1"
+_ANYWHERE = "0.0.0.0"
+
+Address = tuple[str, int]
+
+
+def was_to_go(connection: socket.socket) -> Address:
+    """Where a connection was to go before the firewall of this network handed it to us."""
+    port, packed = struct.unpack("!2xH4s8x", connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16))
+    return socket.inet_ntoa(packed), port
+
+
+class OwnLink:
+    """Carries one peer's connections, in the event loop in which `serve` is awaited. Random numbers follow from
+    `seed`; `target` says where a connection that was handed to us was to go."""
+
+    def __init__(self, shape: LinkShape, seed: str, target: Callable[[socket.socket], Address] = was_to_go) -> None:
+        self._shape, self._seed, self._target = shape, seed, target
+        self._up, self._down = Line(shape.up_bytes_per_s), Line(shape.down_bytes_per_s)
+        self._num_ways = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._dialled, self._dialling = listening_socket(_ANYWHERE), listening_socket(_HERE)
+
+    @property
+    def dialled_port(self) -> int:
+        """Where what others dial must be handed to us."""
+        return int(self._dialled.getsockname()[1])
+
+    @property
+    def dialling_port(self) -> int:
+        """Where what the peer dials must be handed to us."""
+        return int(self._dialling.getsockname()[1])
+
+    async def serve(self) -> None:
+        """Until it is cancelled."""
+        try:
+            await asyncio.gather(self._take_those_dialled(), self._take_those_dialling())
+        finally:
+            await end_tasks(self._tasks)
+
+    async def _take_those_dialled(self) -> None:
+        async for near, _ in accepted(self._dialled):
+            if (target := self._target_of(near)) is not None:
+                self._start(near, (_HERE, target[1]), self._down, self._up)
+
+    async def _take_those_dialling(self) -> None:
+        async for near, _ in accepted(self._dialling):
+            if (target := self._target_of(near)) is not None:
+                self._start(near, target, self._up, self._down)
+
+    def _target_of(self, near: socket.socket) -> Address | None:
+        """Where it was to go; None if that is not known any more, or if it was to come here: it is hung up on."""
+        try:
+            target = self._target(near)
+            if target[1] not in (self.dialled_port, self.dialling_port):
+                return target
+        except OSError as error:
+            _log.debug("the link takes no connection whose target is not known: %s", error)
+        near.close()
+        return None
+
+    def _start(self, near: socket.socket, target: Address, there: Line, back: Line) -> None:
+        task = asyncio.ensure_future(self._carry(near, target, self._way(there), self._way(back)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, near: socket.socket, target: Address, there: Way, back: Way) -> None:
+        """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
+        with near, plain_socket() as far:
+            near.setblocking(False)
+            await asyncio.sleep(there.delay_s + back.delay_s)
+            try:
+                await asyncio.get_running_loop().sock_connect(far, target)
+            except OSError:
+                return  # nobody is there: the caller sees its connection end
+            ways = [(near, far, there), (far, near, back)]
+            tasks = [asyncio.create_task(carry(receiver(a), sender(b), way)) for a, b, way in ways]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end_tasks(tasks)
+
+    def _way(self, line: Line) -> Way:
+        shape, self._num_ways = self._shape, self._num_ways + 1
+        lateness = Lateness(
+            jitter_s=shape.jitter_s,
+            loss=shape.loss,
+            rtt_s=4.0 * shape.delay_s,  # as if the other's link were as long
+            rng=random.Random(f"{self._seed} {self._num_ways}"),
+        )
+        return Way(line, shape.delay_s, Line(), lateness)

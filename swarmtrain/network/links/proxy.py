@@ -1,0 +1,443 @@
+"""Links of ours, for rehearsals on one machine: what a peer sends and receives passes through its link, which has a
+rate each way and a delay.
+
+A peer listens at a private port and tells others only the link's *front*, where we listen. libp2p dials from the port
+that it listens at, so whoever arrives at a front is known by its port: the connection leaves through the caller's link
+and enters through the callee's, whoever opened it and whatever it carries (libp2p's own talk, the DHT, calls, pulls).
+Someone else, such as a command of the same machine, passes the callee's link alone.
+
+What is modelled is a stream, not packets: bytes pass a line one after the other, pieces of open connections by turns; a
+connection begins a round trip late, as TCP's handshake does, and has so much under way as fits on the line and in a
+small buffer. No slow start, no headers; of what happens to packets, what it does to the stream (`impairments`).
+Connections can be reset or forgotten, and swarms parted. One event loop carries all links of a swarm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import socket
+import struct
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.network.links.impairments import PACKET_BYTES, Lateness, Outage, Outages, piece_bytes
+from swarmtrain.network.tasks import end_tasks
+
+__all__ = [
+    "FailingPulls",
+    "Line",
+    "LinkShape",
+    "PeerLink",
+    "PeerLinks",
+    "Way",
+    "accepted",
+    "carry",
+    "listening_socket",
+    "plain_socket",
+    "receiver",
+    "sender",
+]
+
+_log = logging.getLogger(__name__)
+_HOST = "127.0.0.1"
+_PRIVATE_PORTS = range(20_000, 32_000)
+"""Below those that systems give to whoever asks for any: nobody takes one by chance before the peer listens there."""
+
+_AHEAD_S = 0.02
+"""A connection is read so long before its last piece has passed: on a busy machine we wake late, and the line would
+be idle."""
+
+_BUFFER_BYTES = 64 * 1024
+_FREE_BYTES = 4 * 1024 * 1024
+"""What one connection may have under way on links without a rate."""
+
+_SEGMENT_BYTES = PACKET_BYTES
+"""With the loopback's own 64 KiB, the kernel keeps megabytes of a connection before us."""
+
+_NAP_S = 0.001
+"""Nobody waits for less. A line's times are exact all the same: who is early by that waits longer the next time."""
+
+_ACCEPT_AGAIN_S = 0.1
+
+_RESET = struct.pack("ii", 1, 0)
+"""Closing discards what is under way, and tells the other end."""
+
+Receive = Callable[[int], Awaitable[bytes]]
+"""At most so many bytes of a connection; none at its end."""
+
+Send = Callable[[bytes], Awaitable[None]]
+"""Returns when the bytes are on their way; OSError if nobody takes them any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkShape:
+    """What a link does: rates in bytes per second, 0 for no limit, and of each way the delay, by how much more than
+    that a piece is late at most, and the share of packets that are lost."""
+
+    delay_s: float = 0.0
+    up_bytes_per_s: float = 0.0
+    down_bytes_per_s: float = 0.0
+    jitter_s: float = 0.0
+    loss: float = 0.0
+
+
+@dataclass
+class Line:
+    """One direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
+
+    bytes_per_s: float = 0.0
+    passed_bytes: int = 0
+    """All that have passed, or are about to."""
+    _free_s: float = 0.0
+
+    def passed_s(self, size_bytes: int, now_s: float) -> float:
+        """When bytes that are there at `now_s` have passed, behind all that came before."""
+        self.passed_bytes += size_bytes
+        if self.bytes_per_s <= 0:
+            return now_s
+        self._free_s = max(now_s, self._free_s) + size_bytes / self.bytes_per_s
+        return self._free_s
+
+
+async def _nothing_in_the_way() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Way:
+    """From one peer to another: out of the one's link, into the other's. `passable` returns when a
+    piece arrives, and whether that was later than it should."""
+
+    up: Line
+    delay_s: float
+    down: Line
+    lateness: Lateness = field(default_factory=Lateness)
+    passable: Callable[[], Awaitable[bool]] = _nothing_in_the_way
+
+    @property
+    def _bytes_per_s(self) -> float:
+        return min((line.bytes_per_s for line in (self.up, self.down) if line.bytes_per_s > 0), default=0.0)
+
+    @property
+    def piece_bytes(self) -> int:
+        """What is taken from a connection at once."""
+        rate = self._bytes_per_s
+        return piece_bytes(rate or math.inf)
+
+    @property
+    def flight_bytes(self) -> int:
+        """What a connection may have under way: what fits on the line, and a small buffer."""
+        rate = self._bytes_per_s
+        return int(rate * self.delay_s) + _BUFFER_BYTES if rate else _FREE_BYTES
+
+
+class _Flight:
+    """What of a connection is under way: (when it arrives, bytes)."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._pieces: deque[tuple[float, bytes]] = deque()
+        self._size_bytes = 0
+        self._changed = asyncio.Condition()
+
+    async def put(self, arrives_s: float, data: bytes) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._size_bytes < self._most_bytes)
+            self._pieces.append((arrives_s, data))
+            self._size_bytes += len(data)
+            self._changed.notify_all()
+
+    async def get(self) -> tuple[float, bytes]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._pieces)
+            arrives_s, data = self._pieces.popleft()
+            self._size_bytes -= len(data)
+            self._changed.notify_all()
+            return arrives_s, data
+
+
+async def _until(when_s: float) -> None:
+    wait_s = when_s - asyncio.get_running_loop().time()
+    if wait_s > _NAP_S:
+        await asyncio.sleep(wait_s)
+
+
+async def carry(receive: Receive, send: Send, way: Way) -> None:
+    """Carry what one end of a connection says to the other, until the first has ended or the second is gone."""
+    loop, flight = asyncio.get_running_loop(), _Flight(way.flight_bytes)
+
+    async def take_off() -> None:
+        arrives_s = 0.0
+        while data := await receive(way.piece_bytes):
+            passed_s = way.up.passed_s(len(data), loop.time())
+            arrives_s = max(arrives_s, passed_s + way.delay_s + way.lateness.of(len(data)))  # in order, as in TCP
+            await flight.put(arrives_s, data)
+            await _until(passed_s - _AHEAD_S)
+        await flight.put(max(arrives_s, loop.time() + way.delay_s), b"")
+
+    async def land() -> None:
+        while True:
+            arrives_s, data = await flight.get()
+            await _until(arrives_s)
+            if await way.passable():
+                arrives_s = loop.time()
+            if not data:
+                return
+            await _until(way.down.passed_s(len(data), arrives_s))
+            try:
+                await send(data)
+            except OSError:
+                return  # nobody is there any more
+
+    taking_off, landing = asyncio.create_task(take_off()), asyncio.create_task(land())
+    try:
+        await landing
+    finally:
+        await end_tasks([taking_off, landing])
+
+
+@dataclass(frozen=True)
+class PeerLink:
+    """A peer's link: `port` is private, where the peer listens; at `front` it is reached."""
+
+    name: str
+    port: int
+    front: int
+    shape: LinkShape
+    up: Line
+    down: Line
+
+    @property
+    def listen(self) -> str:
+        """Where the peer is to listen, HOST:PORT."""
+        return f"{_HOST}:{self.port}"
+
+    @property
+    def announce(self) -> str:
+        """All that it is to tell others, HOST:PORT."""
+        return f"{_HOST}:{self.front}"
+
+
+_OUTSIDE = PeerLink("outside", 0, 0, LinkShape(), Line(), Line())
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One that is open. `forgotten`: its ends hear no more of each other, and are not told."""
+
+    source: PeerLink
+    target: PeerLink
+    ends: tuple[socket.socket, socket.socket]
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    forgotten: bool = False
+
+
+@dataclass
+class PeerLinks:
+    """The links of a swarm, carried in the event loop in which `open` is called."""
+
+    seed: int = 0
+    num_strangers: int = 0
+    """Connections that came from no peer of these links."""
+    outages: Outages = field(init=False)
+    _num_connections: int = 0
+    _open: set[_Connection] = field(default_factory=set)
+    _by_port: dict[int, PeerLink] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _rng: random.Random = field(default_factory=random.Random)
+
+    def __post_init__(self) -> None:
+        self.outages = Outages(random.Random(f"outages of {self.seed}"))
+
+    async def open(self, name: str, shape: LinkShape) -> PeerLink:
+        """A new link, for a peer that will listen at its `port`."""
+        listener = listening_socket()
+        front = listener.getsockname()[1]
+        link = PeerLink(
+            name, self._private_port(), front, shape, Line(shape.up_bytes_per_s), Line(shape.down_bytes_per_s)
+        )
+        self._by_port[link.port] = link
+        self._start(self._accept(listener, link))
+        return link
+
+    async def part(self, sides: Sequence[Iterable[str]]) -> Outage:
+        """From now on nothing passes between these sides; who is in none of them is on one more. Connections stay."""
+        return self.outages.begin(sides)
+
+    async def mend(self, outage: Outage) -> None:
+        """What was held up goes on, by and by."""
+        self.outages.end(outage)
+
+    async def reset(self, name: str) -> None:
+        """The connections of a link are cut, and their ends told so, as a router does that has lost its memory."""
+        for connection in self._of(name):
+            for end in connection.ends:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            connection.cut.set()
+
+    async def forget(self, name: str) -> None:
+        """Nobody is told, and nothing passes any more: the connections are half open. New ones work."""
+        for connection in self._of(name):
+            connection.forgotten = True
+
+    def _of(self, name: str) -> list[_Connection]:
+        return [each for each in self._open if name in (each.source.name, each.target.name)]
+
+    @property
+    def passed_bytes(self) -> dict[str, tuple[int, int]]:
+        """What each link has carried up and down, libp2p's own talk included, by its peer's name."""
+        return {link.name: (link.up.passed_bytes, link.down.passed_bytes) for link in self._by_port.values()}
+
+    async def close(self) -> None:
+        """Cut all of them."""
+        await end_tasks(self._tasks)
+
+    def _private_port(self) -> int:
+        free = (port for port in iter(lambda: self._rng.choice(_PRIVATE_PORTS), None) if port not in self._by_port)
+        return next(port for port in free if _is_free(port))
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket, link: PeerLink) -> None:
+        async for near, port in accepted(listener):
+            self._start(self._connect(near, self._whose(port, link), link))
+
+    def _whose(self, port: int, target: PeerLink) -> PeerLink:
+        """The link that a connection from `port` to `target` leaves through."""
+        if port in self._by_port:
+            return self._by_port[port]
+        self.num_strangers += 1
+        _log.info("a stranger connects to %s, from port %d", target.name, port)
+        return _OUTSIDE
+
+    async def _connect(self, near: socket.socket, source: PeerLink, target: PeerLink) -> None:
+        loop = asyncio.get_running_loop()
+        with near, plain_socket() as far:
+            connection = _Connection(source, target, (near, far))
+            self._open.add(connection)
+            try:
+                there, back = self._way(connection, source, target), self._way(connection, target, source)
+                await asyncio.sleep(there.delay_s + back.delay_s + there.lateness.of(1) + back.lateness.of(1))
+                await there.passable()
+                try:
+                    await loop.sock_connect(far, (_HOST, target.port))
+                except OSError:
+                    return  # the peer is not there: the caller sees its connection end
+                await self._carry(connection, there, back)
+            finally:
+                self._open.discard(connection)
+
+    async def _carry(self, connection: _Connection, there: Way, back: Way) -> None:
+        """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
+        near, far = connection.ends
+        ways = [(near, far, there), (far, near, back)]
+        tasks = [asyncio.create_task(carry(receiver(a), sender(b), way)) for a, b, way in ways]
+        tasks.append(asyncio.create_task(_cut(connection)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_tasks(tasks)
+
+    def _way(self, connection: _Connection, source: PeerLink, target: PeerLink) -> Way:
+        shapes, self._num_connections = (source.shape, target.shape), self._num_connections + 1
+        lateness = Lateness(
+            jitter_s=sum(shape.jitter_s for shape in shapes),
+            loss=1.0 - (1.0 - shapes[0].loss) * (1.0 - shapes[1].loss),
+            rtt_s=2.0 * sum(shape.delay_s for shape in shapes),
+            rng=random.Random(f"{self.seed} {source.name} {target.name} {self._num_connections}"),
+        )
+
+        async def passable() -> bool:
+            was_held_up = await self.outages.passable(source.name, target.name)
+            if connection.forgotten:
+                await asyncio.Event().wait()
+            return was_held_up
+
+        return Way(source.up, sum(shape.delay_s for shape in shapes), target.down, lateness, passable)
+
+
+async def accepted(listener: socket.socket) -> AsyncIterator[tuple[socket.socket, int]]:
+    """Who connects, and from which port; never ends."""
+    loop = asyncio.get_running_loop()
+    with listener:
+        while True:
+            try:
+                near, address = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left, for one
+                _log.warning("a link takes no connection: %s", error)
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
+            yield near, address[1]
+
+
+async def _cut(connection: _Connection) -> None:
+    await connection.cut.wait()
+
+
+def receiver(end: socket.socket) -> Receive:
+    """What an end of a connection says."""
+
+    async def receive(most_bytes: int) -> bytes:
+        try:
+            return await asyncio.get_running_loop().sock_recv(end, most_bytes)
+        except OSError:
+            return b""  # it was reset
+
+    return receive
+
+
+def sender(end: socket.socket) -> Send:
+    """To say something to it."""
+
+    async def send(data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(end, data)
+
+    return send
+
+
+def plain_socket() -> socket.socket:
+    """A socket that keeps little of a connection, at either end."""
+    plain = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    plain.setblocking(False)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT_BYTES)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    return plain
+
+
+def listening_socket(host: str = _HOST) -> socket.socket:
+    """What it accepts is as itself."""
+    listener = plain_socket()
+    listener.bind((host, 0))
+    listener.listen(128)
+    return listener
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((_HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+class FailingPulls:
+    """Pulls from a peer that break off midway, by chance: the same ones for the same seed."""
+
+    def __init__(self, share: float, seed: str) -> None:
+        self.share = share
+        self._rng = random.Random(f"pulls of {seed}")
+
+    def num_served(self, num_chunks: int) -> int:
+        """How many of the next pull's chunks are served: all, or fewer if it fails."""
+        fails, place = self._rng.random() < self.share, self._rng.random()
+        return int(place * num_chunks) if fails else num_chunks

@@ -1,0 +1,122 @@
+"""The answer to "can you reach me?": this peer dials the one who asks, and says whether that worked.
+
+What was measured of the daemon shapes it: told to connect to a peer that it is connected to, it says yes without
+dialling; and it dials every address that it, or the libp2p DHT, has ever learnt of a peer beside those it was given.
+So only an identity that nobody knows can be tested, and an answer counts only at an address that was asked for. (The
+asker's part is that its listener dials nobody: see `dialling.ask_to_dial`.)
+
+A peer that trains has its port in use and is known to everyone. It asks to be dialled itself, and then the one who is
+asked dials as a stranger: with a daemon of some seconds that has met nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
+from swarmtrain.network.identity import load_or_create_identity, peer_bytes
+from swarmtrain.network.node import Node, NodeSettings
+from swarmtrain.network.signatures import open_signed_untrusted
+from swarmtrain.protocol.membership.dial_budget import DialBudget, dial_targets
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["DIAL_S", "PURPOSE", "DialBack"]
+
+DIAL_S = 4.0
+PURPOSE = "dial"
+_log = logging.getLogger(__name__)
+_MAX_AT_ONCE = 2
+_MAX_TARGET_BYTES = 256
+
+
+class Dialler(Protocol):
+    """What dials: this peer's own node, or a stranger's."""
+
+    async def dial_once(self, peer: str, addresses: tuple[str, ...], limit_s: float) -> None:
+        """UnreachableError if nobody with that PeerID answers there."""
+
+    async def seen_at(self, peer: str) -> tuple[str, ...]:
+        """Where it is connected to `peer`."""
+
+    async def hang_up(self, peer: str) -> None:
+        """Close the connections to `peer`."""
+
+
+@asynccontextmanager
+async def _stranger() -> AsyncIterator[Dialler]:
+    """A node that nobody knows and that knows nobody. RunTimeError if it does not start."""
+    with tempfile.TemporaryDirectory(prefix="swarmtrain-dial-") as folder:
+        key_path = Path(folder) / "identity.key"
+        settings = NodeSettings(directory=Path(folder), listen=("/ip4/127.0.0.1/tcp/0",), dht_mode="off")
+        node = await Node.start(settings, load_or_create_identity(key_path), key_path)
+        try:
+            yield node
+        finally:
+            await node.stop()
+
+
+@dataclass
+class DialBack:
+    """Answers for one node."""
+
+    node: Node
+    limit_s: float = DIAL_S
+    budget: DialBudget = field(default_factory=DialBudget)
+    stranger: Callable[[], AbstractAsyncContextManager[Dialler]] = _stranger
+    _at_once: int = 0
+
+    async def answer(self, request: pb.DialRequest, caller: str) -> pb.DialReply:
+        """Dial, if it is allowed. A failure is always told after the same time, so that it tells nothing more."""
+        peer, ports = caller, list(request.own_ports)
+        if not ports:
+            try:
+                peer, target = open_signed_untrusted(request.target, PURPOSE, "", pb.DialTarget, _MAX_TARGET_BYTES)
+            except BadBytesError:
+                return pb.DialReply(outcome=pb.DialReply.OUTCOME_REFUSED)
+            if target.caller != peer_bytes(caller) or peer in (caller, self.node.identity.peer_id):
+                return pb.DialReply(outcome=pb.DialReply.OUTCOME_REFUSED)
+            ports = list(target.ports)
+        if self._at_once >= _MAX_AT_ONCE:
+            return pb.DialReply(outcome=pb.DialReply.OUTCOME_BUSY)
+        self._at_once += 1
+        try:
+            return await self._answer(peer, caller, ports)
+        except RunTimeError as error:
+            _log.debug("no stranger to dial with: %s", error)
+            return pb.DialReply(outcome=pb.DialReply.OUTCOME_BUSY)
+        finally:
+            self._at_once -= 1
+
+    async def _answer(self, peer: str, caller: str, ports: list[int]) -> pb.DialReply:
+        """Dial `peer`: as a stranger if it is the caller itself, whom this node knows."""
+        targets = dial_targets(await self.node.seen_at(caller), ports)
+        if not targets or (peer != caller and await self.node.seen_at(peer)):
+            return pb.DialReply(outcome=pb.DialReply.OUTCOME_REFUSED)
+        loop = asyncio.get_running_loop()
+        if not self.budget.admit(targets, loop.time()):
+            return pb.DialReply(outcome=pb.DialReply.OUTCOME_BUSY)
+        async with self.stranger() if peer == caller else nullcontext(self.node) as dialler:
+            until_s = loop.time() + self.limit_s
+            address = await self._dial(dialler, peer, targets)
+        if address:
+            return pb.DialReply(outcome=pb.DialReply.OUTCOME_REACHED, address=address)
+        await asyncio.sleep(until_s - loop.time())
+        return pb.DialReply(outcome=pb.DialReply.OUTCOME_NOT_REACHED)
+
+    async def _dial(self, dialler: Dialler, peer: str, targets: tuple[str, ...]) -> str:
+        """The target at which `peer` answered; "" if it did at none."""
+        try:
+            await dialler.dial_once(peer, targets, self.limit_s)
+            arrived = await dialler.seen_at(peer)
+        except UnreachableError:
+            return ""
+        finally:
+            await dialler.hang_up(peer)
+        return next((address for address in arrived if address in targets), "")

@@ -1,0 +1,180 @@
+"""Publications of peers that nobody can dial: a host pulls them and serves them on, a reader goes to the host.
+
+A hidden peer keeps connections open to its hosts. When a reader asks a host for one of its guests, the host asks the
+guest over that connection, pulls what is new (one pull for each guest at a time, whoever waits for it) and serves it
+like its own. Signed and content-addressed, it is the same snapshot, so that a host that lies is found out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.asynchronous.publications import (
+    PublicationRules,
+    publication_untrusted,
+    request_of,
+    section_untrusted,
+)
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.records import open_presence_untrusted
+from swarmtrain.network.identity import peer_id_from_bytes_untrusted
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots.download import download_snapshot
+from swarmtrain.network.snapshots.store import HeldSnapshot, SnapshotStore
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.membership.hosts import KEPT_OF_A_GUEST, Guests, most_guests
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["HostedPublications"]
+
+_log = logging.getLogger(__name__)
+_ASK_AGAIN_S = 1.0
+_WAIT_S = 20.0
+_MAX_WAITING_CALLERS = 4
+_Which: TypeAlias = tuple[str, Section, int]
+"""Of which guest, what, and of which fragment of the model."""
+
+
+@dataclass
+class _Kept:
+    """What is here of a section of a guest's: the last ones, newest last, and its word of itself."""
+
+    held: list[HeldSnapshot] = field(default_factory=list)
+    presence: pb.Signed = field(default_factory=pb.Signed)
+    asked_s: float = float("-inf")
+    bringing: asyncio.Task[None] | None = None
+
+
+@dataclass
+class HostedPublications:
+    """The host's part."""
+
+    calls: PeerCalls
+    store: SnapshotStore
+    rules: Sequence[Mapping[Section, PublicationRules]]
+    """Of each fragment of the model."""
+    presence: Callable[[], pb.Signed]
+    refused: Callable[[str, PeerError], None]
+    waits_a_caller: int
+    """So many answers a caller may wait for: what a round of gossip pulls, of partners who may all be guests here."""
+    guests: Guests = field(init=False)
+    _kept: dict[_Which, _Kept] = field(default_factory=dict)
+    _waiting: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.guests = Guests(most=most_guests(sum(one.most_bytes for each in self.rules for one in each.values())))
+
+    def ask(self, peer: str) -> bool:
+        """Whether `peer`, which asks for a host, is served from here on."""
+        is_guest, reason = self.guests.ask(peer, swarm_time())
+        if not is_guest:
+            _log.debug("%s is no guest: %s", peer, reason)
+        return is_guest
+
+    async def answer(self, request: pb.PublicationRequest, caller: str = "") -> pb.PublicationReply:
+        """The newest publication of a guest, for `caller`; what is here of it while a newer one is long in coming."""
+        try:
+            author = peer_id_from_bytes_untrusted(request.author)
+        except BadBytesError:
+            return pb.PublicationReply(away=True)
+        here = self.guests.current(swarm_time())
+        for gone in {guest for guest, *_ in self._kept} - set(here):
+            self._forget(gone)
+        if author not in here or request.fragment >= len(self.rules):
+            return pb.PublicationReply(away=True)
+        try:
+            section = section_untrusted(request, self.rules[request.fragment])
+        except BadBytesError as error:
+            self.refused(caller, error)
+            return pb.PublicationReply(away=True)
+        if not self.store.has_room_for(caller) or not self._may_wait(caller):
+            return pb.PublicationReply(busy=True)
+        which = author, section, request.fragment
+        kept = self._kept.setdefault(which, _Kept())
+        if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
+            kept.bringing = asyncio.create_task(self._bring(which, kept))
+        if kept.bringing is not None:
+            self._waiting[caller] += 1
+            try:
+                await asyncio.wait({kept.bringing}, timeout=_WAIT_S)
+            finally:
+                self._waiting[caller] -= 1
+                if not self._waiting[caller]:
+                    del self._waiting[caller]
+        if not kept.held:
+            return pb.PublicationReply(busy=True)
+        reply, newest = pb.PublicationReply(presence=kept.presence), kept.held[-1]
+        manifest = newest.snapshot.manifest
+        if not request.has_any or (manifest.round, manifest.part) != (request.round, request.part):
+            self.store.add(newest)  # rounds that this peer forgets of its own may be a slower guest's present
+            reply.manifest.CopyFrom(newest.snapshot.signed)
+        return reply
+
+    def _may_wait(self, caller: str) -> bool:
+        """Whether `caller` (empty: one not known) may wait for a guest."""
+        if caller and self._waiting[caller] >= self.waits_a_caller:
+            return False
+        return self._waiting.total() < _MAX_WAITING_CALLERS * self.waits_a_caller
+
+    async def _bring(self, which: _Which, kept: _Kept) -> None:
+        """Ask a guest for what it has that is newer, and pull it."""
+        guest = which[0]
+        try:
+            await self._bring_untrusted(which, kept)
+        except PeerError as error:
+            _log.debug("guest %s: %s", guest, error)
+            if error.is_incident:
+                self.refused(guest, error)
+        finally:
+            kept.asked_s, kept.bringing = swarm_time(), None
+
+    async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
+        guest, section, fragment = which
+        rules = self.rules[fragment][section]
+        known = None
+        if kept.held:
+            newest = kept.held[-1].snapshot.manifest
+            known = PublicationVersion(newest.round, newest.part, newest.tokens)
+        request = request_of(section, fragment, known, self.presence())
+        reply = await self.calls.publication(guest, request)
+        reply.DiscardUnknownFields()  # who reads what is sent on would have to take them too
+        if reply.presence.payload:
+            author, _ = open_presence_untrusted(reply.presence, rules.run_sha256)
+            if author != guest:
+                raise BadBytesError("a presence of another peer than the one that sent it")
+            kept.presence = reply.presence
+        if not reply.HasField("manifest"):
+            return
+        held, _ = publication_untrusted(rules, guest, reply.manifest)
+        await download_snapshot(self.calls, guest, held, rules.pull)
+        if self._kept.get(which) is not kept or guest not in self.guests.current(swarm_time()):
+            return  # it left; if it is a guest again, that is another beginning
+        self.store.add(held)
+        kept.held.append(held)
+        while len(kept.held) > KEPT_OF_A_GUEST:
+            self.store.drop(kept.held.pop(0).snapshot.sha256)
+
+    def left(self, peer: str) -> None:
+        """`peer` said goodbye: what is here of it is served no longer."""
+        self.guests.left(peer)
+        self._forget(peer)
+
+    def _forget(self, guest: str) -> None:
+        for which in [which for which in self._kept if which[0] == guest]:
+            kept = self._kept.pop(which)
+            if kept.bringing is not None:
+                kept.bringing.cancel()
+            while kept.held:  # whoever waits for `kept` finds nothing
+                self.store.drop(kept.held.pop().snapshot.sha256)
+
+    async def stop(self) -> None:
+        """Pull nothing more."""
+        await end_tasks(kept.bringing for kept in self._kept.values() if kept.bringing is not None)

@@ -1,0 +1,140 @@
+"""Whether others can dial this peer, and if nobody can, the connections to its hosts: kept alive, and replaced.
+
+Runs beside the training, in the network thread. What it finds goes into this peer's presence: its hosts, and no
+address, since none works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import PeerError
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.reachability.probe import DialOutcome, ask_to_be_dialled, tcp_ports
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.membership.dial_budget import is_public
+from swarmtrain.protocol.membership.hosts import (
+    NUM_ASKED,
+    HostChoice,
+    Reach,
+    Reachability,
+    from_outside,
+    host_candidates,
+)
+from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer
+
+__all__ = ["ReachabilityMonitor", "is_loopback_only"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 1.0
+_KEEP_ALIVE_S = 3.0
+_CALL_S = 3.0
+_STOOD_STILL_S = 5.0
+_ANSWERS = {DialOutcome.REACHED: True, DialOutcome.NOT_REACHED: False}
+
+
+def is_loopback_only(addresses: Sequence[str]) -> bool:
+    """Whether whoever listens there is for peers of this machine alone, which need no help to dial it."""
+    return all("/127." in address or "/::1/" in address for address in addresses)
+
+
+@dataclass
+class ReachabilityMonitor:
+    """This peer's reachability and hosts. `changed` is called, in the network thread, when what is to be said of them
+    changes; `hidden` and `hosts` say it."""
+
+    calls: PeerCalls
+    membership: Membership
+    greeting: Callable[[], pb.HelloRequest]
+    """What its hosts are told."""
+    listens_at: Callable[[], Sequence[str]]
+    changed: Callable[[], None]
+    rng: random.Random = field(default_factory=random.Random)
+    reachability: Reachability = field(default_factory=Reachability)
+    choice: HostChoice = field(init=False)
+    _asking: asyncio.Task[None] | None = field(default=None, init=False)
+    _kept_s: float = field(default=float("-inf"), init=False)
+    _looked_s: float = field(default=float("-inf"), init=False)
+    _told: tuple[bool, tuple[str, ...]] = field(default=(False, ()), init=False)
+
+    def __post_init__(self) -> None:
+        self.choice = HostChoice(me=self.membership.me)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether nobody can dial this peer."""
+        return self.reachability.state is Reach.HIDDEN
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Those that serve its publications on."""
+        return self.choice.serving if self.hidden else ()
+
+    def in_words(self) -> str:
+        """What a person is told; empty if there is nothing to tell."""
+        if not self.hidden:
+            return ""
+        through = " and ".join(self._name(host) for host in self.hosts)
+        how = f"its work goes through {through}" if through else "it looks for others through which its work can go"
+        return f"nobody can dial this computer; {how}"
+
+    def _name(self, peer: str) -> str:
+        info = self.membership.info(peer)
+        return (info.name if info is not None else "") or short_peer(peer)
+
+    async def keep(self) -> None:
+        """Look, for ever."""
+        try:
+            while True:
+                await self.look()
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            if self._asking is not None:
+                await end_tasks([self._asking])
+
+    async def look(self) -> None:
+        """Ask others to dial this peer if it is time, and talk to the hosts if it has or needs some."""
+        now = swarm_time()
+        if now > self._looked_s + _STOOD_STILL_S:  # it was this peer that was silent, not its hosts
+            self.choice.clear()
+        if self.reachability.is_due(now) and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.create_task(self._ask_to_be_dialled())
+        if not self.hidden:
+            self.choice.clear()
+        elif now >= self._kept_s + _KEEP_ALIVE_S or len(self.choice.serving) < self.choice.number:
+            self._kept_s = now
+            await self._keep_hosts()
+        if self._told != (self.hidden, self.hosts):
+            self._told = (self.hidden, self.hosts)
+            self.changed()
+        self._looked_s = swarm_time()
+
+    async def _ask_to_be_dialled(self) -> None:
+        ports = tcp_ports(self.listens_at())
+        others = [candidate.peer for candidate in host_candidates(self.membership.live())]
+        asked = self.rng.sample(others, min(NUM_ASKED, len(others))) if ports else []
+        outcomes = await asyncio.gather(*(ask_to_be_dialled(self.calls, peer, ports) for peer in asked))
+        outside = [any(map(is_public, await self.calls.node.seen_at(peer))) for peer in asked]
+        answers = from_outside([(_ANSWERS.get(outcome), far) for outcome, far in zip(outcomes, outside, strict=True)])
+        _log.info("reach: %s", self.reachability.told(answers, swarm_time(), self.rng))
+
+    async def _keep_hosts(self) -> None:
+        """Choose hosts anew where it is needed, and call each: that keeps the connection, or opens another."""
+        for change in self.choice.choose(host_candidates(self.membership.live()), swarm_time()):
+            _log.info("hosts: %s", change)
+        await asyncio.gather(*(self._call(host) for host in self.choice.chosen))
+
+    async def _call(self, host: str) -> None:
+        try:
+            reply = await self.calls.hello(host, self.greeting(), _CALL_S)
+        except PeerError as error:
+            _log.debug("host %s: %s", host, error)
+        else:
+            _log.debug("host %s: %s", host, self.choice.answered(host, reply.hosting, swarm_time()))

@@ -1,0 +1,71 @@
+"""What a peer answers to others' questions about rounds, as it travels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from swarmtrain.network.rounds.chains import ChainStore
+from swarmtrain.network.snapshots.store import HeldSnapshot
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["RoundAnswers", "question_of"]
+
+
+def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
+    """What somebody asks."""
+    return ev.RoundQuestion(
+        round=request.round,
+        hold_s=request.wait_s if request.wait_s > 0 else 0.0,
+        has_publication=request.has_publication,
+        has_roster=request.has_roster_sha256.hex(),
+        has_share=request.has_share,
+        wants_chain=request.wants_chain,
+    )
+
+
+class RoundAnswers:
+    """Puts the engine's answers into messages, and holds what they hand out: what this peer published in the last
+    rounds, and the shares that it averaged."""
+
+    def __init__(self, chains: ChainStore) -> None:
+        self._chains = chains
+        self._publications: dict[int, HeldSnapshot] = {}
+        self._shares: dict[int, HeldSnapshot] = {}
+
+    def published(self, round: int, publication: HeldSnapshot) -> None:
+        """Others may ask for this one."""
+        self._publications[round] = publication
+
+    def shared(self, round: int, share: HeldSnapshot) -> None:
+        """Others may ask for this one."""
+        self._shares[round] = share
+
+    def forget(self, knows: Callable[[int], bool]) -> None:
+        """Nobody is answered any more about rounds that the engine does not know."""
+        self._publications = {round: held for round, held in self._publications.items() if knows(round)}
+        self._shares = {round: held for round, held in self._shares.items() if knows(round)}
+
+    def reply(
+        self, answer: ev.AnswerRoundQuestion[pb.Signed], request: pb.RoundRequest, inner_steps_done: int
+    ) -> pb.RoundReply:
+        """The answer to a request."""
+        reply = pb.RoundReply(
+            current_round=answer.round,
+            inner_steps_done=inner_steps_done,
+            participating=answer.participating,
+            away=answer.away,
+        )
+        if answer.last is not None and answer.last.name == request.has_last_sha256.hex():
+            reply.same_last = True
+        elif answer.last is not None:
+            reply.last_roster.CopyFrom(answer.last.signed)
+        if request.wants_chain:
+            reply.chain.CopyFrom(self._chains.shows(request.chain_known))
+        if answer.publication is not None:
+            reply.publication.CopyFrom(self._publications[request.round].snapshot.signed)
+        if answer.roster is not None:
+            reply.roster.CopyFrom(answer.roster.signed)
+        if answer.share:
+            reply.share.CopyFrom(self._shares[request.round].snapshot.signed)
+        return reply

@@ -1,0 +1,50 @@
+"""Snapshots of synchronous rounds from whichever peer delivers them: publications, shares of a mean, states."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, SnapshotStore, all_finite, pull_chunks
+
+__all__ = ["Downloads", "check_finite"]
+
+_log = logging.getLogger(__name__)
+
+
+class Downloads:
+    """Brings chunks here, from one source after the other, and serves them on."""
+
+    def __init__(
+        self,
+        me: str,
+        calls: PeerCalls,
+        store: SnapshotStore,
+        limits: PullLimits,
+        refused: Callable[[str, PeerError], None],
+    ) -> None:
+        self.calls, self.store, self.limits, self.refused = calls, store, limits, refused
+        self._me = me
+
+    async def pull(self, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
+        """Bring chunks here and serve them on. Raises UnreachableError."""
+        sources = [source for source in sources if source != self._me]
+        async with held.pulling, self.calls.pull_slots:
+            await pull_chunks(held, chunks, sources, self.calls.open_pull, self.limits, self.blame)
+        self.store.add(held)
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """Tell of hostile bytes; log the rest."""
+        if isinstance(error, BadBytesError):
+            self.refused(peer, error)
+        else:
+            _log.debug("pulling from %s: %s", peer, error)
+
+
+async def check_finite(part: memoryview) -> None:
+    """BadBytesError if these fp32 numbers are not all finite."""
+    if not await asyncio.to_thread(all_finite, part):
+        raise BadBytesError("numbers that are not finite")

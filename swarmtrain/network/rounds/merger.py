@@ -1,0 +1,260 @@
+"""Bringing a roster's pseudo-gradients here and averaging them, whole or in shares.
+
+In a small group everyone pulls everything and averages it. With more than `share_above` on the roster each averages
+one range of chunks over the whole roster, and the others pull that range's result from it, so that the bytes stay
+those of an all-reduce; whoever finds a share missing averages it from the hashes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.rounds.downloads import Downloads, check_finite
+from swarmtrain.network.rounds.roster import check_publication
+from swarmtrain.network.signatures import open_signed_untrusted
+from swarmtrain.network.snapshots.store import (
+    CHUNK_BYTES,
+    Body,
+    HeldSnapshot,
+    PullLimits,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+    manifest_untrusted,
+    pull_manifest,
+)
+from swarmtrain.network.tasks import run_together
+from swarmtrain.protocol.membership.membership import Membership, PeerState
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_due_s, share_ranges, sources_of
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
+
+_ASK_AGAIN_S = 0.1
+_T = TypeVar("_T")
+
+Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
+"""(bodies or equal parts of them, weights) -> (weighted mean as bytes, indices left out as not finite)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings:
+    """What the run file says about rounds. Seconds, tokens, and the tensor tables of gradient and state."""
+
+    run_sha256: str
+    specs: tuple[TensorSpec, ...]
+    state_specs: tuple[TensorSpec, ...]
+    max_tokens: int
+    share_above: int
+    round_limit_s: float
+    silence_s: float
+    pull: PullLimits
+
+
+class UnobtainableError(Exception):
+    """Nobody could deliver the publications of `peers`."""
+
+    def __init__(self, *peers: str) -> None:
+        super().__init__(f"nobody could deliver the publication of {', '.join(sorted(peers))}")
+        self.peers = frozenset(peers)
+
+
+class Merger:
+    """Averages what rosters name. A share is asked for with the hash of the roster that its owner told of last,
+    `last_known(owner)`."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        downloads: Downloads,
+        membership: Membership,
+        settings: RoundSettings,
+        average: Average,
+        last_known: Callable[[str], bytes],
+    ) -> None:
+        self.identity, self.downloads, self.membership, self.settings = identity, downloads, membership, settings
+        self.last_known = last_known
+        self._average = average
+
+    async def merge(
+        self,
+        roster: Roster,
+        name: str,
+        publications: dict[str, HeldSnapshot],
+        share_ready: Callable[[HeldSnapshot], None],
+    ) -> bytearray:
+        """The mean as bytes, over those publications that are finite. `publications` are those known of the round, by
+        peer; what has to be looked for is added. `name` is what the others call the roster; `share_ready` gets this
+        peer's share, where there are shares. Raises UnobtainableError."""
+        entries: list[HeldSnapshot] = []
+        for entry in roster.entries:
+            held = publications.get(entry.peer)
+            if held is None or held.snapshot.sha256 != entry.snapshot:
+                held = await self._find(roster, entry)
+                if entry.peer != self.identity.peer_id:
+                    publications[entry.peer] = held
+            _check_entry(entry, held)
+            entries.append(held)
+        if len(entries) <= self.settings.share_above:
+            return await self.average_range(roster, entries, range(entries[0].snapshot.num_chunks))
+        return await _MergeInShares(self, roster, name, entries, share_ready).run()
+
+    async def _find(self, roster: Roster, entry: RoundPublication) -> HeldSnapshot:
+        settings, downloads = self.settings, self.downloads
+        for source in self._sources(roster, entry.peer):
+            try:
+                signed = await pull_manifest(source, entry.snapshot, downloads.calls.open_pull, settings.pull)
+                kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
+                snapshot = manifest_untrusted(signed, settings.run_sha256, kind, settings.specs)
+                check_publication(snapshot, entry.peer, roster.round, settings.max_tokens)
+                return empty_held(snapshot)
+            except PeerError as error:
+                downloads.blame(source, error)
+        raise UnobtainableError(entry.peer)
+
+    def _sources(self, roster: Roster, author: str) -> list[str]:
+        """Those who are not known to be gone."""
+        sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
+        return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
+
+    def rotated(self, items: list[_T]) -> list[_T]:
+        """The same items, begun elsewhere by every peer, so that not all pull from the first one first."""
+        start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
+        return items[start:] + items[:start]
+
+    async def average_range(self, roster: Roster, entries: Sequence[HeldSnapshot], chunks: range) -> bytearray:
+        """The weighted mean of one range of chunks over the whole roster, in roster order. Raises UnobtainableError."""
+        lacking: list[str] = []
+
+        async def bring(entry: RoundPublication, held: HeldSnapshot) -> None:
+            try:
+                await self.downloads.pull(held, chunks, self._sources(roster, entry.peer))
+            except UnreachableError:
+                lacking.append(entry.peer)
+
+        pairs = list(zip(roster.entries, entries, strict=True))
+        await run_together(bring(entry, held) for entry, held in self.rotated(pairs))
+        if lacking:
+            raise UnobtainableError(*lacking)
+        total = entries[0].snapshot.manifest.total_bytes
+        start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, total)
+        parts = [held.part(start, end) for held in entries]
+        weights = [entry.tokens for entry in roster.entries]
+        mean, left_out = await asyncio.to_thread(self._average, parts, weights)
+        for index in left_out:
+            error = BadBytesError("a pseudo-gradient that is not finite")
+            self.downloads.refused(roster.entries[index].peer, error)
+        return mean
+
+
+class _MergeInShares:
+    """One merge of which each on the roster averages a share."""
+
+    def __init__(
+        self,
+        merger: Merger,
+        roster: Roster,
+        name: str,
+        entries: Sequence[HeldSnapshot],
+        share_ready: Callable[[HeldSnapshot], None],
+    ) -> None:
+        self._merger, self._roster, self._name, self._entries = merger, roster, name, entries
+        self._share_ready = share_ready
+        me = merger.identity.peer_id
+        self._own = roster.peers.index(me) if me in roster.peers else None
+        self._ranges = share_ranges(entries[0].snapshot.num_chunks, len(entries))
+        self._roster_s = swarm_time()
+        has_share = self._own is not None and bool(self._ranges[self._own])
+        self._own_share_s = math.inf if has_share else self._roster_s
+        """When this peer's own share was made."""
+
+    async def run(self) -> bytearray:
+        """The mean. Raises UnobtainableError."""
+        mean = bytearray(self._entries[0].snapshot.manifest.total_bytes)
+
+        async def fill(index: int) -> None:
+            chunks = self._ranges[index]
+            if not chunks:
+                return
+            part = None
+            if index != self._own:
+                part = await self._pull(index, _range_bytes(chunks, len(mean)))
+            if part is None:
+                part = await self._merger.average_range(self._roster, self._entries, chunks)
+            mean[chunks.start * CHUNK_BYTES : chunks.start * CHUNK_BYTES + len(part)] = part
+            if index == self._own:
+                await self._publish(index, part)
+
+        await run_together(fill(index) for index in self._merger.rotated(list(range(len(self._ranges)))))
+        return mean
+
+    async def _publish(self, index: int, part: bytearray) -> None:
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(self._merger.settings.run_sha256),
+            kind=pb.SNAPSHOT_KIND_SHARE,
+            round=self._roster.round,
+            part=index,
+            roster_sha256=bytes.fromhex(self._roster.digest),
+        )
+        specs = [TensorSpec("share", (len(part) // 4,))]
+        held = await asyncio.to_thread(build_snapshot, self._merger.identity, manifest, specs, Body([part]))
+        self._merger.downloads.store.add(held)
+        self._own_share_s = swarm_time()
+        self._share_ready(held)
+
+    async def _pull(self, index: int, size_bytes: int) -> bytearray | None:
+        """The share that its owner averaged; None when it is lost, or overdue."""
+        merger, roster, downloads = self._merger, self._roster, self._merger.downloads
+        owner = roster.peers[index]
+        specs = [TensorSpec("share", (size_bytes // 4,))]
+        while swarm_time() < share_due_s(self._roster_s, self._own_share_s, merger.settings.silence_s):
+            if merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT):
+                return None
+            try:
+                request = pb.RoundRequest(
+                    round=roster.round,
+                    has_publication=True,
+                    has_roster_sha256=bytes.fromhex(self._name),
+                    has_last_sha256=merger.last_known(owner),
+                    wait_s=1.0,
+                )
+                reply = await downloads.calls.round(owner, request)
+                if reply.HasField("share") and self._is_of_untrusted(reply.share):
+                    kind = pb.SNAPSHOT_KIND_SHARE
+                    snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
+                    manifest = snapshot.manifest
+                    if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
+                        raise BadBytesError("a share of another peer, round or index")
+                    held = empty_held(snapshot)
+                    await downloads.pull(held, range(snapshot.num_chunks), [owner])
+                    await check_finite(held.part(0, size_bytes))
+                    return held.buffer
+            except BadBytesError as error:
+                downloads.blame(owner, error)
+                return None
+            except PeerError as error:
+                downloads.blame(owner, error)
+            await asyncio.sleep(_ASK_AGAIN_S)
+        return None
+
+    def _is_of_untrusted(self, signed: pb.Signed) -> bool:
+        """Whether a share belongs to this roster; its owner may be about another one."""
+        _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
+        return manifest.roster_sha256.hex() == self._roster.digest
+
+
+def _check_entry(entry: RoundPublication, held: HeldSnapshot) -> None:
+    manifest = held.snapshot.manifest
+    if (manifest.tokens, manifest.inner_steps) != (entry.tokens, entry.inner_steps):
+        raise UnobtainableError(entry.peer)  # the roster says something else than what it points to
+
+
+def _range_bytes(chunks: range, total_bytes: int) -> int:
+    return min(chunks.stop * CHUNK_BYTES, total_bytes) - chunks.start * CHUNK_BYTES

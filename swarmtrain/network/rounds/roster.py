@@ -1,0 +1,121 @@
+"""Rosters and what peers tell of themselves, as bytes: built, signed, checked.
+
+The decisions about them are in `protocol/rounds/rosters.py`; who drives them is in `network/rounds/runner.py`.
+"""
+
+from __future__ import annotations
+
+from swarmtrain.errors import BadBytesError
+from swarmtrain.network.identity import Identity, peer_bytes, peer_id_from_bytes_untrusted
+from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.network.snapshots.store import Snapshot
+from swarmtrain.protocol.rounds.messages import SignedRoster
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "roster_untrusted", "sign_roster"]
+
+_MAX_ENTRIES = 4096
+_MAX_COUNTER = 2**60
+_MAX_CHECKED = 256
+_MAX_CHECKED_ENTRIES = 65_536
+
+
+def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
+    """The roster as it travels, signed by `identity`, which must be its signer."""
+    message = pb.Roster(
+        round=roster.round, attempt=roster.attempt, base=bytes.fromhex(roster.base), base_tokens=roster.base_tokens
+    )
+    for entry in roster.entries:
+        message.entries.add(
+            peer=peer_bytes(entry.peer),
+            snapshot_sha256=bytes.fromhex(entry.snapshot),
+            tokens=entry.tokens,
+            inner_steps=entry.inner_steps,
+        )
+    return sign(identity, "roster", run_sha256, message)
+
+
+def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Roster:
+    """A checked roster; BadBytesError if it is forged, unsorted, or claims what nobody can have done.
+
+    `max_tokens` is what one peer can train on in one round.
+    """
+    signer, message = open_signed_untrusted(signed, "roster", run_sha256, pb.Roster)
+    if not 1 <= len(message.entries) <= _MAX_ENTRIES or message.attempt > _MAX_ENTRIES:
+        raise BadBytesError("a roster of a size or attempt out of range")
+    if len(message.base) != (32 if message.round else 0) or message.round >= 2**40:
+        raise BadBytesError("a roster with a malformed base or round")
+    if message.base_tokens > message.round * max_tokens * _MAX_ENTRIES or message.base_tokens >= _MAX_COUNTER:
+        raise BadBytesError("a roster that counts more tokens than its rounds can have had")
+    base = message.base.hex()
+    entries = tuple(
+        RoundPublication(
+            peer=peer_id_from_bytes_untrusted(entry.peer),
+            snapshot=entry.snapshot_sha256.hex(),
+            tokens=entry.tokens,
+            inner_steps=entry.inner_steps,
+            base=base,
+        )
+        for entry in message.entries
+    )
+    peers = [entry.peer for entry in entries]
+    if peers != sorted(set(peers)) or any(len(entry.snapshot) != 64 for entry in entries):
+        raise BadBytesError("a roster that is not sorted by peer, or with a malformed hash")
+    if any(not 0 < entry.tokens <= max_tokens for entry in entries):
+        raise BadBytesError("a roster that counts more tokens than a round has")
+    return Roster(
+        round=message.round,
+        signer=signer,
+        entries=entries,
+        attempt=message.attempt,
+        base=base,
+        base_tokens=message.base_tokens,
+    )
+
+
+def named(roster: Roster, signed: pb.Signed) -> SignedRoster[pb.Signed]:
+    """A roster and what was signed, with the name that peers give to that."""
+    return SignedRoster(roster, signed, payload_sha256(signed))
+
+
+class CheckedRosters:
+    """Rosters that others sent, each checked once; the last are kept, up to a number of entries."""
+
+    def __init__(self, run_sha256: str, max_tokens: int) -> None:
+        self._run_sha256, self._max_tokens = run_sha256, max_tokens
+        self._checked: dict[str, Roster] = {}
+        """By the hash of what was signed, and by whom."""
+
+    def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
+        """The same as `roster_untrusted`, with its name."""
+        name = payload_sha256(signed)
+        key = name + signed.author.hex() + signed.signature.hex()
+        if (roster := self._checked.get(key)) is None:
+            roster = roster_untrusted(signed, self._run_sha256, self._max_tokens)
+            self._checked[key] = roster
+            num_entries = sum(len(kept.entries) for kept in self._checked.values())
+            while len(self._checked) > _MAX_CHECKED or num_entries > _MAX_CHECKED_ENTRIES:
+                num_entries -= len(self._checked.pop(next(iter(self._checked))).entries)
+        return SignedRoster(roster, signed, name)
+
+
+def publication_of(snapshot: Snapshot) -> RoundPublication:
+    """What the decisions need to know of a pseudo-gradient's manifest."""
+    manifest = snapshot.manifest
+    return RoundPublication(
+        peer=snapshot.author,
+        snapshot=snapshot.sha256,
+        tokens=manifest.tokens,
+        inner_steps=manifest.inner_steps,
+        base=manifest.roster_sha256.hex(),
+    )
+
+
+def check_publication(snapshot: Snapshot, peer: str, round: int, max_tokens: int) -> None:
+    """BadBytesError unless this is a pseudo-gradient of `peer` for `round` with a believable number of tokens."""
+    manifest = snapshot.manifest
+    if snapshot.author != peer or manifest.round != round or len(manifest.roster_sha256) != (32 if round else 0):
+        raise BadBytesError("a publication of another peer or round")
+    if not 0 < manifest.tokens <= max_tokens:
+        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens, not between 1 and {max_tokens}")

@@ -1,0 +1,150 @@
+"""One round that a peer has ended: others' publications come here, and a mean is made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from swarmtrain.errors import UnreachableError
+from swarmtrain.network.rounds.answers import RoundAnswers
+from swarmtrain.network.rounds.chains import NextRosters
+from swarmtrain.network.rounds.merger import Merger, UnobtainableError
+from swarmtrain.network.rounds.roster import publication_of
+from swarmtrain.network.rounds.state_fetch import NewState
+from swarmtrain.network.snapshots.store import HeldSnapshot, Snapshot, empty_held
+from swarmtrain.network.tasks import end_tasks
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["EndedRound", "Outcome", "RosterMean"]
+
+_log = logging.getLogger("swarmtrain.network.rounds.runner")
+_Event: TypeAlias = ev.Event[pb.Signed, pb.ChainLink]
+_SignedRoster: TypeAlias = ev.SignedRoster[pb.Signed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RosterMean:
+    """The mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
+
+    roster: Roster
+    mean: bytearray
+
+
+Outcome: TypeAlias = RosterMean | NewState
+
+
+class EndedRound:
+    """Brings and merges what the engine says, from the end of this peer's inner steps on, until the round's outcome is
+    there. Its merges have one after the other what those before them found."""
+
+    def __init__(
+        self,
+        own: HeldSnapshot,
+        merger: Merger,
+        answers: RoundAnswers,
+        rosters: NextRosters,
+        tell: Callable[[_Event], None],
+    ) -> None:
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._merger, self._answers, self._rosters, self._tell = merger, answers, rosters, tell
+        self._publications = {own.snapshot.sha256: own}
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._merging: asyncio.Task[None] | None = None
+        self._mean: RosterMean | None = None
+
+    def announced(self, snapshot: Snapshot) -> None:
+        """A publication that this round may take in; none of its bytes are here yet."""
+        self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
+
+    def bring(self, bring: ev.FetchPublication) -> None:
+        """Begin to bring a publication's bytes here."""
+        self._begin(self._bring(bring))
+
+    def merge(self, one: _SignedRoster) -> None:
+        """Begin to average what a roster names, when the merge before has ended."""
+        self._mean = None
+        self._merging = self._begin(self._merge(one, self._merging))
+
+    def give_up_merge(self) -> None:
+        """That mean is not wanted any more."""
+        if self._merging is not None:
+            self._merging.cancel()
+
+    def finish(self, roster: Roster) -> None:
+        """The mean over this roster is what holds."""
+        # Another roster may name the same publications by now: the same weights come of it.
+        assert self._mean is not None and self._mean.roster.digest == roster.digest
+        self.ends(self._mean)
+
+    def ends(self, outcome: Outcome) -> None:
+        """This holds."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: BaseException) -> bool:
+        """Nothing comes of it any more. Whether anybody waits."""
+        is_open = not self.outcome.done()
+        if is_open:
+            self.outcome.set_exception(error)
+        return is_open
+
+    async def stop(self) -> None:
+        """End what is still under way."""
+        await end_tasks(self._under_way)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._work_ended)
+        return task
+
+    def _work_ended(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
+            _log.error("the work of a round ended", exc_info=error)
+
+    async def _bring(self, bring: ev.FetchPublication) -> None:
+        sha256 = bring.publication.snapshot
+        held = self._publications[sha256]
+        event: _Event = ev.PublicationFetched(sha256)
+        try:
+            await self._merger.downloads.pull(held, range(held.snapshot.num_chunks), bring.sources)
+        except UnreachableError:
+            event = ev.PublicationNotFetched(sha256)
+        except Exception:
+            _log.exception("bringing a publication of %s failed", bring.publication.peer)
+            event = ev.PublicationNotFetched(sha256)
+        self._tell(event)
+
+    async def _merge(self, one: _SignedRoster, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await end_tasks([before])
+        roster = one.roster
+        offers = ((entry.peer, self._publications.get(entry.snapshot)) for entry in roster.entries)
+        held = {peer: offer for peer, offer in offers if offer is not None}
+
+        def share_ready(share: HeldSnapshot) -> None:
+            self._answers.shared(roster.round, share)
+            self._tell(ev.ShareAveraged(roster.digest))
+
+        event: _Event
+        try:
+            mean = await self._merger.merge(roster, one.name, held, share_ready)
+            self._mean, event = RosterMean(roster=roster, mean=mean), ev.RosterMerged(roster.digest)
+            self._rosters.merged(one, [each.snapshot.signed for each in held.values()])
+        except UnobtainableError as error:
+            _log.info("round %d: %s", roster.round, error)
+            event = ev.RosterNotMerged(roster.digest, error.peers)
+        finally:  # given up too: the next merge may want the same
+            for each in held.values():
+                if each.snapshot.sha256 not in self._publications:
+                    self._publications[each.snapshot.sha256] = each
+                    self._tell(ev.PublicationFound(publication_of(each.snapshot)))
+                if each.complete:
+                    self._tell(ev.PublicationFetched(each.snapshot.sha256))
+        self._tell(event)

@@ -1,0 +1,186 @@
+"""States of other peers: pulled by a joiner, by the archive, and by whoever missed a round; checked before use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.rounds.downloads import Downloads, check_finite
+from swarmtrain.network.rounds.merger import RoundSettings
+from swarmtrain.network.rounds.roster import CheckedRosters, named
+from swarmtrain.network.snapshots.store import HeldSnapshot, empty_held, manifest_untrusted
+from swarmtrain.network.tasks import Awaited
+from swarmtrain.network.token_rows import check_token_rows_untrusted
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["JoinedState", "NewState", "PeerStates", "StateSearch", "StateServer", "StateSource"]
+
+_MAX_OFFERED = 8
+"""So many states that were offered are kept, the last: most are never taken, and have no bytes here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewState:
+    """A state pulled from another peer: outer parameters, then momentum, fp32; and the roster that led to it."""
+
+    held: HeldSnapshot
+    roster: Roster
+    signed_roster: pb.Signed
+    from_peer: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedState:
+    """What a peer that comes, or comes back, begins with."""
+
+    begins: ev.JoinsWith
+    state: NewState | None
+    told: Mapping[str, AdvertisedRound]
+    """What those say that answered."""
+
+
+class StateSource(Protocol):
+    """Where others' states come from."""
+
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """The state that a peer has, none of whose bytes are here yet; None if it has none. Raises PeerError."""
+
+    async def take(self, state: NewState) -> None:
+        """Bring its bytes here. Raises PeerError."""
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """That peer is why there is no state."""
+
+
+class PeerStates:
+    """States by the network: see `StateSource`."""
+
+    def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
+        self._downloads, self._settings, self._rosters = downloads, settings, rosters
+
+    async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
+        """See `StateSource`."""
+        reply = await self._downloads.calls.state(source, min_round)
+        if not reply.HasField("manifest"):
+            return None
+        roster, settings = self._rosters.read_untrusted(reply.roster).roster, self._settings
+        snapshot = manifest_untrusted(reply.manifest, settings.run_sha256, pb.SNAPSHOT_KIND_STATE, settings.state_specs)
+        manifest = snapshot.manifest
+        if manifest.round < min_round or manifest.round != roster.round + 1:
+            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
+        if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
+            raise BadBytesError("a state that does not fit its roster")
+        check_token_rows_untrusted(manifest)
+        return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
+
+    async def take(self, state: NewState) -> None:
+        """See `StateSource`."""
+        snapshot = state.held.snapshot
+        with self._downloads.store.showing(state.held):
+            await self._downloads.pull(state.held, range(snapshot.num_chunks), [state.from_peer])
+            await check_finite(state.held.part(0, snapshot.manifest.total_bytes))
+
+    def blame(self, peer: str, error: PeerError) -> None:
+        """See `StateSource`."""
+        self._downloads.blame(peer, error)
+
+
+class StateServer:
+    """The states that were asked for, by the engine's numbers."""
+
+    def __init__(self, source: StateSource) -> None:
+        self._source = source
+        self._offered: dict[int, NewState] = {}
+        self._taken: dict[int, NewState] = {}
+        """Those whose bytes come, or are here."""
+
+    async def fetch(self, fetch: ev.RequestState) -> ev.StateOffered[pb.Signed] | ev.StateNotFetched:
+        """Have a peer offer its state."""
+        try:
+            state = await self._source.offered_untrusted(fetch.source, fetch.min_round)
+        except PeerError as error:
+            self._source.blame(fetch.source, error)
+            state = None
+        if state is None:
+            return ev.StateNotFetched(fetch.number)
+        self._offered[fetch.number] = state
+        while len(self._offered) > _MAX_OFFERED:
+            del self._offered[next(iter(self._offered))]
+        return ev.StateOffered(fetch.number, named(state.roster, state.signed_roster))
+
+    async def take(self, number: int) -> ev.StateDownloaded | ev.StateNotFetched:
+        """Bring the bytes of one that is offered."""
+        state = self._taken[number] = self._offered.pop(number)
+        try:
+            await self._source.take(state)
+        except PeerError as error:
+            self.drop(number)  # what came of it takes memory
+            self._source.blame(state.from_peer, error)
+            return ev.StateNotFetched(number)
+        return ev.StateDownloaded(number)
+
+    def pop(self, number: int) -> NewState:
+        """One that is here, whole."""
+        return self._taken.pop(number)
+
+    def drop(self, number: int) -> None:
+        """It is not wanted any more, if it was a state: nothing of it is kept, whatever comes of its task."""
+        self._offered.pop(number, None)
+        self._taken.pop(number, None)
+
+
+class StateSearch:
+    """Asks others how far they are, and finds the state that holds among theirs."""
+
+    def __init__(self, awaited: Awaited[ev.Event[pb.Signed, pb.ChainLink]]) -> None:
+        self._awaited = awaited
+
+    async def ask_now(self, peers: Sequence[str]) -> dict[str, AdvertisedRound]:
+        """What these peers tell of themselves now; those that do not answer are missing."""
+        search = self._awaited.next_number()
+        survey = ev.SurveyPeers(search, tuple(peers))
+        told: dict[str, AdvertisedRound] = await self._awaited.result(search, survey, ev.RoundAbandoned(search))
+        return told
+
+    async def join(self, peers: Sequence[str]) -> JoinedState:
+        """What this peer begins with, which comes, or comes back, and knows these; nobody is asked twice by this."""
+        search = self._awaited.next_number()
+        joined: JoinedState = await self._awaited.result(
+            search, ev.Join(search, tuple(peers)), ev.RoundAbandoned(search)
+        )
+        return joined
+
+    async def took(self, state: NewState) -> None:
+        """This state is ours now: look once more how far its round is, into which we come late."""
+        search = self._awaited.next_number()
+        await self._awaited.result(search, ev.StateAdopted(search, state.from_peer), ev.RoundAbandoned(search))
+
+    async def holds(self, told: Mapping[str, AdvertisedRound]) -> bool:
+        """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked
+        how it came there before any is judged."""
+        is_ours, _ = await self._seek(ev.SearchState(self._awaited.next_number(), told, fetches=False))
+        return is_ours
+
+    async def fetch_told_state(
+        self, told: Mapping[str, AdvertisedRound], reason: str, above_tokens: int = 0
+    ) -> NewState | None:
+        """The state that holds, from whoever has it of those who have just `told` what they have, if it counts more
+        than `above_tokens` tokens. None if nobody has such a one, or nobody delivered."""
+        _, state = await self._seek(ev.SearchState(self._awaited.next_number(), told, above_tokens))
+        return None if state is None else dataclasses.replace(state, reason=reason)
+
+    async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
+        """The same from these peers, asked now."""
+        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
+
+    async def _seek(self, seek: ev.SearchState) -> tuple[bool, NewState | None]:
+        found: tuple[bool, NewState | None] = await self._awaited.result(
+            seek.search, seek, ev.RoundAbandoned(seek.search)
+        )
+        return found

@@ -1,0 +1,50 @@
+"""Bringing a snapshot here from one peer: what a partner, a guest, a worker or a joiner pulls goes this way."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from swarmtrain.errors import BrokenOffError, BusyError, PeerError, UnreachableError
+from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, PullStream, pull_chunks
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["ATTEMPTS", "SnapshotCalls", "download_snapshot"]
+
+_log = logging.getLogger(__name__)
+ATTEMPTS = 3
+"""How often a peer is asked whose streams break off."""
+
+
+class SnapshotCalls(Protocol):
+    """What is needed of `PeerCalls`."""
+
+    @property
+    def pull_slots(self) -> AbstractAsyncContextManager[Any]:
+        """Entered while something is pulled."""
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> PullStream:
+        """See `PeerCalls`."""
+
+
+async def download_snapshot(
+    calls: SnapshotCalls, peer: str, held: HeldSnapshot, limits: PullLimits, chunks: range | None = None
+) -> PeerError | None:
+    """Pull all of a snapshot, or only `chunks`; where a stream breaks off, the next one goes on. Raises the PeerError
+    that says why it failed: BusyError when `peer` serves others. Returns what was wrong although all is here."""
+    wanted = range(held.snapshot.num_chunks) if chunks is None else chunks
+    failures: list[PeerError] = []
+    for attempts_left in reversed(range(ATTEMPTS)):
+        failures.clear()
+        try:
+            async with calls.pull_slots:
+                blame = lambda _, error: failures.append(error)  # noqa: E731 - as short as it can be
+                await pull_chunks(held, wanted, [peer], calls.open_pull, limits, blame)
+            break
+        except UnreachableError as error:
+            failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
+            if not attempts_left or not isinstance(failure, BrokenOffError):
+                raise failure from error
+            _log.debug("%s, again: %s", peer, failure)
+    return failures[-1] if failures else None

@@ -1,0 +1,110 @@
+"""The state that this peer offers to joiners and to those who missed a round: made a snapshot when somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from swarmtrain.network.asynchronous.place_rows import add_place_rows
+from swarmtrain.network.identity import Identity
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.tasks import SingleFlight
+from swarmtrain.network.token_rows import add_token_rows
+from swarmtrain.protocol.gossip.partners import Place
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["FillManifest", "StateProvider", "state_specs"]
+
+_LOOK_S = 2.0
+
+FillManifest = Callable[[pb.Manifest], None]
+"""Adds to a manifest what only some ways to merge have."""
+
+
+def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensor table of a state: the outer parameters, then their momentum."""
+    return tuple(
+        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
+    )
+
+
+@dataclass
+class StateProvider:
+    """The newest state."""
+
+    identity: Identity
+    run_sha256: str
+    specs: Sequence[TensorSpec]
+    store: SnapshotStore
+    coverage: Callable[[], Sequence[pb.Signed]] = tuple
+    """What is told with it of the data that were seen."""
+    places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
+    """Up to where each peer is in its weights, of each fragment: asked when the body is made."""
+    progress: Progress | None = None
+    _body: Body | Callable[[], Body] | None = field(default=None, init=False)
+    _fill: FillManifest = field(default=lambda manifest: None, init=False)
+    _held: HeldSnapshot | None = field(default=None, init=False)
+    _held_of: Progress | None = field(default=None, init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _making: SingleFlight[HeldSnapshot] = field(default_factory=SingleFlight, init=False)
+
+    def put(
+        self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
+    ) -> None:
+        """Offer this one from now on; nobody may write into its buffers any more. A body that is made when asked for,
+        in a thread, is of that moment: it may hold more than `progress` counts, and is let go when nobody reads it."""
+        self._let_go(self._held)
+        self.progress, self._body, self._fill = progress, body, fill
+
+    async def held(self, min_round: int) -> tuple[Progress, HeldSnapshot] | None:
+        """The newest state as a snapshot, if it is of `min_round` or later."""
+        async with self._lock:
+            progress, body, fill = self.progress, self._body, self._fill
+            if progress is None or body is None or progress.round < min_round:
+                return None
+            held = self._held
+            if held is None or self._held_of is not progress:
+                held = await self._making.made(progress, partial(self._build, progress, body, fill))
+                self._held, self._held_of = held, progress
+                self.store.add(held)
+                if callable(body):
+                    self._look_later(held)
+            self.store.touch(held.snapshot.sha256)
+            return progress, held
+
+    def _look_later(self, held: HeldSnapshot) -> None:
+        asyncio.get_running_loop().call_later(_LOOK_S, self._look, held)
+
+    def _look(self, held: HeldSnapshot) -> None:
+        """Let a state go that nobody reads: it keeps tensors that merges have replaced, 8 bytes a parameter."""
+        if held is not self._held:  # another has followed, perhaps while this one was made
+            if self._held is None or self._held.snapshot.sha256 != held.snapshot.sha256:
+                self.store.drop(held.snapshot.sha256)
+            return
+        if self.store.is_being_read(held.snapshot.sha256):
+            self._look_later(held)
+        else:
+            self._let_go(held)
+
+    def _let_go(self, held: HeldSnapshot | None) -> None:
+        if held is not None and callable(self._body):
+            self.store.drop(held.snapshot.sha256)
+            self._held = self._held_of = None
+
+    def _build(self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest) -> HeldSnapshot:
+        made = body() if callable(body) else body  # what is merged after that is told of as well, and not the reverse
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(self.run_sha256),
+            kind=pb.SNAPSHOT_KIND_STATE,
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            roster_sha256=bytes.fromhex(progress.roster_sha256),
+            coverage=self.coverage(),
+        )
+        add_token_rows(manifest, progress.peer_tokens)
+        add_place_rows(manifest, self.places())
+        fill(manifest)
+        return build_snapshot(self.identity, manifest, self.specs, made)

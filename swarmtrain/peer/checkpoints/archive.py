@@ -1,0 +1,140 @@
+"""What a bootstrap knows with its archive: whose tokens the weights hold, what was merged, what was seen of the data.
+
+It gives all to whoever takes the archive, together with everyone's counts: all who trained may be gone by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.network.coverage import CarriedRows
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.manager import CheckpointManager
+from swarmtrain.peer.merging.consensus_state import ConsensusState
+from swarmtrain.protocol.archive.schedule import ArchiveSchedule, adds_to_archive, tokens_gained
+from swarmtrain.protocol.gossip.partners import Place
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.tokens.progress import Progress
+
+__all__ = ["Archive", "checkpoint_of"]
+
+_log = logging.getLogger(__name__)
+_HOLDS = "holds"
+_ROWS = "shard_rows"
+_PLACES = "places"
+_SLACK_ROUNDS = 4
+"""What a state counts of the others is up to so many of their rounds old."""
+
+
+@dataclass
+class Archive:
+    """Of one swarm: of a run, or of a pipeline's stage."""
+
+    swarm: Swarm
+    keeper: CheckpointManager
+    watch: ArchiveSchedule = field(default_factory=ArchiveSchedule)
+    holds: Mapping[str, int] = field(default_factory=dict)
+    """Each peer's tokens as far as they are in the archived weights."""
+    places: Sequence[Mapping[str, Place]] = ()
+    """Up to where each peer's publications are in them, of each fragment."""
+    rows: CarriedRows = field(init=False)
+    _served: Progress = field(default_factory=Progress)
+    _asked: Sequence[PeerInfo] = ()
+
+    def __post_init__(self) -> None:
+        self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
+        self.keeper.extras.update(
+            {
+                _HOLDS: lambda: dict(self.holds),
+                _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
+                _ROWS: self.rows.kept,
+            }
+        )
+
+    def serving(self) -> Serving:
+        """What goes with the archive to those who take it."""
+        return Serving(rows=self.rows.rows_to_send, places=lambda: self.places)
+
+    def restore(self, kept: Checkpoint | None) -> None:
+        """Go on from what was archived last time, and from what was counted since."""
+        if kept is None:
+            self.swarm.tallying.watch()
+        else:
+            self.holds = _holds_of(kept.extra.get(_HOLDS), kept.progress)
+            self.places = _places_of(kept.extra.get(_PLACES))
+            self._served = kept.progress
+            try:
+                self.rows.restore(kept.extra.get(_ROWS, []))
+            except (ValueError, TypeError) as error:
+                _log.info("what the archive says of the data is not used: %s", error)
+        self.keeper.restore_counts()
+
+    def asks(self, infos: Sequence[PeerInfo]) -> None:
+        """States of some of these volunteers, who are all that train, are asked for."""
+        self._asked = infos
+
+    def is_wanted(self, counts: Mapping[str, int], authors: Collection[str]) -> bool:
+        """Whether what they have belongs into the archive; if it is in there, they are not asked again before they have
+        more."""
+        if not tokens_gained(counts, authors, self.holds):
+            self.watch.archived(self._asked)
+            return False
+        slack_tokens = _SLACK_ROUNDS * self.swarm.published.run.round_tokens * len(self.holds)
+        if adds_to_archive(counts, authors, self.holds, slack_tokens):
+            return True
+        _log.info("what the volunteers have lacks more of the archive's tokens than it brings")
+        return not self.watch.refuse(swarm_time())
+
+    def kept_of(self, present: ConsensusState) -> Checkpoint:
+        """What is written of the swarm's present weights."""
+        self.holds, self.places = dict(present.holds), present.places
+        self.watch.archived(self._asked)
+        for _, rows in present.shard_rows:
+            self.rows.hear_untrusted(rows)
+        self._served = present.progress
+        return checkpoint_of(present, self.keeper)
+
+    async def serve_counts(self, state: OuterState, progress: Progress) -> None:
+        """Give the archived `state` with what is counted by now: tokens that were trained since it was made are the
+        run's, whoever has them, and its learning rate must not rise again. In the network thread."""
+        counts = self.swarm.tallying.contributions()
+        if sum(counts.values()) <= self._served.run_tokens:
+            return
+        self._served = dataclasses.replace(progress, run_tokens=sum(counts.values()), peer_tokens=counts)
+        kept = Checkpoint(state=state, progress=self._served, roster=None, signed_roster=None)
+        await self.keeper.offer(kept)
+
+
+def checkpoint_of(present: ConsensusState, keeper: CheckpointManager) -> Checkpoint:
+    """The swarm's present weights as a checkpoint, with what `keeper` keeps beside them."""
+    return Checkpoint(
+        state=present.state,
+        progress=present.progress,
+        roster=present.roster,
+        signed_roster=present.signed_roster,
+        extra=keeper.extra(),
+    )
+
+
+def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
+    """What a checkpoint says that its weights hold; one of before says it with its counts."""
+    if not isinstance(kept, Mapping):
+        return progress.peer_tokens
+    pairs = [(peer, tokens) for peer, tokens in kept.items() if isinstance(peer, str) and isinstance(tokens, int)]
+    return dict(pairs) if len(pairs) == len(kept) else progress.peer_tokens
+
+
+def _places_of(kept: Any) -> Sequence[Mapping[str, Place]]:
+    """What a checkpoint says of the publications in its weights; nothing if it is of before, or says something else."""
+    try:
+        return [{str(peer): (int(round), int(part)) for peer, (round, part) in each.items()} for each in kept or ()]
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.info("what the archive says of the publications in it is not used: %s", error)
+        return ()

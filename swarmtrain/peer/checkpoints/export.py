@@ -1,0 +1,189 @@
+"""Getting the model out: from a live swarm, or from what a peer left in its folder; and letting it write."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
+from swarmtrain.model.export import copy_exported, load_exported
+from swarmtrain.model.gpt import build_model, generate, num_parameters
+from swarmtrain.model.stages import build_stage, stage_shapes
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.discovery.invite import Invite
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.peer.checkpoints.checkpoint import load_newest
+from swarmtrain.peer.checkpoints.files import CheckpointFolder
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.node import (
+    PeerSettings,
+    StopFlag,
+    leave_swarm,
+    named_weights,
+    save_model,
+    save_weights,
+    start_node,
+    use_threads,
+    useful_threads,
+    wait_for,
+)
+from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import parse_published_untrusted
+
+__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "sample_text"]
+
+_log = logging.getLogger(__name__)
+_SAMPLE = 16
+
+
+def export_from_folder(folder: Path, target: Path) -> int:
+    """Copy the model that a peer left in its folder (the final one, else the archive, else the newest checkpoint's);
+    returns the run's tokens.
+
+    Raises UserError when there is none, RunTimeError when it cannot be written.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists; give a new folder with --to")
+    with _writing(target):
+        for name in ("model", "archive"):
+            source = folder / name
+            if (source / "config.json").exists():
+                try:
+                    return copy_exported(source, target)
+                except UserError as error:
+                    _log.warning("%s is not used: %s", source, error)
+        return _export_checkpoint(PeerFolder(folder), target)
+
+
+def _writing(target: Path) -> AbstractContextManager[None]:
+    return _in_words(f"the model cannot be written to {target}", "make room there, or give another folder with --to")
+
+
+@contextmanager
+def _in_words(what: str, advice: str) -> Iterator[None]:
+    """A disk that is full or read-only ends the command with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunTimeError(f"{what}: {error.strerror or error}; {advice}") from None
+
+
+def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
+    published = folder.kept_run()
+    if published is not None and published.run.pipeline.stages > 1:
+        raise UserError(
+            f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the "
+            "swarm by its invite"
+        )
+    if published is not None:
+        run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
+        found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
+        if found is not None:
+            kept, _ = found
+            model = build_model(run.model, run.run.seed)
+            save_model(target, model, kept.state.theta, published, kept.progress)
+            return kept.progress.run_tokens
+    raise UserError(
+        f"{folder.path}: no model here yet: a peer keeps a checkpoint from the first merged round on; try again then"
+    )
+
+
+def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_clock: bool = False) -> int:
+    """Join as an onlooker, take the newest state of some peer and write it as a model; returns the run's tokens.
+
+    Raises RunTimeError when nobody answers, nobody has trained yet, or the model cannot be written.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; give a new folder with --to")
+    with (
+        _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
+        tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
+        peer_folder(Path(directory)) as folder,
+    ):
+        published, weights, progress = _pulled(invite, folder, stop, accept_clock)
+    with _writing(target):
+        save_weights(target, weights, published, progress)
+    return progress.run_tokens
+
+
+def _pulled(
+    invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
+) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
+    """The run of `invite`, its present weights by name, and its counters, of a pipeline those of the first stage."""
+    network = NetworkThread()
+    swarm = node = None
+    try:
+        node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
+        finding = find_run(node, invite.run_sha256, invite.peers, accept_clock=accept_clock)
+        source = wait_for(network.submit(finding), stop).peer
+        calls = PeerCalls(node, invite.run_sha256)
+        published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
+        weights: dict[str, Tensor] = {}
+        counters: list[Progress] = []
+        for part, module in _parts(published):
+            specs = tensor_specs(module.named_parameters())
+            me = PeerInfo(peer=node.identity.peer_id)
+            swarm = Swarm(node, part, specs, average_bytes_untrusted, lambda event: None, me)
+            wait_for(network.submit(swarm.start(invite.peers)), stop)
+            live = [info.peer for info in swarm.membership.live()]
+            present = wait_for(network.submit(fetch_consensus_state(swarm, live[:_SAMPLE], "export")), stop)
+            if present is None:
+                raise RunTimeError(
+                    "nobody has a model to give yet: the first round is not over, or all have left; try "
+                    "again in a minute, or export from a peer's folder with --dir"
+                )
+
+            weights |= named_weights(present.state.theta, specs)
+            counters.append(present.progress)
+        return published, weights, counters[0]
+    except NewerRunError as error:
+        raise VersionError(str(error)) from None
+    except PeerError as error:
+        raise RunTimeError(f"the swarm did not deliver its model: {error}; try again in a minute") from None
+    finally:
+        leave_swarm(network, swarm, node)
+
+
+def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
+    """The swarms whose weights are the model together, and what has them: the run's own, or that of each stage."""
+    run = published.run
+    if run.published is None or run.published.boundaries is None:
+        yield published, build_model(run.model, run.run.seed)
+        return
+    for number, shape in enumerate(stage_shapes(run.model, run.published.boundaries)):
+        yield published.of_stage(number), build_stage(shape, run.run.seed)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model writes: how much, how freely, and with how many threads (0: as many as are of use)."""
+
+    num_tokens: int
+    temperature: float
+    seed: int
+    threads: int = 0
+
+
+def sample_text(
+    folder: Path, prompt: str, sampling: Sampling, advance: Callable[[int], None] = lambda number: None
+) -> str:
+    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model. `advance` is
+    told of each token."""
+    exported = load_exported(folder)
+    use_threads(sampling.threads or useful_threads(exported.model))
+    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
+    tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
+    number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
+    written = generate(exported.model, tokens, number, temperature, seed, advance)
+    return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")

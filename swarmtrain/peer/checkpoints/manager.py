@@ -1,0 +1,238 @@
+"""What a peer keeps in its folder while it runs, and goes on from when it is started again.
+
+Checkpoints with the counts of everyone's tokens, and beside them `peers.json`: whom to dial when nobody of the invite
+answers any more. A bootstrap, whose checkpoints are rare, keeps the counts in `counts.json` as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarmtrain.errors import BadBytesError, RunTimeError, UserError
+from swarmtrain.events import WarningEvent
+from swarmtrain.network.codec import body_of_state
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.files import CheckpointFolder, StoredCheckpoint
+from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import Emit
+from swarmtrain.peer.training.session import Session
+from swarmtrain.v1 import control_pb2 as control_pb
+
+__all__ = ["CheckpointManager", "PeersFile", "checkpointer_of", "kept_stages", "known_peers", "run_to_resume"]
+
+_log = logging.getLogger(__name__)
+_MAX_PEERS = 16
+_NUM_AWAY = 4
+_FLUSH_S = 10.0
+_ASKED_FLUSH_S = 60.0
+_CHAIN = "chain"
+_TALLY = "tally"
+_TALLY_UNTIL = "tally_until"
+
+
+def checkpointer_of(
+    folder: PeerFolder, published: PublishedRun, peer: str, emit: Emit, stage: int | None = None
+) -> Checkpointer:
+    """What reads and writes the checkpoints of one peer in one run; those of a pipeline's stage have a folder of their
+    own."""
+    path = folder.checkpoints_path
+    if stage is not None:
+        with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+            path.mkdir(0o700, exist_ok=True)
+        path = stage_path(folder, stage)
+    return Checkpointer(CheckpointFolder(path, published.sha256, peer), emit)
+
+
+@dataclass
+class CheckpointManager:
+    """Keeps what one peer has of one run: checkpoints, and what its swarm counts."""
+
+    folder: PeerFolder
+    checkpointer: Checkpointer
+    swarm: Swarm
+    emit: Emit
+    stage: int | None = None
+    """Of a pipeline, whose counts have a file of their own."""
+    peers: PeersFile | None = None
+    """Kept beside the checkpoints; of a pipeline it is kept for the whole run."""
+    extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
+    _kept_rows: list[list[str | int | float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        swarm = self.swarm
+        own: dict[str, Callable[[], Any]] = {_TALLY: swarm.tallying.kept, _TALLY_UNTIL: swarm_time}
+        if not swarm.asynchronous:
+            own[_CHAIN] = swarm.rounds.chains.kept
+        self.extras = own | self.extras
+
+    async def restore(self, kept: Checkpoint) -> None:
+        """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
+        swarm = self.swarm
+        self._restore_counts(kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
+        if not swarm.asynchronous and _CHAIN in kept.extra:
+            chains, settings = swarm.rounds.chains, swarm.rounds.settings
+            try:
+                await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
+            except BadBytesError as error:
+                _log.warning("the rosters before the checkpoint's are not known: %s", error)
+        await self.offer(kept)
+
+    def _restore_counts(self, rows: Any, until_s: Any) -> None:
+        try:
+            self.swarm.tallying.restore(rows, None if until_s is None else float(until_s))
+        except (ValueError, TypeError) as error:
+            self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
+
+    async def offer(self, kept: Checkpoint) -> None:
+        """Offer the state of a checkpoint to the others. In the network thread."""
+        swarm = self.swarm
+        if kept.roster is not None and kept.signed_roster is not None:
+            swarm.rounds.know_roster(kept.roster, kept.signed_roster)
+        swarm.set_state(kept.progress, body_of_state(kept.state))
+
+    # ------------------------------------------------------------- while it runs
+
+    def extra(self) -> dict[str, Any]:
+        """What others want to keep in a checkpoint taken now."""
+        return {name: give() for name, give in self.extras.items()}
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Have it written, and beside it whom this peer knows."""
+        self.checkpointer.offer(checkpoint, None if self.peers is None else self.peers.keep)
+
+    def keep_round(self, session: Session) -> None:
+        """After a round: have the replica's state written, with what is its own and the roster behind it, if any."""
+        swarm, replica = self.swarm, session.replica
+        last = swarm.rounds.last
+        if not swarm.asynchronous and (last is None or last[0].digest != replica.progress.roster_sha256):
+            _log.warning("no checkpoint of round %d: its roster is not known", replica.progress.round)
+            return
+        room = self.checkpointer.room(replica.state.size)
+        self.keep(
+            Checkpoint(
+                state=replica.state.settled(),
+                progress=replica.progress,
+                roster=None if last is None else last[0],
+                signed_roster=None if last is None else last[1],
+                own=session.own_part(room),
+                extra=self.extra(),
+            )
+        )
+
+    # ------------------------------------------------------------- for who asks
+
+    def flushed(self) -> control_pb.CheckpointReply:
+        """The newest checkpoint, once it is on the disk. Within a round there is nothing to keep: it is of the last
+        one's end. Raises RunTimeError when there is none or it cannot be written."""
+        done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
+        if not done:
+            raise RunTimeError(
+                f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room"
+            )
+        if last is None:
+            raise RunTimeError(
+                "there is no checkpoint yet: the first is written when the first round is merged; try again then"
+            )
+        return control_pb.CheckpointReply(round=last.round, path=str(last.path))
+
+    def show(self, status: control_pb.PeerStatus) -> None:
+        """Fill in the newest checkpoint on the disk."""
+        if (last := self.checkpointer.last) is not None:
+            kept = control_pb.KeptCheckpoint(round=last.round, time=last.time, size_bytes=last.size_bytes)
+            status.checkpoint.CopyFrom(kept)
+
+    def restore_counts(self) -> None:
+        """Count on from `counts.json` too, if it is of this run: the greater count stands, so that an old one does no
+        harm."""
+        kept = self.folder.kept_counts(self.stage)
+        if isinstance(kept, dict) and kept.get("run_sha256") == self.swarm.published.sha256:
+            self._restore_counts(kept.get(_TALLY, []), kept.get(_TALLY_UNTIL))
+
+    def keep_counts(self) -> None:
+        """Write down what is counted, if that has changed: a kill must not lose it until the next checkpoint. From any
+        thread; raises OSError."""
+        rows = self.swarm.tallying.kept()
+        if rows and rows != self._kept_rows:
+            counts = {"run_sha256": self.swarm.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
+            self.folder.keep_counts(counts, self.stage)
+            self._kept_rows = rows
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, some seconds at most."""
+        if not self.checkpointer.close(_FLUSH_S):
+            _log.warning("the last checkpoint is not on the disk; the one before it is")
+
+
+class PeersFile:
+    """Keeps `peers.json`: whom to dial when started again. Usable from any thread."""
+
+    def __init__(self, folder: PeerFolder, swarm: Swarm) -> None:
+        self._folder, self._swarm = folder, swarm
+        self._known = folder.kept_peers()
+        self._lock = threading.Lock()
+
+    def keep(self) -> None:
+        """Write them down, if they have changed. Raises OSError."""
+        infos = sorted(self._swarm.membership.live(), key=lambda info: not info.is_bootstrap)
+        live = [InvitedPeer(info.peer, info.addresses) for info in infos if info.addresses]
+        with self._lock:
+            known = known_peers(live, self._known)
+            if known != self._known:
+                self._folder.keep_peers(known)
+                self._known = known
+
+
+def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> tuple[InvitedPeer, ...]:
+    """Those of now, then those of before, a few at least: who is away for a moment may be the only one to come back."""
+    here = {peer.peer for peer in newest}
+    away = [peer for peer in before if peer.peer not in here]
+    return (*newest[: _MAX_PEERS - min(len(away), _NUM_AWAY)], *away)[:_MAX_PEERS]
+
+
+def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stages: int) -> Mapping[int, int]:
+    """Of which stages of a pipeline there are checkpoints, and of which round the newest of each is."""
+    rounds: dict[int, int] = {}
+    for stage in range(num_stages):
+        files = CheckpointFolder(stage_path(folder, stage), published.of_stage(stage).sha256, peer)
+        with contextlib.suppress(OSError):
+            newest = next((entry for entry in files.newest_first() if isinstance(entry, StoredCheckpoint)), None)
+            if newest is not None:
+                rounds[stage] = newest.manifest["round"]
+    return rounds
+
+
+def stage_path(folder: PeerFolder, stage: int) -> Path:
+    """Where the checkpoints of a stage are."""
+    return folder.checkpoints_path / f"stage-{stage}"
+
+
+def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun | None:
+    """The run of `invite`, if it is kept in the folder whole and with a checkpoint to go on from."""
+    try:
+        published = folder.kept_run()
+    except UserError as error:
+        _log.info("not resumed: %s", error)
+        return None
+    if published is None or published.sha256 != invite.run_sha256:
+        return None
+    files = CheckpointFolder(folder.checkpoints_path, published.sha256, peer)
+    num_stages = published.run.pipeline.stages
+    try:
+        if num_stages > 1 and kept_stages(folder, published, peer, num_stages):
+            return published
+        return published if any(isinstance(entry, StoredCheckpoint) for entry in files.newest_first()) else None
+    except OSError as error:
+        _log.warning("not resumed: the checkpoints in %s cannot be read: %s", files.path, error.strerror)
+        return None

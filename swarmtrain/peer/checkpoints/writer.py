@@ -1,0 +1,242 @@
+"""Writes checkpoints in a thread of its own, so that training waits only while the moments are copied.
+
+Theta and momentum are new tensors after every outer step and nobody writes into them: they need no copy. When the
+disk is slower than the rounds, the newest checkpoint replaces the one that waits. A disk that is full or cannot be
+written never ends training: it is said in plain words, again every five minutes, and once when it works again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import LentMoments
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint, load_newest, save
+from swarmtrain.peer.checkpoints.files import CheckpointFolder, Written
+from swarmtrain.peer.lifecycle.process import trim_heap
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import RunFile
+
+__all__ = ["MOST_COPIED", "Checkpointer"]
+
+_log = logging.getLogger(__name__)
+_REPEAT_S = 300.0
+_NICER_BY = 5
+MOST_COPIED = 4_000_000
+"""Moments of so many parameters at most, 32 MB, are copied for the writer; of more they are lent: between two rounds
+nobody changes them before the first step's gradient is there, and that takes longer the more there are."""
+
+
+@dataclass
+class Checkpointer:
+    """Takes checkpoints from one thread and writes them in another; anybody may look at `last` and `flush`."""
+
+    folder: CheckpointFolder
+    emit: Callable[[Event], None]
+    now: Callable[[], float] = time.monotonic
+    last: Written | None = None
+    """The newest checkpoint on the disk, if one was written or found."""
+    durable: Progress | None = None
+    """The progress that `last` keeps."""
+    _change: threading.Condition = field(default_factory=threading.Condition)
+    _waiting: Checkpoint | None = None
+    _beside: Callable[[], None] | None = None
+    _num_offered: int = 0
+    _done: int = 0
+    """Number of the newest offer whose writing has ended, well or not."""
+    _written: int = 0
+    """Number of the newest offer that is on the disk."""
+    _closed: bool = False
+    _thread: threading.Thread | None = None
+    _rooms: list[Tensor] = field(default_factory=list)
+    _num_to_prepare: int = 0
+    _warned_s: float | None = None
+    _failing: bool = False
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def load(self, run: RunFile, num_parameters: int) -> Checkpoint | None:
+        """The newest checkpoint that is whole; a warning for each that is not used."""
+        found = load_newest(self.folder, run, num_parameters, lambda message: self.emit(WarningEvent(message=message)))
+        if found is None:
+            return None
+        kept, self.last = found
+        self.durable = kept.progress
+        return kept
+
+    def prepare(self, num_parameters: int) -> None:
+        """Make room for moments beforehand: fresh memory costs several times as much to fill as memory in use."""
+        if num_parameters > MOST_COPIED:
+            return
+        with self._change:
+            self._num_to_prepare = num_parameters
+            self._start()
+            self._change.notify_all()
+
+    def room(self, num_parameters: int) -> Tensor | None:
+        """A place (2, P) to copy moments into, for the next `offer`; None where they are too many, and are lent. The
+        checkpoint that waits is given up for it."""
+        with self._change:
+            while self._num_to_prepare:
+                self._change.wait()
+            if self._waiting is not None:
+                self._recycle(self._waiting)
+                self._waiting = None
+            if self._rooms:
+                return self._rooms.pop()
+        if num_parameters > MOST_COPIED:
+            return None
+        return torch.empty(2, num_parameters)
+
+    def offer(self, checkpoint: Checkpoint, beside: Callable[[], None] | None = None) -> None:
+        """Write `checkpoint` when the writer is free, unless a newer one comes before that. Returns at once. After it
+        the writing thread calls `beside`, for small files that are kept with it; that may raise OSError."""
+        with self._change:
+            if self._waiting is not None:
+                self._recycle(self._waiting)
+            self._waiting, self._beside = checkpoint, beside
+            self._num_offered += 1
+            self._start()
+            self._change.notify_all()
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until what was offered last, or a newer one, is on the disk, `limit_s` at most; whether it is."""
+        with self._change:
+            asked = self._num_offered
+            self._change.wait_for(lambda: self._done >= asked or self._closed, limit_s)
+            return self._written >= asked
+
+    def close(self, limit_s: float) -> bool:
+        """`flush`, and end the thread. A checkpoint that is not done by then is left unfinished, which harms none."""
+        done = self.flush(limit_s)
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        return done
+
+    # ------------------------------------------------------------- the writer's side
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+            self._thread.start()
+
+    def _recycle(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.own is None:
+            return
+        moments = checkpoint.own.moments
+        if isinstance(moments, LentMoments):
+            moments.forget()
+        elif len(self._rooms) < 2:
+            self._rooms.append(moments.vectors)
+
+    def _work(self) -> None:
+        """Until it is closed; with lent moments until one checkpoint is written. The trainer's first step waits for who
+        reads them, so that a thread is nice only from then on, and none becomes less so."""
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting or self._closed or self._num_to_prepare)
+                if self._closed:
+                    return
+                num_parameters = self._num_to_prepare
+                if not num_parameters:
+                    checkpoint, self._waiting, number = self._waiting, None, self._num_offered
+                    beside = self._beside
+            if num_parameters:
+                self._prepare(num_parameters)
+                continue
+            assert checkpoint is not None
+            is_written = self._write(checkpoint, beside)
+            if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
+                trim_heap()
+            with self._change:
+                self._recycle(checkpoint)
+                self._done = number
+                self._written = number if is_written else self._written
+                self._change.notify_all()
+                if checkpoint.own is not None and isinstance(checkpoint.own.moments, LentMoments):
+                    self._thread = None
+                    if self._waiting is not None or self._num_to_prepare:
+                        self._start()
+                    return
+            checkpoint = None  # or it would be held until the next one
+
+    def _prepare(self, num_parameters: int) -> None:
+        _be_nice()
+        rooms = []
+        try:
+            # numpy fills in this thread alone; torch would start a team of threads for it.
+            rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
+        except MemoryError:
+            _log.warning("no memory to copy the moments of %d parameters beforehand", num_parameters)
+        with self._change:
+            self._rooms += rooms
+            self._num_to_prepare = 0
+            self._change.notify_all()
+
+    def _write(self, checkpoint: Checkpoint, beside: Callable[[], None] | None) -> bool:
+        try:
+            self.last = save(self.folder, checkpoint, _be_nice)
+            self.durable = checkpoint.progress
+        except OSError as error:
+            self._failing = True
+            self._complain(self._in_words(error))
+        except Exception as error:  # the boundary of this thread: training must not end because of it
+            _log.exception("writing a checkpoint")
+            self._failing = True
+            self._complain(f"no checkpoint could be written: {error}")
+        else:
+            if self._failing:
+                self._failing, self._warned_s = False, None
+                self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
+            if beside is not None:
+                _write_beside(beside)
+            return True
+        return False
+
+    def _in_words(self, error: OSError) -> str:
+        where = self.folder.path
+        kept = "training goes on, but a restart would begin at an older checkpoint"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk is full, no checkpoint could be written to {where}: {kept}; make room"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return f"no checkpoint could be written, {where} is read-only: {kept}; make it writable"
+        return f"no checkpoint could be written to {where} ({error.strerror}): {kept}; look after the disk"
+
+    def _complain(self, message: str) -> None:
+        _log.info("%s", message)
+        now = self.now()
+        if self._warned_s is None or now >= self._warned_s + _REPEAT_S:
+            self._warned_s = now
+            self.emit(WarningEvent(message=message))
+
+
+def _write_beside(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:  # the checkpoint is on the disk all the same
+        _log.info("not written beside the checkpoint: %s", error)
+    except Exception:  # the boundary of this thread
+        _log.exception("writing beside a checkpoint")
+
+
+def _be_nice() -> None:
+    """Where niceness is each thread's own, the writer yields to the trainer; by little, for it holds a lock of
+    Python's now and then that the trainer must not wait for."""
+    if sys.platform == "linux":
+        try:
+            thread, usual = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())
+            os.setpriority(os.PRIO_PROCESS, thread, usual + _NICER_BY)
+        except OSError as error:
+            _log.debug("niceness: %s", error)

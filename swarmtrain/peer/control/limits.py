@@ -1,0 +1,306 @@
+"""Keeps a volunteer to what it may take of its machine: rests it, slows it, and takes changes while it runs.
+
+A thread of its own measures and decides every few seconds (the decisions are `protocol/limits.py`); the number of
+threads is changed by the trainer between two steps, since it belongs to the thread that trains.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.network.node import TrafficCount
+from swarmtrain.peer.control.usage import Usage, set_niceness
+from swarmtrain.peer.estimate import Estimate, estimate
+from swarmtrain.peer.training.pause import PauseSwitch
+from swarmtrain.protocol.limits import (
+    ALWAYS,
+    IdleWatch,
+    Limits,
+    MemoryWatch,
+    exact_size,
+    parse_hours,
+    size_of_limit,
+)
+from swarmtrain.run import NetworkSection, RunFile
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import counted, size_in_words
+
+__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
+
+LOOK_EVERY_S = 3.0
+
+_log = logging.getLogger(__name__)
+
+
+class Measured(Protocol):
+    """What is measured; see `Usage`."""
+
+    @property
+    def num_processors(self) -> int: ...
+
+    def others_s(self) -> float: ...
+
+    def memory_bytes(self) -> int: ...
+
+
+def local_time() -> datetime.datetime:
+    """This machine's wall clock, in the zone it is in now: laptops travel."""
+    time.tzset()
+    return datetime.datetime.now()
+
+
+class LimitKeeper:
+    """Holds a `PauseSwitch` as the limits say. Usable from any thread, `between_steps` from the trainer's."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        pause: PauseSwitch,
+        emit: Callable[[Event], None],
+        measured: Measured | None = None,
+        local_now: Callable[[], datetime.datetime] = local_time,
+        *,
+        expected: Callable[[], Estimate | None] = lambda: None,
+    ) -> None:
+        """`expected`: what the run costs this peer, as far as it is known."""
+        self._limits, self._pause, self._emit = limits, pause, emit
+        self._measured = measured or Usage()
+        self._local_now = local_now
+        self._idle = IdleWatch(self._measured.num_processors)
+        self._memory = MemoryWatch()
+        self._held: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._traffic: TrafficCount | None = None
+        self._network = NetworkSection()
+        self._expected = expected
+        self._all_threads = torch.get_num_threads()
+        self._threads = self._all_threads
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0)
+
+    # ------------------------------------------------------------- what is in force
+
+    def limits(self) -> pb.Limits:
+        """What it may take now."""
+        with self._lock:
+            limits, traffic = self._limits, self._traffic
+        return pb.Limits(
+            threads=limits.threads,
+            memory_bytes=limits.memory_bytes,
+            nice=self._nice,
+            only_when_idle=limits.only_when_idle,
+            hours=limits.hours.text,
+            up_mbit=None if traffic is None else traffic.up.bytes_per_s / BYTES_PER_S_OF_MBIT,
+            down_mbit=None if traffic is None else traffic.down.bytes_per_s / BYTES_PER_S_OF_MBIT,
+            slowdown=limits.slowdown if limits.slowdown != 1 else None,
+        )
+
+    def change(self, wanted: pb.Limits) -> str:
+        """Change what `wanted` names; returns what happens now. UserError says what is allowed."""
+        try:
+            given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
+            if "hours" in given:
+                given["hours"] = parse_hours(given["hours"])
+            with self._lock:  # what may be refused comes first: then nothing has changed
+                changed = self._limits.with_changes(**given)
+                if self._traffic is not None:
+                    _check_link(changed, self._network)
+                if "nice" in given:
+                    self._set_nice(changed.nice)
+                if self._traffic is not None:
+                    limit_link(self._traffic, changed, self._network)
+                self._limits = changed
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.tick()
+        return self._in_words(given)
+
+    def _in_words(self, given: dict[str, object]) -> str:
+        limits, said = self._limits, []
+        if "threads" in given:
+            threads = f"{counted(limits.threads or self._all_threads, 'thread')} from the next inner step on"
+            said.append(threads + self._too_many(limits.threads))
+        if "memory_bytes" in given:
+            said.append(f"memory {size_of_limit(limits.memory_bytes)}{self._too_little(limits.memory_bytes)}")
+        if "nice" in given:
+            said.append(f"niceness {limits.nice}")
+        if "only_when_idle" in given:
+            said.append("trains only while other programs are idle" if limits.only_when_idle else "trains at any load")
+        if "hours" in given:
+            said.append("trains at any hour" if limits.hours == ALWAYS else f"trains in the hours {limits.hours.text}")
+        for name, verb in (("up_mbit", "sends"), ("down_mbit", "receives")):
+            if name in given:
+                mbit = getattr(limits, name)
+                said.append(f"{verb} at most {mbit:g} Mbit/s" if mbit else f"{verb} as fast as the link")
+        rests = self._pause.reason
+        said.append(f"it rests: {rests}" if rests else "it trains")
+        return "; ".join(said)
+
+    def _too_many(self, threads: int) -> str:
+        """What to say of more threads than can work at once."""
+        cores = self._measured.num_processors
+        return f", more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
+
+    def _too_little(self, limit_bytes: int) -> str:
+        """What to say of a limit that the run is expected to pass."""
+        expected = self._expected() if limit_bytes else None
+        if expected is None or expected.memory_bytes <= limit_bytes:
+            return ""
+        return f", and {_needs_in_words(expected)}: it rests once it uses more than allowed"
+
+    # ------------------------------------------------------------- keeping them
+
+    def start(self) -> None:
+        """Apply the limits for the first time, in the trainer's thread. UserError when one cannot be."""
+        self._set_nice(self._limits.nice)
+        self.between_steps()
+        self.tick()
+
+    def limit_link(self, traffic: TrafficCount, network: NetworkSection) -> None:
+        """Keep this peer's link to the limits, and to those of a run where there are none; as `limit_link`."""
+        with self._lock:
+            limit_link(traffic, self._limits, network)
+            self._traffic, self._network = traffic, network
+
+    def between_steps(self) -> None:
+        """Apply the number of threads; costs nothing unless it has changed."""
+        wanted = self._limits.threads or self._all_threads
+        if wanted != self._threads:
+            torch.set_num_threads(wanted)
+            self._threads = wanted
+
+    def _set_nice(self, nice: int | None) -> None:
+        if nice is None:
+            return
+        try:
+            set_niceness(nice)
+        except PermissionError:
+            raise UserError(
+                f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
+                f"with --nice {nice}"
+            ) from None
+        self._nice = nice
+
+    def tick(self) -> None:
+        """Measure, decide, and hold or release the switch."""
+        with self._lock:
+            limits, now_s = self._limits, time.monotonic()
+            self._apply("hours", limits.hours.rest(self._local_now()))
+            self._apply("idle", self._idle_rest(now_s, limits))
+            used_bytes = self._measured.memory_bytes() if limits.memory_bytes else 0
+            rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
+            self._apply("memory", rest)
+        if warning:
+            expected = self._expected()  # asks for the limits in turn
+            self._emit(WarningEvent(message=warning + (f"; {_needs_in_words(expected)}" if expected else "")))
+
+    def _idle_rest(self, now_s: float, limits: Limits) -> str:
+        if not limits.only_when_idle:
+            self._idle = IdleWatch(self._measured.num_processors)
+            return ""
+        return self._idle.rest(now_s, self._measured.others_s())
+
+    def _apply(self, source: str, reason: str) -> None:
+        if reason == self._held.get(source, ""):
+            return
+        self._held[source] = reason
+        if reason:
+            _log.info("rests: %s", reason)
+            self._pause.hold(source, reason)
+        else:
+            _log.info("no longer held back by %s", source)
+            self._pause.release(source)
+
+
+_FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
+
+
+def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
+    """Limits that a person changed as options of `join`; None for what is not limited any more."""
+    numbers = {"--threads": "threads", "--nice": "nice", "--up": "up_mbit", "--down": "down_mbit"}
+    found: dict[str, tuple[str, ...] | None] = {
+        option: (f"{getattr(wanted, name):.15g}",) for option, name in numbers.items() if wanted.HasField(name)
+    }
+    if wanted.HasField("threads") and not wanted.threads:
+        found["--threads"] = None
+    if wanted.HasField("memory_bytes"):
+        found["--memory"] = (exact_size(wanted.memory_bytes),) if wanted.memory_bytes else None
+    if wanted.HasField("only_when_idle"):
+        found["--only-when-idle"] = () if wanted.only_when_idle else None
+    if wanted.HasField("hours"):
+        found["--hours"] = None if parse_hours(wanted.hours) == ALWAYS else (wanted.hours,)
+    return found
+
+
+@contextmanager
+def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
+    """Inside, the limits are kept."""
+    keeper.start()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_EVERY_S):
+            try:
+                keeper.tick()
+            except (psutil.Error, OSError) as error:
+                _log.warning("this machine could not be measured: %s", error)
+            except Exception:  # a task's boundary: it looks at the peer's status too, and limits are kept on
+                _log.exception("limits")
+
+    thread = threading.Thread(target=look, name="limits", daemon=True)
+    thread.start()
+    try:
+        yield keeper
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _needs_in_words(cost: Estimate) -> str:
+    return f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}"
+
+
+def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
+    """UserError when this run cannot keep to the limit, even with one partner only."""
+    if not limit_bytes:
+        return
+    cost = estimate(run, num_parameters, num_peers=2)
+    if cost.memory_bytes > limit_bytes:
+        raise UserError(
+            f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')} "
+            f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
+            f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
+            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"
+        )
+
+
+def limit_link(traffic: TrafficCount, limits: Limits, network: NetworkSection) -> None:
+    """Keep what is sent and received to `limits`, and where those say nothing to what the run says. UserError when that
+    is too little for the run: every transfer would be given up for slowness."""
+    _check_link(limits, network)
+    up_mbit = network.up_mbit if limits.up_mbit is None else limits.up_mbit
+    down_mbit = network.down_mbit if limits.down_mbit is None else limits.down_mbit
+    traffic.up.bytes_per_s = BYTES_PER_S_OF_MBIT * up_mbit
+    traffic.down.bytes_per_s = BYTES_PER_S_OF_MBIT * down_mbit
+
+
+def _check_link(limits: Limits, network: NetworkSection) -> None:
+    for name, mbit in (("up", limits.up_mbit), ("down", limits.down_mbit)):
+        if mbit is not None and 0 < mbit < network.least_mbit:
+            raise UserError(
+                f"{name}: {mbit:g} Mbit/s is too little for this run, in which transfers slower than "
+                f"{size_in_words(network.least_bytes_per_s)}/s are given up; allowed: 0 (no limit), or at least "
+                f"{network.least_mbit:g}"
+            )

@@ -1,0 +1,394 @@
+"""A peer under control: its status board, its control server, and what the server may do to it.
+
+`control_session` surrounds a peer's life from the moment its folder is held. The peer tells it what it has (a swarm, an
+exchange, a pause switch) as soon as it has it; until then a call says that the peer is still starting.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.files import Written, newest_written
+from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
+from swarmtrain.peer.control.growth import Growth
+from swarmtrain.peer.control.health import health
+from swarmtrain.peer.control.server import ControlHandlers, ControlServer, read_status
+from swarmtrain.peer.estimate import Estimate
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, process_age_s
+from swarmtrain.peer.lifecycle.stop import StopFlag, StopTraining
+from swarmtrain.peer.merging.roster_exchange import SwarmExchange
+from swarmtrain.peer.training.pause import ASKED, PauseSwitch
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.pipeline.stages import places_of
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import counted, stages_in_words
+
+__all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "control_session", "swarm_looker", "volunteer_pulse"]
+
+MAX_SHOWN_PEERS = 1024
+_PATIENCE_S = 60.0
+_FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes here
+_STEPS_OF_PATIENCE = 4
+_COUNTS_LAG_S = 15.0
+"""So old is at most what a bootstrap has counted: progress records are written and read every few seconds."""
+
+
+class Checkpoints(Protocol):
+    """What a peer keeps, see `CheckpointManager`."""
+
+    def flushed(self) -> pb.CheckpointReply:
+        """The newest one, once it is on the disk. Raises RunTimeError."""
+        ...
+
+    def show(self, status: pb.PeerStatus) -> None:
+        """Fill in the newest one on the disk."""
+
+
+@dataclass
+class ControlSession:
+    """The handle a peer has of its own control: where it tells what it does and what it can."""
+
+    board: StatusBoard
+    emit: Emit
+    """Events that go through here are noted on the board."""
+    stop: StopFlag
+    reason: str = ""
+    _pause: PauseSwitch | None = None
+    _pause_asked: Callable[[bool], None] = lambda paused: None
+    _limit: Callable[[pb.Limits], str] | None = None
+    _checkpoints: Checkpoints | None = None
+
+    def ended(self, done: DoneEvent) -> DoneEvent:
+        """Its work is over; what remains is to leave."""
+        self.reason = done.reason
+        self.board.take(done)
+        self.board.doing(pb.PEER_STATE_FINISHING, "leaving: a word of goodbye to the others")
+        return done
+
+    # ------------------------------------------------------------- what it does
+
+    def starting(self, what: str) -> None:
+        """On the way to its first round, or to serving."""
+        self.board.doing(pb.PEER_STATE_STARTING, what)
+
+    def finishing(self, what: str) -> None:
+        """The run is over; there is something left to do."""
+        self.board.doing(pb.PEER_STATE_FINISHING, f"the run has its tokens: {what}")
+        self.emit(FinishingEvent(doing=what))
+
+    def check(self) -> None:
+        """`StopFlag.check`, from within something long that gets further."""
+        self.board.beat()
+        self.stop.check()
+
+    def takes_orders(
+        self, pause: PauseSwitch, pause_asked: Callable[[bool], None], limit: Callable[[pb.Limits], str]
+    ) -> None:
+        """It trains: from now on a person may pause it, which `pause_asked` is told of, and change its limits."""
+        self._pause_asked, self._limit = pause_asked, limit
+        self._pause = pause  # last: who pauses it now is heard by `pause_asked`
+
+    def watch(
+        self,
+        swarm: Swarm,
+        pulse: Callable[[], Pulse],
+        checkpoints: Checkpoints,
+        estimates: Callable[[int], Estimate] | None = None,
+    ) -> None:
+        """It takes part in the swarm of its run: from now on the board looks there and at `pulse`, and the newest of
+        its checkpoints can be asked for. `estimates`: what the run costs each of so many volunteers, of one that holds
+        the whole model."""
+        run, board = swarm.published.run, self.board
+        board.add_looker(swarm_looker(board, swarm))
+        board.add_looker(checkpoints.show)
+        board.watch(
+            Watched(
+                pulse=pulse,
+                peer=swarm.presence.me.peer,
+                name=swarm.presence.me.name,
+                run_name=run.run.name,
+                run_sha256=swarm.published.sha256,
+                total_tokens=run.run.total_tokens,
+                tokens_per_step=run.tokens_per_step,
+                estimates=estimates,
+            )
+        )
+        self._checkpoints = checkpoints
+
+    def serving(self) -> None:
+        """It serves the run from now on."""
+        self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
+
+    def training_stages(self, stages: Sequence[int]) -> None:
+        """It holds these now."""
+        self.board.doing(pb.PEER_STATE_TRAINING, f"training {stages_in_words(stages)}")
+
+    # ------------------------------------------------------------- powers
+
+    def powers(self) -> ControlHandlers:
+        """What the server may do."""
+        return ControlHandlers(
+            status=self.board.status,
+            healthy=lambda: health(self.board.tick(), time.monotonic())[0],
+            leave=self._leave,
+            pause=self._order_pause,
+            resume=self._order_resume,
+            checkpoint=self._checkpoint,
+            limit=self._order_limit,
+        )
+
+    def _leave(self) -> str:
+        if self.stop.is_set():
+            self.stop.insist()
+        self.stop.stop("asked")
+        return "leaving: it finishes its step, says goodbye and ends"
+
+    def _order_pause(self) -> str:
+        if self._pause is None:
+            raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
+        is_new = self._pause.hold(ASKED, "you asked for it")
+        self._pause_asked(True)
+        if not is_new:
+            return "it was paused already; `swarmtrain resume` lets it train"
+        return "pausing: it finishes its step and leaves the swarm until you resume it"
+
+    def _order_resume(self) -> str:
+        if self._pause is None:
+            raise UserError("a bootstrap does not train: there is nothing to resume; name a volunteer")
+        was_asked = self._pause.release(ASKED)
+        self._pause_asked(False)
+        if self._pause.held:
+            return f"it rests on all the same: {self._pause.reason}"
+        if not was_asked:
+            return "it was not paused"
+        return "coming back: it trains on, from the swarm's present weights if it is more than a few rounds behind"
+
+    def _checkpoint(self) -> pb.CheckpointReply:
+        if self._checkpoints is None:
+            raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+        return self._checkpoints.flushed()
+
+    def _order_limit(self, limits: pb.Limits) -> str:
+        if self._limit is None:
+            raise UserError("the limits of this peer cannot be changed while it runs; end it, and start it with others")
+        return self._limit(limits)
+
+
+@contextmanager
+def control_session(
+    role: str, folder: PeerFolder, settings: PeerSettings, emit: Emit, stop: StopFlag
+) -> Iterator[ControlSession]:
+    """Keep a peer's board and control server while it lives, and leave its last status in the folder.
+
+    Raises UserError when a TCP address of `settings` is taken. Without a socket the peer runs all the same.
+    """
+    board = StatusBoard(role, time.time() - process_age_s())
+    if (before := read_status(folder.path)) is not None:
+        board.remember(before)
+    board.called(settings.name)
+    board.add_looker(partial(_show_checkpoint, newest_written(folder.checkpoints_path, folder.kept_sha256())))
+    control = ControlSession(board, board.listening(emit), stop)
+    settings.show_status(board.status)
+    server = ControlServer(folder.path, control.powers(), settings.control)
+    try:
+        try:
+            server.start()
+        except (RunTimeError, OSError) as error:
+            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
+        with _metrics(settings, control):
+            yield control
+        board.ended(pb.PEER_STATE_DONE, control.reason, 0)
+    except StopTraining:  # an end that was asked for before there was anything to end
+        board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
+        raise
+    except SwarmtrainError as error:
+        board.ended(pb.PEER_STATE_FAILED, str(error), error.exit_code)
+        raise
+    except BaseException as error:
+        board.ended(pb.PEER_STATE_FAILED, f"an error of swarmtrain itself: {error!r}", 1)
+        raise
+    finally:
+        server.stop()
+
+
+def _show_checkpoint(kept: Written | None, status: pb.PeerStatus) -> None:
+    """Show the one that was on the disk at the start; a peer that gets further shows its newest."""
+    if kept is not None:
+        checkpoint = pb.KeptCheckpoint(round=kept.round, time=kept.time, size_bytes=kept.size_bytes)
+        status.checkpoint.CopyFrom(checkpoint)
+
+
+def _metrics(settings: PeerSettings, control: ControlSession) -> AbstractContextManager[object]:
+    if not settings.metrics:
+        return nullcontext()
+    from swarmtrain.peer.control.metrics import serving_metrics  # with an HTTP server: only for who asks for it
+
+    return serving_metrics(settings.metrics, control.board, control.powers().healthy)
+
+
+# ---------------------------------------------------------------- where the board looks
+
+
+def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[], Pulse]:
+    """What a volunteer is doing in its rounds, read from where it happens."""
+    rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
+
+    def pulse() -> Pulse:
+        speed = exchange.swarm.presence.me.steps_per_s
+        state, about = pb.PEER_STATE_TRAINING, ""
+        patience_s = max(_PATIENCE_S, _STEPS_OF_PATIENCE / speed) if speed > 0 else _FIRST_ROUND_PATIENCE_S
+        round, done, steps = rounds.current_round, rounds.inner_steps_done, exchange.round_steps
+        if exchange.num_missing:
+            state = pb.PEER_STATE_WAITING
+            doing = f"waiting for {_volunteers(exchange.num_missing, 'more ')} before the first round"
+        elif done < steps or not steps:
+            doing = f"training round {round}: {done} of {steps} steps"
+        else:
+            about, patience_s = rounds.waiting_for, limit_s + _PATIENCE_S
+            doing = f"merging round {round}" + _merging(board, about, rounds.waiting_until_s - swarm_time())
+        return Pulse(
+            state=state,
+            doing=doing,
+            about=about,
+            round=round,
+            inner_steps_done=done,
+            inner_steps=steps,
+            num_steps=exchange.num_steps,
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
+            patience_s=patience_s,
+        )
+
+    return pulse
+
+
+def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
+    if not reason:
+        return ""
+    sentence = board.in_names(reason)
+    if reason.startswith("signed by "):
+        return f": fetching what is on the roster {sentence}"
+    return f": {sentence}" + (f", {max(1.0, at_most_s):.0f} s at most" if at_most_s > 0 else "")
+
+
+def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
+    """What a bootstrap is doing: serving, or waiting for whom it takes."""
+    min_peers = swarm.published.run.merge.min_peers
+
+    def pulse() -> Pulse:
+        volunteers = swarm.membership.volunteers()
+        round = max((info.round for info in volunteers), default=archived().round)
+        kept = f"the archive holds {_rounds(archived().round)}" if archived().round else "nothing is archived yet"
+        begun = bool(round) or any(info.inner_steps_done for info in volunteers)
+        missing = (1 if begun else min_peers) - len(volunteers)
+        doing = f"serving {_volunteers(len(volunteers))} in round {round}; {kept}"
+        if missing > 0:
+            more = _volunteers(missing, "more " if volunteers else "")
+            begins = "to go on" if round else "before the first round"
+            doing = f"waiting for {more} {begins}; send them the `swarmtrain join` line; {kept}"
+        return Pulse(
+            state=pb.PEER_STATE_SERVING,
+            doing=doing,
+            round=round,
+            sent_bytes=swarm.node.traffic.sent_bytes,
+            received_bytes=swarm.node.traffic.received_bytes,
+        )
+
+    return pulse
+
+
+def _rounds(number: int) -> str:
+    return counted(number, "round")
+
+
+def _volunteers(number: int, more: str = "") -> str:
+    return counted(number, f"{more}volunteer")
+
+
+def reach_in_words(swarm: Swarm) -> str:
+    """That nobody can dial this peer, or that it serves others whom nobody can dial; mostly nothing."""
+    guests = () if swarm.serving.hosting is None else swarm.serving.hosting.guests.current(swarm_time())
+    serving = f"serving the work of {counted(len(guests), 'peer')} that nobody can dial"
+    return swarm.reaching.in_words() or (serving if guests else "")
+
+
+def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
+    """Fills in who is here and who contributed what."""
+    tokens_per_step, gone, growth = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
+
+    def look(status: pb.PeerStatus) -> None:
+        status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
+        me, counts, acknowledged = swarm.presence.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
+        live = {info.peer: info for info in (*swarm.membership.live(), me)}
+        if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
+            total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
+            growth.take(total, board.now())
+            # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
+            per_s = growth.per_s(board.now())
+            most = total + round(
+                _COUNTS_LAG_S * (_told_per_s(live.values(), tokens_per_step) if per_s is None else per_s)
+            )
+            if per_s is None and status.total_tokens:  # one that lies alone does not end the run here
+                most = max(total, min(most, status.total_tokens - 1))
+            newest = min(most, statistics.median_low(told)) if told else 0
+            status.run_tokens = max(status.run_tokens, total, newest)
+        status.own_tokens = max(status.own_tokens, counts.get(me.peer, 0))
+        for info in live.values():
+            board.know_name(info.peer, info.name)
+        here = status.state not in (pb.PEER_STATE_PAUSED, pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+        shown = {*live, *heapq.nlargest(MAX_SHOWN_PEERS, counts, key=counts.__getitem__)}
+        everyone = sorted(shown, key=lambda peer: (peer not in live, -counts.get(peer, 0), peer))
+        _show_stages(status, swarm)
+        board.tell_losses({info.peer: info.loss for info in live.values() if info.training and info.loss})
+        for peer in everyone[:MAX_SHOWN_PEERS]:
+            info = live.get(peer, gone)
+            status.peers.add(
+                peer=peer,
+                name=board.name_of(peer),
+                tokens=counts.get(peer, 0),
+                present=info is not gone and (peer != me.peer or here),
+                bootstrap=info.is_bootstrap,
+                round=info.round,
+                tokens_per_s=info.steps_per_s * tokens_per_step,
+                stages=() if info.place is None else info.place.planned,
+                acknowledged_tokens=acknowledged.get(peer, 0),
+            )
+
+    return look
+
+
+def _told_per_s(live: Iterable[PeerInfo], tokens_per_step: int) -> float:
+    """Tokens a second of all together, as most say: before it is measured."""
+    speeds = [info.steps_per_s for info in live if info.training and info.steps_per_s > 0]
+    return tokens_per_step * len(speeds) * statistics.median_low(speeds) if speeds else 0.0
+
+
+def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
+    """What each stage of a pipeline does, as its peers say."""
+    num_stages = swarm.published.run.pipeline.stages
+    if num_stages == 1:
+        return
+    places = places_of([*swarm.membership.volunteers(), swarm.presence.me])
+    mine = () if swarm.presence.me.place is None else swarm.presence.me.place.planned
+    for number in range(num_stages):
+        here = [place for place in places if number in place.stages]
+        status.stages.add(
+            number=number,
+            num_peers=len(here),
+            tokens_per_s=sum(place.flow_tokens_per_s for place in here),
+            most_tokens_per_s=sum(place.tokens_per_s for place in here),
+            mine=number in mine,
+        )

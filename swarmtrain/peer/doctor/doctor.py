@@ -1,0 +1,547 @@
+"""`swarmtrain doctor`: looks at this machine, and with an invite at the run and the way to it, without joining.
+
+What is looked at is a list of steps; each step ends within its own time and gives findings. Nothing is left behind:
+what it needs of folders is temporary, and its nodes end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from swarmtrain import __version__
+from swarmtrain.errors import (
+    BadBytesError,
+    InviteError,
+    NewerRunError,
+    PeerError,
+    RunFileError,
+    SwarmtrainError,
+    UserError,
+)
+from swarmtrain.extras import install_in_words
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
+from swarmtrain.network.identity import load_or_create_identity
+from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
+from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer, ask_to_dial, knock
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.peer.doctor.machine import (
+    DiskPlace,
+    Finding,
+    check_addresses,
+    check_cache,
+    check_disk,
+    check_memory,
+    check_ports,
+    check_python,
+    check_torch,
+    machine_memory,
+    own_addresses,
+    place_of,
+    version_of,
+)
+from swarmtrain.peer.estimate import disk_bytes
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.folder_lock import holder_pid
+from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
+from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
+
+__all__ = ["Doctor", "DoctorSettings"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+CLOCK_TOLERANCE_S = 1.0
+SLOWER_THAN_OTHERS = 3.0
+_DIAL_S = 5.0
+_FETCH_S = 10.0
+_START_S = 20.0
+_MAX_OTHERS = 6
+_MAX_HELPERS = 3
+_NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
+_NEED_TORCH = frozenset({"daemon", "peers", "data", "speed"})  # hivemind imports it too
+_ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
+_LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings:
+    """What to look at; addresses are multiaddresses. `memory_of` says how much memory a peer of a run needs, of
+    `peers_assumed`."""
+
+    invite: str | None
+    directory: Path
+    cache_folder: Path
+    memory_of: Callable[[RunFile, int], int]
+    peers_assumed: int = 0
+    listen: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    data_folder: Path | None = None
+
+
+DoctorStep = tuple[str, Callable[[], Iterable[Finding]]]
+
+
+@dataclass
+class Doctor:
+    """One examination; a context manager that ends what it started. `findings` gives them one by one."""
+
+    settings: DoctorSettings
+    network: NetworkThread = field(default_factory=NetworkThread)
+    invite: Invite | None = None
+    answers: list[GreetingAnswer] = field(default_factory=list)
+    run: RunFile | None = None
+    has_torch: bool = True
+    _nodes: list[Node] = field(default_factory=list)
+    _caller: Node | None = None
+    _listener: Node | None = None
+    _temporary: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="swarmtrain-doctor-"))
+
+    def __enter__(self) -> Doctor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in self._nodes:
+            with contextlib.suppress(Exception):
+                self.network.run(node.stop(), 5)
+        self.network.stop()
+        self._temporary.cleanup()
+
+    def findings(self, begin: Callable[[str], None]) -> Iterator[Finding]:
+        """All findings, each as soon as it is known; `begin` is told what is looked at next."""
+        for name, look in self.steps():
+            if name in _NEED_TORCH and not self.has_torch:
+                continue
+            begin(name)
+            try:
+                for finding in look():
+                    self.has_torch &= (finding.check, finding.level) != ("torch", "problem")
+                    yield finding
+            except (SwarmtrainError, TimeoutError) as error:
+                yield Finding(name, "problem", f"not known: {error or 'it took too long'}", "try again in a minute")
+            except Exception as error:  # the boundary of a step: what one trips over leaves the others to be looked at
+                _log.error("the check %s failed", name, exc_info=error)
+                what = f"this check failed ({type(error).__name__}: {error})"
+                yield Finding(name, "problem", what, "a fault of swarmtrain's own: please report it")
+
+    def steps(self) -> list[DoctorStep]:
+        """What is looked at, in this order."""
+        local: list[DoctorStep] = [
+            ("python", lambda: [check_python()]),
+            ("torch", lambda: [check_torch()]),
+            ("daemon", lambda: [self.look_at_daemon()]),
+            ("ports", lambda: [self.look_at_ports()]),
+            ("addresses", lambda: [check_addresses(own_addresses())]),
+        ]
+        swarm: list[DoctorStep] = [
+            ("invite", lambda: [self.look_at_invite()]),
+            ("peers", self.look_at_peers),
+            ("run", self.look_at_run),
+            ("clock", self.look_at_clock),
+        ]
+        cost: list[DoctorStep] = [
+            ("data", self.look_at_data),
+            ("memory", lambda: [self.look_at_memory()]),
+            (
+                "disk",
+                lambda: [
+                    check_disk("disk", self.settings.directory, self._needed(lambda run, number: disk_bytes(number)))
+                ],
+            ),
+            ("cache", lambda: [check_cache(self.settings.cache_folder)]),
+            ("speed", self.look_at_speed),
+        ]
+        if self.settings.invite is None:
+            return [*local, ("run", self.look_at_kept_run), *cost]
+        # Last: until then a router that opens ports when asked has had time to.
+        return [*local, *swarm, *cost, ("reachable", lambda: [self.look_from_outside()] if self.answers else [])]
+
+    # ------------------------------------------------------------- the daemon and ports
+
+    def _start(self, name: str, listen: Sequence[str], announce: Sequence[str] = ()) -> Node:
+        """A node of its own identity; it ends with the examination at the latest. Raises RunTimeError."""
+        folder = Path(self._temporary.name) / name
+        folder.mkdir()
+        settings = NodeSettings(directory=folder, listen=tuple(listen), announce=tuple(announce), dht_mode="off")
+        key_path = folder / "identity.key"
+        node = self.network.run(Node.start(settings, load_or_create_identity(key_path), key_path), _START_S)
+        self._nodes.append(node)
+        return node
+
+    def look_at_daemon(self) -> Finding:
+        """hivemind's network daemon: whether it starts, and ends when asked to."""
+        version = f"hivemind {version_of('hivemind')}"
+        advice = "install hivemind again (pip install --force-reinstall hivemind), on Linux or macOS, x86-64 or arm64"
+        began_s = time.perf_counter()
+        try:
+            node = self._start("daemon", _LOOPBACK)
+        except SwarmtrainError as error:
+            return Finding("daemon", "problem", f"{version}: {error}", advice)
+        started_s = time.perf_counter() - began_s
+        dead = self.network.submit(node.wait_until_dead())
+        self.network.run(node.stop(), 10)
+        self._nodes.remove(node)
+        try:
+            dead.result(5)
+        except TimeoutError:
+            return Finding("daemon", "problem", f"{version}: it does not end when it is asked to", advice)
+        return Finding("daemon", "ok", f"{version}, starts in {time_in_words(started_s)} and ends when asked")
+
+    def look_at_ports(self) -> Finding:
+        """Whether this machine can listen where a peer would."""
+        pid = holder_pid(self.settings.directory)
+        used_by = f"the peer that runs in {self.settings.directory} (process {pid})" if pid else ""
+        return check_ports(self.settings.listen or _ANYWHERE, used_by)
+
+    # ------------------------------------------------------------- the swarm
+
+    def look_at_invite(self) -> Finding:
+        """Whether the invite is whole, and what it says."""
+        try:
+            invite = self.invite = parse_invite(self.settings.invite or "")
+        except InviteError as error:
+            return Finding("invite", "problem", *_with_advice(str(error)))
+        addresses = [address for peer in invite.peers for address in peer.addresses]
+        if not addresses:
+            self.invite = None
+            return Finding("invite", "problem", "it names no address", "ask for another invite")
+        return Finding(
+            "invite", "ok", f"run {invite.run_sha256[:12]}, {counted(len(invite.peers), 'peer')} at {_some(addresses)}"
+        )
+
+    def look_at_peers(self) -> Iterator[Finding]:
+        """Who of the invite answers, how quickly and how; then who else can be dialled."""
+        if self.invite is None:
+            return
+        self._caller = self._start("caller", _ANYWHERE)
+        self._start_listener()
+        silent: list[tuple[InvitedPeer, str]] = []
+        for peer, answer in self._knock(self.invite.peers):
+            if isinstance(answer, GreetingAnswer):
+                self.answers.append(answer)
+                yield _answered(answer)
+            else:
+                silent.append((peer, answer))
+        for peer, reason in silent:
+            yield _silent(peer, reason, alone=not self.answers)
+        seen = {peer.peer for peer in self.invite.peers}
+        others = {info.peer: info for answer in self.answers for info in answer.known if info.peer not in seen}
+        sample = [InvitedPeer(info.peer, info.addresses[:4]) for info in others.values() if info.addresses]
+        if sample:
+            reached = [answer for _, answer in self._knock(sample[:_MAX_OTHERS]) if isinstance(answer, GreetingAnswer)]
+            self.answers += reached
+            asked = len(sample[:_MAX_OTHERS])
+            yield Finding("peers", "ok", f"of {counted(asked, 'other')} asked, {len(reached)} can be dialled from here")
+
+    def _knock(self, peers: Sequence[InvitedPeer]) -> list[tuple[InvitedPeer, GreetingAnswer | str]]:
+        """Each peer with its answer, or why there is none; all are asked at once."""
+        assert self._caller is not None and self.invite is not None
+        coroutines = [knock(self._caller, self.invite.run_sha256, peer, _DIAL_S) for peer in peers]
+        futures = [self.network.submit(coroutine) for coroutine in coroutines]
+        found: list[tuple[InvitedPeer, GreetingAnswer | str]] = []
+        for peer, future in zip(peers, futures, strict=True):
+            try:
+                found.append((peer, future.result(4 * _DIAL_S)))
+            except PeerError as error:
+                found.append((peer, str(error)))
+        return found
+
+    def look_at_run(self) -> Iterator[Finding]:
+        """Whether somebody serves the run, and what it is."""
+        for answer in self.answers[:3]:
+            assert self._caller is not None and self.invite is not None
+            calls = PeerCalls(self._caller, self.invite.run_sha256)
+            fetching = calls.blob_untrusted(answer.peer, self.invite.run_sha256, MAX_RUN_FILE_BYTES)
+            try:
+                data = self.network.run(fetching, _FETCH_S)
+                self.run = parse_published_untrusted(data, self.invite.run_sha256)
+            except NewerRunError as error:
+                yield Finding("run", "problem", *_with_advice(str(error)))
+                return
+            except BadBytesError as error:
+                yield Finding("run", "problem", str(error), "ask for a new invite")
+                return
+            except (PeerError, TimeoutError) as error:
+                _log.debug("fetching the run from %s: %s", answer.peer, error)
+                continue
+            yield Finding("run", "ok", f"{_run_in_words(self.run)}; served by {_who(answer)}")
+            return
+        if self.answers:
+            yield Finding("run", "problem", "nobody who answers delivers the run file", "ask for a new invite")
+        else:
+            yield from self.look_at_kept_run()
+
+    def look_at_kept_run(self) -> Iterator[Finding]:
+        """Without a swarm to ask: the run that is kept in the folder, if there is one."""
+        try:
+            data = (self.settings.directory / "run.toml").read_bytes()
+            sha256 = run_sha256(data)
+            if self.invite is None or self.invite.run_sha256 == sha256:
+                self.run = parse_published_untrusted(data, sha256)
+                yield Finding("run", "ok", f"{_run_in_words(self.run)}; as kept in {self.settings.directory}")
+        except (OSError, BadBytesError) as error:
+            _log.debug("no kept run: %s", error)
+
+    def look_at_clock(self) -> Iterator[Finding]:
+        """This machine's clock against those who answered."""
+        offsets_s = [answer.offset_s for answer in self.answers if math.isfinite(answer.offset_s)]
+        if offsets_s:
+            yield check_clock(statistics.median(offsets_s), len(offsets_s))
+
+    # ------------------------------------------------------------- seen from outside
+
+    def _start_listener(self) -> None:
+        """A node that listens where the peer would, and that nobody knows."""
+        listen = self.settings.listen
+        if not listen:
+            port = PeerFolder(self.settings.directory).kept_port() or 0
+            same = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in _ANYWHERE)
+            listen = same if check_ports(same).level == "ok" else _ANYWHERE
+        try:
+            self._listener = self._start("listener", listen, self.settings.announce)
+        except SwarmtrainError as error:  # said of the port already
+            _log.debug("nothing listens: %s", error)
+
+    def look_from_outside(self) -> Finding:
+        """Whether others can dial this machine: some of those who answered are asked to try."""
+        if self._listener is None:
+            return Finding("reachable", "warning", "not known: nothing could listen here", "see ports")
+        ports = _tcp_ports(self.network.run(self._listener.addresses(), _DIAL_S))
+        helpers = sorted(self.answers, key=lambda answer: _NEARNESS[_place_of(answer.address)])[:_MAX_HELPERS]
+        assert self._caller is not None and self.invite is not None
+        identity, run = self._listener.identity, self.invite.run_sha256
+        futures = [
+            self.network.submit(ask_to_dial(self._caller, run, helper.peer, identity, ports)) for helper in helpers
+        ]
+        asked = [
+            DialBackPeer(_who(helper), helper.address, *future.result(_START_S))
+            for helper, future in zip(helpers, futures, strict=True)
+        ]
+        fixed = any(not a.endswith("/tcp/0") for a in self.settings.listen)
+        hosted = self.run is not None and self.run.merge.kind.hosting
+        return check_reachable(asked, ports, fixed=fixed, hosted=hosted)
+
+    # ------------------------------------------------------------- what the run costs
+
+    def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
+        """What `bytes_of` says of the run and its parameters; None without a run."""
+        if self.run is None or not self.has_torch:
+            return None
+        from swarmtrain.model.gpt import num_parameters
+
+        return bytes_of(self.run, num_parameters(self.run.model))
+
+    def look_at_memory(self) -> Finding:
+        """Whether the run fits into what this machine has free."""
+        return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
+
+    def look_at_data(self) -> Iterator[Finding]:
+        """Whether the text that the run trains on is here."""
+        if self.run is not None:
+            yield check_data(self.run, self.settings.data_folder)
+            if self.has_torch:
+                yield from check_rule(self.run)
+
+    def look_at_speed(self) -> Iterator[Finding]:
+        """How quickly this machine would train."""
+        if self.run is None:
+            return
+        memory, needed = machine_memory(), self._needed(self.settings.memory_of)
+        if needed is None or needed > memory.available_bytes:
+            yield Finding("speed", "warning", "not measured: the run's model does not fit", "see memory")
+            return
+        from swarmtrain.peer.training.speed import measure_speed
+
+        own = {info.peer: info.steps_per_s for answer in self.answers for info in answer.known if info.steps_per_s > 0}
+        yield check_speed(self.run, measure_speed(self.run), own)
+
+
+# ---------------------------------------------------------------- judgements
+
+
+def _some(texts: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def _who(answer: GreetingAnswer) -> str:
+    return answer.name or short_peer(answer.peer)
+
+
+def _run_in_words(run: RunFile) -> str:
+    return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {run.data.source}"
+
+
+def _with_advice(message: str) -> tuple[str, str]:
+    """What is wrong and what to do, of an error's message."""
+    what, _, advice = message.partition("; " if "; ask" in message else ": ")
+    return what, advice
+
+
+def _answered(answer: GreetingAnswer) -> Finding:
+    found = (
+        f"{_who(answer)} answers in {1000 * answer.round_trip_s:.1f} ms at {answer.address or 'a connection it opened'}"
+    )
+    if answer.misfit:
+        what, advice = _with_advice(answer.misfit)
+        return Finding("peers", "problem", f"{found}; {what}", advice)
+    if answer.version.split(".")[:2] != __version__.split(".")[:2]:
+        advice = f"this is {__version__}: run the version the others run"
+        return Finding("peers", "warning", f"{found}; it runs swarmtrain {answer.version or 'of no version'}", advice)
+    return Finding("peers", "ok", found)
+
+
+def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
+    where = _some(peer.addresses) or "no address"
+    if NOT_SERVED in reason:
+        found = f"{short_peer(peer.peer)} at {where} serves another run"
+        return Finding("peers", "problem" if alone else "warning", found, "ask for a new invite")
+    found = f"{short_peer(peer.peer)} does not answer at {where}"
+    if alone:
+        advice = "is the swarm up, and does a firewall let this machine out to that port? If so, ask for a new invite"
+        return Finding("peers", "problem", found, advice)
+    return Finding("peers", "warning", found, "nothing need be done: another peer of the invite answers")
+
+
+@dataclass(frozen=True)
+class DialBackPeer:
+    """A peer that was asked to dial this machine: where it is, what came of it, and where it reached us."""
+
+    name: str
+    address: str
+    outcome: DialOutcome
+    reached: str = ""
+
+
+def _place_of(multiaddr: str) -> DiskPlace | None:
+    match = re.match(r"/ip[46]/([^/]+)/", multiaddr)
+    return place_of(match[1]) if match else None
+
+
+def _tcp_ports(addresses: Iterable[str]) -> list[int]:
+    """The distinct ports of multiaddresses, at most as many as may be asked for."""
+    found = [re.search(r"/tcp/([0-9]+)", address) for address in addresses]
+    return list(dict.fromkeys(int(match[1]) for match in found if match is not None))[:MAX_PORTS]
+
+
+def check_reachable(
+    asked: Sequence[DialBackPeer], ports: Sequence[int], *, fixed: bool, hosted: bool = False
+) -> Finding:
+    """Whether those who were asked could dial this machine; `fixed` if the person chose the port, `hosted` if others
+    serve the work of whom nobody can dial."""
+    for one in asked:
+        if one.outcome is not DialOutcome.REACHED:
+            continue
+        place = _place_of(one.reached)
+        within = {"loopback": ", on this machine", "private": ", within this network"}.get(place or "", "")
+        nobody = "; nobody outside was there to be asked" if within else ""
+        return Finding("reachable", "ok", f"{one.name} could dial this machine at {one.reached}{within}{nobody}")
+    names = ", ".join(one.name for one in asked)
+    outcomes = {one.outcome for one in asked}
+    if DialOutcome.NOT_REACHED in outcomes:
+        tried = ", ".join(one.name for one in asked if one.outcome is DialOutcome.NOT_REACHED)
+        where = f"port {' or '.join(map(str, ports))}"
+        advice = "let the port in through this machine's firewall, and forward it in the router"
+        if not fixed:
+            advice += ", after choosing one: --listen :31337"
+        found = f"{tried} could not dial this machine at {where}: "
+        if hosted:
+            found += "two others will serve its work on, and it counts in full"
+            advice = f"nothing need be done; to be dialled, {advice}"
+        else:
+            found += "it can exchange only with peers that it dials itself"
+        return Finding("reachable", "warning", found, advice)
+    if outcomes == {DialOutcome.CANNOT}:
+        advice = f"try from elsewhere whether TCP port {ports[0] if ports else '?'} of your public address is open"
+        return Finding("reachable", "warning", f"cannot be asked: {names} run an older swarmtrain", advice)
+    found = f"not known: {', '.join(f'{one.name}: {one.outcome.value}' for one in asked)}"
+    return Finding("reachable", "warning", found, "try again in a minute")
+
+
+def check_clock(offset_s: float, num_asked: int) -> Finding:
+    """This machine's clock against the swarm's; `offset_s` is theirs less ours."""
+    if abs(offset_s) < CLOCK_TOLERANCE_S:
+        return Finding("clock", "ok", f"{abs(offset_s):.2f} s from the swarm's ({counted(num_asked, 'peer')} asked)")
+    direction = "behind" if offset_s > 0 else "ahead of"
+    found = (
+        f"this machine's clock is {abs(offset_s):.1f} s {direction} the swarm's ({counted(num_asked, 'peer')} asked)"
+    )
+    advice = "it would be corrected for the run; set it right (on Linux: timedatectl set-ntp true)"
+    return Finding("clock", "warning", found, advice)
+
+
+def check_rule(run: RunFile) -> Iterator[Finding]:
+    """Whether another package's rule of merging, if the run has one, is on this machine."""
+    from swarmtrain.peer.merging.rules import mean_of
+
+    try:
+        mean_of(run.merge.robust)
+    except RunFileError as error:
+        what, _, advice = str(error).partition("; ")
+        yield Finding("run", "problem", what, advice or "ask those who made it")
+
+
+def check_data(run: RunFile, data_folder: Path | None) -> Finding:
+    """Whether the run's text is on this machine, and enough of it for one sequence."""
+    from swarmtrain.data.documents import source_files
+    from swarmtrain.peer.lifecycle.preparation import data_base
+
+    for module, extra in (("datasets", "datasets"), ("pyarrow", "parquet"), ("tokenizers", "bpe")):
+        if extra in (run.data.source, run.model.tokenizer) and importlib.util.find_spec(module) is None:
+            found = f"this run needs the package {module}, which is not installed"
+            return Finding("data", "problem", found, install_in_words(extra))
+    try:
+        base = data_base(run, data_folder)
+        if run.data.source == "datasets":
+            return Finding("data", "ok", f"data set {run.data.dataset}: fetched when you join, not looked at here")
+        files = source_files(run.data, base)
+        num_bytes = sum(file.path.stat().st_size for file in files)
+    except (RunFileError, UserError) as error:
+        what, is_theirs, advice = str(error).partition(": give their folder ")
+        if is_theirs:
+            return Finding("data", "problem", what, f"give their folder {advice}")
+        what, _, advice = str(error).partition("; ")
+        return Finding("data", "problem", what, advice)
+    except OSError as error:
+        return Finding("data", "problem", f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
+    found = f"{run.data.source}: {counted(len(files), 'file')}, {size_in_words(num_bytes)}"
+    if run.model.tokenizer == "bytes" and num_bytes <= run.model.context_tokens:
+        advice = f"give more text: a sequence alone has {run.model.context_tokens} tokens"
+        return Finding("data", "problem", found, advice)
+    return Finding("data", "ok", found)
+
+
+def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float]) -> Finding:
+    """Whether this machine keeps up: with the run's limit for a round, and with the others."""
+    steps_per_s = tokens_per_s / run.tokens_per_step
+    round_s = run.merge.inner_steps / steps_per_s
+    found = (
+        f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
+        f"{counted(run.merge.inner_steps, 'inner step')}"
+    )
+    if round_s > run.merge.round_limit_s and not run.merge.kind.asynchronous:  # else its own rounds have fewer steps
+        advice = (
+            f"a round is closed after {time_in_words(run.merge.round_limit_s)} (merge.round_limit_s): this machine "
+            "would be left out; use a quicker one, or ask for a run with fewer inner steps"
+        )
+        return Finding("speed", "problem", found, advice)
+    typical = statistics.median(others_steps_per_s.values()) if others_steps_per_s else 0.0
+    if typical > SLOWER_THAN_OTHERS * steps_per_s and not run.merge.pacing:
+        found += f"; the others take {typical / steps_per_s:.0f} times as many steps in that time"
+        advice = "they would wait for this machine: close other programs, or ask for a run with merge.pacing = true"
+        return Finding("speed", "warning", found, advice)
+    return Finding("speed", "ok", found)

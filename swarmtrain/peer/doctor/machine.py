@@ -1,0 +1,346 @@
+"""What `swarmtrain doctor` looks at on this machine: small checks, each a function that returns a `Finding`.
+
+A check takes what it judges as an argument, with the real thing as its default, so that every fault can be shown to
+be found. Nothing here imports torch before it is asked to: a broken torch is one of the faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import ipaddress
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from swarmtrain.network.reachability.listen import own_addresses
+from swarmtrain.peer.checkpoints.files import KEPT
+from swarmtrain.words import counted, size_in_words, time_in_words
+
+__all__ = [
+    "DiskPlace",
+    "Finding",
+    "Memory",
+    "check_addresses",
+    "check_cache",
+    "check_disk",
+    "check_memory",
+    "check_ports",
+    "check_python",
+    "check_torch",
+    "machine_memory",
+    "own_addresses",
+    "place_of",
+    "version_of",
+    "write_speed",
+]
+
+Level = Literal["ok", "warning", "problem"]
+
+MIN_PYTHON = (3, 11)
+MIN_TORCH = (2, 4)
+LITTLE_ROOM_BYTES = 1_000_000_000
+SLOW_CHECKPOINT_S = 120.0
+_PROBE_BYTES = 16 << 20
+_SHARED_BY_PROVIDER = ipaddress.ip_network("100.64.0.0/10")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: `advice` says what to do unless the level is "ok"."""
+
+    check: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+# ---------------------------------------------------------------- Python and torch
+
+
+def check_python(
+    version: tuple[int, ...] = tuple(sys.version_info[:3]),
+    system: str = platform.system(),
+    machine: str = platform.machine(),
+) -> Finding:
+    """The version of Python, and the system below it."""
+    found = f"{'.'.join(map(str, version))} on {system} {machine}"
+    if version[:2] < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        advice = f"make an environment with Python {wanted} or newer and install swarmtrain there"
+        return Finding("python", "problem", f"{found}; {wanted} or newer is needed", advice)
+    if system == "Windows":
+        return Finding("python", "problem", found, "use WSL 2: install and run swarmtrain inside it")
+    if system != "Linux":
+        return Finding("python", "warning", f"{found}, where nothing was tested", "if something fails, try it on Linux")
+    return Finding("python", "ok", found)
+
+
+def check_torch(load: Callable[[str], Any] = importlib.import_module, cores: int | None = None) -> Finding:
+    """Whether torch can be imported, and what it would compute with."""
+    try:
+        torch = load("torch")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return Finding("torch", "problem", f"cannot be imported: {reason}", "install it again: pip install torch")
+    version = str(torch.__version__)
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+        wanted = ".".join(map(str, MIN_TORCH))
+        advice = "upgrade it: pip install --upgrade torch"
+        return Finding("torch", "problem", f"{version}; {wanted} or newer is needed", advice)
+    threads, cores = torch.get_num_threads(), cores or _usable_cores()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    found = f"{version}, {threads} of {counted(cores, 'core')}, instructions {instructions}"
+    if torch.cuda.is_available():
+        found += "; a graphics card is there, but training is on the processor today"
+    if instructions == "DEFAULT" and platform.machine() in ("x86_64", "AMD64"):
+        advice = "training will be slow here; on a virtual machine, let it see the host's processor"
+        return Finding("torch", "warning", f"{found} (no AVX)", advice)
+    return Finding("torch", "ok", found)
+
+
+def _usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, or "missing"."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+# ---------------------------------------------------------------- ports and addresses
+
+
+def check_ports(listen: Sequence[str], used_by: str = "") -> Finding:
+    """Whether this machine can listen at these multiaddresses; `used_by` says who runs in the folder, if anybody."""
+    free: list[str] = []
+    for address in listen:
+        match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([0-9]{1,5})", address)
+        if match is None:
+            advice = "write --listen HOST:PORT with an IP address of this machine"
+            return Finding("ports", "problem", f"cannot listen at {address}: it is no IP address with a port", advice)
+        try:
+            _listen(match[1], match[2], int(match[3]))
+        except OSError as error:
+            if len(listen) > 1 and match[1] == "ip6" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                continue  # a machine without IPv6
+            return _cannot_listen(address, error, used_by)
+        free.append(address)
+    ports = "any free port" if all(address.endswith("/tcp/0") for address in free) else "the port is free"
+    return Finding("ports", "ok", f"can listen at {', '.join(free)}: {ports}")
+
+
+def _listen(family: str, host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections there are no obstacle
+        if family == "ip6":
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((host, port))
+        probe.listen()
+
+
+def _cannot_listen(address: str, error: OSError, used_by: str) -> Finding:
+    if error.errno == errno.EADDRINUSE:
+        who = f" by {used_by}" if used_by else ""
+        advice = (
+            "stop it first if this port is to be tested (swarmtrain leave)"
+            if used_by
+            else "another program, or another peer of yours, listens there: choose another port with --listen"
+        )
+        return Finding("ports", "problem", f"cannot listen at {address}: the port is taken{who}", advice)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Finding(
+            "ports", "problem", f"cannot listen at {address}: not allowed", "choose a port above 1023 with --listen"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        advice = "listen at an address of this machine (:PORT is all of them), and give the router's with --announce"
+        return Finding("ports", "problem", f"cannot listen at {address}: this machine has no such address", advice)
+    advice = "choose another address with --listen"
+    return Finding("ports", "problem", f"cannot listen at {address}: {error.strerror or error}", advice)
+
+
+DiskPlace = Literal["loopback", "private", "provider", "public"]
+"""Where an address can be reached from: this machine, its network, its provider's network (CGNAT), anywhere."""
+
+
+def place_of(address: str) -> DiskPlace | None:
+    """Where an IP address can be reached from; None for one that nobody is reached at (link-local, multicast)."""
+    try:
+        host = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    if host.is_loopback:
+        return "loopback"
+    if host.is_link_local or host.is_multicast or host.is_unspecified:
+        return None
+    if host.version == 4 and host in _SHARED_BY_PROVIDER:
+        return "provider"
+    return "public" if host.is_global else "private"
+
+
+def check_addresses(addresses: Iterable[str]) -> Finding:
+    """Which of this machine's own addresses others could dial."""
+    by_place: dict[DiskPlace | None, list[str]] = {}
+    for address in addresses:
+        by_place.setdefault(place_of(address), []).append(address.partition("%")[0])
+    public = by_place.get("public", [])
+    inside = [*by_place.get("private", []), *by_place.get("provider", [])]
+    if public:
+        return Finding("addresses", "ok", f"public: {', '.join(public[:4])}" + (", and private ones" if inside else ""))
+    if not inside:
+        advice = "only peers on this machine can be met: connect it to a network"
+        return Finding("addresses", "warning", "loopback only: this machine has no network", advice)
+    found = f"private only: {', '.join(inside[:4])}; peers elsewhere see the router's"
+    return Finding("addresses", "ok", found)
+
+
+# ---------------------------------------------------------------- disk
+
+
+def check_disk(name: str, folder: Path, needed_bytes: int | None = None) -> Finding:
+    """Whether `folder` (or where it would be made) can be written, has room for `needed_bytes`, and is quick enough."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        free_bytes = shutil.disk_usage(place).free
+        per_s = write_speed(place, min(_PROBE_BYTES, max(free_bytes // 4, 1 << 20)))
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room, or give a folder on another disk with --dir" if full else "give another folder with --dir"
+        return Finding(name, "problem", f"{folder} cannot be written: {error.strerror or error}", advice)
+    found = f"{folder}: {size_in_words(free_bytes)} free, writes {size_in_words(per_s)}/s"
+    if needed_bytes is None:
+        if free_bytes < LITTLE_ROOM_BYTES:
+            return Finding(name, "warning", found, "make room: a run keeps its checkpoints there")
+        return Finding(name, "ok", found)
+    found += f"; this run keeps up to {size_in_words(needed_bytes)} there"
+    if free_bytes < needed_bytes:
+        return Finding(name, "problem", found, "make room, or give a folder on another disk with --dir")
+    checkpoint_s = needed_bytes / (KEPT + 1) / per_s
+    if checkpoint_s > SLOW_CHECKPOINT_S:
+        advice = f"a checkpoint would take {time_in_words(checkpoint_s)}; give a folder on a quicker disk with --dir"
+        return Finding(name, "warning", found, advice)
+    return Finding(name, "ok", found)
+
+
+def check_cache(folder: Path) -> Finding:
+    """The same for the folder of prepared text, which a peer can do without."""
+    finding = check_disk("cache", folder)
+    if finding.level == "ok":
+        return finding
+    advice = (
+        "text would be prepared anew at each start: make room, or set XDG_CACHE_HOME to a folder that can be written"
+    )
+    return Finding("cache", "warning", finding.found, advice)
+
+
+def write_speed(folder: Path, num_bytes: int) -> float:
+    """Bytes per second of writing `num_bytes` there and syncing them; the file is gone afterwards. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(prefix=".swarmtrain-doctor-", dir=folder)
+    began_s = time.perf_counter()
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            block = os.urandom(1 << 20)
+            for _ in range(max(1, num_bytes >> 20)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        Path(name).unlink()
+    return max(1, num_bytes >> 20) * (1 << 20) / max(time.perf_counter() - began_s, 1e-6)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory that this process may use at most, what is free of it now, and what limits it."""
+
+    total_bytes: int
+    available_bytes: int
+    limited_by: str = "this machine"
+
+
+def machine_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Memory:
+    """This machine's memory, or the container's if that has less."""
+    machine = psutil.virtual_memory()
+    memory = Memory(machine.total, machine.available)
+    for folder in _group_folders(groups, own):
+        limit, used = (_number(folder / name) for name in ("memory.max", "memory.current"))
+        if limit is None:  # version 1 of control groups
+            limit, used = (_number(folder / f"memory.{name}_in_bytes") for name in ("limit", "usage"))
+        if limit is None or limit >= memory.total_bytes:
+            continue
+        available = max(0, limit - max(0, (used or 0) - _reclaimable(folder)))
+        memory = Memory(limit, min(memory.available_bytes, available), "the container")
+    return memory
+
+
+def _group_folders(groups: Path, own: Path) -> list[Path]:
+    """The folders of this process's control groups that may limit memory, the widest first."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    folders = [groups, groups / "memory"]
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers in ("", "memory"):
+            folder = groups / controllers
+            for part in Path(path.lstrip("/")).parts:
+                folder /= part
+                folders.append(folder)
+    return folders
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Memory of the group that holds copies of files and is given up when something else needs it."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        return int(match[1]) if match else 0
+    return 0
+
+
+def check_memory(memory: Memory, needed_bytes: int | None = None, num_peers: int = 0) -> Finding:
+    """Whether the run's `needed_bytes` fit, which it needs with so many peers."""
+    total, available = size_in_words(memory.total_bytes), size_in_words(memory.available_bytes)
+    found = f"{available} free of {total} of {memory.limited_by}"
+    if needed_bytes is None:
+        return Finding("memory", "ok", found)
+    peers = f" with {counted(num_peers, 'peer')}" if num_peers else ""
+    found = f"this run needs about {size_in_words(needed_bytes)}{peers}; {found}"
+    if needed_bytes > memory.total_bytes:
+        limit = "give the container more memory" if memory.limited_by == "the container" else "use a larger machine"
+        advice = f"{limit}, or ask for a run with a smaller inner.microbatch_sequences"
+        return Finding("memory", "problem", found, advice)
+    if needed_bytes > memory.available_bytes:
+        return Finding("memory", "warning", found, "close other programs before you join")
+    return Finding("memory", "ok", found)

@@ -1,0 +1,159 @@
+"""What the two kinds of bootstrap have in common: that of a run, and that of a run whose model is cut into stages."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, WarningEvent, short_peer, stamped
+from swarmtrain.model.gpt import GPT
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.run_lookup import PublishedRun
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile
+from swarmtrain.peer.control.limits import limit_link
+from swarmtrain.peer.control.session import ControlSession
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import (
+    Emit,
+    PeerSettings,
+    as_peer,
+    had_ended,
+    held_out_loss_of,
+    kept_final_model,
+    process_age_s,
+    save_final_weights,
+    save_weights,
+    start_node,
+)
+from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.membership.run_end import may_come_back
+from swarmtrain.protocol.tokens.progress import Progress
+
+__all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
+
+LOOK_EVERY_S = 1.0
+_NAPS, _EARLY_LOOKS = 10, 3
+COUNTS_EVERY_S = 5.0
+"""So often what is counted is written down, if it has changed."""
+
+LAST_COUNT_S = 1.0
+LINGER_S = 60.0
+FLUSH_S = 5.0
+LAST_SAMPLE = 4
+"""So many are asked for a last archive."""
+
+LAST_ARCHIVE_S = 4.0
+"""How long one last archive may take when a bootstrap is asked to leave."""
+
+
+@dataclass
+class BootstrapPeer:
+    """A peer that publishes, serves and archives, and does not train."""
+
+    published: PublishedRun
+    settings: PeerSettings
+    folder: PeerFolder
+    network: NetworkThread
+    control: ControlSession
+    emit: Emit = field(init=False)
+    stop: StopFlag = field(init=False)
+    node: Node | None = None
+    swarm: Swarm | None = None
+    keeper: CheckpointManager | None = None
+    peers: PeersFile | None = None
+    name: str = ""
+    loss: float | None = None
+    has_news: bool = False
+    """Whether anything was archived since it was started: then it has weights that no life before this one had."""
+    since_s: float = field(default_factory=swarm_time)
+    _early_looks: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.emit, self.stop = self.control.emit, self.control.stop
+
+    def enter_network(self) -> tuple[Node, PeerInfo]:
+        """Listen; the node, and what this peer says of itself."""
+        self.control.starting("starting the network")
+        node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
+        limit_link(node.traffic, self.settings.limits, self.published.run.network)
+        self.name = self.settings.name or short_peer(node.identity.peer_id)
+        self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
+        return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
+
+    def write_archive(self, weights: Mapping[str, Tensor], progress: Progress) -> None:
+        """The model's weights by name, for whoever reads them; what keeps them out of the folder is a warning."""
+        path = self.folder.archive_path
+        try:
+            save_weights(path, weights, self.published, progress)
+        except OSError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+        except UserError as error:
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
+        else:
+            self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
+
+    def measure_and_save(self, model: GPT, progress: Progress) -> None:
+        """The run is over, with the weights that are in the model. The one that a life before this one left at the end
+        stays as it is where nothing came since."""
+        if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
+            model = kept
+        tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
+        self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        self.emit(EvalEvent(round=max(0, progress.round - 1), held_out_loss=self.loss))
+        if kept is not None:
+            self.emit(had_ended(self.folder))
+            return
+        weights = dict(model.named_parameters())
+        if warning := save_final_weights(self.folder, weights, self.published, progress):
+            self.emit(warning)
+
+    def rest(self, leavers: Sequence[DepartureQueue]) -> None:
+        """Until the next look: a second, or until somebody asks whether it may leave, who waits for that look. However
+        many ask, only a few looks in a row are early."""
+        asked = False
+        for _ in range(_NAPS):
+            self.stop.sleep(LOOK_EVERY_S / _NAPS)
+            asked = sum(each.take_news() for each in leavers) > 0 or asked
+            if asked and self._early_looks < _EARLY_LOOKS:
+                self._early_looks += 1
+                return
+        self._early_looks = 0
+
+    def wait_for_goodbyes(
+        self, swarm: Swarm, progress: Progress, total_tokens: int | None, tell: Callable[[], None]
+    ) -> None:
+        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
+        give_up_s = time.monotonic() + LINGER_S
+        while time.monotonic() < give_up_s:
+            tell()
+            if not may_come_back(swarm.membership, progress, self.since_s, swarm_time(), total_tokens):
+                return
+            self.stop.sleep(0.1)
+
+    def count_once_more(self, swarm: Swarm, keepers: Sequence[CheckpointManager]) -> None:
+        """It was asked to leave: what others have told by now is counted, and kept."""
+        with contextlib.suppress(TimeoutError, RunTimeError):
+            self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
+        with contextlib.suppress(OSError):  # the archive says it
+            for keeper in keepers:
+                keeper.keep_counts()
+
+    def leave_stages(self) -> None:
+        """Goodbye to those who hold stages, before the run's swarm is left: here there are none."""
+
+    def ended(self, reason: str, run_tokens: int) -> DoneEvent:
+        """How it ended."""
+        event = DoneEvent(
+            held_out_loss=self.loss, tokens=0, run_tokens=run_tokens, wall_s=process_age_s(), reason=reason
+        )
+        return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)

@@ -1,0 +1,175 @@
+"""A volunteer that leaves before the end: what nobody else has goes into the bootstrap's archive first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swarmtrain.errors import PeerError, RunTimeError
+from swarmtrain.events import WarningEvent
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.control.session import ControlSession
+from swarmtrain.peer.lifecycle.node import Interrupted, wait_for
+from swarmtrain.peer.pipeline.stage_replica import StageReplica
+from swarmtrain.protocol.archive.departure import Leave, before_leaving
+from swarmtrain.v1 import control_pb2, snapshot_pb2
+
+__all__ = ["hand_over", "hand_over_stages"]
+
+_T = TypeVar("_T")
+_IDLE_S = 10.0
+"""A bootstrap looks every second, and writes for some: if it takes nothing for so long, it will not."""
+_MOST_S = 100.0
+"""Somebody waits for the end, `swarmtrain leave` for two minutes: a large model may take longer over a slow link."""
+_SAY_S = 5.0
+_AGAIN_S = 0.5
+_SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
+_CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
+_GOODBYE_S = 1.0
+_MOST_ASKED = 32
+_WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
+
+
+async def _answers(swarm: Swarm) -> list[bool | None]:
+    """Of each bootstrap that is here whether it wants what this peer has, before it leaves; None of one that does not
+    answer."""
+    request = snapshot_pb2.HelloRequest(
+        run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.presence.signed(), asks_to_leave=True
+    )
+
+    async def ask(peer: str) -> bool | None:
+        try:
+            return (await swarm.calls.hello(peer, request, _CALL_S)).stay
+        except PeerError:
+            return None
+
+    bootstraps = [info.peer for info in swarm.membership.live() if info.is_bootstrap]
+    answers = list(await asyncio.gather(*map(ask, bootstraps)))
+    if all(answer is None for answer in answers):  # one that was killed a moment ago is believed to train on
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CALL_S):
+                await swarm.greeter.greet_some()
+        if swarm.fellows is not None:
+            others = [info.peer for info in swarm.membership.answering()][:_MOST_ASKED]
+            told = zip(others, await asyncio.gather(*map(ask, others)), strict=True)
+            swarm.fellows.told = {peer for peer, goes in told if goes}
+    return answers
+
+
+async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
+    """What to do about each swarm. Nobody is answered between the decision to go and that it stands.
+
+    A swarm that it may leave before others it leaves at once: a bootstrap that was asked again would archive it again,
+    and those who leave it too would take this peer for one that trains on.
+    """
+    answers = await _all_of(map(_answers, swarms))
+    leaves = []
+    for swarm, each in zip(swarms, answers, strict=True):
+        leaving = frozenset[str]() if swarm.fellows is None else swarm.fellows.leaving
+        leaves.append(before_leaving(swarm.membership, each, swarm.presence.me.round, waited_s, leaving))
+        if leaves[-1] is Leave.GO and swarm.fellows is not None:
+            swarm.fellows.is_going = True
+    if set(leaves) != {Leave.GO}:
+        free = [swarm for swarm, leave in zip(swarms, leaves, strict=True) if leave is Leave.GO]
+        await _all_of(swarm.withdraw(_GOODBYE_S) for swarm in free)
+    return leaves
+
+
+async def _would_leave(swarms: Sequence[Swarm]) -> None:
+    for swarm in swarms:
+        swarm.would_leave()
+
+
+async def _tell_progress(swarm: Swarm) -> None:
+    """Its last rounds count, whoever has them: the run's tokens never fall."""
+    with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
+        async with asyncio.timeout(_CALL_S):
+            await swarm.count_once_more()
+
+
+async def _is_deaf(swarm: Swarm) -> bool:
+    """Whether this peer's own daemon does not answer: then nobody's silence says anything."""
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await swarm.node.addresses()
+    except TimeoutError:
+        return True
+    return False
+
+
+async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    return list(await asyncio.gather(*coming))
+
+
+def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: NetworkThread, folder: Path) -> None:
+    """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has, and wait a minute
+    for one that is away. What is in no archive then is said to be in `folder`. `swarms`: that of the run, or those of
+    the stages that are held."""
+    swarms = [swarm for swarm in swarms if not swarm.rounds.away]  # it has said goodbye before its pause
+    if not swarms or control.stop.failure is not None:
+        return
+    stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
+    idle_s, quoted = began_s + _IDLE_S, shlex.quote(str(folder))
+
+    def say(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            control.emit(WarningEvent(message=message))
+
+    control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
+    try:
+        asking = network.submit(_is_deaf(swarms[0]))
+        wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
+        if wait_for(asking, stop):
+            return
+        wait_for(network.submit(_would_leave(swarms)), stop)
+        while True:
+            now = time.monotonic()
+            decided = wait_for(network.submit(_decide(swarms, now - began_s)), stop)
+            swarms = [swarm for swarm, leave in zip(swarms, decided, strict=True) if leave is not Leave.GO]
+            leaves = set(decided) - {Leave.GO}
+            if not leaves:
+                return
+            if not leaves & {Leave.WAIT, Leave.HAND_OVER}:
+                break
+            if Leave.WAIT in leaves:
+                doing = "leaving: nobody else has what this peer has, and no bootstrap answers; waiting for one"
+                control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
+                say(
+                    "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
+                    f"back; it is kept in {folder} too: `swarmtrain join --dir {quoted}` brings it back. Ctrl-C again "
+                    "does not wait"
+                )
+                idle_s = now + _IDLE_S
+            else:
+                doing = "leaving: the archive takes what only this peer has"
+                control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
+                if any(swarm.store.num_readers for swarm in swarms):
+                    idle_s = now + _IDLE_S
+                if now > idle_s:
+                    break
+                if now > began_s + _SAY_S:
+                    say(_WAITS)
+            stop.sleep(_SOON_S if now < began_s + 1.0 else _AGAIN_S)
+    except Interrupted:
+        pass
+    message = (
+        f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
+        f"`swarmtrain join --dir {quoted}` brings them back"
+    )
+    control.emit(WarningEvent(message=message))
+
+
+def hand_over_stages(
+    control: ControlSession, network: NetworkThread, held: Sequence[StageReplica], folder: Path
+) -> None:
+    """The same of one that holds stages and drives no more, once the rounds under way have ended."""
+    for each in held:
+        each.end_round()
+    hand_over(control, [each.swarm for each in held], network, folder)

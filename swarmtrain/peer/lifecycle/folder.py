@@ -1,0 +1,222 @@
+"""A peer's folder: its lock, its identity, the run it belongs to, the model it ends with.
+
+identity.key   the Ed25519 key (owner only)
+lock           held while a peer lives in the folder
+run.toml       the published run, its exact bytes
+held-out.txt   the run's held-out text
+tokenizer.bin  the run's learnt tokenizer, if it has one
+peer.pid       its process, while a peer runs
+peer.log       what happened, and older ones beside it: peer.log.1 and so on
+invite.txt     the line to hand out, while a peer runs
+control.*      where a running peer can be asked for its status: the address, and its socket
+sockets/       between a running peer and its network daemon
+status.json    the peer's last status
+checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
+started.json   the options it was started with, and whether it is paused
+port.txt       the port it listened at, if none was asked for
+peers.json     whom it knew
+counts.json    (bootstrap) who has trained on how many tokens by now; of a stage counts-stage-N.json
+archive/       (bootstrap) the run's newest model
+model/         the model at the end
+
+Sockets are elsewhere, among the temporary files, if the folder's path is too long for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swarmtrain.errors import BadBytesError, NewerRunError, UserError
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.files import write_atomically
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+from swarmtrain.peer.lifecycle.start_options import StartedFile
+from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.run import parse_published_untrusted, run_sha256
+
+__all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
+
+_FILES = ("held-out.txt", "tokenizer.bin", "run.toml")
+"""The run last: a folder that has it has all its files, whenever its peer was killed."""
+_HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
+
+
+class PeerFolder:
+    """The files of one peer; made by `peer_folder`, which holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.key_path = path / "identity.key"
+        self.invite_path = path / "invite.txt"
+        self.model_path = path / "model"
+        self.archive_path = path / "archive"
+        self.checkpoints_path = path / "checkpoints"
+        self.started = StartedFile(path)
+
+    def kept_files(self) -> Mapping[str, bytes]:
+        """The run's files that are here already, by their hash."""
+        kept = {}
+        for name in _FILES:
+            with contextlib.suppress(OSError):
+                data = (self.path / name).read_bytes()
+                kept[hashlib.sha256(data).hexdigest()] = data
+        return kept
+
+    def kept_sha256(self) -> str | None:
+        """The hash of the run that is kept here; None without one, or where it cannot be read."""
+        try:
+            return run_sha256((self.path / "run.toml").read_bytes())
+        except OSError:
+            return None
+
+    def kept_run(self) -> PublishedRun | None:
+        """The run that is kept here with all its files; None without one. UserError if its files are not whole."""
+        path = self.path / "run.toml"
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        sha256 = run_sha256(data)
+        try:
+            run = parse_published_untrusted(data, sha256)
+        except NewerRunError as error:
+            raise UserError(f"{path}: {error}") from None
+        except BadBytesError as error:
+            raise UserError(f"{path} was altered: {error}; give another folder with --dir") from None
+        kept, published = self.kept_files(), run.published
+        assert published is not None, "a published run has the section"
+        held_out = kept.get(published.held_out_sha256)
+        tokenizer = kept.get(published.tokenizer_sha256) if published.tokenizer_sha256 else b""
+        if held_out is None or tokenizer is None:
+            raise UserError(f"{self.path} lacks files of its run, or they were altered; give another folder with --dir")
+        return PublishedRun(data, sha256, run, held_out, tokenizer)
+
+    def keep_run(self, published: PublishedRun) -> None:
+        """Write the run and its files, as far as they are not here: started again, it needs no room on the disk.
+
+        UserError when the disk does not take them.
+        """
+        try:
+            for name, data in zip(_FILES, (published.held_out, published.tokenizer, published.data), strict=True):
+                path = self.path / name
+                if data and not (path.exists() and path.read_bytes() == data):
+                    write_atomically(path, data)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; give another folder with --dir") from None
+
+    def kept_port(self) -> int | None:
+        """The TCP port this peer listened at last time."""
+        try:
+            return int((self.path / "port.txt").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def keep_port(self, addresses: Sequence[str]) -> None:
+        """Remember the port in the last of `addresses` (multiaddresses); a full disk only forgets it."""
+        match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
+        if match is not None:
+            with contextlib.suppress(OSError):
+                write_atomically(self.path / "port.txt", match[1].encode())
+
+    def kept_peers(self) -> tuple[InvitedPeer, ...]:
+        """Whom this peer knew when it last ran, where it may be dialled, or was by an invite."""
+        try:
+            rows = json.loads((self.path / "peers.json").read_text())
+            return tuple(InvitedPeer(row["peer"], _dialled(row["addresses"], row.get("given", ()))) for row in rows)
+        except (OSError, ValueError, KeyError, TypeError):
+            return ()
+
+    def keep_peers(self, peers: Sequence[InvitedPeer]) -> None:
+        """Remember whom to dial when started again. Of what a stranger says of itself names have been left out by now:
+        those that are here were given to the user, and folders of before do not say so."""
+        rows: list[dict[str, Any]] = []
+        for peer in peers:
+            rows.append({"peer": peer.peer, "addresses": list(peer.addresses)})
+            if given := [address for address in peer.addresses if not may_dial(address)]:
+                rows[-1]["given"] = given
+        write_atomically(self.path / "peers.json", json.dumps(rows, indent=1).encode())
+
+    def kept_counts(self, stage: int | None) -> Any:
+        """What was counted when this peer last ran, of a stage or of the whole run; None if that is not here."""
+        try:
+            return json.loads(self._counts_path(stage).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def keep_counts(self, counts: Any, stage: int | None) -> None:
+        """Remember what is counted, between two checkpoints."""
+        write_atomically(self._counts_path(stage), json.dumps(counts).encode())
+
+    def _counts_path(self, stage: int | None) -> Path:
+        return self.path / ("counts.json" if stage is None else f"counts-stage-{stage}.json")
+
+    def write_invite(self, line: str) -> None:
+        """Leave the line for `swarmtrain invite`."""
+        write_atomically(self.invite_path, (line + "\n").encode())
+
+
+def _dialled(addresses: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(address for address in addresses if may_dial(address) or address in given)
+
+
+@contextmanager
+def peer_folder(path: Path) -> Iterator[PeerFolder]:
+    """The folder at `path`, made if need be and held alone. UserError when it is in use or cannot be written."""
+    path = path.absolute()  # the daemon runs elsewhere
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; give another folder with --dir") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise UserError(
+                f"{path} is in use by a running peer (process {owner or 'unknown'}): `swarmtrain status --dir "
+                f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk: the number only informs
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            with contextlib.suppress(OSError):  # for people; the lock has it too
+                write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
+            _remove_half_exported(path)
+            yield PeerFolder(path)
+        finally:
+            for name in ("invite.txt", "peer.pid"):
+                with contextlib.suppress(OSError):
+                    (path / name).unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _remove_half_exported(path: Path) -> None:
+    """Remove what a peer that was killed while it wrote its model left: each is as large as the model."""
+    with contextlib.suppress(OSError):
+        for child in path.iterdir():
+            if _HALF_EXPORTED.fullmatch(child.name):
+                shutil.rmtree(child, ignore_errors=True)
+
+
+def running_invite(path: Path) -> str | None:
+    """The line to hand out of the peer that runs in the folder; None if none does."""
+    if not is_in_use(path):
+        return None
+    try:
+        return (path / "invite.txt").read_text().strip()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,334 @@
+"""What bootstrap and volunteer share: waiting that can be interrupted, the model's end, the process's age."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
+from swarmtrain.data.batches import held_out_batches
+from swarmtrain.data.tokens import Tokenizer
+from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.events import Event, InviteEvent, WarningEvent, stamped
+from swarmtrain.model.export import export_model, load_exported
+from swarmtrain.model.gpt import GPT, evaluate
+from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
+from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
+from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.reachability.monitor import is_loopback_only
+from swarmtrain.network.rounds.runner import NewState
+from swarmtrain.network.snapshots.store import NumServed, TensorSpec, all_chunks
+from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.process import process_age_s
+from swarmtrain.peer.lifecycle.start_options import Started
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
+from swarmtrain.protocol.limits import Limits
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.v1.control_pb2 import PeerStatus
+from swarmtrain.words import short_peer, time_in_words
+
+__all__ = [
+    "Emit",
+    "Interrupted",
+    "PeerSettings",
+    "StopFlag",
+    "as_peer",
+    "clock_warning",
+    "clock_warnings",
+    "had_ended",
+    "held_out_loss",
+    "held_out_loss_of",
+    "invite_event",
+    "kept_final_model",
+    "leave_swarm",
+    "named_weights",
+    "process_age_s",
+    "save_final_weights",
+    "save_model",
+    "save_weights",
+    "show_invite",
+    "start_node",
+    "state_of",
+    "use_threads",
+    "useful_threads",
+    "wait_for",
+    "weights_in",
+]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_GOODBYE_S = 3.0
+_LOOK_S = 0.1
+
+_SMALL_PARAMETERS = 10_000_000
+"""Of a smaller model a step is so short that a second thread saves little, and where others use the processors costs
+many times what it saves: whoever has no turn is waited for, step after step."""
+
+Emit = Callable[[Event], None]
+"""Takes an event, from any thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSettings:
+    """How a peer runs on this machine; addresses are multiaddresses."""
+
+    directory: Path
+    name: str
+    listen: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    data_folder: Path | None = None
+    cache_folder: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
+    control: str = ""
+    """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
+    metrics: str = ""
+    """Where to serve Prometheus metrics, HOST:PORT; empty: nowhere."""
+    accept_clock: bool = False
+    """Whether to go by the others' clock however far it is from this machine's."""
+    only_announced: bool = False
+    """For a rehearsal: others are told what is announced and nothing else."""
+    num_served_by: Callable[[str], NumServed] = lambda name: all_chunks
+    """Of a peer of this name: how many of a pull's chunks it serves. A rehearsal brings one that fails."""
+    started: Started | None = None
+    """How it is started, for its folder to remember."""
+    show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
+    """Told where its status is, once there is one: for a screen of its own."""
+    first_stages: tuple[int, ...] = ()
+    """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
+
+
+def clock_warning(correction_s: float) -> WarningEvent:
+    """What a person is told when the swarm's time is not this machine's."""
+    direction = "behind" if correction_s > 0 else "ahead of"
+    return WarningEvent(
+        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
+        "set it right when you can"
+    )
+
+
+def clock_warnings(found: FoundRun) -> list[WarningEvent]:
+    """What a person is told of the clocks of those who answered."""
+    told = [clock_warning(found.clock_correction_s)] if found.clock_correction_s else []
+    for peer, ahead_s in found.clock_outliers:
+        direction = "ahead of" if ahead_s > 0 else "behind"
+        apart = f"{time_in_words(abs(ahead_s))} {direction}"
+        message = f"the clock of {short_peer(peer)} is {apart} the one that this peer goes by; it is not followed"
+        told.append(WarningEvent(message=message))
+    return told
+
+
+def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lambda: None) -> _T:
+    """The future's result; raises as `StopFlag.check` does as soon as an end is asked for. Calls `look` meanwhile."""
+    while not future.done():
+        concurrent.futures.wait([future], _LOOK_S)
+        if not future.done():
+            try:
+                stop.check()
+                look()
+            except BaseException:
+                future.cancel()
+                raise
+    return future.result()
+
+
+def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
+    """This peer's node, listening; RunTimeError when the port is taken.
+
+    Without an address to listen at it takes the port it had last time in this folder, so that its invites stay good.
+    """
+    identity = load_or_create_identity(folder.key_path)
+    node_settings = NodeSettings(
+        directory=folder.path, announce=settings.announce, only_announced=settings.only_announced
+    )
+    if settings.listen:
+        node_settings = dataclasses.replace(node_settings, listen=settings.listen)
+        return wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+    port = folder.kept_port()
+    if port is not None:
+        same = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in node_settings.listen)
+        try:
+            again = dataclasses.replace(node_settings, listen=same)
+            return wait_for(network.submit(Node.start(again, identity, folder.key_path)), stop)
+        except RunTimeError as error:
+            _log.info("not at the port of last time: %s", error)
+    node = wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
+    folder.keep_port(wait_for(network.submit(node.addresses()), stop))
+    return node
+
+
+@runtime_checkable
+class _Identifiable(Protocol):
+    def identify(self, peer: str, name: str) -> None: ...
+
+
+def as_peer(emit: Emit, peer: str, name: str) -> Emit:
+    """`emit` for events that are this peer's: its PeerID and name are filled in. If it can be told whose it is, it is,
+    so that an error that ends the command says it too."""
+    sink: object = emit
+    if isinstance(sink, _Identifiable):
+        sink.identify(peer, name)
+    return lambda event: emit(stamped(event, 0.0, peer, name))
+
+
+def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) -> None:
+    """Say goodbye, end the daemon and the network thread; within a few seconds."""
+    try:
+        if swarm is not None:
+            network.run(swarm.leave(), _GOODBYE_S)
+        elif node is not None:
+            network.run(node.stop(), _GOODBYE_S)
+    except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
+        _log.debug("leaving: %s", error)
+    network.stop()
+
+
+def state_of(new: NewState) -> tuple[OuterState, Progress]:
+    """Outer parameters, momentum and counters of a pulled state, which was checked when it was pulled."""
+    assert new.held.buffer is not None
+    manifest = new.held.snapshot.manifest
+    vector = torch.frombuffer(new.held.buffer, dtype=torch.float32)
+    theta, momentum = vector[: len(vector) // 2].clone(), vector[len(vector) // 2 :].clone()
+    counts = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
+    progress = Progress(
+        round=manifest.round,
+        run_tokens=manifest.run_tokens,
+        peer_tokens=counts,
+        roster_sha256=manifest.roster_sha256.hex(),
+    )
+    return OuterState(theta, momentum), progress
+
+
+def held_out_loss(
+    model: GPT,
+    theta: Tensor,
+    published: PublishedRun,
+    tokenizer: Tokenizer,
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Loss of `theta` (P,) on the run's held-out text, in nats per byte. The model has its own weights again after it.
+
+    `check` is called between batches and may raise.
+    """
+    own = flatten(model.parameters())
+    unflatten_into(theta, model.parameters())
+    try:
+        return held_out_loss_of(model, published, tokenizer, check)
+    finally:
+        unflatten_into(own, model.parameters())
+
+
+def held_out_loss_of(
+    model: GPT, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
+) -> float:
+    """The same, of the weights that are in the model."""
+    run = published.run
+    tokens = tokenizer.encode(published.held_out)
+    batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
+    sum_nats, _ = evaluate(model, _checked(batches, check))
+    return sum_nats / len(published.held_out)
+
+
+def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[Tensor]:
+    for batch in batches:
+        check()
+        yield batch
+
+
+def save_final_weights(
+    folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress
+) -> WarningEvent | None:
+    """`save_weights` at a run's end; what is said if the folder does not take it, for there is more to do."""
+    try:
+        save_weights(folder.model_path, weights, published, progress)
+    except OSError as error:
+        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error.strerror}")
+    except UserError as error:
+        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}")
+    return None
+
+
+def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
+    """The model that the run ended with, as a peer's life before this one left it in the folder. None without one, and
+    where it is not whole, of another run, or of before the end."""
+    path, run = folder.model_path, published.run
+    try:
+        exported, data = load_exported(path), (path / "run.toml").read_bytes()
+    except (UserError, OSError) as error:
+        _log.info("no model of the run's end: %s", error)
+        return None
+    given = (data, exported.held_out, exported.tokenizer, exported.model.section)
+    is_of_run = given == (published.data, published.held_out, published.tokenizer, run.model)
+    return exported.model if is_of_run and exported.run_tokens >= run.run.total_tokens else None
+
+
+def had_ended(folder: PeerFolder) -> WarningEvent:
+    """What is said where that model stays."""
+    return WarningEvent(message=f"this run had ended: its model is in {folder.model_path}, and stays as it is")
+
+
+def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """The weights by name, as views of `theta` (P,)."""
+    pieces = torch.split(theta, [math.prod(spec.shape) for spec in specs])
+    return {spec.name: piece.view(tuple(spec.shape)) for spec, piece in zip(specs, pieces, strict=True)}
+
+
+def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
+    """Write the model with weights `theta` (P,) for `eval`, `generate` and strangers."""
+    save_weights(folder, weights_in(model, theta), published, progress)
+
+
+def weights_in(model: GPT, theta: Tensor) -> dict[str, Tensor]:
+    """The model's weights by name, once it has those of `theta` (P,)."""
+    unflatten_into(theta, model.parameters())
+    return dict(model.named_parameters())
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress) -> None:
+    """The same, of the model's weights by name."""
+    files = {"run.toml": published.data, "held-out.txt": published.held_out}
+    if published.tokenizer:
+        files["tokenizer.bin"] = published.tokenizer
+    export_model(folder, weights, published.run.model, progress.run_tokens, files)
+
+
+def invite_event(invite: Invite) -> InviteEvent:
+    """The event that shows an invite."""
+    word = format_invite(invite)
+    addresses = tuple(address for peer in invite.peers for address in peer.full_addresses)
+    return InviteEvent(line=f"swarmtrain join {word}", invite=word, run_sha256=invite.run_sha256, addresses=addresses)
+
+
+def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
+    """Tell the invite, and leave it in the folder for `swarmtrain invite`."""
+    invite = swarm.invite()
+    event = invite_event(invite)
+    if swarm.presence.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
+        emit(WarningEvent(message=words))  # before the invite, after which nobody waits for one in the background
+    try:
+        folder.write_invite(event.line)
+    except OSError as error:  # others can join all the same
+        emit(WarningEvent(message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room"))
+    emit(event)
+
+
+def use_threads(threads: int) -> None:
+    """Limit the processor threads of the mathematics; 0 leaves torch's own choice."""
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def useful_threads(model: nn.Module) -> int:
+    """How many threads measuring this model, or letting it write, is done with unless it is said; 0: torch's choice."""
+    return 1 if sum(parameter.numel() for parameter in model.parameters()) < _SMALL_PARAMETERS else 0

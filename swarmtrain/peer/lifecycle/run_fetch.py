@@ -1,0 +1,101 @@
+"""Finding a run by its invite: dial, correct the clock, and fetch the run by its hash."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import BadBytesError, ClockError, NewerRunError, PeerError, RunTimeError, VersionError
+from swarmtrain.events import FetchedEvent
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.node import NetworkThread, Node
+from swarmtrain.network.service import PeerCalls
+from swarmtrain.network.swarm import PublishedRun, fetch_published, find_run
+from swarmtrain.peer.checkpoints.manager import known_peers, run_to_resume
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import Emit, clock_warnings, wait_for
+from swarmtrain.peer.lifecycle.preparation import summary_of
+from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.run import parse_published_untrusted
+
+__all__ = ["RunFetcher"]
+
+_log = logging.getLogger(__name__)
+_FIND_S = 15.0
+_FETCH_ATTEMPTS = 3
+
+
+@dataclass(kw_only=True)
+class RunFetcher:
+    """Finds those who are in the run of an invite, and fetches the run."""
+
+    invite: Invite
+    folder: PeerFolder
+    network: NetworkThread
+    node: Node
+    emit: Emit
+    stop: StopFlag
+    accept_clock: bool = False
+    """See `PeerSettings`."""
+    through: tuple[InvitedPeer, ...] = field(init=False)
+    """Whom to dial: those of the invite, and those known when this peer last ran in this folder."""
+
+    def __post_init__(self) -> None:
+        self.through = known_peers(list(self.invite.peers), self.folder.kept_peers())
+
+    def fetch(self) -> tuple[PublishedRun, RunTimeError | None]:
+        """The run; and, when nobody answers, what says so. Then the run that is kept here is good enough to go on from
+        a checkpoint."""
+        nobody: RunTimeError | None = None
+        try:
+            source = self.find(_FIND_S)
+        except (ClockError, VersionError):
+            raise  # somebody answers: alone it would be a run of its own
+        except RunTimeError as error:
+            kept = run_to_resume(self.folder, self.invite, self.node.identity.peer_id)
+            if kept is None:
+                raise
+            _log.info("going on from this folder: %s", error)
+            published, source, nobody = kept, self.node.identity.peer_id, error
+        else:
+            published = self._fetch_from(source)
+            self.folder.keep_run(published)
+            if not self.folder.kept_peers():  # started again without the invite, it knocks where that led to
+                with contextlib.suppress(OSError):
+                    self.folder.keep_peers(self.through)
+        self.emit(
+            FetchedEvent(
+                run_sha256=published.sha256,
+                run_name=published.run.run.name,
+                total_tokens=published.run.run.total_tokens,
+                held_out_bytes=len(published.held_out),
+                from_peer=source,
+                summary=summary_of(published.run),
+            )
+        )
+        return published, nobody
+
+    def find(self, limit_s: float) -> str:
+        """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does, ClockError when
+        the clock would be corrected by much."""
+        finding = find_run(self.node, self.invite.run_sha256, self.through, limit_s, accept_clock=self.accept_clock)
+        found = wait_for(self.network.submit(finding), self.stop)
+        for warning in clock_warnings(found):
+            self.emit(warning)
+        return found.peer
+
+    def _fetch_from(self, source: str) -> PublishedRun:
+        """The run from `source`, asked a few times: a stream may break without anybody's fault."""
+        calls = PeerCalls(self.node, self.invite.run_sha256)
+        for attempts_left in reversed(range(_FETCH_ATTEMPTS)):
+            fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())
+            try:
+                return wait_for(self.network.submit(fetching), self.stop)
+            except NewerRunError as error:
+                raise VersionError(str(error)) from None
+            except PeerError as error:
+                if not attempts_left or isinstance(error, BadBytesError):
+                    raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+            self.stop.sleep(1.0)
+        raise AssertionError("the last attempt returns or raises")

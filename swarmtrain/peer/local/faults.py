@@ -1,0 +1,130 @@
+"""A rehearsal under way: mishaps strike the processes and links of a local swarm at their times, and are over again."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from swarmtrain.network.links.impairments import Outage
+from swarmtrain.rehearsal import Deed, FaultEvent
+
+__all__ = ["Connections", "FaultInjection", "Processes"]
+
+
+class Processes(Protocol):
+    """The peers that it happens to."""
+
+    def end(self, name: str, cleanly: bool) -> None:
+        """This process ends: it is told to, or killed."""
+
+    def begin_again(self, name: str) -> None:
+        """It is started anew, in its folder."""
+
+    def hang(self, name: str) -> None:
+        """It stands still."""
+
+    def go_on(self, name: str) -> None:
+        """It does no longer."""
+
+    def tell(self, message: str) -> None:
+        """A person is told."""
+
+
+class Connections(Protocol):
+    """The links that it happens to."""
+
+    def part(self, sides: list[list[str]]) -> Outage:
+        """Nothing passes between these and the others."""
+
+    def mend(self, outage: Outage) -> None:
+        """It does again."""
+
+    def reset(self, name: str) -> None:
+        """A peer's connections are cut, and both ends told."""
+
+    def forget(self, name: str) -> None:
+        """A peer's connections are half open: nobody is told."""
+
+
+_WORDS = {
+    "kill": "killed; started again after {for_s:g} s",
+    "leave": "told to leave; started again after {for_s:g} s",
+    "hang": "made to hang for {for_s:g} s",
+    "stall": "cut off from everybody for {for_s:g} s",
+    "partition": "parted from the others for {for_s:g} s",
+    "reset": "all connections are reset",
+    "half-open": "all connections are forgotten, and nobody is told",
+}
+
+
+@dataclass
+class FaultInjection:
+    """Call `tick` often, once `begin` was called."""
+
+    swarm: Processes
+    links: Connections | None
+    """None where nothing strikes links."""
+    mishaps: Iterator[FaultEvent]
+    clock: Callable[[], float] = time.monotonic
+    _began_s: float | None = None
+    _next: FaultEvent | None = None
+    _ends: list[tuple[float, int, Deed, Callable[[], None]]] = field(default_factory=list)
+    _number: Iterator[int] = field(default_factory=itertools.count)
+
+    def begin(self) -> None:
+        """The times of mishaps are from now."""
+        self._began_s, self._next = self.clock(), next(self.mishaps, None)
+
+    def stop(self) -> None:
+        """Nothing happens any more; what hangs or is cut off goes on, and who was killed is not started again."""
+        self._began_s = self._next = None
+        for _, _, do, end in self._ends:
+            if do not in ("kill", "leave"):
+                end()
+        self._ends.clear()
+
+    def tick(self) -> None:
+        """Let all that is due happen, and be over."""
+        if self._began_s is None:
+            return
+        now_s = self.clock() - self._began_s
+        while self._ends and self._ends[0][0] <= now_s:
+            heapq.heappop(self._ends)[3]()
+        while self._next is not None and self._next.at_s <= now_s:
+            mishap, self._next = self._next, next(self.mishaps, None)
+            self._strike(mishap, now_s)
+
+    def _strike(self, mishap: FaultEvent, now_s: float) -> None:
+        self.swarm.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
+        for end in self._do(mishap):
+            heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), mishap.do, end))
+
+    def _do(self, mishap: FaultEvent) -> list[Callable[[], None]]:
+        """What makes it be over."""
+        swarm, who = self.swarm, mishap.who
+        match mishap.do:
+            case "kill" | "leave":
+                for name in who:
+                    swarm.end(name, cleanly=mishap.do == "leave")
+                return [lambda name=name: swarm.begin_again(name) for name in who]  # type: ignore[misc]
+            case "hang":
+                for name in who:
+                    swarm.hang(name)
+                return [lambda name=name: swarm.go_on(name) for name in who]  # type: ignore[misc]
+            case "stall" | "partition":
+                links = self._links
+                outage = links.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
+                return [lambda: links.mend(outage)]
+            case "reset" | "half-open":
+                for name in who:
+                    (self._links.reset if mishap.do == "reset" else self._links.forget)(name)
+                return []
+
+    @property
+    def _links(self) -> Connections:
+        assert self.links is not None, "there are no links to break"
+        return self.links

@@ -1,0 +1,294 @@
+"""A whole swarm on one machine: a bootstrap and volunteers as real processes, watched through their events.
+
+Each child writes its events as JSON lines; a thread per child reads them. Children die with this process, however
+it ends (see `network.daemon.owned_process_args`), and Ctrl-C in a terminal does not reach them: this process ends the
+volunteers, then the bootstrap, so that what they trained last is archived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
+from swarmtrain.network.daemon import owned_process_args
+from swarmtrain.network.links.impairments import Outage
+from swarmtrain.network.links.proxy import LinkShape, PeerLinks
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.rehearsal import LinksSection
+
+__all__ = ["BOOTSTRAP", "LocalLinks", "LocalSwarm", "link_shape"]
+
+BOOTSTRAP = "bootstrap"
+"""Its name among the children."""
+_STOP_LIMIT_S = 10.0
+"""The bootstrap's last archive and the goodbyes, on a busy machine; most end in a second."""
+_HAND_OVER_LIMIT_S = 40.0
+"""Volunteers that leave together wait until the bootstrap has archived what they have; most do for two seconds."""
+_GROUP = -1 if sys.platform.startswith("linux") else 0
+"""On Linux each has a session of its own already."""
+_INSIST_S = 3.0
+_LOOK_S = 0.1
+_OPEN_LIMIT_S = 10.0
+
+
+def link_shape(links: LinksSection, volunteer: bool) -> LinkShape:
+    """One of two links that lie between two peers. The bootstrap's has the delay alone."""
+    if not volunteer:
+        links = LinksSection(rtt_ms=links.rtt_ms)
+    return LinkShape(
+        delay_s=links.rtt_ms / 1000 / 4,
+        up_bytes_per_s=links.up_mbit * BYTES_PER_S_OF_MBIT,
+        down_bytes_per_s=links.down_mbit * BYTES_PER_S_OF_MBIT,
+        jitter_s=links.jitter_ms / 1000 / 2,
+        loss=1.0 - (1.0 - links.loss_percent / 100) ** 0.5,
+    )
+
+
+class LocalLinks:
+    """The links of a swarm on this machine, carried by a thread of this process."""
+
+    def __init__(self, given: LinksSection, seed: int = 0) -> None:
+        self._given = given
+        self._network = NetworkThread()
+        self._links = PeerLinks(seed)
+
+    def options(self, name: str, limited: bool) -> list[str]:
+        """Open a link for a new peer; what its command is told so that everything goes through it."""
+        link = self._network.run(self._links.open(name, link_shape(self._given, limited)), _OPEN_LIMIT_S)
+        return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
+
+    def part(self, sides: list[list[str]]) -> Outage:
+        """Nothing passes between these and the others."""
+        return self._network.run(self._links.part(sides), _OPEN_LIMIT_S)
+
+    def mend(self, outage: Outage) -> None:
+        """It does again."""
+        self._network.run(self._links.mend(outage), _OPEN_LIMIT_S)
+
+    def reset(self, name: str) -> None:
+        """A peer's connections are cut, and both ends told."""
+        self._network.run(self._links.reset(name), _OPEN_LIMIT_S)
+
+    def forget(self, name: str) -> None:
+        """A peer's connections are half open: nobody is told."""
+        self._network.run(self._links.forget(name), _OPEN_LIMIT_S)
+
+    @property
+    def passed_bytes(self) -> dict[str, tuple[int, int]]:
+        """What each link has carried up and down, by its peer's name."""
+        return self._links.passed_bytes
+
+    def close(self) -> None:
+        """Cut them all."""
+        self._network.stop()
+
+
+@dataclass
+class _Child:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    command: list[str]
+    ended: bool = False
+    """The rehearsal has ended it."""
+    closed: bool = False
+    done: DoneEvent | None = None
+    error: ErrorEvent | None = None
+
+
+@dataclass
+class LocalSwarm:
+    """Starts children in `directory` (one folder each) and yields their events."""
+
+    directory: Path
+    check: Callable[[], None] = lambda: None
+    """Called while waiting for events; what it raises ends the wait."""
+    links: LocalLinks | None = None
+    """What the children are behind; None: they reach each other directly."""
+    children: dict[str, _Child] = field(default_factory=dict)
+    _events: queue.Queue[tuple[_Child, Event | None]] = field(default_factory=queue.Queue)
+
+    def place(self, name: str, limited: bool) -> list[str]:
+        """Where a new child is to listen, as options: behind a link, if there are links."""
+        return ["--listen", "127.0.0.1:0"] if self.links is None else self.links.options(name, limited)
+
+    def start(self, name: str, arguments: Sequence[str], program: Sequence[str] = ("-m", "swarmtrain.cli")) -> None:
+        """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log.
+        `program` is what Python is told to run."""
+        command = [sys.executable, *program, *arguments]
+        command += ["--json", "--name", name, "--dir", str(self.directory / name)]
+        self._start(name, command)
+
+    def _start(self, name: str, command: list[str]) -> None:
+        log = self.directory / f"{name}.log"
+        with log.open("ab") as errors:
+            process = subprocess.Popen(
+                owned_process_args(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                process_group=_GROUP,
+            )
+        child = _Child(name, process, log, command)
+        self.children[name] = child
+        threading.Thread(target=self._read, args=(child,), name=f"events of {name}", daemon=True).start()
+
+    def _read(self, child: _Child) -> None:
+        assert child.process.stdout is not None
+        for line in child.process.stdout:
+            try:
+                event = parse_event(line)
+            except ValueError:
+                continue  # a broken line of a child that was killed while writing it
+            self._events.put((child, event))
+        self._events.put((child, None))
+
+    def events(self, limit_s: float | None = None) -> Iterator[Event]:
+        """Events as they come, until every child has ended, or for `limit_s` without any."""
+        while not all(child.closed for child in self.children.values()):
+            self.check()
+            try:
+                child, event = self._events.get(timeout=0.2 if limit_s is None else min(0.2, limit_s))
+            except queue.Empty:
+                if limit_s is not None:
+                    limit_s -= 0.2
+                    if limit_s <= 0:
+                        return
+                continue
+            if event is None:
+                child.closed = True
+                problem = self._problem(child)
+                if problem is not None:
+                    yield WarningEvent(name=child.name, message=problem)
+                continue
+            if isinstance(event, DoneEvent):
+                child.done = event
+            elif isinstance(event, ErrorEvent):
+                child.error = event
+            yield event
+
+    def _problem(self, child: _Child) -> str | None:
+        """Why a child ended, if not as it should. Raises RunTimeError when the swarm cannot go on without it: the
+        others survive one that dies, but not all, and not the bootstrap before they have joined."""
+        status = child.process.wait()
+        if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
+            return None
+        if child.error is not None:
+            problem = f"{child.name}: {child.error.message}"
+        else:
+            problem = f"{child.name} ended with status {status}; its log is {child.log}"
+        alive = [other for other in self.children.values() if other.process.poll() is None and other is not child]
+        if not alive or len(self.children) == 1:
+            raise RunTimeError(problem)
+        return problem
+
+    # what a rehearsal does to it (`rehearsing.Processes`)
+
+    def end(self, name: str, cleanly: bool) -> None:
+        """This process ends: it is told to, or killed."""
+        child = self.children[name]
+        child.ended = True
+        if child.process.poll() is None:
+            child.process.send_signal(signal.SIGTERM if cleanly else signal.SIGKILL)
+
+    def begin_again(self, name: str) -> None:
+        """It is started anew, in its folder; one that is not gone yet has had its time."""
+        child = self.children[name]
+        if not child.ended:
+            return  # two mishaps struck it, and the shorter one is over: it lives again
+        if child.process.poll() is None:
+            child.process.kill()
+        child.process.wait()
+        self._start(name, child.command)
+
+    def hang(self, name: str) -> None:
+        """It stands still, and its daemon too."""
+        for process in self._processes(name):
+            with contextlib.suppress(psutil.Error):  # it may just have ended
+                process.suspend()
+
+    def go_on(self, name: str) -> None:
+        """It does no longer."""
+        for process in self._processes(name):
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+    def _processes(self, name: str) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.children[name].process.pid)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    def tell(self, message: str) -> None:
+        """A person is told."""
+        self._events.put((next(iter(self.children.values())), WarningEvent(message=message)))
+
+    def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
+        """The bootstrap's invite, and what came before it."""
+        seen: list[Event] = []
+        for event in self.events(limit_s):
+            seen.append(event)
+            if isinstance(event, InviteEvent):
+                return event, seen
+        raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
+
+    def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:
+        """End the volunteers, then the bootstrap, then the links; `show` gets what they say meanwhile."""
+        bootstrap = self.children.get(BOOTSTRAP)
+        serves = bootstrap is not None and bootstrap.process.poll() is None
+        volunteers = [child for child in self.children.values() if child is not bootstrap]
+        self._end(volunteers, _HAND_OVER_LIMIT_S if serves else _INSIST_S, show)
+        self._end([bootstrap] if bootstrap is not None else [], _STOP_LIMIT_S, show)
+        if self.links is not None:
+            self.links.close()
+            self.links = None
+
+    def _end(self, children: Sequence[_Child], limit_s: float, show: Callable[[Event], None]) -> None:
+        """SIGTERM for each; after `limit_s` once more, which leaves out their last work; then they are killed."""
+        for last_s in (limit_s, _INSIST_S):
+            for child in children:
+                if child.process.poll() is None:
+                    self.go_on(child.name)
+                    child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
+            give_up_s = time.monotonic() + last_s
+            while any(child.process.poll() is None for child in children) and time.monotonic() < give_up_s:
+                for event in self._said(_LOOK_S):
+                    show(event)
+        for child in children:
+            if child.process.poll() is None:
+                child.process.kill()
+            child.process.wait()
+
+    def _said(self, limit_s: float) -> Iterator[Event]:
+        """What one of the children says within `limit_s`."""
+        with contextlib.suppress(queue.Empty):
+            child, event = self._events.get(timeout=limit_s)
+            if event is not None:
+                yield event
+            else:
+                child.closed = True
+
+    def last_words(self, limit_s: float = 1.0) -> Iterator[Event]:
+        """What the children said while they were stopped."""
+        while not all(child.closed for child in self.children.values()):
+            try:
+                child, event = self._events.get(timeout=limit_s)
+            except queue.Empty:
+                return
+            if event is None:
+                child.closed = True
+            else:
+                yield event

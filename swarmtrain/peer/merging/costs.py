@@ -1,0 +1,144 @@
+"""What merging costs each peer, by the method: bytes on its link in a round, and in its memory.
+
+Arithmetic on the run file; `peer/estimate.py` adds what does not depend on the method.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from swarmtrain.methods import load_part
+from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, SectionBytes, WantedPartners, gradient_format
+from swarmtrain.run import RunFile
+
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "DilocoCosts",
+    "GossipCosts",
+    "MergeCosts",
+    "ServerCosts",
+    "copies",
+    "costs_of",
+    "pulled_bytes",
+    "section_bytes",
+]
+
+# fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
+# of the moments that a checkpoint is written from.
+BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
+_MOST_FREE_BYTES = 120_000_000
+"""Measured with 0.5, 10 and 57 million parameters: what the heap holds free stops growing with the model, whose large
+vectors are mapped."""
+_READ_SHARE = 2 / 3
+"""Of a round, in which a state is read and let go, as measured where rounds last 20 s and more."""
+
+
+class MergeCosts(ABC):
+    """Of one method."""
+
+    @abstractmethod
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
+
+    def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
+        """What a volunteer holds of a whole model, graphs and the program not counted."""
+        return BYTES_PER_PARAMETER * num_parameters + self.merge_bytes(run, num_parameters, others)[1]
+
+
+def costs_of(run: RunFile) -> MergeCosts:
+    """Those of the run's method."""
+    kind: type[MergeCosts] = load_part(run.merge.kind.costs)
+    return kind()
+
+
+class GossipCosts(MergeCosts):
+    """Publications of partners, each fragment by itself."""
+
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """See `MergeCosts`."""
+        merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters, others)
+        num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
+        num += min(merge.num_weights, others)
+        # of each the bytes and the decoded vector; the prepared merge; the bytes of parts that may go on
+        pieces = merge.num_fragments
+        whole = 2 * gradient_bytes if pieces > 1 else 0  # weights and momentum as a joiner takes them
+        return sent, 2 * sent + (num + 2) * gradient_bytes // pieces + whole
+
+    def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
+        """See `MergeCosts`."""
+        return math.ceil(sum(copies(run, num_parameters, others).values()) * num_parameters)
+
+
+class DilocoCosts(MergeCosts):
+    """Whole pseudo-gradients, or shares of them."""
+
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """See `MergeCosts`."""
+        gradient_bytes = 4 * num_parameters
+        if others + 1 <= run.merge.share_above:
+            return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
+        # as an all-reduce: scatter the shares, gather the results
+        return 2 * gradient_bytes * others // (others + 1), 2 * gradient_bytes
+
+
+class ServerCosts(MergeCosts):
+    """A pseudo-gradient to the server; of the server its weights, and what is not in them."""
+
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """See `MergeCosts`."""
+        sizes = section_bytes(run, num_parameters, others)
+        return sizes.gradient, sizes.both + 3 * 4 * num_parameters
+
+
+def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
+    """What a volunteer that merges by gossip with so many others holds at its worst moment, in bytes a parameter."""
+    merge, sizes = run.merge, section_bytes(run, num_parameters, others)
+    partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
+    weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters
+    fragment = 4 / merge.num_fragments
+    fed_back = any(format in ("int4", "int2") for format in merge.gradient_formats)
+    judged = merge.robust != "none" and others > 0
+    decoded, prepared = 4.0 * (partners + thetas), 8.0
+    if num_parameters >= LARGE_MODEL:  # one fragment after the other
+        prepared = 2 * fragment
+        if merge.robust in ("none", "clip", "direction"):  # other rules take them one by one at the merge
+            decoded = 2 * fragment
+    return {
+        "the model's weights": 4,
+        "their gradient, from a step's backward to its end": 4,
+        "AdamW's two moments": 8,
+        "weights after each fragment's last merge, and the outer momentum": 8,
+        "the newest pseudo-gradient, which is published and compared with": 4,
+        "the one before it, until the newest is made, fragment by fragment": fragment * judged,
+        "what rounding has lost of pseudo-gradients, for the next ones": 2.0 * fed_back,
+        "the same of the round under way": 2.0 * fed_back,
+        "publications as they travel": (weights + gradient) * (others > 0),
+        "partners' publications as they came, and the gradients merged last": 2 * partners * gradient
+        + thetas * weights,
+        "partners' publications decoded": decoded * (others > 0),
+        "merges that are prepared": prepared * (others > 0),
+        "what merges have replaced of a state that the archive or a joiner reads": _READ_SHARE * (8.0 - 2 * fragment),
+        "what the heap holds free until the next checkpoint": min(6.0, _MOST_FREE_BYTES / num_parameters),
+    }
+
+
+def section_bytes(
+    run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
+) -> SectionBytes:
+    """A publication of so many parameters as it travels among so many others, in rounds that last so long, over links
+    that carry so much."""
+    from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
+
+    merge = run.merge
+    theta = encoded_size_bytes(merge.theta_format, [num_parameters])
+    sizes = {one: SectionBytes(theta, encoded_size_bytes(one, [num_parameters])) for one in merge.gradient_formats}
+    return sizes[
+        gradient_format(sizes, others, round_s, bytes_per_s, WantedPartners(merge.num_partners, merge.num_weights))
+    ]
+
+
+def pulled_bytes(run: RunFile, sizes: SectionBytes, others: int) -> int:
+    """What a round of gossip pulls of so many others, where links carry it."""
+    merge = run.merge
+    return min(merge.num_partners, others) * sizes.gradient + min(merge.num_weights, others) * sizes.weights

@@ -1,0 +1,581 @@
+"""The trainer's side of asynchronous merging: it hands over its publications and takes what is ready, and never waits.
+
+A publication costs the trainer one copy of its weights; all else about it is done when a partner asks. Its partners'
+publications are pulled, checked and averaged in the background, so that a round's end is one outer step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
+from swarmtrain.algorithm.gossip import Layout, PartnerUpdate, PreparedMerge, prepare
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.robust import ClipIncident
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
+from swarmtrain.network.asynchronous.publications import OwnPublication, PublicationRules, Publisher
+from swarmtrain.network.asynchronous.puller import Puller
+from swarmtrain.network.codec import PublicationCodec
+from swarmtrain.network.coverage import rows_of
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.reachability.hosts import HostedPublications
+from swarmtrain.network.sections import SectionSpec, rules_of, sections_of
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec
+from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.peer.lifecycle.node import wait_for
+from swarmtrain.peer.merging.asynchronous_exchange import AsynchronousExchange
+from swarmtrain.peer.merging.averaged_section import AveragedSection
+from swarmtrain.peer.merging.consensus import (
+    SAMPLE,
+    consensus_of,
+    layout_of_specs,
+    mean_of_near,
+    not_far_behind,
+    places_of_untrusted,
+    theta_of,
+)
+from swarmtrain.peer.merging.gossip_runner import Engine, GossipRunner
+from swarmtrain.peer.merging.kept_publication import KeptPublication
+from swarmtrain.peer.merging.robustness import Naming, Robustness, apart
+from swarmtrain.peer.merging.rules import mean_of
+from swarmtrain.peer.merging.updates import Gathered, LentWeights, LocalUpdate, MergeInput, Replaced
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
+from swarmtrain.protocol.gossip.fragments import FragmentRound, publishes_every
+from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, TrainersRound
+from swarmtrain.protocol.gossip.messages import DecodePublication, FetchConsensus, PrepareMerge, ReceivedPublication
+from swarmtrain.protocol.gossip.partners import is_too_old
+from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, Section
+from swarmtrain.protocol.membership.hosts import callable_first
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import GradientFormat
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["GossipExchange", "hosting_of"]
+
+_LAST_ROUND_S = 20.0
+"""How long a peer that is done waits for others' last round."""
+_LOOK_S = 0.2
+_TRIES = 3
+_LEDGER = "ledger"
+_CLIPPED = "clipped"
+_COVERAGE = "coverage"
+
+
+def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
+    """Of each fragment."""
+    section = swarm.published.run.merge
+    formats = section.theta_format, section.gradient_formats
+    return [
+        PublicationCodec(sections_of(fragment.pick(swarm.specs), *formats, section.publications_per_round))
+        for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
+    ]
+
+
+def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
+    """What the run file says about merging publications."""
+    sizes = [codec.sizes(1 / len(codecs)) for codec in codecs]
+    is_large = layout_of_specs(swarm.specs).size >= LARGE_MODEL
+    return GossipSettings.of(swarm.published.run.merge, rules_of(codecs[0].sections), sizes, is_large=is_large)
+
+
+def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
+    """What the run file says about publications, of each fragment."""
+    rounds = swarm.rounds.settings
+
+    def rules_of(fragment: int, section: SectionSpec) -> PublicationRules:
+        return PublicationRules(
+            run_sha256=rounds.run_sha256,
+            tables=section.tables,
+            max_tokens=rounds.max_tokens,
+            num_parts=section.num_parts,
+            pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
+            fragment=fragment,
+        )
+
+    return [
+        {section.name: rules_of(fragment, section) for section in codec.sections}
+        for fragment, codec in enumerate(codecs)
+    ]
+
+
+def hosting_of(swarm: Swarm) -> HostedPublications:
+    """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
+    section, codecs = swarm.published.run.merge, codecs_of(swarm)
+    num_pulls = {"mean": section.num_weights, "outer step": section.num_partners}
+    return HostedPublications(
+        swarm.calls,
+        swarm.store,
+        publication_rules(swarm, codecs),
+        swarm.presence.signed,
+        swarm.peers.refused,
+        waits_a_caller=sum(num_pulls[each.rule] for codec in codecs for each in codec.sections),
+    )
+
+
+@dataclass
+class GossipExchange(AsynchronousExchange):
+    """Asynchronous rounds: nobody waits for anybody."""
+
+    keeps_in_step = True
+    gossip: GossipRunner = field(init=False)
+    publishers: dict[tuple[Section, int], Publisher] = field(init=False)
+    _codecs: list[PublicationCodec] = field(init=False)
+    """Of each fragment, as the lists below."""
+    _layout: Layout = field(init=False)
+    """Of the whole model."""
+    _fragments: tuple[Fragment, ...] = field(init=False)
+    _is_large: bool = field(init=False)
+    _states: list[OuterState] = field(default_factory=list, repr=False)
+    _planner: MergePlanner = field(init=False)
+    _robustness: list[Robustness] = field(init=False)
+    _averaged: dict[tuple[Section, int], AveragedSection] = field(init=False)
+    """Of each fragment, what of the run's sections is averaged beside the weights."""
+    _unmade: LocalUpdate | None = field(default=None, repr=False)
+    """The newest, whose gradients are to be made."""
+    _unlearned: deque[LocalUpdate] = field(default_factory=deque, repr=False)
+    _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _decoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _own_tokens: int = 0
+    _progress: Progress = field(default_factory=Progress)
+    _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
+    _is_held: bool = False
+    """Whether the round that begins is the first with weights that this peer has not merged itself."""
+
+    def __post_init__(self) -> None:
+        swarm, section = self.swarm, self.run.merge
+        self._codecs = codecs_of(swarm)
+        settings, rules = gossip_settings(swarm, self._codecs), publication_rules(swarm, self._codecs)
+        self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
+        self._fragments, self._is_large = fragments_of(self._layout, section.num_fragments), settings.is_large
+        self._planner = MergePlanner(len(self._fragments), self.sure_share)
+        naming = Naming(self._tell_clipped)
+        self._robustness = [
+            Robustness(section.robust, fragment.layout, naming, met=met) for fragment in self._fragments
+        ]
+        self._averaged = {
+            (name, fragment): AveragedSection(averaged, section.robust, naming)
+            for fragment, codec in enumerate(self._codecs)
+            for name, averaged in codec.averaged.items()
+            if averaged is not codec.weights
+        }
+        self.publishers = {
+            (what, fragment): Publisher(
+                swarm.identity,
+                of.run_sha256,
+                of.tables[0],
+                swarm.store,
+                shard_rows=lambda: rows_of(swarm.coverage),
+                fragment=fragment,
+            )
+            for fragment, of_fragment in enumerate(rules)
+            for what, of in of_fragment.items()
+        }
+        engine: Engine = GossipEngine(swarm.identity.peer_id, settings)
+        puller = Puller(swarm.calls, swarm.membership, rules, swarm.presence.signed, swarm.peers.hear_reply_untrusted)
+        expected_s = swarm.node.traffic.times.expected_s
+        self.gossip = GossipRunner(engine, puller, swarm.membership, self, swarm.peers.refused, expected_s)
+
+    def serving(self) -> Serving:
+        """See `SwarmExchange`."""
+        gossip = self.gossip
+        return Serving(
+            publishers=self.publishers,
+            pulling=gossip,
+            called=gossip.called,
+            places=lambda: gossip.places(self._progress.round - 1),
+            hosting=hosting_of(self.swarm),
+        )
+
+    # ------------------------------------------------------------- the trainer's calls
+
+    def hold(self, states: Sequence[OuterState]) -> None:
+        """See `Exchange`."""
+        self._states, self._is_held = list(states), True
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """See `Exchange`."""
+        start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
+        self._progress = progress
+        others = [info.peer for info in self.swarm.membership.volunteers()]
+        round_s = start.inner_steps / steps_per_s if steps_per_s > 0 else 0.0
+        start = self._start = dataclasses.replace(
+            start,
+            num_parts=self.run.merge.publications_per_round,
+            num_fragments=len(self._fragments),
+            every=self._publishes_every(round_s),
+            gradient_format=self.gossip.gradient_format(round_s),
+            shard=None if coverage is None else coverage.begin(progress.round, others),
+        )
+        for fragment in range(len(self._fragments)) if self._is_held else [len(self._fragments) - 1]:
+            self._publish_weights(fragment, progress.round)
+        of = TrainersRound(
+            number=progress.round,
+            inner_steps=start.inner_steps,
+            merge_after=start.merge_after,
+            gradient_format=start.gradient_format,
+            steps_per_s=steps_per_s,
+        )
+        plans = self._planner.round_began(of, swarm_time(), all_begin=self._is_held)
+        self._is_held, planned = False, self.gossip.plan(progress.round, plans)
+
+        async def begin() -> None:
+            self._describe_start(progress, steps_per_s)
+            await planned
+
+        self._do_soon(begin())
+        return start
+
+    def _publishes_every(self, round_s: float) -> int:
+        """How-many-th part, in a round that lasts so long (0: it is not known)."""
+        most = self.run.merge.publications_per_round
+        return publishes_every(most, len(self._fragments), round_s, self._layout.size)
+
+    def _publish_weights(self, fragment: int, round: int) -> None:
+        """A round of that fragment begins, with its weights."""
+        theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
+        self.publishers[self._codecs[fragment].weights.section.name, fragment].newest = OwnPublication(
+            round=round,
+            part=0,
+            tokens=0,
+            inner_steps=0,
+            author_tokens=peer_tokens.get(self.swarm.identity.peer_id, 0),
+            encode=functools.partial(self._encode_weights, theta, fragment),
+        )
+
+    def merged(self, fragment: int, state: OuterState) -> None:
+        """See `Exchange`."""
+        self._states[fragment] = state
+        self._make_gradients()
+        if fragment < len(self._fragments) - 1:
+            self._publish_weights(fragment, self._progress.round + 1)
+        self._plan_anew(self._planner.merged(fragment, swarm_time()))
+
+    def _plan_anew(self, plans: Sequence[MergePlan] | None) -> None:
+        """With what is known by now of when fragments are merged; None: as before."""
+        if plans is not None:  # those before tell of the next merges what these tell, nearly
+            self.network.submit_unhurried(self.gossip.plan(self._progress.round, plans))
+
+    def publish(self, contribution: LocalUpdate) -> None:
+        """See `Exchange`."""
+        if self.swarm.coverage is not None:
+            self.swarm.coverage.reached(contribution.tokens)
+        self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
+        for (name, fragment), averaged in self._averaged.items():
+            averaged.published(contribution.values[name, fragment])
+        for fragment, of in enumerate(contribution.fragment_rounds):
+            if not of.tokens:
+                continue  # it was merged a moment ago, and the round has ended early
+            codec = self._codecs[fragment]
+            codec.gradient.over(of.round - 1)
+            for section in codec.sections:
+                if section.num_parts:
+                    encode, specs = self._encoding(contribution, fragment, section, format)
+                    self.publishers[section.name, fragment].newest = OwnPublication(
+                        round=of.round,
+                        part=of.part,
+                        tokens=of.tokens,
+                        inner_steps=of.inner_steps,
+                        author_tokens=contribution.own_tokens,
+                        encode=encode,
+                        specs=specs,
+                    )
+
+        async def describe() -> None:
+            if contribution.round == self._progress.round:
+                self.swarm.presence.describe_part(contribution.part, contribution.tokens)
+            elif self.swarm.presence.me.part == 0:  # nothing of the next is published yet: of which tokens are told
+                self.swarm.presence.describe_part(0, contribution.tokens)
+
+        if self.run.merge.robust != "none":
+            self._unlearned.append(contribution)
+        self.network.submit_unhurried(describe())
+        self._unmade = contribution
+        if contribution.inner_steps not in self._start.merge_after:
+            self._make_gradients()
+        self._plan_anew(self._planner.steps_done(contribution.inner_steps, swarm_time()))
+
+    def _make_gradients(self) -> None:
+        """Beside the trainer, which is at the next step's gradient: until then the model's weights stay. Not while it
+        merges, which would take longer for it."""
+        contribution, self._unmade = self._unmade, None
+
+        def make(contribution: LocalUpdate) -> None:
+            self._learn()
+            contribution.take_back()
+
+        if contribution is not None:
+            self.network.submit_unhurried(asyncio.to_thread(make, contribution))
+
+    def _learn(self) -> None:
+        """What is usual here, from what this peer has published."""
+        with self._learning:
+            while self._unlearned:
+                contribution = self._unlearned.popleft()
+                for fragment, of in enumerate(contribution.fragment_rounds):
+                    if of.tokens:
+                        self._robustness[fragment].learn(contribution.gradient_of(fragment), of.tokens)
+
+    def _accept_untrusted(
+        self, section: Section, fragment: int, held: HeldSnapshot, arrival: PartnerUpdate
+    ) -> PartnerUpdate:
+        """What the run's rule lets enter a merge: it compares with all that was published here before."""
+        author, round = held.snapshot.author, held.snapshot.manifest.round
+        if (averaged := self._averaged.get((section, fragment))) is not None:
+            return averaged.accept_untrusted(author, arrival, round)
+        self._learn()
+        return self._robustness[fragment].accept(author, arrival, self._states[fragment].theta, round)
+
+    def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
+        if self.swarm.coverage is not None:
+            self.swarm.coverage.hear_untrusted(peer, rows)
+
+    def _encoding(
+        self, contribution: LocalUpdate, fragment: int, section: SectionSpec, format: GradientFormat
+    ) -> tuple[Callable[[], Body], Sequence[TensorSpec]]:
+        """What makes a section's bytes, with their tensor table. It holds nothing else of the contribution."""
+        codec = self._codecs[fragment]
+        if section.rule == "mean":
+            averaged, values = codec.averaged[section.name], contribution.values[section.name, fragment]
+            return lambda: Body([averaged.encode(values)]), averaged.tensors
+        lent, of = contribution.lent[fragment], contribution.fragment_rounds[fragment]
+        encode = functools.partial(self._encode_gradient, lent, of, fragment, format)
+        return encode, codec.gradient.of[format].tensors
+
+    def _encode_weights(self, theta: Tensor, fragment: int) -> Body:
+        return Body([self._codecs[fragment].weights.encode(theta)])
+
+    def _encode_gradient(self, lent: LentWeights, of: FragmentRound, fragment: int, format: GradientFormat) -> Body:
+        """It holds one fragment of a contribution, which may be published for long, and not all of them."""
+        return Body([self._codecs[fragment].gradient.encode_sum(lent.gradient(), format, of.round, of.part)])
+
+    def collect(self, fragment: int = 0) -> Gathered | Replaced:
+        """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
+        round, swarm = self._progress.round, self.swarm
+        is_last = fragment == len(self._fragments) - 1
+        if is_last:
+            swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
+        due = self.gossip.merge_due(round, fragment, may_catch_up=True)
+        if isinstance(due, FetchConsensus):
+            if (replaced := self._catch_up(round, due.rounds_behind)) is not None:
+                return replaced
+            due = self.gossip.merge_due(round, fragment, may_catch_up=False)
+            assert not isinstance(due, FetchConsensus)
+        counts = swarm.tallying.contributions() if is_last else {}
+        if due.merge is not None and due.merge.displacement is not None:
+            self._robustness[fragment].merged(due.merge.displacement)
+        return Gathered(
+            prepared=self._merge_of(fragment, self._states[fragment], ()) if due.merge is None else due.merge,
+            merged=self._merged(due.pulled),
+            apart=self._apart(due.pulled),
+            values=self._means_of(fragment, due.pulled),
+            run_tokens=sum(counts.values()),
+            peer_tokens=counts,
+        )
+
+    def _apart(self, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]) -> tuple[PartnerUpdate, ...]:
+        rule = self.run.merge.robust
+        return () if mean_of(rule) is None else apart(rule, [each.payload.decoded() for each in pulled])
+
+    def _means_of(
+        self, fragment: int, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]
+    ) -> dict[tuple[Section, int], Tensor]:
+        """Of what is averaged beside the weights, and came of any partner."""
+        found = dict[tuple[Section, int], Tensor]()
+        for which, averaged in self._averaged.items():
+            arrivals = [each.payload.decoded() for each in pulled if (each.section, fragment) == which]
+            if theirs := [arrival.theta for arrival in arrivals if arrival.theta is not None]:
+                found[which] = averaged.mean(theirs)
+        return found
+
+    def _catch_up(self, round: int, rounds_behind: int) -> Replaced | None:
+        """The others' weights, since this peer has fallen far behind; None if nobody gives them."""
+        reason = f"it was {rounds_behind} rounds behind the others"
+        replaced = self._consensus(reason, round + 1, least_round=round + 1)
+        if replaced is not None:
+            self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=replaced.from_peer, reason=reason))
+        return replaced
+
+    def _merged(self, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]) -> tuple[MergeInput, ...]:
+        """What was merged of each partner: its weights, its pseudo-gradient or both."""
+        by_peer: dict[str, list[ReceivedPublication[HeldSnapshot, KeptPublication]]] = {}
+        for each in pulled:
+            by_peer.setdefault(each.peer, []).append(each)
+        return tuple(
+            MergeInput(
+                peer=peer,
+                round=(newest := max(each.mark.round for each in sections)),
+                part=max(each.mark.part for each in sections if each.mark.round == newest),
+                tokens=sum(each.payload.tokens for each in sections),
+                staleness_rounds=self._progress.round - newest,
+                pull_s=max(each.pull_s for each in sections),
+            )
+            for peer, sections in by_peer.items()
+        )
+
+    def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
+        """See `Merging`: decoded, and clipped as the run's rule says."""
+        codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
+        decode = functools.partial(codec.arrival_untrusted, command.section, held, command.news, command.earlier)
+        return self._kept_untrusted(command.section, fragment, held, decode)
+
+    def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
+        """See `Merging`."""
+        manifest = command.held.snapshot.manifest
+        self.swarm.tallying.hear(command.author, manifest.author_tokens)
+        self._hear_rows_untrusted(command.author, manifest.coverage)
+
+    def _kept_untrusted(
+        self, section: Section, fragment: int, held: HeldSnapshot, decode: Callable[[], PartnerUpdate]
+    ) -> KeptPublication:
+        """Look at what was pulled, one at a time: what is decoded of a large model takes much memory."""
+        with self._decoding:
+            arrival = decode()
+            accepted = self._accept_untrusted(section, fragment, held, arrival)
+            tokens, factor = accepted.tokens, accepted.lengthened
+            is_cut = factor is None or accepted.theta is not arrival.theta
+            if factor is None or is_cut or not self._is_large or mean_of(self.run.merge.robust) is not None:
+                return KeptPublication(tokens, lambda: accepted)
+
+        def again() -> PartnerUpdate:
+            made = decode()
+            if factor != 1:
+                made.gradient.mul_(factor)
+            return dataclasses.replace(made, tokens=tokens)
+
+        return KeptPublication(tokens, again, is_made_anew=True)
+
+    def _tell_clipped(self, peer: str, incident: ClipIncident) -> None:
+        self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
+
+    def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
+        """See `Merging`."""
+        plan, fragment = command.plan, command.fragment
+        pulled = [each for each in command.pulled if (each.section, fragment) not in self._averaged]
+        arrivals = (
+            dataclasses.replace(each.payload.decoded(), ahead_rounds=plan.ahead_rounds(fragment, each.began_s))
+            for each in pulled
+        )
+        with self._decoding:
+            may_write = all(each.payload.is_made_anew for each in pulled)
+            return self._merge_of(fragment, self._states[fragment], arrivals, may_write=may_write)
+
+    def _merge_of(
+        self, fragment: int, state: OuterState, arrivals: Iterable[PartnerUpdate], *, may_write: bool = False
+    ) -> PreparedMerge:
+        layout, rate = self._fragments[fragment].layout, self.run.merge.outer_learning_rate
+        return prepare(state, arrivals, layout, rate, may_write=may_write)
+
+    # ------------------------------------------------------------- present weights
+
+    def _is_old(self, round: int) -> bool:
+        """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
+        has, so that this must not be ahead at all: nor where whoever did does not answer, and may have been killed."""
+        members = self.swarm.membership
+        if is_too_old(round, [info.round for info in members.volunteers()], self.run.merge.max_staleness_rounds):
+            return True
+        merges = any(info.round for info in members.answering())
+        return not merges and any(info.round > round for info in members.live() if info.is_bootstrap)
+
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""
+        self._fresh = True
+        has_own = progress.round > 0
+        for _ in range(_TRIES):
+            live = self.swarm.membership.live()
+            if not any(info.round > 0 for info in live):
+                return None
+            if has_own and not self._is_old(progress.round):
+                return None
+            new = self._consensus("was away" if has_own else "joined late", progress.round)
+            if new is not None:
+                return new
+            self.stop.sleep(1.0)
+        if has_own:
+            return None  # it goes on with what it has: the others' weights come with its first merges
+        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+
+    def final_theta(self, own: Tensor) -> Tensor:
+        """See `SwarmExchange`: the consensus of all who have finished. Waits for those who are about to."""
+        swarm, total = self.swarm, self.run.run.total_tokens
+        wait_for(self.network.submit(self.gossip.stop()), self.stop)  # nothing is merged any more
+        give_up_s = time.monotonic() + _LAST_ROUND_S
+        while time.monotonic() < give_up_s:
+            wait_for(self.network.submit(swarm.greeter.greet_everyone()), self.stop)
+            if all(info.run_tokens >= total for info in swarm.membership.volunteers()):
+                break
+            self.stop.sleep(_LOOK_S)
+        volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
+        sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
+        states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
+        self._settle()
+        if not states:
+            return own
+        others = [theta_of(state, own.numel()) for state in states]
+        return mean_of_near([own, *others], self._layout, out=others[0])[0]
+
+    def kept(self) -> Mapping[str, Callable[[], Any]]:
+        """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
+        coverage = self.swarm.coverage
+        seen = {} if coverage is None else {_COVERAGE: coverage.kept}
+        return {_LEDGER: self.gossip.rows, _CLIPPED: self._clipped, **seen}
+
+    def _clipped(self) -> list[dict[str, Any]]:
+        """What is usual here of each fragment."""
+        return [{name: give() for name, give in each.kept().items()} for each in self._robustness]
+
+    def restore(self, extra: Mapping[str, Any]) -> None:
+        """See `SwarmExchange`."""
+        try:
+            if _LEDGER in extra:
+                self.gossip.load(extra[_LEDGER])
+            for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
+                robustness.restore(kept)
+        except (ValueError, TypeError) as error:
+            message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
+            self.swarm.emit(WarningEvent(message=message))
+        try:
+            if self.swarm.coverage is not None:
+                self.swarm.coverage.restore(extra.get(_COVERAGE))
+        except (ValueError, TypeError) as error:
+            message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
+            self.swarm.emit(WarningEvent(message=message))
+
+    def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:
+        """The others' present weights; None if nobody delivers any of `least_round` or later."""
+        swarm = self.swarm
+        live = swarm.membership.live()
+        volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
+        sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
+        for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
+            fetching = self.network.submit(swarm.states.fetch(peers, 1))
+            states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))
+            states = [found for found in states if found.round >= least_round]
+            if not states:
+                continue
+            more = self._counted_by_others(states)
+            wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
+            states = not_far_behind(states, self.run.merge.max_staleness_rounds)
+            progress = self._progress_of(states, own_round, more)
+            for found in states:
+                self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
+            told = [places_of_untrusted(found.held.snapshot.manifest, self.run.merge) for found in states]
+            state = consensus_of(states, self._layout)
+            self.gossip.took_states(told, {found.peer: found.round for found in states}, progress.round)
+            for robustness in self._robustness:
+                robustness.comes_back()
+            return Replaced(state=state, progress=progress, from_peer=states[0].peer, reason=reason)
+        self.on_arriving(None)
+        return None

@@ -1,0 +1,248 @@
+"""Drives the engine of gossip in a real peer: its commands run in the network's thread, on a pool, or at the trainer.
+
+One lock lies around the engine, for the microseconds in which it decides; whatever takes longer is done outside of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from swarmtrain.algorithm.gossip import PreparedMerge as PreparedMerge
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.asynchronous.puller import Puller, failure_of
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.snapshots.store import HeldSnapshot
+from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.peer.merging.kept_publication import KeptPublication
+from swarmtrain.protocol.gossip.engine import GossipEngine
+from swarmtrain.protocol.gossip.merge_plans import MergePlan
+from swarmtrain.protocol.gossip.messages import (
+    AskPartner,
+    CancelPull,
+    ConsensusTaken,
+    DecodePublication,
+    DownloadPublication,
+    FetchConsensus,
+    FindRoute,
+    GossipCommand,
+    GossipEvent,
+    LinkRateAssumed,
+    MergeDue,
+    MergeFragment,
+    MergePrepared,
+    MergesPlanned,
+    PartnerBackedOff,
+    PartnersChanged,
+    PeerCalled,
+    PrepareMerge,
+    PublicationDecoded,
+    PullFailed,
+    PullFailure,
+    PullsPaused,
+    PullTimerFired,
+    ReportFailure,
+)
+from swarmtrain.protocol.gossip.partners import Place
+from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.run import GradientFormat
+
+__all__ = ["Engine", "GossipRunner", "Merging"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.25
+"""At least so often it is looked whether others have come, while merges are planned."""
+
+Engine: TypeAlias = GossipEngine[HeldSnapshot, KeptPublication, PreparedMerge]
+_Event: TypeAlias = GossipEvent[HeldSnapshot, KeptPublication, PreparedMerge]
+_Command: TypeAlias = GossipCommand[HeldSnapshot, KeptPublication, PreparedMerge]
+
+
+class Merging(Protocol):
+    """What is done with tensors, on a pool of threads, and told of what came."""
+
+    def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
+        """What of a publication may enter a merge. BadBytesError if nothing may."""
+
+    def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
+        """All of a merge that does not need this peer's own gradient."""
+
+    def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
+        """What was decoded counts. In the network's thread."""
+
+
+class GossipRunner:
+    """Any thread may call `merge_due`, `plan`, `took_states`, `gradient_format`, `places` and `rows`;
+    the rest belongs to the network's."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        puller: Puller,
+        membership: Membership,
+        merging: Merging,
+        refused: Callable[[str, PeerError], None],
+        expected_s: Callable[[int], float | None],
+    ) -> None:
+        self.engine, self._puller, self._membership, self._merging = engine, puller, membership, merging
+        self._refused = refused
+        self._expected_s = expected_s
+        """How long so many bytes would take, before the first pull."""
+        self._lock = threading.Lock()
+        self._told_version = -1
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def merge_due(
+        self, round: int, fragment: int, *, may_catch_up: bool
+    ) -> MergeFragment[HeldSnapshot, KeptPublication, PreparedMerge] | FetchConsensus:
+        """A fragment is merged now: with what is ready, or this peer is to take the others' weights. Returns at
+        once."""
+        (command,) = self._receive(MergeDue(round, fragment, may_catch_up))
+        assert isinstance(command, MergeFragment | FetchConsensus)
+        return command
+
+    def plan(self, round: int, plans: Sequence[MergePlan]) -> Coroutine[Any, Any, None]:
+        """A round begins, or more is known by now of when fragments are merged. What is returned is to be run soon in
+        the network's thread."""
+        commands = self._receive(MergesPlanned(round, plans))
+
+        async def follow() -> None:
+            if known_s := self._expected_s(self.engine.partner_bytes):
+                self._happened(LinkRateAssumed(self.engine.partner_bytes / known_s))
+            self._follow(commands)
+
+        return follow()
+
+    def took_states(self, told: Sequence[Sequence[Mapping[str, Place]]], rounds: Mapping[str, int], round: int) -> None:
+        """This peer goes on in `round` from the mean of some states; see `ConsensusTaken`."""
+        self._receive(ConsensusTaken(round, told, rounds))
+
+    def gradient_format(self, round_s: float) -> GradientFormat:
+        """In which format to publish pseudo-gradients in a round that lasts so long (0: it is not known)."""
+        with self._lock:
+            self._tell_of_others()
+            return self.engine.gradient_format(round_s, self._puller.calls.node.traffic.up.bytes_per_s)
+
+    def places(self, round: int) -> list[dict[str, Place]]:
+        """Up to where each peer is in this one's weights, of each fragment; `round` is the last that it has ended."""
+        with self._lock:
+            return self.engine.places(round)
+
+    def rows(self) -> list[list[list[str | int]]]:
+        """What was merged of whom, of each fragment, as a checkpoint keeps it."""
+        with self._lock:
+            return self.engine.rows()
+
+    def load(self, rows: Sequence[Iterable[Sequence[object]]]) -> None:
+        """Go on from what `rows` gave. ValueError if they are anything else."""
+        with self._lock:
+            self.engine.load(rows)
+
+    # ------------------------------------------------------------- the network's thread
+
+    def called(self, peer: str) -> None:
+        """It has called this peer."""
+        self._happened(PeerCalled(peer))
+
+    async def stop(self) -> None:
+        """Pull nothing more, until more is planned from now on."""
+        self._happened(PullsPaused())
+        await end_tasks(self._tasks.values())
+        self._tasks.clear()  # one that never ran has not ended either
+
+    def _receive(self, event: _Event) -> list[_Command]:
+        with self._lock:
+            self._tell_of_others()
+            return self.engine.receive(event, swarm_time())
+
+    def _tell_of_others(self) -> None:
+        version = self._membership.version
+        if version != self._told_version:
+            self._told_version = version
+            self.engine.receive(PartnersChanged(self._membership.volunteers()), swarm_time())
+
+    def _happened(self, event: _Event) -> None:
+        self._follow(self._receive(event))
+
+    def _follow(self, commands: Sequence[_Command]) -> None:
+        for command in commands:
+            match command:
+                case FindRoute():
+                    self._start(command.pull, self._puller.route(command))
+                case AskPartner():
+                    self._start(command.pull, self._puller.ask(command))
+                case DownloadPublication():
+                    self._start(command.pull, self._puller.download(command))
+                case DecodePublication():
+                    self._start(command.pull, self._decoded(command))
+                case PrepareMerge():
+                    self._start(command.number, self._prepared(command))
+                case CancelPull():
+                    if (task := self._tasks.get(command.pull)) is not None:
+                        task.cancel()
+                case ReportFailure():
+                    self._refused(command.peer, BadBytesError(command.failure.reason))
+                case PartnerBackedOff():
+                    _log.debug("%s: %s", command.peer, command.follows)
+                case MergeFragment() | FetchConsensus():
+                    raise AssertionError("nobody has asked for a merge here")
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """To wake the engine when it wants to, or others have come."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        with self._lock:
+            wake_s, is_planned = self.engine.wake_at(), self.engine.has_plans
+        if not is_planned:
+            return
+        wait_s = _LOOK_S if wake_s is None else min(_LOOK_S, max(0.0, wake_s - swarm_time()))
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        with self._lock:
+            self._tell_of_others()
+            now, wake_s = swarm_time(), self.engine.wake_at()
+            commands = self.engine.receive(PullTimerFired(), now) if wake_s is not None and wake_s <= now else []
+        self._follow(commands)
+
+    def _start(self, number: int, work: Coroutine[Any, Any, _Event]) -> None:
+        async def run() -> None:
+            try:
+                event = await work
+            except Exception:  # no fault of a host that was asked, nor would another help
+                self._happened(PullFailed(number, PullFailure("it could not be looked at", is_authors=True)))
+                raise
+            finally:
+                if self._tasks.get(number) is asyncio.current_task():
+                    del self._tasks[number]
+            self._happened(event)
+
+        task = self._tasks[number] = logged(asyncio.create_task(run()), "gossip")
+        task.add_done_callback(lambda ended: work.close())  # it was not begun if that was cancelled at once
+
+    async def _decoded(
+        self, command: DecodePublication[HeldSnapshot]
+    ) -> PublicationDecoded[KeptPublication] | PullFailed:
+        try:
+            kept = await asyncio.to_thread(self._merging.decode_untrusted, command)
+            self._merging.took_untrusted(command)
+        except PeerError as error:
+            return PullFailed(command.pull, failure_of(error, is_authors=True))
+        return PublicationDecoded(command.pull, kept)
+
+    async def _prepared(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> MergePrepared[PreparedMerge]:
+        try:
+            return MergePrepared(command.number, await asyncio.to_thread(self._merging.prepare, command))
+        except Exception:  # a task's boundary: one bad publication must not cost all later merges
+            peers = ", ".join(one.peer for one in command.pulled)
+            _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
+            return MergePrepared(command.number, None)

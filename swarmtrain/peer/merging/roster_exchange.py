@@ -1,0 +1,334 @@
+"""The trainer's side of the network: its two calls, answered by a `Swarm` in the network thread.
+
+`SwarmExchange` is what all ways to merge have in common; `RosterExchange` is the synchronous one, where the trainer's
+share of a round's end is one snapshot (hashed and signed here, since the roster needs the hash) and the wait for the
+mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.pacing import round_inner_steps
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import CaughtUpEvent
+from swarmtrain.methods import MergeMethod, load_part
+from swarmtrain.network.codec import body_of
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.node import NetworkThread
+from swarmtrain.network.rounds.runner import NewState, Outcome, RosterMean
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, build_snapshot
+from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.peer.checkpoints.archive_watch import ArchiveWatch
+from swarmtrain.peer.lifecycle.node import StopFlag, state_of, wait_for
+from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, OuterUpdate, Replaced
+from swarmtrain.peer.training.pause import PauseSwitch
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.gossip.pulls import round_ends_s
+from swarmtrain.protocol.membership.run_end import still_needed
+from swarmtrain.protocol.rounds.messages import JoinsWith
+from swarmtrain.protocol.rounds.rosters import steps_of_round
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import RunFile
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+__all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
+
+_log = logging.getLogger(__name__)
+_SAMPLE = 16
+_TRY_AGAIN_S = 1.0
+_OFFER_S = 30.0
+
+
+@dataclass
+class SwarmExchange(ABC):
+    """The trainer's calls, answered by a `Swarm` in the network thread."""
+
+    network: NetworkThread
+    swarm: Swarm
+    run: RunFile
+    stop: StopFlag
+    pause: PauseSwitch = field(default_factory=PauseSwitch)
+    on_first_round: Callable[[int], None] = lambda inner_steps: None
+    on_arriving: Callable[[HeldSnapshot | None], None] = lambda held: None
+    """Called some times a second while it waits for another peer's state, with what is here of it."""
+    keeps_in_step: ClassVar[bool] = False
+    """Whether paced rounds end when others' do."""
+    num_missing: int = field(default=0, init=False)
+    """Volunteers that it waits for before the first round."""
+    num_steps: int = field(default=0, init=False)
+    """Inner steps taken in this process."""
+    round_steps: int = field(default=0, init=False)
+    """Inner steps of this round, those included that it came too late for."""
+    _skipped_steps: int = field(default=0, init=False)
+    _traffic: tuple[int, int] = field(default=(0, 0), init=False)
+    _fresh: bool = field(default=True, init=False)
+    """The next round is the first, or the first with a state taken from another peer."""
+    _first: bool = field(default=True, init=False)
+    _offered: Progress | None = field(default=None, init=False)
+
+    # ------------------------------------------------------------- the trainer's calls
+
+    @abstractmethod
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """See `Exchange`."""
+
+    @abstractmethod
+    def publish(self, contribution: LocalUpdate) -> None:
+        """See `Exchange`."""
+
+    @abstractmethod
+    def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
+        """See `Exchange`."""
+
+    def hold(self, states: Sequence[OuterState]) -> None:  # noqa: B027 - most have nothing to do
+        """See `Exchange`."""
+
+    def merged(self, fragment: int, state: OuterState) -> None:  # noqa: B027 - most have nothing to do
+        """See `Exchange`."""
+
+    def step_done(self, inner_steps_done: int) -> None:
+        """See `Exchange`."""
+        self.num_steps += 1
+        self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
+
+    # ------------------------------------------------------------- what a volunteer asks
+
+    def serving(self) -> Serving:
+        """What its peer serves from when it enters the swarm."""
+        return Serving()
+
+    @abstractmethod
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """The swarm's present state, if it holds against `progress`, what this peer has: before its first round, or its
+        first after a pause. None to go on with what it has: a checkpoint, or the initial weights if nobody has
+        merged a round yet.
+
+        Raises RunTimeError when others have trained, this peer has nothing, and nobody delivers.
+        """
+
+    def offer(self, state: OuterState, progress: Progress) -> None:
+        """Serve `state` to joiners and those who missed a round from now on."""
+        if progress is not self._offered:
+            self._offered = progress
+            offering = self._offer(progress, body_of(state.theta, state.momentum))
+            self.network.run(offering, _OFFER_S)  # not given up for an end that is asked for: the round was merged
+
+    async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
+        """In the network thread."""
+        self.swarm.set_state(progress, body)
+        self.swarm.presence.describe(
+            round=progress.round, steps_per_s=self.swarm.presence.me.steps_per_s, run_tokens=progress.run_tokens
+        )
+
+    def kept(self) -> Mapping[str, Callable[[], Any]]:
+        """What gives what a checkpoint keeps of this, by name; anything JSON can hold."""
+        return {}
+
+    def restore(self, extra: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to restore
+        """Go on from what a checkpoint kept."""
+
+    def final_theta(self, own: Tensor) -> Tensor:
+        """The run's weights at its end, given this peer's `own` (P,)."""
+        return own
+
+    def still_needed(self, last: Progress) -> str:
+        """Why this peer, done with the run, should stay; empty when nobody needs it."""
+        return still_needed(self.swarm.membership, last)
+
+    def data_seen(self) -> dict[str, int | None]:
+        """What a round's event says of the data: the shard it was drawn from, and how many nobody has seen."""
+        coverage = self.swarm.coverage
+        return {} if coverage is None else {"shard": coverage.shard, "unseen_shards": coverage.num_unseen}
+
+    def traffic_since_last(self) -> tuple[int, int]:
+        """Bytes sent and received since the last call."""
+        traffic = self.swarm.node.traffic
+        now = (traffic.sent_bytes, traffic.received_bytes)
+        sent, received = now[0] - self._traffic[0], now[1] - self._traffic[1]
+        self._traffic = now
+        return sent, received
+
+    # ------------------------------------------------------------- in common
+
+    def _begin(self, inner_steps: int) -> None:
+        """A round of so many inner steps begins."""
+        if self._first:
+            self.on_first_round(inner_steps)
+        self._first = self._fresh = False
+
+    def _check(self) -> None:
+        """Raise StopTraining if this peer is to end or to rest."""
+        self.stop.check()
+        if self.pause.held:
+            raise StopTraining
+
+    def _wait_for_company(self) -> None:
+        while True:
+            self._check()
+            others = self.swarm.membership.volunteers()
+            begun = any(info.round > 0 or info.inner_steps_done > 0 for info in others)
+            begun = begun or self.swarm.rounds.wanted
+            self.num_missing = 0 if begun else max(0, self.run.merge.min_peers - len(others) - 1)
+            if not self.num_missing:
+                return
+            self.stop.sleep(0.05)
+
+    def _paced(self, steps_per_s: float) -> int:
+        """The inner steps of a round beside the other volunteers', with which it keeps in step or not."""
+        section, now, membership = self.run.merge, swarm_time(), self.swarm.membership
+        others = membership.volunteers()
+        ends_s = [
+            round_ends_s(
+                membership.so_far_since_s(info.peer), info.inner_steps, info.inner_steps_done, info.steps_per_s
+            )
+            for info in (others if self.keeps_in_step else ())
+        ]
+        return round_inner_steps(
+            steps_per_s,
+            [info.steps_per_s for info in others],
+            section.inner_steps,
+            paced=section.pacing,
+            limit_s=section.round_limit_s,
+            others_end_in_s=[None if end_s is None else end_s - now for end_s in ends_s],
+        )
+
+
+def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
+    """What answers the trainer's calls where peers merge like that."""
+    kind: type[SwarmExchange] = load_part(method.exchange)
+    return kind
+
+
+@dataclass
+class RosterExchange(SwarmExchange):
+    """Synchronous rounds: a round's end waits for the mean over a roster."""
+
+    _merge: Future[Outcome] | None = field(default=None, init=False)
+    _started_s: float = field(default=0.0, init=False)
+    """When this round's inner steps began."""
+
+    def __post_init__(self) -> None:
+        self.archives = ArchiveWatch(self.network, self.swarm, self.stop)
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """See `Exchange`."""
+        if self._fresh and progress.round == 0:
+            self._wait_for_company()
+        self._check()
+        inner_steps, guest = self._inner_steps(progress.round, steps_per_s)
+        self._skipped_steps = self.run.merge.inner_steps - inner_steps if guest else 0
+        self.round_steps = self._skipped_steps + inner_steps
+        self._started_s = swarm_time()
+
+        async def begin() -> int:
+            self.swarm.rounds.begin(guest=guest)
+            self.swarm.rounds.inner_steps_done = self._skipped_steps
+            self.swarm.presence.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+            return len(self.swarm.membership.volunteers()) + 1
+
+        num_peers = wait_for(self.network.submit(begin()), self.stop)
+        self.archives.ask()
+        self._begin(inner_steps)
+        return Start(inner_steps=inner_steps, num_peers=num_peers)
+
+    def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, bool]:
+        """A round's inner steps, the full number, fewer for one that comes late, fewer for a slower peer if paced; and
+        whether it comes late, so that nobody waits for it."""
+        section = self.run.merge
+        others = [(info.round, info.inner_steps_done) for info in self.swarm.membership.volunteers()]
+        if round == 0 and section.min_peers > 1:
+            others = [(its, done) for its, done in others if its > 0]  # they have waited: a whole round for all
+        steps, reason = steps_of_round(section.inner_steps, round, others, fresh=self._fresh)
+        is_late = steps < section.inner_steps
+        if is_late:
+            _log.info("round %d: %d inner steps: %s", round, steps, reason)
+        return min(steps, self._paced(steps_per_s)), is_late
+
+    def publish(self, contribution: LocalUpdate) -> None:
+        """See `Exchange`."""
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(self.swarm.published.sha256),
+            kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT,
+            round=contribution.round,
+            part=contribution.part,
+            tokens=contribution.tokens,
+            inner_steps=contribution.inner_steps,
+            roster_sha256=bytes.fromhex(contribution.base),
+        )
+        body = body_of(contribution.gradient)
+        held = build_snapshot(self.swarm.identity, manifest, self.swarm.specs, body)
+        self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
+
+    def collect(self, fragment: int = 0) -> Averaged | Replaced:
+        """See `Exchange`."""
+        assert self._merge is not None
+        outcome = wait_for(self._merge, self.stop)
+        if not isinstance(outcome, RosterMean):
+            return self._replaced(outcome)
+        if (archived := self.archives.state_that_holds()) is not None:
+            return self._replaced(archived)
+        roster = outcome.roster
+        return Averaged(
+            gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),
+            partners=roster.peers,
+            weights=tuple(entry.tokens for entry in roster.entries),
+            signer=roster.signer,
+            roster_sha256=roster.digest,
+        )
+
+    def _replaced(self, new: NewState) -> Replaced:
+        replaced = self._adopted(new)
+        self.swarm.emit(CaughtUpEvent(round=replaced.progress.round, from_peer=new.from_peer, reason=new.reason))
+        return replaced
+
+    def _adopted(self, new: NewState) -> Replaced:
+        """Take a state as ours, and look again how far its round is: we come into it late."""
+        state, progress = state_of(new)
+
+        async def look() -> None:
+            self.swarm.rounds.know_roster(new.roster, new.signed_roster)
+            await self.swarm.rounds.search.took(new)
+
+        wait_for(self.network.submit(look()), self.stop)
+        self.offer(state, progress)
+        self._fresh = True
+        return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
+
+    async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
+        """See `SwarmExchange`."""
+        await super()._offer(progress, body)
+        if progress.round == 0 and self.run.merge.min_peers > 1:
+            self.swarm.rounds.begin(guest=False)  # it will train this round whole: those who begin sooner wait for it
+
+    def present_state(self, progress: Progress) -> Replaced | None:
+        """See `SwarmExchange`. The next round is then one that it comes into late."""
+        self._fresh = True
+        live, search = self.swarm.membership.live(), self.swarm.rounds.search
+        peers = [info.peer for info in live if not info.is_bootstrap]
+        asked = random.sample(peers, min(_SAMPLE, len(peers))) + [info.peer for info in live if info.is_bootstrap]
+        while True:
+            joining = self.network.submit(search.join(asked))
+            joined = wait_for(joining, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
+            self.archives.joined(joined.told)
+            match joined.begins:
+                case JoinsWith.OTHERS:
+                    assert joined.state is not None
+                    reason = "joined late" if self.swarm.rounds.last is None else "was away"
+                    return self._adopted(replace(joined.state, reason=reason))
+                case JoinsWith.OWN:
+                    return None
+                case JoinsWith.NOTHING:
+                    raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+            self.stop.sleep(_TRY_AGAIN_S)

@@ -1,0 +1,363 @@
+"""The bootstrap of a run whose model is cut into stages: it archives each stage, and joins them.
+
+It is in the run's own swarm, which says who holds what, and in every stage's, whose present weights it keeps for those
+who come to a stage that nobody holds any more. It trains none of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.errors import RunTimeError, SwarmtrainError
+from swarmtrain.events import (
+    DoneEvent,
+    WarningEvent,
+)
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.node import Node
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.archive import Archive
+from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile, checkpointer_of
+from swarmtrain.peer.control.session import bootstrap_pulse
+from swarmtrain.peer.lifecycle.bootstrap_peer import (
+    COUNTS_EVERY_S,
+    FLUSH_S,
+    LAST_ARCHIVE_S,
+    LAST_SAMPLE,
+    LINGER_S,
+    BootstrapPeer,
+)
+from swarmtrain.peer.lifecycle.node import (
+    kept_final_model,
+    named_weights,
+    show_invite,
+    wait_for,
+)
+from swarmtrain.peer.lifecycle.stop import Interrupted
+from swarmtrain.peer.merging.consensus import ARCHIVED
+from swarmtrain.peer.merging.consensus_state import ConsensusState, fetch_consensus_state
+from swarmtrain.peer.merging.gossip_exchange import hosting_of
+from swarmtrain.peer.pipeline.stage_replica import emit_of_stage
+from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.pipeline.stages import FirstStageWatch
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.v1 import control_pb2 as control_pb
+
+__all__ = ["PipelineBootstrap"]
+
+_log = logging.getLogger(__name__)
+_LAST_PULL_S = 3.0
+_LAST_ROUND_S = 30.0
+"""How long those of a stage that have not ended their last round are waited for."""
+_T = TypeVar("_T")
+
+
+@dataclass(kw_only=True)
+class StageArchive:
+    """What is kept of one stage."""
+
+    number: int
+    shape: StageShape
+    swarm: Swarm
+    keeper: CheckpointManager
+    archived: Archive
+    leavers: DepartureQueue
+    state: OuterState | None = None
+    progress: Progress = field(default_factory=Progress)
+    is_final: bool = False
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Its parameters by name, as views of what is kept."""
+        assert self.state is not None
+        return named_weights(self.state.theta, self.swarm.specs)
+
+
+@dataclass
+class PipelineBootstrap(BootstrapPeer):
+    """See `run_bootstrap`."""
+
+    archives: list[StageArchive] = field(default_factory=list)
+    _unjoined: set[int] = field(default_factory=set)
+    """Stages of which more is kept than the joined archive has."""
+    _joined_s: float = float("-inf")
+    _counts_kept_s: float = float("-inf")
+
+    @property
+    def progress(self) -> Progress:
+        """Of the first stage, which counts the run's tokens."""
+        return self.archives[0].progress if self.archives else Progress()
+
+    def run(self) -> DoneEvent:
+        """Publish, archive, measure, and wait for goodbyes."""
+        run = self.published.run
+        node, me = self.enter_network()
+        swarm = self.swarm = Swarm(
+            node, self.published, (), average_bytes_untrusted, self.emit, me, durable=lambda: None
+        )
+        self.peers = PeersFile(self.folder, swarm)
+        known = self.folder.kept_peers()
+        self._wait(swarm.start(known))
+        self._wait(swarm.watch_daemon(self.stop.fail))
+        published = run.published
+        assert published is not None and published.boundaries is not None
+        for number, shape in enumerate(stage_shapes(run.model, published.boundaries)):
+            self.archives.append(self._enter_stage(number, shape, node, me))
+        self._wait(swarm.announce())
+        show_invite(swarm, self.folder, self.emit)
+        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), self.archives[0].keeper)
+        self.control.serving()
+        self._archive_until_the_end(swarm)
+        self.control.finishing("measuring and saving the model")
+        self._measure_and_save()
+        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self.wait_for_goodbyes(swarm, self.progress, self.published.run.run.total_tokens, self._tell_all)
+        complete = all(archive.is_final for archive in self.archives)
+        return self.done("total_tokens" if complete else "the volunteers left without the last state")
+
+    def done(self, reason: str) -> DoneEvent:
+        """How it ended."""
+        return self.ended(reason, self.progress.run_tokens)
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return wait_for(self.network.submit(work), self.stop)
+
+    def _enter_stage(self, number: int, shape: StageShape, node: Node, me: PeerInfo) -> StageArchive:
+        """Be there for those who hold the stage, with what was archived last time."""
+        published = self.published.of_stage(number)
+        specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
+        checkpointer = checkpointer_of(self.folder, published, me.peer, self.emit, number)
+        emit = emit_of_stage(self.emit)
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=lambda: checkpointer.durable)
+        keeper = CheckpointManager(self.folder, checkpointer, swarm, self.emit, stage=number)
+        archived, leavers = Archive(swarm, keeper), DepartureQueue(swarm.membership)
+        archive = StageArchive(
+            number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived, leavers=leavers
+        )
+        kept = checkpointer.load(published.run, shape.num_parameters)
+        if kept is not None:
+            self._wait(keeper.restore(kept))
+            archive.state, archive.progress = kept.state, kept.progress
+            self._unjoined.add(number)  # it may have been killed before it joined them
+            self._tell(archive)
+        archived.restore(kept)
+        serving = dataclasses.replace(archived.serving(), hosting=hosting_of(swarm), leavers=leavers)
+        self._wait(swarm.start(self.folder.kept_peers(), serving))
+        self._wait(swarm.announce())
+        return archive
+
+    # ------------------------------------------------------------- archiving
+
+    def _tell(self, archive: StageArchive) -> None:
+        """Say what is safe on the disk: at the end the volunteers leave once the last weights are."""
+        total, durable = self.published.run.run.total_tokens, archive.keeper.checkpointer.durable
+        if durable is None:
+            return
+        run_tokens = total if archive.is_final else min(durable.run_tokens, total - 1)
+
+        async def tell() -> None:
+            archive.swarm.presence.change(round=durable.round, run_tokens=run_tokens)
+
+        self._wait(tell())
+
+    def _archive_until_the_end(self, swarm: Swarm) -> None:
+        """Each stage as soon as somebody has trained it, then every `archive_every_s`, and at the end."""
+        every_s = self.published.run.network.archive_every_s
+        total = self.published.run.run.total_tokens
+        next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
+        if self._unjoined:
+            self._write_joined()
+        if self._had_ended():  # nobody may be there to say so
+            for archive in self.archives:
+                archive.is_final = True
+        while not all(archive.is_final for archive in self.archives):
+            self.rest([each.leavers for each in self.archives])
+            self.control.board.beat()
+            self._archive_for_leavers()
+            now, counted = time.monotonic(), self.archives[0].swarm.tallying.total
+            if end.look(swarm.membership.volunteers(), swarm.membership.known(), counted, now):
+                ended_s = min(ended_s, now)
+                self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
+                if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
+                    self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                    return
+            else:
+                self._archive_the_lonely()
+                if time.monotonic() >= next_s:
+                    next_s = time.monotonic() + (every_s if self._archive_all(every_s) else min(every_s, 5.0))
+            self._keep_peers()
+
+    def _had_ended(self) -> bool:
+        """Whether a life before this one had the last weights of every stage: only then it left a model."""
+        has_all = all(archive.state is not None for archive in self.archives)
+        return has_all and kept_final_model(self.folder, self.published) is not None
+
+    def _archive_all(self, every_s: float) -> bool:
+        """Every stage that has something new, and the model of all, which is large; whether every stage had, since that
+        was joined last."""
+        for archive in self.archives:
+            self._archive(archive)
+        is_all = len(self._unjoined) == len(self.archives)
+        if is_all or (self._unjoined and time.monotonic() >= self._joined_s + every_s):
+            self._write_joined()
+        return is_all
+
+    def _archive_for_leavers(self) -> None:
+        """Of each stage that nobody trains on but those who would leave, and then the model of all, for whoever reads
+        it: nobody may come for long."""
+        any_taken = False
+        for archive in self.archives:
+            swarm, leavers = archive.swarm, archive.leavers
+            if not leavers.is_asked(swarm_time()):
+                continue
+            self._wait(swarm.greeter.greet_some())
+            waiting = leavers.waiting(swarm_time())
+            if waiting and archive.archived.watch.is_new(swarm.membership.volunteers()):
+                self._archive(archive)
+            if waiting and not archive.archived.watch.is_new(swarm.membership.volunteers()):
+                leavers.taken(waiting, swarm_time())
+                any_taken = True
+        if any_taken and self._unjoined:
+            self._write_joined()
+
+    def _archive_the_lonely(self) -> bool:
+        """A stage that one peer holds alone is lost with it: what it has is archived after each of its rounds. Whether
+        anything was."""
+        found = False
+        for archive in self.archives:
+            infos = archive.swarm.membership.volunteers()
+            if len(infos) == 1 and infos[0].round > archive.progress.round:
+                found = self._archive(archive, anyway=True) or found
+        return found
+
+    def _archive_ended(self, is_late: bool) -> None:
+        """The last weights of those stages whose peers all have them, or of all if it is late. Who drives and does not
+        say so was waited for before the end was seen: of the first stage one that has them will do."""
+        total = self.published.run.run.total_tokens
+        for archive in self.archives:
+            told = [info.run_tokens >= total for info in archive.swarm.membership.volunteers()]
+            ended = any(told) if archive.number == 0 else bool(told) and all(told)
+            if not archive.is_final and (ended or is_late):
+                archive.is_final = self._archive(archive, anyway=True) or (is_late and archive.state is not None)
+                self._tell(archive)
+        if all(archive.is_final for archive in self.archives):
+            self._write_joined()
+
+    def _archive(self, archive: StageArchive, anyway: bool = False) -> bool:
+        """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
+        if not anyway and not archive.archived.watch.is_new(archive.swarm.membership.volunteers()):
+            return False
+        present = self._wait(self._pulled(archive, ARCHIVED, None, anyway))
+        if present is None:
+            return False
+        self._keep(archive, present)
+        archive.keeper.checkpointer.flush(FLUSH_S)
+        self._tell(archive)
+        return True
+
+    async def _pulled_soon(self, archives: Sequence[StageArchive]) -> list[ConsensusState | BaseException | None]:
+        """What a few of each stage have, all stages at once; one that fails keeps no other back."""
+        pulls = (self._pulled(archive, LAST_SAMPLE, _LAST_PULL_S, anyway=True) for archive in archives)
+        return await asyncio.gather(*pulls, return_exceptions=True)
+
+    async def _pulled(
+        self, archive: StageArchive, most_peers: int, limit_s: float | None, anyway: bool = False
+    ) -> ConsensusState | None:
+        """What those of a stage have, if it holds more than what is kept, or `anyway`. None too if nobody delivers
+        within so long."""
+        infos = archive.swarm.membership.volunteers()
+        volunteers = [info.peer for info in infos]
+        sample = random.sample(volunteers, min(most_peers, len(volunteers)))
+        if not sample:
+            return None
+        archive.archived.asks(infos)
+        is_wanted = None if anyway else archive.archived.is_wanted
+        try:
+            async with asyncio.timeout(limit_s):
+                return await fetch_consensus_state(archive.swarm, sample, "archive", 0, is_wanted)
+        except TimeoutError:
+            return None
+
+    def _keep(self, archive: StageArchive, present: ConsensusState) -> None:
+        keeper = archive.keeper
+        kept = archive.archived.kept_of(present)
+        self.has_news = True
+        keeper.keep(kept)
+        self._wait(keeper.offer(kept))
+        archive.state, archive.progress = kept.state, kept.progress
+        self._unjoined.add(archive.number)
+
+    def archive_once_more(self) -> None:
+        """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
+        if not self.archives or all(archive.is_final for archive in self.archives):
+            return
+        self.count_once_more(self.archives[0].swarm, [archive.keeper for archive in self.archives])
+        self.stop = self.stop.last_work(LAST_ARCHIVE_S)
+        self.control.board.doing(control_pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
+        open_ones = [archive for archive in self.archives if not archive.is_final]
+        try:
+            for archive, present in zip(open_ones, self._wait(self._pulled_soon(open_ones)), strict=True):
+                if isinstance(present, ConsensusState):
+                    self._keep(archive, present)
+        except (Interrupted, SwarmtrainError) as error:
+            _log.info("no last archive of some stages: %r", error)
+        self._write_joined()
+
+    def _keep_peers(self) -> None:
+        assert self.peers is not None
+        with contextlib.suppress(OSError):  # the archive will say so too
+            self.peers.keep()
+            if time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
+                self._counts_kept_s = time.monotonic()
+                for archive in self.archives:
+                    archive.keeper.keep_counts()
+                    if archive.state is not None:
+                        self._wait(archive.archived.serve_counts(archive.state, archive.progress))
+
+    # ------------------------------------------------------------- the model
+
+    def _joined(self) -> Mapping[str, Tensor] | None:
+        """The whole model's weights, once every stage was archived."""
+        is_whole = len(self.archives) == self.published.run.pipeline.stages
+        if not is_whole or any(archive.state is None for archive in self.archives):
+            return None
+        return joined_weights(archive.weights() for archive in self.archives)
+
+    def _write_joined(self) -> None:
+        if (weights := self._joined()) is not None:
+            self.write_archive(weights, self.progress)
+            self._unjoined.clear()
+            self._joined_s = time.monotonic()
+
+    def _measure_and_save(self) -> None:
+        if (weights := self._joined()) is not None:
+            model: GPT = build_model(self.published.run.model, self.published.run.run.seed)
+            model.load_state_dict(weights)
+            self.measure_and_save(model, self.progress)
+
+    def _tell_all(self) -> None:
+        for archive in self.archives:
+            self._tell(archive)
+
+    def leave_stages(self) -> None:
+        """See `BootstrapPeer`."""
+        for archive in self.archives:
+            try:
+                self.network.run(archive.swarm.withdraw(1.0), 2.0)
+            except (TimeoutError, RunTimeError):
+                pass
+            archive.keeper.close()

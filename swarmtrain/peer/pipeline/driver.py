@@ -1,0 +1,284 @@
+"""A driver of microbatches among real peers: asks, waits and tells as `protocol.pipeline.driver` says.
+
+Runs in the network thread. What travels is opaque here, and kept here: of each microbatch the input of every stage, and
+the last gradient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
+from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.driver import DriverEngine, DriverPace
+from swarmtrain.protocol.pipeline.ledger import Key, Settlement
+from swarmtrain.protocol.pipeline.messages import (
+    AskStage,
+    Back,
+    CancelStageCall,
+    DrawMicrobatch,
+    DrivingCommand,
+    DrivingEvent,
+    Fault,
+    GiveUp,
+    Lost,
+    MicrobatchDrawn,
+    NoMicrobatch,
+    NotTold,
+    PartDone,
+    PartFailed,
+    PeersSeen,
+    Retried,
+    Shut,
+    Tell,
+    TimeCame,
+    ToldOf,
+    Wrong,
+)
+from swarmtrain.protocol.pipeline.router import Router
+
+__all__ = ["Driver", "FinishedMicrobatch", "MicrobatchReport", "Part", "StageCalls", "StageResult", "Tail"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What the last stage answers: the loss, mean nats per token, and the gradient of its input."""
+
+    loss: float
+    gradient: Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A microbatch's attempt at a stage."""
+
+    stage: int
+    key: Key
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage's peer computed, and in which of its lives."""
+
+    value: Any
+    life: int
+
+
+class StageCalls(Protocol):
+    """How stages are asked. Every call may raise a PeerError: BusyError, GoneError, UnreachableError, BadBytesError."""
+
+    async def forward(self, peer: str, part: Part, x: Any) -> StageResult:
+        """What the next stage takes."""
+
+    async def backward(self, peer: str, part: Part, gradient: Any) -> StageResult:
+        """The gradient of the stage's input, given that of its output; None of the first stage."""
+
+    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> StageResult:
+        """Forward, loss and backward of the last stage: a `Tail`."""
+
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
+        """Tell what counts and what does not; those acknowledged for which it is too late."""
+
+
+class MicrobatchReport(Protocol):
+    """What a driver tells."""
+
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        """A part of a microbatch is asked again, or of another."""
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """A peer answered what it must not."""
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        """The gradient of a microbatch does not count at this stage, though it was computed."""
+
+
+@dataclass(frozen=True)
+class FinishedMicrobatch:
+    """A microbatch that is back: its number and its loss, mean nats per token."""
+
+    sequence: int
+    loss: float
+
+
+@dataclass(eq=False)
+class _Held:
+    """What is kept of a microbatch on its way."""
+
+    inputs: list[Any]
+    """By stage."""
+    targets: Any
+    back: asyncio.Future[FinishedMicrobatch]
+    gradient: Any = None
+    """The last that came."""
+
+
+def _fault(error: PeerError) -> Fault:
+    if isinstance(error, BusyError):
+        return "busy"
+    if isinstance(error, GoneError):
+        return "gone"
+    return "wrong" if isinstance(error, BadBytesError) else "unreachable"
+
+
+@dataclass
+class Driver:
+    """The microbatches of one driver."""
+
+    me: str
+    routers: Sequence[Router]
+    """Of each stage but the first, which is this peer's own."""
+    calls: StageCalls
+    told: MicrobatchReport
+    now: Callable[[], float]
+    next_sequence: int
+    """Above all that this peer has given in its lives before: others remember those."""
+    pace: DriverPace | None = None
+    on_draw: Callable[[], None] = lambda: None
+    """Called when another microbatch is to be driven: `drive` it, or say `not_drawn`."""
+    engine: DriverEngine = field(init=False)
+    _held: dict[int, _Held] = field(default_factory=dict)
+    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    """By call."""
+    _settled: asyncio.Event = field(default_factory=asyncio.Event)
+    _timer: asyncio.TimerHandle | None = None
+    _wakes_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.engine = DriverEngine(self.me, self.routers, self.next_sequence, self.pace)
+        self._settled.set()
+
+    def see(self, peers: Mapping[int, Collection[str]], places: Sequence[StagePeer] = ()) -> None:
+        """Who holds each stage now, and what they say of themselves."""
+        self._receive(PeersSeen(peers, places))
+
+    def not_drawn(self) -> None:
+        """There is nothing to be driven at present."""
+        self._receive(NoMicrobatch())
+
+    def shut(self) -> None:
+        """Ask for no more."""
+        self._receive(Shut())
+
+    async def drive(self, tokens: int, x: Any, targets: Any) -> FinishedMicrobatch:
+        """Some sequences all the way there and back. If it is cancelled, nothing of them counts.
+
+        Raises the GoneError of this peer's own stage, which trains no more then.
+        """
+        sequence = self.engine.next_sequence
+        inputs = [x, *[None] * (self.engine.num_stages - 1)]
+        held = self._held[sequence] = _Held(inputs, targets, asyncio.get_running_loop().create_future())
+        try:
+            self._receive(MicrobatchDrawn(tokens))
+            return await held.back
+        except BaseException:
+            self._receive(GiveUp(sequence))
+            raise
+        finally:
+            del self._held[sequence]
+
+    async def settled(self) -> None:
+        """Wait until everyone knows what counts, or is given up."""
+        while not self.engine.is_settled:
+            await self._settled.wait()
+
+    async def stop(self) -> None:
+        """Tell nobody anything any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await end_tasks(self._tasks.values())
+
+    # ------------------------------------------------------------- events in, commands out
+
+    def _receive(self, event: DrivingEvent, now: float | None = None) -> None:
+        for command in self.engine.receive(event, self.now() if now is None else now):
+            self._do(command)
+        if self.engine.is_settled:
+            self._settled.set()
+        else:
+            self._settled.clear()
+        wakes_s = self.engine.wake_at()
+        if wakes_s is not None and (self._timer is None or wakes_s < self._wakes_s):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wakes_s = wakes_s
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wakes_s - self.now()), self._time_came)
+
+    def _time_came(self) -> None:
+        self._timer = None
+        self._receive(TimeCame(), max(self.now(), self._wakes_s))
+
+    def _do(self, command: DrivingCommand) -> None:
+        match command:
+            case AskStage():
+                self._start(command.call, self._ask(command, self._held[command.key.sequence]), "asking a stage")
+            case CancelStageCall():
+                if (task := self._tasks.pop(command.call, None)) is not None:
+                    task.cancel()
+            case Tell():
+                self._start(command.call, self._tell(command), "telling what counts")
+            case DrawMicrobatch():
+                self.on_draw()
+            case Back():
+                if (held := self._held.get(command.sequence)) is None or held.back.done():
+                    return
+                if command.given_up:
+                    held.back.set_exception(GoneError(command.given_up))
+                else:
+                    held.back.set_result(FinishedMicrobatch(command.sequence, command.loss))
+            case Retried():
+                self.told.retried(command.sequence, command.stage, command.peer, command.reason)
+            case Wrong():
+                self.told.refused(command.peer, BadBytesError(command.reason))
+            case Lost():
+                self.told.lost(command.stage, command.peer, command.key, command.reason)
+
+    def _start(self, call: int, work: Coroutine[Any, Any, DrivingEvent | None], what: str) -> None:
+        async def run() -> None:
+            event = await work
+            if self._tasks.pop(call, None) is not None and event is not None:
+                self._receive(event)
+
+        self._tasks[call] = logged(asyncio.create_task(run()), what)
+
+    async def _ask(self, ask: AskStage, held: _Held) -> DrivingEvent | None:
+        stage, part = ask.stage, Part(ask.stage, ask.key, ask.tokens)
+        try:
+            if ask.kind == "forward":
+                answered = await self.calls.forward(ask.peer, part, held.inputs[stage])
+            elif ask.kind == "tail":
+                answered = await self.calls.tail(ask.peer, part, held.inputs[stage], held.targets)
+            else:
+                answered = await self.calls.backward(ask.peer, part, held.gradient)
+        except PeerError as error:
+            return PartFailed(ask.call, _fault(error), str(error))
+        except Exception as error:  # of this peer's own: whoever drives raises it
+            _log.debug("a microbatch ends with %r", error)
+            if not held.back.done():
+                held.back.set_exception(error)
+            return None
+        if ask.call not in self._tasks:
+            return None
+        loss = 0.0
+        if ask.kind == "forward":
+            held.inputs[stage + 1] = answered.value
+        elif ask.kind == "backward":
+            held.gradient = answered.value
+        else:
+            assert isinstance(answered.value, Tail)
+            loss, held.gradient = answered.value.loss, answered.value.gradient
+        return PartDone(ask.call, answered.life, loss)
+
+    async def _tell(self, tell: Tell) -> DrivingEvent:
+        try:
+            return ToldOf(tell.call, await self.calls.settle(tell.peer, tell.stage, tell.settlement))
+        except PeerError as error:
+            return NotTold(tell.call, str(error))

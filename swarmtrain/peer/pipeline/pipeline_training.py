@@ -1,0 +1,262 @@
+"""A volunteer of a run whose model is cut into stages: each step of its life (`volunteer.Training`).
+
+The main thread decides; each stage that is held trains in a thread of its own (`peer/pipeline/stage_replica.py`), and
+the network thread drives microbatches while the first stage is held (`peer/pipeline/first_stage.py`). The run's own
+swarm says who is here and what each holds; each stage's swarm merges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmtrain.data.prepare import TrainingData, training_data
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import DoneEvent
+from swarmtrain.model.stages import StageShape, stage_shapes
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.manager import PeersFile
+from swarmtrain.peer.control.arrival import DownloadProgress
+from swarmtrain.peer.lifecycle.context import VolunteerContext
+from swarmtrain.peer.lifecycle.departure import hand_over_stages
+from swarmtrain.peer.lifecycle.node import leave_swarm, process_age_s, show_invite
+from swarmtrain.peer.lifecycle.preparation import data_base
+from swarmtrain.peer.pipeline.context import PipelineContext
+from swarmtrain.peer.pipeline.first_stage import FirstStage
+from swarmtrain.peer.pipeline.mover import StageMover
+from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
+from swarmtrain.peer.pipeline.stage_moves import StageMoves
+from swarmtrain.peer.pipeline.stage_record import StageRecord
+from swarmtrain.peer.pipeline.stage_replica import StageSite
+from swarmtrain.peer.pipeline.stage_replicas import StageReplicas, stages_pulse
+from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
+from swarmtrain.peer.pipeline.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.pipeline.balance import Rule
+from swarmtrain.protocol.pipeline.moves import MovePolicy
+from swarmtrain.protocol.pipeline.stages import FirstStageWatch, stage_costs
+from swarmtrain.run import RunFile
+
+__all__ = ["PipelineTraining", "prepare_pipeline"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.2
+_KEEP_PEERS_EVERY_S = 10.0
+_LINGER_S = 60.0
+_SWITCH_S = 0.0005
+"""The threads that compute and the network's thread share one lock of Python's. Each message of a microbatch waits for
+it, and with the usual 5 ms that adds up to more than its computing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPipeline:
+    """What a volunteer of a pipeline trains with."""
+
+    shapes: Sequence[StageShape]
+    room: StageRoom
+    data: TrainingData
+    base: Path
+    """The data's paths are relative to it."""
+    whole_tokens_per_s: float
+    """See `whole_tokens_per_s`."""
+
+
+def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
+    """Text, room in memory and speed: what takes time and needs nobody else."""
+    sys.setswitchinterval(_SWITCH_S)
+    run, published, limits = context.run, context.published, context.settings.limits
+    assert run.published is not None and run.published.boundaries is not None
+    context.control.starting("preparing the text, and measuring how fast this machine is")
+    shapes = stage_shapes(run.model, run.published.boundaries)
+    room = room_for_stages(run, shapes, limits.memory_bytes)
+    base = data_base(run, context.settings.data_folder)
+    data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
+    context.limits.between_steps()
+    speed = whole_tokens_per_s(run) / limits.slowdown
+    return PipelineTraining(
+        context, PreparedPipeline(shapes=shapes, room=room, data=data, base=base, whole_tokens_per_s=speed)
+    )
+
+
+class PipelineTraining:
+    """Stages of a model, which the volunteer chooses and changes as the run needs them."""
+
+    def __init__(self, context: VolunteerContext, prepared: PreparedPipeline) -> None:
+        run, me, published = context.run, context.me, context.run.published
+        assert published is not None and published.stage_costs is not None
+        self._context, shapes = context, prepared.shapes
+        rule = Rule(costs=stage_costs(published.stage_costs))
+        stages = self._stages = StageReplicas(me, rule.costs)
+        swarm = self.swarm = Swarm(
+            context.node,
+            context.published,
+            (),
+            average_bytes_untrusted,
+            context.emit,
+            PeerInfo(peer=me, name=context.name, training=True),
+            durable=stages.durable,
+        )
+        self._peers_file = PeersFile(context.folder, swarm)
+        self._end = FirstStageWatch(run.run.total_tokens)
+        mover = StageMover(
+            me,
+            MovePolicy(
+                rule=rule,
+                balance=run.pipeline.balance,
+                every_s=run.pipeline.balance_every_s,
+                most_stages=prepared.room.most_stages,
+            ),
+        )
+        wire = wire_of(run)
+        client = StageClient(context.node, context.published.sha256, on_failure=swarm.peers.call_failed)
+        calls = WireCalls(me, client, wire, stages.desks)
+        self._first = FirstStage(context, prepared.data, prepared.base, swarm, stages, calls)
+        pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=mover)
+        self._record = StageRecord(
+            pipeline, most_stages=prepared.room.most_stages, whole_tokens_per_s=prepared.whole_tokens_per_s
+        )
+        site = StageSite(
+            context=context,
+            graph_bytes=prepared.room.graph_bytes,
+            on_first_round=self._record.tell_started,
+            on_arriving=DownloadProgress(context.control.board, context.emit).look,
+        )
+        self._assignment = StageAssignment(pipeline, site, self._first, self._record, self._end)
+        self._moves = StageMoves(pipeline, self._assignment, self._record, calls)
+        asked_to_stay = self._moves.asked_to_stay
+        server = StageServer(wire, len(shapes), stages.desks, swarm.peers.refused, asked_to_stay)
+        self._host = StageHost(context.node.traffic, server)
+        self._next_keep_s = 0.0
+
+    @property
+    def round(self) -> int:
+        """See `Training`."""
+        return self._stages.round
+
+    # ------------------------------------------------------------- joining
+
+    def enter(self) -> None:
+        """See `Training`."""
+        context, swarm = self._context, self.swarm
+        swarm.presence.change(place=self._record.place())
+        context.control.starting("looking who is here")
+        context.wait(context.node.serve_pipes(stage_stream_name(context.published.sha256), self._host.serve))
+        context.wait(swarm.start(context.fetcher.through))
+        context.wait(swarm.watch_daemon(context.stop.fail))
+        context.control.watch(swarm, stages_pulse(swarm, self._stages), self._stages)
+
+    def join(self) -> None:
+        """See `Training`."""
+        self._context.wait(self.swarm.announce())
+        show_invite(self.swarm, self._context.folder, self._context.emit)
+        self._assignment.choose()
+
+    # ------------------------------------------------------------- training
+
+    def train(self) -> bool:
+        """See `Training`. Every stage that is held has its tokens then."""
+        while not self._stages.are_done:
+            self._context.stop.sleep(_LOOK_S)
+            if self._context.pause.held:
+                return False
+            self._look()
+            if self._end.is_over:
+                self._first.stop()  # of a round that is not full, what there is counts
+            elif not self._stages.any_has_ended:
+                self._moves.look()
+                if not self._stages.all:
+                    self._assignment.choose()
+        return True
+
+    def _look(self) -> None:
+        """Look how far everybody is, and tell how far this peer is."""
+        now, membership = time.monotonic(), self.swarm.membership
+        here = [*membership.volunteers(), self.swarm.presence.me]
+        self._end.look(here, membership.known(), self._stages.run_tokens, now)
+        self._record.tell()
+        self._record.tell_throughput(self._first)
+        if now >= self._next_keep_s:
+            self._next_keep_s = now + _KEEP_PEERS_EVERY_S
+            with contextlib.suppress(OSError):  # checkpoints say it
+                self._peers_file.keep()
+
+    # ------------------------------------------------------------- a pause
+
+    def withdraw(self) -> None:
+        """See `Training`: it leaves every stage."""
+        for stage in self._stages.numbers:
+            self._assignment.leave(stage)
+        self._context.wait(self.swarm.withdraw())
+
+    def come_back(self) -> None:
+        """See `Training`: to where it is needed then."""
+        self._context.wait(self.swarm.announce())
+        self._assignment.choose()
+
+    # ------------------------------------------------------------- the end
+
+    def finish(self) -> DoneEvent:
+        """See `Training`."""
+        context, give_up_s = self._context, time.monotonic() + _LINGER_S
+        context.control.finishing("serving on until the archive has the last weights")
+        self._first.stop()
+        self._record.tell(now=True)
+        held = self._stages.all
+        with contextlib.suppress(RunTimeError):
+            for each in held:
+                each.tell_done()
+            while time.monotonic() < give_up_s:
+                if not any(each.exchange.still_needed(each.session.progress) for each in held):
+                    break
+                for swarm in (self.swarm, *(each.swarm for each in held)):
+                    context.wait(swarm.greeter.greet_everyone())
+                context.stop.sleep(0.3)
+        return self._done("total_tokens")
+
+    def hand_over(self) -> DoneEvent:
+        """See `Training`."""
+        context = self._context
+        self._first.stop_soon()
+        hand_over_stages(context.control, context.network, self._stages.all, context.folder.path)
+        return self._done(context.stop.reason)
+
+    def _done(self, reason: str) -> DoneEvent:
+        """How it ended, for this peer's part. What it told of the run last may be older than its last rounds."""
+        counted = min(self._stages.most_run_tokens, self._context.run.run.total_tokens)
+        return DoneEvent(
+            held_out_loss=None,
+            tokens=self._stages.contribution,
+            run_tokens=max(self.swarm.presence.me.run_tokens, counted),
+            wall_s=process_age_s(),
+            reason=reason,
+        )
+
+    def leave(self) -> None:
+        """See `Training`: each stage, and then the run."""
+        held = self._stages.all
+        for each in held:
+            each.stop_soon()
+        for end in (self._first.stop_soon, *(each.end for each in held)):
+            try:
+                end()
+            except Exception as error:  # whatever happens at the end, the other stages and the run's swarm are left
+                _log.info("leaving the stages: %r", error)
+        leave_swarm(self._context.network, self.swarm, self._context.node)
+
+
+def wire_of(run: RunFile) -> StageShapes:
+    """What travels between the stages of a run."""
+    return StageShapes(
+        most_sequences=run.microbatch_sequences,
+        context_tokens=run.model.context_tokens,
+        width=run.model.width,
+        vocabulary_size=run.model.vocabulary_size,
+        activations=run.pipeline.activations,
+    )

@@ -1,0 +1,194 @@
+"""Where drivers' questions meet the one who computes: the trainer's thread.
+
+The network's side asks and waits; the trainer's side takes the next piece of work. What is answered when, and what is
+done next, `protocol.pipeline.stage_queue` says, under one lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
+from swarmtrain.protocol.pipeline.ledger import Due, Forget, Key, Kind, Settlement, StageLedger, Work
+from swarmtrain.protocol.pipeline.stage_queue import (
+    AnswerStageCalls,
+    Closed,
+    Compute,
+    Computed,
+    Free,
+    Late,
+    Opened,
+    QueueCommand,
+    QueueEvent,
+    Refuse,
+    Settles,
+    Spoilt,
+    StageCallReceived,
+    StageQueue,
+)
+
+__all__ = ["StageRequestQueue", "Task"]
+
+_ERRORS: dict[str, type[PeerError]] = {"busy": BusyError, "gone": GoneError, "wrong": BadBytesError}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A driver's question that is to be computed now; `payload` is what came with it."""
+
+    key: Key
+    kind: Kind
+    tokens: int
+    payload: Any
+    work: Work
+
+
+@dataclass
+class StageRequestQueue:
+    """The questions to one peer of a stage."""
+
+    ledger: StageLedger
+    now: Callable[[], float]
+    queue: StageQueue = field(init=False)
+    _payloads: dict[int, Any] = field(default_factory=dict)
+    """By asker, until it is computed or refused."""
+    _askers: dict[int, Future[Any]] = field(default_factory=dict)
+    _answers: dict[Key, dict[Kind, Any]] = field(default_factory=dict)
+    _next: deque[Task | Due] = field(default_factory=deque)
+    """What is to be done before the queue is asked again."""
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _news: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.queue = StageQueue(self.ledger)
+
+    # ------------------------------------------------------------- the network's side
+
+    async def ask(self, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
+        """The answer, when it is computed. BusyError, GoneError; whoever waits may give up, the work goes on."""
+        with self._lock:
+            self._check_shape_untrusted(key, kind, payload)
+            asker = next(self._numbers)
+            answer = self._askers[asker] = Future[Any]()
+            self._payloads[asker] = payload
+            self._receive(StageCallReceived(asker, key, kind, tokens))
+            if self.queue.first_asker(key, kind) != asker:
+                self._payloads.pop(asker, None)  # asked again: what came first is computed
+            self._news.set()
+        waiting = asyncio.wrap_future(answer)
+        waiting.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
+        return await asyncio.shield(waiting)
+
+    def check(self, key: Key, kind: Kind) -> None:
+        """BusyError or GoneError if `ask` would raise it now: what came with the question need not be read then."""
+        with self._lock:
+            if (refused := self.queue.refusal(key, kind)) is not None:
+                raise _ERRORS[refused.why](refused.reason)
+
+    def _check_shape_untrusted(self, key: Key, kind: Kind, payload: Any) -> None:
+        """BadBytesError if a backward's gradient is not shaped as the forward's answer."""
+        forward = self._answers.get(key, {}).get("forward")
+        if kind == "backward" and forward is not None:
+            needed, got = (getattr(each, "shape", None) for each in (forward, payload))
+            if needed != got:
+                raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
+
+    def settle(self, driver: str, settlement: Settlement) -> set[Key]:
+        """What a driver says of its microbatches; those acknowledged for which it is too late."""
+        with self._lock:
+            self._news.set()
+            (late,) = self._receive(Settles(driver, settlement))
+            assert isinstance(late, Late)
+            return set(late.keys)
+
+    # ------------------------------------------------------------- the trainer's side
+
+    def next(self) -> Task | Due | None:
+        """What is to be done now; None: nothing."""
+        with self._lock:
+            if not self._next:
+                self._news.clear()
+                self._receive(Free())
+            return self._next.popleft() if self._next else None
+
+    def done(self, task: Task, answer: Any) -> None:
+        """It is computed."""
+        with self._lock:
+            self._answers.setdefault(task.key, {})[task.kind] = answer
+            self._receive(Computed(task.key, task.kind))
+
+    def failed(self, task: Task, error: PeerError) -> None:
+        """It cannot be computed: who asked is told so."""
+        with self._lock:
+            self._receive(Spoilt(task.key, task.kind, str(error)))
+
+    def open(self) -> None:
+        """Questions are computed from now on, as at first."""
+        with self._lock:
+            self._receive(Opened())
+
+    def close(self) -> None:
+        """Nothing is computed for now: everyone who waits is told so, and whoever asks."""
+        with self._lock:
+            self._receive(Closed())
+            self._answers.clear()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether questions are computed now."""
+        return self.queue.is_open
+
+    def close_batch(self) -> bool:
+        """Drivers have no more: what there is of a batch is one. Whether there is something to be done now."""
+        with self._lock:
+            return self.ledger.close_batch()
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether there is no gradient here that may enter a step."""
+        with self._lock:
+            return self.ledger.has_settled
+
+    @property
+    def num_waiting(self) -> int:
+        """Questions that wait to be computed."""
+        return self.queue.num_waiting
+
+    def wait(self, most_s: float) -> None:
+        """Until there may be something to be done, `most_s` at most."""
+        next_s = self.queue.wake_at()
+        self._news.wait(most_s if next_s is None else max(0.0, min(most_s, next_s - self.now())))
+
+    # ------------------------------------------------------------- events in, commands out
+
+    def _receive(self, event: QueueEvent) -> list[QueueCommand]:
+        commands = self.queue.receive(event, self.now())
+        for command in commands:
+            match command:
+                case AnswerStageCalls():
+                    answer = self._answers[command.key][command.kind]
+                    for asker in command.askers:
+                        self._payloads.pop(asker, None)
+                        self._askers.pop(asker).set_result(answer)
+                case Refuse():
+                    for asker in command.askers:
+                        self._payloads.pop(asker, None)
+                        self._askers.pop(asker).set_exception(_ERRORS[command.why](command.reason))
+                case Compute():
+                    payload = self._payloads.pop(command.asker, None)
+                    self._next.append(Task(command.key, command.kind, command.tokens, payload, command.work))
+                case Late():
+                    pass
+                case _:
+                    if isinstance(command, Forget):
+                        self._answers.pop(command.key, None)
+                    self._next.append(command)
+        return commands

@@ -1,0 +1,167 @@
+"""Keeping a driver busy: as many microbatches under way as the stages take, and what is told of them.
+
+Runs in the network thread, beside the trainer of the first stage, whose part of each microbatch is asked like any
+other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
+from swarmtrain.events import Event, MicrobatchRetryEvent
+from swarmtrain.network.tasks import end_tasks, logged
+from swarmtrain.peer.pipeline.driver import Driver, StageCalls
+from swarmtrain.peer.pipeline.microbatch_source import MicrobatchSource
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.driver import DriverPace
+from swarmtrain.protocol.pipeline.ledger import Key
+from swarmtrain.protocol.pipeline.router import Router
+from swarmtrain.run import RunFile
+
+__all__ = ["MicrobatchScheduler", "TellRetries"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5
+_DRAIN_S = 4.0
+_TELL_EVERY_S = 1.0
+_NUM_LOSSES = 256
+
+
+@dataclass
+class TellRetries:
+    """See `Told`: events, those of one peer and stage at most once a second."""
+
+    emit: Callable[[Event], None]
+    on_refused: Callable[[str, PeerError], None]
+    num_lost: int = 0
+    _told_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    _untold: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
+        """See `Told`."""
+        whom, now = (stage, peer), time.monotonic()
+        self._untold[whom] = self._untold.get(whom, 0) + 1
+        if now >= self._told_s.get(whom, float("-inf")) + _TELL_EVERY_S:
+            self._told_s[whom] = now
+            self.emit(MicrobatchRetryEvent(stage=stage, asked=peer, reason=reason, count=self._untold.pop(whom)))
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """See `Told`."""
+        self.on_refused(peer, error)
+
+    def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
+        """See `Told`."""
+        self.num_lost += 1
+        _log.info(
+            "the gradient of microbatch %d does not count at stage %d of %s: %s", key.sequence, stage, peer, reason
+        )
+
+
+@dataclass
+class MicrobatchScheduler:
+    """One time that this peer drives: from taking the first stage to leaving it."""
+
+    me: str
+    run: RunFile
+    source: MicrobatchSource
+    desk: StageRequestQueue
+    """Of the first stage, here."""
+    calls: StageCalls
+    told: TellRetries
+    peers_of: Callable[[], Mapping[int, list[str]]]
+    """Who holds each stage now, this peer included."""
+    failed: Callable[[str], None]
+    """Told, in a sentence, when this peer cannot go on."""
+    places: Callable[[], Sequence[StagePeer]]
+    """What everybody says of itself, this peer included."""
+    driver: Driver = field(init=False)
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
+    """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
+    _open: set[asyncio.Task[None]] = field(default_factory=set)
+    _wanted: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Microbatches that are to be drawn, one after the other."""
+    _work: tuple[asyncio.Task[None], ...] = ()
+
+    def __post_init__(self) -> None:
+        run, rng = self.run, random.Random(self.me)
+        routers = [Router(rng, run.pipeline.wiring) for _ in range(1, run.pipeline.stages)]
+        sequence = int(time.time() * 1e6)  # above all of this peer's earlier lives
+        tokens = run.microbatch_sequences * run.model.context_tokens
+        pace = DriverPace(run.pipeline.in_flight, tokens, run.batch_microbatches)
+        self.driver = Driver(
+            self.me, routers, self.calls, self.told, time.monotonic, sequence, pace, self._wanted.release
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        """Microbatches under way."""
+        return self.driver.engine.num_under_way
+
+    async def start(self) -> None:
+        """Drive from now on."""
+        self._work = asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_drawing())
+        for work in self._work:
+            logged(work, "driving").add_done_callback(self._work_ended)
+
+    async def stop(self, drain_s: float = _DRAIN_S) -> None:
+        """Begin no more; wait for what is under way, and until everyone knows what counts, `drain_s` at most."""
+        self.driver.shut()
+        await end_tasks(self._work)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                if self._open:
+                    await asyncio.wait(self._open)
+                await self.driver.settled()
+        await end_tasks(self._open)
+        with contextlib.suppress(TimeoutError):  # what was just given up
+            async with asyncio.timeout(_LOOK_S):
+                await self.driver.settled()
+        await self.driver.stop()
+
+    async def _keep_looking(self) -> None:
+        """Not for each microbatch: there may be a thousand peers."""
+        while True:
+            self.driver.see(self.peers_of(), self.places())
+            await asyncio.sleep(_LOOK_S)
+
+    async def _keep_drawing(self) -> None:
+        while await self._wanted.acquire():
+            if not self.desk.is_open:
+                self.driver.not_drawn()
+                continue
+            try:
+                x, targets = await asyncio.to_thread(self.source.next_microbatch)
+            except SwarmtrainError as error:
+                self.failed(str(error))
+                return
+            task = asyncio.create_task(self._drive(x.numel(), x, targets))
+            self._open.add(task)
+            task.add_done_callback(self._ended)
+
+    async def _drive(self, tokens: int, x: object, targets: object) -> None:
+        try:
+            self.losses.append((await self.driver.drive(tokens, x, targets)).loss)
+        except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
+            _log.debug("a microbatch is given up: %s", error)
+        except SwarmtrainError as error:
+            self.failed(str(error))
+
+    def _work_ended(self, work: asyncio.Task[None]) -> None:
+        """A driver that stands still would hold up everybody: nobody's run could end."""
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self.failed(f"this peer does not drive any more, for a reason that is not its peers': {error!r}")
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._open.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a microbatch failed", exc_info=error)
+            self.failed(f"a microbatch failed for a reason that is not its peers': {error!r}")

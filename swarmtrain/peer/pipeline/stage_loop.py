@@ -1,0 +1,141 @@
+"""A stage's part of the trainer: drivers' microbatches until there is a batch, then an inner step.
+
+What a whole model does with a batch of its own data, a stage does with what drivers ask: `step` takes as long as it
+takes until so many tokens are acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.errors import BadBytesError
+from swarmtrain.model.stage_work import BadGradientError, StageWork
+from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.pipeline.driver import Tail
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
+from swarmtrain.peer.training.loop import InnerStep, RoundOver
+from swarmtrain.protocol.pipeline.ledger import Add, Discard, Due, Forget, Kind, Subtract, TakeStep
+from swarmtrain.protocol.pipeline.router import WORK_SHARES
+
+__all__ = ["StageLoop", "WorkMeter"]
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.2
+_RECENT = 96
+
+
+@dataclass
+class WorkMeter:
+    """How fast a stage is computed here when there is always something to do: what it waits does not count."""
+
+    passed_tokens: int = 0
+    """Of microbatches that were computed all the way."""
+    _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """(tokens' worth of work, seconds)."""
+
+    def add(self, kind: Kind | None, tokens: int, took_s: float) -> None:
+        """A piece of work; None: what has to be done besides, such as a step."""
+        share = 0.0 if kind is None else WORK_SHARES[kind]
+        self._recent.append((share * tokens, took_s))
+        if kind in ("backward", "tail"):
+            self.passed_tokens += tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None before there is enough to tell."""
+        recent = list(self._recent)  # asked from other threads
+        tokens, seconds = sum(each for each, _ in recent), sum(each for _, each in recent)
+        return tokens / seconds if len(recent) >= _RECENT // 4 and seconds > 0 and tokens > 0 else None
+
+
+@dataclass
+class StageLoop:
+    """Computes what the desk has."""
+
+    desk: StageRequestQueue
+    work: StageWork
+    inner: InnerOptimizer
+    batch_tokens: int
+    slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
+    """Around each piece of work of a kind, None for a step; on leaving it, it may wait."""
+    over: Callable[[], bool] = lambda: False
+    """Whether drivers have no more: what is here still is the last."""
+    meter: WorkMeter = field(default_factory=WorkMeter)
+    record: Callable[[Task | Due, Any], None] = lambda what, answer: None
+    """Told of everything in the order in which it is done, and of what was answered."""
+
+    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
+        """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it. Raises RoundOver
+        when no further step will come."""
+        while True:
+            if should_stop():
+                raise StopTraining
+            what = self.desk.next()
+            if what is None:
+                if self.over():
+                    if self.desk.has_settled:
+                        raise RoundOver
+                    if self.desk.close_batch():
+                        continue
+                self.desk.wait(_LOOK_S)
+                continue
+            if isinstance(what, TakeStep):
+                self.record(what, None)
+                return self._step(what, progress, scale)
+            answer = None
+            if isinstance(what, Task):
+                began_s = time.monotonic()
+                with self.slowed(what.kind):
+                    answer = self._answer(what)
+                self.meter.add(what.kind, what.tokens, time.monotonic() - began_s)
+            else:
+                self._correct(what)
+            self.record(what, answer)
+
+    def _answer(self, task: Task) -> Any:
+        """Compute it, and say so."""
+        try:
+            answer = self._compute(task)
+        except BadGradientError as error:
+            self.desk.failed(task, BadBytesError(str(error)))
+            return None
+        self.desk.done(task, answer)
+        return answer
+
+    def _step(self, step: TakeStep, progress: float, scale: float) -> InnerStep:
+        began_s = time.monotonic()
+        with self.slowed(None):
+            self.work.gradients(step.batch, self.batch_tokens / step.tokens)
+            grad_norm = self.inner.step(progress, scale)
+            self.work.replaced()
+        self.meter.add(None, step.tokens, time.monotonic() - began_s)
+        return InnerStep(step.tokens, step.loss, grad_norm)
+
+    def _compute(self, task: Task) -> Any:
+        if task.kind == "forward":
+            return self.work.forward(task.key, task.payload)
+        if task.kind == "backward":
+            return self.work.backward(task.key, task.payload, task.work.batch)
+        x, targets = task.payload
+        result = self.work.tail(task.key, x, targets, task.tokens / self.batch_tokens, task.work.batch)
+        return Tail(result.loss, result.gradient)
+
+    def _correct(self, due: Subtract | Add | Discard | Forget) -> None:
+        if isinstance(due, Subtract):
+            self.work.subtract(due.key, due.batch)
+        elif isinstance(due, Add):
+            try:
+                self.work.add(due.key, due.batch)
+            except BadGradientError as error:  # by the weights of now: its tokens count, and nothing spoils the others
+                _log.warning("the gradient of a late microbatch is left out: %s", error)
+        elif isinstance(due, Discard):
+            self.work.discard(due.batch)
+        else:
+            self.work.forget(due.key)

@@ -1,0 +1,83 @@
+"""A volunteer that moves from stage to stage: what `Mover` decides is carried out here."""
+
+from __future__ import annotations
+
+import logging
+
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import MovedEvent, WarningEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.peer.pipeline.context import PipelineContext
+from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
+from swarmtrain.peer.pipeline.stage_record import StageRecord
+from swarmtrain.peer.pipeline.stage_service import WireCalls
+from swarmtrain.protocol.pipeline import moves
+from swarmtrain.words import stages_in_words
+
+__all__ = ["StageMoves"]
+
+_log = logging.getLogger(__name__)
+
+
+class StageMoves:
+    """The main thread moves; what others ask is answered in the network's."""
+
+    def __init__(
+        self,
+        pipeline: PipelineContext,
+        assignment: StageAssignment,
+        record: StageRecord,
+        calls: WireCalls,
+    ) -> None:
+        self._context, self._swarm = pipeline.volunteer, pipeline.swarm
+        self._stages, self._mover = pipeline.stages, pipeline.mover
+        self._assignment, self._record, self._calls = assignment, record, calls
+
+    def look(self) -> None:
+        """Move, if it is time to look and a move of this peer's is the best one."""
+        if self._mover.is_due:
+            self._mover.look(moves.PlacesSeen(self._record.places(), swarm_time()), self._do)
+
+    def _do(self, command: moves.MoveCommand) -> moves.MoveEvent | None:
+        """A part of a move, done when it returns."""
+        context, record = self._context, self._record
+        match command:
+            case moves.AskToStay():
+                answer = context.wait(self._calls.ask_to_stay(command.peer, command.stage))
+                return moves.StayAnswered(command.number, *answer)
+            case moves.Moves():
+                record.goes_to(command.change.after)
+            case moves.FetchStages():
+                try:
+                    for stage in command.stages:
+                        self._assignment.enter(stage)
+                except RunTimeError as error:
+                    if context.stop.failure is not None:
+                        raise
+                    message = f"{stages_in_words(command.stages)} could not be taken: {error}"
+                    context.emit(WarningEvent(message=message))
+                    return moves.FetchFailed(str(error))
+                return moves.StagesFetched(record.places(), swarm_time())
+            case moves.LeaveStages():
+                for stage in command.stages:
+                    self._assignment.leave(stage)
+                record.tell(now=True)
+                return moves.StagesLeft()
+            case moves.Moved():
+                before, after, seconds = command.change.before, command.change.after, record.has_taken()
+                context.control.training_stages(after)
+                context.emit(MovedEvent(before=before, after=after, reason=command.change.reason, seconds=seconds))
+            case moves.StaysHere():
+                _log.info("stays: %s", command.reason)
+                if command.had_begun:
+                    record.stays()
+                    if stages := self._stages.numbers:  # it was about to take another
+                        context.control.training_stages(stages)
+        return None
+
+    def asked_to_stay(self, asker: str, stage: int) -> tuple[float, str]:
+        """For how long this peer promises `asker`, who would leave `stage`, to stay there, 0 if it does not; with the
+        reason. In the network thread."""
+        info = self._swarm.membership.info(asker)
+        is_known = info is not None and info.place is not None and stage in info.place.stages
+        return self._mover.asked(asker, stage, self._stages.numbers, is_known)

@@ -1,0 +1,156 @@
+"""What a volunteer of a pipeline says of itself: its record, from which others compute who moves, and its events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+
+from swarmtrain.events import StageThroughputEvent, StartedEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.records import MAX_KEPT
+from swarmtrain.network.tasks import logged
+from swarmtrain.peer.lifecycle.node import process_age_s
+from swarmtrain.peer.pipeline.context import PipelineContext
+from swarmtrain.peer.pipeline.first_stage import FirstStage
+from swarmtrain.peer.training.round_report import tell_loss
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.stages import places_of
+
+__all__ = ["StageRecord"]
+
+_TELL_EVERY_S = 1.0
+_THROUGHPUT_EVERY_S = 10.0
+_FIRST_MOVE_S = 20.0
+"""How long fetching a stage is taken to last before it was done."""
+
+
+class StageRecord:
+    """This peer's place among the stages, as the run's swarm is told it."""
+
+    def __init__(self, pipeline: PipelineContext, *, most_stages: int, whole_tokens_per_s: float) -> None:
+        """`whole_tokens_per_s`: through the whole model, as this machine was measured."""
+        self._context, self._swarm, self._stages = pipeline.volunteer, pipeline.swarm, pipeline.stages
+        self._mover, self._rule, self._shapes = pipeline.mover, pipeline.rule, pipeline.shapes
+        self._most_stages, self._whole_tokens_per_s = most_stages, whole_tokens_per_s
+        self._kept: Mapping[int, int] = {}
+        self._goes_to: tuple[int, ...] = ()
+        self._move_s, self._move_began_s = _FIRST_MOVE_S, 0.0
+        self._flow_tokens_per_s, self._flow_told_s = 0.0, 0.0
+        self._next_tell_s = self._next_throughput_s = 0.0
+        self._has_started = False
+
+    # ------------------------------------------------------------- its place
+
+    def places(self) -> list[StagePeer]:
+        """What everybody who is here holds, this peer included."""
+        return [*places_of(self._swarm.membership.volunteers()), self.place()]
+
+    def place(self) -> StagePeer:
+        """What this peer holds."""
+        stages = self._stages.numbers
+        return StagePeer(
+            peer=self._context.me,
+            stages=stages,
+            moving_to=self._goes_to,
+            bound=self._mover.bound if stages else (),
+            tokens_per_s=self._tokens_per_s(stages or self._goes_to),
+            most_stages=self._most_stages,
+            kept=() if stages else tuple(self._kept.items())[:MAX_KEPT],
+            move_s=self._move_s,
+            queue=float(sum(held.desk.num_waiting for held in self._stages.all)),
+            flow_tokens_per_s=self._flow_tokens_per_s,
+            seen_s=swarm_time(),
+        )
+
+    def _tokens_per_s(self, stages: Sequence[int]) -> float:
+        """Through these stages, if it were always fed: as measured where it was, else as its machine was."""
+        if not stages:
+            return self._whole_tokens_per_s
+        measured = [held.trainer.loop.meter.tokens_per_s for held in self._stages.all if held.number in stages]
+        rates = [rate for rate in measured if rate is not None]
+        if len(rates) < len(stages):
+            return self._whole_tokens_per_s / self._rule.cost(stages)
+        rate = 1 / sum(1 / each for each in rates)
+        self._whole_tokens_per_s = rate * self._rule.cost(stages)
+        return rate
+
+    def chooses(self, kept: Mapping[int, int]) -> None:
+        """It holds nothing and is about to choose; of these stages it has checkpoints, each of that round."""
+        self._kept = kept
+        self.tell(now=True)
+
+    def goes_to(self, stages: tuple[int, ...]) -> None:
+        """It is taking these stages."""
+        self._goes_to, self._move_began_s = stages, time.monotonic()
+        self.tell(now=True)
+
+    def has_taken(self, num_moves: int = 1) -> float:
+        """They are here: how long that took, in seconds, of each of so many moves."""
+        self._goes_to, self._move_s = (), (time.monotonic() - self._move_began_s) / num_moves
+        self.tell(now=True)
+        return self._move_s
+
+    def stays(self) -> None:
+        """It does not move after all."""
+        self._goes_to = ()
+        self.tell(now=True)
+
+    # ------------------------------------------------------------- telling
+
+    def tell(self, now: bool = False) -> None:
+        """Have the record say how far this peer is; at once to everybody if something has changed that they act on."""
+        if not now and time.monotonic() < self._next_tell_s:
+            return
+        self._next_tell_s = time.monotonic() + _TELL_EVERY_S
+        swarm, stages, total = self._swarm, self._stages, self._context.run.run.total_tokens
+        place, is_done, contribution = self.place(), stages.have_had_tokens, stages.contribution
+        run_tokens = total if is_done else min(stages.run_tokens, total - 1)
+        now = now or is_done != (swarm.presence.me.run_tokens >= total)
+        round, steps_per_s = stages.round, stages.steps_per_s
+
+        async def tell() -> None:
+            swarm.presence.change(place=place)
+            swarm.presence.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
+            swarm.tallying.learn({place.peer: contribution})
+            if now:
+                logged(asyncio.create_task(swarm.greeter.greet_everyone()), "telling what this peer holds")
+
+        self._context.wait(tell())
+
+    def tell_throughput(self, first: FirstStage) -> None:
+        """Every ten seconds: what has passed through the stages since."""
+        now = time.monotonic()
+        if now < self._next_throughput_s:
+            return
+        self._next_throughput_s = now + _THROUGHPUT_EVERY_S
+        passed = [held.passed_since_last() for held in self._stages.all]
+        if self._flow_told_s and passed:
+            self._flow_tokens_per_s = sum(passed) / len(passed) / (now - self._flow_told_s)
+            place, loss = self.place(), first.take_loss()
+            tell_loss(self._context.network, self._swarm, loss or 0.0)
+            self._context.emit(
+                StageThroughputEvent(
+                    stages=place.stages,
+                    tokens_per_s=self._flow_tokens_per_s,
+                    most_tokens_per_s=place.tokens_per_s,
+                    waiting=int(place.queue),
+                    in_flight=first.num_in_flight,
+                    loss=loss,
+                )
+            )
+        self._flow_told_s = now
+
+    def tell_started(self, inner_steps: int) -> None:
+        """The first round of one of its stages begins; told once."""
+        if self._has_started:
+            return
+        self._has_started, stages = True, self._stages.numbers or self._goes_to
+        self._context.emit(
+            StartedEvent(
+                inner_steps_per_round=inner_steps,
+                num_parameters=sum(self._shapes[stage].num_parameters for stage in stages),
+                total_tokens=self._context.run.run.total_tokens,
+                startup_s=process_age_s(),
+            )
+        )

@@ -1,0 +1,281 @@
+"""A stage of a pipeline that this peer holds: its swarm, its trainer in a thread of its own, its checkpoints.
+
+Each stage is a merge group by itself (docs/decisions/0027): what a whole model's volunteer is to its run, this is to
+one stage's. A peer that holds several stages has several of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
+from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stages import StageShape, build_stage
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.coverage import shards_of
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun
+from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.manager import CheckpointManager, checkpointer_of
+from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.lifecycle.context import VolunteerContext
+from swarmtrain.peer.lifecycle.node import Emit
+from swarmtrain.peer.lifecycle.preparation import initial_seed
+from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.merging.gossip_exchange import GossipExchange
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
+from swarmtrain.peer.pipeline.stage_trainer import StageTrainer
+from swarmtrain.peer.training.pause import PauseSwitch
+from swarmtrain.peer.training.round_report import round_event
+from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.pipeline.ledger import LedgerLimits, StageLedger
+
+__all__ = ["StageReplica", "StageSite", "emit_of_stage"]
+
+_log = logging.getLogger(__name__)
+_LEAVING = "leaving"
+_END_S = 30.0
+_GOODBYE_S = 1.0
+_LAST_ROUND_S = 2.0
+_LAST_FLUSH_S = 1.0
+_SURE_SHARE = 0.6
+"""How long a stage's round lasts is its drivers' doing, and changes from one to the next."""
+
+
+@dataclass(kw_only=True)
+class StageSite:
+    """What all stages of a peer have in common."""
+
+    context: VolunteerContext
+    graph_bytes: float = float("inf")
+    on_first_round: Callable[[int], None] = lambda inner_steps: None
+    on_arriving: Callable[[Any], None] = lambda held: None
+    swarms: dict[int, Swarm] = field(default_factory=dict)
+    """Of every stage that this process has held: calls that it answers cannot be taken back."""
+    checkpointers: dict[int, Checkpointer] = field(default_factory=dict)
+    """The same, of what writes its rounds now, or did last."""
+
+
+def emit_of_stage(emit: Emit) -> Emit:
+    """`emit` for a stage's swarm: who comes and goes is told by the run's."""
+    return lambda event: None if isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent) else emit(event)
+
+
+@dataclass
+class StageReplica:
+    """One stage."""
+
+    site: StageSite
+    number: int
+    shape: StageShape
+    batches_at: Callable[[int], BatchSource]
+    """Its data, given how many batches a checkpoint says were drawn."""
+    over: Callable[[], bool]
+    """See `StageTrainer`."""
+    corpus_sha256: str = ""
+    state_from: str = field(default="", init=False)
+    resumed_round: int | None = field(default=None, init=False)
+    swarm: Swarm = field(init=False)
+    exchange: GossipExchange = field(init=False)
+    trainer: StageTrainer = field(init=False)
+    session: Session = field(init=False)
+    keeper: CheckpointManager = field(init=False)
+    pause: PauseSwitch = field(default_factory=PauseSwitch)
+    """Of this stage alone."""
+    training: Future[str] = field(default_factory=Future)
+    """Why it ended."""
+    _is_new: bool = field(default=True, init=False)
+    _told_tokens: int = field(default=0, init=False)
+    _kept: Checkpoint | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        site, context = self.site, self.site.context
+        published, me = context.published.of_stage(self.number), context.me
+        run = published.run
+        model = build_stage(self.shape, initial_seed(run, me))
+        specs = tensor_specs(model.named_parameters())
+        checkpointer = checkpointer_of(context.folder, published, me, context.emit, self.number)
+        kept = self._kept = checkpointer.load(run, self.shape.num_parameters)
+        site.checkpointers[self.number] = checkpointer
+        batches = self.batches_at(0 if kept is None or kept.own is None else kept.own.batches)
+        self._is_new = self.number not in site.swarms
+        if self._is_new:
+            site.swarms[self.number] = self._swarm_of(published, specs, batches.num_shards)
+        self.swarm = site.swarms[self.number]
+        self.exchange = GossipExchange(
+            context.network,
+            self.swarm,
+            run,
+            context.stop,
+            self.pause,
+            on_first_round=site.on_first_round,
+            on_arriving=site.on_arriving,
+            sure_share=_SURE_SHARE,
+        )
+        self.keeper = CheckpointManager(
+            context.folder,
+            checkpointer,
+            self.swarm,
+            context.emit,
+            stage=self.number,
+            extras=dict(self.exchange.kept()),
+        )
+        limits = LedgerLimits(batch_tokens=run.tokens_per_step)
+        life = time.time_ns() % 2**62
+        self.trainer = StageTrainer(
+            run,
+            StageWork(model, site.graph_bytes),
+            batches,
+            StageRequestQueue(StageLedger(limits, life), time.monotonic),
+            context.slowed_work(),
+            self.over,
+        )
+        self.session = Session(
+            run=run,
+            parameters=self.trainer.parameters,
+            loop=self.trainer,
+            exchange=self.exchange,
+            report=self._report,
+            should_stop=self._should_stop,
+            settled=self._settle,
+            ends=self.trainer.ends_after(math.inf if self.number else run.run.total_tokens),
+        )
+
+    def _swarm_of(self, published: PublishedRun, specs: tuple[TensorSpec, ...], num_shards: int) -> Swarm:
+        """The stage's, not yet entered."""
+        site, context, number = self.site, self.site.context, self.number
+        me = PeerInfo(
+            peer=context.me,
+            name=context.name,
+            training=True,
+            corpus_sha256=self.corpus_sha256,
+        )
+        shards = shards_of(published.run, published.sha256, self.corpus_sha256, num_shards) if num_shards else None
+        return Swarm(
+            context.node,
+            published,
+            specs,
+            average_bytes_untrusted,
+            emit_of_stage(context.emit),
+            me,
+            shards=shards,
+            durable=lambda: site.checkpointers[number].durable,
+        )
+
+    @property
+    def desk(self) -> StageRequestQueue:
+        """Where drivers' questions to this stage arrive."""
+        return self.trainer.desk
+
+    # ------------------------------------------------------------- its life
+
+    def enter(self, through: tuple[InvitedPeer, ...]) -> None:
+        """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
+        RunTimeError when others have trained it and nobody delivers."""
+        context, swarm, session, keeper = self.site.context, self.swarm, self.session, self.keeper
+        replica, num_parameters = session.replica, self.shape.num_parameters
+        kept, self._kept = self._kept, None  # 16 bytes a parameter
+        keeper.checkpointer.prepare(num_parameters)
+        if kept is not None and kept.own is not None:
+            own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if it was here before
+            session.resume(kept.state, kept.progress, own)
+            self.resumed_round = kept.progress.round
+            self.exchange.restore(kept.extra)
+            context.wait(keeper.restore(kept))
+        serving = self.exchange.serving()
+        entering = swarm.start(through, serving) if self._is_new else swarm.come_back(serving)
+        context.wait(entering)
+        new = self.exchange.present_state(replica.progress)
+        if new is not None:
+            session.adopt(new)
+            self.state_from = new.from_peer
+        replica.count_on(swarm.tallying.contributions().get(context.me, 0))
+        self.exchange.offer(replica.state, replica.progress)
+        context.wait(swarm.announce())
+
+    def begin(self) -> None:
+        """Train, in a thread, until the run ends or `end` is called."""
+        threading.Thread(target=self._train, name=f"stage {self.number}", daemon=True).start()
+
+    def _train(self) -> None:
+        try:
+            self.training.set_result(self.trainer.train(self.session))
+        except StopTraining:
+            self.training.set_result("interrupted")
+        except BaseException as error:  # whoever waits for it raises it
+            _log.info("stage %d ends: %r", self.number, error)
+            self.training.set_exception(error)
+
+    def stop_soon(self) -> None:
+        """Have its training end with the piece of work under way; `end` waits for it."""
+        self.pause.hold(_LEAVING, "this peer leaves the stage")
+
+    def end_round(self) -> None:
+        """Finish the round under way and have it written, some seconds at most: the stage is served on as it is."""
+        self.stop_soon()
+        with contextlib.suppress(TimeoutError):
+            self.training.exception(_LAST_ROUND_S)  # what ended it is raised by `end`
+        self.keeper.checkpointer.flush(_LAST_FLUSH_S)
+
+    def end(self) -> None:
+        """Finish the piece of work, say goodbye to the others of the stage, and keep the last round. Raises what ended
+        the training, if something did, after that."""
+        self.stop_soon()
+        try:
+            self.training.result(_END_S)
+        except TimeoutError:
+            _log.warning("stage %d has not ended after %g s", self.number, _END_S)
+        finally:
+            self.pause.release(_LEAVING)
+            try:
+                self.site.context.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
+            finally:
+                self.keeper.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has had its tokens here. Raises what ended the training if something did."""
+        return self.training.done() and self.training.result() == "total_tokens"
+
+    def passed_since_last(self) -> int:
+        """Tokens of microbatches that were computed all the way here since this was asked last."""
+        passed = self.trainer.loop.meter.passed_tokens - self._told_tokens
+        self._told_tokens += passed
+        return passed
+
+    def tell_done(self) -> None:
+        """The run's tokens have passed through this stage, whatever entered its steps."""
+        progress, total = self.session.progress, self.site.context.published.run.run.total_tokens
+
+        async def tell() -> None:
+            self.swarm.presence.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
+            self.swarm.presence.change(settled=True)
+            await self.swarm.greeter.greet_everyone()
+
+        self.site.context.wait(tell())
+
+    # ------------------------------------------------------------- the session's calls
+
+    def _should_stop(self) -> bool:
+        self.site.context.limits.between_steps()
+        return self.site.context.stop.is_set() or self.pause.held
+
+    def _settle(self, session: Session) -> None:
+        self.exchange.offer(session.replica.state, session.progress)
+        self.keeper.keep_round(session)
+
+    def _report(self, report: RoundReport) -> None:
+        self.site.context.emit(round_event(report, self.exchange, self.number))

@@ -1,0 +1,299 @@
+"""A stage over the network: what drivers ask of this peer's stage, and how this peer as a driver asks others'.
+
+Tensors become bytes here, and bytes from others are checked here. A question of this peer to itself takes no detour.
+
+Shapes: B batch (a microbatch's sequences), T time (tokens), D width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from swarmtrain.algorithm.quantize import Format
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
+from swarmtrain.network.codec import ActivationCodec
+from swarmtrain.network.stage_calls import Body, StageClient
+from swarmtrain.peer.pipeline.driver import Part, StageResult, Tail
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
+from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Kind, Settlement
+from swarmtrain.v1 import pipeline_pb2 as pb
+
+__all__ = ["StageServer", "StageShapes", "WireCalls"]
+
+_KINDS: dict[Kind, pb.StageKind] = {
+    "forward": pb.STAGE_KIND_FORWARD,
+    "backward": pb.STAGE_KIND_BACKWARD,
+    "tail": pb.STAGE_KIND_TAIL,
+}
+_OF_KINDS = {number: kind for kind, number in _KINDS.items()}
+_TOKENS = "tokens"
+_MAX_KEYS = 4096
+_MAX_LOSS = 1e6
+_MOST_STAY_S = 3600.0
+_ASK_TO_STAY_S = 10.0
+_MAX_REASON = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShapes:
+    """What travels between stages in this run."""
+
+    most_sequences: int
+    """Of a microbatch."""
+    context_tokens: int
+    width: int
+    vocabulary_size: int
+    activations: Format
+
+    @property
+    def codec(self) -> ActivationCodec:
+        """Of activations and their gradients."""
+        return ActivationCodec(self.activations)
+
+    def describe(self, tensor: Tensor) -> pb.StageTensor:
+        """What is said of activations, (B, T, D), or their gradient."""
+        size_bytes = self.codec.size_bytes(tensor.shape)
+        return pb.StageTensor(format=self.activations, shape=list(tensor.shape), size_bytes=size_bytes)
+
+    def describe_tokens(self, tokens: Tensor) -> pb.StageTensor:
+        """What is said of tokens, (B, T)."""
+        size_bytes = self.codec.tokens_size_bytes(tokens.shape)
+        return pb.StageTensor(format=_TOKENS, shape=list(tokens.shape), size_bytes=size_bytes)
+
+    def check_untrusted(self, tensor: pb.StageTensor) -> None:
+        """BadBytesError if these are not activations of this run."""
+        shape = tuple(tensor.shape)
+        if tensor.format != self.activations:
+            raise BadBytesError(f"activations in another format than this run's {self.activations}")
+        if len(shape) != 3 or shape[2] != self.width:
+            raise BadBytesError(f"activations of shape {shape[:8]}, where (B, T, {self.width}) is needed")
+        self._check_microbatch_untrusted(shape)
+        if tensor.size_bytes != self.codec.size_bytes(shape):
+            raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes")
+
+    def check_tokens_untrusted(self, tensor: pb.StageTensor, shape: tuple[int, ...]) -> None:
+        """BadBytesError if these are not tokens of this shape."""
+        if tensor.format != _TOKENS or tuple(tensor.shape) != shape:
+            raise BadBytesError(f"targets that are not {shape} tokens")
+        if tensor.size_bytes != self.codec.tokens_size_bytes(shape):
+            raise BadBytesError(f"targets of shape {shape} in {tensor.size_bytes} bytes")
+
+    def _check_microbatch_untrusted(self, shape: tuple[int, ...]) -> None:
+        if not (0 < shape[0] <= self.most_sequences and 0 < shape[1] <= self.context_tokens):
+            most = f"{self.most_sequences} sequences of {self.context_tokens} tokens"
+            raise BadBytesError(f"activations of shape {shape}: a microbatch of this run has at most {most}")
+
+
+# ---------------------------------------------------------------- being asked
+
+
+@dataclass
+class StageServer:
+    """Answers for the stages that this peer holds."""
+
+    shapes: StageShapes
+    num_stages: int
+    desks: Mapping[int, StageRequestQueue]
+    """By stage."""
+    on_refused: Callable[[str, PeerError], None]
+    stays_s: Callable[[str, int], tuple[float, str]] = lambda mover, stage: (0.0, "nobody moves in this run")
+    """For how long this peer promises `mover` to stay in a stage, 0 if it does not; with the reason."""
+
+    def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
+        """See `StageAnswers`."""
+        desk = self._desk(question)
+        tensors = list(question.tensors)
+        if question.kind == pb.STAGE_KIND_STAY:
+            if tensors:
+                raise BadBytesError("tensors in a question that has none")
+            return
+        if question.kind == pb.STAGE_KIND_SETTLE:
+            keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
+            if tensors or keys > _MAX_KEYS:
+                raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors")
+            if not all(0 <= key.loss <= _MAX_LOSS for key in question.settlement.acknowledged):
+                raise BadBytesError("a settlement with a loss that is none")
+            return
+        kind = _OF_KINDS.get(question.kind)
+        is_last = question.stage == self.num_stages - 1
+        if kind is None or (kind == "tail") != is_last or len(tensors) != (2 if kind == "tail" else 1):
+            raise BadBytesError(f"a question of kind {question.kind} with {len(tensors)} tensors to this stage")
+        if question.stage == 0:
+            raise BadBytesError("a question to the first stage, which is its driver's own")
+        self.shapes.check_untrusted(tensors[0])
+        shape = tuple(tensors[0].shape)
+        if kind == "tail":
+            self.shapes.check_tokens_untrusted(tensors[1], shape[:2])
+        if question.tokens != math.prod(shape[:2]):
+            raise BadBytesError(f"a microbatch of shape {shape} that claims {question.tokens} tokens")
+        desk.check(_key(caller, question.key), kind)
+
+    async def answer_untrusted(
+        self, caller: str, question: pb.StageQuestion, body: list[bytearray]
+    ) -> tuple[pb.StageAnswer, Body]:
+        """See `StageAnswers`."""
+        desk = self._desk(question)
+        if question.kind == pb.STAGE_KIND_STAY:
+            stays_s, reason = self.stays_s(caller, question.stage)
+            return pb.StageAnswer(stays_s=stays_s, reason=reason, life=desk.ledger.life), ()
+        if question.kind == pb.STAGE_KIND_SETTLE:
+            said = question.settlement
+            late = desk.settle(caller, _settlement(caller, said))
+            return pb.StageAnswer(late=[_key_message(key) for key in late], life=desk.ledger.life), ()
+        kind, shapes = _OF_KINDS[question.kind], self.shapes
+        shape = tuple(question.tensors[0].shape)
+        payload: Any = await asyncio.to_thread(shapes.codec.decode_untrusted, body[0], shape)
+        if kind == "tail":
+            payload = payload, shapes.codec.tokens_untrusted(body[1], shape[:2], shapes.vocabulary_size)
+        answer = await desk.ask(_key(caller, question.key), kind, question.tokens, payload)
+        tensor = answer.gradient if isinstance(answer, Tail) else answer
+        message = pb.StageAnswer(tensors=[shapes.describe(tensor)], life=desk.ledger.life)
+        if isinstance(answer, Tail):
+            message.loss = answer.loss
+        try:
+            return message, (await asyncio.to_thread(shapes.codec.encode, tensor),)
+        except ValueError:
+            raise GoneError("what was computed of it is not finite") from None
+
+    def refused(self, peer: str, error: PeerError) -> None:
+        """See `StageAnswers`."""
+        self.on_refused(peer, error)
+
+    def _desk(self, question: pb.StageQuestion) -> StageRequestQueue:
+        desk = self.desks.get(question.stage)
+        if desk is None:
+            raise GoneError(f"this peer does not hold stage {question.stage}")
+        return desk
+
+
+def _key(driver: str, key: pb.MicrobatchKey) -> Key:
+    return Key(driver, key.sequence, key.attempt)
+
+
+def _key_message(key: Key, loss: float = 0.0) -> pb.MicrobatchKey:
+    return pb.MicrobatchKey(sequence=key.sequence, attempt=key.attempt, loss=loss)
+
+
+def _settlement(driver: str, said: pb.Settlement) -> Settlement:
+    return Settlement(
+        life=said.life,
+        acknowledged=tuple(Acknowledged(_key(driver, key), key.loss) for key in said.acknowledged),
+        dropped=tuple(_key(driver, key) for key in said.dropped),
+        oldest_open=said.oldest_open,
+    )
+
+
+# ---------------------------------------------------------------- asking
+
+
+@dataclass
+class WireCalls:
+    """How a driver asks stages: see `StageCalls`."""
+
+    me: str
+    client: StageClient
+    shapes: StageShapes
+    desks: Mapping[int, StageRequestQueue]
+    """This peer's own, by stage."""
+
+    async def forward(self, peer: str, part: Part, x: Tensor) -> StageResult:
+        """What the next stage takes, (B, T, D)."""
+        return await self._activations(peer, part, "forward", x)
+
+    async def backward(self, peer: str, part: Part, gradient: Tensor) -> StageResult:
+        """The gradient of the input, (B, T, D); None of the first stage."""
+        return await self._activations(peer, part, "backward", gradient)
+
+    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> StageResult:
+        """A `Tail`. Targets are (B, T)."""
+        if peer == self.me:
+            return await self._own(part, "tail", (x, targets))
+        described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
+        body = [await self._encoded(x), self.shapes.codec.encode_tokens(targets)]
+        answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
+        if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
+            raise BadBytesError("a loss that is none")
+        return StageResult(Tail(answer.loss, gradient), answer.life)
+
+    async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
+        """What counts and what does not; what is told too late to count."""
+        if peer == self.me:
+            return self._desk(stage).settle(self.me, settlement)
+        said = pb.Settlement(
+            acknowledged=[_key_message(key, loss) for key, loss in settlement.acknowledged],
+            dropped=[_key_message(key) for key in settlement.dropped],
+            oldest_open=settlement.oldest_open,
+            life=settlement.life,
+        )
+        question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_SETTLE, settlement=said)
+        answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        return {_key(self.me, key) for key in answer.late}
+
+    async def ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
+        """For how long `peer` promises not to leave the stage, 0 if it does not; with its reason."""
+        question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_STAY)
+        try:
+            async with asyncio.timeout(_ASK_TO_STAY_S):
+                answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
+        except TimeoutError:
+            raise UnreachableError(f"no answer within {_ASK_TO_STAY_S:g} s") from None
+        if not 0 <= answer.stays_s <= _MOST_STAY_S:
+            raise BadBytesError(f"a promise for {answer.stays_s:g} s")
+        return answer.stays_s, answer.reason[:_MAX_REASON]
+
+    async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> StageResult:
+        if peer == self.me:
+            return await self._own(part, kind, x)
+        body = [await self._encoded(x)]
+        question = _question(part, kind, [self.shapes.describe(x)])
+        answer, tensor = await self._ask(peer, question, body, tuple(x.shape))
+        return StageResult(tensor, answer.life)
+
+    async def _encoded(self, x: Tensor) -> memoryview:
+        """What came from others was checked: what is not finite is this peer's own."""
+        try:
+            return await asyncio.to_thread(self.shapes.codec.encode, x)
+        except ValueError:
+            raise RunTimeError(
+                "training diverged: what the first stage computes is not finite; lower inner.learning_rate"
+            ) from None
+
+    async def _ask(
+        self, peer: str, question: pb.StageQuestion, body: Body, shape: tuple[int, ...]
+    ) -> tuple[pb.StageAnswer, Tensor]:
+        """The answer, which has activations of this shape."""
+
+        def check_untrusted(answer: pb.StageAnswer) -> None:
+            if len(answer.tensors) != 1 or tuple(answer.tensors[0].shape) != shape:
+                raise BadBytesError(f"an answer without activations of shape {shape}")
+            self.shapes.check_untrusted(answer.tensors[0])
+
+        answer, tensors = await self.client.ask(peer, question, body, check_untrusted)
+        return answer, await asyncio.to_thread(self.shapes.codec.decode_untrusted, tensors[0], shape)
+
+    async def _own(self, part: Part, kind: Kind, payload: Any) -> StageResult:
+        desk = self._desk(part.stage)
+        return StageResult(await desk.ask(part.key, kind, part.tokens, payload), desk.ledger.life)
+
+    def _desk(self, stage: int) -> StageRequestQueue:
+        desk = self.desks.get(stage)
+        if desk is None:
+            raise GoneError(f"this peer does not hold stage {stage} any more")
+        return desk
+
+
+def _question(part: Part, kind: Kind, tensors: list[pb.StageTensor]) -> pb.StageQuestion:
+    return pb.StageQuestion(
+        stage=part.stage, kind=_KINDS[kind], key=_key_message(part.key), tokens=part.tokens, tensors=tensors
+    )
+
+
+def _nothing_untrusted(answer: pb.StageAnswer) -> None:
+    if answer.tensors:
+        raise BadBytesError("tensors in an answer that has none")

@@ -1,0 +1,360 @@
+"""A volunteer that trains a whole model: what it prepares, and each step of its life (`volunteer.Training`)."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import flatten
+from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
+from swarmtrain.errors import ClockError, RunTimeError
+from swarmtrain.events import DoneEvent, EvalEvent, JoinedEvent, StartedEvent, WarningEvent
+from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.coverage import shards_of
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile, checkpointer_of
+from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.control.arrival import DownloadProgress
+from swarmtrain.peer.control.limits import check_memory
+from swarmtrain.peer.control.session import volunteer_pulse
+from swarmtrain.peer.estimate import estimates_of
+from swarmtrain.peer.lifecycle.context import VolunteerContext
+from swarmtrain.peer.lifecycle.departure import hand_over
+from swarmtrain.peer.lifecycle.node import (
+    had_ended,
+    held_out_loss,
+    held_out_loss_of,
+    kept_final_model,
+    leave_swarm,
+    process_age_s,
+    save_final_weights,
+    show_invite,
+    weights_in,
+)
+from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
+from swarmtrain.peer.lifecycle.stop import Interrupted
+from swarmtrain.peer.merging.roster_exchange import exchange_of
+from swarmtrain.peer.merging.updates import Replaced
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.round_report import round_event, tell_loss
+from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.protocol.membership.membership import PeerInfo
+
+__all__ = ["ModelTraining", "prepare_model"]
+
+_log = logging.getLogger(__name__)
+_LINGER_S = 60.0
+_LAST_READERS_S = 900.0
+"""Whoever is pulling this peer's last weights, over a slow link perhaps, is served on for so long."""
+_LAST_FLUSH_S = 1.0
+_FIND_AGAIN_S = 5.0
+_ALONE_AFTER_S = 15.0
+_LOOK_S = 0.5
+
+
+def prepare_model(context: VolunteerContext) -> ModelTraining:
+    """Text, model and checkpoint: what takes time and needs nobody else."""
+    run, published = context.run, context.published
+    check_memory(run, num_parameters(run.model), context.settings.limits.memory_bytes)
+    base = data_base(run, context.settings.data_folder)
+    data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
+    context.stop.check()
+    model = build_model(run.model, initial_seed(run, context.me))
+    checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
+    kept = checkpointer.load(run, num_parameters(run.model))
+    if kept is not None and kept.own is None:
+        kept = None  # a bootstrap's, which has not trained
+    if context.nobody is not None and kept is None:
+        raise context.nobody  # there is nothing to go on with alone
+    position = 0 if kept is None or kept.own is None else kept.own.batches
+    place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
+    batches = training_batches(run, data, place, base, published.held_out)
+    loop = ModelLoop(run, model, batches, context.slowed())
+    context.stop.check()
+    training = ModelTraining(context, data, loop, checkpointer)
+    training.resume(kept)
+    return training
+
+
+class ModelTraining:
+    """A whole model, trained on this peer's own text."""
+
+    def __init__(
+        self, context: VolunteerContext, data: TrainingData, loop: ModelLoop, checkpointer: Checkpointer
+    ) -> None:
+        self.context, self.data, self.loop = context, data, loop
+        run, published, emit, num_shards = context.run, context.published, context.emit, loop.batches.num_shards
+        me = PeerInfo(peer=context.me, name=context.name, training=True, corpus_sha256=data.corpus.digest)
+        swarm = self.swarm = Swarm(
+            context.node,
+            published,
+            tensor_specs(loop.parameters.named.items()),
+            average_bytes_untrusted,
+            emit,
+            me,
+            num_served=context.settings.num_served_by(context.name),
+            shards=shards_of(run, published.sha256, me.corpus_sha256, num_shards) if num_shards else None,
+            durable=lambda: checkpointer.durable,
+        )
+        exchange = self.exchange = exchange_of(run.merge.kind)(
+            context.network,
+            swarm,
+            run,
+            context.stop,
+            context.pause,
+            on_first_round=self._tell_started,
+            on_arriving=DownloadProgress(context.control.board, emit).look,
+        )
+        self.keeper = CheckpointManager(
+            context.folder,
+            checkpointer,
+            swarm,
+            emit,
+            peers=PeersFile(context.folder, swarm),
+            extras=dict(exchange.kept()),
+        )
+        self.session = Session(
+            run=run,
+            parameters=loop.parameters,
+            loop=loop,
+            exchange=exchange,
+            report=self._report,
+            should_stop=self._should_stop,
+            settled=self._settle,
+        )
+        checkpointer.prepare(self.session.replica.state.size)
+        self.resumed_round: int | None = None
+        """Where this peer was when it last ran."""
+        self.has_joined = False
+        self._had_ended = False
+        """Whether the run had all its tokens when this peer last ran."""
+        self._took_state = False
+        """Whether it goes on from a state that others gave it since it was started."""
+
+    @property
+    def round(self) -> int:
+        """See `Training`."""
+        return self.session.progress.round
+
+    def resume(self, kept: Checkpoint | None) -> None:
+        """Go on from the checkpoint, if there is one; others can have its state as soon as this peer answers."""
+        if kept is not None:
+            assert kept.own is not None
+            self.session.resume(kept.state, kept.progress, kept.own)
+            self.resumed_round, self._had_ended = kept.progress.round, self.session.finished
+            self.context.wait(self.keeper.restore(kept))
+        self.exchange.restore({} if kept is None else kept.extra)
+
+    # ------------------------------------------------------------- joining
+
+    def enter(self) -> None:
+        """See `Training`."""
+        context, swarm = self.context, self.swarm
+        context.control.starting("looking who is here")
+        context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
+        context.wait(swarm.watch_daemon(context.stop.fail))
+        if context.nobody is not None:
+            self._look_for_others()
+        control, run = context.control, context.run
+        estimates = estimates_of(run, num_parameters(run.model))
+        control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.keeper, estimates)
+
+    def _look_for_others(self) -> None:
+        """Nobody answered: they may just be starting again too. This peer answers already; then it goes on alone."""
+        context, give_up_s = self.context, time.monotonic() + _ALONE_AFTER_S
+        while time.monotonic() < give_up_s:
+            try:
+                context.fetcher.find(_FIND_AGAIN_S)
+                context.wait(self.swarm.come_back())
+            except ClockError:
+                raise
+            except RunTimeError as error:
+                _log.debug("still alone: %s", error)
+            if self.swarm.membership.live():
+                return
+            context.stop.sleep(_LOOK_S)
+        if self._had_ended:
+            return  # there is nothing to go on with: `finish` says what becomes of the model
+        message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
+        context.emit(WarningEvent(message=message))
+
+    def join(self) -> None:
+        """See `Training`."""
+        context, swarm, replica = self.context, self.swarm, self.session.replica
+        context.control.starting("taking the swarm's present weights")
+        new = self._take_present()
+        if swarm.asynchronous:
+            replica.count_on(swarm.tallying.contributions().get(context.me, 0))
+        self.exchange.offer(replica.state, replica.progress)
+        context.wait(swarm.announce())
+        self.has_joined = True
+        context.emit(
+            JoinedEvent(
+                round=replica.progress.round,
+                run_tokens=replica.progress.run_tokens,
+                num_peers=len(swarm.membership.answering()) + 1,  # records of who has just gone are there still
+                state_from="" if new is None else new.from_peer,
+                resumed_round=self.resumed_round,
+                wall_s=process_age_s(),
+            )
+        )
+        show_invite(swarm, context.folder, context.emit)
+
+    def _take_present(self) -> Replaced | None:
+        """Go on from the swarm's state, if it holds against this peer's."""
+        session, replica, me = self.session, self.session.replica, self.context.me
+        new = self.exchange.present_state(replica.progress)
+        if new is None:
+            return None
+        if self.resumed_round is not None and not self.has_joined:  # it may have been killed since they were merged
+            merged = new.progress.peer_tokens.get(me, 0) - replica.progress.peer_tokens.get(me, 0)
+            if session.skip_merged(merged):
+                _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
+        session.adopt(new)
+        self._took_state = True
+        return new
+
+    # ------------------------------------------------------------- training
+
+    def train(self) -> bool:
+        """See `Training`."""
+        has_tokens = self.loop.train(self.session) == "total_tokens"
+        if not has_tokens or self.context.stop.failure is not None:
+            self.context.stop.check()
+        return has_tokens
+
+    def _should_stop(self) -> bool:
+        """Asked by the trainer between two steps."""
+        self.context.limits.between_steps()
+        return self.context.stop.is_set() or self.context.pause.held
+
+    def _tell_started(self, inner_steps: int) -> None:
+        """Its first round begins."""
+        run = self.context.run
+        self.context.emit(
+            StartedEvent(
+                inner_steps_per_round=inner_steps,
+                num_parameters=num_parameters(run.model),
+                total_tokens=run.run.total_tokens,
+                startup_s=process_age_s(),
+            )
+        )
+
+    def _settle(self, session: Session) -> None:
+        """After each round: offer the new state to others, and keep it."""
+        self.exchange.offer(session.replica.state, session.progress)
+        self.keeper.keep_round(session)
+
+    def _report(self, report: RoundReport) -> None:
+        """After each merge: tell, and measure the held-out loss if it is time."""
+        context, contribution = self.context, report.contribution
+        context.emit(round_event(report, self.exchange))
+        tell_loss(context.network, self.swarm, report.loss)
+        every = context.run.evaluation.every_rounds
+        if every and report.progress.round % every == 0:
+            contribution.take_back()
+            theta, tokenizer, control = report.state.theta, self.data.tokenizer, context.control
+            with control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
+                loss = held_out_loss(self.loop.model, theta, context.published, tokenizer, control.check)
+            context.emit(EvalEvent(round=contribution.round, held_out_loss=loss))
+
+    # ------------------------------------------------------------- a pause
+
+    def withdraw(self) -> None:
+        """See `Training`."""
+        self.context.wait(self.swarm.withdraw())
+
+    def come_back(self) -> None:
+        """See `Training`."""
+        self.context.control.starting("coming back after a pause: taking the swarm's present weights")
+        replica = self.session.replica
+        if self._take_present() is not None:
+            self.exchange.offer(replica.state, replica.progress)
+        self.context.wait(self.swarm.announce())
+
+    # ------------------------------------------------------------- the end
+
+    def finish(self) -> DoneEvent:
+        """See `Training`. Measure and save the model first: the held-out loss is of the run's weights and, if this peer
+        has its own, of those."""
+        context, swarm, give_up_s = self.context, self.swarm, time.monotonic() + _LINGER_S
+        context.control.finishing("measuring and saving the model")
+        loss = own_loss = None
+        progress = self.session.progress
+        try:
+            self.session.end()  # 8 bytes a parameter, which others' weights need
+            own = self.session.replica.state.theta
+            loss = self._measure(own)
+            theta, is_kept = self._final_theta(own)
+            if theta is not own:
+                own_loss, loss = loss, self._measure(theta)
+            context.emit(EvalEvent(round=progress.round - 1, held_out_loss=loss, own_loss=own_loss))
+            if not is_kept:
+                weights = weights_in(self.loop.model, theta)
+                if warning := save_final_weights(context.folder, weights, context.published, progress):
+                    context.emit(warning)
+            context.control.finishing("serving on until others have them")
+            while time.monotonic() < give_up_s or (
+                swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
+            ):
+                context.wait(swarm.greeter.greet_everyone())
+                if not self.exchange.still_needed(progress):
+                    break
+                context.stop.sleep(0.3)
+            context.wait(swarm.count_once_more())
+        except (Interrupted, RunTimeError):
+            pass  # what there was to do here is done, or was not wanted
+        return self._done("total_tokens", loss, own_loss)
+
+    def _final_theta(self, own: Tensor) -> tuple[Tensor, bool]:
+        """The weights that the run ended with, given this peer's `own` (P,); and whether the folder's model has them
+        already. It had ended when this peer last ran, where it left that model: its own weights alone are then another
+        model than the one that everybody has."""
+        context, theta = self.context, self.exchange.final_theta(own)
+        if theta is not own or self._took_state:
+            return theta, False
+        kept = kept_final_model(context.folder, context.published)
+        if kept is not None:
+            context.emit(had_ended(context.folder))
+            theta = flatten(kept.parameters())
+            return own if torch.equal(theta, own) else theta, True
+        if self._had_ended and self.swarm.asynchronous:  # in synchronous rounds its state is the run's
+            message = (
+                "this run had ended, and nobody gives the model that it ended with: the one in "
+                f"{context.folder.model_path} is made of this peer's own last weights"
+            )
+            context.emit(WarningEvent(message=message))
+        return own, False
+
+    def _measure(self, theta: Tensor) -> float:
+        """Of these weights, which are then the model's."""
+        weights_in(self.loop.model, theta)
+        return held_out_loss_of(self.loop.model, self.context.published, self.data.tokenizer, self.context.stop.check)
+
+    def hand_over(self) -> DoneEvent:
+        """See `Training`."""
+        if self.has_joined:
+            self.keeper.checkpointer.flush(_LAST_FLUSH_S)  # what is told is what is on the disk
+            hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
+        return self._done(self.context.stop.reason)
+
+    def _done(self, reason: str, loss: float | None = None, own_loss: float | None = None) -> DoneEvent:
+        replica = self.session.replica
+        return DoneEvent(
+            held_out_loss=loss,
+            own_loss=own_loss,
+            tokens=replica.own_tokens,
+            run_tokens=replica.progress.run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
+        )
+
+    def leave(self) -> None:
+        """See `Training`."""
+        leave_swarm(self.context.network, self.swarm, self.context.node)
+        self.keeper.close()

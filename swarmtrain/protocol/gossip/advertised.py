@@ -1,0 +1,46 @@
+"""What peers' records say of each fragment, worked out once for all who have read the same record.
+
+Pure. A simulated swarm has one of these for all of its peers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from swarmtrain.protocol.gossip.fragments import told_mark, told_round
+from swarmtrain.protocol.gossip.partners import Candidate, PublicationVersion
+from swarmtrain.protocol.membership.membership import PeerInfo
+
+__all__ = ["AdvertisedFragments", "beyond"]
+
+_MOST = 16384
+
+
+class AdvertisedFragments:
+    """What peers' records say of each fragment, worked out once for all who have read the same record."""
+
+    def __init__(self, num_fragments: int, num_parts: int) -> None:
+        self._num_fragments, self._num_parts = num_fragments, num_parts
+        self._of: dict[str, tuple[PeerInfo, list[tuple[int, Candidate] | None]]] = {}
+
+    def of(self, info: PeerInfo, fragment: int) -> tuple[int, Candidate]:
+        """In which round that fragment is, and what is published of it."""
+        known = self._of.get(info.peer)
+        if known is None or known[0] is not info:
+            if len(self._of) > _MOST:
+                self._of.clear()
+            known = self._of[info.peer] = info, [None] * self._num_fragments
+        if (found := known[1][fragment]) is None:  # each when it is asked for: all at once take long, of many peers
+            told = PublicationVersion(info.round, info.part, info.part_tokens)
+            number, num_parts = self._num_fragments, self._num_parts
+            mark = told_mark(fragment, number, told, num_parts)
+            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
+            found = known[1][fragment] = told_round(fragment, number, told, num_parts), candidate
+        return found
+
+
+def beyond(candidate: Candidate, known: PublicationVersion) -> Candidate:
+    """What it has published, by a guess, which may say less than what was merged of it."""
+    if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
+        return candidate
+    return replace(candidate, tokens=known.tokens + 1)

@@ -1,0 +1,257 @@
+"""The pulls of a peer that gossips: each from the question to the merge that is prepared with it.
+
+A pull asks its author, or the hosts of one that nobody can dial; what is new is downloaded and decoded, and then waits
+for its merge to be prepared. Whoever is busy, gone or wrong is left alone for a while, and a person told if it lied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from swarmtrain.protocol.gossip.fragments import steps_of_fragment
+from swarmtrain.protocol.gossip.messages import (
+    AdvertisedProgress,
+    AskPartner,
+    CancelPull,
+    DecodePublication,
+    DownloadPublication,
+    FindRoute,
+    Held,
+    PartnerBackedOff,
+    PartnerReplied,
+    Payload,
+    PublicationDecoded,
+    PublicationDownloaded,
+    PullFailed,
+    PullFailure,
+    Ready,
+    ReceivedPublication,
+    ReportFailure,
+    RouteFound,
+)
+from swarmtrain.protocol.gossip.open_pulls import OpenPull
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.gossip.peers import OtherPeers
+from swarmtrain.protocol.gossip.pull_schedule import PullSchedule
+from swarmtrain.protocol.gossip.pulls import BytesBegun, Section, round_began_s
+from swarmtrain.protocol.gossip.state import CommandList, FragmentState
+
+__all__ = ["GossipPull", "GossipPulls"]
+
+
+@dataclass(slots=True)
+class GossipPull(Generic[Held]):
+    """One of them."""
+
+    number: int
+    fragment: int
+    open: OpenPull
+    round_s: float
+    sources: list[str]
+    """Whom to ask, the next one first."""
+    source: str = ""
+    asked_s: float = 0.0
+    mark: PublicationVersion | None = None
+    held: Held | None = None
+    began_s: float | None = None
+    begun: BytesBegun | None = None
+    bytes_s: float = 0.0
+
+
+class GossipPulls(Generic[Held, Payload, Ready]):
+    """Those that were begun and have not ended, by number. What becomes of one that was given up is dropped."""
+
+    def __init__(
+        self,
+        lanes: Sequence[FragmentState[Held, Payload, Ready]],
+        num_parts: int,
+        others: OtherPeers,
+        schedule: PullSchedule,
+        commands: CommandList[Held, Payload, Ready],
+    ) -> None:
+        """`num_parts`: into so many a round's pseudo-gradients are divided."""
+        self._lanes, self._num_parts, self._others = lanes, num_parts, others
+        self._schedule, self._times, self._commands = schedule, schedule.times, commands
+        self.by_number: dict[int, GossipPull[Held]] = {}
+        self._settling: list[GossipPull[Held]] = []
+        """Those whose merge is being prepared."""
+
+    # ------------------------------------------------------------- whom to ask for it
+
+    def begin(
+        self, lane: FragmentState[Held, Payload, Ready], section: Section, peer: str, round_s: float, now: float
+    ) -> None:
+        """Pull that section of the peer's; its rounds last so long."""
+        number, hosts = self._commands.next_number(), self._others.hosts_of(peer)
+        opened = lane.open.begin(section, peer, now)
+        sources = [peer] if hosts is None else [*hosts]
+        pull = self.by_number[number] = GossipPull(number, lane.number, opened, round_s, sources)
+        if hosts is None:
+            self._ask_next(pull, now)
+        else:
+            self._commands.add(FindRoute(number, peer))
+
+    def routed(self, event: RouteFound, now: float) -> None:
+        """It can be asked itself, or only its hosts can."""
+        if (pull := self.by_number.get(event.pull)) is not None:
+            pull.sources = [pull.open.peer] if event.is_direct else self._others.hosts.of(pull.sources, now)
+            self._ask_next(pull, now)
+
+    def _ask_next(self, pull: GossipPull[Held], now: float) -> None:
+        """Ask the next source, if there is one."""
+        section, peer = pull.open.section, pull.open.peer
+        if not pull.sources:  # its hosts failed, which is not its own fault; it may be had again within the round
+            self._busy(pull, now)
+            return
+        pull.source, pull.asked_s = pull.sources.pop(0), now
+        known = self._lanes[pull.fragment].merged.last(section, peer)
+        self._commands.add(AskPartner(pull.number, pull.source, peer, section, pull.fragment, known))
+
+    # ------------------------------------------------------------- what it has
+
+    def replied(self, event: PartnerReplied[Held], now: float) -> None:
+        """Download it, if anything of it is new."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return
+        lane, section, peer, mark = self._lanes[pull.fragment], pull.open.section, pull.open.peer, event.mark
+        if mark is None or event.held is None:
+            self._nothing_new(pull, now)
+            return
+        reference = self._others.reference_round()
+        if lane.merged.news(section, peer, mark, reference) is None:
+            is_its_word = pull.source == peer
+            own_round = self._others.round
+            wrong = lane.merged.wrong_counter(section, peer, mark, reference, own_round) if is_its_word else ""
+            if wrong:
+                self._fail(pull, PullFailure(wrong, is_incident=True), now)
+            else:
+                self._nothing_new(pull, now)
+            return
+        lane.merged.right_counter(section, peer)
+        pull.mark, pull.held = mark, event.held
+        pull.began_s = self._round_began_s(lane.number, mark, event.told)
+        pull.begun = self._times.bytes_begin(now)
+        self._commands.add(DownloadPublication(pull.number, pull.source, event.held))
+
+    def _round_began_s(self, fragment: int, mark: PublicationVersion, told: AdvertisedProgress | None) -> float | None:
+        """When its author's round of the fragment began; None if it is in another by what it told, or does not know its
+        speed yet."""
+        if told is None:
+            return None
+        done = told.inner_steps_done
+        found = steps_of_fragment(fragment, len(self._lanes), done, told.inner_steps, self._num_parts)
+        if found is None or told.round + found[0] != mark.round:
+            return None
+        return round_began_s(told.since_s, found[1], told.steps_per_s)
+
+    def downloaded(self, event: PublicationDownloaded, now: float) -> None:
+        """Decode it, if anything of it is new still."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return
+        assert pull.mark is not None
+        assert pull.held is not None
+        assert pull.begun is not None
+        pull.bytes_s = now - pull.begun.at_s
+        self._times.bytes_end(pull.begun, now, event.num_bytes)
+        if event.wrong is not None and event.wrong.is_incident:
+            self._commands.add(ReportFailure(pull.source, event.wrong))
+        section, peer, fragment = pull.open.section, pull.open.peer, pull.fragment
+        if pull.source != peer:
+            self._others.hosts.back_off.answered(pull.source)
+        reference = self._others.reference_round()  # it may have taken long
+        found = self._lanes[fragment].merged.news(section, peer, pull.mark, reference)
+        if found is None:
+            self._nothing_new(pull, now)
+        else:
+            news, earlier = found
+            self._commands.add(DecodePublication(pull.number, peer, section, fragment, pull.held, news, earlier))
+
+    def decoded(self, event: PublicationDecoded[Payload], now: float) -> bool:
+        """It can enter a merge from now on. False: it was given up."""
+        if (pull := self.by_number.get(event.pull)) is None:
+            return False
+        assert pull.mark is not None
+        assert pull.held is not None
+        lane, peer = self._lanes[pull.fragment], pull.open.peer
+        pulled = ReceivedPublication(
+            section=pull.open.section,
+            peer=peer,
+            mark=pull.mark,
+            payload=event.payload,
+            held=pull.held,
+            pull_s=now - pull.asked_s,
+            began_s=pull.began_s,
+        )
+        lane.received.add(pulled)
+        lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
+        self._settling.append(pull)
+        return True
+
+    # ------------------------------------------------------------- how it ends
+
+    def take_settling(self) -> Sequence[GossipPull[Held]]:
+        """Those that were decoded: their merges are prepared."""
+        settling, self._settling = self._settling, []
+        return settling
+
+    def settled(self, pull: GossipPull[Held], now: float) -> bool:
+        """Its merge is prepared. Whether that ends it: it may have ended before."""
+        if pull.number not in self.by_number:
+            return False
+        self._times.merged(now - pull.asked_s - pull.bytes_s)
+        del self.by_number[pull.number]
+        self._lanes[pull.fragment].open.end(pull.open)
+        return True
+
+    def _end(self, pull: GossipPull[Held], now: float) -> None:
+        """It brought nothing, so that another is asked at once."""
+        del self.by_number[pull.number]
+        self._schedule.look_by(now)
+
+    def _nothing_new(self, pull: GossipPull[Held], now: float) -> None:
+        self._end(pull, now)
+        self._lanes[pull.fragment].open.nothing_new(pull.open, now, pull.round_s)
+
+    def _busy(self, pull: GossipPull[Held], now: float) -> None:
+        self._end(pull, now)
+        self._lanes[pull.fragment].open.end(pull.open)
+        self._commands.add(PartnerBackedOff(pull.open.peer, self._others.back_off.busy(pull.open.peer, now)))
+
+    def failed(self, event: PullFailed, now: float) -> None:
+        """It came to nothing."""
+        if (pull := self.by_number.get(event.pull)) is not None:
+            self._fail(pull, event.failure, now)
+
+    def _fail(self, pull: GossipPull[Held], failure: PullFailure, now: float) -> None:
+        peer, source = pull.open.peer, pull.source
+        if source != peer and not failure.is_authors:
+            if failure.kind not in ("away", "busy"):
+                self._others.hosts.back_off.failed(source, now, failure.reason)
+                if failure.is_incident:
+                    self._commands.add(ReportFailure(source, failure))
+            self._ask_next(pull, now)
+            return
+        if failure.kind == "busy":
+            self._busy(pull, now)
+            return
+        self._end(pull, now)
+        is_silent = failure.kind == "silent"
+        if follows := self._lanes[pull.fragment].open.fail(pull.open, now, failure.reason, is_silent):
+            self._commands.add(PartnerBackedOff(peer, follows))
+        if failure.is_incident:
+            self._commands.add(ReportFailure(peer, failure))
+
+    def give_up(self, before_s: float) -> None:
+        """Those that were begun before then."""
+        for pull in [pull for pull in self.by_number.values() if pull.open.began_s < before_s]:
+            del self.by_number[pull.number]
+            self._lanes[pull.fragment].open.give_up(pull.open)
+            self._commands.add(CancelPull(pull.number))
+
+    def stop(self) -> None:
+        """All of them."""
+        self.give_up(math.inf)
+        self._settling = []

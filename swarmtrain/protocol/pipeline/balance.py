@@ -1,0 +1,463 @@
+"""Which stage of a pipeline a peer holds: where a joiner goes, and who moves when the stages have become unequal.
+
+A pipeline is as fast as its slowest stage. Every peer says in its record what it holds and how fast it is there; who
+reads the same records computes the same change, and only the peer that it names makes it. Records are seconds old, and
+no two peers see quite the same: a change that is computed from them may be wrong, it must never empty a stage. That is
+what promises are for: a peer leaves a stage only while another one that holds it has promised to stay
+(`promises.py`).
+
+A peer's rate depends on what it holds. Stages differ in cost, a part of the whole model's compute; a peer that does
+`tokens_per_s` through stages that cost c together computes `tokens_per_s * c` of the whole model, and from that follows
+what it would do elsewhere. One that holds several stages does each token's work in all of them, so that it adds the
+same rate to each.
+
+Pure: `now` is an argument, every answer carries its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from swarmtrain.words import count_in_words, short_peer, stages_in_words
+
+__all__ = [
+    "Joiner",
+    "Rule",
+    "StageChange",
+    "StagePeer",
+    "anchor",
+    "change_by_queues",
+    "changes",
+    "compute_speed",
+    "first_stages",
+    "live",
+    "may_move_again",
+    "my_change",
+    "stage_rates",
+    "stages_for_joiner",
+]
+
+_SETTLE_S = 60.0
+"""For so long after a move: how fast a peer is where it came to, and how fast the others are since, has to be measured
+first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePeer:
+    """What a live peer says of itself."""
+
+    peer: str
+    stages: tuple[int, ...]
+    """What it serves, ascending; nothing while it fetches its first stage."""
+    tokens_per_s: float
+    """Through all of `stages` when it is fully fed, as measured; while it has none, through those that it fetches, and
+    while it does not know these either, through the whole model."""
+    moving_to: tuple[int, ...] = ()
+    """What it will serve soon; empty: it stays as it is."""
+    bound: tuple[int, ...] = ()
+    """Those that it has promised not to leave for the moment."""
+    most_stages: int = 1
+    """So many fit into its memory."""
+    kept: tuple[tuple[int, int], ...] = ()
+    """(stage, round): what its folder has checkpoints of, while it holds nothing."""
+    move_s: float = 60.0
+    """To fetch a stage takes it so long."""
+    queue: float = 0.0
+    """Tasks that wait; only `change_by_queues` looks at it."""
+    flow_tokens_per_s: float = 0.0
+    """What passes through it now."""
+    seen_s: float = 0.0
+    """When it said so."""
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """What it serves, or will soon."""
+        return self.moving_to or self.stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """When a change is worth it. `costs`: of each stage its part of the whole model's compute."""
+
+    costs: tuple[float, ...]
+    improvement: float = 0.05
+    """The slowest of the stages that a change touches becomes faster by this part at least; or by half of what the peer
+    does there, where it is one of many and the stages are so unequal that moves like this one add up to as much."""
+    horizon_s: float = 1800.0
+    """What it gains in this time exceeds what the move costs."""
+    live_s: float = 60.0
+    """A peer that was not seen for so long is not counted."""
+    most_changes: int = 1
+    """So many peers may be named at once."""
+
+    def __post_init__(self) -> None:
+        if not self.costs or min(self.costs) <= 0:
+            raise ValueError(f"each stage has a cost, more than 0: {self.costs}")
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        return len(self.costs)
+
+    def cost(self, stages: Sequence[int]) -> float:
+        """Of several stages together."""
+        return self.costs[stages[0]] if len(stages) == 1 else sum(self.costs[stage] for stage in stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageChange:
+    """`peer` holds `before`, and should hold `after`."""
+
+    peer: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    reason: str
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The stages that it gives up: of each somebody else has to promise to stay."""
+        return tuple(stage for stage in self.before if stage not in self.after)
+
+    @property
+    def enters(self) -> tuple[int, ...]:
+        """The stages that it has to fetch."""
+        return tuple(stage for stage in self.after if stage not in self.before)
+
+
+# ---------------------------------------------------------------- rates
+
+
+def compute_speed(peer: StagePeer, rule: Rule) -> float:
+    """Tokens per second that it would take through the whole model; 0 if it claims what is no rate."""
+    rate = peer.tokens_per_s if 0 < peer.tokens_per_s < math.inf else 0.0
+    return rate * rule.cost(held) if (held := peer.stages or peer.moving_to) else rate
+
+
+def stage_rates(peers: Iterable[StagePeer], rule: Rule) -> list[float]:
+    """Tokens per second of each stage, those who are about to move counted where they go."""
+    return _Table(peers, rule).rates
+
+
+def live(peers: Iterable[StagePeer], now: float, rule: Rule) -> list[StagePeer]:
+    """Those that were seen lately, in the order of their PeerIDs; who names a stage that there is not is left out."""
+    known = frozenset(range(rule.num_stages))
+    seen = [one for one in peers if now - one.seen_s <= rule.live_s and known.issuperset(one.stages + one.moving_to)]
+    return sorted(seen, key=lambda one: one.peer)
+
+
+class _Table:
+    """Who is counted at which stages, and the rates that follow; changes can be tried and made."""
+
+    def __init__(self, peers: Iterable[StagePeer], rule: Rule) -> None:
+        self.rule = rule
+        self.peers = {one.peer: one for one in peers}
+        self.speeds = {one.peer: compute_speed(one, rule) for one in self.peers.values()}
+        self.holding = {one.peer: one.planned for one in self.peers.values()}
+        self.holders: list[set[str]] = [set() for _ in rule.costs]
+        """Of each stage those who serve it now and stay."""
+        self.rates = [0.0] * rule.num_stages
+        for one in self.peers.values():
+            rate = self.rate(one.peer, one.planned)
+            for stage in one.planned:
+                self.rates[stage] += rate
+                if stage in one.stages:
+                    self.holders[stage].add(one.peer)
+
+    def rate(self, peer: str, stages: Sequence[int]) -> float:
+        """What it does through `stages`."""
+        return self.speeds[peer] / self.rule.cost(stages) if stages else 0.0
+
+    def effect(self, peer: str, after: Sequence[int]) -> dict[int, float]:
+        """The rates that change if it holds `after`, as they would be."""
+        before = self.holding[peer]
+        was, will = self.rate(peer, before), self.rate(peer, after)
+        return {
+            stage: max(0.0, self.rates[stage] - was * (stage in before) + will * (stage in after))
+            for stage in (*before, *after)
+        }
+
+    def with_effect(self, effect: Mapping[int, float]) -> list[float]:
+        """The rates that would be, the slowest first."""
+        return sorted(effect.get(stage, rate) for stage, rate in enumerate(self.rates))
+
+    def keeps(self, stage: int, peer: str) -> int:
+        """How many serve the stage and stay, besides `peer`."""
+        return len(self.holders[stage]) - (peer in self.holders[stage])
+
+    def make(self, change: StageChange) -> None:
+        """Count the peer where it goes."""
+        for stage, rate in self.effect(change.peer, change.after).items():
+            self.rates[stage] = rate
+        for stage in change.leaves:
+            self.holders[stage].discard(change.peer)
+        self.holding[change.peer] = change.after
+
+
+def anchor(mover: str, peers: Iterable[StagePeer], stage: int, now: float, rule: Rule) -> str | None:
+    """Whom `mover` asks to stay in a stage that it leaves: of the others that serve it the one with the lowest PeerID,
+    those that serve nothing else before those that do. None if there is nobody."""
+    staying = [one for one in live(peers, now, rule) if one.peer != mover and stage in one.stages]
+    staying = [one for one in staying if stage in one.planned]
+    return min(staying, key=lambda one: (len(one.planned), one.peer)).peer if staying else None
+
+
+# ---------------------------------------------------------------- who moves
+
+
+def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
+    """What this peer should do, given the records that it sees; with the reason."""
+    found, reason = changes(peers, now, rule)
+    mine = next((change for change in found if change.peer == me), None)
+    if mine is not None:
+        return mine, mine.reason
+    return None, found[0].reason if found else reason
+
+
+def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: float) -> tuple[bool, str]:
+    """Whether a peer that has moved `since_s` ago may make this change now, given the records that it sees; with the
+    reason. At once only to a stage that nobody holds, or to give one up."""
+    held = {stage for one in peers for stage in one.planned}
+    can_wait = bool(change.enters) and held.issuperset(change.enters)
+    if since_s < _SETTLE_S and can_wait:
+        return False, f"it has moved lately, and stays for now: {change.reason}"
+    return True, change.reason
+
+
+def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[StageChange], str]:
+    """The changes that help most, each on top of those before it, no peer twice; with the reason if there are none.
+
+    Only the slowest stage is helped, since the pipeline is as fast as that. A change is worth it when the slowest of
+    the stages that it touches becomes faster by `Rule.improvement`: then the rates, the slowest first, grow
+    lexicographically. What is compared is the stages that it touches, not the rates place by place: of two stages that
+    are nearly equally slow each is worth helping, though the pipeline is faster only when both were. Of those changes
+    the one is taken after which the slowest stage is fastest, then the second slowest, and so on.
+    """
+    table = _Table(live(peers, now, rule), rule)
+    found: list[StageChange] = []
+    reason = "nobody is there"
+    while len(found) < rule.most_changes:
+        change, reason = _best(table, {change.peer for change in found})
+        if change is None:
+            break
+        found.append(change)
+        table.make(change)
+    return found, reason
+
+
+def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, str]:
+    if not table.peers:
+        return None, "nobody is there"
+    slowest = min(range(table.rule.num_stages), key=lambda stage: (table.rates[stage], stage))
+    free = [peer for peer, one in table.peers.items() if one.stages and not one.moving_to and peer not in moved]
+    is_empty = table.rates[slowest] == 0
+    if not is_empty:  # the others need not be looked at one by one
+        uneven = {stage for stage in range(table.rule.num_stages) if _is_uneven(table, {stage, slowest})}
+        free = [peer for peer in free if len(table.holding[peer]) > 1 or table.holding[peer][0] in uneven]
+    options = [(peer, after) for peer in free for after in _options(table, peer, slowest)]
+    if is_empty:
+        options = [(peer, after) for peer, after in options if slowest in after]
+        moves = [(peer, after) for peer, after in options if len(after) == len(table.holding[peer])]
+        options = moves or options  # rather a move than that somebody serves two
+    else:
+        options = [(peer, after) for peer, after in options if _is_worth_it(table, peer, after)]
+    if not options:
+        why_not = "nobody can serve it" if is_empty else f"no move makes it {table.rule.improvement:.0%} faster"
+        return None, f"{_about(table, slowest)}: {why_not}"
+    peer, after = max(options, key=lambda option: table.with_effect(table.effect(*option)))
+    change = StageChange(
+        peer=peer, before=table.holding[peer], after=after, reason=_reason(table, slowest, peer, after)
+    )
+    return change, change.reason
+
+
+def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
+    """What `peer` could hold instead: another stage, one more or one less. Each that it leaves keeps somebody."""
+    one, before = table.peers[peer], table.holding[peer]
+    if before == (slowest,):
+        return []
+    free = [stage for stage in before if stage not in one.bound and table.keeps(stage, peer)]
+    options = [tuple(stage for stage in before if stage != left) for left in free if len(before) > 1]
+    if slowest not in before:
+        options += [tuple(sorted({*before, slowest} - {left})) for left in free]
+        is_short = table.rates[slowest] == 0 or len(table.peers) < table.rule.num_stages
+        if is_short and len(before) < one.most_stages:
+            options.append(tuple(sorted({*before, slowest})))
+    return options
+
+
+def _is_worth_it(table: _Table, peer: str, after: tuple[int, ...]) -> bool:
+    """Whether it improves enough, and the gain exceeds the cost of moving. To give up a stage costs nothing: one that
+    serves several does so unless that helps the slowest of them."""
+    rule, one, before = table.rule, table.peers[peer], table.holding[peer]
+    effect = table.effect(peer, after)
+    was, will = min(table.rates[stage] for stage in effect), min(effect.values())
+    if len(after) < len(before):
+        return will > was
+    least = min(rule.improvement * was, table.rate(peer, after) / 2)
+    if will - was < least or not _is_uneven(table, effect):
+        return False
+    lost_tokens = 0.0 if len(before) < one.most_stages else one.tokens_per_s * one.move_s
+    return (will - was) * (rule.horizon_s - one.move_s) > lost_tokens
+
+
+def _is_uneven(table: _Table, stages: Collection[int]) -> bool:
+    """Whether these stages, evened out, would make the slowest of them faster by the rule's improvement."""
+    rates, rule = table.rates, table.rule
+    evened = sum(rates[stage] * rule.costs[stage] for stage in stages) / rule.cost(tuple(stages))
+    return evened >= (1 + rule.improvement) * min(rates[stage] for stage in stages)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def _about(table: _Table, slowest: int) -> str:
+    rates = table.rates
+    if rates[slowest] <= 0:
+        return f"stage {slowest} is empty"
+    rate, most = count_in_words(rates[slowest]), count_in_words(max(rates))
+    return f"stage {slowest} is the slowest ({rate} tokens/s of {most})"
+
+
+def _reason(table: _Table, slowest: int, peer: str, after: tuple[int, ...]) -> str:
+    before, name = table.holding[peer], short_peer(peer)
+    leaves = [stage for stage in before if stage not in after]
+    about = _about(table, slowest)
+    if not leaves:
+        return f"{about}: {name} serves it besides {stages_in_words(before)}"
+    left = min(table.keeps(stage, peer) for stage in leaves)
+    kept = f"{stages_in_words(leaves)}, which keeps {left}"
+    if len(after) < len(before):
+        return f"{about}: {name} gives up {kept}, and has more time for {stages_in_words(after)}"
+    return f"{about}: {name} moves to it from {kept}"
+
+
+# ---------------------------------------------------------------- a joiner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joiner:
+    """Who comes: its speed is the tokens per second that it would take through the whole model."""
+
+    peer: str
+    tokens_per_s: float
+    most_stages: int = 1
+    kept: tuple[int, ...] = ()
+    """Stages that nothing passes through yet and that it has the newest checkpoint of."""
+
+
+def stages_for_joiner(
+    joiner: Joiner, peers: Iterable[StagePeer], now: float, rule: Rule
+) -> tuple[tuple[int, ...], str]:
+    """What a joiner serves, with the reason: where it is needed most.
+
+    That is the slowest stage; of several that are equal, as when everybody comes at once and sees nobody, each joiner
+    takes one by the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, those
+    that others have besides another included: these give them up when they see it serve them.
+
+    What it kept comes first: it is not lost then.
+    """
+    table = _Table(live((one for one in peers if one.peer != joiner.peer), now, rule), rule)
+    order = sorted(range(rule.num_stages), key=lambda stage: _hash(joiner.peer, stage))
+    is_short = len(table.peers) + 1 < rule.num_stages
+    taken = tuple(sorted(joiner.kept[: joiner.most_stages if is_short else 1]))
+    vector: list[float] = _with_joiner(table, joiner, taken) if taken else []
+
+    def is_enough() -> bool:
+        return bool(taken) and (len(taken) >= joiner.most_stages or not (is_short or vector[0] == 0))
+
+    while not is_enough() and (wider := [tuple(sorted({*taken, stage})) for stage in order if stage not in taken]):
+        best = max(wider, key=lambda stages: _with_joiner(table, joiner, stages))
+        if taken and _with_joiner(table, joiner, best) <= vector:
+            break
+        taken, vector = best, _with_joiner(table, joiner, best)
+    slowest = min(taken, key=lambda stage: table.rates[stage])
+    return taken, f"{_about(table, slowest)}: {short_peer(joiner.peer)} serves {stages_in_words(taken)}"
+
+
+def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
+    """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
+    reason. They choose one after the other in the order of their PeerIDs, those first who have the newest checkpoint of
+    a stage that nothing passes through yet, each knowing what those before it have chosen from the same records: nobody
+    needs to be asked, and whoever holds such a stage a moment earlier takes no claim away. None takes more than one
+    stage while there are as many peers as stages."""
+    known = {one.peer: one for one in live(peers, now, rule)}
+    undecided = [one for one in known.values() if not one.planned]
+    alive = {stage for one in known.values() if one.flow_tokens_per_s > 0 for stage in one.stages}
+    claims = _kept_claims(undecided, set(range(rule.num_stages)) - alive)
+    undecided.sort(key=lambda one: (one.peer not in claims, one.peer))
+    stages: tuple[int, ...] = ()
+    reason = f"{short_peer(me)} is not among the peers"
+    for one in undecided:
+        most = 1 if len(known) >= rule.num_stages else one.most_stages
+        kept = tuple(claims.get(one.peer, ()))
+        joiner = Joiner(peer=one.peer, tokens_per_s=compute_speed(one, rule), most_stages=most, kept=kept)
+        stages, reason = stages_for_joiner(joiner, known.values(), now, rule)
+        if one.peer == me:
+            break
+        here = joiner.tokens_per_s / rule.cost(stages)
+        known[one.peer] = dataclasses.replace(one, moving_to=stages, tokens_per_s=here)
+    return stages, reason
+
+
+def _kept_claims(peers: Sequence[StagePeer], idle: Collection[int]) -> dict[str, list[int]]:
+    """Of each idle stage who has the newest checkpoint: PeerID and stages, the one trained furthest first."""
+    newest: dict[int, tuple[int, str]] = {}
+    for one in sorted(peers, key=lambda one: one.peer):
+        for stage, round in one.kept:
+            if stage in idle and (stage not in newest or round > newest[stage][0]):
+                newest[stage] = (round, one.peer)
+    claims: dict[str, list[int]] = {}
+    for stage in sorted(newest, key=lambda stage: (-newest[stage][0], stage)):
+        claims.setdefault(newest[stage][1], []).append(stage)
+    return claims
+
+
+def _with_joiner(table: _Table, joiner: Joiner, stages: Sequence[int]) -> list[float]:
+    """The rates with it at `stages`, which those who have others besides give up; the slowest first."""
+    rates = [0.0] * table.rule.num_stages
+    for peer, holding in table.holding.items():
+        kept = [stage for stage in holding if stage not in stages] if len(holding) > 1 else holding
+        for stage in kept or holding:
+            rates[stage] += table.rate(peer, kept or holding)
+    for stage in stages:
+        rates[stage] += joiner.tokens_per_s / table.rule.cost(stages)
+    return sorted(rates)
+
+
+def _hash(peer: str, stage: int) -> bytes:
+    return hashlib.sha256(f"{peer} {stage}".encode()).digest()
+
+
+# ---------------------------------------------------------------- SWARM's own rule
+
+
+def change_by_queues(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
+    """SWARM's own rule (arXiv 2301.11913, algorithm 2), for comparison: every T seconds a peer of the stage with the
+    shortest queues together, if its own queue is the shortest there, moves to the stage with the longest.
+
+    It is kinder than as published, which would empty stages and stop for ever: of the stages with one peer nobody
+    leaves, so that the shortest queues are sought among the others, and a stage that nobody serves counts as the one
+    with the longest.
+    """
+    table = _Table(live(peers, now, rule), rule)
+    queues = [0.0] * rule.num_stages
+    for peer, holding in table.holding.items():
+        for stage in holding:
+            queues[stage] += table.peers[peer].queue
+    givers = [stage for stage in range(rule.num_stages) if len(table.holders[stage]) > 1]
+    if not givers:
+        return None, "no stage has a peer to give"
+    shortest = min(givers, key=lambda stage: (queues[stage], stage))
+    longest = min(range(rule.num_stages), key=lambda stage: (table.rates[stage] > 0, -queues[stage], stage))
+    if queues[shortest] >= queues[longest] and table.rates[longest] > 0:
+        return None, "the queues of all stages are equal"
+    among = sorted(table.holders[shortest], key=lambda peer: (table.peers[peer].queue, peer))
+    about = f"stage {shortest} has the shortest queues ({queues[shortest]:g}), stage {longest} the longest"
+    if among[0] != me or table.holding[me] != (shortest,):
+        return None, f"{about}: {short_peer(among[0])} has the shortest there"
+    reason = f"{about}: {short_peer(me)}, whose queue is the shortest there, moves"
+    return StageChange(peer=me, before=(shortest,), after=(longest,), reason=reason), reason

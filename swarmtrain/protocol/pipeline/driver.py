@@ -1,0 +1,555 @@
+"""Driving microbatches through the stages: who computes each part, and what happens when one of them does not.
+
+A driver keeps the input of every stage until the microbatch has come all the way back, so that any peer of a stage can
+take over from there. A forward that fails is asked of another peer. A backward is asked again of the peer that has the
+forward, which answers it as it did; if that peer is gone, the microbatch begins again at that stage, and with it all
+later ones, whose gradients are dropped. When it is back, everyone who has a part in it is told, until they know.
+
+As many are under way as `most_in_flight` says; none begins while a stage is empty, or this peer's own does not compute.
+
+Pure: events go in, commands come out. Whoever drives it keeps what travels: the inputs by stage, and the last gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Kind, Settlement
+from swarmtrain.protocol.pipeline.messages import (
+    AskStage,
+    Back,
+    CancelStageCall,
+    DrawMicrobatch,
+    DrivingCommand,
+    DrivingEvent,
+    Fault,
+    GiveUp,
+    Lost,
+    MicrobatchDrawn,
+    NoMicrobatch,
+    NotTold,
+    PartDone,
+    PartFailed,
+    PeersSeen,
+    Retried,
+    Tell,
+    TimeCame,
+    ToldOf,
+    Wrong,
+)
+from swarmtrain.protocol.pipeline.router import WORK_SHARES, Router, most_in_flight
+
+__all__ = ["DriverEngine", "DriverPace"]
+
+_BACKWARD_ATTEMPTS = 3
+_ALL_FAILED_S = 2.0
+_LOOK_S = 0.5
+"""So often a driver looks whether a stage has somebody again."""
+_AGAIN_S, _MOST_AGAIN_S = 0.5, 5.0
+_SETTLE_LIMIT_S = 5.0
+_MOST_SETTLED = 1024
+_GIVE_UP_S = 60.0
+"""A peer that does not answer for so long is not told any more what was acknowledged: it is dead, or takes it out."""
+_ANY_LIFE = 0
+_HERE_S = 30.0
+"""So often whoever has an open part of a microbatch hears of this driver: it forgets those of one that is silent."""
+
+
+# ---------------------------------------------------------------- state
+
+
+@dataclass(frozen=True, slots=True)
+class DriverPace:
+    """What says how many microbatches are under way: the run file's number, 0 if that is left to the driver."""
+
+    in_flight: int
+    microbatch_tokens: int
+    batch_microbatches: int
+
+
+@dataclass(slots=True, eq=False)
+class _Due:
+    """Something that is to happen by itself at `due_s`."""
+
+    due_s: float | None = field(default=None, init=False)
+
+
+@dataclass(slots=True, eq=False)
+class _Way(_Due):
+    """A microbatch on its way: it waits for a call, or until `due_s`."""
+
+    sequence: int
+    tokens: int
+    began_s: float
+    places: list[tuple[str, Key] | None]
+    """By stage, who computed it."""
+    attempts: list[int]
+    lives: list[int]
+    """Of those who computed the gradients."""
+    stage: int = 0
+    goes_back: bool = False
+    attempts_left: int = 0
+    """At this stage's backward."""
+    loss: float = 0.0
+    asked: set[str] = field(default_factory=set)
+    """Those that have failed with this stage's input."""
+    all_failed: bool = False
+    """All of the stage have: at `due_s` it begins again one earlier."""
+    call: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Wait(_Due):
+    """For an answer; of a later stage until `due_s`."""
+
+    way: _Way
+    stage: int
+    peer: str
+    work_tokens: float
+    began_s: float
+    limit_s: float
+
+
+class _Whom(NamedTuple):
+    peer: str
+    stage: int
+    life: int
+
+
+@dataclass(slots=True, eq=False)
+class _Settling(_Due):
+    """What one life of a peer is to be told of one stage; it is being told while it has a `call`, and again at
+    `due_s`."""
+
+    whom: _Whom
+    acknowledged: dict[Key, float] = field(default_factory=dict)
+    """With the loss."""
+    dropped: dict[Key, None] = field(default_factory=dict)
+    call: int | None = None
+    said: Settlement | None = None
+    give_up_s: float = 0.0
+    again_s: float = _AGAIN_S
+
+
+class _Rest(_Due):
+    """The place of a microbatch that this peer's own stage gave up: another one begins when it ends."""
+
+
+class _Word(_Due):
+    """This driver is here, for those who have parts of what is under way."""
+
+
+class DriverEngine:
+    """The microbatches of one driver."""
+
+    def __init__(self, me: str, routers: Sequence[Router], next_sequence: int, pace: DriverPace | None = None) -> None:
+        self.me, self.routers, self.pace = me, routers, pace
+        """Routers of each stage but the first, which is this peer's own."""
+        self.next_sequence = next_sequence
+        """Above all that this peer has given in its lives before: others remember those."""
+        self.most = 0
+        """So many may be under way."""
+        self.quickest_s: float | None = None
+        """What a microbatch took at least, forth and back."""
+        self._ways: dict[int, _Way] = {}
+        self._waits: dict[int, _Wait] = {}
+        self._settling: dict[_Whom, _Settling] = {}
+        self._telling: dict[int, _Settling] = {}
+        self._touched: dict[_Whom, None] = {}
+        """Who has something new to be told."""
+        self._rests: set[_Rest] = set()
+        self._word = _Word()
+        self._said_s: dict[tuple[str, int], float] = {}
+        """When a peer of a stage last heard of this driver."""
+        self._drawing = 0
+        """Microbatches that were asked for and not drawn yet."""
+        self._is_shut = False
+        self._calls = itertools.count()
+        self._due: list[tuple[float, int, _Due]] = []
+        """By time; valid where that is the thing's."""
+        self._out: list[DrivingCommand] = []
+
+    @property
+    def num_stages(self) -> int:
+        """The first one included."""
+        return len(self.routers) + 1
+
+    @property
+    def num_under_way(self) -> int:
+        """Microbatches, those that are being drawn, and the places of those that its own stage has just given up."""
+        return len(self._ways) + len(self._rests) + self._drawing
+
+    @property
+    def oldest_open(self) -> int:
+        """Nothing is needed any more of microbatches before this one."""
+        return next(iter(self._ways), self.next_sequence)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether everyone knows what counts, or is given up."""
+        return not self._settling
+
+    def open_sequences(self) -> list[int]:
+        """Of those under way."""
+        return list(self._ways)
+
+    def wake_at(self) -> float | None:
+        """When `TimeCame` is wanted; None: not before something else happens."""
+        due = self._due
+        while due and due[0][2].due_s != due[0][0]:
+            heappop(due)
+        return due[0][0] if due else None
+
+    def receive(self, event: DrivingEvent, now: float) -> list[DrivingCommand]:
+        """What is to be done since this has happened."""
+        if isinstance(event, PartDone):
+            self._done(event, now)
+        elif isinstance(event, PartFailed):
+            self._failed(event, now)
+        elif isinstance(event, TimeCame):
+            self._time_came(now)
+        elif isinstance(event, ToldOf):
+            if (settling := self._telling.pop(event.call, None)) is not None:
+                self._settled(settling, event.late, "it was told too late, or began anew", now)
+        elif isinstance(event, NotTold):
+            if (settling := self._telling.pop(event.call, None)) is not None:
+                self._not_told(settling, event.reason, now)
+        elif isinstance(event, MicrobatchDrawn):
+            self._drawing = max(0, self._drawing - 1)
+            self._begin(event.tokens, now)
+        elif isinstance(event, NoMicrobatch):
+            self._drawing, self.most = max(0, self._drawing - 1), 0
+        elif isinstance(event, PeersSeen):
+            self._seen(event)
+        elif isinstance(event, GiveUp):
+            if (way := self._ways.get(event.sequence)) is not None:
+                self._give_up(way)
+        else:
+            self._is_shut, self._drawing = True, 0
+        for whom in self._touched:
+            if (settling := self._settling.get(whom)) is not None:  # else given up since
+                self._tell(settling, now)
+        self._touched.clear()
+        while not self._is_shut and self.num_under_way < self.most:
+            self._drawing += 1
+            self._out.append(DrawMicrobatch())
+        out, self._out = self._out, []
+        return out
+
+    def _at(self, when_s: float, what: _Due) -> None:
+        what.due_s = when_s
+        heappush(self._due, (when_s, next(self._calls), what))
+
+    def _time_came(self, now: float) -> None:
+        while (when_s := self.wake_at()) is not None and when_s <= now:
+            what = heappop(self._due)[2]
+            what.due_s = None
+            if isinstance(what, _Way):
+                self._go_on(what, now)
+            elif isinstance(what, _Settling):
+                self._settling_time_came(what, now)
+            elif isinstance(what, _Wait):
+                self._timed_out(what, now)
+            elif isinstance(what, _Rest):
+                self._rests.discard(what)
+            else:
+                self._say_here(now)
+
+    # ------------------------------------------------------------- how many
+
+    def _seen(self, event: PeersSeen) -> None:
+        """A peer that has left, or was lost, has no more than the least time for what it was asked: one that has not
+        answered yet, or was slow, would have minutes."""
+        for stage, router in enumerate(self.routers, start=1):
+            router.set_peers(event.peers[stage])
+        for wait in self._waits.values():
+            if wait.stage:
+                router = self.routers[wait.stage - 1]
+                least_s = wait.began_s + router.least_limit_s
+                if wait.due_s is not None and wait.due_s > least_s and not router.has(wait.peer):
+                    self._at(least_s, wait)
+        self.most = self._most(event)
+
+    def _most(self, event: PeersSeen) -> int:
+        pace = self.pace
+        if pace is None or not all(event.peers.values()):
+            return 0
+        if pace.in_flight:
+            return pace.in_flight
+        places = {one.peer: one for one in event.places}
+        holders = [[places[peer] for peer in of if peer in places] for _, of in sorted(event.peers.items())]
+        return most_in_flight(self.me, holders, self.quickest_s, pace.microbatch_tokens, pace.batch_microbatches)
+
+    # ------------------------------------------------------------- there
+
+    def _begin(self, tokens: int, now: float) -> None:
+        sequence, stages = self.next_sequence, self.num_stages
+        self.next_sequence += 1
+        way = _Way(sequence, tokens, now, [None] * stages, [0] * stages, [0] * stages)
+        self._ways[sequence] = way
+        if self._word.due_s is None:
+            self._at(now + _HERE_S, self._word)
+        self._ask_there(way, now)
+
+    def _go_on(self, way: _Way, now: float) -> None:
+        """It has waited long enough."""
+        if way.goes_back:
+            self._ask_back(way, now)
+        elif way.all_failed:
+            self._begin_again(way, way.stage - 1, now)
+        else:
+            self._ask_there(way, now)
+
+    def _begin_again(self, way: _Way, stage: int, now: float) -> None:
+        """From the input of this stage: what was computed from there on must not count."""
+        for later in range(stage, self.num_stages):
+            self._drop_place(way, later)
+        way.stage, way.goes_back, way.all_failed = stage, False, False
+        way.asked.clear()
+        self._ask_there(way, now)
+
+    def _ask_there(self, way: _Way, now: float) -> None:
+        """One stage's answer, of whoever gives it. When all of them have failed with this input, the input may be what
+        is wrong: the microbatch begins again a stage earlier, after a while."""
+        stage = way.stage
+        kind: Kind = "tail" if stage == len(self.routers) else "forward"
+        peer: str | None = self.me
+        if stage:
+            router = self.routers[stage - 1]
+            if way.asked and way.asked.issuperset(router.peers) and router.peers:
+                way.all_failed = True
+                self._at(now + _ALL_FAILED_S, way)
+                return
+            peer, _ = router.choose(now, way.tokens * WORK_SHARES[kind], way.asked)
+            if peer is None:
+                next_s = router.next_s(now)
+                self._at(now + _LOOK_S if next_s is None else min(now + _LOOK_S, next_s), way)
+                return
+        assert peer is not None
+        key = Key(self.me, way.sequence, way.attempts[stage])
+        way.attempts[stage] += 1
+        way.places[stage] = peer, key
+        self._ask(way, kind, peer, key, now)
+
+    def _ask(self, way: _Way, kind: Kind, peer: str, key: Key, now: float) -> None:
+        call, stage = next(self._calls), way.stage
+        wait = _Wait(way, stage, peer, way.tokens * WORK_SHARES[kind], now, 0.0)
+        if stage:
+            router = self.routers[stage - 1]
+            wait.limit_s = router.limit_s(peer, wait.work_tokens)
+            router.begun(peer, wait.work_tokens)
+            self._at(now + wait.limit_s, wait)
+        way.call, self._waits[call], self._said_s[peer, stage] = call, wait, now
+        self._out.append(AskStage(call, kind, stage, peer, key, way.tokens))
+
+    # ------------------------------------------------------------- back
+
+    def _ask_back(self, way: _Way, now: float) -> None:
+        """Of the peer that has the forward."""
+        place = way.places[way.stage]
+        assert place is not None
+        self._ask(way, "backward", *place, now)
+
+    # ------------------------------------------------------------- what became of a call
+
+    def _ended(self, call: int) -> _Wait | None:
+        """None of one that nobody waits for any more."""
+        wait = self._waits.pop(call, None)
+        if wait is not None:
+            wait.due_s = wait.way.call = None
+        return wait
+
+    def _done(self, event: PartDone, now: float) -> None:
+        if (wait := self._ended(event.call)) is None:
+            return
+        way, stage = wait.way, wait.stage
+        if stage:
+            self.routers[stage - 1].finished(wait.peer, now, now - wait.began_s, wait.work_tokens)
+        if not way.goes_back and stage < len(self.routers):
+            way.stage += 1
+            way.asked.clear()
+            self._ask_there(way, now)
+            return
+        way.lives[stage] = event.life
+        if not way.goes_back:
+            way.goes_back, way.loss = True, event.loss
+        if not stage:
+            self._come_back(way, now)
+            return
+        way.stage, way.attempts_left = stage - 1, _BACKWARD_ATTEMPTS
+        self._ask_back(way, now)
+
+    def _come_back(self, way: _Way, now: float) -> None:
+        del self._ways[way.sequence]
+        took_s = now - way.began_s
+        self.quickest_s = took_s if self.quickest_s is None else min(self.quickest_s, took_s)
+        for stage, place in enumerate(way.places):
+            assert place is not None
+            peer, key = place
+            self._settling_of(_Whom(peer, stage, way.lives[stage])).acknowledged[key] = way.loss
+        self._out.append(Back(way.sequence, way.loss))
+
+    def _timed_out(self, wait: _Wait, now: float) -> None:
+        call = wait.way.call
+        assert call is not None
+        self._ended(call)
+        took_s = now - wait.began_s
+        self._out.append(CancelStageCall(call))
+        self.routers[wait.stage - 1].timed_out(wait.peer, now, took_s, wait.work_tokens)
+        self._ask_otherwise(wait, "unreachable", f"no answer within {min(took_s, wait.limit_s):.1f} s", now)
+
+    def _failed(self, event: PartFailed, now: float) -> None:
+        if (wait := self._ended(event.call)) is None:
+            return
+        if wait.stage:
+            router = self.routers[wait.stage - 1]
+            if event.why == "busy":
+                router.refused_busy(wait.peer, now, wait.work_tokens)
+            elif event.why == "gone":  # no fault: it has moved, or its weights have
+                router.given_up(wait.peer, wait.work_tokens)
+            else:
+                router.failed(wait.peer, now, now - wait.began_s, wait.work_tokens, event.reason)
+                if event.why == "wrong":
+                    self._out.append(Wrong(wait.peer, event.reason))
+        self._ask_otherwise(wait, event.why, event.reason, now)
+
+    def _ask_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
+        """Another peer, or the same one again; what is being merged or left, which is this peer's own, gives up."""
+        way, stage = wait.way, wait.stage
+        if why == "busy":
+            if way.goes_back:
+                self._at(now + _AGAIN_S, way)
+                return
+            way.places[stage] = None
+            if stage:
+                self._ask_there(way, now)
+            else:
+                self._at(now + _LOOK_S, way)
+            return
+        if way.goes_back:
+            self._ask_back_otherwise(wait, why, reason, now)
+            return
+        self._drop_place(way, stage)
+        if not stage and why == "gone":
+            self._give_up(way)
+            rest = _Rest()
+            self._rests.add(rest)
+            self._at(now + _LOOK_S, rest)
+            self._out.append(Back(way.sequence, 0.0, reason))
+            return
+        way.asked.add(wait.peer)
+        self._out.append(Retried(way.sequence, stage, wait.peer, reason))
+        if stage:
+            self._ask_there(way, now)
+        else:
+            self._at(now + _AGAIN_S, way)
+
+    def _ask_back_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
+        """The same peer, while it is here, before the microbatch begins again at this stage."""
+        way, stage = wait.way, wait.stage
+        way.attempts_left -= 1
+        self._out.append(Retried(way.sequence, stage, wait.peer, reason))
+        is_here = stage == 0 or self.routers[stage - 1].has(wait.peer)
+        if not way.attempts_left or not is_here or why in ("gone", "wrong"):
+            self._begin_again(way, stage, now)
+        else:
+            self._at(now + _AGAIN_S, way)
+
+    def _give_up(self, way: _Way) -> None:
+        """Nothing of it counts."""
+        del self._ways[way.sequence]
+        way.due_s = None
+        if (call := way.call) is not None and (wait := self._ended(call)) is not None:
+            self._out.append(CancelStageCall(call))
+            if wait.stage:
+                self.routers[wait.stage - 1].given_up(wait.peer, wait.work_tokens)
+        for stage in range(self.num_stages):
+            self._drop_place(way, stage)
+
+    # ------------------------------------------------------------- what counts
+
+    def _drop_place(self, way: _Way, stage: int) -> None:
+        """What was computed of this stage must not count."""
+        place, way.places[stage] = way.places[stage], None
+        if place is not None:
+            peer, key = place
+            self._settling_of(_Whom(peer, stage, _ANY_LIFE)).dropped[key] = None
+
+    def _settling_of(self, whom: _Whom) -> _Settling:
+        self._touched[whom] = None
+        if (settling := self._settling.get(whom)) is None:
+            settling = self._settling[whom] = _Settling(whom)
+        return settling
+
+    def _tell(self, settling: _Settling, now: float) -> None:
+        """Tell a peer what counts and what does not, until it knows, or is given up."""
+        if settling.call is not None or settling.due_s is not None:
+            return
+        settling.give_up_s, settling.again_s = now + _GIVE_UP_S, _AGAIN_S
+        self._tell_now(settling, now)
+
+    def _tell_now(self, settling: _Settling, now: float) -> None:
+        whom, call = settling.whom, next(self._calls)
+        acknowledged = itertools.islice(settling.acknowledged.items(), _MOST_SETTLED)
+        said = tuple(Acknowledged(key, loss) for key, loss in acknowledged)
+        dropped = tuple(itertools.islice(settling.dropped, _MOST_SETTLED))
+        settling.said = Settlement(whom.life, said, dropped, self._settled_before(whom))
+        settling.call, self._telling[call] = call, settling
+        self._said_s[whom.peer, whom.stage] = now
+        self._at(now + _SETTLE_LIMIT_S, settling)
+        self._out.append(Tell(call, whom.peer, whom.stage, settling.said))
+
+    def _settling_time_came(self, settling: _Settling, now: float) -> None:
+        if (call := settling.call) is None:
+            self._tell_now(settling, now)
+            return
+        self._out.append(CancelStageCall(call))
+        del self._telling[call]
+        self._not_told(settling, f"no answer within {_SETTLE_LIMIT_S:g} s", now)
+
+    def _not_told(self, settling: _Settling, reason: str, now: float) -> None:
+        if now >= settling.give_up_s:
+            assert settling.said is not None
+            late = [each.key for each in settling.said.acknowledged]
+            self._settled(settling, late, f"it does not answer ({reason})", now)
+            return
+        settling.call = None
+        self._at(now + settling.again_s, settling)
+        settling.again_s = min(2 * settling.again_s, _MOST_AGAIN_S)
+
+    def _settled(self, settling: _Settling, late: Collection[Key], reason: str, now: float) -> None:
+        said, whom = settling.said, settling.whom
+        assert said is not None
+        settling.call = settling.due_s = settling.said = None
+        for key, _ in said.acknowledged:
+            if key in late:
+                self._out.append(Lost(whom.stage, whom.peer, key, reason))
+            del settling.acknowledged[key]
+        for key in said.dropped:
+            del settling.dropped[key]
+        if settling.acknowledged or settling.dropped:
+            self._tell(settling, now)
+        else:
+            del self._settling[whom]
+
+    def _say_here(self, now: float) -> None:
+        places = {(place[0], stage) for way in self._ways.values() for stage, place in enumerate(way.places) if place}
+        self._said_s = {place: said_s for place, said_s in self._said_s.items() if place in places}
+        for peer, stage in sorted(places):
+            if stage and self._said_s[peer, stage] <= now - _HERE_S:
+                self._settling_of(_Whom(peer, stage, _ANY_LIFE))
+        if self._ways:
+            self._at(now + _HERE_S, self._word)
+
+    def _settled_before(self, whom: _Whom) -> int:
+        """Nothing is needed of what is before this sequence by that peer. What is acknowledged is let go of when it is
+        known to have been told: until then it may have to be said again."""
+        oldest = self.oldest_open
+        for other, each in self._settling.items():
+            if each.acknowledged and other[:2] == whom[:2]:
+                oldest = min(oldest, min(key.sequence for key in each.acknowledged))
+        return oldest

@@ -1,0 +1,314 @@
+"""Moving from stage to stage: when a peer looks, what it decides, whom it asks to stay, and in which order it then
+takes the new stage and leaves the old one.
+
+`balance` decides who moves, `promises` makes sure that no move empties a stage: who leaves one has first asked another
+that holds it to stay for a while. It takes the new stage before it leaves the old one if its memory holds both.
+
+Pure: events go in, commands come out; where several come, each is done before the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from swarmtrain.protocol.pipeline.balance import (
+    Rule,
+    StageChange,
+    StagePeer,
+    anchor,
+    change_by_queues,
+    may_move_again,
+    my_change,
+)
+from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLease, StageLeases
+
+__all__ = [
+    "AskToStay",
+    "FetchFailed",
+    "FetchStages",
+    "LeaveStages",
+    "MoveCommand",
+    "MoveEngine",
+    "MoveEvent",
+    "MovePolicy",
+    "Moved",
+    "Moves",
+    "PlacesSeen",
+    "StagesFetched",
+    "StagesLeft",
+    "StayAnswer",
+    "StayAnswered",
+    "StayAsked",
+    "StaysHere",
+]
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class PlacesSeen:
+    """What everybody says, this peer included, by the records' time: wanted at `wake_at`."""
+
+    peers: Sequence[StagePeer]
+    records_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StayAsked:
+    """Another peer wants to leave a stage, and this one to stay; `holds` are this one's, `is_known` says whether it
+    knows that the other one holds it."""
+
+    mover: str
+    stage: int
+    holds: Sequence[int]
+    is_known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StayAnswered:
+    """What came of a question: for how long the other one stays, 0 if it does not, and why."""
+
+    number: int
+    lasts_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagesFetched:
+    """The new stages are here, and served; with what everybody says now."""
+
+    peers: Sequence[StagePeer]
+    records_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """They cannot be had."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagesLeft:
+    """They are left."""
+
+
+MoveEvent: TypeAlias = PlacesSeen | StayAsked | StayAnswered | StagesFetched | FetchFailed | StagesLeft
+
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class AskToStay:
+    """Ask a peer to stay in a stage; then `StayAnswered`."""
+
+    number: int
+    peer: str
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class StayAnswer:
+    """Answer the peer that asked: for how long this one stays in the stage, 0 if it does not, and why."""
+
+    stage: int
+    lasts_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Tell everybody where this peer is going."""
+
+    change: StageChange
+
+
+@dataclass(frozen=True, slots=True)
+class FetchStages:
+    """Take these stages and serve them; then `StagesFetched`, or `FetchFailed`."""
+
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveStages:
+    """Leave these; then `StagesLeft`."""
+
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """It is where it was going to: tell everybody."""
+
+    change: StageChange
+
+
+@dataclass(frozen=True, slots=True)
+class StaysHere:
+    """It does not move; if it had told everybody that it does, tell them."""
+
+    change: StageChange
+    reason: str
+    had_begun: bool
+
+
+MoveCommand: TypeAlias = AskToStay | StayAnswer | Moves | FetchStages | LeaveStages | Moved | StaysHere
+
+
+# ---------------------------------------------------------------- state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovePolicy:
+    """When a peer moves. `balance` is as in the run file."""
+
+    rule: Rule
+    balance: Literal["none", "queues", "rates"]
+    every_s: float
+    """It looks so often."""
+    most_stages: int
+    """So many fit into its memory."""
+
+
+@dataclass(slots=True)
+class _Move:
+    change: StageChange
+    peers: Sequence[StagePeer]
+    records_s: float
+    request: tuple[int, LeaseRequest] | None = None
+    """Whom it waits for, with the number of the question."""
+    has_begun: bool = False
+    has_fetched: bool = False
+    has_left: bool = False
+
+
+class MoveEngine:
+    """What one peer holds, and whether it should hold something else."""
+
+    def __init__(self, me: str, policy: MovePolicy, rng: random.Random, now: float) -> None:
+        self.me, self.policy, self.rng, self.stays = me, policy, rng, StageLeases(me)
+        self._moved_s = float("-inf")
+        self._move: _Move | None = None
+        self._numbers = itertools.count()
+        self._wait(now)
+
+    @property
+    def change(self) -> StageChange | None:
+        """What it is about to do, or does."""
+        return None if self._move is None else self._move.change
+
+    def bound(self, now: float) -> tuple[int, ...]:
+        """The stages that it has promised not to leave, for its record."""
+        return self.stays.bound(now)
+
+    def wake_at(self) -> float | None:
+        """When it looks again; None: not while it moves, or where nobody does."""
+        return None if self._move is not None or self.policy.balance == "none" else self._next_s
+
+    def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:
+        """What is to be done since this has happened."""
+        if isinstance(event, PlacesSeen):
+            return self._look(event, now)
+        if isinstance(event, StayAsked):
+            return [self._answer(event, now)]
+        move = self._move
+        if isinstance(event, StayAnswered):
+            if move is None or move.request is None or move.request[0] != event.number:
+                return []  # given up before it came
+            return self._answered(move, event, now)
+        if move is None:
+            return []  # what it had fetched is left again
+        if isinstance(event, FetchFailed):
+            return self._stay(move, event.reason)
+        if isinstance(event, StagesFetched):
+            move.has_fetched, move.peers, move.records_s = True, event.peers, event.records_s
+        else:
+            move.has_left = True
+        return self._go_on(move, now)
+
+    # ------------------------------------------------------------- whether
+
+    def _wait(self, now: float) -> None:
+        """Look again after the usual time, a little more or less: not everybody at one moment."""
+        self._next_s = now + self.policy.every_s * self.rng.uniform(0.8, 1.2)
+
+    def _look(self, seen: PlacesSeen, now: float) -> list[MoveCommand]:
+        when_s = self.wake_at()
+        if when_s is None or now < when_s:
+            return []
+        self._wait(now)
+        decide = change_by_queues if self.policy.balance == "queues" else my_change
+        change, _ = decide(self.me, seen.peers, seen.records_s, self.policy.rule)
+        if change is None or not may_move_again(change, seen.peers, now - self._moved_s)[0]:
+            return []
+        self._move = _Move(change, seen.peers, seen.records_s)
+        return self._go_on(self._move, now)
+
+    # ------------------------------------------------------------- promises
+
+    def _answer(self, asked: StayAsked, now: float) -> StayAnswer:
+        """Of strangers nobody is bound."""
+        if not asked.is_known:
+            return StayAnswer(asked.stage, 0.0, f"nobody here knows that you hold stage {asked.stage}")
+        request = LeaseRequest(stage=asked.stage, mover=asked.mover, anchor=self.me, asked_s=now)
+        promise, reason = self.stays.asked(request, asked.holds, now)
+        return StayAnswer(asked.stage, 0.0 if promise is None else promise.lasts_s, reason)
+
+    def _ask(self, move: _Move, stage: int, now: float) -> list[MoveCommand]:
+        """Have somebody promise to stay in this stage."""
+        may, reason = self.stays.wants_to_leave(stage, now)
+        if may:
+            peer = anchor(self.me, move.peers, stage, move.records_s, self.policy.rule)
+            if peer is not None:
+                number = next(self._numbers)
+                move.request = number, LeaseRequest(stage=stage, mover=self.me, anchor=peer, asked_s=now)
+                return [AskToStay(number, peer, stage)]
+            reason = "nobody else holds it"
+        return self._stay(move, f"does not leave stage {stage}: {reason}")
+
+    def _answered(self, move: _Move, event: StayAnswered, now: float) -> list[MoveCommand]:
+        assert move.request is not None
+        (_, request), move.request = move.request, None
+        if not event.lasts_s:
+            return self._stay(move, f"does not leave stage {request.stage}: {event.reason}")
+        self.stays.promised(StageLease(request=request, lasts_s=event.lasts_s))
+        return self._go_on(move, now)
+
+    def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:
+        """It leaves nothing, and gives back what it has fetched for that."""
+        self._over(move)
+        stays = StaysHere(move.change, reason, move.has_begun)
+        return [LeaveStages(move.change.enters), stays] if move.has_fetched and move.change.enters else [stays]
+
+    def _over(self, move: _Move) -> None:
+        self._move = None
+        for stage in move.change.leaves:
+            self.stays.over(stage)
+
+    # ------------------------------------------------------------- moving
+
+    def _go_on(self, move: _Move, now: float) -> list[MoveCommand]:
+        """The next thing to do; somebody has to have promised to stay when it begins, and at the moment of leaving."""
+        change, done = move.change, list[MoveCommand]()
+        if not move.has_left:
+            for stage in change.leaves:
+                if not self.stays.may_leave(stage, now)[0]:
+                    return self._ask(move, stage, now)
+        if not move.has_begun:
+            move.has_begun = True
+            done.append(Moves(change))
+        fits = len({*change.before, *change.after}) <= self.policy.most_stages
+        if change.enters and not move.has_fetched and (fits or move.has_left):
+            return [*done, FetchStages(change.enters)]
+        if change.leaves and not move.has_left:
+            return [*done, LeaveStages(change.leaves)]
+        self._moved_s = now
+        self._over(move)
+        return [*done, Moved(change)]

@@ -1,0 +1,382 @@
+"""Which peer of a stage gets the next microbatch: a driver's choice, and what it learns of the peers meanwhile.
+
+"round-robin", interleaved and weighted: every peer has a virtual load in seconds; the least loaded one is chosen, and
+its load grows by the task's size over the peer's measured throughput. "least-completion": the one is chosen that would
+be done first, given what is in flight to it. Both leave a peer alone that failed, and give a busy one a short pause.
+
+What a peer does is measured from what this driver sees: how long each task took, from the end of the one before it
+where that was later than its own beginning, so that waiting behind one's own tasks is not held against a peer. Of the
+last few the time of all counts, the longest of them cut short: one slow sample moves little, a peer that has become
+ten times slower is known to be after a few.
+
+A task's tokens are its work, a part of the microbatch's tokens (`WORK_SHARES`).
+
+Pure: `now` and the random numbers are arguments, every answer carries its reason.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import statistics
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.ledger import Kind
+
+__all__ = ["VARIANTS", "WORK_SHARES", "Router", "driver_share", "most_in_flight"]
+
+VARIANTS = ("round-robin", "least-completion")
+WORK_SHARES: Mapping[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
+"""Of a microbatch's work at a stage; the last stage's forward and backward are one, the tail."""
+
+_NUM_SAMPLES = 6
+_CUT = 3.0
+"""The longest of the samples counts at most so many times the second longest."""
+_PATIENCE = 6.0
+"""A task is given so many times as long as it is expected to take, or the last ones took."""
+_PAUSE_TASKS = 2.0
+"""A busy peer is left alone for as long as it needs for so many tasks."""
+_LEAST_IN_FLIGHT = 2
+_BUSY, _MOST_OF_BATCH = 4.0, 0.25
+"""See `most_in_flight`."""
+_MOST_OF_USUAL = 10.0
+_MAX_KNOWN = 1024
+"""So many peers that are not in the stage any more are remembered: identities cost nothing."""
+
+
+@dataclass
+class _Peer:
+    """What is known of one peer."""
+
+    samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
+    """(seconds, tokens) of the last tasks."""
+    answers_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
+    """How long the last ones took, the wait in its queue included."""
+    in_flight_tokens: float = 0.0
+    num_in_flight: int = 0
+    ended_s: float = float("-inf")
+    load_s: float = 0.0
+    charged_s: float = 0.0
+    """What its last choice added to its load."""
+    paused_until_s: float = float("-inf")
+    banned_until_s: float = float("-inf")
+    failures: int = 0
+    """In a row, those of one ban counted once."""
+    away: bool = True
+    """It could not be chosen: when it can, it enters at the least load of the others."""
+
+    tokens_per_s: float | None = None
+    """Measured; None before the first sample."""
+
+    def sample(self, took_s: float, tokens: float) -> None:
+        """A task took so long, waiting for one's own tasks not counted."""
+        self.samples.append((max(took_s, 1e-6), tokens))
+        paces = sorted(took_s / tokens for took_s, tokens in self.samples)
+        most = _CUT * paces[-2] if len(paces) > 1 else paces[-1]
+        time_s = sum(min(took_s, most * tokens) for took_s, tokens in self.samples)
+        self.tokens_per_s = sum(tokens for _, tokens in self.samples) / time_s
+
+
+@dataclass
+class Router:
+    """Chooses a peer of one stage for each task, and is told what became of it.
+
+    A peer of which nothing is measured is taken to be as fast as the median of the others. A failure bans it for
+    `first_ban_s`, the next one after that for twice as long, ... up to `most_ban_s`; then it is on trial: one task at a
+    time until it answers. Bans do not count when every peer is banned.
+    """
+
+    rng: random.Random
+    variant: str = VARIANTS[0]
+    busy_s: float = 0.1
+    """A busy peer is left alone for so long at least: tasks may take some milliseconds."""
+    first_ban_s: float = 15.0
+    most_ban_s: float = 600.0
+    least_limit_s: float = 10.0
+    most_limit_s: float = 300.0
+    _peers: dict[str, _Peer] = field(default_factory=dict)
+    """Those of the stage."""
+    _gone: dict[str, _Peer] = field(default_factory=dict)
+    """Those that were, the one that went last standing last: a view of the DHT may miss a peer for a moment."""
+    _heap: list[tuple[float, float, str]] = field(default_factory=list)
+    """(load, a random number, peer): valid while the load is the peer's."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"no such choice of a stage's peer: {self.variant}; allowed: {', '.join(VARIANTS)}")
+
+    # ------------------------------------------------------------------ the stage
+
+    def set_peers(self, peers: Collection[str]) -> None:
+        """These are the stage's peers now."""
+        among = set(peers)
+        for peer in [peer for peer in self._peers if peer not in among]:
+            self._gone[peer] = self._peers.pop(peer)
+        for peer in sorted(among - self._peers.keys()):
+            known = self._gone.pop(peer, None) or _Peer()
+            known.away = True
+            self._peers[peer] = known
+        while len(self._gone) > _MAX_KNOWN:
+            del self._gone[next(iter(self._gone))]
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The stage's peers, as told last."""
+        return tuple(self._peers)
+
+    def has(self, peer: str) -> bool:
+        """Whether it is one of the stage's, as told last."""
+        return peer in self._peers
+
+    def tokens_per_s(self, peer: str) -> float:
+        """The throughput that is reckoned with: measured, or the median of those measured; 1 if none is."""
+        known = self._peers.get(peer)
+        measured = known.tokens_per_s if known is not None else None
+        return measured if measured is not None else self._usual_tokens_per_s()
+
+    def limit_s(self, peer: str, tokens: float) -> float:
+        """How long to wait for a task of so many tokens, what is in flight to `peer` before it included."""
+        known = self._find(peer)
+        if known is None or known.tokens_per_s is None or not known.answers_s:
+            return self.most_limit_s
+        expected_s = max((known.in_flight_tokens + tokens) / known.tokens_per_s, *known.answers_s)
+        return min(max(self.least_limit_s, _PATIENCE * expected_s), self.most_limit_s)
+
+    def _usual_tokens_per_s(self) -> float:
+        rates = [rate for known in self._peers.values() if (rate := known.tokens_per_s) is not None]
+        return statistics.median(rates) if rates else 1.0
+
+    # ------------------------------------------------------------------ the choice
+
+    def choose(self, now: float, tokens: float, exclude: Collection[str] = ()) -> tuple[str | None, str]:
+        """The peer for a task of so many tokens, or None; with the reason. `exclude`: those it has been with."""
+        ready, about = self._ready(now)
+        free = ready - set(exclude)
+        if not free:
+            return None, about if not ready else "everyone that may be asked now was asked for this task"
+        self._enter(ready)
+        if self.variant == "round-robin":
+            peer = self._least_loaded(free)
+            reason = f"the least loaded of {len(free)}"
+        else:
+            peer = self._first_done(free, tokens)
+            reason = f"the first of {len(free)} to be done"
+        known = self._peers[peer]
+        known.charged_s = tokens / self.tokens_per_s(peer)
+        self._load(peer, known, known.load_s + known.charged_s)
+        return peer, f"{reason}; {about}" if about else reason
+
+    def next_s(self, now: float) -> float | None:
+        """When somebody can be chosen whom `choose` would not give now; None if time alone changes nothing."""
+        ends = [end for known in self._peers.values() if (end := self._kept_until_s(known)) > now]
+        return min(ends, default=None)
+
+    def _ready(self, now: float) -> tuple[set[str], str]:
+        """Who may be chosen now; with the reason if that is not everybody."""
+        if not self._peers:
+            return set(), "the stage has no peer"
+        banned = {peer for peer, known in self._peers.items() if self._is_banned(known, now)}
+        ignored = len(banned) == len(self._peers)
+        paused = {peer for peer, known in self._peers.items() if now < known.paused_until_s}
+        away = paused if ignored else paused | banned
+        for peer in away:
+            self._peers[peer].away = True
+        ready = self._peers.keys() - away
+        if not ready:
+            return set(), f"{len(paused)} are busy, {len(self._peers) - len(paused)} are left alone"
+        if ignored:
+            return set(ready), "everyone is banned, so that bans do not count"
+        return set(ready), f"{len(away)} are left alone for now" if away else ""
+
+    @staticmethod
+    def _is_banned(known: _Peer, now: float) -> bool:
+        return now < known.banned_until_s or (known.failures > 0 and known.num_in_flight > 0)
+
+    @staticmethod
+    def _kept_until_s(known: _Peer) -> float:
+        return max(known.paused_until_s, known.banned_until_s)
+
+    def _enter(self, ready: set[str]) -> None:
+        """Those that can be chosen again begin at the least load of the others: what they missed is not made up for."""
+        back = [peer for peer in sorted(ready) if self._peers[peer].away]
+        if not back:
+            return
+        least_s = min((self._peers[peer].load_s for peer in ready if not self._peers[peer].away), default=None)
+        for peer in back:
+            known = self._peers[peer]
+            known.away = False
+            self._load(peer, known, known.load_s if least_s is None else max(known.load_s, least_s))
+
+    def _load(self, peer: str, known: _Peer, load_s: float) -> None:
+        known.load_s = load_s
+        heapq.heappush(self._heap, (load_s, self.rng.random(), peer))
+        if len(self._heap) > 64 + 4 * len(self._peers):
+            self._heap = list(self._valid())
+            heapq.heapify(self._heap)
+
+    def _valid(self) -> Iterator[tuple[float, float, str]]:
+        """The newest entry of each peer."""
+        seen = set()
+        for entry in sorted(self._heap):
+            known = self._peers.get(entry[2])
+            if known is not None and known.load_s == entry[0] and entry[2] not in seen:
+                seen.add(entry[2])
+                yield entry
+
+    def _least_loaded(self, free: set[str]) -> str:
+        aside = []
+        while True:
+            entry = heapq.heappop(self._heap)
+            known = self._peers.get(entry[2])
+            if known is None or known.load_s != entry[0]:
+                continue  # its load has changed since
+            if entry[2] in free:
+                break
+            aside.append(entry)
+        for other in aside:
+            heapq.heappush(self._heap, other)
+        return entry[2]
+
+    def _first_done(self, free: set[str], tokens: float) -> str:
+        usual = self._usual_tokens_per_s()
+        done = []
+        for peer in sorted(free):
+            known = self._peers[peer]
+            rate = known.tokens_per_s or usual
+            done.append(((known.in_flight_tokens + tokens) / rate, self.rng.random(), peer))
+        return min(done)[2]
+
+    # ------------------------------------------------------------------ what became of it
+
+    def begun(self, peer: str, tokens: float) -> None:
+        """A task is on its way to `peer`. It ends with one of the following."""
+        known = self._find(peer)
+        if known is not None:
+            known.in_flight_tokens += tokens
+            known.num_in_flight += 1
+
+    def finished(self, peer: str, now: float, took_s: float, tokens: float) -> None:
+        """It was done, `took_s` after it had begun: all is forgiven."""
+        known = self._ended(peer, tokens)
+        if known is not None:
+            self._sample(known, min(took_s, now - known.ended_s), tokens)
+            known.answers_s.append(took_s)
+            known.ended_s = now
+            known.failures = 0
+            known.banned_until_s = float("-inf")
+
+    def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
+        """Nothing came for `took_s`: a long sample, and a fault. Returns what follows, in words."""
+        known = self._ended(peer, tokens)
+        if known is None:
+            return "it is not in the stage any more"
+        self._sample(known, took_s, tokens)
+        lost_s = min(took_s, now - known.ended_s)  # several that were under way together are charged once
+        known.ended_s = now
+        self._load(peer, known, known.load_s + max(0.0, lost_s - known.charged_s))
+        return self._ban(known, now, took_s, f"no answer in {took_s:.1f} s")
+
+    def _sample(self, known: _Peer, took_s: float, tokens: float) -> None:
+        """What one task took. Before the first sample of all nobody knows what a task costs, and whoever was chosen
+        then was charged with a guess. That is forgotten, or it would wait until the others have caught up with it."""
+        is_first = all(each.tokens_per_s is None for each in self._peers.values())
+        known.sample(took_s, tokens)
+        if is_first:
+            for peer, each in self._peers.items():
+                each.charged_s = 0.0
+                self._load(peer, each, 0.0)
+
+    def failed(self, peer: str, now: float, took_s: float, tokens: float, reason: str) -> str:
+        """It could not be reached, or what came was wrong. Returns what follows, in words."""
+        known = self._ended(peer, tokens)
+        return "it is not in the stage any more" if known is None else self._ban(known, now, took_s, reason)
+
+    def refused_busy(self, peer: str, now: float, tokens: float) -> str:
+        """Its queue is full: no fault, a short pause. Returns what follows, in words."""
+        known = self._ended(peer, tokens)
+        if known is None:
+            return "it is not in the stage any more"
+        task_s = tokens / known.tokens_per_s if known.tokens_per_s is not None else 0.0
+        pause_s = max(self.busy_s, _PAUSE_TASKS * task_s)
+        self._load(peer, known, known.load_s - known.charged_s)  # it did not do that task
+        known.paused_until_s = max(known.paused_until_s, now + pause_s)
+        return f"busy: asked again after {pause_s:.1f} s"
+
+    def given_up(self, peer: str, tokens: float) -> None:
+        """It ended, and that says nothing of the peer."""
+        self._ended(peer, tokens)
+
+    def _ban(self, known: _Peer, now: float, took_s: float, reason: str) -> str:
+        """A task that began before or during a ban does not lengthen it: several are under way at once, and where bans
+        do not count each peer is tried again and again."""
+        if now - took_s < known.banned_until_s:
+            return f"{reason}: it was left alone for that already"
+        known.failures += 1
+        wait_s = min(self.first_ban_s * 2.0 ** min(known.failures - 1, 32), self.most_ban_s)
+        known.banned_until_s = now + wait_s
+        return f"{reason}: left alone for {wait_s:g} s"
+
+    def _ended(self, peer: str, tokens: float) -> _Peer | None:
+        known = self._find(peer)
+        if known is not None:
+            known.in_flight_tokens = max(0.0, known.in_flight_tokens - tokens)
+            known.num_in_flight = max(0, known.num_in_flight - 1)
+        return known
+
+    def _find(self, peer: str) -> _Peer | None:
+        return self._peers.get(peer) or self._gone.get(peer)
+
+
+# ---------------------------------------------------------------- how many at once
+
+
+def most_in_flight(
+    me: str,
+    holders: Sequence[Sequence[StagePeer]],
+    quickest_s: float | None,
+    microbatch_tokens: int,
+    batch_microbatches: int,
+) -> int:
+    """Microbatches that a driver has under way: as few as keep the stages busy; none while nobody holds some stage.
+
+    `holders` are those of each stage, `quickest_s` what a microbatch took at least, forth and back. What is under way
+    when a peer takes a step enters the next one by weights that are a step old by then, which costs loss (decision 30);
+    so no more than this, of all drivers together:
+
+    - one for each peer while it computes, which those of the slowest stage always do and others as much less as they
+      are faster, and three times that to wait in front of them, for what passes is uneven;
+    - those that travel: of the quickest one, what its peers cannot have computed;
+    - a quarter of a batch at most for each peer of the smallest stage after the first.
+
+    Of these a driver has the part of what passes through the first stage that it can do, and two at least.
+    """
+    if not all(holders):
+        return 0
+    paces = [_told_rates(of) for of in holders]
+    rates = [sum(of.values()) for of in paces]
+    computing = sum(len(of) * min(rates) / rate for of, rate in zip(paces, rates, strict=True))
+    computed_s = sum(microbatch_tokens / max(of.values()) for of in paces)
+    travelling = max(0.0, (quickest_s or 0.0) - computed_s) * min(rates) / microbatch_tokens
+    smallest = min((len(of) for of in holders[1:]), default=1)
+    most = min(_BUSY * computing + travelling, _MOST_OF_BATCH * batch_microbatches * smallest)
+    return max(_LEAST_IN_FLIGHT, min(batch_microbatches, round(most * driver_share(me, holders[0]))))
+
+
+def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
+    """What part of the first stage's tokens `me` can do, as these say, itself included; at least half of a like part.
+
+    Who says nothing counts as the median, and nobody as more than ten times that: one that lies starves nobody.
+    """
+    rates = _told_rates(drivers)
+    mine = rates.get(me) or statistics.median(rates.values() or [1.0])
+    return max(mine / (sum(rates.values()) + (0.0 if me in rates else mine)), 0.5 / max(1, len(rates)))
+
+
+def _told_rates(peers: Iterable[StagePeer]) -> dict[str, float]:
+    """Tokens per second of each, see `driver_share`."""
+    told = {one.peer: one.tokens_per_s for one in peers}
+    usual = statistics.median([rate for rate in told.values() if rate > 0] or [1.0])
+    return {peer: min(rate, _MOST_OF_USUAL * usual) or usual for peer, rate in told.items()}

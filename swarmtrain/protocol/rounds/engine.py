@@ -1,0 +1,527 @@
+"""Synchronous rounds: what one peer does in them, as events go in and commands come out.
+
+A peer that has ended its own round asks the others about it. It is answered at once when there is news, and else held
+for two seconds. The same answer tells how far a peer is and what it applied last, and hands out its publication's
+manifest, the roster, and the share that it averaged. What to do about all this `rosters.decide` says: sign, merge,
+take another's state, or wait.
+
+`RoundEngine` holds all state of that: who was asked and has answered, what is brought, held, signed and merged, who
+does not deliver, what is answered to whom, and when to look again. Whoever drives it moves bytes and has no rule of its
+own: `network/rounds/runner.py` between real peers, `simulate/systems/volunteer.py` in virtual time. The membership and
+the chains are told of by others too, and read here. Pure: rosters as they travel are handles that pass through.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeAlias
+
+from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds import rosters
+from swarmtrain.protocol.rounds.chains import Chains, Link
+from swarmtrain.protocol.rounds.messages import Command, Envelope, Event, PeerReply, RoundQuestion, SignedRoster
+from swarmtrain.protocol.rounds.rosters import (
+    ApplyDecision,
+    CatchUpDecision,
+    Decision,
+    Roster,
+    RoundPublication,
+    RoundView,
+    Standing,
+    WaitDecision,
+    decide,
+    idled,
+    is_silent,
+    peers_to_ask,
+    pulls_whole,
+    standings,
+)
+from swarmtrain.protocol.rounds.signers import Signers
+from swarmtrain.protocol.rounds.state import KnownRound
+from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, Questions, StateSearches
+
+__all__ = ["RoundEngine", "RoundRules"]
+
+_LEAST_LOOK_S = 0.005
+_KEEP_ROUNDS = 3
+_SOURCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRules:
+    """What the run file says, and how often others are asked. Durations in seconds."""
+
+    share_above: int
+    round_limit_s: float
+    silence_s: float
+    hold_s: float = 2.0
+    """A question is held so long, at most, by who has no news."""
+    retry_s: float = 0.25
+    look_s: float = 0.5
+    """Whoever waits looks so often at least, also when it heard of nothing."""
+
+    @property
+    def gap_s(self) -> float:
+        """A process that comes so much later to something than it should has stood still."""
+        return max(1.0, self.silence_s / 4)
+
+
+_Commands: TypeAlias = list[Command[Envelope]]
+
+
+class RoundEngine(Generic[Envelope, Link]):
+    """One peer's side of all rounds. Times are seconds of one clock that the caller passes in as `now`."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        chains: Chains[Link],
+        rules: RoundRules,
+        rng: random.Random,
+        *,
+        trains: bool = True,
+    ) -> None:
+        """The weights of one that does not train count for no chain: those of an archive."""
+        self.me, self.membership, self.chains, self.rules = membership.me, membership, chains, rules
+        self.round = 0
+        self.last: SignedRoster[Envelope] | None = None
+        self.guest = True
+        """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
+        self.away = False
+        """Whether this peer has said goodbye: whoever missed that, and asks, is told so."""
+        self.wanted = False
+        """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
+        self.waiting_for, self.waiting_until_s = "", 0.0
+        """Why it waits, and until when that may be; 0 when there is no such time."""
+        self.signers = Signers()
+        self.hearsay: Hearsay[Envelope, Link] = Hearsay(membership, chains)
+        self._rng = rng
+        self._questions: Questions[Envelope, Link] = Questions()
+        self._seeker = StateSearches(self.hearsay, self._questions, self.me if trains else "", rng)
+        self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
+        self._ending: KnownRound[Envelope, Link] | None = None
+        """The round that is being ended."""
+        self._look_s = math.inf
+        self._held: dict[int, tuple[RoundQuestion, float]] = {}
+        """Questions of others that are held, and until when."""
+        self._held_until_s = math.inf
+        """The first of these times, or earlier."""
+
+    # ------------------------------------------------------------- events
+
+    def receive(self, event: Event[Envelope, Link], now: float) -> _Commands[Envelope]:
+        """What happened, and what is to be done about it."""
+        match event:
+            case ev.RoundTimerFired():
+                return self._woke(now)
+            case ev.QuestionAnswered():
+                return self._answered(event.number, event.reply, now)
+            case ev.QuestionReceived():
+                return self._asked(event, now)
+            case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
+                self._ending.was_brought(event)
+                self._look_s = now
+            case ev.ReplyRefused():
+                return self._got_nothing(event.number, now, is_malformed=True)
+            case ev.QuestionFailed():
+                return self._got_nothing(event.number, now, is_malformed=False)
+            case ev.RosterSigned():
+                return self._signed(event.roster, now)
+            case ev.PublicationFound() | ev.RosterMerged() | ev.RosterNotMerged() if self._ending is not None:
+                self._ending.merge_went_on(event)
+                self._look_s = now
+            case ev.RoundBegun():
+                self.guest = event.guest
+            case ev.Left():
+                self.away = self.guest = True
+                self._seeker.join_anew()
+                return self._tell()
+            case ev.CameBack():
+                self.away = False
+            case ev.InnerStepsDone():
+                return self._ended(event, now)
+            case ev.RoundAdvanced():
+                return self._advanced(event)
+            case ev.RoundAbandoned():
+                if event.search is not None:
+                    return self._seeker.drop(event.search)
+                return [] if self._ending is None else self._over(self._ending, now)
+            case ev.MembersChanged():
+                self._look_s = now
+            case ev.ProcessSuspended():
+                self.hearsay.listening_since_s = self._look_s = now
+                self.membership.resume(now, forgives=event.forgives)
+            case ev.QuestionDropped():
+                self._held.pop(event.call, None)
+            case ev.ShareAveraged() if self._ending is not None and self._ending.merging == event.roster:
+                self._ending.shared = event.roster
+                return self._tell()
+            case ev.SurveyPeers():
+                return self._seeker.survey(event, self.round, now)
+            case ev.SearchState():
+                return self._seeker.seek(event, self.round, now)
+            case ev.Join():
+                return self._seeker.join(event, self.round, now)
+            case ev.StateAdopted():
+                self.guest = True
+                return self._seeker.survey(ev.SurveyPeers(event.search, (event.source,)), self.round, now)
+            case ev.StateOffered() | ev.StateNotFetched() | ev.StateDownloaded():
+                return self._caught_up(self._seeker.fetch_went_on(event, now), now)
+        return []
+
+    def wake_at(self) -> float | None:
+        """When `RoundTimerFired` is wanted."""
+        wake_s = math.inf if self._ending is None else self._look_s
+        if self._held:
+            wake_s = min(wake_s, self._held_until_s)
+        return wake_s if wake_s < math.inf else None
+
+    def knows(self, round: int) -> bool:
+        """Whether others are still answered about that round of ours."""
+        return round in self._rounds
+
+    def is_announced(self, offer: RoundPublication) -> bool:
+        """Whether the round that is being ended may take this in."""
+        return self._ending is not None and self._ending.announced.get(offer.peer) == offer
+
+    @property
+    def listening_since_s(self) -> float:
+        """Since when this process has run without a gap."""
+        return self.hearsay.listening_since_s
+
+    @property
+    def base(self) -> str:
+        """The digest of the roster applied last."""
+        return "" if self.last is None else self.last.roster.digest
+
+    @property
+    def _tokens(self) -> int:
+        """Behind the weights."""
+        return 0 if self.last is None else self.last.roster.total_tokens
+
+    def _woke(self, now: float) -> _Commands[Envelope]:
+        commands: _Commands[Envelope] = []
+        if self._held_until_s <= now:
+            due = [call for call, (_, until_s) in self._held.items() if until_s <= now]
+            commands += [self._answer(call, self._held.pop(call)[0]) for call in due]
+            self._held_until_s = min((until_s for _, until_s in self._held.values()), default=math.inf)
+        if self._ending is not None and self._look_s <= now:
+            commands += self._look(self._ending, now)
+        return commands
+
+    # ------------------------------------------------------------- answering
+
+    def _asked(self, event: ev.QuestionReceived, now: float) -> _Commands[Envelope]:
+        question = event.question
+        self.wanted = self.wanted or (question.round == self.round and not question.has_publication)
+        if question.hold_s <= 0 or self._is_news(question):
+            return [self._answer(event.call, question)]
+        until_s = now + min(question.hold_s, self.rules.hold_s)
+        self._held[event.call] = question, until_s
+        self._held_until_s = min(self._held_until_s, until_s)
+        return []
+
+    def _is_news(self, question: RoundQuestion) -> bool:
+        if self.away or self.round > question.round or question.wants_chain:
+            return True
+        known = self._rounds.get(question.round)
+        if known is None:
+            return False
+        lacks_roster = known.best is not None and known.best.name != question.has_roster
+        return lacks_roster or not question.has_publication or (known.shared != "" and not question.has_share)
+
+    def _answer(self, call: int, question: RoundQuestion) -> ev.AnswerRoundQuestion[Envelope]:
+        known = self._rounds.get(question.round)
+        best = None if known is None else known.best
+        return ev.AnswerRoundQuestion(
+            call=call,
+            question=question,
+            round=self.round,
+            participating=not (self.guest or self.away),
+            away=self.away,
+            last=self.last,
+            publication=None if known is None or question.has_publication else known.own,
+            roster=None if best is None or best.name == question.has_roster else best,
+            share="" if known is None or question.has_share else known.shared,
+        )
+
+    def _tell(self) -> _Commands[Envelope]:
+        """Answer all who wait for what is news now."""
+        due = [call for call, (question, _) in self._held.items() if self._is_news(question)]
+        return [self._answer(call, self._held.pop(call)[0]) for call in due]
+
+    # ------------------------------------------------------------- moving on
+
+    def _advanced(self, event: ev.RoundAdvanced[Envelope]) -> _Commands[Envelope]:
+        if event.last is not None:
+            self.last = event.last
+        self.wanted = self.wanted and event.round == self.round
+        self.round = event.round
+        self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
+        return self._tell()
+
+    def _ended(self, event: ev.InnerStepsDone, now: float) -> _Commands[Envelope]:
+        known: KnownRound[Envelope, Link] = KnownRound(event.round, event.started_s, now, event.publication)
+        known.announced[self.me] = event.publication
+        known.held.add(event.publication.snapshot)
+        self._rounds[event.round] = self._ending = known
+        self._look_s = now
+        return self._tell()
+
+    def _over(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
+        """The round is over: the others are judged by it, and nothing is asked about it any more."""
+        view = self._view(known)
+        commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
+        self.signers.round_over(known.round, idled(view, now), {roster.signer for roster in view.rosters})
+        if known.merging and not known.is_merged:
+            commands.append(ev.CancelMerge())
+        known.announced = {self.me: known.own}
+        self._ending, self._look_s, self.waiting_for = None, math.inf, ""
+        if known.catching_up is not None:
+            commands += self._seeker.drop(StateSearches.CATCH_UP)
+            known.catching_up = None
+        return commands
+
+    def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
+        """Those who claim more tokens than there are here, and neither show their chain nor move anybody."""
+        commands: _Commands[Envelope] = []
+        view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
+        for peer, digest in view.stands.items():
+            head, chain = view.heads.get(digest), shown.get(digest)
+            if head is None or chain is None or len(chain.links) > 1 or view.holds(head):
+                continue
+            if head.total_tokens > self._tokens:
+                detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
+                commands.append(ev.NamePeer(peer, detail))
+        return commands
+
+    # ------------------------------------------------------------- deciding
+
+    def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
+        """Decide, and do it."""
+        self._look_s = now + self.rules.look_s
+        known.try_again(self.hearsay)
+        view = self._view(known)
+        commands = self._keep_asking(known, view, now)
+        if known.catching_up is not None:
+            return commands
+        decision: Decision = decide(view, now)
+        if isinstance(decision, rosters.SignDecision):
+            lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
+            if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
+                until_s = min(until_s, now + self.rules.retry_s)
+                decision = WaitDecision(until_s=until_s, reason="others are asked how they came to where they are")
+        self.waiting_for = decision.reason
+        self.waiting_until_s = decision.until_s if isinstance(decision, WaitDecision) else 0.0
+        merging = decision.roster.digest if isinstance(decision, ApplyDecision) else ""
+        if known.merging and known.merging != merging:
+            known.merging, known.is_merged = "", False
+            commands.append(ev.CancelMerge())
+        match decision:
+            case WaitDecision():
+                self._look_s = min(self._look_s, max(decision.until_s, now + _LEAST_LOOK_S))
+            case rosters.SignDecision():
+                roster = Roster(
+                    round=known.round,
+                    signer=self.me,
+                    entries=decision.entries,
+                    attempt=decision.attempt,
+                    base=self.base,
+                    base_tokens=self._tokens,
+                )
+                commands.append(ev.SignRoster(roster, decision.reason))
+            case ApplyDecision():
+                one = next(one for one in known.rosters.values() if one.roster is decision.roster)
+                if known.is_merged:
+                    return [*commands, *self._over(known, now), ev.FinishRound(one)]
+                if not known.merging:
+                    known.merging = merging
+                    commands.append(ev.MergeRoster(one))
+            case CatchUpDecision():
+                sources = list(decision.sources)
+                self._rng.shuffle(sources)
+                known.catching_up = CatchingUp(
+                    self.hearsay,
+                    known.round,
+                    known.started_s,
+                    decision.reason,
+                    deque(sources[:_SOURCES]),
+                    known.unobtainable,
+                    known.undeliverable,
+                )
+                commands += self._caught_up(self._seeker.catch_up(known.catching_up), now)
+        return commands
+
+    def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
+        """What the search for a state says; what came of catching up ends the round, or has it decided anew."""
+        known = self._ending
+        if not commands or known is None or known.catching_up is None:
+            return commands
+        match commands[-1]:
+            case ev.StateSearched(search=StateSearches.CATCH_UP, number=None):
+                known.catching_up, self._look_s = None, now
+                return commands[:-1]
+            case ev.StateSearched(search=StateSearches.CATCH_UP, number=number) if number is not None:
+                reason = known.catching_up.reason
+                return [*commands[:-1], *self._over(known, now), ev.AdoptState(number, reason)]
+        return commands
+
+    def _view(self, known: KnownRound[Envelope, Link]) -> RoundView:
+        heard_at_s = self.membership.heard_at_s()
+        distrusted = known.distrusted.intersection(heard_at_s)
+        told = self.hearsay.of_those_who_train(distrusted)
+        found = standings(
+            None if self.last is None else self.last.roster,
+            known.round,
+            told,
+            since_s=known.started_s,
+            undeliverable=known.undeliverable,
+            holds=self.hearsay.in_round(told, known.started_s).holds,
+        )
+        return RoundView(
+            me=self.me,
+            round=known.round,
+            ended_at_s=known.ended_s,
+            deadline_s=max(known.ended_s, known.started_s + self.rules.round_limit_s),
+            silence_s=self.rules.silence_s,
+            share_above=self.rules.share_above,
+            live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
+            behind=found.of[Standing.BEHIND],
+            base=self.base,
+            guest=self.guest,
+            guests=found.of[Standing.GUEST] | distrusted,
+            ahead=found.of[Standing.AHEAD],
+            applied=found.applied,
+            far_ahead=found.of[Standing.FAR_AHEAD],
+            announced=known.announced,
+            held=frozenset(peer for peer, offer in known.announced.items() if offer.snapshot in known.held),
+            rosters=[one.roster for one in known.rosters.values() if one.roster.digest not in known.impossible],
+            heard_at_s=heard_at_s,
+            asked_at_s=known.asked_at_s,
+            answered_at_s=known.answered_at_s,
+            listening_since_s=self.listening_since_s,
+            unobtainable=frozenset(known.unobtainable),
+            idle=self.signers.idle(known.round),
+        )
+
+    def _signed(self, one: SignedRoster[Envelope], now: float) -> _Commands[Envelope]:
+        if self._ending is None or not self._ending.keep(one):
+            return []
+        self._look_s = now
+        return self._tell()
+
+    # ------------------------------------------------------------- asking
+
+    def _keep_asking(self, known: KnownRound[Envelope, Link], view: RoundView, now: float) -> _Commands[Envelope]:
+        """One question to a peer, one pull of a publication; those no longer needed are given up."""
+        wanted = dict.fromkeys(peers_to_ask(view, now))
+        commands = self._hang_up(known, view, [peer for peer in known.asking if peer not in wanted], now)
+        for peer in wanted:
+            if peer in known.asking:
+                continue
+            if (again_s := known.ask_again_s.get(peer, now)) > now:
+                self._look_s = min(self._look_s, again_s)
+                continue
+            known.asked_at_s.setdefault(peer, now)
+            ask = self._questions.ask(peer, self._question(known, peer, now), now)
+            known.asking[peer] = ask.number
+            commands.append(ask)
+        if not pulls_whole(view):
+            return commands
+        for peer, offer in known.announced.items():
+            is_here = offer.snapshot in known.held or offer.snapshot in known.brought
+            if offer.base == view.base and not is_here and peer not in known.unobtainable:
+                known.brought.add(offer.snapshot)
+                others = (info.peer for info in self.membership.volunteers() if info.peer != peer)
+                commands.append(ev.FetchPublication(offer, (peer, *others)))
+        return commands
+
+    def _question(self, known: KnownRound[Envelope, Link], peer: str, now: float) -> RoundQuestion:
+        """About the round. The first answer is not held, nor is the first since this process stood still."""
+        wants_chain = self.hearsay.wants_chain(peer, now)
+        answered_s = known.answered_at_s.get(peer)
+        is_deaf = answered_s is None or answered_s < self.listening_since_s
+        return RoundQuestion(
+            round=known.round,
+            hold_s=0.0 if is_deaf or wants_chain else self.rules.hold_s,
+            has_publication=peer in known.announced,
+            has_roster=known.told_of.get(peer, ""),
+            wants_chain=wants_chain,
+        )
+
+    def _hang_up(
+        self, known: KnownRound[Envelope, Link], view: RoundView, peers: Iterable[str], now: float
+    ) -> _Commands[Envelope]:
+        """Questions that are given up now: one that was never answered has failed."""
+        commands: _Commands[Envelope] = []
+        for peer in sorted(peers):
+            number = known.asking.pop(peer)
+            del self._questions.open[number]
+            commands.append(ev.DropRoundQuestion(number, peer, is_silent(view, peer, now)))
+        return commands
+
+    def _answered(self, number: int, reply: PeerReply[Envelope, Link], now: float) -> _Commands[Envelope]:
+        asked = self._questions.open.get(number)
+        if asked is None:
+            return []
+        wants_chain, roster = asked.question.wants_chain, reply.roster
+        found = self.hearsay.flaw_in(reply, wants_chain)
+        if not found and roster is not None and roster.roster.round != asked.question.round:
+            found = "a roster of another round"
+        if found:
+            return [ev.NamePeer(asked.peer, found), *self._got_nothing(number, now, is_malformed=True)]
+        del self._questions.open[number]
+        change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
+        commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
+        if asked.of is not None:
+            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.told), self.round, now)
+            return [*commands, *self._caught_up(went_on, now)]
+        assert self._ending is not None
+        return [*commands, *self._read(self._ending, asked, reply, now)]
+
+    def _read(
+        self,
+        known: KnownRound[Envelope, Link],
+        asked: Open[Envelope, Link],
+        reply: PeerReply[Envelope, Link],
+        now: float,
+    ) -> _Commands[Envelope]:
+        """What an answer says of the round."""
+        commands: _Commands[Envelope] = []
+        peer, offer, best, is_new = asked.peer, reply.publication, known.best, False
+        if reply.last is not None:  # whoever has applied one hands it out, whatever others of the round it knows
+            is_new = known.keep(reply.last)
+        if offer is not None and peer not in known.announced and offer.base == self.base:
+            known.announced[peer], is_new = offer, True
+        if reply.roster is not None:
+            known.told_of[peer] = reply.roster.name
+            if found := self.chains.wrong_with(reply.roster.roster):
+                commands.append(ev.NamePeer(reply.roster.roster.signer, found))  # who hands it on may not know the base
+            else:
+                is_new = known.keep(reply.roster) or is_new
+        del known.asking[peer]
+        known.answered_at_s[peer] = asked.asked_s
+        at_once = asked.question.hold_s > 0 and now - asked.asked_s < self.rules.retry_s
+        known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now  # it may do so for long
+        self._look_s = now
+        return [*commands, *self._tell()] if known.best is not best else commands
+
+    def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
+        asked = self._questions.open.pop(number, None)
+        if asked is None:
+            return []
+        if asked.of is not None:
+            return self._caught_up(self._seeker.answered(asked.of, number, None, self.round, now), now)
+        known = self._ending
+        assert known is not None
+        del known.asking[asked.peer]
+        if is_malformed:
+            known.distrusted.add(asked.peer)
+        known.ask_again_s[asked.peer] = now + (self.rules.hold_s if is_malformed else self.rules.retry_s)
+        self._look_s = now
+        return []

@@ -1,0 +1,414 @@
+"""Play a scenario: each method with each seed, on all cores, and what comes of it as one document.
+
+Constants first: where a scenario has a grid and tuning seeds, each method takes the point of the grid that is best on
+those seeds, and is compared on the others with that. Runs are deterministic, so what has been run is kept in a folder
+and not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import signal
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swarmtrain import __version__
+from swarmtrain.data.documents import read_documents
+from swarmtrain.errors import UserError
+from swarmtrain.network.files import write_atomically
+from swarmtrain.packages import file_sha256
+from swarmtrain.peer.merging.rules import mean_of, source_sha256
+from swarmtrain.run import DataSection, RunFile
+from swarmtrain.simulate.learning.learner import Text, warm_weights
+from swarmtrain.simulate.learning.methods import METHODS, scenario_method
+from swarmtrain.simulate.learning.setting import RunOutcome, setting_of
+from swarmtrain.simulate.pipeline import play as pipeline_play
+from swarmtrain.simulate.scenario import GridPoint, Scenario
+from swarmtrain.simulate.systems.play import play_scenario
+
+__all__ = ["Comparison", "ComparisonRow", "Play", "compare", "document", "num_plays", "plays_of"]
+
+
+@dataclass(frozen=True)
+class Play:
+    """One run: a method with its constants and a seed. `tuning`: only to choose constants."""
+
+    method: str
+    point: GridPoint
+    seed: int
+    tuning: bool = False
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        constants = "".join(f", {key.partition('.')[2]} {value}" for key, value in self.point)
+        return f"{self.method}, seed {self.seed}{constants}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """A method's runs with the same constants, one a seed."""
+
+    method: str
+    point: GridPoint
+    outcomes: Mapping[int, RunOutcome]
+
+    @property
+    def loss(self) -> float:
+        """Mean held-out loss, nats per byte."""
+        return self.mean("held_out_loss")
+
+    def mean(self, name: str) -> float:
+        """Of a figure of its outcomes; NaN if it has none."""
+        values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
+        return statistics.fmean(values) if values else math.nan
+
+    def error(self, name: str) -> float:
+        """The standard error of that mean."""
+        return standard_error([value for one in self.outcomes.values() if (value := getattr(one, name)) is not None])
+
+    def ratio(self, other: ComparisonRow | None) -> tuple[float, float]:
+        """Of the losses to another's with the same seeds: mean and standard error; NaN where there is none."""
+        if other is None or set(self.outcomes) - set(other.outcomes):
+            return math.nan, math.nan
+        ratios = [one.held_out_loss / other.outcomes[seed].held_out_loss for seed, one in self.outcomes.items()]
+        return statistics.fmean(ratios), standard_error(ratios)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN for fewer than two, or where one is no number."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+@dataclass
+class Comparison:
+    """What there is by now."""
+
+    scenario: Scenario
+    outcomes: dict[Play, RunOutcome] = field(default_factory=dict)
+
+    def rows(self, *, tuning: bool = False) -> list[ComparisonRow]:
+        """By method and constants, in the scenario's order."""
+        found: dict[tuple[str, GridPoint], dict[int, RunOutcome]] = {}
+        for play, outcome in self.outcomes.items():
+            if play.tuning == tuning:
+                found.setdefault((play.method, play.point), {})[play.seed] = outcome
+        order = {method: number for number, method in enumerate(self.scenario.scenario.methods)}
+        keys = sorted(found, key=lambda key: (order[key[0]], repr(key[1])))
+        return [ComparisonRow(method=key[0], point=key[1], outcomes=dict(sorted(found[key].items()))) for key in keys]
+
+    def best(self) -> dict[str, ComparisonRow]:
+        """Of each method the row with the least loss."""
+        found: dict[str, ComparisonRow] = {}
+        for row in self.rows():
+            if row.method not in found or _by_loss(row) < _by_loss(found[row.method]):
+                found[row.method] = row
+        return found
+
+    def without_attack(self, row: ComparisonRow, rule: str | None = None) -> ComparisonRow | None:
+        """The same where the hostile ones are absent, and with `rule` if that is given."""
+        told = {"hostile.attack": "absent"} | ({} if rule is None else {"merge.robust": rule})
+        point = tuple((key, told.get(key, value)) for key, value in row.point)
+        return next((one for one in self.rows() if (one.method, one.point) == (row.method, point)), None)
+
+
+def _by_loss(row: ComparisonRow) -> tuple[bool, float]:
+    """A loss that is no number is the worst."""
+    return math.isnan(row.loss), row.loss
+
+
+def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list[Play]:
+    """The runs to make now: to choose constants while `chosen` is None, then to compare. `UserError` for a method that
+    there is not."""
+    section = scenario.scenario
+    for method in section.methods:
+        scenario_method(method)
+    points = [
+        (method, point)
+        for method in section.methods
+        for point in dict.fromkeys(_without(point, scenario_method(method).keys) for point in scenario.points())
+    ]
+    for method, point in points:
+        _run(scenario, Play(method, point, 0))
+    if chosen is None:
+        if not section.tuning_seeds or not scenario.grid:
+            return []
+        return [Play(method, point, seed, tuning=True) for method, point in points for seed in section.tuning_seeds]
+    if chosen:
+        return [Play(method, chosen[method], seed) for seed in section.seeds for method in section.methods]
+    return [Play(method, point, seed) for seed in section.seeds for method, point in points]
+
+
+def _without(point: GridPoint, keys: Mapping[str, Any]) -> GridPoint:
+    """A method's own keys are not the grid's."""
+    return tuple(pair for pair in point if pair[0] not in keys)
+
+
+def num_plays(scenario: Scenario) -> int:
+    """How many runs a comparison is, those to choose constants included. `UserError` as `plays_of`."""
+    section, tuning = scenario.scenario, plays_of(scenario, None)
+    return len(tuning) + (len(section.methods) * len(section.seeds) if tuning else len(plays_of(scenario, {})))
+
+
+def compare(
+    scenario: Scenario,
+    *,
+    jobs: int,
+    kept: Path | None,
+    fresh: bool = False,
+    told: Callable[[Play, RunOutcome, int, int], None] = lambda play, outcome, done, total: None,
+) -> Comparison:
+    """All runs. `kept` is the folder of those made before, which with `fresh` are made anew; `told` hears of each that
+    is there, with how many of how many are."""
+    found, chosen, section = Comparison(scenario), dict[str, GridPoint](), scenario.scenario
+    tuning, total = plays_of(scenario, None), num_plays(scenario)
+    for play, outcome in _played(scenario, tuning, jobs, kept, fresh):
+        found.outcomes[play] = outcome
+        told(play, outcome, len(found.outcomes), total)
+    if tuning:
+        for method in section.methods:
+            rows = [row for row in found.rows(tuning=True) if row.method == method]
+            chosen[method] = min(rows, key=_by_loss).point
+    for play, outcome in _played(scenario, plays_of(scenario, chosen), jobs, kept, fresh):
+        found.outcomes[play] = outcome
+        told(play, outcome, len(found.outcomes), total)
+    return found
+
+
+def _played(
+    scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | None, fresh: bool
+) -> Iterable[tuple[Play, RunOutcome]]:
+    """Those that are kept first, then the others as they end."""
+    left, paths = [], {play: _path(scenario, play, kept) for play in plays}
+    for play in plays:
+        outcome = None if fresh else _kept(paths[play])
+        if outcome is None:
+            left.append(play)
+        else:
+            yield play, outcome
+    if jobs == 1 or len(left) < 2:
+        yield from ((play, _keep(paths[play], _play(scenario, play))) for play in left)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(jobs, len(left)), _begin) as pool:  # whatever ends this ends them
+        for number, outcome in pool.imap_unordered(functools.partial(_play_numbered, scenario), enumerate(left)):
+            yield left[number], _keep(paths[left[number]], outcome)
+
+
+def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int, RunOutcome]:
+    return numbered[0], _play(scenario, numbered[1])
+
+
+def _begin() -> None:
+    """In each process: the one that started it ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(scenario: Scenario, play: Play) -> RunFile:
+    """Its run file. `UserError`, which names the method, for what that cannot be told."""
+    method, here = scenario_method(play.method), scenario.at(play.point)
+    work = here.scenario.work
+    if work not in method.works:
+        able = ", ".join(name for name, one in METHODS.items() if work in one.works)
+        raise UserError(f"method {play.method}: not for {work} work (scenario.work), which {able} can do")
+    if here.hostile.percent and not method.hostile:
+        raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
+    if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
+        raise UserError(
+            f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and "
+            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent"
+        )
+    if (here.away or here.churn.stays_s) and not method.churn:
+        raise UserError(f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it")
+    try:
+        run = here.run(play.seed, play.point, tuple(method.keys.items()))
+        mean_of(run.merge.robust)  # it is here, or that is said
+        if work == "pipeline":
+            pipeline_play.check(here, run)
+    except UserError as error:
+        raise UserError(f"method {play.method}: {error}") from None
+    if here.scenario.warm_tokens and run.merge.init == "own":
+        raise UserError('scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0')
+    if 0 < here.scenario.warm_tokens < run.tokens_per_step:
+        raise UserError(f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0")
+    if here.peers.own_text and run.data.streaming:
+        raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
+    return run
+
+
+def _play(scenario: Scenario, play: Play) -> RunOutcome:
+    learn, threads = scenario_method(play.method).run, torch.get_num_threads()
+    run, here = _run(scenario, play), scenario.at(play.point)
+    if here.scenario.work == "systems":
+        return play_scenario(here, run)
+    if here.scenario.work == "pipeline":
+        return pipeline_play.play_pipeline(here, run)
+    assert learn is not None, "a method that learns"
+    torch.set_num_threads(1)  # a core is its share, and sums are made in one order
+    try:
+        num_parts = here.peers.number if here.peers.own_text else 1
+        setting = setting_of(here, Text.of(run, here.base, num_parts))
+        if tokens := here.scenario.warm_tokens:
+            setting = dataclasses.replace(setting, warm=warm_weights(run, here.base, tokens))
+        outcome = learn(setting)
+    finally:
+        torch.set_num_threads(threads)
+    if outcome.virtual_time_s > setting.churn_until_s:
+        raise UserError(
+            f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
+            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
+        )
+    return outcome
+
+
+# ---------------------------------------------------------------- what was run before
+
+
+def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
+    """Named by all that a run's outcome follows from; of the code the version stands for it."""
+    if folder is None:
+        return None
+    run, scenario = _run(scenario, play), scenario.at(play.point)
+    has_text = (
+        scenario.scenario.work == "learning" and not run.data.streaming
+    )  # else none is read, or it is read as it comes
+    text_sha256 = _text_sha256(run.data.model_dump_json(), scenario.base) if has_text else None
+    told: dict[str, Any] = {
+        "method": play.method,
+        "run": run.model_dump(mode="json"),
+        "text": text_sha256,
+        "peers": scenario.peers.model_dump(mode="json", exclude={"round_steps", "trace", "most_stages"}),
+        "links": scenario.links.model_dump(mode="json"),
+        "hangs": [hang.model_dump(mode="json") for hang in scenario.hangs],
+        "away": [away.model_dump(mode="json") for away in scenario.away],
+        "churn": scenario.churn.model_dump(mode="json"),
+        "hostile": scenario.hostile.model_dump(mode="json"),
+        "curve_points": scenario.scenario.curve_points,
+        "work": [scenario.scenario.work, scenario.scenario.rounds],
+        "versions": [__version__, torch.__version__],
+    }
+    if scenario.scenario.work == "pipeline":
+        told["pipeline"] = [scenario.scenario.lasts_s, scenario.peers.most_stages]
+    if scenario.scenario.warm_tokens:
+        told["warm"] = scenario.scenario.warm_tokens
+    if any(scenario.figures.values()):
+        told["figures"] = scenario.figures
+    if rule_sha256 := source_sha256(run.merge.robust):
+        told["rule"] = rule_sha256
+    if ":" in play.method:
+        told["learns"] = file_sha256("method", play.method, run.merge.kind.learns.partition(":")[0])
+    return folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}.json"
+
+
+@functools.lru_cache(64)
+def _text_sha256(data_json: str, base: Path) -> str:
+    """Of the run's documents, from which follow what is trained on and what is held out."""
+    digest = hashlib.sha256()
+    for document in read_documents(DataSection.model_validate_json(data_json), base):
+        digest.update(hashlib.sha256(document.text).digest())
+    return digest.hexdigest()
+
+
+def _kept(path: Path | None) -> RunOutcome | None:
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return RunOutcome(**table | {"curve": tuple(tuple(point) for point in table["curve"])})
+    return None
+
+
+def _keep(path: Path | None, outcome: RunOutcome) -> RunOutcome:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dataclasses.asdict(outcome)).encode())
+    return outcome
+
+
+# ---------------------------------------------------------------- the document
+
+
+def document(found: Comparison) -> dict[str, Any]:
+    """What `swarmtrain simulate --json` writes. Figures that there are none of are null."""
+    section, best = found.scenario.scenario, found.best()
+    rows = found.rows()
+    return {
+        "scenario": section.name,
+        "seeds": list(section.seeds),
+        "tuned_on": list(section.tuning_seeds) if found.scenario.grid else [],
+        "results": [_result(row, best) | _attacked(found, row) for row in rows],
+        "tuning": [
+            {"method": row.method, "constants": dict(row.point), "held_out_loss": _figure(row.loss)}
+            for row in found.rows(tuning=True)
+        ],
+    }
+
+
+_WITHOUT_TENSORS = (
+    "rounds",
+    "throughput_share",
+    "assignment_share",
+    "moves",
+    "staleness_rounds",
+    "spread",
+    "received_bytes_a_round",
+)
+"""Of these a row has those that its kind of work has."""
+
+
+def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, Any]:
+    to_diloco, to_paced = (row.ratio(best.get(name)) for name in ("diloco", "diloco-paced"))
+    losses = [one.held_out_loss for one in row.outcomes.values()]
+    first = next(iter(row.outcomes.values()))
+    return {
+        "method": row.method,
+        "constants": dict(row.point),
+        "held_out_loss": _figure(row.loss),
+        "own_loss": _figure(row.mean("own_loss")),
+        "stderr": _figure(standard_error(losses)),
+        "ratio_to_diloco": _figure(to_diloco[0]),
+        "ratio_to_diloco_stderr": _figure(to_diloco[1]),
+        "ratio_to_diloco_paced": _figure(to_paced[0]),
+        "ratio_to_diloco_paced_stderr": _figure(to_paced[1]),
+        "virtual_time_s": _figure(row.mean("virtual_time_s")),
+        "tokens": round(row.mean("tokens")),
+        "bytes_per_inner_step": _figure(row.mean("sent_bytes") / max(1, row.mean("inner_steps"))),
+        "stall_share": _figure(row.mean("stall_share")),
+        "fresh_share": _figure(row.mean("fresh_share")),
+        "tokens_lost": round(row.mean("tokens_lost")),
+        **{name: _figure(row.mean(name)) for name in _WITHOUT_TENSORS if getattr(first, name) is not None},
+        "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
+        "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
+    }
+
+
+def _attacked(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
+    """Where there are hostile ones: the losses to those without them."""
+    if "hostile.attack" not in dict(row.point):
+        return {}
+    same, no_rule = (row.ratio(found.without_attack(row, rule)) for rule in (None, "none"))
+    return {
+        "ratio_to_absent": _figure(same[0]),
+        "ratio_to_absent_stderr": _figure(same[1]),
+        "ratio_to_absent_no_rule": _figure(no_rule[0]),
+        "ratio_to_absent_no_rule_stderr": _figure(no_rule[1]),
+        "named_hostile": _figure(row.mean("named_hostile")),
+        "named_honest": _figure(row.mean("named_honest")),
+    }
+
+
+def _figure(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None

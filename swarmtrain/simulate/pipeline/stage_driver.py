@@ -1,0 +1,146 @@
+"""Driver of a simulated pipeline's peer: asks, waits and reports by messages as `protocol.pipeline.driver` commands."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.driver import DriverEngine, DriverPace
+from swarmtrain.protocol.pipeline.ledger import Settlement
+from swarmtrain.protocol.pipeline.messages import (
+    AskStage,
+    Back,
+    CancelStageCall,
+    DrawMicrobatch,
+    DrivingCommand,
+    DrivingEvent,
+    GiveUp,
+    MicrobatchDrawn,
+    PeersSeen,
+    Shut,
+    Tell,
+    TimeCame,
+)
+from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.pipeline.stage_moves import Ground
+from swarmtrain.simulate.systems.network import NetworkPlace
+
+__all__ = ["Call", "DrivenPeer", "DriverReport", "DrivingGround", "StageDriver"]
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A question of a driver, on its way."""
+
+    driver: StageDriver
+    ask: AskStage
+
+
+@dataclass(slots=True, eq=False)
+class DriverReport:
+    """What a driver says of its microbatches, on its way."""
+
+    driver: StageDriver
+    call: int
+    stage: int
+    settlement: Settlement
+
+
+class DrivenPeer(NetworkPlace, Protocol):
+    """A peer that drivers ask."""
+
+    def arrive(self, call: Call) -> None:
+        """A question comes."""
+
+    def settle(self, told: DriverReport) -> None:
+        """A driver says what counts."""
+
+
+class DrivingGround(Ground, Protocol):
+    """What is around a driver."""
+
+    num_late: int
+
+    def whom(self, name: str) -> DrivenPeer:
+        """The peer of this name as calls find it, also one that is gone."""
+
+    def finished(self, tokens: float) -> None:
+        """A microbatch is through."""
+
+
+class Drives(DrivenPeer, Protocol):
+    """A peer that drives."""
+
+    rng: random.Random
+
+    @property
+    def world(self) -> DrivingGround:
+        """Where it is."""
+
+    @property
+    def works(self) -> bool:
+        """Whether it does anything."""
+
+
+class StageDriver:
+    """One time that a peer drives: from taking the first stage to leaving it."""
+
+    def __init__(self, peer: Drives) -> None:
+        self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
+        routers = [settings.router(peer.rng) for _ in settings.rule.costs[1:]]
+        pace = DriverPace(settings.in_flight, settings.microbatch_tokens, settings.batch_microbatches)
+        self.engine = DriverEngine(peer.name, routers, int(clock.now * 1e6), pace)
+        self._timer: Timer | None = None
+
+    def see(self, places: list[StagePeer]) -> None:
+        """What everybody says of itself, this peer included."""
+        stages = range(self.engine.num_stages)
+        self.receive(
+            PeersSeen({stage: [one.peer for one in places if stage in one.stages] for stage in stages}, places)
+        )
+
+    def stop(self) -> None:
+        """Begin no more."""
+        self.receive(Shut())
+
+    def give_up(self) -> None:
+        """Nothing that is still under way counts."""
+        for sequence in self.engine.open_sequences():
+            self.receive(GiveUp(sequence))
+
+    def receive(self, event: DrivingEvent) -> None:
+        """Something has happened."""
+        if not self.peer.works:
+            return
+        clock = self.peer.world.clock
+        for command in self.engine.receive(event, clock.now):
+            self._do(command)
+        if (wakes_s := self.engine.wake_at()) is not None:
+            self._timer = clock.call_by(self._timer, wakes_s, self._time_came)
+
+    def _time_came(self) -> None:
+        self.receive(TimeCame())
+
+    def _do(self, command: DrivingCommand) -> None:
+        peer, world = self.peer, self.peer.world
+        if isinstance(command, AskStage):
+            if command.peer == peer.name:
+                peer.arrive(Call(self, command))
+            else:
+                whom = world.whom(command.peer)
+                world.send(peer, whom, whom.arrive, Call(self, command), after_s=world.settings.tensors_s)
+        elif isinstance(command, Tell):
+            told = DriverReport(self, command.call, command.stage, command.settlement)
+            if command.peer == peer.name:
+                peer.settle(told)
+            else:
+                whom = world.whom(command.peer)
+                world.send(peer, whom, whom.settle, told)
+        elif isinstance(command, DrawMicrobatch):
+            self.receive(MicrobatchDrawn(world.settings.microbatch_tokens))
+        elif isinstance(command, Back) and not command.given_up:
+            world.finished(world.settings.microbatch_tokens)
+        elif isinstance(command, CancelStageCall):
+            world.num_late += 1

@@ -1,0 +1,355 @@
+"""A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
+
+The peers (`simulate/pipeline/stage_peer.py`) drive, queue, count and move by the product's `protocol.pipeline.driver`,
+`stage_queue`, `microbatches` and `moving`; this file is what surrounds them: machines, calls, the DHT's records, what
+is measured.
+
+What is modelled: a task's time (the machine's speed, the stage's cost, chance), a latency for each call, records that
+are seconds old and differ between those who look, a stage's download, peers that die with or without a word. What is
+not: links that share their bandwidth, memory of activations, training itself.
+
+What is measured is the tokens of finished microbatches, as a share of the ideal: for the machines that are on at each
+moment, loading or not, the most that any assignment of one stage to each could do. No assignment reaches it quite: it
+is an upper bound, not the best one found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.estimate import activation_wire_bytes
+from swarmtrain.protocol.pipeline.balance import Rule, StagePeer
+from swarmtrain.protocol.pipeline.router import Router
+from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.links import latency_s, rates
+from swarmtrain.simulate.pipeline.settings import Kind, PipelineMachine, PipelineSettings
+from swarmtrain.simulate.pipeline.stage_driver import StageDriver
+from swarmtrain.simulate.pipeline.stage_moves import Moving, SimulatedMover
+from swarmtrain.simulate.pipeline.stage_peer import StageVolunteer
+from swarmtrain.simulate.systems.messages import SimulatedLink
+from swarmtrain.simulate.systems.network import MessageFaults
+
+__all__ = [
+    "Kind",
+    "PipelineMachine",
+    "PipelineMoment",
+    "PipelineSettings",
+    "PipelineWorld",
+    "best_assignment",
+    "best_bottleneck",
+    "place",
+    "settings_of",
+    "stage_bytes",
+    "stage_parameters",
+    "unequal_machines",
+]
+
+
+@dataclass(frozen=True)
+class PipelineMoment:
+    """Something happened."""
+
+    time_s: float
+    peer: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    published_s: float
+    record: StagePeer | None
+    """None: it said goodbye."""
+
+
+@dataclass
+class _Sums:
+    tokens: float = 0.0
+    ideal_tokens: float = 0.0
+    bottleneck_tokens: float = 0.0
+    since_s: float = 0.0
+
+
+class PipelineWorld(MessageFaults):
+    """Machines, the peers on them, and what they did."""
+
+    def __init__(self, settings: PipelineSettings | None = None, *, seed: int = 0) -> None:
+        self.settings = settings or PipelineSettings()
+        super().__init__(seed, self._stands_still)
+        self.rng = random.Random(seed)
+        self.peers: dict[str, StageVolunteer] = {}
+        """Those that are on, by name."""
+        self.ghosts: dict[str, StageVolunteer] = {}
+        """The last session of those that are not."""
+        self.num_late = self.num_moves = 0
+        """Calls that took too long; changes of stages."""
+        self.log: list[PipelineMoment] = []
+        self.emptied: list[tuple[float, int]] = []
+        """When a move left a stage without a peer: never."""
+        self._frozen: dict[str, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
+        """Who stands still, and what has reached it meanwhile."""
+        self._records: dict[str, list[_Record]] = {}
+        self._delays_s: dict[str, dict[str, float]] = {}
+        self._sums = _Sums()
+        self._ideal_per_s = self._bottleneck_per_s = 0.0
+        self._counted_s = 0.0
+
+    # ------------------------------------------------------------------ machines
+
+    def join(self, machine: PipelineMachine, stages: Sequence[int] = ()) -> StageVolunteer:
+        """It is switched on; with `stages` it serves them at once, as if it had been there."""
+        assert machine.name not in self.peers
+        peer = self._make(machine)
+        self.peers[machine.name] = peer
+        self.note(peer.name, "joined", f"{machine.tokens_per_s:.0f} tokens/s")
+        peer.begin(tuple(stages))
+        self.recount()
+        return peer
+
+    def _make(self, machine: PipelineMachine) -> StageVolunteer:
+        return StageVolunteer(self, machine, random.Random(self.rng.random()))
+
+    def kill(self, name: str, silent: bool = False) -> None:
+        """It is switched off; `silent`: calls to it are not refused, nothing comes back."""
+        self._frozen.pop(name, None)
+        if (peer := self.peers.pop(name, None)) is not None:
+            peer.die(silent)
+            self.ghosts[name] = peer
+            self.note(name, "died", "silently" if silent else "")
+            self.recount()
+
+    def leave(self, name: str) -> None:
+        """It is switched off, and says so first."""
+        if name in self.peers:
+            self.publish(name, None)
+            self.kill(name)
+
+    def slow(self, name: str, factor: float) -> None:
+        """Its machine becomes so many times slower."""
+        peer = self.peers[name]
+        peer.machine = replace(peer.machine, tokens_per_s=peer.machine.tokens_per_s / factor)
+        self.recount()
+
+    def hang(self, name: str) -> None:
+        """Its stages stand still: it takes calls and answers none, and renews its record as before."""
+        self.peers[name].hung = True
+        self.recount()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP: everything that reaches it, its own timers too, waits until `thaw`."""
+        if name in self.peers:
+            self._frozen.setdefault(name, [])
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT."""
+        for call, args in self._frozen.pop(name, ()):
+            call(*args)
+
+    def _stands_still(self, call: Callable[..., object], args: tuple[Any, ...]) -> bool:
+        if not self._frozen:
+            return False
+        owner = getattr(call, "__self__", None)
+        peer = owner.peer if isinstance(owner, SimulatedMover | StageDriver) else owner
+        if not isinstance(peer, StageVolunteer) or self.peers.get(peer.name) is not peer:
+            return False
+        if (waits := self._frozen.get(peer.name)) is None:
+            return False
+        waits.append((call, args))
+        return True
+
+    def delay(self, name: str, latency_s: float | None = None) -> None:
+        """From now on its link takes so long, one way; None: as at first."""
+        if name in self.peers:
+            at_first_s = self.settings.latency_s / 2
+            self.peers[name].link = SimulatedLink(latency_s=at_first_s if latency_s is None else latency_s)
+
+    def whom(self, name: str) -> StageVolunteer:
+        """The peer of this name as calls find it, also one that is gone."""
+        return self.peers.get(name) or self.ghosts[name]
+
+    # ------------------------------------------------------------------ records
+
+    def publish(self, name: str, record: StagePeer | None) -> None:
+        """Into the DHT."""
+        known = self._records.setdefault(name, [])
+        known.append(_Record(self.clock.now, record))
+        while len(known) > 1 and known[1].published_s <= self.clock.now - self.settings.record_delay_s[1]:
+            del known[0]  # nobody finds it any more
+
+    def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
+        """Bring what `viewer` knows of the others up to what it finds now."""
+        now, settings = self.clock.now, self.settings
+        delays_s, chance, missed = self._delays_s.setdefault(viewer, {}), self.rng.random, settings.missed
+        for name, records in self._records.items():
+            if name == viewer or chance() < missed or not self._is_read(viewer, name):
+                continue
+            if (delay_s := delays_s.get(name)) is None:
+                delay_s = delays_s[name] = self.rng.uniform(*settings.record_delay_s)
+            before_s = now - delay_s
+            for one in reversed(records):
+                if one.published_s <= before_s:
+                    if one.record is not None:
+                        table[name] = one.record
+                    else:
+                        table.pop(name, None)
+                    break
+        for name in [name for name, record in table.items() if now - record.seen_s > settings.rule.live_s]:
+            del table[name]
+
+    def _is_read(self, viewer: str, name: str) -> bool:
+        """A parted network's records are those of its side."""
+        return not self._side or self._side.get(viewer) == self._side.get(name)
+
+    # ------------------------------------------------------------------ what is measured
+
+    def note(self, peer: str, kind: Kind, reason: str) -> None:
+        """For the log."""
+        self.log.append(PipelineMoment(self.clock.now, peer, kind, reason))
+
+    def finished(self, tokens: float) -> None:
+        """A microbatch is through."""
+        self._sums.tokens += tokens
+
+    def recount(self) -> None:
+        """Who is on, or what somebody serves, has changed."""
+        self._count()
+        on = [peer for peer in self.peers.values() if not peer.hung]
+        costs = self.settings.rule.costs
+        self._ideal_per_s = best_bottleneck([peer.machine.tokens_per_s for peer in on], costs)
+        self._bottleneck_per_s = min(self.rates())
+
+    def _count(self) -> None:
+        passed_s = self.clock.now - self._counted_s
+        self._sums.ideal_tokens += passed_s * self._ideal_per_s
+        self._sums.bottleneck_tokens += passed_s * self._bottleneck_per_s
+        self._counted_s = self.clock.now
+
+    def rates(self) -> list[float]:
+        """What the stages can do now, by the machines' true speeds."""
+        rule = self.settings.rule
+        rates = [0.0] * rule.num_stages
+        for peer in self.peers.values():
+            for stage in peer.stages if not peer.hung else ():
+                rates[stage] += peer.machine.tokens_per_s / rule.cost(peer.stages)
+        return rates
+
+    def holders(self) -> list[int]:
+        """How many serve each stage."""
+        return [sum(stage in peer.stages for peer in self.peers.values()) for stage in self._stages()]
+
+    def _stages(self) -> range:
+        return range(self.settings.rule.num_stages)
+
+    def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
+        """It has moved away from them."""
+        holders = self.holders()
+        self.emptied.extend((self.clock.now, stage) for stage in stages if not holders[stage])
+
+    def measure_from_here(self) -> None:
+        """Forget what was measured."""
+        self._count()
+        self._sums, self.num_moves, self.num_late = _Sums(since_s=self.clock.now), 0, 0
+
+    def run_until(self, end_s: float) -> None:
+        """Let it live."""
+        self.clock.run_until(end_s)
+        self._count()
+
+    @property
+    def ideal_per_s(self) -> float:
+        """Tokens per second that the best assignment of who is on now could do, at most."""
+        return self._ideal_per_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of finished microbatches, since it was measured."""
+        return self._sums.tokens / max(self.clock.now - self._sums.since_s, 1e-9)
+
+    @property
+    def share(self) -> float:
+        """Of the ideal, since it was measured."""
+        return self._sums.tokens / max(self._sums.ideal_tokens, 1e-9)
+
+    @property
+    def share_of_assignment(self) -> float:
+        """What the slowest stage could do, of the ideal: the rest is lost on the way."""
+        return self._sums.bottleneck_tokens / max(self._sums.ideal_tokens, 1e-9)
+
+
+def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
+    """At most so many tokens per second pass through stages of these costs, whoever holds which one.
+
+    The k fastest peers are in k stages at most, so that the others serve at least the rest, of which the cheapest
+    cannot be faster than all of them together. The least over all k; 0 with fewer peers than stages.
+    """
+    num_stages = len(costs)
+    if len(speeds) < num_stages:
+        return 0.0
+    rest, cheapest = sorted(speeds), sorted(costs)
+    return min(sum(rest[: len(rest) - k]) / sum(cheapest[: num_stages - k]) for k in range(num_stages))
+
+
+def stage_parameters(run: RunFile) -> int:
+    """What a volunteer holds: of a stage, as if all were alike."""
+    return math.ceil(num_parameters(run.model) / run.pipeline.stages)
+
+
+def stage_bytes(run: RunFile) -> int:
+    """Its weights and momentum, which who comes to it takes."""
+    return 8 * stage_parameters(run)
+
+
+def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
+    """A swarm of this run's, whose tensors take their bytes' time on the slower side of the link besides; the stages
+    cost the same."""
+    stages, tensors_bytes = run.pipeline.stages, activation_wire_bytes(run)
+    return PipelineSettings(
+        rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
+        balance=run.pipeline.balance,
+        balance_every_s=run.pipeline.balance_every_s,
+        router=partial(Router, variant=run.pipeline.wiring),
+        microbatch_tokens=run.microbatch_sequences * run.model.context_tokens,
+        batch_microbatches=run.batch_microbatches,
+        in_flight=run.pipeline.in_flight,
+        latency_s=2 * latency_s(links, tensors_bytes, random.Random(run.run.seed)),
+        tensors_s=tensors_bytes / min(rates(links)),
+    )
+
+
+def place(world: PipelineWorld, machine: PipelineMachine) -> tuple[int, ...]:
+    """Where one that sees everything would go: the slowest stage."""
+    rates = world.rates()
+    return (min(range(len(rates)), key=lambda stage: (rates[stage], stage)),)
+
+
+def unequal_machines(
+    number: int, rng: random.Random, *, spread: str = "uniform", most_stages: int = 2
+) -> list[PipelineMachine]:
+    """So many machines, from 100 to 1,000 tokens per second ("uniform"), or "lognormal" with a few fast ones; they
+    download a stage in 20 to 120 seconds."""
+    machines = []
+    for _ in range(number):
+        speed = rng.uniform(100, 1000) if spread == "uniform" else 400 * math.exp(rng.gauss(0, 0.8))
+        name = f"p{rng.getrandbits(48):012x}"
+        fetch_s = rng.uniform(20, 120)
+        machines.append(PipelineMachine(name=name, tokens_per_s=speed, fetch_s=fetch_s, most_stages=most_stages))
+    return machines
+
+
+def best_assignment(speeds: Sequence[float], costs: Sequence[float]) -> float:
+    """The best assignment's slowest stage, by trying all: for a few peers."""
+    best = 0.0
+    for held in itertools.product(range(len(costs)), repeat=len(speeds)):
+        rates = [0.0] * len(costs)
+        for speed, stage in zip(speeds, held, strict=True):
+            rates[stage] += speed / costs[stage]
+        best = max(best, min(rates))
+    return best

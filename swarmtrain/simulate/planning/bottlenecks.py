@@ -1,0 +1,453 @@
+"""What of a planned run hurts first, and what to change.
+
+Each thing that can hurt has a *strain*: 1 where it does, as a rule of the product or of the results says; what is below
+`FELT` is only told when there is nothing worse. A change that is advised gives a run file that is valid, in which
+this strain is less; alternatives are parted by "or", the best first, and what belongs together is joined by "and".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from swarmtrain.algorithm.pacing import fewest_inner_steps
+from swarmtrain.methods import GOSSIP
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
+from swarmtrain.peer.estimate import estimate, pulled_bytes, section_bytes
+from swarmtrain.protocol.gossip.pulls import LINK_SHARE
+from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
+from swarmtrain.simulate.pipeline.world import stage_parameters
+from swarmtrain.simulate.planning.plan import Plan
+from swarmtrain.simulate.planning.traffic import ACTIVATIONS, ARCHIVE, MERGING, RECORDS, dht_bytes_per_s
+from swarmtrain.words import size_in_words as size
+from swarmtrain.words import time_in_words
+
+__all__ = ["FELT", "Bottleneck", "bottlenecks"]
+
+FELT = 0.5
+_LAPTOP_BYTES = 8e9
+_FEWEST_ROUNDS = 20
+_MOST_FEWER_STEPS = 4
+"""Rounds are not advised to be shorter by more: then it is the run that is short."""
+_MOST_STALL, _MOST_WAITING = 0.01, 0.2
+_LEAST_FRESH = 0.95
+_ASIDE_SHARE = 0.1
+"""So much of a link may go on what is not merging."""
+_MARGIN = 1.5
+"""Rounds are advised to be so many times as long as would just do."""
+_MOST_STEPS, _MOST_TTL_S, _MOST_STALL_LIMIT_S, _MOST_TOKENS = 1_000_000, 3600, 600, 2**63 - 1
+"""What a run file allows (`run.py`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """One thing."""
+
+    what: str
+    """In a few words."""
+    strain: float
+    why: str
+    change: str
+    """Keys of the run file with values, or what else helps; empty where nothing need be changed."""
+
+
+def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
+    """All that can hurt here, the worst first."""
+    looks: list[Callable[[RunFile, Plan], Bottleneck | None]] = [
+        _uplink, _downlink, _whole_uplink, _whole_downlink, _readers, _archive, _returns, _joining, _records, _server,
+        _rounds, _stall, _freshness, _stragglers, _memory,
+    ]  # fmt: skip
+    told = (look(run, found) for look in looks)
+    found_here = [one if one.strain >= FELT else replace(one, change="") for one in told if one is not None]
+    return tuple(sorted(found_here, key=lambda one: -one.strain))
+
+
+# ---------------------------------------------------------------- words, and changes that several make
+
+
+def _time(seconds: float) -> str:
+    """For a person; short ones too."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.95 else time_in_words(seconds)
+
+
+def _mbit(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / BYTES_PER_S_OF_MBIT:.3g} Mbit/s"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share < 0.1 else f"{share:.0%}"
+
+
+def _round_up(number: float) -> int:
+    """To two digits."""
+    unit = int(10 ** max(0, math.floor(math.log10(max(number, 1))) - 1))
+    return math.ceil(number / unit - 1e-9) * unit
+
+
+def _to(run: RunFile, key: str, value: bool | float | str) -> str:
+    """A key with its new value and its present one, as in a run file."""
+    section, _, name = key.partition(".")
+    return f"{key} = {_toml(value)} (now {_toml(getattr(getattr(run, section), name))})"
+
+
+def _toml(value: bool | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"{value:_d}" if isinstance(value, int) and value >= 10_000 else f"{value:g}"
+
+
+def _by_gossip(run: RunFile) -> str:
+    """The other method, without the keys that it does not have."""
+    others = [key for key in METHODS_OF_KEYS if not GOSSIP.reads(key)]
+    said = [key for key in others if getattr(run.merge, key) != type(run.merge).model_fields[key].default]
+    return " and ".join([_to(run, "merge.method", GOSSIP.name), *(f"no merge.{key}" for key in said)])
+
+
+def _longer_rounds(run: RunFile, found: Plan, strain: float) -> str:
+    """Rounds so much longer that a strain that is by their length is less than 1, and less than now."""
+    merge, times = run.merge, _MARGIN * max(1.0, strain)
+    stalled = min(found.stall_share, 0.99)  # merging takes as long as before
+    steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
+    if steps > merge.inner_steps:
+        changes.append(_to(run, "merge.inner_steps", steps))
+    is_bound, wanted_s = found.full_steps < 0.98 * merge.inner_steps, times * found.round_s
+    if is_bound or wanted_s > merge.round_limit_s:
+        limit_s = max(times * merge.round_limit_s if is_bound else 0.0, 1.2 * wanted_s)
+        changes.append(_to(run, "merge.round_limit_s", _round_up(limit_s)))
+    return " and ".join(changes) or "a smaller model"
+
+
+# ---------------------------------------------------------------- links
+
+
+def _uplink(run: RunFile, found: Plan) -> Bottleneck | None:
+    return _of_link("uplink", found.link_up_bytes_per_s, found.payload_up_bytes, run, found)
+
+
+def _downlink(run: RunFile, found: Plan) -> Bottleneck | None:
+    return _of_link("downlink", found.link_down_bytes_per_s, found.payload_down_bytes, run, found)
+
+
+def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) -> Bottleneck | None:
+    """What the merging of a round takes of it."""
+    merge, others = run.merge, found.num_peers // run.pipeline.stages - 1
+    if not rate or others < 1 or merge.kind.has_server:
+        return None
+    gossips, parameters = merge.kind.own_weights, stage_parameters(run)
+    sizes = found.sizes if gossips else section_bytes(run, parameters, others)
+    pulled = pulled_bytes(run, sizes, others)
+    wanted = pulled if gossips else payload
+    share = wanted / rate / found.round_s
+    what = f"{size(wanted)} of pseudo-gradients" + (" and weights" if gossips else "")
+    why = f"{what} a round take {_time(wanted / rate)} at {_mbit(rate)}, and a round lasts {_time(found.round_s)}"
+    changes = [_longer_rounds(run, found, share / LINK_SHARE)]
+    if gossips and share > LINK_SHARE:
+        why += f"; at most {LINK_SHARE:.0%} of it goes on pulling, so fewer are merged"
+        carried = LINK_SHARE * rate * found.round_s
+        fewer = int((carried - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
+        if 1 <= fewer < min(merge.num_partners, others):
+            changes.append(_to(run, "merge.num_partners", fewer))
+        if merge.theta_format != "int4":
+            changes.append(_to(run, "merge.theta_format", "int4"))
+    if not gossips and pulled < wanted * (1 - found.stall_share):  # its rounds do not wait
+        changes.insert(0, _by_gossip(run))
+    return Bottleneck(what=name, strain=share / LINK_SHARE, why=why, change=" or ".join(changes))
+
+
+def _whole_uplink(run: RunFile, found: Plan) -> Bottleneck | None:
+    return _whole("whole uplink", "sends", found.up_share, found.traffic.parts_up, run, found)
+
+
+def _whole_downlink(run: RunFile, found: Plan) -> Bottleneck | None:
+    return _whole("whole downlink", "receives", found.down_share, found.traffic.parts_down, run, found)
+
+
+def _whole(
+    name: str, verb: str, share: float | None, parts: dict[str, float], run: RunFile, found: Plan
+) -> Bottleneck | None:
+    """All that travels, by what most of it is. Merging of whole models in rounds is told by `_of_link`."""
+    if share is None or found.num_peers < 2:
+        return None
+    most = max(parts, key=lambda part: parts[part])
+    if most == MERGING and not run.merge.kind.has_server and run.pipeline.stages == 1:
+        return None
+    change = {
+        MERGING: lambda: _longer_rounds(run, found, share),
+        ACTIVATIONS: lambda: _fewer_activations(run),
+        ARCHIVE: lambda: _archived_less_often(run, found, share),
+        RECORDS: lambda: _read_less_often(run, found, parts[RECORDS] / _MARGIN / max(1.0, share)),
+    }.get(most, lambda: _RETURNING)()
+    return Bottleneck(
+        what=name,
+        strain=share,
+        why=f"a volunteer {verb} {_mbit(sum(parts.values()))}, {_percent(share)} of its link, "
+        f"{parts[most] / sum(parts.values()):.0%} of that for {most}",
+        change=change,
+    )
+
+
+def _fewer_activations(run: RunFile) -> str:
+    if run.pipeline.activations != "int8":
+        return _to(run, "pipeline.activations", "int8")
+    if run.pipeline.stages > 2 and not run.pipeline.boundaries:
+        return _to(run, "pipeline.stages", run.pipeline.stages // 2)
+    return "volunteers with better links"
+
+
+def _readers(run: RunFile, found: Plan) -> Bottleneck | None:
+    """Who reads at once shares an uplink; the product lets fewer read where it was told of a limit."""
+    rate, network = found.link_up_bytes_per_s, run.network
+    if not rate or found.num_peers < 2:
+        return None
+    least, told = network.least_bytes_per_s, network.up_mbit * BYTES_PER_S_OF_MBIT
+    most = 1 if run.merge.kind.has_server else min(network.max_readers, found.num_peers)  # the bootstrap reads too
+    at_once = num_at_once(most, told, least)
+    each = min(rate, told or rate) / at_once
+    changes, fewer = [], num_at_once(at_once, rate, least)
+    if fewer < at_once:
+        changes.append(_to(run, "network.max_readers", fewer))
+    if rate < 2 * least:
+        if network.min_pull_bytes_per_s > rate / 4:
+            changes.append(_to(run, "network.min_pull_bytes_per_s", int(rate / 4)))
+        if CHUNK_BYTES / network.stall_limit_s > rate / 4:
+            limit_s = min(_MOST_STALL_LIMIT_S, _round_up(4 * CHUNK_BYTES / rate))
+            changes.append(_to(run, "network.stall_limit_s", limit_s))
+    reading = "one who reads from a volunteer gets" if at_once == 1 else f"{at_once} who read at once from one get"
+    return Bottleneck(
+        what="uplink shared by readers",
+        strain=least / each,
+        why=f"{reading} {size(each)} a second{' each' * (at_once > 1)}; a transfer of less than {size(least)} a second "
+        f"is given up",
+        change=" and ".join(changes) or "volunteers with better links",
+    )
+
+
+def _archive(run: RunFile, found: Plan) -> Bottleneck | None:
+    rate, every_s = found.link_up_bytes_per_s, found.archive_every_s
+    if not rate or run.merge.kind.has_server or found.run_s < every_s:
+        return None
+    takes_s, share = found.state_bytes / rate, found.traffic.archive / rate
+    strain = max(takes_s / every_s, share / _ASIDE_SHARE)
+    return Bottleneck(
+        what="archive",
+        strain=strain,
+        why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, "
+        f"{size(found.state_bytes)} for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of "
+        f"each uplink in the mean, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
+        change=_archived_less_often(run, found, strain),
+    )
+
+
+def _archived_less_often(run: RunFile, found: Plan, strain: float) -> str:
+    every_s = found.archive_every_s
+    return _to(run, "network.archive_every_s", _round_up(max(every_s * strain / FELT, every_s + 1)))
+
+
+_RETURNING = (
+    "a smaller model; a volunteer who is started again in its folder has a checkpoint there, and with "
+    'merge.method = "gossip" takes no weights unless it was away for long'
+)
+
+
+def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
+    traffic = found.traffic
+    links = (found.link_up_bytes_per_s, traffic.returns_up), (found.link_down_bytes_per_s, traffic.returns_down)
+    share = max((taken / rate for rate, taken in links if rate), default=0.0)
+    if not share:
+        return None
+    return Bottleneck(
+        what="those who come back",
+        strain=share / _ASIDE_SHARE,
+        why=f"who comes back as a new volunteer takes the others' weights: {_percent(share)} of each link in the mean",
+        change=_RETURNING,
+    )
+
+
+def _joining(run: RunFile, found: Plan) -> Bottleneck | None:
+    """Where nobody waits, the others train on meanwhile; in synchronous rounds one is in the round that it comes to,
+    and a server's weights are taken anew at each round's end."""
+    rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=0.0)
+    if not rate or found.num_peers < 2 or not run.merge.kind.own_weights:
+        return None
+    takes_s, limit = found.state_bytes / rate, run.merge.max_staleness_rounds
+    behind = takes_s / found.round_s
+    return Bottleneck(
+        what="late joiners",
+        strain=behind / limit,
+        why=f"who comes late takes {size(found.state_bytes)} of weights and momentum, for {_time(takes_s)} at "
+        f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and who is more than {limit} behind "
+        f"has to take their weights again",
+        change=_longer_rounds(run, found, behind / limit),
+    )
+
+
+def _records(run: RunFile, found: Plan) -> Bottleneck | None:
+    rate = found.link_up_bytes_per_s
+    if not rate or found.num_peers < 2:
+        return None
+    share = found.traffic.records / rate
+    return Bottleneck(
+        what="records of the DHT",
+        strain=share / _ASIDE_SHARE,
+        why=f"to know which of {found.num_peers} volunteers are there each sends, and receives, "
+        f"{size(found.traffic.records)} a second of records: {_percent(share)} of its uplink",
+        change=_read_less_often(run, found, _ASIDE_SHARE * rate),
+    )
+
+
+def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
+    """The shortest lifetime of a presence with which records are fewer bytes a second than that; if none does, the one
+    from which on a longer one is no help."""
+    now_s, nodes = run.network.presence_ttl_s, found.num_peers + 1
+    lifetimes_s = [
+        ttl_s for ttl_s in (_round_up(now_s * 1.25**power) for power in range(1, 25)) if ttl_s <= _MOST_TTL_S
+    ]
+    costs = [dht_bytes_per_s(nodes, ttl_s) for ttl_s in lifetimes_s]
+    if not costs or min(costs) > 0.95 * dht_bytes_per_s(nodes, now_s):
+        return "fewer volunteers in one run or volunteers with better links; a longer network.presence_ttl_s is no help"
+    at = next((index for index, cost in enumerate(costs) if cost < enough), costs.index(min(costs)))
+    change = f"{_to(run, 'network.presence_ttl_s', lifetimes_s[at])}: who vanishes is noticed that much later"
+    return change if costs[at] < enough else f"{change}; it is not enough, but a longer one is no help"
+
+
+def _server(run: RunFile, found: Plan) -> Bottleneck | None:
+    rate = found.link_up_bytes_per_s
+    if not run.merge.kind.has_server or not rate:
+        return None
+    share = found.traffic.bootstrap_up / rate
+    return Bottleneck(
+        what="the server's uplink",
+        strain=share / LINK_SHARE,
+        why=f"{found.num_peers} take the bootstrap's weights in each round: {_mbit(found.traffic.bootstrap_up)}, and a "
+        f"link such as theirs carries {_mbit(rate)}",
+        change=" or ".join(
+            (_by_gossip(run), _longer_rounds(run, found, share / LINK_SHARE), "a bootstrap with a better link")
+        ),
+    )
+
+
+# ---------------------------------------------------------------- rounds and machines
+
+
+def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
+    if found.num_peers < 2:
+        return None
+    strain = _FEWEST_ROUNDS / found.num_rounds
+    times = strain / FELT
+    tokens = min(_MOST_TOKENS, _round_up(max(run.run.total_tokens * times, run.run.total_tokens + 1)))
+    number = f"{found.num_rounds:.1f}" if found.num_rounds < 10 else f"{found.num_rounds:,.0f}"
+    changes, steps = [_to(run, "run.total_tokens", tokens)], int(found.full_steps / max(times, 1))
+    if times <= _MOST_FEWER_STEPS and 1 <= steps < run.merge.inner_steps:
+        changes.insert(0, _to(run, "merge.inner_steps", steps))
+    return Bottleneck(
+        what="number of rounds",
+        strain=strain,
+        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each "
+        f"other's work only so often, and who joins late comes when it is nearly over",
+        change=" or ".join(changes),
+    )
+
+
+def _stall(run: RunFile, found: Plan) -> Bottleneck | None:
+    waits = not run.merge.kind.asynchronous
+    strain = found.stall_share / (_MOST_WAITING if waits else _MOST_STALL)
+    unequal = found.step_most_s > 1.2 * found.step_least_s
+    changes = [_by_gossip(run)] if waits else []
+    if waits and unequal and not run.merge.pacing:
+        changes.insert(0, _to(run, "merge.pacing", True))
+    if not (waits and unequal):
+        changes.append(_longer_rounds(run, found, strain))
+    doing = "wait for the slowest and for the wire" if waits else "publish and merge, and do not train,"
+    return Bottleneck(
+        what="stall",
+        strain=strain,
+        why=f"volunteers {doing} for {_time(found.stall_share * found.round_s)} of a round of {_time(found.round_s)}: "
+        f"{_percent(found.stall_share)}",
+        change=" or ".join(changes),
+    )
+
+
+def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
+    """Whose work reaches nobody, or who merges nobody's."""
+    missed = max(0.0, 1 - found.fresh_share)
+    if found.num_peers < 2 or run.merge.kind.has_server:
+        return None
+    if not run.merge.kind.asynchronous:
+        what, why = "short rosters", "of the volunteers' rounds are lost: what they publish does not arrive in time"
+        change = f"{_by_gossip(run)} or {_to(run, 'merge.silence_s', _round_up(4 * run.merge.silence_s))}"
+    else:
+        what, why = "freshness", "of the rounds merge nobody's new work: too short for what is to be pulled in them"
+        rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=math.inf)
+        change = _longer_rounds(run, found, max(2.0, found.publication_bytes / rate / found.round_s / LINK_SHARE))
+    why = f"{missed:.0%} {why}; a round lasts {_time(found.round_s)}"
+    return Bottleneck(what=what, strain=missed / (1 - _LEAST_FRESH), why=why, change=change)
+
+
+def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
+    """Paced rounds are as long as the median's unless the fewest steps, one or a sixteenth of all, take longer."""
+    merge, times = run.merge, found.round_most_s / found.round_s
+    if not merge.kind.own_weights or times < 1.05:
+        return None
+    step_s, wanted_s = found.round_s / found.full_steps, max(found.round_s, found.step_most_s)
+    steps = merge.inner_steps
+    if found.step_most_s > found.round_s:  # not even one step fits
+        steps = min(_MOST_STEPS, max(steps, _round_up(wanted_s / step_s)))
+    changes = [] if steps == merge.inner_steps else [_to(run, "merge.inner_steps", steps)]
+    if not merge.pacing:
+        changes.append(_to(run, "merge.pacing", True))
+    too_long = fewest_inner_steps(steps) * found.step_most_s > 1.25 * wanted_s
+    if merge.round_limit_s < wanted_s or (too_long and merge.round_limit_s > 1.25 * wanted_s):
+        changes.append(_to(run, "merge.round_limit_s", _round_up(1.1 * wanted_s)))
+    behind = merge.max_staleness_rounds / (times - 1)
+    return Bottleneck(
+        what="stragglers",
+        strain=times - 1,
+        why=f"a round of the slowest lasts {_time(found.round_most_s)}, {times:.1f} times the median's: after "
+        f"{behind:.0f} of its rounds it is {merge.max_staleness_rounds} behind, gives up what it has and takes the "
+        f"others' weights",
+        change=" and ".join(changes) or "leave out volunteers who are so much slower",
+    )
+
+
+def _memory(run: RunFile, found: Plan) -> Bottleneck | None:
+    cost = estimate(run, num_parameters(run.model), found.num_peers)
+    by_activations = cost.memory_activations_bytes > cost.memory_bytes / 2
+    return Bottleneck(
+        what="memory",
+        strain=found.memory_bytes / _LAPTOP_BYTES,
+        why=f"a volunteer needs {size(found.memory_bytes)}; laptops have {size(_LAPTOP_BYTES)} and other things to do",
+        change=_fewer_sequences(run) if by_activations else _fewer_parameters(run, found),
+    )
+
+
+def _fewer_sequences(run: RunFile) -> str:
+    """Fewer at once, in training and in evaluation, which takes a quarter as much memory a sequence."""
+    batch, evaluated = run.inner.batch_sequences, run.evaluation.batch_sequences // 4
+    goal = max(1, max(run.microbatch_sequences, evaluated) // 4)
+    fewer = next(number for number in range(goal, 0, -1) if batch % number == 0)
+    changes = []
+    if run.microbatch_sequences > fewer:
+        changes.append(f"inner.microbatch_sequences = {fewer} (now {run.microbatch_sequences})")
+    if evaluated > fewer:
+        changes.append(_to(run, "evaluation.batch_sequences", 4 * fewer))
+    return (
+        " and ".join(changes)
+        or f"{_to(run, 'model.context_tokens', max(2, run.model.context_tokens // 2))} or a smaller model"
+    )
+
+
+def _fewer_parameters(run: RunFile, found: Plan) -> str:
+    """A pipeline, or one of more stages; only gossip has any."""
+    now = run.pipeline.stages
+    stages = min(2 * now, run.model.num_layers + 2, found.num_peers)
+    if stages <= now:
+        return "a smaller model"
+    changes = [] if run.merge.kind.stages else [_by_gossip(run)]
+    changes.append(_to(run, "pipeline.stages", stages))
+    if run.pipeline.boundaries:
+        changes.append("no pipeline.boundaries")
+    return f"{' and '.join(changes)} or a smaller model"

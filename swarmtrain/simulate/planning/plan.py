@@ -1,0 +1,156 @@
+"""What a run would be like with so many volunteers on such links, before anybody is invited.
+
+`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time
+(`simulate/planning/playback.py`); from that, from what travels besides (`simulate/planning/traffic.py`) and from the
+estimate of `swarmtrain check` follows the rest. What of it hurts first is told by `simulate/planning/bottlenecks.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.peer.estimate import disk_bytes, estimate
+from swarmtrain.protocol.gossip.pulls import SectionBytes
+from swarmtrain.rehearsal import LinksSection
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.pipeline.world import stage_parameters
+from swarmtrain.simulate.planning.playback import PlaybackMachines, PlaybackResult, lived
+from swarmtrain.simulate.planning.traffic import TrafficEstimate, archived_every_s, traffic_of
+
+__all__ = ["Plan", "PlaybackMachines", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer. Of one volunteer, the mean over all, where it does not say otherwise; times in seconds."""
+
+    by: str
+    """How this is known."""
+    num_peers: int
+    step_s: float
+    step_least_s: float
+    step_most_s: float
+    """The median volunteer's inner step, the shortest, the longest."""
+    full_steps: float
+    """Inner steps of a round of one who is not paced, the slowest of these where all wait for it: fewer than
+    `merge.inner_steps` where `merge.round_limit_s` ends rounds before them."""
+    round_s: float
+    round_least_s: float
+    round_most_s: float
+    """The median volunteer's round, the shortest, the longest."""
+    num_rounds: float
+    """Of the median volunteer in the whole run."""
+    run_s: float
+    tokens_per_s: float
+    """Of all together."""
+    stall_share: float
+    partners_per_round: float
+    fresh_share: float
+    """Of the rounds: those that merge somebody's pseudo-gradient."""
+    sizes: SectionBytes
+    """What one partner takes of a round."""
+    state_bytes: int
+    """Weights and momentum: what a late joiner, or the archive, takes of the first who is asked."""
+    payload_up_bytes: float
+    payload_down_bytes: float
+    """Of a round."""
+    archive_every_s: float
+    """How often the bootstrap archives."""
+    traffic: TrafficEstimate
+    """All that a link carries."""
+    link_up_bytes_per_s: float
+    link_down_bytes_per_s: float
+    """What a link can carry; 0 for no limit."""
+    memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def publication_bytes(self) -> int:
+        """What one partner takes of a round, in all."""
+        return self.sizes.both
+
+    @property
+    def rounds_per_hour(self) -> float:
+        """Of the median volunteer."""
+        return 3600 / self.round_s
+
+    @property
+    def up_bytes_per_day(self) -> float:
+        """What a volunteer sends in a day."""
+        return 86_400 * self.traffic.up
+
+    @property
+    def down_bytes_per_day(self) -> float:
+        """What it receives."""
+        return 86_400 * self.traffic.down
+
+    @property
+    def up_bytes(self) -> float:
+        """What a volunteer sends in the whole run."""
+        return self.run_s * self.traffic.up + self.traffic.once_up
+
+    @property
+    def down_bytes(self) -> float:
+        """What it receives."""
+        return self.run_s * self.traffic.down + self.traffic.once_down
+
+    @property
+    def up_share(self) -> float | None:
+        """Of the link; None where it has no limit."""
+        return self.traffic.up / self.link_up_bytes_per_s if self.link_up_bytes_per_s else None
+
+    @property
+    def down_share(self) -> float | None:
+        """Of the link; None where it has no limit."""
+        return self.traffic.down / self.link_down_bytes_per_s if self.link_down_bytes_per_s else None
+
+
+def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int = 0) -> Plan:
+    """What this run would be like on these machines, all behind such links. Takes seconds. Raises `UserError` for what
+    cannot be planned."""
+    found = lived(run, machines, links, seed)
+    scale = machines.num / len(found.round_s) / run.pipeline.stages * (1 - machines.away_share)
+    tokens_per_s = scale * sum(tokens / one for tokens, one in zip(found.tokens, found.round_s, strict=True))
+    round_s, apart = statistics.median(found.round_s), run.merge.kind.asynchronous
+    # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
+    run_s = run.run.total_tokens / tokens_per_s + round_s * apart
+    cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
+    return Plan(
+        by=found.by,
+        num_peers=machines.num,
+        step_s=statistics.median(machines.step_s),
+        step_least_s=min(machines.step_s),
+        step_most_s=max(machines.step_s),
+        full_steps=_full_steps(run, found),
+        round_s=round_s,
+        round_least_s=min(found.round_s),
+        round_most_s=max(found.round_s),
+        num_rounds=run_s / round_s + (apart and run.merge.pacing),  # the first is short: speeds are not known yet
+        run_s=run_s,
+        tokens_per_s=tokens_per_s,
+        stall_share=sum(found.stall_s) / sum(found.round_s),
+        partners_per_round=found.partners,
+        fresh_share=found.fresh_share,
+        sizes=found.sizes,
+        state_bytes=8 * parameters,
+        payload_up_bytes=found.up_bytes,
+        payload_down_bytes=found.down_bytes,
+        traffic=traffic_of(run, found, machines, links.up_mbit * BYTES_PER_S_OF_MBIT),
+        archive_every_s=archived_every_s(run, links.up_mbit * BYTES_PER_S_OF_MBIT),
+        link_up_bytes_per_s=links.up_mbit * BYTES_PER_S_OF_MBIT,
+        link_down_bytes_per_s=links.down_mbit * BYTES_PER_S_OF_MBIT,
+        memory_bytes=cost.memory_bytes,
+        disk_bytes=disk_bytes(parameters),
+    )
+
+
+def _full_steps(run: RunFile, found: PlaybackResult) -> float:
+    synchronous = not run.merge.kind.asynchronous
+    counted = found.fresh_share if synchronous else 1.0  # of a round that is on no roster nothing counts
+    steps = [tokens / (run.tokens_per_step * counted) for tokens in found.tokens]
+    if run.merge.pacing:
+        return min(max(steps), run.merge.inner_steps)  # some rounds are longer, to end when others' do
+    return min(steps) if synchronous else statistics.median(steps)

@@ -1,0 +1,193 @@
+"""What a volunteer's link carries besides the payload of merges: records in the DHT, states, and the bootstrap's share.
+
+Arithmetic on what the product does: who reads which buckets how often (decision 0033), whose states the archive takes,
+what a peer pulls at the end and when it comes back. `RECORD_BYTES` is what fits links that were measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmtrain.peer.merging.consensus import ARCHIVED, SAMPLE
+from swarmtrain.protocol.archive.load import archive_bytes, archive_every_s
+from swarmtrain.protocol.membership.records import (
+    ALL_EVERY,
+    ASKED,
+    BUCKET_LIMIT,
+    COUNT_EVERY_S,
+    COUNTED_AT_ONCE,
+    FEW,
+    MAX_READ_BUCKETS,
+    MOST_COUNT_EVERY_S,
+    READ_EVERY_S,
+    REPLICAS,
+    read_every_s,
+)
+from swarmtrain.run import RunFile
+from swarmtrain.simulate.pipeline.world import stage_parameters
+from swarmtrain.simulate.planning.playback import PlaybackMachines, PlaybackResult
+
+__all__ = [
+    "ACTIVATIONS",
+    "ARCHIVE",
+    "MERGING",
+    "RECORDS",
+    "TrafficEstimate",
+    "archived_every_s",
+    "dht_bytes_per_s",
+    "traffic_of",
+]
+
+MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
+"""What links carry, in words."""
+RECORD_BYTES = 500
+"""A record with its signature, as an answer of the DHT brings it."""
+PULL_BYTES = 1200
+"""A pull's question and answer without the bytes that are pulled: manifest, presence, coverage."""
+_OVERHEAD = 1.01
+"""libp2p's frames around payload."""
+_READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
+"""How many are asked for a bucket, in the mean, where those who keep it are known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficEstimate:
+    """The mean over the volunteers, or the bootstrap's, in bytes per second; what comes once in a run, in bytes."""
+
+    merging_up: float
+    merging_down: float
+    """What is pulled, with what is said about it."""
+    activations: float
+    """What passes between stages, each way."""
+    archive: float
+    """What the bootstrap takes for its archive."""
+    returns_up: float
+    returns_down: float
+    """Weights for those who come back as new volunteers; a server sends them itself."""
+    records: float
+    """The DHT's, each way."""
+    once_up: float
+    once_down: float
+    """The first and the last archive, and what each takes of others for the last weights."""
+    bootstrap_up: float
+    bootstrap_down: float
+
+    @property
+    def parts_up(self) -> dict[str, float]:
+        """What a volunteer sends while the run goes on."""
+        return {
+            MERGING: self.merging_up,
+            ACTIVATIONS: self.activations,
+            ARCHIVE: self.archive,
+            "those who come back": self.returns_up,
+            RECORDS: self.records,
+        }
+
+    @property
+    def parts_down(self) -> dict[str, float]:
+        """What it receives."""
+        return {
+            MERGING: self.merging_down,
+            ACTIVATIONS: self.activations,
+            "coming back": self.returns_down,
+            RECORDS: self.records,
+        }
+
+    @property
+    def up(self) -> float:
+        """All that a volunteer sends while the run goes on."""
+        return sum(self.parts_up.values())
+
+    @property
+    def down(self) -> float:
+        """All that it receives."""
+        return sum(self.parts_down.values())
+
+
+def traffic_of(
+    run: RunFile, found: PlaybackResult, machines: PlaybackMachines, link_up_bytes_per_s: float = 0.0
+) -> TrafficEstimate:
+    """Of volunteers who live like that, behind links that carry so much up; 0 for no limit."""
+    num, method = machines.num, run.merge.kind
+    rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
+    theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
+    gradients = max(found.partners, 1.0)
+    num_pulls = gradients + min(run.merge.num_weights, others) if method.own_weights else 2 * gradients
+    talk = num_pulls * PULL_BYTES if num > 1 else 0.0
+    archive, archives_per_s = _archive_bytes(run, theta, num), 1 / archived_every_s(run, link_up_bytes_per_s)
+    comes_back = theta * (1 + (min(SAMPLE, others) if method.own_weights else 1)) * (others > 0)
+    comes_back_per_s = comes_back * _returns_per_s(machines)
+    last = theta * min(SAMPLE, others) * method.own_weights
+    is_server = method.has_server
+    serves = num * rounds_per_s * is_server
+    records = dht_bytes_per_s(num + 1, run.network.presence_ttl_s)
+    return TrafficEstimate(
+        merging_up=_OVERHEAD * (found.up_bytes - found.activation_bytes + talk) * rounds_per_s,
+        merging_down=_OVERHEAD * (found.down_bytes - found.activation_bytes + talk) * rounds_per_s,
+        activations=_OVERHEAD * found.activation_bytes * rounds_per_s,
+        archive=_OVERHEAD * archive * archives_per_s / num,
+        returns_up=_OVERHEAD * comes_back_per_s * (not is_server),
+        returns_down=_OVERHEAD * comes_back_per_s,
+        records=records,
+        once_up=_OVERHEAD * (2 * archive / num + last),
+        once_down=_OVERHEAD * (last + theta * is_server),
+        bootstrap_up=_OVERHEAD * (found.down_bytes * serves + num * comes_back_per_s * is_server) + records,
+        bootstrap_down=_OVERHEAD * (archive * archives_per_s + found.up_bytes * serves) + records,
+    )
+
+
+def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
+    """What the bootstrap takes for its archive each time, of all volunteers together."""
+    if run.merge.kind.has_server:
+        return 0.0
+    if not run.merge.kind.asynchronous:
+        return 2 * theta
+    stages = run.pipeline.stages
+    if stages == 1:
+        return float(archive_bytes(round(theta / 4), num))
+    return stages * (min(ARCHIVED, num // stages) + 1) * theta
+
+
+def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
+    """How often the bootstrap archives, where volunteers' links carry so much up; 0 for no limit."""
+    every_s, parameters = run.network.archive_every_s, stage_parameters(run)
+    if run.pipeline.stages > 1 or run.merge.kind.has_server or not link_up_bytes_per_s:
+        return every_s
+    wanted = 8 + 4 * run.merge.kind.own_weights  # weights and momentum of one, then the others' weights at once
+    return archive_every_s(every_s, wanted * parameters / link_up_bytes_per_s, parameters)
+
+
+def _returns_per_s(machines: PlaybackMachines) -> float:
+    """How often a volunteer comes back."""
+    return 1 / (machines.churn.every_s * machines.num) if machines.churn.every_s else 0.0
+
+
+def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
+    """What reading records brings a node of so many, each second; its own part of what others read is as much.
+
+    Presence is read in all buckets, progress in four of them at a time; whoever keeps a bucket sends all of it.
+    """
+    if num_nodes < 2:
+        return 0.0
+    buckets = _buckets(num_nodes)
+    looked_s = READ_EVERY_S * round(read_every_s(num_nodes - 1, READ_EVERY_S, presence_ttl_s / 3) / READ_EVERY_S)
+    counted_s = read_every_s(num_nodes - 1, COUNT_EVERY_S, MOST_COUNT_EVERY_S)
+    records = sum(buckets) / looked_s + sum(buckets[:COUNTED_AT_ONCE]) / counted_s
+    answers = float(min(REPLICAS, num_nodes - 1))
+    if num_nodes >= ASKED:  # of one's own bucket it is known who keeps it
+        own_per_s = buckets[-1] / looked_s + buckets[-1] / counted_s / -(-len(buckets) // COUNTED_AT_ONCE)
+        records -= (1 - _READ_OF_KNOWN / answers) * own_per_s
+    return RECORD_BYTES * answers * records
+
+
+def _buckets(num_records: int) -> list[float]:
+    """How many are in each bucket that is read, the shallowest first."""
+    left, sizes = float(num_records), list[float]()
+    for depth in range(MAX_READ_BUCKETS):
+        width = 2**depth
+        if left <= 0 or len(sizes) + width > MAX_READ_BUCKETS:
+            break
+        each = min(left / width, float(BUCKET_LIMIT))
+        sizes += [each] * width
+        left -= each * width
+    return sizes

@@ -1,0 +1,203 @@
+"""The model of a simulated volunteer that gossips, one number a fragment: how it trains, publishes and merges.
+
+An inner step moves a number by `inner_rate` of the way to the volunteer's own `target`. The merge is the one of
+`algorithm/gossip.py` with a single weight. Publications are made when somebody asks for them, as in the product.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from swarmtrain.protocol.gossip.fragments import FragmentRounds, merged_step, published
+from swarmtrain.protocol.gossip.messages import ReceivedPublication
+from swarmtrain.protocol.gossip.partners import PublicationVersion
+from swarmtrain.protocol.tokens.shards import Coverage
+from swarmtrain.simulate.systems.publications import (
+    GRADIENT,
+    WEIGHTS,
+    ConsensusSnapshot,
+    Entered,
+    SimulatedCheckpoint,
+    SimulatedGossipSettings,
+    SimulatedPublication,
+)
+
+__all__ = ["FragmentSchedule", "GossipModel", "Value", "schedule_of"]
+
+
+class Value(NamedTuple):
+    """What of a publication can enter a merge: a weight, or with its tokens what is new of a pseudo-gradient."""
+
+    value: float
+    tokens: int
+
+
+class FragmentSchedule(NamedTuple):
+    """After which of a round's inner steps which fragments are merged, and which parts are published."""
+
+    merge_after: tuple[int, ...]
+    steps: tuple[int, ...]
+    parts: tuple[int, ...]
+
+    def passed(self, steps_done: int) -> tuple[int, int] | None:
+        """The steps and the part of the last publication after so many steps; None before the first."""
+        passed = bisect_right(self.steps, steps_done)
+        return (self.steps[passed - 1], self.parts[passed - 1]) if passed else None
+
+
+@lru_cache(maxsize=4096)
+def schedule_of(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> FragmentSchedule:
+    """As the trainer has it."""
+    fragments = range(num_fragments)
+    merge_after = tuple(merged_step(one, num_fragments, inner_steps, num_parts) for one in fragments)
+    parts = published(inner_steps, num_parts, num_fragments, every)
+    return FragmentSchedule(merge_after, tuple(parts), tuple(parts.values()))
+
+
+@dataclass(slots=True)
+class _Fragment:
+    """One fragment of the model: a number."""
+
+    theta: float
+    momentum: float = 0.0
+    weights: list[SimulatedPublication] = field(default_factory=list)
+    """That its last two rounds began with."""
+    published: list[SimulatedPublication] = field(default_factory=list)
+    """Its last two pseudo-gradients that somebody asked for."""
+    told_steps: int = 0
+    """Of the peer's round, those that were in the newest of them."""
+
+
+class GossipModel:
+    """Its numbers, what is published of them, and what has entered them."""
+
+    def __init__(self, name: str, settings: SimulatedGossipSettings, theta: float) -> None:
+        self._name, self._settings, self.target = name, settings, theta
+        self.fragments = [_Fragment(theta) for _ in range(settings.num_fragments)]
+        self.schedule = schedule_of(settings.inner_steps, settings.num_parts, settings.num_fragments, 1)
+        """Of the present round."""
+        self._rounds = FragmentRounds(settings.num_fragments)
+        self.entered: list[Entered] = []
+        """What was merged, if past is kept."""
+        self.came: list[Entered] = []
+        """What had entered the weights that it took from others; and its own rounds."""
+
+    @property
+    def theta(self) -> float:
+        """The mean of the fragments' weights."""
+        return sum(one.theta for one in self.fragments) / len(self.fragments)
+
+    @property
+    def told_steps(self) -> int:
+        """Of the present round, the steps that are in what somebody asked for; the mean over the fragments."""
+        return round(statistics.mean(one.told_steps for one in self.fragments))
+
+    def _gradient(self, fragment: _Fragment, steps: int) -> float:
+        """theta less the weight after so many inner steps."""
+        return (fragment.theta - self.target) * (1.0 - (1.0 - self._settings.inner_rate) ** steps)
+
+    # ------------------------------------------------------------------ rounds
+
+    def restart(self) -> None:
+        """All of its weights are new here: nothing was trained since."""
+        self._rounds.restart()
+
+    def begin_round(self, round: int, schedule: FragmentSchedule, *, all_begin: bool) -> None:
+        """The peer's round. Of fragments the last one's begins too, or all: weights that others can have."""
+        self.schedule, last = schedule, len(self.fragments) - 1
+        self._rounds.begin(round, self._settings.num_parts)
+        for number, fragment in enumerate(self.fragments):
+            fragment.told_steps = 0
+            if all_begin or number == last:
+                self.publish_weights(number, round)
+
+    def merge(self, number: int, pulled: Sequence[ReceivedPublication[SimulatedPublication, Value]]) -> None:
+        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step."""
+        s, schedule, fragment = self._settings, self.schedule, self.fragments[number]
+        steps = schedule.merge_after[number]
+        part = schedule.parts[schedule.steps.index(steps)]
+        own = self._rounds.of(number, part, steps * s.tokens_per_step, steps)
+        weight, thetas = self._gradient(fragment, own.inner_steps) * own.tokens, [fragment.theta]
+        tokens = own.tokens
+        for one in pulled:
+            value, new_tokens = one.payload
+            if one.section == WEIGHTS:
+                thetas.append(value)
+                continue
+            weight, tokens = weight + value * new_tokens, tokens + new_tokens
+            if s.keeps_past:
+                until = one.mark.tokens
+                self.entered.append(Entered(self._name, one.peer, number, one.mark.round, until - new_tokens, until))
+        if s.keeps_past:
+            self.came.append(Entered(self._name, self._name, number, own.round, 0, own.tokens))
+        mean = weight / tokens
+        fragment.momentum = s.outer_momentum * fragment.momentum + mean
+        step = s.outer_learning_rate * (mean + s.outer_momentum * fragment.momentum)
+        fragment.theta = sum(thetas) / len(thetas) - step
+        self._rounds.merged(number, part, steps * s.tokens_per_step, steps)
+
+    # ------------------------------------------------------------------ publications
+
+    def publish_weights(self, number: int, round: int) -> None:
+        """A fragment's round begins, with its weights."""
+        fragment = self.fragments[number]
+        newest = SimulatedPublication(
+            WEIGHTS, self._name, PublicationVersion(round, 0, 0), fragment.theta, 0.0, fragment=number
+        )
+        fragment.weights = [*fragment.weights[-1:], newest]
+
+    def weights(self, number: int) -> SimulatedPublication | None:
+        """The newest of a fragment's."""
+        weights = self.fragments[number].weights
+        return weights[-1] if weights else None
+
+    def publish(self, number: int, steps_done: int, coverage: Coverage | None) -> SimulatedPublication | None:
+        """The newest publication of a fragment's pseudo-gradient; made now if its moment has passed."""
+        fragment = self.fragments[number]
+        newest = fragment.published[-1] if fragment.published else None
+        if (passed := self.schedule.passed(steps_done)) is not None:
+            done, part = passed
+            of = self._rounds.of(number, part, done * self._settings.tokens_per_step, done)
+            mark = PublicationVersion(of.round, of.part, of.tokens)
+            if of.tokens and (newest is None or newest.mark != mark):
+                rows = () if coverage is None else tuple(coverage.rows_to_send())
+                gradient = self._gradient(fragment, of.inner_steps)
+                newest = SimulatedPublication(GRADIENT, self._name, mark, fragment.theta, gradient, rows, number)
+                fragment.published, fragment.told_steps = [*fragment.published[-1:], newest], done
+        return newest
+
+    def has(self, publication: SimulatedPublication) -> bool:
+        """It is one of the last two."""
+        fragment = self.fragments[publication.fragment]
+        return publication in (fragment.published if publication.mark.part else fragment.weights)
+
+    # ------------------------------------------------------------------ states and checkpoints
+
+    @property
+    def thetas(self) -> list[float]:
+        """By fragments."""
+        return [one.theta for one in self.fragments]
+
+    @property
+    def momenta(self) -> list[float]:
+        """By fragments."""
+        return [one.momentum for one in self.fragments]
+
+    def take(self, state: ConsensusSnapshot) -> None:
+        """Another's weights take the place of its own."""
+        self._put(state)
+        self.entered, self.came = [], list(state.entered)
+
+    def resume(self, saved: SimulatedCheckpoint) -> None:
+        """Become what it was. What was merged later is gone with the weights it entered."""
+        self._put(saved)
+        self.entered, self.came = list(saved.entered), list(saved.came)
+
+    def _put(self, of: ConsensusSnapshot | SimulatedCheckpoint) -> None:
+        for fragment, theta, momentum in zip(self.fragments, of.thetas, of.momenta, strict=True):
+            fragment.theta, fragment.momentum = theta, momentum

@@ -1,0 +1,80 @@
+"""What simulated peers say to each other and remember of a round."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from swarmtrain.protocol.rounds.chains import Chain
+from swarmtrain.protocol.rounds.rosters import Roster
+
+__all__ = ["JoinState", "Phase", "Settings", "SimulatedLink", "WorldMoment", "hash_of"]
+
+WorldMoment = Literal["started", "ended", "signed", "told_one", "serving"]
+"""When a declared fault strikes: its round's training started or ended, it signed a roster and told nobody, it told
+one peer, somebody began to pull from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedLink:
+    """A peer's connection: one-way latency in seconds, bytes per second up and (0: the same) down, and the share of
+    messages lost."""
+
+    latency_s: float = 0.01
+    bytes_per_s: float = 10e6
+    down_bytes_per_s: float = 0.0
+    drop: float = 0.0
+
+    @property
+    def down_per_s(self) -> float:
+        """Bytes per second down."""
+        return self.down_bytes_per_s or self.bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the run file and the network driver fix. Durations in seconds."""
+
+    inner_steps: int = 32
+    tokens_per_step: int = 1000
+    round_limit_s: float = 600.0
+    silence_s: float = 5.0
+    share_above: int = 5
+    presence_ttl_s: float = 30.0
+    read_presence_s: float = 3.0
+    call_limit_s: float = 5.0
+    hold_s: float = 2.0
+    retry_s: float = 0.25
+    look_s: float = 3.0
+    share_again_s: float = 0.5
+    stall_limit_s: float = 10.0
+    publication_bytes: int = 2_000_000
+    state_bytes: int = 4_000_000
+
+
+class Phase(Enum):
+    """What a volunteer is at."""
+
+    JOINING = "joining"
+    TRAINING = "training"
+    MERGING = "merging"
+    MERGED = "merged"
+    CATCHING_UP = "catching up"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinState:
+    """What a joiner is given: everything that a round starts from."""
+
+    round: int
+    last: Roster | None
+    digest: str
+    history: tuple[Roster, ...]
+    chain: Chain = field(default_factory=Chain)
+
+
+def hash_of(text: str) -> str:
+    """SHA-256 of a text, hex."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""How a simulated volunteer of synchronous rounds learns who is here, and says that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.simulate.clock import Clock, Timer
+from swarmtrain.simulate.systems.messages import Settings
+from swarmtrain.simulate.systems.network import End, NetworkPlace, SimulatedMachine
+
+__all__ = ["Directory", "SimulatedPresence"]
+
+
+class Directory(Protocol):
+    """What carries presence: the DHT, which loses nothing within a partition, and messages."""
+
+    clock: Clock
+    presences: list[tuple[PeerInfo, float, int]]
+    """What the DHT was given: (record, when it expires, side of the partition)."""
+
+    @property
+    def peers(self) -> Mapping[str, Known]:
+        """By name, itself among them."""
+
+    def side(self, peer: NetworkPlace) -> int:
+        """Which side of the partition it is on; 0 if there is none."""
+
+    def tell(self, src: End, dst: SimulatedMachine, call: Callable[..., object], *args: Any) -> None:
+        """A message without an answer."""
+
+
+class Known(SimulatedMachine, Protocol):
+    """A peer of which others learn."""
+
+    settings: Settings
+    membership: Membership
+    presence: SimulatedPresence
+
+    def info(self) -> PeerInfo:
+        """What it says of itself."""
+
+    def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run something in this process, so much later."""
+
+    def tell(self, event: ev.Event[None, None]) -> None:
+        """Tell the engine what happened."""
+
+
+class SimulatedPresence:
+    """One peer's part of that."""
+
+    def __init__(self, owner: Known, world: Directory) -> None:
+        self._owner, self._world, self._settings = owner, world, owner.settings
+        self._membership = owner.membership
+        self._num_read = 0
+
+    def read(self) -> None:
+        """Look into the DHT."""
+        now, side = self._world.clock.now, self._world.side(self._owner)
+        news = self._world.presences[self._num_read :]
+        self._num_read = len(self._world.presences)
+        for info, expires_s, their_side in news:
+            if (side == their_side or 0 in (side, their_side)) and expires_s >= now:
+                self._membership.saw_presence(info, expires_s, now)
+        self._membership.expire(now)
+
+    def announce(self) -> None:
+        """Say that this peer is here, in the DHT and to everyone it knows, and go on with that and with reading."""
+        self._renew()
+        self._owner.later(self._settings.read_presence_s, self._read_on)
+        for info in self._membership.live():
+            other = self._world.peers[info.peer]
+            self._world.tell(self._owner, other, other.presence.heard_hello, self._owner.info())
+
+    def say_goodbye(self) -> None:
+        """To everyone it knows."""
+        for info in self._membership.live():
+            other = self._world.peers[info.peer]
+            self._world.tell(self._owner, other, other.presence.heard_goodbye, self._owner.info())
+
+    def heard_hello(self, info: PeerInfo) -> None:
+        """A peer that joins says so to everyone it knows."""
+        now = self._world.clock.now
+        self._membership.saw_presence(info, now + self._settings.presence_ttl_s, now)
+        self._owner.tell(ev.MembersChanged())
+
+    def heard_goodbye(self, info: PeerInfo) -> None:
+        """A peer that leaves says so."""
+        self._membership.left(info.peer, self._world.clock.now)
+        self._owner.tell(ev.MembersChanged())
+
+    def _renew(self) -> None:
+        expires_s = self._world.clock.now + self._settings.presence_ttl_s
+        self._world.presences.append((self._owner.info(), expires_s, self._world.side(self._owner)))
+        self._owner.later(self._settings.presence_ttl_s / 3, self._renew)
+
+    def _read_on(self) -> None:
+        self.read()
+        self._owner.later(self._settings.read_presence_s, self._read_on)
+        self._owner.tell(ev.MembersChanged())

@@ -1,0 +1,283 @@
+"""The bytes of a simulated peer: publications, shares, and where to get what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from swarmtrain.protocol.membership.membership import Membership, PeerState
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_due_s, sources_of
+from swarmtrain.simulate.clock import Clock, Timer
+from swarmtrain.simulate.systems.messages import Settings, WorldMoment
+from swarmtrain.simulate.systems.network import End, NetworkPlace
+
+__all__ = ["Carrier", "Owner", "Transfers"]
+
+
+class Carrier(Protocol):
+    """What carries a peer's bytes: the clock, the others, and the links to them."""
+
+    clock: Clock
+
+    @property
+    def peers(self) -> Mapping[str, Owner]:
+        """By name, itself among them."""
+
+    def connected(self, a: NetworkPlace, b: NetworkPlace) -> bool:
+        """Whether packets pass between the two machines."""
+
+    def passes(self, src: NetworkPlace, dst: NetworkPlace) -> bool:
+        """Whether this one message arrives."""
+
+    def latency_s(self, a: NetworkPlace, b: NetworkPlace) -> float:
+        """One way, in seconds."""
+
+    def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
+
+    def reached(self, peer: Owner, moment: WorldMoment) -> None:
+        """A peer is there: where a fault may have been declared."""
+
+
+@dataclass
+class _Merging:
+    """What is merged, and how far that is."""
+
+    roster: Roster
+    roster_at_s: float
+    own_share_at_s: float = math.inf
+    looked_for: set[str] = field(default_factory=set)
+    shares_pulling: set[int] = field(default_factory=set)
+    averaging: set[int] = field(default_factory=set)
+    again: Timer | None = None
+
+
+class Owner(End, Protocol):
+    """The peer whose bytes they are: a process in a swarm."""
+
+    alive: bool
+    settings: Settings
+    membership: Membership
+    transfers: Transfers
+
+    @property
+    def round(self) -> int:
+        """The round that it is in."""
+
+    @property
+    def running(self) -> bool:
+        """Neither gone nor frozen."""
+
+    def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
+        """Run something in this process, so much later."""
+
+    def tell(self, event: ev.Event[None, None]) -> None:
+        """Tell the engine what happened."""
+
+
+class Transfers:
+    """The bytes of one peer, by their names: of publications and their parts, and of shares that are averaged. Obtains
+    what a roster names, and tells the engine how that went."""
+
+    def __init__(self, owner: Owner, world: Carrier) -> None:
+        self._owner, self._world, self._settings = owner, world, owner.settings
+        self._store: dict[str, int] = {}
+        """The round in which each thing came."""
+        self._shares: dict[str, set[int]] = {}
+        self._pulling: set[str] = set()
+        self._merging: _Merging | None = None
+
+    def published(self, snapshot: str) -> None:
+        """What its owner made itself is there."""
+        self._store[snapshot] = self._owner.round
+
+    def provide(self, what: str) -> str | None:
+        """The bytes named `what`, for a pull; None if they are not here."""
+        return what if self._holds(what.split(" ")[0], what) else None
+
+    def give_up_merge(self) -> None:
+        """The mean is not wanted any more."""
+        self._merging = None
+
+    def forget_old(self) -> None:
+        """The next round begins: what is two rounds old nobody asks for any more."""
+        round = self._owner.round
+        self._store = {what: r for what, r in self._store.items() if abs(round - r) <= 1}
+
+    def _holds(self, snapshot: str, part: str) -> bool:
+        return snapshot in self._store or part in self._store
+
+    def _pull_from(self, sources: Iterable[str], what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
+        """Try one source after the other; `done(None)` when none has it."""
+        left = [source for source in dict.fromkeys(sources) if source != self._owner.name]
+
+        def next_source(payload: Any) -> None:
+            while left and self._owner.membership.state(left[0]) is not PeerState.LIVE:
+                left.pop(0)
+            if payload is not None or not left:
+                done(payload)
+            else:
+                self._world.pull(self._owner, left.pop(0), what, num_bytes, next_source)
+
+        next_source(None)
+
+    def bring(self, offer: RoundPublication, sources: Iterable[str]) -> None:
+        """A publication's bytes; then what is merged goes on, if it lacked them."""
+        if offer.snapshot in self._pulling or offer.snapshot in self._store:
+            return
+        self._pulling.add(offer.snapshot)
+
+        def done(payload: Any) -> None:
+            self._pulling.discard(offer.snapshot)
+            if payload is not None:
+                self._store[offer.snapshot] = self._owner.round
+            self._owner.tell(
+                ev.PublicationNotFetched(offer.snapshot) if payload is None else ev.PublicationFetched(offer.snapshot)
+            )
+            self._go_on_merging()
+
+        self._pull_from(sources, offer.snapshot, self._settings.publication_bytes, done)
+
+    # ------------------------------------------------------------------ a merge
+
+    def merge(self, roster: Roster) -> None:
+        """Obtain what this roster names."""
+        self._merging = _Merging(roster, self._world.clock.now)
+        self._go_on_merging()
+
+    def _go_on_merging(self) -> None:
+        if (m := self._merging) is None:
+            return
+        if len(m.roster.entries) > self._settings.share_above:
+            self._go_on_with_shares(m)
+            return
+        lacking = [offer for offer in m.roster.entries if offer.snapshot not in self._store]
+        for offer in lacking:
+            if offer.snapshot in self._pulling:
+                continue
+            if offer.snapshot in m.looked_for:
+                self._merging = None
+                self._owner.tell(ev.RosterNotMerged(m.roster.digest, frozenset([offer.peer])))
+                return
+            m.looked_for.add(offer.snapshot)
+            self.bring(offer, sources_of(m.roster, offer.peer))
+        if not lacking:
+            self._has_merged(m)
+
+    def _has_merged(self, m: _Merging) -> None:
+        self._merging = None
+        self._owner.tell(ev.RosterMerged(m.roster.digest))
+
+    def _go_on_with_shares(self, m: _Merging) -> None:
+        """The own share from every entry, the others' from their owners, or from the entries when overdue."""
+        now, owners = self._world.clock.now, m.roster.peers
+        own = owners.index(self._owner.name) if self._owner.name in owners else None
+        have = self._shares.setdefault(m.roster.digest, set())
+        if own is None or own in have:
+            m.own_share_at_s = min(m.own_share_at_s, now)
+        else:
+            self._average_share(m, own)
+        lacking = set(range(len(owners))) - have
+        if not lacking:
+            self._has_merged(m)
+            return
+        overdue = now >= share_due_s(m.roster_at_s, m.own_share_at_s, self._settings.silence_s)
+        ready: list[int] = []
+        for i in sorted(lacking - m.shares_pulling - {own}):
+            owner = self._world.peers[owners[i]]
+            if (
+                i in owner.transfers._shares.get(m.roster.digest, ())
+                and owner.running
+                and self._world.connected(self._owner, owner)
+            ):
+                ready.append(i)
+            elif overdue or not owner.alive or self._owner.membership.state(owners[i]) is not PeerState.LIVE:
+                self._average_share(m, i)
+        if ready:
+            self._pull_shares(m, ready)
+        if m.again is None or not m.again.pending:
+            m.again = self._owner.later(self._settings.share_again_s, self._go_on_with, m)
+
+    def _go_on_with(self, m: _Merging) -> None:
+        if m is self._merging:
+            self._go_on_merging()
+
+    def _pull_shares(self, m: _Merging, ready: list[int]) -> None:
+        """Pull many shares side by side; one event for all of them."""
+        num_bytes = self._settings.publication_bytes / len(m.roster.entries)
+        m.shares_pulling.update(ready)
+        owners = [self._world.peers[m.roster.peers[i]] for i in ready]
+        latency_s = max(self._world.latency_s(self._owner, owner) for owner in owners)
+
+        def done() -> None:
+            for i, owner in zip(ready, owners, strict=True):
+                if owner.running and self._world.passes(owner, self._owner):
+                    self._shares[m.roster.digest].add(i)
+            m.shares_pulling.difference_update(ready)
+            self._go_on_with(m)
+
+        self._owner.later(2 * latency_s + len(ready) * num_bytes / self._owner.link.bytes_per_s, done)
+
+    def _average_share(self, m: _Merging, index: int) -> None:
+        """Get one share's part of every entry, and average them."""
+        if index in m.averaging:
+            return
+        m.averaging.add(index)
+        roster, num_parts, link = m.roster, len(m.roster.entries), self._owner.link
+        num_bytes = self._settings.publication_bytes / num_parts
+        lacking = {offer.peer for offer in roster.entries}
+
+        def got(offer: RoundPublication, payload: Any) -> None:
+            if payload is not None:
+                self._store[parts[offer.peer]] = self._owner.round
+                lacking.discard(offer.peer)
+            waiting.discard(offer.peer)
+            if not waiting:
+                finish()
+
+        def finish() -> None:
+            if m is not self._merging:
+                return
+            m.averaging.discard(index)
+            if lacking:
+                self._merging = None
+                self._owner.tell(ev.RosterNotMerged(roster.digest, frozenset(lacking)))
+                return
+            self._shares[roster.digest].add(index)
+            if self._owner.name in roster.peers and index == roster.peers.index(self._owner.name):
+                m.own_share_at_s = self._world.clock.now
+            self._go_on_merging()
+
+        # The parts that are there for the asking come in one event; the others are looked for one by one.
+        parts = {offer.peer: f"{offer.snapshot} {index}/{num_parts}" for offer in roster.entries}
+        waiting = {offer.peer for offer in roster.entries if not self._holds(offer.snapshot, parts[offer.peer])}
+        lacking &= waiting
+        easy = [offer for offer in roster.entries if offer.peer in waiting and self._reaches(offer, parts[offer.peer])]
+
+        def easy_done() -> None:
+            for offer in easy:
+                ok = self._reaches(offer, parts[offer.peer])
+                got(offer, offer.snapshot) if ok else look(offer)
+
+        def look(offer: RoundPublication) -> None:
+            sources = [offer.peer, roster.peers[index], *sources_of(roster, offer.peer)]
+            self._pull_from(sources, parts[offer.peer], num_bytes, lambda payload: got(offer, payload))
+
+        if not waiting:
+            self._owner.later(0.0, finish)
+        if easy:
+            self._owner.later(4 * link.latency_s + len(easy) * num_bytes / link.bytes_per_s, easy_done)
+        for offer in easy:
+            self._world.reached(self._world.peers[offer.peer], "serving")
+        come_easily = {offer.peer for offer in easy}
+        for offer in [o for o in roster.entries if o.peer in waiting and o.peer not in come_easily]:
+            look(offer)
+
+    def _reaches(self, offer: RoundPublication, part: str) -> bool:
+        author = self._world.peers[offer.peer]
+        return (
+            author.running and self._world.passes(author, self._owner) and author.transfers._holds(offer.snapshot, part)
+        )

@@ -1,0 +1,337 @@
+"""The keeper of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+import torch
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.network.node import TrafficCount
+from swarmtrain.peer.control import limits as module
+from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
+from swarmtrain.peer.control.limits import LimitKeeper, check_memory, kept_limits, limit_link
+from swarmtrain.peer.control.usage import Usage
+from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
+from swarmtrain.peer.training.pause import ASKED, PauseSwitch
+from swarmtrain.protocol.limits import Limits, parse_hours
+from swarmtrain.run import NetworkSection, parse_run
+from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import counted, size_in_words
+
+
+class FakeUsage:
+    num_processors = 2
+    used_bytes = 10**9
+    others = 0.0
+
+    def others_s(self) -> float:
+        return self.others
+
+    def memory_bytes(self) -> int:
+        return self.used_bytes
+
+
+class Kept:
+    """A keeper at noon, with a made-up machine."""
+
+    def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
+        self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
+        self.now = datetime.datetime(2026, 11, 25, 12, 0)
+        tell, usage = self.events.append, self.usage
+        self.keeper = LimitKeeper(limits or Limits(), self.pause, tell, usage, lambda: self.now, expected=expected)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_hours_hold_at_once_and_release_when_they_come() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.keeper.start()
+    assert kept.pause.held
+    assert kept.pause.reason == "outside the hours 22-7; back at 22:00"
+    kept.now = kept.now.replace(hour=22)
+    kept.keeper.tick()
+    assert not kept.pause.held
+
+
+def test_a_change_of_the_hours_brings_it_back() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.keeper.start()
+    said = kept.keeper.change(pb.Limits(hours="8-17"))
+    assert said == "trains in the hours 8-17; it trains"
+    assert not kept.pause.held
+    said = kept.keeper.change(pb.Limits(hours="0-6"))
+    assert said == "trains in the hours 0-6; it rests: outside the hours 0-6; back at 0:00"
+    assert kept.keeper.change(pb.Limits(hours="any")) == "trains at any hour; it trains"
+
+
+def test_what_the_person_asked_for_stays() -> None:
+    kept = Kept(Limits(hours=parse_hours("22-7")))
+    kept.pause.hold(ASKED, "you asked for it")
+    kept.keeper.start()
+    assert kept.keeper.change(pb.Limits(hours="any")).endswith("it rests: you asked for it")
+    kept.keeper.tick()
+    assert kept.pause.held
+
+
+def test_memory_warns_by_an_event_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, now_s = Kept(Limits(memory_bytes=2 * 10**9)), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+    kept.keeper.tick()
+    assert not kept.events
+    kept.usage.used_bytes = 3 * 10**9
+    kept.keeper.tick()
+    (warning,) = kept.events
+    assert isinstance(warning, WarningEvent) and warning.message.startswith("it uses 3 GB of memory, and may use 2 GB")
+    now_s[0] += 60
+    kept.keeper.tick()
+    assert "`swarmtrain limits --memory` allows more" in kept.pause.reason
+    assert kept.keeper.change(pb.Limits(memory_bytes=4 * 10**9)) == "memory 4GB; it trains"
+    assert len(kept.events) == 1
+
+
+def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the estimate of `check` for as many volunteers as are present; a status asks for the limits in turn."""
+    run, board, now_s = parse_run("[run]\ntotal_tokens = 50_000_000", "r"), StatusBoard("volunteer", 0.0), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+    kept = Kept(expected=lambda: board.estimate_now(board.status()))
+    board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
+    board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
+    assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
+    pulse = Pulse(state=pb.PEER_STATE_TRAINING, doing="")
+    board.watch(Watched(pulse=lambda: pulse, estimates=estimates_of(run, 14 * 10**6)))
+    needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
+    said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
+    assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"
+    assert kept.keeper.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
+    kept.usage.used_bytes = 3 * 10**9
+    kept.keeper.tick()
+    (warning,) = kept.events
+    assert isinstance(warning, WarningEvent) and warning.message.endswith(f"; {needs}")
+
+
+def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, now_s = Kept(), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
+
+    def work(seconds: int) -> None:
+        for _ in range(seconds // 3):
+            now_s[0] += 3.0
+            kept.usage.others += 3.0  # one of two processors
+            kept.keeper.tick()
+
+    work(60)
+    assert not kept.pause.held
+    assert kept.keeper.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    work(30)
+    assert kept.pause.reason == "other programs use 50% of the processors; back after a minute of quiet"
+    assert kept.keeper.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
+
+
+def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
+    all_threads = torch.get_num_threads()
+    kept = Kept(Limits(threads=1))
+    kept.keeper.start()
+    assert torch.get_num_threads() == 1
+    thread = threading.Thread(target=kept.keeper.change, args=[pb.Limits(threads=all_threads + 1)])
+    thread.start()
+    thread.join()
+    assert torch.get_num_threads() == 1
+    kept.keeper.between_steps()
+    assert torch.get_num_threads() == all_threads + 1
+    assert (
+        kept.keeper.change(pb.Limits(threads=0))
+        == f"{counted(all_threads, 'thread')} from the next inner step on; it trains"
+    )
+    kept.keeper.between_steps()
+    assert torch.get_num_threads() == all_threads
+
+
+def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
+    keeper = Kept().keeper
+    assert keeper.change(pb.Limits(threads=99)) == (
+        "99 threads from the next inner step on, more than the 2 cores here: that only slows it down; it trains"
+    )
+    assert keeper.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
+
+
+def test_limits_are_told_and_what_is_absent_stays() -> None:
+    kept = Kept(Limits(threads=3, memory_bytes=2 * 10**9, hours=parse_hours("8-17"), only_when_idle=True))
+    kept.keeper.change(pb.Limits(threads=2))
+    told = kept.keeper.limits()
+    assert (told.threads, told.memory_bytes, told.hours, told.only_when_idle) == (2, 2 * 10**9, "8-17", True)
+    assert told.nice == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_the_link_is_limited_as_given_or_as_the_run_says_and_changes_at_once() -> None:
+    kept, traffic = Kept(Limits(up_mbit=4.0)), TrafficCount()
+    network = NetworkSection(up_mbit=8.0, down_mbit=16.0)
+    assert not kept.keeper.limits().HasField("up_mbit"), "before there is a link"
+    assert kept.keeper.change(pb.Limits(up_mbit=2.0)) == "sends at most 2 Mbit/s; it trains"
+    kept.keeper.limit_link(traffic, network)
+    assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (250_000, 2_000_000)
+    said = kept.keeper.change(pb.Limits(up_mbit=0, down_mbit=1.5))
+    assert said == "sends as fast as the link; receives at most 1.5 Mbit/s; it trains"
+    assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (0, 187_500)
+    told = kept.keeper.limits()
+    assert (told.up_mbit, told.down_mbit) == (0.0, 1.5)
+    with pytest.raises(UserError, match=r"up: 0.5 Mbit/s is too little .* 32.8 kB/s are given up; .* at least 0.53"):
+        kept.keeper.change(pb.Limits(up_mbit=0.5))
+    assert kept.keeper.limits() == told
+    with pytest.raises(UserError, match=r"down: 0.2 Mbit/s is too little"):
+        limit_link(traffic, Limits(down_mbit=0.2), network)
+    limit_link(traffic, Limits(down_mbit=0.2), NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=60))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        (pb.Limits(up_mbit=-1), r"up: -1 Mbit/s is refused; allowed: 0 \(no limit\) to 100000"),
+        (pb.Limits(down_mbit=float("nan")), "down: nan Mbit/s is refused"),
+        (pb.Limits(nice=20), "nice: 20 is refused; allowed: 0"),
+        (pb.Limits(nice=-5), "nice: -5 is refused"),
+        (pb.Limits(threads=10**6), "threads: 1000000 is refused"),
+        (pb.Limits(hours="never"), "'never' is no range of hours"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(wanted: pb.Limits, problem: str) -> None:
+    kept = Kept()
+    before = kept.keeper.limits()
+    with pytest.raises(UserError, match=problem):
+        kept.keeper.change(wanted)
+    assert kept.keeper.limits() == before
+
+
+NICE = """
+import os, subprocess, sys, threading, time
+from swarmtrain.peer.control.usage import set_niceness
+before = os.getpriority(os.PRIO_PROCESS, 0)
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+ended, yields = threading.Event(), threading.Event()
+def yielding():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), before + 1)
+    yields.set()
+    ended.wait()
+threading.Thread(target=ended.wait).start()
+threading.Thread(target=yielding).start()
+yields.wait()
+set_niceness(before + 2)
+tasks = [int(t) for pid in (os.getpid(), child.pid) for t in os.listdir(f"/proc/{pid}/task")]
+print(sorted(os.getpriority(os.PRIO_PROCESS, task) - before for task in tasks))
+ended.set()
+child.communicate(b"\\n")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have a niceness of their own in Linux only")
+@pytest.mark.skipif(os.getpriority(os.PRIO_PROCESS, 0) > 16, reason="nothing is left to yield to")
+def test_niceness_is_every_threads_and_the_daemons() -> None:
+    done = subprocess.run([sys.executable, "-c", NICE], capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, 2, 2, 3]\n"
+
+
+def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nice: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(module, "set_niceness", refuse)
+    with pytest.raises(UserError, match="only an administrator may go back from"):
+        Kept().keeper.change(pb.Limits(nice=0))
+    with pytest.raises(UserError, match="--nice 3"):
+        Kept(Limits(nice=3)).keeper.start()
+
+
+def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    kept, ticks = Kept(), threading.Semaphore(0)
+    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
+    with kept_limits(kept.keeper):
+        for _ in range(3):
+            assert ticks.acquire(timeout=10)
+    assert "limits" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run is expected to use is asked of the status, and so of everything that it looks at."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    kept, ticks = Kept(), threading.Semaphore(0)
+
+    def tick() -> None:
+        ticks.release()
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
+    with kept_limits(kept.keeper):
+        monkeypatch.setattr(kept.keeper, "tick", tick)
+        for _ in range(4):
+            assert ticks.acquire(timeout=1)
+
+
+def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
+    run = parse_run("[run]\ntotal_tokens = 50_000_000", "r")
+    check_memory(run, 10**6, 0)
+    check_memory(run, 10**6, 2 * 10**9)
+    with pytest.raises(UserError) as caught:
+        check_memory(run, 10**9, 2 * 10**9)
+    assert str(caught.value).startswith("this run needs about 45.2 GB with 2 peers (")
+    assert "--memory allows 2 GB: allow more, or join a run with a smaller model" in str(caught.value)
+
+
+def test_usage_counts_this_process_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the machine to have done nothing meanwhile, the others would have done less by what this process did."""
+    machine = psutil.cpu_times()
+    monkeypatch.setattr(psutil, "cpu_times", lambda: machine)
+    usage = Usage()
+    others_before_s, began = usage.others_s(), os.times()
+    total = 0
+    while os.times().user - began.user < 0.5:
+        total += sum(range(1000))
+    assert others_before_s - usage.others_s() == pytest.approx(0.5, abs=0.15)
+    assert 10**7 < usage.memory_bytes() < 10**11
+
+
+def test_a_change_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def refuse(nice: int) -> None:
+        tried.append(nice)
+        raise PermissionError
+
+    monkeypatch.setattr(module, "set_niceness", refuse)
+    kept, traffic = Kept(Limits(up_mbit=4.0)), TrafficCount()
+    kept.keeper.limit_link(traffic, NetworkSection())
+    before = kept.keeper.limits()
+    with pytest.raises(UserError, match="nice: only an administrator"):
+        kept.keeper.change(pb.Limits(up_mbit=2.0, nice=0))
+    with pytest.raises(UserError, match=r"up: 0\.01 Mbit/s is too little"):
+        kept.keeper.change(pb.Limits(up_mbit=0.01, nice=5))
+    assert tried == [0], "what is refused anyway is not tried"
+    assert kept.keeper.limits() == before and before.up_mbit == 4.0
+
+
+def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    other = threading.Thread(target=lambda: kept.keeper.change(pb.Limits(threads=1)))
+
+    def meanwhile(nice: int) -> None:
+        other.start()
+        other.join(0.1)  # where it is not kept out
+
+    monkeypatch.setattr(module, "set_niceness", meanwhile)
+    kept.keeper.change(pb.Limits(nice=5))
+    other.join(10.0)
+    assert (kept.keeper.limits().threads, kept.keeper.limits().nice) == (1, 5)
+    assert kept.keeper._limits.nice == 5

@@ -1,0 +1,153 @@
+"""A peer's folder: what it keeps, and how it refuses to be shared or altered."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarmtrain.errors import UserError
+from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.files import write_atomically
+from swarmtrain.network.identity import new_identity
+from swarmtrain.peer.bootstrap import publish_run, run_bootstrap
+from swarmtrain.peer.lifecycle.folder import is_in_use, peer_folder, running_invite
+from swarmtrain.peer.lifecycle.node import PeerSettings, StopFlag
+from swarmtrain.peer.lifecycle.start_options import Started
+from swarmtrain.run import parse_run
+
+
+def _no_room(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _killed_after(num_written: int) -> Callable[[Path, bytes], None]:
+    left = iter(range(num_written))
+
+    def write(path: Path, data: bytes) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write_atomically(path, data)
+
+    return write
+
+
+def test_one_peer_at_a_time(tmp_path: Path) -> None:
+    with peer_folder(tmp_path / "peer") as folder:
+        assert is_in_use(folder.path)
+        shown = (
+            rf"in use by a running peer \(process {os.getpid()}\): `swarmtrain status --dir {tmp_path}/peer` shows it"
+        )
+        with pytest.raises(UserError, match=shown), peer_folder(tmp_path / "peer"):
+            pass
+        folder.write_invite("swarmtrain join st1abc")
+        assert running_invite(folder.path) == "swarmtrain join st1abc"
+    assert not is_in_use(tmp_path / "peer")
+    assert running_invite(tmp_path / "peer") is None, "an invite of a peer that is gone is not handed out"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="give another folder with --dir"), peer_folder(tmp_path / "file" / "peer"):
+        pass
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    kept = [".archive.old", ".models.abcdefgh", "archive", "model"]
+    for name in (".archive.abc_1234", ".model.abcdefgh", *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with peer_folder(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)
+
+
+def test_a_full_disk_does_not_stop_a_peer_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with peer_folder(tmp_path) as folder:
+        assert is_in_use(folder.path)
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    peers = (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/31337",)),)
+    with peer_folder(tmp_path) as folder:
+        assert (folder.kept_port(), folder.kept_peers()) == (None, ())
+        folder.keep_port(["/ip4/127.0.0.1/tcp/4711"])
+        folder.keep_peers(peers)
+    with peer_folder(tmp_path) as folder:
+        assert (folder.kept_port(), folder.kept_peers()) == (4711, peers)
+        for name in ("port.txt", "peers.json"):
+            (tmp_path / name).write_text("{")
+        assert (folder.kept_port(), folder.kept_peers()) == (None, ())
+
+
+def test_a_run_is_kept_whole_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(50):
+        (tmp_path / "text" / f"{number}.txt").write_text("".join(f"line {number} {i * i}\n" for i in range(200)))
+    text = "[run]\ntotal_tokens = 100_000\n[data]\nsource = 'text'\npaths = ['text/*.txt']\nheld_out_bytes = 1024\n"
+    published = publish_run(parse_run(text, "r"), tmp_path, datetime.datetime.now(datetime.UTC))
+    with peer_folder(tmp_path / "peer") as folder:
+        assert folder.kept_run() is None
+        for num_written in range(2):
+            with pytest.MonkeyPatch.context() as killed, pytest.raises(KeyboardInterrupt):
+                killed.setattr("swarmtrain.peer.lifecycle.folder.write_atomically", _killed_after(num_written))
+                folder.keep_run(published)
+            assert folder.kept_run() is None, "killed halfway, it begins anew"
+        folder.keep_run(published)
+        assert folder.kept_run() == published
+        with pytest.MonkeyPatch.context() as full:
+            full.setattr("swarmtrain.peer.lifecycle.folder.write_atomically", _no_room)
+            folder.keep_run(published)  # it is here already
+            folder.keep_port(["/ip4/127.0.0.1/tcp/4711"])
+            (folder.path / "held-out.txt").unlink()
+            with pytest.raises(UserError, match="No space left on device; give another folder"):
+                folder.keep_run(published)
+        (folder.path / "held-out.txt").write_bytes(b"altered")
+        with pytest.raises(UserError, match="lacks files of its run"):
+            folder.kept_run()
+        (folder.path / "run.toml").write_bytes(b"[run]\n")
+        with pytest.raises(UserError, match="was altered"):
+            folder.kept_run()
+
+
+def test_names_that_strangers_gave_are_not_kept(tmp_path: Path) -> None:
+    """A folder of before says nothing of whose they were. Those of an invite are kept: it is not given again."""
+    before = [
+        {"peer": "P", "addresses": ["/dns4/evil.example/tcp/1", "/ip6/::ffff:a9fe:a9fe/tcp/80"]},
+        {"peer": "Q", "addresses": ["/ip4/10.0.0.1/tcp/5", "/dns/evil.example/tcp/1"]},
+    ]
+    with peer_folder(tmp_path / "peer") as folder:
+        (folder.path / "peers.json").write_text(json.dumps(before))
+        assert folder.kept_peers() == (InvitedPeer("P", ()), InvitedPeer("Q", ("/ip4/10.0.0.1/tcp/5",)))
+        given = InvitedPeer("R", ("/dns4/swarm.example/tcp/1", "/ip4/10.0.0.1/tcp/6"))
+        folder.keep_peers([*folder.kept_peers(), given])
+        folder.keep_peers(folder.kept_peers())
+        assert folder.kept_peers()[-1] == given
+
+
+def test_a_start_that_is_refused_is_not_remembered(tmp_path: Path) -> None:
+    """Else it would be refused the next time too, for an option that nobody gives."""
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text("".join(f"line {number} {i * i}\n" for i in range(100)))
+    text = "[run]\ntotal_tokens = 100_000\n[data]\nsource = 'text'\npaths = ['*.txt']\nheld_out_bytes = 1024\n"
+    run = parse_run(text, "r")
+    before = Started(("bootstrap", "r.toml"), {"--listen": (":4000",)})
+    with peer_folder(tmp_path / "peer") as folder:
+        folder.keep_run(publish_run(run, tmp_path, datetime.datetime.now(datetime.UTC)))
+        folder.started.keep_command(before)
+    changed = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": 3})})
+    settings = PeerSettings(
+        directory=tmp_path / "peer", name="", started=Started(("bootstrap", "r.toml"), {"--wait-for": ("3",)})
+    )
+    with pytest.raises(UserError, match="--wait-for was changed"):
+        run_bootstrap(changed, tmp_path, settings, lambda event: None, StopFlag())
+    assert folder.started.read() == before

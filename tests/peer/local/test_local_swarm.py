@@ -1,0 +1,75 @@
+"""How a swarm on one machine ends: by processes that only say when they do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from swarmtrain.cli.local import _again
+from swarmtrain.events import DoneEvent, Event, InviteEvent
+from swarmtrain.peer.local.swarm import LocalSwarm
+
+_PEER = """
+import json, os, signal, sys, time
+seen = []
+def end(number, frame):
+    seen.append(number)
+    if len(seen) < int(sys.argv[1]):
+        return
+    print(json.dumps({"event": "done", "name": sys.argv[sys.argv.index("--name") + 1], "held_out_loss": None,
+        "tokens": 0, "run_tokens": 0, "wall_s": time.monotonic(), "reason": "interrupted"}), flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+print(json.dumps({"event": "invite", "line": "", "invite": "", "run_sha256": "", "addresses": []}), flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+def swarm_of(folder: Path, **needed: int) -> LocalSwarm:
+    """Peers by name, each of which ends when it is told to so often."""
+    swarm = LocalSwarm(folder)
+    for name, times in needed.items():
+        swarm.start(name, [str(times)], ("-c", _PEER))
+    ready = [event for _, event in zip(needed, swarm.events(60.0), strict=False)]
+    assert all(isinstance(event, InviteEvent) for event in ready) and len(ready) == len(needed)
+    return swarm
+
+
+def _when(event: Event) -> float:
+    """When it was said: of two processes' last words, either may be read first."""
+    return event.wall_s if isinstance(event, DoneEvent) else 0.0
+
+
+def test_volunteers_end_before_the_bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.peer.local.swarm._HAND_OVER_LIMIT_S", 0.2)
+    swarm = swarm_of(tmp_path, bootstrap=1, anna=1, bert=2)
+    groups = {os.getpgid(child.process.pid) for child in swarm.children.values()}
+    assert os.getpgid(0) not in groups, "Ctrl-C in a terminal is for this process"
+    said: list[Event] = []
+    swarm.stop(said.append)
+    said += swarm.last_words()
+    ended = [event.name for event in sorted(said, key=_when) if isinstance(event, DoneEvent)]
+    assert ended == ["anna", "bert", "bootstrap"], "bert was told twice"
+    assert [child.process.returncode for child in swarm.children.values()] == [0, 0, 0]
+
+
+def test_who_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("_HAND_OVER_LIMIT_S", "_INSIST_S"):
+        monkeypatch.setattr(f"swarmtrain.peer.local.swarm.{limit}", 0.2)
+    swarm = swarm_of(tmp_path, bootstrap=1, anna=9)
+    swarm.stop()
+    assert [child.process.returncode for child in swarm.children.values()] == [0, -9]
+
+
+def test_the_line_to_go_on_is_what_was_typed_with_its_folder() -> None:
+    folder = Path("runs/x 1")
+    assert _again(["local", "stdlib-gpt", "--peers", "2"], folder) == (
+        "swarmtrain local stdlib-gpt --peers 2 --dir 'runs/x 1'"
+    )
+    for given in (["--dir", "a"], ["--dir=a"]):
+        assert _again(["local", *given, "r.toml", "--rtt", "5"], folder) == (
+            "swarmtrain local r.toml --rtt 5 --dir 'runs/x 1'"
+        )

@@ -1,0 +1,104 @@
+"""A stage that a volunteer of a pipeline comes back to, from its checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swarmtrain.algorithm.inner import Moments
+from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.model.stages import stage_shapes
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.node import NodeSettings, TrafficCount
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
+from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.pipeline.context import PipelineContext
+from swarmtrain.peer.pipeline.first_stage import FirstStage
+from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
+from swarmtrain.peer.pipeline.stage_replica import StageReplica, StageSite
+from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
+from swarmtrain.peer.training.session import LocalCheckpoint
+from swarmtrain.protocol.pipeline.balance import Rule
+from swarmtrain.protocol.pipeline.stages import FirstStageWatch
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import RunFile
+
+IDENTITY = new_identity()
+RUN = RunFile.model_validate(
+    {
+        "run": {"total_tokens": 10**6},
+        "data": {"source": "text", "paths": ("x",)},
+        "model": {"context_tokens": 16, "num_layers": 3, "width": 16, "num_heads": 2},
+        "inner": {"batch_sequences": 8, "microbatch_sequences": 2},
+        "merge": {"method": "gossip", "inner_steps": 4},
+        "pipeline": {"stages": 2},
+    }
+)
+PUBLISHED = PublishedRun(b"", "ab" * 32, RUN, b"", b"")
+TEXT = np.arange(10**6, dtype=np.uint8)
+
+
+def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
+    """As much of a volunteer as takes a stage."""
+    context: Any = SimpleNamespace(
+        published=PUBLISHED,
+        run=RUN,
+        me=IDENTITY.peer_id,
+        name="anna",
+        node=SimpleNamespace(
+            identity=IDENTITY, settings=NodeSettings(directory=folder), traffic=TrafficCount(), read_bucket=None
+        ),
+        network=None,
+        folder=PeerFolder(folder),
+        settings=PeerSettings(directory=folder, name="anna"),
+        emit=lambda event: None,
+        stop=StopFlag(),
+        control=SimpleNamespace(starting=lambda what: None),
+        slowed_work=lambda: lambda kind: nullcontext(),
+    )
+    data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))
+    nothing: Any = None
+    stages, rule, end = StageReplicas(context.me, (0.5, 0.5)), Rule(costs=(0.5, 0.5)), FirstStageWatch(10**6)
+    first = FirstStage(context, data, folder, swarm, stages, nothing)
+    first.drive = lambda desk: None  # type: ignore[method-assign]
+    shapes = stage_shapes(RUN.model, (1,))
+    pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=nothing)
+    return StageAssignment(pipeline, StageSite(context=context), first, nothing, end), stages
+
+
+@pytest.mark.parametrize("drawn", [0, 7])
+def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: int) -> None:
+    def load(checkpointer: Checkpointer, run: RunFile, size: int) -> Checkpoint | None:
+        own = LocalCheckpoint(batches=drawn, own_tokens=9, young_steps=None, steps_per_s=1.0, moments=moments)
+        state = OuterState(torch.zeros(size), torch.zeros(size))
+        return Checkpoint(state=state, progress=Progress(), roster=None, signed_roster=None, own=own) if drawn else None
+
+    moments = Moments(vectors=torch.zeros(2, 1), steps=torch.zeros(1))
+    monkeypatch.setattr(Checkpointer, "load", load)
+    monkeypatch.setattr(StageReplica, "enter", lambda held, through: None)
+    monkeypatch.setattr(StageReplica, "begin", lambda held: None)
+    one, stages = assignment(tmp_path)
+    one.enter(0)
+    held: Any = stages.all[0]
+    assert held.trainer.batches.position == drawn
+    assert RUN.num_shards(len(TEXT)) > 0 and held.swarm.coverage.shards.num_shards == RUN.num_shards(len(TEXT))
+    one.enter(1)
+    assert stages.all[1].swarm.coverage is None, "only the first stage draws data"
+    held.keeper.checkpointer.durable = Progress(round=4)
+    assert (held.swarm.records.safe(), stages.all[1].swarm.records.safe()) == (Progress(round=4), None)
+    held.trainer.batches.next_batch()
+    one.enter(0)
+    assert stages.all[0].swarm is held.swarm, "what it answers cannot be taken back"
+    assert stages.all[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
+    assert held.swarm.records.safe() is None, "of who keeps it now"

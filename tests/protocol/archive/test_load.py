@@ -1,0 +1,30 @@
+"""How much the archive asks of whom, and how often."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarmtrain.protocol.archive.load import archive_bytes, archive_every_s, archived_sources
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sources"), [(460_000, 16), (8_000_000, 16), (10**7, 12), (57 * 10**6, 3), (10**10, 3)]
+)
+def test_fewer_sources_of_a_large_model_but_three(parameters: int, sources: int) -> None:
+    assert archived_sources(parameters) == sources
+
+
+def test_one_archive_brings_the_weights_of_each_and_one_momentum() -> None:
+    assert archive_bytes(1000, 2) == 4 * 1000 * 3
+    assert archive_bytes(57 * 10**6, 50) == 4 * 57 * 10**6 * 4
+
+
+def test_a_small_model_is_archived_as_the_run_file_says_whatever_it_took() -> None:
+    assert archive_every_s(60, 25, 1_000_000) == 60
+
+
+def test_a_large_one_so_that_links_are_free_for_merging() -> None:
+    assert archive_every_s(60, 3, 57_000_000) == 60
+    assert archive_every_s(60, 90, 57_000_000) == 900
+    assert archive_every_s(60, 900, 57_000_000) == 1800
+    assert archive_every_s(7200, 900, 57_000_000) == 7200

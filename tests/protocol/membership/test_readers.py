@@ -1,0 +1,73 @@
+"""Who may read from a peer now, and who gives way to whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarmtrain.protocol.membership.readers import GIVES_WAY_S, Reader, Readers
+
+MOST = 4
+
+
+def full(now: float = 0.0) -> tuple[Readers, list[Reader]]:
+    """Two of mallory's and two of eve's, who take and take."""
+    readers = Readers(20.0)
+    inside = [readers.admit(peer, MOST, now)[0] for peer in ("mallory", "mallory", "eve", "eve")]
+    assert all(inside)
+    return readers, [reader for reader in inside if reader is not None]
+
+
+def take(readers: Readers, inside: list[Reader], until_s: float, bytes_per_s: list[float]) -> None:
+    """Each takes a piece a second."""
+    for second in range(1, int(until_s) + 1):
+        for reader, rate in zip(inside, bytes_per_s, strict=True):
+            readers.takes(reader, int(rate), float(second))
+
+
+def test_nobody_gives_way_before_its_time_and_then_the_slowest() -> None:
+    readers, inside = full()
+    take(readers, inside, GIVES_WAY_S - 1, [54e3, 40e3, 1e6, 54e3])
+    assert not readers.has_room_for("anna", MOST, GIVES_WAY_S - 1)
+    assert readers.admit("anna", MOST, GIVES_WAY_S - 1) == (None, None)
+    take(readers, inside, GIVES_WAY_S, [54e3, 40e3, 1e6, 54e3])
+    assert readers.has_room_for("anna", MOST, GIVES_WAY_S)
+    anna, gone = readers.admit("anna", MOST, GIVES_WAY_S)
+    assert anna is not None and gone is inside[1] and gone not in readers and len(readers) == MOST
+
+
+def test_while_there_are_places_nobody_gives_way_however_slow() -> None:
+    readers = Readers(20.0)
+    slow, _ = readers.admit("slow", MOST, 0.0)
+    assert slow is not None
+    readers.takes(slow, 1, 1000.0)
+    assert [readers.admit(peer, MOST, 1000.0)[1] for peer in ("a", "b", "c")] == [None] * 3 and slow in readers
+
+
+def test_who_has_as_many_places_as_another_does_not_drive_it_out() -> None:
+    """Nor does one that asks all the time get more than its half."""
+    readers = Readers(20.0)
+    for peer in ("anna", "ben", "carl", "dora"):
+        readers.admit(peer, MOST, 0.0)
+    now = GIVES_WAY_S + 5
+    for reader in list(readers._inside):
+        readers.takes(reader, 1, now)
+    assert not readers.has_room_for("anna", MOST, now) and readers.admit("ben", MOST, now) == (None, None)
+    assert readers.has_room_for("eve", MOST, now), "one that has none"
+
+
+def test_the_time_that_it_waits_for_us_is_not_its_own() -> None:
+    """Our link is limited: each piece waits for its turn, and nobody is slow."""
+    readers, inside = full()
+    for second in range(0, 300, 3):
+        for reader in inside:
+            readers.waits(reader, float(second) + 0.1)
+            readers.takes(reader, 1000, float(second) + 3.0)
+    assert all(reader.own_s(300.0) == pytest.approx(10.0, abs=0.2) for reader in inside)
+    assert not readers.has_room_for("anna", MOST, 300.0)
+
+
+def test_one_that_takes_nothing_loses_its_place_before_any_other() -> None:
+    readers, inside = full()
+    take(readers, inside[1:], 25, [1e6, 1e3, 1e6])
+    _, gone = readers.admit("anna", MOST, 25.0)
+    assert gone is inside[0]

@@ -1,0 +1,463 @@
+"""Every branch of the decisions about a round."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmtrain.protocol.rounds.rosters import (
+    AdvertisedRound,
+    ApplyDecision,
+    CatchUpDecision,
+    Roster,
+    RoundPublication,
+    RoundView,
+    SignDecision,
+    Standing,
+    WaitDecision,
+    better_roster,
+    decide,
+    idled,
+    is_silent,
+    joining_steps,
+    peers_to_ask,
+    pulls_whole,
+    round_steps,
+    share_due_s,
+    share_ranges,
+    standing,
+    standings,
+)
+
+
+def offer(peer: str, base: str = "") -> RoundPublication:
+    return RoundPublication(peer=peer, snapshot=f"hash-{peer}", tokens=100, inner_steps=10, base=base)
+
+
+def roster(signer: str, peers: str = "abc", **more: Any) -> Roster:
+    return Roster(**{"round": 3, "signer": signer, "entries": tuple(offer(p) for p in peers), **more})
+
+
+def view(me: str, live: str = "", published: str | None = None, **more: Any) -> RoundView:
+    """Ended at 100 s, limit at 200 s, silence 5 s; `published` are announced and held."""
+    published = me if published is None else published
+    fields: dict[str, Any] = {
+        "announced": {p: offer(p) for p in published},
+        "held": frozenset(published),
+        "share_above": 5,
+        **more,
+    }
+    return RoundView(me=me, round=3, ended_at_s=100, deadline_s=200, silence_s=5, live=frozenset(live), **fields)
+
+
+def signed(decision: object) -> str:
+    assert isinstance(decision, SignDecision), decision
+    return "".join(entry.peer for entry in decision.entries)
+
+
+# ---------------------------------------------------------------- decide
+
+
+def test_alone_one_signs_at_once() -> None:
+    assert signed(decide(view("a"), 100)) == "a"
+
+
+def test_the_lowest_waits_for_the_others_then_signs() -> None:
+    decision = decide(view("a", "bc", "ab"), 101)
+    assert decision == WaitDecision(until_s=105, reason="waiting for c")
+    assert signed(decide(view("a", "bc", "abc"), 101)) == "abc"
+    assert signed(decide(view("a", "bc", "ab"), 105)) == "ab"
+
+
+def test_an_answer_renews_the_wait_until_the_time_limit() -> None:
+    told = {"heard_at_s": {"b": 150.0}}
+    assert decide(view("a", "b", **told), 152) == WaitDecision(until_s=155, reason="waiting for b")
+    told = {"heard_at_s": {"b": 198.0}}
+    assert decide(view("a", "b", **told), 199) == WaitDecision(until_s=200, reason="waiting for b")
+    decision = decide(view("a", "b", **told), 200)
+    assert signed(decision) == "a"
+    assert decision.reason == "time limit; without b"
+
+
+def test_the_others_wait_for_the_lowest_and_pass_it_over_when_silent() -> None:
+    assert decide(view("c", "ab", "abc"), 101) == WaitDecision(until_s=105, reason="a signs the roster")
+    assert decide(view("c", "ab", "abc", heard_at_s={"b": 103.0}), 106) == WaitDecision(
+        until_s=108, reason="b signs the roster"
+    )
+    assert signed(decide(view("b", "ac", "bc"), 105)) == "bc"
+    assert signed(decide(view("b", "ac", "abc"), 105)) == "abc", "silent now, but it has published"
+
+
+def test_a_signer_that_has_not_published_by_the_time_limit_is_passed_over() -> None:
+    talks = {"heard_at_s": {"a": 199.9}}
+    assert isinstance(decide(view("b", "a", **talks), 199.99), WaitDecision)
+    assert signed(decide(view("b", "a", **talks), 200)) == "b"
+
+
+def test_a_signer_that_published_and_talks_yet_never_signs_is_passed_over_in_turn() -> None:
+    talks = {"heard_at_s": {"a": 999.0, "b": 999.0}}
+    assert decide(view("c", "ab", "abc", **talks), 201) == WaitDecision(until_s=205, reason="a signs the roster")
+    assert decide(view("c", "ab", "abc", **talks), 205) == WaitDecision(until_s=210, reason="b signs the roster")
+    assert signed(decide(view("c", "ab", "abc", **talks), 210)) == "abc"
+
+
+def test_idle_is_who_published_and_talks_and_let_its_turn_pass() -> None:
+    talks = {"heard_at_s": {"a": 999.0, "b": 999.0}}
+    the_view = view("c", "ab", "abc", **talks)
+    assert idled(the_view, 204.9) == frozenset()
+    assert idled(the_view, 205) == {"a"}
+    assert idled(the_view, 210) == {"a", "b"}
+    assert idled(view("c", "ab", "bc", **talks), 210) == {"b"}, "a has not published: only late"
+    assert idled(view("c", "ab", "abc"), 210) == frozenset(), "both are silent"
+
+
+def test_an_idle_signer_is_passed_over_and_stays_a_member() -> None:
+    idle = {"idle": frozenset("a")}
+    assert signed(decide(view("b", "ac", "abc", **idle), 101)) == "abc"
+    assert decide(view("b", "ac", "bc", **idle), 101) == WaitDecision(until_s=105, reason="waiting for a")
+    assert decide(view("c", "ab", "abc", **idle), 101) == WaitDecision(until_s=105, reason="b signs the roster")
+    its = roster("a")
+    assert decide(view("b", "ac", "abc", **idle, rosters=[roster("b"), its]), 101) == ApplyDecision(
+        roster=its, reason="signed by a"
+    )
+    assert peers_to_ask(view("z", "abcdefg", **idle), 101) == ["b", "c"]
+    assert signed(decide(view("b", "a", "ab", **idle, guest=True), 101)) == "ab"
+
+
+def test_nobody_is_silent_who_was_not_asked() -> None:
+    assert isinstance(decide(view("c", "ab", "abc", asked_at_s={}), 150), WaitDecision)
+    assert decide(view("c", "a", "ac", asked_at_s={"a": 150.0}), 152) == WaitDecision(
+        until_s=155, reason="a signs the roster"
+    )
+    assert signed(decide(view("c", "a", "ac", asked_at_s={"a": 150.0}), 155)) == "ac"
+
+
+def test_silent_is_who_was_asked_and_has_not_said_a_word() -> None:
+    asked = view("a", "bcd", asked_at_s={"b": 101.0, "c": 101.0}, heard_at_s={"c": 104.0, "d": 1.0})
+    assert [p for p in "bcd" if is_silent(asked, p, 105.9)] == []
+    assert [p for p in "bcd" if is_silent(asked, p, 106)] == ["b"]
+    assert [p for p in "bcd" if is_silent(asked, p, 200)] == ["b", "c"]
+    deaf = view("a", "b", asked_at_s={"b": 101.0}, listening_since_s=110.0)
+    assert not is_silent(deaf, "b", 114)
+
+
+def test_after_a_pause_of_ones_own_silence_counts_anew() -> None:
+    answered = view("a", "b", listening_since_s=180.0, answered_at_s={"b": 180.0})
+    assert decide(answered, 181) == WaitDecision(until_s=185, reason="waiting for b")
+
+
+def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others_have_been_heard() -> None:
+    """They may have signed without it, and gone on."""
+    stood_still = {"listening_since_s": 180.0, "answered_at_s": {"b": 180.5, "c": 179.9}}
+    reason = "this process has stood still: it asks c what happened meanwhile"
+    assert decide(view("a", "bc", "abc", **stood_still), 181) == WaitDecision(until_s=185, reason=reason)
+    assert decide(view("a", "bc", "abc", **stood_still, rosters=[roster("a")]), 181) == WaitDecision(
+        until_s=185, reason=reason
+    )
+    assert decide(view("a", "b", "ab", **stood_still, guests=frozenset("c")), 181) == WaitDecision(
+        until_s=185, reason=reason
+    )
+    assert isinstance(decide(view("a", "bc", "abc", **stood_still, ahead=frozenset("d")), 181), WaitDecision)
+    assert isinstance(decide(view("a", "bc", "abc", **stood_still, far_ahead=frozenset("d")), 181), CatchUpDecision)
+    assert signed(decide(view("a", "bc", "abc", **stood_still), 185)) == "abc", "c does not answer"
+    stood_still["answered_at_s"] = {"b": 180.5, "c": 180.0}
+    assert signed(decide(view("a", "bc", "abc", **stood_still), 181)) == "abc"
+    assert signed(decide(view("a", "bc", "abc", listening_since_s=99.0), 181)) == "abc", "before it asked anybody"
+
+
+@pytest.mark.parametrize("me", ["a", "d"])
+def test_who_comes_after_its_time_limit_signs_nothing_before_the_others_have_been_heard(me: str) -> None:
+    """Its machine slept in the midst of the round, say: they may have signed without it, and gone on."""
+    late = dataclasses.replace(view(me, "bc", me), deadline_s=100.0)
+    reason = "this process is later than the time limit: it asks b, c what happened meanwhile"
+    assert decide(late, 100) == WaitDecision(until_s=105, reason=reason)
+    answered = dataclasses.replace(late, answered_at_s={"b": 100.0, "c": 100.0})
+    assert signed(decide(answered, 101)) == me, "nobody else has published, and the time is over"
+    assert isinstance(decide(dataclasses.replace(answered, far_ahead=frozenset("b")), 101), CatchUpDecision)
+    assert signed(decide(late, 105)) == me, "nobody answers"
+
+
+def test_a_signer_whose_roster_nobody_applied_follows_those_who_went_on_without_it() -> None:
+    own, theirs = roster("a"), roster("b", "bc")
+    gone_on = {"rosters": [own, theirs], "ahead": frozenset("b")}
+    left = decide(view("a", "c", "abc", **gone_on, applied=frozenset({theirs.digest})), 101)
+    assert left == CatchUpDecision(sources=("b",), reason="others have finished this round")
+    applied = frozenset({own.digest, theirs.digest})
+    assert decide(view("a", "c", "abc", **gone_on, applied=applied), 101) == ApplyDecision(
+        roster=own, reason="signed by a"
+    )
+
+
+def test_one_a_roster_behind_is_waited_for_as_if_silent() -> None:
+    behind = {"behind": frozenset("b"), "heard_at_s": {"b": 104.0}}
+    assert decide(view("a", "b", **behind), 104) == WaitDecision(until_s=105, reason="waiting for b")
+    assert signed(decide(view("a", "b", **behind), 105)) == "a"
+
+
+def test_guests_count_and_are_waited_for_only_while_their_bytes_come() -> None:
+    guests = {"guests": frozenset("z")}
+    assert signed(decide(view("a", "b", "ab", **guests), 101)) == "ab"
+    assert signed(decide(view("a", "b", "abz", **guests), 101)) == "abz"
+    coming = {"announced": {p: offer(p) for p in "abz"}, "held": frozenset("ab"), "heard_at_s": {"z": 104.0}}
+    assert decide(view("a", "b", **guests, **coming), 104) == WaitDecision(until_s=105, reason="waiting for z")
+    assert signed(decide(view("a", "b", **guests, **coming), 105)) == "ab"
+
+
+def test_a_guest_signs_last_though_it_be_the_lowest() -> None:
+    assert decide(view("a", "bc", "abc", guest=True), 101) == WaitDecision(until_s=105, reason="b signs the roster")
+    assert signed(decide(view("a", "bc", "abc", guest=True), 105)) == "abc"
+    assert signed(decide(view("a", guest=True), 100)) == "a"
+
+
+def test_in_a_small_group_the_signer_lists_what_it_holds() -> None:
+    announced = {"announced": {p: offer(p) for p in "abc"}, "held": frozenset("ab")}
+    assert decide(view("a", "bc", **announced), 101) == WaitDecision(until_s=105, reason="waiting for c")
+    assert signed(decide(view("a", "bc", **announced), 105)) == "ab"
+    assert signed(decide(view("a", "bc", **announced, unobtainable=frozenset("c")), 101)) == "ab"
+
+
+def test_with_shares_the_manifest_of_a_live_peer_is_enough() -> None:
+    everyone = {p: offer(p) for p in "abcdefg"}
+    shares = {"announced": everyone, "held": frozenset("a")}
+    assert signed(decide(view("a", "bcdefg", **shares), 101)) == "abcdefg"
+    assert signed(decide(view("a", "bcdef", **shares), 101)) == "abcdef", "g died with its bytes"
+    shares["held"] = frozenset("ag")
+    assert signed(decide(view("a", "bcdef", **shares), 101)) == "abcdefg"
+
+
+def test_publications_and_rosters_of_other_weights_are_not_ours() -> None:
+    announced = {"announced": {"a": offer("a", "x"), "b": offer("b", "y")}, "held": frozenset("ab"), "base": "x"}
+    assert signed(decide(view("a", **announced), 101)) == "a"
+    assert signed(decide(view("a", **announced, rosters=[roster("a", base="y")]), 101)) == "a"
+    ours = roster("b", base="x")
+    assert decide(view("a", **announced, rosters=[ours]), 101) == ApplyDecision(roster=ours, reason="signed by b")
+    assert isinstance(decide(view("a", **announced, rosters=[roster("b", base="x", round=2)]), 101), SignDecision)
+
+
+def test_the_better_roster_is_applied() -> None:
+    a, b = roster("a"), roster("b")
+    assert decide(view("c", "ab", rosters=[b, a]), 101) == ApplyDecision(roster=a, reason="signed by a")
+    assert decide(view("c", "ab", rosters=[b]), 101) == ApplyDecision(roster=b, reason="signed by b")
+
+
+def test_a_roster_with_bytes_that_nobody_has() -> None:
+    a, b = roster("a"), roster("b", "bc")
+    lacking = {"rosters": [a], "unobtainable": frozenset("a")}
+    assert isinstance(decide(view("c", "ab", "bc", **lacking), 101), WaitDecision), "its signer may sign again"
+    assert signed(decide(view("b", "c", "bc", **lacking), 101)) == "bc", "its signer is gone: the next one's turn"
+    lacking["rosters"] = [a, b]
+    assert decide(view("b", "c", "bc", **lacking), 101) == ApplyDecision(roster=b, reason="signed by b")
+    lacking["ahead"] = frozenset("d")
+    assert isinstance(decide(view("b", "c", "bc", **lacking), 101), CatchUpDecision), (
+        "somebody could apply the better one"
+    )
+
+
+def test_the_signer_signs_again_without_what_nobody_has() -> None:
+    decision = decide(view("a", "b", "abc", rosters=[roster("a")], unobtainable=frozenset("c")), 101)
+    assert signed(decision) == "ab"
+    assert decision.attempt == 1  # type: ignore[union-attr]
+    again = [roster("a"), roster("a", "ab", attempt=1)]
+    decision = decide(view("a", "b", "abc", rosters=again, unobtainable=frozenset("bc")), 101)
+    assert signed(decision) == "a"
+    assert decision.attempt == 2  # type: ignore[union-attr]
+    ahead = view("a", "b", "abc", rosters=[roster("a")], unobtainable=frozenset("c"), ahead=frozenset("b"))
+    assert isinstance(decide(ahead, 101), CatchUpDecision), "somebody applied the first attempt"
+
+
+def test_catching_up() -> None:
+    assert decide(view("a", "b", ahead=frozenset("dc")), 101) == CatchUpDecision(
+        sources=("c", "d"), reason="others have finished this round"
+    )
+    fits = {"rosters": [roster("b")]}
+    assert isinstance(decide(view("a", "b", ahead=frozenset("c"), **fits), 101), ApplyDecision)
+    far = decide(view("a", "b", far_ahead=frozenset("c"), ahead=frozenset("d"), **fits), 101)
+    assert isinstance(far, CatchUpDecision)
+    assert far.sources == ("c",)
+
+
+@given(st.data())
+def test_a_decision_is_total_and_a_wait_ends(data: st.DataObject) -> None:
+    """Whatever is known, there is a decision; waiting again and again without news ends in signing."""
+    names = st.frozensets(st.sampled_from("bcdefgh"))
+    me, live = data.draw(st.sampled_from("adz")), data.draw(names)
+    published = data.draw(names) | {me}
+    guests = data.draw(names) - live - {me}
+    live -= {me}
+    the_view = view(
+        me,
+        "".join(live),
+        "".join(published),
+        guest=data.draw(st.booleans()),
+        guests=guests,
+        behind=data.draw(names) & live,
+        held=data.draw(names) | {me},
+        heard_at_s={p: data.draw(st.floats(0, 300)) for p in live},
+        unobtainable=data.draw(names) - {me},
+        idle=data.draw(names),
+        asked_at_s=dict.fromkeys(live | guests, 100.0),
+    )
+    now, turns = 100.0, 0
+    while isinstance(decision := decide(the_view, now), WaitDecision):
+        assert decision.until_s > now
+        now, turns = decision.until_s, turns + 1
+    assert isinstance(decision, SignDecision)
+    assert me in signed(decision)
+    assert signed(decision) == "".join(sorted(signed(decision)))
+    assert turns <= 12
+    assert now <= 200 + 5 * (1 + len(live))
+
+
+# ---------------------------------------------------------------- ranks and standings
+
+
+def test_which_of_two_rosters_holds() -> None:
+    assert better_roster([]) is None
+    assert better_roster([roster("b"), roster("a")]) == roster("a")
+    assert better_roster([roster("a"), roster("a", "ab", attempt=1)]) == roster("a", "ab", attempt=1)
+    assert better_roster([roster("b", attempt=9), roster("a")]) == roster("a")
+    heavier = roster("z", base_tokens=10**9)
+    assert better_roster([roster("a"), heavier]) == roster("a"), "what a signer says of tokens counts for nothing"
+    two = [roster("a", "ab"), roster("a", "ac")]
+    assert better_roster(two) == better_roster(two[::-1]), "a signer that lost its memory"
+
+
+@given(st.permutations([roster(s, p, attempt=a) for s in "ab" for p in ("a", "ab") for a in (0, 1)]))
+def test_the_order_is_total(rosters: list[Roster]) -> None:
+    best = better_roster(rosters)
+    assert best is not None and (best.signer, best.attempt) == ("a", 1)
+    assert best == better_roster(rosters[::-1])
+    for x, y in itertools.combinations(rosters, 2):
+        assert better_roster([x, y]) == better_roster([y, x])
+
+
+def test_digest_and_tokens() -> None:
+    a = roster("a", base_tokens=50)
+    assert a.peers == ("a", "b", "c")
+    assert (a.tokens, a.total_tokens) == (300, 350)
+    assert a.digest == roster("z", attempt=4).digest
+    assert len({a.digest, roster("a", "ab").digest, roster("a", base="x").digest, roster("a", round=4).digest}) == 4
+
+
+def chain(rounds: int, signer: str = "a", peers: str = "ab") -> list[Roster]:
+    rosters: list[Roster] = []
+    for r in range(rounds):
+        last = rosters[-1] if rosters else None
+        base, tokens = ("", 0) if last is None else (last.digest, last.total_tokens)
+        rosters.append(roster(signer, peers, round=r, base=base, base_tokens=tokens))
+    return rosters
+
+
+def test_standings() -> None:
+    ours, others = chain(6), chain(6, "b", "cd")
+    mine, round = ours[3], 4
+
+    def of(last: Roster | None, their_round: int, participating: bool = True) -> Standing:
+        told = AdvertisedRound(round=their_round, last=last, participating=participating)
+        return standing(mine, round, told, lambda heard: heard in (*ours[4:], *others[4:]))
+
+    def at_the_start(told: AdvertisedRound) -> Standing:
+        return standing(None, 0, told, lambda heard: heard is not None)
+
+    assert at_the_start(AdvertisedRound(round=0, last=None)) is Standing.WITH_US
+    assert at_the_start(AdvertisedRound(round=1, last=ours[0])) is Standing.AHEAD
+    assert at_the_start(AdvertisedRound(round=2, last=ours[1])) is Standing.FAR_AHEAD
+    assert of(ours[3], 4) is Standing.WITH_US
+    assert of(ours[3], 4, participating=False) is Standing.GUEST
+    assert of(ours[2], 3) is Standing.BEHIND
+    assert of(ours[1], 2) is Standing.GUEST
+    assert of(None, 0) is Standing.GUEST
+    assert of(ours[4], 5) is Standing.AHEAD
+    assert of(ours[5], 6) is Standing.FAR_AHEAD
+    assert of(others[3], 4) is Standing.GUEST, "other weights, which lose"
+    assert of(others[2], 3) is Standing.GUEST
+    assert of(others[5], 6) is Standing.FAR_AHEAD
+
+
+# ---------------------------------------------------------------- whom to ask, shares, steps
+
+
+def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
+    """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, guests=frozenset("gh"))
+    assert isinstance(decide(small, 101), WaitDecision) and pulls_whole(small)
+    assert not pulls_whole(view("a", "b", published="abg", share_above=2, guests=frozenset("g")))
+    assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
+
+
+def test_the_standings_of_all() -> None:
+    mine, theirs = chain(2)[-1], chain(3)
+    told = {
+        "with": (5.0, AdvertisedRound(round=3, last=mine)),
+        "ahead": (5.0, AdvertisedRound(round=3, last=theirs[2])),
+        "refused": (5.0, AdvertisedRound(round=3, last=theirs[2])),
+        "guest": (5.0, AdvertisedRound(round=2, last=None)),
+        "old": (1.0, AdvertisedRound(round=2, last=None)),
+        "old-ahead": (1.0, AdvertisedRound(round=3, last=theirs[2])),
+        "gone": (5.0, AdvertisedRound(round=2, last=None)),
+    }
+    peers = [*told.keys() - {"gone"}, "unknown"]
+    since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "guest", "with"}}
+    of_all = {peer: told.get(peer) for peer in peers}
+    found = standings(mine, 2, of_all, holds=lambda heard: heard == theirs[2], **since)
+    assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
+    assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"
+    assert found.of[Standing.GUEST] == {"guest", "refused"}, "what nobody can have is nobody's to wait for"
+    assert found.applied == {theirs[2].digest}
+    assert sorted(itertools.chain(*found.of.values())) == sorted(peers), "each has one standing"
+
+
+def test_whom_to_ask() -> None:
+    assert peers_to_ask(view("c", "ab"), 101) == ["a", "b"]
+    small = view("c", "ab", ahead=frozenset("d"), guests=frozenset("z"))
+    assert peers_to_ask(small, 101) == ["a", "b", "d", "z"]
+    assert peers_to_ask(view("z", "abcdefg"), 101) == ["a", "b"]
+    assert peers_to_ask(view("a", "bcdefgh"), 101) == list("bcdefgh")
+    asked = {"asked_at_s": {"a": 100.0, "b": 100.0}}
+    assert peers_to_ask(view("z", "abcdefg", **asked), 105) == ["c", "d"], "the next two, when these were silent"
+    many_ahead = view("z", "abcdef", ahead=frozenset("ghi"), far_ahead=frozenset("x"))
+    assert peers_to_ask(many_ahead, 101) == ["a", "b", "g", "h"]
+    assert peers_to_ask(view("a"), 101) == []
+
+
+@given(num_chunks=st.integers(0, 5000), num_peers=st.integers(1, 400))
+def test_shares_cover_everything_once_and_evenly(num_chunks: int, num_peers: int) -> None:
+    ranges = share_ranges(num_chunks, num_peers)
+    assert len(ranges) == num_peers
+    assert [chunk for share in ranges for chunk in share] == list(range(num_chunks))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+def test_how_long_to_wait_for_a_share() -> None:
+    assert share_due_s(100, 101, 5) == 106
+    assert share_due_s(100, 130, 5) == 190
+    assert share_due_s(100, math.inf, 5) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("inner_steps", "done", "steps"),
+    [
+        (32, [], 32),
+        (32, [0, 0], 32),
+        (32, [1], 29),
+        (32, [4, 10], 20),
+        (32, [31], 2),
+        (32, [32], 2),
+        (32, [99], 2),
+        (1, [1], 1),
+        (25, [3], 20),
+    ],
+)
+def test_a_joiners_first_round(inner_steps: int, done: list[int], steps: int) -> None:
+    assert joining_steps(inner_steps, done)[0] == steps
+
+
+@pytest.mark.parametrize(("done", "steps"), [([], 32), ([5, 16], 32), ([17], 13), ([32], 2)])
+def test_a_late_applier_comes_along_as_a_guest(done: list[int], steps: int) -> None:
+    assert round_steps(32, done)[0] == steps

@@ -1,0 +1,45 @@
+"""Whatever is retried, lost, repeated or reordered: a microbatch's gradient enters one step of a stage, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from swarmtrain.protocol.pipeline.ledger import Settlement
+from swarmtrain.simulate.pipeline.microbatches import FAULTS, Faults, MicrobatchSwarm, run_schedule
+from swarmtrain.simulate.virtual_loop import virtually
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_each_microbatch_counts_once(name: str, seed: int) -> None:
+    swarm = run_schedule(FAULTS[name], seed)
+    if name == "nothing":
+        assert not swarm.told.num_retried
+    if name in ("nothing", "lost", "answers lost", "repeated", "slow"):
+        assert not swarm.told.lost_
+
+
+@pytest.mark.parametrize("name", ["nothing", "everything but death", "everything"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) -> None:
+    swarm = run_schedule(FAULTS[name], 1000 + seed, killed=1)
+    assert len(swarm.finished) < swarm.num_drivers * swarm.num_microbatches, "it died too late to show anything"
+
+
+def test_a_driver_may_say_that_it_is_there_and_nothing_else() -> None:
+    async def body(now: Callable[[], float]) -> list[set[str]]:
+        swarm = MicrobatchSwarm(now, 0, Faults())
+        for driver in swarm.drivers:
+            assert await driver.calls.settle("s1p0", 1, Settlement(0, (), (), 0)) == set()
+        return [set(peer.desk.ledger._drivers) for peer in swarm.peers.values() if peer.name in ("s1p0", "s1p1")]
+
+    assert virtually(body) == [{"d0", "d1"}, set()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_hundreds_of_schedules_of_everything_at_once(part: int) -> None:
+    for seed in range(125 * part, 125 * (part + 1)):
+        run_schedule(FAULTS["everything but death" if seed % 3 else "everything"], seed, killed=seed % 2)
