@@ -46,7 +46,7 @@ MOST_METHODS, MOST_FIELDS, MOST_LINES = 25, 10, 600
 MARKERS = {
     "gossip": ["pulls:plan_pulls"],
     "synchronous rounds": ["rosters:decide"],
-    "stages, microbatches": ["routing:Router.choose"],
+    "stages, microbatches": ["routing:Router.choose", "router:Router.choose"],
     "stages, moves": ["balance:my_change"],
 }
 """A protocol's deciding function, `module:name`, of which each that orchestrates it must make use."""
@@ -54,152 +54,152 @@ MARKERS = {
 PATHS = {
     "pseudo-gradient, gossip": """
         + algorithm/fragments.py Fragment.pick
-        peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
-        + protocol/fragments.py FragmentRounds.at
-        peer/session.py Session._publish | peer/trainer.py Trainer._publish
-        peer/gossip_exchange.py GossipExchange.publish
-        network/publications.py Publication
+        peer/training/replica.py Replica.contribution | peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
+        + protocol/gossip/fragments.py FragmentRounds.at | protocol/fragments.py FragmentRounds.at
+        peer/training/session.py Session._publish | peer/session.py Session._publish | peer/trainer.py Trainer._publish
+        peer/merging/gossip_exchange.py GossipExchange.publish | peer/gossip_exchange.py GossipExchange.publish
+        network/asynchronous/publications.py OwnPublication | network/publications.py Publication
         + network/service.py service_type.PeerService.rpc_publication
         + network/swarm.py Swarm.publication | network/answers.py SwarmAnswers.publication
-        network/publications.py Publisher.held_after
-        network/tasks.py Making.made
-        network/publications.py Publisher._build
-        peer/gossip_exchange.py GossipExchange._encode_gradient
-        peer/updates.py LentWeights.gradient | peer/trainer.py LentWeights.gradient | peer/trainer.py Contribution.gradient_of
+        network/asynchronous/publications.py Publisher.held_after | network/publications.py Publisher.held_after
+        network/tasks.py SingleFlight.made | network/tasks.py Making.made
+        network/asynchronous/publications.py Publisher._build | network/publications.py Publisher._build
+        peer/merging/gossip_exchange.py GossipExchange._encode_gradient | peer/gossip_exchange.py GossipExchange._encode_gradient
+        peer/merging/updates.py LentWeights.gradient | peer/updates.py LentWeights.gradient | peer/trainer.py LentWeights.gradient | peer/trainer.py Contribution.gradient_of
         network/codec.py GradientCodec.encode_sum
         algorithm/quantize.py ErrorFeedback.encode
         algorithm/quantize.py encode
-        network/snapshots.py Body
-        network/snapshots.py build_snapshot
-        + network/signing.py sign
+        network/snapshots/store.py Body | network/snapshots.py Body
+        network/snapshots/store.py build_snapshot | network/snapshots.py build_snapshot
+        + network/signatures.py sign | network/signing.py sign
         + network/identity.py Identity.sign
-        network/snapshots.py SnapshotStore.add
-        + network/gossiping.py Gossip._ask | network/puller.py Puller._reply_untrusted
-        + network/publications.py publication_untrusted
-        + network/signing.py open_signed_untrusted
+        network/snapshots/store.py SnapshotStore.add | network/snapshots.py SnapshotStore.add
+        + network/asynchronous/puller.py Puller._reply_untrusted | network/gossiping.py Gossip._ask | network/puller.py Puller._reply_untrusted
+        + network/asynchronous/publications.py publication_untrusted | network/publications.py publication_untrusted
+        + network/signatures.py open_signed_untrusted | network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
-        + protocol/partners.py Ledger.news
-        network/snapshots.py SnapshotStore.serve
+        + protocol/gossip/partners.py Ledger.news | protocol/partners.py Ledger.news
+        network/snapshots/store.py SnapshotStore.serve | network/snapshots.py SnapshotStore.serve
         network/service.py service_type.PeerService.pull_replies
-        network/replies.py answer
+        network/snapshots/replies.py answer | network/replies.py answer
         network/node.py Node.open_stream
         network/service.py PeerCalls.open_pull
         network/node.py Stream.take
-        network/snapshots.py _pull_run
-        network/snapshots.py pull_chunks
-        network/bringing.py bring
-        network/gossiping.py Gossip._bring | network/puller.py Puller.download
-        network/gossiping.py Gossip._pull_from | peer/gossip_driver.py GossipDriver._decoded
-        peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted | GossipExchange.decode_untrusted
+        network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
+        network/snapshots/store.py pull_chunks | network/snapshots.py pull_chunks
+        network/snapshots/download.py download_snapshot | network/bringing.py bring
+        network/asynchronous/puller.py Puller.download | network/gossiping.py Gossip._bring | network/puller.py Puller.download
+        peer/merging/gossip_runner.py GossipRunner._decoded | network/gossiping.py Gossip._pull_from | peer/gossip_driver.py GossipDriver._decoded
+        peer/merging/gossip_exchange.py GossipExchange.decode_untrusted | peer/gossip_exchange.py GossipExchange._decode_gradient_untrusted | GossipExchange.decode_untrusted
         network/codec.py PublicationCodec.arrival_untrusted | PublicationCodec.gradient_untrusted
         network/codec.py PublicationCodec.gradient_untrusted
         network/codec.py VectorCodec.decode_untrusted
         algorithm/quantize.py decode
-        algorithm/gossip.py Arrival
-        peer/gossip_exchange.py GossipExchange._accept_untrusted
-        peer/robustness.py Robustness.accept
+        algorithm/gossip.py PartnerUpdate | algorithm/gossip.py Arrival
+        peer/merging/gossip_exchange.py GossipExchange._accept_untrusted | peer/gossip_exchange.py GossipExchange._accept_untrusted
+        peer/merging/robustness.py Robustness.accept | peer/robustness.py Robustness.accept
         algorithm/robust.py GradientClip.clip
-        peer/gossip_exchange.py GossipExchange._kept_untrusted | GossipExchange._decode_gradient_untrusted
-        network/lanes.py Pulled | protocol/gossip_messages.py Pulled
-        network/gossiping.py Gossip._try_to_prepare | peer/gossip_driver.py GossipDriver._prepared
-        peer/gossip_exchange.py GossipExchange._prepare | GossipExchange.prepare
-        + protocol/pulls.py ahead_rounds
+        peer/merging/gossip_exchange.py GossipExchange._kept_untrusted | peer/gossip_exchange.py GossipExchange._kept_untrusted | GossipExchange._decode_gradient_untrusted
+        protocol/gossip/messages.py ReceivedPublication | network/lanes.py Pulled | protocol/gossip_messages.py Pulled
+        peer/merging/gossip_runner.py GossipRunner._prepared | network/gossiping.py Gossip._try_to_prepare | peer/gossip_driver.py GossipDriver._prepared
+        peer/merging/gossip_exchange.py GossipExchange.prepare | peer/gossip_exchange.py GossipExchange._prepare | GossipExchange.prepare
+        + protocol/gossip/pulls.py ahead_rounds | protocol/pulls.py ahead_rounds
         algorithm/gossip.py prepare
-        network/lanes.py Ready | protocol/gossip_messages.py Merge
-        network/gossiping.py Gossip.take | peer/gossip_driver.py GossipDriver.merge_due
-        peer/gossip_exchange.py GossipExchange.collect
-        peer/updates.py Gathered | peer/trainer.py Gathered
-        peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Gathered
-        peer/session.py Session._merge | peer/trainer.py Trainer.merge
-        peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
-        peer/updates.py Gathered.next_state | peer/trainer.py Trainer._merge_gathered | peer/trainer.py Gathered.next_state
+        protocol/gossip/messages.py MergeFragment | network/lanes.py Ready | protocol/gossip_messages.py Merge
+        peer/merging/gossip_runner.py GossipRunner.merge_due | network/gossiping.py Gossip.take | peer/gossip_driver.py GossipDriver.merge_due
+        peer/merging/gossip_exchange.py GossipExchange.collect | peer/gossip_exchange.py GossipExchange.collect
+        peer/merging/updates.py Gathered | peer/updates.py Gathered | peer/trainer.py Gathered
+        peer/merging/updates.py OuterUpdate | peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Gathered
+        peer/training/session.py Session._merge | peer/session.py Session._merge | peer/trainer.py Trainer.merge
+        peer/training/replica.py Replica.merge | peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
+        peer/merging/updates.py Gathered.next_state | peer/updates.py Gathered.next_state | peer/trainer.py Trainer._merge_gathered | peer/trainer.py Gathered.next_state
         algorithm/gossip.py gossip_merge
         algorithm/outer.py outer_step
     """,  # noqa: E501 - a step and its successors are one line
     "pseudo-gradient, synchronous rounds": """
-        peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
-        peer/session.py Session._publish | peer/trainer.py Trainer._publish
-        peer/exchange.py RosterExchange.publish
+        peer/training/replica.py Replica.contribution | peer/replica.py Replica.contribution | peer/trainer.py Trainer.contribution
+        peer/training/session.py Session._publish | peer/session.py Session._publish | peer/trainer.py Trainer._publish
+        peer/merging/roster_exchange.py RosterExchange.publish | peer/exchange.py RosterExchange.publish
         network/codec.py body_of
-        network/snapshots.py Body
-        network/snapshots.py build_snapshot
-        + network/signing.py sign
+        network/snapshots/store.py Body | network/snapshots.py Body
+        network/snapshots/store.py build_snapshot | network/snapshots.py build_snapshot
+        + network/signatures.py sign | network/signing.py sign
         + network/identity.py Identity.sign
-        network/rounds.py Rounds.finish
-        network/snapshots.py SnapshotStore.add
+        network/rounds/runner.py RoundRunner.finish | network/rounds.py Rounds.finish
+        network/snapshots/store.py SnapshotStore.add | network/snapshots.py SnapshotStore.add
         + network/service.py service_type.PeerService.rpc_round
-        + network/rounds.py Rounds._read_untrusted | network/rounds.py Rounds._reply_untrusted | network/round_questions.py RoundQuestions.read_untrusted
-        + network/roster.py check_publication
-        + network/signing.py open_signed_untrusted
+        + network/rounds/questions.py RoundQuestions.read_untrusted | network/rounds.py Rounds._read_untrusted | network/rounds.py Rounds._reply_untrusted | network/round_questions.py RoundQuestions.read_untrusted
+        + network/rounds/roster.py check_publication | network/roster.py check_publication
+        + network/signatures.py open_signed_untrusted | network/signing.py open_signed_untrusted
         + network/identity.py verify_untrusted
-        + protocol/rosters.py decide
-        + network/roster.py sign_roster
-        network/snapshots.py SnapshotStore.serve
+        + protocol/rounds/rosters.py decide | protocol/rosters.py decide
+        + network/rounds/roster.py sign_roster | network/roster.py sign_roster
+        network/snapshots/store.py SnapshotStore.serve | network/snapshots.py SnapshotStore.serve
         network/service.py service_type.PeerService.pull_replies
-        network/replies.py answer
+        network/snapshots/replies.py answer | network/replies.py answer
         network/node.py Node.open_stream
         network/service.py PeerCalls.open_pull
         network/node.py Stream.take
-        network/snapshots.py _pull_run
-        network/snapshots.py pull_chunks
-        network/merging.py Merger.pull | network/downloads.py Downloads.pull
-        network/merging.py Merger._average_range | network/merging.py Merger.average_range
+        network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
+        network/snapshots/store.py pull_chunks | network/snapshots.py pull_chunks
+        network/rounds/downloads.py Downloads.pull | network/merging.py Merger.pull | network/downloads.py Downloads.pull
+        network/rounds/merger.py Merger.average_range | network/merging.py Merger._average_range | network/merging.py Merger.average_range
         network/codec.py average_bytes_untrusted
         algorithm/outer.py weighted_mean
-        network/merging.py Merger.merge
-        network/rounds.py Rounds._merge | network/round_end.py EndedRound._merge
-        network/round_state.py Merged | network/rounds.py Merged | network/round_end.py Merged
-        network/rounds.py Rounds._step | network/rounds.py Rounds._do
-        network/rounds.py Rounds.finish
-        peer/exchange.py RosterExchange.collect
-        peer/updates.py Averaged | peer/trainer.py Averaged
-        peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Averaged
-        peer/session.py Session._merge | peer/trainer.py Trainer.merge
-        peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
-        peer/updates.py Averaged.next_state | peer/trainer.py Averaged.next_state | peer/trainer.py Trainer.merge
+        network/rounds/merger.py Merger.merge | network/merging.py Merger.merge
+        network/rounds/round_end.py EndedRound._merge | network/rounds.py Rounds._merge | network/round_end.py EndedRound._merge
+        network/rounds/round_end.py RosterMean | network/round_state.py Merged | network/rounds.py Merged | network/round_end.py Merged
+        network/rounds/runner.py RoundRunner._do | network/rounds.py Rounds._step | network/rounds.py Rounds._do
+        network/rounds/runner.py RoundRunner.finish | network/rounds.py Rounds.finish
+        peer/merging/roster_exchange.py RosterExchange.collect | peer/exchange.py RosterExchange.collect
+        peer/merging/updates.py Averaged | peer/updates.py Averaged | peer/trainer.py Averaged
+        peer/merging/updates.py OuterUpdate | peer/updates.py OuterUpdate | peer/trainer.py OuterUpdate | peer/trainer.py Averaged
+        peer/training/session.py Session._merge | peer/session.py Session._merge | peer/trainer.py Trainer.merge
+        peer/training/replica.py Replica.merge | peer/replica.py Replica.merge | peer/trainer.py Trainer.merge
+        peer/merging/updates.py Averaged.next_state | peer/updates.py Averaged.next_state | peer/trainer.py Averaged.next_state | peer/trainer.py Trainer.merge
         algorithm/outer.py outer_step
     """,  # noqa: E501 - a step and its successors are one line
     "activations, pipeline": """
-        peer/microbatches.py MicrobatchSource.next_microbatch
-        peer/driving.py Driving._keep_drawing | Driving._keep_driving
-        peer/driving.py Driving._drive
-        peer/driver.py Driver.drive
-        + protocol/driving.py DrivingEngine.receive | peer/driver.py Driver._there
-        peer/driver.py Driver._ask
-        peer/stage_service.py WireCalls.forward
-        peer/stage_service.py WireCalls._own
-        peer/stage_desk.py StageDesk.ask
-        + protocol/microbatches.py StageLedger.ask
-        peer/stage_desk.py StageDesk.next
-        peer/stage_loop.py StageLoop.step
-        peer/stage_loop.py StageLoop._compute
+        peer/pipeline/microbatch_source.py MicrobatchSource.next_microbatch | peer/microbatches.py MicrobatchSource.next_microbatch
+        peer/pipeline/scheduler.py MicrobatchScheduler._keep_drawing | peer/driving.py Driving._keep_drawing | Driving._keep_driving
+        peer/pipeline/scheduler.py MicrobatchScheduler._drive | peer/driving.py Driving._drive
+        peer/pipeline/driver.py Driver.drive | peer/driver.py Driver.drive
+        + protocol/pipeline/driver.py DriverEngine.receive | protocol/driving.py DrivingEngine.receive | peer/driver.py Driver._there
+        peer/pipeline/driver.py Driver._ask | peer/driver.py Driver._ask
+        peer/pipeline/stage_service.py WireCalls.forward | peer/stage_service.py WireCalls.forward
+        peer/pipeline/stage_service.py WireCalls._own | peer/stage_service.py WireCalls._own
+        peer/pipeline/request_queue.py StageRequestQueue.ask | peer/stage_desk.py StageDesk.ask
+        + protocol/pipeline/ledger.py StageLedger.ask | protocol/microbatches.py StageLedger.ask
+        peer/pipeline/request_queue.py StageRequestQueue.next | peer/stage_desk.py StageDesk.next
+        peer/pipeline/stage_loop.py StageLoop.step | peer/stage_loop.py StageLoop.step
+        peer/pipeline/stage_loop.py StageLoop._compute | peer/stage_loop.py StageLoop._compute
         model/stage_work.py StageWork.forward
         model/stages.py Stage.forward
-        peer/stage_desk.py StageDesk.done
-        peer/driver.py Driver._ask
-        + protocol/routing.py Router.choose
-        peer/stage_service.py WireCalls._activations
-        peer/stage_service.py WireCalls._encoded
+        peer/pipeline/request_queue.py StageRequestQueue.done | peer/stage_desk.py StageDesk.done
+        peer/pipeline/driver.py Driver._ask | peer/driver.py Driver._ask
+        + protocol/pipeline/router.py Router.choose | protocol/routing.py Router.choose
+        peer/pipeline/stage_service.py WireCalls._activations | peer/stage_service.py WireCalls._activations
+        peer/pipeline/stage_service.py WireCalls._encoded | peer/stage_service.py WireCalls._encoded
         network/codec.py ActivationCodec.encode
         algorithm/quantize.py encode
-        peer/stage_service.py WireCalls._ask
+        peer/pipeline/stage_service.py WireCalls._ask | peer/stage_service.py WireCalls._ask
         network/stage_calls.py StageClient.ask
         network/stage_calls.py _send
         network/node.py Node.open_pipe
         network/node.py Node.serve_pipes
         network/stage_calls.py StageHost._serve
         network/stage_calls.py _body_untrusted
-        peer/stage_service.py StageServer.answer_untrusted
+        peer/pipeline/stage_service.py StageServer.answer_untrusted | peer/stage_service.py StageServer.answer_untrusted
         network/codec.py ActivationCodec.decode_untrusted
         algorithm/quantize.py decode
-        peer/stage_desk.py StageDesk.ask
-        + protocol/microbatches.py StageLedger.ask
-        peer/stage_desk.py StageDesk.next
-        peer/stage_loop.py StageLoop.step
-        peer/stage_loop.py StageLoop._compute
+        peer/pipeline/request_queue.py StageRequestQueue.ask | peer/stage_desk.py StageDesk.ask
+        + protocol/pipeline/ledger.py StageLedger.ask | protocol/microbatches.py StageLedger.ask
+        peer/pipeline/request_queue.py StageRequestQueue.next | peer/stage_desk.py StageDesk.next
+        peer/pipeline/stage_loop.py StageLoop.step | peer/stage_loop.py StageLoop.step
+        peer/pipeline/stage_loop.py StageLoop._compute | peer/stage_loop.py StageLoop._compute
         model/stage_work.py StageWork.tail
         model/stages.py Stage.loss
-    """,
+    """,  # noqa: E501 - a step and its successors are one line
 }
 """The functions that a payload is given to, and the types that hold it, in the order in which it passes them (not those
 that a call of theirs returns to, unless they give it on to one that is not listed); with a `+`,

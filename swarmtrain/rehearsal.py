@@ -26,8 +26,8 @@ __all__ = [
     "RehearsalChurn",
     "RehearsalFile",
     "SeedSection",
+    "fault_events",
     "load_rehearsal",
-    "mishaps",
 ]
 
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]

@@ -1,7 +1,7 @@
 """Fragments of the model, each merged once a round, one after the other (Streaming DiLoCo, arXiv 2501.18512).
 
-A *fragment* is some of the model's tensors, with a flat vector of their own. `protocol.gossip.fragments` says when each is
-merged, and why.
+A *fragment* is some of the model's tensors, with a flat vector of their own. `protocol.gossip.fragments` says when each
+is merged, and why.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ class MergeMethod:
     says: str
     """What it is, in the documentation of that key."""
     exchange: str
-    """What answers the trainer's calls in a volunteer, a `peer.merging.roster_exchange.SwarmExchange`: "module:class"."""
+    """Answers the trainer's calls: a `SwarmExchange` (peer/merging/roster_exchange.py), as "module:class"."""
     costs: str
     """What merging costs each peer, a `peer.merging.costs.MergeCosts`: "module:class"."""
     lives: str
-    """How a part of a swarm lives through some rounds in virtual time, a `simulate.planning.playback.Lives`: "module:function"."""
+    """Plays part of a swarm in virtual time: a `Lives` (simulate/planning/playback.py), "module:function"."""
     learns: str = ""
     """How it learns in virtual time, a function of a `simulate.learning.setting.Setting` that gives an `Outcome`:
     "module:function"; empty where it cannot be compared so."""
@@ -41,7 +41,8 @@ class MergeMethod:
     """Each volunteer has weights of its own, and pulls those of others: the run's are the mean of theirs."""
     server: str = ""
     """What takes in each pseudo-gradient as it arrives, in the bootstrap, which the published run names: a
-    `peer.merging.server.MergeServer`, "module:class". Everybody goes on from its weights, and nobody else's are archived.
+    `peer.merging.server.MergeServer`, "module:class". Everybody goes on from its weights, and nobody else's are
+    archived.
     Empty where there is none."""
     in_step: bool = False
     """Paced rounds end in the same moment, for which one takes more inner steps than `merge.inner_steps`."""

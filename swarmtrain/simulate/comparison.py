@@ -33,7 +33,7 @@ from swarmtrain.run import DataSection, RunFile
 from swarmtrain.simulate.learning.learner import Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS, scenario_method
 from swarmtrain.simulate.learning.setting import RunOutcome, setting_of
-from swarmtrain.simulate.pipeline import play as pipeline_lives
+from swarmtrain.simulate.pipeline import play as pipeline_play
 from swarmtrain.simulate.scenario import GridPoint, Scenario
 from swarmtrain.simulate.systems.play import play_scenario
 
@@ -237,7 +237,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
         mean_of(run.merge.robust)  # it is here, or that is said
         if work == "pipeline":
-            pipeline_lives.check(here, run)
+            pipeline_play.check(here, run)
     except UserError as error:
         raise UserError(f"method {play.method}: {error}") from None
     if here.scenario.warm_tokens and run.merge.init == "own":
@@ -255,7 +255,7 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
     if here.scenario.work == "systems":
         return play_scenario(here, run)
     if here.scenario.work == "pipeline":
-        return pipeline_lives.play_pipeline(here, run)
+        return pipeline_play.play_pipeline(here, run)
     assert learn is not None, "a method that learns"
     torch.set_num_threads(1)  # a core is its share, and sums are made in one order
     try:

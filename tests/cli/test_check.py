@@ -150,7 +150,7 @@ def test_doubts_about_the_corpus_and_the_machine() -> None:
     assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)
 
 
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.toml"))
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -174,7 +174,7 @@ class ReplayedPeer(LearningPeer):
         kind, tokens = event["found"]
         if event["is_here"] and kind:
             mark, which = PublicationVersion(**event["mark"]), (event["fragment"], event["section"], event["author"])
-            self.new[which] = Delta(mark, tokens, "") if kind == "Delta" else Full(tokens, "")
+            self.new[which] = Delta(mark, tokens, "") if kind in ("Delta", "Difference") else Full(tokens, "")
 
     def _on_accepted(self, event: Event) -> None:
         section, author, mark, fragment = (

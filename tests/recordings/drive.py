@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import recording
-from lines import Line, Recording
+from lines import Line, Recording, news_name
 
 from swarmtrain import errors
 from swarmtrain.model.gpt import build_model
@@ -237,7 +237,7 @@ class _Driver:
                 is_here=self.is_here,
                 is_own=not self.is_here and self.source[self.current][0] == peer,
                 reference=reference,
-                found=[None, 0] if found is None else [type(found[0]).__name__, found[0].tokens],
+                found=[None, 0] if found is None else [news_name(found[0]), found[0].tokens],
             )
             return found
 
@@ -299,7 +299,7 @@ class _Driver:
                 case DownloadPublication(number, source, held):
                     self.write("downloads", ask=self.asks[number], source=source, mark=held.mark)
                 case DecodePublication(number, _, section, fragment, held, found, earlier):
-                    what = {"news": type(found).__name__, **asdict(found), "has_earlier": earlier is not None}
+                    what = {"news": news_name(found), **asdict(found), "has_earlier": earlier is not None}
                     decoded = None if section == "weights" else what
                     self.write("decodes", ask=self.asks[number], fragment=fragment, mark=held.mark, what=decoded)
                 case PrepareMerge(number, _, fragment, pulled):

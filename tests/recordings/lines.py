@@ -34,6 +34,7 @@ __all__ = [
     "all_files",
     "header_of",
     "load",
+    "news_name",
     "probe_sha256",
     "save",
     "typed",
@@ -695,6 +696,15 @@ class Announces(Decision):
 
     part: int
     tokens: int
+
+
+NEWS = {"Full": "Whole", "Delta": "Difference", "WeightsOnly": "Theta", "Stale": "Nothing"}
+"""The recordings' names of the classes of `protocol.gossip.partners`, from when they were recorded."""
+
+
+def news_name(found: object) -> str:
+    """The recordings' name of what is new in a publication."""
+    return NEWS[type(found).__name__]
 
 
 def _kind(type: type[Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import recording
 from learnt import setting, tiny
-from lines import Line, Recording, header_of
+from lines import Line, Recording, header_of, news_name
 from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
@@ -258,7 +258,7 @@ class _Learning(_Lines):
             case DownloadPublication(ask, source, held):
                 self.write(peer, "downloads", ask=ask, source=source, mark=held.mark)
             case DecodePublication(ask, _, _, fragment, held, news, earlier):
-                what = {"news": type(news).__name__, "tokens": news.tokens, "has_earlier": earlier is not None}
+                what = {"news": news_name(news), "tokens": news.tokens, "has_earlier": earlier is not None}
                 self.write(peer, "decodes", ask=ask, fragment=fragment, mark=held.mark, what=what)
             case PrepareMerge(_, _, fragment, pulled):
                 self.write(peer, "readies", fragment=fragment, pulled=_named(pulled))

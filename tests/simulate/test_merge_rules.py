@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from learnt import tiny
-from test_peer_gossip_exchange import World, run_file, worlds
+from test_gossip_exchange import World, run_file, worlds
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunFileError, RunTimeError, UserError

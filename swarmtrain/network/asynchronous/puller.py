@@ -1,4 +1,4 @@
-"""Asks partners for publications and pulls their bytes: what `protocol.gossip.engine` has its driver do over the network."""
+"""Asks partners for publications and pulls their bytes, as `protocol.gossip.engine` commands."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Synchronous rounds over the network: here is asked, pulled, signed and merged as `protocol.rounds.engine.RoundEngine` says.
+"""Synchronous rounds over the network: asks, pulls, signs and merges as `protocol.rounds.engine` commands.
 
-Runs in the network thread. `RoundRunner` passes events to the engine and its commands to those who do them: questions to
-`round_questions.py`, answers to `round_answers.py`, what a round's end brings and merges to `round_end.py`, states to
-`catching_up.py`. Bytes of others are checked there before the engine is told of them; what they mean, and what is to be
-done about them, it decides alone.
+Runs in the network thread. `RoundRunner` passes events to the engine and its commands to those who do them: questions
+to `round_questions.py`, answers to `round_answers.py`, what a round's end brings and merges to `round_end.py`, states
+to `catching_up.py`. Bytes of others are checked there before the engine is told of them; what they mean, and what is to
+be done about them, it decides alone.
 """
 
 from __future__ import annotations

@@ -229,8 +229,8 @@ class SnapshotStore:
     """The snapshots that this peer serves: its own publications and what it pulled from others.
 
     One being read stays in memory until its reader ends, since the reader holds a reference. Who may read, and who
-    gives way to whom, `protocol.membership.readers` says. While `up` is limited, fewer read at once, so that each gets twice the
-    `min_bytes_per_s` below which it would give up. Files have places of their own.
+    gives way to whom, `protocol.membership.readers` says. While `up` is limited, fewer read at once, so that each gets
+    twice the `min_bytes_per_s` below which it would give up. Files have places of their own.
     """
 
     max_readers: int = 4

@@ -57,7 +57,7 @@ class LogFormatter(logging.Formatter):
         first, *more = self._text(record).split("\n")
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         level = {10: "debug", 20: "info", 30: "warning", 40: "error", 50: "error"}.get(record.levelno, "info")
-        name = record.name.rpartition(".")[2] if _is_ours(record) else record.name.partition(".")[0]
+        name = _short_name(record.name) if _is_ours(record) else record.name.partition(".")[0]
         head = f"{clock}.{int(record.msecs):03d} {level:<7} {name}: {one_line(first)}"
         return "\n".join([head, *(f"    {one_line(line)}" for line in more)])
 
@@ -66,6 +66,11 @@ class LogFormatter(logging.Formatter):
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
+
+
+def _short_name(name: str) -> str:
+    """A logger's name below its folder: `rounds.runner` for `swarmtrain.network.rounds.runner`."""
+    return ".".join(name.split(".")[2:]) or name.rpartition(".")[2]
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -36,7 +36,7 @@ from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, stages_in_words
 
-__all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "controlled", "swarm_looker", "volunteer_pulse"]
+__all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "control_session", "swarm_looker", "volunteer_pulse"]
 
 MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0
@@ -47,7 +47,7 @@ _COUNTS_LAG_S = 15.0
 
 
 class Checkpoints(Protocol):
-    """What a peer keeps, see `Keeper`."""
+    """What a peer keeps, see `CheckpointManager`."""
 
     def flushed(self) -> pb.CheckpointReply:
         """The newest one, once it is on the disk. Raises RunTimeError."""

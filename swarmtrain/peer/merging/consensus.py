@@ -154,7 +154,8 @@ def counts_in_untrusted(manifest: pb.Manifest) -> dict[str, int]:
 
 def places_of_untrusted(manifest: pb.Manifest, section: MergeSection) -> list[dict[str, Place]]:
     """Up to where each peer is in a state's weights, of each fragment, as its author tells; BadBytesError if it is
-    nonsense. Whoever takes them bounds them by what each peer tells of itself (`protocol.gossip.partners.agreed_places`)."""
+    nonsense. Whoever takes them bounds them by what each peer tells of itself
+    (`protocol.gossip.partners.agreed_places`)."""
     return places_untrusted(manifest, section.num_fragments, section.publications_per_round)
 
 

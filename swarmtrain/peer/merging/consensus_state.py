@@ -29,7 +29,7 @@ from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.protocol.tokens.tally import agreed_counts
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ConsensusState", "WantedStates", "fetch_present", "present_of"]
+__all__ = ["ConsensusState", "WantedStates", "consensus_state_of", "fetch_consensus_state"]
 
 WantedStates = Callable[[Mapping[str, int], Collection[str]], bool]
 """Told whose tokens states hold, and whose states they are; whether their weights are worth having."""

@@ -46,7 +46,7 @@ _MET_WITHIN = 0.5
 
 
 class Naming:
-    """Tells of incidents of a peer in all fragments once they repeat (`protocol.gossip.cut_history`), from any thread."""
+    """Reports a peer's incidents once they repeat (`protocol.gossip.cut_history`), in all fragments; thread-safe."""
 
     def __init__(self, told: Callable[[str, ClipIncident], None]) -> None:
         """`told` hears of each incident of a peer that is to be named, with its PeerID."""

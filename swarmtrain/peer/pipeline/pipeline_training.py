@@ -1,8 +1,8 @@
 """A volunteer of a run whose model is cut into stages: each step of its life (`volunteer.Training`).
 
-The main thread decides; each stage that is held trains in a thread of its own (`peer/pipeline/stage_replica.py`), and the network
-thread drives microbatches while the first stage is held (`peer/pipeline/first_stage.py`). The run's own swarm says who is here
-and what each holds; each stage's swarm merges.
+The main thread decides; each stage that is held trains in a thread of its own (`peer/pipeline/stage_replica.py`), and
+the network thread drives microbatches while the first stage is held (`peer/pipeline/first_stage.py`). The run's own
+swarm says who is here and what each holds; each stage's swarm merges.
 """
 
 from __future__ import annotations

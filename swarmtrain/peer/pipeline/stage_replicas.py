@@ -107,12 +107,12 @@ class StageReplicas:
     # ------------------------------------------------------------- checkpoints, for who asks
 
     def show(self, status: pb.PeerStatus) -> None:
-        """See `Keeper.show`, of the first one."""
+        """See `CheckpointManager.show`, of the first one."""
         for held in self.all[:1]:
             held.keeper.show(status)
 
     def flushed(self) -> pb.CheckpointReply:
-        """See `Keeper.flushed`, of the first one."""
+        """See `CheckpointManager.flushed`, of the first one."""
         for held in self.all[:1]:
             return held.keeper.flushed()
         raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")

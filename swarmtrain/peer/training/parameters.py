@@ -46,7 +46,7 @@ class ParameterSource(ABC):
         it steps."""
 
     def values(self) -> Mapping[tuple[Section, int], Tensor]:
-        """What is averaged beside the named tensors, see `Contribution.values`: none of those in here."""
+        """What is averaged beside the named tensors, see `LocalUpdate.values`: none of those in here."""
         return {}
 
     def write_values(self, values: Mapping[tuple[Section, int], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a driver of microbatches is told, and what it is told to do: the events and commands of `protocol.pipeline.driver`."""
+"""Events and commands of a driver of microbatches (`protocol.pipeline.driver`)."""
 
 from __future__ import annotations
 

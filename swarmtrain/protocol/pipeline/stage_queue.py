@@ -195,8 +195,7 @@ class StageQueue:
         return None if known is None else known.asker
 
     def refusal(self, key: Key, kind: Kind) -> Refuse | None:
-        """What `StageCallReceived` would be answered with now, if it would be refused: what comes with the question need not be
-        read then."""
+        """The refusal that `StageCallReceived` would meet now, or None; if refused, its tensors need not be read."""
         if kind == "backward":
             return None if self.ledger.has_forward(key) else Refuse((), "gone", "its forward is not known here")
         reason = self.ledger.full(key)

@@ -7,8 +7,8 @@ take another's state, or wait.
 
 `RoundEngine` holds all state of that: who was asked and has answered, what is brought, held, signed and merged, who
 does not deliver, what is answered to whom, and when to look again. Whoever drives it moves bytes and has no rule of its
-own: `network/rounds/runner.py` between real peers, `simulate/systems/volunteer.py` in virtual time. The membership and the chains are
-told of by others too, and read here. Pure: rosters as they travel are handles that pass through.
+own: `network/rounds/runner.py` between real peers, `simulate/systems/volunteer.py` in virtual time. The membership and
+the chains are told of by others too, and read here. Pure: rosters as they travel are handles that pass through.
 """
 
 from __future__ import annotations

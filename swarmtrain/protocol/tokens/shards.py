@@ -5,9 +5,9 @@ rows, one a peer, travel in snapshot manifests: the author's own always, and som
 the greater count, so that the increments of two peers both survive and nothing counts twice. A peer that starts a
 round takes the least seen shard; ties go by a hash of (peer, round, seed), so that peers spread.
 
-A row is a claim. Its sum is never believed beyond the tokens that `protocol/tokens/tally.py` believes of its author, and
-where a row carries its author's signature (`signed`, checked by the driver) nobody can put words in another's mouth.
-The harm that is left: a peer can make its own share of the run's tokens look as if it was spent on one shard.
+A row is a claim. Its sum is never believed beyond the tokens that `protocol/tokens/tally.py` believes of its author,
+and where a row carries its author's signature (`signed`, checked by the driver) nobody can put words in another's
+mouth. The harm that is left: a peer can make its own share of the run's tokens look as if it was spent on one shard.
 
 Pure, like all of `protocol`.
 """

@@ -1,8 +1,8 @@
 """Volunteers of gossip that crash or leave, come back, come late, or fall behind.
 
 Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
-takes the others' present weights as a real volunteer does (`peer.merging.gossip_exchange`): their consensus, with momentum; or
-goes on with its own, as from a checkpoint, if these are not far behind.
+takes the others' present weights as a real volunteer does (`peer.merging.gossip_exchange`): their consensus, with
+momentum; or goes on with its own, as from a checkpoint, if these are not far behind.
 """
 
 from __future__ import annotations

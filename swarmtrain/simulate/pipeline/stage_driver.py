@@ -1,4 +1,4 @@
-"""The driver of a simulated pipeline's peer: it asks, waits and tells by messages as `protocol.pipeline.driver` says."""
+"""Driver of a simulated pipeline's peer: asks, waits and reports by messages as `protocol.pipeline.driver` commands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""How a peer of the simulated pipeline comes to its stages, and moves: by `protocol.pipeline.moves`, with calls that take their
-time, and fetches as long as the machine needs.
-"""
+"""Assignment and moves of a simulated pipeline's peer, by `protocol.pipeline.moves`: calls and fetches take time."""
 
 from __future__ import annotations
 

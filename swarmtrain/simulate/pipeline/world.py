@@ -1,7 +1,8 @@
 """A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
 
-The peers (`simulate/pipeline/stage_peer.py`) drive, queue, count and move by the product's `protocol.pipeline.driver`, `stage_queue`,
-`microbatches` and `moving`; this file is what surrounds them: machines, calls, the DHT's records, what is measured.
+The peers (`simulate/pipeline/stage_peer.py`) drive, queue, count and move by the product's `protocol.pipeline.driver`,
+`stage_queue`, `microbatches` and `moving`; this file is what surrounds them: machines, calls, the DHT's records, what
+is measured.
 
 What is modelled: a task's time (the machine's speed, the stage's cost, chance), a latency for each call, records that
 are seconds old and differ between those who look, a stage's download, peers that die with or without a word. What is

@@ -24,7 +24,7 @@ from swarmtrain.simulate.planning.traffic import ACTIVATIONS, ARCHIVE, MERGING, 
 from swarmtrain.words import size_in_words as size
 from swarmtrain.words import time_in_words
 
-__all__ = ["FELT", "Bottleneck", "hurts"]
+__all__ = ["FELT", "Bottleneck", "bottlenecks"]
 
 FELT = 0.5
 _LAPTOP_BYTES = 8e9

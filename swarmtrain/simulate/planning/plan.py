@@ -1,8 +1,8 @@
 """What a run would be like with so many volunteers on such links, before anybody is invited.
 
-`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time (`simulate/planning/playback.py`);
-from that, from what travels besides (`simulate/planning/traffic.py`) and from the estimate of `swarmtrain check` follows the
-rest. What of it hurts first is told by `simulate/planning/bottlenecks.py`.
+`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time
+(`simulate/planning/playback.py`); from that, from what travels besides (`simulate/planning/traffic.py`) and from the
+estimate of `swarmtrain check` follows the rest. What of it hurts first is told by `simulate/planning/bottlenecks.py`.
 """
 
 from __future__ import annotations

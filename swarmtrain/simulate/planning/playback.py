@@ -1,7 +1,8 @@
-"""A part of a swarm lives through some rounds in virtual time, so that `simulate/planning/plan.py` can tell of all of it.
+"""Plays some rounds of a part of a swarm in virtual time, from which `plan.py` extrapolates to all of it.
 
-Gossip by `simulate/systems/gossip.py`, rosters by `simulate/systems/world.py`, stages by `simulate/pipeline/world.py` and then gossip; where
-a server merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine has to replace.
+Gossip by `simulate/systems/gossip.py`, rosters by `simulate/systems/world.py`, stages by `simulate/pipeline/world.py`
+and then gossip; where a server merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine
+has to replace.
 """
 
 from __future__ import annotations

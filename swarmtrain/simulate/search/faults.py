@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 from swarmtrain.simulate.pipeline.world import PipelineWorld
 from swarmtrain.simulate.search.schedule import ScheduledFault
+from swarmtrain.simulate.systems.network import SimulatedNetwork
 
 __all__ = ["declare", "declare_span", "end_faults"]
 
-World: TypeAlias = "Network[Any] | PipelineWorld"
+World: TypeAlias = "SimulatedNetwork[Any] | PipelineWorld"
 Come: TypeAlias = Callable[[str, int], object]
 """Starts a peer: a newcomer, or one that has died, from a checkpoint (-1 is the newest)."""
 

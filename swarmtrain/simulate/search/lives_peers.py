@@ -1,9 +1,9 @@
 """The peers of the lives that are searched: processes with a folder each, who come, leave, are killed and come back.
 
-What they decide is the product's own: who is here (`Membership`), who has trained on how much (`TokenAccounting`), what a
-state says and what is taken from it (`fetch_consensus_state`, the exchange's `present_state`), what a bootstrap archives
-(`Archive`), and who stays until then (`before_leaving`, `DepartureQueue`). Modelled is what travels, when, and what is on a
-disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
+What they decide is the product's own: who is here (`Membership`), who has trained on how much (`TokenAccounting`), what
+a state says and what is taken from it (`fetch_consensus_state`, the exchange's `present_state`), what a bootstrap
+archives (`Archive`), and who stays until then (`before_leaving`, `DepartureQueue`). Modelled is what travels, when, and
+what is on a disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The peers of the lives that are searched, in synchronous rounds: all have the same weights, and a roster behind them.
 
-A peer's `RoundRunner` are the product's own: what it tells of itself, the chains of rosters, whose holds, and which state it
-takes. Modelled is that a round's merge happens at once for all who stand on one roster: how they agree on that, with
-faults in its midst, is searched in `rounds.py`.
+A peer's `RoundRunner` are the product's own: what it tells of itself, the chains of rosters, whose holds, and which
+state it takes. Modelled is that a round's merge happens at once for all who stand on one roster: how they agree on
+that, with faults in its midst, is searched in `rounds.py`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _rounds_of(process: Process) -> RoundRunner:
 
 
 def _go_on(process: Process, kept: DiskCheckpoint) -> None:
-    """As `Keeper.restore` does: from a checkpoint, its roster and those before it."""
+    """As `CheckpointManager.restore` does: from a checkpoint, its roster and those before it."""
     rounds: RoundRunner = process.swarm.rounds
     if (last := kept.extra.get("last")) is not None:
         rounds.chains.restore_untrusted(kept.extra["chains"].kept(), _SETTINGS)

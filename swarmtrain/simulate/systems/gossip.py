@@ -2,8 +2,8 @@
 
 The peers run the product's own decisions: gossip's engine, plans of merges, pacing, data coverage, lifecycle. Here is
 how what it commands is done: when an answer or a publication's bytes arrive, who stands still, what is lost. The model
-is one number a fragment (`simulate.systems.gossip_model`), so that a thousand peers live for minutes in a second or two. What
-happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
+is one number a fragment (`simulate.systems.gossip_model`), so that a thousand peers live for minutes in a second or
+two. What happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whole swarms without tensors: sizes, times and states of ten thousand volunteers, by the product's own decisions.
 
-Every volunteer gossips as `simulate.systems.gossip` says; the model is one number, which all start with a different value of:
-how far apart they still are at the end says how well the swarm mixes. What happened is added up as it happens, so that
-a million rounds need no memory.
+Every volunteer gossips as `simulate.systems.gossip` says; the model is one number, which all start with a different
+value of: how far apart they still are at the end says how well the swarm mixes. What happened is added up as it
+happens, so that a million rounds need no memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A swarm in memory: links with latency, bandwidth and loss, and the faults that happen to real ones.
 
-The peers (`simulate/systems/volunteer.py`) run the product's own decisions; this file moves their questions on the links of
-`simulate/systems/network.py`, which says what is modelled. Tests declare faults, run, and look at `SynchronousWorld.log`,
-`SynchronousWorld.waits_s` and the peers' digests. The DHT loses nothing within a partition.
+The peers (`simulate/systems/volunteer.py`) run the product's own decisions; this file moves their questions on the
+links of `simulate/systems/network.py`, which says what is modelled. Tests declare faults, run, and look at
+`SynchronousWorld.log`, `SynchronousWorld.waits_s` and the peers' digests. The DHT loses nothing within a partition.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gossiping import BEN, CARL, CODEC, DORA, RUN, SIZE, Partner, Peer
+from test_puller import BEN, CARL, CODEC, DORA, RUN, SIZE, Partner, Peer
 from virtual_loop import virtually
 
 from swarmtrain.network import daemon

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from replies import Replies
-from test_gossiping import CARL, DORA, ME, ROUND_TOKENS, RULES, RUN, SIZE, Partner, Peer, run, until
+from test_puller import CARL, DORA, ME, ROUND_TOKENS, RULES, RUN, SIZE, Partner, Peer, run, until
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time

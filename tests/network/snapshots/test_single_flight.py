@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
-from test_gossiping import run, until
+from test_puller import run, until
 
 from swarmtrain.network.asynchronous.publications import OwnPublication, Publisher
 from swarmtrain.network.identity import new_identity

@@ -175,7 +175,9 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
     peer.keeper = cast(Any, keeper)
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
-    monkeypatch.setattr(bootstrap, "fetch_present", lambda *given: ConsensusState(state=state, progress=Progress()))
+    monkeypatch.setattr(
+        bootstrap, "fetch_consensus_state", lambda *given: ConsensusState(state=state, progress=Progress())
+    )
     monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: future)
     peer.network = cast(Any, SimpleNamespace(submit=lambda future: future))
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), asynchronous=False)

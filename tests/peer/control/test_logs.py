@@ -76,7 +76,11 @@ def test_the_file_has_ours_from_info_on_and_others_warnings(
     with peer_log(tmp_path):
         say_something()
     words = [line[24:] for line in (tmp_path / LOG_NAME).read_text().splitlines()]
-    assert words == ["info    rounds: our message", "warning rounds: our warning", "warning hivemind: their warning"]
+    assert words == [
+        "info    rounds.runner: our message",
+        "warning rounds.runner: our warning",
+        "warning hivemind: their warning",
+    ]
 
 
 def test_warnings_of_libraries_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +146,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path: Path, capsys: pytest
         OURS.info("lost")
         (tmp_path / LOG_NAME).unlink()
         OURS.info("room again")
-    assert (tmp_path / LOG_NAME).read_text()[24:] == "info    rounds: room again\n"
+    assert (tmp_path / LOG_NAME).read_text()[24:] == "info    rounds.runner: room again\n"
     assert capsys.readouterr() == ("", "")
 
 
@@ -159,7 +163,7 @@ def test_a_bug_is_one_line_for_the_person_and_a_traceback_in_the_file(tmp_path: 
     assert line.startswith("a bug in swarmtrain, not yours (KeyError: 'made up')")
     assert str(tmp_path / LOG_NAME) in line and "report" in line
     text = (tmp_path / LOG_NAME).read_text()
-    assert "Traceback (most recent call last):" in text and "test_peer_logs.py" in text
+    assert "Traceback (most recent call last):" in text and "test_logs.py" in text
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 RUN = parse_run("[run]\ntotal_tokens = 9000\n", "r")
 ANY_PORT = "127.0.0.1:0"
 LIMIT_S = 30.0

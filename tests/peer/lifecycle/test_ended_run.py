@@ -23,7 +23,7 @@ from swarmtrain.events import DoneEvent, EvalEvent, Event, WarningEvent
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer import bootstrap as pipeline_bootstrap
+from swarmtrain.peer import bootstrap
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import (
     Interrupted,
@@ -319,7 +319,7 @@ def test_a_bootstrap_writes_what_it_has_archived_since(
         present: Future[object] = Future()
         present.set_result("present")
         peer.network = SimpleNamespace(submit=lambda work: present)
-        monkeypatch.setattr(bootstrap, "fetch_present", lambda *what: None)
+        monkeypatch.setattr(bootstrap, "fetch_consensus_state", lambda *what: None)
         peer._kept = lambda present: kept
         assert peer._archive(SimpleNamespace(membership=SimpleNamespace(volunteers=list)))
     elif source == "server":

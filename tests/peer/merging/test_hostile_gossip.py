@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peer_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
+from test_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
 
 from swarmtrain.events import ClippedEvent, RefusedEvent
 from swarmtrain.network.daemon import swarm_time

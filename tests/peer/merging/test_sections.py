@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peer_gossip_exchange import IDENTITIES, Peer, World, refused, run_file, worlds  # noqa: F401 - a fixture
+from test_gossip_exchange import IDENTITIES, Peer, World, refused, run_file, worlds  # noqa: F401 - a fixture
 from torch import Tensor
 
 from swarmtrain.algorithm.gossip import PartnerUpdate

@@ -205,7 +205,7 @@ def test_a_stage_held_by_one_alone_is_archived_after_its_round_though_its_tokens
     async def fetch(swarm: Any, peers: Any, reason: str, above_tokens: int, is_wanted: Any) -> None:
         asked.append((above_tokens, is_wanted))
 
-    monkeypatch.setattr(pipeline_bootstrap, "fetch_present", fetch)
+    monkeypatch.setattr(pipeline_bootstrap, "fetch_consensus_state", fetch)
 
     def archive(number: int, *rounds: int) -> Any:
         infos = [SimpleNamespace(peer=str(round), round=round) for round in rounds]

@@ -15,7 +15,7 @@ def test_a_rounds_tokens_stay_within_what_others_accept() -> None:
         }
     )
     tokens = run.microbatch_sequences * run.model.context_tokens
-    ledger = StageLedger(LedgerLimits(batch_tokens=run.tokens_per_step))  # as HeldStage makes it
+    ledger = StageLedger(LedgerLimits(batch_tokens=run.tokens_per_step))  # as StageReplica makes it
     steps: list[int] = []
     sequence = 0
 

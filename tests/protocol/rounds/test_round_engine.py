@@ -231,9 +231,10 @@ def test_what_comes_late_is_dropped() -> None:
     [hang_up] = engine.receive(ev.RoundAbandoned(), 10.1)
     assert hang_up == ev.DropRoundQuestion(number, "b")
     late: list[ev.Event[str, str]] = [
-        ev.QuestionAnswered(number, reply(publication=published("b"))), ev.QuestionFailed(number), ev.ReplyRefused(number),
-        ev.PublicationFetched("b0"), ev.PublicationNotFetched("b0"), ev.RosterMerged("?"), ev.RosterNotMerged("?", frozenset("b")), ev.ShareAveraged("?"),
-        ev.PublicationFound(published("b")), ev.RosterSigned(signed(roster_of("a"))), ev.StateNotFetched(7), ev.StateDownloaded(7), ev.RoundAbandoned(),
+        ev.QuestionAnswered(number, reply(publication=published("b"))), ev.QuestionFailed(number),
+        ev.ReplyRefused(number), ev.PublicationFetched("b0"), ev.PublicationNotFetched("b0"), ev.RosterMerged("?"),
+        ev.RosterNotMerged("?", frozenset("b")), ev.ShareAveraged("?"), ev.PublicationFound(published("b")),
+        ev.RosterSigned(signed(roster_of("a"))), ev.StateNotFetched(7), ev.StateDownloaded(7), ev.RoundAbandoned(),
         ev.RoundAbandoned(3), ev.StateOffered(7, signed(roster_of("b"))),
     ]  # fmt: skip
     assert [engine.receive(event, 10.2) for event in late] == [[]] * len(late)

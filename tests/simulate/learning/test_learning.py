@@ -446,7 +446,7 @@ def test_jitter_and_losses_make_those_wait_who_wait(tmp_path: Path) -> None:
 
 
 def test_the_method_of_the_page_for_researchers_learns(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "simulating.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "simulating.md").read_text(encoding="utf-8")
     (code,) = (one for one in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def averaging(" in one)
     names: dict[str, Any] = {"torch": torch, "Setting": Setting, "RunOutcome": RunOutcome}
     exec(code, names)

@@ -20,7 +20,7 @@ from swarmtrain.simulate.scenario import Scenario, load_scenario
 
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "scenarios" / "pipeline-churn.toml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "scenarios" / "pipeline-churn.toml"
 QUIET = {"churn.stays_s": 0.0}
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from swarmtrain.protocol.pipeline import moves as moving
+from swarmtrain.protocol.pipeline import moves
 from swarmtrain.protocol.pipeline.balance import Rule, StageChange
 from swarmtrain.protocol.pipeline.router import VARIANTS, Router
 from swarmtrain.simulate.pipeline.world import (
@@ -113,15 +113,15 @@ def test_piles_resolve(counts: tuple[int, ...]) -> None:
 
 def test_who_has_just_moved_stays_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     piled = world(settings_for(3), 4, 1, 1)
-    while not (moves := [moment for moment in piled.log if moment.kind == "moves"]):
+    while not (moved := [moment for moment in piled.log if moment.kind == "moves"]):
         piled.run_until(piled.clock.now + 1)
-    mover = piled.peers[moves[0].peer].mover
+    mover = piled.peers[moved[0].peer].mover
     while mover.engine.change is not None:
         piled.run_until(piled.clock.now + 1)
     moved_s = piled.clock.now
     assert mover.peer.stages != (0,)
     back = StageChange(peer=mover.peer.name, before=mover.peer.stages, after=(0,), reason="by hand")
-    monkeypatch.setattr(moving, "my_change", lambda me, *others: (back if me == back.peer else None, "by hand"))
+    monkeypatch.setattr(moves, "my_change", lambda me, *others: (back if me == back.peer else None, "by hand"))
     piled.run_until(moved_s + 50.0)
     assert mover.engine.change is None
     piled.run_until(moved_s + 75.0)

@@ -11,7 +11,7 @@ import pytest
 from broken_rules import BROKEN, NEEDS, ledger_takes_everything, nobody_asks_archives, nobody_refetches
 
 import swarmtrain.simulate.search.__main__ as command
-from swarmtrain.simulate.search import Fault, Schedule, Violation, as_test, draw, play, shrink
+from swarmtrain.simulate.search import FaultSchedule, ScheduledFault, Violation, as_test, draw, play, shrink
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,8 @@ def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
 
 def test_of_two_one_that_stood_still_for_long_is_merged_again() -> None:
     """All that it published was too old for the other, and one other alone had no majority to say so."""
-    freeze = Fault(kind="freeze", peer=1, at_s=10.0, lasts_s=30.0)
-    assert not play(Schedule(world="gossip", speeds=(6.0, 6.0), faults=(freeze,)))
+    freeze = ScheduledFault(kind="freeze", peer=1, at_s=10.0, lasts_s=30.0)
+    assert not play(FaultSchedule(world="gossip", speeds=(6.0, 6.0), faults=(freeze,)))
 
 
 @pytest.mark.long
@@ -47,11 +47,11 @@ def test_a_broken_rule_is_found(rule: Callable[[pytest.MonkeyPatch], None], monk
 def test_a_schedule_is_shortened_to_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody_refetches(monkeypatch)
     faults = (
-        Fault(kind="delay", peer=2, at_s=3.7, lasts_s=4.1, detail=3),
-        Fault(kind="join", peer=0, at_s=5.3, detail=17),
-        Fault(kind="twice", peer=1, at_s=6.2, lasts_s=2.9),
+        ScheduledFault(kind="delay", peer=2, at_s=3.7, lasts_s=4.1, detail=3),
+        ScheduledFault(kind="join", peer=0, at_s=5.3, detail=17),
+        ScheduledFault(kind="twice", peer=1, at_s=6.2, lasts_s=2.9),
     )
-    schedule = Schedule(world="rounds", speeds=(8.0, 10.0, 16.0), faults=faults, seed=5)
+    schedule = FaultSchedule(world="rounds", speeds=(8.0, 10.0, 16.0), faults=faults, seed=5)
     shortest = shrink(schedule, "one model")
     assert [fault.kind for fault in shortest.faults] == ["join"] and len(shortest.speeds) == 1
     assert shortest.seed == 0 and shortest.faults[0].at_s == int(shortest.faults[0].at_s)
@@ -62,7 +62,7 @@ def test_every_invariant_that_is_new_is_told_by_a_schedule_of_its_own(
 ) -> None:
     shrunk: list[str] = []
 
-    def noted(schedule: Schedule, invariant: str) -> Schedule:
+    def noted(schedule: FaultSchedule, invariant: str) -> FaultSchedule:
         shrunk.append(invariant)
         return schedule
 
@@ -78,7 +78,9 @@ def test_every_invariant_that_is_new_is_told_by_a_schedule_of_its_own(
 
 def test_what_is_found_is_written_as_a_test_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger_takes_everything(monkeypatch)
-    schedule = Schedule(world="gossip", speeds=(4.0, 10.0), faults=(Fault(kind="freeze", at_s=3.0, lasts_s=2.0),))
+    schedule = FaultSchedule(
+        world="gossip", speeds=(4.0, 10.0), faults=(ScheduledFault(kind="freeze", at_s=3.0, lasts_s=2.0),)
+    )
     found, names = as_test(schedule), dict[str, object]()
     exec(found, names)
     test = names["test_gossip_of_a_searched_schedule"]
@@ -107,36 +109,36 @@ def test_schedules_play_the_same_in_a_process_that_hashes_otherwise() -> None:
 
 
 def test_who_is_just_too_far_behind_to_be_merged_takes_the_others_weights() -> None:
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="gossip",
         speeds=(10.0, 10.0, 10.0),
         options=(("max_staleness_rounds", 2.0),),
-        faults=(Fault(kind="restart", peer=2, at_s=11.0, lasts_s=11.0),),
+        faults=(ScheduledFault(kind="restart", peer=2, at_s=11.0, lasts_s=11.0),),
     )
     assert not play(schedule)
 
 
 def test_an_outage_of_seconds_leaves_nobody_alone_for_minutes() -> None:
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="gossip",
         speeds=(16.0, 16.0),
         options=(("hidden", 1.0),),
-        faults=(Fault(kind="restart", peer=1, at_s=25.0), Fault(kind="join", at_s=27.0)),
+        faults=(ScheduledFault(kind="restart", peer=1, at_s=25.0), ScheduledFault(kind="join", at_s=27.0)),
     )
     assert not play(schedule)
 
 
 def test_a_newcomer_merges_nothing_twice_of_one_that_had_fallen_behind_and_caught_up_a_moment_ago() -> None:
     """What it tells of its round is older than what others have merged of it."""
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="gossip",
         speeds=(4.0, 0.7, 10.0, 12.0, 6.0),
         options=(("pacing", 0.0),),
         seed=60327,
         faults=(
-            Fault(kind="leave", peer=2),
-            Fault(kind="restart", peer=1, at_s=20.0),
-            Fault(kind="join", at_s=29.7, detail=1),
+            ScheduledFault(kind="leave", peer=2),
+            ScheduledFault(kind="restart", peer=1, at_s=20.0),
+            ScheduledFault(kind="join", at_s=29.7, detail=1),
         ),
     )
     assert not play(schedule)
@@ -144,32 +146,32 @@ def test_a_newcomer_merges_nothing_twice_of_one_that_had_fallen_behind_and_caugh
 
 def test_a_host_that_changes_what_it_serves_on_costs_its_guest_nothing() -> None:
     """Its author has signed it, so that the host is left alone, and not the author."""
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="gossip",
         speeds=(12.0,) * 5,
         options=(("hidden", 1.0),),
         seed=64938,
-        faults=(Fault(kind="lie: no numbers", at_s=8.0, lasts_s=50.0),),
+        faults=(ScheduledFault(kind="lie: no numbers", at_s=8.0, lasts_s=50.0),),
     )
     assert not play(schedule)
 
 
 def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
     """The other one was started anew just before, and is a guest: it has gone on alone."""
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="rounds",
         speeds=(16.0, 16.0),
-        faults=(Fault(kind="restart", peer=1), Fault(kind="freeze at", lasts_s=17.0, detail=86)),
+        faults=(ScheduledFault(kind="restart", peer=1), ScheduledFault(kind="freeze at", lasts_s=17.0, detail=86)),
     )
     assert not play(schedule)
 
 
 def test_who_slept_until_its_rounds_time_limit_was_over_asks_before_it_signs() -> None:
     """Two peers have one each on their side, so that the lower signer's holds, however far the other is by then."""
-    schedule = Schedule(
+    schedule = FaultSchedule(
         world="rounds",
         speeds=(10.0, 10.0),
-        faults=(Fault(kind="freeze", lasts_s=11.0), Fault(kind="idle", at_s=10.0)),
+        faults=(ScheduledFault(kind="freeze", lasts_s=11.0), ScheduledFault(kind="idle", at_s=10.0)),
     )
     assert not play(schedule)
 
@@ -177,64 +179,75 @@ def test_who_slept_until_its_rounds_time_limit_was_over_asks_before_it_signs() -
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param((Fault(kind="everybody", at_s=25.0),), id="all leave, and somebody new comes"),
+        pytest.param((ScheduledFault(kind="everybody", at_s=25.0),), id="all leave, and somebody new comes"),
         pytest.param(
-            (Fault(kind="bootstrap crash", at_s=20.0, lasts_s=10.0), Fault(kind="kill", at_s=25.0)), id="all die"
+            (ScheduledFault(kind="bootstrap crash", at_s=20.0, lasts_s=10.0), ScheduledFault(kind="kill", at_s=25.0)),
+            id="all die",
         ),
         pytest.param(
-            (Fault(kind="everybody", peer=1, at_s=10.0, detail=1),), id="one leaves beside one that was killed"
+            (ScheduledFault(kind="everybody", peer=1, at_s=10.0, detail=1),), id="one leaves beside one that was killed"
         ),
-        pytest.param((Fault(kind="everybody", peer=1, at_s=15.0, detail=7),), id="and the bootstrap has crashed"),
-        pytest.param((Fault(kind="everybody", at_s=25.1, detail=2),), id="the last two leave at nearly one time"),
+        pytest.param(
+            (ScheduledFault(kind="everybody", peer=1, at_s=15.0, detail=7),), id="and the bootstrap has crashed"
+        ),
+        pytest.param(
+            (ScheduledFault(kind="everybody", at_s=25.1, detail=2),), id="the last two leave at nearly one time"
+        ),
         pytest.param(
             (
-                Fault(kind="kill", at_s=30.0),
-                Fault(kind="kill", peer=1, at_s=30.0),
-                Fault(kind="visits", at_s=36.0, detail=3),
+                ScheduledFault(kind="kill", at_s=30.0),
+                ScheduledFault(kind="kill", peer=1, at_s=30.0),
+                ScheduledFault(kind="visits", at_s=36.0, detail=3),
             ),
             id="lives of seconds, one after another",
         ),
         pytest.param(
-            (Fault(kind="old folder", at_s=20.0, lasts_s=8.0), Fault(kind="old folder", at_s=39.0)),
+            (ScheduledFault(kind="old folder", at_s=20.0, lasts_s=8.0), ScheduledFault(kind="old folder", at_s=39.0)),
             id="an old folder is put back twice",
         ),
         pytest.param(
-            (Fault(kind="bootstrap old folder", at_s=10.0, lasts_s=30.0), Fault(kind="bootstrap moves", at_s=50.0)),
+            (
+                ScheduledFault(kind="bootstrap old folder", at_s=10.0, lasts_s=30.0),
+                ScheduledFault(kind="bootstrap moves", at_s=50.0),
+            ),
             id="the bootstrap's old folder, and another machine",
         ),
         pytest.param(
-            (Fault(kind="liar joins", peer=1, at_s=36.7, lasts_s=2.7), Fault(kind="everybody", at_s=39.0, lasts_s=3.0)),
+            (
+                ScheduledFault(kind="liar joins", peer=1, at_s=36.7, lasts_s=2.7),
+                ScheduledFault(kind="everybody", at_s=39.0, lasts_s=3.0),
+            ),
             id="the last one to leave has lied",
         ),
     ],
 )
 @pytest.mark.parametrize("method", ["gossip", "server", "rounds"])
-def test_a_run_outlives_its_peers(faults: tuple[Fault, ...], method: str) -> None:
+def test_a_run_outlives_its_peers(faults: tuple[ScheduledFault, ...], method: str) -> None:
     options = () if method == "gossip" else ((method, 1.0),)
-    schedule = Schedule(world="lives", speeds=(8.0, 8.0), faults=faults, options=options)
+    schedule = FaultSchedule(world="lives", speeds=(8.0, 8.0), faults=faults, options=options)
     assert not play(schedule), as_test(schedule)
 
 
-ALONE_AFTER_A_SLEEP = Schedule(
+ALONE_AFTER_A_SLEEP = FaultSchedule(
     world="lives",
     speeds=(8.0, 8.0, 8.0),
     options=(("rounds", 1.0),),
     faults=(
-        Fault(kind="freeze", at_s=8.0, lasts_s=40.0),
-        Fault(kind="kill", peer=1, at_s=47.0),
-        Fault(kind="kill", peer=2, at_s=47.0),
-        Fault(kind="freeze", peer=1, at_s=125.0),
+        ScheduledFault(kind="freeze", at_s=8.0, lasts_s=40.0),
+        ScheduledFault(kind="kill", peer=1, at_s=47.0),
+        ScheduledFault(kind="kill", peer=2, at_s=47.0),
+        ScheduledFault(kind="freeze", peer=1, at_s=125.0),
     ),
 )
-ALONE_WITH_AN_OLD_FOLDER = Schedule(
+ALONE_WITH_AN_OLD_FOLDER = FaultSchedule(
     world="lives",
     speeds=(8.0, 8.0),
     options=(("rounds", 1.0),),
     faults=(
-        Fault(kind="old folder", peer=1, at_s=8.0, lasts_s=30.0, detail=1),
-        Fault(kind="bootstrap crash", at_s=38.0, lasts_s=25.0),
-        Fault(kind="kill", at_s=39.0),
-        Fault(kind="freeze", at_s=140.0),
+        ScheduledFault(kind="old folder", peer=1, at_s=8.0, lasts_s=30.0, detail=1),
+        ScheduledFault(kind="bootstrap crash", at_s=38.0, lasts_s=25.0),
+        ScheduledFault(kind="kill", at_s=39.0),
+        ScheduledFault(kind="freeze", at_s=140.0),
     ),
 )
 
@@ -243,13 +256,13 @@ each_alone = pytest.mark.parametrize("schedule", [ALONE_WITH_AN_OLD_FOLDER, ALON
 
 
 @each_alone
-def test_who_is_alone_goes_on_from_the_archive_if_its_chain_holds(schedule: Schedule) -> None:
+def test_who_is_alone_goes_on_from_the_archive_if_its_chain_holds(schedule: FaultSchedule) -> None:
     """In rounds the archive's chain holds, which more have gone on with: what one trained alone beside it was in no
     archive, and was all taken back in the end."""
     assert not play(schedule)
 
 
 @each_alone
-def test_the_search_sees_who_never_asks_an_archive(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_sees_who_never_asks_an_archive(schedule: FaultSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody_asks_archives(monkeypatch)
     assert [violation.invariant for violation in play(schedule)] == ["acknowledged work is archived"]

@@ -130,7 +130,7 @@ def test_lost_packets_make_transfers_late_and_lose_no_call(tmp_path: Path) -> No
 
 
 def scenario_file(folder: Path, text: str = "") -> Path:
-    run = Path(__file__).parents[2] / "examples" / "stdlib-gpt.toml"
+    run = Path(__file__).parents[3] / "examples" / "stdlib-gpt.toml"
     (folder / "run.toml").write_text(run.read_text(encoding="utf-8"), encoding="utf-8")
     path = folder / "scenario.toml"
     head = '[scenario]\nname = "many"\nwork = "systems"\nrun = "run.toml"\nmethods = ["gossip"]\nrounds = 4\n'
