@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -28,38 +29,26 @@ __all__ = [
     "verify_untrusted",
 ]
 
-_ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey{type: Ed25519, data: 64 bytes}
 _PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{type: Ed25519, data: 32 bytes}
 
 
-_PAIRS = [one + other for one in _ALPHABET for other in _ALPHABET]
-_AT_ONCE, _AT_ONCE_DIGITS = 58**10, 10
-"""A large number is divided a few times only, by what fits a processor's word."""
 _MAX_KNOWN = 16_384
 """PeerIDs whose text is remembered: 4 MB."""
 
 
 def base58_encode(data: bytes) -> str:
-    """Bitcoin's base58; leading zero bytes become leading 1s."""
-    number = int.from_bytes(data, "big")
-    pairs = []
-    while number:
-        number, rest = divmod(number, _AT_ONCE)
-        for _ in range(_AT_ONCE_DIGITS // 2):
-            rest, pair = divmod(rest, 58 * 58)
-            pairs.append(_PAIRS[pair])
-    zeros = len(data) - len(data.lstrip(b"\0"))
-    return "1" * zeros + "".join(reversed(pairs)).lstrip("1")
+    """Return `data` in base58, Bitcoin's alphabet."""
+    text: bytes = base58.b58encode(data)
+    return text.decode("ascii")
 
 
 def base58_decode(text: str) -> bytes:
-    """The inverse of `base58_encode`; ValueError on a foreign character."""
-    number = 0
-    for character in text:
-        number = number * 58 + _ALPHABET.index(character)
-    zeros = len(text) - len(text.lstrip("1"))
-    return b"\0" * zeros + number.to_bytes((number.bit_length() + 7) // 8, "big")
+    """Return the bytes of `text` in base58; ValueError on a foreign character."""
+    if text != text.rstrip():  # the library forgives it, and two texts would then name one peer
+        raise ValueError("white space after a word in base58")
+    data: bytes = base58.b58decode(text)
+    return data
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ is an upper bound, not the best one found.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -43,13 +42,11 @@ __all__ = [
     "PipelineMoment",
     "PipelineSettings",
     "PipelineWorld",
-    "best_assignment",
     "best_bottleneck",
     "place",
     "settings_of",
     "stage_bytes",
     "stage_parameters",
-    "unequal_machines",
 ]
 
 
@@ -328,28 +325,3 @@ def place(world: PipelineWorld, machine: PipelineMachine) -> tuple[int, ...]:
     """Where one that sees everything would go: the slowest stage."""
     rates = world.rates()
     return (min(range(len(rates)), key=lambda stage: (rates[stage], stage)),)
-
-
-def unequal_machines(
-    number: int, rng: random.Random, *, spread: str = "uniform", most_stages: int = 2
-) -> list[PipelineMachine]:
-    """So many machines, from 100 to 1,000 tokens per second ("uniform"), or "lognormal" with a few fast ones; they
-    download a stage in 20 to 120 seconds."""
-    machines = []
-    for _ in range(number):
-        speed = rng.uniform(100, 1000) if spread == "uniform" else 400 * math.exp(rng.gauss(0, 0.8))
-        name = f"p{rng.getrandbits(48):012x}"
-        fetch_s = rng.uniform(20, 120)
-        machines.append(PipelineMachine(name=name, tokens_per_s=speed, fetch_s=fetch_s, most_stages=most_stages))
-    return machines
-
-
-def best_assignment(speeds: Sequence[float], costs: Sequence[float]) -> float:
-    """The best assignment's slowest stage, by trying all: for a few peers."""
-    best = 0.0
-    for held in itertools.product(range(len(costs)), repeat=len(speeds)):
-        rates = [0.0] * len(costs)
-        for speed, stage in zip(speeds, held, strict=True):
-            rates[stage] += speed / costs[stage]
-        best = max(best, min(rates))
-    return best
