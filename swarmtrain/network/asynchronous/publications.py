@@ -81,7 +81,8 @@ class PublicationRules:
 def request_of(
     section: Section, fragment: int, known: PublicationVersion | None, presence: pb.Signed
 ) -> pb.PublicationRequest:
-    """Return a request for a peer's newest publication of a section of a fragment, unless that is the one at `known`."""
+    """Return a request for a peer's newest publication of a section of a fragment, unless that is the one
+    at `known`."""
     named = "" if section in (_WEIGHTS, _GRADIENT) else section
     request = pb.PublicationRequest(weights=section == _WEIGHTS, section=named, fragment=fragment, presence=presence)
     if known is not None:
@@ -155,7 +156,7 @@ class OwnPublication:
 
 @dataclass
 class Publisher:
-    """Keeps the newest publication, and makes it a snapshot when it is asked for."""
+    """Keeps the newest publication of a section, and builds its snapshot when a peer requests it."""
 
     identity: Identity
     run_sha256: str

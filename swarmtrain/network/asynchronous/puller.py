@@ -45,7 +45,8 @@ def failure_of(
 
 @dataclass(frozen=True)
 class Puller:
-    """Carries out gossip's commands over the network; each method returns the event that ends its command."""
+    """Carries out the gossip engine's commands over the network. Each method returns the event that ends
+    its command."""
 
     calls: PeerCalls
     membership: Membership

@@ -59,7 +59,7 @@ _MAX_ROWS = 1024
 
 @dataclass
 class Pulls:
-    """Asks peers for publications with one tensor table, and brings them here."""
+    """Requests and downloads publications that have one tensor table."""
 
     calls: PeerCalls
     run_sha256: str
@@ -99,7 +99,10 @@ class Pulls:
 
 @dataclass(frozen=True, kw_only=True)
 class UploadRules:
-    """Limits of an upload: the most tokens in one, and `refuse`, which returns why its manifest is refused, or ""."""
+    """Limits of an upload.
+
+    `max_tokens` bounds the tokens of one upload; `refuse` returns why a manifest's upload is refused, or "".
+    """
 
     max_tokens: int
     refuse: Callable[[pb.Manifest], str]
@@ -120,7 +123,7 @@ class GradientReceiver:
     _back_off: BackOff = field(default_factory=BackOff)
     _asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _found_empty: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """The round that a peer had published when it had nothing new, and the time of that request."""
+    """Last round that a peer had published when it had nothing new, and the time of that request."""
 
     async def run(self) -> None:
         """Ask workers until cancelled."""
@@ -266,7 +269,8 @@ class GradientUploader(Publisher):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedWeights:
-    """Decoded weights of the server, with the number of gradients and this worker's last round that had entered them."""
+    """Decoded weights of the server, with the number of gradients that had entered them and this worker's last round
+    among those."""
 
     theta: Any
     arrivals: int
@@ -381,7 +385,8 @@ class ServerLink:
 
 
 def entered_round_untrusted(manifest: pb.Manifest, peer: str) -> int | None:
-    """Return the last round of `peer` in the weights of this manifest, or None. Raises BadBytesError if it is invalid."""
+    """Return the last round of `peer` in the weights of this manifest, or None. Raises BadBytesError if it is out of
+    range."""
     if len(manifest.entered) > _MAX_ROWS:
         raise BadBytesError(f"a manifest with the rounds of {len(manifest.entered)} workers, more than {_MAX_ROWS}")
     wanted = peer_bytes(peer)
