@@ -280,7 +280,6 @@ class StageReplica:
     # ------------------------------------------------------------- the session's calls
 
     def _should_stop(self) -> bool:
-        # The main thread holds the pause; the limits (threads, priority, hours) apply to this thread too.
         self.site.context.limits.between_steps()
         return self.site.context.stop.is_set() or self.pause.held
 
