@@ -1,4 +1,4 @@
-"""What `docs/architecture.md` names is there: each file, each function or class in one, and each folder of the package."""
+"""What `docs/architecture.md` names is there: each file, each function or class in one, each folder of the package."""
 
 from __future__ import annotations
 
