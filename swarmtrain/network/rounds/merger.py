@@ -242,8 +242,7 @@ class _MergeInShares:
                         raise BadBytesError("a share of another peer, round or index")
                     held = empty_held(snapshot)
                     await downloads.pull(held, range(snapshot.num_chunks), [owner])
-                    # The roster's publications were checked before they were averaged; a share's owner can write
-                    # anything.
+                    # A share is used as it is, and its owner can write anything into it.
                     await check_finite(held.part(0, size_bytes))
                     return held.buffer
             except BadBytesError as error:
