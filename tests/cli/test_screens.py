@@ -71,7 +71,8 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert "2 of 3 volunteers here, and a bootstrap" in text
     assert re.search(r"anna \(you\)  Anna01  400 k tokens  33%  here  round 12  4 k tokens/s", text)
     assert "the disk is full: training goes on without checkpoints" in text
-    assert shown[height - 1].startswith("q closes") or text.rstrip().endswith("q closes this screen; the peer keeps running")
+    foot = "q closes this screen; the peer keeps running"
+    assert shown[height - 1].startswith("q closes") or text.rstrip().endswith(foot)
     assert ("2 threads" in text) == (height >= 30)
 
 

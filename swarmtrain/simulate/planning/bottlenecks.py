@@ -262,7 +262,7 @@ def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="returning volunteers",
         strain=share / _ASIDE_SHARE,
-        why=f"a volunteer that returns as a new one fetches the others' weights: {_percent(share)} of each link in the mean",
+        why=f"a volunteer that returns as new fetches the others' weights: {_percent(share)} of each link on average",
         change=_RETURNING,
     )
 
