@@ -20,11 +20,12 @@ _EXAMPLE = "stdlib-gpt"
     name="init", epilog=example("swarmtrain init", "swarmtrain init my-run.toml", "swarmtrain init --example own-text")
 )
 @click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=_NAME)
-@click.option("--example", "name", type=click.Choice(list(examples())), default=_EXAMPLE, show_default=True, help="Which of the examples that come with swarmtrain.")  # fmt: skip
+@click.option("--example", "name", type=click.Choice(list(examples())), default=_EXAMPLE, show_default=True, help="Example to start from.")  # fmt: skip
 def command(path: Path, name: str) -> None:
-    """Write a run file with comments, to change.
+    """Write a commented run file for you to edit.
 
-    PATH is the file, run.toml without; in a folder that is there, run.toml. Nothing is overwritten.
+    PATH is the file to write, or an existing folder, in which the file is called run.toml; without PATH, it writes
+    run.toml here. It never overwrites a file.
     """
     import shlex
 

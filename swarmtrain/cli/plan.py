@@ -33,8 +33,8 @@ _TOLD = 3
 )
 @run_argument
 @swarm_options.PEERS
-@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
-@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
+@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds per inner step of a volunteer without slowdown.  [default: measured here, with one thread]")  # fmt: skip
+@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer each volunteer's step takes, such as 1,1,2,4; repeated if there are more volunteers than factors.  [default: 1 for each]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
 @swarm_options.LINK_DOWN
@@ -42,7 +42,12 @@ _TOLD = 3
 @swarm_options.LOSS
 @swarm_options.CHURN
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is left to chance."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the random choices.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -59,10 +64,10 @@ def command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Say how RUN.toml would go with many, and what hurts first.
+    """Predict a run's speed, traffic and first bottleneck.
 
-    Some of the volunteers live through a few rounds in virtual time, by the decisions that real peers make. Nothing is
-    trained and nobody is called.
+    Plays a few rounds of a part of the volunteers in virtual time, with the rules that real peers follow. Trains
+    nothing and contacts nobody.
     """
     import dataclasses
     import itertools
