@@ -62,7 +62,7 @@ _NAMED = 3
 _NAME_CHARACTERS = 16
 """Characters of a name shown in a sentence; a name may have 64."""
 _REASONS = {
-    "total_tokens": "the run has its tokens",
+    "total_tokens": "the run has trained all its tokens",
     "interrupted": "it was interrupted",
     "asked": "you asked it to leave",
 }
