@@ -97,7 +97,7 @@ def test_memory_adds_up_and_microbatches_lower_it() -> None:
 def test_what_real_volunteers_used_is_within_the_estimate_and_near_it(
     width: int, layers: int, heads: int, peak_mb: float, most_sent_mb: float
 ) -> None:
-    """By `benchmarks/memory.py`, beside other programs, the most that was seen (docs/results.md, section 13)."""
+    """By `benchmarks/memory.py`, beside other programs, the most that was seen; docs/results/cost-to-a-volunteer.md."""
     run = parse_run(
         "[run]\ntotal_tokens = 100_000\n"
         f"[model]\ncontext_tokens = 64\nfeed_forward_ratio = 2.667\n"
