@@ -1,4 +1,5 @@
-"""Generate `docs/run-file.md` and `docs/events.md` from the sentences of the fields: `make docs`.
+"""Generate `docs/run-file.md` and `docs/events.md` from the sentences of the fields, and the tables of codes in
+`docs/troubleshooting.md` from theirs: `make docs`.
 
 A test fails when what is in the tree is not what this writes.
 """
@@ -6,6 +7,7 @@ A test fails when what is in the tree is not what this writes.
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
@@ -13,6 +15,7 @@ from typing import Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from swarmtrain.error_codes import CODES
 from swarmtrain.events import EVENT_CLASSES
 from swarmtrain.problems import allowed_values
 from swarmtrain.run import RunFile
@@ -148,7 +151,31 @@ def events() -> str:
     return "".join(parts)
 
 
-PAGES = {"run-file.md": run_file, "events.md": events}
+def code_rows(topic: str) -> str:
+    """The table of the codes of a topic: each with an anchor, so that a link may lead to it."""
+    found = {code: each for code, each in CODES.items() if each.topic == topic}
+    if not any(each.says for each in found.values()):
+        return "| code | what it means |\n|---|---|\n" + "".join(
+            f'| <a id="{code}"></a>`{code}` | {cell(each.do)} |\n' for code, each in found.items()
+        )
+    return "| code | it says | what to do |\n|---|---|---|\n" + "".join(
+        f'| <a id="{code}"></a>`{code}` | {" · ".join(f"`{cell(text)}`" for text in each.says)} | {cell(each.do)} |\n'
+        for code, each in found.items()
+    )
+
+
+def troubleshooting() -> str:
+    """The page as it is, which is written by hand, with the tables of codes between its marks."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(<!-- codes: ([a-z-]+) -->\n).*?(<!-- end -->\n)",
+        lambda found: f"{found[1]}\n{code_rows(found[2])}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+PAGES = {"run-file.md": run_file, "events.md": events, "troubleshooting.md": troubleshooting}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.option_errors import OptionsError
 
 __all__ = ["command"]
 
@@ -42,7 +43,7 @@ def command(invite: str | None, directory: Path | None, target: Path, accept_clo
     They are config.json, model.safetensors, the run and its held-out text. With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
-        raise click.UsageError("give either INVITE or --dir FOLDER")
+        raise OptionsError("give either INVITE or --dir FOLDER", code="options-conflict")
     if directory is not None:
         from swarmtrain.peer.checkpoints.export import export_from_folder
 

@@ -35,12 +35,14 @@ def open_signed_untrusted(
 ) -> tuple[str, _M]:
     """(author's PeerID, message); BadBytesError if oversized, forged, or not such a message."""
     if len(signed.payload) > max_bytes:
-        raise BadBytesError(f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}")
+        raise BadBytesError(
+            f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}", code="bad-size"
+        )
     author = verify_untrusted(signed.author, _signed_bytes(purpose, run_sha256, signed.payload), signed.signature)
     try:
         message = message_type.FromString(signed.payload)
     except DecodeError as error:
-        raise BadBytesError(f"a signed {purpose} that cannot be read") from error
+        raise BadBytesError(f"a signed {purpose} that cannot be read", code="bad-format") from error
     return author, message
 
 

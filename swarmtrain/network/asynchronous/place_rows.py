@@ -29,9 +29,13 @@ def add_place_rows(manifest: pb.Manifest, places: Sequence[Mapping[str, Place]])
 def check_place_rows_untrusted(manifest: pb.Manifest) -> None:
     """BadBytesError unless the rows are peers', few enough, and of rounds that can be."""
     if len(manifest.entered) > _MAX_ROWS_READ:
-        raise BadBytesError(f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}")
+        raise BadBytesError(
+            f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}", code="bad-size"
+        )
     if not all(is_peer_id(item.peer) and item.round < _MOST_ROUNDS for item in manifest.entered):
-        raise BadBytesError("a state that what one who is no peer published entered, or a round out of range")
+        raise BadBytesError(
+            "a state that what one who is no peer published entered, or a round out of range", code="bad-number"
+        )
 
 
 def places_untrusted(manifest: pb.Manifest, num_fragments: int, num_parts: int) -> list[dict[str, Place]]:

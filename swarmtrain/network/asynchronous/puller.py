@@ -95,7 +95,7 @@ class Puller:
         reply = await self.calls.publication(source, request)
         rules = self.rules[command.fragment][command.section]
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
-            raise BadBytesError(f"a publication of {author} that is not signed by it")
+            raise BadBytesError(f"a publication of {author} that is not signed by it", code="bad-signature")
         self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
         return reply
 

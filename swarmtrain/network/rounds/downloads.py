@@ -47,4 +47,4 @@ class Downloads:
 async def check_finite(part: memoryview) -> None:
     """BadBytesError if these fp32 numbers are not all finite."""
     if not await asyncio.to_thread(all_finite, part):
-        raise BadBytesError("numbers that are not finite")
+        raise BadBytesError("numbers that are not finite", code="not-finite")

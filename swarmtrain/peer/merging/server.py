@@ -130,7 +130,11 @@ class MergeServer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("the server's work ended", exc_info=error)
-            self.swarm.emit(WarningEvent(message=f"part of the network's work ended ({error}); restart this peer"))
+            self.swarm.emit(
+                WarningEvent(
+                    message=f"part of the network's work ended ({error}); restart this peer", code="network-broke"
+                )
+            )
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:
         """All that going on takes, with what others keep."""
@@ -206,7 +210,7 @@ class MergeServer:
             info = self.swarm.membership.info(peer)
             name = (info.name if info is not None else "") or short_peer(peer)
             message = f"what {name} handed in is not taken: {reason}; it goes on from the newest weights"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="update-too-old"))
 
     def _tell_clipped(self, peer: str, incident: ClipIncident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))

@@ -99,7 +99,9 @@ class StageRequestQueue:
         if kind == "backward" and forward is not None:
             needed, got = (getattr(each, "shape", None) for each in (forward, payload))
             if needed != got:
-                raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
+                raise BadBytesError(
+                    f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}", code="bad-shape"
+                )
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
         """What a driver says of its microbatches; those acknowledged for which it is too late."""
