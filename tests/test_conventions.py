@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import statistics
+from pathlib import Path
 
 from own_sources import modules, nodes, sources
 
@@ -107,3 +108,9 @@ def test_broad_excepts_log_what_they_caught() -> None:
         broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
         said = any(isinstance(child, ast.Raise) or "log" in ast.unparse(child).lower() for child in node.body)
         assert not broad or said, f"{name}:{node.lineno} swallows every error: name the error, log it or raise it"
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """Pytest imports them by their names alone, and then refuses all of them."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}

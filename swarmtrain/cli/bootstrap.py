@@ -38,11 +38,11 @@ __all__ = ["command"]
     ),
 )
 @run_argument
-@click.option("--wait-for", cls=KeptOption, type=click.IntRange(1, 10_000), default=None, metavar="N", help="Round 0 begins when N volunteers are present (overrides `merge.min_peers`).")  # fmt: skip
-@click.option("--data", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on them: what the run's data paths are relative to.  [default: the run file's folder]")  # fmt: skip
+@click.option("--wait-for", cls=KeptOption, type=click.IntRange(1, 10_000), default=None, metavar="N", help="Begin round 0 when N volunteers are present.  [default: the run's merge.min_peers]")  # fmt: skip
+@click.option("--data", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @LINK_OPTIONS[0]
 @LINK_OPTIONS[1]
-@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Leave the invite in FILE too, for `join --invite-file FILE`.")  # fmt: skip
+@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the invite to FILE too, for `join --invite-file FILE`.")  # fmt: skip
 @peer_options
 def command(
     given: GivenRun,
@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """Publish RUN.toml, print an invite, serve and archive the run.
 
-    It trains nothing itself: join it from the same or another machine with the line it prints. Started again with the
-    same --dir, run file and --wait-for, it goes on with the same run and identity.
+    The bootstrap does not train: to train, join the run with the line it prints, on this or another machine. To
+    continue the same run with the same identity, start it again with the same --dir and run file.
     """
     with errors_as_events(options.json, options.name):
         run = given.load()

@@ -29,14 +29,14 @@ __all__ = ["command"]
     "--data",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="What the run's data paths are relative to.  [default: the run file's folder]",
+    help="Folder to which the run's data paths are relative.  [default: the run file's folder]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool) -> None:
-    """Say what RUN.toml trains, what it costs, any doubt.
+    """Print what RUN.toml trains, what it costs, and warnings.
 
-    The text is looked at as `bootstrap` does; of a data set of the hub the first documents are fetched. Exit code 2 if
-    there are errors: what `bootstrap` would refuse. A doubt is allowed, but perhaps not meant.
+    Reads the text as `bootstrap` does; of a Hugging Face data set it fetches the first documents. An error is what
+    `bootstrap` would refuse; with any, the exit code is 2. A warning is about what is allowed, but perhaps not meant.
     """
     import dataclasses
     import json
@@ -56,9 +56,11 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         click.echo(json.dumps({**table, "errors": refused, "doubts": found, "not_looked_at": look.unseen}))
     else:
-        lines = [with_code(f"  error: {each}", each.code) for each in refused] + [f"  doubt: {text}" for text in found]
-        unseen = (f"  not looked at: {text}" for text in look.unseen)
-        for line in (*report(run, cost, look.num_bytes), *(lines or ["  no doubts"]), *unseen):
+        lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
+            f"  warning: {text}" for text in found
+        ]
+        unseen = (f"  not checked: {text}" for text in look.unseen)
+        for line in (*report(run, cost, look.num_bytes), *(lines or ["  no warnings"]), *unseen):
             click.echo(line)
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)

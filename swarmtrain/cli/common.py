@@ -221,7 +221,7 @@ _PEER_OPTIONS = (
         "--dir",
         type=click.Path(file_okay=False, path_type=Path),
         metavar="FOLDER",
-        help="Where identity and checkpoints are kept.  [default: a folder of this user, by command and --name]",
+        help="Folder of the peer's identity and checkpoints.  [default: a folder of this user, chosen by command and --name]",
     ),
     click.option(
         "--name",
@@ -229,16 +229,16 @@ _PEER_OPTIONS = (
         callback=peer_name,
         default="",
         metavar="NAME",
-        help="What others see beside the PeerID.  [default: the end of the PeerID, or bootstrap]",
+        help="Name that others see beside the PeerID.  [default: bootstrap, or the end of a volunteer's PeerID]",
     ),
-    click.option("--json", is_flag=True, help="Write events as JSON lines on standard output, and nothing else there."),
+    click.option("--json", is_flag=True, help="Write events as JSON lines to standard output, and nothing else there."),
     click.option(
         "--listen",
         cls=KeptOption,
         callback=addresses,
         multiple=True,
         metavar="ADDRESS",
-        help="Listen at HOST:PORT, [IPv6]:PORT or a multiaddress; may be repeated.  [default: any free port]",
+        help="Address to listen at: HOST:PORT, [IPv6]:PORT, :PORT (all IPv4 addresses) or a multiaddress; may be repeated.  [default: any free port]",
     ),
     click.option(
         "--announce",
@@ -246,7 +246,7 @@ _PEER_OPTIONS = (
         callback=addresses,
         multiple=True,
         metavar="ADDRESS",
-        help="Tell others this address, such as a router's forwarded port; may be repeated.",
+        help="Address to advertise to other peers, such as a router's forwarded port; may be repeated.  [default: the addresses that the peer finds]",
     ),
     click.option(
         "--control",
@@ -254,7 +254,7 @@ _PEER_OPTIONS = (
         callback=_tcp_address,
         default="",
         metavar="ADDRESS",
-        help="Serve `status`, `pause`, `leave` and the rest over TCP too, at HOST:PORT, or :PORT for this machine only: anyone who reaches it controls this peer.  [default: only you, through --dir]",
+        help="Serve `status`, `pause`, `leave` and the like over TCP too: at :PORT for this machine only, at HOST:PORT for others. Anyone who reaches it controls this peer.  [default: only this user, through --dir]",
     ),
     click.option(
         "--metrics",
@@ -262,41 +262,41 @@ _PEER_OPTIONS = (
         callback=_metrics_address,
         default="",
         metavar="PORT",
-        help="Serve Prometheus metrics at this port, for this machine only, or at HOST:PORT for anyone who reaches it.",
+        help="Serve Prometheus metrics: at PORT for this machine only, at HOST:PORT for anyone who reaches it.  [default: off]",
     ),
     click.option(
         "--log-level",
         type=click.Choice(["debug", "info", "warning", "error"]),
         default="warning",
         show_default=True,
-        help="How much of the log to write to standard error.",
+        help="Write log messages of at least this severity to standard error.",
     ),
     click.option(
         "--background",
         is_flag=True,
-        help="Wait until it takes part, then leave it running without this terminal.",
+        help="Return once the peer takes part, and leave it running without this terminal.",
     ),
     click.option(
         "--accept-clock",
         is_flag=True,
-        help="Go by the others' clock even if it is more than ten minutes from this machine's.",
+        help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
     ),
     click.option(
         "--only-announced",
         is_flag=True,
         hidden=True,
-        help="For a rehearsal: tell others the addresses of --announce and no others.",
+        help="For a rehearsal: advertise the addresses of --announce and no others.",
     ),
 )
 
 
 LINK_OPTIONS = (
-    click.option("--up", "up_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
-    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.  [default: as the run says]"),
+    click.option("--up", "up_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.  [default: the run's network.up_mbit]"),
+    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.  [default: the run's network.down_mbit]"),
 )  # fmt: skip
 
 
-THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to compute with.  [default: one for a small model, all cores for one of 10 million parameters and more]")  # fmt: skip
+THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N", help="Processor threads to compute with.  [default: 1 for a model below 10 million parameters, else all cores]")  # fmt: skip
 
 
 def peer_options(function: _F) -> _F:
@@ -346,7 +346,7 @@ def _start_in_background(values: dict[str, Any]) -> int:
 
 def _end_at_once(as_json: bool, name: str) -> None:
     """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
-    click.echo("interrupted before it had begun", err=True)
+    click.echo("interrupted before it began", err=True)
     if as_json:
         from swarmtrain.peer.lifecycle.process import process_age_s
 
@@ -510,14 +510,14 @@ _WHICH_PEER = (
         "directory",
         type=click.Path(file_okay=False, path_type=Path),
         metavar="FOLDER",
-        help="The peer's folder, or one with several of them.  [default: this user's]",
+        help="The peer's folder, or one that holds several peers' folders.  [default: the folder of this user's peers]",
     ),
     click.option(
         "--address",
         callback=_tcp_address,
         default="",
         metavar="HOST:PORT",
-        help="Ask over TCP, if the peer was told to answer there.",
+        help="Ask over TCP a peer that was started with --control.",
     ),
 )
 

@@ -21,17 +21,17 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 @click.command(name="doctor", epilog=example("swarmtrain doctor", "swarmtrain doctor INVITE --listen :31337"))
 @click.argument("invite", metavar="[INVITE]", required=False)
-@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The folder that the peer would use.  [default: that of `swarmtrain join`]")  # fmt: skip
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder that the peer would use.  [default: that of `swarmtrain join`]")  # fmt: skip
 @click.option(
     "--name",
     default="",
     callback=peer_name,
     metavar="NAME",
-    help="The peer's, by which `swarmtrain join` finds its folder.",
+    help="Name of the peer, by which `swarmtrain join` finds its folder.",
 )
-@click.option("--listen", callback=addresses, multiple=True, metavar="ADDRESS", help="Where the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
-@click.option("--announce", callback=addresses, multiple=True, metavar="ADDRESS", help="What the peer would tell others, such as a router's forwarded port.")  # fmt: skip
-@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Where your own files are, for runs that train on text or JSON lines.")  # fmt: skip
+@click.option("--listen", callback=addresses, multiple=True, metavar="ADDRESS", help="Address at which the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
+@click.option("--announce", callback=addresses, multiple=True, metavar="ADDRESS", help="Address that the peer would advertise, such as a router's forwarded port; may be repeated.")  # fmt: skip
+@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, for runs that train on text or JSON lines.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object for each check.")
 def command(
     invite: str | None,
@@ -42,10 +42,10 @@ def command(
     data: Path | None,
     as_json: bool,
 ) -> None:
-    """Check this machine, and the way to a run.
+    """Check this machine and its connection to a run.
 
-    Says of each thing it looks at whether it is fine, and if not, what to do. Takes part in nothing, leaves nothing
-    behind, and ends within half a minute. Exit code 1 if there is a problem.
+    For each check, prints whether all is well and, if not, what to do. Joins no run, leaves nothing behind, and ends
+    within half a minute. The exit code is 1 if there is a problem.
     """
     import platformdirs
 

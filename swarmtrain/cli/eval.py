@@ -22,13 +22,13 @@ __all__ = ["command"]
     name="eval", epilog=example("swarmtrain eval runs/first/bootstrap/model", "swarmtrain eval MODEL --text book.txt")
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Measure on this text.  [default: the run's held-out text]")  # fmt: skip
+@click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Text to measure on.  [default: the run's held-out text]")  # fmt: skip
 @THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path, text: Path | None, threads: int | None, as_json: bool) -> None:
     """Measure the loss of the model in folder MODEL.
 
-    In nats and bits per byte of text, and as perplexity, per token; lower is better.
+    Prints nats and bits per byte of text, and perplexity per token; lower is better.
     """
     import json
 

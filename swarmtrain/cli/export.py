@@ -22,7 +22,7 @@ __all__ = ["command"]
     "directory",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="Take the newest model of a peer's folder (or its checkpoint), instead of asking a swarm.",
+    help="Export the newest model or checkpoint of a peer's folder, without asking a swarm.",
 )
 @click.option(
     "--to",
@@ -30,17 +30,18 @@ __all__ = ["command"]
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
     metavar="FOLDER",
-    help="Where to write the model.",
+    help="Folder to write the model to.",
 )
 @click.option(
     "--accept-clock",
     is_flag=True,
-    help="Go by the others' clock even if it is more than ten minutes from this machine's.",
+    help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
 )
 def command(invite: str | None, directory: Path | None, target: Path, accept_clock: bool) -> None:
-    """Write the model as files anyone can load.
+    """Write the model as files that anyone can load.
 
-    They are config.json, model.safetensors, the run and its held-out text. With INVITE, any live peer of the run gives its newest state; the bootstrap is not needed.
+    Writes config.json, model.safetensors, the run file and the held-out text. With INVITE, takes the newest state from
+    any live peer of the run; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
         raise OptionsError("give either INVITE or --dir FOLDER", code="options-conflict")

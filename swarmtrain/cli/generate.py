@@ -20,16 +20,33 @@ __all__ = ["command"]
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
-@click.option("--tokens", type=click.IntRange(1, 1_000_000), default=256, show_default=True, help="Tokens to write.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0 takes the likeliest token."
+    "--tokens",
+    type=click.IntRange(1, 1_000_000),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Number of tokens to write.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed writes the same text."
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.7,
+    show_default=True,
+    metavar="T",
+    help="Randomness. 0: always the likeliest token; 1: as the model was trained; higher: more varied.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Random seed; the same seed writes the same text.",
 )
 @THREADS
 def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
-    """Let the model in folder MODEL continue a prompt."""
+    """Continue a prompt with the model in folder MODEL."""
     from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text

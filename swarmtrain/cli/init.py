@@ -20,11 +20,12 @@ _EXAMPLE = "stdlib-gpt"
     name="init", epilog=example("swarmtrain init", "swarmtrain init my-run.toml", "swarmtrain init --example own-text")
 )
 @click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=_NAME)
-@click.option("--example", "name", type=click.Choice(list(examples())), default=_EXAMPLE, show_default=True, help="Which of the examples that come with swarmtrain.")  # fmt: skip
+@click.option("--example", "name", type=click.Choice(list(examples())), default=_EXAMPLE, show_default=True, help="Example to start from.")  # fmt: skip
 def command(path: Path, name: str) -> None:
-    """Write a run file with comments, to change.
+    """Write a commented run file for you to edit.
 
-    PATH is the file, run.toml without; in a folder that is there, run.toml. Nothing is overwritten.
+    PATH is the file to write, or an existing folder, in which the file is called run.toml; without PATH, it writes
+    run.toml here. It never overwrites a file.
     """
     import shlex
 
@@ -57,7 +58,7 @@ def _begun(text: str, name: str, path: Path) -> str:
     head = (
         f"# A run file, written by `swarmtrain init` from the example {name}. Change what you like, then:\n"
         "#\n"
-        f"#   swarmtrain check {where}        # what it trains and costs, and any doubt\n"
+        f"#   swarmtrain check {where}        # what it trains and costs, with warnings\n"
         f"#   swarmtrain local {where}        # trains here, with several volunteers\n"
         f"#   swarmtrain bootstrap {where}    # publishes it: others join with the line that this prints\n"
         "#\n"

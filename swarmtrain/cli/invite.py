@@ -12,13 +12,13 @@ __all__ = ["command"]
 
 
 @click.command(name="invite", epilog=example("swarmtrain invite", "swarmtrain invite --dir ~/swarm"))
-@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder.  [default: the peers of this user that run now]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each.")
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder.  [default: those of this user's running peers]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each peer.")
 def command(directory: Path | None, as_json: bool) -> None:
     """Print the line with which others join.
 
-    It leads through a peer that runs on this machine: every volunteer serves the run, so a swarm outlives its bootstrap.
-    With several peers each line has its peer above it.
+    The invite leads to a peer that runs on this machine. Every volunteer serves the run, so a swarm outlives its
+    bootstrap. If several peers run, each one's name stands above its line.
     """
     import contextlib
     import json

@@ -53,12 +53,12 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 _SCOPE = (
     click.option("--threads", cls=KeptOption, type=click.IntRange(1, 4096), metavar="N", help="Processor threads to train with.  [default: all cores]"),
-    click.option("--memory", cls=KeptOption, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; of a model that is cut into stages it holds as many as fit.  [default: no limit]"),
-    click.option("--nice", cls=KeptOption, type=click.IntRange(0, 19), metavar="N", help="Yield to other programs: 0 as they, 19 takes only what they leave.  [default: as it is started]"),
-    click.option("--only-when-idle", cls=KeptOption, is_flag=True, help="Rest while other programs use the processors."),
-    click.option("--hours", cls=KeptOption, callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Train only then, local time, such as 22-7 or 12-13,18:30-8.  [default: any]"),
+    click.option("--memory", cls=KeptOption, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; none: no limit. If the model is cut into stages, the peer holds as many as fit.  [default: none]"),
+    click.option("--nice", cls=KeptOption, type=click.IntRange(0, 19), metavar="N", help="Processor priority. 0: the same as other programs; 19: only idle time.  [default: inherited]"),
+    click.option("--only-when-idle", cls=KeptOption, is_flag=True, help="Pause while other programs use the processors."),
+    click.option("--hours", cls=KeptOption, callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.  [default: any]"),
     *LINK_OPTIONS,
-    click.option("--slowdown", cls=KeptOption, callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Trains with one thread unless --threads says more, for which it is less exact.  [default: as fast as it can]"),
+    click.option("--slowdown", cls=KeptOption, callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Uses one thread unless --threads is given; less exact with more.  [default: 1]"),
 )  # fmt: skip
 
 
@@ -98,17 +98,17 @@ def _limit_options(function: _F) -> _F:
     ),
 )
 @click.argument("words", metavar="[INVITE]", nargs=-1)
-@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Take the invite from FILE, and wait until there is one.")  # fmt: skip
+@click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Read the invite from FILE; wait until FILE holds one.")  # fmt: skip
 @_limit_options
 @click.option(
     "--data",
     cls=KeptOption,
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="Where your own files are, for runs that train on text or JSON lines.",
+    help="Folder of your own text, for runs that train on text or JSON lines.",
 )
-@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: so many per cent of what others pull from this peer breaks off midway, the same for the same --name.")  # fmt: skip
-@click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: the stages of a pipeline that it takes first, whatever is needed.")  # fmt: skip
+@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
+@click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
 @peer_options
 def command(
     words: tuple[str, ...],
@@ -121,12 +121,12 @@ def command(
 ) -> None:
     """Join the run of INVITE and train until it ends.
 
-    Fetches the run, checks it against the hash in the invite, and trains on this machine. Nothing that arrives is
-    executed. Ctrl-C once leaves cleanly, twice at once. Without INVITE, and with --name and --dir as before, it goes on
-    with the run of its folder, through the peers it knew. What it may take of the machine can be changed while it runs:
-    `swarmtrain limits`.
+    Fetches the run, checks it against the hash in the invite, and trains on this machine. Never executes anything it
+    receives. Press Ctrl-C once to leave cleanly, twice to stop at once.
 
-    The folder remembers --data, --threads, --listen, limits and a pause; what is given anew replaces it.
+    Without INVITE, and with the same --name and --dir, it continues the run of its folder, through the peers it knew.
+    The folder remembers --data, the addresses, the limits and a pause; an option given anew replaces what it remembers.
+    `swarmtrain limits` changes the limits while the peer runs.
     """
     with errors_as_events(options.json, options.name):
         from swarmtrain.network.discovery.invite import parse_invite
@@ -257,7 +257,7 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
         if kept in (None, run_sha256) and not is_in_use(candidate):
             break
     if is_other:
-        say(f"{folder} holds another run: this one is kept in {candidate}")
+        say(f"{folder} holds another run: this one uses {candidate}")
     return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
 
 
@@ -279,7 +279,7 @@ def _stopped(folder: Path) -> Path | None:
         )
     if free and (len(ours) > 1 or free[0] != folder):
         others = ", ".join(f"`swarmtrain join --dir {shlex.quote(str(path))}`" for path in free[1:])
-        say(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""))
+        say(f"continuing in {free[0]}" + (f"; also stopped: {others}" if others else ""))
     return free[0] if free else None
 
 

@@ -20,13 +20,13 @@ _LOOK_FOR_WARNINGS_S = 1.0
 
 @click.command(name="leave", epilog=example("swarmtrain leave", "swarmtrain leave anna --no-wait"))
 @which_peer
-@click.option("--no-wait", is_flag=True, help="Do not wait until its process has ended.")
+@click.option("--no-wait", is_flag=True, help="Return at once; do not wait until the process has ended.")
 @click.pass_context
 def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     """End a peer cleanly and wait until it has ended.
 
-    It finishes its inner step, says goodbye to the others and ends, as after Ctrl-C. The run goes on without it;
-    `swarmtrain join` with the same --dir brings it back.
+    The peer finishes its inner step, tells the other peers that it leaves, and ends, as after Ctrl-C. The run continues
+    without it; `swarmtrain join` with the same --dir brings it back.
     """
     from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
     from swarmtrain.peer.lifecycle.folder_lock import holder_pid

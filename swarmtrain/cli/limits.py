@@ -16,20 +16,35 @@ __all__ = ["command"]
 
 @click.command(name="limits", epilog=example("swarmtrain limits", "swarmtrain limits anna --threads 2 --hours 22-7"))
 @which_peer
-@click.option("--threads", type=click.IntRange(0, 4096), metavar="N", help="Processor threads to train with; 0: all.")
 @click.option(
-    "--memory", callback=limit("parse_size"), metavar="SIZE", help="Memory of the peer, such as 4GB; none: no limit."
+    "--threads", type=click.IntRange(0, 4096), metavar="N", help="Processor threads to train with; 0: all cores."
 )
-@click.option("--nice", type=click.IntRange(0, 19), metavar="N", help="0 as others, 19 only what others leave.")
-@click.option("--only-when-idle/--any-time", "idle", default=None, help="Rest while other programs use the processors.")
+@click.option(
+    "--memory",
+    callback=limit("parse_size"),
+    metavar="SIZE",
+    help="Memory the peer may use, such as 4GB; none: no limit.",
+)
+@click.option(
+    "--nice",
+    type=click.IntRange(0, 19),
+    metavar="N",
+    help="Processor priority. 0: the same as other programs; 19: only idle time.",
+)
+@click.option(
+    "--only-when-idle/--any-time",
+    "idle",
+    default=None,
+    help="Pause while other programs use the processors, or do not.",
+)
 @click.option(
     "--hours",
     callback=limit("parse_hours"),
     metavar="FROM-TO",
-    help="Train only then, local time, such as 22-7 or 12-13,18:30-8; any: always.",
+    help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
-@click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Send at most so many Mbit/s; 0: no limit.")  # fmt: skip
-@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Receive at most so many Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.")  # fmt: skip
 def command(
     which: WhichPeer,
     threads: int | None,
@@ -40,9 +55,9 @@ def command(
     up: float | None,
     down: float | None,
 ) -> None:
-    """Show or change what a peer may take of its machine.
+    """Show or change what a peer may use of its machine.
 
-    It changes while the peer runs; what is not named stays as it is.
+    Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
     from swarmtrain.cli.screen import limits_in_words

@@ -49,27 +49,41 @@ _LOST_TIMES = 8
     ),
 )
 @run_argument
-@click.option("--peers", type=click.IntRange(1, 256), default=3, show_default=True, help="Volunteers to start.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Processor threads of each.")
-@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower than this machine could each volunteer trains, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: all as fast as they can]")  # fmt: skip
+@click.option(
+    "--peers",
+    type=click.IntRange(1, 256),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Number of volunteers to start.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processor threads of each volunteer.",
+)
+@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower each volunteer trains than this machine could, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: 1 for each]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
 @swarm_options.LINK_DOWN
-@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="... how many per cent of the volunteers' transfers break off midway.  [default: none]")  # fmt: skip
+@click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, metavar="PCT", help="Percentage of the volunteers' transfers that break off midway.  [default: 0]")  # fmt: skip
 @swarm_options.JITTER
 @swarm_options.LOSS
 @swarm_options.CHURN
-@click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="... all that and what breaks when, from a file; the options above go before it.")  # fmt: skip
-@click.option("--compare-alone", is_flag=True, help="Afterwards train one volunteer alone, unslowed, for as many steps as the fastest took.")  # fmt: skip
-@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Your own files, for runs on them: what the run's data paths are relative to.  [default: the run file's folder]")  # fmt: skip
-@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Where the peers keep their files and the model is left.  [default: runs/NAME-TIME]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines on standard output.")
+@click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="Rehearsal file with links, churn and timed faults; the options above override it.")  # fmt: skip
+@click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, for as many steps as the fastest volunteer took.")  # fmt: skip
+@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="warning",
     show_default=True,
-    help="How much the peers write to their log files.",
+    help="Write log messages of at least this severity to the peers' log files.",
 )
 def command(
     given: GivenRun,
@@ -92,9 +106,9 @@ def command(
 ) -> None:
     """Run a bootstrap and volunteers here until the run ends.
 
-    They are real processes on real sockets, with one view of them all. Prints a sample of generated text, each
-    volunteer's part and the held-out loss at the end. Ctrl-C ends the volunteers, then the bootstrap; twice: all at
-    once. With the same --dir it goes on.
+    The peers are real processes that talk over real sockets; one display shows them all. At the end it prints a sample
+    of generated text, each volunteer's share and the held-out loss. Press Ctrl-C once to end the volunteers and then
+    the bootstrap, twice to end all at once. To continue the run, start it again with the same --dir.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
@@ -134,7 +148,7 @@ def command(
                 click.echo(part.line(), err=as_json)
                 line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
-            click.echo(f"stopped; what the peers have is in {directory}; to go on:", err=True)
+            click.echo(f"stopped; the peers' files are in {directory}; to continue:", err=True)
             click.echo(f"  {_again(sys.argv[1:], directory)}", err=True)
             return
         click.echo(line, err=as_json)
@@ -171,7 +185,7 @@ def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[floa
         fitting = ",".join(f"{math.ceil(10 * factor * times) / 10:g}" for factor in slowdowns)
         return f"{what}; --slowdown {fitting} fits"
     fewer = f"--peers {num_cores // threads} fits" if threads <= num_cores else f"--threads {num_cores} is the most"
-    lost = ", and may take each other for lost" if times >= _LOST_TIMES else ""
+    lost = ", and may consider each other lost" if times >= _LOST_TIMES else ""
     return f"{what}{lost}; {fewer}"
 
 
@@ -350,7 +364,7 @@ def _watch(
 
 def _show_sample(directory: Path, as_json: bool) -> None:
     model = directory / "bootstrap" / "model"
-    click.echo(f"the model writes a sample of {_SAMPLE_TOKENS} tokens:", err=True)
+    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.progress import long_work
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
 

@@ -21,14 +21,14 @@ _READ_EVERY_S = 0.5
     name="logs", epilog=example("swarmtrain logs", "swarmtrain logs anna --lines 20", "swarmtrain logs anna -f")
 )
 @click.argument("name", metavar="[NAME]", default="")
-@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder, or one with several of them.  [default: this user's]")  # fmt: skip
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new line, until the peer has ended.")
-@click.option("-n", "--lines", type=click.IntRange(0), default=_LINES, show_default=True, metavar="N", help="How many of the lines that are there.")  # fmt: skip
+@click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder, or one that holds several peers' folders.  [default: the folder of this user's peers]")  # fmt: skip
+@click.option("-f", "--follow", is_flag=True, help="Print new lines as they come, until the peer ends.")
+@click.option("-n", "--lines", type=click.IntRange(0), default=_LINES, show_default=True, metavar="N", help="Number of existing lines to print.")  # fmt: skip
 def command(name: str, directory: Path | None, follow: bool, lines: int) -> None:
     """Print the last lines of a peer's log.
 
-    NAME is as for `status`. The log is `peer.log` in the peer's folder; it is there after the peer has ended too. With
-    -f Ctrl-C leaves it, and the peer goes on.
+    NAME is as for `status`. The log is `peer.log` in the peer's folder, and stays there after the peer has ended. With
+    -f, press Ctrl-C to stop reading; the peer keeps running.
     """
     import sys
     import threading

@@ -12,9 +12,9 @@ __all__ = ["command"]
 @click.command(name="pause", epilog=example("swarmtrain pause", "swarmtrain pause anna"))
 @which_peer
 def command(which: WhichPeer) -> None:
-    """Stop training for a while; the process stays.
+    """Pause a peer's training; its process keeps running.
 
-    It finishes its inner step and leaves the swarm as if for good: the others do not wait for it. `swarmtrain resume`
+    The peer finishes its inner step and leaves the swarm, so that no other peer waits for it. `swarmtrain resume`
     brings it back.
     """
     from swarmtrain.cli.peers import find_running, tell, wire

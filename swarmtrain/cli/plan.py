@@ -33,8 +33,8 @@ _TOLD = 3
 )
 @run_argument
 @swarm_options.PEERS
-@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds of an inner step of a volunteer that is not slower.  [default: measured here, with one thread]")  # fmt: skip
-@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer a step takes each volunteer, such as 1,1,2,4; with more volunteers than factors these are gone through again.  [default: all alike]")  # fmt: skip
+@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds per inner step of a volunteer without slowdown.  [default: measured here, with one thread]")  # fmt: skip
+@click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer each volunteer's step takes, such as 1,1,2,4; repeated if there are more volunteers than factors.  [default: 1 for each]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
 @swarm_options.LINK_DOWN
@@ -42,7 +42,12 @@ _TOLD = 3
 @swarm_options.LOSS
 @swarm_options.CHURN
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of what is left to chance."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the random choices.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -59,10 +64,10 @@ def command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Say how RUN.toml would go with many, and what hurts first.
+    """Predict a run's speed, traffic and first bottleneck.
 
-    Some of the volunteers live through a few rounds in virtual time, by the decisions that real peers make. Nothing is
-    trained and nobody is called.
+    Plays a few rounds of a part of the volunteers in virtual time, with the rules that real peers follow. Trains
+    nothing and contacts nobody.
     """
     import dataclasses
     import itertools
@@ -98,7 +103,7 @@ def _measured_step_s(run: RunFile) -> float:
     from swarmtrain.peer.lifecycle.node import use_threads
     from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
 
-    click.echo(f"measuring an inner step here, which takes {LIMIT_S:.0f} s at most; --step-s says it instead", err=True)
+    click.echo(f"measuring an inner step on this machine, for at most {LIMIT_S:.0f} s; --step-s skips this", err=True)
     use_threads(1)
     return run.tokens_per_step / measure_speed(run)
 
@@ -137,7 +142,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",
         "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
-        "stall": f"{found.stall_share:.2%} of a volunteer's time it does not train",
+        "stall": f"a volunteer does not train for {found.stall_share:.2%} of its time",
         "merging": merging,
         "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes, found.run_s),
         "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes, found.run_s),
@@ -206,8 +211,8 @@ def _worst(found: tuple[Bottleneck, ...]) -> list[str]:
 
     felt = [one for one in found if one.strain >= FELT]
     if not felt:
-        return [f"  nothing hurts; nearest to it: {one.what}: {one.why}" for one in found[:1]]
+        return [f"  no bottleneck; closest to one: {one.what}: {one.why}" for one in found[:1]]
     lines = []
     for number, one in enumerate(felt[:_TOLD]):
-        lines += [f"  {'then' if number else 'hurts first'}: {one.what}: {one.why}", f"    change {one.change}"]
-    return [*lines, "  after one change, plan again: it may be something else that hurts then"]
+        lines += [f"  {'next' if number else 'first bottleneck'}: {one.what}: {one.why}", f"    change {one.change}"]
+    return [*lines, "  after a change, plan again: another bottleneck may then come first"]

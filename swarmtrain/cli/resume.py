@@ -12,9 +12,9 @@ __all__ = ["command"]
 @click.command(name="resume", epilog=example("swarmtrain resume", "swarmtrain resume anna"))
 @which_peer
 def command(which: WhichPeer) -> None:
-    """Go on after a pause.
+    """Resume a paused peer.
 
-    It trains on; after more than a few rounds of the others, from the weights that they have by then.
+    The peer continues from its own weights, or, if the others are more than a few rounds ahead, from theirs.
     """
     from swarmtrain.cli.peers import find_running, tell, wire
 

@@ -29,14 +29,16 @@ __all__ = ["command", "table_lines"]
     ),
 )
 @click.argument("scenario", metavar="SCENARIO.toml", type=click.Path(path_type=Path))
-@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Of the runs; may be repeated.  [default: the file's]")  # fmt: skip
-@click.option("--method", "methods", multiple=True, metavar="NAME", help="To compare; may be repeated.  [default: the file's]")  # fmt: skip
-@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values of a key of the run file or the scenario, all of which are compared, in place of the file's grid; may be repeated.")  # fmt: skip
+@click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Seed of the runs; may be repeated.  [default: the file's]")  # fmt: skip
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Method to compare; may be repeated.  [default: the file's]")  # fmt: skip
+@click.option("--sweep", "sweeps", multiple=True, metavar="KEY=V,V", help="Values to compare of a key of the run file or the scenario; replaces the file's grid; may be repeated.")  # fmt: skip
 @click.option("--set", "changes", multiple=True, metavar="KEY=V", help="Change a key of the run file or the scenario; may be repeated.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1), help="Runs at once.  [default: a core each]")
-@click.option("--fresh", is_flag=True, help="Run all anew, also what was run before.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the losses, as PNG or SVG.")  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write one JSON document.")  # fmt: skip
+@click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="Number of runs at once.  [default: one for each core]"
+)
+@click.option("--fresh", is_flag=True, help="Run everything again, without results kept from earlier.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the loss curves to FILE, a .png or .svg.")  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the results to FILE, as one JSON document.")  # fmt: skip
 def command(
     scenario: Path,
     seeds: tuple[int, ...],
@@ -50,8 +52,8 @@ def command(
 ) -> None:
     """Compare methods of training in virtual time.
 
-    Real models learn real text, one after the other on this machine; the clock that counts is that of the scenario's
-    machines and links. The same file and seed give the same document, on one core or on many.
+    Trains real models on real text on this machine, but counts the time that the scenario's machines and links would
+    take. The same file and seed give the same results, on any number of cores.
     """
     import json
     import os

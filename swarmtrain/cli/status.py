@@ -22,16 +22,20 @@ __all__ = ["command", "print_page"]
     ),
 )
 @which_peer
-@click.option("--all", "everyone", is_flag=True, help="One line for each peer of this machine.")
+@click.option("--all", "everyone", is_flag=True, help="Print one line for each peer of this machine.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print the status as one JSON line; with --all one for each peer."
+    "--json", "as_json", is_flag=True, help="Print the status as one JSON line; with --all, one line for each peer."
 )
-@click.option("--healthy", is_flag=True, help="Only say whether it trains or serves, and gets further: code 0, else 1.")
+@click.option(
+    "--healthy",
+    is_flag=True,
+    help="Only check that the peer trains or serves, and makes progress: exit code 0, else 1.",
+)
 def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> None:
     """Show what a peer of this machine does, or how it ended.
 
-    NAME is its name, its folder's name, or the end of its PeerID; it is needed only where several peers run. Who
-    contributed how much is shown for everyone who ever took part in the run.
+    NAME is the peer's name, its folder's name, or the end of its PeerID; give it if several peers run. The list of
+    contributions has everyone who ever took part in the run.
     """
     import json
     import sys

@@ -17,13 +17,13 @@ __all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "PEERS", "RTT", "l
 _MAX_RTT_MS = 2000
 _LEAST_MBIT = 0.1
 
-PEERS = click.option("--peers", type=click.IntRange(1, 100_000), metavar="N", help=f"Volunteers to assume, each on a machine of its own.  [default: {PEERS_ASSUMED}, or one for each stage if these are more]")  # fmt: skip
-RTT = click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="To rehearse the internet: milliseconds from a peer to another and back.  [default: none added]")  # fmt: skip
-LINK_UP = click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... what each volunteer can send, in Mbit/s.  [default: no limit]")  # fmt: skip
-LINK_DOWN = click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="... and receive.  [default: no limit]")  # fmt: skip
-JITTER = click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="... by how many milliseconds more what is sent is late at most.  [default: none]")  # fmt: skip
-LOSS = click.option("--loss", type=click.FloatRange(0, 50), callback=finite, metavar="PCT", help="... how many per cent of the packets are lost each way, as a stream notices it.  [default: none]")  # fmt: skip
-CHURN = click.option("--churn", type=click.FloatRange(1), callback=finite, metavar="S", help="... about how often, in seconds, a volunteer is killed or leaves, and comes back.  [default: never]")  # fmt: skip
+PEERS = click.option("--peers", type=click.IntRange(1, 100_000), metavar="N", help=f"Number of volunteers to assume, each on its own machine.  [default: {PEERS_ASSUMED}, or one for each stage if that is more]")  # fmt: skip
+RTT = click.option("--rtt", type=click.FloatRange(0, _MAX_RTT_MS), callback=finite, metavar="MS", help="Round-trip time to add between two peers, in ms.  [default: 0]")  # fmt: skip
+LINK_UP = click.option("--link-up", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="Upload bandwidth of each volunteer, in Mbit/s.  [default: no limit]")  # fmt: skip
+LINK_DOWN = click.option("--link-down", type=click.FloatRange(_LEAST_MBIT, 100_000), callback=finite, metavar="MBIT", help="Download bandwidth of each volunteer, in Mbit/s.  [default: no limit]")  # fmt: skip
+JITTER = click.option("--jitter", type=click.FloatRange(0, 2000), callback=finite, metavar="MS", help="Largest random delay to add to --rtt, each way, in ms.  [default: 0]")  # fmt: skip
+LOSS = click.option("--loss", type=click.FloatRange(0, 50), callback=finite, metavar="PCT", help="Percentage of packets lost each way; a stream sees a lost packet as a delay.  [default: 0]")  # fmt: skip
+CHURN = click.option("--churn", type=click.FloatRange(1), callback=finite, metavar="S", help="Mean seconds between departures: a volunteer is killed or leaves, and comes back.  [default: never]")  # fmt: skip
 
 
 def peers_for(run: RunFile, peers: int | None) -> int:

@@ -21,9 +21,9 @@ __all__ = ["command"]
 def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
     """Show what a peer of this machine does, until it ends.
 
-    NAME is its name, its folder's name, or the end of its PeerID; it is needed only where several peers run. q or
-    Ctrl-C leaves the screen, and the peer goes on. Ends by itself when the peer has ended: with code 0 if it ended
-    well. A peer that died is waited for a while, and shown again when it comes back.
+    NAME is the peer's name, its folder's name, or the end of its PeerID; give it if several peers run. Press q or
+    Ctrl-C to close the screen; the peer keeps running. `watch` ends when the peer ends, with exit code 0 if the peer
+    ended well. If the peer dies, it waits a while for the peer to come back.
     """
     import sys
 
@@ -67,7 +67,7 @@ def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
 
             last = follow(peer, view, show, news, patience)
     if last is None:
-        click.echo(f"{title(view.status, view.folder)} goes on; `swarmtrain watch` shows it again")
+        click.echo(f"{title(view.status, view.folder)} keeps running; `swarmtrain watch` shows it again")
     return last
 
 

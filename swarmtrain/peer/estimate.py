@@ -1,8 +1,8 @@
-"""What a run costs each of its peers: arithmetic on the run file alone.
+"""What a run costs each of its peers: memory, bytes on the link and disk, computed from the run file alone.
 
-The constants were measured (2 cores, CPU torch): see the comments; `benchmarks/memory.py` holds memory and bytes
-against real volunteers. Of bytes there are those of the merges in a round, and the most in a round: the same and a
-state, which the archive or a late joiner takes. Presence records add a little.
+The constants were measured (2 cores, torch on the CPU), see the comments; `benchmarks/memory.py` compares memory and
+bytes with real volunteers. Two numbers are given for the link: the bytes of the merges in a round, and the most in a
+round, which adds a state that the archive or a late joiner pulls. Presence records add a little.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ ACTIVATION_WIDTHS = 13
 ACTIVATION_WIDTHS_PER_RATIO = 2
 LOGITS_COPIES = 3
 _TALK_BYTES = 500_000
-"""Presence, progress records, greetings and manifests of a round, as measured; a large model's are lost in the rest."""
+"""Bytes of presence, progress records, greetings and manifests in a round, as measured; with a large model they are
+negligible.
+"""
 _UNEVEN = 1.25
-"""Others' rounds end when they end: in some of its own a peer sends so much of what it sends in the mean."""
+"""Factor from a peer's mean to its busiest round: others' rounds do not end in step with its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The cost of a run for each of `num_peers` equal peers."""
+    """Cost of a run for each of `num_peers` equal peers."""
 
     num_peers: int
     num_parameters: int
@@ -67,8 +69,10 @@ class Estimate:
 
 
 def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
-    """What each of `num_peers` (>= 1) peers trains, sends and holds in this run; in a pipeline, of one stage, as if all
-    stages were alike, activations not counted."""
+    """Return what each of `num_peers` (>= 1) peers trains, sends and holds in this run.
+
+    In a pipeline it is the cost of one stage, as if all stages were alike, without activations.
+    """
     stages = run.pipeline.stages
     if stages > 1:
         num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
@@ -103,12 +107,12 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
 
 
 def estimates_of(run: RunFile, num_parameters: int) -> Callable[[int], Estimate]:
-    """`estimate` of a run by the number of peers, reckoned once for each."""
+    """Return `estimate` of this run as a cached function of the number of peers."""
     return functools.lru_cache(maxsize=8)(functools.partial(estimate, run, num_parameters))
 
 
 def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-    """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
+    """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers."""
     return costs_of(run).merge_bytes(run, num_parameters, others)
 
 
@@ -118,7 +122,7 @@ def _activations_bytes(run: RunFile) -> int:
 
 
 def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_head: bool) -> int:
-    """What is kept of so many sequences' forward through so many layers until their backward."""
+    """Return the bytes of activations kept from the forward pass of `num_sequences` sequences until their backward."""
     model = run.model
     widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
     numbers = num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size * has_head
@@ -126,12 +130,12 @@ def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_h
 
 
 def disk_bytes(num_parameters: int) -> int:
-    """Room for the checkpoints that are kept and the one that is being written."""
+    """Return the disk space for the kept checkpoints and the one being written."""
     return (KEPT + 1) * CHECKPOINT_BYTES_PER_PARAMETER * num_parameters
 
 
 def activation_wire_bytes(run: RunFile) -> int:
-    """What travels of one microbatch from one stage to the next, and as gradients back."""
+    """Return the bytes of one microbatch's activations between two stages; its gradients back are as large."""
     from swarmtrain.algorithm.quantize import encoded_size_bytes
 
     numbers = run.microbatch_sequences * run.model.context_tokens * run.model.width

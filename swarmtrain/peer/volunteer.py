@@ -110,7 +110,7 @@ class Volunteer:
         self.emit, self.stop, board = as_peer(control.emit, self.me, self.name), control.stop, control.board
         self.pause = PauseSwitch()
         if folder.started.read().paused:
-            self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` lets it train")
+            self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` ends the pause")
         self.limits = LimitKeeper(
             settings.limits, self.pause, self.emit, expected=lambda: board.estimate_now(board.status())
         )
@@ -180,7 +180,7 @@ class Volunteer:
         """Wait until the pause is over, and look who is here then; how long the pause was, in seconds."""
         self.emit(PausedEvent(reason=self.pause.reason))
         paused_s = self.pause.wait_released(self.stop.sleep)
-        self.control.starting("coming back after a pause")
+        self.control.starting("resuming after a pause")
         context.wait(swarm.come_back())
         return paused_s
 

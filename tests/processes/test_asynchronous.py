@@ -32,10 +32,12 @@ LATE_S = 1.0
 """What a busy machine may add to a round; a call that nobody answers takes 3 s (`write_run`)."""
 SLOWED = ("--slowdown", "2")
 """So that the run lasts until a late joiner is there, and its machine has room for that."""
-SHORT_END = "import swarmtrain.peer.training.model_training\nswarmtrain.peer.model_training._LINGER_S = 3.0"
+SHORT_END = "import swarmtrain.peer.training.model_training as module; module._LINGER_S = 3.0"
 """At the end a volunteer waits a minute for an archive that may come back."""
-SOON_ALONE = """import swarmtrain.peer.lifecycle.run_fetch, swarmtrain.peer.training.model_training
-swarmtrain.peer.lifecycle.run_fetch._FIND_S = swarmtrain.peer.training.model_training._ALONE_AFTER_S = 1.0"""
+SOON_ALONE = """
+import swarmtrain.peer.lifecycle.run_fetch as run_fetch, swarmtrain.peer.training.model_training as training
+run_fetch._FIND_S = training._ALONE_AFTER_S = 1.0
+"""
 """Whoever finds nobody looks for half a minute."""
 
 

@@ -1,4 +1,8 @@
-"""Up to where each peer is in a state's weights, as its manifest tells it: who takes it merges nothing of it again."""
+"""Write and read the rows of a state's manifest that say which publications its weights contain.
+
+A row gives an author and the place (round, part) up to which its publications of a fragment are in the weights. A peer
+that takes the state merges nothing of that again (decision 60).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["MAX_ROWS_TOLD", "add_place_rows", "check_place_rows_untrusted", "places_untrusted"]
 
 MAX_ROWS_TOLD = 1024
-"""Of all fragments together: a state is 50 KB larger by so many."""
+"""Rows over all fragments; so many make a state 50 KB larger."""
 _MAX_ROWS_READ = 4096
 _MOST_ROUNDS = 2**40
 
 
 def add_place_rows(manifest: pb.Manifest, places: Sequence[Mapping[str, Place]]) -> None:
-    """Add each fragment's; of too many those of the latest rounds."""
+    """Add each fragment's rows to a manifest; if there are too many, those of the latest rounds."""
     most = MAX_ROWS_TOLD // max(1, len(places))
     for fragment, of_fragment in enumerate(places):
         latest = sorted(of_fragment.items(), key=lambda item: (item[1], item[0]), reverse=True)[:most]
@@ -27,7 +31,7 @@ def add_place_rows(manifest: pb.Manifest, places: Sequence[Mapping[str, Place]])
 
 
 def check_place_rows_untrusted(manifest: pb.Manifest) -> None:
-    """BadBytesError unless the rows are peers', few enough, and of rounds that can be."""
+    """Raise BadBytesError if there are too many rows, or if one names no peer or a round out of range."""
     if len(manifest.entered) > _MAX_ROWS_READ:
         raise BadBytesError(
             f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}", code="bad-size"
@@ -39,7 +43,7 @@ def check_place_rows_untrusted(manifest: pb.Manifest) -> None:
 
 
 def places_untrusted(manifest: pb.Manifest, num_fragments: int, num_parts: int) -> list[dict[str, Place]]:
-    """Of each fragment, the places that a manifest tells; BadBytesError if it is nonsense."""
+    """Return for each fragment the places that a manifest gives. Raises BadBytesError if its rows are invalid."""
     check_place_rows_untrusted(manifest)
     places: list[dict[str, Place]] = [{} for _ in range(num_fragments)]
     for item in manifest.entered:

@@ -1,7 +1,7 @@
-"""What this peer publishes in asynchronous rounds.
+"""Publish this peer's weights and pseudo-gradients to peers that merge asynchronously.
 
-The trainer hands over a publication and goes on; nothing is computed before somebody asks. At the first request it is
-quantised, hashed and signed, in a thread, and from then on it is that snapshot: every reader decodes the same bytes.
+The trainer hands over a publication and trains on; nothing is computed until a peer requests it. The first request has
+it quantised, hashed and signed in a thread. From then on it is that snapshot, so every reader decodes the same bytes.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ __all__ = [
 ]
 
 _WEIGHTS, _GRADIENT = "weights", "gradient"
-"""Those two are asked for by a flag: there was no other section before."""
+"""Sections requested by a boolean flag instead of by name: the wire format is older than other sections."""
 _MAX_NAME_BYTES = 32
 
 _KEPT = 1
-"""So many publications stay, and those that somebody reads or was told of a moment ago."""
+"""Built publications kept, besides those that a peer reads or was given the name of."""
 
 
 class Pulling(Protocol):
-    """What a peer pulls in the background."""
+    """A background task that pulls."""
 
     async def stop(self) -> None:
-        """Pull nothing more, until it is told to begin again."""
+        """Stop pulling until started again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +65,24 @@ class PublicationRules:
 
     run_sha256: str
     tables: tuple[tuple[TensorSpec, ...], ...]
-    """Its tensors, in each of the formats that it may have."""
+    """Tensor tables, one for each format that the section may have."""
     max_tokens: int
     num_parts: int
     pull: PullLimits
     fragment: int = 0
-    """Of the model, whose tensors these are."""
+    """Fragment of the model to which these tensors belong."""
 
     @property
     def most_bytes(self) -> int:
-        """What one weighs at most."""
+        """Most bytes that one publication can have."""
         return max(sum(spec.size_bytes for spec in table) for table in self.tables)
 
 
 def request_of(
     section: Section, fragment: int, known: PublicationVersion | None, presence: pb.Signed
 ) -> pb.PublicationRequest:
-    """To be given a peer's newest publication of a section of a fragment, if it is not that at `known`."""
+    """Return a request for a peer's newest publication of a section of a fragment, unless that is the one
+    at `known`."""
     named = "" if section in (_WEIGHTS, _GRADIENT) else section
     request = pb.PublicationRequest(weights=section == _WEIGHTS, section=named, fragment=fragment, presence=presence)
     if known is not None:
@@ -90,7 +91,7 @@ def request_of(
 
 
 def section_untrusted(request: pb.PublicationRequest, sections: Collection[Section]) -> Section:
-    """What is asked for; BadBytesError if it is named, and none of the run's."""
+    """Return the requested section. Raises BadBytesError if it is named, and not one of the run's `sections`."""
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
@@ -103,7 +104,7 @@ def section_untrusted(request: pb.PublicationRequest, sections: Collection[Secti
 
 
 def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed) -> bool:
-    """Whether a manifest is `peer`'s: if not, whoever sent it made it up."""
+    """Return whether `peer` signed this manifest. If not, the sender made it up."""
     try:
         return open_signed_untrusted(signed, "manifest", rules.run_sha256, pb.Manifest)[0] == peer
     except BadBytesError:
@@ -113,7 +114,10 @@ def is_signed_by_untrusted(rules: PublicationRules, peer: str, signed: pb.Signed
 def publication_untrusted(
     rules: PublicationRules, peer: str, signed: pb.Signed
 ) -> tuple[HeldSnapshot, PublicationVersion]:
-    """Room for the publication that a manifest of `peer` names, and its place; BadBytesError if it is nonsense."""
+    """Return an empty snapshot for the publication that `peer`'s manifest names, and its version.
+
+    Raises BadBytesError when the manifest is not `peer`'s, or its fragment, part or counters are out of range.
+    """
     snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
     manifest = snapshot.manifest
     if snapshot.author != peer:
@@ -126,6 +130,7 @@ def publication_untrusted(
         raise BadBytesError(
             f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-number"
         )
+    # Each step trains on at least one token. Weights at a round's beginning (part 0) have no steps yet.
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
     if not (least <= manifest.inner_steps <= manifest.tokens <= most):
         raise BadBytesError(
@@ -140,8 +145,11 @@ def publication_untrusted(
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPublication:
-    """What a section has as of a round's part number `part`, or as part 0 the weights that it begins with; `encode`
-    makes the bytes."""
+    """One publication of a section: part number `part` of a round, or with part 0 the weights that the round begins
+    with.
+
+    `encode` makes the bytes; the trainer's thread does not wait for it.
+    """
 
     round: int
     part: int
@@ -150,15 +158,15 @@ class OwnPublication:
     author_tokens: int
     encode: Callable[[], Body]
     specs: Sequence[TensorSpec] | None = None
-    """Its tensors, where those are not what its publisher has by itself."""
+    """Tensor table, if it is another than the publisher's."""
     token: object = field(default_factory=object)
-    """Stands for it without holding its vectors."""
+    """Identifies this publication without keeping its vectors alive."""
     fill: FillManifest = lambda manifest: None
 
 
 @dataclass
 class Publisher:
-    """Keeps the newest publication, and makes it a snapshot when it is asked for."""
+    """Keeps the newest publication of a section, and builds its snapshot when a peer requests it."""
 
     identity: Identity
     run_sha256: str
@@ -166,22 +174,22 @@ class Publisher:
     store: SnapshotStore
     fragment: int = 0
     newest: OwnPublication | None = None
-    """Set by the trainer's thread, read in the network's."""
+    """Set by the trainer's thread, read by the network's."""
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
-    """Who has seen which data, for the manifest."""
+    """Returns the signed rows of seen data for the manifest."""
     _built: deque[tuple[object, HeldSnapshot]] = field(default_factory=deque)
     _building: asyncio.Lock = field(default_factory=asyncio.Lock)
     _making: SingleFlight[HeldSnapshot] = field(default_factory=SingleFlight)
 
     def wanted(self, request: pb.PublicationRequest, caller: str) -> OwnPublication | None:
-        """The newest publication, if the caller does not have it."""
+        """Return the newest publication, or None if the caller has it already."""
         newest = self.newest
         if newest is None or (request.has_any and (newest.round, newest.part) == (request.round, request.part)):
             return None
         return newest
 
     async def held_after(self, request: pb.PublicationRequest, caller: str = "") -> HeldSnapshot | None:
-        """What `wanted` gives, as a snapshot."""
+        """Return the snapshot of the publication that `wanted` returns, or None."""
         async with self._building:
             wanted = self.wanted(request, caller)
             if wanted is None:
@@ -191,7 +199,7 @@ class Publisher:
                 self._built.append((wanted.token, held))
                 while len(self._built) > _KEPT:
                     self.store.drop(self._built.popleft()[1].snapshot.sha256)
-            self.store.add(self._built[-1][1])  # again: it may be of a round that the store has given up
+            self.store.add(self._built[-1][1])  # again: the store may have dropped it as too old a round
             self.store.touch(self._built[-1][1].snapshot.sha256)
             return self._built[-1][1]
 

@@ -1,4 +1,4 @@
-"""Asks partners for publications and pulls their bytes, as `protocol.gossip.engine` commands."""
+"""Ask partners for publications and pull their bytes, as commanded by `protocol.gossip.engine`."""
 
 from __future__ import annotations
 
@@ -38,29 +38,30 @@ __all__ = ["Puller", "failure_of"]
 def failure_of(
     error: PeerError, kind: Literal["busy", "away", "silent", "failed"] | None = None, *, is_authors: bool = False
 ) -> PullFailure:
-    """What gossip is told of an error."""
+    """Return the failure that the gossip engine is given for an error."""
     found = kind or ("busy" if isinstance(error, BusyError) else "failed")
     return PullFailure(str(error), found, error.is_incident, is_authors)
 
 
 @dataclass(frozen=True)
 class Puller:
-    """Carries out gossip's commands over the network; each method returns the event that ends its command."""
+    """Carries out the gossip engine's commands over the network. Each method returns the event that ends
+    its command."""
 
     calls: PeerCalls
     membership: Membership
     rules: Sequence[Mapping[Section, PublicationRules]]
-    """Of each fragment."""
+    """Rules of each section, by fragment."""
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
-    """Told what a peer answered, before anything else is done with it."""
+    """Called with a peer's reply before it is used for anything else."""
 
     async def route(self, command: FindRoute) -> RouteFound:
-        """A peer that nobody can dial may have opened a connection to this one."""
+        """Find out whether this peer has a connection to a peer; a hidden peer may have opened one."""
         return RouteFound(command.pull, bool(await self.calls.node.seen_at(command.peer)))
 
     async def ask(self, command: AskPartner) -> PartnerReplied[HeldSnapshot] | PullFailed:
-        """Ask the author, or a host of its, for something newer than what was merged."""
+        """Ask the author, or one of its hosts, for something newer than the known version."""
         is_author, number = command.source == command.author, command.pull
         try:
             reply = await self._reply_untrusted(command)
@@ -94,6 +95,8 @@ class Puller:
         request.author = peer_bytes(author)
         reply = await self.calls.publication(source, request)
         rules = self.rules[command.fragment][command.section]
+        # The author's signature is checked before anything else: without it the host made the manifest up, and is to
+        # blame.
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
             raise BadBytesError(f"a publication of {author} that is not signed by it", code="bad-signature")
         self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
@@ -110,7 +113,8 @@ class Puller:
         """Pull the bytes of a publication."""
         held, number = command.held, command.pull
         try:
-            limits = next(iter(self.rules[0].values())).pull  # the same for all
+            # Every section and fragment has the same limits.
+            limits = next(iter(self.rules[0].values())).pull
             wrong = await download_snapshot(self.calls, command.source, held, limits)
         except PeerError as error:
             return PullFailed(number, failure_of(error))
@@ -119,4 +123,4 @@ class Puller:
 
 
 class _NoAnswerError(Exception):
-    """An author gave no answer when it was asked."""
+    """An author gave no reply to a request."""

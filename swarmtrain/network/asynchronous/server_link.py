@@ -1,8 +1,8 @@
-"""Merging with a server, the bytes: a worker's rounds to the server, the server's weights to the workers.
+"""Transfer publications between workers and the server of `merge.method = "server"`.
 
-Both are publications, pulled like any other by whoever wants them. The server asks every worker for what it does not
-have, oldest first; a worker asks the server for its newest weights late in each round. What arrives is checked here;
-what it does to the weights is not decided here.
+A worker's rounds and the server's weights are both publications, pulled like any other. The server asks every worker
+for the rounds that it lacks, oldest first; a worker asks the server for its newest weights late in each round. This
+module checks what arrives, and does not decide what happens to the weights (decision 22).
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ _LOOK_S = 0.25
 _ASK_AGAIN_S = 2.0
 _KEPT_DURATIONS = 8
 _MAX_ROWS = 1024
-"""Of a server's manifest; it tells of 256 workers."""
+"""Rows accepted in a server's manifest; a server writes at most 256."""
 
 
 @dataclass
 class Pulls:
-    """Asks peers for publications with one tensor table, and brings them here."""
+    """Requests and downloads publications that have one tensor table."""
 
     calls: PeerCalls
     run_sha256: str
@@ -67,10 +67,11 @@ class Pulls:
     limits: PullLimits
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
-    """Told what a peer answered, before anything else is done with it."""
+    """Called with a peer's reply before it is used for anything else."""
 
     async def ask(self, peer: str, has_round: int | None) -> Snapshot | None:
-        """What `peer` publishes after `has_round`, not yet its bytes; None if there is nothing. Raises PeerError."""
+        """Return the manifest of `peer`'s first publication after `has_round`, or None if there is none. Raises
+        PeerError."""
         request = pb.PublicationRequest(has_any=has_round is not None, part=1, presence=self.presence())
         if has_round is not None:
             request.round = has_round
@@ -86,7 +87,8 @@ class Pulls:
         return snapshot
 
     async def bring(self, peer: str, snapshot: Snapshot) -> HeldSnapshot:
-        """Its bytes. Raises the PeerError that says why not: BusyError when it serves others."""
+        """Download a publication's bytes. Raises the PeerError that says why it failed: BusyError when `peer` serves
+        others."""
         held = empty_held(snapshot)
         await download_snapshot(self.calls, peer, held, self.limits)
         return held
@@ -97,7 +99,10 @@ class Pulls:
 
 @dataclass(frozen=True, kw_only=True)
 class UploadRules:
-    """What may be handed in: tokens at once, and why not at all (empty: it may), given its manifest."""
+    """Limits of an upload.
+
+    `max_tokens` bounds the tokens of one upload; `refuse` returns why a manifest's upload is refused, or "".
+    """
 
     max_tokens: int
     refuse: Callable[[pb.Manifest], str]
@@ -105,23 +110,23 @@ class UploadRules:
 
 @dataclass
 class GradientReceiver:
-    """The server's pulls: whatever its workers have that it has not, each worker's rounds in their order."""
+    """Pulls onto the server every round that its workers have and it lacks, each worker's in order."""
 
     membership: Membership
     pulls: Pulls
     marks: UploadVersions
     rules: UploadRules
     take: Callable[[str, HeldSnapshot], Awaitable[None]]
-    """Takes in what a worker handed in, and enters its mark; BadBytesError if that cannot be."""
+    """Takes an upload in and enters its version. Raises BadBytesError if that is impossible."""
     told_too_old: Callable[[str, str], None]
     refused: Callable[[str, PeerError], None]
     _back_off: BackOff = field(default_factory=BackOff)
     _asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _found_empty: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Who had nothing new when it had published which round, and when that was."""
+    """Last round that a peer had published when it had nothing new, and the time of that request."""
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Ask workers until cancelled."""
         try:
             while True:
                 self.look()
@@ -130,7 +135,7 @@ class GradientReceiver:
             await end_tasks(list(self._asking.values()))
 
     def look(self) -> None:
-        """Ask those who may have something."""
+        """Ask each worker that may have a new round."""
         now = swarm_time()
         workers = self.membership.volunteers()
         ready, _ = self._back_off.ready({info.peer for info in workers}, now)
@@ -143,7 +148,7 @@ class GradientReceiver:
         return found is None or _published_round(info) > found[0] or now > found[1] + _ASK_AGAIN_S
 
     async def drain(self, limit_s: float) -> None:
-        """Take in what is left with everyone who can be reached; `limit_s` at most."""
+        """Take in what all reachable workers still have, for `limit_s` at most."""
 
         async def empty(peer: str) -> None:
             if (running := self._asking.get(peer)) is not None:
@@ -156,7 +161,7 @@ class GradientReceiver:
         await end_tasks(asking)
 
     async def empty(self, peer: str) -> None:
-        """Take in whatever `peer` has, until it has nothing more."""
+        """Take in every round that `peer` has and the server lacks."""
         info = self.membership.info(peer)
         round = -1 if info is None else _published_round(info)
         try:
@@ -176,16 +181,17 @@ class GradientReceiver:
                 del self._found_empty[next(iter(self._found_empty))]
 
     async def _take_next(self, peer: str) -> bool:
-        """Take in the first of what `peer` has and the server has not; False if there is nothing."""
+        """Take in the first round that `peer` has and the server lacks. Returns False if there is none."""
         snapshot = await self.pulls.ask(peer, self.marks.round(peer))
         if snapshot is None:
             return False
         manifest = snapshot.manifest
         self._check_untrusted(manifest)
         if not self.marks.is_new(peer, manifest.round):
-            _log.debug("%s has nothing new: its round %d has entered", peer, manifest.round)
+            _log.debug("%s has nothing new: its round %d is merged already", peer, manifest.round)
             return False
         if reason := self.rules.refuse(manifest):
+            # Entered as refused: the worker must not offer it again, and its later rounds must still come.
             self.marks.enter(peer, manifest.round)
             self.told_too_old(peer, reason)
             return True
@@ -208,12 +214,12 @@ class GradientReceiver:
 
 
 def _published_round(info: PeerInfo) -> int:
-    """The last round that a worker has handed in or is about to, as it announced it; -1 for none."""
+    """Return the last round that a worker has uploaded or is about to, as its presence says; -1 for none."""
     return info.round - (info.part == 0)
 
 
 def describe_weights(manifest: pb.Manifest, arrivals: int, entered: dict[str, int]) -> None:
-    """Say in the manifest of a server's weights how old they are, and whose rounds are in them."""
+    """Write into the manifest of a server's weights how many gradients entered them, and each worker's last round."""
     manifest.arrivals = arrivals
     for peer, round in entered.items():
         manifest.entered.add(peer=peer_bytes(peer), round=round)
@@ -224,19 +230,22 @@ def describe_weights(manifest: pb.Manifest, arrivals: int, entered: dict[str, in
 
 @dataclass
 class GradientUploader(Publisher):
-    """What a worker hands in. To the server alone: what that asks for says what it has."""
+    """A worker's rounds, published to the server alone.
+
+    The round that the server's request names tells which rounds it has (decision 22).
+    """
 
     server: str = ""
     encode: Callable[[GradientUpload[Any]], Body] = field(kw_only=True)
     max_rounds_tokens: tuple[int, int] = field(kw_only=True)
-    """The most steps and tokens that may be claimed of one piece."""
+    """(steps, tokens): the most that one upload may claim."""
     hand_ins: GradientUploads[Any] = field(default_factory=GradientUploads)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """For `hand_ins`, which the trainer's thread adds to."""
+    """Guards `hand_ins`, to which the trainer's thread adds."""
     _last: tuple[GradientUpload[Any], OwnPublication] | None = None
 
     def wanted(self, request: pb.PublicationRequest, caller: str) -> OwnPublication | None:
-        """See `Publisher`."""
+        """Return the first round that the server lacks, or None if there is none or the caller is not the server."""
         if caller != self.server:
             return None
         with self.lock:
@@ -266,19 +275,20 @@ class GradientUploader(Publisher):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedWeights:
-    """The server's weights, decoded, how many gradients had entered them, and this worker's last round among them."""
+    """Decoded weights of the server, with the number of gradients that had entered them and this worker's last round
+    among those."""
 
     theta: Any
     arrivals: int
     entered_round: int | None
     run_tokens: int
-    """What all had trained on by then, as the server counts it."""
+    """Tokens of the run at that time, as the server counts them."""
     pull_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTimes:
-    """When a round began and should end, in swarm time."""
+    """Start and expected end of a round, in swarm time."""
 
     started_s: float
     ends_s: float
@@ -286,18 +296,21 @@ class RoundTimes:
 
 @dataclass
 class ServerLink:
-    """A worker's pulls of the server's weights. `take` is for the trainer's thread, the rest for the network's."""
+    """A worker's pulls of the server's weights.
+
+    The trainer's thread calls `take`; the network's thread calls the rest.
+    """
 
     me: str
     server: str
     pulls: Pulls
     decode: Callable[[HeldSnapshot], Any]
-    """BadBytesError if it is no vector of the model."""
+    """Decodes a snapshot. Raises BadBytesError if it is no vector of the model."""
     counted: Callable[[str, int], None]
-    """Told how much each peer has trained, as the server counts it."""
+    """Called with the tokens that the server has counted for each peer."""
     refused: Callable[[str, PeerError], None]
     heard_s: float = field(default_factory=swarm_time)
-    """When the server answered last."""
+    """Time of the server's last reply."""
     _came: ServedWeights | None = None
     _has_arrivals: int | None = None
     _durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_DURATIONS))
@@ -306,25 +319,25 @@ class ServerLink:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self) -> ServedWeights | None:
-        """The newest weights that came since it was last called. Returns at once."""
+        """Return the newest weights that came since the last call, or None. Never blocks."""
         with self._lock:
             came, self._came = self._came, None
             return came
 
     def begin(self, times: RoundTimes) -> None:
-        """A round begins: pull late in it. A pull that still runs goes on."""
+        """Begin a round, and pull late in it. A pull that still runs continues."""
         if self._filling is not None:
             self._filling.cancel()
         self._filling = logged(asyncio.create_task(self._fill(times)), "the server's weights")
 
     async def stop(self) -> None:
-        """Pull nothing more, until the next round."""
+        """Stop pulling until the next round."""
         await end_tasks([task for task in (self._filling, self._pulling) if task is not None])
         self._filling = self._pulling = None
 
     async def _fill(self, times: RoundTimes) -> None:
         when_s, reason = pull_start(times.started_s, times.ends_s, expected_transfer(list(self._durations_s)))
-        _log.debug("the server's weights in %.2f s: %s", when_s - swarm_time(), reason)
+        _log.debug("fetching the server's weights in %.2f s: %s", when_s - swarm_time(), reason)
         await asyncio.sleep(max(0.0, when_s - swarm_time()))
         while True:
             if self._pulling is None or self._pulling.done():
@@ -335,7 +348,7 @@ class ServerLink:
             await asyncio.sleep(_LOOK_S)
 
     async def _pull(self) -> bool:
-        """Bring the server's newest weights here; False if that failed, or there are none that are new."""
+        """Pull the server's newest weights. Returns False if that failed, or if there are none."""
         began_s = swarm_time()
         try:
             snapshot = await self.pulls.ask(self.server, self._has_arrivals)
@@ -364,7 +377,10 @@ class ServerLink:
         return True
 
     def _entered_untrusted(self, manifest: pb.Manifest) -> int | None:
-        """This worker's last round in the server's weights; what the manifest says of others' tokens is told on."""
+        """Return this worker's last round in the server's weights, and pass on the manifest's counts of tokens.
+
+        Raises BadBytesError when the manifest is invalid.
+        """
         if manifest.round != manifest.arrivals:
             raise BadBytesError("a publication of weights of another round than their arrivals", code="not-asked-for")
         if len(manifest.peer_tokens) > _MAX_ROWS:
@@ -377,7 +393,8 @@ class ServerLink:
 
 
 def entered_round_untrusted(manifest: pb.Manifest, peer: str) -> int | None:
-    """The last round of `peer` that is in the weights of this manifest; BadBytesError if it is nonsense."""
+    """Return the last round of `peer` in the weights of this manifest, or None. Raises BadBytesError if it is out of
+    range."""
     if len(manifest.entered) > _MAX_ROWS:
         raise BadBytesError(
             f"a manifest with the rounds of {len(manifest.entered)} workers, more than {_MAX_ROWS}", code="bad-size"

@@ -1,7 +1,7 @@
-"""Taking the run's present weights in asynchronous rounds: from several peers, since each has its own.
+"""Fetch the run's present weights in asynchronous rounds from several peers, since each has its own.
 
-The consensus is the variance-corrected mean of the peers' weights after their last merge, and of the momentum of three
-of them the median. Here are the bytes; who asks does the averaging.
+The consensus is the variance-corrected mean of the peers' weights after their last merge, with the median of three
+peers' momenta. This module transfers the states; the caller averages them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ __all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
 _LEAST_LIMIT_S = 20.0
+# A limit is this many times the time that a transfer is expected to take.
 _PATIENCE = 4.0
 MOMENTA = 3
-"""So many give their momentum too: of three one that lies is outvoted."""
+"""States fetched with their momentum: of three, one that lies is outvoted (decision 54)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedState:
-    """A peer's state after its last merge; `whole` if its momentum is here too, not only its weights."""
+    """State of a peer after its last merge. `whole` says that the momentum is here too, not only the weights."""
 
     peer: str
     held: HeldSnapshot
@@ -50,12 +51,12 @@ class FetchedState:
 
     @property
     def round(self) -> int:
-        """The round that its author is in."""
+        """Round that the author was in."""
         return self.held.snapshot.manifest.round
 
     @property
     def run_tokens(self) -> int:
-        """The run's tokens as its author counted them."""
+        """Tokens of the run as the author counted them."""
         return self.held.snapshot.manifest.run_tokens
 
 
@@ -69,8 +70,11 @@ class StateFetcher:
     refused: Callable[[str, PeerError], None]
 
     async def fetch(self, peers: Sequence[str], min_round: int = 0) -> list[FetchedState]:
-        """The states of those of `peers` that deliver one of `min_round` or later, in their order; of the first three
-        the whole state, of the others the weights. Empty if nobody delivers a whole one."""
+        """Fetch states of `min_round` or later, and return those that come, in the order of `peers`.
+
+        The first three come with their momentum, the others as weights only. Returns an empty list if no peer delivers
+        a whole state.
+        """
         rest = await self._who_answers(peers)
         whole: FetchedState | None = None
         began_s = swarm_time()
@@ -81,12 +85,16 @@ class StateFetcher:
                     whole = await self._fetch_one(rest.pop(0), min_round, whole=True)
         if whole is None:
             return []
+        # The first transfer shows how fast transfers are now; the others share the link.
         limit_s = max(_LEAST_LIMIT_S, _PATIENCE * len(rest) * (swarm_time() - began_s))
         return [whole, *await self._fetch_all(rest, min_round, limit_s, num_whole=MOMENTA - 1)]
 
     async def _who_answers(self, peers: Sequence[str]) -> list[str]:
-        """Those of `peers` that answer a greeting, in their order: one that hangs would be waited for as long as making
-        a state may take, and whoever asks has others to go to, a bootstrap for one."""
+        """Return those of `peers` that answer a greeting, in their order.
+
+        A peer that hangs would otherwise be waited for as long as building a state may take, while the caller could ask
+        others.
+        """
         answered: set[str] = set()
 
         async def greet(peer: str) -> None:
@@ -102,13 +110,13 @@ class StateFetcher:
     async def fetch_weights(
         self, peers: Sequence[str], min_round: int = 0, limit_s: float | None = None
     ) -> list[FetchedState]:
-        """The same, of all of them only the weights: those that have come within `limit_s`."""
+        """Fetch only the weights of all `peers`, and return those that came within `limit_s`."""
         return await self._fetch_all(peers, min_round, self._limit_s() if limit_s is None else limit_s, num_whole=0)
 
     async def _fetch_all(
         self, peers: Sequence[str], min_round: int, limit_s: float, *, num_whole: int
     ) -> list[FetchedState]:
-        """The states that have come within `limit_s`, of the first `num_whole` peers with their momentum."""
+        """Return the states that came within `limit_s`; those of the first `num_whole` peers with momentum."""
         found: dict[str, FetchedState] = {}
 
         async def fetch(peer: str, whole: bool) -> None:
@@ -122,7 +130,10 @@ class StateFetcher:
         return [found[peer] for peer in peers if peer in found]
 
     async def fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
-        """What those of `peers` say of their states that answer soon, without the states: who has trained how much."""
+        """Fetch the manifests of peers' states without the states, to learn who has trained how much.
+
+        Returns those that come within 20 s.
+        """
         found: dict[str, pb.Manifest] = {}
 
         async def ask(peer: str) -> None:
@@ -139,8 +150,11 @@ class StateFetcher:
         return [found[peer] for peer in peers if peer in found]
 
     def _limit_s(self) -> float:
-        """How long one state may take: some times what transfers have taken lately, or at the least speed, or a minute;
-        whoever trickles must not hold a joiner, or the archive, for hours."""
+        """Return the most seconds that one state may take: at least 20, else four times the expected time.
+
+        The expected time follows from recent transfers, or without any from eight times the least speed. It is bounded
+        because a peer that trickles must not hold a late joiner, or the archive, for hours.
+        """
         size_bytes = sum(spec.size_bytes for spec in self.settings.state_specs)
         least_per_s = max(self.settings.pull.min_bytes_per_s, 1.0)
         expected_s = self.calls.node.traffic.times.expected_s(size_bytes)
@@ -152,6 +166,7 @@ class StateFetcher:
             if not reply.HasField("manifest"):
                 return None
             held = self._state_untrusted(reply.manifest, peer, min_round)
+            # A state is theta and then momentum, both fp32 and equally long: half of the bytes are the weights.
             size_bytes = held.snapshot.manifest.total_bytes // (1 if whole else 2)
             is_shown = whole and self.store.arriving is None
             with self.store.showing(held) if is_shown else contextlib.nullcontext():
@@ -169,7 +184,7 @@ class StateFetcher:
         if isinstance(error, BadBytesError):
             self.refused(peer, error)
         else:
-            _log.debug("the state of %s: %s", peer, error)
+            _log.debug("fetching the state of %s failed: %s", peer, error)
 
     def _state_untrusted(self, signed: pb.Signed, peer: str, min_round: int) -> HeldSnapshot:
         kind = pb.SNAPSHOT_KIND_STATE

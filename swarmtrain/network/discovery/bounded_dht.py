@@ -1,7 +1,7 @@
-"""hivemind's DHT with bounds on what another node may ask, hand over, answer and say that it is.
+"""Bound what another DHT node may ask, store, answer and claim to be.
 
-Its own takes whatever a message of 4 MiB holds, and reads it with a serializer whose extensions nest: 300 levels, in
-1.3 kB, end the process by a segmentation fault. Names and messages of the calls are hivemind's.
+hivemind itself accepts whatever a 4 MiB message holds, and parses it with a serializer whose extensions nest: 300
+levels, in 1.3 kB, end the process with a segmentation fault. Calls and messages keep hivemind's names.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ __all__ = ["use_bounded_protocol"]
 
 _log = logging.getLogger(__name__)
 _MAX_FOUND = 8
-"""Buckets asked for in one call. A peer asks for one."""
+"""Buckets that one call may ask for. A peer asks for one."""
 _MAX_STORED = 64
-"""Buckets handed over in one call. A newcomer gets all that it should keep at once; what is beyond is not taken."""
+"""Buckets taken from one call. A newcomer gets everything that it should keep in one; the rest is refused."""
 _COLUMNS = ("keys", "subkeys", "values", "expiration_time", "in_cache")
 _MAX_PEER_ID_BYTES = 64
 _DICTIONARY = 0x50
-"""hivemind's msgpack extension for the records of a bucket: [most, latest expiry, [[subkey, value, expiry], ...]]."""
+"""hivemind's msgpack extension for a bucket's records: [most, latest expiry, [[subkey, value, expiry], ...]]."""
 
 
 def _loads_untrusted(data: bytes) -> Any:
-    """A value that holds no others, or the records of a bucket as hivemind's dictionary. BadBytesError if neither."""
+    """Return a value that contains no others, or a bucket's records as hivemind's dictionary.
+
+    Raises BadBytesError for anything else.
+    """
     try:
         found = msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=MAX_BUCKET_BYTES)
         return _records_untrusted(found) if isinstance(found, msgpack.ExtType) else found
@@ -62,7 +65,8 @@ def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> N
     for result in response.results:
         if max(len(result.nearest_node_ids), len(result.nearest_peer_ids)) > max_nearest:
             raise BadBytesError("an answer with too many nodes", code="bad-size")
-        if any(len(peer) > _MAX_PEER_ID_BYTES for peer in result.nearest_peer_ids):  # they are turned into base 58
+        # Conversion to base 58 takes quadratic time.
+        if any(len(peer) > _MAX_PEER_ID_BYTES for peer in result.nearest_peer_ids):
             raise BadBytesError("an answer with a PeerID that is none", code="bad-format")
 
 
@@ -75,7 +79,7 @@ def _bounded_protocol() -> Any:
     class Serializer(plain):  # type: ignore[misc, valid-type]
         loads = staticmethod(_loads_untrusted)
 
-    class DHTProtocol(base):  # type: ignore[misc, valid-type]  # its name is part of the calls'
+    class DHTProtocol(base):  # type: ignore[misc, valid-type]  # its name is part of the calls' names
         serializer = Serializer
         own_buckets: set[bytes]
 
@@ -105,7 +109,7 @@ def _bounded_protocol() -> Any:
             columns = (getattr(request, name) for name in _COLUMNS)
             response = pb.StoreResponse(peer=self.node_info)
             for row in itertools.islice(zip(*columns, strict=True), _MAX_STORED):
-                await asyncio.sleep(0)  # a bucket of signatures takes some 20 ms
+                await asyncio.sleep(0)  # verifying a full bucket takes about 20 ms
                 one = pb.StoreRequest(**{name: [item] for name, item in zip(_COLUMNS, row, strict=True)})
                 response.store_ok.extend((await super().rpc_store(one, context)).store_ok)
             response.store_ok.extend([False] * (len(request.keys) - len(response.store_ok)))
@@ -115,12 +119,14 @@ def _bounded_protocol() -> Any:
             try:
                 if not responded or node_id is None or self._has_room(node_id, peer_id):
                     await super().update_routing_table(node_id, peer_id, responded)
-            except Exception as error:  # a task of hivemind's, for whose end nobody waits
+            except Exception as error:  # a hivemind task that nobody awaits
                 _log.debug("the node of %s: %r", peer_id, error)
 
         def _has_room(self, node_id: Any, peer_id: Any) -> bool:
-            """One node a peer, the latest (it was started again), one peer a node, the first, and a bounded number of
-            those for whom there is no place yet."""
+            """Keep one node per peer, the latest (it was restarted), and one peer per node, the first.
+
+            Returns False when the bucket's queue of nodes without a place is full.
+            """
             table = self.routing_table
             before = table.get(peer_id=peer_id, default=node_id)
             if before != node_id:
@@ -134,7 +140,7 @@ def _bounded_protocol() -> Any:
 
 
 def use_bounded_protocol() -> Any:
-    """hivemind's DHTNode, whose nodes have these bounds from now on."""
+    """Return hivemind's DHTNode class, whose nodes have these bounds from now on."""
     module = hivemind_module("dht.node")
     module.DHTProtocol = _bounded_protocol()
     return module.DHTNode

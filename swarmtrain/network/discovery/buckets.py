@@ -1,9 +1,9 @@
-"""The buckets of the DHT: storing a record and reading those of others, for as few bytes as that can cost.
+"""Store and read the DHT's buckets with as few bytes as possible.
 
-hivemind's own `store` and `get` ask the twenty nodes that are nearest to a key, each time, and whoever has a bucket
-sends all of it: with 25 peers that was twice what their training moved. Here a record is kept by the `REPLICAS`
-nearest, a search ends a few nodes behind those, and who they are is known for two minutes: records go there, and are
-read there.
+hivemind's own `store` and `get` ask the twenty nodes nearest to a key, each time, and every node that has the bucket
+sends all of it: with 25 peers that was twice the traffic of their training. Here the `REPLICAS` nearest nodes keep a
+record, and a search ends a few nodes behind those. They are remembered for two minutes, and records are stored and read
+there directly (decision 33).
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ __all__ = ["Buckets"]
 _log = logging.getLogger(__name__)
 _WORKERS = 4
 _MAX_KEYS = 256
-"""Which buckets are read is for those to say who fill others: four times as many as are read at once are known."""
+"""Keys whose nodes are remembered. Peers that fill buckets determine which are read: four times as many as are read at
+once."""
 _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
-"""For how long the nodes nearest to a key are known; and if one of them did not answer."""
+"""Seconds for which the nodes nearest to a key are remembered; the second if one of them did not answer."""
 
 
 @dataclass
 class _Nearest:
-    """The nodes nearest to a key, one of each peer, with their PeerIDs, the nearest first; and until when that is
-    believed. `seen` are all nodes that the search came by, since a peer that was started again may have two."""
+    """Nodes nearest to a key with their PeerIDs, one per peer, the nearest first, and until when they are believed.
+
+    `seen` are all nodes that the search met: a peer that was restarted may have two.
+    """
 
     nodes: list[tuple[Any, Any]]
     seen: frozenset[Any]
@@ -45,7 +48,7 @@ class _Nearest:
 
 @dataclass
 class Buckets:
-    """Of the swarm, as a node of the DHT stores and reads them. `dht` is hivemind's DHTNode."""
+    """Stores and reads the swarm's buckets through `dht`, hivemind's DHTNode."""
 
     dht: Any
     rules: RecordRules
@@ -54,8 +57,10 @@ class Buckets:
     _nearest: dict[str, _Nearest] = field(default_factory=dict)
 
     async def store(self, key: str, subkey: str, value: bytes, expiry_s: float) -> bool:
-        """Store this peer's record with the nodes nearest to the key, its own node included if it is one of them; False
-        if none took it."""
+        """Store this peer's record at the nodes nearest to the key, its own node included if it is one.
+
+        A silent node is replaced by the next nearest. Returns False if no node took the record.
+        """
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
         packed, packed_key = msgpack.packb(value, use_bin_type=True), msgpack.packb(subkey, use_bin_type=True)
         signed = self.rules.sign(key_id.to_bytes(), packed_key, packed, expiry_s)
@@ -75,13 +80,13 @@ class Buckets:
     async def _store_at(
         self, node: Any, peer: Any, key_id: Any, subkey: str, signed: bytes, expiry_s: float
     ) -> bool | None:
-        """Whether it took the record; None if it does not answer, or nothing that can be understood."""
+        """Store at one node. Returns whether it took the record; None if it gives no valid answer."""
         if node == self.dht.node_id:
             return bool(self.dht.protocol.storage.store(key_id, signed, expiry_s, subkey=subkey))
         try:
             answer = await self.dht.protocol.call_store(peer, [key_id], [signed], [expiry_s], subkeys=[subkey])
             return None if answer is None else bool(answer[0])
-        except Exception as error:  # another peer's answer, in hivemind's hands
+        except Exception as error:  # another peer's answer, which hivemind parses
             _log.debug("storing a record at %s failed: %r", peer, error)
             return None
 
@@ -94,7 +99,7 @@ class Buckets:
             peers.setdefault(peer, self.dht.node_id if peer == self.dht.peer_id else node)
         nodes = [(node, peer) for peer, node in peers.items()]
         nearest = _Nearest(nodes, frozenset(found[key_id]), self.clock() + _KNOWN_FOR_S)
-        if len(nodes) == ASKED:  # else everybody is one of the nearest, whoever comes too
+        if len(nodes) == ASKED:  # with fewer, newcomers are among the nearest too: remember nothing
             self._nearest[key] = nearest
             while len(self._nearest) > _MAX_KEYS:
                 del self._nearest[next(iter(self._nearest))]
@@ -103,22 +108,24 @@ class Buckets:
         return nearest
 
     def _known(self, key: str, key_id: Any) -> _Nearest | None:
-        """Who they are, if that was found a short while ago and nobody nearer has come."""
+        """Return the remembered nodes of a key, if they are fresh and no nearer node has come."""
         known = self._nearest.get(key)
         fresh = known is not None and self.clock() < known.until_s and not self._has_nearer(known, key_id)
         return known if fresh else None
 
     def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
-        """Whether a node has come that is nearer to the key than one of those that keep it. Costs no call."""
+        """Return whether a node nearer to the key than its keepers has come, by the routing table; makes no call."""
         farthest = key_id.xor_distance(known.nodes[REPLICAS - 1][0])
         near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, REPLICAS, exclude=self.dht.node_id)
         return any(node not in known.seen and key_id.xor_distance(node) < farthest for node, _ in near)
 
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
-        """What is kept under a key: the value and the expiry of each subkey. A few of those that keep it are asked, and
-        at times all of them: one may have missed something, or keep it back."""
+        """Return the value and expiry of each subkey of a key.
+
+        Asks a few of its keepers, and all of them every fourth time: one may have missed a record, or withhold it.
+        """
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
-        nearest = self._known(key, key_id)  # where this peer stores its own
+        nearest = self._known(key, key_id)  # the nodes at which this peer stores its own
         if nearest is None:
             return await self._search(key)
         keepers, nearest.num_reads = nearest.nodes[:REPLICAS], nearest.num_reads + 1
@@ -137,7 +144,7 @@ class Buckets:
         return newest
 
     async def _search(self, key: str) -> dict[str, tuple[bytes, float]]:
-        """As hivemind does."""
+        """Search as hivemind does."""
         found = await self.dht.get(key, latest=True, beam_size=ASKED)
         if found is None or not isinstance(found.value, dict):
             return {}
@@ -148,8 +155,7 @@ class Buckets:
         }
 
     async def _kept_at(self, node: Any, peer: Any, key_id: Any) -> dict[str, tuple[bytes, float]] | None:
-        """What a node keeps under the key, which hivemind has validated; None without an answer that can be
-        understood."""
+        """Return what a node stores under a key, validated by hivemind; None if it gives no valid answer."""
         try:
             if node == self.dht.node_id:
                 kept = self.dht.protocol.storage.get(key_id)
@@ -160,6 +166,6 @@ class Buckets:
                 return {}
             items = ((str(subkey), item) for subkey, item in kept.value.items())
             return {subkey: (unsigned_untrusted(item.value), float(item.expiration_time)) for subkey, item in items}
-        except Exception as error:  # another peer's answer, in hivemind's hands
+        except Exception as error:  # another peer's answer, which hivemind parses
             _log.debug("reading a bucket at %s failed: %r", peer, error)
             return None

@@ -1,4 +1,4 @@
-"""Greeting others: who is greeted introduces itself, and names those that it knows."""
+"""Greet other peers: introduce this one to them, and learn about them and the peers they know."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
 
 @dataclass
 class Greeter:
-    """Calls those who are, may be or were here, and tells them who we are."""
+    """Calls peers that are, may be or were here, and introduces this one."""
 
     node: Node
     calls: PeerCalls
@@ -42,7 +42,7 @@ class Greeter:
     _meetings: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def greet_everyone(self) -> None:
-        """Introduce ourselves to everyone believed alive, and to whom they name; what they answer is news of them."""
+        """Greet every peer believed alive, and those that they name; their replies update what is known of them."""
         greeted: set[str] = set()
         for _ in range(_GREETING_PASSES):
             strangers = [info.peer for info in self.peers.membership.live() if info.peer not in greeted]
@@ -50,23 +50,23 @@ class Greeter:
             greeted.update(strangers)
 
     async def greet_some(self) -> None:
-        """Ask a sample of the volunteers how far they are."""
+        """Ask a sample of the volunteers for their progress, without introducing this peer."""
         volunteers = [info.peer for info in self.peers.membership.volunteers()]
         sample = random.sample(volunteers, min(_ASKED, len(volunteers)))
         await asyncio.gather(*(self._greet(peer, None) for peer in sample))
 
     async def greet(self, peer: str) -> None:
-        """Introduce ourselves to one peer; what it answers is news of it."""
+        """Greet one peer; its reply updates what is known of it."""
         await self._greet(peer, self.presence.signed())
 
     async def greet_newcomers(self) -> None:
-        """Introduce ourselves to some who may not know us."""
+        """Greet some peers that may not know this one yet."""
         live = self.peers.membership.live()
         new = [info.peer for info in live if info.peer not in self.peers.greeted]
         await self.greet_all(random.sample(new, min(_NEW_AT_ONCE, len(new))), self.presence.signed())
 
     async def redial(self) -> None:
-        """Knock at a few peers that seem gone: after an outage nobody else would, and a swarm would stay apart."""
+        """Dial a few peers that seem gone: after an outage nobody else would, and the swarm would stay parted."""
         membership = self.peers.membership
         known = {*(peer.peer for peer in self.peers.through), *self.node.known_peers()} - {membership.me}
         away = [peer for peer in known if membership.state(peer) is not PeerState.LIVE]
@@ -77,18 +77,21 @@ class Greeter:
                 await self.node.enter_routing_table(peer)
 
     async def greet_all(self, peers: Sequence[str], presence: pb.Signed | None = None) -> None:
-        """Greet side by side; whoever takes long is left to answer later."""
+        """Greet peers side by side. Returns after 3 s at most; slower replies are still processed."""
         tasks = [asyncio.create_task(self._greet(peer, presence)) for peer in peers]
         if tasks:
             await asyncio.wait(tasks, timeout=_GREETING_S)
 
     def start(self) -> None:
-        """From now on strangers are met."""
+        """Meet strangers from now on."""
         self._meets = True
 
     def meet(self, peers: Iterable[str]) -> None:
-        """Greet those who take part and were never heard of, or seemed gone: joiners at one moment may each have been
-        told of everyone but each other, and whoever does not know that another trains closes the round without it."""
+        """Greet peers that take part and are unknown here, or seemed gone.
+
+        Peers that join at the same moment may each have been told of everyone but each other. A peer that does not know
+        that another trains would close the round without it.
+        """
         now, membership = swarm_time(), self.peers.membership
         self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
         for peer in peers:
@@ -103,25 +106,25 @@ class Greeter:
             meeting.add_done_callback(self._meetings.discard)
 
     async def stop(self) -> None:
-        """Meet nobody any more."""
+        """Meet nobody any more, and cancel greetings under way."""
         self._meets = False
         await end_tasks(self._meetings)
 
     async def _greet(self, peer: str, presence: pb.Signed | None) -> None:
-        """Without `presence` we only ask."""
+        """Greet a peer. Without `presence` only ask for its own."""
         peers = self.peers
         request = pb.HelloRequest(run_sha256=bytes.fromhex(self.presence.run_sha256), presence=presence)
         try:
             reply = await self.calls.hello(peer, request)
             peers.hear_untrusted(reply.presence, peer, answered=True, first_hand=not reply.away)
-            if reply.away:  # its record of before may be read for some time yet
+            if reply.away:  # its old record may still be read for some time
                 peers.left(peer)
             for other in list(reply.others)[:64]:
-                await asyncio.sleep(0)  # all of them take some 30 ms
+                await asyncio.sleep(0)  # verifying all of them takes about 30 ms
                 peers.hear_untrusted(other, None)
             if presence is not None and peers.membership.info(peer) is not None:
                 peers.greeted.add(peer)
         except BadBytesError as error:
             peers.refused(peer, error)
         except PeerError as error:
-            _log.debug("greeting %s: %s", peer, error)
+            _log.debug("greeting %s failed: %s", peer, error)

@@ -1,11 +1,11 @@
-"""The invite: one word that says which run and where to knock.
+"""Format and parse an invite: one word that names a run and where to dial its peers.
 
-`st1` + base58 of: a byte of version, 32 bytes run hash, then for each peer its public key and addresses, then 4 bytes
+`st1` + base58 of: a version byte, the run's 32-byte hash, then for each peer its public key and addresses, then 4 bytes
 of SHA-256 over all that, so that a truncated or mistyped word is noticed before anything is dialled. An address is a
-byte of kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
+byte for its kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
 
-A run that needs a later protocol than 1 has `st2`: before the run hash two bytes of that protocol, and the version of
-swarmtrain that spoke it first, as a byte of length and text. What comes after the peers is for later versions.
+A run that needs a later protocol than 1 has `st2`: before the run's hash come two bytes for that protocol, and the
+first swarmtrain version that spoke it, as a length byte and text. Bytes after the peers are for later versions.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _MAX_WORD = 4096
 _MAX_PARTS = 64
 _SHOWN = 2
 _EXAMPLES = ipaddress.ip_network("203.0.113.0/24")
-"""Those of our pages; another range of examples may be somebody's network."""
+"""Example addresses of our documentation. Other example ranges may be in use in somebody's network."""
 _AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
 _BEGIN = re.compile(r"(?<![0-9A-Za-z])st[0-9]")
 
 
 @dataclass(frozen=True)
 class InvitedPeer:
-    """A peer that serves the run: PeerID in base58, multiaddresses without the /p2p part."""
+    """Peer that serves the run: PeerID in base58, multiaddresses without the /p2p part."""
 
     peer: str
     addresses: tuple[str, ...]
@@ -52,7 +52,7 @@ class InvitedPeer:
 
 @dataclass(frozen=True)
 class Invite:
-    """Which run (SHA-256, hex), who serves it, and what it needs."""
+    """Content of an invite: the run (SHA-256, hex), the peers that serve it, and the protocol that it needs."""
 
     run_sha256: str
     peers: tuple[InvitedPeer, ...]
@@ -71,7 +71,7 @@ def _pack_address(address: str) -> bytes:
 
 
 def _packed(addresses: Iterable[str]) -> list[bytes]:
-    """Addresses in their binary form; what cannot be one is left out, since other peers' come from strangers."""
+    """Return addresses in binary form. Invalid ones are left out, since other peers' addresses come from strangers."""
     packed = []
     for address in addresses:
         with contextlib.suppress(ValueError, OverflowError):
@@ -95,13 +95,13 @@ def _unpack_address(data: bytes) -> tuple[str, bytes]:
 
 
 def format_invite(invite: Invite) -> str:
-    """The word to hand out. InviteError if it would be too long to be read again."""
+    """Return the invite as a word. Raises InviteError if it would be too long to be parsed again."""
     body = bytes.fromhex(invite.run_sha256) + bytes([len(invite.peers)])
     for peer in invite.peers:
         addresses = _packed(peer.addresses)
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
     prefix = _PREFIX
-    if invite.needs.protocol > 1:  # of a run that old peers cannot join, whose parser then says that it is too old
+    if invite.needs.protocol > 1:  # old peers cannot join such a run; their parser reports `st2` as another version
         prefix, version = _PREFIX_OF_LATER, invite.needs.version.encode()
         body = invite.needs.protocol.to_bytes(2, "big") + bytes([len(version)]) + version + body
     word = prefix + base58_encode(bytes([int(prefix[-1])]) + body + hashlib.sha256(body).digest()[:4])
@@ -113,21 +113,24 @@ def format_invite(invite: Invite) -> str:
 
 
 def invite_in(text: str) -> str:
-    """What of `text` may be an invite: without the command in front of it, quotes, the marks of a quoted mail, and line
-    breaks; parts that a line break or a space has separated have a space in between."""
+    """Return the part of `text` that may be an invite.
+
+    Drops a command before it, quotes, the marks of a quoted mail, and line breaks. Parts that a line break or a space
+    had separated are joined by one space.
+    """
     clean = " ".join(_AROUND.sub(" ", text).split())
     found = _BEGIN.search(clean)
     return clean if found is None else clean[found.start() :]
 
 
 def where_it_serves(invite: Invite) -> str:
-    """Where alone an invite is of use, and what to do for others, in words; empty if it leads to an address of the
+    """Explain in words where alone an invite works, and what to do about it; "" if it has an address of the
     internet."""
     hosts = []
     for address in (address for peer in invite.peers for address in peer.addresses):
         match = _PLAIN.fullmatch(address)
         if match is None:
-            return ""  # a name, or a way that only its owner knows
+            return ""  # a name, or a form that only its owner knows
         hosts.append(ipaddress.ip_address(match[2]))
     if any(host.is_global for host in hosts):
         return ""
@@ -146,7 +149,7 @@ def where_it_serves(invite: Invite) -> str:
 
 
 def parse_invite(text: str) -> Invite:
-    """Read an invite, in whatever way it was pasted; InviteError says what is wrong with it and what to do."""
+    """Parse an invite however it was pasted. Raises InviteError, which says what is wrong and what to do."""
     prefix, body = _whole_body(invite_in(text))
     try:
         if prefix == _PREFIX:
@@ -160,8 +163,11 @@ def parse_invite(text: str) -> Invite:
 
 
 def _whole_body(words: str) -> tuple[str, bytes]:
-    """Prefix and content of the invite that `words` begin with: of as many of them as have the right checksum together.
-    InviteError, of all of them, if none have."""
+    """Return prefix and content of the invite at the start of `words`.
+
+    Takes the longest run of words whose checksum is right together. Raises the InviteError of all of them if there is
+    none.
+    """
     parts = words.split(" ")
     for number in range(min(len(parts), _MAX_PARTS), 0, -1):
         with contextlib.suppress(InviteError):

@@ -1,4 +1,4 @@
-"""The peers of a run that this one knows: what they and others say of them, and what a person is told of that."""
+"""Keep what this peer knows of the run's other peers, and emit events when that changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_STAMP_SKEW_S = 120.0
 
 @dataclass
 class KnownPeers:
-    """Who is here, as far as this peer knows; nobody is asked."""
+    """Peers of the run as far as this peer knows. Makes no calls, but for reading the DHT."""
 
     node: Node
     published: PublishedRun
@@ -35,43 +35,45 @@ class KnownPeers:
     tallying: TokenAccounting
     emit: Callable[[Event], None]
     changed: Callable[[], None]
-    """Called when somebody has come or gone."""
+    """Called when a peer has come or gone."""
     through: tuple[InvitedPeer, ...] = field(default=(), init=False)
-    """Those that the user named."""
+    """Peers that the user named."""
     arrivals: Arrivals = field(default_factory=Arrivals, init=False)
     greeted: set[str] = field(default_factory=set, init=False)
-    """Those who have ours, and are still here."""
+    """Peers that have our presence and are still here."""
     _signed: dict[str, pb.Signed] = field(default_factory=dict, init=False)
-    """Each peer's newest presence, to hand on."""
+    """Newest signed presence of each peer, to hand on."""
     _untold: dict[str, float] = field(default_factory=dict, init=False)
-    """Those known by hearsay and records alone, with the stamp of these: they may just have gone, and nobody is told of
-    them yet."""
+    """Peers known only by hearsay and records, with the stamp of these.
+
+    They may just have gone, so no event has announced them yet.
+    """
     _refusals: Refusals = field(init=False)
 
     def __post_init__(self) -> None:
         self._refusals = Refusals(self.emit, self.spares)
 
     def begin_with(self, through: Sequence[InvitedPeer]) -> list[str]:
-        """Those that the user named, but for ourselves."""
+        """Set the peers that the user named, without ourselves, and return their PeerIDs."""
         self.through = tuple(peer for peer in through if peer.peer != self.membership.me)
         for peer in self.through:
             self.node.remember_addresses(peer.peer, peer.addresses, peer.addresses)
         return [peer.peer for peer in self.through]
 
     def is_hidden(self, peer: str) -> bool:
-        """Whether it says that nobody can dial it."""
+        """Return whether a peer says that nobody can dial it."""
         info = self.membership.info(peer)
         return info is not None and info.hidden
 
     def others_than(self, caller: str, most: int) -> list[pb.Signed]:
-        """What some of those who are here say of themselves, for `caller`."""
+        """Return the presences of up to `most` live peers other than `caller`."""
         known = [info.peer for info in self.membership.live() if info.peer in self._signed and info.peer != caller]
         return [self._signed[peer] for peer in known[:most]]
 
     # ------------------------------------------------------------- what is said of them
 
     async def read_records(self) -> None:
-        """Read the presence buckets, the root first, then what lies below full ones."""
+        """Read the presence buckets, the root first, then those below full ones."""
         sizes: dict[str, int] = {}
         while wanted := list(buckets_to_read(sizes)):
             if len(sizes) + len(wanted) > MAX_READ_BUCKETS:
@@ -85,7 +87,10 @@ class KnownPeers:
     def hear_untrusted(
         self, signed: pb.Signed, expected_author: str | None, *, answered: bool = False, first_hand: bool = False
     ) -> None:
-        """A presence that somebody sent: its own if `expected_author` says so, else hearsay."""
+        """Take in a presence that somebody sent: `expected_author`'s own, or hearsay if that is None.
+
+        Raises BadBytesError if it is invalid, or of another author than expected.
+        """
         if not signed.payload:
             return
         author, message = open_presence_untrusted(signed, self.published.sha256)
@@ -94,20 +99,20 @@ class KnownPeers:
         if expected_author is not None and author != expected_author:
             raise BadBytesError("a presence of another peer than the one that sent it", code="bad-sender")
         if expected_author is None and not self.membership.has_room_for(author):
-            return  # hearsay of strangers, of whom anyone can invent any number
+            return  # hearsay of strangers: anyone can invent any number of them
         self.saw(author, message, answered=answered, first_hand=first_hand)
         info = self.membership.info(author)
         if info is not None and info.stamp == message.stamp:
             self._signed[author] = signed
 
     def hear_reply_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
-        """What a partner tells of itself with its publication."""
+        """Take in what a partner says of itself with its publication."""
         self.hear_untrusted(reply.presence, peer, answered=True)
         if reply.away:
             self.left(peer)
 
     def saw(self, peer: str, presence: pb.Presence, *, answered: bool = False, first_hand: bool = False) -> None:
-        """`first_hand`: `peer` itself says it now, and is here."""
+        """Take in a presence. `first_hand` says that `peer` itself has just sent it, and is here."""
         try:
             given = next((known.addresses for known in self.through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
@@ -117,37 +122,38 @@ class KnownPeers:
             self.refused(peer, error)
             return
         run = self.published.run
-        info = dataclasses.replace(info, hidden=info.hidden and run.merge.kind.asynchronous)  # synchronously nobody is
+        # Synchronous rounds know no hidden peers.
+        info = dataclasses.replace(info, hidden=info.hidden and run.merge.kind.asynchronous)
         expires_s = info.stamp + run.network.presence_ttl_s  # whatever its record says
         self.node.remember_addresses(peer, info.addresses, given)
         self.tallying.meet(peer)
-        is_here = first_hand or info.hidden  # of who cannot be dialled, its presence alone decides
+        is_here = first_hand or info.hidden  # a hidden peer cannot be called, so its presence alone decides
         self.report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered), is_here)
-        if peer in self._untold and (is_here or info.stamp > self._untold[peer]):  # it has renewed its presence
+        if peer in self._untold and (is_here or info.stamp > self._untold[peer]):  # it has renewed its presence since
             del self._untold[peer]
             self.emit(PeerJoinedEvent(joined=peer, joined_name=info.name))
 
     # ------------------------------------------------------------- what becomes of them
 
     def answered(self, peer: str) -> None:
-        """A call to `peer` was answered."""
+        """Note that a call to `peer` was answered."""
         self.membership.heard(peer, swarm_time())
 
     def call_failed(self, peer: str, error: PeerError) -> None:
-        """Told of a call to `peer` that brought nothing."""
+        """Note that a call to `peer` failed."""
         self.report(self.membership.call_failed(peer, swarm_time(), str(error)))
 
     def left(self, peer: str) -> None:
-        """`peer` says that it has left."""
+        """Note that `peer` says it has left."""
         self.report(self.membership.left(peer, swarm_time()))
 
     def expire(self) -> None:
-        """Those whose presence has run out are gone."""
+        """Drop the peers whose presence has expired."""
         for change in self.membership.expire(swarm_time()):
             self.report(change)
 
     def forget(self, before_s: float) -> list[str]:
-        """Those who went before that; nothing is kept of them here."""
+        """Forget peers that went before `before_s`, and return them."""
         gone = list(self.membership.forget(before_s))
         for peer in gone:
             self._signed.pop(peer, None)
@@ -156,7 +162,10 @@ class KnownPeers:
         return gone
 
     def report(self, change: MembershipChange | None, is_here: bool = False) -> None:
-        """Tell of a change. Of one that came it is told now if it certainly `is_here`, else once that is known."""
+        """Pass on a change of membership, and emit its event.
+
+        An arrival is announced now if the peer certainly `is_here`, else once that is known.
+        """
         if change is None:
             return
         self.changed()
@@ -178,9 +187,9 @@ class KnownPeers:
                 self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
 
     def spares(self, peer: str, rule: str, detail: str) -> bool:
-        """Whether what was refused is not told yet, since somebody came lately."""
+        """Return whether a refusal is not announced yet, because a peer came lately."""
         return self.arrivals.spares(peer, rule, detail, swarm_time())
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """Tell of hostile bytes."""
+        """Report bad bytes of a peer."""
         self._refusals.tell(peer, error)

@@ -1,4 +1,4 @@
-"""What this peer says of itself: its presence, which is signed for whoever is told, and its records in the DHT."""
+"""Advertise this peer: its signed presence, sent with calls, and its records in the DHT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROGRESS_TTL_S = 86_400.0
 
 
 class _Changes(TypedDict, total=False):
-    """Of a `PeerInfo`."""
+    """Fields of a `PeerInfo` that `OwnPresence.change` sets."""
 
     round: int
     run_tokens: int
@@ -38,60 +38,63 @@ class _Changes(TypedDict, total=False):
 
 @dataclass
 class OwnPresence:
-    """What others are told of this peer: `me`, as of the last time that anybody was told."""
+    """This peer's presence. `me` is what was last advertised."""
 
     identity: Identity
     run_sha256: str
     me: PeerInfo
     steps_done: Callable[[], int]
-    """Of the present round."""
+    """Returns the inner steps done in the present round."""
     listens_at: tuple[str, ...] = field(default=(), init=False)
 
     def describe(self, *, round: int, steps_per_s: float, run_tokens: int, inner_steps: int = 0) -> None:
-        """What the next presence says of our progress."""
+        """Set the progress that the next presence advertises."""
         self.me = dataclasses.replace(
             self.me, round=round, steps_per_s=steps_per_s, run_tokens=run_tokens, inner_steps=inner_steps
         )
 
     def describe_part(self, part: int, tokens: int) -> None:
-        """What the next presence says of our newest publication in this round."""
+        """Set the newest publication of this round that the next presence advertises."""
         self.me = dataclasses.replace(self.me, part=part, part_tokens=tokens)
 
     def change(self, **what: Unpack[_Changes]) -> None:
-        """What the next presence says besides."""
+        """Set other fields that the next presence advertises."""
         self.me = dataclasses.replace(self.me, **what)
 
     def describe_place(self, listens_at: Sequence[str], hidden: bool, hosts: tuple[str, ...]) -> None:
-        """What the next presence says of how to reach us; that we listen nowhere is no news."""
+        """Set how the next presence says that this peer can be reached. Keeps the old addresses if `listens_at` is
+        empty."""
         self.listens_at = tuple(listens_at) or self.listens_at
         addresses = () if hidden else self.listens_at[:_MAX_OWN_ADDRESSES]
         self.me = dataclasses.replace(self.me, addresses=addresses, hidden=hidden, hosts=hosts)
 
     def renewed(self) -> pb.Presence:
-        """As of now."""
+        """Return a new presence, stamped with the present time."""
+        # Strictly later than the last stamp, even if the clock was set back: others keep the presence of the latest
+        # stamp.
         stamp = max(swarm_time(), self.me.stamp + 1e-6)
         self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.steps_done())
         return presence_to_proto(self.me)
 
     def signed(self) -> pb.Signed:
-        """The same, for one that is told by us or by others."""
+        """Return a new presence, signed, for peers that get it from us or from others."""
         return sign(self.identity, PRESENCE, self.run_sha256, self.renewed())
 
 
 @dataclass
 class OwnRecords:
-    """This peer's records in the DHT: each kind in the shallowest bucket with room, found once."""
+    """Stores this peer's records in the DHT, each kind in the shallowest bucket with room, which is looked up once."""
 
     node: Node
     presence: OwnPresence
     tallying: TokenAccounting
     presence_ttl_s: float
     safe: Callable[[], Progress | None]
-    """What we have trained that cannot be lost any more."""
+    """Returns the progress that no kill can take back any more."""
     _buckets: dict[str, str] = field(default_factory=dict, init=False)
 
     async def store(self) -> None:
-        """Our presence, which expires soon, and if we train, what we have trained, which is kept for a day."""
+        """Store our presence, which expires soon, and if we train, our progress, which is kept for a day."""
         run_sha256 = bytes.fromhex(self.presence.run_sha256)
         presence = pb.Record(run_sha256=run_sha256, presence=self.presence.renewed())
         await self._store(presence, self.presence_ttl_s)
@@ -102,7 +105,7 @@ class OwnRecords:
             await self._store(progress, _PROGRESS_TTL_S)
 
     async def _store(self, record: pb.Record, lifetime_s: float) -> None:
-        """Store a record, whose bucket is filled in here."""
+        """Store a record in its bucket."""
         kind = record.WhichOneof("body")
         assert kind is not None
         if kind not in self._buckets:

@@ -1,10 +1,10 @@
-"""Presence and progress records as bytes: built, signed, checked.
+"""Encode, sign and verify presence and progress records for the DHT.
 
-A DHT value here is msgpack(bytes of a `Record`) followed by 64 bytes of signature over (run, key, subkey, value,
-expiry). The validator runs on every node that stores or returns a record: it recomputes the key from the record's
-own run, kind and bucket, so that a record can live nowhere but where it belongs, and drops what is forged,
-oversized or expired. What it drops is counted by reason: "oversized", "expired", "malformed", "foreign", "forged".
-hivemind's own storage has no bounds; `bound_storage` gives it some, since identities cost a stranger nothing.
+A DHT value is msgpack(bytes of a `Record`) followed by a 64-byte signature over (run, key, subkey, value, expiry). The
+validator runs on every node that stores or returns a record. It recomputes the key from the record's own run, kind and
+bucket, so a record can live only where it belongs, and drops records that are forged, oversized or expired. Dropped
+records are counted by reason: "oversized", "expired", "malformed", "foreign", "forged". hivemind's own storage has no
+bounds; `bound_storage` adds some, since identities cost a stranger nothing.
 """
 
 from __future__ import annotations
@@ -64,18 +64,19 @@ PRESENCE = "presence"
 PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 MAX_LOSS = 1000.0
-"""Nats per token that are told: a vocabulary of a million guessed blindly has 14."""
+"""Most nats per token that a presence may claim: guessing a vocabulary of a million blindly costs 14."""
 _SIGNATURE_BYTES = 64
 _MAX_CHECKED = 1024
-"""Records that were fine are remembered, so many of them: 2 MB at most."""
+"""Valid records remembered, so that each is verified once: 2 MB at most."""
 _MAX_LIFETIME_S = 2 * 86_400
 _MAX_PRESENCE_S = 3600 + 60
-"""Runs let a presence live an hour at most; clocks differ."""
+"""Longest life of a presence: an hour, the most that a run may set, and a minute for differing clocks."""
+# A renewal that advances the expiry by less is refused: each one stays in hivemind's heap until it expires.
 _MIN_ADVANCE_S = 0.5
 _MAX_BUCKETS = 512
 MAX_BUCKET_RECORDS = 128
 MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
-"""Of a full one, with signatures, PeerIDs and expiries."""
+"""Bytes of a full bucket, with signatures, PeerIDs and expiries."""
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
 MAX_KEPT = 16
@@ -85,17 +86,17 @@ _PURPOSE = b"swarmtrain record v1\0"
 
 
 def bucket_key(run_sha256: bytes, kind: str, prefix: str) -> str:
-    """The DHT key of a bucket."""
+    """Return the DHT key of a bucket."""
     return f"swarmtrain/{run_sha256.hex()}/{kind}/{prefix}"
 
 
 def hashed_key(key: str) -> bytes:
-    """The 20 bytes under which hivemind keeps a key."""
+    """Return the 20 bytes under which hivemind stores a key."""
     return hashlib.sha1(msgpack.packb(key, use_bin_type=True)).digest()
 
 
 def presence_to_proto(info: PeerInfo) -> pb.Presence:
-    """The wire form of what a peer says of itself."""
+    """Return the message that advertises a peer."""
     return pb.Presence(
         role=pb.ROLE_BOOTSTRAP if info.is_bootstrap else pb.ROLE_VOLUNTEER,
         name=info.name,
@@ -119,7 +120,7 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
 
 
 def place_to_proto(place: StagePeer) -> pb.Place:
-    """The wire form of what a peer holds of a pipeline."""
+    """Return the message that advertises a peer's place in a pipeline."""
     return pb.Place(
         stages=place.stages,
         moving_to=place.moving_to,
@@ -135,7 +136,7 @@ def place_to_proto(place: StagePeer) -> pb.Place:
 
 
 def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> StagePeer:
-    """What `peer` says that it holds of a pipeline; BadBytesError if a field is out of its range."""
+    """Return the place in a pipeline that `peer` advertises. Raises BadBytesError if a field is out of range."""
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
         raise BadBytesError("a presence with stages that are no ascending list", code="bad-format")
@@ -146,7 +147,7 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     if not known or not 1 <= message.most_stages <= _MAX_STAGES:
         raise BadBytesError("a presence with a stage that no run has", code="bad-number")
     numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
-    if not all(0 <= number < 1e12 for number in numbers):  # NaN too
+    if not all(0 <= number < 1e12 for number in numbers):  # false for NaN too
         raise BadBytesError("a presence with a speed of a stage out of range", code="bad-number")
     return StagePeer(
         peer=peer,
@@ -164,18 +165,20 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
 
 
 def open_presence_untrusted(signed: pb.Signed, run_sha256: str) -> tuple[str, pb.Presence]:
-    """(author's PeerID, what it says of itself); BadBytesError if oversized, forged, or no presence."""
+    """Return (author's PeerID, presence). Raises BadBytesError if it is oversized, forged, or no presence."""
     return open_signed_untrusted(signed, PRESENCE, run_sha256, pb.Presence, _MAX_PRESENCE_BYTES)
 
 
 def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collection[str] = ()) -> PeerInfo:
-    """What `peer` says of itself, of its addresses those that may be dialled: they are kept, and put into invites.
-    `given`: its addresses that the user gave, among which names may be. BadBytesError if a field is out of its range.
+    """Return what `peer` advertises, without the addresses that may not be dialled.
+
+    Its addresses are kept and put into invites, so only those that `may_dial` allows, or that the user gave (`given`,
+    which may be names), pass. Raises BadBytesError if a field is out of range.
     """
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
         raise BadBytesError("a presence with a speed or stamp out of range", code="bad-number")
-    if not 0 <= message.loss <= MAX_LOSS:  # NaN too
+    if not 0 <= message.loss <= MAX_LOSS:  # false for NaN too
         raise BadBytesError("a presence with a loss out of range", code="bad-number")
     if len(message.name) > 64 or not message.name.isprintable():
         raise BadBytesError("a presence with an unprintable or long name", code="bad-format")
@@ -214,12 +217,12 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
 
 
 def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
-    """The wire form of what a peer has trained on, and the round that it was in then."""
+    """Return the message that says how many tokens a peer has trained on, and its round at that time."""
     return pb.Progress(stage=stage, tokens=tokens, round=round)
 
 
 def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
-    """(stage, tokens) of a progress record; BadBytesError if a field is out of its range."""
+    """Return (stage, tokens) of a progress record. Raises BadBytesError if a field is out of range."""
     if message.stage >= num_stages:
         raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}", code="bad-number")
     if message.tokens >= 2**60 or message.round >= 2**40:
@@ -233,7 +236,7 @@ def _message(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
 
 
 def unsigned_untrusted(value: bytes) -> bytes:
-    """What was signed, of a stored value; nothing if it is none of ours."""
+    """Return the signed payload of a stored value, or b"" if it has no valid form."""
     with contextlib.suppress(BadBytesError):
         payload = _unpack_untrusted(value[:-_SIGNATURE_BYTES], "its value")
         return payload if isinstance(payload, bytes) else b""
@@ -241,7 +244,7 @@ def unsigned_untrusted(value: bytes) -> bytes:
 
 
 def record_from_value_untrusted(value: bytes) -> pb.Record:
-    """The record inside a stored value (without its signature)."""
+    """Return the record inside a stored value without its signature. Raises BadBytesError if it cannot be read."""
     payload = _unpack_untrusted(value, "its value")
     if not isinstance(payload, bytes):
         raise BadBytesError("malformed: its value is not bytes", code="bad-format")
@@ -252,7 +255,7 @@ def record_from_value_untrusted(value: bytes) -> pb.Record:
 
 
 def _unpack_untrusted(data: bytes, what: str) -> Any:
-    """One msgpack string or bytes; nothing that nests or could take more room than `data`."""
+    """Return one msgpack string or bytes: nothing that nests, or could take more memory than `data`."""
     if len(data) > MAX_RECORD_BYTES + 8:
         raise BadBytesError(f"oversized: {len(data)} bytes", code="bad-size")
     try:
@@ -263,19 +266,19 @@ def _unpack_untrusted(data: bytes, what: str) -> Any:
 
 @dataclass
 class RecordRules:
-    """Checks records; counts what it refuses, by reason."""
+    """Signs this peer's records and checks all others; counts refused records by reason."""
 
     identity: Identity
     refused: Counter[str] = field(default_factory=Counter)
 
     def sign(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bytes:
-        """The value with this peer's signature behind it, or as it is if the subkey is another's."""
+        """Return the value with this peer's signature appended, or unchanged if the subkey is another peer's."""
         if subkey != msgpack.packb(self.identity.peer_id, use_bin_type=True):
             return value
         return value + self.identity.sign(_message(key, subkey, value, expiry_s))
 
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
-        """The record; BadBytesError, "reason: detail", if it is not allowed to be stored or believed."""
+        """Return the record if it may be stored and believed. Raises BadBytesError ("reason: detail") otherwise."""
         if not isinstance(value, bytes):
             raise BadBytesError("malformed: its value is not bytes", code="bad-format")
         if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
@@ -290,7 +293,7 @@ class RecordRules:
         return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
-        """Whether the record is fine; counted if not."""
+        """Return whether the record is allowed; count it by reason if not."""
         try:
             self.check_untrusted(key, subkey, value, expiry_s)
         except BadBytesError as error:
@@ -301,8 +304,12 @@ class RecordRules:
 
 @functools.lru_cache(_MAX_CHECKED)
 def _check_signed_untrusted(key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> None:
-    """What of a record does not change with time; BadBytesError if it is not allowed. A bucket is read from many nodes,
-    and each has the same records: those that were fine are remembered."""
+    """Check what does not change with time: form, place and signature. Raises BadBytesError if any is wrong.
+
+    A bucket is read from many nodes that all send the same records. Verifying each every time took three quarters of
+    the network thread's time in a swarm of 24 (decision 33), so valid ones are remembered. lru_cache keeps no
+    exceptions.
+    """
     record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
     peer = _subkey_peer_untrusted(subkey)
     kind = record.WhichOneof("body")
@@ -330,7 +337,7 @@ def _subkey_peer_untrusted(subkey: bytes) -> str:
 
 
 def make_validator(rules: RecordRules) -> Any:
-    """hivemind's validator interface over `rules`."""
+    """Return `rules` as hivemind's validator."""
     base = hivemind_module("dht.validation").RecordValidatorBase
 
     class Validator(base):  # type: ignore[misc, valid-type]
@@ -347,10 +354,10 @@ def make_validator(rules: RecordRules) -> Any:
 
 
 def bound_storage(storage: Any, always: Container[bytes]) -> None:
-    """Give hivemind's storage of dictionaries bounds: buckets, records in each, and how often a record is renewed.
+    """Bound hivemind's dictionary storage: number of buckets, records in each, and how often a record is renewed.
 
-    A renewal that hardly lives longer is refused, because each leaves an entry in hivemind's heap until it expires.
-    `always`: keys of buckets of our own run, for which there is room whatever else is here.
+    A renewal that hardly extends the expiry is refused, because each one leaves an entry in hivemind's heap until it
+    expires. Buckets whose keys are in `always`, those of our own run, are kept however full the storage is.
     """
     plain = storage.store_subkey
 
@@ -376,7 +383,8 @@ def _takes(bucket: Any, subkey: Any, expiration_time: float) -> bool:
 
 
 def _bound_bucket(bucket: Any) -> None:
-    """A search of hivemind puts what other nodes answer right into the bucket that is kept here."""
+    """Bound one bucket's own `store`: hivemind's search puts other nodes' answers directly into the bucket
+    kept here."""
     plain = bucket.store
 
     def store(subkey: Any, value: bytes, expiration_time: float) -> bool:
@@ -386,6 +394,9 @@ def _bound_bucket(bucket: Any) -> None:
 
 
 def num_records(storage: Any) -> int:
-    """How many hivemind's storage keeps, those whose time is over included until it looks. From any thread."""
+    """Return the number of records in hivemind's storage, expired ones that it has not purged included.
+
+    May be called from any thread.
+    """
     buckets = [bucket.value for bucket in list(storage.data.values())]
     return sum(len(getattr(bucket, "data", (bucket,))) for bucket in buckets)

@@ -1,4 +1,4 @@
-"""Finding a run by its hash: dial those whom the invite names, correct the clock, fetch the run's files."""
+"""Find a run by its hash: dial the peers of an invite, correct the clock, fetch the run's files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_u
 
 _OTHERS_S = 0.5
 _MORE_VOICES_S = 3.0
-"""So long others are waited for when those who answered first say that the clock is far off."""
+"""Seconds to wait for more peers when those that answered first say that the clock is far off."""
 _MAX_SHOWN = 3
 _STARTING_LOOKS = 5
 _STARTING_S = 1.0
@@ -44,7 +44,7 @@ _STARTING_S = 1.0
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as it is handed out: its exact bytes, their hash, and the files that travel with it."""
+    """A run as it is served: its exact bytes, their hash, and the files that travel with it."""
 
     data: bytes
     sha256: str
@@ -53,7 +53,7 @@ class PublishedRun:
     tokenizer: bytes
 
     def blobs(self) -> dict[str, bytes]:
-        """The files by their hash."""
+        """Return the run's files by their hash."""
         published = self.run.published
         assert published is not None
         blobs = {run_sha256(self.data): self.data, published.held_out_sha256: self.held_out}
@@ -62,8 +62,11 @@ class PublishedRun:
         return blobs
 
     def of_stage(self, stage: int) -> PublishedRun:
-        """The same as the peers of one stage are among themselves: a swarm of their own, whose hash is the SHA-256 of
-        the run's and the stage's number. For company a volunteer waits before it holds a stage."""
+        """Return the same run for the peers of one stage, which form a swarm of their own.
+
+        Its hash is the SHA-256 of the run's hash and the stage's number. `merge.min_peers` is 1: a volunteer waits for
+        others before it holds a stage, not in each stage.
+        """
         digest = hashlib.sha256(bytes.fromhex(self.sha256) + stage.to_bytes(4, "big")).hexdigest()
         alone = self.run.model_copy(update={"merge": self.run.merge.model_copy(update={"min_peers": 1})})
         return dataclasses.replace(self, sha256=digest, run=alone)
@@ -71,8 +74,11 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """Who answered, by how much this machine's clock was corrected, in seconds, and whose clocks are far from that, by
-    how much they are ahead of it."""
+    """The peer that answered, and how this machine's clock was corrected.
+
+    `clock_correction_s` is the correction in seconds; `clock_outliers` holds peers whose clocks are far from the
+    corrected one, and by how many seconds they are ahead of it.
+    """
 
     peer: str
     clock_correction_s: float
@@ -82,11 +88,11 @@ class FoundRun:
 async def find_run(
     node: Node, run_sha256: str, peers: Sequence[InvitedPeer], limit_s: float = 15.0, *, accept_clock: bool = False
 ) -> FoundRun:
-    """Dial `peers`; one of those that answer first. The clock is corrected by the median of those, by more than ten
-    minutes with `accept_clock` only.
+    """Dial `peers`, correct the clock by the median of those that answer first, and return one of them.
 
-    Raises RunTimeError, within `limit_s`, when nobody answers; VersionError when whoever does is too old or too new for
-    this version; ClockError when a person is to decide about the clock.
+    A correction of more than ten minutes needs `accept_clock`. Raises RunTimeError, within `limit_s`, when no peer
+    answers; VersionError when the peers that do are too old or too new for this version; ClockError when a person has
+    to decide about the clock.
     """
     calls = PeerCalls(node, run_sha256)
     of_another: list[InvitedPeer] = []
@@ -109,7 +115,7 @@ async def find_run(
                 if not attempts_left:
                     of_another.append(peer)
                     raise
-            await asyncio.sleep(_STARTING_S)  # a peer that has just been started listens before it serves its run
+            await asyncio.sleep(_STARTING_S)  # a peer that was just started listens before it serves its run
         raise AssertionError("the last attempt returns or raises")
 
     others = [peer for peer in peers if peer.peer != node.identity.peer_id]
@@ -182,13 +188,13 @@ def _time_in_words(unix_s: float) -> str:
 
 
 def version_fields(needs: Needs) -> dict[str, Any]:
-    """What the answer to a greeting says of this version, and of what the run `needs`."""
+    """Return the fields of a greeting's reply that give this version, and what the run `needs`."""
     told = {"needs_protocol": needs.protocol, "needs_version": needs.version}
     return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
 
 
 def refusal_untrusted(who: str, reply: pb.HelloReply) -> Problem | None:
-    """Why this version and the peer `who`, by its answer to a greeting, cannot train together; None if they can."""
+    """Explain why this version and the peer `who` cannot train together, by its greeting's reply; None if they can."""
     needs = needs_untrusted(reply.needs_protocol, reply.needs_version)
     return too_old_for(needs) or too_old_to_train_with(who, reply.protocol, reply.swarmtrain_version)
 
@@ -202,10 +208,7 @@ def _where(peers: Sequence[InvitedPeer]) -> str:
 async def fetch_published(
     calls: PeerCalls, source: str, parse: Callable[[bytes, str], RunFile], kept: Mapping[str, bytes]
 ) -> PublishedRun:
-    """The run and its files from `source`, each checked by its hash; those in `kept` are not fetched again.
-
-    Raises BadBytesError or UnreachableError.
-    """
+    """Fetch the run and its files from `source`, each checked by its hash. Files in `kept` are not fetched again."""
 
     async def get(sha256: str, max_bytes: int) -> bytes:
         return kept.get(sha256) or await calls.blob_untrusted(source, sha256, max_bytes)

@@ -1,10 +1,10 @@
-"""Counting the run's tokens: progress records are read in rotation and observed into this peer's tally.
+"""Count the run's tokens: read progress records in rotation and enter them into this peer's tally.
 
-A few buckets at a time, the root first, then what lies below full ones, and from the start again: a small swarm is
-read whole every few seconds, a big one within minutes. The records come from strangers: each was signed by the peer
-that it speaks of, and what it says is believed as far as `protocol.tokens.tally` allows.
+Each pass reads a few buckets, the root first, then those below full ones, and starts again: a small swarm is read
+completely every few seconds, a big one within minutes. Each record is signed by the stranger that it speaks of, and is
+believed as far as `protocol.tokens.tally` allows.
 
-The reading is done in the network thread; the trainer's and the control server's threads ask for counts.
+The network thread reads; the trainer's and the control server's threads ask for counts.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _BURST_ROUNDS = 2
 _ENOUGH = 3
 
 _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
-"""(kind, prefix) -> PeerID -> (record, expiry) of a bucket."""
+"""Maps (kind, prefix) to the (record, expiry) of each PeerID in that bucket."""
 
 
 @dataclass
 class TokenAccounting:
-    """This peer's tally, and how it is fed. Its methods may be called from any thread, those that read in the loop."""
+    """This peer's tally. Coroutines run in the event loop; all other methods may be called from any thread."""
 
     me: str
     rules: CountingRules
     read_bucket: _ReadBucket
     speeds: Callable[[], Mapping[str, float]]
-    """What the live peers claim to do, this one included, in tokens per second by PeerID."""
+    """Returns the tokens per second that each live peer claims, this one included, by PeerID."""
     clock: Callable[[], float]
     refused: Callable[[str, str, str], None]
-    """Told (peer, rule, detail) of what was not believed, once per peer and a few hours."""
+    """Called with (peer, rule, detail) of a refused count, once per peer and a few hours."""
     _tally: Tally = field(init=False)
     _named: NamedOnce = field(default_factory=NamedOnce)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -66,14 +66,14 @@ class TokenAccounting:
             self._sizes[prefix] = await self._read_bucket(prefix)
 
     async def read_all(self) -> None:
-        """Read every bucket once, from the root on: what others have told by now is counted then."""
+        """Read every bucket once, from the root, so that all advertised progress is counted."""
         sizes: dict[str, int] = {}
         while (wanted := list(buckets_to_read(sizes))) and len(sizes) < _MAX_BUCKETS_A_PASS:
             for prefix in wanted:
                 sizes[prefix] = await self._read_bucket(prefix)
 
     async def _read_bucket(self, prefix: str) -> int:
-        """Observe the records of a bucket; how many they are."""
+        """Count the records of a bucket, and return their number."""
         records = await self.read_bucket(PROGRESS, prefix)
         speeds = self._know_speeds()
         for peer, (record, _) in records.items():
@@ -96,7 +96,8 @@ class TokenAccounting:
         stage, tokens = progress_from_proto_untrusted(record.progress)
         now = self.clock()
         with self._lock:
-            if peer == self.me:  # of an earlier life, whose folder was lost or put back: nobody else can have signed it
+            # Of an earlier incarnation whose folder was lost or restored: nobody else can have signed it.
+            if peer == self.me:
                 self._tally.learn({peer: tokens}, now, stage)
                 self._own_durable = max(self._own_durable, tokens)
                 return
@@ -111,8 +112,8 @@ class TokenAccounting:
             self.refused(peer, rule, detail)
 
     def learn(self, peer_tokens: Mapping[str, int]) -> None:
-        """What the rosters up to the present state count, or what belongs to it. From the first count on this
-        peer watches the run."""
+        """Count the tokens of a state: what its rosters list, or what belongs to it. From the first count on, this peer
+        watches the run."""
         now = self.clock()
         with self._lock:
             self._tally.learn(peer_tokens, now)
@@ -120,20 +121,23 @@ class TokenAccounting:
                 self._tally.watched_s = now
 
     def meet(self, peer: str) -> None:
-        """`peer` is here: what it trains from now on this peer has seen itself."""
+        """Note that `peer` is here: this peer has seen itself what that one trains from now on."""
         with self._lock:
             self._tally.meet([peer], self.clock())
 
     def watch(self) -> None:
-        """This peer has been here since the run was published: what one or two bring is bounded from then on."""
+        """Note that this peer has been here since the run was published, which bounds what one or two
+        states can bring."""
         with self._lock:
             if self._tally.watched_s is None:
                 self._tally.watched_s = self.rules.began_s
 
     def bring(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
-        """What states count that were pulled from as many peers, each peer's tokens by PeerID: see `Tally.bring`. The
-        server that a run names is believed alone. What they say of this peer itself is believed as its speed explains
-        it, as before."""
+        """Count what fetched states say: one mapping of tokens by PeerID for each. See `Tally.bring`.
+
+        The server that a run names is believed alone. Tokens of this peer itself are believed as its speed explains
+        them.
+        """
         agreed, speeds = agreed_counts(told), self._know_speeds()
         with self._lock:
             counts = dict(self._tally.with_rest(agreed))
@@ -143,11 +147,11 @@ class TokenAccounting:
                 self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
 
     def hear(self, peer: str, tokens: int) -> None:
-        """What a publication or a state says of `peer`: believed as far as its speed explains it."""
+        """Count what a publication or a state says of `peer`, as far as its speed explains it."""
         self.hear_all({peer: tokens})
 
     def hear_all(self, counts: Mapping[str, int]) -> None:
-        """The same of many: what is usual is looked up once, which may take a look at everybody ever counted."""
+        """Do the same for many peers, with one look-up of usual speeds, which may go through everybody ever counted."""
         speeds, now = self._know_speeds(), self.clock()
         with self._lock:
             found = [
@@ -158,10 +162,10 @@ class TokenAccounting:
                 self._name(incident.peer, incident.rule, incident.detail)
 
     def explained(self, peer: str, tokens: int) -> int | None:
-        """Of `tokens` that somebody tells of `peer`, how many are believed; None while neither speeds nor counts are
-        known at all.
+        """Return how many of `tokens` that somebody advertises of `peer` are believed; counts nothing.
 
-        Nothing is counted."""
+        Returns None while neither speeds nor counts are known.
+        """
         speeds = self._know_speeds()
         with self._lock:
             if self._tally.typical_per_s <= 0 and not self._tally.total:
@@ -169,9 +173,10 @@ class TokenAccounting:
             return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """What this peer's next record says: the most that was ever safe on its disk, `durable_tokens` by now.
+        """Return the tokens for this peer's next record: the most that were ever safe on its disk, now
+        `durable_tokens`.
 
-        What is told may be counted by others, so it must not be forgotten by a kill.
+        Others may count what a record says, so a kill must not take it back.
         """
         with self._lock:
             self._own_durable = max(self._own_durable, durable_tokens)
@@ -180,31 +185,31 @@ class TokenAccounting:
     # ------------------------------------------------------------- asking
 
     def contributions(self) -> dict[str, int]:
-        """Everyone's tokens, by PeerID."""
+        """Return the tokens of every peer, by PeerID."""
         with self._lock:
             return self._tally.contributions()
 
     def acknowledged(self) -> dict[str, int]:
-        """Everyone's tokens as far as this peer has read them in their own progress records, by PeerID."""
+        """Return the tokens that this peer has read in every peer's own progress record, by PeerID."""
         with self._lock:
             return self._tally.told()
 
     @property
     def total(self) -> int:
-        """The run's tokens as counted here."""
+        """Tokens of the run as counted here."""
         with self._lock:
             return self._tally.total
 
     # ------------------------------------------------------------- keeping
 
     def kept(self) -> list[list[str | int | float]]:
-        """The tally as a checkpoint keeps it."""
+        """Return the tally as rows for a checkpoint."""
         with self._lock:
             return self._tally.rows()
 
     def restore(self, rows: Iterable[Sequence[object]], until_s: float | None = None) -> None:
-        """Go on from what a checkpoint kept, taken at `until_s` if that is known. ValueError if that is something else;
-        nothing is counted then."""
+        """Load the rows of a checkpoint, taken at `until_s` if known. Raises ValueError, counting nothing, if they are
+        invalid."""
         with self._lock:
             self._tally.merge_rows(rows)
             if until_s is not None and math.isfinite(until_s):
@@ -214,7 +219,7 @@ class TokenAccounting:
 
 
 def counting_rules(run: RunFile, now: float) -> CountingRules:
-    """How this run is counted; `now` stands in for its beginning if it was never published."""
+    """Return the counting rules of a run; `now` stands in for its beginning if it was never published."""
     began_s = now if run.published is None else datetime.fromisoformat(run.published.created).timestamp()
     return CountingRules(
         began_s=min(began_s, now),

@@ -1,9 +1,9 @@
-"""The link of one peer that has a network of its own, such as a container: all its connections pass it.
+"""Emulate the link of one peer that has a network of its own, such as a container.
 
-Where all peers of a swarm are on one machine, `links` knows both ends of a connection. Here each peer carries its own
-half: the firewall of its network hands us what it dials and what others dial (peers/wan/), and we go on to where that
-was to go. What the peer sends passes the line up, what it is sent the line down, either with the link's delay; at the
-other end the other peer's link does the same.
+Where all peers of a swarm are on one machine, `proxy` knows both ends of a connection. Here each peer carries its own
+half: the firewall of its network redirects what it dials and what others dial to us (peers/wan/), and we connect to the
+original target. What the peer sends passes the line up, what it receives the line down, both with the link's delay; at
+the other end the other peer's link does the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Address", "OwnLink", "was_to_go"]
 
 _log = logging.getLogger(__name__)
 _SO_ORIGINAL_DST = 80
-"""Of Linux: where a connection was to go before the firewall handed it to us."""
+"""Linux's socket option for the original target of a connection that the firewall redirected."""
 
 _HERE = "127.0.0.1"
 _ANYWHERE = "0.0.0.0"
@@ -42,14 +42,16 @@ Address = tuple[str, int]
 
 
 def was_to_go(connection: socket.socket) -> Address:
-    """Where a connection was to go before the firewall of this network handed it to us."""
+    """Return the original target of a connection that this network's firewall redirected to us."""
     port, packed = struct.unpack("!2xH4s8x", connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16))
     return socket.inet_ntoa(packed), port
 
 
 class OwnLink:
-    """Carries one peer's connections, in the event loop in which `serve` is awaited. Random numbers follow from
-    `seed`; `target` says where a connection that was handed to us was to go."""
+    """Carries one peer's connections in the event loop in which `serve` is awaited.
+
+    Random numbers follow from `seed`; `target` returns the original target of a redirected connection.
+    """
 
     def __init__(self, shape: LinkShape, seed: str, target: Callable[[socket.socket], Address] = was_to_go) -> None:
         self._shape, self._seed, self._target = shape, seed, target
@@ -60,16 +62,16 @@ class OwnLink:
 
     @property
     def dialled_port(self) -> int:
-        """Where what others dial must be handed to us."""
+        """Port to which the firewall has to redirect what others dial."""
         return int(self._dialled.getsockname()[1])
 
     @property
     def dialling_port(self) -> int:
-        """Where what the peer dials must be handed to us."""
+        """Port to which the firewall has to redirect what the peer dials."""
         return int(self._dialling.getsockname()[1])
 
     async def serve(self) -> None:
-        """Until it is cancelled."""
+        """Carry connections until cancelled."""
         try:
             await asyncio.gather(self._take_those_dialled(), self._take_those_dialling())
         finally:
@@ -86,13 +88,13 @@ class OwnLink:
                 self._start(near, target, self._up, self._down)
 
     def _target_of(self, near: socket.socket) -> Address | None:
-        """Where it was to go; None if that is not known any more, or if it was to come here: it is hung up on."""
+        """Return a connection's original target, or hang up and return None if that is unknown or was this link."""
         try:
             target = self._target(near)
             if target[1] not in (self.dialled_port, self.dialling_port):
                 return target
         except OSError as error:
-            _log.debug("the link takes no connection whose target is not known: %s", error)
+            _log.debug("the link refused a connection with an unknown target: %s", error)
         near.close()
         return None
 
@@ -102,7 +104,8 @@ class OwnLink:
         task.add_done_callback(self._tasks.discard)
 
     async def _carry(self, near: socket.socket, target: Address, there: Way, back: Way) -> None:
-        """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
+        """Carry a connection until one end closes. libp2p never closes one direction alone: an end that has closed
+        reads no more."""
         with near, plain_socket() as far:
             near.setblocking(False)
             await asyncio.sleep(there.delay_s + back.delay_s)
@@ -122,7 +125,7 @@ class OwnLink:
         lateness = Lateness(
             jitter_s=shape.jitter_s,
             loss=shape.loss,
-            rtt_s=4.0 * shape.delay_s,  # as if the other's link were as long
+            rtt_s=4.0 * shape.delay_s,  # as if the other peer's link were as long
             rng=random.Random(f"{self._seed} {self._num_ways}"),
         )
         return Way(line, shape.delay_s, Line(), lateness)

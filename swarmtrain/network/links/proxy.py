@@ -1,15 +1,15 @@
-"""Links of ours, for rehearsals on one machine: what a peer sends and receives passes through its link, which has a
-rate each way and a delay.
+"""Emulate the links of a rehearsal on one machine: each peer's traffic passes its link, with a rate each way and a
+delay.
 
-A peer listens at a private port and tells others only the link's *front*, where we listen. libp2p dials from the port
-that it listens at, so whoever arrives at a front is known by its port: the connection leaves through the caller's link
-and enters through the callee's, whoever opened it and whatever it carries (libp2p's own talk, the DHT, calls, pulls).
-Someone else, such as a command of the same machine, passes the callee's link alone.
+A peer listens at a private port and advertises only its link's *front*, where this process listens. libp2p dials from
+the port at which it listens, so a connection to a front is known by its source port: it leaves through the caller's
+link and enters through the callee's, whoever opened it and whatever it carries (libp2p's own traffic, the DHT, calls,
+pulls). Any other process, such as a command on the same machine, passes only the callee's link.
 
-What is modelled is a stream, not packets: bytes pass a line one after the other, pieces of open connections by turns; a
-connection begins a round trip late, as TCP's handshake does, and has so much under way as fits on the line and in a
-small buffer. No slow start, no headers; of what happens to packets, what it does to the stream (`impairments`).
-Connections can be reset or forgotten, and swarms parted. One event loop carries all links of a swarm.
+The model is a stream, not packets. Bytes pass a line one after the other, and open connections take turns by pieces. A
+connection begins a round trip late, like TCP's handshake, and has as many bytes under way as fit on the line and in a
+small buffer. There is no slow start and there are no headers; faults of packets appear as what they do to the stream
+(`impairments`). Connections can be reset or forgotten, and swarms parted. One event loop carries all links of a swarm.
 """
 
 from __future__ import annotations
@@ -45,38 +45,40 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _PRIVATE_PORTS = range(20_000, 32_000)
-"""Below those that systems give to whoever asks for any: nobody takes one by chance before the peer listens there."""
+"""Ports below the ephemeral range, so that no process gets one by chance before the peer listens there."""
 
 _AHEAD_S = 0.02
-"""A connection is read so long before its last piece has passed: on a busy machine we wake late, and the line would
-be idle."""
+"""Seconds before its last piece has passed at which a connection is read again: timers fire late on a busy machine, and
+the line would be idle."""
 
 _BUFFER_BYTES = 64 * 1024
 _FREE_BYTES = 4 * 1024 * 1024
-"""What one connection may have under way on links without a rate."""
+"""Bytes that one connection may have under way on links without a rate."""
 
 _SEGMENT_BYTES = PACKET_BYTES
-"""With the loopback's own 64 KiB, the kernel keeps megabytes of a connection before us."""
+"""Maximum segment size. With the loopback's own 64 KiB the kernel would buffer megabytes of a connection before us."""
 
 _NAP_S = 0.001
-"""Nobody waits for less. A line's times are exact all the same: who is early by that waits longer the next time."""
+"""Shortest wait. A line's times stay exact: a piece that is early by less makes the next one wait longer."""
 
 _ACCEPT_AGAIN_S = 0.1
 
 _RESET = struct.pack("ii", 1, 0)
-"""Closing discards what is under way, and tells the other end."""
+"""SO_LINGER option with which closing discards what is under way and resets the other end."""
 
 Receive = Callable[[int], Awaitable[bytes]]
-"""At most so many bytes of a connection; none at its end."""
+"""Returns at most the given number of bytes of a connection; b"" at its end."""
 
 Send = Callable[[bytes], Awaitable[None]]
-"""Returns when the bytes are on their way; OSError if nobody takes them any more."""
+"""Returns when the bytes are on their way. Raises OSError if the other end is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkShape:
-    """What a link does: rates in bytes per second, 0 for no limit, and of each way the delay, by how much more than
-    that a piece is late at most, and the share of packets that are lost."""
+    """Properties of a link: rates in bytes per second (0: no limit), and for each way delay, jitter and loss.
+
+    A piece is late by up to `jitter_s` more than `delay_s`; `loss` is the share of packets that are lost.
+    """
 
     delay_s: float = 0.0
     up_bytes_per_s: float = 0.0
@@ -91,11 +93,11 @@ class Line:
 
     bytes_per_s: float = 0.0
     passed_bytes: int = 0
-    """All that have passed, or are about to."""
+    """Bytes that have passed, or are about to."""
     _free_s: float = 0.0
 
     def passed_s(self, size_bytes: int, now_s: float) -> float:
-        """When bytes that are there at `now_s` have passed, behind all that came before."""
+        """Return when bytes that arrive at `now_s` have passed, behind all earlier ones."""
         self.passed_bytes += size_bytes
         if self.bytes_per_s <= 0:
             return now_s
@@ -109,8 +111,10 @@ async def _nothing_in_the_way() -> bool:
 
 @dataclass(frozen=True)
 class Way:
-    """From one peer to another: out of the one's link, into the other's. `passable` returns when a
-    piece arrives, and whether that was later than it should."""
+    """Path from one peer to another: out of the one's link, into the other's.
+
+    `passable` returns when a piece may arrive, and whether an outage had delayed it.
+    """
 
     up: Line
     delay_s: float
@@ -124,19 +128,19 @@ class Way:
 
     @property
     def piece_bytes(self) -> int:
-        """What is taken from a connection at once."""
+        """Bytes taken from a connection at once."""
         rate = self._bytes_per_s
         return piece_bytes(rate or math.inf)
 
     @property
     def flight_bytes(self) -> int:
-        """What a connection may have under way: what fits on the line, and a small buffer."""
+        """Bytes that a connection may have under way: those that fit on the line, and a small buffer."""
         rate = self._bytes_per_s
         return int(rate * self.delay_s) + _BUFFER_BYTES if rate else _FREE_BYTES
 
 
 class _Flight:
-    """What of a connection is under way: (when it arrives, bytes)."""
+    """Bytes of a connection that are under way, as (arrival time, bytes)."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -167,14 +171,14 @@ async def _until(when_s: float) -> None:
 
 
 async def carry(receive: Receive, send: Send, way: Way) -> None:
-    """Carry what one end of a connection says to the other, until the first has ended or the second is gone."""
+    """Carry what one end of a connection sends to the other, until the first has ended or the second is gone."""
     loop, flight = asyncio.get_running_loop(), _Flight(way.flight_bytes)
 
     async def take_off() -> None:
         arrives_s = 0.0
         while data := await receive(way.piece_bytes):
             passed_s = way.up.passed_s(len(data), loop.time())
-            arrives_s = max(arrives_s, passed_s + way.delay_s + way.lateness.of(len(data)))  # in order, as in TCP
+            arrives_s = max(arrives_s, passed_s + way.delay_s + way.lateness.of(len(data)))  # in order, as with TCP
             await flight.put(arrives_s, data)
             await _until(passed_s - _AHEAD_S)
         await flight.put(max(arrives_s, loop.time() + way.delay_s), b"")
@@ -191,7 +195,7 @@ async def carry(receive: Receive, send: Send, way: Way) -> None:
             try:
                 await send(data)
             except OSError:
-                return  # nobody is there any more
+                return  # the other end is gone
 
     taking_off, landing = asyncio.create_task(take_off()), asyncio.create_task(land())
     try:
@@ -202,7 +206,7 @@ async def carry(receive: Receive, send: Send, way: Way) -> None:
 
 @dataclass(frozen=True)
 class PeerLink:
-    """A peer's link: `port` is private, where the peer listens; at `front` it is reached."""
+    """Link of a peer, which listens at the private `port` and is reached at `front`."""
 
     name: str
     port: int
@@ -213,12 +217,12 @@ class PeerLink:
 
     @property
     def listen(self) -> str:
-        """Where the peer is to listen, HOST:PORT."""
+        """HOST:PORT at which the peer has to listen."""
         return f"{_HOST}:{self.port}"
 
     @property
     def announce(self) -> str:
-        """All that it is to tell others, HOST:PORT."""
+        """HOST:PORT, the only address that the peer has to announce."""
         return f"{_HOST}:{self.front}"
 
 
@@ -227,7 +231,7 @@ _OUTSIDE = PeerLink("outside", 0, 0, LinkShape(), Line(), Line())
 
 @dataclass(eq=False)
 class _Connection:
-    """One that is open. `forgotten`: its ends hear no more of each other, and are not told."""
+    """An open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
 
     source: PeerLink
     target: PeerLink
@@ -238,7 +242,7 @@ class _Connection:
 
 @dataclass
 class PeerLinks:
-    """The links of a swarm, carried in the event loop in which `open` is called."""
+    """Links of a swarm, carried by the event loop in which `open` is called."""
 
     seed: int = 0
     num_strangers: int = 0
@@ -254,7 +258,7 @@ class PeerLinks:
         self.outages = Outages(random.Random(f"outages of {self.seed}"))
 
     async def open(self, name: str, shape: LinkShape) -> PeerLink:
-        """A new link, for a peer that will listen at its `port`."""
+        """Open a link for a peer that will listen at its `port`."""
         listener = listening_socket()
         front = listener.getsockname()[1]
         link = PeerLink(
@@ -265,22 +269,23 @@ class PeerLinks:
         return link
 
     async def part(self, sides: Sequence[Iterable[str]]) -> Outage:
-        """From now on nothing passes between these sides; who is in none of them is on one more. Connections stay."""
+        """Let nothing pass between these sides from now on; names in none of them are one more side. Connections stay
+        open."""
         return self.outages.begin(sides)
 
     async def mend(self, outage: Outage) -> None:
-        """What was held up goes on, by and by."""
+        """End an outage; what it held up arrives little by little."""
         self.outages.end(outage)
 
     async def reset(self, name: str) -> None:
-        """The connections of a link are cut, and their ends told so, as a router does that has lost its memory."""
+        """Reset a link's connections at both ends, like a router that has lost its memory."""
         for connection in self._of(name):
             for end in connection.ends:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             connection.cut.set()
 
     async def forget(self, name: str) -> None:
-        """Nobody is told, and nothing passes any more: the connections are half open. New ones work."""
+        """Leave a link's connections half open: nothing passes, and no end is told. New ones work."""
         for connection in self._of(name):
             connection.forgotten = True
 
@@ -289,11 +294,11 @@ class PeerLinks:
 
     @property
     def passed_bytes(self) -> dict[str, tuple[int, int]]:
-        """What each link has carried up and down, libp2p's own talk included, by its peer's name."""
+        """Bytes that each link has carried (up, down), libp2p's own traffic included, by its peer's name."""
         return {link.name: (link.up.passed_bytes, link.down.passed_bytes) for link in self._by_port.values()}
 
     async def close(self) -> None:
-        """Cut all of them."""
+        """Cut all connections."""
         await end_tasks(self._tasks)
 
     def _private_port(self) -> int:
@@ -310,11 +315,11 @@ class PeerLinks:
             self._start(self._connect(near, self._whose(port, link), link))
 
     def _whose(self, port: int, target: PeerLink) -> PeerLink:
-        """The link that a connection from `port` to `target` leaves through."""
+        """Return the link through which a connection from `port` to `target` leaves."""
         if port in self._by_port:
             return self._by_port[port]
         self.num_strangers += 1
-        _log.info("a stranger connects to %s, from port %d", target.name, port)
+        _log.info("an unknown process connects to %s, from port %d", target.name, port)
         return _OUTSIDE
 
     async def _connect(self, near: socket.socket, source: PeerLink, target: PeerLink) -> None:
@@ -335,7 +340,8 @@ class PeerLinks:
                 self._open.discard(connection)
 
     async def _carry(self, connection: _Connection, there: Way, back: Way) -> None:
-        """Until an end closes: libp2p never closes one direction alone, whoever has ended hears no more."""
+        """Carry a connection until one end closes. libp2p never closes one direction alone: an end that has closed
+        reads no more."""
         near, far = connection.ends
         ways = [(near, far, there), (far, near, back)]
         tasks = [asyncio.create_task(carry(receiver(a), sender(b), way)) for a, b, way in ways]
@@ -364,14 +370,14 @@ class PeerLinks:
 
 
 async def accepted(listener: socket.socket) -> AsyncIterator[tuple[socket.socket, int]]:
-    """Who connects, and from which port; never ends."""
+    """Yield each new connection with the port it comes from; never ends."""
     loop = asyncio.get_running_loop()
     with listener:
         while True:
             try:
                 near, address = await loop.sock_accept(listener)
-            except OSError as error:  # no descriptor is left, for one
-                _log.warning("a link takes no connection: %s", error)
+            except OSError as error:  # for example, no descriptor is left
+                _log.warning("a link could not accept a connection: %s", error)
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
             yield near, address[1]
@@ -382,19 +388,19 @@ async def _cut(connection: _Connection) -> None:
 
 
 def receiver(end: socket.socket) -> Receive:
-    """What an end of a connection says."""
+    """Return a function that reads from an end of a connection."""
 
     async def receive(most_bytes: int) -> bytes:
         try:
             return await asyncio.get_running_loop().sock_recv(end, most_bytes)
         except OSError:
-            return b""  # it was reset
+            return b""  # the connection was reset
 
     return receive
 
 
 def sender(end: socket.socket) -> Send:
-    """To say something to it."""
+    """Return a function that writes to an end of a connection."""
 
     async def send(data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(end, data)
@@ -403,7 +409,7 @@ def sender(end: socket.socket) -> Send:
 
 
 def plain_socket() -> socket.socket:
-    """A socket that keeps little of a connection, at either end."""
+    """Return a TCP socket with small buffers at either end."""
     plain = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     plain.setblocking(False)
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -414,7 +420,7 @@ def plain_socket() -> socket.socket:
 
 
 def listening_socket(host: str = _HOST) -> socket.socket:
-    """What it accepts is as itself."""
+    """Return a listening socket; accepted sockets inherit its options."""
     listener = plain_socket()
     listener.bind((host, 0))
     listener.listen(128)
@@ -431,13 +437,13 @@ def _is_free(port: int) -> bool:
 
 
 class FailingPulls:
-    """Pulls from a peer that break off midway, by chance: the same ones for the same seed."""
+    """Makes pulls from a peer break off midway at random; the same seed gives the same ones."""
 
     def __init__(self, share: float, seed: str) -> None:
         self.share = share
         self._rng = random.Random(f"pulls of {seed}")
 
     def num_served(self, num_chunks: int) -> int:
-        """How many of the next pull's chunks are served: all, or fewer if it fails."""
+        """Return how many of the next pull's chunks are served: all, or fewer if it fails."""
         fails, place = self._rng.random() < self.share, self._rng.random()
         return int(place * num_chunks) if fails else num_chunks

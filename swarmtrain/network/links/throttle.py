@@ -1,10 +1,10 @@
-"""How fast this peer sends and receives: a token bucket for each direction, turns for those who share it, and how long
-transfers have taken lately.
+"""Limit how fast this peer sends and receives: a token bucket per direction, turns, and recent transfer times.
 
 Small calls are counted and never wait. Chunks and files wait for their turn, one piece of at most 256 KiB at a time,
-first come first served: whoever has had a piece is behind all who wait for one, so open transfers share the link piece
-by piece, and one whose reader is slow does not wait here, so it holds nobody up. Downloads are held back by not reading
-on: the streams carry that to the sender. What the DHT and the transport add is not counted, some per cent.
+first come first served. A transfer that has had a piece queues behind all others, so open transfers share the link
+piece by piece. A transfer whose reader is slow does not wait here, and holds nobody up. Downloads are limited by not
+reading on: the streams pass that back to the sender. Traffic of the DHT and the transport, a few per cent, is not
+counted. See decision 18.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ BYTES_PER_S_OF_MBIT = 125_000
 
 _BURST_BYTES = 256 * 1024
 _BURST_S = 0.1
-"""What may pass at once after a silence: a chunk, or what a fast link carries in so long, so that a timer that is late
+"""Seconds of a link's rate that may pass at once after a silence, at least one chunk: a timer that fires late then
 costs nothing."""
 
 _MAX_DEBT_S = 1.0
-"""Small calls delay chunks by no more than this, however many came before."""
+"""Longest delay that small calls cause to chunks, however many came before."""
 
 _LOOK_S = 0.25
-"""A limit that is changed holds after so long."""
+"""Seconds after which a changed limit takes effect, at most."""
 
 _NAP_S = 0.001
-"""Nobody waits for less: the last bytes would be waited for in ever smaller steps."""
+"""Shortest wait: without it the last bytes would be waited for in ever smaller steps."""
 
 _NEWEST = 0.25
 """Weight of the newest transfer in the mean of their pace."""
 
 _MARGIN = 2.0
-"""Those who share a limited link each get so many times what makes a transfer too slow."""
+"""Each transfer on a limited link gets this many times the rate below which it would be given up."""
 
 
 @dataclass
 class TokenBucket:
-    """A rate, as arithmetic: `now_s` is an argument. 0 bytes per second is no limit."""
+    """Token bucket as arithmetic: `now_s` is an argument. 0 bytes per second is no limit."""
 
     bytes_per_s: float = 0.0
     _level_bytes: float = math.inf
     _at_s: float = 0.0
 
     def wait_s(self, size_bytes: int, now_s: float) -> float:
-        """How long until `size_bytes` may pass, if nothing else does; 0 if they may now."""
+        """Return the seconds until `size_bytes` may pass, if nothing else does; 0 if they may now."""
         if self.bytes_per_s <= 0:
             return 0.0
         self._fill(now_s)
@@ -58,7 +58,7 @@ class TokenBucket:
         return max(0.0, lacking_bytes / self.bytes_per_s)
 
     def take(self, size_bytes: int, now_s: float) -> None:
-        """They pass, whether or not there is room for them."""
+        """Let bytes pass, whether or not there is room for them."""
         if self.bytes_per_s <= 0:
             return
         self._fill(now_s)
@@ -66,7 +66,7 @@ class TokenBucket:
 
     @property
     def burst_bytes(self) -> float:
-        """What may pass at once after a silence."""
+        """Bytes that may pass at once after a silence."""
         return max(_BURST_BYTES, self.bytes_per_s * _BURST_S)
 
     def _fill(self, now_s: float) -> None:
@@ -90,7 +90,7 @@ class Throttle:
 
     @property
     def bytes_per_s(self) -> float:
-        """The limit."""
+        """Limit in bytes per second; 0 is none."""
         return self._bucket.bytes_per_s
 
     @bytes_per_s.setter
@@ -99,15 +99,15 @@ class Throttle:
 
     @property
     def at_once_bytes(self) -> float:
-        """What may pass together; more would be waited for piece by piece."""
+        """Most bytes that may pass together; more would be waited for piece by piece."""
         return self._bucket.burst_bytes if self.bytes_per_s > 0 else math.inf
 
     def count(self, size_bytes: int) -> None:
-        """Something small passed."""
+        """Count a small message, which does not wait."""
         self._bucket.take(size_bytes, self._clock())
 
     async def turn(self, size_bytes: int) -> None:
-        """Wait until these bytes may pass, after everyone who waits already; they are counted."""
+        """Wait until these bytes may pass, after everyone who waits already, and count them."""
         if self.bytes_per_s <= 0 and not self._turn.locked():
             return
         async with self._turn:
@@ -117,15 +117,18 @@ class Throttle:
 
 
 def num_at_once(most: int, bytes_per_s: float, min_bytes_per_s: float) -> int:
-    """How many transfers may share a link: `most`, and fewer when it is limited, so that each gets twice what would
-    make it too slow for the one who waits for it; at least one."""
+    """Return how many transfers may share a link.
+
+    That is `most`, or fewer on a limited link, so that each gets twice the rate below which it would be given up; at
+    least one.
+    """
     if bytes_per_s <= 0 or min_bytes_per_s <= 0:
         return most
     return max(1, min(most, int(bytes_per_s / (_MARGIN * min_bytes_per_s))))
 
 
 class Places:
-    """At most so many inside at once, as an asynchronous context manager; how many is asked each time."""
+    """Semaphore whose size `most()` is asked each time, as an asynchronous context manager."""
 
     def __init__(self, most: Callable[[], int]) -> None:
         self._most = most
@@ -139,24 +142,24 @@ class Places:
 
     async def __aexit__(self, *error: object) -> None:
         self._num_inside -= 1
-        self._left.set()  # all look: who is told alone may be cancelled at that moment
+        self._left.set()  # wake all: one that is woken alone may be cancelled at that moment
         self._left = asyncio.Event()
 
 
 @dataclass
 class TransferTimes:
-    """How long transfers take here, by those that ended lately; `link` is the direction they go in."""
+    """Duration of recent transfers, a moving mean per byte. `link` is their direction."""
 
     link: Throttle = field(default_factory=Throttle)
     _s_per_byte: float | None = None
 
     @property
     def bytes_per_s(self) -> float | None:
-        """What one transfer gets, others beside it; None before the first."""
+        """Rate that one transfer gets beside others; None before the first."""
         return None if self._s_per_byte is None else 1.0 / self._s_per_byte
 
     def finished(self, size_bytes: int, seconds: float) -> None:
-        """A transfer has ended well."""
+        """Add a completed transfer."""
         if size_bytes <= 0 or seconds <= 0:
             return
         newest = seconds / size_bytes
@@ -164,7 +167,8 @@ class TransferTimes:
         self._s_per_byte = before + _NEWEST * (newest - before)
 
     def expected_s(self, size_bytes: int) -> float | None:
-        """How long `size_bytes` will take, at the least what the limit allows; None while nothing is known."""
+        """Return the seconds that `size_bytes` will take, at least what the limit allows; None while
+        nothing is known."""
         known = [] if self._s_per_byte is None else [size_bytes * self._s_per_byte]
         if self.link.bytes_per_s > 0:
             known.append(size_bytes / self.link.bytes_per_s)

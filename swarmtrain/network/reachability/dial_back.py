@@ -1,12 +1,12 @@
-"""The answer to "can you reach me?": this peer dials the one who asks, and says whether that worked.
+"""Answer "can you reach me?": dial the peer that asks, and say whether that worked.
 
-What was measured of the daemon shapes it: told to connect to a peer that it is connected to, it says yes without
-dialling; and it dials every address that it, or the libp2p DHT, has ever learnt of a peer beside those it was given.
-So only an identity that nobody knows can be tested, and an answer counts only at an address that was asked for. (The
-asker's part is that its listener dials nobody: see `dialling.ask_to_dial`.)
+Two measured properties of the daemon shape this (decision 10). Told to connect to a connected peer, it says yes without
+dialling; and it dials every address that it, or libp2p's DHT, has ever learned of a peer, besides those it was given.
+So only an identity that nobody knows can be tested, and an answer counts only at one of the requested addresses. (The
+asker, for its part, uses a listener that dials nobody: see `probe.ask_to_dial`.)
 
-A peer that trains has its port in use and is known to everyone. It asks to be dialled itself, and then the one who is
-asked dials as a stranger: with a daemon of some seconds that has met nobody.
+A peer that trains has its port in use and is known to everyone. It asks to be dialled itself, and the peer that it asks
+dials as a stranger: with a daemon that lives for some seconds and has met nobody.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _MAX_TARGET_BYTES = 256
 
 
 class Dialler(Protocol):
-    """What dials: this peer's own node, or a stranger's."""
+    """Node that dials: this peer's own, or a stranger's."""
 
     async def dial_once(self, peer: str, addresses: tuple[str, ...], limit_s: float) -> None:
-        """UnreachableError if nobody with that PeerID answers there."""
+        """Dial a peer. Raises UnreachableError if nobody with that PeerID answers there."""
 
     async def seen_at(self, peer: str) -> tuple[str, ...]:
-        """Where it is connected to `peer`."""
+        """Return the addresses of its connections to `peer`."""
 
     async def hang_up(self, peer: str) -> None:
-        """Close the connections to `peer`."""
+        """Close its connections to `peer`."""
 
 
 @asynccontextmanager
 async def _stranger() -> AsyncIterator[Dialler]:
-    """A node that nobody knows and that knows nobody. RunTimeError if it does not start."""
+    """Start a node that nobody knows and that knows nobody. Raises RunTimeError if it does not start."""
     with tempfile.TemporaryDirectory(prefix="swarmtrain-dial-") as folder:
         key_path = Path(folder) / "identity.key"
         settings = NodeSettings(directory=Path(folder), listen=("/ip4/127.0.0.1/tcp/0",), dht_mode="off")
@@ -64,7 +64,7 @@ async def _stranger() -> AsyncIterator[Dialler]:
 
 @dataclass
 class DialBack:
-    """Answers for one node."""
+    """Answers dial requests for one node."""
 
     node: Node
     limit_s: float = DIAL_S
@@ -73,7 +73,8 @@ class DialBack:
     _at_once: int = 0
 
     async def answer(self, request: pb.DialRequest, caller: str) -> pb.DialReply:
-        """Dial, if it is allowed. A failure is always told after the same time, so that it tells nothing more."""
+        """Dial, if that is allowed. A failure is always reported after the same time, so that it reveals
+        nothing more."""
         peer, ports = caller, list(request.own_ports)
         if not ports:
             try:
@@ -95,7 +96,7 @@ class DialBack:
             self._at_once -= 1
 
     async def _answer(self, peer: str, caller: str, ports: list[int]) -> pb.DialReply:
-        """Dial `peer`: as a stranger if it is the caller itself, whom this node knows."""
+        """Dial `peer`; with a stranger's node if it is the caller itself, which this node knows."""
         targets = dial_targets(await self.node.seen_at(caller), ports)
         if not targets or (peer != caller and await self.node.seen_at(peer)):
             return pb.DialReply(outcome=pb.DialReply.OUTCOME_REFUSED)
@@ -111,7 +112,7 @@ class DialBack:
         return pb.DialReply(outcome=pb.DialReply.OUTCOME_NOT_REACHED)
 
     async def _dial(self, dialler: Dialler, peer: str, targets: tuple[str, ...]) -> str:
-        """The target at which `peer` answered; "" if it did at none."""
+        """Return the target at which `peer` answered, or ""."""
         try:
             await dialler.dial_once(peer, targets, self.limit_s)
             arrived = await dialler.seen_at(peer)

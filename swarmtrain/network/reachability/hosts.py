@@ -1,8 +1,8 @@
-"""Publications of peers that nobody can dial: a host pulls them and serves them on, a reader goes to the host.
+"""Serve publications of hidden peers: a host pulls them, and readers pull them from the host.
 
 A hidden peer keeps connections open to its hosts. When a reader asks a host for one of its guests, the host asks the
-guest over that connection, pulls what is new (one pull for each guest at a time, whoever waits for it) and serves it
-like its own. Signed and content-addressed, it is the same snapshot, so that a host that lies is found out.
+guest over that connection, pulls what is new (one pull per guest at a time, however many wait for it) and serves it
+like its own. It is the same signed, content-addressed snapshot, so a host that lies is found out.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _ASK_AGAIN_S = 1.0
 _WAIT_S = 20.0
 _MAX_WAITING_CALLERS = 4
 _Which: TypeAlias = tuple[str, Section, int]
-"""Of which guest, what, and of which fragment of the model."""
+"""(guest, section, fragment of the model)"""
 
 
 @dataclass
 class _Kept:
-    """What is here of a section of a guest's: the last ones, newest last, and its word of itself."""
+    """Latest publications of one section of a guest, newest last, and its signed presence."""
 
     held: list[HeldSnapshot] = field(default_factory=list)
     presence: pb.Signed = field(default_factory=pb.Signed)
@@ -55,16 +55,17 @@ class _Kept:
 
 @dataclass
 class HostedPublications:
-    """The host's part."""
+    """Publications that this host pulls from its guests and serves."""
 
     calls: PeerCalls
     store: SnapshotStore
     rules: Sequence[Mapping[Section, PublicationRules]]
-    """Of each fragment of the model."""
+    """Rules of each section, by fragment of the model."""
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
     waits_a_caller: int
-    """So many answers a caller may wait for: what a round of gossip pulls, of partners who may all be guests here."""
+    """Replies that one caller may wait for: a round of gossip pulls as many, and all its partners may be
+    guests here."""
     guests: Guests = field(init=False)
     _kept: dict[_Which, _Kept] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -73,14 +74,14 @@ class HostedPublications:
         self.guests = Guests(most=most_guests(sum(one.most_bytes for each in self.rules for one in each.values())))
 
     def ask(self, peer: str) -> bool:
-        """Whether `peer`, which asks for a host, is served from here on."""
+        """Return whether `peer`, which asks for a host, is served by this one from now on."""
         is_guest, reason = self.guests.ask(peer, swarm_time())
         if not is_guest:
-            _log.debug("%s is no guest: %s", peer, reason)
+            _log.debug("not hosting %s: %s", peer, reason)
         return is_guest
 
     async def answer(self, request: pb.PublicationRequest, caller: str = "") -> pb.PublicationReply:
-        """The newest publication of a guest, for `caller`; what is here of it while a newer one is long in coming."""
+        """Return a guest's newest publication for `caller`, or an older one if a newer takes long to come."""
         try:
             author = peer_id_from_bytes_untrusted(request.author)
         except BadBytesError:
@@ -114,23 +115,24 @@ class HostedPublications:
         reply, newest = pb.PublicationReply(presence=kept.presence), kept.held[-1]
         manifest = newest.snapshot.manifest
         if not request.has_any or (manifest.round, manifest.part) != (request.round, request.part):
-            self.store.add(newest)  # rounds that this peer forgets of its own may be a slower guest's present
+            # Again: the store may have dropped it, since a slower guest's round is older than this peer's own.
+            self.store.add(newest)
             reply.manifest.CopyFrom(newest.snapshot.signed)
         return reply
 
     def _may_wait(self, caller: str) -> bool:
-        """Whether `caller` (empty: one not known) may wait for a guest."""
+        """Return whether `caller` (empty: an unknown one) may wait for a guest."""
         if caller and self._waiting[caller] >= self.waits_a_caller:
             return False
         return self._waiting.total() < _MAX_WAITING_CALLERS * self.waits_a_caller
 
     async def _bring(self, which: _Which, kept: _Kept) -> None:
-        """Ask a guest for what it has that is newer, and pull it."""
+        """Ask a guest for a newer publication, and pull it."""
         guest = which[0]
         try:
             await self._bring_untrusted(which, kept)
         except PeerError as error:
-            _log.debug("guest %s: %s", guest, error)
+            _log.debug("hidden peer %s: %s", guest, error)
             if error.is_incident:
                 self.refused(guest, error)
         finally:
@@ -145,7 +147,7 @@ class HostedPublications:
             known = PublicationVersion(newest.round, newest.part, newest.tokens)
         request = request_of(section, fragment, known, self.presence())
         reply = await self.calls.publication(guest, request)
-        reply.DiscardUnknownFields()  # who reads what is sent on would have to take them too
+        reply.DiscardUnknownFields()  # else the readers that get it would have to accept them too
         if reply.presence.payload:
             author, _ = open_presence_untrusted(reply.presence, rules.run_sha256)
             if author != guest:
@@ -156,14 +158,14 @@ class HostedPublications:
         held, _ = publication_untrusted(rules, guest, reply.manifest)
         await download_snapshot(self.calls, guest, held, rules.pull)
         if self._kept.get(which) is not kept or guest not in self.guests.current(swarm_time()):
-            return  # it left; if it is a guest again, that is another beginning
+            return  # it left; as a guest again it begins anew
         self.store.add(held)
         kept.held.append(held)
         while len(kept.held) > KEPT_OF_A_GUEST:
             self.store.drop(kept.held.pop(0).snapshot.sha256)
 
     def left(self, peer: str) -> None:
-        """`peer` said goodbye: what is here of it is served no longer."""
+        """Stop serving `peer`, which said goodbye."""
         self.guests.left(peer)
         self._forget(peer)
 
@@ -172,9 +174,9 @@ class HostedPublications:
             kept = self._kept.pop(which)
             if kept.bringing is not None:
                 kept.bringing.cancel()
-            while kept.held:  # whoever waits for `kept` finds nothing
+            while kept.held:  # tasks that wait for `kept` then find nothing
                 self.store.drop(kept.held.pop().snapshot.sha256)
 
     async def stop(self) -> None:
-        """Pull nothing more."""
+        """Cancel pulls under way."""
         await end_tasks(kept.bringing for kept in self._kept.values() if kept.bringing is not None)

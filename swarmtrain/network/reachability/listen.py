@@ -1,4 +1,4 @@
-"""Why a peer cannot listen where it was told to: probed by a socket of our own, since the daemon does not say."""
+"""Explain why a peer cannot listen where it was told to, by binding a socket of our own: the daemon does not say."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 def is_taken(address: str) -> bool:
-    """Whether somebody listens at this multiaddress already.
+    """Return whether a process listens at this multiaddress already.
 
-    Two daemons of one user would not notice: libp2p asks the system to share the port, and each connection then goes
-    to one of them by chance.
+    Two daemons of one user would not notice: libp2p asks the system to share the port, and each connection then goes to
+    one of them at random.
     """
     match = re.search(r"/tcp/([1-9][0-9]*)", address)
     return match is not None and _errno_of(address) == errno.EADDRINUSE  # whatever else is wrong, the daemon says
 
 
 def cannot_listen(listen: Sequence[str]) -> RunTimeError:
-    """What a person is told after the daemon could listen at none of these multiaddresses."""
+    """Return the error that explains why the daemon could listen at none of these multiaddresses."""
     where = ", ".join(listen)
     found = {address: _errno_of(address) for address in listen}
     foreign = [address for address, number in found.items() if number in _FOREIGN]
@@ -58,13 +58,13 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
 
 
 def own_addresses() -> list[str]:
-    """The IP addresses of this machine's network interfaces."""
+    """Return the IP addresses of this machine's network interfaces."""
     families = (socket.AF_INET, socket.AF_INET6)
     return [item.address for items in psutil.net_if_addrs().values() for item in items if item.family in families]
 
 
 def _own_in_words() -> str:
-    """Those of them that a person may want to listen at, others' first: no link-local ones."""
+    """Return in words the addresses at which a person may want to listen; no link-local ones, loopback last."""
     found = [ipaddress.ip_address(address.partition("%")[0]) for address in own_addresses()]
     usable = [address for address in found if not address.is_link_local]
     usable.sort(key=lambda address: address.is_loopback)
@@ -73,13 +73,13 @@ def _own_in_words() -> str:
 
 
 def _errno_of(address: str) -> int:
-    """Why nobody can listen at a multiaddress; 0 if one can, or if it is none of an IP address with a TCP port."""
+    """Return the errno of binding a multiaddress; 0 if it works, or if it is not an IP address with a TCP port."""
     match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([0-9]{1,5})", address)
     if match is None or int(match[3]) > 65535:
         return 0
     try:
         with socket.socket(socket.AF_INET6 if match[1] == "ip6" else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections there are no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections in TIME_WAIT are no obstacle
             if match[1] == "ip6":
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((match[2], int(match[3])))

@@ -1,7 +1,7 @@
-"""Whether others can dial this peer, and if nobody can, the connections to its hosts: kept alive, and replaced.
+"""Find out whether other peers can dial this one; if none can, keep connections to its hosts.
 
-Runs beside the training, in the network thread. What it finds goes into this peer's presence: its hosts, and no
-address, since none works.
+Runs beside the training, in the network thread. The result goes into this peer's presence: its hosts, and no address,
+since none works.
 """
 
 from __future__ import annotations
@@ -41,19 +41,21 @@ _ANSWERS = {DialOutcome.REACHED: True, DialOutcome.NOT_REACHED: False}
 
 
 def is_loopback_only(addresses: Sequence[str]) -> bool:
-    """Whether whoever listens there is for peers of this machine alone, which need no help to dial it."""
+    """Return whether these addresses are on loopback only, for peers of this machine, which can always dial."""
     return all("/127." in address or "/::1/" in address for address in addresses)
 
 
 @dataclass
 class ReachabilityMonitor:
-    """This peer's reachability and hosts. `changed` is called, in the network thread, when what is to be said of them
-    changes; `hidden` and `hosts` say it."""
+    """Reachability and hosts of this peer.
+
+    `changed` is called, in the network thread, when `hidden` or `hosts` changes.
+    """
 
     calls: PeerCalls
     membership: Membership
     greeting: Callable[[], pb.HelloRequest]
-    """What its hosts are told."""
+    """Returns the greeting for its hosts."""
     listens_at: Callable[[], Sequence[str]]
     changed: Callable[[], None]
     rng: random.Random = field(default_factory=random.Random)
@@ -69,16 +71,16 @@ class ReachabilityMonitor:
 
     @property
     def hidden(self) -> bool:
-        """Whether nobody can dial this peer."""
+        """True if no other peer can dial this one."""
         return self.reachability.state is Reach.HIDDEN
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Those that serve its publications on."""
+        """Hosts that serve this peer's publications; empty unless it is hidden."""
         return self.choice.serving if self.hidden else ()
 
     def in_words(self) -> str:
-        """What a person is told; empty if there is nothing to tell."""
+        """Describe the reachability to a person; "" if there is nothing to say."""
         if not self.hidden:
             return ""
         through = " and ".join(self._name(host) for host in self.hosts)
@@ -90,7 +92,7 @@ class ReachabilityMonitor:
         return (info.name if info is not None else "") or short_peer(peer)
 
     async def keep(self) -> None:
-        """Look, for ever."""
+        """Look every second until cancelled."""
         try:
             while True:
                 await self.look()
@@ -100,9 +102,9 @@ class ReachabilityMonitor:
                 await end_tasks([self._asking])
 
     async def look(self) -> None:
-        """Ask others to dial this peer if it is time, and talk to the hosts if it has or needs some."""
+        """Ask other peers to dial this one when that is due, and call its hosts if it has or needs any."""
         now = swarm_time()
-        if now > self._looked_s + _STOOD_STILL_S:  # it was this peer that was silent, not its hosts
+        if now > self._looked_s + _STOOD_STILL_S:  # this process was suspended: its hosts were not silent
             self.choice.clear()
         if self.reachability.is_due(now) and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask_to_be_dialled())
@@ -126,7 +128,7 @@ class ReachabilityMonitor:
         _log.info("reach: %s", self.reachability.told(answers, swarm_time(), self.rng))
 
     async def _keep_hosts(self) -> None:
-        """Choose hosts anew where it is needed, and call each: that keeps the connection, or opens another."""
+        """Choose new hosts where needed, and call each: that keeps its connection, or opens another."""
         for change in self.choice.choose(host_candidates(self.membership.live()), swarm_time()):
             _log.info("hosts: %s", change)
         await asyncio.gather(*(self._call(host) for host in self.choice.chosen))

@@ -1,6 +1,6 @@
-"""Looking at a swarm from outside, and being looked at: for `swarmtrain doctor`.
+"""Examine a swarm from outside, and be examined by it: for `swarmtrain doctor`.
 
-Nobody here joins anything: a peer is dialled, greeted, and left.
+Nothing here joins the swarm: it dials a peer, greets it, and leaves.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["DialOutcome", "GreetingAnswer", "ask_to_be_dialled", "ask_to_dial", 
 _MAX_OTHERS = 64
 _CALL_S = 4.0
 _STRANGER_S = 16.0
-"""For a daemon to start on a busy machine."""
+"""Seconds for a daemon to start on a busy machine."""
 
 
 class DialOutcome(Enum):
-    """What came of asking a peer to dial us."""
+    """Outcome of asking a peer to dial us."""
 
     REACHED = "reached"
     NOT_REACHED = "not reached"
@@ -45,7 +45,7 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """What a peer said when it was greeted."""
+    """A peer's reply to a greeting."""
 
     peer: str
     name: str
@@ -58,11 +58,11 @@ class GreetingAnswer:
 
 
 async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) -> GreetingAnswer:
-    """Dial and greet a peer; UnreachableError if it does not answer, or not for this run."""
+    """Dial and greet a peer. Raises UnreachableError if it does not answer, or not for this run."""
     calls = PeerCalls(node, run_sha256)
     request = pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256))
     await node.connect(peer.peer, peer.addresses, limit_s)
-    await calls.hello(peer.peer, request, limit_s)  # the first call opens what the second one uses
+    await calls.hello(peer.peer, request, limit_s)  # the first call opens the stream that the second one measures
     asked_s, began_s = time.time(), time.perf_counter()
     reply = await calls.hello(peer.peer, request, limit_s)
     round_trip_s = time.perf_counter() - began_s
@@ -88,18 +88,19 @@ def _presences_untrusted(signed: list[pb.Signed], run_sha256: str) -> tuple[Peer
             author, message = open_presence_untrusted(item, run_sha256)
             found.append(presence_from_proto_untrusted(author, message))
         except BadBytesError:
-            continue  # a liar's word; the others' still counts
+            continue  # skip a liar's presence; the others still count
     return tuple(found)
 
 
 async def ask_to_dial(
     node: Node, run_sha256: str, peer: str, listener: Identity, ports: Sequence[int]
 ) -> tuple[DialOutcome, str]:
-    """Ask `peer`, which `node` is connected to, to dial `listener` at `ports` of this machine; also where it did.
+    """Ask `peer`, to which `node` is connected, to dial `listener` at `ports` of this machine.
 
-    `listener` is the identity of a node that nobody knows and that dials nobody (`dht_mode` "off"): one whose addresses
-    are known would be dialled there too, one that is connected would not be dialled at all, and with libp2p's DHT it
-    connects to everyone by itself, from the very port it listens at, as soon as the first has reached it.
+    Returns the outcome and the address that was reached. `listener` is the identity of a node that nobody knows and
+    that dials nobody (`dht_mode` "off"): a node whose addresses are known would be dialled there too, and one that is
+    connected would not be dialled at all. With libp2p's DHT it would connect to everyone by itself, from the very port
+    it listens at, as soon as the first peer has reached it.
     """
     target = pb.DialTarget(caller=peer_bytes(node.identity.peer_id), ports=list(ports))
     request = pb.DialRequest(target=sign(listener, PURPOSE, "", target))
@@ -107,12 +108,12 @@ async def ask_to_dial(
 
 
 async def ask_to_be_dialled(calls: PeerCalls, peer: str, ports: Sequence[int]) -> DialOutcome:
-    """Ask `peer` to dial us, as somebody would who has never heard of us, at `ports` of this machine."""
+    """Ask `peer` to dial us at `ports` of this machine, as a stranger would."""
     return (await _ask(calls, peer, pb.DialRequest(own_ports=list(ports)), DIAL_S + _STRANGER_S))[0]
 
 
 def tcp_ports(addresses: Iterable[str]) -> list[int]:
-    """The ports in multiaddresses, each once."""
+    """Return the ports in multiaddresses, each once."""
     found = [re.search(r"/tcp/([0-9]{1,5})\b", address) for address in addresses]
     return list(dict.fromkeys(int(match[1]) for match in found if match))
 

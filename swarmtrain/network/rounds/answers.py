@@ -1,4 +1,4 @@
-"""What a peer answers to others' questions about rounds, as it travels."""
+"""Answer other peers' questions about rounds, as messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RoundAnswers", "question_of"]
 
 
 def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
-    """What somebody asks."""
+    """Return the question that a request asks."""
     return ev.RoundQuestion(
         round=request.round,
         hold_s=request.wait_s if request.wait_s > 0 else 0.0,
@@ -25,8 +25,10 @@ def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
 
 
 class RoundAnswers:
-    """Puts the engine's answers into messages, and holds what they hand out: what this peer published in the last
-    rounds, and the shares that it averaged."""
+    """Writes the engine's answers as messages, with the snapshots that they hand out.
+
+    Those are this peer's publications of the last rounds, and the shares that it averaged.
+    """
 
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
@@ -34,22 +36,22 @@ class RoundAnswers:
         self._shares: dict[int, HeldSnapshot] = {}
 
     def published(self, round: int, publication: HeldSnapshot) -> None:
-        """Others may ask for this one."""
+        """Let other peers ask for this publication."""
         self._publications[round] = publication
 
     def shared(self, round: int, share: HeldSnapshot) -> None:
-        """Others may ask for this one."""
+        """Let other peers ask for this share."""
         self._shares[round] = share
 
     def forget(self, knows: Callable[[int], bool]) -> None:
-        """Nobody is answered any more about rounds that the engine does not know."""
+        """Forget the snapshots of rounds that the engine no longer knows."""
         self._publications = {round: held for round, held in self._publications.items() if knows(round)}
         self._shares = {round: held for round, held in self._shares.items() if knows(round)}
 
     def reply(
         self, answer: ev.AnswerRoundQuestion[pb.Signed], request: pb.RoundRequest, inner_steps_done: int
     ) -> pb.RoundReply:
-        """The answer to a request."""
+        """Return the engine's answer to `request` as a message."""
         reply = pb.RoundReply(
             current_round=answer.round,
             inner_steps_done=inner_steps_done,

@@ -1,6 +1,6 @@
-"""A peer's own chain of rosters with the manifests that stand on them, and those that others show; as bytes, checked.
+"""Write, verify and keep chains of rosters with their manifests: this peer's own, and those that others show.
 
-What they mean is in `protocol/rounds/chains.py`; who asks for them is in `network/rounds/questions.py`.
+`protocol/rounds/chains.py` decides which chain holds; `network/rounds/questions.py` asks for them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["ChainStore", "NextRosters", "chain_untrusted"]
 
 _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
-"""Of a chain on the wire, and of what is kept of the own one: a frame has 4 MiB."""
+"""Most bytes of a chain on the wire, and of the own chain in memory: a frame has 4 MiB."""
 _KEPT_BYTES = 256 * 1024
-"""Of the own chain in each checkpoint."""
+"""Most bytes of the own chain in each checkpoint."""
 _MAX_MANIFESTS = 2048
 _MAX_KNOWN = 64
 
 
 def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:
-    """A chain that somebody shows, every signature checked; BadBytesError if anything does not fit.
+    """Return a chain that a peer shows, every signature verified, joined to `ours`.
 
-    Takes as long as a thousand signatures may: call it in a thread.
+    Takes as long as up to a thousand signatures: call it in a thread. Raises BadBytesError if anything does not fit.
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
@@ -52,7 +52,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
 
 
 def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettings) -> tuple[str, int]:
-    """(author, tokens) of a manifest that is one of this roster's entries."""
+    """Return (author, tokens) of a manifest. Raises BadBytesError unless it is one of this roster's entries."""
     snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
@@ -61,17 +61,18 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
 
 
 class ChainStore(Chains[pb.ChainLink]):
-    """This peer's own chain, and what others have shown of theirs, as they travel."""
+    """This peer's own chain, and those that others have shown, as signed messages."""
 
     def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
-        """The weights are those after `roster` now: merged here with these manifests, or taken from another peer."""
+        """Append `roster`, which led to the present weights: merged here from `manifests`, or taken from
+        another peer."""
         tokens = {entry.snapshot: entry for entry in roster.entries}
         names = (tokens.get(payload_sha256(manifest)) for manifest in manifests)
         shown = {entry.peer: entry.tokens for entry in names if entry is not None}
         self.move(ChainLink(roster=roster, shown=shown), pb.ChainLink(roster=signed, manifests=manifests))
 
     def _bounded(self, signed: dict[str, pb.ChainLink]) -> dict[str, pb.ChainLink]:
-        """The signed links of our chain, those of its end whole, those before them without manifests."""
+        """Return the signed links of our chain that fit into the limit, latest first; older ones without manifests."""
         kept, room_bytes = dict[str, pb.ChainLink](), _MAX_BYTES
         for link in reversed(self.chain.links):
             if (one := signed.get(link.roster.digest)) is None:
@@ -86,7 +87,8 @@ class ChainStore(Chains[pb.ChainLink]):
         return kept
 
     def known(self) -> list[bytes]:
-        """Digests of our chain that tell another where its own parts from it: ever fewer, the farther back."""
+        """Return digests of our chain, ever fewer the farther back, by which another peer finds where its own parts
+        from it."""
         links = self.chain.links
         back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
         digests = [links[-i].roster.digest for i in back]
@@ -95,7 +97,8 @@ class ChainStore(Chains[pb.ChainLink]):
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
     def shows(self, known: Iterable[bytes], most_bytes: int | None = None) -> pb.RosterChain:
-        """What led from the last of the rosters in `known` to ours; as much of it as a message holds, its end first."""
+        """Return the links from the last roster in `known` to our head, as many as a message holds, the
+        latest first."""
         asker = {digest.hex() for digest in itertools.islice(known, _MAX_KNOWN)}
         parts, room_bytes, num_manifests = [], _MAX_BYTES if most_bytes is None else most_bytes, 0
         for link in reversed(self.chain.links):
@@ -112,11 +115,11 @@ class ChainStore(Chains[pb.ChainLink]):
         return pb.RosterChain(links=reversed(parts))
 
     def kept(self) -> str:
-        """What a checkpoint keeps of our chain. From any thread."""
+        """Return what a checkpoint keeps of our chain, base64. May be called from any thread."""
         return base64.b64encode(self.shows((), _KEPT_BYTES).SerializeToString()).decode()
 
     def restore_untrusted(self, kept: str, settings: RoundSettings) -> None:
-        """Know again what a checkpoint kept, before `move_to` is told its roster. BadBytesError if it is damaged."""
+        """Load what a checkpoint kept, before `move_to` appends its roster. Raises BadBytesError if it is damaged."""
         try:
             message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
         except (DecodeError, ValueError, TypeError) as error:
@@ -126,7 +129,7 @@ class ChainStore(Chains[pb.ChainLink]):
 
 
 class NextRosters:
-    """The rosters one of which this peer may apply next: of each the mean is made here, or a state was taken."""
+    """Rosters that this peer may apply next: of each it has the mean, or took the state."""
 
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
@@ -134,21 +137,22 @@ class NextRosters:
         """By digest, with the manifests that were merged."""
 
     def merged(self, one: SignedRoster[pb.Signed], manifests: Sequence[pb.Signed]) -> None:
-        """Its mean is made here, of these."""
+        """Add a roster whose mean was made here from `manifests`."""
         self._known[one.roster.digest] = one, manifests
 
     def taken(self, roster: Roster, signed: pb.Signed) -> None:
-        """The state after it was taken from another peer, or read from a disk."""
+        """Add the roster of a state that was taken from another peer, or read from a disk."""
         _, manifests = self._known.get(roster.digest, (None, ()))
         self._known[roster.digest] = named(roster, signed), manifests
 
     def apply(self, digest: str, last: SignedRoster[pb.Signed] | None) -> SignedRoster[pb.Signed]:
-        """This one it is, unless it is `last`, that which was applied before: our chain leads to it from now on."""
+        """Append the roster of this digest to our chain and return it. `last` is the roster applied before; it may be
+        the same."""
         one, manifests = self._known.get(digest, (last, ()))
         assert one is not None and one.roster.digest == digest, "a state without its roster"
         self._chains.move_to(one.roster, one.signed, manifests)
         return one
 
     def forget(self) -> None:
-        """Those of the round before are not needed any more."""
+        """Forget the rosters of the round before."""
         self._known.clear()

@@ -1,4 +1,4 @@
-"""Snapshots of synchronous rounds from whichever peer delivers them: publications, shares of a mean, states."""
+"""Download snapshots of synchronous rounds (publications, shares of a mean, states) from any peer that has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class Downloads:
-    """Brings chunks here, from one source after the other, and serves them on."""
+    """Pulls chunks from one source after the other, and serves them to other peers."""
 
     def __init__(
         self,
@@ -30,21 +30,22 @@ class Downloads:
         self._me = me
 
     async def pull(self, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
-        """Bring chunks here and serve them on. Raises UnreachableError."""
+        """Pull `chunks` from the first of `sources` that works, and serve them from then on. Raises
+        UnreachableError."""
         sources = [source for source in sources if source != self._me]
         async with held.pulling, self.calls.pull_slots:
             await pull_chunks(held, chunks, sources, self.calls.open_pull, self.limits, self.blame)
         self.store.add(held)
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """Tell of hostile bytes; log the rest."""
+        """Report a peer that sent bad bytes; only log other errors."""
         if isinstance(error, BadBytesError):
             self.refused(peer, error)
         else:
-            _log.debug("pulling from %s: %s", peer, error)
+            _log.debug("pulling from %s failed: %s", peer, error)
 
 
 async def check_finite(part: memoryview) -> None:
-    """BadBytesError if these fp32 numbers are not all finite."""
+    """Raise BadBytesError if any of these fp32 numbers is not finite."""
     if not await asyncio.to_thread(all_finite, part):
         raise BadBytesError("numbers that are not finite", code="not-finite")

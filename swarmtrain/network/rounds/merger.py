@@ -1,8 +1,8 @@
-"""Bringing a roster's pseudo-gradients here and averaging them, whole or in shares.
+"""Pull and average the pseudo-gradients that a roster names, whole or in shares.
 
-In a small group everyone pulls everything and averages it. With more than `share_above` on the roster each averages
-one range of chunks over the whole roster, and the others pull that range's result from it, so that the bytes stay
-those of an all-reduce; whoever finds a share missing averages it from the hashes itself.
+In a small group every peer pulls everything and averages it. On a roster of more than `share_above` peers each averages
+one range of chunks over the whole roster, and the others pull that range's result from it, so a round moves as many
+bytes as an all-reduce. A peer that cannot get a share averages that range itself from the hashes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _ASK_AGAIN_S = 0.1
 _T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
-"""(bodies or equal parts of them, weights) -> (weighted mean as bytes, indices left out as not finite)."""
+"""Maps (equal parts of bodies, weights) to (weighted mean as bytes, indices left out as not finite)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """What the run file says about rounds. Seconds, tokens, and the tensor tables of gradient and state."""
+    """Settings of rounds from the run file: seconds, tokens, and the tensor tables of gradient and state."""
 
     run_sha256: str
     specs: tuple[TensorSpec, ...]
@@ -59,7 +59,7 @@ class RoundSettings:
 
 
 class UnobtainableError(Exception):
-    """Nobody could deliver the publications of `peers`."""
+    """No peer could deliver the publications of `peers`."""
 
     def __init__(self, *peers: str) -> None:
         super().__init__(f"nobody could deliver the publication of {', '.join(sorted(peers))}")
@@ -67,8 +67,11 @@ class UnobtainableError(Exception):
 
 
 class Merger:
-    """Averages what rosters name. A share is asked for with the hash of the roster that its owner told of last,
-    `last_known(owner)`."""
+    """Averages the publications of rosters.
+
+    A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the reply
+    then need not repeat that roster.
+    """
 
     def __init__(
         self,
@@ -90,9 +93,12 @@ class Merger:
         publications: dict[str, HeldSnapshot],
         share_ready: Callable[[HeldSnapshot], None],
     ) -> bytearray:
-        """The mean as bytes, over those publications that are finite. `publications` are those known of the round, by
-        peer; what has to be looked for is added. `name` is what the others call the roster; `share_ready` gets this
-        peer's share, where there are shares. Raises UnobtainableError."""
+        """Return the mean of a roster's publications that are finite, as bytes.
+
+        `publications` holds the known publications of the round by peer; those that had to be looked for are added.
+        `name` is the name that others give to the signed roster. `share_ready` is called with this peer's share, if the
+        merge has shares. Raises UnobtainableError.
+        """
         entries: list[HeldSnapshot] = []
         for entry in roster.entries:
             held = publications.get(entry.peer)
@@ -120,17 +126,19 @@ class Merger:
         raise UnobtainableError(entry.peer)
 
     def _sources(self, roster: Roster, author: str) -> list[str]:
-        """Those who are not known to be gone."""
+        """Return the peers that should hold `author`'s publication and are not known to be gone."""
         sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
         return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
     def rotated(self, items: list[_T]) -> list[_T]:
-        """The same items, begun elsewhere by every peer, so that not all pull from the first one first."""
+        """Return the same items from a start that depends on the peer, so that not all peers pull from the first one at
+        once."""
         start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
         return items[start:] + items[:start]
 
     async def average_range(self, roster: Roster, entries: Sequence[HeldSnapshot], chunks: range) -> bytearray:
-        """The weighted mean of one range of chunks over the whole roster, in roster order. Raises UnobtainableError."""
+        """Return the weighted mean of one range of chunks over the roster, in roster order. Raises
+        UnobtainableError."""
         lacking: list[str] = []
 
         async def bring(entry: RoundPublication, held: HeldSnapshot) -> None:
@@ -155,7 +163,7 @@ class Merger:
 
 
 class _MergeInShares:
-    """One merge of which each on the roster averages a share."""
+    """One merge in which each peer on the roster averages a share."""
 
     def __init__(
         self,
@@ -173,10 +181,10 @@ class _MergeInShares:
         self._roster_s = swarm_time()
         has_share = self._own is not None and bool(self._ranges[self._own])
         self._own_share_s = math.inf if has_share else self._roster_s
-        """When this peer's own share was made."""
+        """Time at which this peer's own share was ready."""
 
     async def run(self) -> bytearray:
-        """The mean. Raises UnobtainableError."""
+        """Return the mean. Raises UnobtainableError."""
         mean = bytearray(self._entries[0].snapshot.manifest.total_bytes)
 
         async def fill(index: int) -> None:
@@ -210,7 +218,7 @@ class _MergeInShares:
         self._share_ready(held)
 
     async def _pull(self, index: int, size_bytes: int) -> bytearray | None:
-        """The share that its owner averaged; None when it is lost, or overdue."""
+        """Pull the share that its owner averaged. Returns None when it is lost or overdue."""
         merger, roster, downloads = self._merger, self._roster, self._merger.downloads
         owner = roster.peers[index]
         specs = [TensorSpec("share", (size_bytes // 4,))]
@@ -234,6 +242,7 @@ class _MergeInShares:
                         raise BadBytesError("a share of another peer, round or index", code="not-asked-for")
                     held = empty_held(snapshot)
                     await downloads.pull(held, range(snapshot.num_chunks), [owner])
+                    # A share is used as it is, and its owner can write anything into it.
                     await check_finite(held.part(0, size_bytes))
                     return held.buffer
             except BadBytesError as error:
@@ -245,7 +254,7 @@ class _MergeInShares:
         return None
 
     def _is_of_untrusted(self, signed: pb.Signed) -> bool:
-        """Whether a share belongs to this roster; its owner may be about another one."""
+        """Return whether a share belongs to this roster: its owner may be merging another one."""
         _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
         return manifest.roster_sha256.hex() == self._roster.digest
 
@@ -253,7 +262,7 @@ class _MergeInShares:
 def _check_entry(entry: RoundPublication, held: HeldSnapshot) -> None:
     manifest = held.snapshot.manifest
     if (manifest.tokens, manifest.inner_steps) != (entry.tokens, entry.inner_steps):
-        raise UnobtainableError(entry.peer)  # the roster says something else than what it points to
+        raise UnobtainableError(entry.peer)  # the roster contradicts the manifest that it points to
 
 
 def _range_bytes(chunks: range, total_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What a peer asks others about rounds, and what their answers say, once their bytes are checked."""
+"""Ask other peers about rounds, and check and read their replies."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _log = logging.getLogger("swarmtrain.network.rounds.runner")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What comes of a question, and the publication that it told of."""
+    """Event that comes of a question, and the publication that its reply announced."""
 
     event: ev.QuestionAnswered[pb.Signed, pb.ChainLink] | ev.ReplyRefused | ev.QuestionFailed
     publication: Snapshot | None = None
 
 
 class RoundQuestions:
-    """Asks. That a peer applied the same roster as before need not be said whole each time: so it is remembered what
-    each said last."""
+    """Sends questions, and remembers the last roster that each peer said it had applied.
+
+    A request names that roster, so a peer that has applied no other need not send it again: a roster of 1,000 peers is
+    """
 
     def __init__(
         self,
@@ -42,16 +44,16 @@ class RoundQuestions:
         rosters: CheckedRosters,
         last_of: Callable[[str], Roster | None],
     ) -> None:
-        """`last_of(peer)` is the roster that the engine knows a peer to have applied last."""
+        """Make a questioner; `last_of(peer)` returns the roster that, as the engine knows, a peer applied last."""
         self._downloads, self._settings, self._chains, self._rosters = downloads, settings, chains, rosters
         self._last_of = last_of
         self._last_signed: dict[str, tuple[Roster, str]] = {}
-        """What each peer said last that it had applied, and the name of that."""
+        """Roster that each peer last said it had applied, with its name."""
         self._broken: set[str] = set()
-        """Whose answer led to an error of ours, the last time."""
+        """Peers whose last reply led to an error of our own."""
 
     async def ask(self, ask: ev.AskRoundQuestion) -> Said:
-        """Ask one question."""
+        """Send one question and return what came of it. Never raises for a bad or missing reply."""
         question = ask.question
         request = pb.RoundRequest(
             round=question.round,
@@ -72,16 +74,16 @@ class RoundQuestions:
             self._downloads.refused(ask.peer, error)
             return Said(ev.ReplyRefused(ask.number))
         except PeerError as error:
-            _log.debug("asking %s about round %d: %s", ask.peer, question.round, error)
+            _log.debug("asking %s about round %d failed: %s", ask.peer, question.round, error)
             return Said(ev.QuestionFailed(ask.number))
-        except Exception:  # of ours: it costs this question, and not the round
-            if ask.peer not in self._broken:  # it is asked again soon, and may be for as long as a round lasts
+        except Exception:  # a bug here costs this question, not the round
+            if ask.peer not in self._broken:  # the peer is asked again soon, for as long as a round lasts
                 _log.exception("asking %s about round %d failed", ask.peer, question.round)
             self._broken.add(ask.peer)
             return Said(ev.QuestionFailed(ask.number))
 
     async def read_untrusted(self, ask: ev.AskRoundQuestion, reply: pb.RoundReply) -> Said:
-        """What a peer says of itself and of a round, its signatures checked."""
+        """Check the signatures of a peer's reply and return what it says. Raises BadBytesError."""
         peer, question, settings = ask.peer, ask.question, self._settings
         last, published, shown = None, None, None
         if reply.HasField("last_roster"):
@@ -94,6 +96,7 @@ class RoundQuestions:
         head = self._last_of(peer) if reply.same_last else None if last is None else last.roster
         ours = self._chains.chain
         if question.wants_chain and reply.HasField("chain") and head is not None and head.digest not in ours:
+            # Up to a thousand signatures: off the event loop.
             shown = await asyncio.to_thread(chain_untrusted, reply.chain, ours, settings)
         if last is not None and not reply.same_last:
             self._last_signed[peer] = last.roster, last.name
@@ -103,11 +106,11 @@ class RoundQuestions:
         return Said(ev.QuestionAnswered(ask.number, answer), published)
 
     def last_known(self, peer: str) -> bytes:
-        """The name of what this peer said last that it had applied."""
+        """Return the name of the roster that this peer last said it had applied, or b""."""
         roster, name = self._last_signed.get(peer, (None, ""))
         return bytes.fromhex(name) if roster is not None and self._last_of(peer) == roster else b""
 
     def forget(self, peer: str) -> None:
-        """A peer that has long been gone."""
+        """Forget a peer that has been gone for long."""
         self._last_signed.pop(peer, None)
         self._broken.discard(peer)

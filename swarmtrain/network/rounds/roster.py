@@ -1,6 +1,6 @@
-"""Rosters and what peers tell of themselves, as bytes: built, signed, checked.
+"""Sign, verify and read rosters and pseudo-gradient manifests as messages.
 
-The decisions about them are in `protocol/rounds/rosters.py`; who drives them is in `network/rounds/runner.py`.
+`protocol/rounds/rosters.py` decides about them; `network/rounds/runner.py` drives it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_CHECKED_ENTRIES = 65_536
 
 
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
-    """The roster as it travels, signed by `identity`, which must be its signer."""
+    """Return the roster as a message signed by `identity`, which must be its signer."""
     message = pb.Roster(
         round=roster.round, attempt=roster.attempt, base=bytes.fromhex(roster.base), base_tokens=roster.base_tokens
     )
@@ -37,9 +37,9 @@ def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signe
 
 
 def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Roster:
-    """A checked roster; BadBytesError if it is forged, unsorted, or claims what nobody can have done.
+    """Return a verified roster. `max_tokens` is the most that one peer can train on in one round.
 
-    `max_tokens` is what one peer can train on in one round.
+    Raises BadBytesError if it is forged, unsorted, or claims more than a round can have had.
     """
     signer, message = open_signed_untrusted(signed, "roster", run_sha256, pb.Roster)
     if not 1 <= len(message.entries) <= _MAX_ENTRIES or message.attempt > _MAX_ENTRIES:
@@ -75,20 +75,20 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
 
 
 def named(roster: Roster, signed: pb.Signed) -> SignedRoster[pb.Signed]:
-    """A roster and what was signed, with the name that peers give to that."""
+    """Return a roster with its signed message and the name that peers give to that message."""
     return SignedRoster(roster, signed, payload_sha256(signed))
 
 
 class CheckedRosters:
-    """Rosters that others sent, each checked once; the last are kept, up to a number of entries."""
+    """Rosters received from others, each verified once. The latest are kept, up to a number of entries."""
 
     def __init__(self, run_sha256: str, max_tokens: int) -> None:
         self._run_sha256, self._max_tokens = run_sha256, max_tokens
         self._checked: dict[str, Roster] = {}
-        """By the hash of what was signed, and by whom."""
+        """By hash of the signed payload, author and signature."""
 
     def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
-        """The same as `roster_untrusted`, with its name."""
+        """Return the same as `roster_untrusted`, with its name. Raises BadBytesError."""
         name = payload_sha256(signed)
         key = name + signed.author.hex() + signed.signature.hex()
         if (roster := self._checked.get(key)) is None:
@@ -101,7 +101,7 @@ class CheckedRosters:
 
 
 def publication_of(snapshot: Snapshot) -> RoundPublication:
-    """What the decisions need to know of a pseudo-gradient's manifest."""
+    """Return what decisions about rounds need of a pseudo-gradient's manifest."""
     manifest = snapshot.manifest
     return RoundPublication(
         peer=snapshot.author,
@@ -113,7 +113,7 @@ def publication_of(snapshot: Snapshot) -> RoundPublication:
 
 
 def check_publication(snapshot: Snapshot, peer: str, round: int, max_tokens: int) -> None:
-    """BadBytesError unless this is a pseudo-gradient of `peer` for `round` with a believable number of tokens."""
+    """Raise BadBytesError unless this is a pseudo-gradient of `peer` for `round` with 1 to `max_tokens` tokens."""
     manifest = snapshot.manifest
     if snapshot.author != peer or manifest.round != round or len(manifest.roster_sha256) != (32 if round else 0):
         raise BadBytesError("a publication of another peer or round", code="not-asked-for")

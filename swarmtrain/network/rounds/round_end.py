@@ -1,4 +1,4 @@
-"""One round that a peer has ended: others' publications come here, and a mean is made of them."""
+"""End one round: pull other peers' publications and average them, as the engine commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SignedRoster: TypeAlias = ev.SignedRoster[pb.Signed]
 
 @dataclass(frozen=True, kw_only=True)
 class RosterMean:
-    """The mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
+    """Mean pseudo-gradient of a roster, as the bytes of one fp32 vector."""
 
     roster: Roster
     mean: bytearray
@@ -39,8 +39,10 @@ Outcome: TypeAlias = RosterMean | NewState
 
 
 class EndedRound:
-    """Brings and merges what the engine says, from the end of this peer's inner steps on, until the round's outcome is
-    there. Its merges have one after the other what those before them found."""
+    """Pulls and merges from the end of this peer's inner steps until the round has an outcome.
+
+    A later merge of the same round reuses the publications that an earlier one found.
+    """
 
     def __init__(
         self,
@@ -58,43 +60,43 @@ class EndedRound:
         self._mean: RosterMean | None = None
 
     def announced(self, snapshot: Snapshot) -> None:
-        """A publication that this round may take in; none of its bytes are here yet."""
+        """Add a publication that this round may merge; none of its bytes are here yet."""
         self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
 
     def bring(self, bring: ev.FetchPublication) -> None:
-        """Begin to bring a publication's bytes here."""
+        """Begin to pull a publication's bytes."""
         self._begin(self._bring(bring))
 
     def merge(self, one: _SignedRoster) -> None:
-        """Begin to average what a roster names, when the merge before has ended."""
+        """Begin to average a roster's publications once the previous merge has ended."""
         self._mean = None
         self._merging = self._begin(self._merge(one, self._merging))
 
     def give_up_merge(self) -> None:
-        """That mean is not wanted any more."""
+        """Cancel the running merge."""
         if self._merging is not None:
             self._merging.cancel()
 
     def finish(self, roster: Roster) -> None:
-        """The mean over this roster is what holds."""
-        # Another roster may name the same publications by now: the same weights come of it.
+        """End the round with the mean over this roster."""
+        # The engine may name another roster with the same entries by now: it leads to the same weights.
         assert self._mean is not None and self._mean.roster.digest == roster.digest
         self.ends(self._mean)
 
     def ends(self, outcome: Outcome) -> None:
-        """This holds."""
+        """Set the round's outcome, unless it has one."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
     def fail(self, error: BaseException) -> bool:
-        """Nothing comes of it any more. Whether anybody waits."""
+        """Set an error as the outcome. Returns False if the round had an outcome already."""
         is_open = not self.outcome.done()
         if is_open:
             self.outcome.set_exception(error)
         return is_open
 
     async def stop(self) -> None:
-        """End what is still under way."""
+        """Cancel pulls and merges that still run."""
         await end_tasks(self._under_way)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -106,7 +108,7 @@ class EndedRound:
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
-            _log.error("the work of a round ended", exc_info=error)
+            _log.error("a round task failed", exc_info=error)
 
     async def _bring(self, bring: ev.FetchPublication) -> None:
         sha256 = bring.publication.snapshot
@@ -117,7 +119,7 @@ class EndedRound:
         except UnreachableError:
             event = ev.PublicationNotFetched(sha256)
         except Exception:
-            _log.exception("bringing a publication of %s failed", bring.publication.peer)
+            _log.exception("fetching a publication of %s failed", bring.publication.peer)
             event = ev.PublicationNotFetched(sha256)
         self._tell(event)
 
@@ -140,7 +142,7 @@ class EndedRound:
         except UnobtainableError as error:
             _log.info("round %d: %s", roster.round, error)
             event = ev.RosterNotMerged(roster.digest, error.peers)
-        finally:  # given up too: the next merge may want the same
+        finally:  # also after a cancelled merge: the next one may want the same publications
             for each in held.values():
                 if each.snapshot.sha256 not in self._publications:
                     self._publications[each.snapshot.sha256] = each

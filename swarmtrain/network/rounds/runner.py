@@ -1,9 +1,9 @@
-"""Synchronous rounds over the network: asks, pulls, signs and merges as `protocol.rounds.engine` commands.
+"""Run synchronous rounds over the network: ask, pull, sign and merge as `protocol.rounds.engine` commands.
 
-Runs in the network thread. `RoundRunner` passes events to the engine and its commands to those who do them: questions
-to `round_questions.py`, answers to `round_answers.py`, what a round's end brings and merges to `round_end.py`, states
-to `catching_up.py`. Bytes of others are checked there before the engine is told of them; what they mean, and what is to
-be done about them, it decides alone.
+`RoundRunner`, in the network thread, passes events to the engine and its commands to other modules: questions to
+`questions.py`, answers to `answers.py`, a round's publications and merges to `round_end.py`, states to
+`state_fetch.py`. Those check all bytes of other peers before the engine sees them. The engine alone decides what they
+mean and what is done about them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _InEnded: TypeAlias = (
 
 @dataclass
 class RoundRunner:
-    """This peer's side of all rounds: answers the others and finishes its own."""
+    """This peer's side of all rounds: answers other peers and finishes its own rounds."""
 
     identity: Identity
     downloads: Downloads
@@ -65,10 +65,10 @@ class RoundRunner:
     average: InitVar[Average]
     report: Callable[[MembershipChange], None] = lambda change: None
     trains: InitVar[bool] = True
-    """Whether this peer's own weights count for the chain that it is on: not those of an archive."""
+    """True if this peer's own weights count for the chain that it is on; false for an archive."""
     chains: ChainStore = field(default_factory=ChainStore)
     states: InitVar[StateSource | None] = None
-    """Where others' states come from; None: by the network."""
+    """Source of other peers' states; None: the network."""
 
     def __post_init__(self, average: Average, trains: bool, states: StateSource | None) -> None:
         settings, chains, downloads, membership = self.settings, self.chains, self.downloads, self.membership
@@ -88,11 +88,11 @@ class RoundRunner:
         self._states = StateServer(states or PeerStates(downloads, settings, rosters))
         self._next = NextRosters(chains)
         self._ended: EndedRound | None = None
-        """The round that is being ended."""
+        """Round that is being ended."""
         self._requests: dict[int, pb.RoundRequest] = {}
-        """What others ask, by the numbers of `_awaited`."""
+        """Requests of other peers, by the numbers of `_awaited`."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        """What was asked of others, by the engine's numbers."""
+        """Running requests to other peers, by the engine's numbers."""
         self._timer: asyncio.TimerHandle | None = None
         self._moved = asyncio.Event()
 
@@ -100,12 +100,12 @@ class RoundRunner:
 
     @property
     def current_round(self) -> int:
-        """The round that this peer is in."""
+        """Round that this peer is in."""
         return self.engine.round
 
     @property
     def last(self) -> tuple[Roster, pb.Signed] | None:
-        """The roster that it applied last."""
+        """Roster that this peer applied last, with its signed message; None before the first."""
         last = self.engine.last
         return None if last is None else (last.roster, last.signed)
 
@@ -126,23 +126,23 @@ class RoundRunner:
 
     @property
     def waiting_until_s(self) -> float:
-        """In swarm time; 0 when there is no such time."""
+        """Swarm time until which this peer may wait; 0 when there is no such time."""
         return self.engine.waiting_until_s
 
     @property
     def listening_since_s(self) -> float:
-        """Since when this process has run without a gap."""
+        """Swarm time since which this process has run without a gap."""
         return self.engine.listening_since_s
 
     @property
     def gap_s(self) -> float:
-        """A process that comes so much later to something than it should has stood still."""
+        """Seconds by which a timer must fire late to show that the process was suspended."""
         return self.engine.rules.gap_s
 
     # ------------------------------------------------------------- driving
 
     def _tell(self, event: _Event) -> None:
-        """Tell the engine what happened, and do what it says."""
+        """Pass an event to the engine, carry out its commands, and set the next timer."""
         for command in self.engine.receive(event, swarm_time()):
             self._do(command)
         if self._timer is not None:
@@ -157,8 +157,8 @@ class RoundRunner:
             if swarm_time() - planned_s > self.gap_s:
                 self.stood_still()
             self._tell(ev.RoundTimerFired())
-        except Exception as error:  # whoever waits would do so for ever
-            _log.exception("the work of a round ended")
+        except Exception as error:  # without this a waiting task would wait for ever
+            _log.exception("a round task failed")
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
@@ -215,7 +215,7 @@ class RoundRunner:
                 ended.ends(dataclasses.replace(self._states.pop(command.number), reason=command.reason))
 
     def _begin(self, number: int, work: Coroutine[Any, Any, None]) -> None:
-        """In a task of its own, which `DropRoundQuestion` ends."""
+        """Start `work` in a task that `DropRoundQuestion` can cancel."""
         task = self._tasks[number] = asyncio.create_task(work)
         task.add_done_callback(self._work_ended)
 
@@ -225,7 +225,7 @@ class RoundRunner:
         self._tell(said.event)
         offer = said.publication
         if offer is not None and self._ended is not None and self.engine.is_announced(publication_of(offer)):
-            self._ended.announced(offer)  # of others nothing is kept: anyone can make any number of them
+            self._ended.announced(offer)  # only this round's: anyone can make any number of others
 
     async def _state(self, command: ev.RequestState | ev.DownloadState) -> None:
         event: _Event
@@ -234,7 +234,7 @@ class RoundRunner:
                 event = await self._states.fetch(command)
             else:
                 event = await self._states.take(command.number)
-        except Exception:  # of ours: there are other peers to go to
+        except Exception:  # an error of our own: there are other peers to ask
             _log.exception("fetching a state failed")
             self._states.drop(command.number)
             event = ev.StateNotFetched(command.number)
@@ -246,17 +246,18 @@ class RoundRunner:
             self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        """Whoever waits for what does not come any more is told."""
+        """Pass an error on to every task that waits for a result that will not come now."""
         is_told = self._awaited.fail(error)
         if self._ended is not None:
             is_told = self._ended.fail(error) or is_told
         if not is_told:
-            _log.error("the work of a round ended", exc_info=error)
+            _log.error("a round task failed", exc_info=error)
 
     # ------------------------------------------------------------- others' questions
 
     async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
-        """What is known about a round; waits up to `request.wait_s` for something the caller does not know."""
+        """Answer a question about a round; hold it for up to `request.wait_s` until there is something new to the
+        caller."""
         call = self._awaited.next_number()
         self._requests[call] = request
         try:
@@ -269,39 +270,42 @@ class RoundRunner:
     # ------------------------------------------------------------- moving on
 
     def begin(self, *, guest: bool) -> None:
-        """A round begins; nobody waits for that of a guest."""
+        """Begin a round. Nobody waits for the round of a `guest`, a late joiner."""
         self._tell(ev.RoundBegun(guest))
 
     def leave(self) -> None:
-        """This peer has said goodbye."""
+        """Tell the engine that this peer has said goodbye."""
         self._tell(ev.Left())
 
     def come_back(self) -> None:
-        """It is here again."""
+        """Tell the engine that this peer is back."""
         self._tell(ev.CameBack())
 
     def peers_changed(self) -> None:
-        """Somebody came, left or was lost."""
+        """Tell the engine that a peer came, left or was lost."""
         self._tell(ev.MembersChanged())
 
     def stood_still(self, *, forgives: bool = True) -> None:
-        """This process did not run until now. See `ProcessSuspended`."""
+        """Tell the engine that this process did not run until now. See `ProcessSuspended`."""
         self._tell(ev.ProcessSuspended(forgives))
 
     def forget_peer(self, peer: str) -> None:
-        """A peer that has long been gone."""
+        """Forget a peer that has been gone for long."""
         self.engine.hearsay.forget(peer)
         self._questions.forget(peer)
 
     async def wait_for_round(self, round: int, limit_s: float) -> None:
-        """Until this peer's state is of `round` or later, or `limit_s` have passed."""
+        """Wait until this peer's state is of `round` or later, for `limit_s` at most."""
         ends_s = swarm_time() + limit_s
         while self.current_round < round and swarm_time() < ends_s:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._moved.wait(), ends_s - swarm_time())
 
     async def finish(self, round: int, publication: HeldSnapshot, started_s: float) -> Outcome:
-        """Publish, agree on a roster and merge it; returns the mean, or the state of those who went on without us."""
+        """Publish, agree on a roster and merge it.
+
+        Returns the mean, or the state of the peers that went on without this one.
+        """
         ended = self._ended = EndedRound(publication, self._merger, self._answers, self._next, self._tell)
         self._answers.published(round, publication)
         self.downloads.store.add(publication)
@@ -315,11 +319,11 @@ class RoundRunner:
                 self._ended = None
 
     def know_roster(self, roster: Roster, signed: pb.Signed) -> None:
-        """A roster that `advance` may name: of a state that was pulled, or read from an archive."""
+        """Keep a roster that `advance` may name: that of a pulled state, or one from an archive."""
         self._next.taken(roster, signed)
 
     def advance(self, progress: Progress) -> None:
-        """The outer step is done, or another's state was taken: this peer is in round `progress.round` now."""
+        """Enter round `progress.round`, after an outer step or with another peer's state."""
         digest = progress.roster_sha256
         last = self._next.apply(digest, self.engine.last) if digest else None
         self._next.forget()

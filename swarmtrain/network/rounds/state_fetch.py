@@ -1,4 +1,4 @@
-"""States of other peers: pulled by a joiner, by the archive, and by whoever missed a round; checked before use."""
+"""Fetch and check other peers' states: for late joiners, for the archive, and after a missed round."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["JoinedState", "NewState", "PeerStates", "StateSearch", "StateServer", "StateSource"]
 
 _MAX_OFFERED = 8
-"""So many states that were offered are kept, the last: most are never taken, and have no bytes here."""
+"""Offered states kept, the latest: most are never taken, and none of their bytes are here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewState:
-    """A state pulled from another peer: outer parameters, then momentum, fp32; and the roster that led to it."""
+    """A state pulled from another peer (outer parameters, then momentum, fp32), and the roster that led to it."""
 
     held: HeldSnapshot
     roster: Roster
@@ -37,29 +37,29 @@ class NewState:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedState:
-    """What a peer that comes, or comes back, begins with."""
+    """How a peer begins that joins or comes back."""
 
     begins: ev.JoinsWith
     state: NewState | None
     told: Mapping[str, AdvertisedRound]
-    """What those say that answered."""
+    """Rounds advertised by the peers that answered."""
 
 
 class StateSource(Protocol):
-    """Where others' states come from."""
+    """Source of other peers' states."""
 
     async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
-        """The state that a peer has, none of whose bytes are here yet; None if it has none. Raises PeerError."""
+        """Ask a peer for its state; pull none of its bytes yet. Returns None if it has none. Raises PeerError."""
 
     async def take(self, state: NewState) -> None:
-        """Bring its bytes here. Raises PeerError."""
+        """Pull the state's bytes. Raises PeerError."""
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """That peer is why there is no state."""
+        """Blame this peer for a state that did not come."""
 
 
 class PeerStates:
-    """States by the network: see `StateSource`."""
+    """A `StateSource` over the network."""
 
     def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
         self._downloads, self._settings, self._rosters = downloads, settings, rosters
@@ -94,16 +94,16 @@ class PeerStates:
 
 
 class StateServer:
-    """The states that were asked for, by the engine's numbers."""
+    """Requested states, by the numbers that the engine gave them."""
 
     def __init__(self, source: StateSource) -> None:
         self._source = source
         self._offered: dict[int, NewState] = {}
         self._taken: dict[int, NewState] = {}
-        """Those whose bytes come, or are here."""
+        """States whose bytes are being pulled, or are here."""
 
     async def fetch(self, fetch: ev.RequestState) -> ev.StateOffered[pb.Signed] | ev.StateNotFetched:
-        """Have a peer offer its state."""
+        """Ask a peer to offer its state."""
         try:
             state = await self._source.offered_untrusted(fetch.source, fetch.min_round)
         except PeerError as error:
@@ -117,41 +117,44 @@ class StateServer:
         return ev.StateOffered(fetch.number, named(state.roster, state.signed_roster))
 
     async def take(self, number: int) -> ev.StateDownloaded | ev.StateNotFetched:
-        """Bring the bytes of one that is offered."""
+        """Pull the bytes of an offered state."""
         state = self._taken[number] = self._offered.pop(number)
         try:
             await self._source.take(state)
         except PeerError as error:
-            self.drop(number)  # what came of it takes memory
+            self.drop(number)  # its partial bytes take memory
             self._source.blame(state.from_peer, error)
             return ev.StateNotFetched(number)
         return ev.StateDownloaded(number)
 
     def pop(self, number: int) -> NewState:
-        """One that is here, whole."""
+        """Return and forget a state that is here completely."""
         return self._taken.pop(number)
 
     def drop(self, number: int) -> None:
-        """It is not wanted any more, if it was a state: nothing of it is kept, whatever comes of its task."""
+        """Drop this number's state, if it is one. A task that still runs for it leaves nothing behind."""
         self._offered.pop(number, None)
         self._taken.pop(number, None)
 
 
 class StateSearch:
-    """Asks others how far they are, and finds the state that holds among theirs."""
+    """Asks other peers how far they are, and finds the state that holds among theirs."""
 
     def __init__(self, awaited: Awaited[ev.Event[pb.Signed, pb.ChainLink]]) -> None:
         self._awaited = awaited
 
     async def ask_now(self, peers: Sequence[str]) -> dict[str, AdvertisedRound]:
-        """What these peers tell of themselves now; those that do not answer are missing."""
+        """Ask these peers for their rounds now. Peers that do not answer are missing from the result."""
         search = self._awaited.next_number()
         survey = ev.SurveyPeers(search, tuple(peers))
         told: dict[str, AdvertisedRound] = await self._awaited.result(search, survey, ev.RoundAbandoned(search))
         return told
 
     async def join(self, peers: Sequence[str]) -> JoinedState:
-        """What this peer begins with, which comes, or comes back, and knows these; nobody is asked twice by this."""
+        """Find out from the peers known here what this peer begins with when it joins or comes back.
+
+        No peer is asked twice in this search.
+        """
         search = self._awaited.next_number()
         joined: JoinedState = await self._awaited.result(
             search, ev.Join(search, tuple(peers)), ev.RoundAbandoned(search)
@@ -159,26 +162,30 @@ class StateSearch:
         return joined
 
     async def took(self, state: NewState) -> None:
-        """This state is ours now: look once more how far its round is, into which we come late."""
+        """Adopt this state: ask its source once more about the round under way, which this peer enters late."""
         search = self._awaited.next_number()
         await self._awaited.result(search, ev.StateAdopted(search, state.from_peer), ev.RoundAbandoned(search))
 
     async def holds(self, told: Mapping[str, AdvertisedRound]) -> bool:
-        """Whether our own chain holds against those of whoever has just `told` what they applied last: each is asked
-        how it came there before any is judged."""
+        """Return whether this peer's chain holds against those of the peers in `told`.
+
+        Each of them is asked for its chain before any is judged.
+        """
         is_ours, _ = await self._seek(ev.SearchState(self._awaited.next_number(), told, fetches=False))
         return is_ours
 
     async def fetch_told_state(
         self, told: Mapping[str, AdvertisedRound], reason: str, above_tokens: int = 0
     ) -> NewState | None:
-        """The state that holds, from whoever has it of those who have just `told` what they have, if it counts more
-        than `above_tokens` tokens. None if nobody has such a one, or nobody delivered."""
+        """Fetch the state that holds among those of the peers in `told`, if it counts more than `above_tokens` tokens.
+
+        Returns None if there is none, or if no peer delivers it.
+        """
         _, state = await self._seek(ev.SearchState(self._awaited.next_number(), told, above_tokens))
         return None if state is None else dataclasses.replace(state, reason=reason)
 
     async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
-        """The same from these peers, asked now."""
+        """Ask these peers for their rounds now, then do the same as `fetch_told_state`."""
         return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
 
     async def _seek(self, seek: ev.SearchState) -> tuple[bool, NewState | None]:

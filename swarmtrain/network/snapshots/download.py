@@ -1,4 +1,7 @@
-"""Bringing a snapshot here from one peer: what a partner, a guest, a worker or a joiner pulls goes this way."""
+"""Download a snapshot from one peer, resuming when its stream breaks off.
+
+Pulls from partners, hidden peers, workers and state providers all use this function.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ __all__ = ["ATTEMPTS", "SnapshotCalls", "download_snapshot"]
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = 3
-"""How often a peer is asked whose streams break off."""
+"""Streams opened at a peer before its breaking off counts as a failure."""
 
 
 class SnapshotCalls(Protocol):
-    """What is needed of `PeerCalls`."""
+    """The part of `PeerCalls` that a download needs."""
 
     @property
     def pull_slots(self) -> AbstractAsyncContextManager[Any]:
-        """Entered while something is pulled."""
+        """Held while something is pulled."""
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> PullStream:
         """See `PeerCalls`."""
@@ -31,8 +34,11 @@ class SnapshotCalls(Protocol):
 async def download_snapshot(
     calls: SnapshotCalls, peer: str, held: HeldSnapshot, limits: PullLimits, chunks: range | None = None
 ) -> PeerError | None:
-    """Pull all of a snapshot, or only `chunks`; where a stream breaks off, the next one goes on. Raises the PeerError
-    that says why it failed: BusyError when `peer` serves others. Returns what was wrong although all is here."""
+    """Pull all of a snapshot, or only `chunks`, from `peer`; after a broken stream, resume with a new one.
+
+    Returns the last error that did not prevent the download, or None. Raises the PeerError that says why it failed:
+    BusyError when `peer` serves others.
+    """
     wanted = range(held.snapshot.num_chunks) if chunks is None else chunks
     failures: list[PeerError] = []
     for attempts_left in reversed(range(ATTEMPTS)):
@@ -46,5 +52,5 @@ async def download_snapshot(
             failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
             if not attempts_left or not isinstance(failure, BrokenOffError):
                 raise failure from error
-            _log.debug("%s, again: %s", peer, failure)
+            _log.debug("%s failed, trying again: %s", peer, failure)
     return failures[-1] if failures else None

@@ -1,11 +1,11 @@
-"""A stream of `PullReply`, from where a chunk lies on one machine to where it belongs on the other.
+"""Send and receive a stream of `PullReply` with as few copies of a chunk as possible.
 
-What is on the wire is hivemind's: a marker byte, eight bytes of length, a protobuf. By hivemind's way a chunk is copied
-five times before it is in the daemon's socket, and six times on its way out of the other's, by the event loop's thread,
-which holds Python's lock. Here it is written from the snapshot's own memory, and read into its place by a thread that
-waits in the system.
+The wire format is hivemind's: a marker byte, eight bytes of length, a protobuf. hivemind itself copies a chunk five
+times until it is in the daemon's socket, and six times after it left the other daemon's, all in the event loop's
+thread, which holds Python's lock. Here the sender writes a chunk from the snapshot's own memory, and the reader's
+thread blocks in the system call that puts it in its place (decision 23).
 
-A reader asks for so many chunks, and nothing is read beyond them, so that who takes its time holds the sender back.
+A reader asks for a number of chunks and reads nothing beyond them, so a slow reader holds the sender back.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ _HEAD_BYTES = 9
 _MESSAGE, _ERROR = 0, 1
 _END_OF_REQUESTS = bytes([_ERROR]) + bytes(8)
 _SOCKET_BYTES = 200_000
-"""Linux allows twice that: a chunk goes into the socket at once. Much more only waits there, where nobody counts it."""
+"""Send buffer of the daemon's socket. Linux allows twice that, so a chunk fits at once. In a much larger buffer bytes
+would only wait, uncounted."""
 _MAX_REQUEST_BYTES = 4096
 _REQUEST_LIMIT_S = 10.0
 _HANG_UP_S = 2.0
-"""A stream stays open so long for its reader to hang up first. Were it closed at once, the reader's own end mark could
-find it closed; the daemon then resets it, and what was still under way is lost (seen: one of 7,000 short streams)."""
+"""Seconds that a finished stream stays open for its reader to hang up first.
+
+If it were closed at once, the reader's own end mark could find it closed; the daemon then resets the stream, and bytes
+under way are lost (seen in one of 7,000 short streams).
+"""
 
 _TAKES_S = 0.5
-"""Chunks are taken in so long at once: what comes of a slow link is told soon."""
+"""Seconds of chunks taken in before progress is reported: short, so that a slow link's progress is reported soon."""
 _threads = ThreadPoolExecutor(32, "replies")
-"""For those who wait for bytes. Not asyncio's: others' work must not wait with them."""
+"""Threads that block while they wait for bytes. Not asyncio's pool: decoding and merging must not queue behind them."""
 
 _T = TypeVar("_T")
 _Request = TypeVar("_Request", bound=Message)
@@ -51,7 +55,7 @@ _Request = TypeVar("_Request", bound=Message)
 
 @dataclass(frozen=True)
 class ChunkReply:
-    """A `PullReply` with a chunk, which goes out from where it lies."""
+    """A `PullReply` whose chunk is sent from where it lies in memory."""
 
     chunk: int
     views: tuple[memoryview, ...]
@@ -60,7 +64,7 @@ class ChunkReply:
 
     @property
     def data(self) -> bytes:
-        """The chunk, copied."""
+        """A copy of the chunk."""
         return b"".join(self.views)
 
 
@@ -68,12 +72,12 @@ Reply = pb.PullReply | ChunkReply
 
 
 def _before_data(chunk: int, size: int) -> bytes:
-    """A chunk's message as far as its data: field 2, then the head of field 3."""
+    """Return a chunk's message up to its data: field 2, then the head of field 3."""
     return pb.PullReply(chunk=chunk).SerializeToString() + b"\x1a" + pb.PullReply(chunk=size).SerializeToString()[1:]
 
 
 def _own_socket(writer: asyncio.StreamWriter) -> socket.socket:
-    """Another descriptor of a stream's socket."""
+    """Return a second descriptor of a stream's socket."""
     return socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
 
 
@@ -86,9 +90,11 @@ async def answer(
     request: _Request,
     replies_to: Callable[[_Request], AsyncGenerator[Reply, None]],
 ) -> None:
-    """Read `request` from a stream of the daemon's, and send the replies; less of them if the reader hangs up, or if
-    the task that sends them is cancelled."""
-    with contextlib.closing(writer), contextlib.suppress(OSError, EOFError, DecodeError):  # of a stream that has ended
+    """Read `request` from one of the daemon's streams and send the replies to it.
+
+    Stops early if the reader hangs up, or if the task that sends is cancelled.
+    """
+    with contextlib.closing(writer), contextlib.suppress(OSError, EOFError, DecodeError):  # the stream has ended
         async with asyncio.timeout(_REQUEST_LIMIT_S):
             head = await reader.readexactly(_HEAD_BYTES)
             size = int.from_bytes(head[1:], "big")
@@ -113,7 +119,7 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
 
 
 async def _send(writer: asyncio.StreamWriter, replies: AsyncGenerator[Reply, None]) -> None:
-    # The transport would copy what the socket does not take at once, and move it with each piece that it takes.
+    # The transport would copy what the socket does not take at once, and move the rest with each piece that it takes.
     with _own_socket(writer) as daemon:
         daemon.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         async with contextlib.aclosing(replies):
@@ -147,7 +153,7 @@ async def _send_all(daemon: socket.socket, parts: list[bytes | memoryview]) -> N
 
 
 def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
-    """Put a message's data into `room`; BadBytesError if it is not that chunk."""
+    """Copy a message's data into `room`. Raises BadBytesError if it is not that chunk."""
     if message.end:
         raise BrokenOffError("the stream ended early")
     data = message.data  # a copy, each time
@@ -157,15 +163,18 @@ def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
 
 
 class Replies:
-    """The answers to a request. BrokenOffError when they end too early, UnreachableError when they are none."""
+    """Replies to one request.
+
+    Its methods raise BrokenOffError when the replies end early, UnreachableError when they are not messages.
+    """
 
     def __init__(self, writer: asyncio.StreamWriter, request: Message) -> None:
-        """Ask `request` over a stream of the daemon's that nobody has used."""
+        """Send `request` over one of the daemon's streams that is still unused."""
         self._reading: Future[Any] | None = None
         data = request.SerializeToString()
         with contextlib.ExitStack() as if_it_fails:
             self._daemon = if_it_fails.enter_context(_own_socket(writer))
-            writer.close()  # there is another descriptor now
+            writer.close()  # its descriptor is no longer needed
             self._daemon.setblocking(True)
             self._daemon.sendall(bytes([_MESSAGE]) + len(data).to_bytes(8, "big") + data + _END_OF_REQUESTS)
             if_it_fails.pop_all()
@@ -174,12 +183,14 @@ class Replies:
         return await self._in_thread(self._message_untrusted)
 
     async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
-        """Put the next chunks where they belong, for a short while, and say of each when it has come: one at least.
-        BadBytesError if something else comes."""
+        """Put the next chunks where they belong, at least one, and call `came` for each.
+
+        Returns after half a second, or sooner if all are here. Raises BadBytesError when anything else arrives.
+        """
         await self._in_thread(self._take_untrusted, chunks, room_of, came)
 
     async def aclose(self) -> None:
-        """Hang up. Nothing is written into any room after that."""
+        """Hang up. Nothing is written into any room afterwards."""
         with contextlib.suppress(OSError):
             self._daemon.shutdown(socket.SHUT_RDWR)
         reading = self._reading
@@ -206,7 +217,7 @@ class Replies:
                 break
 
     def _chunk_untrusted(self, chunk: int, room: memoryview) -> None:
-        """As it should be, straight into its place; anything else as a message."""
+        """Read an expected chunk straight into `room`; parse anything else as a message."""
         marker, size = self._head_untrusted()
         before, start = _before_data(chunk, len(room)), b""
         if marker == _MESSAGE and size == len(before) + len(room):

@@ -1,4 +1,7 @@
-"""The state that this peer offers to joiners and to those who missed a round: made a snapshot when somebody asks."""
+"""Serve this peer's newest state to late joiners and to peers that missed a round.
+
+Hashing a state takes time and memory, so it becomes a snapshot only when a peer asks for it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ __all__ = ["FillManifest", "StateProvider", "state_specs"]
 _LOOK_S = 2.0
 
 FillManifest = Callable[[pb.Manifest], None]
-"""Adds to a manifest what only some ways to merge have."""
+"""Adds to a manifest the fields that only some merge methods have."""
 
 
 def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensor table of a state: the outer parameters, then their momentum."""
+    """Return the tensor table of a state: the outer parameters, then their momentum."""
     return tuple(
         TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
     )
@@ -33,16 +36,17 @@ def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 @dataclass
 class StateProvider:
-    """The newest state."""
+    """The newest state of this peer, built into a snapshot on demand."""
 
     identity: Identity
     run_sha256: str
     specs: Sequence[TensorSpec]
     store: SnapshotStore
     coverage: Callable[[], Sequence[pb.Signed]] = tuple
-    """What is told with it of the data that were seen."""
+    """Returns the signed rows of seen data that go into the manifest."""
     places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
-    """Up to where each peer is in its weights, of each fragment: asked when the body is made."""
+    """Returns, for each fragment, the place up to which the weights hold each peer's publications. Called when the body
+    is made."""
     progress: Progress | None = None
     _body: Body | Callable[[], Body] | None = field(default=None, init=False)
     _fill: FillManifest = field(default=lambda manifest: None, init=False)
@@ -54,13 +58,16 @@ class StateProvider:
     def put(
         self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
     ) -> None:
-        """Offer this one from now on; nobody may write into its buffers any more. A body that is made when asked for,
-        in a thread, is of that moment: it may hold more than `progress` counts, and is let go when nobody reads it."""
+        """Offer this state from now on; nobody may write into its buffers any more.
+
+        A callable `body` is called in a thread when a peer asks for the state, and gives the state of that moment. It
+        may contain more than `progress` counts, and is dropped when nobody reads it.
+        """
         self._let_go(self._held)
         self.progress, self._body, self._fill = progress, body, fill
 
     async def held(self, min_round: int) -> tuple[Progress, HeldSnapshot] | None:
-        """The newest state as a snapshot, if it is of `min_round` or later."""
+        """Return the newest state as a snapshot, or None if it is older than `min_round`."""
         async with self._lock:
             progress, body, fill = self.progress, self._body, self._fill
             if progress is None or body is None or progress.round < min_round:
@@ -79,7 +86,7 @@ class StateProvider:
         asyncio.get_running_loop().call_later(_LOOK_S, self._look, held)
 
     def _look(self, held: HeldSnapshot) -> None:
-        """Let a state go that nobody reads: it keeps tensors that merges have replaced, 8 bytes a parameter."""
+        """Drop a state that nobody reads: it keeps tensors alive that merges have replaced, 8 bytes a parameter."""
         if held is not self._held:  # another has followed, perhaps while this one was made
             if self._held is None or self._held.snapshot.sha256 != held.snapshot.sha256:
                 self.store.drop(held.snapshot.sha256)
@@ -95,7 +102,8 @@ class StateProvider:
             self._held = self._held_of = None
 
     def _build(self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest) -> HeldSnapshot:
-        made = body() if callable(body) else body  # what is merged after that is told of as well, and not the reverse
+        # The body first: coverage and places may then count a merge that it lacks, never miss one in it.
+        made = body() if callable(body) else body
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self.run_sha256),
             kind=pb.SNAPSHOT_KIND_STATE,

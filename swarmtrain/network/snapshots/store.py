@@ -1,8 +1,9 @@
-"""The one mechanism: a snapshot is a signed manifest and chunks, content-addressed.
+"""Build, serve and pull snapshots: signed manifests with content-addressed chunks.
 
-A manifest names run, kind, round, tokens, the tensor table and the SHA-256 of each chunk of 256 KiB; its own hash is
-the snapshot's name. Whoever holds the chunks can serve them, and a reader that knows the name can check every
-byte, so a pull resumes and changes source freely. Hashing runs off the event loop.
+All tensors and checkpoints travel in this one form. A manifest names run, kind, round, tokens, the tensor table and the
+SHA-256 of each chunk of 256 KiB; its own hash is the snapshot's name. Any peer that holds the chunks can serve them,
+and a reader that knows the name checks every byte, so a pull can resume at another source. Hashing runs off the event
+loop.
 """
 
 from __future__ import annotations
@@ -49,44 +50,47 @@ __all__ = [
 ]
 
 _CHUNKS_A_PULL = 256
-"""Chunks asked for in one stream: 64 MiB."""
+"""Chunks requested in one stream: 64 MiB."""
 
 _CHUNKS_AT_ONCE = 16
-"""Chunks taken in by a thread before the event loop hears of it: 4 MiB."""
+"""Chunks that a thread takes in before the event loop is told: 4 MiB."""
 
 _T = TypeVar("_T")
 
 NumServed = Callable[[int], int]
-"""How many of a pull's chunks are served, given how many are asked for; fewer in a rehearsal of pulls that fail."""
+"""Maps the number of requested chunks to the number served; fewer in a rehearsal of failing pulls."""
 
 _DTYPES = {"float32": (32, 0), "bfloat16": (16, 0), "int8": (8, 256), "int4": (4, 64), "int2": (2, 128)}
-"""(bits a number, numbers a scale) of what a tensor's `dtype` may be; `algorithm.quantize` makes the bytes."""
+"""(bits per number, numbers per scale) of each `dtype` of a tensor; `algorithm.quantize` makes the bytes."""
 
 _READER_STALL_S = 20.0
-"""The transport takes up to 1.3 MB from a sender at once and then nothing until those have been read: so long at twice
-the speed at which a transfer is given up."""
+"""Seconds without a piece taken after which a reader counts as stalled.
+
+The transport takes up to 1.3 MB from a sender at once, then nothing until the reader has read those. 20 s is that
+amount at twice the speed below which a transfer is given up.
+"""
 
 _NEXT_PULL_S = 5.0
-"""Within so long a reader that was given the last piece asks for others; if it does not, it has all that it wants."""
+"""Seconds within which a reader that got the last chunk asks for more; afterwards it has all that it wants."""
 
 _BACK_AGAIN_S = 0.5
-"""Whoever had to give way asks again after so long."""
+"""Seconds after which a peer that had to give way asks again."""
 
 _LAST_PIECE_S = 10.0
-"""What a reader was sent before it had to give way may take so long to arrive."""
+"""Seconds for bytes already sent to a reader that had to give way to arrive."""
 
 _MAX_FILES = 8
 """Files of the run sent at once."""
 
 _ANSWER_S = 0.5
-"""BUSY may take so long to come, over a slow link; of one that keeps a reader waiting for it the rest counts."""
+"""Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
 _MAX_AXES = 16
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's place in the body."""
+    """Name, shape and dtype of one tensor in the body."""
 
     name: str
     shape: tuple[int, ...]
@@ -94,25 +98,25 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes it takes in the body: its numbers, and if they are quantised in blocks, an fp32 scale for each."""
+        """Bytes in the body: the numbers, and for dtypes quantised in blocks one fp32 scale per block."""
         bits, block = _DTYPES[self.dtype]
         numbers = math.prod(self.shape)
         return math.ceil(numbers * bits / 8) + (4 * math.ceil(numbers / block) if block else 0)
 
 
 class Body:
-    """The bytes of a snapshot over buffers that already exist: nothing is copied until a chunk is read."""
+    """Bytes of a snapshot over existing buffers: nothing is copied until a chunk is read."""
 
     def __init__(self, buffers: Sequence[memoryview | bytes | bytearray]) -> None:
         self._views = [memoryview(buffer).cast("B") for buffer in buffers]
         self.size_bytes = sum(len(view) for view in self._views)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end."""
+        """Return a copy of `size` bytes from `offset`, fewer at the end of the body."""
         return b"".join(self.views(offset, size))
 
     def views(self, offset: int, size: int) -> tuple[memoryview, ...]:
-        """The same, where they lie."""
+        """Return the same bytes as views of the buffers, without a copy."""
         parts = []
         for view in self._views:
             if size <= 0:
@@ -138,53 +142,53 @@ class Snapshot:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in the body."""
+        """Number of chunks in the body."""
         return len(self.manifest.chunk_sha256) // 32
 
     def chunk_size(self, chunk: int) -> int:
-        """Bytes in chunk number `chunk`."""
+        """Return the size in bytes of chunk number `chunk`."""
         return min(CHUNK_BYTES, self.manifest.total_bytes - chunk * CHUNK_BYTES)
 
     def chunk_is(self, chunk: int, data: bytes | memoryview) -> bool:
-        """Whether `data` is that chunk."""
+        """Return whether `data` has the size and the SHA-256 of that chunk."""
         want = self.manifest.chunk_sha256[32 * chunk : 32 * chunk + 32]
         return len(data) == self.chunk_size(chunk) and hashlib.sha256(data).digest() == want
 
 
 @dataclass
 class HeldSnapshot:
-    """A snapshot whose bytes are here, wholly or in part."""
+    """A snapshot of which this peer holds some or all chunks."""
 
     snapshot: Snapshot
     body: Body
     have: set[int]
     buffer: bytearray | None = None
-    """Where pulled bytes go, to be used as a writable buffer only; None in a snapshot of our own."""
+    """Memory for pulled chunks, to be used only as a writable buffer; None in a snapshot made here."""
     pulling: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while chunks are pulled into it, so that two that want the same bytes pull them once."""
+    """Held while chunks are pulled, so that two tasks that want the same bytes pull them once."""
 
     @property
     def complete(self) -> bool:
-        """Whether every chunk is here."""
+        """True if this peer holds every chunk."""
         return len(self.have) == self.snapshot.num_chunks
 
     def room(self, chunk: int) -> memoryview:
-        """Where a pulled chunk belongs."""
+        """Return the writable memory where a pulled chunk belongs."""
         assert self.buffer is not None
         start = chunk * CHUNK_BYTES
         return memoryview(self.buffer)[start : start + self.snapshot.chunk_size(chunk)]
 
     def part(self, start: int, end: int) -> memoryview:
-        """The bytes from `start` to `end` of the body, in memory that may be written to."""
+        """Return bytes `start` to `end` of the body in writable memory."""
         if self.buffer is not None:
             return memoryview(self.buffer)[start:end]
         return memoryview(bytearray(self.body.read(start, end - start)))
 
 
 def build_snapshot(identity: Identity, manifest: pb.Manifest, specs: Sequence[TensorSpec], body: Body) -> HeldSnapshot:
-    """Hash and sign a snapshot. `manifest` carries run, kind, round and counters; the rest is filled in here.
+    """Hash and sign a snapshot. `manifest` carries run, kind, round and counters; this fills in the rest.
 
-    Takes as long as hashing the body: call it in a thread.
+    Takes as long as hashing the body: call it in a thread. Raises ValueError when the body's size does not fit `specs`.
     """
     if body.size_bytes != sum(spec.size_bytes for spec in specs):
         raise ValueError(f"a body of {body.size_bytes} bytes does not fit its tensor table")
@@ -202,8 +206,10 @@ def build_snapshot(identity: Identity, manifest: pb.Manifest, specs: Sequence[Te
 
 
 def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: Sequence[TensorSpec]) -> Snapshot:
-    """A checked manifest: of this run and kind, with exactly this tensor table or another of these; BadBytesError
-    otherwise."""
+    """Return a verified manifest of this run and kind, whose tensor table is exactly one of `tables`.
+
+    Raises BadBytesError when it is anything else, or when a counter is out of range.
+    """
     author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
     if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
         raise BadBytesError("a manifest of another run, author or kind", code="not-asked-for")
@@ -222,17 +228,17 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
 
 
 def all_chunks(num_chunks: int) -> int:
-    """See `NumServed`."""
+    """Serve every requested chunk: the default `NumServed`."""
     return num_chunks
 
 
 @dataclass
 class SnapshotStore:
-    """The snapshots that this peer serves: its own publications and what it pulled from others.
+    """Snapshots that this peer serves: its own publications and those it pulled from others.
 
-    One being read stays in memory until its reader ends, since the reader holds a reference. Who may read, and who
-    gives way to whom, `protocol.membership.readers` says. While `up` is limited, fewer read at once, so that each gets
-    twice the `min_bytes_per_s` below which it would give up. Files have places of their own.
+    `protocol.membership.readers` decides who may read and who gives way. While `up` is limited, fewer peers read at
+    once, so that each gets twice the `min_bytes_per_s` below which it would give up. Files have slots of their own. A
+    dropped snapshot stays in memory until its last reader ends, since the reader holds a reference.
     """
 
     max_readers: int = 4
@@ -244,7 +250,7 @@ class SnapshotStore:
     clock: Callable[[], float] = time.monotonic
     num_served: NumServed = all_chunks
     arriving: HeldSnapshot | None = field(default=None, init=False)
-    """The state that is being pulled, for whoever waits for it."""
+    """State that is being pulled, so that its progress can be shown; None if none is."""
     _held: dict[str, HeldSnapshot] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
     _num_reading: Counter[str] = field(default_factory=Counter)
@@ -255,15 +261,16 @@ class SnapshotStore:
 
     def __post_init__(self) -> None:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
-        self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)  # one that breaks off begins anew
+        # Twice as long: a file that breaks off is read again from its start.
+        self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
 
     @property
     def num_readers(self) -> int:
-        """Pulls being served."""
+        """Number of pulls being served."""
         return len(self._readers)
 
     def has_room_for(self, peer: str = "") -> bool:
-        """Whether `peer` (empty: one not known) would be served."""
+        """Return whether `peer` (empty: an unknown one) would get a slot."""
         return self._readers.has_room_for(peer, self._most_readers, self.clock())
 
     @property
@@ -277,11 +284,11 @@ class SnapshotStore:
         self._sweep()
 
     def get(self, sha256: str) -> HeldSnapshot | None:
-        """What is held under this name."""
+        """Return the snapshot of this name, or None."""
         return self._held.get(sha256)
 
     def drop(self, sha256: str) -> None:
-        """Serve it no longer, or if somebody is reading it, when another comes or goes after that."""
+        """Stop serving this snapshot. If somebody is reading it, it goes at a later `add` or `drop`."""
         self._unwanted.add(sha256)
         self._sweep()
 
@@ -293,7 +300,7 @@ class SnapshotStore:
 
     @contextlib.contextmanager
     def showing(self, held: HeldSnapshot) -> Iterator[None]:
-        """While the bytes of `held`, a state, come, it is what arrives."""
+        """Set `arriving` to `held`, a state, while its bytes are pulled."""
         self.arriving = held
         try:
             yield
@@ -301,16 +308,16 @@ class SnapshotStore:
             self.arriving = None
 
     def touch(self, sha256: str) -> None:
-        """Somebody was told this name, and will read it."""
+        """Keep this snapshot for a while: its name was given to a peer that will read it."""
         if sha256 in self._held:
             self._read_s[sha256] = self.clock()
 
     def is_being_read(self, sha256: str) -> bool:
-        """Whether somebody reads it, or is about to."""
+        """Return whether a peer reads it, or is about to."""
         return self._read_s.get(sha256, -math.inf) >= self.clock() - self.reader_stall_s
 
     def forget_before(self, round: int) -> None:
-        """Drop snapshots of rounds before `round - keep_rounds + 1`, but none that somebody is reading."""
+        """Drop snapshots of rounds before `round - keep_rounds + 1`, except those being read."""
         oldest = round - self.keep_rounds + 1
         self._held = {
             name: held
@@ -320,12 +327,13 @@ class SnapshotStore:
         self._read_s = {name: read_s for name, read_s in self._read_s.items() if name in self._held}
 
     def _admit(self, readers: Readers, peer: str, most: int) -> Reader | None:
-        """A place for one more reader, if there is one."""
+        """Return a slot for one more reader, or None. The reader that has to give way for it is cut."""
         now = self.clock()
         reader, gone = readers.admit(peer, most, now)
         sending = self._sending.pop(gone, None) if gone is not None else None
         if gone is not None and sending is not None and sending is not asyncio.current_task():
-            # It waits for the transport, and would hold the snapshot for as long. What is under way may still arrive.
+            # The send waits for the transport and would hold the snapshot just as long. Bytes under way may still
+            # arrive, unless the reader has stalled.
             grace_s = 0.0 if readers.is_stalled(gone, now) else _LAST_PIECE_S
             asyncio.get_running_loop().call_later(grace_s, sending.cancel)
         if reader is not None:
@@ -339,7 +347,11 @@ class SnapshotStore:
     async def serve(
         self, request: pb.PullRequest, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[Reply, None]:
-        """Answer a pull of `peer`: a status, the chunks asked for, an end mark; BUSY at once when too many read."""
+        """Answer a pull of `peer` with a status, the requested chunks and an end mark.
+
+        A request for no chunks gets the manifest. The reply is UNKNOWN when chunks are missing here, and BUSY, at once,
+        when too many peers read.
+        """
         held = self._held.get(request.snapshot_sha256.hex())
         wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
         if held is None or not all(chunk in held.have for chunk in wanted):
@@ -354,7 +366,7 @@ class SnapshotStore:
             return
         reader = self._admit(self._readers, peer, self._most_readers)
         if reader is None:
-            self.touch(held.snapshot.sha256)  # it comes again
+            self.touch(held.snapshot.sha256)  # it will ask again
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
         name = held.snapshot.sha256
@@ -368,14 +380,15 @@ class SnapshotStore:
                 count_sent(held.snapshot.chunk_size(chunk))
                 yield ChunkReply(chunk, held.body.views(chunk * CHUNK_BYTES, CHUNK_BYTES))
             yield pb.PullReply(end=True)
-            if self._num_reading[name] == 1 and wanted.stop == held.snapshot.num_chunks:  # who needs more asks at once
+            # A reader that needs more asks at once.
+            if self._num_reading[name] == 1 and wanted.stop == held.snapshot.num_chunks:
                 self._read_s[name] = self.clock() - max(0.0, self.reader_stall_s - _NEXT_PULL_S)
         finally:
-            self._num_reading -= Counter([name])  # keeps those above zero
+            self._num_reading -= Counter([name])  # a Counter's `-=` keeps only counts above zero
             self._leaves(self._readers, reader)
 
     async def _may_read(self, readers: Readers, reader: Reader, size_bytes: int) -> bool:
-        """Whether a reader that comes for its next piece still has its place; when it has had its turn."""
+        """Wait for this piece's turn on the link and return True; return False if the reader has lost its slot."""
         if reader not in readers:
             return False
         readers.waits(reader, self.clock())
@@ -386,9 +399,11 @@ class SnapshotStore:
     async def serve_file(
         self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[Reply, None]:
-        """Send a file to `peer` in pieces; BUSY at once when too many take files. Those take no place of who pulls
-        snapshots, as files are small and few; while `up` is limited one goes at a time, so that each who shares the
-        link has as much still as makes a transfer too slow."""
+        """Send a file to `peer` in pieces, or BUSY at once when too many peers read files.
+
+        Files are small and few, so they take no slots from pulls of snapshots. While `up` is limited one file goes at a
+        time: each reader's share of the link stays above the speed below which it would give up.
+        """
         reader = self._admit(self._files, peer, 1 if self.up.bytes_per_s > 0 else _MAX_FILES)
         if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
@@ -407,34 +422,36 @@ class SnapshotStore:
 
 
 class PullStream(Protocol):
-    """A pull's replies; whoever takes data out says how much."""
+    """Replies to one pull. The caller reports the bytes it takes to `count`."""
 
     async def __anext__(self) -> pb.PullReply: ...
 
     async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
-        """Put the next chunks where they belong, for a short while, and say of each when it has come: one at least.
-        BadBytesError if something else comes."""
+        """Put the next chunks where they belong, at least one, and call `came` for each.
+
+        Returns soon, even if chunks are missing. Raises BadBytesError when anything else arrives.
+        """
 
     async def count(self, size_bytes: int) -> None:
-        """So much was received; returns when more may be."""
+        """Count `size_bytes` as received; returns when more may be received."""
 
     async def aclose(self) -> None:
         """Hang up."""
 
 
 PullOpener = Callable[[str, pb.PullRequest], Awaitable[PullStream]]
-"""Opens a pull's stream at a peer; UnreachableError if that fails."""
+"""Opens a pull's stream at a peer. Raises UnreachableError when that fails."""
 
 Blame = Callable[[str, PeerError], None]
-"""Told which source failed, and how."""
+"""Called with a source that failed and its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullLimits:
-    """How long a pull may take: seconds without a message, busy retries in seconds, and how slow it may be.
+    """Time limits of a pull: seconds without a message, retries while busy, and the least speed.
 
-    A source must bring `min_bytes_per_s`, averaged over all that was waited for it, once that is `grace_s`; else a
-    chunk now and then would keep a reader for days.
+    A source must deliver `min_bytes_per_s`, averaged over all the time spent waiting for it, once that is `grace_s`.
+    Without this, a source that sends a chunk now and then would keep a reader for days.
     """
 
     stall_limit_s: float = 10.0
@@ -448,11 +465,12 @@ class PullLimits:
 async def pull_chunks(
     held: HeldSnapshot, chunks: range, sources: Sequence[str], open_pull: PullOpener, limits: PullLimits, blame: Blame
 ) -> None:
-    """Bring `chunks` of `held` here from `sources`, the first that works; each chunk is checked as it arrives.
+    """Pull `chunks` of `held` from the first of `sources` that works, and check each chunk as it arrives.
 
-    What a source delivered before it failed is kept, and the next one goes on from there; one whose stream broke off
-    comes again after the others: this reader may have had to give way. Whoever calls this holds `held.pulling`: chunks
-    are put in their place before they are checked. Raises UnreachableError when no source could deliver.
+    Chunks that a source delivered before it failed are kept, and the next source continues from there. A source whose
+    stream broke off is tried again after the others: it may only have made this reader give way. The caller holds
+    `held.pulling`, because chunks are put in place before they are checked. Raises UnreachableError when no source
+    could deliver.
     """
     busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
     pending = list(sources)
@@ -481,6 +499,8 @@ async def pull_chunks(
             if len(held.have) == num_before:
                 continue
             pending.append(source)
+            # The source did deliver: begin to count anew, and wait as long as it takes until a reader there has to give
+            # way.
             busy_s, wait_s = 0.0, max(wait_s, _BACK_AGAIN_S)
             patience_s = max(patience_s, GIVES_WAY_S + _BACK_AGAIN_S)
         except PeerError as error:
@@ -488,7 +508,7 @@ async def pull_chunks(
 
 
 def _missing_run(held: HeldSnapshot, chunks: range) -> range | None:
-    """The first stretch of chunks that are not here yet, of one pull's length at most."""
+    """Return the first run of missing chunks, at most one pull long."""
     first = next((chunk for chunk in chunks if chunk not in held.have), None)
     if first is None:
         return None
@@ -499,8 +519,11 @@ def _missing_run(held: HeldSnapshot, chunks: range) -> range | None:
 
 
 class _Pace:
-    """How fast one source delivers. What counts is the waiting, so that neither our own checks nor a pause of this
-    process (longer than a stall) is its fault."""
+    """Speed at which one source delivers.
+
+    Only the time spent waiting for the source counts, each wait up to the stall limit: it is not blamed for this peer's
+    own checks, nor for a suspended process.
+    """
 
     def __init__(self, limits: PullLimits) -> None:
         self.limits = limits
@@ -508,11 +531,12 @@ class _Pace:
         self._came_bytes = 0
 
     def waited(self, seconds: float) -> None:
-        """For a stream to open: one that breaks off time and again has opened many."""
+        """Count the time a stream took to open: a source that breaks off repeatedly has opened many."""
         self._waited_s += min(seconds, self.limits.stall_limit_s)
 
     async def take(self, held: HeldSnapshot, chunks: range, stream: PullStream, came: list[int]) -> None:
-        """The next few of these chunks. UnreachableError if none comes, StalledError if the source is too slow."""
+        """Take the next few of these chunks. Raises UnreachableError if none comes, StalledError if the source is too
+        slow."""
         limits = self.limits
         if self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s:
             rate = self._came_bytes / self._waited_s / 1024
@@ -545,7 +569,7 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
             while len(check.came) < len(run):
                 await pace.take(held, run[len(check.came) :], stream, check.came)
                 await check.begin()
-        finally:  # also when the stream broke: what had come counts
+        finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
             raise BadBytesError("a stream without an end", code="bad-size")
@@ -554,8 +578,10 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
 
 
 async def next_message(stream: PullStream, limit_s: float) -> pb.PullReply:
-    """The next message of a stream; UnreachableError if it breaks or ends, StalledError if it brings nothing for
-    `limit_s`."""
+    """Return the next message of a stream.
+
+    Raises BrokenOffError if the stream breaks or ends, and StalledError if nothing comes for `limit_s`.
+    """
     return await _within(limit_s, stream.__anext__())
 
 
@@ -569,13 +595,15 @@ async def _within(limit_s: float, coming: Awaitable[_T]) -> _T:
         raise BrokenOffError("the stream ended early") from None
     except PeerError:
         raise
-    except Exception as error:  # the adapter's boundary: whatever a broken stream raises
+    except Exception as error:  # boundary to the adapter: a broken stream raises anything
         raise BrokenOffError(f"the stream broke ({type(error).__name__})") from error
 
 
 class _Check:
-    """Checks chunks in their places, in a thread, while the next ones arrive: one thread for both would have half as
-    much of a processor that others want too. What is not checked does not count as being here."""
+    """Checks chunks in place, in a thread, while the next ones arrive. Only checked chunks count as held.
+
+    One thread for both would get half as much of a processor that other programs want too (decision 23).
+    """
 
     def __init__(self, held: HeldSnapshot) -> None:
         self._held = held
@@ -584,7 +612,8 @@ class _Check:
         self._checking: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
-        """Check what has come since; BadBytesError when what came earlier turns out to be wrong."""
+        """Start to check the chunks that came since the last call. Raises BadBytesError when an earlier one proves
+        wrong."""
         if self._checking is not None:
             await self._checking
         chunks = self.came[self._num_begun :]
@@ -592,7 +621,7 @@ class _Check:
         self._checking = asyncio.create_task(asyncio.to_thread(self._check, chunks))
 
     async def finish(self) -> None:
-        """Check what is left."""
+        """Check the remaining chunks."""
         await self.begin()
         assert self._checking is not None
         await self._checking
@@ -608,8 +637,10 @@ class _Check:
 
 
 async def pull_manifest(source: str, sha256: str, open_pull: PullOpener, limits: PullLimits) -> pb.Signed:
-    """The signed manifest of the snapshot named `sha256` from a peer that holds it, by that name; not yet checked
-    further. BadBytesError if it is another's."""
+    """Fetch the signed manifest of snapshot `sha256` from a peer that holds it; checks nothing but its hash.
+
+    Raises BadBytesError when the hash is another, and UnreachableError when `source` does not hold the snapshot.
+    """
     stream = await open_pull(source, pb.PullRequest(snapshot_sha256=bytes.fromhex(sha256)))
     try:
         first = await next_message(stream, limits.stall_limit_s)
@@ -623,7 +654,8 @@ async def pull_manifest(source: str, sha256: str, open_pull: PullOpener, limits:
 
 
 def empty_held(snapshot: Snapshot) -> HeldSnapshot:
-    """Room for a snapshot's bytes, to be pulled. It takes memory only as chunks arrive: whoever merely announces a
-    snapshot, or of which a share is wanted, costs no more than that."""
-    buffer = cast(bytearray, mmap.mmap(-1, snapshot.manifest.total_bytes))  # a bytearray would be filled with zeros
+    """Return an empty snapshot to pull into. Its memory is taken only as chunks arrive, so announcing a snapshot, or
+    pulling a share of it, costs no more than the bytes pulled."""
+    # A bytearray would be filled with zeros at once.
+    buffer = cast(bytearray, mmap.mmap(-1, snapshot.manifest.total_bytes))
     return HeldSnapshot(snapshot, Body([buffer]), set(), buffer)

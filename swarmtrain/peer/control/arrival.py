@@ -44,7 +44,7 @@ class DownloadProgress:
         total_bytes = held.snapshot.manifest.total_bytes
         here_bytes = min(total_bytes, num_chunks * CHUNK_BYTES)
         sentence = f"{size_in_words(here_bytes)} of {size_in_words(total_bytes)}"
-        self.board.arriving(f"taking the swarm's present weights: {sentence}")
+        self.board.arriving(f"fetching the swarm's current weights: {sentence}")
         further = num_chunks - self._told >= _EVERY_SHARE * held.snapshot.num_chunks
         if further and now_s - self._told_s >= _EVERY_S:
             self._told, self._told_s = num_chunks, now_s

@@ -61,7 +61,7 @@ _NAMED = 3
 _NAME_CHARACTERS = 16
 """Of a name in a sentence: it may have 64."""
 _REASONS = {
-    "total_tokens": "the run has its tokens",
+    "total_tokens": "the run has trained all its tokens",
     "interrupted": "it was interrupted",
     "asked": "you asked it to leave",
 }

@@ -144,8 +144,8 @@ class LimitKeeper:
             if name in given:
                 mbit = getattr(limits, name)
                 said.append(f"{verb} at most {mbit:g} Mbit/s" if mbit else f"{verb} as fast as the link")
-        rests = self._pause.reason
-        said.append(f"it rests: {rests}" if rests else "it trains")
+        reason = self._pause.reason
+        said.append(f"it is paused: {reason}" if reason else "it trains")
         return "; ".join(said)
 
     def _too_many(self, threads: int) -> str:
@@ -158,7 +158,7 @@ class LimitKeeper:
         expected = self._expected() if limit_bytes else None
         if expected is None or expected.memory_bytes <= limit_bytes:
             return ""
-        return f", and {_needs_in_words(expected)}: it rests once it uses more than allowed"
+        return f", and {_needs_in_words(expected)}: training pauses once it uses more than allowed"
 
     # ------------------------------------------------------------- keeping them
 
@@ -222,10 +222,10 @@ class LimitKeeper:
             return
         self._held[source] = reason
         if reason:
-            _log.info("rests: %s", reason)
+            _log.info("paused: %s", reason)
             self._pause.hold(source, reason)
         else:
-            _log.info("no longer held back by %s", source)
+            _log.info("no longer paused by %s", source)
             self._pause.release(source)
 
 
@@ -262,7 +262,7 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
             except (psutil.Error, OSError) as error:
                 _log.warning("this machine could not be measured: %s", error)
             except Exception:  # a task's boundary: it looks at the peer's status too, and limits are kept on
-                _log.exception("limits")
+                _log.exception("checking the limits failed")
 
     thread = threading.Thread(target=look, name="limits", daemon=True)
     thread.start()

@@ -133,7 +133,7 @@ class ControlServer:
             try:
                 self._in_loop(self._stop(), _START_S)
             except Exception as error:  # whatever happens at the end, the thread ends
-                _log.debug("ending the control server: %r", error)
+                _log.debug("ending the control server failed: %r", error)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_START_S)
             if not self._thread.is_alive():

@@ -75,7 +75,7 @@ class ControlSession:
         """Its work is over; what remains is to leave."""
         self.reason = done.reason
         self.board.take(done)
-        self.board.doing(pb.PEER_STATE_FINISHING, "leaving: a word of goodbye to the others")
+        self.board.doing(pb.PEER_STATE_FINISHING, "leaving: telling the other peers")
         return done
 
     # ------------------------------------------------------------- what it does
@@ -86,7 +86,7 @@ class ControlSession:
 
     def finishing(self, what: str) -> None:
         """The run is over; there is something left to do."""
-        self.board.doing(pb.PEER_STATE_FINISHING, f"the run has its tokens: {what}")
+        self.board.doing(pb.PEER_STATE_FINISHING, f"the run is complete: {what}")
         self.emit(FinishingEvent(doing=what))
 
     def check(self) -> None:
@@ -154,7 +154,7 @@ class ControlSession:
         if self.stop.is_set():
             self.stop.insist()
         self.stop.stop("asked")
-        return "leaving: it finishes its step, says goodbye and ends"
+        return "leaving: it finishes its step, tells the other peers and ends"
 
     def _order_pause(self) -> str:
         if self._pause is None:
@@ -164,7 +164,7 @@ class ControlSession:
         is_new = self._pause.hold(ASKED, "you asked for it")
         self._pause_asked(True)
         if not is_new:
-            return "it was paused already; `swarmtrain resume` lets it train"
+            return "it is paused already; `swarmtrain resume` ends the pause"
         return "pausing: it finishes its step and leaves the swarm until you resume it"
 
     def _order_resume(self) -> str:
@@ -175,10 +175,12 @@ class ControlSession:
         was_asked = self._pause.release(ASKED)
         self._pause_asked(False)
         if self._pause.held:
-            return f"it rests on all the same: {self._pause.reason}"
+            return f"it stays paused: {self._pause.reason}"
         if not was_asked:
             return "it was not paused"
-        return "coming back: it trains on, from the swarm's present weights if it is more than a few rounds behind"
+        return (
+            "resuming: it continues from its own weights, or from the swarm's current ones if it is a few rounds behind"
+        )
 
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:

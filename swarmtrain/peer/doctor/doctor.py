@@ -136,7 +136,7 @@ class Doctor:
             except Exception as error:  # the boundary of a step: what one trips over leaves the others to be looked at
                 _log.error("the check %s failed", name, exc_info=error)
                 what = f"this check failed ({type(error).__name__}: {error})"
-                yield Finding(name, "problem", what, "a fault of swarmtrain's own: please report it")
+                yield Finding(name, "problem", what, "this is a bug in swarmtrain: please report it")
 
     def steps(self) -> list[DoctorStep]:
         """What is looked at, in this order."""
@@ -276,7 +276,7 @@ class Doctor:
                 yield Finding("run", "problem", str(error), "ask for a new invite")
                 return
             except (PeerError, TimeoutError) as error:
-                _log.debug("fetching the run from %s: %s", answer.peer, error)
+                _log.debug("fetching the run from %s failed: %s", answer.peer, error)
                 continue
             yield Finding("run", "ok", f"{_run_in_words(self.run)}; served by {_who(answer)}")
             return
@@ -294,7 +294,7 @@ class Doctor:
                 self.run = parse_published_untrusted(data, sha256)
                 yield Finding("run", "ok", f"{_run_in_words(self.run)}; as kept in {self.settings.directory}")
         except (OSError, BadBytesError) as error:
-            _log.debug("no kept run: %s", error)
+            _log.debug("no saved run: %s", error)
 
     def look_at_clock(self) -> Iterator[Finding]:
         """This machine's clock against those who answered."""
@@ -314,7 +314,7 @@ class Doctor:
         try:
             self._listener = self._start("listener", listen, self.settings.announce)
         except SwarmtrainError as error:  # said of the port already
-            _log.debug("nothing listens: %s", error)
+            _log.debug("cannot listen: %s", error)
 
     def look_from_outside(self) -> Finding:
         """Whether others can dial this machine: some of those who answered are asked to try."""

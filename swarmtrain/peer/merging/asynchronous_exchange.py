@@ -1,4 +1,7 @@
-"""What the exchanges of asynchronous rounds have in common: nothing the trainer asks for waits for the network."""
+"""Common part of the exchanges of asynchronous rounds: the trainer never waits for the network.
+
+Public methods run on the trainer's thread and submit work to the network thread; `_describe_start` runs on the latter.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,20 @@ __all__ = ["AsynchronousExchange"]
 _log = logging.getLogger(__name__)
 _SETTLE_S = 5.0
 _SOURCES = 3
-"""So many count for a newcomer, where there are so many."""
+"""States that a newcomer needs to outvote a wrong count, if so many peers are there."""
 _GUESSED_ROUND_S = 1.0
-"""How long a round is taken to last before this peer knows how fast it is."""
+"""Seconds a round is assumed to last before this peer has measured its speed."""
 
 
 @dataclass
 class AsynchronousExchange(SwarmExchange):
-    """Rounds of this peer's own: it trains, hands over, takes what is there, and goes on."""
+    """Exchange of a peer with rounds of its own: it trains, publishes, merges what is there, and continues."""
 
     sure_share: float = field(default=1.0, kw_only=True)
-    """After this part of the time that a round should take, what is pulled has to be there: less where rounds are not
-    all equally long."""
+    """Share of a round's expected time by which pulls have to be done; below 1 where rounds vary in length."""
 
     def _enter_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """How the next round begins, which is this peer's alone to say; waits for company before the first."""
+        """Return the plan of the next round, which this peer alone decides; wait for company before the very first."""
         if self._fresh and progress.round == 0:
             self._wait_for_company()
         self._check()
@@ -55,11 +57,11 @@ class AsynchronousExchange(SwarmExchange):
         )
 
     def _round_s(self, steps: int, steps_per_s: float) -> float:
-        """How long a round of so many steps will last."""
+        """Return the seconds that a round of `steps` steps may use for pulls."""
         return self.sure_share * steps / steps_per_s if steps_per_s > 0 else _GUESSED_ROUND_S
 
     def _describe_start(self, progress: Progress, steps_per_s: float) -> None:
-        """Say that a round has begun. In the network thread."""
+        """Announce in the presence that a round has begun. Runs in the network thread."""
         self.swarm.rounds.inner_steps_done = 0
         self.swarm.presence.describe(
             round=progress.round,
@@ -70,11 +72,11 @@ class AsynchronousExchange(SwarmExchange):
         self.swarm.presence.describe_part(0, self.swarm.presence.me.part_tokens)
 
     def _do_soon(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have the network thread do it; the trainer does not wait."""
+        """Run the coroutine in the network thread without waiting for it; log its failure."""
         self.network.submit(work).add_done_callback(_log_failure)
 
     def offer(self, state: OuterState, progress: Progress) -> None:
-        """See `SwarmExchange`. The trainer does not wait for it."""
+        """See `SwarmExchange`. Does not wait."""
         if progress is not self._offered:
             self._offered = progress
             self._do_soon(self._offer(progress, lambda: body_of_state(state)))
@@ -87,9 +89,12 @@ class AsynchronousExchange(SwarmExchange):
         *,
         is_server: bool = False,
     ) -> Progress:
-        """The counters of states that were pulled: the counts that belong to them come with them, outvoted by `more`
-        that others count where there are enough, and what each says of itself is believed as far as its speed explains
-        it. A round that turns back would be refused by everyone."""
+        """Return the counters that belong to pulled states.
+
+        Counts come with the states; with enough of them, and `more` from other peers, a lie is outvoted. What each
+        author says of itself is believed as far as its speed explains it. The round never decreases: others would
+        refuse publications of an earlier one.
+        """
         tallying = self.swarm.tallying
         told = [counts_in_untrusted(state.held.snapshot.manifest) for state in states]
         tallying.bring([*told, *more], is_server=is_server)
@@ -100,7 +105,10 @@ class AsynchronousExchange(SwarmExchange):
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
 
     def _counted_by_others(self, states: Sequence[FetchedState]) -> list[Mapping[str, int]]:
-        """What others count than those whose states are here, where these are too few to outvote one that lies."""
+        """Fetch the counts of other peers if the states are too few to outvote one that lies.
+
+        The bootstrap is asked first. `_SOURCES` counts are wanted in all.
+        """
         have = {state.peer for state in states}
         live = sorted(self.swarm.membership.live(), key=lambda info: not info.is_bootstrap)
         others = [info.peer for info in live if info.peer not in have and (info.is_bootstrap or info.round > 0)]
@@ -109,7 +117,7 @@ class AsynchronousExchange(SwarmExchange):
         return [counts_in_untrusted(each) for each in wait_for(self.network.submit(asking), self.stop)]
 
     def _settle(self) -> None:
-        """Say that this peer needs nothing more."""
+        """Announce that this peer needs nothing more."""
 
         async def settle() -> None:
             self.swarm.presence.change(settled=True)

@@ -1,7 +1,7 @@
-"""A section that is averaged beside the weights, such as a model's buffers: own values, and their mean with partners'.
+"""Sections averaged beside the weights, such as a model's buffers: the mean of this peer's values and its partners'.
 
-A merge takes this peer's values as they are then, where of weights it takes those of the round's start: no gradient
-carries what has come since.
+A merge uses this peer's present values. For weights it uses those of the round's start, since a pseudo-gradient carries
+what came later; here no gradient does.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ __all__ = ["AveragedSection"]
 
 
 class AveragedSection:
-    """One of them, of a fragment. Legend: S numbers of it."""
+    """One such section of one fragment. Legend: S numbers in it."""
 
     def __init__(self, codec: VectorCodec, rule: str, naming: Naming) -> None:
-        """`rule` is `merge.robust`: partners' values may pull by three times the usual distance."""
+        """`rule` is `merge.robust`; with clipping, partners' values may pull by three times the usual distance."""
         self._own: Tensor | None = None
         self._layout = layout_of_specs(codec.section.tensors)
         self._robustness = Robustness(rule, self._layout, naming)
 
     def published(self, values: Tensor) -> None:
-        """This peer's values (S,) are these by now; they are not written into."""
+        """Remember the values (S,) that this peer has published; they are not written into."""
         self._own = values
 
     def accept_untrusted(self, author: str, arrival: PartnerUpdate, round: int) -> PartnerUpdate:
-        """What of a partner's values, of its `round`, may enter the mean. BadBytesError if nothing may. Before this
-        peer has values of its own nothing is usual, and all may."""
+        """Return what of a partner's values, published in `round`, may enter the mean.
+
+        Raises BadBytesError if nothing may. Before this peer has published values there is nothing to compare with, and
+        all may.
+        """
         return arrival if self._own is None else self._robustness.accept(author, arrival, self._own, round)
 
     def mean(self, theirs: Sequence[Tensor]) -> Tensor:
-        """Of this peer's values and partners' (S,), as of weights: see `variance_corrected_mean`."""
+        """Return the variance-corrected mean of this peer's values and the partners' (S,)."""
         assert self._own is not None, "a round is published before it is merged"
         return variance_corrected_mean([self._own, *theirs], self._layout).mean

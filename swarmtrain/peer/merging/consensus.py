@@ -1,7 +1,7 @@
-"""The run's weights where each peer has its own: the consensus of several peers' states.
+"""Consensus of several peers' states: the run's weights when each peer has its own.
 
-The variance-corrected mean of their weights, without those that are far from most or many rounds behind. Momentum is
-outvoted among those that gave theirs, their round the median.
+Weights: the variance-corrected mean, without states that are far from most others or many rounds behind. Momentum: the
+median of those that were given, number by number. Round: the median.
 """
 
 from __future__ import annotations
@@ -41,20 +41,25 @@ __all__ = [
 ]
 
 ARCHIVED = 16
-"""So many volunteers' weights are averaged for the archive."""
+"""Number of volunteers whose weights are averaged for the archive."""
 SAMPLE = 4
-"""In gossip so many others' weights are averaged: more would only cost everybody's link and memory."""
+"""Number of others whose weights a gossiping peer averages: more would cost everybody's link and memory and gain
+little.
+"""
 _FAR = 10.0
-"""Weights farther off than so many times the usual distance are left out. Of three honest peers two may be much closer
-to each other than to the third."""
+"""Weights farther away than this multiple of the usual distance are left out. It is large because of three honest peers
+two may be much closer to each other than to the third.
+"""
 _MAX_COUNTS = 4096
 _PIECE = 1 << 20
 _MOST_MOMENTUM = 0.25
-"""Of the length of the weights. Measured at an outer momentum of 0.5: 0.06 in the second round, 0.01 in the tenth."""
+"""Longest momentum accepted, relative to the length of the weights. Measured at an outer momentum of 0.5: 0.06 in the
+second round, 0.01 in the tenth.
+"""
 
 
 def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
-    """Where each tensor of the model lies in the flat vector."""
+    """Return where each tensor of the model lies in the flat vector."""
     return layout_of([spec.shape for spec in specs])
 
 
@@ -67,17 +72,21 @@ _S = TypeVar("_S", bound=_HasRound)
 
 
 def not_far_behind(states: Sequence[_S], most_behind: int) -> list[_S]:
-    """Those at most so many rounds behind the (upper) median: of two the one that is far ahead counts, since one that
-    got hardly any work, in a pipeline say, must not make half of the model. Whoever is half of them can lie about it,
-    as they can about their weights."""
+    """Return the states at most `most_behind` rounds behind the upper median.
+
+    Of two states the one ahead sets the measure: a peer that got hardly any work, in a pipeline say, must not make up
+    half of the model. Peers that are half of all can lie about their round, as they can about their weights.
+    """
     least = statistics.median_high(state.round for state in states) - most_behind
     return [state for state in states if state.round >= least]
 
 
 def consensus_of(states: Sequence[FetchedState], layout: Layout) -> OuterState:
-    """The consensus of states that were checked when they were pulled, with the momentum of those that are whole. The
-    mean takes the place of the first one's weights, which nobody may read any more: a joiner holds several states, and
-    the archive many."""
+    """Return the consensus of states that were checked when they were pulled; momentum comes from those that are whole.
+
+    The mean overwrites the first state's weights, which must not be read afterwards: a joiner holds several states and
+    the archive many, so a further vector would cost memory.
+    """
     momenta = {number: _numbers(state)[layout.size :] for number, state in enumerate(states) if state.whole}
     return consensus_of_vectors([theta_of(state, layout.size) for state in states], momenta, layout, in_place=True)
 
@@ -85,10 +94,11 @@ def consensus_of(states: Sequence[FetchedState], layout: Layout) -> OuterState:
 def consensus_of_vectors(
     thetas: Sequence[Tensor], momenta: Mapping[int, Tensor], layout: Layout, *, in_place: bool = False
 ) -> OuterState:
-    """Of weights (P,) and the momentum (P,) of some of them, by their index. Of those whose weights are in the mean it
-    is outvoted, number by number, and it is cut where it is longer than any is, beside the weights: that is all that
-    bounds it where one alone gave some, whose weights are then as unproved. With
-    `in_place` the mean is written over the first weights."""
+    """Return the consensus of weights (P,) and of the momenta (P,) that some peers gave, keyed by index.
+
+    Momentum is the median over those whose weights are in the mean. Its length is limited relative to the weights:
+    nothing else bounds it when a single peer gave one. With `in_place` the mean is written over the first weights.
+    """
     mean, kept = mean_of_near(thetas, layout, thetas[0] if in_place else None)
     momentum = outvoted([momenta[number] for number in sorted(momenta) if number in kept])
     if momentum is None:
@@ -101,10 +111,14 @@ def consensus_of_vectors(
 
 @torch.no_grad()
 def outvoted(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The (lower) median of each number, in a new tensor; None without any. Of two the one nearer to 0, and 0 where
-    their signs differ: what one of them makes up is never farther off than what the other says."""
+    """Return the lower median of each number, in a new tensor; None without vectors.
+
+    Of two vectors take the number nearer to 0, and 0 where the signs differ: then an invented value is never farther
+    off than what the honest peer says.
+    """
     if len(vectors) < 2:
         return vectors[0].clone() if vectors else None
+    # The median of two and zero is the one nearer to 0, or 0 if the signs differ.
     given = [*vectors, torch.zeros(1).expand_as(vectors[0])] if len(vectors) == 2 else list(vectors)
     out = torch.empty_like(vectors[0])
     for into, *pieces in zip(*(torch.split(vector, _PIECE) for vector in (out, *given)), strict=True):
@@ -113,11 +127,11 @@ def outvoted(vectors: Sequence[Tensor]) -> Tensor | None:
 
 
 def mean_of_near(thetas: Sequence[Tensor], layout: Layout, out: Tensor | None = None) -> tuple[Tensor, frozenset[int]]:
-    """(the variance-corrected mean of weights (P,), the indices of those that are in it). It is written into `out`,
-    which may be one of them, if that is given.
+    """Return (variance-corrected mean (P,), indices of the weights in it). The mean is written into `out`, which may be
+    one of the inputs, if given.
 
-    Of three or more, those are left out that are more than 10 times the median distance from the one in the middle:
-    whoever has the smallest median distance to the others.
+    Of three or more weights, those more than 10 times the median distance away from the middle one are left out. The
+    middle one has the smallest median distance to the others.
     """
     kept = frozenset(range(len(thetas)))
     if len(thetas) >= 3:
@@ -130,7 +144,7 @@ def mean_of_near(thetas: Sequence[Tensor], layout: Layout, out: Tensor | None = 
 
 
 def _distances(thetas: Sequence[Tensor]) -> list[list[float]]:
-    """|theta_i - theta_j|, in fp64, piece by piece."""
+    """Return the matrix of |theta_i - theta_j|, summed in fp64 piece by piece."""
     squares = torch.zeros(len(thetas), len(thetas), dtype=torch.float64)
     for pieces in zip(*(torch.split(theta, _PIECE) for theta in thetas), strict=True):
         for i, piece in enumerate(pieces):
@@ -141,26 +155,31 @@ def _distances(thetas: Sequence[Tensor]) -> list[list[float]]:
 
 
 def round_of(states: Sequence[_HasRound]) -> int:
-    """The round of a consensus: the lower median of its states'."""
+    """Return the round of a consensus: the lower median of the states' rounds."""
     return statistics.median_low(state.round for state in states)
 
 
 def counts_in_untrusted(manifest: pb.Manifest) -> dict[str, int]:
-    """Each peer's tokens as the author of a state tells with it, the greatest counts of very many; BadBytesError if
-    something else is there. Whoever takes them lets several states vote (`protocol.tokens.tally.agreed_counts`)."""
+    """Return each peer's tokens as the author of a state claims them, at most the 4,096 greatest counts.
+
+    Raises BadBytesError for anything malformed. A caller that adopts counts lets several states vote
+    (`protocol.tokens.tally.agreed_counts`).
+    """
     told = ((item.tokens, item.peer) for item in manifest.peer_tokens)
     return {peer_id_from_bytes_untrusted(peer): tokens for tokens, peer in heapq.nlargest(_MAX_COUNTS, told)}
 
 
 def places_of_untrusted(manifest: pb.Manifest, section: MergeSection) -> list[dict[str, Place]]:
-    """Up to where each peer is in a state's weights, of each fragment, as its author tells; BadBytesError if it is
-    nonsense. Whoever takes them bounds them by what each peer tells of itself
-    (`protocol.gossip.partners.agreed_places`)."""
+    """Return for each fragment how far each peer's publications are in a state's weights, as its author claims.
+
+    Raises BadBytesError for nonsense. A caller that adopts them limits each by what the peer says of itself
+    (`protocol.gossip.partners.agreed_places`).
+    """
     return places_untrusted(manifest, section.num_fragments, section.publications_per_round)
 
 
 def theta_of(state: FetchedState, size: int) -> Tensor:
-    """The weights (P,) of a state, over its own bytes; P is `size`."""
+    """Return the weights (P,) of a state as a view of its bytes; P is `size`."""
     return _numbers(state)[:size]
 
 

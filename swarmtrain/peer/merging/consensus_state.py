@@ -1,7 +1,7 @@
-"""The run's present weights, for the archive and for `export`, whichever way the run merges.
+"""Fetch the run's present weights, for the archive and for `export`, whatever the merge method.
 
-With rosters there is one state, which any peer has; with a server there is its. Where each peer has its own it is the
-consensus of a sample.
+With rosters all peers hold the same state; with a server it is the server's. Where each peer has its own, it is the
+consensus of a sample. The coroutines run in the network thread; averaging is done on another thread.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["ConsensusState", "WantedStates", "consensus_state_of", "fetch_consensus_state"]
 
 WantedStates = Callable[[Mapping[str, int], Collection[str]], bool]
-"""Told whose tokens states hold, and whose states they are; whether their weights are worth having."""
+"""Function of each peer's tokens in some states and of the states' authors; returns whether those weights are worth
+having.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsensusState:
-    """The run's weights and momentum, its counters, and the roster behind them where there are rosters."""
+    """Weights and momentum of the run, its counters, and the roster they follow from, if there are rosters."""
 
     state: OuterState
     progress: Progress
     roster: Roster | None = None
     signed_roster: pb.Signed | None = None
     holds: Mapping[str, int] = field(default_factory=dict)
-    """Each peer's tokens as far as they are in these weights, where each has its own."""
+    """Tokens of each peer that are in these weights, where each peer has its own weights."""
     places: Sequence[Mapping[str, Place]] = ()
-    """Up to where each peer is in these weights, of each fragment."""
+    """For each fragment, how far each peer's publications are in these weights."""
     shard_rows: Sequence[tuple[str, Sequence[pb.Signed]]] = ()
-    """What was told of the data with each of the states, by PeerID of who told it."""
+    """Signed rows of data coverage that came with each state, by the PeerID of the state's author."""
 
 
 def consensus_state_of(new: NewState) -> ConsensusState:
-    """What a state with its roster says."""
+    """Convert a state that came with its roster."""
     state, progress = state_of(new)
     return ConsensusState(state=state, progress=progress, roster=new.roster, signed_roster=new.signed_roster)
 
@@ -60,8 +62,11 @@ def consensus_state_of(new: NewState) -> ConsensusState:
 async def fetch_consensus_state(
     swarm: Swarm, peers: Sequence[str], reason: str, above_tokens: int = 0, is_wanted: WantedStates | None = None
 ) -> ConsensusState | None:
-    """What `peers` have, if it counts more than `above_tokens` tokens, and where each peer has its own weights, if it
-    `is_wanted`; None if nobody has such, or delivers."""
+    """Fetch the present state from `peers`.
+
+    Returns None if nobody delivers, if the state counts no more than `above_tokens` tokens, or if `is_wanted` refuses
+    it; `is_wanted` is asked only where each peer has its own weights.
+    """
     if not swarm.asynchronous:
         new = await swarm.rounds.search.fetch_newest_state(peers, reason, above_tokens)
         return None if new is None else consensus_state_of(new)
@@ -95,7 +100,7 @@ async def fetch_consensus_state(
 
 
 def _places_of(swarm: Swarm, states: Sequence[FetchedState], round: int) -> list[dict[str, Place]]:
-    """Up to where each peer is in the consensus of states, of each fragment."""
+    """Return for each fragment how far each peer's publications are in the consensus of the states."""
     section = swarm.published.run.merge
     told = [places_of_untrusted(state.held.snapshot.manifest, section) for state in states]
     rounds = {info.peer: info.round for info in swarm.membership.volunteers()}

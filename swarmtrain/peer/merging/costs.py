@@ -1,6 +1,6 @@
-"""What merging costs each peer, by the method: bytes on its link in a round, and in its memory.
+"""Costs of merging for each peer, by merge method: bytes on its link per round, and bytes in its memory.
 
-Arithmetic on the run file; `peer/estimate.py` adds what does not depend on the method.
+Arithmetic on the run file alone; `peer/estimate.py` adds what does not depend on the method.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ __all__ = [
 # of the moments that a checkpoint is written from.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8
 _MOST_FREE_BYTES = 120_000_000
-"""Measured with 0.5, 10 and 57 million parameters: what the heap holds free stops growing with the model, whose large
-vectors are mapped."""
+"""Free bytes that the heap keeps at most, measured with 0.5, 10 and 57 million parameters: they stop growing with the
+model, because the allocator maps large vectors one by one and returns them.
+"""
 _READ_SHARE = 2 / 3
-"""Of a round, in which a state is read and let go, as measured where rounds last 20 s and more."""
+"""Share of a round in which a state is being read by others, measured with rounds of 20 s and more."""
 
 
 class MergeCosts(ABC):
-    """Of one method."""
+    """Costs of one merge method."""
 
     @abstractmethod
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """With so many others: (bytes sent in a round, bytes held of what arrives and is being merged)."""
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers."""
 
     def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
-        """What a volunteer holds of a whole model, graphs and the program not counted."""
+        """Return the bytes that a volunteer holds of a whole model, without autograd graphs and the program."""
         return BYTES_PER_PARAMETER * num_parameters + self.merge_bytes(run, num_parameters, others)[1]
 
 
 def costs_of(run: RunFile) -> MergeCosts:
-    """Those of the run's method."""
+    """Return the costs of the run's merge method."""
     kind: type[MergeCosts] = load_part(run.merge.kind.costs)
     return kind()
 
 
 class GossipCosts(MergeCosts):
-    """Publications of partners, each fragment by itself."""
+    """Costs of gossip: publications of the partners, fragment by fragment."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
         """See `MergeCosts`."""
@@ -71,7 +72,7 @@ class GossipCosts(MergeCosts):
 
 
 class DilocoCosts(MergeCosts):
-    """Whole pseudo-gradients, or shares of them."""
+    """Costs of synchronous rounds: whole pseudo-gradients, or in larger swarms shares of them."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
         """See `MergeCosts`."""
@@ -83,7 +84,7 @@ class DilocoCosts(MergeCosts):
 
 
 class ServerCosts(MergeCosts):
-    """A pseudo-gradient to the server; of the server its weights, and what is not in them."""
+    """Costs of a volunteer with a server: it sends pseudo-gradients and pulls the server's weights."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
         """See `MergeCosts`."""
@@ -92,7 +93,9 @@ class ServerCosts(MergeCosts):
 
 
 def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
-    """What a volunteer that merges by gossip with so many others holds at its worst moment, in bytes a parameter."""
+    """Return what a gossiping volunteer with `others` others holds at its worst moment, in bytes per parameter, by
+    purpose.
+    """
     merge, sizes = run.merge, section_bytes(run, num_parameters, others)
     partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
     weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters
@@ -100,7 +103,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     fed_back = any(format in ("int4", "int2") for format in merge.gradient_formats)
     judged = merge.robust != "none" and others > 0
     decoded, prepared = 4.0 * (partners + thetas), 8.0
-    if num_parameters >= LARGE_MODEL:  # one fragment after the other
+    if num_parameters >= LARGE_MODEL:  # memory counts for more than time (decision 56): one fragment at a time
         prepared = 2 * fragment
         if merge.robust in ("none", "clip", "direction"):  # other rules take them one by one at the merge
             decoded = 2 * fragment
@@ -126,8 +129,11 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
 def section_bytes(
     run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
 ) -> SectionBytes:
-    """A publication of so many parameters as it travels among so many others, in rounds that last so long, over links
-    that carry so much."""
+    """Return the sizes of a publication of `num_parameters` parameters.
+
+    The gradient format, and so the size, depends on the number of other peers, the length of a round in seconds and the
+    link's bytes per second.
+    """
     from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
 
     merge = run.merge
@@ -139,6 +145,6 @@ def section_bytes(
 
 
 def pulled_bytes(run: RunFile, sizes: SectionBytes, others: int) -> int:
-    """What a round of gossip pulls of so many others, where links carry it."""
+    """Return the bytes that one round of gossip pulls from `others` other peers, if the link can carry them."""
     merge = run.merge
     return min(merge.num_partners, others) * sizes.gradient + min(merge.num_weights, others) * sizes.weights

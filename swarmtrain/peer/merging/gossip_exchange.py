@@ -1,7 +1,11 @@
-"""The trainer's side of asynchronous merging: it hands over its publications and takes what is ready, and never waits.
+"""Trainer's side of gossip: it hands over its publications, takes what is ready to merge, and never waits.
 
-A publication costs the trainer one copy of its weights; all else about it is done when a partner asks. Its partners'
-publications are pulled, checked and averaged in the background, so that a round's end is one outer step.
+A publication costs the trainer at most one copy of its weights; it is quantised, hashed and signed only when a partner
+asks for it. Partners' publications are pulled, checked and averaged in the background, so that at a round's end the
+trainer computes one outer step.
+
+Threads: the `Exchange` methods run on the trainer's thread; `decode_untrusted` and `prepare` on a pool (one at a time,
+`_decoding`); `took_untrusted` and the coroutines in the network thread.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["GossipExchange", "hosting_of"]
 
 _LAST_ROUND_S = 20.0
-"""How long a peer that is done waits for others' last round."""
+"""Seconds that a peer that is done waits for others' last round."""
 _LOOK_S = 0.2
 _TRIES = 3
 _LEDGER = "ledger"
@@ -75,7 +79,7 @@ _COVERAGE = "coverage"
 
 
 def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
-    """Of each fragment."""
+    """Return the codec of each fragment."""
     section = swarm.published.run.merge
     formats = section.theta_format, section.gradient_formats
     return [
@@ -85,14 +89,14 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
 
 
 def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipSettings:
-    """What the run file says about merging publications."""
+    """Return the run file's settings for merging publications."""
     sizes = [codec.sizes(1 / len(codecs)) for codec in codecs]
     is_large = layout_of_specs(swarm.specs).size >= LARGE_MODEL
     return GossipSettings.of(swarm.published.run.merge, rules_of(codecs[0].sections), sizes, is_large=is_large)
 
 
 def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
-    """What the run file says about publications, of each fragment."""
+    """Return the run file's rules for publications: for each fragment, by section."""
     rounds = swarm.rounds.settings
 
     def rules_of(fragment: int, section: SectionSpec) -> PublicationRules:
@@ -101,6 +105,7 @@ def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[
             tables=section.tables,
             max_tokens=rounds.max_tokens,
             num_parts=section.num_parts,
+            # A busy partner is not waited for: another one is asked in its place.
             pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
             fragment=fragment,
         )
@@ -112,7 +117,7 @@ def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[
 
 
 def hosting_of(swarm: Swarm) -> HostedPublications:
-    """What this peer, which may be a bootstrap, does for peers that nobody can dial."""
+    """Return what this peer, which may be a bootstrap, serves on for peers that nobody can dial."""
     section, codecs = swarm.published.run.merge, codecs_of(swarm)
     num_pulls = {"mean": section.num_weights, "outer step": section.num_partners}
     return HostedPublications(
@@ -127,24 +132,24 @@ def hosting_of(swarm: Swarm) -> HostedPublications:
 
 @dataclass
 class GossipExchange(AsynchronousExchange):
-    """Asynchronous rounds: nobody waits for anybody."""
+    """Exchange of gossip: rounds in which no peer waits for another."""
 
     keeps_in_step = True
     gossip: GossipRunner = field(init=False)
     publishers: dict[tuple[Section, int], Publisher] = field(init=False)
     _codecs: list[PublicationCodec] = field(init=False)
-    """Of each fragment, as the lists below."""
+    """Codec of each fragment; the lists below are by fragment too."""
     _layout: Layout = field(init=False)
-    """Of the whole model."""
+    """Layout of the whole model."""
     _fragments: tuple[Fragment, ...] = field(init=False)
     _is_large: bool = field(init=False)
     _states: list[OuterState] = field(default_factory=list, repr=False)
     _planner: MergePlanner = field(init=False)
     _robustness: list[Robustness] = field(init=False)
     _averaged: dict[tuple[Section, int], AveragedSection] = field(init=False)
-    """Of each fragment, what of the run's sections is averaged beside the weights."""
+    """Sections averaged beside the weights, by name and fragment."""
     _unmade: LocalUpdate | None = field(default=None, repr=False)
-    """The newest, whose gradients are to be made."""
+    """Newest update whose gradients nobody has computed yet."""
     _unlearned: deque[LocalUpdate] = field(default_factory=deque, repr=False)
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _decoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -152,7 +157,7 @@ class GossipExchange(AsynchronousExchange):
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _is_held: bool = False
-    """Whether the round that begins is the first with weights that this peer has not merged itself."""
+    """True if the next round is the first with weights that this peer did not merge itself."""
 
     def __post_init__(self) -> None:
         swarm, section = self.swarm, self.run.merge
@@ -219,6 +224,7 @@ class GossipExchange(AsynchronousExchange):
             gradient_format=self.gossip.gradient_format(round_s),
             shard=None if coverage is None else coverage.begin(progress.round, others),
         )
+        # After a merge the weights of every other fragment are published already (`merged`).
         for fragment in range(len(self._fragments)) if self._is_held else [len(self._fragments) - 1]:
             self._publish_weights(fragment, progress.round)
         of = TrainersRound(
@@ -239,12 +245,12 @@ class GossipExchange(AsynchronousExchange):
         return start
 
     def _publishes_every(self, round_s: float) -> int:
-        """How-many-th part, in a round that lasts so long (0: it is not known)."""
+        """Return n such that every n-th part is published, in a round of `round_s` seconds (0: unknown)."""
         most = self.run.merge.publications_per_round
         return publishes_every(most, len(self._fragments), round_s, self._layout.size)
 
     def _publish_weights(self, fragment: int, round: int) -> None:
-        """A round of that fragment begins, with its weights."""
+        """Publish the weights with which a round of that fragment begins."""
         theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
         self.publishers[self._codecs[fragment].weights.section.name, fragment].newest = OwnPublication(
             round=round,
@@ -264,7 +270,7 @@ class GossipExchange(AsynchronousExchange):
         self._plan_anew(self._planner.merged(fragment, swarm_time()))
 
     def _plan_anew(self, plans: Sequence[MergePlan] | None) -> None:
-        """With what is known by now of when fragments are merged; None: as before."""
+        """Plan pulls anew for changed times of the next merges; None changes nothing."""
         if plans is not None:  # those before tell of the next merges what these tell, nearly
             self.network.submit_unhurried(self.gossip.plan(self._progress.round, plans))
 
@@ -279,6 +285,7 @@ class GossipExchange(AsynchronousExchange):
             if not of.tokens:
                 continue  # it was merged a moment ago, and the round has ended early
             codec = self._codecs[fragment]
+            # Nobody asks for earlier rounds any more: the residuals of their rounding are released, 4 bytes a number.
             codec.gradient.over(of.round - 1)
             for section in codec.sections:
                 if section.num_parts:
@@ -308,8 +315,11 @@ class GossipExchange(AsynchronousExchange):
         self._plan_anew(self._planner.steps_done(contribution.inner_steps, swarm_time()))
 
     def _make_gradients(self) -> None:
-        """Beside the trainer, which is at the next step's gradient: until then the model's weights stay. Not while it
-        merges, which would take longer for it."""
+        """Compute the newest update's gradients on a pool thread, while the trainer computes the next step's gradient.
+
+        Until that step the model's weights do not change. Not done while the trainer merges, since it would slow the
+        merge.
+        """
         contribution, self._unmade = self._unmade, None
 
         def make(contribution: LocalUpdate) -> None:
@@ -320,7 +330,7 @@ class GossipExchange(AsynchronousExchange):
             self.network.submit_unhurried(asyncio.to_thread(make, contribution))
 
     def _learn(self) -> None:
-        """What is usual here, from what this peer has published."""
+        """Learn what gradients are usual here from this peer's own publications."""
         with self._learning:
             while self._unlearned:
                 contribution = self._unlearned.popleft()
@@ -331,7 +341,7 @@ class GossipExchange(AsynchronousExchange):
     def _accept_untrusted(
         self, section: Section, fragment: int, held: HeldSnapshot, arrival: PartnerUpdate
     ) -> PartnerUpdate:
-        """What the run's rule lets enter a merge: it compares with all that was published here before."""
+        """Return what the run's robust rule lets enter a merge, judged by all that this peer has published before."""
         author, round = held.snapshot.author, held.snapshot.manifest.round
         if (averaged := self._averaged.get((section, fragment))) is not None:
             return averaged.accept_untrusted(author, arrival, round)
@@ -345,7 +355,11 @@ class GossipExchange(AsynchronousExchange):
     def _encoding(
         self, contribution: LocalUpdate, fragment: int, section: SectionSpec, format: GradientFormat
     ) -> tuple[Callable[[], Body], Sequence[TensorSpec]]:
-        """What makes a section's bytes, with their tensor table. It holds nothing else of the contribution."""
+        """Return a function that makes a section's bytes, and their tensor table.
+
+        The function refers to nothing else of the update, so that the rest can be freed while the publication is
+        served.
+        """
         codec = self._codecs[fragment]
         if section.rule == "mean":
             averaged, values = codec.averaged[section.name], contribution.values[section.name, fragment]
@@ -358,11 +372,13 @@ class GossipExchange(AsynchronousExchange):
         return Body([self._codecs[fragment].weights.encode(theta)])
 
     def _encode_gradient(self, lent: LentWeights, of: FragmentRound, fragment: int, format: GradientFormat) -> Body:
-        """It holds one fragment of a contribution, which may be published for long, and not all of them."""
+        """Encode one fragment's pseudo-gradient. Refers to that fragment's loan only: a publication may be served for
+        long.
+        """
         return Body([self._codecs[fragment].gradient.encode_sum(lent.gradient(), format, of.round, of.part)])
 
     def collect(self, fragment: int = 0) -> Gathered | Replaced:
-        """See `Exchange`. Waits for nobody, unless this peer has fallen far behind and takes the others' weights."""
+        """See `Exchange`. Does not wait, unless this peer is far behind and takes the others' weights."""
         round, swarm = self._progress.round, self.swarm
         is_last = fragment == len(self._fragments) - 1
         if is_last:
@@ -392,7 +408,7 @@ class GossipExchange(AsynchronousExchange):
     def _means_of(
         self, fragment: int, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]
     ) -> dict[tuple[Section, int], Tensor]:
-        """Of what is averaged beside the weights, and came of any partner."""
+        """Return the means of the sections that are averaged beside the weights, where a partner brought one."""
         found = dict[tuple[Section, int], Tensor]()
         for which, averaged in self._averaged.items():
             arrivals = [each.payload.decoded() for each in pulled if (each.section, fragment) == which]
@@ -401,7 +417,7 @@ class GossipExchange(AsynchronousExchange):
         return found
 
     def _catch_up(self, round: int, rounds_behind: int) -> Replaced | None:
-        """The others' weights, since this peer has fallen far behind; None if nobody gives them."""
+        """Take the others' weights because this peer has fallen far behind; None if nobody delivers them."""
         reason = f"it was {rounds_behind} rounds behind the others"
         replaced = self._consensus(reason, round + 1, least_round=round + 1)
         if replaced is not None:
@@ -409,7 +425,7 @@ class GossipExchange(AsynchronousExchange):
         return replaced
 
     def _merged(self, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]) -> tuple[MergeInput, ...]:
-        """What was merged of each partner: its weights, its pseudo-gradient or both."""
+        """Return one entry for each partner, whether its weights, its pseudo-gradient or both were merged."""
         by_peer: dict[str, list[ReceivedPublication[HeldSnapshot, KeptPublication]]] = {}
         for each in pulled:
             by_peer.setdefault(each.peer, []).append(each)
@@ -426,7 +442,7 @@ class GossipExchange(AsynchronousExchange):
         )
 
     def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
-        """See `Merging`: decoded, and clipped as the run's rule says."""
+        """See `Merging`: decode a publication and limit it by the run's robust rule."""
         codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
         decode = functools.partial(codec.arrival_untrusted, command.section, held, command.news, command.earlier)
         return self._kept_untrusted(command.section, fragment, held, decode)
@@ -440,7 +456,11 @@ class GossipExchange(AsynchronousExchange):
     def _kept_untrusted(
         self, section: Section, fragment: int, held: HeldSnapshot, decode: Callable[[], PartnerUpdate]
     ) -> KeptPublication:
-        """Look at what was pulled, one at a time: what is decoded of a large model takes much memory."""
+        """Judge a pulled publication, one at a time since decoding a large model's takes much memory.
+
+        Of a large model only the bytes are kept, to be decoded again at the merge, unless a rule changed or needs the
+        vectors.
+        """
         with self._decoding:
             arrival = decode()
             accepted = self._accept_untrusted(section, fragment, held, arrival)
@@ -481,8 +501,12 @@ class GossipExchange(AsynchronousExchange):
     # ------------------------------------------------------------- present weights
 
     def _is_old(self, round: int) -> bool:
-        """Whether what this peer has is to be given up. Where nobody else trains, no merge would bring what the archive
-        has, so that this must not be ahead at all: nor where whoever did does not answer, and may have been killed."""
+        """Return whether this peer's own state is to be given up.
+
+        It is if it is too many rounds behind. Where nobody else who answers has trained, it must not be behind the
+        archive at all: no merge would bring what the archive has. A volunteer that trained and does not answer may have
+        been killed.
+        """
         members = self.swarm.membership
         if is_too_old(round, [info.round for info in members.volunteers()], self.run.merge.max_staleness_rounds):
             return True
@@ -490,7 +514,7 @@ class GossipExchange(AsynchronousExchange):
         return not merges and any(info.round > round for info in members.live() if info.is_bootstrap)
 
     def present_state(self, progress: Progress) -> Replaced | None:
-        """See `SwarmExchange`: the consensus, unless what this peer has is as good as new."""
+        """See `SwarmExchange`: the consensus, unless this peer's own state is recent enough."""
         self._fresh = True
         has_own = progress.round > 0
         for _ in range(_TRIES):
@@ -510,7 +534,7 @@ class GossipExchange(AsynchronousExchange):
         )
 
     def final_theta(self, own: Tensor) -> Tensor:
-        """See `SwarmExchange`: the consensus of all who have finished. Waits for those who are about to."""
+        """See `SwarmExchange`: the consensus of all that have finished. Waits up to 20 s for those about to."""
         swarm, total = self.swarm, self.run.run.total_tokens
         wait_for(self.network.submit(self.gossip.stop()), self.stop)  # nothing is merged any more
         give_up_s = time.monotonic() + _LAST_ROUND_S
@@ -529,13 +553,13 @@ class GossipExchange(AsynchronousExchange):
         return mean_of_near([own, *others], self._layout, out=others[0])[0]
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
-        """See `SwarmExchange`: what was merged of whom, and who has seen which data."""
+        """See `SwarmExchange`: what was merged of each peer, what is usual, and which data has been seen."""
         coverage = self.swarm.coverage
         seen = {} if coverage is None else {_COVERAGE: coverage.kept}
         return {_LEDGER: self.gossip.rows, _CLIPPED: self._clipped, **seen}
 
     def _clipped(self) -> list[dict[str, Any]]:
-        """What is usual here of each fragment."""
+        """Return what is usual here, by fragment."""
         return [{name: give() for name, give in each.kept().items()} for each in self._robustness]
 
     def restore(self, extra: Mapping[str, Any]) -> None:
@@ -556,11 +580,12 @@ class GossipExchange(AsynchronousExchange):
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:
-        """The others' present weights; None if nobody delivers any of `least_round` or later."""
+        """Fetch the consensus of the others' present weights; None if nobody delivers any of `least_round` or later."""
         swarm = self.swarm
         live = swarm.membership.live()
         volunteers = [info.peer for info in callable_first(swarm.membership.volunteers())]
         sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
+        # Volunteers first; the bootstrap's archive is older.
         for peers in (sample, [info.peer for info in live if info.is_bootstrap]):
             fetching = self.network.submit(swarm.states.fetch(peers, 1))
             states = wait_for(fetching, self.stop, lambda: self.on_arriving(swarm.store.arriving))

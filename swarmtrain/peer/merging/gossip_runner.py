@@ -1,6 +1,7 @@
-"""Drives the engine of gossip in a real peer: its commands run in the network's thread, on a pool, or at the trainer.
+"""Drives the gossip engine in a real peer, and executes its commands.
 
-One lock lies around the engine, for the microseconds in which it decides; whatever takes longer is done outside of it.
+Commands run in the network thread, on a pool of threads, or at the trainer. A lock around the engine is held only for
+the microseconds in which it decides; everything slower happens outside the lock.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ __all__ = ["Engine", "GossipRunner", "Merging"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
-"""At least so often it is looked whether others have come, while merges are planned."""
+"""Seconds between two looks for new partners while merges are planned."""
 
 Engine: TypeAlias = GossipEngine[HeldSnapshot, KeptPublication, PreparedMerge]
 _Event: TypeAlias = GossipEvent[HeldSnapshot, KeptPublication, PreparedMerge]
@@ -62,21 +63,24 @@ _Command: TypeAlias = GossipCommand[HeldSnapshot, KeptPublication, PreparedMerge
 
 
 class Merging(Protocol):
-    """What is done with tensors, on a pool of threads, and told of what came."""
+    """Work on tensors that the engine asks for. `decode_untrusted` and `prepare` run on a pool of threads."""
 
     def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
-        """What of a publication may enter a merge. BadBytesError if nothing may."""
+        """Return what of a publication may enter a merge. Raises BadBytesError if nothing may."""
 
     def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
-        """All of a merge that does not need this peer's own gradient."""
+        """Compute everything of a merge that does not need this peer's own gradient."""
 
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
-        """What was decoded counts. In the network's thread."""
+        """Count what was decoded. Runs in the network thread."""
 
 
 class GossipRunner:
-    """Any thread may call `merge_due`, `plan`, `took_states`, `gradient_format`, `places` and `rows`;
-    the rest belongs to the network's."""
+    """Executes a gossip engine's commands.
+
+    Any thread may call `merge_due`, `plan`, `took_states`, `gradient_format`, `places` and `rows`; the other methods
+    belong to the network thread.
+    """
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class GossipRunner:
         self.engine, self._puller, self._membership, self._merging = engine, puller, membership, merging
         self._refused = refused
         self._expected_s = expected_s
-        """How long so many bytes would take, before the first pull."""
+        """Seconds that so many bytes are expected to take before the first pull; None if unknown."""
         self._lock = threading.Lock()
         self._told_version = -1
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -101,15 +105,18 @@ class GossipRunner:
     def merge_due(
         self, round: int, fragment: int, *, may_catch_up: bool
     ) -> MergeFragment[HeldSnapshot, KeptPublication, PreparedMerge] | FetchConsensus:
-        """A fragment is merged now: with what is ready, or this peer is to take the others' weights. Returns at
-        once."""
+        """Ask what to merge now into a fragment: what is ready, or an order to take the others' weights. Returns at
+        once.
+        """
         (command,) = self._receive(MergeDue(round, fragment, may_catch_up))
         assert isinstance(command, MergeFragment | FetchConsensus)
         return command
 
     def plan(self, round: int, plans: Sequence[MergePlan]) -> Coroutine[Any, Any, None]:
-        """A round begins, or more is known by now of when fragments are merged. What is returned is to be run soon in
-        the network's thread."""
+        """Report that a round begins, or that the times of merges are better known.
+
+        Run the returned coroutine soon, in the network thread.
+        """
         commands = self._receive(MergesPlanned(round, plans))
 
         async def follow() -> None:
@@ -120,38 +127,40 @@ class GossipRunner:
         return follow()
 
     def took_states(self, told: Sequence[Sequence[Mapping[str, Place]]], rounds: Mapping[str, int], round: int) -> None:
-        """This peer goes on in `round` from the mean of some states; see `ConsensusTaken`."""
+        """Report that this peer continues in `round` from the mean of some states; see `ConsensusTaken`."""
         self._receive(ConsensusTaken(round, told, rounds))
 
     def gradient_format(self, round_s: float) -> GradientFormat:
-        """In which format to publish pseudo-gradients in a round that lasts so long (0: it is not known)."""
+        """Return the format for pseudo-gradients in a round of `round_s` seconds (0: unknown)."""
         with self._lock:
             self._tell_of_others()
             return self.engine.gradient_format(round_s, self._puller.calls.node.traffic.up.bytes_per_s)
 
     def places(self, round: int) -> list[dict[str, Place]]:
-        """Up to where each peer is in this one's weights, of each fragment; `round` is the last that it has ended."""
+        """Return for each fragment how far each peer is in this one's weights; `round` is the last that this peer
+        ended.
+        """
         with self._lock:
             return self.engine.places(round)
 
     def rows(self) -> list[list[list[str | int]]]:
-        """What was merged of whom, of each fragment, as a checkpoint keeps it."""
+        """Return what was merged of each peer, by fragment, in the form that a checkpoint keeps."""
         with self._lock:
             return self.engine.rows()
 
     def load(self, rows: Sequence[Iterable[Sequence[object]]]) -> None:
-        """Go on from what `rows` gave. ValueError if they are anything else."""
+        """Restore what `rows` gave. Raises ValueError if it is malformed."""
         with self._lock:
             self.engine.load(rows)
 
     # ------------------------------------------------------------- the network's thread
 
     def called(self, peer: str) -> None:
-        """It has called this peer."""
+        """Note that a peer has called this one."""
         self._happened(PeerCalled(peer))
 
     async def stop(self) -> None:
-        """Pull nothing more, until more is planned from now on."""
+        """Cancel all pulls; none begin until merges are planned again."""
         self._happened(PullsPaused())
         await end_tasks(self._tasks.values())
         self._tasks.clear()  # one that never ran has not ended either
@@ -163,6 +172,7 @@ class GossipRunner:
 
     def _tell_of_others(self) -> None:
         version = self._membership.version
+        # Only when membership has changed: the list may be long, and most events find the same peers.
         if version != self._told_version:
             self._told_version = version
             self.engine.receive(PartnersChanged(self._membership.volunteers()), swarm_time())
@@ -195,7 +205,7 @@ class GossipRunner:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        """To wake the engine when it wants to, or others have come."""
+        """Set the timer for the engine's next wake-up, and for a look at who has joined."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -244,5 +254,5 @@ class GossipRunner:
             return MergePrepared(command.number, await asyncio.to_thread(self._merging.prepare, command))
         except Exception:  # a task's boundary: one bad publication must not cost all later merges
             peers = ", ".join(one.peer for one in command.pulled)
-            _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
+            _log.exception("gossip: could not prepare a merge with what was pulled from %s", peers)
             return MergePrepared(command.number, None)

@@ -1,4 +1,4 @@
-"""What a peer keeps of a publication until it is merged."""
+"""What a peer keeps of a pulled publication until it is merged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ __all__ = ["KeptPublication"]
 
 @dataclass(frozen=True)
 class KeptPublication:
-    """What was pulled and may be merged. Of a large model it is kept as its bytes: decoded it takes four to sixteen
-    times as much."""
+    """Publication that was pulled, checked and may be merged.
+
+    For a large model only its bytes are kept and decoded again at the merge: decoded it takes four to sixteen times as
+    much memory.
+    """
 
     tokens: float
     decoded: Callable[[], PartnerUpdate]
     is_made_anew: bool = False
-    """Each time, so that whoever asks may write into it."""
+    """True if each call of `decoded` returns new tensors, which the caller may write into."""

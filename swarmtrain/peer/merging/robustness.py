@@ -1,7 +1,7 @@
-"""What a partner's publication may do to a merge: `merge.robust`, applied once to each as it arrives.
+"""Limits on what a partner's publication may do to a merge: `merge.robust`, applied once to each as it arrives.
 
-`algorithm.robust` has the rules and says what they bound. Called from several threads: the one that decodes what
-arrives, and the one that hands over this peer's own publications.
+`algorithm.robust` has the rules and what they bound. Several threads call this module: the one that decodes what
+arrives, and the one that publishes this peer's own updates.
 """
 
 from __future__ import annotations
@@ -36,46 +36,52 @@ _log = logging.getLogger(__name__)
 _LEAST_INPUTS = 2
 _LEAST_OF_OURS = 4
 _ABSURD = 0.01
-"""What would have to be cut to less than this, in every tensor, is not worth the rest, and not taken at all."""
+"""A publication whose every tensor would be cut to less than this share is refused whole."""
 _TELLS_AFTER = 40
-"""Own publications, of two long rounds or five short ones: before, while the learning rate rises, gradients grow so
-fast that honest ones are cut too. Counted anew when this peer comes back: what it takes for usual may be old then."""
+"""Own publications before peers are named: 40 are two long rounds or five short ones. While the learning rate rises,
+gradients grow so fast that honest ones are cut too. The count restarts when this peer comes back, since what it
+considers usual may be outdated.
+"""
 _MET_AFTER = 16
 _MET_WITHIN = 0.5
-"""Independent random weights are 1.4 times their size apart."""
+"""Relative distance below which peers' weights count as close; independent random weights are 1.4 times their size
+apart.
+"""
 
 
 class Naming:
-    """Reports a peer's incidents once they repeat (`protocol.gossip.cut_history`), in all fragments; thread-safe."""
+    """Reports a peer's incidents once they repeat (`protocol.gossip.cut_history`), over all fragments. Thread-safe."""
 
     def __init__(self, told: Callable[[str, ClipIncident], None]) -> None:
-        """`told` hears of each incident of a peer that is to be named, with its PeerID."""
+        """`told` is called with the PeerID and each incident of a peer that is to be named."""
         self._told = told
         self._history = CutHistory()
         self._lock = threading.Lock()
 
     def look(self, peer: str, kind: str, round: int, incidents: Sequence[ClipIncident]) -> None:
-        """A publication of `kind` from the author's `round` was looked at, and these came of it, or none."""
+        """Record that a publication of `kind` from the author's `round` was examined, and the incidents it caused, if
+        any.
+        """
         with self._lock:
             is_named = self._history.look(peer, kind, round, is_cut=bool(incidents))
         for each in incidents if is_named else ():
             self._told(peer, each)
 
     def forget(self) -> None:
-        """This peer has come back."""
+        """Forget all incidents: this peer has come back."""
         with self._lock:
             self._history.forget()
 
 
 class Robustness:
-    """The clips of one peer, which remember what is usual. With the rule "none" nothing is clipped.
+    """Clips of one peer and what they have learned to be usual. With the rule "none" nothing is clipped. Thread-safe.
 
-    With `met` False, peers that began with weights of their own, distances are not clipped until `merged` was told
-    that they are close, and directions are not judged: gradients of such weights have none in common.
+    `met` False is for peers that began with different weights. Then distances are not clipped until `merged` reports
+    that the weights are close, and directions are not judged: gradients of such weights have none in common.
     """
 
     def __init__(self, rule: str, layout: Layout, naming: Naming, *, met: bool = True) -> None:
-        """`naming` hears of what was looked at once enough is known for a cut to mean something."""
+        """`naming` gets each examined publication once enough is known for a cut to mean something."""
         self.rule = rule
         self._naming = naming
         self._groups = per_tensor([place.stop - place.start for place in layout.slices])
@@ -86,8 +92,10 @@ class Robustness:
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: PartnerUpdate, own_theta: Tensor, round: int) -> PartnerUpdate:
-        """What of `arrival`, of the author's `round`, may enter a merge with `own_theta`, (P,). BadBytesError if
-        nothing may."""
+        """Return what of `arrival`, of the author's `round`, may enter a merge with `own_theta` (P,).
+
+        Raises BadBytesError if nothing may.
+        """
         if self.rule == "none":
             return arrival
         tokens, found = arrival.tokens, dict[str, list[ClipIncident | None]]()
@@ -109,13 +117,14 @@ class Robustness:
             if cut.incident is not None and max(cut.factors) < _ABSURD:
                 raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}", code="far-from-usual")
             found.setdefault(kind, []).append(cut.incident)
+        # A cut is safe and applies at once; naming a peer accuses it, and needs more knowledge (decision 55).
         if self._num_learned >= _TELLS_AFTER:
             for kind, incidents in found.items():
                 self._naming.look(peer, kind, round, [each for each in incidents if each is not None])
         return arrival
 
     def _trusted_untrusted(self, peer: str, arrival: PartnerUpdate) -> tuple[PartnerUpdate, ClipIncident | None]:
-        """What the rule "direction" makes of it. BadBytesError if it must not be taken."""
+        """Apply the rule "direction". Raises BadBytesError if the gradient must be refused."""
         found = self._directions.judge(peer, arrival.gradient, arrival.tokens)
         if found.refusal is not None:
             raise BadBytesError(found.refusal.detail, code="against-own")
@@ -124,9 +133,11 @@ class Robustness:
         return PartnerUpdate(arrival.theta, gradient, tokens, lengthened=found.factor), found.incident
 
     def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor, round: int) -> Tensor:
-        """What of a worker's pseudo-gradient (P,) of its `round` may enter the weights `theta`, (P,), of a server,
-        which has none of its own to compare it with: nothing longer than the weights themselves, before enough is
-        known to say more."""
+        """Return what of a worker's pseudo-gradient (P,) of its `round` may enter a server's weights `theta` (P,).
+
+        A server has no gradient of its own to compare with. Before enough is known to say more, the limit is the length
+        of the weights themselves.
+        """
         if self.rule == "none":
             return gradient
         norm, most = float(gradient.norm()), float(theta.norm())
@@ -141,7 +152,7 @@ class Robustness:
         return clipped.vector
 
     def learn(self, gradient: Tensor, tokens: int) -> None:
-        """An own pseudo-gradient (P,) of so many tokens: what is usual here."""
+        """Learn from an own pseudo-gradient (P,) of `tokens` tokens what is usual here."""
         if self.rule != "none":
             with self._lock:
                 self._num_learned += 1
@@ -151,18 +162,21 @@ class Robustness:
                     self._directions.learn(gradient, tokens)
 
     def merged(self, displacement: float) -> None:
-        """How far apart the last merge's weights were, relative to their size. After some merges distances count
-        whatever they are: one that stays far off must not keep the rule away."""
+        """Record how far apart the last merge's weights were, relative to their size.
+
+        After 16 merges distances are clipped whatever they are: a peer that stays far off must not keep the rule
+        disabled.
+        """
         self._num_merged += 1
         if displacement < _MET_WITHIN or self._num_merged >= _MET_AFTER:
             self._displacements.enabled = True
 
     def kept(self) -> dict[str, Callable[[], Any]]:
-        """What gives what a checkpoint keeps, by name."""
+        """Return functions, by name, that give what a checkpoint keeps."""
         return {_GRADIENTS: lambda: self._gradients.history, _DISPLACEMENTS: lambda: self._displacements.history}
 
     def restore(self, extra: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept. ValueError or TypeError, changing nothing, if it is something else."""
+        """Restore what a checkpoint kept. Raises ValueError or TypeError, changing nothing, if it is malformed."""
         gradients = GradientClip(self._groups, extra.get(_GRADIENTS, ()))
         history = extra.get(_DISPLACEMENTS, ())
         displacements = DisplacementClip(enabled=self._displacements.enabled, history=history)
@@ -170,25 +184,27 @@ class Robustness:
             self._gradients, self._displacements = gradients, displacements
 
     def comes_back(self) -> None:
-        """This peer has taken the others' present weights: nobody is named before it has published enough again."""
+        """Note that this peer took the others' present weights: nobody is named until it has published enough again."""
         self._naming.forget()
         with self._lock:
             self._num_learned = 0
 
 
 def apart(rule: str, arrivals: Sequence[PartnerUpdate]) -> tuple[PartnerUpdate, ...]:
-    """What of `arrivals` `robust_mean` needs one by one, beside their mean."""
+    """Return those of `arrivals` that `robust_mean` needs one by one, besides their mean."""
     return tuple(arrival for arrival in arrivals if arrival.tokens) if mean_of(rule) is not None else ()
 
 
 @torch.no_grad()
 def robust_mean(rule: str, gradients: Sequence[Tensor], tokens: Sequence[float]) -> Tensor | None:
-    """The mean that `rule` puts in place of the token-weighted one, of gradients (P,) of so many tokens, the own one
-    first; None where it has none, or too few are there.
+    """Return the mean by `rule` of gradients (P,) with their tokens, the own one first; None to use the token-weighted
+    mean.
 
-    They are compared as if each had as many tokens as weigh in the token-weighted mean: a part of a round is shorter
-    than a whole one, and would be what is trimmed. Where another package's rule fails on them, the own one is what
-    counts: they may have been sent for that. Raises `RunTimeError` for a rule that is wrong whatever is sent."""
+    None is returned if the rule has no mean of its own or there are too few gradients. Gradients are compared as if
+    each had the tokens that weigh in the token-weighted mean: a part of a round is shorter than a whole one and would
+    be trimmed for that. If another package's rule fails on them, the own gradient counts alone, since they may have
+    been sent to make it fail. Raises `RunTimeError` for a rule that is wrong whatever is sent.
+    """
     mean_by_rule = mean_of(rule)
     if mean_by_rule is None or len(gradients) < (_LEAST_OF_OURS if is_ours(rule) else _LEAST_INPUTS):
         return None
@@ -203,7 +219,7 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
     try:
         mean = mean_by_rule(gradients, factors)
     except Exception as error:
-        _log.warning('merge.robust = "%s": the rule failed (%r): this merge has no others', rule, error)
+        _log.warning('merge.robust = "%s": the rule failed (%r): merging without other peers', rule, error)
         return own
     if versions != [gradient._version for gradient in gradients]:
         raise RunTimeError(
@@ -216,6 +232,6 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
             code="merge-package-broken",
         )
     if not mean.isfinite().all():
-        _log.warning('merge.robust = "%s": the rule gave numbers that are not finite: this merge has no others', rule)
+        _log.warning('merge.robust = "%s": the rule gave non-finite numbers: merging without other peers', rule)
         return own
     return mean

@@ -1,8 +1,8 @@
-"""The trainer's side of the network: its two calls, answered by a `Swarm` in the network thread.
+"""Trainer's calls to the network, answered by a `Swarm`; and the exchange of synchronous rounds.
 
-`SwarmExchange` is what all ways to merge have in common; `RosterExchange` is the synchronous one, where the trainer's
-share of a round's end is one snapshot (hashed and signed here, since the roster needs the hash) and the wait for the
-mean.
+`SwarmExchange` has what all merge methods share. `RosterExchange` is the synchronous one: at a round's end the trainer
+makes one snapshot (hashed and signed here, because the roster needs the hash) and waits for the mean. The trainer's
+thread calls; whatever touches the swarm is submitted to the network thread.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _OFFER_S = 30.0
 
 @dataclass
 class SwarmExchange(ABC):
-    """The trainer's calls, answered by a `Swarm` in the network thread."""
+    """Answers the trainer's calls through a `Swarm` in the network thread. Merge methods derive from it."""
 
     network: NetworkThread
     swarm: Swarm
@@ -62,19 +62,19 @@ class SwarmExchange(ABC):
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     on_arriving: Callable[[HeldSnapshot | None], None] = lambda held: None
-    """Called some times a second while it waits for another peer's state, with what is here of it."""
+    """Called several times a second while the peer waits for another's state, with the part that has arrived."""
     keeps_in_step: ClassVar[bool] = False
-    """Whether paced rounds end when others' do."""
+    """True if paced rounds are timed to end when those of others do."""
     num_missing: int = field(default=0, init=False)
-    """Volunteers that it waits for before the first round."""
+    """Volunteers still missing before the first round may begin."""
     num_steps: int = field(default=0, init=False)
     """Inner steps taken in this process."""
     round_steps: int = field(default=0, init=False)
-    """Inner steps of this round, those included that it came too late for."""
+    """Inner steps of this round, including those that a late joiner missed."""
     _skipped_steps: int = field(default=0, init=False)
     _traffic: tuple[int, int] = field(default=(0, 0), init=False)
     _fresh: bool = field(default=True, init=False)
-    """The next round is the first, or the first with a state taken from another peer."""
+    """True if the next round is the first one, or the first with a state taken from another peer."""
     _first: bool = field(default=True, init=False)
     _offered: Progress | None = field(default=None, init=False)
 
@@ -106,54 +106,54 @@ class SwarmExchange(ABC):
     # ------------------------------------------------------------- what a volunteer asks
 
     def serving(self) -> Serving:
-        """What its peer serves from when it enters the swarm."""
+        """Return what this peer serves to others from the moment it enters the swarm."""
         return Serving()
 
     @abstractmethod
     def present_state(self, progress: Progress) -> Replaced | None:
-        """The swarm's present state, if it holds against `progress`, what this peer has: before its first round, or its
-        first after a pause. None to go on with what it has: a checkpoint, or the initial weights if nobody has
-        merged a round yet.
+        """Return the swarm's present state if it is preferred to what this peer has; None to keep the own state.
 
-        Raises RunTimeError when others have trained, this peer has nothing, and nobody delivers.
+        Called before the first round, and before the first after a pause. The own state is a checkpoint, or the initial
+        weights if nobody has merged a round yet. Raises RunTimeError when others have trained, this peer has nothing,
+        and nobody delivers.
         """
 
     def offer(self, state: OuterState, progress: Progress) -> None:
-        """Serve `state` to joiners and those who missed a round from now on."""
+        """Serve `state` to joiners and to peers that missed a round, from now on."""
         if progress is not self._offered:
             self._offered = progress
             offering = self._offer(progress, body_of(state.theta, state.momentum))
             self.network.run(offering, _OFFER_S)  # not given up for an end that is asked for: the round was merged
 
     async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
-        """In the network thread."""
+        """Serve the state and announce it. Runs in the network thread."""
         self.swarm.set_state(progress, body)
         self.swarm.presence.describe(
             round=progress.round, steps_per_s=self.swarm.presence.me.steps_per_s, run_tokens=progress.run_tokens
         )
 
     def kept(self) -> Mapping[str, Callable[[], Any]]:
-        """What gives what a checkpoint keeps of this, by name; anything JSON can hold."""
+        """Return functions, by name, that give what a checkpoint keeps of this exchange; the values must fit JSON."""
         return {}
 
     def restore(self, extra: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to restore
-        """Go on from what a checkpoint kept."""
+        """Restore what a checkpoint kept."""
 
     def final_theta(self, own: Tensor) -> Tensor:
-        """The run's weights at its end, given this peer's `own` (P,)."""
+        """Return the run's final weights (P,), given this peer's `own` (P,)."""
         return own
 
     def still_needed(self, last: Progress) -> str:
-        """Why this peer, done with the run, should stay; empty when nobody needs it."""
+        """Return why this peer should stay after the run's end; empty if nobody needs it."""
         return still_needed(self.swarm.membership, last)
 
     def data_seen(self) -> dict[str, int | None]:
-        """What a round's event says of the data: the shard it was drawn from, and how many nobody has seen."""
+        """Return the data fields of a round's event: the round's shard, and the number of shards nobody has seen."""
         coverage = self.swarm.coverage
         return {} if coverage is None else {"shard": coverage.shard, "unseen_shards": coverage.num_unseen}
 
     def traffic_since_last(self) -> tuple[int, int]:
-        """Bytes sent and received since the last call."""
+        """Return the bytes sent and received since the last call."""
         traffic = self.swarm.node.traffic
         now = (traffic.sent_bytes, traffic.received_bytes)
         sent, received = now[0] - self._traffic[0], now[1] - self._traffic[1]
@@ -163,13 +163,13 @@ class SwarmExchange(ABC):
     # ------------------------------------------------------------- in common
 
     def _begin(self, inner_steps: int) -> None:
-        """A round of so many inner steps begins."""
+        """Note that a round of `inner_steps` steps begins."""
         if self._first:
             self.on_first_round(inner_steps)
         self._first = self._fresh = False
 
     def _check(self) -> None:
-        """Raise StopTraining if this peer is to end or to rest."""
+        """Raise StopTraining if this peer must end or pause."""
         self.stop.check()
         if self.pause.held:
             raise StopTraining
@@ -186,7 +186,9 @@ class SwarmExchange(ABC):
             self.stop.sleep(0.05)
 
     def _paced(self, steps_per_s: float) -> int:
-        """The inner steps of a round beside the other volunteers', with which it keeps in step or not."""
+        """Return the inner steps of a round, paced by the other volunteers' speeds, and in step with them if the method
+        does that.
+        """
         section, now, membership = self.run.merge, swarm_time(), self.swarm.membership
         others = membership.volunteers()
         ends_s = [
@@ -206,18 +208,18 @@ class SwarmExchange(ABC):
 
 
 def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
-    """What answers the trainer's calls where peers merge like that."""
+    """Return the exchange class of a merge method."""
     kind: type[SwarmExchange] = load_part(method.exchange)
     return kind
 
 
 @dataclass
 class RosterExchange(SwarmExchange):
-    """Synchronous rounds: a round's end waits for the mean over a roster."""
+    """Exchange of synchronous rounds: at a round's end the trainer waits for the mean over a roster."""
 
     _merge: Future[Outcome] | None = field(default=None, init=False)
     _started_s: float = field(default=0.0, init=False)
-    """When this round's inner steps began."""
+    """Swarm time at which this round's inner steps began."""
 
     def __post_init__(self) -> None:
         self.archives = ArchiveWatch(self.network, self.swarm, self.stop)
@@ -236,6 +238,7 @@ class RosterExchange(SwarmExchange):
             self.swarm.rounds.begin(guest=guest)
             self.swarm.rounds.inner_steps_done = self._skipped_steps
             self.swarm.presence.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
+            # Counts this peer too.
             return len(self.swarm.membership.volunteers()) + 1
 
         num_peers = wait_for(self.network.submit(begin()), self.stop)
@@ -244,8 +247,10 @@ class RosterExchange(SwarmExchange):
         return Start(inner_steps=inner_steps, num_peers=num_peers)
 
     def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, bool]:
-        """A round's inner steps, the full number, fewer for one that comes late, fewer for a slower peer if paced; and
-        whether it comes late, so that nobody waits for it."""
+        """Return a round's inner steps, and whether this peer comes late to the round.
+
+        A late peer takes fewer steps and nobody waits for it. A slower peer also takes fewer if the run is paced.
+        """
         section = self.run.merge
         others = [(info.round, info.inner_steps_done) for info in self.swarm.membership.volunteers()]
         if round == 0 and section.min_peers > 1:
@@ -278,6 +283,7 @@ class RosterExchange(SwarmExchange):
         if not isinstance(outcome, RosterMean):
             return self._replaced(outcome)
         if (archived := self.archives.state_that_holds()) is not None:
+            # The bootstrap's archive may hold a state that is preferred to this round's result; see `ArchiveWatch`.
             return self._replaced(archived)
         roster = outcome.roster
         return Averaged(
@@ -294,7 +300,7 @@ class RosterExchange(SwarmExchange):
         return replaced
 
     def _adopted(self, new: NewState) -> Replaced:
-        """Take a state as ours, and look again how far its round is: we come into it late."""
+        """Adopt another peer's state, then check how far its round is, because this peer comes into that round late."""
         state, progress = state_of(new)
 
         async def look() -> None:
@@ -313,7 +319,7 @@ class RosterExchange(SwarmExchange):
             self.swarm.rounds.begin(guest=False)  # it will train this round whole: those who begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
-        """See `SwarmExchange`. The next round is then one that it comes into late."""
+        """See `SwarmExchange`. The next round is then one that this peer comes into late."""
         self._fresh = True
         live, search = self.swarm.membership.live(), self.swarm.rounds.search
         peers = [info.peer for info in live if not info.is_bootstrap]

@@ -1,8 +1,8 @@
-"""What takes the place of the token-weighted mean of pseudo-gradients, by its name in `merge.robust`.
+"""Robust means that replace the token-weighted mean of pseudo-gradients, by their name in `merge.robust`.
 
-Ours are in `algorithm.robust`. "PACKAGE:RULE" is a function of another package, an entry point of the group
-`swarmtrain.merge_rules`: whoever installs the package here, with pip, chooses to run it. A run file only names it;
-nothing that is run ever comes from another peer.
+The built-in ones are in `algorithm.robust`. "PACKAGE:RULE" names a function of another package, an entry point of the
+group `swarmtrain.merge_rules`. Only packages that the user has installed with pip are run: a run file names a rule, and
+no code ever comes from another peer.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ __all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
 GROUP = "swarmtrain.merge_rules"
 
 Mean: TypeAlias = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
-"""Of fp32 gradients (P,), the own one first, each times its factor: one of the same size. None is written into."""
+"""Function of fp32 gradients (P,), the own one first, and a factor for each; returns their mean (P,). It must not write
+into them.
+"""
 
 _OURS: dict[str, Mean] = {"trimmed": trimmed_mean, "flag": flag_mean}
 
 
 def is_ours(rule: str) -> bool:
-    """Whether that mean is one of `algorithm.robust`."""
+    """Return whether the rule is one of `algorithm.robust`."""
     return rule in _OURS
 
 
 @functools.cache
 def mean_of(rule: str) -> Mean | None:
-    """The mean of that rule; None where it keeps the token-weighted one. Raises `RunFileError`, which names the
-    package, if that is not here or has no such function."""
+    """Return the mean of that rule, or None if it keeps the token-weighted mean.
+
+    Raises `RunFileError`, naming the package, if the package or its function is missing.
+    """
     if ":" not in rule:
         return _OURS.get(rule)
     mean, place = brought("robust", rule, "rule", GROUP)
@@ -47,7 +51,9 @@ def mean_of(rule: str) -> Mean | None:
 
 
 def source_sha256(rule: str) -> str | None:
-    """Of the file that has another package's rule; None for ours. Errors are those of `mean_of`."""
+    """Return the SHA-256 of the file that defines another package's rule; None for a built-in one. Raises as `mean_of`
+    does.
+    """
     if mean_of(rule) is None or is_ours(rule):
         return None
     return file_sha256("robust", rule, entry_of("robust", rule, "rule", GROUP).module)

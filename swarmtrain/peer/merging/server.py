@@ -1,7 +1,7 @@
-"""The server of asynchronous Local-SGD (arXiv 2401.09135), inside the bootstrap: `merge.method = "server"`.
+"""Server of asynchronous Local-SGD (arXiv 2401.09135), run by the bootstrap with `merge.method = "server"`.
 
-It takes in each pseudo-gradient as it arrives, by delayed Nesterov, and publishes the weights that follow from it. It
-waits for nobody, and nobody for it. Its weights are the run's: the archive is a copy of them.
+It applies each pseudo-gradient as it arrives, by delayed Nesterov, and publishes the weights that follow. It waits for
+nobody, and nobody waits for it. Its weights are the run's; the archive is a copy of them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ __all__ = ["MergeServer"]
 _log = logging.getLogger(__name__)
 _DRAIN_S = 20.0
 _MAX_ENTERED = 256
-"""Of so many workers the weights say which rounds they have: more would not fit into a manifest."""
+"""Workers whose rounds are listed with the weights: more would not fit into a manifest."""
 _KEPT = "server"
 
 
 class MergeServer:
-    """Takes in what a run's workers hand in. Its coroutines run in the network thread; what computes does not."""
+    """Applies what a run's workers upload. Coroutines run in the network thread, computing on a pool."""
 
     def __init__(self, swarm: Swarm, state: OuterState, keep: Callable[[Checkpoint], None]) -> None:
-        """Begins with `state`; `keep` is called with what a checkpoint keeps, whenever the momentum was refreshed."""
+        """Start from `state`. `keep` is called with a checkpoint each time the momentum was refreshed."""
         self.swarm, self.section = swarm, swarm.published.run.merge
         section, rounds = self.section, swarm.rounds.settings
         self.arrivals = self.refreshes = 0
@@ -76,12 +76,12 @@ class MergeServer:
 
     @property
     def state(self) -> OuterState:
-        """The run's weights and momentum."""
+        """Weights and momentum of the run."""
         return self._outer.state
 
     @property
     def progress(self) -> Progress:
-        """The run after so many rounds, a round being what refreshes the momentum; one that has begun counts."""
+        """Progress of the run. A round is what one refresh of the momentum takes; one that has begun counts."""
         counts = self.swarm.tallying.contributions()
         round = self.refreshes + (self._outer.buffer.arrivals > 0)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
@@ -89,7 +89,7 @@ class MergeServer:
     # ------------------------------------------------------------- life
 
     def restore(self, kept: Checkpoint) -> None:
-        """Go on from what was kept. ValueError or TypeError, changing nothing, if it does not fit."""
+        """Continue from a checkpoint. Raises ValueError or TypeError, changing nothing, if it does not fit."""
         row = kept.extra.get(_KEPT)
         if not isinstance(row, Mapping) or kept.delta is None:
             raise ValueError("it is none of a server")
@@ -112,32 +112,30 @@ class MergeServer:
         self._outer, self.arrivals, self.refreshes = outer, arrivals, refreshes
 
     async def start(self) -> None:
-        """Serve the weights, and take in what comes from now on."""
+        """Serve the weights and accept uploads from now on."""
         self._serve()
         self._task = asyncio.create_task(self.intake.run())
         self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        """Take in nothing more; the weights stay as they are, and served."""
+        """Accept no more uploads; the weights stay as they are, and served."""
         if self._task is not None:
             await end_tasks([self._task])
             self._task = None
 
     async def drain(self) -> None:
-        """Take in what the workers still have; some seconds at most."""
+        """Accept what the workers still have, for 20 s at most."""
         await self.intake.drain(_DRAIN_S)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("the server's work ended", exc_info=error)
+            _log.error("a server task failed", exc_info=error)
             self.swarm.emit(
-                WarningEvent(
-                    message=f"part of the network's work ended ({error}); restart this peer", code="network-broke"
-                )
+                WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke")
             )
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:
-        """All that going on takes, with what others keep."""
+        """Return all that is needed to continue, together with the `extra` of other parts."""
         buffer = self._outer.buffer
         row = {
             "arrivals": self.arrivals,
@@ -156,17 +154,21 @@ class MergeServer:
         )
 
     async def settled(self, extra: Mapping[str, Any]) -> Checkpoint:
-        """`checkpoint`, taken while nothing enters."""
+        """Return `checkpoint`, taken while no gradient is being applied."""
         async with self._taking:
             return self.checkpoint(extra)
 
     # ------------------------------------------------------------- taking in
 
     async def take(self, peer: str, held: HeldSnapshot) -> None:
-        """Let what `peer` handed in enter the weights, unless it has. BadBytesError if it is no vector of numbers."""
+        """Apply the pseudo-gradient that `peer` uploaded, unless that round has entered already.
+
+        Raises BadBytesError if it is not a vector of numbers.
+        """
         gradient = await asyncio.to_thread(self._decode_untrusted, peer, held)
         manifest = held.snapshot.manifest
         async with self._taking:
+            # Decoding ran outside the lock: the same round may have entered meanwhile.
             if not self.marks.is_new(peer, manifest.round):
                 return
             await asyncio.to_thread(self._apply, gradient)
@@ -184,10 +186,11 @@ class MergeServer:
     def _apply(self, gradient: Tensor) -> None:
         outer = self._outer
         outer.num_arrivals = self._buffer_arrivals()
+        # The arrivals of one buffer share its constants, which change with the number of refreshes.
         if not outer.buffer.arrivals:
             outer.constants = self._constants()
         if not bool(torch.isfinite(outer.arrive(gradient).theta).all()):
-            _log.error("the weights are not finite any more")
+            _log.error("the weights are no longer finite")
         self.arrivals += 1
         self.refreshes += not outer.buffer.arrivals
 
@@ -197,7 +200,7 @@ class MergeServer:
         return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
 
     def _buffer_arrivals(self) -> int:
-        """N: as configured, or as many as there are workers."""
+        """Return N, the arrivals between two refreshes: the configured number, or the number of workers."""
         return self.section.buffer_arrivals or max(1, len(self.swarm.membership.volunteers()))
 
     def _too_old(self, manifest: pb.Manifest) -> str:
@@ -205,11 +208,11 @@ class MergeServer:
         return too_old(manifest.arrivals, self.arrivals, self._buffer_arrivals(), limit)
 
     def _tell_too_old(self, peer: str, reason: str) -> None:
-        _log.info("what %s handed in is not taken: %s", peer, reason)
+        _log.info("rejected the upload of %s: %s", peer, reason)
         if self._named.is_due(peer, swarm_time()):
             info = self.swarm.membership.info(peer)
             name = (info.name if info is not None else "") or short_peer(peer)
-            message = f"what {name} handed in is not taken: {reason}; it goes on from the newest weights"
+            message = f"rejected the upload of {name}: {reason}; it continues from the newest weights"
             self.swarm.emit(WarningEvent(message=message, code="update-too-old"))
 
     def _tell_clipped(self, peer: str, incident: ClipIncident) -> None:
@@ -218,7 +221,7 @@ class MergeServer:
     # ------------------------------------------------------------- serving
 
     def _serve(self) -> None:
-        """Publish the present weights to the workers, and the state to joiners. In the network thread."""
+        """Publish the present weights to the workers and the state to joiners. Runs in the network thread."""
         state, arrivals, progress = self.state, self.arrivals, self.progress
         if not arrivals:
             return  # everybody has the initial weights

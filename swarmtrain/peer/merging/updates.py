@@ -1,6 +1,6 @@
-"""What goes into a merge and what it brings: this peer's contribution, and for each way to merge the outer update.
+"""Inputs and results of a merge: this peer's local update, and the outer update of each merge method.
 
-A contribution lends the model's weights, of which whoever asks first makes the pseudo-gradient.
+A local update lends the model's weights; whichever thread first asks for the pseudo-gradient computes it.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ __all__ = [
 
 
 _FEW = 1 << 18
-"""Of so few numbers the difference is taken in two calls: each gives Python's lock away and waits to have it back."""
+"""Up to this size the difference takes two calls, since each call releases Python's lock and waits to get it back."""
 
 
 class LentWeights:
-    """The model's weights of one fragment as they are now, of which another thread makes the pseudo-gradient until a
-    step changes them.
+    """Present weights of one fragment, from which another thread computes the pseudo-gradient before the next step
+    changes them.
 
-    So publishing costs the trainer nothing, where nobody has begun by then the time of a copy, and no second copy of
-    the weights is made.
+    Publishing then costs the trainer nothing if another thread has begun by that time, and one copy otherwise; a second
+    copy of the weights is never made. Thread-safe.
     """
 
     def __init__(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
-        """The weights (Q,) at the fragment's last merge, and the model's tensors."""
+        """`theta` are the weights (Q,) at the fragment's last merge, `parameters` the model's tensors."""
         self._lent: tuple[Tensor, Sequence[Tensor]] | None = (theta, parameters)
         self._gradient: Tensor | None = None
         self._lock = threading.Lock()
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
-        """The pseudo-gradient (Q,); whoever asks first makes it."""
+        """Return the pseudo-gradient (Q,). The first call computes it."""
         with self._lock:
             if self._lent is not None:
                 self._gradient, self._lent = _difference(*self._lent), None
@@ -67,7 +67,7 @@ class LentWeights:
 
 
 def _difference(theta: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """theta (Q,) less the parameters, one after the other."""
+    """Return theta (Q,) minus the parameters, which are flattened in order."""
     if len(theta) < _FEW:
         reached = flatten(parameters)
         return torch.sub(theta, reached, out=reached)
@@ -81,7 +81,7 @@ def _difference(theta: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalUpdate:
-    """What a round has brought so far, and what it took to get there."""
+    """Result of a round so far: what was trained, and the publications' data."""
 
     round: int
     part: int  # of the round's, from 1, that has ended: some of them; with all steps since the round's start
@@ -93,22 +93,22 @@ class LocalUpdate:
     own_tokens: int  # all that this peer has trained on, these included
     base: str  # digest of the roster that led to the weights it starts from, "" before the first
     lent: tuple[LentWeights, ...] = ()
-    """With gossip: what each fragment's gradient is made of."""
+    """With gossip: the loans from which each fragment's gradient is computed."""
     values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict, repr=False)
-    """What is averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
+    """Values averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
 
     def gradient_of(self, fragment: int) -> Tensor:
-        """The pseudo-gradient of a fragment, (Q,) fp32: computed by who asks first."""
+        """Return the pseudo-gradient (Q,) fp32 of a fragment. The first call computes it."""
         return self.lent[fragment].gradient() if self.lent else self.gradient
 
     def take_back(self) -> None:
-        """The model's weights change from now on."""
+        """Compute all gradients now: the model's weights change afterwards."""
         for one in self.lent:
             one.gradient()
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The pseudo-gradient of a model in one piece, (P,) fp32."""
+        """Pseudo-gradient (P,) fp32 of a model that is one fragment."""
         if self.lent:
             (only,) = self.lent
             return only.gradient()
@@ -117,7 +117,7 @@ class LocalUpdate:
 
 
 class MergeFields(TypedDict, total=False):
-    """The fields of a round's event that tell of its merge; see `events.RoundEvent`."""
+    """Fields of a round's event that describe its merge; see `events.RoundEvent`."""
 
     partners: tuple[str, ...]
     weights: tuple[int, ...]
@@ -131,38 +131,41 @@ class MergeFields(TypedDict, total=False):
 
 
 class OuterUpdate(ABC):
-    """What a merge brings: how the next state is made, of a fragment or the whole model, and what the run counts by
-    then."""
+    """Result of collecting for a merge: it makes the next state of a fragment or of the whole model, and the next
+    counters.
+    """
 
     is_whole: ClassVar[bool] = True
-    """Of the whole model, with which its next round begins; else of one fragment, which the model goes on with."""
+    """True if it is of the whole model, with which the next round begins; False for one fragment, merged while training
+    continues.
+    """
     is_shared: ClassVar[bool] = False
-    """The weights that it leads to should be everybody's."""
+    """True if all peers should hold the weights that it leads to."""
     values: Mapping[tuple[Section, int], Tensor] = MappingProxyType({})
-    """To what it leads beside them, as `LocalUpdate.values`, where partners have brought some."""
+    """Averages of what is published beside the weights (see `LocalUpdate.values`), where partners brought some."""
 
     @abstractmethod
     def next_state(
         self, state: OuterState, own: LocalUpdate, fragment: int, constants: OuterConstants, rule: str
     ) -> OuterState:
-        """After `state`, given what this peer has brought itself; `rule` is `merge.robust`."""
+        """Return the state after `state`, given this peer's own update; `rule` is `merge.robust`."""
 
     @abstractmethod
     def next_progress(self, progress: Progress) -> Progress:
-        """After the round of whose last fragment this is."""
+        """Return the counters after the round that ends with this update."""
 
     @abstractmethod
     def told(self, before: Sequence[Self]) -> MergeFields:
-        """The fields of a round's event that tell of it, and of what fragments merged before in the round."""
+        """Return the fields of a round's event for this update and for the fragments merged before it in the round."""
 
     def kept(self) -> OuterUpdate:
-        """What is kept of it until the round is reported."""
+        """Return the part that is kept until the round is reported."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaged(OuterUpdate):
-    """The mean pseudo-gradient (P,) of everyone on the roster, with their tokens in the same order."""
+    """Mean pseudo-gradient (P,) of all peers on the roster, and their tokens in the same order."""
 
     is_shared: ClassVar[bool] = True
     gradient: Tensor
@@ -188,7 +191,7 @@ class Averaged(OuterUpdate):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInput:
-    """One of the publications that a merge is made of."""
+    """Publication that entered a merge."""
 
     peer: str
     round: int
@@ -209,7 +212,7 @@ def _pulled(merged: Sequence[MergeInput]) -> MergeFields:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pulled(OuterUpdate):
-    """Made of publications that were pulled, with the run's counts of tokens by now."""
+    """Update made of pulled publications, with the run's token counts."""
 
     merged: tuple[MergeInput, ...]
     run_tokens: int
@@ -222,12 +225,12 @@ class _Pulled(OuterUpdate):
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered(_Pulled):
-    """What was pulled from partners, ready to be merged."""
+    """Publications pulled from partners, ready to be merged into one fragment."""
 
     is_whole: ClassVar[bool] = False
     prepared: PreparedMerge
     apart: tuple[PartnerUpdate, ...] = ()
-    """The partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
+    """Partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
     values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict)
     """See `OuterUpdate`."""
 
@@ -254,7 +257,7 @@ class Gathered(_Pulled):
         }
 
     def kept(self) -> Gathered:
-        """See `OuterUpdate`: not the partners' publications, which are whole gradients."""
+        """See `OuterUpdate`: drops the partners' publications, which are whole gradients."""
         return replace(self, apart=(), values={})
 
 
@@ -263,7 +266,9 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 
 def _of_the_model(gathered: Sequence[Gathered]) -> list[MergeInput]:
-    """What was merged of each partner, of any fragment; of the tokens so many as the merged part of the model is."""
+    """Return what was merged of each partner over all fragments; tokens are weighted by the fragments' shares of the
+    model.
+    """
     size = sum(each.prepared.theta_mean.numel() for each in gathered)
     found: dict[str, MergeInput] = {}
     tokens = dict[str, float]()
@@ -283,7 +288,9 @@ def _of_the_model(gathered: Sequence[Gathered]) -> list[MergeInput]:
 
 @dataclass(frozen=True, kw_only=True)
 class Served(_Pulled):
-    """Where to go on with a server: its weights, moved on by what they lack; `merged` is empty where none came."""
+    """Weights to continue from with a server: the server's, moved on by what they lack. `merged` is empty if none
+    came.
+    """
 
     theta: Tensor
 
@@ -300,7 +307,7 @@ class Served(_Pulled):
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """The swarm's state, taken from another peer in place of a merge: this peer had missed one."""
+    """State of the swarm, taken from another peer in place of a merge that this peer had missed."""
 
     state: OuterState
     progress: Progress

@@ -1,7 +1,8 @@
-"""The loop that trains: batches, forward, backward and the optimizer, as long as its session wants steps.
+"""Training loops: draw batches, run forward and backward, step the optimizer, for as long as the session wants steps.
 
-It knows nothing of a swarm: before a step it asks the session how far the run is, after it it says how many tokens that
-took. What it has besides its parameters, a checkpoint keeps (`session.LoopState`).
+A loop knows nothing of the swarm. Before each inner step it asks its session how far the run is, and after the step it
+reports the tokens that were trained. Everything runs on the trainer's thread. A checkpoint keeps what a loop has
+besides its parameters (`session.LoopState`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants"
 
 
 def inner_constants(run: RunFile) -> InnerConstants:
-    """What AdamW and its schedule are told in this run."""
+    """Return the constants of AdamW and its schedule from the run file's [inner] section."""
     section = run.inner
     return InnerConstants(
         learning_rate=section.learning_rate,
@@ -41,7 +42,7 @@ def inner_constants(run: RunFile) -> InnerConstants:
 
 @dataclass(frozen=True)
 class InnerStep:
-    """What an inner step was made of: tokens, their mean loss, and the norm of their gradient before the clip."""
+    """Result of one inner step: its tokens, their mean loss (nats per token), and the gradient norm before the clip."""
 
     tokens: int
     loss: float
@@ -49,35 +50,37 @@ class InnerStep:
 
 
 class RoundOver(Exception):  # noqa: N818 - a signal, not an error
-    """Raised by `InnerLoop.step` where no further step will come: the round ends with those that it has."""
+    """Raised by `InnerLoop.step` when no further step will come: the round ends with the steps taken so far."""
 
 
 class InnerLoop(ABC):
-    """Inner steps, one after the other, with an AdamW of its own (DiLoCo's inner loop)."""
+    """Inner steps, one after the other, with AdamW (DiLoCo's inner loop)."""
 
     def __init__(self, parameters: ParameterSource, batches: BatchSource, constants: InnerConstants) -> None:
-        """`batches` may be drawn elsewhere: the loop chooses their shard, and a checkpoint keeps their position."""
+        """`batches` may be drawn elsewhere: the loop only chooses their shard, and a checkpoint keeps the position."""
         self.parameters, self.batches = parameters, batches
         self.inner = InnerOptimizer(parameters.named.items(), constants, parameters.take_back)
         self.young_steps: int | None = None
-        """Steps taken since this peer came late, with empty moments; None when it began with the others."""
+        """Steps taken since this peer joined late with empty moments; None if it began with the others."""
         self._has_moments = False
 
     @abstractmethod
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """One inner step, when the run has that share of its tokens; `scale` multiplies the learning rate.
+        """Take one inner step. `progress` is the share of the run's tokens trained so far; `scale` multiplies the
+        learning rate.
 
-        Raises RoundOver where no further step will come, StopTraining, changing no weights, when `should_stop` says so.
+        Raises RoundOver when no further step will come. Raises StopTraining, leaving the weights unchanged, when
+        `should_stop` returns True.
         """
 
     def train(self, session: Session) -> str:
-        """Steps until the session wants no more; returns why: "total_tokens" or "interrupted"."""
+        """Take steps until the session wants no more; return the reason: "total_tokens" or "interrupted"."""
         while (ahead := session.next_step()) is not None:
             self.train_step(session, ahead)
         return session.reason
 
     def train_step(self, session: Session, ahead: NextStep) -> None:
-        """The step that the session wants next."""
+        """Take the step that the session asked for, and report its outcome to the session."""
         if ahead.shard is not None:
             self.batches.use_shard(ahead.shard)
         try:
@@ -91,7 +94,9 @@ class InnerLoop(ABC):
             session.step(done.tokens, done.loss, grad_norm=done.grad_norm, learning_rate=learning_rate)
 
     def take_step(self, progress: float, should_stop: Callable[[], bool] = lambda: False) -> InnerStep:
-        """See `step`. A late joiner's moments are young, and its learning rate is scaled for that."""
+        """Call `step` with the learning rate scaled down while a late joiner's moments hold few steps (see
+        `moments_scale`).
+        """
         young = self.young_steps
         done = self.step(
             progress, 1.0 if young is None else moments_scale(young, self.inner.constants.beta2), should_stop
@@ -114,7 +119,10 @@ class InnerLoop(ABC):
         return LoopPart(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 
     def resume(self, part: LoopPart) -> None:
-        """See `LoopState`; `batches` must stand where the checkpoint does."""
+        """See `LoopState`. `batches` must already stand at the checkpoint's position.
+
+        Raises ValueError if it does not, or if the checkpoint's moments are only lent.
+        """
         if self.batches.position != part.batches:
             raise ValueError(f"the checkpoint stands at batch {part.batches}, the data at {self.batches.position}")
         if not isinstance(part.moments, Moments):
@@ -128,7 +136,7 @@ class InnerLoop(ABC):
             self.batches.next_batch()
 
     def weights_replaced(self) -> None:
-        """See `LoopState`: with moments of its own it goes on with those."""
+        """See `LoopState`. A loop that has moments of its own keeps them; otherwise it counts as a late joiner."""
         if not self._has_moments:
             self.young_steps = 0
 
@@ -138,7 +146,7 @@ class InnerLoop(ABC):
 
 
 class ModelLoop(InnerLoop):
-    """A whole model, on batches of its own data, in microbatches."""
+    """Loop that trains a whole model on batches of this peer's own data, in microbatches."""
 
     def __init__(
         self,
@@ -147,16 +155,19 @@ class ModelLoop(InnerLoop):
         batches: BatchSource,
         slowed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`slowed` is entered around each inner step; on leaving it, it may wait (`peer/local/slowdown.py`)."""
+        """`slowed` is entered around each inner step, and may sleep on exit (a rehearsal's slower machine,
+        `peer/local/slowdown.py`).
+        """
         super().__init__(HostParameters(model.named_parameters()), batches, inner_constants(run))
         self.run, self.model, self._slowed = run, model, slowed
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """See `InnerLoop`: one batch."""
+        """See `InnerLoop.step`: one step is one batch."""
         with self._slowed():
             batch = self.batches.next_batch()
             loss_sum = 0.0
             for part in torch.split(batch, self.run.microbatch_sequences):
+                # Asked between microbatches: a batch of a large model takes minutes, and Ctrl-C must not wait for it.
                 if should_stop():
                     self.inner.drop_gradients()
                     raise StopTraining

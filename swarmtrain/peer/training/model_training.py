@@ -1,4 +1,8 @@
-"""A volunteer that trains a whole model: what it prepares, and each step of its life (`volunteer.Training`)."""
+"""Training of a whole model by a volunteer: its preparation and each phase of its life (see `volunteer.Training`).
+
+All methods run on the main thread, which is also the trainer's thread. They reach the network only by submitting
+coroutines to the network thread (`context.wait`).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,7 @@ __all__ = ["ModelTraining", "prepare_model"]
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
 _LAST_READERS_S = 900.0
-"""Whoever is pulling this peer's last weights, over a slow link perhaps, is served on for so long."""
+"""Seconds that this peer serves on at the end while somebody still pulls its last weights, perhaps over a slow link."""
 _LAST_FLUSH_S = 1.0
 _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
@@ -59,7 +63,10 @@ _LOOK_S = 0.5
 
 
 def prepare_model(context: VolunteerContext) -> ModelTraining:
-    """Text, model and checkpoint: what takes time and needs nobody else."""
+    """Prepare what needs no other peer: read the text, build the model, load the newest checkpoint.
+
+    Raises the context's `nobody` error if no other peer answered and there is no checkpoint to continue alone from.
+    """
     run, published = context.run, context.published
     check_memory(run, num_parameters(run.model), context.settings.limits.memory_bytes)
     base = data_base(run, context.settings.data_folder)
@@ -83,7 +90,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
 
 
 class ModelTraining:
-    """A whole model, trained on this peer's own text."""
+    """Whole model trained by a volunteer on its own text."""
 
     def __init__(
         self, context: VolunteerContext, data: TrainingData, loop: ModelLoop, checkpointer: Checkpointer
@@ -130,12 +137,12 @@ class ModelTraining:
         )
         checkpointer.prepare(self.session.replica.state.size)
         self.resumed_round: int | None = None
-        """Where this peer was when it last ran."""
+        """Round that the loaded checkpoint belongs to; None for a new peer."""
         self.has_joined = False
         self._had_ended = False
-        """Whether the run had all its tokens when this peer last ran."""
+        """True if the run already had all its tokens when this peer last ran."""
         self._took_state = False
-        """Whether it goes on from a state that others gave it since it was started."""
+        """True if this peer has taken a state from others since it was started."""
 
     @property
     def round(self) -> int:
@@ -143,7 +150,7 @@ class ModelTraining:
         return self.session.progress.round
 
     def resume(self, kept: Checkpoint | None) -> None:
-        """Go on from the checkpoint, if there is one; others can have its state as soon as this peer answers."""
+        """Continue from the checkpoint, if there is one. Others can pull its state as soon as this peer answers."""
         if kept is not None:
             assert kept.own is not None
             self.session.resume(kept.state, kept.progress, kept.own)
@@ -156,7 +163,7 @@ class ModelTraining:
     def enter(self) -> None:
         """See `Training`."""
         context, swarm = self.context, self.swarm
-        context.control.starting("looking who is here")
+        context.control.starting("looking for other peers")
         context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
         context.wait(swarm.watch_daemon(context.stop.fail))
         if context.nobody is not None:
@@ -166,7 +173,9 @@ class ModelTraining:
         control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.keeper, estimates)
 
     def _look_for_others(self) -> None:
-        """Nobody answered: they may just be starting again too. This peer answers already; then it goes on alone."""
+        """Search for others for `_ALONE_AFTER_S`, then go on alone. They may just be restarting too, and this peer
+        answers already.
+        """
         context, give_up_s = self.context, time.monotonic() + _ALONE_AFTER_S
         while time.monotonic() < give_up_s:
             try:
@@ -175,7 +184,7 @@ class ModelTraining:
             except ClockError:
                 raise
             except RunTimeError as error:
-                _log.debug("still alone: %s", error)
+                _log.debug("no other peer yet: %s", error)
             if self.swarm.membership.live():
                 return
             context.stop.sleep(_LOOK_S)
@@ -187,7 +196,7 @@ class ModelTraining:
     def join(self) -> None:
         """See `Training`."""
         context, swarm, replica = self.context, self.swarm, self.session.replica
-        context.control.starting("taking the swarm's present weights")
+        context.control.starting("fetching the swarm's current weights")
         new = self._take_present()
         if swarm.asynchronous:
             replica.count_on(swarm.tallying.contributions().get(context.me, 0))
@@ -207,15 +216,17 @@ class ModelTraining:
         show_invite(swarm, context.folder, context.emit)
 
     def _take_present(self) -> Replaced | None:
-        """Go on from the swarm's state, if it holds against this peer's."""
+        """Adopt the swarm's state if it is preferred to this peer's; return it, or None if this peer keeps its own."""
         session, replica, me = self.session, self.session.replica, self.context.me
         new = self.exchange.present_state(replica.progress)
         if new is None:
             return None
         if self.resumed_round is not None and not self.has_joined:  # it may have been killed since they were merged
+            # A kill may have come after the others merged this peer's last tokens and before its checkpoint was on the
+            # disk.
             merged = new.progress.peer_tokens.get(me, 0) - replica.progress.peer_tokens.get(me, 0)
             if session.skip_merged(merged):
-                _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
+                _log.info("the others have merged %d tokens of this peer that its checkpoint lacked", merged)
         session.adopt(new)
         self._took_state = True
         return new
@@ -230,12 +241,12 @@ class ModelTraining:
         return has_tokens
 
     def _should_stop(self) -> bool:
-        """Asked by the trainer between two steps."""
+        """Return whether training must end or pause. The trainer asks between two steps."""
         self.context.limits.between_steps()
         return self.context.stop.is_set() or self.context.pause.held
 
     def _tell_started(self, inner_steps: int) -> None:
-        """Its first round begins."""
+        """Emit the `started` event when the first round begins."""
         run = self.context.run
         self.context.emit(
             StartedEvent(
@@ -247,12 +258,12 @@ class ModelTraining:
         )
 
     def _settle(self, session: Session) -> None:
-        """After each round: offer the new state to others, and keep it."""
+        """Offer the new state to others and hand it to the checkpoint writer. Called after each round."""
         self.exchange.offer(session.replica.state, session.progress)
         self.keeper.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
-        """After each merge: tell, and measure the held-out loss if it is time."""
+        """Emit the round's event, and measure the held-out loss every `evaluation.every_rounds` rounds."""
         context, contribution = self.context, report.contribution
         context.emit(round_event(report, self.exchange))
         tell_loss(context.network, self.swarm, report.loss)
@@ -272,7 +283,7 @@ class ModelTraining:
 
     def come_back(self) -> None:
         """See `Training`."""
-        self.context.control.starting("coming back after a pause: taking the swarm's present weights")
+        self.context.control.starting("resuming after a pause: fetching the swarm's current weights")
         replica = self.session.replica
         if self._take_present() is not None:
             self.exchange.offer(replica.state, replica.progress)
@@ -281,8 +292,11 @@ class ModelTraining:
     # ------------------------------------------------------------- the end
 
     def finish(self) -> DoneEvent:
-        """See `Training`. Measure and save the model first: the held-out loss is of the run's weights and, if this peer
-        has its own, of those."""
+        """See `Training`. Measure and save the model before serving on.
+
+        The held-out loss is that of the run's final weights. If this peer's own weights differ, their loss is reported
+        too.
+        """
         context, swarm, give_up_s = self.context, self.swarm, time.monotonic() + _LINGER_S
         context.control.finishing("measuring and saving the model")
         loss = own_loss = None
@@ -313,9 +327,12 @@ class ModelTraining:
         return self._done("total_tokens", loss, own_loss)
 
     def _final_theta(self, own: Tensor) -> tuple[Tensor, bool]:
-        """The weights that the run ended with, given this peer's `own` (P,); and whether the folder's model has them
-        already. It had ended when this peer last ran, where it left that model: its own weights alone are then another
-        model than the one that everybody has."""
+        """Return the weights (P,) that the run ended with, given this peer's `own` (P,), and whether the folder already
+        has them.
+
+        If the run had ended when this peer last ran, the model in the folder is the one that everybody has; this peer's
+        own weights alone are a different one.
+        """
         context, theta = self.context, self.exchange.final_theta(own)
         if theta is not own or self._took_state:
             return theta, False
@@ -333,7 +350,7 @@ class ModelTraining:
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:
-        """Of these weights, which are then the model's."""
+        """Load these weights into the model and measure its held-out loss."""
         weights_in(self.loop.model, theta)
         return held_out_loss_of(self.loop.model, self.context.published, self.data.tokenizer, self.context.stop.check)
 

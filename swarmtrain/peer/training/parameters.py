@@ -1,7 +1,7 @@
-"""The parameters that a loop trains and a session publishes: by name, wherever they lie.
+"""Named parameters that a loop trains and a session publishes, wherever they are stored.
 
-A session sees no model: a source gives it the values of named tensors, and takes those that a merge leads to. So a
-source may name some of a model's tensors only (adapters), or tensors on a device.
+A session sees no model. A source hands it the values of named tensors and takes back the values after a merge, so a
+source may name only some of a model's tensors (adapters), or tensors on a device.
 """
 
 from __future__ import annotations
@@ -20,51 +20,57 @@ __all__ = ["HostParameters", "ParameterSource"]
 
 
 class ParameterSource(ABC):
-    """Named tensors. Called by one thread, between two steps. Legend: P numbers of all of them, Q of a fragment's."""
+    """Named tensors, used by one thread between two steps. Legend: P numbers in all of them, Q in one fragment."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
         self.named = dict(named)
-        """In the order in which they are flattened."""
+        """Tensors by name, in the order in which they are flattened."""
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of each tensor."""
+        """Shape of each tensor, in flattening order."""
         return [tuple(tensor.shape) for tensor in self.named.values()]
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The values as a new vector (P,) fp32 in main memory."""
+        """Return the values as a new vector (P,) fp32 in main memory."""
 
     @abstractmethod
     def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
-        """The values of a fragment as they are now, of which other threads make the difference `theta` (Q,) less them.
-        They are lent until `take_back`, or a `write` of that fragment."""
+        """Lend a fragment's present values, from which other threads compute the pseudo-gradient: `theta` (Q,) minus
+        the values.
+
+        The loan ends with `take_back`, or with a `write` of that fragment.
+        """
 
     @abstractmethod
     def take_back(self) -> None:
-        """The values change from now on: each difference that was not made yet is made. The optimizer calls it before
-        it steps."""
+        """End all loans before the values change: compute each difference that nobody has computed yet.
+
+        The optimizer calls this before each step.
+        """
 
     def values(self) -> Mapping[tuple[Section, int], Tensor]:
-        """What is averaged beside the named tensors, see `LocalUpdate.values`: none of those in here."""
+        """Return what is averaged beside the named tensors (see `LocalUpdate.values`). A source has none by default."""
         return {}
 
     def write_values(self, values: Mapping[tuple[Section, int], Tensor]) -> None:
-        """Go on from some of these."""
+        """Replace some of those values by their averages."""
         assert not values, "only a source that has some is given any"
 
     @abstractmethod
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
-        """Go on from `theta`: a fragment's (Q,), or all of them (P,). What is lent of them is taken back first.
+        """Set the values from `theta`: a fragment's (Q,), or all (P,). Loans of the tensors written end first.
 
-        Tensors that are no copy of `theta`, such as bf16 on a device, add `theta` less what was read of them last: what
-        was trained since then stays.
+        Tensors that are not a copy of `theta`, such as bf16 on a device, instead add `theta` minus the values last
+        read: what was trained since that read stays.
         """
 
 
 class HostParameters(ParameterSource):
-    """fp32 tensors in main memory: a publication that nobody begins to read before the next step costs one copy, and
-    any other none."""
+    """fp32 tensors in main memory. A publication costs one copy if nobody reads it before the next step, and none
+    otherwise.
+    """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__(named)

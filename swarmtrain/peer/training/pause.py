@@ -1,7 +1,7 @@
-"""Pausing: who wants this peer to rest, and why. It rests while anybody does.
+"""Pause switch of a volunteer: several sources can hold it, each with a reason, and the peer rests while any does.
 
-A pause is an ordinary leave and return for the others: the peer says goodbye, the process stays, and when it comes
-back it takes the swarm's present state.
+For the others a pause is an ordinary leave and return: the peer says goodbye, its process stays, and on its return it
+takes the swarm's present state.
 """
 
 from __future__ import annotations
@@ -13,41 +13,43 @@ from collections.abc import Callable
 __all__ = ["ASKED", "PauseSwitch"]
 
 ASKED = "asked"
-"""The source of a pause that the person asked for."""
+"""Source name of a pause that the person asked for."""
 
 
 class PauseSwitch:
-    """Held by any number of sources, each with a sentence for a person; usable from any thread."""
+    """Pause state, held by any number of named sources, each with a sentence for a person. Thread-safe."""
 
     def __init__(self) -> None:
         self._holds: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def hold(self, source: str, sentence: str) -> bool:
-        """`source` wants a rest; `sentence` says why, such as "outside the hours 22-7". Whether that is news."""
+        """Pause on behalf of `source`; `sentence` gives the reason, such as "outside the hours 22-7". Return True if it
+        is new.
+        """
         with self._lock:
             is_new = source not in self._holds
             self._holds[source] = sentence
         return is_new
 
     def release(self, source: str) -> bool:
-        """`source` wants it no longer; whether it did."""
+        """End the pause of `source`; return True if it held one."""
         with self._lock:
             return self._holds.pop(source, None) is not None
 
     @property
     def held(self) -> bool:
-        """Whether anybody wants a rest; cheap enough for each inner step."""
+        """True while any source holds the pause. Reads no lock: it is asked before each inner step."""
         return bool(self._holds)
 
     @property
     def reason(self) -> str:
-        """Why it rests, one sentence; empty when it does not."""
+        """Reasons of all sources in one sentence; empty if not paused."""
         with self._lock:
             return "; ".join(self._holds.values())
 
     def wait_released(self, sleep: Callable[[float], None], look_s: float = 0.25) -> float:
-        """Return when nobody holds it any more; the seconds that took. `sleep` may raise to end the wait."""
+        """Wait until no source holds the pause; return the seconds waited. `sleep` may raise to end the wait."""
         began_s = time.monotonic()
         while self.held:
             sleep(look_s)

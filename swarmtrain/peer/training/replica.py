@@ -1,7 +1,7 @@
-"""A peer's replica of what a run trains: outer states, the rounds of its fragments, and the counters.
+"""Replica of what a run trains, as one peer holds it: the fragments' outer states and rounds, and the token counters.
 
-Here a publication is made and a merge takes effect. When either is due, the session says: nothing here knows a
-network, a clock, a model's forward or its optimizer.
+Publications are made here and merges take effect here; the session decides when. This module knows no network, no
+clock, no forward pass and no optimizer, so the simulator with tensors uses it too.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ __all__ = ["Replica"]
 
 
 class Replica:
-    """The outer state of each fragment as of its last merge, and what was trained since, in `parameters`.
+    """Outer state of each fragment after its last merge; `parameters` hold what was trained since.
 
-    `progress` and `own_tokens` are replaced as a whole, so that other threads may read them.
+    The trainer's thread makes all changes. `progress` and `own_tokens` are replaced as a whole, so that other threads
+    may read them.
     """
 
     def __init__(self, merge: MergeSection, parameters: ParameterSource) -> None:
-        """It begins with the values that the parameters have."""
+        """Start from the values that the parameters have now."""
         self._merge, self.parameters = merge, parameters
         self.fragments: tuple[Fragment, ...] = fragments_of(layout_of(parameters.shapes), merge.num_fragments)
-        """Of the model; one but with gossip."""
+        """Fragments of the model; a single one unless the method is gossip."""
         self.rounds = FragmentRounds(len(self.fragments))
-        """How far each fragment's is."""
+        """Position of each fragment in its own round, which runs from one of its merges to the next."""
         self.progress = Progress()
         self.own_tokens = 0
-        """All that this peer has trained on in rounds that have ended."""
+        """Tokens that this peer has trained in rounds that have ended."""
         self.is_entered = False
-        """Whether the parameters have the values that a round begins with."""
+        """True if the parameters hold the values that a round begins with."""
         theta = parameters.read()
         self.state = OuterState(theta, torch.zeros_like(theta))
 
     @property
     def state(self) -> OuterState:
-        """Of the whole model, each fragment's as of its last merge; where there are several it follows the next."""
+        """State of the whole model, each fragment as of its last merge. With several fragments it is a view of later
+        merges too.
+        """
         return self._states[0] if len(self._states) == 1 else FragmentedState(self.fragments, self._states)
 
     @state.setter
@@ -55,27 +58,27 @@ class Replica:
 
     @property
     def states(self) -> list[OuterState]:
-        """Of each fragment, (Q,), as of its last merge; not to be written into."""
+        """State (Q,) of each fragment after its last merge; read-only."""
         return self._states
 
     def state_of(self, fragment: int) -> OuterState:
-        """Of one fragment, (Q,), as of its last merge."""
+        """Return the state (Q,) of one fragment after its last merge."""
         return self._states[fragment]
 
     def restart(self) -> None:
-        """Give up what was trained since each fragment's merge, as a kill does."""
+        """Discard what was trained since each fragment's last merge, as a kill does."""
         self.is_entered = False
         self.rounds.restart()
 
     def begin(self, num_parts: int) -> None:
-        """A round of so many parts begins, in the parameters too."""
+        """Begin a round of `num_parts` parts, and load the outer weights into the parameters if they are not there."""
         self.rounds.begin(self.progress.round, num_parts)
         if not self.is_entered:
             self.parameters.write(self.state.theta)
             self.is_entered = True
 
     def contribution(self, part: int, inner_steps: int, tokens: int) -> LocalUpdate:
-        """What `inner_steps` of this round have brought, with publication `part`."""
+        """Return the update of the round so far, to be published as number `part`, after `inner_steps` steps."""
         thetas, lent = [state.theta for state in self._states], tuple[LentWeights, ...]()
         self.parameters.take_back()
         if self._merge.kind.lends_weights:
@@ -96,7 +99,7 @@ class Replica:
         )
 
     def merge(self, arrived: OuterUpdate, own: LocalUpdate, fragment: int) -> None:
-        """The outer step of a fragment, and with the last one the counters that follow from what arrived."""
+        """Apply the outer step to a fragment. With the last fragment, advance the counters by what arrived."""
         merge = self._merge
         constants = OuterConstants(
             learning_rate=merge.outer_learning_rate,
@@ -116,14 +119,17 @@ class Replica:
             self.progress = arrived.next_progress(self.progress)
 
     def adopt(self, replaced: Replaced) -> None:
-        """Go on from another peer's state."""
+        """Replace state and counters by those of another peer."""
         self.state, self.progress = replaced.state, replaced.progress
 
     def resume(self, state: OuterState, progress: Progress, own_tokens: int) -> None:
-        """Go on where a checkpoint was taken."""
+        """Continue from a checkpoint."""
         self.state, self.progress, self.own_tokens = state, progress, own_tokens
 
     def count_on(self, own_tokens: int) -> None:
-        """Others count so many of this peer: it counts on from there, or what it trains with an old folder that was put
-        back would count for nothing until it has caught up with itself."""
+        """Raise the own count to what others count of this peer.
+
+        With an old folder that was put back, newly trained tokens would otherwise count for nothing until the count has
+        caught up with the one that others hold.
+        """
         self.own_tokens = max(self.own_tokens, own_tokens)

@@ -1,4 +1,4 @@
-"""What is told of a finished round, as an event."""
+"""Reports of finished rounds, as the `round` event."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["round_event", "tell_loss", "what_was_merged"]
 
 
 def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None = None) -> RoundEvent:
-    """A round of a whole model, or of a stage."""
+    """Return the event of a round of a whole model, or of `stage`."""
     sent, received = exchange.traffic_since_last()
     contribution = report.contribution
     below = None
@@ -44,7 +44,7 @@ def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None 
 
 
 def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
-    """Have the next presence say what the loss was, if it is one; the trainer does not wait for it."""
+    """Put the loss into the next presence record, if it is a valid one; the trainer does not wait for that."""
 
     async def describe() -> None:
         swarm.presence.change(loss=loss if 0 <= loss <= MAX_LOSS else 0.0)
@@ -53,8 +53,10 @@ def tell_loss(network: NetworkThread, swarm: Swarm, loss: float) -> None:
 
 
 def what_was_merged(report: RoundReport) -> MergeFields:
-    """The fields of a round's event that tell of its merge. Only weights that others should have too are hashed: that
-    takes the trainer's time."""
+    """Return the fields of a round's event that describe its merge.
+
+    The state is hashed only if others should hold the same weights: hashing takes the trainer's time.
+    """
     *before, last = report.arrived
     told = last.told(before)
     return {**told, "state_sha256": vector_sha256(report.state.theta)} if last.is_shared else told

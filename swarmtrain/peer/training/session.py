@@ -1,12 +1,12 @@
-"""A peer's session in a run: it counts the steps of a loop that trains, publishes, merges and ends rounds.
+"""Session of a peer in a run: counts the steps of a training loop, publishes, merges, and ends rounds.
 
-A loop asks `next_step` before an inner step and tells `step` after it; that is all it needs to know of a swarm. The
-session sees no model, no data and no optimizer: it reads and writes named parameters, and touches the network only
-through `Exchange`: "here is my round" and "give me what arrived".
+A loop calls `next_step` before an inner step and `step` after it; it needs to know nothing else of a swarm. The session
+sees no model, no data and no optimizer: it reads and writes named parameters, and reaches the network only through
+`Exchange`, with `publish` ("here is my round") and `collect` ("give me what arrived").
 
 All calls come from the loop's thread, between two steps. `next_step` may wait for company before the first round, and
-where rounds are synchronous a round's last `step` waits for the others; else a publication costs a copy of the
-parameters at most, a merge one outer step.
+in synchronous rounds the last `step` of a round waits for the other peers. Otherwise a publication costs at most a copy
+of the parameters, and a merge one outer step.
 """
 
 from __future__ import annotations
@@ -48,31 +48,33 @@ _MAX_SKIPPED_ROUNDS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a round begins: inner steps to take, and the volunteers present, this one included."""
+    """Plan of a round: the inner steps to take, the volunteers present (this one included), and when to publish and
+    merge.
+    """
 
     inner_steps: int
     num_peers: int
     num_parts: int = 1
-    """Into so many parts a round is divided, by whose numbers publications are known;"""
+    """Number of equal parts into which the round is divided; publications are numbered by the part they end."""
     every: int = 1
-    """it publishes with each so-many-th (`protocol.gossip.fragments.published`)."""
+    """Publish after every n-th part (`protocol.gossip.fragments.published`)."""
     shard: int | None = None
-    """Of the data, from which the round is drawn; None for everywhere."""
+    """Data shard that the round is drawn from; None for all data."""
     run_steps_a_step: float = 0.0
-    """Inner steps of everybody together in the time of one of this peer's; 0: `num_peers`."""
+    """Inner steps that all peers together take during one of this peer's; 0 means `num_peers`."""
     num_fragments: int = 1
-    """Of the model, which are merged at equal distances, the last one at the round's end."""
+    """Fragments of the model, merged at equal distances, the last one at the round's end."""
     gradient_format: GradientFormat = "fp32"
-    """Of the pseudo-gradients that it publishes."""
+    """Format in which the round's pseudo-gradients are published."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
-        """The inner steps after which it publishes."""
+        """Inner steps after which the peer publishes, ascending."""
         return list(self._parts)
 
     @cached_property
     def merge_after(self) -> Sequence[int]:
-        """The inner steps after which each fragment is merged: each a moment of a publication."""
+        """Inner steps after which each fragment is merged; each is also a step with a publication."""
         number = self.num_fragments
         return [merged_step(fragment, number, self.inner_steps, self.num_parts) for fragment in range(number)]
 
@@ -81,28 +83,27 @@ class Start:
         return published(self.inner_steps, self.num_parts, self.num_fragments, self.every)
 
     def part_after(self, inner_steps: int) -> int:
-        """The part with which it publishes after so many inner steps; the last one's is always `num_parts`."""
+        """Return the part published after `inner_steps` steps; at the round's end it is always `num_parts`."""
         return self._parts[inner_steps]
 
     def run_tokens(self, before: int, own_steps: float, step_tokens: int) -> float:
-        """How many tokens the run has when this peer has taken so many steps of the round, as far as it can know:
-        `before` is what it knew at the round's start."""
+        """Estimate the run's tokens after `own_steps` of this round; `before` is the count known at its start."""
         return before + own_steps * ((self.run_steps_a_step or self.num_peers) * step_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPart:
-    """What a checkpoint keeps of a loop."""
+    """State of a loop that a checkpoint keeps: the data position and AdamW's moments."""
 
     batches: int  # drawn so far
     young_steps: int | None
     moments: Moments | LentMoments
-    """Lent ones where a copy would be large."""
+    """Lent, not copied, where a copy would be large."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCheckpoint(LoopPart):
-    """What is this peer's alone between two rounds: with the swarm's state, all that going on takes."""
+    """State that belongs to this peer alone between two rounds. With the swarm's state it is enough to continue."""
 
     own_tokens: int
     steps_per_s: float
@@ -110,7 +111,7 @@ class LocalCheckpoint(LoopPart):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReport:
-    """What is told of a finished round; seconds, tokens, nats per token."""
+    """Numbers of a finished round, in seconds, tokens and nats per token."""
 
     contribution: LocalUpdate
     arrived: tuple[OuterUpdate, ...]  # of each fragment, in the order of their merges
@@ -127,97 +128,106 @@ class RoundReport:
 
 
 class Exchange(Protocol):
-    """The network as a session sees it. Each method may raise RunTimeError when the peer cannot go on."""
+    """Network as a session sees it. Any method may raise RunTimeError when the peer cannot go on."""
 
     def hold(self, states: Sequence[OuterState]) -> None:
-        """Each fragment's state, with which the first round begins, and one after the weights were taken from others.
-        Returns at once."""
+        """Receive each fragment's state before the first round, and again after the weights were taken from others.
+
+        Returns at once.
+        """
 
     def merged(self, fragment: int, state: OuterState) -> None:
-        """A fragment's state after its merge with what was gathered. Returns at once."""
+        """Receive a fragment's state after its merge. Returns at once."""
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """How the next round begins."""
+        """Return the plan of the next round."""
 
     def step_done(self, inner_steps_done: int) -> None:
-        """An inner step is done (told to others when they ask); must cost nothing."""
+        """Note that an inner step is done, so that others can ask for it. Runs after every step, so it must cost
+        nothing.
+        """
 
     def publish(self, contribution: LocalUpdate) -> None:
-        """Here is my round, or what there is of it. Returns at once."""
+        """Hand over the round's update so far, for others to pull. Returns at once."""
 
     def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
-        """Give me what arrived for that fragment; waits as long as the merge method says. `Replaced` only with the last
-        fragment, at the round's end. Raises StopTraining when asked to end."""
+        """Return what arrived for that fragment; wait as long as the merge method says.
+
+        Returns `Replaced` only with the last fragment, at the round's end. Raises StopTraining when asked to end.
+        """
 
 
 class LoopState(Protocol):
-    """The loop as its session sees it: what it has besides the parameters. Called between two steps."""
+    """Loop as its session sees it: what it holds besides the parameters. Called between two steps."""
 
     @property
     def waited_s(self) -> float:
-        """How long its steps have waited, in all, for others to read what they change."""
+        """Total seconds that steps have waited for other threads to read what they change."""
         ...
 
     def kept(self, room: Tensor | None) -> LoopPart:
-        """What a checkpoint keeps of it. AdamW's moments are copied into `room` (2, P) fp32, or lent until the next
-        step where there is none."""
+        """Return what a checkpoint keeps. AdamW's moments are copied into `room` (2, P) fp32; without it they are lent
+        until the next step.
+        """
         ...
 
     def resume(self, part: LoopPart) -> None:
-        """Go on from what `kept` gave. Raises ValueError, changing nothing, when it does not fit."""
+        """Continue from a `LoopPart` that `kept` gave. Raises ValueError, changing nothing, if it does not fit."""
 
     def skip(self, num_batches: int) -> None:
-        """Pass over so many batches: they were trained on before."""
+        """Skip `num_batches` batches that were trained on before."""
 
     def weights_replaced(self) -> None:
-        """The parameters' values will be those of other peers."""
+        """Note that the parameters' values will be those of other peers."""
 
     def end(self) -> None:
-        """No step follows: what the optimizer holds may go."""
+        """Release the optimizer's memory: no step follows."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """What an inner step goes by."""
+    """Input of an inner step."""
 
     progress: float
-    """The run's tokens over all that it is to have, as far as this peer can know: for the schedule."""
+    """Share of the run's total tokens trained so far, as far as this peer can know; the learning-rate schedule follows
+    it.
+    """
     shard: int | None = None
-    """Of the data, from which it is drawn from now on; None: as before. It is told as a round begins."""
+    """Data shard to draw from from now on; None to keep the present one. Set at the beginning of a round."""
 
 
 @dataclass(kw_only=True)
 class _Round:
-    """The round under way."""
+    """State of the round under way."""
 
     start: Start
     began_s: float
     waited_s: float
-    """What the loop had waited by then."""
+    """`LoopState.waited_s` at the round's start."""
     moments: list[int] = field(default_factory=list)
-    """The steps after which something is still to be published."""
+    """Inner steps after which a publication is still due, ascending."""
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     tokens: int = 0
     learning_rate: float = 0.0
-    """Of the last step."""
+    """Learning rate of the last step."""
     updates: list[OuterUpdate] = field(default_factory=list)
-    """What was merged meanwhile."""
+    """Updates merged during the round, one per fragment."""
     apart_s: float = 0.0
-    """What publishing and merging within it took."""
+    """Seconds spent publishing and merging within the round."""
 
     @property
     def inner_steps(self) -> int:
-        """Taken so far."""
+        """Inner steps taken so far."""
         return len(self.losses)
 
 
 @dataclass(kw_only=True)
 class Session:
-    """One peer's part in a run: rounds of a loop's steps until the run has its tokens, or it is asked to stop.
+    """Part of one peer in a run: rounds of a loop's steps until the run has its tokens or a stop is asked for.
 
-    Between two rounds it is idle; `next_step` begins a round, and the step that fills the round ends it. Being asked to
-    stop ends it anywhere: what was trained since the last merges is given up, as by a kill.
+    Between two rounds the session is idle: `next_step` begins a round, and the step that fills the round ends it. A
+    stop ends it anywhere; what was trained since the last merges is lost, as in a kill.
     """
 
     run: RunFile
@@ -226,45 +236,49 @@ class Session:
     exchange: Exchange
     report: Callable[[RoundReport], None]
     should_stop: Callable[[], bool] = lambda: False
-    """Whether training is to end, for good or for a pause. A loop may ask it within a step too, which costs nothing."""
+    """Return whether training must end, for good or for a pause. A loop may also ask within a step; asking is cheap."""
     settled: Callable[[Session], None] = lambda session: None
-    """Called when a round has led to a new state, merged or taken from another peer, before it is reported."""
+    """Called when a round has led to a new state, merged or taken from another peer, before the round is reported."""
     ends: Callable[[Progress], bool] | None = None
-    """Whether nothing is left to train on; asked between two rounds. None: when the run has had all its tokens."""
+    """Return whether nothing is left to train; asked between two rounds. None: when the run has had all its tokens."""
     clock: Callable[[], float] = time.monotonic
     replica: Replica = field(init=False)
     steps_per_s: float = field(default=0.0, init=False)
-    """In the last round, without the time in which it published and merged."""
+    """Inner steps per second in the last round, without the time spent publishing and merging."""
     reason: str = field(default="", init=False)
-    """Why training ended: "total_tokens" or "interrupted"; empty while it goes on."""
+    """Why training ended: "total_tokens" or "interrupted"; empty while it runs."""
     _round: _Round | None = field(default=None, init=False)
     _is_stopped: bool = field(default=False, init=False)
-    """It was interrupted, and `next_step` has not said so yet."""
+    """True if the session was interrupted and `next_step` has not reported it yet."""
 
     def __post_init__(self) -> None:
         self.replica = Replica(self.run.merge, self.parameters)
 
     @property
     def progress(self) -> Progress:
-        """How far the run is, as this peer counts."""
+        """Round and token counts of the run as this peer knows them."""
         return self.replica.progress
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to train on."""
+        """True if nothing is left to train."""
         by_count = self.progress.run_tokens >= self.run.run.total_tokens
         return by_count if self.ends is None else self.ends(self.progress)
 
     @property
     def is_in_round(self) -> bool:
-        """Whether a round is under way."""
+        """True while a round is under way."""
         return self._round is not None
 
     # ------------------------------------------------------------- the loop's calls
 
     def next_step(self) -> NextStep | None:
-        """What the next inner step goes by; begins a round if none is under way. None when training has ended: `reason`
-        says why. Asked again after an interruption, it begins anew."""
+        """Return the input of the next inner step, beginning a round if none is under way; None if training has ended.
+
+        `reason` then says why. A call after that begins anew.
+        """
+        # The round begins here and not at the end of `step`: a stage whose drivers send nothing more would otherwise
+        # announce a round that it never trains (decision 68).
         began, self._is_stopped, was_stopped = self._round is None, False, self._is_stopped
         if was_stopped:
             return None
@@ -286,10 +300,10 @@ class Session:
         return NextStep(progress, start.shard if began else None)
 
     def step(self, tokens: int, loss: float, *, grad_norm: float = math.nan, learning_rate: float = 0.0) -> None:
-        """An inner step over so many tokens was taken, of mean `loss`: publish, merge or end the round if that is due.
-        `grad_norm` and `learning_rate` are reported with the round, if they are known.
+        """Count an inner step over `tokens` tokens of mean `loss`; publish, merge or end the round if that is due.
 
-        Raises RuntimeError where `next_step` asked for none, and RunTimeError when the peer cannot go on.
+        `grad_norm` and `learning_rate`, if known, are reported with the round. Raises RuntimeError if `next_step` was
+        not called, and RunTimeError when the peer cannot go on.
         """
         round = self._under_way()
         round.losses.append(loss)
@@ -312,7 +326,7 @@ class Session:
             self.interrupt()
 
     def end_round(self) -> None:
-        """No further step will come: the round ends with those that it has, and training without any."""
+        """End the round with the steps taken so far; without any, end training. No further step will come."""
         round = self._under_way()
         try:
             if not round.losses:
@@ -322,7 +336,7 @@ class Session:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """The step was given up, since this peer is asked to stop: training ends."""
+        """Give up the step under way and end training, because a stop was asked for."""
         self.replica.restart()
         self._round, self._is_stopped, self.reason = None, True, "interrupted"
 
@@ -345,13 +359,13 @@ class Session:
         return round
 
     def _publish(self, round: _Round, part: int) -> LocalUpdate:
-        """Hand over what the round has brought so far."""
+        """Publish the round's update so far."""
         contribution = self.replica.contribution(part, round.inner_steps, round.tokens)
         self.exchange.publish(contribution)
         return contribution
 
     def _merge_due(self, round: _Round, num_steps: int, own: LocalUpdate) -> None:
-        """Merge the fragments that are due after so many steps, but for those merged before and the last one."""
+        """Merge the fragments due after `num_steps` steps and not merged yet, except the last one."""
         for fragment in range(len(round.updates), len(self.replica.fragments) - 1):
             if round.start.merge_after[fragment] > num_steps:
                 break
@@ -366,7 +380,7 @@ class Session:
             self.exchange.merged(fragment, self.replica.state_of(fragment))
 
     def _end(self, round: _Round) -> None:
-        """Publish the whole round, merge what is left to be merged, and report."""
+        """Publish the whole round, merge what remains, and report."""
         replica, steps_end_s, last = self.replica, self.clock(), len(self.replica.fragments) - 1
         self._round = None
         finite = [loss for loss in round.losses if math.isfinite(loss)]
@@ -409,12 +423,12 @@ class Session:
     # ------------------------------------------------------------- before, between and after
 
     def adopt(self, replaced: Replaced) -> None:
-        """Go on from another peer's state; the moments stay, the data position too."""
+        """Continue from another peer's state; AdamW's moments and the data position stay."""
         self.replica.adopt(replaced)
         self.loop.weights_replaced()
 
     def own_part(self, room: Tensor | None) -> LocalCheckpoint:
-        """What a checkpoint keeps beside the state; see `LoopState.kept`."""
+        """Return what a checkpoint keeps beside the state; see `LoopState.kept` for `room`."""
         part = self.loop.kept(room)
         return LocalCheckpoint(
             batches=part.batches,
@@ -425,14 +439,17 @@ class Session:
         )
 
     def resume(self, state: OuterState, progress: Progress, own: LocalCheckpoint) -> None:
-        """Go on where a checkpoint was taken. Raises ValueError when it does not fit the loop."""
+        """Continue from a checkpoint. Raises ValueError if it does not fit the loop."""
         self.loop.resume(own)
         self.replica.resume(state, progress, own.own_tokens)
         self.steps_per_s = own.steps_per_s
 
     def skip_merged(self, tokens: int) -> bool:
-        """Others have merged `tokens` of this peer's that its checkpoint does not know: their batches are done. Whether
-        these are so few that they are skipped, see `skippable_tokens`."""
+        """Skip the batches of `tokens` tokens that others have merged of this peer's and that its checkpoint does not
+        know.
+
+        Returns False, skipping nothing, if there are too many of them (see `skippable_tokens`).
+        """
         skipped = skippable_tokens(tokens, self.run.round_tokens)
         if skipped:
             self.loop.skip(skipped // self.run.tokens_per_step)
@@ -440,15 +457,15 @@ class Session:
         return skipped > 0
 
     def end(self) -> None:
-        """No step follows: the parameters' values may be replaced, and what the optimizer holds goes."""
+        """Release what training holds; no step follows. The parameters' values may be replaced afterwards."""
         self.parameters.take_back()
         self.loop.end()
 
 
 def skippable_tokens(merged: int, round_tokens: int) -> int:
-    """Of tokens that others have merged of a peer's, and its checkpoint does not know.
+    """Return how many of a peer's `merged` tokens, missing in its checkpoint, it may skip: all of them or 0.
 
-    A kill costs a round at most, so more than a few rounds is an old folder that was put back, or a lie: those are not
-    skipped.
+    A kill costs one round at most. More than a few rounds means an old folder that was put back, or a lie; those are
+    not skipped.
     """
     return merged if 0 < merged <= _MAX_SKIPPED_ROUNDS * round_tokens else 0

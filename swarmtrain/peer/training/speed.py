@@ -1,4 +1,4 @@
-"""How quickly this machine would train a run: a few inner steps of its model, or a guess where that takes too long."""
+"""Measure how fast this machine would train a run, by a few inner steps, or by a guess if those take too long."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MAX_STEPS = 5
 
 
 def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
-    """Tokens per second, measured within about `limit_s` on random text.
+    """Return tokens per second, measured within about `limit_s` seconds on random text.
 
-    A model that could not be built and stepped in that time is not tried: then the speed follows from that of a
-    matrix product, 6 operations per parameter and token, which is an upper bound.
+    A model that cannot be built and stepped in that time is not tried. Then the speed follows from that of a matrix
+    product, at 6 operations per parameter and token, which is an upper bound.
     """
     per_s = operations_per_s()
     size, T = run.microbatch_sequences, run.model.context_tokens
@@ -50,7 +50,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
 
 
 def operations_per_s() -> float:
-    """Floating-point operations per second of a matrix product here."""
+    """Return the floating-point operations per second of a matrix product on this machine."""
     a = torch.rand(_MATRIX, _MATRIX)
     a @ a
     began_s, products = time.perf_counter(), 0

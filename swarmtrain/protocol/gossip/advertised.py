@@ -1,6 +1,6 @@
-"""What peers' records say of each fragment, worked out once for all who have read the same record.
+"""What peers' presence records say of each fragment, computed once for all who have read the same record.
 
-Pure. A simulated swarm has one of these for all of its peers.
+Everything here is pure. All peers of a simulated swarm share one such table.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 __all__ = ["AdvertisedFragments", "beyond"]
 
 _MOST = 16384
+"""Limit of cached records."""
 
 
 class AdvertisedFragments:
-    """What peers' records say of each fragment, worked out once for all who have read the same record."""
+    """Cache of the round and the newest publication of each fragment, inferred from presence records."""
 
     def __init__(self, num_fragments: int, num_parts: int) -> None:
         self._num_fragments, self._num_parts = num_fragments, num_parts
         self._of: dict[str, tuple[PeerInfo, list[tuple[int, Candidate] | None]]] = {}
 
     def of(self, info: PeerInfo, fragment: int) -> tuple[int, Candidate]:
-        """In which round that fragment is, and what is published of it."""
+        """Return the round of that fragment, and what is published of it."""
         known = self._of.get(info.peer)
         if known is None or known[0] is not info:
             if len(self._of) > _MOST:
                 self._of.clear()
             known = self._of[info.peer] = info, [None] * self._num_fragments
-        if (found := known[1][fragment]) is None:  # each when it is asked for: all at once take long, of many peers
+        if (found := known[1][fragment]) is None:  # one at a time, on demand: all fragments of many peers take long
             told = PublicationVersion(info.round, info.part, info.part_tokens)
             number, num_parts = self._num_fragments, self._num_parts
             mark = told_mark(fragment, number, told, num_parts)
@@ -40,7 +41,8 @@ class AdvertisedFragments:
 
 
 def beyond(candidate: Candidate, known: PublicationVersion) -> Candidate:
-    """What it has published, by a guess, which may say less than what was merged of it."""
+    """Correct an inferred publication that has no more tokens than what was merged of it: a later part has at least one
+    more."""
     if known.round != candidate.round or known.part >= candidate.part or candidate.tokens > known.tokens:
         return candidate
     return replace(candidate, tokens=known.tokens + 1)

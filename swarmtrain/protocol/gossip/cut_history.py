@@ -1,9 +1,9 @@
-"""Whom to name for publications that were cut: who is cut round after round, and not who has just come back.
+"""Which peers to name because their publications were cut: those cut round after round, not those that just came back.
 
-After a pause, a kill or a restart an honest peer is far from what is usual for a round or two, and is cut; one that
-always sends too much is cut in each of its rounds. So a peer is named by how its rounds went: each with a cut counts
-one up, each without takes one away, and three are named. Weights and gradients are counted apart: who spoils only one
-of them must not clear itself with the other.
+After a pause, a kill or a restart an honest peer deviates from the usual for a round or two, and is cut. A peer that
+always sends too much is cut in each of its rounds. So each peer has a count: a round with a cut adds one, a round
+without takes one away, and at three the peer is named. Weights and gradients are counted apart, so that a peer that
+spoils only one of them cannot clear itself with the other.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 __all__ = ["NAMED_AT", "CutHistory"]
 
 NAMED_AT = 3
-"""In virtual time honest peers that came and went were cut in two rounds in a row at most."""
+"""Count at which a peer is named. In virtual time honest peers that came and went were cut in at most two rounds in a
+row."""
 _MAX_HISTORIES = 1024
 
 
 @dataclass(slots=True)
 class _Rounds:
+    """Newest round of one peer, and its count of cuts."""
+
     round: int
     is_cut: bool = False
     count: int = 0
@@ -26,12 +29,13 @@ class _Rounds:
 
 @dataclass
 class CutHistory:
-    """Counts the rounds of each peer in which something was cut; of the last 1,024 (peer, kind) looked at."""
+    """Rounds of each peer in which something was cut, for the last 1,024 (peer, kind) that were looked at."""
 
     _histories: dict[tuple[str, str], _Rounds] = field(default_factory=dict)
 
     def look(self, peer: str, kind: str, round: int, *, is_cut: bool) -> bool:
-        """Count a publication of `kind` from the author's `round`; True if it was cut and its author is to be named."""
+        """Count a publication of `kind` from the author's `round`. Return True if it was cut and its author is to be
+        named."""
         rounds = self._histories.pop((peer, kind), None) or _Rounds(round)
         self._histories[peer, kind] = rounds  # the last one looked at stands last
         if len(self._histories) > _MAX_HISTORIES:
@@ -44,5 +48,5 @@ class CutHistory:
         return is_cut and rounds.count >= NAMED_AT
 
     def forget(self) -> None:
-        """Begin anew: this peer has come back itself, and what it takes for usual may be old."""
+        """Start anew: this peer itself has just come back, and what it takes for usual may be out of date."""
         self._histories.clear()

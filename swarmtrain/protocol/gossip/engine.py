@@ -1,25 +1,28 @@
-"""Gossip: pull what partners published while this peer trains, and merge what is ready. Nobody waits for anybody.
+"""Gossip: pull what partners published while this peer trains, and merge what has arrived. Nobody waits for anybody.
 
-As late before a fragment's merge as the link allows, a few partners are asked for their newest weights or
-pseudo-gradient (`pulls` says of how many, and when). What comes is checked, decoded, and a merge of all that is here is
-prepared; when it is time the trainer takes what is ready. What comes later enters the next merge. Whoever has nothing
-new, is busy, slow, gone or wrong costs its place, and another is tried.
+As late before a fragment's merge as the link allows, the engine asks a few partners for their newest weights or
+pseudo-gradients (`pulls` decides how many, and when). It has what arrives checked and decoded, and has a merge of all
+that is here prepared in the background. When the merge is due the trainer takes what is ready; what arrives later
+enters the next merge. A partner that has nothing new, is busy, slow, gone or wrong loses its place, and another is
+tried.
 
     engine = GossipEngine(me, settings)
-    commands = engine.receive(event, now)      # do them, and tell how each ended by an event
-    engine.wake_at()                           # when `PullTimerFired` is wanted next
+    commands = engine.receive(event, now)      # execute them, and report the end of each by an event
+    engine.wake_at()                           # when to send the next `PullTimerFired`
 
-An event that comes too late, since its pull was given up, is dropped. What is held, decoded and prepared is opaque: it
-is handed back as it came. There is no thread, clock, socket or tensor in here.
+Events of pulls that were given up are ignored. Publications, payloads and prepared merges are opaque handles that the
+engine returns as they came: it has no thread, clock, socket or tensor.
 
-Where it is decided:
-- whom to ask, and from which round staleness is measured: `gossip_peers`, `partners`; who is left alone: `open_pulls`;
-- when pulls are due, and how many: `pull_schedule`, `pulls`; when fragments are merged: `merge_plans`;
-- what follows from an answer, from bytes that came, and from a failure: `gossip_pulls`;
-- what of a publication is new, and whose counter is wrong: `gossip_merged`;
-- which merges are prepared, and what is dropped where none can be: `merge_preparation`.
+Which module decides what:
+- `peers`, `partners`: whom to ask, and from which round staleness is measured; `open_pulls`: who is left alone;
+- `pull_schedule`, `pulls`: when pulls are due, and how many; `merge_plans`: when fragments are merged;
+- `started_pulls`: what follows from an answer, a download and a failure;
+- `merged`: what of a publication is new, and whose counter is wrong;
+- `merge_preparation`: which merges are prepared, and what is dropped if one cannot be.
 
-What goes across these is here: looking whether a pull is due, the beginning of a round, the merge, and rest.
+This module does what concerns several of them: the check whether a pull is due, the start of a round, the merge, and
+pauses. The parts return whether more follows and call nobody back, so that the order of commands is visible here
+(decision 72).
 """
 
 from __future__ import annotations
@@ -78,20 +81,20 @@ __all__ = ["GossipEngine", "GossipSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class GossipSettings:
-    """What the run file says about publications and about merging them."""
+    """Settings of a run's publications and merges."""
 
     sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
-    """Of each fragment, by the format of pseudo-gradients, the coarsest first."""
+    """For each fragment: sizes by the format of pseudo-gradients, coarsest first."""
     sections: Mapping[Section, SectionRule]
-    """What of a partner is pulled, in that order, and what a merge makes of it; one with the rule "outer step"."""
+    """Sections to pull, in this order, and how a merge uses each; exactly one has the rule "outer step"."""
     wanted: WantedPartners
     num_parts: int
-    """Into how many parts a round's pseudo-gradients are divided."""
+    """Number of parts into which a round's pseudo-gradients are divided."""
     max_staleness_rounds: int
     variant: str = "uniform"
-    """How partners are chosen."""
+    """How partners are chosen; see `partners.VARIANTS`."""
     is_large: bool = False
-    """Prepare one merge after the other, since what is prepared takes much memory."""
+    """True to prepare one merge at a time, because a prepared merge takes much memory."""
 
     @classmethod
     def of(
@@ -102,7 +105,7 @@ class GossipSettings:
         *,
         is_large: bool = False,
     ) -> GossipSettings:
-        """By a run file's section on merging, of fragments with these sections, of these sizes."""
+        """Build the settings from a run file's `[merge]` section and the fragments' sections and sizes."""
         return cls(
             sections=sections,
             sizes=sizes,
@@ -115,7 +118,7 @@ class GossipSettings:
 
 
 class GossipEngine(Generic[Held, Payload, Ready]):
-    """All that one peer's gossip knows and decides. One lock lies around every call, if several threads call."""
+    """All state and decisions of one peer's gossip. Threads that share it must hold one lock around every call."""
 
     def __init__(
         self,
@@ -151,56 +154,59 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- what may be asked at any time
 
     def wake_at(self) -> float | None:
-        """When `PullTimerFired` is wanted; None: not before another event."""
+        """Return when to send `PullTimerFired`; None: not before another event."""
         return self._schedule.wake_s
 
     @property
     def has_plans(self) -> bool:
-        """Merges are planned."""
+        """True if merges are planned."""
         return bool(self._schedule.plans)
 
     @property
     def bytes_per_s(self) -> float | None:
-        """What the link carried in the last pulls; None before the first."""
+        """Link rate of the last pulls; None before the first."""
         return self._schedule.times.bytes_per_s
 
     @property
     def partner_bytes(self) -> int:
-        """A partner's weights and pseudo-gradient, of all fragments, in the coarsest format."""
+        """Bytes of one partner's weights and pseudo-gradient, of all fragments, in the coarsest format."""
         return next(iter(self._whole.values())).both
 
     def gradient_format(self, round_s: float, up_bytes_per_s: float | None = None) -> GradientFormat:
-        """In which format to publish pseudo-gradients in a round that lasts so long (0: it is not known). What may be
-        sent limits it as what is received does."""
+        """Choose the format of this peer's pseudo-gradients for a round of `round_s` seconds (0: unknown).
+
+        The slower of the measured download rate and the limit for uploads counts.
+        """
         rate = self._schedule.times.bytes_per_s
         slower = min(rate, up_bytes_per_s) if rate and up_bytes_per_s else rate
         return gradient_format(self._whole, len(self._others.infos), round_s, slower, self._settings.wanted)
 
     def places(self, round: int) -> list[dict[str, Place]]:
-        """Up to where each peer is in this one's weights, of each fragment; `round` is the last that it has ended."""
+        """Return for each fragment up to where this peer's weights contain each peer; `round` is the last that it has
+        ended."""
         me, merges = self._others.me, self._schedule.merges
         return [lane.merged.places(me, max(round, merges[lane.number].merged_round)) for lane in self._lanes]
 
     def is_left_alone(self, peer: str) -> bool:
-        """Whether `peer` is held something against, which `PeerCalled` may end."""
+        """Return whether anything is held against `peer`, so that `PeerCalled` could change something."""
         return self._others.back_off.has_banned(peer)
 
     def merged_mark(self, fragment: int, peer: str) -> PublicationVersion | None:
-        """Up to where the pseudo-gradients of `peer` were merged; None if none was."""
+        """Return up to where the pseudo-gradients of `peer` were merged; None if none was."""
         return self._lanes[fragment].merged.ledger.mark(peer)
 
     def pulled_mark(self, fragment: int, peer: str) -> PublicationVersion | None:
-        """The same of what was pulled and waits to be merged."""
+        """Return up to where the pseudo-gradients of `peer` that wait to be merged go; None without any."""
         pulled, rules = self._lanes[fragment].received.pulled, self._settings.sections
         here = [each.mark for each in pulled if each.peer == peer and rules[each.section] == "outer step"]
         return here[-1] if here else None
 
     def rows(self) -> list[list[list[str | int]]]:
-        """What was merged of whom, of each fragment, for a checkpoint."""
+        """Return for each fragment the rows of its ledger, for a checkpoint."""
         return [lane.merged.rows() for lane in self._lanes]
 
     def load(self, rows: Sequence[Iterable[Sequence[object]]]) -> None:
-        """Go on from what `rows` gave. ValueError if they are anything else."""
+        """Restore the ledgers from `rows`. Raise ValueError for anything else."""
         for lane, each in zip(self._lanes, rows, strict=True):
             lane.merged.load(each)
 
@@ -209,8 +215,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def receive(
         self, event: GossipEvent[Held, Payload, Ready], now: float
     ) -> list[GossipCommand[Held, Payload, Ready]]:
-        """What follows from what happened at `now`, in seconds of one clock."""
-        self._commands.take()  # of an event that was refused
+        """Return the commands that follow from an event at time `now`, in seconds of the caller's clock."""
+        self._commands.take()  # commands of an event that raised an error
         match event:
             case PartnerReplied():
                 self._pulls.replied(event, now)
@@ -229,7 +235,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                 self._pulls.routed(event, now)
             case PeerCalled():
                 self._others.back_off.called(event.peer, now)
-                if self.is_left_alone(event.peer):  # else it could be asked before too
+                if self.is_left_alone(event.peer):  # otherwise it could be asked before this call as well
                     self._look_if_short(now)
             case PartnersChanged():
                 if self._others.changed(event.volunteers) and self._schedule.plans:
@@ -250,7 +256,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- looking whether a pull is due
 
     def _look(self, now: float) -> None:
-        """Ask as many partners as there should be by now, others in place of those that fail, until the merges."""
+        """Begin the pulls that are due: as many as there should be by now, and others in place of those that failed."""
         self._schedule.looks()
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
@@ -259,7 +265,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
                     self._ask_due(lane, due, now)
 
     def _ask_due(self, lane: FragmentState[Held, Payload, Ready], due: Due, now: float) -> None:
-        """Begin pulls until as many are here or on their way as are due."""
+        """Begin pulls until as many as are due have arrived or are on their way."""
         section, here = due.section, lane.received.here
         while lane.open.is_wanted(section, due.number, here, due.slow_after_s, now):
             peer = lane.choice.choose(section, due.plan.round, here, now)
@@ -271,12 +277,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.look_by(lane.open.next_slow_s(section, due.slow_after_s, now))
 
     def _look_if_short(self, now: float) -> None:
-        """Somebody may be there now for what there was nobody to ask for."""
+        """Check soon if pulls were due for which there was nobody to ask: somebody may be there now."""
         if self._schedule.is_short:
             self._schedule.look_by(now)
 
     def _look_if_moved(self, now: float) -> None:
-        """A pull has brought what it was for: more is asked for at once only where less is here than is due by now."""
+        """Check at once after a successful pull only if still fewer are here than are due by now."""
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
                 lane = self._lanes[fragment]
@@ -289,7 +295,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- preparing
 
     def _prepare_more(self, now: float) -> None:
-        """Until there is nothing to prepare: then all that was decoded has ended."""
+        """Prepare merges until everything here is in one; then all pulls that were decoded have ended."""
         if not self._preparation.more():
             for pull in self._pulls.take_settling():
                 self._settled(pull, now)
@@ -317,6 +323,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.look_when_due(len(self._others.infos), now)
 
     def _merge_due(self, event: MergeDue, now: float) -> None:
+        # This comes before anything counts as merged: otherwise the last fragment's publications would be recorded as
+        # merged into weights that are replaced (decision 65).
         if event.may_catch_up and event.fragment == len(self._lanes) - 1:
             behind = self._others.left_behind(event.round, self._lanes[-1].merged.ledger)
             if behind:
@@ -331,8 +339,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _merge(
         self, lane: FragmentState[Held, Payload, Ready], ready: ReadyMerge[Held, Payload, Ready]
     ) -> MergeFragment[Held, Payload, Ready]:
-        """What is ready counts as merged from here on. If some of it is too old by now, the rest is prepared anew for
-        the next round."""
+        """Record what is ready as merged.
+
+        If some of it has become too old, merge this peer's own round alone, and have the rest prepared for the next
+        round.
+        """
         reference, received = self._others.reference_round(), lane.received
         of_use = lane.merged.of_use(received.pulled, reference)
         if any(pulled not in of_use for pulled in ready.pulled):

@@ -1,11 +1,11 @@
 """Fragments of the model, each merged once a round, one after the other (Streaming DiLoCo, arXiv 2501.18512).
 
-A *fragment* is some of the model's tensors. Of N fragments the first is merged after an Nth of a round's inner steps,
-the last at its end: what is pulled before each merge is an Nth of all, and what partners train meanwhile, and is lost,
-is an Nth too. A *fragment's round* goes from one of its merges to the next; it has the number of the round in which it
-ends.
+A *fragment* is a group of the model's tensors. Of N fragments the first is merged after 1/N of a round's inner steps,
+the last at its end. So only 1/N of the bytes is pulled before each merge, and what partners train while it is pulled,
+which the merge misses, is 1/N as much. A *fragment's round* goes from one of its merges to the next; its number is that
+of the round in which it ends.
 
-Pure: what was trained is told.
+Everything here is pure: the caller reports what was trained.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ __all__ = [
 ]
 
 _FEWEST_PUBLICATIONS = 8
+"""Number of publications a round, at least, however rarely a peer publishes."""
 _LEAST_BETWEEN_S = 1.0
+"""Seconds between two publications, at least, if a round then has enough of them."""
 _PUBLISHING_SHARE = 0.005
-"""Of the trainer's time, at most, where that leaves as many."""
+"""Share of the trainer's time that publishing may take, if a round then has enough publications."""
 COPY_S = 3.0e-9
-"""Of a parameter, to copy it: a publication copies the weights, and in as long what is usual is learnt from it.
-Measured with 10 and 50 million, one thread."""
+"""Seconds to copy one parameter, measured with 10 and 50 million on one thread. A publication takes twice as long: it
+copies the weights, and robust rules learn from it what is usual."""
 
 
 @dataclass(frozen=True)
 class FragmentRound:
-    """A fragment's round as of a publication: its number, the part, from 1 to as many as a round has, and what was
-    trained since the fragment's last merge."""
+    """A fragment's round at a publication: its number, the part (from 1), and what was trained since the fragment's
+    last merge."""
 
     round: int
     part: int
@@ -49,60 +51,69 @@ class FragmentRound:
 
 @dataclass
 class FragmentRounds:
-    """How far each fragment's round is. Told of the trainer's rounds: `begin`, and `merged` of each fragment, with the
-    last of which the round ends."""
+    """Progress of each fragment's round.
+
+    The trainer calls `begin` at each round's start and `merged` at each fragment's merge; the last of these ends the
+    round.
+    """
 
     number: int
     _round: int = 0
     _num_parts: int = 1
     _before: list[tuple[int, int]] = field(init=False)
-    """Tokens and inner steps since the last merge of each, at this round's start."""
+    """Tokens and inner steps between each fragment's last merge and this round's start."""
     _merged: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Of those merged in this round: the part, tokens and inner steps of it at that moment."""
+    """Part, tokens and inner steps of this round at each fragment's merge, if it was merged in this round."""
 
     def __post_init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """The weights are others', or those of a checkpoint: nothing was trained since."""
+        """Start anew with weights of other peers or of a checkpoint: nothing was trained since."""
         self._before, self._merged = [(0, 0)] * self.number, {}
 
     def begin(self, round: int, num_parts: int) -> None:
-        """A round of so many parts."""
+        """Begin a round of that many parts."""
         self._round, self._num_parts, self._merged = round, num_parts, {}
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
-        """Each fragment's, at publication `part` of this round."""
+        """Return each fragment's round at publication `part` of this round."""
         return tuple(self.of(fragment, part, tokens, inner_steps) for fragment in range(self.number))
 
     def of(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
-        """One fragment's."""
+        """Return one fragment's round at publication `part` of this round."""
         if fragment in self._merged:
             then, its_tokens, its_steps = self._merged[fragment]
             return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)
         before_tokens, before_steps = self._before[fragment]
-        left = merged_with(fragment, self.number, self._num_parts) - part  # below 0 in short rounds, or that end early
+        # negative in rounds that are short or end early
+        left = merged_with(fragment, self.number, self._num_parts) - part
         of_round = self._num_parts - max(0, left)
         return FragmentRound(self._round, of_round, before_tokens + tokens, before_steps + inner_steps)
 
     def merged(self, fragment: int, part: int, tokens: int, inner_steps: int) -> None:
-        """It was, at that publication of this round. They are merged in their order."""
+        """Record a fragment's merge at publication `part` of this round. Fragments are merged in order."""
         self._merged[fragment] = part, tokens, inner_steps
         if fragment == self.number - 1:
             for each, (_, its_tokens, its_steps) in self._merged.items():
                 self._before[each] = tokens - its_tokens, inner_steps - its_steps
 
     def of_round(self, fragment: int, round: int, tokens: int) -> int:
-        """How many of the tokens, that a fragment's publication in its round of that number has, are of this round."""
+        """Return how many of a publication's tokens were trained in the present round.
+
+        The publication is of a fragment, in the fragment's round of that number, and has `tokens` in all.
+        """
         if round > self._round:
             return self._merged[fragment][1] + tokens if fragment in self._merged else 0
         return max(0, tokens - self._before[fragment][0]) if round == self._round else 0
 
 
 def publishes_every(num_parts: int, num_fragments: int, round_s: float, num_parameters: int) -> int:
-    """With the end of each how-many-th of a round's parts a peer publishes, if that lasts so long (0: it is not known):
-    each, each second, fourth ..., so that it does so once a second at most and that costs next to nothing; but eight
-    of them are left, and two of each fragment's."""
+    """Return how often a peer publishes: after every n-th part of a round that lasts `round_s` seconds (0: unknown).
+
+    n is 1, 2, 4, ...: as large as is needed to publish at most once a second and to spend at most 0.5 % of the time on
+    it, but small enough for eight publications a round, and two for each fragment.
+    """
     between_s, every = max(_LEAST_BETWEEN_S, num_parameters * 2 * COPY_S / _PUBLISHING_SHARE), 1
     most = min(num_parts // _FEWEST_PUBLICATIONS, num_parts // num_fragments // 2)
     while round_s * every < num_parts * between_s and 2 * every <= most:
@@ -111,12 +122,13 @@ def publishes_every(num_parts: int, num_fragments: int, round_s: float, num_para
 
 
 def published(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> dict[int, int]:
-    """After which inner steps of its round a peer publishes, with the part, from 1 to `num_parts`, that ends there.
+    """Map the inner steps of a round after which a peer publishes to the part, from 1 to `num_parts`, that ends there.
 
-    Each fragment is merged with a publication. On the way to that from the merge before, which has as many parts as its
-    share or, if it is fewer, inner steps, it publishes with the end of each `every`-th, counted back from the merge;
-    and not before the middle of the way, unless the model is in one piece: until then who merges the fragment before a
-    little later finds its whole round, and not the first steps of another."""
+    There is a publication with each fragment's merge. Between two merges a peer publishes after every `every`-th part,
+    counted back from the second merge; there are as many parts as the fragment has, or fewer if it has fewer inner
+    steps. With several fragments, publications begin in the middle between the merges: a partner that merges the
+    earlier fragment a little later then still finds its whole round, not the first steps of the next one (decision 47).
+    """
     found = dict[int, int]()
     step_before = part_before = 0
     for fragment in range(num_fragments):
@@ -133,19 +145,21 @@ def published(inner_steps: int, num_parts: int, num_fragments: int, every: int) 
 
 
 def merged_step(fragment: int, number: int, inner_steps: int, num_parts: int) -> int:
-    """After how many inner steps of a round a fragment, of so many, is merged."""
+    """Return after how many inner steps of a round the fragment, one of `number`, is merged."""
     return -(-inner_steps * merged_with(fragment, number, num_parts) // num_parts)
 
 
 def merged_with(fragment: int, number: int, num_parts: int) -> int:
-    """With the end of which of a round's so many parts a fragment, of so many, is merged."""
+    """Return the part of a round, from 1 to `num_parts`, with whose end the fragment, one of `number`, is merged."""
     return -(-num_parts * (fragment + 1) // number)
 
 
 def told_mark(fragment: int, number: int, told: PublicationVersion, num_parts: int) -> PublicationVersion:
-    """The newest publication of a fragment, of so many, of a peer that has told that it is in round `told.round`, of
-    which it has published up to part `told.part`; `told.tokens`: of that, or with part 0 of the round before. These
-    are a guess."""
+    """Infer a fragment's newest publication from what its author advertises of its round.
+
+    The author is in round `told.round` and has published it up to part `told.part`; `told.tokens` are that part's, or
+    with part 0 those of the round before. The tokens that are returned are an estimate.
+    """
     round, part, tokens = told.round, told.part, told.tokens
     if not part and not round:
         return told
@@ -159,7 +173,7 @@ def told_mark(fragment: int, number: int, told: PublicationVersion, num_parts: i
 
 
 def told_round(fragment: int, number: int, told: PublicationVersion, num_parts: int) -> int:
-    """The number of the round in which that fragment is: that of the weights that it publishes."""
+    """Return the fragment's round, whose initial weights its author publishes, from what the author advertises."""
     merged = merged_with(fragment, number, num_parts)
     return told.round + (told.part >= merged and merged < num_parts)
 
@@ -167,8 +181,11 @@ def told_round(fragment: int, number: int, told: PublicationVersion, num_parts: 
 def steps_of_fragment(
     fragment: int, number: int, inner_steps_done: int, inner_steps: int, num_parts: int
 ) -> tuple[int, int] | None:
-    """How many rounds after a peer's its fragment's is, and the inner steps since that began, when the peer has done so
-    many of its round's; None if it has not told how many those are (0)."""
+    """Return how many rounds the fragment is ahead of its peer's round (0 or 1), and its inner steps since its last
+    merge.
+
+    The peer has done `inner_steps_done` of its round's `inner_steps`. None if the latter is unknown (0).
+    """
     if fragment == number - 1:
         return 0, inner_steps_done
     if not inner_steps:

@@ -1,6 +1,6 @@
-"""When a peer's fragments are merged next, as its trainer can tell: what gossip plans its pulls by.
+"""When a peer's fragments are merged next, estimated from its trainer's progress. Gossip plans its pulls by this.
 
-Pure: `now` is an argument.
+Everything here is pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -14,58 +14,63 @@ from swarmtrain.run import GradientFormat
 __all__ = ["MergePlan", "MergePlanner", "TrainersRound"]
 
 _GUESSED_ROUND_S = 1.0
-"""How long a round is taken to last before this peer knows how fast it is."""
+"""Duration that a round is assumed to have before this peer knows its speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergePlan:
-    """The next merge of one fragment, or of several at once: in which round of theirs, since when that goes on and when
-    it should end, in seconds of the driver's clock."""
+    """Next merge of one fragment, or of several that are merged together.
+
+    It has the number of the fragments' round, when that began and when it should end, in seconds of the caller's clock.
+    """
 
     round: int
     began_s: tuple[float, ...]
-    """Each fragment's."""
+    """Start of each fragment's round."""
     ends_s: float
     gradient_format: GradientFormat
-    """Of this peer's own pseudo-gradients: it takes others' to have the same."""
+    """Format of this peer's pseudo-gradients. It assumes that its partners use the same, to estimate transfers."""
     is_sure: bool = True
-    """False: when it ends is a guess, and nothing is learnt from it."""
+    """False if the end is a guess, from which nothing must be learned."""
     fragments: tuple[int, ...] = (0,)
 
     @property
     def started_s(self) -> float:
-        """When the first of these rounds began."""
+        """Start of the earliest of these rounds."""
         return min(self.began_s)
 
     def ahead_rounds(self, fragment: int, theirs_began_s: float | None) -> float:
-        """By how much of this peer's round of a fragment another's began later; see `pulls.ahead_rounds`."""
+        """Return how much later than this peer's another's round of the fragment began; see `pulls.ahead_rounds`."""
         return ahead_rounds(theirs_began_s, self.began_s[self.fragments.index(fragment)], self.ends_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainersRound:
-    """What is known of a round of the trainer's as it begins."""
+    """What is known of a trainer's round when it begins."""
 
     number: int
     inner_steps: int
     merge_after: Sequence[int]
-    """After how many of its inner steps each fragment is merged."""
+    """Number of inner steps of this round after which each fragment is merged."""
     gradient_format: GradientFormat
     steps_per_s: float
-    """Of this peer; 0 before that is known."""
+    """Speed of this peer; 0 if unknown."""
 
 
 @dataclass(slots=True)
 class MergePlanner:
-    """Plans the merges of a peer's fragments. Tell it of each round's beginning, of steps, and of merges; it answers
-    with the plans that take the place of those before, or None where those still hold."""
+    """Plans the merges of a peer's fragments.
+
+    Its methods are called at each round's start, after inner steps and after merges. They return the plans that replace
+    all earlier ones, or None if those still hold.
+    """
 
     num_fragments: int
     sure_share: float = 1.0
-    """After this part of the time that a round should take, what is pulled has to be there: less where rounds are not
-    all equally long."""
+    """Share of a round's expected duration after which pulls must have arrived; below 1 where rounds vary in
+    duration."""
     began_s: list[float] = field(init=False)
-    """When each fragment's round began."""
+    """Start of each fragment's present round."""
     _of: TrainersRound = field(init=False)
     _round_began_s: float = 0.0
     _newest: Sequence[MergePlan] = ()
@@ -74,8 +79,11 @@ class MergePlanner:
         self.began_s = [0.0] * self.num_fragments
 
     def round_began(self, of: TrainersRound, now: float, *, all_begin: bool = False) -> Sequence[MergePlan]:
-        """The trainer begins a round. `all_begin`: with weights that were not merged here, so that all fragments'
-        rounds begin, and not only that of the last."""
+        """Plan the merges of a round that begins now.
+
+        `all_begin`: the weights were not merged here, so that the rounds of all fragments begin, not only the last
+        one's.
+        """
         self._of, self._round_began_s = of, now
         for fragment in range(self.num_fragments) if all_begin else [self.num_fragments - 1]:
             self.began_s[fragment] = now
@@ -83,8 +91,11 @@ class MergePlanner:
         return self._newest
 
     def merged(self, fragment: int, now: float) -> Sequence[MergePlan] | None:
-        """A fragment was merged, and its next round begins. With the last one the trainer's round ends: the next
-        `round_began` has the plans. Of several that are merged at once the last one has."""
+        """Begin a fragment's next round after its merge, and plan.
+
+        None after the last fragment, since `round_began` follows, and after all but the last of fragments that are
+        merged at the same step.
+        """
         if fragment == self.num_fragments - 1:
             return None
         self.began_s[fragment] = now
@@ -95,7 +106,7 @@ class MergePlanner:
         return self._newest
 
     def steps_done(self, done: int, now: float) -> Sequence[MergePlan] | None:
-        """So many inner steps of the round are done: new plans if merges come at other times than was planned."""
+        """Plan anew if the merges, after `done` inner steps, are expected at other times than planned."""
         if done in self._of.merge_after or not self._is_steady:
             return None
         plans, way_s = self._plans(done, now), self._of.inner_steps / self._of.steps_per_s / self.num_fragments
@@ -110,7 +121,7 @@ class MergePlanner:
         return self._of.steps_per_s > 0 and self.sure_share == 1
 
     def _plans(self, done: int, now: float) -> list[MergePlan]:
-        """Each fragment's next merge after so many steps, when those are merged that are due."""
+        """Plan each fragment's next merge after `done` steps; merges that are due at `done` count as done."""
         speed = self._of.steps_per_s
         if self._is_steady:
             speed = 1 / expected_step_s(1 / speed, now - self._round_began_s, done)

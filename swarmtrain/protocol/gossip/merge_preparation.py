@@ -1,7 +1,8 @@
-"""Which merges a peer that gossips has prepared of what it pulled, one after the other, of all fragments.
+"""Preparation of merges: one after the other, for all fragments.
 
-A merge of all that is here is prepared, and anew as long as more comes. Where that cannot be, what was pulled is tried
-one by one; who published what cannot be merged has failed.
+A merge of everything that has arrived for a fragment is prepared in the background, and prepared anew when more
+arrives. If it cannot be prepared, the publications are tried one by one, and the author of each that cannot be merged
+has failed.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from swarmtrain.protocol.gossip.state import CommandList, FragmentState, ReadyMe
 __all__ = ["MergePreparation"]
 
 _LEFT_OUT_S = 0.25
+"""Seconds, at least, for which a section that could not be merged is not asked for again."""
 
 
 @dataclass(slots=True)
 class _Preparing(Generic[Held, Payload]):
-    """A merge that is being prepared; where it cannot be, what is tried one by one to find out why."""
+    """Merge that is being prepared, and the state of the search for what makes it impossible."""
 
     plan: MergePlan
     fragment: int
@@ -38,22 +40,23 @@ class _Preparing(Generic[Held, Payload]):
     pulled: tuple[ReceivedPublication[Held, Payload], ...]
     number: int = -1
     is_sifted: bool = False
+    """True once the whole could not be prepared, so that publications are tried one by one."""
     stays: tuple[ReceivedPublication[Held, Payload], ...] = ()
     bad: tuple[ReceivedPublication[Held, Payload], ...] = ()
 
     @property
     def tried(self) -> tuple[ReceivedPublication[Held, Payload], ...]:
-        """What is being merged: the last of them may be the one that cannot be."""
+        """Publications in the present attempt; when sifting, only the last one is in doubt."""
         return (*self.stays, self.pulled[self.num_tried]) if self.is_sifted else self.pulled
 
     @property
     def num_tried(self) -> int:
-        """How many are known to be good or bad."""
+        """Number of publications that are known to be good or bad."""
         return len(self.stays) + len(self.bad)
 
 
 class MergePreparation(Generic[Held, Payload, Ready]):
-    """The one merge that is being prepared, of whichever fragment."""
+    """Prepares at most one merge at a time, of whichever fragment has one to prepare."""
 
     def __init__(
         self,
@@ -64,14 +67,14 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         *,
         is_large: bool,
     ) -> None:
-        """`is_large`: of a large model only the fragments that are merged first are prepared: what is prepared takes 8
-        bytes a number, and what was pulled a few bits."""
+        """`is_large`: prepare only the fragments that are merged next. A prepared merge takes 8 bytes a parameter, but
+        a publication only a few bits."""
         self._lanes, self._others, self._schedule = lanes, others, schedule
         self._commands, self._is_large = commands, is_large
         self._preparing: _Preparing[Held, Payload] | None = None
 
     def more(self) -> bool:
-        """Have a merge of all that is here prepared. False: there is nothing to prepare."""
+        """Have the next merge prepared. Return False if there is nothing to prepare."""
         if self._preparing is not None:
             return True
         merges = self._schedule.merges
@@ -87,7 +90,8 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         self._commands.add(PrepareMerge(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def prepared(self, number: int, merge: Ready | None, now: float) -> bool:
-        """It is, or cannot be (None). Whether this one has ended, so that there may be more to prepare."""
+        """Record that a merge was prepared or, if None, cannot be. Return whether it has ended, so that another may
+        follow."""
         preparing = self._preparing
         if preparing is None or preparing.number != number:
             return False
@@ -104,8 +108,11 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         return True
 
     def _sift(self, preparing: _Preparing[Held, Payload], is_good: bool, now: float) -> bool:
-        """No merge of all that was pulled can be prepared: drop what cannot be merged with those that were here before
-        it and stay. Who published it has failed, and another is tried."""
+        """Record whether the last publication can be merged with the good ones before it.
+
+        When all are tried, drop the bad ones, leave their authors alone for a while and let others be asked. Return
+        whether this preparation has ended.
+        """
         tried = preparing.tried[-1]
         if is_good:
             preparing.stays = (*preparing.stays, tried)
@@ -126,5 +133,5 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         return True
 
     def stop(self) -> None:
-        """Whatever is being prepared is not wanted any more."""
+        """Ignore the result of the present preparation."""
         self._preparing = None

@@ -1,6 +1,7 @@
-"""What a peer that gossips has merged of the others into one fragment, and what of a publication is new to it.
+"""What a peer has merged of the others into one fragment, and what of a publication is new to it.
 
-The driver's handles of pseudo-gradients are kept as long as a later part of their round may be the difference to them.
+Besides the ledger this keeps the caller's handles of pseudo-gradients, as long as a later part of their round may have
+to be compared with them.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 __all__ = ["MergedPublications"]
 
 _RESTART_ROUNDS = 3
-"""A peer that was killed and went on from its checkpoint is behind what it had published by so many rounds."""
+"""Rounds by which a peer may honestly be behind its own publications: it was killed and continued from a checkpoint."""
 
 
 class MergedPublications(Generic[Held]):
-    """The ledger of a fragment's merges, and what goes with it."""
+    """Ledger of one fragment's merges, with the handles of the pseudo-gradients and the counters that went
+    backwards."""
 
     def __init__(self, ledger: Ledger, rules: Mapping[Section, SectionRule]) -> None:
-        """`rules`: what a merge makes of each section."""
+        """`rules`: how a merge uses each section."""
         self.ledger, self._rules = ledger, rules
         self._held: dict[str, Held] = {}
-        """Pseudo-gradients that a later part of their round is the difference to."""
+        """Handle of each peer's pseudo-gradient that a later part of the round will be compared with."""
         self._turned_back: dict[Which, int] = {}
-        """Whose counter turned back, and in which round of this peer that was seen."""
+        """(section, peer) whose counter went backwards, with this peer's round when that was first seen."""
 
     # ------------------------------------------------------------- what of a publication is new
 
     def news(
         self, section: Section, peer: str, mark: PublicationVersion, reference: int
     ) -> tuple[News, Held | None] | None:
-        """What of a publication can be merged, and what it is the difference to; None if nothing can."""
+        """Return what of a publication can be merged, and the earlier publication to subtract; None if nothing can."""
         news = self._news(section, peer, mark, reference)
         if isinstance(news, Stale | WeightsOnly):
             return None
@@ -60,10 +62,12 @@ class MergedPublications(Generic[Held]):
         return self.ledger.news(peer, mark, reference)
 
     def wrong_counter(self, section: Section, peer: str, mark: PublicationVersion, reference: int, round: int) -> str:
-        """In what way `peer` publishes what is too old, or its counter turned back for good; "" if it did not. `round`:
-        this peer's own.
+        """Say what is wrong with the counters of `peer`'s publication: it is too old, or the counter went backwards for
+        good.
 
-        One that was killed turned back by a few rounds, and is past them soon."""
+        "" if nothing is wrong. `round` is this peer's own. A peer that was killed and restarted is a few rounds behind
+        its old publications and is past them soon, so it gets that many rounds before it is accused.
+        """
         news = self._news(section, peer, mark, reference)
         if not isinstance(news, Stale):
             return ""
@@ -78,17 +82,17 @@ class MergedPublications(Generic[Held]):
         return ""
 
     def right_counter(self, section: Section, peer: str) -> None:
-        """It goes forward."""
+        """Record that the counter moves forward again."""
         self._turned_back.pop((section, peer), None)
 
     def forget_all_but(self, live: Iterable[PeerInfo]) -> None:
-        """Nobody else's counter is remembered."""
+        """Forget the counters of peers that are not live any more."""
         if self._turned_back:
             peers = {info.peer for info in live}
             self._turned_back = {which: since for which, since in self._turned_back.items() if which[1] in peers}
 
     def last(self, section: Section, peer: str) -> PublicationVersion | None:
-        """Up to where that section of the peer's was merged."""
+        """Return up to where a section of the peer's was merged; None if nothing was."""
         if self._rules[section] != "mean":
             return self.ledger.mark(peer)
         place = self.ledger.values_at(section, peer)
@@ -99,7 +103,10 @@ class MergedPublications(Generic[Held]):
     def of_use(
         self, pulled: Iterable[ReceivedPublication[Held, Payload]], reference: int
     ) -> list[ReceivedPublication[Held, Payload]]:
-        """Of what was pulled: what may be merged still. What it is the difference to was there when it came."""
+        """Return those publications that may still be merged.
+
+        A difference needs no check: its earlier publication was there when it was decoded.
+        """
         rules, has_new, new_tokens = self._rules, self.ledger.has_new_values, self.ledger.new_tokens
         found = []
         for each in pulled:
@@ -113,7 +120,7 @@ class MergedPublications(Generic[Held]):
         return found
 
     def merged(self, pulled: Iterable[ReceivedPublication[Held, Payload]], reference: int) -> None:
-        """These enter the weights."""
+        """Record that these publications enter the weights."""
         ledger, rules = self.ledger, self._rules
         for each in pulled:
             section, peer, mark = each.section, each.peer, each.mark
@@ -126,22 +133,22 @@ class MergedPublications(Generic[Held]):
         self._held = {peer: held for peer, held in self._held.items() if peer in stays}
 
     def took_states(self, told: Iterable[Mapping[str, Place]], heard: Mapping[str, int], round: int) -> None:
-        """Others' weights take the place of these; see `agreed_places`."""
+        """Record that others' weights replace this peer's; for the arguments see `agreed_places`."""
         self.ledger.bring(agreed_places(told, heard, round, self.ledger.max_staleness_rounds))
 
     # ------------------------------------------------------------- for others, and for a checkpoint
 
     def places(self, me: str, round: int) -> dict[str, Place]:
-        """Up to where each peer is in these weights; `me` has ended `round` (below 0: none)."""
+        """Return up to where these weights contain each peer. `me` has ended `round`; below 0: none."""
         places = self.ledger.places()
         if round >= 0:
             places[me] = max(places.get(me, (-1, 0)), (round, self.ledger.num_parts))
         return places
 
     def rows(self) -> list[list[str | int]]:
-        """What was merged of whom."""
+        """Return the ledger's rows for a checkpoint."""
         return self.ledger.rows()
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Go on from what `rows` gave. ValueError if they are anything else."""
+        """Restore the ledger from `rows`. Raise ValueError for anything else."""
         self.ledger.load(rows)

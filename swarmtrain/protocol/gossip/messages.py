@@ -1,7 +1,10 @@
-"""What gossip is told (events), and what it has its driver do (commands): data, so that a test compares lists.
+"""Events that the gossip engine takes, and commands that it answers with: plain data, so that tests compare lists.
 
-`GossipEngine.receive` takes an event and answers with commands. Most commands end with an event of the same number.
-Nobody changes them. They are not frozen: that makes each three times as dear, and a simulated round has a hundred.
+`GossipEngine.receive` takes one event and returns the commands that follow from it. The caller executes them. Most
+commands end with an event that carries the same number (`pull` or `number`).
+
+Treat all messages as immutable. They are not frozen dataclasses: freezing makes creation three times as expensive, and
+a simulated round creates about a hundred.
 """
 
 from __future__ import annotations
@@ -51,16 +54,16 @@ __all__ = [
 ]
 
 Held = TypeVar("Held")
-"""A publication as the driver has it."""
+"""Handle of a publication in the caller's storage; the engine only passes it on."""
 Payload = TypeVar("Payload")
-"""What of it can enter a merge."""
+"""Decoded values of a publication that can enter a merge; opaque to the engine."""
 Ready = TypeVar("Ready")
-"""A merge that is ready."""
+"""Prepared merge; opaque to the engine."""
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class ReceivedPublication(Generic[Held, Payload]):
-    """The weights or the pseudo-gradient of a partner, ready to enter a merge."""
+    """Weights or pseudo-gradient of a partner, decoded and ready to enter a merge."""
 
     section: Section
     peer: str
@@ -68,8 +71,9 @@ class ReceivedPublication(Generic[Held, Payload]):
     payload: Payload
     held: Held
     pull_s: float
+    """Seconds from the question to the decoded values."""
     began_s: float | None
-    """When the author's round of the fragment began, if it told."""
+    """Time at which the author's round of the fragment began; None if the author did not say."""
 
 
 # ---------------------------------------------------------------- what happened
@@ -77,21 +81,21 @@ class ReceivedPublication(Generic[Held, Payload]):
 
 @dataclass(slots=True)
 class PartnersChanged:
-    """Others came, went, or told how far they are: these are the live ones that train, by PeerID."""
+    """The set of live peers that train has changed, or they advertised more progress: all of them, sorted by PeerID."""
 
     volunteers: Sequence[PeerInfo]
 
 
 @dataclass(slots=True)
 class LinkRateAssumed:
-    """Other transfers have shown that the link carries so much. It counts until the first pull is measured."""
+    """Other transfers have measured the link's rate. It is used until the first pull is measured."""
 
     bytes_per_s: float
 
 
 @dataclass(slots=True)
 class MergesPlanned:
-    """The trainer is in `round`, and these are its next merges; they replace all that were planned before."""
+    """Next merges of the trainer, which is in `round`. They replace all earlier plans."""
 
     round: int
     plans: Sequence[MergePlan]
@@ -99,12 +103,12 @@ class MergesPlanned:
 
 @dataclass(slots=True)
 class PullTimerFired:
-    """It is time to look whether a pull is due; see `GossipEngine.wake_at`."""
+    """The time that `GossipEngine.wake_at` asked for has come: check whether a pull is due."""
 
 
 @dataclass(slots=True)
 class RouteFound:
-    """Ends `FindRoute`: the author can be dialled, or only its hosts can."""
+    """Ends `FindRoute`. `is_direct` is False if only the author's hosts can be dialled."""
 
     pull: int
     is_direct: bool
@@ -112,43 +116,49 @@ class RouteFound:
 
 @dataclass(slots=True)
 class AdvertisedProgress:
-    """How far a peer is in its round by its newest presence."""
+    """Progress of a peer within its round, from its newest presence record."""
 
     round: int
     inner_steps: int
     inner_steps_done: int
     steps_per_s: float
     since_s: float
-    """Since when it is known to be so far."""
+    """Time since which the peer is known to be that far."""
 
 
 @dataclass(slots=True)
 class PartnerReplied(Generic[Held]):
-    """Ends `AskPartner`: the source has a publication at `mark`, or nothing newer than asked for (None)."""
+    """Ends `AskPartner`. `mark` is None if the source has nothing newer than was asked for."""
 
     pull: int
     mark: PublicationVersion | None = None
     held: Held | None = None
     told: AdvertisedProgress | None = None
-    """By its author, if that is known."""
+    """Progress that the author advertised; None if unknown."""
 
 
 @dataclass(slots=True)
 class PullFailure:
-    """Why nothing came. "busy": it serves as many as it may; "away": a host that is none; "silent": it gave no answer;
-    "failed": anything else."""
+    """Reason why a pull brought nothing.
+
+    Values of `kind`:
+    - "busy": the source serves as many readers as it may;
+    - "away": the source does not serve as a host of that author;
+    - "silent": the source gave no answer;
+    - "failed": anything else.
+    """
 
     reason: str
     kind: Literal["busy", "away", "silent", "failed"] = "failed"
     is_incident: bool = False
-    """A person is told who did it."""
+    """True if the user is told which peer did it."""
     is_authors: bool = False
-    """Its author did it, whoever was asked."""
+    """True if the author is at fault, whichever source was asked."""
 
 
 @dataclass(slots=True)
 class PullFailed:
-    """Ends `AskPartner`, `DownloadPublication` or `DecodePublication` in vain."""
+    """Ends `AskPartner`, `DownloadPublication` or `DecodePublication` without a result."""
 
     pull: int
     failure: PullFailure
@@ -156,7 +166,8 @@ class PullFailed:
 
 @dataclass(slots=True)
 class PublicationDownloaded:
-    """Ends `DownloadPublication`: all is here; `wrong`: what else its source did."""
+    """Ends `DownloadPublication`: all bytes are here. `wrong` reports a fault of the source that did not stop the
+    download."""
 
     pull: int
     num_bytes: int
@@ -165,7 +176,7 @@ class PublicationDownloaded:
 
 @dataclass(slots=True)
 class PublicationDecoded(Generic[Payload]):
-    """Ends `DecodePublication`: this may enter a merge."""
+    """Ends `DecodePublication`: `payload` may enter a merge."""
 
     pull: int
     payload: Payload
@@ -173,7 +184,7 @@ class PublicationDecoded(Generic[Payload]):
 
 @dataclass(slots=True)
 class MergePrepared(Generic[Ready]):
-    """Ends `PrepareMerge`; `merge` is None if these cannot be merged."""
+    """Ends `PrepareMerge`. `merge` is None if the publications cannot be merged."""
 
     number: int
     merge: Ready | None
@@ -181,7 +192,8 @@ class MergePrepared(Generic[Ready]):
 
 @dataclass(slots=True)
 class MergeDue:
-    """A fragment's round ends: answered by `MergeFragment` at once, or by `FetchConsensus` if `may_catch_up`."""
+    """A fragment's round ends. The engine answers at once with `MergeFragment`, or with `FetchConsensus` if
+    `may_catch_up`."""
 
     round: int
     fragment: int = 0
@@ -190,8 +202,11 @@ class MergeDue:
 
 @dataclass(slots=True)
 class ConsensusTaken:
-    """This peer goes on in `round` from the mean of some states. `told`: up to where each peer is in each of them, by
-    fragments; `rounds`: in which round each of their authors is."""
+    """This peer continues in `round` from the mean of several peers' states.
+
+    `told` lists, for each of those states and for each fragment, up to where it contains each peer's publications.
+    `rounds` maps the authors of the states to the rounds that they are in.
+    """
 
     round: int
     told: Sequence[Sequence[Mapping[str, Place]]]
@@ -200,12 +215,12 @@ class ConsensusTaken:
 
 @dataclass(slots=True)
 class PullsPaused:
-    """Pull nothing more until more is planned."""
+    """Start no more pulls until merges are planned again."""
 
 
 @dataclass(slots=True)
 class PeerCalled:
-    """`peer` has called this peer: after an outage it is asked again soon."""
+    """`peer` has called this peer. After an outage this allows asking it again soon."""
 
     peer: str
 
@@ -233,7 +248,7 @@ GossipEvent: TypeAlias = (
 
 @dataclass(slots=True)
 class FindRoute:
-    """Find out whether `peer`, which says that nobody can dial it, can be asked itself."""
+    """Find out whether `peer`, which advertises that nobody can dial it, can be asked directly."""
 
     pull: int
     peer: str
@@ -241,7 +256,7 @@ class FindRoute:
 
 @dataclass(slots=True)
 class AskPartner:
-    """Ask `source`, the author or a host of its, for what it has of a section newer than `known`."""
+    """Ask `source`, which is the author or one of its hosts, for anything newer than `known` of a section."""
 
     pull: int
     source: str
@@ -253,7 +268,7 @@ class AskPartner:
 
 @dataclass(slots=True)
 class DownloadPublication(Generic[Held]):
-    """Get the bytes of what `source` has told of."""
+    """Download the publication that `source` offered."""
 
     pull: int
     source: str
@@ -262,7 +277,7 @@ class DownloadPublication(Generic[Held]):
 
 @dataclass(slots=True)
 class DecodePublication(Generic[Held]):
-    """Make of it what can enter a merge: check it, and take what is new of it."""
+    """Check a downloaded publication, and decode the part of it that is new."""
 
     pull: int
     author: str
@@ -271,19 +286,19 @@ class DecodePublication(Generic[Held]):
     held: Held
     news: News
     earlier: Held | None
-    """What was merged of the same round; it is subtracted."""
+    """Publication of the same round that was merged before, to be subtracted; None if there is none."""
 
 
 @dataclass(slots=True)
 class CancelPull:
-    """Do nothing more for this pull."""
+    """Stop all work for this pull."""
 
     pull: int
 
 
 @dataclass(slots=True)
 class PrepareMerge(Generic[Held, Payload]):
-    """Prepare a merge of one fragment."""
+    """Prepare a merge of one fragment in the background."""
 
     number: int
     plan: MergePlan
@@ -293,7 +308,7 @@ class PrepareMerge(Generic[Held, Payload]):
 
 @dataclass(slots=True)
 class MergeFragment(Generic[Held, Payload, Ready]):
-    """Merge a fragment now; None: this peer's own round alone."""
+    """Merge a fragment now. If `merge` is None, merge this peer's own round alone."""
 
     fragment: int
     merge: Ready | None = None
@@ -302,15 +317,18 @@ class MergeFragment(Generic[Held, Payload, Ready]):
 
 @dataclass(slots=True)
 class FetchConsensus:
-    """Take the others' weights, since this peer has fallen so many rounds behind them that nobody merges its own; where
-    they cannot be had, ask again with `may_catch_up=False`."""
+    """Replace this peer's weights by the others', because it is so many rounds behind that nobody merges its
+    publications.
+
+    If the others' weights cannot be fetched, send `MergeDue` again with `may_catch_up=False`.
+    """
 
     rounds_behind: int
 
 
 @dataclass(slots=True)
 class ReportFailure:
-    """Tell a person what `peer` did."""
+    """Tell the user what `peer` did wrong."""
 
     peer: str
     failure: PullFailure
@@ -318,7 +336,7 @@ class ReportFailure:
 
 @dataclass(slots=True)
 class PartnerBackedOff:
-    """For the log: why `peer` is not asked for a while."""
+    """Log why `peer` is not asked for a while."""
 
     peer: str
     follows: str

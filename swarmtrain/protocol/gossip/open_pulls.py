@@ -1,6 +1,6 @@
-"""What a peer that gossips has asked for and not got yet, and whom it does not ask again for now.
+"""Pulls of one fragment that have begun and not ended, and peers that are not asked again for now.
 
-Pure: `now` is an argument. Partners are chosen by `protocol.gossip.partners`, moments by `protocol.gossip.pulls`.
+Everything here is pure: `now` is an argument. `partners` chooses peers, `pulls` the times.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from swarmtrain.protocol.gossip.pulls import Section, idle_s
 __all__ = ["OpenPull", "OpenPulls", "Which"]
 
 Which: TypeAlias = tuple[Section, str]
-"""A section, and whose."""
+"""Section, and the PeerID of its author."""
 
 
 @dataclass(eq=False, slots=True)
 class OpenPull:
-    """A section of somebody's publication that was asked for."""
+    """Pull of one section of one peer."""
 
     section: Section
     peer: str
     began_s: float
     failed: set[str]
-    """Who has failed in the round in which it began."""
+    """Peers that have failed in the round in which this pull began."""
 
 
 @dataclass
 class OpenPulls:
-    """All of them; `most` may go on at once. `here`, as an argument, is what came and waits for the merge."""
+    """Open pulls of one fragment, at most `most` at once.
+
+    The argument `here` is always what has arrived and waits for the merge.
+    """
 
     back_off: BackOff
     most: int
@@ -41,7 +44,7 @@ class OpenPulls:
     _failed: set[str] = field(default_factory=set)
 
     def round_begins(self, now: float) -> None:
-        """What goes on goes on, and everybody may be asked again who failed in the last round."""
+        """Let everybody be asked again that failed in the last round. Open pulls continue."""
         self._failed = set()
         self._idle_until_s = {which: until_s for which, until_s in self._idle_until_s.items() if now < until_s}
 
@@ -50,8 +53,10 @@ class OpenPulls:
     def is_wanted(
         self, section: Section, num_due: int, here: Collection[Which], slow_after_s: float, now: float
     ) -> bool:
-        """Whether one more is to be asked: until as many are here or on their way as are due. A slow one does not keep
-        another from being tried."""
+        """Return whether another peer should be asked: until as many as are due have arrived or are on their way.
+
+        A slow pull does not count, so that another peer is tried as well.
+        """
         num_begun = len(self.begun)
         if num_begun >= self.most:
             return False
@@ -60,11 +65,11 @@ class OpenPulls:
         return len(self.coming(section, here, now - slow_after_s)) < num_due
 
     def has_begun(self, section: Section) -> bool:
-        """Some are on their way."""
+        """Return whether a pull of that section is open."""
         return section in [what for what, _ in self.begun]
 
     def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
-        """Whose is here, or on its way since then."""
+        """Return the peers whose section has arrived, or is on its way since later than `since_s`."""
         found = {peer for what, peer in here if what == section}
         for (what, peer), pull in self.begun.items():
             if what == section and pull.began_s > since_s:
@@ -72,7 +77,8 @@ class OpenPulls:
         return found
 
     def not_now(self, section: Section, here: Collection[Which], now: float) -> set[str]:
-        """Who is not asked for it: whose is here or comes, who had nothing new lately, who has failed in this round."""
+        """Return the peers not to ask for that section: it is here or on its way, they had nothing new lately, or they
+        have failed in this round."""
         found = self.coming(section, here)
         if self._failed:
             found |= self._failed
@@ -82,13 +88,13 @@ class OpenPulls:
         return found
 
     def next_free_s(self, section: Section, peers: Collection[str], now: float) -> float | None:
-        """When the next of `peers` may be asked who may not be now; None if that is not a matter of time."""
+        """Return when the next of `peers` that may not be asked now may be; None if time alone changes nothing."""
         idle = [s for (what, peer), s in self._idle_until_s.items() if what == section and s > now and peer in peers]
         banned_s = self.back_off.next_free_s(peers, now)
         return min(idle if banned_s is None else [*idle, banned_s], default=None)
 
     def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
-        """When the next of those on their way has taken so long."""
+        """Return when the next open pull of that section becomes slow; None without any."""
         found = None
         for (what, _), pull in self.begun.items():
             slow_s = pull.began_s + slow_after_s
@@ -99,22 +105,23 @@ class OpenPulls:
     # ------------------------------------------------------------- what came of it
 
     def begin(self, section: Section, peer: str, now: float) -> OpenPull:
-        """`peer` is asked."""
+        """Record that `peer` is asked."""
         pull = self.begun[section, peer] = OpenPull(section, peer, now, self._failed)
         return pull
 
     def end(self, pull: OpenPull) -> None:
-        """It is on its way no longer: it came, or it did not and that is nobody's fault."""
+        """Remove a pull that succeeded, or that failed without anybody's fault."""
         if self.begun.get((pull.section, pull.peer)) is pull:
             del self.begun[pull.section, pull.peer]
 
     def answered(self, peer: str) -> None:
-        """Something good came from it: all is forgiven, but for what it did in this round with its other section."""
+        """Clear what is held against `peer`, unless it has failed in this round with its other section."""
         if peer not in self._failed:
             self.back_off.answered(peer)
 
     def nothing_new(self, pull: OpenPull, now: float, round_s: float) -> float:
-        """It has nothing that could be merged. Returns for how long it is not asked for that again."""
+        """End a pull whose peer has nothing to merge. Return for how many seconds it is not asked for that section
+        again."""
         self.end(pull)
         self.answered(pull.peer)
         again_s = idle_s(round_s)
@@ -122,12 +129,15 @@ class OpenPulls:
         return again_s
 
     def leave_out(self, section: Section, peer: str, until_s: float) -> None:
-        """What came of it is of no use: it is not asked for that again until then."""
+        """Do not ask `peer` for that section until `until_s`."""
         self._idle_until_s[section, peer] = until_s
 
     def fail(self, pull: OpenPull, now: float, reason: str, mute: bool = False) -> str:
-        """It was in vain, `mute`: without any answer. Its partner is left alone for a while, once for both sections.
-        Returns what follows, in words; nothing new follows a second failure in a round."""
+        """End a pull that has failed; `mute`: without any answer. Return what follows, in words for the log.
+
+        The peer is left alone for a while, for all its sections. A second failure in the same round changes nothing
+        ("").
+        """
         self.end(pull)
         if pull.peer in pull.failed:
             return ""
@@ -135,6 +145,6 @@ class OpenPulls:
         return self.back_off.failed(pull.peer, now, reason, mute)
 
     def give_up(self, pull: OpenPull) -> None:
-        """It was broken off here: its partner is not asked again in the round in which it began."""
+        """End a pull that this peer broke off. Its partner is not asked again in the round in which the pull began."""
         self.end(pull)
         pull.failed.add(pull.peer)

@@ -1,14 +1,16 @@
-"""Whom to pull from, and what of it is new: gossip by publish and pull (`pulls` says when, and how much).
+"""Choice of partners, and the record of what was merged of each, so that nothing is merged twice.
 
-A peer publishes its round in parts: part 1, 2, ... carry the pseudo-gradient and the tokens since the round began. Who
-merged an earlier part takes the differences of both, so that each inner step of a peer enters another's merge at most
-once; the weights enter as they are. The `Ledger` remembers what was merged, and goes with the weights that it speaks
-of: into the checkpoint, and with a state to whoever takes that.
+A peer publishes its round in parts: part n carries the pseudo-gradient and the tokens from the round's start to the end
+of part n. Whoever has merged an earlier part merges only the difference, so that each inner step of a peer enters
+another's merge at most once. Weights are averaged as they are. The `Ledger` remembers what was merged. It belongs to
+the weights: a checkpoint contains it, and so does a state that another peer takes.
 
-Partners are drawn among the live peers. What a peer announces of itself is a hint that may be a third of a presence's
-lifetime old: who has nothing new is asked only when nobody else is left. Nothing here waits for anybody.
+Partners are drawn from the live peers. What a peer advertises is only a hint, because a presence record may be a third
+of its lifetime old; so peers that advertise nothing new are asked last, but they are asked. Nothing here waits for
+anybody.
 
-Pure: `now` is an argument, chance is a generator that its owner gives, every answer carries its reason.
+Everything here is pure: `now` is an argument, the caller provides the random generator, and every answer carries its
+reason. When and how much to pull is decided in `pulls`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 _MAX_PEERS = 4096
-"""So many peers are remembered: identities cost nothing."""
+"""Limit of each table of peers. Identities cost nothing, so a flood of them must not fill the memory."""
 
 
 # ---------------------------------------------------------------- what is new
@@ -51,7 +53,7 @@ _MAX_PEERS = 4096
 
 @dataclass(frozen=True, slots=True)
 class PublicationVersion:
-    """A publication's place: the peer's own round, the part (from 1) and the tokens since that round's start."""
+    """Position of a publication: the author's round, the part (from 1) and the tokens since that round's start."""
 
     round: int
     part: int
@@ -59,14 +61,17 @@ class PublicationVersion:
 
 
 Place: TypeAlias = tuple[int, int]
-"""A round of a peer and a part of it: all of the peer up to there is in some weights."""
+"""A peer's round and a part of it. Weights "have" a peer up to a place if they contain all its publications up to
+there."""
 
 
 @dataclass(slots=True)
 class Full:
-    """Nothing of it was merged: a round's pseudo-gradient with its `tokens`, or its weights, enter as they are.
+    """Nothing of the round was merged before: the pseudo-gradient with its `tokens`, or the weights, enter as they are.
 
-    Nobody changes news. It is not frozen: that makes it six times as dear, and there are two for each pull."""
+    Treat all kinds of news as immutable. They are not frozen: freezing makes creation six times as expensive, and each
+    pull creates two.
+    """
 
     tokens: int
     reason: str
@@ -74,7 +79,7 @@ class Full:
 
 @dataclass(slots=True)
 class Delta:
-    """An earlier part was merged at `since`: the pseudo-gradient less that part's enters, with `tokens`."""
+    """An earlier part was merged at `since`: only the difference of the pseudo-gradients enters, with `tokens`."""
 
     since: PublicationVersion
     tokens: int
@@ -83,7 +88,8 @@ class Delta:
 
 @dataclass(slots=True)
 class WeightsOnly:
-    """None of a gradient may enter: some of its steps were merged, and what is to be subtracted is not here."""
+    """No gradient may enter: some of its steps were merged before, and the earlier publication to subtract is
+    not here."""
 
     reason: str
     tokens: int = 0
@@ -91,8 +97,11 @@ class WeightsOnly:
 
 @dataclass(slots=True)
 class Stale:
-    """Not to be merged. `turned_back`: its author's counters contradict what was merged of it; `too_old`: it is too far
-    behind the others. Those are incidents, unless the bytes came from another peer that may hold an old publication."""
+    """Nothing may be merged.
+
+    `turned_back`: the author's counters contradict what was merged of it. `too_old`: the publication is too many rounds
+    behind the others. Both are incidents, unless the bytes came from another peer, which may hold an old publication.
+    """
 
     reason: str
     turned_back: bool = False
@@ -105,33 +114,38 @@ News: TypeAlias = Full | Delta | WeightsOnly | Stale
 
 @dataclass(slots=True)
 class Ledger:
-    """What was merged last of each peer.
+    """Record of what was last merged of each peer.
 
-    The driver keeps the decoded pseudo-gradients of `held` and of nobody else: those merged last, of rounds that may
-    still go on. Without it a later part of that round does not enter; nor does, after a restart, any later part of a
-    round of which a part was merged. The steps in between never enter then: once at most, not once. Which values
-    were averaged is not in the checkpoint: after a restart those of a round may enter once more.
+    For the peers in `held`, and for no others, the caller keeps the decoded pseudo-gradients: those merged last, of
+    rounds that may have later parts. Without the earlier pseudo-gradient a later part of the round cannot enter. After
+    a restart none is kept, so the rest of a round that was merged in part is skipped: each step enters at most once,
+    not exactly once. Checkpoints do not contain which values were averaged, so that after a restart the weights of one
+    round may enter once more.
 
-    The same holds for what came with others' weights (`bring`): what those had merged is not merged again, nor is a
-    later part of a round of which they had a part.
+    States that were taken from others (`bring`) follow the same rule: what they contain is not merged again, nor is a
+    later part of a round that they contain in part.
     """
 
     max_staleness_rounds: int = 8
     num_parts: int = 4
+    """Number of parts into which a round's pseudo-gradient is divided."""
     max_held: int = 3
+    """Number of pseudo-gradients that the caller keeps."""
     max_peers: int = _MAX_PEERS
     forgotten_round: int = -1
-    """No forgotten mark is of a later round: until it is past that, a stranger may have been merged before."""
+    """Highest round of a forgotten entry. Up to this round a peer without an entry may have been merged before."""
     _marks: dict[str, PublicationVersion] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
     _averaged: dict[Section, dict[str, Place]] = field(default_factory=dict)
-    """Of each section that is averaged."""
+    """For each section that is averaged: the place of each peer's values that were merged last."""
     _brought: dict[str, Place] = field(default_factory=dict)
-    """Up to where each peer was in the weights that were taken, if that is further than what was merged here."""
+    """Place up to which the taken weights contain each peer, if that is further than what was merged here."""
 
     def news_of_values(self, section: Section, peer: str, place: Place, reference_round: int) -> Full | Stale:
-        """Whether what `peer` published at `place` of a section that is averaged, such as weights, may be merged: once,
-        so that one that publishes no more holds nobody back."""
+        """Decide whether values that are averaged, such as weights, may be merged: those of each round once.
+
+        Without that rule a peer that publishes no more would hold the others back with its old weights.
+        """
         round, _ = place
         if self.has_new_values(section, peer, place, reference_round):
             return Full(0, f"nothing of the {section} of its round {round} was merged")
@@ -143,7 +157,7 @@ class Ledger:
         return Stale(f"its {section} of round {self._averaged[section][peer][0]} were merged")
 
     def has_new_values(self, section: Section, peer: str, place: Place, reference_round: int) -> bool:
-        """The same as yes or no."""
+        """Return whether `news_of_values` is `Full`, without building the answer."""
         round, averaged = place[0], self._averaged.get(section)
         if round < reference_round - self.max_staleness_rounds:
             return False
@@ -153,7 +167,7 @@ class Ledger:
         return known is None or round >= known.round
 
     def with_new_values(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
-        """Who of many has such values of the round that it is in: it is asked of everybody."""
+        """Return the peers whose values of their present round may be merged; faster than asking for each peer."""
         oldest, marks = reference_round - self.max_staleness_rounds, self._marks
         averaged = self._averaged.get(section, {})
         return {
@@ -169,7 +183,7 @@ class Ledger:
         return Stale(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
 
     def values_merged(self, section: Section, peer: str, place: Place) -> None:
-        """They entered a merge."""
+        """Record that values of `peer` entered a merge."""
         averaged = self._averaged.setdefault(section, {})
         averaged.pop(peer, None)  # the last one merged stands last
         averaged[peer] = place
@@ -177,11 +191,11 @@ class Ledger:
             del averaged[next(iter(averaged))]
 
     def values_at(self, section: Section, peer: str) -> Place | None:
-        """Where the values of `peer` that were merged last were published."""
+        """Return the place of the values of `peer` that were merged last; None without any."""
         return self._averaged.get(section, {}).get(peer)
 
     def news(self, peer: str, mark: PublicationVersion | Candidate, reference_round: int) -> News:
-        """What of `peer`'s publication at `mark` may be merged; `reference_round` is the live peers' median."""
+        """Decide what of a publication may be merged. `reference_round` is the median of the live peers' rounds."""
         if mark.round < 0 or mark.part < 1 or mark.tokens < 1:
             return Stale("it has published nothing yet")
         known = self._marks.get(peer)
@@ -200,8 +214,11 @@ class Ledger:
         return self._later_part(peer, mark, known)
 
     def new_tokens(self, peer: str, mark: PublicationVersion | Candidate, reference_round: int) -> int | None:
-        """The tokens of `news`, None for `Stale`: it is asked of everybody, most of whom have a new round or have
-        published nothing yet."""
+        """Return the tokens of `news`, None for `Stale`.
+
+        This is asked of every peer before each choice. Most have a new round or no publication yet, which needs no
+        answer with a reason.
+        """
         if mark.part < 1 or mark.tokens < 1:
             return None
         known = self._marks.get(peer)
@@ -211,7 +228,7 @@ class Ledger:
         return None if isinstance(news, Stale) else news.tokens
 
     def _later_part(self, peer: str, mark: PublicationVersion | Candidate, known: PublicationVersion) -> News:
-        """News of a round of which a part was merged."""
+        """Decide about a part of a round of which another part was merged."""
         if mark.part == known.part and mark.tokens == known.tokens:
             return Stale(f"round {mark.round} part {mark.part} was merged")
         if mark.part == known.part or mark.tokens < known.tokens:
@@ -226,13 +243,15 @@ class Ledger:
         return Delta(known, mark.tokens - known.tokens, f"part {known.part} of its round was merged")
 
     def merged(self, peer: str, mark: PublicationVersion, reference_round: int) -> None:
-        """`mark` of `peer` entered a merge, in whichever way `news` said. Look at `held` afterwards."""
+        """Record that `mark` of `peer` entered a merge in the way that `news` allowed. `held` may have changed
+        afterwards."""
         assert self.new_tokens(peer, mark, reference_round) is not None, f"merged what is not new of {peer}: {mark}"
         self._marks.pop(peer, None)  # the last one merged stands last
         self._marks[peer] = mark
         self._held.pop(peer, None)
         self._brought.pop(peer, None)
-        if mark.part < self.num_parts and mark.round > self.forgotten_round:  # else later parts may have been merged
+        # otherwise later parts may have been merged before
+        if mark.part < self.num_parts and mark.round > self.forgotten_round:
             self._held[peer] = None
         while len(self._held) > self.max_held:
             del self._held[next(iter(self._held))]
@@ -240,8 +259,11 @@ class Ledger:
             self._forget()
 
     def _forget(self) -> None:
-        """Those of the lowest rounds, which are too old soon: so that nothing is merged twice, and nobody who claims
-        a huge round makes strangers of everyone."""
+        """Drop an eighth of the entries, those of the lowest rounds.
+
+        Those are too old soon anyway, and `forgotten_round` keeps them from being merged twice. In another order a peer
+        that claims a huge round could be forgotten too; `forgotten_round` would make strangers of all others.
+        """
         num = max(1, self.max_peers // 8)
         for peer, mark in heapq.nsmallest(num, self._marks.items(), key=lambda item: item[1].round):
             del self._marks[peer]
@@ -249,7 +271,8 @@ class Ledger:
             self.forgotten_round = max(self.forgotten_round, mark.round)
 
     def bring(self, places: Mapping[str, Place]) -> None:
-        """Others' weights take the place of this peer's, with all peers up to `places` in them (`agreed_places`)."""
+        """Record that others' weights, which contain all peers up to `places` (see `agreed_places`), replace this
+        peer's."""
         for peer, place in places.items():
             known = self._marks.get(peer)
             if place > self._brought.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
@@ -259,8 +282,10 @@ class Ledger:
             self._brought = dict(furthest)
 
     def places(self, most_peers: int = _MAX_PEERS) -> dict[str, Place]:
-        """Up to where each peer is in the weights: what was merged here, and what came with others' weights. Of very
-        many, those of the latest rounds."""
+        """Return up to where the weights contain each peer: by merges here and by weights that were taken.
+
+        If there are more than `most_peers`, those of the latest rounds are returned.
+        """
         merged = {peer: (mark.round, mark.part) for peer, mark in self._marks.items()}
         places = merged | self._brought
         if len(places) <= most_peers:
@@ -269,27 +294,30 @@ class Ledger:
 
     @property
     def held(self) -> frozenset[str]:
-        """The peers whose pseudo-gradient, as it was at their mark, is kept for a difference."""
+        """Peers whose pseudo-gradient, as of the last merge, the caller keeps to subtract it from a later part."""
         return frozenset(self._held)
 
     def mark(self, peer: str) -> PublicationVersion | None:
-        """What was merged last of `peer`; None if nothing was, or it is forgotten."""
+        """Return what was last merged of `peer`; None if nothing was, or if it is forgotten."""
         return self._marks.get(peer)
 
     def by_age(self) -> list[str]:
-        """The peers, the one that was merged longest ago first."""
+        """Return the peers by the time of their last merge, the oldest first."""
         return list(self._marks)
 
     def rows(self) -> list[list[str | int]]:
-        """For a checkpoint: the round up to which marks are forgotten, then [PeerID, round, part, tokens] of each;
-        without tokens what came with others' weights."""
+        """Return rows for a checkpoint: the forgotten round first, then [PeerID, round, part, tokens] of each peer.
+
+        Rows of weights that were taken from others have 0 tokens.
+        """
         rows: list[list[str | int]] = [["", self.forgotten_round, 0, 0]]
         rows.extend([peer, mark.round, mark.part, mark.tokens] for peer, mark in self._marks.items())
         rows.extend([peer, round, part, 0] for peer, (round, part) in self._brought.items())
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Become what `rows` gave; no pseudo-gradient is held. ValueError, and nothing changes, if they are else."""
+        """Restore the ledger from `rows`; no pseudo-gradient is held then. Raise ValueError, changing nothing, for
+        other rows."""
         marks, brought, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
         for row in rows:
             match row:
@@ -307,13 +335,14 @@ class Ledger:
 def agreed_places(
     told: Iterable[Mapping[str, Place]], rounds: Mapping[str, int], round: int, max_staleness_rounds: int
 ) -> dict[str, Place]:
-    """Up to where each peer is in the mean of some states, which is of `round`. `told`: up to where it is in each of
-    them, by who gave that; `rounds`: which round each peer says it is in itself.
+    """Return up to where the mean of several states contains each peer's publications; the mean is of `round`.
 
-    What is in one of them is in the mean, though with less weight, so that the furthest counts. But nobody is believed
-    to be in others' weights with more than the round after the one that it tells of, or the mean's, since one that had
-    fallen behind may have come there by now; of who tells nothing, with more than may be merged still. So one that lies
-    makes a newcomer do without what another publishes in two rounds.
+    `told` has the places of each state, as its giver claims; `rounds` the round that each peer advertises itself. A
+    publication that is in one of the states is in the mean, though with less weight, so the furthest place counts.
+
+    A claim about a peer is limited to the round after the one that this peer advertises, or the mean's round: a peer
+    that had fallen behind may have come there by now. For a peer that advertises nothing the limit is the last round
+    that may be merged at all. So a liar can make a newcomer skip at most two rounds of another peer.
     """
     agreed = dict[str, Place]()
     for places in told:
@@ -328,34 +357,41 @@ def agreed_places(
 
 
 def median_round(rounds: Iterable[int]) -> int:
-    """The (upper) median of peers' rounds, at least one: what staleness is measured from. Of two the one that is
-    further, so that the one behind is seen to be."""
+    """Return the upper median of rounds, at least one: the round from which staleness is measured.
+
+    Of two it is the higher one, so that the peer behind is seen to be behind.
+    """
     ordered = sorted(rounds)
     return ordered[len(ordered) // 2]
 
 
 def rounds_behind(round: int, others: Iterable[int]) -> int:
-    """How far `round` is behind the others' (lower) median; 0 without any. Of two that is the one that is less far: the
-    fastest of three may take shorter rounds than the others (more than half as fast again, it is in step with nobody:
-    `pacing.round_inner_steps`), who have nothing to catch up with."""
+    """Return how far `round` is behind the lower median of the others' rounds; 0 without others.
+
+    Of two others the lower one counts. The fastest of three peers may take shorter rounds than the two others (one that
+    is more than half as fast again is in step with nobody, see `pacing.round_inner_steps`), and they have nothing to
+    catch up with.
+    """
     ordered = sorted(others)
     return ordered[(len(ordered) - 1) // 2] - round if ordered else 0
 
 
 def left_behind(round: int, others: Collection[int], max_staleness_rounds: int) -> int:
-    """How many rounds a peer that has ended `round` is behind, if what it publishes of that round is too old for the
-    others when they merge, so that it has to take their weights; else 0.
+    """Return by how many rounds a peer that has ended `round` must catch up; 0 if it need not.
 
-    The others merge at the end of their round, which may be the next one by then (see `Ledger.news`). A peer that was
-    let stay just behind what is merged could train on at the others' pace, and be merged by nobody for ever.
+    It must take the others' weights if its publication of that round is too old when the others merge. They merge at
+    the end of their round, which may be the next one by then (see `Ledger.news`). A peer that stays just behind that
+    limit could train on at the others' pace and never be merged by anybody.
     """
     behind = rounds_behind(round, others)
     return behind if behind > max(1, max_staleness_rounds - 1) else 0
 
 
 def is_too_old(round: int, others: Iterable[int], max_staleness_rounds: int) -> bool:
-    """Whether weights of `round`, with which a peer comes back, are given up for the others', who are in those rounds;
-    one in round 0 has not begun."""
+    """Return whether a peer that comes back with weights of `round` must take the others' instead.
+
+    Peers in round 0 have not begun and do not count.
+    """
     return rounds_behind(round, [each for each in others if each]) > max_staleness_rounds
 
 
@@ -364,7 +400,7 @@ def is_too_old(round: int, others: Iterable[int], max_staleness_rounds: int) -> 
 
 @dataclass(kw_only=True, slots=True)
 class Candidate:
-    """A live peer, and its newest publication as it announced it last. Nobody changes it."""
+    """Live peer with the newest publication that it has advertised. Treat it as immutable."""
 
     peer: str
     round: int = 0
@@ -378,21 +414,24 @@ class _Ban:
     until_s: float
     failures: int = 0
     mute: bool = True
-    """It gave no answer each time: nothing else is held against it."""
+    """True while the peer's only fault is that it gave no answer."""
 
 
 _MUTE_FACTOR = 1.5
-"""After an outage of the network they are left alone for half as long as that lasted, and for `mute_first_s` more, at
-most (decision 39)."""
+"""Growth of the wait after each failure to answer. After a network outage a peer is left alone for at most half the
+outage's duration plus `mute_first_s` (decision 39)."""
 
 
 @dataclass(slots=True)
 class BackOff:
-    """Who is left alone for a while: `busy_s` after BUSY; `first_s`, twice that, ... up to `most_s` after failures.
-    Of one that only gave no answer it is `mute_first_s`, half as much again, ...: it may be the network between.
+    """Peers that are left alone for a while, after they were busy or have failed.
 
-    Bans do not count when everyone is banned: then the network is the likelier cause. Even so nobody is asked twice
-    within `busy_s`.
+    A busy peer waits `busy_s`. One that failed waits `first_s`, then twice that and so on, up to `most_s`. One that
+    only gave no answer waits `mute_first_s`, then half as long again and so on, because the network between may be at
+    fault.
+
+    If everyone is banned, bans do not count, since the network is then the likelier cause. Even so nobody is asked
+    twice within `busy_s`.
     """
 
     busy_s: float = 1.0
@@ -403,17 +442,18 @@ class BackOff:
     _bans: dict[str, _Ban] = field(default_factory=dict)
 
     def busy(self, peer: str, now: float) -> str:
-        """It has as many readers as it serves. Returns what follows, in words."""
+        """Record that `peer` serves as many readers as it may. Return what follows, in words for the log."""
         ban = self._ban(peer, now)
         ban.until_s = max(ban.until_s, now + self.busy_s)
         return f"busy: asked again after {self.busy_s:g} s"
 
     def failed(self, peer: str, now: float, reason: str, mute: bool = False) -> str:
-        """It could not be reached, stalled, or what came was wrong; `mute`: it gave no answer at all. Returns what
-        follows, in words.
+        """Record that `peer` was unreachable, stalled or sent something wrong. Return what follows, in words for the
+        log.
 
-        What fails during a ban does not lengthen it: several pulls are under way at once, and where bans do not count
-        each peer is tried again and again. An outage of 20 s would be told as four, and cost two minutes.
+        `mute`: it gave no answer at all. A failure during a ban does not lengthen the ban: several pulls run at once,
+        and while bans do not count each peer is tried again and again. Otherwise an outage of 20 s would count as four
+        failures and cost two minutes.
         """
         ban = self._ban(peer, now)
         ban.mute &= mute
@@ -434,21 +474,23 @@ class BackOff:
         return ban
 
     def answered(self, peer: str) -> None:
-        """Something good came from it: all is forgiven."""
+        """Clear all that is held against `peer`, because something good came from it."""
         self._bans.pop(peer, None)
 
     def has_banned(self, peer: str) -> bool:
-        """Whether anything is held against it."""
+        """Return whether anything is held against `peer`."""
         return peer in self._bans
 
     def called(self, peer: str, now: float) -> None:
-        """It has called us: if all that is held against it is that it gave no answer, it may be asked again at once. If
-        it gives none then, it is left alone for longer than before all the same."""
+        """Let `peer`, which has called this peer, be asked again at once if its only fault is that it gave no answer.
+
+        Its count of failures stays: if it does not answer then, it waits longer than before.
+        """
         if (ban := self._bans.get(peer)) is not None and ban.failures and ban.mute:
             ban.until_s = min(ban.until_s, now)
 
     def ready(self, peers: Collection[str], now: float) -> tuple[frozenset[str], str]:
-        """Which of `peers` may be asked now; with the reason if that is not all of them, or bans do not count."""
+        """Return those of `peers` that may be asked now, and a reason if some are left out or if bans do not count."""
         if self._bans.keys().isdisjoint(peers):
             return frozenset(peers), ""
         bans = {peer: ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s}
@@ -462,7 +504,7 @@ class BackOff:
         return rested, f"everyone was tried within the last {self.busy_s:g} s"
 
     def next_free_s(self, peers: Collection[str], now: float) -> float | None:
-        """When `ready` gives one of `peers` next who is left alone now; None if nobody is."""
+        """Return when `ready` will next return one of `peers` that is left alone now; None if nobody is."""
         bans = [ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s]
         free_s = [ban.until_s for ban in bans] + [ban.tried_s + self.busy_s for ban in bans]
         return min((s for s in free_s if s > now), default=None)
@@ -470,10 +512,12 @@ class BackOff:
 
 @dataclass(slots=True)
 class Partners:
-    """Chooses whom to pull from. `variant` is one of `VARIANTS`.
+    """Chooses the next partner to pull from, by one of `VARIANTS`.
 
-    "uniform": every peer alike. "freshest": the most tokens that were not merged, as announced. "longest-unmerged":
-    the one merged longest ago, strangers first. "random-permutation": each once, in random order, before any again.
+    - "uniform": each peer with the same probability;
+    - "freshest": the peer that advertises the most tokens not merged yet;
+    - "longest-unmerged": the peer whose last merge was longest ago, strangers first;
+    - "random-permutation": each peer once in random order before any again.
     """
 
     ledger: Ledger
@@ -496,9 +540,12 @@ class Partners:
         first: Collection[str] = (),
         new_tokens: Mapping[str, int | None] | None = None,
     ) -> tuple[str | None, str]:
-        """The next one to ask, or None; with the reason. `candidates`: the live others, oneself not among them;
-        `exclude`: who was asked in this round; `first`: whom to ask before the others. Bans count while anybody of all
-        `candidates` is free of one. `new_tokens`: of each what the ledger says, if it has been asked already."""
+        """Choose the next peer to ask, or None, and return it with the reason.
+
+        `candidates`: all live others, without this peer; `exclude`: those already asked in this round; `first`: those
+        to prefer; `new_tokens`: the ledger's answer for each candidate, if it has been asked already. Bans count while
+        at least one of all `candidates` is free of them.
+        """
         if not candidates:
             return None, "nobody else is there"
         if all(one.peer in exclude for one in candidates):
@@ -558,4 +605,4 @@ VARIANTS: dict[str, _Pick] = {
     "longest-unmerged": _longest_unmerged,
     "random-permutation": _random_permutation,
 }
-"""The ways to choose, by name; the first is the default."""
+"""Ways to choose a partner, by name; the first is the default."""

@@ -1,6 +1,6 @@
-"""Whom a peer that gossips sees, how far they are, and whom of them it asks next.
+"""The other peers as this one sees them: how far they are, and which of them to ask next.
 
-Pure: what the others say of themselves is told, `now` is an argument.
+Everything here is pure: the caller passes on what the others advertise, and `now` is an argument.
 """
 
 from __future__ import annotations
@@ -28,50 +28,51 @@ __all__ = ["OtherPeers", "PartnerChoice"]
 
 
 class OtherPeers:
-    """The live others that train, as they said last, and the round that staleness is measured from."""
+    """Live others that train, as they advertised last, and the round from which staleness is measured."""
 
     def __init__(self, me: str, tellings: AdvertisedFragments, host_rng: random.Random) -> None:
         self.me, self._tellings = me, tellings
         self.back_off = BackOff()
-        """Whom of them it leaves alone for a while."""
+        """Peers that are left alone for a while."""
         self.hosts = HostOrder(me, host_rng)
-        """Through whom it asks those that nobody can dial."""
+        """Order in which the hosts of hidden peers are asked."""
         self.round = 0
-        """This peer's own."""
+        """This peer's own round."""
         self.infos: Sequence[PeerInfo] = ()
         self.version = 0
-        """Another one after each change."""
+        """Changes with each update, so that views can notice it."""
         self._reference: int | None = None
         self._moved_by: tuple[str, PublicationVersion] | None = None
+        """The one other peer, and its publication, that last made this peer catch up."""
         self._hidden: dict[str, tuple[str, ...]] | None = None
-        """Those of them that nobody can dial, with their hosts; None until somebody is asked."""
+        """Hosts of each hidden peer; None until they are needed."""
 
     def changed(self, infos: Sequence[PeerInfo]) -> bool:
-        """These are there now. Whether that are more or fewer than before."""
+        """Replace the list of live others. Return whether their number has changed."""
         is_other_number = len(infos) != len(self.infos)
         self.infos, self._reference, self._hidden = infos, None, None
         self.version += 1
         return is_other_number
 
     def enter_round(self, round: int) -> None:
-        """This peer is in that round."""
+        """Record that this peer is in that round."""
         if round != self.round:
             self.round, self._reference = round, None
 
     def reference_round(self) -> int:
-        """The median of all rounds, this peer's own among them."""
+        """Return the upper median of all rounds, this peer's own included."""
         if self._reference is None:
             self._reference = median_round([self.round, *(info.round for info in self.infos)])
         return self._reference
 
     def left_behind(self, round: int, ledger: Ledger) -> int:
-        """How many rounds this peer is too far behind, as it ends that one; 0: it is not."""
+        """Return by how many rounds this peer, which ends `round`, must catch up; 0 if it need not."""
         rounds = {info.peer: info.round for info in self.infos if info.round}
         if len(rounds) != 1:
             return left_behind(round, rounds.values(), ledger.max_staleness_rounds)
-        # What one other claims moves nobody, or a liar could have this peer's weights replaced again and again. But of
-        # two, the one that stood still would be too old for the other for ever; so what it has merged of the other
-        # counts, and once only.
+        # A single other peer's claim must not count, or a liar could have this peer's weights replaced again and again.
+        # But if neither moves, the one that was suspended stays too old for the other for ever. So what counts is the
+        # other's newest publication that this peer has merged, and each publication only once (decision 73).
         ((peer, told),) = rounds.items()
         mark = ledger.mark(peer)
         if mark is None or self._moved_by == (peer, mark):
@@ -82,33 +83,33 @@ class OtherPeers:
         return behind
 
     def hosts_of(self, peer: str) -> tuple[str, ...] | None:
-        """Who serves the publications of one that nobody can dial; None if it can be asked itself."""
+        """Return the hosts of a hidden peer; None if the peer can be asked directly."""
         if self._hidden is None:
             self._hidden = {info.peer: info.hosts for info in self.infos if info.hidden}
         return self._hidden.get(peer)
 
     def told(self, fragment: int) -> list[tuple[int, Candidate]]:
-        """In which round each says that a fragment is, and what it has published of it."""
+        """For each peer, return the fragment's round and newest publication, inferred from what it advertises."""
         of = self._tellings.of
         return [of(info, fragment) for info in self.infos]
 
 
 @dataclass(slots=True)
 class _View:
-    """What is seen of the others from one fragment, until they tell more or something is merged."""
+    """What one fragment sees of the others, cached until they advertise more or something is merged."""
 
     version: int
     candidates: list[Candidate]
     rounds: dict[str, int]
     from_round: int = -1
-    """Of this peer, in which what follows was found."""
+    """Round of this peer for which the following fields were computed."""
     reference: int = 0
     new_tokens: dict[str, int | None] = field(default_factory=dict)
     new_weights: set[str] | None = None
 
 
 class PartnerChoice:
-    """Whom to ask for one fragment."""
+    """Choice of the peer to ask next, for one fragment."""
 
     def __init__(
         self,
@@ -120,19 +121,23 @@ class PartnerChoice:
         *,
         is_part: bool,
     ) -> None:
-        """`leading` is pulled first, and of whom it came or comes, all else. `is_part`: the model has other fragments
-        too, so that what others told of this one is a guess."""
+        """`leading`: the section that is pulled first; the other sections are pulled from the same peers if possible.
+        `is_part`: the model has several fragments, so that what others have of this one is inferred from what they
+        advertise."""
         self.fragment, self._others, self.partners, self._open = fragment, others, partners, open
         self._leading, self._is_part = leading, is_part
         self._ledger = partners.ledger
         self._view: _View | None = None
 
     def ledger_changed(self) -> None:
-        """More was merged, or others' weights were taken."""
+        """Drop the view, because more was merged or others' weights were taken."""
         self._view = None
 
     def choose(self, section: Section, round: int, here: Sequence[Which], now: float) -> str | None:
-        """Whose to pull next for the merge of that round, when so much is `here`; None: there is nobody to ask."""
+        """Return the next peer to pull `section` from for the merge of `round`; None if there is nobody to ask.
+
+        `here`: what has arrived for that merge.
+        """
         view = self.view()
         if view.from_round != round:
             view.from_round, view.new_weights = round, None
@@ -140,6 +145,7 @@ class PartnerChoice:
             tokens = self._ledger.new_tokens
             view.new_tokens = {one.peer: tokens(one.peer, one, reference) for one in view.candidates}
         first: Collection[str]
+        # Prefer the peers whose weights are here or on their way.
         if section != self._leading:
             first = self._open.coming(self._leading, here)
         else:
@@ -156,7 +162,7 @@ class PartnerChoice:
         )[0]
 
     def view(self) -> _View:
-        """What the others have of this fragment."""
+        """Return what the others have of this fragment."""
         view = self._view
         if view is None or view.version != self._others.version:
             view = self._view = _View(self._others.version, [], {})
@@ -169,5 +175,5 @@ class PartnerChoice:
         return view
 
     def next_free_s(self, section: Section, now: float) -> float | None:
-        """When somebody may be asked who may not be now; None if that is not a matter of time."""
+        """Return when a peer that may not be asked now may be asked again; None if time alone changes nothing."""
         return self._open.next_free_s(section, [info.peer for info in self._others.infos], now)

@@ -1,6 +1,7 @@
-"""When a peer that gossips pulls: the next merge of each fragment, what is due before it, and when to look again.
+"""When a peer pulls: the next merge of each fragment, the pulls that are due before it, and when to check again.
 
-Pure: `now` is an argument. How many pulls there are, and when each is due, is worked out by `pulls.plan_pulls`.
+Everything here is pure: `now` is an argument. `pulls.plan_pulls` computes how many pulls there are and when each is
+due.
 """
 
 from __future__ import annotations
@@ -25,35 +26,37 @@ from swarmtrain.run import GradientFormat
 __all__ = ["Due", "DuePulls", "NextMerge", "PullSchedule"]
 
 _OLD_PULL_S = 30.0
+"""A pull is given up after this many seconds, or after `_OLD_PULL_ROUNDS` rounds if that is longer."""
 _OLD_PULL_ROUNDS = 2
 
 
 @dataclass(slots=True)
 class NextMerge:
-    """Of one fragment."""
+    """Next merge of one fragment."""
 
     plan: MergePlan | None = None
-    """None once it was merged, until the merge after it is planned."""
+    """None after a merge, until the next one is planned."""
     began_s: float = -1.0
-    """When the fragment's present round did."""
+    """Start of the fragment's present round."""
     pulled_for_s: float | None = None
-    """When the merge of its present round was expected when the first pull for it began."""
+    """Expected time of the present round's merge at the moment when its first pull began; None before that."""
     merged_round: int = -1
     begins_anew: bool = True
-    """It has rested since that merge: a round that was given up has all its merges again."""
+    """True if pulls have been paused since the last merge. The round was given up then, and has all its merges
+    again."""
 
 
 class DuePulls(NamedTuple):
-    """The pulls of a plan."""
+    """Pulls of one plan, with the values that they were computed from."""
 
     basis: object
-    """What they follow from."""
+    """Inputs of the computation; if they change, it is done again."""
     pulls: PullPlan
     slow_after_s: float
 
 
 class Due(NamedTuple):
-    """So many pulls of a section should have begun for the plan's next merge, of each of these fragments."""
+    """Number of pulls of a section that should have begun by now for each of `fragments`, which share one plan."""
 
     section: Section
     number: int
@@ -63,7 +66,7 @@ class Due(NamedTuple):
 
 
 class PullSchedule:
-    """The next merges, and when pulls for them are due."""
+    """Next merges of all fragments, and the times at which pulls for them are due."""
 
     def __init__(
         self,
@@ -75,33 +78,33 @@ class PullSchedule:
         self.times = PullTimes()
         self.plans: Sequence[MergePlan] = ()
         self.merges = [NextMerge() for _ in sizes]
-        """By fragments."""
+        """Next merge of each fragment, by its number."""
         self._pull_plans: dict[tuple[int, ...], DuePulls] = {}
-        """By fragments."""
+        """Cached pulls, by the plan's fragments."""
         self.wake_s: float | None = None
-        """When to look whether pulls are due; None: not before something happens."""
+        """Time of the next check whether pulls are due; None: not before another event."""
         self.is_short = False
-        """More pulls were due than there was anybody to ask for."""
+        """True if more pulls were due than there were peers to ask."""
 
     # ------------------------------------------------------------- when to look
 
     def look_by(self, at_s: float | None) -> None:
-        """Then at the latest; None: that does not matter."""
+        """Check at that time at the latest; None changes nothing."""
         if at_s is not None and (self.wake_s is None or at_s < self.wake_s):
             self.wake_s = at_s
 
     def looks(self) -> None:
-        """It is looked now."""
+        """Record that the check takes place now."""
         self.wake_s, self.is_short = None, False
 
     def look_when_due(self, num_others: int, now: float) -> None:
-        """At once, unless nothing is due yet by the plans."""
+        """Check at once if a pull is due by the plans, otherwise when the next one is."""
         self.looks()
         for _ in self.due(num_others, now):
             self.look_by(now)
 
     def assume(self, bytes_per_s: float, now: float) -> None:
-        """The link carries so much, as long as no pull was measured."""
+        """Use this link rate until a pull is measured."""
         if self.times.bytes_per_s is None:
             self.times.assume(bytes_per_s)
             if self.plans:
@@ -110,7 +113,7 @@ class PullSchedule:
     # ------------------------------------------------------------- what is due
 
     def due(self, num_others: int, now: float) -> Iterator[Due]:
-        """What should have begun by now; and it is looked again when more is due."""
+        """Yield the pulls that should have begun by now, and schedule the next check for when more are due."""
         for plan in self.plans:
             fragments = self._fragments_of(plan)
             if not fragments:
@@ -122,7 +125,7 @@ class PullSchedule:
                     yield Due(section, num_due, plan, fragments, slow_after_s)
 
     def _fragments_of(self, plan: MergePlan) -> Sequence[int]:
-        """Those of its fragments that are not merged yet."""
+        """Return the plan's fragments that are not merged yet."""
         merges = self.merges
         if len(plan.fragments) == 1:
             return plan.fragments if merges[plan.fragments[0]].plan is plan else ()
@@ -139,13 +142,13 @@ class PullSchedule:
         return known
 
     def _sizes_of(self, plan: MergePlan) -> SectionBytes:
-        """All that is pulled of one partner."""
+        """Return the bytes of everything that is pulled of one partner for this plan."""
         if len(plan.fragments) == 1:
             return self._sizes[plan.fragments[0]][plan.gradient_format]
         return total_bytes(self._sizes[each][plan.gradient_format] for each in plan.fragments)
 
     def begins_pull(self, fragment: int, plan: MergePlan) -> float:
-        """A pull for it begins. How long the round is: a fragment's share of it."""
+        """Record that a pull begins, and return the fragment's share of the round's duration in seconds."""
         merge = self.merges[fragment]
         if merge.pulled_for_s is None:
             merge.pulled_for_s = plan.ends_s
@@ -154,7 +157,7 @@ class PullSchedule:
     # ------------------------------------------------------------- rounds
 
     def planned(self, plans: Sequence[MergePlan]) -> list[int]:
-        """These take the place of all plans before. Returns the fragments of which another round has begun."""
+        """Replace all plans. Return the fragments whose next round has begun."""
         self.plans = plans
         self._pull_plans.clear()  # those of other fragments
         for merge in self.merges:
@@ -164,7 +167,7 @@ class PullSchedule:
             for fragment, began_s in zip(plan.fragments, plan.began_s, strict=True):
                 merge = self.merges[fragment]
                 if plan.round == merge.merged_round and not merge.begins_anew:
-                    continue  # its merge was earlier than this plan came here
+                    continue  # the fragment was merged before this plan arrived
                 merge.plan = plan
                 if began_s != merge.began_s:
                     merge.began_s, merge.pulled_for_s = began_s, None
@@ -172,27 +175,29 @@ class PullSchedule:
         return begun
 
     def old_s(self, now: float) -> float:
-        """A pull that has gone on since before then, for rounds, would bring what is too old."""
+        """Return the time before which a pull must have begun to be too old: it has run for more than two rounds."""
         a_round_s = max((plan.ends_s - plan.started_s for plan in self.plans), default=0.0)
         return now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * a_round_s)
 
     def merged_first(self) -> list[int]:
-        """The fragments that are merged next, all at once."""
+        """Return the fragments of the earliest planned merge; several if they are merged at the same moment."""
         planned = [(merge.plan.ends_s, each) for each, merge in enumerate(self.merges) if merge.plan is not None]
         first_s = min((ends_s for ends_s, _ in planned), default=0.0)
         return [each for ends_s, each in planned if ends_s == first_s]
 
     def merge_due(self, fragment: int, round: int, now: float) -> None:
-        """It is merged now: how far off the expected moment that is, is learnt."""
+        """Record that a fragment is merged now, and by how much the expected time was wrong."""
         merge = self.merges[fragment]
         plan, merge.plan = merge.plan, None
         merge.merged_round, merge.begins_anew = round, False
+        # The error is measured against the plan of the first pull, not the last one: later plans are nearly right by
+        # then, but the pulls had begun by the first (decision 47).
         if plan is not None and plan.is_sure and fragment == plan.fragments[0]:
             expected_s = plan.ends_s if merge.pulled_for_s is None else merge.pulled_for_s
             self.times.round_ended(expected_s - plan.started_s, now - plan.started_s)
 
     def rest(self) -> None:
-        """Nothing is due until more is planned."""
+        """Drop all plans: nothing is due until merges are planned again."""
         self.plans = ()
         self.looks()
         for merge in self.merges:

@@ -1,6 +1,6 @@
-"""How much to pull in a round, and when: as late as the link allows, since what comes late is fresh.
+"""How much a peer pulls in a round, and when: as late as the link allows, because fresh publications are worth more.
 
-Pure: `now` is an argument, and what pulls took is told.
+Everything here is pure: `now` is an argument, and the caller reports how long pulls took.
 """
 
 from __future__ import annotations
@@ -33,51 +33,64 @@ __all__ = [
 ]
 
 Section: TypeAlias = str
-"""What of a partner is pulled, by its name in the run's list (`network.sections`): such as the weights that its round
-began with, or its pseudo-gradient since."""
+"""Kind of values in a publication, by its name in the run's list (`network.sections`): for example the weights at the
+start of the author's round, or its pseudo-gradient since then. Each kind is pulled by itself."""
 
 SectionRule: TypeAlias = Literal["mean", "outer step"]
-"""What a merge makes of partners' values: the mean with this peer's own, or, weighted by their tokens, the gradient of
-one outer step."""
+"""How a merge uses the partners' values of a section.
+
+- "mean": average them with this peer's own;
+- "outer step": weight them by tokens, and use the mean as the gradient of one outer step.
+"""
 
 LARGE_MODEL = 4_000_000
-"""Of so many parameters and more, what is held counts for more than the time that it takes to make it again."""
+"""Parameters from which on a merge saves memory instead of time: it keeps less, and recomputes it."""
 LINK_SHARE = 0.65
-"""So much of a round may be spent on pulling."""
+"""Share of a round that may be spent on pulling."""
 _SLACK = 1.5
-"""A pull begins so many times as long before the round's end as it is expected to take."""
+"""A pull begins this many times its expected duration before the round's end. With 1.25 there is no time for another
+partner where one fails (decision 24)."""
 _SPARE_SHARE, _MOST_SPARE_S, _LONG_SPARE_SHARE = 0.10, 1.5, 0.05
-"""And such a share of a round earlier still, at most so many seconds: one that is busy is asked again after a second,
-and another is tried where one fails. Of long rounds at least the other share: steps are not all equally quick."""
+"""Reserve before the round's end, on top of `_SLACK`: 10 % of the round but at most 1.5 s, and at least 5 % of a long
+round. A busy partner is asked again after a second, and a failed one is replaced. Inner steps of long rounds vary by
+seconds (decision 34)."""
 _SLOW_FACTOR = 3.0
+"""A pull that takes this many times as long as expected is slow: another partner is asked as well."""
 _LEAST_SLOW_S = 1.0
+"""Seconds before a pull can count as slow."""
 _RETRIES_A_ROUND = 8
+"""How many times in a round a partner without new publications may be asked again."""
 _LEAST_IDLE_S = 0.25
+"""Seconds, at least, before a partner without new publications is asked again."""
 _PULLS_A_PARTNER = 4
+"""Concurrent pulls for each wanted partner, slow ones included."""
 _MOVED_SHARE, _LEAST_MOVED_S = 0.01, 0.1
+"""A plan is replaced if its merge moves by more than this share of the time between two merges, and by more than a
+tenth of a second."""
 _FINE_SHARE = 0.2
-"""Pulls of finer gradients may take so much of a round. Where they do, the loss is half a percent less for them; where
-they take most of it, it is 0.3 % more (decision 48)."""
+"""Share of a round that pulls of finer gradients may take. Below it they lower the loss by half a percent; where they
+take most of the round, they raise it by 0.3 % (decision 48)."""
 _MOST_EARLY_SHARE = 0.25
-"""What comes after the round has ended is of no use to it, so where rounds end earlier than expected, pulls begin by so
-much earlier too; not by more than this."""
+"""Limit of the extra reserve, as a share of a round, after rounds that ended earlier than expected. What arrives after
+a round's end is of no use to that round, so pulls begin earlier by as much as past rounds were shorter."""
 
 
 @dataclass(frozen=True)
 class PullPlan:
-    """When the pulls of a round are due, of each rule the earliest first; with the reason."""
+    """Times at which the pulls of a round are due, for each rule in ascending order, and the reason for the log."""
 
     weights_at_s: tuple[float, ...]
-    """Of each section that is averaged."""
+    """Due times for each section whose rule is "mean"."""
     gradients_at_s: tuple[float, ...]
+    """Due times for the section whose rule is "outer step"."""
     reason: str
 
     def num_due(self, rule: SectionRule, now: float) -> int:
-        """How many pulls of each section with that rule should have begun."""
+        """Return how many pulls of each section with that rule should have begun by now."""
         return bisect_right(self.weights_at_s if rule == "mean" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
-        """When the next pull is due; None if all are."""
+        """Return when the next pull is due; None if all are."""
         found = None
         for at_s in self.weights_at_s, self.gradients_at_s:
             if (passed := bisect_right(at_s, now)) < len(at_s) and (found is None or at_s[passed] < found):
@@ -87,35 +100,35 @@ class PullPlan:
 
 @dataclass(frozen=True)
 class SectionBytes:
-    """What a partner's weights and its pseudo-gradient weigh as they travel."""
+    """Transfer sizes of one partner's weights and of its pseudo-gradient, in bytes."""
 
     weights: int
-    """With all else that is averaged."""
+    """Bytes of all sections that are averaged."""
     gradient: int
     share: float = 1.0
-    """One divided by the number of the model's fragments, where they are of one of these."""
+    """Share of the model: 1 / number of fragments if these are the sizes of one fragment."""
 
     @property
     def both(self) -> int:
-        """Together."""
+        """Bytes of the weights and the pseudo-gradient together."""
         return self.weights + self.gradient
 
 
 def total_bytes(sizes: Iterable[SectionBytes]) -> SectionBytes:
-    """Of several fragments."""
+    """Add up the sizes of several fragments."""
     sizes = list(sizes)
     weights, gradient = sum(each.weights for each in sizes), sum(each.gradient for each in sizes)
     return SectionBytes(weights, gradient, sum(each.share for each in sizes))
 
 
 class WantedPartners(NamedTuple):
-    """Of how many partners the gradients and the weights are pulled in a round, where the link carries them."""
+    """Number of partners whose gradients, and number whose weights, are pulled in a round if the link carries them."""
 
     gradients: int
     weights: int
 
     def bytes_of(self, sizes: SectionBytes) -> int:
-        """All of it."""
+        """Return the bytes of all wanted pulls."""
         return self.gradients * sizes.gradient + self.weights * sizes.weights
 
 
@@ -129,12 +142,13 @@ def gradient_format(
     bytes_per_s: float | None,
     configured: WantedPartners,
 ) -> _Format:
-    """In which of these formats, the coarsest first, a peer publishes its pseudo-gradients in a round that lasts so
-    long (0: it is not known).
+    """Choose the format, of those in `sizes` (coarsest first), in which a peer publishes its pseudo-gradients this
+    round.
 
-    What the coarsest loses disappears in the mean of many gradients, and not in that of a few. So it is the finest in
-    which what a round pulls, of all that is merged (`sizes`), weighs no more than in the coarsest in a large
-    swarm, and takes little of the round.
+    `sizes` are the sizes of all fragments together; `round_s` is the round's duration, 0 if unknown. The rounding of
+    the coarsest format cancels in the mean of many gradients, but not in the mean of a few. The result is the finest
+    format in which a round's pulls weigh no more than in the coarsest format with the full number of partners, and take
+    at most `_FINE_SHARE` of the round. It is the coarsest if the duration or the link's rate is unknown.
     """
     formats = list(sizes)
     found, most_bytes = formats[0], configured.bytes_of(sizes[formats[0]])
@@ -156,13 +170,15 @@ def plan_pulls(
     times: PullTimes,
     configured: WantedPartners,
 ) -> PullPlan:
-    """What to pull in a round, and when: as late as the link allows, since what comes late is fresh.
+    """Plan the pulls of a round: how many, and when.
 
-    The round is that of the fragments that `sizes` are of, which have so large a share of the link's time. Of
-    as many partners as `configured`, at most of everyone, as far as the link carries that in two thirds of the
-    time; where it carries less, weights of fewer, then gradients of fewer, never less than one of each. Weights first,
-    because they stay what they are for a whole round of their author's, and one pull after the other, so that each has
-    the whole link and the last is as fresh as it can be.
+    The round is that of the fragments whose sizes are given; they may use their share (`sizes.share`) of the link's
+    time. A peer pulls from `configured` partners, or from all others if there are fewer, as far as the link carries
+    that in `LINK_SHARE` of the time. A slower link carries the weights of fewer partners, then the gradients of fewer,
+    but at least one of each.
+
+    Weights come first, because they do not change until their author merges again. Pulls run one after the other: each
+    has the whole link, and the last one is as fresh as possible.
     """
     if num_live_others < 1:
         return PullPlan((), (), "nobody else is there")
@@ -190,80 +206,90 @@ def plan_pulls(
 
 
 def expected_step_s(last_round_s: float, passed_s: float, steps_done: int) -> float:
-    """What an inner step is expected to take in a round of which so many took so long: as in the last round, or in this
-    one so far, if that is less. What is pulled early is a little older; what comes late is of no use."""
+    """Estimate the duration of an inner step, `steps_done` steps after a round's start, `passed_s` ago.
+
+    The estimate is the lower of the last round's and of this round's so far. Underestimating is safe: what is pulled
+    too early is a little older, but what comes too late is of no use.
+    """
     return min(last_round_s, passed_s / steps_done) if steps_done and passed_s > 0 else last_round_s
 
 
 def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:
-    """Whether a merge that was expected at one time and now is at another should be planned anew: from the merge of one
-    fragment to that of the next it takes `way_s`."""
+    """Return whether a merge moved far enough to plan its pulls anew; `way_s` is the time between two fragments'
+    merges."""
     return abs(now_ends_s - ends_s) > max(_MOVED_SHARE * way_s, _LEAST_MOVED_S)
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """When the round began of a peer that was so far at `told_s`; None if it does not know its speed, `steps_per_s`."""
+    """Return when a peer's round began that had done that many steps at `told_s`; None if its speed is unknown (0)."""
     return told_s - inner_steps_done / steps_per_s if steps_per_s > 0 else None
 
 
 def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """When the round ends, of so many inner steps, of a peer that was so far at `told_s`; None if it does not know its
-    speed, or has not told how many those are (0)."""
+    """Return when a peer's round ends that had done that many of its steps at `told_s`.
+
+    None if its speed or its number of steps is unknown (0).
+    """
     return told_s + (inner_steps - inner_steps_done) / steps_per_s if inner_steps and steps_per_s > 0 else None
 
 
 def ahead_rounds(theirs_began_s: float | None, began_s: float, ends_s: float) -> float:
-    """By how much of this peer's round, from 0 to 1, another's began later; 0 if it is not known when that began."""
+    """Return how much later than this peer's another's round began, in rounds of this peer, from 0 to 1.
+
+    0 if the other's beginning is unknown.
+    """
     if theirs_began_s is None:
         return 0.0
     return min(1.0, max(0.0, theirs_began_s - began_s) / max(ends_s - began_s, 1e-9))
 
 
 def idle_s(round_s: float) -> float:
-    """How long who had nothing new is not asked again, in a round that lasts so long."""
+    """Return for how many seconds a peer that had nothing new is not asked again, in a round of that duration."""
     return max(_LEAST_IDLE_S, round_s / _RETRIES_A_ROUND)
 
 
 def most_pulls(configured: WantedPartners) -> int:
-    """How many may go on at once for a fragment, of all sections, the slow ones too."""
+    """Return how many pulls of a fragment may be open at once, of all sections and including slow ones."""
     return _PULLS_A_PARTNER * max(configured)
 
 
 @dataclass(slots=True)
 class BytesBegun:
-    """A pull's bytes began to come."""
+    """Beginning of a pull's download, for `PullTimes.bytes_end`."""
 
     at_s: float
     ended_bytes: int
-    """Of all pulls, by then."""
+    """Bytes of all downloads that had ended by then."""
 
 
 @dataclass(slots=True)
 class PullTimes:
-    """What the last pulls took: besides their bytes, and how fast bytes came meanwhile.
+    """Measurements of the last pulls: the link's rate, and the overhead of a pull besides its bytes.
 
-    Pulls that overlap share the link. So a pull's rate counts all bytes that came whole while it went on, others' too:
-    of pulls side by side the last one to end has seen the link's whole rate, the first less.
+    Concurrent pulls share the link. So a pull's rate counts all bytes that arrived while it ran, those of other pulls
+    too: of several concurrent pulls the last one to end has seen the link's whole rate, the first less.
     """
 
     most: int = 8
+    """Number of measurements that are kept."""
     _overheads_s: list[float] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
     _early_shares: list[float] = field(default_factory=list)
     _ended_bytes: int = 0
     bytes_per_s: float | None = None
-    """Of the last pulls, the (upper) median; None before the first."""
+    """Upper median of the last pulls' rates; None before the first. The median is not moved by one failure or one very
+    slow partner."""
     overhead_s: float = 0.0
-    """Of the last pulls: the slower quarter begins there."""
+    """Third quartile of the last pulls' overhead in seconds."""
     early_share: float = 0.0
-    """By what share of a round the last ones ended earlier than expected, at most."""
+    """Largest share of a round by which one of the last rounds ended earlier than expected."""
 
     def bytes_begin(self, now: float) -> BytesBegun:
-        """Bytes begin to come, beside others or not. What is returned is for `bytes_end`."""
+        """Record that a download begins, and return what `bytes_end` needs."""
         return BytesBegun(now, self._ended_bytes)
 
     def bytes_end(self, begun: BytesBegun, now: float, came_bytes: int) -> None:
-        """All of them have come. Of a pull that fails nothing is told."""
+        """Record that a download is complete. Failed downloads are not recorded."""
         self._ended_bytes += came_bytes
         if now > begun.at_s:
             rate = (self._ended_bytes - begun.ended_bytes) / (now - begun.at_s)
@@ -271,22 +297,22 @@ class PullTimes:
             self.bytes_per_s = sorted(self._rates)[len(self._rates) // 2]
 
     def merged(self, overhead_s: float) -> None:
-        """A pull took so long from its beginning to a prepared merge, without its bytes."""
+        """Record a pull's time from the question to the prepared merge, without the time of its bytes."""
         self._overheads_s = [*self._overheads_s, overhead_s][-self.most :]
         self.overhead_s = sorted(self._overheads_s)[(3 * len(self._overheads_s)) // 4]
 
     def round_ended(self, expected_s: float, lasted_s: float) -> None:
-        """A round that was expected to last so long lasted so long."""
+        """Record a round's expected and actual duration."""
         if expected_s > 0:
             self._early_shares = [*self._early_shares, 1.0 - lasted_s / expected_s][-self.most :]
             self.early_share = min(max(0.0, *self._early_shares), _MOST_EARLY_SHARE)
 
     def assume(self, bytes_per_s: float) -> None:
-        """The link carries so much, as something else has shown: one of the rates, until pulls were measured."""
+        """Use a rate that other transfers have measured until pulls are measured."""
         self._rates, self.bytes_per_s = [bytes_per_s], bytes_per_s
 
     def slow_after_s(self, sizes: SectionBytes, configured: WantedPartners) -> float:
-        """After how long a pull is a slow one, which does not keep another from being tried."""
+        """Return after how many seconds a pull counts as slow, so that another partner is tried as well."""
         rate = self.bytes_per_s
         expected_s = configured.bytes_of(sizes) / rate if rate else 0.0
         return max(_LEAST_SLOW_S, _SLOW_FACTOR * (self.overhead_s + expected_s))
@@ -298,9 +324,10 @@ class PullTimes:
 def pull_start(
     round_started_s: float, round_expected_end_s: float, expected_transfer_s: float | None
 ) -> tuple[float, str]:
-    """When to begin to pull, with the reason: as late as the link allows, since what comes late is fresh.
+    """Choose when to pull from the server, and return it with the reason.
 
-    `expected_transfer_s` is for all partners of the round together; None before the first pull.
+    The pull begins twice its expected duration before the round's end, because fresh weights are worth more.
+    `expected_transfer_s` is the duration of all transfers of a round together; None before the first.
     """
     if expected_transfer_s is None:
         half_s = (round_expected_end_s - round_started_s) / 2
@@ -312,7 +339,9 @@ def pull_start(
 
 
 def expected_transfer(durations_s: Sequence[float]) -> float | None:
-    """What to expect of the next round's transfers, given the last ones' (all partners of a round together, those
-    that came), in seconds: the slower quarter of the last eight begins there. None without any."""
+    """Estimate the duration of the next round's transfers in seconds: the third quartile of the last eight rounds'.
+
+    Each item is the time of all successful transfers of one round together. None without any.
+    """
     last = sorted(durations_s[-8:])
     return last[(3 * len(last)) // 4] if last else None

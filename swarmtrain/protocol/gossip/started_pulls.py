@@ -1,7 +1,8 @@
-"""The pulls of a peer that gossips: each from the question to the merge that is prepared with it.
+"""Pulls of a peer that gossips, each from the question to the merge that is prepared with it.
 
-A pull asks its author, or the hosts of one that nobody can dial; what is new is downloaded and decoded, and then waits
-for its merge to be prepared. Whoever is busy, gone or wrong is left alone for a while, and a person told if it lied.
+A pull asks the author, or the hosts of a hidden one. It downloads and decodes what is new, and ends when the merge that
+contains it is prepared. A source that is busy, gone or wrong is left alone for a while, and the user is told about
+lies.
 """
 
 from __future__ import annotations
@@ -44,25 +45,28 @@ __all__ = ["GossipPull", "GossipPulls"]
 
 @dataclass(slots=True)
 class GossipPull(Generic[Held]):
-    """One of them."""
+    """One pull, and how far it is."""
 
     number: int
     fragment: int
     open: OpenPull
     round_s: float
+    """Duration of the fragment's share of a round."""
     sources: list[str]
-    """Whom to ask, the next one first."""
+    """Peers to ask, the next one first."""
     source: str = ""
     asked_s: float = 0.0
     mark: PublicationVersion | None = None
     held: Held | None = None
     began_s: float | None = None
+    """Time at which the author's round of the fragment began, if it advertised that."""
     begun: BytesBegun | None = None
     bytes_s: float = 0.0
+    """Seconds that the download took."""
 
 
 class GossipPulls(Generic[Held, Payload, Ready]):
-    """Those that were begun and have not ended, by number. What becomes of one that was given up is dropped."""
+    """Pulls that have begun and not ended, by number. Events of pulls that were given up are ignored."""
 
     def __init__(
         self,
@@ -72,19 +76,19 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         schedule: PullSchedule,
         commands: CommandList[Held, Payload, Ready],
     ) -> None:
-        """`num_parts`: into so many a round's pseudo-gradients are divided."""
+        """`num_parts`: number of parts into which a round's pseudo-gradients are divided."""
         self._lanes, self._num_parts, self._others = lanes, num_parts, others
         self._schedule, self._times, self._commands = schedule, schedule.times, commands
         self.by_number: dict[int, GossipPull[Held]] = {}
         self._settling: list[GossipPull[Held]] = []
-        """Those whose merge is being prepared."""
+        """Pulls whose merge is being prepared."""
 
     # ------------------------------------------------------------- whom to ask for it
 
     def begin(
         self, lane: FragmentState[Held, Payload, Ready], section: Section, peer: str, round_s: float, now: float
     ) -> None:
-        """Pull that section of the peer's; its rounds last so long."""
+        """Pull a section of `peer` for the fragment; a fragment's share of a round lasts `round_s`."""
         number, hosts = self._commands.next_number(), self._others.hosts_of(peer)
         opened = lane.open.begin(section, peer, now)
         sources = [peer] if hosts is None else [*hosts]
@@ -95,15 +99,15 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             self._commands.add(FindRoute(number, peer))
 
     def routed(self, event: RouteFound, now: float) -> None:
-        """It can be asked itself, or only its hosts can."""
+        """Ask the hidden peer itself, or its hosts if it cannot be dialled."""
         if (pull := self.by_number.get(event.pull)) is not None:
             pull.sources = [pull.open.peer] if event.is_direct else self._others.hosts.of(pull.sources, now)
             self._ask_next(pull, now)
 
     def _ask_next(self, pull: GossipPull[Held], now: float) -> None:
-        """Ask the next source, if there is one."""
+        """Ask the next source, if one is left."""
         section, peer = pull.open.section, pull.open.peer
-        if not pull.sources:  # its hosts failed, which is not its own fault; it may be had again within the round
+        if not pull.sources:  # its hosts failed, which is not its fault; they may recover within the round
             self._busy(pull, now)
             return
         pull.source, pull.asked_s = pull.sources.pop(0), now
@@ -113,7 +117,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- what it has
 
     def replied(self, event: PartnerReplied[Held], now: float) -> None:
-        """Download it, if anything of it is new."""
+        """Download the publication if anything of it is new."""
         if (pull := self.by_number.get(event.pull)) is None:
             return
         lane, section, peer, mark = self._lanes[pull.fragment], pull.open.section, pull.open.peer, event.mark
@@ -122,6 +126,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             return
         reference = self._others.reference_round()
         if lane.merged.news(section, peer, mark, reference) is None:
+            # Only the author itself is accused of an old publication: a host may not have the newest yet.
             is_its_word = pull.source == peer
             own_round = self._others.round
             wrong = lane.merged.wrong_counter(section, peer, mark, reference, own_round) if is_its_word else ""
@@ -137,8 +142,10 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         self._commands.add(DownloadPublication(pull.number, pull.source, event.held))
 
     def _round_began_s(self, fragment: int, mark: PublicationVersion, told: AdvertisedProgress | None) -> float | None:
-        """When its author's round of the fragment began; None if it is in another by what it told, or does not know its
-        speed yet."""
+        """Return when the author's round of the fragment began.
+
+        None if it advertises another round than it publishes, or does not know its speed yet.
+        """
         if told is None:
             return None
         done = told.inner_steps_done
@@ -148,7 +155,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         return round_began_s(told.since_s, found[1], told.steps_per_s)
 
     def downloaded(self, event: PublicationDownloaded, now: float) -> None:
-        """Decode it, if anything of it is new still."""
+        """Decode the publication if anything of it is still new."""
         if (pull := self.by_number.get(event.pull)) is None:
             return
         assert pull.mark is not None
@@ -170,7 +177,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             self._commands.add(DecodePublication(pull.number, peer, section, fragment, pull.held, news, earlier))
 
     def decoded(self, event: PublicationDecoded[Payload], now: float) -> bool:
-        """It can enter a merge from now on. False: it was given up."""
+        """Add the decoded publication to those that wait to be merged. Return False if the pull was given up."""
         if (pull := self.by_number.get(event.pull)) is None:
             return False
         assert pull.mark is not None
@@ -186,19 +193,19 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             began_s=pull.began_s,
         )
         lane.received.add(pulled)
-        lane.open.answered(peer)  # before it can turn out that nothing can be merged with it
+        lane.open.answered(peer)  # first this, since the preparation may find that it cannot be merged
         self._settling.append(pull)
         return True
 
     # ------------------------------------------------------------- how it ends
 
     def take_settling(self) -> Sequence[GossipPull[Held]]:
-        """Those that were decoded: their merges are prepared."""
+        """Return the decoded pulls, whose merges are now prepared, and forget them here."""
         settling, self._settling = self._settling, []
         return settling
 
     def settled(self, pull: GossipPull[Held], now: float) -> bool:
-        """Its merge is prepared. Whether that ends it: it may have ended before."""
+        """End a pull whose merge is prepared. Return False if it had ended before."""
         if pull.number not in self.by_number:
             return False
         self._times.merged(now - pull.asked_s - pull.bytes_s)
@@ -207,7 +214,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         return True
 
     def _end(self, pull: GossipPull[Held], now: float) -> None:
-        """It brought nothing, so that another is asked at once."""
+        """Remove a pull that brought nothing, and check at once whether another partner should be asked."""
         del self.by_number[pull.number]
         self._schedule.look_by(now)
 
@@ -221,12 +228,13 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         self._commands.add(PartnerBackedOff(pull.open.peer, self._others.back_off.busy(pull.open.peer, now)))
 
     def failed(self, event: PullFailed, now: float) -> None:
-        """It came to nothing."""
+        """End a pull that has failed, or ask its next source."""
         if (pull := self.by_number.get(event.pull)) is not None:
             self._fail(pull, event.failure, now)
 
     def _fail(self, pull: GossipPull[Held], failure: PullFailure, now: float) -> None:
         peer, source = pull.open.peer, pull.source
+        # A host's fault counts against the host; the author's publication may be had from the next one.
         if source != peer and not failure.is_authors:
             if failure.kind not in ("away", "busy"):
                 self._others.hosts.back_off.failed(source, now, failure.reason)
@@ -245,13 +253,13 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             self._commands.add(ReportFailure(peer, failure))
 
     def give_up(self, before_s: float) -> None:
-        """Those that were begun before then."""
+        """Cancel the pulls that began before that time."""
         for pull in [pull for pull in self.by_number.values() if pull.open.began_s < before_s]:
             del self.by_number[pull.number]
             self._lanes[pull.fragment].open.give_up(pull.open)
             self._commands.add(CancelPull(pull.number))
 
     def stop(self) -> None:
-        """All of them."""
+        """Cancel all pulls."""
         self.give_up(math.inf)
         self._settling = []

@@ -1,4 +1,4 @@
-"""What the parts of the engine of gossip share: one fragment of the model, and the commands that they write."""
+"""State that the parts of the gossip engine share: the fragments of the model, and the list of commands."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ __all__ = ["CommandList", "FragmentState", "ReadyMerge", "ReceivedPublications"]
 
 @dataclass(slots=True)
 class CommandList(Generic[Held, Payload, Ready]):
-    """What follows from the present event, as those who decide write it."""
+    """Commands that follow from the present event, in the order in which the parts decide them."""
 
     _commands: list[GossipCommand[Held, Payload, Ready]] = field(default_factory=list)
     _number: int = 0
 
     def add(self, command: GossipCommand[Held, Payload, Ready]) -> None:
-        """This too."""
+        """Append a command."""
         self._commands.append(command)
 
     def next_number(self) -> int:
-        """For a command that ends with an event; no two have the same."""
+        """Return a unique number for a command that ends with an event."""
         self._number += 1
         return self._number
 
     def take(self) -> list[GossipCommand[Held, Payload, Ready]]:
-        """All of them. None is kept: a merge takes memory, and is held by who asked for it alone."""
+        """Return all commands and drop them here: a prepared merge takes much memory, and only the caller should hold
+        it."""
         if not (commands := self._commands):
             return []
         self._commands = []
@@ -40,7 +41,7 @@ class CommandList(Generic[Held, Payload, Ready]):
 
 @dataclass(slots=True)
 class ReadyMerge(Generic[Held, Payload, Ready]):
-    """A merge that is prepared, of that round of its fragment. Nobody changes it."""
+    """Prepared merge of one round of a fragment. Treat it as immutable."""
 
     round: int
     pulled: tuple[ReceivedPublication[Held, Payload], ...]
@@ -49,58 +50,58 @@ class ReadyMerge(Generic[Held, Payload, Ready]):
 
 @dataclass(slots=True)
 class ReceivedPublications(Generic[Held, Payload, Ready]):
-    """What waits for a fragment's next merge."""
+    """Publications that wait for a fragment's next merge, and the merge prepared of them."""
 
     pulled: list[ReceivedPublication[Held, Payload]] = field(default_factory=list)
     here: list[Which] = field(default_factory=list)
-    """What of it is of whom."""
+    """Section and peer of each item of `pulled`."""
     ready: ReadyMerge[Held, Payload, Ready] | None = None
     _sections: list[Section] = field(default_factory=list)
 
     def hold(self, pulled: list[ReceivedPublication[Held, Payload]]) -> None:
-        """These are what was pulled."""
+        """Replace the waiting publications."""
         self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
         self._sections = [each.section for each in pulled]
 
     def add(self, pulled: ReceivedPublication[Held, Payload]) -> None:
-        """This was pulled too."""
+        """Add a publication."""
         self.pulled.append(pulled)
         self.here.append((pulled.section, pulled.peer))
         self._sections.append(pulled.section)
 
     def num_here(self, section: Section) -> int:
-        """How many of that section."""
+        """Return how many publications of that section wait."""
         return self._sections.count(section)
 
     @property
     def has_more(self) -> bool:
-        """Something was pulled that is in no merge that is prepared."""
+        """True if a publication waits that the prepared merge does not contain."""
         return bool(self.pulled) and (self.ready is None or self.ready.pulled != tuple(self.pulled))
 
     def take_ready(self) -> ReadyMerge[Held, Payload, Ready] | None:
-        """The merge that is prepared; it is here no longer."""
+        """Return the prepared merge, if any, and drop it here."""
         ready, self.ready = self.ready, None
         return ready
 
     def forget(self) -> None:
-        """None of it is merged."""
+        """Drop all publications and the prepared merge."""
         self.hold([])
         self.ready = None
 
 
 @dataclass(frozen=True, slots=True)
 class FragmentState(Generic[Held, Payload, Ready]):
-    """One fragment of the model."""
+    """State of one fragment of the model between its merges."""
 
     number: int
     open: OpenPulls
-    """What was asked for and is not here yet."""
+    """Pulls that have begun and not ended."""
     received: ReceivedPublications[Held, Payload, Ready]
-    """What is here, and waits to be merged."""
+    """Publications that wait to be merged."""
     merged: MergedPublications[Held]
     choice: PartnerChoice
-    """Whom to ask."""
+    """Choice of the peers to ask."""
 
     def may_want(self, section: Section, num_due: int) -> bool:
-        """Less is here than is due, or some are on their way, that may be slow."""
+        """Return whether another pull may be needed: too little is here, or what is on its way may be slow."""
         return self.received.num_here(section) < num_due or self.open.has_begun(section)

@@ -131,7 +131,7 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
     return (
-        "from swarmtrain.simulate.search import Fault, Schedule, play\n\n\n"
+        f"from swarmtrain.simulate.search import {FaultSchedule.__name__}, {ScheduledFault.__name__}, play\n\n\n"
         f"def test_{schedule.world}_{re.sub('[^a-z]+', '_', invariant.lower())}() -> None:\n"
         f"{said}    schedule = {_written(schedule)}\n    assert not play(schedule)\n"
     )
@@ -140,10 +140,14 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
 def _written(schedule: FaultSchedule) -> str:
     """As Python reads it, what is as usual left out."""
     lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
-    faults = [f"            Fault({', '.join(f'{n}={v}' for n, v in _fields(fault))})," for fault in schedule.faults]
+    faults = [f"            {_call(fault)}," for fault in schedule.faults]
     if faults:
         lines += ["        faults=(", *faults, "        ),"]
-    return "\n".join(["Schedule(", *lines, "    )"])
+    return "\n".join([f"{FaultSchedule.__name__}(", *lines, "    )"])
+
+
+def _call(fault: ScheduledFault) -> str:
+    return f"{ScheduledFault.__name__}({', '.join(f'{name}={value}' for name, value in _fields(fault))})"
 
 
 def _fields(one: ScheduledFault | FaultSchedule) -> Iterator[tuple[str, str]]:

@@ -167,7 +167,7 @@ def test_guests_come_first_and_go_when_they_are_silent_or_say_so() -> None:
     guests = Guests(most=2)
     assert guests.ask("a", 0.0)[0] and guests.ask("b", 1.0)[0]
     assert guests.ask("c", 2.0) == (False, "2 are served already")
-    assert guests.ask("a", 20.0) == (True, "it was a guest before")
+    assert guests.ask("a", 20.0) == (True, "it was hosted before")
     assert guests.ask("c", 32.0)[0] and guests.current(32.0) == ("a", "c"), "b was silent for 30 s"
     guests.left("a")
     guests.left("nobody")
