@@ -18,6 +18,7 @@ from enum import Enum
 
 from swarmtrain.protocol.gossip.partners import BackOff
 from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.words import counted
 
 __all__ = [
     "KEPT_OF_A_GUEST",
@@ -195,7 +196,7 @@ class HostChoice:
         free.sort(key=lambda one: (one.num_guests, self._hash(one.peer)))
         for one in free[: max(0, self.number - len(self._hosts))]:
             self._hosts[one.peer] = _Host(now, now)
-            changes.append(f"{one.peer} is asked to be a host: it serves {one.num_guests} hidden peers")
+            changes.append(f"{one.peer} is asked to be a host: it serves {counted(one.num_guests, 'hidden peer')}")
         return changes
 
     def clear(self) -> None:
