@@ -24,7 +24,7 @@ RUN_FILE_HEAD = """# The run file
 
 A run file says what is trained, how, and until when. It is [TOML](https://toml.io); write only the keys that
 differ from their defaults. `swarmtrain check RUN.toml` prints what would be trained, errors (what `bootstrap` would
-refuse, with exit code 2) and doubts (what is allowed, but perhaps not meant, with exit code 0).
+refuse, with exit code 2) and warnings (what is allowed, but perhaps not meant, with exit code 0).
 
 `swarmtrain bootstrap` writes every default out, adds the section `[published]` and hands out those exact bytes.
 Their SHA-256 is the run's identity: volunteers fetch the run by it, and peers of different runs never mix.

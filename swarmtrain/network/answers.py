@@ -1,4 +1,4 @@
-"""What this peer answers to others of its run, and with what."""
+"""Answer the calls of other peers of the run."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ _MAX_OTHERS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a peer does for others beside its rounds, given when it enters the swarm: its exchange is made by then."""
+    """Services of a peer besides its rounds. Given when it enters the swarm, since its exchange exists only then."""
 
     publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
-    """Where rounds are asynchronous: of each section of each fragment."""
+    """Publishers of each section and fragment, if rounds are asynchronous."""
     pulling: Pulling | None = None
-    """Stopped at the goodbye."""
+    """Background pulls to stop at the goodbye."""
     called: Callable[[str], None] = lambda peer: None
-    """Told who asks for a publication."""
+    """Called with each peer that requests a publication."""
     rows: Callable[[], Sequence[pb.Signed]] = tuple
-    """What goes with the states that it offers of the data that others have seen."""
+    """Returns other peers' rows of seen data, which go with the states offered."""
     places: Callable[[], Sequence[Mapping[str, Place]]] = tuple
-    """The same of everyone's publications."""
+    """Returns the places of all peers' publications, which go with the states offered."""
     hosting: HostedPublications | None = None
-    """For peers that nobody can dial."""
+    """Publications hosted for hidden peers."""
     leavers: DepartureQueue | None = None
-    """Of a bootstrap: who would leave with what is in no archive."""
+    """Peers that want to leave with work that is in no archive; on a bootstrap only."""
 
 
 @dataclass
 class SwarmAnswers:
-    """Answers to the calls of `service.Answers`."""
+    """Implements `service.Answers`."""
 
     published: PublishedRun
     presence: OwnPresence
@@ -62,11 +62,11 @@ class SwarmAnswers:
     store: SnapshotStore
     serving: Callable[[], Serving]
     fellows: Callable[[], FellowDepartures | None]
-    """Who leaves too, while this peer would leave."""
+    """Returns the fellow peers that leave, while this peer is leaving; else None."""
     refused: Callable[[str, PeerError], None]
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        """Who we are and whom we know. A caller that introduces itself is known from then on."""
+        """Say who we are and whom we know. A caller that introduces itself is known from then on."""
         serving, away, run_sha256 = self.serving(), self.rounds.away, bytes.fromhex(self.published.sha256)
         with contextlib.suppress(BadBytesError):
             if request.HasField("presence"):
@@ -90,12 +90,15 @@ class SwarmAnswers:
         )
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
-        """What we know of a round."""
+        """Say what we know of a round, and greet the caller if it is unknown."""
         self.greeter.meet([caller])
         return await self.rounds.answer(request)
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
-        """Our newest publication, made a snapshot at the first request. What the caller says of itself is news."""
+        """Return our newest publication, or that of a guest; takes in the caller's presence.
+
+        The publication becomes a snapshot at the first request.
+        """
         serving = self.serving()
         serving.called(caller)
         with contextlib.suppress(BadBytesError):
@@ -120,7 +123,10 @@ class SwarmAnswers:
         return reply
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """The manifest of our newest state, made when first asked for; none where each has its own and we are away."""
+        """Return the manifest of our newest state, built at the first request.
+
+        Empty if there is none, and in asynchronous rounds while we are away, since each peer then has its own state.
+        """
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last
         asynchronous = self.published.run.merge.kind.asynchronous

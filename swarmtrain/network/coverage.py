@@ -1,7 +1,7 @@
-"""Which data has been seen: the rows of `protocol.tokens.shards`, kept between rounds and carried in manifests.
+"""Keep and exchange which data has been seen: the rows of `protocol.tokens.shards`, carried in manifests.
 
-Each author signs its own row; others hand it on as it is, so a row is either its author's or nobody's. The trainer's
-thread chooses and counts, the network's reads and tells.
+Each author signs its own row and others pass it on unchanged, so nobody can alter another peer's row. The trainer's
+thread chooses shards and counts; the network's thread reads and writes manifests.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _log = logging.getLogger(__name__)
 _PURPOSE = "coverage"
 _RULE = "shards"
 _MAX_ROW_BYTES = 12 * 1024
-"""Of a row: 1024 shards, and no count takes more than ten bytes."""
+"""Largest row: 1024 shards, and no count takes more than ten bytes."""
 
 _MAX_PEERS = 1024
-"""Rows kept: each is written with every checkpoint."""
+"""Rows kept; all of them are written with every checkpoint."""
 
 _FORGOTTEN_ROUNDS = 4
 _REFUSED_AGAIN_S = 60.0
@@ -42,18 +42,18 @@ _REFUSED_AGAIN_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardsOf:
-    """The shards of one corpus in one run."""
+    """Shards of one corpus in one run."""
 
     run_sha256: str
     corpus_sha256: str
     num_shards: int
     seed: int
     round_tokens: int
-    """What a whole round reads."""
+    """Tokens that a whole round reads."""
 
 
 def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int) -> ShardsOf:
-    """The shards that a run's corpus was cut into."""
+    """Return the shards into which a run's corpus is cut."""
     return ShardsOf(
         run_sha256=run_sha256,
         corpus_sha256=corpus_sha256,
@@ -65,19 +65,19 @@ def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int
 
 @dataclass
 class DataCoverage:
-    """What this peer knows of who has seen which shard of its corpus. Its methods may be called from any thread."""
+    """What this peer knows of which peers have seen which shards. Its methods may be called from any thread."""
 
     identity: Identity
     shards: ShardsOf
     explained: Callable[[str, int], int | None]
-    """Of so many tokens told of a peer, how many are believed; None while that cannot be said."""
+    """Returns how many of a peer's claimed tokens are believed; None while that cannot be said."""
     refused: Callable[[str, str, str], None]
-    """Told (peer, rule, detail) of a row that was not taken, of each peer once a minute."""
+    """Called with (peer, rule, detail) of a refused row, at most once a minute per peer."""
     clock: Callable[[], float] = time.monotonic
     spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
-    """Whether that is not told yet."""
+    """Returns whether a refusal must not be reported yet."""
     shard: int | None = None
-    """The one that this peer is on."""
+    """Shard that this peer trains on."""
     _counted: int = 0
     _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _coverage: Coverage = field(init=False)
@@ -94,7 +94,7 @@ class DataCoverage:
     # ------------------------------------------------------------- the trainer's side
 
     def begin(self, round: int, others: Iterable[str]) -> int:
-        """The shard for this peer's `round`; `others` are present too."""
+        """Choose the shard for this peer's `round`, beside `others` that are present."""
         with self._lock:
             shard, reason = self._coverage.begin(round, self.shards.seed, others, self.shards.round_tokens)
             self.shard, self._counted = shard, 0
@@ -102,7 +102,7 @@ class DataCoverage:
         return shard
 
     def reached(self, tokens: int) -> None:
-        """So much of the round is done, counted from its start."""
+        """Count `tokens` of the round as done, from its start."""
         with self._lock:
             if self.shard is not None:
                 self._coverage.trained(self.shard, tokens - self._counted)
@@ -110,14 +110,14 @@ class DataCoverage:
 
     @property
     def num_unseen(self) -> int:
-        """Shards that nobody has trained on, as far as is known here."""
+        """Number of shards that nobody has trained on, as far as this peer knows."""
         with self._lock:
             return self._coverage.num_unseen
 
     # ------------------------------------------------------------- the wire
 
     def rows_to_send(self) -> list[pb.Signed]:
-        """For a manifest: the own row, signed now, and some of others' as they signed them."""
+        """Return rows for a manifest: our own, signed now, and some of other peers' as they signed them."""
         with self._lock:
             own, *others = self._coverage.rows_to_send()
         return [self._sign(own), *(pb.Signed.FromString(row.signed) for row in others)]
@@ -129,11 +129,11 @@ class DataCoverage:
         return sign(self.identity, _PURPOSE, self.shards.run_sha256, message)
 
     def hear_untrusted(self, teller: str, rows: Sequence[pb.Signed]) -> None:
-        """Take the rows in a manifest of `teller`. What is wrong with a row costs that row, and is named."""
+        """Take in the rows of `teller`'s manifest. An invalid row is dropped and reported; the others count."""
         if len(rows) > MAX_ROWS:
             self._refuse(teller, f"{len(rows)} rows of the data's coverage; a manifest has at most {MAX_ROWS}")
         if self.explained(teller, 0) is None:
-            return  # nothing can be believed yet; it comes again
+            return  # nothing can be believed yet, and the rows will come again
         news = []
         for signed in list(rows[:MAX_ROWS]):
             try:
@@ -150,7 +150,7 @@ class DataCoverage:
 
     def _refuse(self, peer: str, detail: str) -> None:
         if self.spares(peer, _RULE, detail):
-            _log.debug("not taken of %s: %s", peer, detail)
+            _log.debug("rejected from %s: %s", peer, detail)
             return
         with self._lock:
             due = self._named.is_due(peer, self.clock())
@@ -158,7 +158,10 @@ class DataCoverage:
             self.refused(peer, _RULE, detail)
 
     def _row_untrusted(self, signed: pb.Signed) -> CoverageRow | None:
-        """The row, its signature checked; None if it is known already, or of another corpus."""
+        """Return a row whose signature is valid, or None if it is known already or of another corpus.
+
+        Raises BadBytesError for any other row.
+        """
         envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
         as_signed = envelope.SerializeToString(deterministic=True)
         with self._lock:
@@ -169,25 +172,25 @@ class DataCoverage:
             signed, _PURPOSE, self.shards.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
         )
         if message.corpus_sha256.hex() != self.shards.corpus_sha256:
-            return None  # another version of the text: its shards are others
+            return None  # another version of the text has other shards
         return CoverageRow(author, tuple(message.tokens), message.on - 1, as_signed)
 
     # ------------------------------------------------------------- keeping
 
     def kept(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what a checkpoint keeps."""
         with self._lock:
             return {"corpus_sha256": self.shards.corpus_sha256, "rows": self._coverage.rows()}
 
     def restore(self, kept: Any) -> None:
-        """Go on from what a checkpoint kept, unless that is of another corpus. ValueError, and nothing changes, if it
-        is something else."""
+        """Load what a checkpoint kept, unless that is of another corpus. Raises ValueError, changing nothing, if it is
+        invalid."""
         if kept is None:
             return
         if not isinstance(kept, Mapping) or not isinstance(rows := kept.get("rows"), list):
             raise ValueError("not the data's coverage")
         if kept.get("corpus_sha256") != self.shards.corpus_sha256:
-            _log.info("the checkpoint is of another corpus: which data has been seen is counted anew")
+            _log.info("the checkpoint is of another corpus: counting the seen data from zero")
             return
         with self._lock:
             self._coverage.load(rows)
@@ -195,26 +198,28 @@ class DataCoverage:
 
 @dataclass
 class CarriedRows:
-    """Others' rows as they signed them, for one that has no data itself: an archive brings them to whoever comes when
-    all who trained are gone. Whoever takes them checks them as any others. Its methods may be called from any thread.
+    """Other peers' signed rows, kept by a peer that has no data itself.
+
+    An archive passes them on to peers that come when all that trained are gone; those check them like any others. Its
+    methods may be called from any thread.
     """
 
     run_sha256: str
     counted: Callable[[], Mapping[str, int]]
-    """Each peer's tokens: what a row claims beyond does not make it worth more than others'."""
+    """Returns each peer's counted tokens; what a row claims beyond them does not make it worth keeping."""
     _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """By author: the tokens in it, and as it was signed."""
+    """(tokens, signed row) by author."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def hear_untrusted(self, rows: Sequence[pb.Signed]) -> None:
-        """Take the rows of a manifest. What is wrong with a row costs that row."""
+        """Take in the rows of a manifest. An invalid row is dropped."""
         for signed in list(rows[:MAX_ROWS]):
             try:
                 author, message = open_signed_untrusted(
                     signed, _PURPOSE, self.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
                 )
             except BadBytesError as error:
-                _log.info("a row of the data's coverage is not kept: %s", error)
+                _log.info("dropped a row of the data coverage: %s", error)
                 continue
             envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
             tokens = sum(message.tokens)
@@ -228,22 +233,22 @@ class CarriedRows:
                     del self._rows[author]
 
     def _worths(self) -> dict[str, int]:
-        counted = self.counted()  # of everybody at once: it takes a look at all counts
+        counted = self.counted()  # of all peers at once: it goes through all counts
         return {author: min(tokens, counted.get(author, 0)) for author, (tokens, _) in self._rows.items()}
 
     def rows_to_send(self) -> list[pb.Signed]:
-        """For a manifest: those of the peers that have trained most."""
+        """Return rows for a manifest: those of the peers that have trained most."""
         with self._lock:
             authors = heapq.nlargest(MAX_ROWS, sorted(self._rows), key=self._worths().__getitem__)
             return [pb.Signed.FromString(self._rows[author][1]) for author in authors]
 
     def kept(self) -> list[str]:
-        """For a checkpoint."""
+        """Return what a checkpoint keeps."""
         with self._lock:
             return [base64.b64encode(signed).decode() for _, (_, signed) in sorted(self._rows.items())]
 
     def restore(self, kept: Any) -> None:
-        """Go on from what a checkpoint kept. ValueError or TypeError if that is something else."""
+        """Load what a checkpoint kept. Raises ValueError or TypeError if it is invalid."""
         for row in kept:
             try:
                 self.hear_untrusted([pb.Signed.FromString(base64.b64decode(row))])
@@ -252,5 +257,5 @@ class CarriedRows:
 
 
 def rows_of(coverage: DataCoverage | None) -> list[pb.Signed]:
-    """What a manifest says of the data; nothing where data have no shards."""
+    """Return the rows for a manifest; empty if the data has no shards."""
     return [] if coverage is None else coverage.rows_to_send()

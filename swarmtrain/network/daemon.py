@@ -1,13 +1,13 @@
-"""hivemind's libp2p daemon, made to live and die with this process; and hivemind itself, imported lightly.
+"""Run hivemind's libp2p daemon so that it lives and dies with this process, and import hivemind lightly.
 
-What is gone round here, and why (measured; see docs/decisions):
-- `import hivemind` pulls in averagers, experts and optimizers: 47 MB and 0.3 to 0.7 s. Its package is entered
+Workarounds, all measured (see docs/decisions):
+- `import hivemind` loads averagers, experts and optimizers: 47 MB and 0.3 to 0.7 s. Here its package is entered
   without running its `__init__`.
-- The daemon would outlive a crash in some cases and die of Ctrl-C before our goodbye. A shim starts it in its own
-  session with PR_SET_PDEATHSIG: it ends when the thread that spawned it ends, and that is the network thread.
+- The daemon would outlive some crashes, and die of Ctrl-C before our goodbye. A shim starts it in its own session
+  with PR_SET_PDEATHSIG: it ends when the thread that spawned it ends, and that is the network thread.
 - hivemind reads messages of any announced size into memory. Frames are limited here.
-- Its clock is `time.time`, which jumps when the machine's is set. Ours does not, and can be corrected by the median of
-  the others' (`set_clock_offset`).
+- Its clock is `time.time`, which jumps when the machine's clock is set. Ours does not, and can be corrected by the
+  median of other peers' clocks (`set_clock_offset`).
 """
 
 from __future__ import annotations
@@ -44,23 +44,24 @@ __all__ = [
 ]
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
-"""No message from another peer may be larger; the daemon's own limit for small calls is the same."""
+"""Largest message from another peer; the daemon's own limit for small calls is the same."""
 
 _MAX_FOLDER_CHARACTERS = 72
-"""A socket's path may have 107 on Linux and 103 on macOS; hivemind's names take 30."""
+"""Longest path of a folder for sockets: a socket's may have 107 characters on Linux and 103 on macOS, of which
+hivemind's names take 30."""
 
 _NOWHERE = logging.NullHandler()
 _libp2p = logging.getLogger("libp2p")
 _GO_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
-_UNUSED = ("dht", "dht/RtRefreshManager")  # its own DHT, which nobody uses here, and which complains of that
+_UNUSED = ("dht", "dht/RtRefreshManager")  # libp2p's own DHT, which nobody uses here, and which complains about that
 _GREETING = ("Peer ID:", "Peer Addrs:", "Control socket:", "/")
 _MAX_LINE_CHARACTERS = 1000
 
 _begun: dict[Any, tuple[asyncio.AbstractEventLoop, Path]] = {}
-"""hivemind's P2Ps that have not been stopped, with the loop they belong to and the folder of their sockets."""
+"""hivemind's P2Ps that have not been stopped, with their event loops and the folders of their sockets."""
 
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Goes on while the machine sleeps, on Linux and on macOS, and is never set."""
+"""Clock that runs while the machine sleeps, on Linux and macOS, and is never set."""
 
 _clock_base_s = time.time() - time.clock_gettime(_STEADY)
 _clock_offset_s = 0.0
@@ -76,9 +77,9 @@ _SHIM = (
 
 
 def owned_process_args(args: list[str], *, signal_number: int = 9) -> list[str]:
-    """A command line that starts `args` so that it gets `signal_number` when the thread that spawned it ends.
+    """Return a command line that runs `args`, and sends it `signal_number` when the thread that spawned it ends.
 
-    Linux only; elsewhere the arguments are returned as they are and the child ends when its socket closes.
+    Linux only. Elsewhere returns the arguments unchanged, and the child ends when its socket closes.
     """
     if not sys.platform.startswith("linux"):
         return args
@@ -86,27 +87,28 @@ def owned_process_args(args: list[str], *, signal_number: int = 9) -> list[str]:
 
 
 def own_time() -> float:
-    """Unix seconds by this machine's clock as it was when this process began.
+    """Return Unix seconds by this machine's clock as it was when this process began.
 
-    Setting that clock later changes nothing: presences from another hour would be refused, and the peer be alone.
+    Setting that clock later changes nothing: otherwise others would refuse presences from another hour, and the peer
+    would be alone.
     """
     return _clock_base_s + time.clock_gettime(_STEADY)
 
 
 def swarm_time() -> float:
-    """`own_time`, corrected by the offset to the other peers' clocks."""
+    """Return `own_time` corrected by the offset to the other peers' clocks."""
     return own_time() + _clock_offset_s
 
 
 def set_clock_offset(offset_s: float) -> None:
-    """Correct this process's swarm time (and hivemind's) by `offset_s`; the machine's clock stays as it is."""
+    """Correct this process's swarm time, and hivemind's, by `offset_s`. The machine's clock stays as it is."""
     global _clock_offset_s
     _clock_offset_s = offset_s
 
 
 @functools.cache
 def hivemind_module(name: str) -> Any:
-    """`hivemind.<name>`, without the parts of hivemind that are not used here."""
+    """Import `hivemind.<name>` without the parts of hivemind that are not used here."""
     if "hivemind" not in sys.modules:
         spec = importlib.util.find_spec("hivemind")
         if spec is None or spec.submodule_search_locations is None:
@@ -123,8 +125,8 @@ def hivemind_module(name: str) -> Any:
 def _quieten_and_limit() -> None:
     logs = sys.modules.get("hivemind.utils.logging")
     if logs is not None:
-        logs.use_hivemind_log_handler("nowhere")  # to the root logger, as everyone else's
-        logging.getLogger("hivemind").addHandler(_NOWHERE)  # without one, Python prints warnings
+        logs.use_hivemind_log_handler("nowhere")  # to the root logger, like all others
+        logging.getLogger("hivemind").addHandler(_NOWHERE)  # without a handler Python prints warnings
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # a stream whose reader has hung up is no news
     for name, module in list(sys.modules.items()):
         if name.startswith("hivemind.") and "get_dht_time" in vars(module):
@@ -135,7 +137,7 @@ def _quieten_and_limit() -> None:
 
 
 async def _receive_limited(reader: asyncio.StreamReader) -> bytes:
-    """hivemind's frame (8 bytes of length, then the data) with a limit on the length."""
+    """Read hivemind's frame (8 bytes of length, then the data) with a limit on the length."""
     size = int.from_bytes(await reader.readexactly(8), "big")
     if size > MAX_FRAME_BYTES:
         raise ConnectionError(f"a message of {size} bytes, more than the {MAX_FRAME_BYTES} allowed")
@@ -143,7 +145,7 @@ async def _receive_limited(reader: asyncio.StreamReader) -> bytes:
 
 
 async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tuple[Any, Path]:
-    """Start the daemon from the network thread; returns hivemind's P2P and the folder of its sockets."""
+    """Start the daemon from the network thread. Returns hivemind's P2P and the folder of its sockets."""
     p2p_class = hivemind_module("p2p.p2p_daemon").P2P
     sockets = _sockets_folder(directory)
     made: list[Any] = []
@@ -159,7 +161,8 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
 
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
-            # By TLS: AES is in the processors, what Noise has is not, and cost a fifth more in the daemons.
+            # TLS: processors accelerate AES, but not Noise's cipher, which cost a fifth more in the daemons (decision
+            # 23).
             return owned_process_args([*p2p_class._make_process_args(*args, **kwargs), "-noise=0"])
 
         @staticmethod
@@ -169,7 +172,7 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     try:
         p2p = await OwnedP2P.create(identity_path=str(key_path), check_if_identity_free=False, **settings)
     except BaseException:
-        for p2p in made:  # hivemind leaves its process and pipes, which would be let go of after the loop's end
+        for p2p in made:  # hivemind leaves its process and pipes open; they would be closed after the loop's end
             await stop_daemon(p2p, sockets)
         shutil.rmtree(sockets, ignore_errors=True)
         raise
@@ -179,7 +182,7 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
 
 
 def _log_daemon_line(line: str) -> None:
-    """What the daemon says: JSON of its loggers, its greeting, or (a crash) anything at all."""
+    """Log a line of the daemon: JSON of its loggers, its greeting, or (after a crash) anything at all."""
     try:
         said = json.loads(line)
         level = _GO_LEVELS.get(str(said["level"]), logging.ERROR)
@@ -194,10 +197,10 @@ def _log_daemon_line(line: str) -> None:
 
 
 def _sockets_folder(directory: Path) -> Path:
-    """An empty folder that only we can enter, in `directory` if its path is short enough for a socket's.
+    """Return an empty folder that only we can enter, in `directory` if its path is short enough for a socket's.
 
-    Otherwise one among the temporary files whose name follows from `directory`, so that what a killed predecessor
-    left is found and removed. If somebody else took that name, a fresh one.
+    Otherwise it lies among the temporary files, under a name that follows from `directory`, so that leftovers of a
+    killed process are found and removed. If another user has taken that name, a fresh one is chosen.
     """
     sockets = directory / "sockets"
     if len(str(sockets)) > _MAX_FOLDER_CHARACTERS:
@@ -213,10 +216,10 @@ def _sockets_folder(directory: Path) -> Path:
 
 
 class _PendingCalls(dict[Any, Any]):
-    """hivemind's calls that wait for an answer, without those that were cancelled.
+    """hivemind's calls that wait for a reply, without cancelled ones.
 
-    A call that is cancelled just when its answer arrives makes hivemind's reader set a result twice: the reader ends,
-    and every call of this process hangs from then on. It asks `in` before it sets, so here is where that is mended.
+    If a call is cancelled just as its reply arrives, hivemind's reader sets a result twice. The reader then ends, and
+    every later call of this process hangs. It tests `in` before it sets a result, so this class fixes it there.
     """
 
     def __contains__(self, call: object) -> bool:
@@ -225,7 +228,7 @@ class _PendingCalls(dict[Any, Any]):
 
 
 class _HandlerTasks(dict[Any, Any]):
-    """hivemind's running handlers; it forgets to drop those that were cancelled."""
+    """hivemind's running handlers; hivemind itself forgets to drop cancelled ones."""
 
     def __setitem__(self, call: Any, task: asyncio.Task[Any]) -> None:
         super().__setitem__(call, task)
@@ -255,7 +258,7 @@ def _note_connections(connector: Any) -> None:
 
 @contextlib.contextmanager
 def closed_on_failure() -> Iterator[None]:
-    """If what is inside fails, the connections to the daemon that it opened are closed: hivemind leaves them open."""
+    """Close the connections to the daemon that the block opened, if it fails: hivemind leaves them open."""
     opened: list[asyncio.StreamWriter] = []
     token = _connections.set(opened)
     try:
@@ -269,15 +272,15 @@ def closed_on_failure() -> Iterator[None]:
 
 
 async def stop_daemon(p2p: Any, sockets: Path) -> None:
-    """End the daemon and remove its sockets; also when this is cancelled, as it is when the daemon hangs."""
+    """End the daemon and remove its sockets, even if this is cancelled, as it is when the daemon hangs."""
     _begun.pop(p2p, None)
     try:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(p2p.shutdown(), 2)
     finally:
         if p2p._child is not None:
-            # Kills it if it lives, and lets go of its pipes: left to the garbage collector, they would be let go of
-            # after the loop's end, which Python complains of.
+            # Kills it if it lives, and closes its pipes. The garbage collector would close them after the loop's end,
+            # which Python reports as an error.
             p2p._child._transport.close()
         shutil.rmtree(sockets, ignore_errors=True)
     if p2p._child is not None:
@@ -285,8 +288,8 @@ async def stop_daemon(p2p: Any, sockets: Path) -> None:
 
 
 async def stop_left_daemons() -> None:
-    """End every daemon of this loop, which is about to end: the start of one may have been cancelled just before
-    somebody had its node."""
+    """End every daemon of this loop, which is about to end: a start may have been cancelled just before its node
+    existed."""
     loop = asyncio.get_running_loop()
     for p2p, (begun_in, sockets) in list(_begun.items()):
         if begun_in is loop:

@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written to a temporary name, synced, renamed."""
+"""Write files that survive a power cut: to a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `data` so that a reader sees the old bytes or the new ones, never a part.
+    """Replace `path` by `data` so that a reader sees the old bytes or the new ones, never a mixture.
 
-    Raises OSError as the file system gives it; the old file is intact then.
+    Raises the file system's OSError; the old file is then intact.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

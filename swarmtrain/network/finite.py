@@ -1,4 +1,4 @@
-"""Looking whether all of many numbers are finite, without a copy of them."""
+"""Check that all of many fp32 numbers are finite, without copying them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 __all__ = ["all_finite"]
 
 _PIECE_BYTES = 1024 * 1024
-"""Bytes looked at together: what that takes of memory is a fraction of it, whatever the whole has."""
+"""Bytes checked together: the check takes a fraction of that as memory, however long the data is."""
 
 
 def all_finite(data: bytes | bytearray | memoryview) -> bool:
-    """Whether these bytes, as fp32 numbers, are all finite; looked at piece by piece, without a copy of them."""
+    """Return whether these bytes, as fp32 numbers, are all finite."""
     view = memoryview(data).cast("B")
     pieces = (view[start : start + _PIECE_BYTES] for start in range(0, len(view), _PIECE_BYTES))
     return all(bool(np.isfinite(np.frombuffer(piece, dtype="<f4")).all()) for piece in pieces)

@@ -1,7 +1,7 @@
-"""Who a peer is: an Ed25519 key in its folder, and the PeerID that contains the public half.
+"""Identify a peer: an Ed25519 key in its folder, and the PeerID that contains the public half.
 
-The key file is libp2p's own format, so that the daemon reads the same file. A PeerID of an Ed25519 key is an
-identity multihash of the public key: whoever knows a PeerID can check its signatures, nothing else need travel.
+The key file has libp2p's own format, so that the daemon reads the same file. The PeerID of an Ed25519 key is an
+identity multihash of the public key: whoever knows a PeerID can check its signatures, and nothing else has to travel.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _MAX_KNOWN = 16_384
 
 
 def base58_encode(data: bytes) -> str:
-    """Return `data` in base58, Bitcoin's alphabet."""
+    """Return `data` in base58, with Bitcoin's alphabet."""
     text: bytes = base58.b58encode(data)
     return text.decode("ascii")
 
 
 def base58_decode(text: str) -> bytes:
-    """Return the bytes of `text` in base58; ValueError on a foreign character."""
-    if text != text.rstrip():  # the library forgives it, and two texts would then name one peer
+    """Return the bytes of base58 `text`. Raises ValueError on a foreign character."""
+    if text != text.rstrip():  # the library accepts it, and two texts would name one peer
         raise ValueError("white space after a word in base58")
     data: bytes = base58.b58decode(text)
     return data
@@ -53,29 +53,29 @@ def base58_decode(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Identity:
-    """A private key and the PeerID (base58) that it makes."""
+    """Private key of a peer, and its PeerID in base58."""
 
     private_key: Ed25519PrivateKey
     peer_id: str
 
     def sign(self, message: bytes) -> bytes:
-        """64 bytes."""
+        """Return the signature of `message`, 64 bytes."""
         return self.private_key.sign(message)
 
     def key_file(self) -> bytes:
-        """The bytes of libp2p's key file."""
+        """Return the bytes of libp2p's key file."""
         seed = self.private_key.private_bytes_raw()
         return _KEY_PREFIX + seed + self.private_key.public_key().public_bytes_raw()
 
 
 def new_identity(seed: bytes | None = None) -> Identity:
-    """A fresh identity, or the one of a 32-byte seed (tests)."""
+    """Return a new identity, or that of a 32-byte seed (for tests)."""
     key = Ed25519PrivateKey.generate() if seed is None else Ed25519PrivateKey.from_private_bytes(seed)
     return Identity(key, base58_encode(_PEER_PREFIX + key.public_key().public_bytes_raw()))
 
 
 def load_or_create_identity(path: Path) -> Identity:
-    """The identity in `path`, made and stored (owner only) if there is none."""
+    """Load the identity in `path`; create it, readable by its owner only, if there is none. Raises UserError."""
     try:
         if not path.exists():
             identity = new_identity()
@@ -95,25 +95,25 @@ def load_or_create_identity(path: Path) -> Identity:
 
 
 def peer_bytes(peer_id: str) -> bytes:
-    """The 38 bytes of a PeerID in base58."""
+    """Return the 38 bytes of a PeerID in base58."""
     return base58_decode(peer_id)
 
 
 def is_peer_id(data: bytes) -> bool:
-    """Whether these are the bytes of the PeerID of an Ed25519 key."""
+    """Return whether these bytes are the PeerID of an Ed25519 key."""
     return len(data) == len(_PEER_PREFIX) + 32 and data.startswith(_PEER_PREFIX)
 
 
 @functools.lru_cache(_MAX_KNOWN)
 def peer_id_from_bytes_untrusted(data: bytes) -> str:
-    """The PeerID in base58; BadBytesError unless it is one of an Ed25519 key."""
+    """Return the PeerID in base58. Raises BadBytesError unless it is that of an Ed25519 key."""
     if not is_peer_id(data):
         raise BadBytesError("not the PeerID of an Ed25519 key")
     return base58_encode(data)
 
 
 def verify_untrusted(peer: bytes, message: bytes, signature: bytes) -> str:
-    """The PeerID (base58) whose signature this is; BadBytesError if it is not."""
+    """Return the PeerID (base58) whose signature this is. Raises BadBytesError if it is not."""
     peer_id = peer_id_from_bytes_untrusted(peer)
     try:
         Ed25519PublicKey.from_public_bytes(peer[len(_PEER_PREFIX) :]).verify(signature, message)

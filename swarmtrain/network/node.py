@@ -1,6 +1,6 @@
-"""A peer's place in the network: one event loop in a background thread, the daemon, the DHT, calls to others.
+"""Run this peer's node: an event loop in a background thread, the daemon, the DHT, and calls to other peers.
 
-The only module that speaks to hivemind's P2P and DHTNode. Every call has a time limit, every failure becomes an
+Only this module speaks to hivemind's P2P and DHTNode. Every call has a time limit, every failure becomes an
 `UnreachableError`, and the daemon's death is noticed. The trainer never enters this loop.
 """
 
@@ -40,7 +40,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
 
 NOT_SERVED = "does not serve this run"
-"""What an `UnreachableError` says of a peer that answers, and does not know the run, or the call."""
+"""Text of the `UnreachableError` for a peer that answers, but does not know the run or the call."""
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -53,7 +53,7 @@ _UNHURRIED_S = 0.1
 
 
 class NetworkThread:
-    """An event loop in a thread of its own; everything of the network runs there."""
+    """Event loop in a thread of its own, in which everything of the network runs."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -64,14 +64,16 @@ class NetworkThread:
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Start a coroutine there; the future can be waited for from any thread."""
+        """Start a coroutine in the network thread. Any thread may wait for the returned future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def submit_unhurried(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Start a coroutine there within `_UNHURRIED_S`, without waking the thread: it would take Python's lock from
-        the one that calls, and the trainer would stand still until it has it back."""
+        """Start a coroutine in the network thread within `_UNHURRIED_S`, without waking that thread.
+
+        A woken thread would take Python's lock from the caller, and the trainer would wait until it has it back.
+        """
         self._unhurried.append(coroutine)
-        if self._timer is None:  # the first one; most processes have none
+        if self._timer is None:  # only the first one wakes the thread; most processes have none
             self._timer = self._loop.call_soon_threadsafe(self._begin_unhurried)
 
     def _begin_unhurried(self) -> None:
@@ -80,7 +82,7 @@ class NetworkThread:
         self._timer = self._loop.call_later(_UNHURRIED_S, self._begin_unhurried)
 
     def run(self, coroutine: Coroutine[Any, Any, _T], limit_s: float | None = None) -> _T:
-        """Run a coroutine there and wait for its result."""
+        """Run a coroutine in the network thread and wait for its result."""
         future = self.submit(coroutine)
         try:
             return future.result(limit_s)
@@ -89,7 +91,7 @@ class NetworkThread:
             raise
 
     def log_tasks(self) -> None:
-        """Write what every task there waits for to the log: for finding out why a peer stands still."""
+        """Log what every task of the network thread waits for, to find out why a peer is stuck."""
 
         def write() -> None:
             for task in asyncio.all_tasks(self._loop):
@@ -97,11 +99,11 @@ class NetworkThread:
                 task.print_stack(file=text)
                 _log.warning("%s", text.getvalue())
 
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(write)
 
     def stop(self) -> None:
-        """Cancel what still runs there and end the thread."""
+        """Cancel all tasks of the network thread and end it."""
         with contextlib.suppress(Exception):
             self.run(self._end(), 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -119,7 +121,7 @@ class NetworkThread:
 
 
 def _log_stray_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Tasks of hivemind that fail when the daemon ends are nobody's news; whatever else nobody waited for is."""
+    """Log failed hivemind tasks, which fail whenever the daemon ends, for debugging only; report all others."""
     if "hivemind" in repr(context.get("future") or context.get("task")):
         _log.debug("%s: %s", context.get("message"), context.get("exception"))
     else:
@@ -133,10 +135,10 @@ async def _cancel_others() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:
-    """Where a node listens and keeps its files. Addresses are multiaddresses without /p2p.
+    """Addresses and folder of a node. Addresses are multiaddresses without /p2p.
 
-    `dht_mode` is libp2p's own DHT's, through which daemons find each other; with "off" a node dials nobody by itself.
-    With `only_announced` nobody is told where it listens, but only what it announces.
+    `dht_mode` is that of libp2p's own DHT, through which daemons find each other; with "off" a node dials nobody by
+    itself. With `only_announced` the node advertises only what it announces, not where it listens.
     """
 
     directory: Path
@@ -149,8 +151,10 @@ class NodeSettings:
 
 @dataclass
 class TrafficCount:
-    """Bytes of messages sent and received, as serialised by us (the transport adds some per cent); how fast they may
-    go each way, and how long what was received took."""
+    """Traffic of a node: bytes of messages as we serialise them (the transport adds a few per cent).
+
+    Also holds the limits of both directions, and how long received transfers took.
+    """
 
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -162,7 +166,7 @@ class TrafficCount:
         self.times = TransferTimes(self.down)
 
     def called(self, sent_bytes: int, received_bytes: int) -> None:
-        """A small call, or its answer."""
+        """Count a small call or its reply."""
         self.sent_bytes += sent_bytes
         self.received_bytes += received_bytes
         self.up.count(sent_bytes)
@@ -170,9 +174,9 @@ class TrafficCount:
 
 
 class Stream:
-    """A call's stream of messages, on our side.
+    """Stream of messages that answers a call.
 
-    Who takes data out of a message says how much (`count`): asking the message for its size would copy it.
+    Callers that take data out of a message report its size to `count`: asking the message itself would copy the data.
     """
 
     def __init__(self, stream: Any, traffic: TrafficCount) -> None:
@@ -186,14 +190,14 @@ class Stream:
         return message
 
     async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
-        """Put the next chunks where they belong, few at once while downloads are limited, and say that they came."""
+        """Put the next chunks where they belong, few at once while downloads are limited, and call `came` for each."""
         at_once_bytes = self._traffic.down.at_once_bytes
         if math.isfinite(at_once_bytes):
             chunks = chunks[: max(1, int(at_once_bytes / len(room_of(chunks.start))))]
         await self._stream.take(chunks, room_of, came)
 
     async def count(self, size_bytes: int) -> None:
-        """So much was received; returns when more may be."""
+        """Count `size_bytes` as received; returns when more may be received."""
         self._received_bytes += size_bytes
         self._traffic.received_bytes += size_bytes
         await self._traffic.down.turn(size_bytes)
@@ -206,7 +210,7 @@ class Stream:
 
 @dataclass
 class Node:
-    """A running node. Make one with `Node.start` inside the network thread's loop."""
+    """A running node. `Node.start` makes one, inside the network thread's loop."""
 
     identity: Identity
     settings: NodeSettings
@@ -221,7 +225,7 @@ class Node:
 
     @classmethod
     async def start(cls, settings: NodeSettings, identity: Identity, key_path: Path) -> Node:
-        """Start the daemon and listen. RunTimeError when the port is taken or the daemon does not start."""
+        """Start the daemon and listen. Raises RunTimeError when the port is taken or the daemon does not start."""
         node = cls(identity, settings, RecordRules(identity))
         loopback = all("/127." in address or "/::1/" in address for address in settings.listen)
         if any(map(is_taken, settings.listen)):
@@ -238,7 +242,7 @@ class Node:
                 use_relay=False,
                 startup_timeout=15,
             )
-        except Exception as error:  # the adapter's boundary: whatever hivemind raises becomes one sentence
+        except Exception as error:  # boundary to hivemind: whatever it raises becomes one sentence
             raise _start_error(error, settings) from error
         if not settings.only_announced and not await node._listening_at():
             await node.stop()
@@ -246,13 +250,13 @@ class Node:
         return node
 
     async def addresses(self) -> tuple[str, ...]:
-        """Where others reach this node, without /p2p: what was announced first, loopback last."""
+        """Return the addresses that others may dial, without /p2p: announced ones first, loopback last."""
         found = await self._listening_at()
         told = dict.fromkeys([*self.settings.announce, *found] if found else ())
         return tuple(sorted(told, key=lambda a: "/127." in a or "/::1/" in a))
 
     async def _listening_at(self) -> list[str]:
-        """Where its daemon says that it is, without /p2p; nowhere if it could not listen."""
+        """Return the daemon's addresses, without /p2p; empty if it could not listen."""
         try:
             visible = await self._p2p.get_visible_maddrs(latest=True)
         except ValueError:
@@ -261,7 +265,10 @@ class Node:
         return [address for address in found if "/tcp/" in address]
 
     async def wait_until_dead(self) -> str:
-        """Returns when the daemon has ended, or nobody listens to it any more; says which: hivemind does not."""
+        """Wait until the daemon has ended or its connection to us has, and return which in words.
+
+        hivemind itself never notices: calls would hang (measured).
+        """
         control = self._p2p._client.control
         ended = asyncio.create_task(self._p2p._child.wait())
         await asyncio.wait({ended, control._read_task, control._write_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -271,30 +278,30 @@ class Node:
     # ------------------------------------------------------------- calls
 
     async def serve(self, service: Any, namespace: str) -> None:
-        """Answer calls to `service` in `namespace` (of the run)."""
+        """Answer calls to `service` in the run's `namespace`."""
         await service.add_p2p_handlers(self._p2p, namespace=namespace)
 
     async def connect(self, peer: str, addresses: Iterable[str], limit_s: float | None = None) -> None:
-        """Dial a peer; UnreachableError if nobody with that PeerID answers there."""
+        """Dial a peer and remember its addresses. Raises UnreachableError if nobody with that PeerID answers there."""
         addresses = tuple(addresses)
         await self.dial_once(peer, addresses, limit_s or self.settings.call_limit_s)
         self._remember(peer, addresses)
 
     async def dial_once(self, peer: str, addresses: tuple[str, ...], limit_s: float) -> None:
-        """The same, without remembering where the peer was."""
+        """Dial a peer without remembering its addresses. Raises UnreachableError."""
         multiaddr = hivemind_module("utils.multiaddr").Multiaddr
         try:
             maddrs = [multiaddr(address) for address in addresses]
             with daemon.closed_on_failure():
                 await asyncio.wait_for(self._p2p._client.connect(self._peer_id(peer), maddrs), limit_s)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             raise UnreachableError(f"{peer} does not answer at {', '.join(addresses) or 'any address'}") from error
 
     async def seen_at(self, peer: str) -> tuple[str, ...]:
-        """The other ends of the connections to `peer` that are open now, as multiaddresses; empty if there is none."""
+        """Return the remote multiaddresses of the open connections to `peer`; empty if there are none."""
         try:
             found = await asyncio.wait_for(self._p2p._client.list_peers(), self.settings.call_limit_s)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             _log.debug("listing connections failed: %s", error)
             return ()
         wanted = self._peer_id(peer)
@@ -306,11 +313,12 @@ class Node:
             await asyncio.wait_for(self._p2p._client.disconnect(self._peer_id(peer)), self.settings.call_limit_s)
 
     def remember_addresses(self, peer: str, addresses: Iterable[str], given: Collection[str] = ()) -> None:
-        """Where `peer` says it is: dialled when a call finds no connection. `given`: what the user gave of these.
+        """Remember the addresses that `peer` advertises; a call without a connection dials them. The user gave those in
+        `given`.
 
-        A stranger chooses whom we knock at, so: a few addresses, TCP, no name, and no group, any or link-local address.
-        Private ones must be allowed, since swarms live in local networks; what the daemon says there is a greeting
-        of twenty bytes.
+        A stranger chooses whom we dial, so only a few addresses are kept: TCP, no names, and no group, any or
+        link-local address. Private addresses must be allowed, since swarms live in local networks; what the daemon
+        sends there is a greeting of twenty bytes.
         """
         allowed = (address for address in addresses if address in given or may_dial(address))
         self._remember(peer, tuple(allowed)[:_MAX_DIALLED])
@@ -322,16 +330,17 @@ class Node:
         self._known[peer] = addresses
 
     def known_peers(self) -> list[str]:
-        """Everyone whose addresses are remembered."""
+        """Return all peers whose addresses are remembered."""
         return list(self._known)
 
     async def enter_routing_table(self, peer: str) -> None:
-        """Let the DHT know of `peer` (again): it forgets whoever did not answer once."""
+        """Enter `peer` into the DHT's routing table (again): the DHT drops a node that fails to answer once."""
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._dht.protocol.call_ping(self._peer_id(peer)), self.settings.call_limit_s)
 
     async def call(self, stub: Any, method: str, request: Message, limit_s: float | None = None) -> Any:
-        """One small call: `stub` from `stub_of`; UnreachableError on any failure or after the time limit."""
+        """Make one small call with a stub of `stub_of`. Raises UnreachableError on any failure or after the
+        time limit."""
         limit_s = limit_s or self.settings.call_limit_s
         try:
             reply = await getattr(stub, method)(request, timeout=limit_s)
@@ -339,34 +348,35 @@ class Node:
             raise
         except TimeoutError:
             raise UnreachableError(f"no answer within {limit_s:g} s") from None
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), reply.ByteSize())
         return reply
 
     async def open_stream(self, peer: str, handler: str, request: Message) -> Stream:
-        """A call answered by a stream; the caller limits the time between messages and must `aclose` it."""
+        """Make a call that a stream answers. The caller limits the time between messages and must `aclose`
+        the stream."""
         _, writer = await self.open_pipe(peer, handler)
         try:
             replies = Replies(writer, request)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             writer.close()
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), 0)
         return Stream(replies, self.traffic)
 
     async def open_pipe(self, peer: str, handler: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Bytes both ways, to a handler of `serve_pipes`; the caller limits its times and must close it."""
+        """Open a two-way byte stream to a handler of `serve_pipes`. The caller limits its times and must close it."""
         try:
             with daemon.closed_on_failure():
                 opening = self._p2p.call_binary_stream_handler(self._peer_id(peer), handler)
                 _, reader, writer = await asyncio.wait_for(opening, self.settings.call_limit_s)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             raise UnreachableError(_reason(error)) from error
         return reader, writer
 
     async def serve_pipes(self, handler: str, answer: PipeHandler) -> None:
-        """Take what `open_pipe` of other peers opens; `answer` is told who they are."""
+        """Pass streams that other peers open with `open_pipe` to `answer`, with their PeerIDs."""
 
         async def answered(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await answer(str(info.peer_id), reader, writer)
@@ -374,7 +384,7 @@ class Node:
         await self._p2p.add_binary_stream_handler(handler, answered)
 
     async def stub_of(self, service_type: Any, peer: str, namespace: str) -> Any:
-        """A stub for calls to `peer`, whose known addresses are dialled if there is no connection."""
+        """Return a stub for calls to `peer`; dials its remembered addresses first."""
         if peer in self._known:
             with contextlib.suppress(UnreachableError):
                 await self.connect(peer, self._known[peer])
@@ -386,10 +396,10 @@ class Node:
     # ------------------------------------------------------------- the DHT
 
     async def join_dht(self, peers: Sequence[tuple[str, tuple[str, ...]]]) -> None:
-        """Enter the DHT through `peers` that are connected already; alone if there are none. Once."""
+        """Enter the DHT through connected `peers`, or alone if there are none. Does nothing the second time."""
         if self._dht is not None:
             return
-        initial = [f"/p2p/{peer}" for peer, addresses in peers if addresses]  # only the PeerIDs are looked at
+        initial = [f"/p2p/{peer}" for peer, addresses in peers if addresses]  # hivemind uses only the PeerIDs
         try:
             self._dht = await asyncio.wait_for(
                 use_bounded_protocol().create(
@@ -404,7 +414,7 @@ class Node:
                 ),
                 20,
             )
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             raise RunTimeError(
                 f"could not join the DHT: {_reason(error)}; try again, or ask for a new invite"
             ) from error
@@ -412,7 +422,7 @@ class Node:
         self._own_buckets = self._dht.protocol.own_buckets
 
     async def store(self, record: pb.Record, lifetime_s: float) -> bool:
-        """Store this peer's record in its bucket for `lifetime_s`; False if no node took it."""
+        """Store this peer's record in its bucket for `lifetime_s`. Returns False if no node took it."""
         kind = record.WhichOneof("body")
         key = self._own_bucket(record.run_sha256, kind, record.prefix)
         try:
@@ -420,33 +430,33 @@ class Node:
                 key, self.identity.peer_id, record.SerializeToString(), swarm_time() + lifetime_s
             )
             return await asyncio.wait_for(storing, 10)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             _log.debug("storing a record failed: %s", error)
             return False
 
     async def read_bucket(self, run_sha256: bytes, kind: str, prefix: str) -> dict[str, tuple[pb.Record, float]]:
-        """PeerID -> (record, expiry in swarm time) of one bucket; what is invalid has been dropped."""
+        """Return PeerID -> (record, expiry in swarm time) of one bucket, without invalid records."""
         try:
             found = await asyncio.wait_for(self._buckets.read(self._own_bucket(run_sha256, kind, prefix)), 10)
-        except Exception as error:  # the adapter's boundary
+        except Exception as error:  # boundary to hivemind
             _log.debug("reading a bucket failed: %s", error)
             return {}
         records = {}
         for peer, (value, expiry_s) in found.items():
             try:
                 records[peer] = (pb.Record.FromString(value), expiry_s)
-            except Exception as error:  # a record that passed the validator but is not one of ours
+            except Exception as error:  # it passed the validator but is not one of our records
                 _log.debug("dropped a record of %s: %s", peer, error)
         return records
 
     @property
     def num_dht_records(self) -> int:
-        """How many it keeps for the swarm, its own included."""
+        """Number of records that this node keeps for the swarm, its own included."""
         return num_records(self._dht.protocol.storage) if self._dht is not None else 0
 
     def _own_bucket(self, run_sha256: bytes, kind: str | None, prefix: str) -> str:
         key = bucket_key(run_sha256, kind or "", prefix)
-        if len(self._own_buckets) >= _MAX_OWN_BUCKETS:  # who fills buckets says which others are read
+        if len(self._own_buckets) >= _MAX_OWN_BUCKETS:  # strangers that fill buckets decide which others are read
             self._own_buckets.clear()
         self._own_buckets.add(hashed_key(key))
         return key
@@ -476,7 +486,7 @@ def _reason(error: Exception) -> str:
 
 
 def _printable(text: str) -> str:
-    """What another peer wrote, fit for a terminal."""
+    """Return another peer's text, safe for a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

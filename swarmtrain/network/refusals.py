@@ -1,4 +1,4 @@
-"""Telling of hostile bytes: which rule a peer broke, in a word, and how often that is told."""
+"""Report bad bytes: which rule a peer broke, in a word, and at most how often that is reported."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _AGAIN_S = 60.0
 
 @dataclass
 class Refusals:
-    """Events of what was refused: of one peer and rule once a minute, for it may send as fast as it likes."""
+    """Emits an event for each refusal, at most once a minute per peer and rule: a peer may send as fast as it likes."""
 
     emit: Callable[[Event], None]
     spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
-    """Whether what a peer broke a rule with, in words, is not told yet."""
+    """Returns whether (peer, rule, detail) must not be reported yet."""
     _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_AGAIN_S))
 
     def tell(self, peer: str, error: PeerError) -> None:
-        """What `peer` sent was refused."""
+        """Report that something `peer` sent was refused."""
         rule = rule_of(str(error))
         if not self.spares(peer, rule, str(error)) and self._named.is_due(peer, swarm_time(), rule):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
-            _log.debug("refused of %s: %s", peer, error)
+            _log.debug("refused from %s: %s", peer, error)
 
 
 def rule_of(detail: str) -> str:
-    """The rule behind an error's sentence: the first whose word is in it."""
+    """Return the rule behind an error's sentence: that of the first word found in it."""
     words = {
         "sent nothing": "stall",
         "it delivers": "stall",

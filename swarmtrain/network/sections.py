@@ -1,7 +1,7 @@
-"""The sections that a peer publishes of a model: tensors that travel together, and what a merge makes of them.
+"""Define the sections of a model that a peer publishes: tensors that travel together, and how a merge uses them.
 
-A run's list of them is what codecs, the rules for others' publications, publishers and pulls are built from: a section
-that is added to it is published, pulled and merged. Pure.
+Codecs, rules for other peers' publications, publishers and pulls are all built from a run's list of sections: adding
+one to the list has it published, pulled and merged. Pure.
 """
 
 from __future__ import annotations
@@ -27,32 +27,35 @@ _DTYPES: dict[GradientFormat, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SectionSpec:
-    """One of them. Each fragment of a model has all of the run's, over tensors of its own; two make its outer step: the
-    one with that rule, and the weights, which are averaged and have no parts."""
+    """One section of each fragment, over the fragment's own tensors.
+
+    Two sections make a fragment's outer step: the one with that rule, and the weights, which are averaged and have no
+    parts.
+    """
 
     name: Section
-    """As it is asked for, at most 32 bytes."""
+    """Name in requests, at most 32 bytes."""
     prefix: str
-    """Of its tensors' names in a publication."""
+    """Prefix of its tensors' names in a publication."""
     tensors: tuple[TensorSpec, ...]
-    """Names and shapes, as the parameters have them."""
+    """Names and shapes of the parameters."""
     formats: tuple[GradientFormat, ...]
-    """Those that a publication may have, the coarsest first; one if it is averaged."""
+    """Formats that a publication may have, the coarsest first; one if it is averaged."""
     rule: SectionRule
     num_parts: int
-    """With the ends of how many parts of a round it may be published; 0: once, as the round begins, of weights."""
+    """Number of parts of a round with whose ends it may be published; 0: only as the round begins, as weights."""
 
     @cached_property
     def tables(self) -> tuple[tuple[TensorSpec, ...], ...]:
-        """The tensor table of a publication in each of the formats."""
+        """Tensor table of a publication in each format."""
         return tuple(self.table(format) for format in self.formats)
 
     def table(self, format: GradientFormat) -> tuple[TensorSpec, ...]:
-        """That of a publication in this format."""
+        """Return the tensor table of a publication in this format."""
         return tuple(TensorSpec(f"{self.prefix}/{one.name}", one.shape, _DTYPES[format]) for one in self.tensors)
 
     def format_of(self, dtype: str) -> GradientFormat:
-        """The format of a publication whose tensors are of this type in its table."""
+        """Return the format of a publication whose tensors have this dtype."""
         return next(format for format in self.formats if _DTYPES[format] == dtype)
 
 
@@ -62,8 +65,7 @@ def sections_of(
     gradient_formats: tuple[GradientFormat, ...],
     num_parts: int = 1,
 ) -> tuple[SectionSpec, ...]:
-    """What is published of these tensors where peers merge at their own pace: the pseudo-gradient of a round so far,
-    and the weights that it began with."""
+    """Return the sections for asynchronous merging: a round's pseudo-gradient so far, and the weights it began with."""
     gradient = SectionSpec(
         name="gradient",
         prefix="gradient",
@@ -79,7 +81,9 @@ def sections_of(
 
 
 def rules_of(sections: Sequence[SectionSpec]) -> dict[Section, SectionRule]:
-    """What is pulled of a partner, and what a merge makes of it, in the order of the pulls: what is averaged first, as
-    it stays what it is for longest, and of that the weights."""
+    """Return the rule of each section, in the order in which they are pulled of a partner.
+
+    Averaged sections come first, since they stay valid longest, and the weights first among those.
+    """
     ordered = sorted(sections, key=lambda section: (section.rule != "mean", section.num_parts))
     return {section.name: section.rule for section in ordered}

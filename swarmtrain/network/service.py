@@ -1,6 +1,6 @@
-"""What a peer answers to others, and how it asks them: seven calls, all namespaced by the run.
+"""Define the seven calls between peers of a run: the service that answers them, and the client.
 
-A peer of another run does not even find the calls: the namespace is the run's hash.
+The calls' namespace is the run's hash, so a peer of another run does not even find them.
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
 _MAX_STUBS = 4096
 _CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
-"""Of one caller that wants to see a chain of rosters: 2.5 MiB, and some 10 ms of the loop. Honest ones ask each second
-while they lack it."""
+"""Requests for a chain of rosters from one caller: each costs 2.5 MiB and about 10 ms of the loop. Honest peers that
+lack a chain ask once a second."""
 _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
-"""For an answer that may have to be computed first."""
+"""Seconds for a reply that may have to be computed first."""
 _MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _R = TypeVar("_R", bound=Message)
 
 
 class Answers(Protocol):
-    """What the service needs of the peer behind it. `caller` is a PeerID in base58."""
+    """The peer behind the service. `caller` is a PeerID in base58."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        """Who we are, whom we know; the caller may introduce itself or say goodbye."""
+        """Say who we are and whom we know; the caller may introduce itself or say goodbye."""
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """The manifest of the newest state, if it is new enough."""
+        """Return the manifest of the newest state, if it is new enough."""
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
-        """What is known about a round; may take `request.wait_s`."""
+        """Say what is known about a round; may take `request.wait_s`."""
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
-        """The newest publication, if the caller does not have it."""
+        """Return the newest publication, if the caller does not have it."""
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """Told of one that calls too often, as often as it does."""
+        """Report a peer that calls too often; called for each such call."""
 
 
 def namespace_of(run_sha256: str) -> str:
-    """The namespace of a run's calls."""
+    """Return the namespace of a run's calls."""
     return f"swarmtrain1.{run_sha256[:32]}"
 
 
 def stream_name(namespace: str, method: str) -> str:
-    """The name of a call that is answered by a stream."""
+    """Return the name of a call that a stream answers."""
     return f"{namespace}::PeerService.rpc_{method}"
 
 
 @functools.cache
 def service_type() -> Any:
-    """The servicer class, over hivemind's base, which is imported at the first use."""
+    """Return the servicer class. Its base is hivemind's, which is imported only at the first use."""
     base = hivemind_module("p2p.servicer").ServicerBase
 
     class PeerService(base):  # type: ignore[misc, valid-type]
@@ -86,12 +86,14 @@ def service_type() -> Any:
             self._answers, self._store, self._blobs, self._node = answers, store, blobs, node
             self._held_calls: Counter[str] = Counter()
             self._budget = CallBudget()
-            self._rounds_budget = CallBudget()  # one that pulls may ask again and again, and must hear of the round
+            # Of its own: a caller that has used up the other must still learn of the round.
+            self._rounds_budget = CallBudget()
             self._chains_budget = CallBudget(per_s=_CHAINS_PER_S, burst=_CHAINS_AT_ONCE)
             self._dial_back = DialBack(node)
 
         def _is_too_often(self, caller: str, budget: CallBudget | None = None) -> bool:
-            """Whether a call is one too many: it gets the shortest answer there is, and nothing is read or made."""
+            """Return whether a call exceeds its budget. It then gets the shortest reply, for which nothing is read or
+            computed."""
             budget = budget or self._budget
             if budget.allows(caller, time.monotonic()):
                 return False
@@ -112,12 +114,13 @@ def service_type() -> Any:
         async def rpc_round(self, request: pb.RoundRequest, context: Any) -> pb.RoundReply:
             caller, held = str(context.remote_id), self._held_calls
             if self._is_too_often(caller, self._rounds_budget):
-                raise BusyError(self._rounds_budget.in_words)  # an empty answer would say that this is round 0
+                raise BusyError(self._rounds_budget.in_words)  # an empty reply would mean round 0
             if request.wants_chain and self._is_too_often(caller, self._chains_budget):
                 raise BusyError(self._chains_budget.in_words)
             if held.total() >= _MAX_HELD_CALLS or held[caller] >= _MAX_HELD_CALLS_A_PEER:
                 request.wait_s = 0
-            if not 0 <= request.wait_s <= _MAX_WAIT_S:  # NaN too, which would disorder the loop's timers
+            # False for NaN too, which would break the order of the loop's timers.
+            if not 0 <= request.wait_s <= _MAX_WAIT_S:
                 request.wait_s = 0
             held[caller] += 1
             try:
@@ -185,7 +188,7 @@ def service_type() -> Any:
 
 @dataclass
 class PeerCalls:
-    """Calls to other peers of one run. Every failure is a `PeerError`; replies are not yet checked."""
+    """Calls to other peers of one run. Every failure is a `PeerError`; replies are not yet verified."""
 
     node: Node
     run_sha256: str
@@ -194,10 +197,12 @@ class PeerCalls:
     on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
     on_answer: Callable[[str], None] = lambda peer: None
     is_hidden: Callable[[str], bool] = lambda peer: False
-    """Whether nobody can dial `peer`: it is called only if it has opened a connection to us."""
+    """Returns whether nobody can dial a peer; such a peer is called only over a connection that it opened."""
     pull_slots: Places = field(init=False)
-    """At most so many pulls at once: libp2p resets streams beyond some 120, and an uplink gains nothing by more. Fewer
-    while downloads are limited: a peer that takes a chunk now and then loses its place at the source."""
+    """Slots for pulls: at most 8, since libp2p resets streams beyond about 120 and an uplink gains nothing from more.
+
+    Fewer while downloads are limited: a reader that takes a chunk now and then loses its slot at the source.
+    """
     _stubs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -227,29 +232,29 @@ class PeerCalls:
         return reply
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
-        """Ask a peer who it is; introduce or dismiss ourselves."""
+        """Ask a peer who it is; introduce ourselves or say goodbye."""
         reply: pb.HelloReply = await self._call(peer, "rpc_hello", request, limit_s)
         return reply
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
-        """The manifest of its newest state."""
+        """Ask for the manifest of its newest state."""
         request = pb.StateRequest(min_round=min_round)
         reply: pb.StateReply = await self._call(peer, "rpc_state", request, _MAKE_LIMIT_S)
         return reply
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
-        """What it knows about a round."""
+        """Ask what it knows about a round."""
         limit_s = request.wait_s + self.node.settings.call_limit_s
         reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
         return reply
 
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
-        """Its newest publication, which it may have to make first."""
+        """Ask for its newest publication, which it may have to build first."""
         reply: pb.PublicationReply = await self._call(peer, "rpc_publication", request, _MAKE_LIMIT_S)
         return reply
 
     async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:
-        """Whether it can reach the one in the request."""
+        """Ask whether it can reach the peer in the request."""
         reply: pb.DialReply = await self._call(peer, "rpc_dial", request, limit_s)
         return reply
 
@@ -267,7 +272,10 @@ class PeerCalls:
             raise
 
     async def blob_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
-        """A file that travels with the run: at most `max_bytes`, with this hash, or BadBytesError."""
+        """Fetch a file of the run by its hash, retrying for two minutes while the peer is busy.
+
+        Raises BadBytesError if it is longer than `max_bytes` or has another hash.
+        """
         for attempts_left in reversed(range(_FILE_ATTEMPTS)):
             try:
                 return await self._file_untrusted(peer, sha256, max_bytes)

@@ -1,4 +1,4 @@
-"""Signed messages: who said what, in which run, for which purpose."""
+"""Sign and verify messages: author, run and purpose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _signed_bytes(purpose: str, run_sha256: str, payload: bytes) -> bytes:
 
 
 def sign(identity: Identity, purpose: str, run_sha256: str, message: Message) -> pb.Signed:
-    """`message` with `identity`'s signature for this run and purpose ("manifest", "roster", "presence")."""
+    """Return `message` signed by `identity` for this run and purpose ("manifest", "roster", "presence")."""
     payload = message.SerializeToString(deterministic=True)
     return pb.Signed(
         payload=payload,
@@ -33,7 +33,8 @@ def sign(identity: Identity, purpose: str, run_sha256: str, message: Message) ->
 def open_signed_untrusted(
     signed: pb.Signed, purpose: str, run_sha256: str, message_type: type[_M], max_bytes: int = 2 * 1024 * 1024
 ) -> tuple[str, _M]:
-    """(author's PeerID, message); BadBytesError if oversized, forged, or not such a message."""
+    """Return (author's PeerID, message). Raises BadBytesError if it is oversized, forged, or another kind
+    of message."""
     if len(signed.payload) > max_bytes:
         raise BadBytesError(f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}")
     author = verify_untrusted(signed.author, _signed_bytes(purpose, run_sha256, signed.payload), signed.signature)
@@ -45,5 +46,5 @@ def open_signed_untrusted(
 
 
 def payload_sha256(signed: pb.Signed) -> str:
-    """SHA-256 of the signed payload, hex: the name of a snapshot or a roster."""
+    """Return the SHA-256 of the signed payload, hex: the name of a snapshot or a roster."""
     return hashlib.sha256(signed.payload).hexdigest()

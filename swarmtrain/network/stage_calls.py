@@ -1,8 +1,8 @@
-"""Asking a stage, and being asked, the bytes: a question and an answer over one stream, each a message and its tensors.
+"""Ask stages and answer for them: one question and one answer per stream, each a message followed by its tensors.
 
-What a message announces is checked before a byte of its tensors is read: how many there may be and how large is for
-the one to say who knows what was asked. Their hash ends them. Every wait has a limit, and a peer takes in only so many
-questions at once; what is more is told BUSY before its bytes are read.
+The tensors that a message announces are checked before one of their bytes is read: the caller, who knows what was
+asked, decides how many and how large they may be. A hash ends them. Every wait has a limit. A peer takes in a limited
+number of questions at once, and answers others BUSY before it reads their bytes.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
-"""Of one peer, besides what lets go of something, and so many backwards: libp2p resets streams beyond some 120."""
+"""Questions of one peer at once, besides those that release something, and as many backwards: libp2p resets streams
+beyond about 120."""
 _HANG_UP_S = 2.0
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 
 Body = Sequence[bytes | bytearray | memoryview]
-"""The bytes of tensors, one after the other."""
+"""Bytes of tensors, one after the other."""
 
 
 def stage_stream_name(run_sha256: str) -> str:
-    """The name of the streams of a run's stages."""
+    """Return the name of the streams of a run's stages."""
     return f"swarmtrain1.{run_sha256[:32]}::Stage.ask"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLimits:
-    """How long to wait, in seconds."""
+    """Time limits in seconds."""
 
     stall_s: float = 10.0
-    """For the next piece of what is being sent or received."""
+    """For the next piece that is sent or received."""
     answer_s: float = 600.0
-    """For an answer to begin, in the end: who asks limits it as it sees fit."""
+    """For an answer to begin; callers may limit it further."""
 
 
 # ---------------------------------------------------------------- one direction of a stream
@@ -66,7 +67,7 @@ class StageLimits:
 async def _send(
     writer: asyncio.StreamWriter, traffic: TrafficCount, message: Message, body: Body, stall_s: float
 ) -> None:
-    """A message, and the bytes of its tensors."""
+    """Send a message and the bytes of its tensors. Raises StalledError or BrokenOffError."""
     data = message.SerializeToString()
     await _write(writer, traffic, len(data).to_bytes(_LENGTH_BYTES, "big") + data, stall_s)
     for tensor in body:
@@ -91,7 +92,7 @@ async def _write(
 
 
 async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit_s: float) -> _M:
-    """The next message; BadBytesError if it is none."""
+    """Read the next message. Raises BadBytesError if it is none."""
     try:
         async with asyncio.timeout(limit_s):
             size = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
@@ -109,7 +110,7 @@ async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit
 async def _body_untrusted(
     reader: asyncio.StreamReader, traffic: TrafficCount, message: pb.StageQuestion | pb.StageAnswer, stall_s: float
 ) -> list[bytearray]:
-    """The bytes of the message's tensors, whose sizes are checked already; BadBytesError if the hash is another."""
+    """Read the tensors of a message whose sizes are checked already. Raises BadBytesError if the hash differs."""
     body, digest = [], hashlib.sha256()
     for tensor in message.tensors:
         data = bytearray()
@@ -143,19 +144,21 @@ def _sha256(body: Body) -> bytes:
 
 @dataclass
 class StageClient:
-    """Questions to other peers' stages."""
+    """Asks other peers' stages."""
 
     node: Node
     run_sha256: str
     limits: StageLimits = field(default_factory=StageLimits)
     on_failure: Callable[[str, PeerError], None] = lambda peer, error: None
-    """Told of one that cannot be reached."""
+    """Called with a peer that cannot be reached."""
 
     async def ask(
         self, peer: str, question: pb.StageQuestion, body: Body, check_untrusted: Callable[[pb.StageAnswer], None]
     ) -> tuple[pb.StageAnswer, list[bytearray]]:
-        """A good answer and its tensors; `check_untrusted` raises BadBytesError for one whose tensors are not as they
-        must be, before they are read. Raises the PeerError that says why there is none.
+        """Return a good answer and its tensors.
+
+        `check_untrusted` raises BadBytesError, before they are read, for tensors that are not as they must be. Raises
+        the PeerError that says why there is no answer.
         """
         question.sha256 = _sha256(body)
         try:
@@ -167,7 +170,7 @@ class StageClient:
         sending = asyncio.create_task(_send(writer, traffic, question, body, stall_s))
         answering = asyncio.create_task(_message_untrusted(reader, pb.StageAnswer, self.limits.answer_s))
         try:
-            # One that is busy answers before it has everything, and reads no further.
+            # A busy peer answers before it has everything, and reads no further.
             await asyncio.wait({sending, answering}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and not answering.done() and (failed := sending.exception()) is not None:
                 await asyncio.wait({answering}, timeout=_HANG_UP_S)
@@ -202,19 +205,22 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
 
 
 class StageAnswers(Protocol):
-    """What a host of a stage needs of the peer behind it. `caller` is a PeerID in base58."""
+    """The peer behind a host of stages. `caller` is a PeerID in base58."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
-        """Before its tensors are read: BadBytesError if it must not be, BusyError if it cannot be now, GoneError if
-        what it is about is not here."""
+        """Check a question before its tensors are read.
+
+        Raises BadBytesError if it is not allowed, BusyError if it cannot be answered now, GoneError if its subject is
+        not here.
+        """
 
     async def answer_untrusted(
         self, caller: str, question: pb.StageQuestion, body: list[bytearray]
     ) -> tuple[pb.StageAnswer, Body]:
-        """The answer and its tensors. BusyError, GoneError, BadBytesError."""
+        """Return the answer and its tensors. Raises BusyError, GoneError or BadBytesError."""
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """Told of one that asks what it must not."""
+        """Report a peer that asks what it must not."""
 
 
 @dataclass
@@ -225,16 +231,16 @@ class StageHost:
     answers: StageAnswers
     limits: StageLimits = field(default_factory=StageLimits)
     _num_questions: Counter[str] = field(default_factory=Counter)
-    """Being answered, by caller."""
+    """Questions being answered, by caller."""
     _num_backwards: Counter[str] = field(default_factory=Counter)
-    """Of them."""
+    """Backward questions among them, by caller."""
 
     async def serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One stream."""
+        """Answer the question of one stream."""
         try:
-            with _counted(self._num_questions, caller), contextlib.suppress(PeerError):  # of one that has hung up
+            with _counted(self._num_questions, caller), contextlib.suppress(PeerError):  # the caller has hung up
                 await self._serve(caller, reader, writer)
-                # Were the stream closed at once, what is under way could be lost.
+                # If the stream were closed at once, bytes under way could be lost.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_HANG_UP_S):
                         await _until_hung_up(reader)
@@ -262,7 +268,7 @@ class StageHost:
 
     @contextlib.contextmanager
     def _admitted(self, caller: str, kind: pb.StageKind) -> Iterator[None]:
-        """Inside, a question of this kind is read and answered; BusyError if there are too many."""
+        """Admit a question of this kind while the block runs. Raises BusyError if the caller has too many."""
         if kind in (pb.STAGE_KIND_FORWARD, pb.STAGE_KIND_TAIL) and self._num_questions[caller] > _MAX_QUESTIONS:
             raise BusyError(f"{_MAX_QUESTIONS} questions of this peer are being answered")
         if kind != pb.STAGE_KIND_BACKWARD:
@@ -276,7 +282,7 @@ class StageHost:
 
 @contextlib.contextmanager
 def _counted(numbers: Counter[str], caller: str) -> Iterator[int]:
-    """Inside, one more of this caller, and how many there are with it."""
+    """Count one more of this caller while the block runs, and yield its number."""
     numbers[caller] += 1
     try:
         yield numbers[caller]
@@ -293,7 +299,7 @@ async def _until_hung_up(reader: asyncio.StreamReader) -> None:
 
 
 async def _unless_hung_up(reader: asyncio.StreamReader, answering: Coroutine[Any, Any, _T]) -> _T:
-    """The answer; BrokenOffError as soon as nobody waits for it any more."""
+    """Return the answer, or raise BrokenOffError as soon as the caller hangs up."""
     task, gone = asyncio.create_task(answering), asyncio.create_task(_until_hung_up(reader))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

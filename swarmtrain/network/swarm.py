@@ -1,8 +1,7 @@
-"""A peer among others: its life in the swarm of one run, from the first dial to the goodbye, in the network thread.
+"""Take part in the swarm of one run, from the first dial to the goodbye.
 
-Bootstrap and volunteer are both a `Swarm`; they differ in what they say of themselves, and in what they serve.
-Everything here runs in the network thread's loop; other threads go through `NetworkThread`, or set plain attributes
-that are only read here.
+Bootstrap and volunteer are both a `Swarm`; they differ in what they advertise and serve. Everything here runs in the
+network thread's loop. Other threads go through `NetworkThread`, or set plain attributes that are only read here.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """This peer's place in the swarm of one run. It owns the parts, each of which is called for what it does.
+    """This peer's place in the swarm of one run. It owns the parts that do the work, and callers use those directly.
 
-    `shards` are of the data that it trains on, where these have some. `durable`: the progress that is safe on this
-    peer's disk, which its progress record tells; None: the present one.
+    `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
+    disk, for its progress record; None means the present progress.
     """
 
     node: Node
@@ -153,24 +152,23 @@ class Swarm:
 
     @property
     def identity(self) -> Identity:
-        """This peer's key."""
+        """Key of this peer."""
         return self.node.identity
 
     @property
     def asynchronous(self) -> bool:
-        """Whether peers merge at their own pace, without rosters."""
+        """True if peers merge at their own pace, without rosters."""
         return self.published.run.merge.kind.asynchronous
 
     @property
     def states(self) -> StateFetcher:
-        """For pulling states of peers that merge asynchronously."""
+        """Fetches states of peers that merge asynchronously."""
         return StateFetcher(self.calls, self.store, self.rounds.settings, self.peers.refused)
 
     # ------------------------------------------------------------- life
 
     async def start(self, through: Sequence[InvitedPeer], serving: Serving | None = None) -> None:
-        """Answer calls, with what is served if there is something, enter the DHT through `through`, learn who is here.
-        Nothing is said of ourselves yet."""
+        """Answer calls, enter the DHT through `through`, and learn which peers are here. Advertises nothing yet."""
         self.serving = serving or self.serving
         service = service_type()(self.answers, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
@@ -180,7 +178,7 @@ class Swarm:
         await self.peers.read_records()
 
     async def announce(self) -> None:
-        """Say that we are here, to everyone known and in the DHT, and keep saying so."""
+        """Advertise this peer to everyone known and in the DHT, and keep doing so."""
         self.rounds.come_back()
         self.peers.arrivals.came_myself(swarm_time())
         await self._look_where_we_are()
@@ -196,7 +194,8 @@ class Swarm:
     def set_state(
         self, progress: Progress, body: Body | Callable[[], Body], fill: FillManifest = lambda manifest: None
     ) -> None:
-        """Offer this state to joiners from now on (`StateProvider.put`); nobody may write into its buffers any more."""
+        """Offer this state to late joiners from now on (`StateProvider.put`). Nobody may write into its buffers any
+        more."""
         self.offer.put(progress, body, fill)
         self.tallying.learn(progress.peer_tokens)
         self.rounds.advance(progress)
@@ -204,24 +203,24 @@ class Swarm:
             self.greeter.meet(self.rounds.last[0].peers)
 
     def would_leave(self) -> None:
-        """This peer would leave: those who ask whether they may are told so."""
+        """Prepare to leave: from now on answer others that ask whether they may leave too."""
         self.fellows = FellowDepartures(self.identity.peer_id)
 
     async def count_once_more(self) -> None:
-        """At the end: tell what is counted here, and count what others have told by now."""
+        """Store our own counts and read those of others a last time, at the end of the run."""
         await self.records.store()
         await self.tallying.read_all()
 
     async def withdraw(self, limit_s: float = _GOODBYE_S) -> None:
-        """Say goodbye to everyone, and nothing more of ourselves until `come_back`; the node stays.
+        """Say goodbye to everyone and stop advertising until `come_back`; the node keeps running.
 
-        Whoever misses that, or takes longer than `limit_s`, learns it when it asks about a round.
+        A peer that misses the goodbye, or takes longer than `limit_s`, learns it when it asks about a round.
         """
         if self.rounds.away:
             return
         presence = self.presence
         self.rounds.leave()
-        presence.change(inner_steps=0)  # whoever comes back begins another round
+        presence.change(inner_steps=0)  # a peer that comes back begins another round
         for work in (self.serving.pulling, self.serving.hosting):
             if work is not None:
                 await work.stop()
@@ -236,9 +235,11 @@ class Swarm:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self, serving: Serving | None = None) -> None:
-        """After `withdraw`: look who is here now, and serve what is given here instead. `announce` says that we are.
+        """Return after `withdraw`: find out who is here now. `serving`, if given, replaces what is served; call
+        `announce` next.
 
-        Whoever neither answers nor has renewed its presence is gone; the others were not silent, we were deaf.
+        Peers that neither answer nor have renewed their presence are gone. Older failures do not count: this peer was
+        deaf.
         """
         self.serving = serving or self.serving
         self.peers.greeted.clear()
@@ -247,10 +248,10 @@ class Swarm:
         await self.peers.read_records()
         await self.greeter.greet_all([info.peer for info in self.membership.live()])
         self.peers.expire()
-        self.rounds.stood_still(forgives=False)  # whom it has just called in vain may be dead
+        self.rounds.stood_still(forgives=False)  # `forgives` no failures: the peers just called in vain may be dead
 
     async def leave(self) -> None:
-        """Say goodbye to everyone, and stop answering."""
+        """Say goodbye to everyone and end the node."""
         if self._daemon_watch is not None:
             await end_tasks([self._daemon_watch])
         await self.withdraw(_LAST_GOODBYE_S)
@@ -266,8 +267,8 @@ class Swarm:
 
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("the network's work ended", exc_info=error)
-            self.emit(WarningEvent(message=f"part of the network's work ended ({error}); restart this peer"))
+            _log.error("a network task failed", exc_info=error)
+            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
 
     async def _keep_present(self) -> None:
         while True:
@@ -295,7 +296,7 @@ class Swarm:
             await asyncio.sleep(records.read_every_s(len(self.membership.live()), least_s, most_s))
 
     async def _notice_gaps(self) -> None:
-        """A process that was stopped, or a laptop that slept, must not take its own gap for others' silence."""
+        """Tell the rounds when this process was stopped, or its machine slept: others were not silent in that time."""
         while True:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
@@ -303,7 +304,7 @@ class Swarm:
                 self.rounds.stood_still()
 
     async def _look_where_we_are(self) -> None:
-        """Our addresses, which change: a router opens a port late, a home connection gets another address."""
+        """Update our addresses, which change: a router opens a port late, a home connection gets another address."""
         self.presence.describe_place(await self.node.addresses(), self.reaching.hidden, self.reaching.hosts)
 
     async def _say_where_we_are(self) -> None:
@@ -311,7 +312,7 @@ class Swarm:
         await self.records.store()
 
     def _reach_changed(self) -> None:
-        """Say so at once: until then others call this peer in vain."""
+        """Advertise a changed reachability at once: until then others call this peer in vain."""
         self._begin(self._say_where_we_are())
         if self.reaching.hidden:
             self.emit(WarningEvent(message=self.reaching.in_words()))
@@ -321,23 +322,24 @@ class Swarm:
         return pb.HelloRequest(run_sha256=run_sha256, presence=self.presence.signed(), wants_host=True)
 
     def _speeds(self) -> dict[str, float]:
-        """What the volunteers say they do, in tokens per second."""
+        """Return the tokens per second that each volunteer claims."""
         tokens, infos = self.published.run.tokens_per_step, (self.presence.me, *self.membership.volunteers())
         return {info.peer: info.steps_per_s * tokens for info in infos}
 
     # ------------------------------------------------------------- what others ask of it
 
     def invite(self) -> Invite:
-        """An invite through this peer, the bootstrap and a few others."""
+        """Return an invite that names this peer, the bootstrap and a few others."""
         others = [info for info in self.membership.live() if info.addresses]
         others.sort(key=lambda info: not info.is_bootstrap)
-        own = self.presence.me.addresses or self.presence.listens_at  # of no use where nobody can dial this peer
+        # Addresses where this peer listens are of no use to others if it is hidden.
+        own = self.presence.me.addresses or self.presence.listens_at
         peers = [InvitedPeer(self.identity.peer_id, own[:_MAX_ADDRESSES])]
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
     async def watch_daemon(self, died: Callable[[str], None]) -> None:
-        """Calls `died` with a sentence when the network daemon ends before we leave."""
+        """Call `died` with a sentence if the network daemon ends before we leave."""
 
         async def watch() -> None:
             message = f"the network daemon {await self.node.wait_until_dead()}; start this peer again"

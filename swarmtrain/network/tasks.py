@@ -1,4 +1,4 @@
-"""Running and ending tasks of the event loop."""
+"""Run and end tasks of the event loop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _T = TypeVar("_T")
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks until they have ended.
 
-    Once is not enough: in Python 3.11 `asyncio.wait_for` swallows a cancellation that arrives together with the
-    result, and a task that loops then goes on for ever.
+    Once is not enough: in Python 3.11 `asyncio.wait_for` swallows a cancellation that arrives together with the result,
+    and a task that loops then runs for ever.
     """
     pending = {task for task in tasks if not task.done()}
     while pending:
@@ -29,18 +29,18 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 def logged(task: asyncio.Task[_T], what: str) -> asyncio.Task[_T]:
-    """The same task, of something that nobody waits for: if it fails, the log says so."""
+    """Log the failure of a task that nobody awaits, and return the task."""
 
     def look(ended: asyncio.Task[_T]) -> None:
         if not ended.cancelled() and (error := ended.exception()) is not None:
-            _log.error("%s: a task ended", what, exc_info=error)
+            _log.error("%s: a task failed", what, exc_info=error)
 
     task.add_done_callback(look)
     return task
 
 
 async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run them side by side; on the first failure cancel the rest and raise that failure alone."""
+    """Run coroutines side by side. On the first failure cancel the rest and raise that failure alone."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         await asyncio.gather(*tasks)
@@ -48,11 +48,11 @@ async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         await end_tasks(tasks)
         for task in tasks:
             if not task.cancelled():
-                task.exception()  # seen, so that the loop does not complain of it
+                task.exception()  # retrieve it, or the loop reports it
 
 
 class Awaited(Generic[_T]):
-    """What comes of the events that something is told, for those who wait for it."""
+    """Results of events passed to an engine, for tasks that wait for them."""
 
     def __init__(self, tell: Callable[[_T], None]) -> None:
         self._tell = tell
@@ -60,11 +60,11 @@ class Awaited(Generic[_T]):
         self._futures: dict[int, asyncio.Future[Any]] = {}
 
     def next_number(self) -> int:
-        """For an event of which something will come."""
+        """Return a number for an event that will have a result."""
         return next(self._numbers)
 
     async def result(self, number: int, event: _T, given_up: _T) -> Any:
-        """What comes of an event, which has this number, unless whoever waits for it gives up."""
+        """Pass `event` with this number on and return its result; pass `given_up` on in the end."""
         future = self._futures[number] = asyncio.get_running_loop().create_future()
         try:
             self._tell(event)
@@ -74,12 +74,12 @@ class Awaited(Generic[_T]):
             self._tell(given_up)
 
     def found(self, number: int, result: object) -> None:
-        """It has come."""
+        """Set the result of this number, if a task still waits for it."""
         if (future := self._futures.get(number)) is not None and not future.done():
             future.set_result(result)
 
     def fail(self, error: BaseException) -> bool:
-        """Nothing comes any more. Whether anybody waits."""
+        """Pass an error to all waiting tasks. Returns False if there are none."""
         waiting = [future for future in self._futures.values() if not future.done()]
         for future in waiting:
             future.set_exception(error)
@@ -87,15 +87,17 @@ class Awaited(Generic[_T]):
 
 
 class SingleFlight(Generic[_T]):
-    """A thread's long work, begun once for all who ask for it and brought to its end, whoever gives up waiting. Asked
-    by one after the other, with a lock of theirs: two never run at once."""
+    """Long work in a thread, started once for all that ask for it, and finished even if they give up.
+
+    Callers must hold a lock of their own: two works never run at once.
+    """
 
     def __init__(self) -> None:
         self._token: object = None
         self._task: asyncio.Task[_T] | None = None
 
     async def made(self, token: object, make: Callable[[], _T]) -> _T:
-        """What `make` returns; if it runs already, for the same `token` and one who gave up, what that returns."""
+        """Return what `make` returns; if it already runs for the same `token`, wait for that run instead."""
         task = self._task
         if task is not None and self._token is not token:
             await asyncio.wait([task])

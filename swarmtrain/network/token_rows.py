@@ -1,8 +1,8 @@
-"""Who has trained on how many tokens, as a manifest tells it: few rows, and read for little.
+"""Write and check the rows of a manifest that say how many tokens each peer has trained on, with bounds.
 
-A manifest of 2 MiB holds 44,000 rows, and to turn as many PeerIDs into text holds the event loop up for a third of a
-second. So the sum is looked at in bytes, and there is a bound. What an honest peer sends has a smaller one: the
-greatest counts, and all others' in one row of nobody's, since the rows must add up to the run's tokens.
+A manifest of 2 MiB holds 44,000 rows, and converting as many PeerIDs to text blocks the event loop for a third of a
+second. So the sum is computed on bytes, and the number of rows is bounded. An honest peer sends fewer: the greatest
+counts, and all others in one row of a PeerID that is nobody's, since the rows must add up to the run's tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["MAX_ROWS_READ", "MAX_ROWS_TOLD", "add_token_rows", "check_token_rows_untrusted"]
 
 MAX_ROWS_READ = 16_384
-"""As many as anybody counts (`protocol.tokens.tally`)."""
+"""Rows accepted: as many as a tally counts (`protocol.tokens.tally`)."""
 MAX_ROWS_TOLD = 4096
-"""A state is 180 KB larger by so many."""
+"""Rows written; so many make a state 180 KB larger."""
 _NOBODY = peer_bytes(ALL_OTHERS)
-"""A PeerID whose key nobody has: its public half is the SHA-256 of "swarmtrain: all others"."""
+"""PeerID whose key nobody has: its public half is the SHA-256 of "swarmtrain: all others"."""
 
 
 def add_token_rows(manifest: pb.Manifest, peer_tokens: Mapping[str, int]) -> None:
-    """Add each peer's tokens, by PeerID; of very many the least ones as one row."""
+    """Add each peer's tokens, by PeerID; if there are very many, the smallest counts as one row."""
     rows = {peer_bytes(peer): tokens for peer, tokens in peer_tokens.items()}
     if len(rows) > MAX_ROWS_TOLD:
         told = dict(heapq.nlargest(MAX_ROWS_TOLD - 1, rows.items(), key=lambda row: (row[1], row[0])))
@@ -37,7 +37,7 @@ def add_token_rows(manifest: pb.Manifest, peer_tokens: Mapping[str, int]) -> Non
 
 
 def check_token_rows_untrusted(manifest: pb.Manifest) -> None:
-    """BadBytesError unless the rows are peers', few enough, and add up to the run's tokens."""
+    """Raise BadBytesError unless the rows are peers', few enough, and add up to the run's tokens."""
     if len(manifest.peer_tokens) > MAX_ROWS_READ:
         raise BadBytesError(f"a state with the tokens of {len(manifest.peer_tokens)} peers, more than {MAX_ROWS_READ}")
     counted = {item.peer: item.tokens for item in manifest.peer_tokens}

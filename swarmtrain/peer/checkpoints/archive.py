@@ -1,6 +1,7 @@
-"""What a bootstrap knows with its archive: whose tokens the weights hold, what was merged, what was seen of the data.
+"""Knowledge of a bootstrap about its archive: whose tokens the weights contain, what was merged, which data was seen.
 
-It gives all to whoever takes the archive, together with everyone's counts: all who trained may be gone by then.
+The bootstrap gives all of that, with everyone's counts, to whoever takes the archive: by then all who trained may be
+gone.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ _HOLDS = "holds"
 _ROWS = "shard_rows"
 _PLACES = "places"
 _SLACK_ROUNDS = 4
-"""What a state counts of the others is up to so many of their rounds old."""
+"""Rounds that a state's counts of other peers may be out of date by."""
 
 
 @dataclass
 class Archive:
-    """Of one swarm: of a run, or of a pipeline's stage."""
+    """Knowledge about the archive of one swarm: a run's, or a stage's."""
 
     swarm: Swarm
     keeper: CheckpointManager
     watch: ArchiveSchedule = field(default_factory=ArchiveSchedule)
     holds: Mapping[str, int] = field(default_factory=dict)
-    """Each peer's tokens as far as they are in the archived weights."""
+    """Tokens of each peer that are in the archived weights."""
     places: Sequence[Mapping[str, Place]] = ()
-    """Up to where each peer's publications are in them, of each fragment."""
+    """For each fragment, how far each peer's publications are in the archived weights."""
     rows: CarriedRows = field(init=False)
     _served: Progress = field(default_factory=Progress)
     _asked: Sequence[PeerInfo] = ()
@@ -59,11 +60,11 @@ class Archive:
         )
 
     def serving(self) -> Serving:
-        """What goes with the archive to those who take it."""
+        """Return what is served with the archive to those who take it."""
         return Serving(rows=self.rows.rows_to_send, places=lambda: self.places)
 
     def restore(self, kept: Checkpoint | None) -> None:
-        """Go on from what was archived last time, and from what was counted since."""
+        """Restore what was archived last time, and the counts since."""
         if kept is None:
             self.swarm.tallying.watch()
         else:
@@ -73,27 +74,29 @@ class Archive:
             try:
                 self.rows.restore(kept.extra.get(_ROWS, []))
             except (ValueError, TypeError) as error:
-                _log.info("what the archive says of the data is not used: %s", error)
+                _log.info("ignored the data coverage in the archive: %s", error)
         self.keeper.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
-        """States of some of these volunteers, who are all that train, are asked for."""
+        """Note that states of some of these volunteers, who are all that train, are being asked for."""
         self._asked = infos
 
     def is_wanted(self, counts: Mapping[str, int], authors: Collection[str]) -> bool:
-        """Whether what they have belongs into the archive; if it is in there, they are not asked again before they have
-        more."""
+        """Return whether pulled weights belong into the archive.
+
+        If the archive contains them already, their authors are not asked again before they have more.
+        """
         if not tokens_gained(counts, authors, self.holds):
             self.watch.archived(self._asked)
             return False
         slack_tokens = _SLACK_ROUNDS * self.swarm.published.run.round_tokens * len(self.holds)
         if adds_to_archive(counts, authors, self.holds, slack_tokens):
             return True
-        _log.info("what the volunteers have lacks more of the archive's tokens than it brings")
+        _log.info("the volunteers' state lacks more of the archive's tokens than it adds")
         return not self.watch.refuse(swarm_time())
 
     def kept_of(self, present: ConsensusState) -> Checkpoint:
-        """What is written of the swarm's present weights."""
+        """Return the checkpoint of the swarm's present weights, and remember what it contains."""
         self.holds, self.places = dict(present.holds), present.places
         self.watch.archived(self._asked)
         for _, rows in present.shard_rows:
@@ -102,8 +105,10 @@ class Archive:
         return checkpoint_of(present, self.keeper)
 
     async def serve_counts(self, state: OuterState, progress: Progress) -> None:
-        """Give the archived `state` with what is counted by now: tokens that were trained since it was made are the
-        run's, whoever has them, and its learning rate must not rise again. In the network thread."""
+        """Serve the archived `state` with the present counts. Runs in the network thread.
+
+        Tokens trained since it was made belong to the run, whoever holds them: its learning rate must not rise again.
+        """
         counts = self.swarm.tallying.contributions()
         if sum(counts.values()) <= self._served.run_tokens:
             return
@@ -113,7 +118,7 @@ class Archive:
 
 
 def checkpoint_of(present: ConsensusState, keeper: CheckpointManager) -> Checkpoint:
-    """The swarm's present weights as a checkpoint, with what `keeper` keeps beside them."""
+    """Return the swarm's present weights as a checkpoint, with what `keeper` keeps beside them."""
     return Checkpoint(
         state=present.state,
         progress=present.progress,
@@ -124,7 +129,7 @@ def checkpoint_of(present: ConsensusState, keeper: CheckpointManager) -> Checkpo
 
 
 def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
-    """What a checkpoint says that its weights hold; one of before says it with its counts."""
+    """Return what a checkpoint says its weights contain; older checkpoints say it by their counts."""
     if not isinstance(kept, Mapping):
         return progress.peer_tokens
     pairs = [(peer, tokens) for peer, tokens in kept.items() if isinstance(peer, str) and isinstance(tokens, int)]
@@ -132,9 +137,9 @@ def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
 
 
 def _places_of(kept: Any) -> Sequence[Mapping[str, Place]]:
-    """What a checkpoint says of the publications in its weights; nothing if it is of before, or says something else."""
+    """Return how far publications are in a checkpoint's weights; empty if it is old or malformed."""
     try:
         return [{str(peer): (int(round), int(part)) for peer, (round, part) in each.items()} for each in kept or ()]
     except (ValueError, TypeError, AttributeError) as error:
-        _log.info("what the archive says of the publications in it is not used: %s", error)
+        _log.info("ignored the list of publications in the archive: %s", error)
         return ()

@@ -1,4 +1,4 @@
-"""A volunteer of synchronous rounds asks bootstraps that come how far their archives are, while it trains."""
+"""Checks, during synchronous rounds, whether a bootstrap that has appeared holds a preferred state in its archive."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _SAMPLE = 16
 
 
 class ArchiveWatch:
-    """Asks at the beginning of a round, and at its end knows whether an archive's state holds."""
+    """Asks at a round's start, beside the training, and knows at its end whether an archive's state is preferred."""
 
     def __init__(self, network: NetworkThread, swarm: Swarm, stop: StopFlag) -> None:
         self._network, self._swarm, self._stop = network, swarm, stop
         self._seen = ArchivesSeen(swarm.membership)
         self._told: Future[dict[str, AdvertisedRound]] | None = None
-        """What those say that have come in this round, and some volunteers."""
+        """Answers of the bootstraps that appeared in this round, and of some volunteers."""
 
     def joined(self, told: Collection[str]) -> None:
-        """These told how far they are when this peer came, or came back."""
+        """Note which peers were asked when this peer came, or came back."""
         self._seen.forget()
         self._seen.told(told)
 
     def ask(self) -> None:
-        """Ask those that `ArchivesSeen` names, beside the round."""
+        """Ask the peers that `ArchivesSeen` names; does not wait."""
         rounds, self._told = self._swarm.rounds, None
         if came := self._seen.to_ask(rounds.listening_since_s):
             volunteers = [info.peer for info in self._swarm.membership.volunteers()]
@@ -41,7 +41,9 @@ class ArchiveWatch:
             self._told = self._network.submit(rounds.search.ask_now(asked))
 
     def state_that_holds(self) -> NewState | None:
-        """The state of one of these, if its answer is here and it holds against ours."""
+        """Return the state of one of these peers, if its answer is here and its state is preferred to this peer's; else
+        None.
+        """
         asking, self._told = self._told, None
         if asking is None or not asking.done() or asking.cancelled() or asking.exception() is not None:
             return None

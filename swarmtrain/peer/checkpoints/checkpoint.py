@@ -1,4 +1,4 @@
-"""Checkpoints: a swarm's state, and for a volunteer what is its own, as files; and back, checked.
+"""Convert between checkpoint objects and files: a swarm's state, and for a volunteer its own part; checked when read.
 
 The tensors are flat fp32: `theta` and `momentum` (P,), a volunteer's `moments` (2, P) with `steps` (N,), a server's
 `delta` (P,).
@@ -44,9 +44,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A state with its counters and the roster that led to it; `own` is None in a bootstrap's.
+    """State with its counters and the roster that led to it. `own` is None in a bootstrap's.
 
-    Where peers merge asynchronously there are no rosters: both are None.
+    Where peers merge asynchronously there are no rosters: both fields are None.
     """
 
     state: OuterState
@@ -55,15 +55,17 @@ class Checkpoint:
     signed_roster: pb.Signed | None
     own: LocalCheckpoint | None = None
     delta: Tensor | None = None
-    """Of a server: the gradients since its momentum was refreshed, (P,)."""
+    """With a server: the sum of the gradients since its momentum was refreshed, (P,)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What others keep with it, by a name of theirs; anything JSON can hold."""
+    """Data that other parts keep with it, by name; anything that fits JSON."""
 
 
 def save(folder: CheckpointFolder, checkpoint: Checkpoint, moments_read: Callable[[], None] = lambda: None) -> Written:
-    """Write it; `moments_read` is called when nobody need wait for that any more. The state is spent: what merges have
-    replaced of it goes when it is written, and not when it is on the disk. Raises OSError as the file system gives it;
-    what was there before is untouched then."""
+    """Write a checkpoint. `moments_read` is called once the moments are read, which the trainer may be waiting for.
+
+    The state is used up: what merges have replaced of it is freed as it is written, not only when it is on the disk.
+    Raises OSError as the file system gives it; older checkpoints are untouched then.
+    """
     progress, own, signed = checkpoint.progress, checkpoint.own, checkpoint.signed_roster
     manifest: dict[str, Any] = {
         "run_tokens": progress.run_tokens,
@@ -90,7 +92,7 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint, moments_read: Callabl
 
 
 def _bytes_of(name: str, pieces: list[Tensor]) -> TensorBytes:
-    """A vector that lies in these pieces, of which each is let go when the next is asked for."""
+    """Return a vector, stored in these pieces, as bytes; each piece is freed when the next one is asked for."""
     left = pieces[::-1]
 
     def views() -> Iterator[memoryview]:
@@ -122,7 +124,9 @@ def _view(tensor: Tensor) -> memoryview:
 def load_newest(
     folder: CheckpointFolder, run: RunFile, num_parameters: int, warn: Callable[[str], None]
 ) -> tuple[Checkpoint, Written] | None:
-    """The newest checkpoint that is whole, and where it is; `warn` is told in a sentence of each that is not used."""
+    """Return the newest checkpoint that is whole, and where it is; call `warn` with a sentence for each unusable
+    one.
+    """
     try:
         entries = list(folder.newest_first())
     except OSError as error:
@@ -213,6 +217,6 @@ def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_paramet
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in memory of their own: what safetensors gives may be the file itself, which will be removed."""
+    """Read the tensors into memory of their own: safetensors may map the file, which will be removed."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping

@@ -1,4 +1,4 @@
-"""Getting the model out: from a live swarm, or from what a peer left in its folder; and letting it write."""
+"""Get the model out: export it from a live swarm or from a peer's folder, and generate text with it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ _SAMPLE = 16
 
 
 def export_from_folder(folder: Path, target: Path) -> int:
-    """Copy the model that a peer left in its folder (the final one, else the archive, else the newest checkpoint's);
-    returns the run's tokens.
+    """Copy the model in a peer's folder to `target`; return the run's tokens.
 
-    Raises UserError when there is none, RunTimeError when it cannot be written.
+    Taken is the final model, else the archive, else the newest checkpoint. Raises UserError if there is none,
+    RunTimeError if it cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to")
@@ -72,7 +72,7 @@ def _writing(target: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _in_words(what: str, advice: str) -> Iterator[None]:
-    """A disk that is full or read-only ends the command with one line."""
+    """Turn a full or read-only disk into an error of one line that ends the command."""
     try:
         yield
     except OSError as error:
@@ -100,9 +100,9 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
 
 
 def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_clock: bool = False) -> int:
-    """Join as an onlooker, take the newest state of some peer and write it as a model; returns the run's tokens.
+    """Join as an onlooker, take the newest state and write it as a model; return the run's tokens.
 
-    Raises RunTimeError when nobody answers, nobody has trained yet, or the model cannot be written.
+    Raises RunTimeError if nobody answers, nobody has trained yet, or the model cannot be written.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder with --to")
@@ -120,7 +120,9 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_cl
 def _pulled(
     invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
 ) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
-    """The run of `invite`, its present weights by name, and its counters, of a pipeline those of the first stage."""
+    """Return the run of `invite`, its present weights by name, and its counters (those of the first stage, for a
+    pipeline).
+    """
     network = NetworkThread()
     swarm = node = None
     try:
@@ -156,7 +158,9 @@ def _pulled(
 
 
 def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
-    """The swarms whose weights are the model together, and what has them: the run's own, or that of each stage."""
+    """Yield each swarm whose weights make up the model, with a module of its shapes: the run's own, or one for each
+    stage.
+    """
     run = published.run
     if run.published is None or run.published.boundaries is None:
         yield published, build_model(run.model, run.run.seed)
@@ -167,7 +171,7 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model writes: how much, how freely, and with how many threads (0: as many as are of use)."""
+    """Settings for generating text; `threads` 0 uses as many as are useful."""
 
     num_tokens: int
     temperature: float
@@ -178,8 +182,10 @@ class Sampling:
 def sample_text(
     folder: Path, prompt: str, sampling: Sampling, advance: Callable[[int], None] = lambda number: None
 ) -> str:
-    """The prompt and what the model in `folder` writes after it. Raises UserError when there is no model. `advance` is
-    told of each token."""
+    """Return the prompt and what the model in `folder` writes after it. `advance` is called with each token's number.
+
+    Raises UserError if there is no model.
+    """
     exported = load_exported(folder)
     use_threads(sampling.threads or useful_threads(exported.model))
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)

@@ -1,12 +1,12 @@
-"""Checkpoints as files: written so that a crash at any moment leaves the one before or the new one, whole.
+"""Checkpoints as files, written so that a crash at any moment leaves the previous or the new one, whole.
 
-A checkpoint is two files of one stem, `00000042-round-00000012`: the tensors (`.safetensors`) and the manifest
-(`.json`), which names the tensors' SHA-256 and carries its own. The manifest comes last: a checkpoint exists when its
-manifest does. A number counts up in front of the round, because rounds do not order checkpoints: a state taken from
-others may have more tokens and a lower round. So no name is ever written twice.
+A checkpoint is two files with one stem, `00000042-round-00000012`: the tensors (`.safetensors`) and the manifest
+(`.json`), which contains the SHA-256 of the tensors and of itself. The manifest is written last: a checkpoint exists
+once its manifest does. A running number stands before the round, because rounds do not order checkpoints: a state taken
+from others may have more tokens and a lower round. So no name is ever written twice (decision 14).
 
-Rules of this file: only bytes here, no tensors of torch, so that faults can be injected into a small process; every
-change of the disk is one call of `os`; nothing is removed before what replaces it is on the disk.
+Rules of this file: it handles bytes and no torch tensors, so that faults can be injected into a small process; every
+change on the disk is one call of `os`; nothing is removed before its replacement is on the disk.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 KEPT = 3
-"""So many checkpoints stay on the disk; one more while it is written."""
+"""Checkpoints that stay on the disk; there is one more while it is written."""
 
 FORMAT = 1
-"""Version of the manifest; another one is left alone."""
+"""Version of the manifest; files of another version are left alone."""
 
 _PIECE_BYTES = 4 * 1024 * 1024
 _SPARE_BYTES = 16 * 1024 * 1024
-"""Left free on the disk for everybody else."""
+"""Bytes left free on the disk for other programs."""
 
 _NAME = re.compile(r"\.?((\d{8,})-round-\d{8,})\.(safetensors|json)(\.tmp)?")
 
 
 class DamagedError(Exception):
-    """A checkpoint that was torn or altered; the sentence says how that was noticed."""
+    """Raised for a checkpoint that was torn or altered; its text says how that was noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBytes:
-    """A tensor to be written: its name, shape and bytes, fp32, in pieces, each read once and in order; not copied."""
+    """Tensor to be written: name, shape, and fp32 bytes in pieces, each read once and in order, never copied."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,13 +66,13 @@ class TensorBytes:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes."""
+        """Size in bytes."""
         return 4 * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A checkpoint that is on the disk: of which round, since when (Unix seconds), and what it took."""
+    """Checkpoint on the disk: its manifest's path, round, Unix time of writing, bytes, and seconds that it took."""
 
     path: Path
     round: int
@@ -83,14 +83,14 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCheckpoint:
-    """A checkpoint whose manifest was read."""
+    """Checkpoint whose manifest was read."""
 
     stem: str
     manifest: Mapping[str, Any]
 
 
 class Unused(NamedTuple):
-    """A checkpoint that cannot be used, by its manifest's name; `foreign` if that is all right."""
+    """Checkpoint that cannot be used, by its manifest's name; `foreign` if that is no fault."""
 
     name: str
     reason: str
@@ -99,9 +99,9 @@ class Unused(NamedTuple):
 
 @dataclass
 class CheckpointFolder:
-    """The checkpoints of one peer in one run; those of others in the same folder are left alone.
+    """Checkpoints of one peer in one run; those of others in the same folder are left alone.
 
-    `peer` None reads whoever's they are, and is not for writing.
+    With `peer` None it reads checkpoints of any peer and must not write.
     """
 
     path: Path
@@ -109,15 +109,17 @@ class CheckpointFolder:
     peer: str | None
     keep: int = KEPT
     damaged: set[str] = field(default_factory=set)
-    """Stems of checkpoints found torn or altered: not counted among those kept, removed once a new one is there."""
+    """Stems of checkpoints found torn or altered. They do not count among those kept, and are removed once a new one is
+    written.
+    """
     _whole: list[str] | None = None
 
     # ------------------------------------------------------------- reading
 
     def newest_first(self) -> Iterator[StoredCheckpoint | Unused]:
-        """The checkpoints by their manifests, newest first, and what is wrong with those that cannot be used.
+        """Yield the checkpoints by their manifests, newest first, and for unusable ones the reason.
 
-        Raises OSError when the folder cannot be read.
+        Raises OSError if the folder cannot be read.
         """
         for stem in reversed(self._stems(".json")):
             try:
@@ -138,9 +140,9 @@ class CheckpointFolder:
                 yield StoredCheckpoint(stem=stem, manifest=manifest)
 
     def tensors_of(self, kept: StoredCheckpoint) -> Path:
-        """The tensors' file, after all of it was read and found to be what the manifest names.
+        """Return the path of the tensors' file, after reading all of it and comparing it with the manifest.
 
-        Raises DamagedError when it is not.
+        Raises DamagedError if it differs.
         """
         path = self.path / f"{kept.stem}.safetensors"
         digest, size = hashlib.sha256(), 0
@@ -159,7 +161,7 @@ class CheckpointFolder:
         return path
 
     def written(self, kept: StoredCheckpoint) -> Written:
-        """What `write` said of it, less how long it took."""
+        """Return what `write` returned for it, without the seconds."""
         path = self.path / f"{kept.stem}.json"
         size = path.stat().st_size + kept.manifest["tensors"]["size_bytes"]
         return Written(path=path, round=kept.manifest["round"], time=path.stat().st_mtime, size_bytes=size, seconds=0.0)
@@ -199,8 +201,8 @@ class CheckpointFolder:
     def write(self, round: int, tensors: Sequence[TensorBytes], manifest: Mapping[str, Any]) -> Written:
         """Write a checkpoint, sync it, and then remove all but the newest `keep`.
 
-        `manifest` is what JSON can hold; format, run, peer, round and the tensors' hash are filled in. Raises OSError
-        as the file system gives it: what was there before is untouched then, and nothing of the new one is left.
+        `manifest` must fit JSON; format, run, peer, round and the tensors' hash are filled in. Raises OSError as the
+        file system gives it: then older checkpoints are untouched, and nothing of the new one is left.
         """
         began_s = time.monotonic()
         if self._whole is None:
@@ -244,7 +246,7 @@ class CheckpointFolder:
         )
 
     def _make_room_sure(self, size_bytes: int) -> None:
-        """The folder is there and the disk has room: writing until it is full would harm whoever else writes."""
+        """Create the folder and check that the disk has room: filling it up would harm every other program."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path, 0o700)  # noqa: PTH102
         disk = os.statvfs(self.path)
@@ -252,8 +254,11 @@ class CheckpointFolder:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _write_file(self, name: str, pieces: Iterable[memoryview]) -> tuple[str, int]:
-        """Write and sync a new file; its SHA-256 and size. Hashing and writing let other threads run. It is hashed as
-        it stands in the file, when all is written: somebody may wait until the pieces are read."""
+        """Write and sync a new file; return its SHA-256 and size.
+
+        It is hashed from the file once all is written: the trainer may be waiting until the pieces are read. Hashing
+        and writing release Python's lock.
+        """
         temporary = self.path / f".{name}.tmp"
         digest, size, hashed = hashlib.sha256(), 0, 0
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -281,8 +286,9 @@ class CheckpointFolder:
             os.close(descriptor)
 
     def _remove_old(self, newest: str) -> None:
-        """Remove what the checkpoint `newest`, which is on the disk, made superfluous: older ones of ours, damaged
-        ones, and whatever a crash left half done."""
+        """Remove what the checkpoint `newest`, which is on the disk, replaces: older ones of this peer, damaged ones,
+        and remains of a crash.
+        """
         assert self._whole is not None
         surplus = set(self._whole[: -self.keep])
         manifests = set(self._stems(".json"))
@@ -300,7 +306,7 @@ def _canonical(manifest: Any) -> bytes:
 
 
 def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file: the length of its header, the header, and the tensors one after the other."""
+    """Yield the bytes of a safetensors file: the header's length, the header, and the tensors in order."""
     header: dict[str, Any] = {}
     offset = 0
     for tensor in tensors:
@@ -324,7 +330,7 @@ def _safetensors(tensors: Sequence[TensorBytes]) -> Iterator[memoryview]:
 
 
 def newest_written(path: Path, run_sha256: str | None) -> Written | None:
-    """The newest checkpoint of a run in the folder `path`, by its manifest; None without one."""
+    """Return the newest checkpoint of a run in the folder `path`, by its manifest; None without one."""
     if run_sha256 is None:
         return None
     files = CheckpointFolder(path, run_sha256, None)

@@ -1,7 +1,7 @@
-"""What a peer keeps in its folder while it runs, and goes on from when it is started again.
+"""Keep what a peer needs in its folder while it runs, so that it can continue after a restart.
 
-Checkpoints with the counts of everyone's tokens, and beside them `peers.json`: whom to dial when nobody of the invite
-answers any more. A bootstrap, whose checkpoints are rare, keeps the counts in `counts.json` as they come.
+Checkpoints hold the state and everyone's token counts; `peers.json` beside them says whom to dial when nobody of the
+invite answers any more. A bootstrap writes checkpoints rarely, so it also keeps the counts in `counts.json`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _TALLY_UNTIL = "tally_until"
 def checkpointer_of(
     folder: PeerFolder, published: PublishedRun, peer: str, emit: Emit, stage: int | None = None
 ) -> Checkpointer:
-    """What reads and writes the checkpoints of one peer in one run; those of a pipeline's stage have a folder of their
-    own."""
+    """Return the reader and writer of a peer's checkpoints in one run; each stage of a pipeline has a folder of its
+    own.
+    """
     path = folder.checkpoints_path
     if stage is not None:
         with contextlib.suppress(OSError):  # if so, the first checkpoint says it
@@ -56,18 +57,20 @@ def checkpointer_of(
 
 @dataclass
 class CheckpointManager:
-    """Keeps what one peer has of one run: checkpoints, and what its swarm counts."""
+    """Keeps what one peer has of one run: checkpoints, and its swarm's counts."""
 
     folder: PeerFolder
     checkpointer: Checkpointer
     swarm: Swarm
     emit: Emit
     stage: int | None = None
-    """Of a pipeline, whose counts have a file of their own."""
+    """Stage of a pipeline, whose counts have a file of their own; None for the run."""
     peers: PeersFile | None = None
-    """Kept beside the checkpoints; of a pipeline it is kept for the whole run."""
+    """File of known peers, written with each checkpoint. A pipeline has one for the whole run."""
     extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """Called by `extra`, in the trainer's thread: what others keep in each checkpoint, by name."""
+    """Functions, by name, that give what other parts keep in each checkpoint. Called in the trainer's thread by
+    `extra`.
+    """
     _kept_rows: list[list[str | int | float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class CheckpointManager:
         self.extras = own | self.extras
 
     async def restore(self, kept: Checkpoint) -> None:
-        """Count on from a checkpoint that was loaded, and offer its state. In the network thread."""
+        """Restore the counts of a loaded checkpoint and offer its state. Runs in the network thread."""
         swarm = self.swarm
         self._restore_counts(kept.extra.get(_TALLY, []), kept.extra.get(_TALLY_UNTIL))
         if not swarm.asynchronous and _CHAIN in kept.extra:
@@ -86,7 +89,7 @@ class CheckpointManager:
             try:
                 await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
             except BadBytesError as error:
-                _log.warning("the rosters before the checkpoint's are not known: %s", error)
+                _log.warning("the rosters before the checkpoint are not known: %s", error)
         await self.offer(kept)
 
     def _restore_counts(self, rows: Any, until_s: Any) -> None:
@@ -96,7 +99,7 @@ class CheckpointManager:
             self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
 
     async def offer(self, kept: Checkpoint) -> None:
-        """Offer the state of a checkpoint to the others. In the network thread."""
+        """Offer a checkpoint's state to other peers. Runs in the network thread."""
         swarm = self.swarm
         if kept.roster is not None and kept.signed_roster is not None:
             swarm.rounds.know_roster(kept.roster, kept.signed_roster)
@@ -105,17 +108,20 @@ class CheckpointManager:
     # ------------------------------------------------------------- while it runs
 
     def extra(self) -> dict[str, Any]:
-        """What others want to keep in a checkpoint taken now."""
+        """Return what other parts keep in a checkpoint taken now."""
         return {name: give() for name, give in self.extras.items()}
 
     def keep(self, checkpoint: Checkpoint) -> None:
-        """Have it written, and beside it whom this peer knows."""
+        """Hand a checkpoint to the writer, which also writes the known peers."""
         self.checkpointer.offer(checkpoint, None if self.peers is None else self.peers.keep)
 
     def keep_round(self, session: Session) -> None:
-        """After a round: have the replica's state written, with what is its own and the roster behind it, if any."""
+        """Hand the replica's state after a round to the writer, with this peer's own part and the roster behind it, if
+        any.
+        """
         swarm, replica = self.swarm, session.replica
         last = swarm.rounds.last
+        # Without its roster a state could not be proved to others.
         if not swarm.asynchronous and (last is None or last[0].digest != replica.progress.roster_sha256):
             _log.warning("no checkpoint of round %d: its roster is not known", replica.progress.round)
             return
@@ -134,8 +140,10 @@ class CheckpointManager:
     # ------------------------------------------------------------- for who asks
 
     def flushed(self) -> control_pb.CheckpointReply:
-        """The newest checkpoint, once it is on the disk. Within a round there is nothing to keep: it is of the last
-        one's end. Raises RunTimeError when there is none or it cannot be written."""
+        """Return the newest checkpoint once it is on the disk; it is of the last round's end.
+
+        Raises RunTimeError if there is none or it cannot be written.
+        """
         done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
         if not done:
             raise RunTimeError(
@@ -154,15 +162,18 @@ class CheckpointManager:
             status.checkpoint.CopyFrom(kept)
 
     def restore_counts(self) -> None:
-        """Count on from `counts.json` too, if it is of this run: the greater count stands, so that an old one does no
-        harm."""
+        """Restore the counts in `counts.json` too, if they are of this run. The greater count stands, so an old file
+        does no harm.
+        """
         kept = self.folder.kept_counts(self.stage)
         if isinstance(kept, dict) and kept.get("run_sha256") == self.swarm.published.sha256:
             self._restore_counts(kept.get(_TALLY, []), kept.get(_TALLY_UNTIL))
 
     def keep_counts(self) -> None:
-        """Write down what is counted, if that has changed: a kill must not lose it until the next checkpoint. From any
-        thread; raises OSError."""
+        """Write the counts if they have changed, so that a kill does not lose them until the next checkpoint.
+
+        Any thread may call it. Raises OSError.
+        """
         rows = self.swarm.tallying.kept()
         if rows and rows != self._kept_rows:
             counts = {"run_sha256": self.swarm.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
@@ -170,13 +181,13 @@ class CheckpointManager:
             self._kept_rows = rows
 
     def close(self) -> None:
-        """Wait for the last checkpoint, some seconds at most."""
+        """Wait for the last checkpoint, 10 s at most."""
         if not self.checkpointer.close(_FLUSH_S):
             _log.warning("the last checkpoint is not on the disk; the one before it is")
 
 
 class PeersFile:
-    """Keeps `peers.json`: whom to dial when started again. Usable from any thread."""
+    """Keeps `peers.json`: the peers to dial after a restart. Thread-safe."""
 
     def __init__(self, folder: PeerFolder, swarm: Swarm) -> None:
         self._folder, self._swarm = folder, swarm
@@ -184,7 +195,7 @@ class PeersFile:
         self._lock = threading.Lock()
 
     def keep(self) -> None:
-        """Write them down, if they have changed. Raises OSError."""
+        """Write the known peers, if they have changed. Raises OSError."""
         infos = sorted(self._swarm.membership.live(), key=lambda info: not info.is_bootstrap)
         live = [InvitedPeer(info.peer, info.addresses) for info in infos if info.addresses]
         with self._lock:
@@ -195,14 +206,17 @@ class PeersFile:
 
 
 def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> tuple[InvitedPeer, ...]:
-    """Those of now, then those of before, a few at least: who is away for a moment may be the only one to come back."""
+    """Return the present peers, then some of the former ones, 16 in all.
+
+    A few places are kept for peers that are away: one of them may be the only one to come back.
+    """
     here = {peer.peer for peer in newest}
     away = [peer for peer in before if peer.peer not in here]
     return (*newest[: _MAX_PEERS - min(len(away), _NUM_AWAY)], *away)[:_MAX_PEERS]
 
 
 def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stages: int) -> Mapping[int, int]:
-    """Of which stages of a pipeline there are checkpoints, and of which round the newest of each is."""
+    """Return the stages of a pipeline that have checkpoints here, with the round of each one's newest."""
     rounds: dict[int, int] = {}
     for stage in range(num_stages):
         files = CheckpointFolder(stage_path(folder, stage), published.of_stage(stage).sha256, peer)
@@ -214,12 +228,12 @@ def kept_stages(folder: PeerFolder, published: PublishedRun, peer: str, num_stag
 
 
 def stage_path(folder: PeerFolder, stage: int) -> Path:
-    """Where the checkpoints of a stage are."""
+    """Return the folder of a stage's checkpoints."""
     return folder.checkpoints_path / f"stage-{stage}"
 
 
 def run_to_resume(folder: PeerFolder, invite: Invite, peer: str) -> PublishedRun | None:
-    """The run of `invite`, if it is kept in the folder whole and with a checkpoint to go on from."""
+    """Return the run of `invite` if the folder has it whole, with a checkpoint to continue from; else None."""
     try:
         published = folder.kept_run()
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Writes checkpoints in a thread of its own, so that training waits only while the moments are copied.
+"""Checkpoint writer on a thread of its own; training waits only while the moments are copied.
 
-Theta and momentum are new tensors after every outer step and nobody writes into them: they need no copy. When the
-disk is slower than the rounds, the newest checkpoint replaces the one that waits. A disk that is full or cannot be
-written never ends training: it is said in plain words, again every five minutes, and once when it works again.
+Theta and momentum are new tensors after every outer step and nobody writes into them, so they need no copy. If the disk
+is slower than the rounds, the newest checkpoint replaces the one that waits. A full or failing disk never ends
+training: it causes a warning, repeated every five minutes, and one message when writing works again.
 """
 
 from __future__ import annotations
@@ -34,27 +34,30 @@ _log = logging.getLogger(__name__)
 _REPEAT_S = 300.0
 _NICER_BY = 5
 MOST_COPIED = 4_000_000
-"""Moments of so many parameters at most, 32 MB, are copied for the writer; of more they are lent: between two rounds
-nobody changes them before the first step's gradient is there, and that takes longer the more there are."""
+"""Moments of at most this many parameters (32 MB) are copied for the writer; larger ones are lent.
+
+Between two rounds nobody changes them before the first step's gradient is there, and that takes longer the more there
+are.
+"""
 
 
 @dataclass
 class Checkpointer:
-    """Takes checkpoints from one thread and writes them in another; anybody may look at `last` and `flush`."""
+    """Accepts checkpoints from one thread and writes them on another. Any thread may read `last` and call `flush`."""
 
     folder: CheckpointFolder
     emit: Callable[[Event], None]
     now: Callable[[], float] = time.monotonic
     last: Written | None = None
-    """The newest checkpoint on the disk, if one was written or found."""
+    """Newest checkpoint on the disk, if one was written or found."""
     durable: Progress | None = None
-    """The progress that `last` keeps."""
+    """Progress of the run that `last` holds."""
     _change: threading.Condition = field(default_factory=threading.Condition)
     _waiting: Checkpoint | None = None
     _beside: Callable[[], None] | None = None
     _num_offered: int = 0
     _done: int = 0
-    """Number of the newest offer whose writing has ended, well or not."""
+    """Number of the newest offer whose writing has ended, successfully or not."""
     _written: int = 0
     """Number of the newest offer that is on the disk."""
     _closed: bool = False
@@ -67,7 +70,7 @@ class Checkpointer:
     # ------------------------------------------------------------- the trainer's side
 
     def load(self, run: RunFile, num_parameters: int) -> Checkpoint | None:
-        """The newest checkpoint that is whole; a warning for each that is not used."""
+        """Return the newest checkpoint that is whole, or None; emit a warning for each that cannot be used."""
         found = load_newest(self.folder, run, num_parameters, lambda message: self.emit(WarningEvent(message=message)))
         if found is None:
             return None
@@ -76,7 +79,9 @@ class Checkpointer:
         return kept
 
     def prepare(self, num_parameters: int) -> None:
-        """Make room for moments beforehand: fresh memory costs several times as much to fill as memory in use."""
+        """Allocate memory for moments in advance: filling fresh memory takes several times as long as filling used
+        memory.
+        """
         if num_parameters > MOST_COPIED:
             return
         with self._change:
@@ -85,8 +90,11 @@ class Checkpointer:
             self._change.notify_all()
 
     def room(self, num_parameters: int) -> Tensor | None:
-        """A place (2, P) to copy moments into, for the next `offer`; None where they are too many, and are lent. The
-        checkpoint that waits is given up for it."""
+        """Return a tensor (2, P) to copy moments into, for the next `offer`; None if they are too large and must be
+        lent.
+
+        A checkpoint that still waits is given up for its memory.
+        """
         with self._change:
             while self._num_to_prepare:
                 self._change.wait()
@@ -100,8 +108,10 @@ class Checkpointer:
         return torch.empty(2, num_parameters)
 
     def offer(self, checkpoint: Checkpoint, beside: Callable[[], None] | None = None) -> None:
-        """Write `checkpoint` when the writer is free, unless a newer one comes before that. Returns at once. After it
-        the writing thread calls `beside`, for small files that are kept with it; that may raise OSError."""
+        """Write `checkpoint` when the writer is free, unless a newer one comes first. Returns at once.
+
+        Afterwards the writing thread calls `beside`, for small files kept with it; that may raise OSError.
+        """
         with self._change:
             if self._waiting is not None:
                 self._recycle(self._waiting)
@@ -111,14 +121,14 @@ class Checkpointer:
             self._change.notify_all()
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until what was offered last, or a newer one, is on the disk, `limit_s` at most; whether it is."""
+        """Wait at most `limit_s` seconds until the last offer, or a newer one, is on the disk; return whether it is."""
         with self._change:
             asked = self._num_offered
             self._change.wait_for(lambda: self._done >= asked or self._closed, limit_s)
             return self._written >= asked
 
     def close(self, limit_s: float) -> bool:
-        """`flush`, and end the thread. A checkpoint that is not done by then is left unfinished, which harms none."""
+        """Flush, then end the thread. A checkpoint not finished by then is left unfinished, which does no harm."""
         done = self.flush(limit_s)
         with self._change:
             self._closed = True
@@ -142,8 +152,11 @@ class Checkpointer:
             self._rooms.append(moments.vectors)
 
     def _work(self) -> None:
-        """Until it is closed; with lent moments until one checkpoint is written. The trainer's first step waits for who
-        reads them, so that a thread is nice only from then on, and none becomes less so."""
+        """Write what is offered until closed. A thread that has read lent moments ends after that checkpoint.
+
+        The trainer's first step waits while lent moments are read, so the thread lowers its priority only after that;
+        and since a thread cannot raise its priority again, the next checkpoint gets a new thread.
+        """
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting or self._closed or self._num_to_prepare)
@@ -179,7 +192,7 @@ class Checkpointer:
             # numpy fills in this thread alone; torch would start a team of threads for it.
             rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
         except MemoryError:
-            _log.warning("no memory to copy the moments of %d parameters beforehand", num_parameters)
+            _log.warning("not enough memory to copy the optimizer moments of %d parameters in advance", num_parameters)
         with self._change:
             self._rooms += rooms
             self._num_to_prepare = 0
@@ -193,7 +206,7 @@ class Checkpointer:
             self._failing = True
             self._complain(self._in_words(error))
         except Exception as error:  # the boundary of this thread: training must not end because of it
-            _log.exception("writing a checkpoint")
+            _log.exception("writing a checkpoint failed")
             self._failing = True
             self._complain(f"no checkpoint could be written: {error}")
         else:
@@ -226,14 +239,16 @@ def _write_beside(write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:  # the checkpoint is on the disk all the same
-        _log.info("not written beside the checkpoint: %s", error)
+        _log.info("a file beside the checkpoint is not written: %s", error)
     except Exception:  # the boundary of this thread
-        _log.exception("writing beside a checkpoint")
+        _log.exception("writing a file beside a checkpoint failed")
 
 
 def _be_nice() -> None:
-    """Where niceness is each thread's own, the writer yields to the trainer; by little, for it holds a lock of
-    Python's now and then that the trainer must not wait for."""
+    """Lower the priority of this thread a little, so that it yields to the trainer (Linux: niceness is per thread).
+
+    Only by 5: it sometimes holds Python's lock, which the trainer must not wait for.
+    """
     if sys.platform == "linux":
         try:
             thread, usual = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())

@@ -1,4 +1,7 @@
-"""What the two kinds of bootstrap have in common: that of a run, and that of a run whose model is cut into stages."""
+"""Common part of the two kinds of bootstrap: that of a run, and that of a run whose model is cut into stages.
+
+Methods run on the main thread and submit work to the network thread.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +48,21 @@ __all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER
 LOOK_EVERY_S = 1.0
 _NAPS, _EARLY_LOOKS = 10, 3
 COUNTS_EVERY_S = 5.0
-"""So often what is counted is written down, if it has changed."""
+"""Seconds between two writes of the counts, if they have changed."""
 
 LAST_COUNT_S = 1.0
 LINGER_S = 60.0
 FLUSH_S = 5.0
 LAST_SAMPLE = 4
-"""So many are asked for a last archive."""
+"""Peers that are asked for a last archive."""
 
 LAST_ARCHIVE_S = 4.0
-"""How long one last archive may take when a bootstrap is asked to leave."""
+"""Seconds that the last archive may take when a bootstrap is asked to leave."""
 
 
 @dataclass
 class BootstrapPeer:
-    """A peer that publishes, serves and archives, and does not train."""
+    """Peer that publishes, serves and archives, and does not train."""
 
     published: PublishedRun
     settings: PeerSettings
@@ -75,7 +78,9 @@ class BootstrapPeer:
     name: str = ""
     loss: float | None = None
     has_news: bool = False
-    """Whether anything was archived since it was started: then it has weights that no life before this one had."""
+    """True if anything was archived since this process started: then its weights are newer than a model left in the
+    folder.
+    """
     since_s: float = field(default_factory=swarm_time)
     _early_looks: int = field(init=False, default=0)
 
@@ -83,7 +88,7 @@ class BootstrapPeer:
         self.emit, self.stop = self.control.emit, self.control.stop
 
     def enter_network(self) -> tuple[Node, PeerInfo]:
-        """Listen; the node, and what this peer says of itself."""
+        """Start listening; return the node, and this peer's description."""
         self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         limit_link(node.traffic, self.settings.limits, self.published.run.network)
@@ -92,7 +97,7 @@ class BootstrapPeer:
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
 
     def write_archive(self, weights: Mapping[str, Tensor], progress: Progress) -> None:
-        """The model's weights by name, for whoever reads them; what keeps them out of the folder is a warning."""
+        """Write the model's weights, by name, for readers; emit a warning if the folder does not take them."""
         path = self.folder.archive_path
         try:
             save_weights(path, weights, self.published, progress)
@@ -104,8 +109,10 @@ class BootstrapPeer:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 
     def measure_and_save(self, model: GPT, progress: Progress) -> None:
-        """The run is over, with the weights that are in the model. The one that a life before this one left at the end
-        stays as it is where nothing came since."""
+        """Measure the held-out loss at the run's end and save the model.
+
+        A final model that an earlier process left in the folder stays as it is if nothing was archived since.
+        """
         if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
             model = kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
@@ -120,8 +127,10 @@ class BootstrapPeer:
             self.emit(warning)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:
-        """Until the next look: a second, or until somebody asks whether it may leave, who waits for that look. However
-        many ask, only a few looks in a row are early."""
+        """Sleep for a second, or until a volunteer asks whether it may leave, since it waits for the next look.
+
+        At most three looks in a row are early, however many ask.
+        """
         asked = False
         for _ in range(_NAPS):
             self.stop.sleep(LOOK_EVERY_S / _NAPS)
@@ -143,7 +152,7 @@ class BootstrapPeer:
             self.stop.sleep(0.1)
 
     def count_once_more(self, swarm: Swarm, keepers: Sequence[CheckpointManager]) -> None:
-        """It was asked to leave: what others have told by now is counted, and kept."""
+        """Count and keep what others have reported by now, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
             self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
         with contextlib.suppress(OSError):  # the archive says it
@@ -151,10 +160,10 @@ class BootstrapPeer:
                 keeper.keep_counts()
 
     def leave_stages(self) -> None:
-        """Goodbye to those who hold stages, before the run's swarm is left: here there are none."""
+        """Say goodbye to those who hold stages, before the run's swarm is left. Without stages there is nobody."""
 
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
-        """How it ended."""
+        """Return the final event."""
         event = DoneEvent(
             held_out_loss=self.loss, tokens=0, run_tokens=run_tokens, wall_s=process_age_s(), reason=reason
         )

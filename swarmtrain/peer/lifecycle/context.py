@@ -1,4 +1,4 @@
-"""What a volunteer has once it has the run: the parts of its training are made with this."""
+"""Context of a volunteer once it has fetched its run. The parts of its training are made from this."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["SlowedWork", "VolunteerContext"]
 _T = TypeVar("_T")
 
 SlowedWork = Callable[[Kind | None], AbstractContextManager[None]]
-"""Makes what a piece of a stage's work of that kind runs in."""
+"""Function of a kind of work on a stage; returns the context in which to do it, which may sleep on exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VolunteerContext:
-    """A volunteer's run, its machine, its network, and who may limit, pause and end it."""
+    """Run, machine and network of a volunteer, and what may limit, pause and end it."""
 
     published: PublishedRun
     settings: PeerSettings
@@ -41,35 +41,39 @@ class VolunteerContext:
     node: Node
     control: ControlSession
     emit: Emit
-    """Takes events, which are this peer's then."""
+    """Takes events; fills in this peer's PeerID and name."""
     limits: LimitKeeper
     pause: PauseSwitch
     name: str
     fetcher: RunFetcher
     nobody: RunTimeError | None = None
-    """Nobody answered: what a peer says that cannot go on alone."""
+    """Error that nobody answered, which a peer raises that cannot continue alone; None if somebody answered."""
 
     @property
     def run(self) -> RunFile:
-        """What it trains."""
+        """Run file of the run."""
         return self.published.run
 
     @property
     def me(self) -> str:
-        """Its PeerID."""
+        """PeerID of this peer."""
         return self.node.identity.peer_id
 
     @property
     def stop(self) -> StopFlag:
-        """Set when it is to end."""
+        """Flag that is set when this peer must end."""
         return self.control.stop
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Have the network thread do it; raises as `StopFlag.check` does as soon as an end is asked for."""
+        """Run the coroutine in the network thread and return its result; raise as `StopFlag.check` does when an end is
+        asked for.
+        """
         return wait_for(self.network.submit(work), self.stop)
 
     def slowed(self) -> Callable[[], AbstractContextManager[None]]:
-        """What each inner step runs in: a wait after it, if this peer is slower than it could be."""
+        """Return a maker of the context for each inner step, which sleeps on exit if this peer simulates a slower
+        machine.
+        """
         factor = self.settings.limits.slowdown
         if factor == 1:
             return nullcontext
@@ -84,6 +88,6 @@ class VolunteerContext:
         return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy)
 
     def slowed_work(self) -> SlowedWork:
-        """What each piece of a stage's work runs in: a factor of its own for each kind, which take different times."""
+        """Return the same for a stage's work, with its own timing for each kind, since kinds take different times."""
         kinds = {kind: self.slowed() for kind in ("forward", "backward", "tail", None)}
         return lambda kind: kinds[kind]()

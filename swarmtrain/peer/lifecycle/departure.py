@@ -1,4 +1,7 @@
-"""A volunteer that leaves before the end: what nobody else has goes into the bootstrap's archive first."""
+"""Leaving before the run's end: what nobody else has goes into the bootstrap's archive first.
+
+`hand_over` runs on the main thread; the coroutines run in the network thread.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ __all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0
-"""A bootstrap looks every second, and writes for some: if it takes nothing for so long, it will not."""
+"""Seconds after which a bootstrap that takes nothing is not waited for: it looks every second and writes for some."""
 _MOST_S = 100.0
-"""Somebody waits for the end, `swarmtrain leave` for two minutes: a large model may take longer over a slow link."""
+"""Seconds that leaving takes at most. `swarmtrain leave` waits two minutes; a large model may take longer over a slow
+link.
+"""
 _SAY_S = 5.0
 _AGAIN_S = 0.5
 _SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
@@ -37,8 +42,10 @@ _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has
 
 
 async def _answers(swarm: Swarm) -> list[bool | None]:
-    """Of each bootstrap that is here whether it wants what this peer has, before it leaves; None of one that does not
-    answer."""
+    """Ask each bootstrap whether it wants what this peer has before it leaves; None for one that does not answer.
+
+    If none answers, ask the other volunteers whether they are leaving too.
+    """
     request = snapshot_pb2.HelloRequest(
         run_sha256=bytes.fromhex(swarm.published.sha256), presence=swarm.presence.signed(), asks_to_leave=True
     )
@@ -63,10 +70,11 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
 
 
 async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
-    """What to do about each swarm. Nobody is answered between the decision to go and that it stands.
+    """Return what to do about each swarm.
 
-    A swarm that it may leave before others it leaves at once: a bootstrap that was asked again would archive it again,
-    and those who leave it too would take this peer for one that trains on.
+    No call is answered between the decision to go and its taking effect, since no `await` lies between. Swarms that may
+    be left before others are left at once: a bootstrap that was asked again would archive them again, and peers that
+    leave them too would take this one for a peer that trains on.
     """
     answers = await _all_of(map(_answers, swarms))
     leaves = []
@@ -87,14 +95,16 @@ async def _would_leave(swarms: Sequence[Swarm]) -> None:
 
 
 async def _tell_progress(swarm: Swarm) -> None:
-    """Its last rounds count, whoever has them: the run's tokens never fall."""
+    """Publish this peer's progress, so that its last rounds count: the run's tokens never fall, whoever holds the
+    weights.
+    """
     with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
         async with asyncio.timeout(_CALL_S):
             await swarm.count_once_more()
 
 
 async def _is_deaf(swarm: Swarm) -> bool:
-    """Whether this peer's own daemon does not answer: then nobody's silence says anything."""
+    """Return whether this peer's own daemon does not answer: then the silence of others means nothing."""
     try:
         async with asyncio.timeout(_CALL_S):
             await swarm.node.addresses()
@@ -108,9 +118,11 @@ async def _all_of(coming: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: NetworkThread, folder: Path) -> None:
-    """An end was asked for: serve on as long as a bootstrap has yet to archive what nobody else has, and wait a minute
-    for one that is away. What is in no archive then is said to be in `folder`. `swarms`: that of the run, or those of
-    the stages that are held."""
+    """Serve on, after an end was asked for, until a bootstrap has archived what nobody else has.
+
+    If no bootstrap answers, wait a minute for one to come back. What is in no archive then stays in `folder`, and a
+    warning says so. `swarms` is the run's, or those of the held stages.
+    """
     swarms = [swarm for swarm in swarms if not swarm.rounds.away]  # it has said goodbye before its pause
     if not swarms or control.stop.failure is not None:
         return
@@ -122,7 +134,9 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
             told.add(message)
             control.emit(WarningEvent(message=message))
 
-    control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
+    control.board.doing(
+        control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
+    )
     try:
         asking = network.submit(_is_deaf(swarms[0]))
         wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
@@ -139,7 +153,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
             if not leaves & {Leave.WAIT, Leave.HAND_OVER}:
                 break
             if Leave.WAIT in leaves:
-                doing = "leaving: nobody else has what this peer has, and no bootstrap answers; waiting for one"
+                doing = "leaving: waiting for a bootstrap, since no other peer has this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 say(
                     "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
@@ -148,7 +162,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 )
                 idle_s = now + _IDLE_S
             else:
-                doing = "leaving: the archive takes what only this peer has"
+                doing = "leaving: the bootstrap archives this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 if any(swarm.store.num_readers for swarm in swarms):
                     idle_s = now + _IDLE_S
@@ -169,7 +183,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
 def hand_over_stages(
     control: ControlSession, network: NetworkThread, held: Sequence[StageReplica], folder: Path
 ) -> None:
-    """The same of one that holds stages and drives no more, once the rounds under way have ended."""
+    """Finish the rounds under way in all held stages, then hand over as `hand_over` does."""
     for each in held:
         each.end_round()
     hand_over(control, [each.swarm for each in held], network, folder)

@@ -49,12 +49,14 @@ from swarmtrain.run import parse_published_untrusted, run_sha256
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
 
 _FILES = ("held-out.txt", "tokenizer.bin", "run.toml")
-"""The run last: a folder that has it has all its files, whenever its peer was killed."""
+"""Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was
+killed.
+"""
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
 
 
 class PeerFolder:
-    """The files of one peer; made by `peer_folder`, which holds the lock."""
+    """Files of one peer. Made by `peer_folder`, which holds the lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +68,7 @@ class PeerFolder:
         self.started = StartedFile(path)
 
     def kept_files(self) -> Mapping[str, bytes]:
-        """The run's files that are here already, by their hash."""
+        """Return the run's files that are here already, by their hash."""
         kept = {}
         for name in _FILES:
             with contextlib.suppress(OSError):
@@ -75,14 +77,16 @@ class PeerFolder:
         return kept
 
     def kept_sha256(self) -> str | None:
-        """The hash of the run that is kept here; None without one, or where it cannot be read."""
+        """Return the hash of the run in the folder; None without one, or if it cannot be read."""
         try:
             return run_sha256((self.path / "run.toml").read_bytes())
         except OSError:
             return None
 
     def kept_run(self) -> PublishedRun | None:
-        """The run that is kept here with all its files; None without one. UserError if its files are not whole."""
+        """Return the run in the folder with all its files; None without one. Raises UserError if its files are not
+        whole.
+        """
         path = self.path / "run.toml"
         if not path.exists():
             return None
@@ -103,9 +107,9 @@ class PeerFolder:
         return PublishedRun(data, sha256, run, held_out, tokenizer)
 
     def keep_run(self, published: PublishedRun) -> None:
-        """Write the run and its files, as far as they are not here: started again, it needs no room on the disk.
+        """Write the run and its files, except those that are here already: a restart then needs no room on the disk.
 
-        UserError when the disk does not take them.
+        Raises UserError if the disk does not take them.
         """
         try:
             for name, data in zip(_FILES, (published.held_out, published.tokenizer, published.data), strict=True):
@@ -116,21 +120,23 @@ class PeerFolder:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; give another folder with --dir") from None
 
     def kept_port(self) -> int | None:
-        """The TCP port this peer listened at last time."""
+        """Return the TCP port that this peer listened at last time."""
         try:
             return int((self.path / "port.txt").read_text())
         except (OSError, ValueError):
             return None
 
     def keep_port(self, addresses: Sequence[str]) -> None:
-        """Remember the port in the last of `addresses` (multiaddresses); a full disk only forgets it."""
+        """Remember the port in the last of `addresses` (multiaddresses). A full disk only means that it is
+        forgotten.
+        """
         match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
         if match is not None:
             with contextlib.suppress(OSError):
                 write_atomically(self.path / "port.txt", match[1].encode())
 
     def kept_peers(self) -> tuple[InvitedPeer, ...]:
-        """Whom this peer knew when it last ran, where it may be dialled, or was by an invite."""
+        """Return the peers known when this peer last ran, with the addresses that may be dialled."""
         try:
             rows = json.loads((self.path / "peers.json").read_text())
             return tuple(InvitedPeer(row["peer"], _dialled(row["addresses"], row.get("given", ()))) for row in rows)
@@ -138,8 +144,11 @@ class PeerFolder:
             return ()
 
     def keep_peers(self, peers: Sequence[InvitedPeer]) -> None:
-        """Remember whom to dial when started again. Of what a stranger says of itself names have been left out by now:
-        those that are here were given to the user, and folders of before do not say so."""
+        """Remember the peers to dial after a restart.
+
+        Host names that a stranger announced were removed before this. Those still here came by an invite; they are
+        marked as given, which older folders do not do.
+        """
         rows: list[dict[str, Any]] = []
         for peer in peers:
             rows.append({"peer": peer.peer, "addresses": list(peer.addresses)})
@@ -148,21 +157,21 @@ class PeerFolder:
         write_atomically(self.path / "peers.json", json.dumps(rows, indent=1).encode())
 
     def kept_counts(self, stage: int | None) -> Any:
-        """What was counted when this peer last ran, of a stage or of the whole run; None if that is not here."""
+        """Return the counts kept when this peer last ran, of a stage or the whole run; None if there are none."""
         try:
             return json.loads(self._counts_path(stage).read_text())
         except (OSError, ValueError):
             return None
 
     def keep_counts(self, counts: Any, stage: int | None) -> None:
-        """Remember what is counted, between two checkpoints."""
+        """Keep the counts between two checkpoints."""
         write_atomically(self._counts_path(stage), json.dumps(counts).encode())
 
     def _counts_path(self, stage: int | None) -> Path:
         return self.path / ("counts.json" if stage is None else f"counts-stage-{stage}.json")
 
     def write_invite(self, line: str) -> None:
-        """Leave the line for `swarmtrain invite`."""
+        """Write the join line for `swarmtrain invite`."""
         write_atomically(self.invite_path, (line + "\n").encode())
 
 
@@ -172,7 +181,10 @@ def _dialled(addresses: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def peer_folder(path: Path) -> Iterator[PeerFolder]:
-    """The folder at `path`, made if need be and held alone. UserError when it is in use or cannot be written."""
+    """Open the folder at `path`, creating it if needed, and hold its lock.
+
+    Raises UserError if it is in use or cannot be written.
+    """
     path = path.absolute()  # the daemon runs elsewhere
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -205,7 +217,7 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
 
 
 def _remove_half_exported(path: Path) -> None:
-    """Remove what a peer that was killed while it wrote its model left: each is as large as the model."""
+    """Remove unfinished exports of a peer that was killed while writing its model: each is as large as the model."""
     with contextlib.suppress(OSError):
         for child in path.iterdir():
             if _HALF_EXPORTED.fullmatch(child.name):
@@ -213,7 +225,7 @@ def _remove_half_exported(path: Path) -> None:
 
 
 def running_invite(path: Path) -> str | None:
-    """The line to hand out of the peer that runs in the folder; None if none does."""
+    """Return the join line of the peer that runs in the folder; None if none runs."""
     if not is_in_use(path):
         return None
     try:

@@ -1,4 +1,6 @@
-"""Who holds a peer's folder. Imports nothing of ours: commands that only look need it, and must be quick."""
+"""Find out who holds a peer's folder. Imports nothing of swarmtrain: commands that only look use it, and must be
+quick.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ __all__ = ["Holder", "holder", "holder_pid", "is_in_use"]
 
 
 class Holder(enum.Enum):
-    """What the lock of a folder says."""
+    """Holder of a folder, as its lock says."""
 
     NOBODY = "nobody"
     RUNNING = "a running peer"
@@ -19,7 +21,7 @@ class Holder(enum.Enum):
 
 
 def holder(path: Path) -> Holder:
-    """Who holds the folder at `path`."""
+    """Return who holds the folder at `path`."""
     try:
         descriptor = os.open(path / "lock", os.O_RDONLY)
     except PermissionError:
@@ -37,12 +39,12 @@ def holder(path: Path) -> Holder:
 
 
 def is_in_use(path: Path) -> bool:
-    """Whether a running peer holds the folder."""
+    """Return whether a running peer holds the folder."""
     return holder(path) is Holder.RUNNING
 
 
 def holder_pid(path: Path) -> int:
-    """The process that holds the folder; 0 if none does or it has not said so yet."""
+    """Return the id of the process that holds the folder; 0 if none does or it has not written it yet."""
     try:
         return int((path / "lock").read_text()) if is_in_use(path) else 0
     except (OSError, ValueError):

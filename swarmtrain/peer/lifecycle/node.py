@@ -1,4 +1,4 @@
-"""What bootstrap and volunteer share: waiting that can be interrupted, the model's end, the process's age."""
+"""Helpers shared by bootstrap and volunteer: start the node, wait interruptibly, measure and save the model, leave."""
 
 from __future__ import annotations
 
@@ -73,16 +73,17 @@ _GOODBYE_S = 3.0
 _LOOK_S = 0.1
 
 _SMALL_PARAMETERS = 10_000_000
-"""Of a smaller model a step is so short that a second thread saves little, and where others use the processors costs
-many times what it saves: whoever has no turn is waited for, step after step."""
+"""Below this size a step is so short that a second thread saves little. Where other programs use the processors it
+costs many times that, since each step waits for a thread that has no turn.
+"""
 
 Emit = Callable[[Event], None]
-"""Takes an event, from any thread."""
+"""Function that takes an event, from any thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSettings:
-    """How a peer runs on this machine; addresses are multiaddresses."""
+    """Settings of a peer on this machine; addresses are multiaddresses."""
 
     directory: Path
     name: str
@@ -93,25 +94,25 @@ class PeerSettings:
     limits: Limits = field(default_factory=Limits)
     log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
     control: str = ""
-    """Where to serve control over TCP too, HOST:PORT; empty: only at the socket in `directory`."""
+    """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""
     metrics: str = ""
-    """Where to serve Prometheus metrics, HOST:PORT; empty: nowhere."""
+    """HOST:PORT at which to serve Prometheus metrics; empty: nowhere."""
     accept_clock: bool = False
-    """Whether to go by the others' clock however far it is from this machine's."""
+    """True to follow the others' clock however far it is from this machine's."""
     only_announced: bool = False
-    """For a rehearsal: others are told what is announced and nothing else."""
+    """Announce the addresses in `announce` and no others (for a rehearsal)."""
     num_served_by: Callable[[str], NumServed] = lambda name: all_chunks
-    """Of a peer of this name: how many of a pull's chunks it serves. A rehearsal brings one that fails."""
+    """Return, for a peer's name, how many of a pull's chunks it serves, so that pulls can fail (for a rehearsal)."""
     started: Started | None = None
-    """How it is started, for its folder to remember."""
+    """Command line by which the peer is started, to be kept in its folder."""
     show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
-    """Told where its status is, once there is one: for a screen of its own."""
+    """Called with a function that returns the status, once there is one: for a screen of its own."""
     first_stages: tuple[int, ...] = ()
-    """For a rehearsal: the stages of a pipeline that it takes first; empty: those that need it most."""
+    """Stages of a pipeline to take first (for a rehearsal); empty: those that need this peer most."""
 
 
 def clock_warning(correction_s: float) -> WarningEvent:
-    """What a person is told when the swarm's time is not this machine's."""
+    """Return the warning that the swarm's time is not this machine's."""
     direction = "behind" if correction_s > 0 else "ahead of"
     return WarningEvent(
         message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
@@ -120,7 +121,7 @@ def clock_warning(correction_s: float) -> WarningEvent:
 
 
 def clock_warnings(found: FoundRun) -> list[WarningEvent]:
-    """What a person is told of the clocks of those who answered."""
+    """Return the warnings about the clocks of the peers that answered."""
     told = [clock_warning(found.clock_correction_s)] if found.clock_correction_s else []
     for peer, ahead_s in found.clock_outliers:
         direction = "ahead of" if ahead_s > 0 else "behind"
@@ -131,7 +132,10 @@ def clock_warnings(found: FoundRun) -> list[WarningEvent]:
 
 
 def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lambda: None) -> _T:
-    """The future's result; raises as `StopFlag.check` does as soon as an end is asked for. Calls `look` meanwhile."""
+    """Return the future's result, calling `look` while waiting.
+
+    Raises as `StopFlag.check` does as soon as an end is asked for; the future is cancelled then.
+    """
     while not future.done():
         concurrent.futures.wait([future], _LOOK_S)
         if not future.done():
@@ -145,9 +149,10 @@ def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lamb
 
 
 def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
-    """This peer's node, listening; RunTimeError when the port is taken.
+    """Start this peer's node. Raises RunTimeError if the port is taken.
 
-    Without an address to listen at it takes the port it had last time in this folder, so that its invites stay good.
+    Without an address to listen at it takes the port that it had last time in this folder, so that its invites stay
+    valid.
     """
     identity = load_or_create_identity(folder.key_path)
     node_settings = NodeSettings(
@@ -163,7 +168,7 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
             again = dataclasses.replace(node_settings, listen=same)
             return wait_for(network.submit(Node.start(again, identity, folder.key_path)), stop)
         except RunTimeError as error:
-            _log.info("not at the port of last time: %s", error)
+            _log.info("cannot listen at the previous port: %s", error)
     node = wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
     folder.keep_port(wait_for(network.submit(node.addresses()), stop))
     return node
@@ -175,8 +180,10 @@ class _Identifiable(Protocol):
 
 
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:
-    """`emit` for events that are this peer's: its PeerID and name are filled in. If it can be told whose it is, it is,
-    so that an error that ends the command says it too."""
+    """Return `emit` for this peer's events: PeerID and name are filled in.
+
+    If `emit` can be told whose events it gets, it is, so that an error that ends the command names the peer too.
+    """
     sink: object = emit
     if isinstance(sink, _Identifiable):
         sink.identify(peer, name)
@@ -191,12 +198,12 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
         elif node is not None:
             network.run(node.stop(), _GOODBYE_S)
     except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
-        _log.debug("leaving: %s", error)
+        _log.debug("leaving failed: %s", error)
     network.stop()
 
 
 def state_of(new: NewState) -> tuple[OuterState, Progress]:
-    """Outer parameters, momentum and counters of a pulled state, which was checked when it was pulled."""
+    """Return weights, momentum and counters of a pulled state, which was checked when it was pulled."""
     assert new.held.buffer is not None
     manifest = new.held.snapshot.manifest
     vector = torch.frombuffer(new.held.buffer, dtype=torch.float32)
@@ -218,7 +225,7 @@ def held_out_loss(
     tokenizer: Tokenizer,
     check: Callable[[], None] = lambda: None,
 ) -> TextLoss:
-    """Loss of `theta` (P,) on the run's held-out text. The model has its own weights again after it.
+    """Return the loss of `theta` (P,) on the run's held-out text; the model's own weights are restored afterwards.
 
     `check` is called between batches and may raise.
     """
@@ -233,7 +240,7 @@ def held_out_loss(
 def held_out_loss_of(
     model: GPT, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
 ) -> TextLoss:
-    """The same, of the weights that are in the model."""
+    """Return the held-out loss of the model's present weights."""
     run = published.run
     tokens = tokenizer.encode(published.held_out)
     batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
@@ -242,7 +249,7 @@ def held_out_loss_of(
 
 
 def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
-    """Tell the held-out loss after a round, in all its units."""
+    """Return the event with the held-out loss after a round, in all its units."""
     return EvalEvent(
         round=round,
         held_out_loss=loss.nats_per_byte,
@@ -261,7 +268,9 @@ def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[T
 def save_final_weights(
     folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress
 ) -> WarningEvent | None:
-    """`save_weights` at a run's end; what is said if the folder does not take it, for there is more to do."""
+    """Save the weights at a run's end; return a warning if the folder does not take them, since more remains to be
+    done.
+    """
     try:
         save_weights(folder.model_path, weights, published, progress)
     except OSError as error:
@@ -272,13 +281,15 @@ def save_final_weights(
 
 
 def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
-    """The model that the run ended with, as a peer's life before this one left it in the folder. None without one, and
-    where it is not whole, of another run, or of before the end."""
+    """Return the model that the run ended with, if an earlier process of this peer left it in the folder.
+
+    Returns None if there is no model, or it is damaged, of another run, or from before the end.
+    """
     path, run = folder.model_path, published.run
     try:
         exported, data = load_exported(path), (path / "run.toml").read_bytes()
     except (UserError, OSError) as error:
-        _log.info("no model of the run's end: %s", error)
+        _log.info("no final model: %s", error)
         return None
     given = (data, exported.held_out, exported.tokenizer, exported.model.section)
     is_of_run = given == (published.data, published.held_out, published.tokenizer, run.model)
@@ -286,29 +297,29 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
 
 
 def had_ended(folder: PeerFolder) -> WarningEvent:
-    """What is said where that model stays."""
+    """Return the warning that a kept final model stays as it is."""
     return WarningEvent(message=f"this run had ended: its model is in {folder.model_path}, and stays as it is")
 
 
 def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
-    """The weights by name, as views of `theta` (P,)."""
+    """Return the weights by name, as views of `theta` (P,)."""
     pieces = torch.split(theta, [math.prod(spec.shape) for spec in specs])
     return {spec.name: piece.view(tuple(spec.shape)) for spec, piece in zip(specs, pieces, strict=True)}
 
 
 def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
-    """Write the model with weights `theta` (P,) for `eval`, `generate` and strangers."""
+    """Write the model with weights `theta` (P,), for `eval`, `generate` and other programs."""
     save_weights(folder, weights_in(model, theta), published, progress)
 
 
 def weights_in(model: GPT, theta: Tensor) -> dict[str, Tensor]:
-    """The model's weights by name, once it has those of `theta` (P,)."""
+    """Load `theta` (P,) into the model; return its weights by name."""
     unflatten_into(theta, model.parameters())
     return dict(model.named_parameters())
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress) -> None:
-    """The same, of the model's weights by name."""
+    """Write the model's weights, given by name, with all files that a reader needs."""
     files = {"run.toml": published.data, "held-out.txt": published.held_out}
     if published.tokenizer:
         files["tokenizer.bin"] = published.tokenizer
@@ -316,14 +327,14 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], published: Publish
 
 
 def invite_event(invite: Invite) -> InviteEvent:
-    """The event that shows an invite."""
+    """Return the event that shows an invite."""
     word = format_invite(invite)
     addresses = tuple(address for peer in invite.peers for address in peer.full_addresses)
     return InviteEvent(line=f"swarmtrain join {word}", invite=word, run_sha256=invite.run_sha256, addresses=addresses)
 
 
 def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
-    """Tell the invite, and leave it in the folder for `swarmtrain invite`."""
+    """Emit the invite, and write it to the folder for `swarmtrain invite`."""
     invite = swarm.invite()
     event = invite_event(invite)
     if swarm.presence.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
@@ -336,11 +347,11 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Limit the processor threads of the mathematics; 0 leaves torch's own choice."""
+    """Limit the processor threads of torch; 0 leaves its own choice."""
     if threads > 0:
         torch.set_num_threads(threads)
 
 
 def useful_threads(model: nn.Module) -> int:
-    """How many threads measuring this model, or letting it write, is done with unless it is said; 0: torch's choice."""
+    """Return the threads to use for measuring this model or generating with it, unless specified; 0: torch's choice."""
     return 1 if sum(parameter.numel() for parameter in model.parameters()) < _SMALL_PARAMETERS else 0

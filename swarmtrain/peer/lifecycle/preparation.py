@@ -1,4 +1,4 @@
-"""What a volunteer makes ready before it enters a swarm: its files, its initial weights, what it will do in words."""
+"""Prepare a volunteer before it enters a swarm: where its files are, its initial weights, and a summary of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["data_base", "initial_seed", "summary_of"]
 
 
 def initial_seed(run: RunFile, peer: str) -> int:
-    """The seed of a peer's initial weights: the run's, or one of its own."""
+    """Return the seed of a peer's initial weights: the run's, or one of the peer's own with `merge.init = "own"`."""
     if run.merge.init == "common":
         return run.run.seed
     digest = hashlib.sha256(f"initial weights {run.run.seed} {peer}".encode()).digest()
@@ -23,7 +23,7 @@ def initial_seed(run: RunFile, peer: str) -> int:
 
 
 def summary_of(run: RunFile) -> str:
-    """What a volunteer is about to run, in one sentence."""
+    """Return one sentence that says what a volunteer is about to run."""
     data = {
         "python-stdlib": "this machine's Python standard library",
         "datasets": f"the data set {run.data.dataset}",
@@ -38,8 +38,10 @@ def summary_of(run: RunFile) -> str:
 
 
 def data_base(run: RunFile, data_folder: Path | None) -> Path:
-    """The folder that the run's data paths are relative to. A run comes from a stranger: it may name files only
-    below a folder that this machine's owner has given with `--data`. Raises UserError.
+    """Return the folder that the run's data paths are relative to.
+
+    A run comes from a stranger: it may name files only below a folder that this machine's owner gave with `--data`.
+    Raises UserError.
     """
     section = run.data
     local = section.paths if section.source != "datasets" else () if run.dataset_revision else (section.dataset,)

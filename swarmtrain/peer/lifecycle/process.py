@@ -1,4 +1,4 @@
-"""This process. Imports nothing heavy: it is asked before a peer has its imports, too."""
+"""Facts and settings of this process. Imports nothing heavy, since it is used before a peer's imports."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 __all__ = ["process_age_s", "trim_heap", "use_few_arenas"]
 
 _M_ARENA_MAX = -8
-"""Of glibc's `mallopt`."""
+"""Parameter of glibc's `mallopt`."""
 _ARENAS = 2
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started."""
+    """Return the seconds since this process was started."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -24,10 +24,10 @@ def process_age_s() -> float:
 
 
 def use_few_arenas() -> None:
-    """Let threads share two of glibc's heaps, before there are threads: decision 0037.
+    """Let all threads share two of glibc's heaps; call it before there are threads (decision 37).
 
-    By default each gets its own, up to eight a core, and what is freed in one is of no use in another: memory grows for
-    hours. Who sets `MALLOC_ARENA_MAX` (or `GLIBC_TUNABLES`) knows better; elsewhere than with glibc nothing is done.
+    By default each thread gets its own, up to eight a core, and what is freed in one is of no use in another: memory
+    grows for hours. An explicit `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` takes precedence. Without glibc nothing happens.
     """
     told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform.startswith("linux") and not told:
@@ -39,8 +39,10 @@ def use_few_arenas() -> None:
 
 
 def trim_heap() -> None:
-    """Give back to the system what glibc's heap holds free: where a model of 10 million parameters trains, 236 of its
-    404 MB. Elsewhere than with glibc nothing is done."""
+    """Return the free memory of glibc's heap to the system: 236 of 404 MB while training 10 million parameters.
+
+    Without glibc nothing happens.
+    """
     if sys.platform.startswith("linux"):
         import ctypes
 

@@ -1,4 +1,4 @@
-"""Finding a run by its invite: dial, correct the clock, and fetch the run by its hash."""
+"""Find a run by its invite: dial its peers, correct the clock, and fetch the run by its hash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FETCH_ATTEMPTS = 3
 
 @dataclass(kw_only=True)
 class RunFetcher:
-    """Finds those who are in the run of an invite, and fetches the run."""
+    """Finds peers of an invite's run, and fetches the run. Runs on the main thread."""
 
     invite: Invite
     folder: PeerFolder
@@ -39,14 +39,16 @@ class RunFetcher:
     accept_clock: bool = False
     """See `PeerSettings`."""
     through: tuple[InvitedPeer, ...] = field(init=False)
-    """Whom to dial: those of the invite, and those known when this peer last ran in this folder."""
+    """Peers to dial: those of the invite, and those known when this peer last ran in this folder."""
 
     def __post_init__(self) -> None:
         self.through = known_peers(list(self.invite.peers), self.folder.kept_peers())
 
     def fetch(self) -> tuple[PublishedRun, RunTimeError | None]:
-        """The run; and, when nobody answers, what says so. Then the run that is kept here is good enough to go on from
-        a checkpoint."""
+        """Return the run; and if nobody answers, the error that says so.
+
+        Then the run kept in the folder is used, to continue from its checkpoint. Raises RunTimeError if there is none.
+        """
         nobody: RunTimeError | None = None
         try:
             source = self.find(_FIND_S)
@@ -56,7 +58,7 @@ class RunFetcher:
             kept = run_to_resume(self.folder, self.invite, self.node.identity.peer_id)
             if kept is None:
                 raise
-            _log.info("going on from this folder: %s", error)
+            _log.info("continuing from this folder: %s", error)
             published, source, nobody = kept, self.node.identity.peer_id, error
         else:
             published = self._fetch_from(source)
@@ -77,8 +79,10 @@ class RunFetcher:
         return published, nobody
 
     def find(self, limit_s: float) -> str:
-        """Somebody who answers; the clock is right from then on. Raises RunTimeError when nobody does, ClockError when
-        the clock would be corrected by much."""
+        """Return a peer that answers; from then on the clock is corrected.
+
+        Raises RunTimeError if nobody answers, ClockError if the correction would be large.
+        """
         finding = find_run(self.node, self.invite.run_sha256, self.through, limit_s, accept_clock=self.accept_clock)
         found = wait_for(self.network.submit(finding), self.stop)
         for warning in clock_warnings(found):
@@ -86,7 +90,7 @@ class RunFetcher:
         return found.peer
 
     def _fetch_from(self, source: str) -> PublishedRun:
-        """The run from `source`, asked a few times: a stream may break without anybody's fault."""
+        """Fetch the run from `source` in up to three attempts: a stream may break through no fault of the peer."""
         calls = PeerCalls(self.node, self.invite.run_sha256)
         for attempts_left in reversed(range(_FETCH_ATTEMPTS)):
             fetching = fetch_published(calls, source, parse_published_untrusted, self.folder.kept_files())

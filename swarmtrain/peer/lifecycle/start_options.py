@@ -1,7 +1,7 @@
-"""How the peer of a folder was started last: `started.json`, so that it need not be told everything anew.
+"""Options with which a folder's peer was last started (`started.json`), so that they need not be repeated.
 
-Options are kept as they were typed, by their names; the command line reads them again as it reads typed ones. Imports
-nothing heavy: commands that only look print from it how to start a peer again.
+Options are kept as they were typed, by their names; the command line parses them again. Imports nothing heavy, since
+commands that only look print from it how to start a peer again.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ _NAME = "started.json"
 
 @dataclass(frozen=True)
 class Started:
-    """A peer's command line: the command with what it is about, and its options, each with its values; a flag has
-    none. `paused`: a person paused it, and has not resumed it since."""
+    """Command line of a peer: the command with its arguments, and its options with their values (none for a flag).
+
+    `paused` is True if a person paused the peer and has not resumed it since.
+    """
 
     command: tuple[str, ...] = ()
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paused: bool = False
 
     def line(self, folder: Path | None = None) -> str:
-        """What to type to start it again in `folder`."""
+        """Return the command line that starts it again, in `folder` if given."""
         words = ["swarmtrain", *self.command, *option_words(self.options)]
         return shlex.join([*words, "--dir", str(folder)] if folder is not None else words)
 
 
 def option_words(options: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Options as they are typed."""
+    """Return options as they are typed."""
     words: list[str] = []
     for name, values in options.items():
         words += [word for value in values for word in (name, value)] if values else [name]
@@ -47,14 +49,14 @@ def option_words(options: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 class StartedFile:
-    """The file in a peer's folder; usable from any thread."""
+    """File in a peer's folder. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _NAME
         self._lock = threading.Lock()
 
     def read(self) -> Started:
-        """What it says; nothing where there is none or it cannot be read."""
+        """Return its contents; empty if there is no file or it cannot be read."""
         try:
             table = json.loads(self._path.read_bytes())
             options = {str(name): tuple(map(str, values)) for name, values in table["options"].items()}
@@ -63,17 +65,17 @@ class StartedFile:
             return Started()
 
     def keep_command(self, started: Started | None) -> None:
-        """Keep the command and its options, if they are known; the pause stays."""
+        """Keep the command and its options, if known; the pause stays."""
         if started is not None:
             self._change(command=started.command, options=started.options)
 
     def keep_options(self, changed: Mapping[str, tuple[str, ...] | None]) -> None:
-        """Keep these options, None: not that one any more."""
+        """Keep these options; a value of None removes the option."""
         options = {**self.read().options, **changed}
         self._change(options={name: values for name, values in options.items() if values is not None})
 
     def keep_pause(self, paused: bool) -> None:
-        """Keep whether a person has paused it."""
+        """Keep whether a person has paused the peer."""
         self._change(paused=paused)
 
     def _change(self, **changes: object) -> None:

@@ -1,6 +1,6 @@
-"""Being asked to end: the flag, and what is raised because of it.
+"""Ask a peer to end: the flag, and the exceptions raised because of it.
 
-Imports nothing heavy, so that Ctrl-C is heard from the start.
+Imports nothing heavy, so that Ctrl-C works from the start.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ class StopTraining(Exception):  # noqa: N818 - a signal, not an error
 
 
 class Interrupted(StopTraining):
-    """The person asked to stop."""
+    """Raised when the person asked to stop."""
 
 
 class StopFlag:
-    """Set once by Ctrl-C, a signal, or a failure that ends the peer."""
+    """Flag that Ctrl-C, a signal, or a failure of the peer sets once. Any thread may set and read it."""
 
     def __init__(self, at_once: Callable[[], None] = lambda: None) -> None:
-        """As long as there is nothing else to end, until `begin`, `at_once` ends the process when that is asked for."""
+        """Until `begin` there is nothing to end cleanly: a stop asked for before then calls `at_once`, which ends the
+        process.
+        """
         # Not a threading.Event: a signal handler that sets one while the same thread waits for it never returns.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._set = self._insisted = False
@@ -40,19 +42,19 @@ class StopFlag:
         self._at_once, self._has_begun = at_once, False
 
     def begin(self) -> None:
-        """From now on there is something to end; raises as `check` does."""
+        """Declare that there is something to end cleanly from now on; raises as `check` does."""
         self._has_begun = True
         self.check()
 
     @contextlib.contextmanager
     def before_it_begins(self) -> Iterator[None]:
-        """Inside, a person is asked something, and there is nothing else to end; then as `begin`."""
+        """Return to the state before `begin` while a person is asked something, then call `begin`."""
         self._has_begun = False
         yield
         self.begin()
 
     def stop(self, reason: str = "interrupted") -> None:
-        """Ask for a clean end; `reason` is the one that the `done` event tells."""
+        """Ask for a clean end; the `done` event reports `reason`."""
         if not self._set:
             self.reason = reason
         self._set = True
@@ -61,14 +63,16 @@ class StopFlag:
             self._at_once()
 
     def insist(self) -> None:
-        """The end is asked for again: what `last_work` is for is left undone."""
+        """Ask for the end again: the work that `last_work` allows is abandoned."""
         self.stop()
         self._insisted = True
         if self._last_work is not None:
             self._last_work.stop()
 
     def last_work(self, limit_s: float) -> StopFlag:
-        """A flag for what is still to be done once an end was asked for: set after `limit_s`, or by `insist`."""
+        """Return a flag for the work left after an end was asked for: it is set after `limit_s` seconds, or by
+        `insist`.
+        """
         flag = self._last_work = StopFlag()
         flag._until_s = time.monotonic() + limit_s
         if self._insisted:
@@ -76,12 +80,12 @@ class StopFlag:
         return flag
 
     def fail(self, message: str) -> None:
-        """The peer cannot go on: `check` will raise RunTimeError."""
+        """Note that the peer cannot continue: `check` raises RunTimeError from then on."""
         self.failure = message
         self.insist()
 
     def is_set(self) -> bool:
-        """Whether an end was asked for, or the time is over."""
+        """Return whether an end was asked for, or the time is over."""
         return self._set or time.monotonic() >= self._until_s
 
     def check(self) -> None:
@@ -92,7 +96,7 @@ class StopFlag:
             raise Interrupted
 
     def sleep(self, seconds: float) -> None:
-        """Wait, and raise as `check` does as soon as an end is asked for."""
+        """Sleep; raise as `check` does as soon as an end is asked for."""
         if not self._set:
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=max(0.0, min(seconds, self._until_s - time.monotonic())))
@@ -101,7 +105,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def explained_on_signal(explain: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGUSR1 calls `explain`, which writes to the log what this peer is waiting for. In the main thread."""
+    """Call `explain`, which logs what this peer is waiting for, on SIGUSR1. For the main thread."""
     before = signal.signal(signal.SIGUSR1, lambda number, frame: explain())
     try:
         yield

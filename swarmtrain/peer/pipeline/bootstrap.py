@@ -1,7 +1,8 @@
-"""The bootstrap of a run whose model is cut into stages: it archives each stage, and joins them.
+"""Bootstrap of a run whose model is cut into stages: archives each stage, and joins them into one model.
 
-It is in the run's own swarm, which says who holds what, and in every stage's, whose present weights it keeps for those
-who come to a stage that nobody holds any more. It trains none of them.
+It is in the run's swarm, which knows who holds what, and in every stage's swarm, whose present weights it keeps for
+peers that take a stage that nobody holds any more. It trains no stage. Everything runs on the main thread, which
+submits work to the network thread.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ __all__ = ["PipelineBootstrap"]
 _log = logging.getLogger(__name__)
 _LAST_PULL_S = 3.0
 _LAST_ROUND_S = 30.0
-"""How long those of a stage that have not ended their last round are waited for."""
+"""Seconds to wait for peers of a stage that have not ended their last round."""
 _T = TypeVar("_T")
 
 
 @dataclass(kw_only=True)
 class StageArchive:
-    """What is kept of one stage."""
+    """Archive of one stage."""
 
     number: int
     shape: StageShape
@@ -82,28 +83,28 @@ class StageArchive:
     is_final: bool = False
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Its parameters by name, as views of what is kept."""
+        """Return its parameters by name, as views of the archived state."""
         assert self.state is not None
         return named_weights(self.state.theta, self.swarm.specs)
 
 
 @dataclass
 class PipelineBootstrap(BootstrapPeer):
-    """See `run_bootstrap`."""
+    """Bootstrap of a pipeline; see `run_bootstrap`."""
 
     archives: list[StageArchive] = field(default_factory=list)
     _unjoined: set[int] = field(default_factory=set)
-    """Stages of which more is kept than the joined archive has."""
+    """Stages whose archive is newer than the joined model."""
     _joined_s: float = float("-inf")
     _counts_kept_s: float = float("-inf")
 
     @property
     def progress(self) -> Progress:
-        """Of the first stage, which counts the run's tokens."""
+        """Progress of the first stage, which counts the run's tokens."""
         return self.archives[0].progress if self.archives else Progress()
 
     def run(self) -> DoneEvent:
-        """Publish, archive, measure, and wait for goodbyes."""
+        """Publish, archive, measure, and wait for the volunteers' goodbyes."""
         run = self.published.run
         node, me = self.enter_network()
         swarm = self.swarm = Swarm(
@@ -130,14 +131,14 @@ class PipelineBootstrap(BootstrapPeer):
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
     def done(self, reason: str) -> DoneEvent:
-        """How it ended."""
+        """Return the final event."""
         return self.ended(reason, self.progress.run_tokens)
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         return wait_for(self.network.submit(work), self.stop)
 
     def _enter_stage(self, number: int, shape: StageShape, node: Node, me: PeerInfo) -> StageArchive:
-        """Be there for those who hold the stage, with what was archived last time."""
+        """Enter a stage's swarm, serving what was archived last time."""
         published = self.published.of_stage(number)
         specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
         checkpointer = checkpointer_of(self.folder, published, me.peer, self.emit, number)
@@ -163,7 +164,7 @@ class PipelineBootstrap(BootstrapPeer):
     # ------------------------------------------------------------- archiving
 
     def _tell(self, archive: StageArchive) -> None:
-        """Say what is safe on the disk: at the end the volunteers leave once the last weights are."""
+        """Announce what is on the disk. At the end the volunteers leave once the last weights are."""
         total, durable = self.published.run.run.total_tokens, archive.keeper.checkpointer.durable
         if durable is None:
             return
@@ -175,7 +176,7 @@ class PipelineBootstrap(BootstrapPeer):
         self._wait(tell())
 
     def _archive_until_the_end(self, swarm: Swarm) -> None:
-        """Each stage as soon as somebody has trained it, then every `archive_every_s`, and at the end."""
+        """Archive each stage as soon as it has been trained, then every `archive_every_s`, and at the end."""
         every_s = self.published.run.network.archive_every_s
         total = self.published.run.run.total_tokens
         next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
@@ -202,13 +203,17 @@ class PipelineBootstrap(BootstrapPeer):
             self._keep_peers()
 
     def _had_ended(self) -> bool:
-        """Whether a life before this one had the last weights of every stage: only then it left a model."""
+        """Return whether the run had ended before this process started: only then is there a model of all stages in the
+        folder.
+        """
         has_all = all(archive.state is not None for archive in self.archives)
         return has_all and kept_final_model(self.folder, self.published) is not None
 
     def _archive_all(self, every_s: float) -> bool:
-        """Every stage that has something new, and the model of all, which is large; whether every stage had, since that
-        was joined last."""
+        """Archive every stage that has something new; return whether all stages are newer than the joined model.
+
+        The joined model is large, so it is written when all stages are new, or every `every_s` seconds.
+        """
         for archive in self.archives:
             self._archive(archive)
         is_all = len(self._unjoined) == len(self.archives)
@@ -217,8 +222,9 @@ class PipelineBootstrap(BootstrapPeer):
         return is_all
 
     def _archive_for_leavers(self) -> None:
-        """Of each stage that nobody trains on but those who would leave, and then the model of all, for whoever reads
-        it: nobody may come for long."""
+        """Archive each stage that only leaving peers still train, then the joined model, since nobody else may come for
+        long.
+        """
         any_taken = False
         for archive in self.archives:
             swarm, leavers = archive.swarm, archive.leavers
@@ -235,8 +241,10 @@ class PipelineBootstrap(BootstrapPeer):
             self._write_joined()
 
     def _archive_the_lonely(self) -> bool:
-        """A stage that one peer holds alone is lost with it: what it has is archived after each of its rounds. Whether
-        anything was."""
+        """Archive each stage held by a single peer after each of its rounds, since it would be lost with that peer.
+
+        Returns whether anything was archived.
+        """
         found = False
         for archive in self.archives:
             infos = archive.swarm.membership.volunteers()
@@ -245,8 +253,11 @@ class PipelineBootstrap(BootstrapPeer):
         return found
 
     def _archive_ended(self, is_late: bool) -> None:
-        """The last weights of those stages whose peers all have them, or of all if it is late. Who drives and does not
-        say so was waited for before the end was seen: of the first stage one that has them will do."""
+        """Archive the last weights of stages whose peers all have them, or of all stages if it is late.
+
+        For the first stage one peer that has them is enough: a driver that does not report its end was waited for
+        before the end was seen.
+        """
         total = self.published.run.run.total_tokens
         for archive in self.archives:
             told = [info.run_tokens >= total for info in archive.swarm.membership.volunteers()]
@@ -258,7 +269,9 @@ class PipelineBootstrap(BootstrapPeer):
             self._write_joined()
 
     def _archive(self, archive: StageArchive, anyway: bool = False) -> bool:
-        """Pull the stage's present weights, write them down, and offer them; False if there is nothing new."""
+        """Pull the stage's present weights, write them to disk, and offer them; return False if there is nothing
+        new.
+        """
         if not anyway and not archive.archived.watch.is_new(archive.swarm.membership.volunteers()):
             return False
         present = self._wait(self._pulled(archive, ARCHIVED, None, anyway))
@@ -270,15 +283,18 @@ class PipelineBootstrap(BootstrapPeer):
         return True
 
     async def _pulled_soon(self, archives: Sequence[StageArchive]) -> list[ConsensusState | BaseException | None]:
-        """What a few of each stage have, all stages at once; one that fails keeps no other back."""
+        """Pull what a few peers of each stage have, all stages at once; a failed stage does not hold up the others."""
         pulls = (self._pulled(archive, LAST_SAMPLE, _LAST_PULL_S, anyway=True) for archive in archives)
         return await asyncio.gather(*pulls, return_exceptions=True)
 
     async def _pulled(
         self, archive: StageArchive, most_peers: int, limit_s: float | None, anyway: bool = False
     ) -> ConsensusState | None:
-        """What those of a stage have, if it holds more than what is kept, or `anyway`. None too if nobody delivers
-        within so long."""
+        """Pull the weights of a sample of the stage's peers.
+
+        Returns None if they hold no more than the archive (unless `anyway`), or if nobody delivers within `limit_s`
+        seconds.
+        """
         infos = archive.swarm.membership.volunteers()
         volunteers = [info.peer for info in infos]
         sample = random.sample(volunteers, min(most_peers, len(volunteers)))
@@ -302,7 +318,9 @@ class PipelineBootstrap(BootstrapPeer):
         self._unjoined.add(archive.number)
 
     def archive_once_more(self) -> None:
-        """It was asked to leave: keep what the volunteers have by now of each stage; some seconds at most."""
+        """Archive what the volunteers of each stage have now, within some seconds, because this peer was asked to
+        leave.
+        """
         if not self.archives or all(archive.is_final for archive in self.archives):
             return
         self.count_once_more(self.archives[0].swarm, [archive.keeper for archive in self.archives])
@@ -331,7 +349,7 @@ class PipelineBootstrap(BootstrapPeer):
     # ------------------------------------------------------------- the model
 
     def _joined(self) -> Mapping[str, Tensor] | None:
-        """The whole model's weights, once every stage was archived."""
+        """Return the whole model's weights, or None if a stage was never archived."""
         is_whole = len(self.archives) == self.published.run.pipeline.stages
         if not is_whole or any(archive.state is None for archive in self.archives):
             return None

@@ -1,4 +1,4 @@
-"""What a volunteer of a pipeline has besides any volunteer: the parts of its training are made with this."""
+"""Parts shared by the objects that make up a pipeline volunteer's training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["PipelineContext"]
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineContext:
-    """A volunteer's stages, who else is here, and who decides whether it moves."""
+    """Stages of a volunteer, the swarm it sees, and the mover that decides whether it changes them."""
 
     volunteer: VolunteerContext
     shapes: Sequence[StageShape]
     rule: Rule
     swarm: Swarm
-    """The run's."""
+    """Swarm of the run."""
     stages: StageReplicas
     mover: StageMover

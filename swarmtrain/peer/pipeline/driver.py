@@ -1,7 +1,7 @@
-"""A driver of microbatches among real peers: asks, waits and tells as `protocol.pipeline.driver` says.
+"""Driver of microbatches among real peers: executes what `protocol.pipeline.driver` decides.
 
-Runs in the network thread. What travels is opaque here, and kept here: of each microbatch the input of every stage, and
-the last gradient.
+Runs in the network thread. Tensors are opaque here. The driver keeps each microbatch's input of every stage, so that
+any peer of a stage can take over from it, and the last gradient (decision 26).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tail:
-    """What the last stage answers: the loss, mean nats per token, and the gradient of its input."""
+    """Answer of the last stage: the loss, mean nats per token, and the gradient of its input."""
 
     loss: float
     gradient: Any
@@ -57,7 +57,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class Part:
-    """A microbatch's attempt at a stage."""
+    """One attempt to compute a microbatch at a stage."""
 
     stage: int
     key: Key
@@ -66,44 +66,44 @@ class Part:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage's peer computed, and in which of its lives."""
+    """Result of a stage's peer, and its incarnation: a number that is new each time that it takes the stage."""
 
     value: Any
     life: int
 
 
 class StageCalls(Protocol):
-    """How stages are asked. Every call may raise a PeerError: BusyError, GoneError, UnreachableError, BadBytesError."""
+    """Calls to stages. Each may raise a PeerError: BusyError, GoneError, UnreachableError or BadBytesError."""
 
     async def forward(self, peer: str, part: Part, x: Any) -> StageResult:
-        """What the next stage takes."""
+        """Return the input of the next stage."""
 
     async def backward(self, peer: str, part: Part, gradient: Any) -> StageResult:
-        """The gradient of the stage's input, given that of its output; None of the first stage."""
+        """Return the gradient of the stage's input, given that of its output; None from the first stage."""
 
     async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> StageResult:
-        """Forward, loss and backward of the last stage: a `Tail`."""
+        """Run forward, loss and backward of the last stage; return a `Tail`."""
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
-        """Tell what counts and what does not; those acknowledged for which it is too late."""
+        """Tell a peer which microbatches count; return the acknowledged ones for which it comes too late."""
 
 
 class MicrobatchReport(Protocol):
-    """What a driver tells."""
+    """Receiver of what a driver reports."""
 
     def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
-        """A part of a microbatch is asked again, or of another."""
+        """Report that part of a microbatch is asked for again, of the same or another peer."""
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """A peer answered what it must not."""
+        """Report that a peer gave a wrong answer."""
 
     def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
-        """The gradient of a microbatch does not count at this stage, though it was computed."""
+        """Report that a computed gradient does not count at this stage."""
 
 
 @dataclass(frozen=True)
 class FinishedMicrobatch:
-    """A microbatch that is back: its number and its loss, mean nats per token."""
+    """Microbatch that is back: its number and its loss, mean nats per token."""
 
     sequence: int
     loss: float
@@ -111,14 +111,14 @@ class FinishedMicrobatch:
 
 @dataclass(eq=False)
 class _Held:
-    """What is kept of a microbatch on its way."""
+    """Tensors kept of a microbatch under way."""
 
     inputs: list[Any]
-    """By stage."""
+    """Input of each stage, None where not known yet."""
     targets: Any
     back: asyncio.Future[FinishedMicrobatch]
     gradient: Any = None
-    """The last that came."""
+    """Gradient that came back last."""
 
 
 def _fault(error: PeerError) -> Fault:
@@ -131,23 +131,23 @@ def _fault(error: PeerError) -> Fault:
 
 @dataclass
 class Driver:
-    """The microbatches of one driver."""
+    """Drives one peer's microbatches. Called from the network thread only."""
 
     me: str
     routers: Sequence[Router]
-    """Of each stage but the first, which is this peer's own."""
+    """Router of each stage but the first, which is this peer's own."""
     calls: StageCalls
     told: MicrobatchReport
     now: Callable[[], float]
     next_sequence: int
-    """Above all that this peer has given in its lives before: others remember those."""
+    """Next number, above all that this peer used in earlier incarnations, which other peers may remember."""
     pace: DriverPace | None = None
     on_draw: Callable[[], None] = lambda: None
-    """Called when another microbatch is to be driven: `drive` it, or say `not_drawn`."""
+    """Called when another microbatch is wanted: answer with `drive`, or with `not_drawn`."""
     engine: DriverEngine = field(init=False)
     _held: dict[int, _Held] = field(default_factory=dict)
     _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    """By call."""
+    """Running calls, by number."""
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
     _timer: asyncio.TimerHandle | None = None
     _wakes_s: float = 0.0
@@ -157,21 +157,21 @@ class Driver:
         self._settled.set()
 
     def see(self, peers: Mapping[int, Collection[str]], places: Sequence[StagePeer] = ()) -> None:
-        """Who holds each stage now, and what they say of themselves."""
+        """Update who holds each stage, and their records."""
         self._receive(PeersSeen(peers, places))
 
     def not_drawn(self) -> None:
-        """There is nothing to be driven at present."""
+        """Report that there is no microbatch to drive at present."""
         self._receive(NoMicrobatch())
 
     def shut(self) -> None:
-        """Ask for no more."""
+        """Ask for no more microbatches."""
         self._receive(Shut())
 
     async def drive(self, tokens: int, x: Any, targets: Any) -> FinishedMicrobatch:
-        """Some sequences all the way there and back. If it is cancelled, nothing of them counts.
+        """Send some sequences through all stages and back. If cancelled, nothing of them counts.
 
-        Raises the GoneError of this peer's own stage, which trains no more then.
+        Raises the GoneError of this peer's own stage, which then no longer trains.
         """
         sequence = self.engine.next_sequence
         inputs = [x, *[None] * (self.engine.num_stages - 1)]
@@ -186,12 +186,12 @@ class Driver:
             del self._held[sequence]
 
     async def settled(self) -> None:
-        """Wait until everyone knows what counts, or is given up."""
+        """Wait until every peer knows what counts, or is given up."""
         while not self.engine.is_settled:
             await self._settled.wait()
 
     async def stop(self) -> None:
-        """Tell nobody anything any more."""
+        """Stop all calls and settlements."""
         if self._timer is not None:
             self._timer.cancel()
         await end_tasks(self._tasks.values())
@@ -214,6 +214,7 @@ class Driver:
 
     def _time_came(self) -> None:
         self._timer = None
+        # The timer may fire a little early; without the maximum the engine would find nothing due and set it again.
         self._receive(TimeCame(), max(self.now(), self._wakes_s))
 
     def _do(self, command: DrivingCommand) -> None:
@@ -244,6 +245,8 @@ class Driver:
     def _start(self, call: int, work: Coroutine[Any, Any, DrivingEvent | None], what: str) -> None:
         async def run() -> None:
             event = await work
+            # A call that was cancelled or replaced is no longer in `_tasks`: its event would be that of an older
+            # attempt.
             if self._tasks.pop(call, None) is not None and event is not None:
                 self._receive(event)
 

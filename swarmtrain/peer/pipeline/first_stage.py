@@ -1,4 +1,4 @@
-"""The first stage of a pipeline, at a volunteer that may hold it: from taking to leaving it, it drives microbatches."""
+"""Driving on a volunteer that may hold the first stage: from taking that stage to leaving it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _STOP_DRIVING_S = 5.0
 
 
 class FirstStage:
-    """Drives while the first stage is held. The main thread starts and stops it; driving itself is the network's."""
+    """Drives microbatches while the first stage is held. The main thread starts and stops it; it runs in the network
+    thread.
+    """
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class FirstStage:
         stages: StageReplicas,
         calls: WireCalls,
     ) -> None:
-        """`data` is this peer's text, of files below `base`; `swarm` the run's."""
+        """`data` is this peer's text, read from files below `base`; `swarm` is the run's."""
         self._context, self._data, self._base = context, data, base
         self._swarm, self._stages, self._calls = swarm, stages, calls
         self._source: MicrobatchSource | None = None
@@ -44,11 +46,11 @@ class FirstStage:
 
     @property
     def corpus_sha256(self) -> str:
-        """Of its text."""
+        """SHA-256 of this peer's text."""
         return self._data.corpus.digest
 
     def batches_at(self, position: int) -> MicrobatchSource:
-        """Its data, from where a checkpoint says that they were drawn to; further, if it was held here before."""
+        """Return this peer's data from a checkpoint's position, or from further on if it was drawn from here before."""
         if self._source is None:
             context = self._context
             place = PeerPlace(run_sha256=context.published.sha256, peer_id=context.me, position=position)
@@ -59,7 +61,7 @@ class FirstStage:
     # ------------------------------------------------------------- driving
 
     def drive(self, desk: StageRequestQueue) -> None:
-        """The first stage is held, whose questions arrive at `desk`: drive from now on."""
+        """Start driving: the first stage is held, and its questions arrive at `desk`."""
         self._context.wait(self._drive(desk))
 
     async def _drive(self, desk: StageRequestQueue) -> None:
@@ -85,7 +87,7 @@ class FirstStage:
             self._context.wait(driving.stop())
 
     def stop_soon(self) -> None:
-        """The same of one that leaves: it waits for half a second."""
+        """Stop as this peer leaves: waits for half a second only."""
         driving, self._driving = self._driving, None
         if driving is not None:
             with contextlib.suppress(TimeoutError, RunTimeError):
@@ -93,11 +95,13 @@ class FirstStage:
 
     @property
     def num_in_flight(self) -> int:
-        """Microbatches under way."""
+        """Number of microbatches under way."""
         return 0 if self._driving is None else self._driving.num_in_flight
 
     def take_loss(self) -> float | None:
-        """The mean loss, in nats per token, of what came back since this was asked last; None if nothing has."""
+        """Return the mean loss, in nats per token, of microbatches that came back since the last call; None if none
+        did.
+        """
         if self._driving is None:
             return None
         losses = self._driving.losses
@@ -107,7 +111,7 @@ class FirstStage:
     # ------------------------------------------------------------- what driving asks, in the network thread
 
     def peers_of_stages(self) -> Mapping[int, list[str]]:
-        """Who holds each stage now."""
+        """Return the peers that hold each stage now."""
         peers: dict[int, list[str]] = {stage: [] for stage in range(self._context.run.pipeline.stages)}
         for held in self._stages.all:
             if held.desk.is_open:
@@ -118,6 +122,6 @@ class FirstStage:
         return peers
 
     def _places_told(self) -> list[StagePeer]:
-        """What everybody holds, this peer as it was told last."""
+        """Return the records of all stage peers, this peer's as last announced."""
         others, mine = places_of(self._swarm.membership.volunteers()), self._swarm.presence.me.place
         return others if mine is None else [*others, mine]

@@ -1,4 +1,4 @@
-"""A driver's data: batches cut into microbatches, drawn in the network's thread while the trainer's chooses shards."""
+"""Data of a driver: batches cut into microbatches. The network thread draws them, the trainer thread chooses shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["MicrobatchSource", "NoBatches"]
 
 
 class MicrobatchSource:
-    """A peer's batches, microbatch by microbatch; usable from any thread. Shapes: B sequences, T context tokens."""
+    """Batches of a peer, handed out by microbatch. Thread-safe. Shapes: B sequences, T context tokens."""
 
     def __init__(self, batches: BatchSource, num_sequences: int) -> None:
         self._batches, self._num_sequences = batches, num_sequences
@@ -42,7 +42,7 @@ class MicrobatchSource:
             return self._batches.next_batch()
 
     def next_microbatch(self) -> tuple[Tensor, Tensor]:
-        """What goes into the first stage and what the last one compares with, int64 (B, T) each."""
+        """Return the input of the first stage and the targets of the last, int64 (B, T) each."""
         with self._lock:
             if not self._left:
                 self._left.extend(torch.split(self._batches.next_batch(), self._num_sequences))
@@ -51,7 +51,7 @@ class MicrobatchSource:
 
 
 class NoBatches:
-    """Of stages after the first, which are sent what they compute."""
+    """Batches of stages after the first, which draw none: drivers send them their work."""
 
     position = num_shards = 0
 

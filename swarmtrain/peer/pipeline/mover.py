@@ -1,6 +1,7 @@
-"""Moving among real peers: what `protocol.pipeline.moves` decides, is done here one command after the other.
+"""Moves among real peers: executes the commands of `protocol.pipeline.moves` one after the other.
 
-The main thread moves, and waits for what it asks; what others ask is answered in the network's.
+The main thread moves and waits for what it asks; other peers' questions are answered in the network thread. A lock
+protects the engine.
 """
 
 from __future__ import annotations
@@ -28,33 +29,37 @@ __all__ = ["StageMover"]
 
 
 class StageMover:
-    """The part of a volunteer that decides what it holds."""
+    """Decides which stages a volunteer holds."""
 
     def __init__(self, me: str, policy: MovePolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock, self._lock = clock, threading.Lock()
         self.engine = MoveEngine(me, policy, random.Random(), clock())
 
     def asked(self, mover: str, stage: int, holds: Sequence[int], is_known: bool) -> tuple[float, str]:
-        """`mover` wants to leave `stage`: for how long this peer, which holds these, stays; with the reason."""
+        """Answer `mover`, who wants to leave `stage`: the seconds that this peer, holding `holds`, stays; and the
+        reason.
+        """
         (answer,) = self._receive(StayAsked(mover, stage, holds, is_known))
         assert isinstance(answer, StayAnswer)
         return answer.lasts_s, answer.reason
 
     @property
     def bound(self) -> tuple[int, ...]:
-        """The stages that it has promised not to leave, for its record."""
+        """Stages that this peer has promised not to leave, for its record."""
         with self._lock:
             return self.engine.bound(self.clock())
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to look."""
+        """True if it is time to look for a move."""
         when_s = self.engine.wake_at()
         return when_s is not None and self.clock() >= when_s
 
     def look(self, event: MoveEvent, do: Callable[[MoveCommand], MoveEvent | None]) -> None:
-        """See, decide and move: `do` does what is to be done, and says what came of it; a PeerError of
-        whoever was to be asked is its answer."""
+        """Feed an event to the engine and execute its commands by `do`, until none follow.
+
+        `do` returns the event that came of a command. A PeerError of the peer to be asked counts as its refusal.
+        """
         events = deque([event])
         while events:
             for command in self._receive(events.popleft()):

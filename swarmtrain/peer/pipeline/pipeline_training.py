@@ -1,8 +1,9 @@
-"""A volunteer of a run whose model is cut into stages: each step of its life (`volunteer.Training`).
+"""Training of stages of a model by a volunteer: each phase of its life (see `volunteer.Training`).
 
-The main thread decides; each stage that is held trains in a thread of its own (`peer/pipeline/stage_replica.py`), and
-the network thread drives microbatches while the first stage is held (`peer/pipeline/first_stage.py`). The run's own
-swarm says who is here and what each holds; each stage's swarm merges.
+Threads: the main thread decides which stages are held; each held stage trains on its own thread
+(`peer/pipeline/stage_replica.py`); the network thread drives microbatches while the first stage is held
+(`peer/pipeline/first_stage.py`). The run's swarm knows who is here and what each peer holds; each stage has a swarm of
+its own, which merges (decision 27).
 """
 
 from __future__ import annotations
@@ -51,25 +52,26 @@ _LOOK_S = 0.2
 _KEEP_PEERS_EVERY_S = 10.0
 _LINGER_S = 60.0
 _SWITCH_S = 0.0005
-"""The threads that compute and the network's thread share one lock of Python's. Each message of a microbatch waits for
-it, and with the usual 5 ms that adds up to more than its computing."""
+"""Python's thread switch interval, in seconds. Each message of a microbatch waits for Python's lock, which the
+computing threads hold; with the usual 5 ms the waits add up to more than the computing.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedPipeline:
-    """What a volunteer of a pipeline trains with."""
+    """Results of a pipeline volunteer's preparation."""
 
     shapes: Sequence[StageShape]
     room: StageRoom
     data: TrainingData
     base: Path
-    """The data's paths are relative to it."""
+    """Folder that the data's paths are relative to."""
     whole_tokens_per_s: float
-    """See `whole_tokens_per_s`."""
+    """Speed of this machine through the whole model; see `whole_tokens_per_s`."""
 
 
 def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
-    """Text, room in memory and speed: what takes time and needs nobody else."""
+    """Prepare what needs no other peer: read the text, find how many stages fit into memory, measure the speed."""
     sys.setswitchinterval(_SWITCH_S)
     run, published, limits = context.run, context.published, context.settings.limits
     assert run.published is not None and run.published.boundaries is not None
@@ -86,7 +88,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
 
 
 class PipelineTraining:
-    """Stages of a model, which the volunteer chooses and changes as the run needs them."""
+    """Stages of a model, which the volunteer chooses and changes as the run needs."""
 
     def __init__(self, context: VolunteerContext, prepared: PreparedPipeline) -> None:
         run, me, published = context.run, context.me, context.run.published
@@ -146,7 +148,7 @@ class PipelineTraining:
         """See `Training`."""
         context, swarm = self._context, self.swarm
         swarm.presence.change(place=self._record.place())
-        context.control.starting("looking who is here")
+        context.control.starting("looking for other peers")
         context.wait(context.node.serve_pipes(stage_stream_name(context.published.sha256), self._host.serve))
         context.wait(swarm.start(context.fetcher.through))
         context.wait(swarm.watch_daemon(context.stop.fail))
@@ -161,7 +163,7 @@ class PipelineTraining:
     # ------------------------------------------------------------- training
 
     def train(self) -> bool:
-        """See `Training`. Every stage that is held has its tokens then."""
+        """See `Training`. Returns True once every stage that is held has its tokens."""
         while not self._stages.are_done:
             self._context.stop.sleep(_LOOK_S)
             if self._context.pause.held:
@@ -176,7 +178,7 @@ class PipelineTraining:
         return True
 
     def _look(self) -> None:
-        """Look how far everybody is, and tell how far this peer is."""
+        """Look how far everybody is, and report how far this peer is."""
         now, membership = time.monotonic(), self.swarm.membership
         here = [*membership.volunteers(), self.swarm.presence.me]
         self._end.look(here, membership.known(), self._stages.run_tokens, now)
@@ -190,13 +192,13 @@ class PipelineTraining:
     # ------------------------------------------------------------- a pause
 
     def withdraw(self) -> None:
-        """See `Training`: it leaves every stage."""
+        """See `Training`: leaves every stage."""
         for stage in self._stages.numbers:
             self._assignment.leave(stage)
         self._context.wait(self.swarm.withdraw())
 
     def come_back(self) -> None:
-        """See `Training`: to where it is needed then."""
+        """See `Training`: takes the stages that need this peer then."""
         self._context.wait(self.swarm.announce())
         self._assignment.choose()
 
@@ -228,7 +230,10 @@ class PipelineTraining:
         return self._done(context.stop.reason)
 
     def _done(self, reason: str) -> DoneEvent:
-        """How it ended, for this peer's part. What it told of the run last may be older than its last rounds."""
+        """Return the final event of this peer's part.
+
+        The run's tokens are the greater of two counts: the presence may be older than the last rounds.
+        """
         counted = min(self._stages.most_run_tokens, self._context.run.run.total_tokens)
         return DoneEvent(
             held_out_loss=None,
@@ -239,7 +244,7 @@ class PipelineTraining:
         )
 
     def leave(self) -> None:
-        """See `Training`: each stage, and then the run."""
+        """See `Training`: leaves each stage, then the run."""
         held = self._stages.all
         for each in held:
             each.stop_soon()
@@ -247,12 +252,12 @@ class PipelineTraining:
             try:
                 end()
             except Exception as error:  # whatever happens at the end, the other stages and the run's swarm are left
-                _log.info("leaving the stages: %r", error)
+                _log.info("leaving the stages failed: %r", error)
         leave_swarm(self._context.network, self.swarm, self._context.node)
 
 
 def wire_of(run: RunFile) -> StageShapes:
-    """What travels between the stages of a run."""
+    """Return the shapes and formats of what travels between the stages of a run."""
     return StageShapes(
         most_sequences=run.microbatch_sequences,
         context_tokens=run.model.context_tokens,

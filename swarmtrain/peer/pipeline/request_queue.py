@@ -1,7 +1,8 @@
-"""Where drivers' questions meet the one who computes: the trainer's thread.
+"""Queue between drivers' questions to a stage and the thread that computes the answers.
 
-The network's side asks and waits; the trainer's side takes the next piece of work. What is answered when, and what is
-done next, `protocol.pipeline.stage_queue` says, under one lock.
+The network thread asks and waits for answers; the stage's trainer thread takes the next piece of work and reports
+results. One lock protects both sides. `protocol.pipeline.stage_queue` decides what is answered when, and what is
+computed next.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ERRORS: dict[str, type[PeerError]] = {"busy": BusyError, "gone": GoneError, "wr
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A driver's question that is to be computed now; `payload` is what came with it."""
+    """Question of a driver that is to be computed now; `payload` is what came with it."""
 
     key: Key
     kind: Kind
@@ -52,17 +53,17 @@ class Task:
 
 @dataclass
 class StageRequestQueue:
-    """The questions to one peer of a stage."""
+    """Questions to one peer of a stage. Thread-safe."""
 
     ledger: StageLedger
     now: Callable[[], float]
     queue: StageQueue = field(init=False)
     _payloads: dict[int, Any] = field(default_factory=dict)
-    """By asker, until it is computed or refused."""
+    """Payload of each question, by asker, until it is computed or refused."""
     _askers: dict[int, Future[Any]] = field(default_factory=dict)
     _answers: dict[Key, dict[Kind, Any]] = field(default_factory=dict)
     _next: deque[Task | Due] = field(default_factory=deque)
-    """What is to be done before the queue is asked again."""
+    """Work to be handed out before the queue is asked again."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _news: threading.Event = field(default_factory=threading.Event)
@@ -73,7 +74,10 @@ class StageRequestQueue:
     # ------------------------------------------------------------- the network's side
 
     async def ask(self, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
-        """The answer, when it is computed. BusyError, GoneError; whoever waits may give up, the work goes on."""
+        """Return the answer once it is computed. Raises BusyError or GoneError.
+
+        The caller may give up waiting; the work is done all the same, and its answer kept for a repeated question.
+        """
         with self._lock:
             self._check_shape_untrusted(key, kind, payload)
             asker = next(self._numbers)
@@ -88,13 +92,16 @@ class StageRequestQueue:
         return await asyncio.shield(waiting)
 
     def check(self, key: Key, kind: Kind) -> None:
-        """BusyError or GoneError if `ask` would raise it now: what came with the question need not be read then."""
+        """Raise BusyError or GoneError if `ask` would raise it now.
+
+        Asked before the question's tensors are read, so that a refusal costs a round trip and no transfer.
+        """
         with self._lock:
             if (refused := self.queue.refusal(key, kind)) is not None:
                 raise _ERRORS[refused.why](refused.reason)
 
     def _check_shape_untrusted(self, key: Key, kind: Kind, payload: Any) -> None:
-        """BadBytesError if a backward's gradient is not shaped as the forward's answer."""
+        """Raise BadBytesError if a backward's gradient does not have the shape of the forward's answer."""
         forward = self._answers.get(key, {}).get("forward")
         if kind == "backward" and forward is not None:
             needed, got = (getattr(each, "shape", None) for each in (forward, payload))
@@ -102,7 +109,7 @@ class StageRequestQueue:
                 raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
-        """What a driver says of its microbatches; those acknowledged for which it is too late."""
+        """Apply a driver's settlement; return the acknowledged microbatches for which it comes too late."""
         with self._lock:
             self._news.set()
             (late,) = self._receive(Settles(driver, settlement))
@@ -112,7 +119,9 @@ class StageRequestQueue:
     # ------------------------------------------------------------- the trainer's side
 
     def next(self) -> Task | Due | None:
-        """What is to be done now; None: nothing."""
+        """Return what to do now, or None if there is nothing. Called by the trainer thread, as are the methods
+        below.
+        """
         with self._lock:
             if not self._next:
                 self._news.clear()
@@ -120,50 +129,50 @@ class StageRequestQueue:
             return self._next.popleft() if self._next else None
 
     def done(self, task: Task, answer: Any) -> None:
-        """It is computed."""
+        """Record the answer to a task and send it to whoever asked."""
         with self._lock:
             self._answers.setdefault(task.key, {})[task.kind] = answer
             self._receive(Computed(task.key, task.kind))
 
     def failed(self, task: Task, error: PeerError) -> None:
-        """It cannot be computed: who asked is told so."""
+        """Report that a task cannot be computed; whoever asked gets the error."""
         with self._lock:
             self._receive(Spoilt(task.key, task.kind, str(error)))
 
     def open(self) -> None:
-        """Questions are computed from now on, as at first."""
+        """Compute questions from now on."""
         with self._lock:
             self._receive(Opened())
 
     def close(self) -> None:
-        """Nothing is computed for now: everyone who waits is told so, and whoever asks."""
+        """Compute nothing for now: everyone who waits or asks is refused."""
         with self._lock:
             self._receive(Closed())
             self._answers.clear()
 
     @property
     def is_open(self) -> bool:
-        """Whether questions are computed now."""
+        """True if questions are computed now."""
         return self.queue.is_open
 
     def close_batch(self) -> bool:
-        """Drivers have no more: what there is of a batch is one. Whether there is something to be done now."""
+        """Close the batch as it is, because drivers have no more; return whether that leaves something to do."""
         with self._lock:
             return self.ledger.close_batch()
 
     @property
     def has_settled(self) -> bool:
-        """Whether there is no gradient here that may enter a step."""
+        """True if no gradient here may still enter a step."""
         with self._lock:
             return self.ledger.has_settled
 
     @property
     def num_waiting(self) -> int:
-        """Questions that wait to be computed."""
+        """Number of questions waiting to be computed."""
         return self.queue.num_waiting
 
     def wait(self, most_s: float) -> None:
-        """Until there may be something to be done, `most_s` at most."""
+        """Wait until there may be something to do, `most_s` seconds at most."""
         next_s = self.queue.wake_at()
         self._news.wait(most_s if next_s is None else max(0.0, min(most_s, next_s - self.now())))
 

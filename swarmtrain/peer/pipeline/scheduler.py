@@ -1,7 +1,7 @@
-"""Keeping a driver busy: as many microbatches under way as the stages take, and what is told of them.
+"""Keep a driver busy: begin as many microbatches as the stages can take, and report what becomes of them.
 
-Runs in the network thread, beside the trainer of the first stage, whose part of each microbatch is asked like any
-other's.
+Runs in the network thread, beside the trainer thread of the first stage. The first stage's share of each microbatch is
+asked for like any other's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NUM_LOSSES = 256
 
 @dataclass
 class TellRetries:
-    """See `Told`: events, those of one peer and stage at most once a second."""
+    """See `MicrobatchReport`: emits events, at most one a second for each peer and stage."""
 
     emit: Callable[[Event], None]
     on_refused: Callable[[str, PeerError], None]
@@ -47,7 +47,7 @@ class TellRetries:
     _untold: dict[tuple[int, str], int] = field(default_factory=dict)
 
     def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
-        """See `Told`."""
+        """See `MicrobatchReport`."""
         whom, now = (stage, peer), time.monotonic()
         self._untold[whom] = self._untold.get(whom, 0) + 1
         if now >= self._told_s.get(whom, float("-inf")) + _TELL_EVERY_S:
@@ -55,11 +55,11 @@ class TellRetries:
             self.emit(MicrobatchRetryEvent(stage=stage, asked=peer, reason=reason, count=self._untold.pop(whom)))
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """See `Told`."""
+        """See `MicrobatchReport`."""
         self.on_refused(peer, error)
 
     def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
-        """See `Told`."""
+        """See `MicrobatchReport`."""
         self.num_lost += 1
         _log.info(
             "the gradient of microbatch %d does not count at stage %d of %s: %s", key.sequence, stage, peer, reason
@@ -68,27 +68,27 @@ class TellRetries:
 
 @dataclass
 class MicrobatchScheduler:
-    """One time that this peer drives: from taking the first stage to leaving it."""
+    """One period in which this peer drives: from taking the first stage to leaving it."""
 
     me: str
     run: RunFile
     source: MicrobatchSource
     desk: StageRequestQueue
-    """Of the first stage, here."""
+    """Request queue of the first stage on this peer."""
     calls: StageCalls
     told: TellRetries
     peers_of: Callable[[], Mapping[int, list[str]]]
-    """Who holds each stage now, this peer included."""
+    """Return the peers that hold each stage now, this one included."""
     failed: Callable[[str], None]
-    """Told, in a sentence, when this peer cannot go on."""
+    """Called with a sentence when this peer cannot go on."""
     places: Callable[[], Sequence[StagePeer]]
-    """What everybody says of itself, this peer included."""
+    """Return the records of all stage peers, this one included."""
     driver: Driver = field(init=False)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
-    """Of the last microbatches that came back, mean nats per token; whoever tells them empties it."""
+    """Losses of the last microbatches that came back, mean nats per token; the reader removes them."""
     _open: set[asyncio.Task[None]] = field(default_factory=set)
     _wanted: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-    """Microbatches that are to be drawn, one after the other."""
+    """Count of microbatches to be drawn, one after the other."""
     _work: tuple[asyncio.Task[None], ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class MicrobatchScheduler:
 
     @property
     def num_in_flight(self) -> int:
-        """Microbatches under way."""
+        """Number of microbatches under way."""
         return self.driver.engine.num_under_way
 
     async def start(self) -> None:
@@ -113,7 +113,9 @@ class MicrobatchScheduler:
             logged(work, "driving").add_done_callback(self._work_ended)
 
     async def stop(self, drain_s: float = _DRAIN_S) -> None:
-        """Begin no more; wait for what is under way, and until everyone knows what counts, `drain_s` at most."""
+        """Begin no more microbatches, and wait at most `drain_s` seconds until those under way are back and settled
+        with all peers.
+        """
         self.driver.shut()
         await end_tasks(self._work)
         with contextlib.suppress(TimeoutError):
@@ -128,7 +130,9 @@ class MicrobatchScheduler:
         await self.driver.stop()
 
     async def _keep_looking(self) -> None:
-        """Not for each microbatch: there may be a thousand peers."""
+        """Tell the driver twice a second who holds which stage; not for each microbatch, since there may be a thousand
+        peers.
+        """
         while True:
             self.driver.see(self.peers_of(), self.places())
             await asyncio.sleep(_LOOK_S)
@@ -156,7 +160,9 @@ class MicrobatchScheduler:
             self.failed(str(error))
 
     def _work_ended(self, work: asyncio.Task[None]) -> None:
-        """A driver that stands still would hold up everybody: nobody's run could end."""
+        """Fail this peer if its drawing or looking task died: an idle driver would keep every peer's run from
+        ending.
+        """
         if not work.cancelled() and (error := work.exception()) is not None:
             self.failed(f"this peer does not drive any more, for a reason that is not its peers': {error!r}")
 
@@ -164,4 +170,4 @@ class MicrobatchScheduler:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(f"a microbatch failed for a reason that is not its peers': {error!r}")
+            self.failed(f"a microbatch failed by an error of this peer: {error!r}")

@@ -1,4 +1,4 @@
-"""Which stages of a pipeline a volunteer takes when it comes, and taking and leaving each."""
+"""Choose the stages that a volunteer takes on arrival, and take and leave stages. Runs on the main thread."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["StageAssignment"]
 
 _LOOK_S = 0.2
 _COMPANY_S = 1.0
-"""Once enough are here, for so long nobody decides: by then all have seen each other."""
+"""Seconds to wait once enough peers are here, so that all have seen each other before anybody chooses."""
 
 
 class StageAssignment:
-    """Takes and leaves stages; of the first one it drives too."""
+    """Takes and leaves stages; with the first stage it also starts and stops driving."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class StageAssignment:
         record: StageRecord,
         end: FirstStageWatch,
     ) -> None:
-        """`end` says when no more comes to stages after the first."""
+        """`end` says when no more microbatches come to stages after the first."""
         self._context, self._swarm, self._stages = pipeline.volunteer, pipeline.swarm, pipeline.stages
         self._shapes, self._rule = pipeline.shapes, pipeline.rule
         self._site, self._first, self._record, self._end = site, first, record, end
@@ -42,7 +42,7 @@ class StageAssignment:
         self._given = tuple(stage for stage in given if stage < len(self._shapes))
 
     def choose(self) -> None:
-        """Take the stages that need this peer most, once there is company."""
+        """Take the stages that need this peer most, once enough peers are here."""
         context, record = self._context, self._record
         # before the others choose, who must know it
         record.chooses(kept_stages(context.folder, context.published, context.me, len(self._shapes)))
@@ -73,7 +73,7 @@ class StageAssignment:
         context.wait(swarm.greeter.greet_everyone())
 
     def enter(self, stage: int) -> None:
-        """Fetch a stage and train it from now on."""
+        """Fetch a stage's present weights and train it from now on."""
         self._context.control.starting(f"taking stage {stage}: its present weights")
         held = StageReplica(
             self._site,
@@ -83,6 +83,7 @@ class StageAssignment:
             lambda: self._end.is_over,
             corpus_sha256=self._first.corpus_sha256 if stage == 0 else "",
         )
+        # Peers of the stage, or on their way to it: to dial anybody else would help nothing.
         infos = [info for info in self._swarm.membership.live() if info.addresses]
         of_stage = [info for info in infos if info.is_bootstrap or (info.place and stage in info.place.planned)]
         held.enter(tuple(InvitedPeer(info.peer, info.addresses) for info in of_stage))
@@ -92,7 +93,7 @@ class StageAssignment:
             self._first.drive(held.desk)
 
     def leave(self, stage: int) -> None:
-        """Finish its piece of work, and say goodbye to the others of the stage."""
+        """Finish the stage's piece of work, and say goodbye to its other peers."""
         if stage == 0:
             self._first.stop()
         self._stages.drop(stage).end()

@@ -1,7 +1,7 @@
-"""A stage's part of the trainer: drivers' microbatches until there is a batch, then an inner step.
+"""Inner loop of a stage: computes drivers' microbatches until a batch is full, then takes an inner step.
 
-What a whole model does with a batch of its own data, a stage does with what drivers ask: `step` takes as long as it
-takes until so many tokens are acknowledged.
+A whole model's loop draws batches of its own data; a stage's loop computes what drivers ask for. `step` returns once
+enough tokens are acknowledged. Runs on the stage's own thread.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _RECENT = 96
 
 @dataclass
 class WorkMeter:
-    """How fast a stage is computed here when there is always something to do: what it waits does not count."""
+    """Measures how fast this peer computes its stage when always fed: time spent waiting does not count."""
 
     passed_tokens: int = 0
-    """Of microbatches that were computed all the way."""
+    """Tokens of microbatches that were computed completely here."""
     _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """(tokens' worth of work, seconds)."""
+    """Last pieces of work: (tokens' worth of work, seconds)."""
 
     def add(self, kind: Kind | None, tokens: int, took_s: float) -> None:
-        """A piece of work; None: what has to be done besides, such as a step."""
+        """Add a piece of work that took `took_s` seconds; kind None is overhead, such as a step."""
         share = 0.0 if kind is None else WORK_SHARES[kind]
         self._recent.append((share * tokens, took_s))
         if kind in ("backward", "tail"):
@@ -49,7 +49,7 @@ class WorkMeter:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None before there is enough to tell."""
+        """Tokens per second of the last pieces of work; None until there are enough."""
         recent = list(self._recent)  # asked from other threads
         tokens, seconds = sum(each for each, _ in recent), sum(each for _, each in recent)
         return tokens / seconds if len(recent) >= _RECENT // 4 and seconds > 0 and tokens > 0 else None
@@ -57,23 +57,27 @@ class WorkMeter:
 
 @dataclass
 class StageLoop:
-    """Computes what the desk has."""
+    """Computes the work that the request queue hands out."""
 
     desk: StageRequestQueue
     work: StageWork
     inner: InnerOptimizer
     batch_tokens: int
     slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
-    """Around each piece of work of a kind, None for a step; on leaving it, it may wait."""
+    """Context entered around each piece of work of a kind, None for a step; it may sleep on exit (a rehearsal's slower
+    machine).
+    """
     over: Callable[[], bool] = lambda: False
-    """Whether drivers have no more: what is here still is the last."""
+    """Return whether drivers have no more: then what is here is the last batch."""
     meter: WorkMeter = field(default_factory=WorkMeter)
     record: Callable[[Task | Due, Any], None] = lambda what, answer: None
-    """Told of everything in the order in which it is done, and of what was answered."""
+    """Called with each piece of work in the order in which it is done, and with its answer."""
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """Work until a step is taken. Raises StopTraining when asked to end; nothing is lost by it. Raises RoundOver
-        when no further step will come."""
+        """Work until a step is taken.
+
+        Raises StopTraining when asked to end; nothing is lost by it. Raises RoundOver when no further step will come.
+        """
         while True:
             if should_stop():
                 raise StopTraining
@@ -100,7 +104,7 @@ class StageLoop:
             self.record(what, answer)
 
     def _answer(self, task: Task) -> Any:
-        """Compute it, and say so."""
+        """Compute a task and report the answer or the error."""
         try:
             answer = self._compute(task)
         except BadGradientError as error:
@@ -112,6 +116,7 @@ class StageLoop:
     def _step(self, step: TakeStep, progress: float, scale: float) -> InnerStep:
         began_s = time.monotonic()
         with self.slowed(None):
+            # Gradients are summed for a full batch; a smaller or larger one is scaled to the mean over its own tokens.
             self.work.gradients(step.batch, self.batch_tokens / step.tokens)
             grad_norm = self.inner.step(progress, scale)
             self.work.replaced()

@@ -1,4 +1,4 @@
-"""A volunteer that moves from stage to stage: what `Mover` decides is carried out here."""
+"""Carry out the moves of a volunteer from stage to stage that `StageMover` decides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageMoves:
-    """The main thread moves; what others ask is answered in the network's."""
+    """Executes moves on the main thread. Other peers' questions are answered in the network thread."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class StageMoves:
         self._assignment, self._record, self._calls = assignment, record, calls
 
     def look(self) -> None:
-        """Move, if it is time to look and a move of this peer's is the best one."""
+        """Look for a move if it is time, and make it if the best one is this peer's."""
         if self._mover.is_due:
             self._mover.look(moves.PlacesSeen(self._record.places(), swarm_time()), self._do)
 
     def _do(self, command: moves.MoveCommand) -> moves.MoveEvent | None:
-        """A part of a move, done when it returns."""
+        """Execute one command of a move; return what came of it."""
         context, record = self._context, self._record
         match command:
             case moves.AskToStay():
@@ -68,7 +68,7 @@ class StageMoves:
                 context.control.training_stages(after)
                 context.emit(MovedEvent(before=before, after=after, reason=command.change.reason, seconds=seconds))
             case moves.StaysHere():
-                _log.info("stays: %s", command.reason)
+                _log.info("keeping its stage: %s", command.reason)
                 if command.had_begun:
                     record.stays()
                     if stages := self._stages.numbers:  # it was about to take another
@@ -76,8 +76,11 @@ class StageMoves:
         return None
 
     def asked_to_stay(self, asker: str, stage: int) -> tuple[float, str]:
-        """For how long this peer promises `asker`, who would leave `stage`, to stay there, 0 if it does not; with the
-        reason. In the network thread."""
+        """Answer `asker`, who wants to leave `stage`: the seconds that this peer promises to stay (0 if it does not),
+        and the reason.
+
+        Runs in the network thread.
+        """
         info = self._swarm.membership.info(asker)
         is_known = info is not None and info.place is not None and stage in info.place.stages
         return self._mover.asked(asker, stage, self._stages.numbers, is_known)

@@ -1,4 +1,7 @@
-"""What a volunteer of a pipeline says of itself: its record, from which others compute who moves, and its events."""
+"""Record and events of a pipeline volunteer. From all peers' records each peer computes who should move.
+
+Runs on the main thread; the presence is changed in the network thread.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ __all__ = ["StageRecord"]
 _TELL_EVERY_S = 1.0
 _THROUGHPUT_EVERY_S = 10.0
 _FIRST_MOVE_S = 20.0
-"""How long fetching a stage is taken to last before it was done."""
+"""Seconds that fetching a stage is assumed to take before one was measured."""
 
 
 class StageRecord:
-    """This peer's place among the stages, as the run's swarm is told it."""
+    """Place of this peer among the stages, as announced in the run's swarm."""
 
     def __init__(self, pipeline: PipelineContext, *, most_stages: int, whole_tokens_per_s: float) -> None:
-        """`whole_tokens_per_s`: through the whole model, as this machine was measured."""
+        """`whole_tokens_per_s` is this machine's measured speed through the whole model."""
         self._context, self._swarm, self._stages = pipeline.volunteer, pipeline.swarm, pipeline.stages
         self._mover, self._rule, self._shapes = pipeline.mover, pipeline.rule, pipeline.shapes
         self._most_stages, self._whole_tokens_per_s = most_stages, whole_tokens_per_s
@@ -43,11 +46,11 @@ class StageRecord:
     # ------------------------------------------------------------- its place
 
     def places(self) -> list[StagePeer]:
-        """What everybody who is here holds, this peer included."""
+        """Return the records of all peers that are here, this one included."""
         return [*places_of(self._swarm.membership.volunteers()), self.place()]
 
     def place(self) -> StagePeer:
-        """What this peer holds."""
+        """Return this peer's record."""
         stages = self._stages.numbers
         return StagePeer(
             peer=self._context.me,
@@ -64,7 +67,7 @@ class StageRecord:
         )
 
     def _tokens_per_s(self, stages: Sequence[int]) -> float:
-        """Through these stages, if it were always fed: as measured where it was, else as its machine was."""
+        """Return the speed through these stages when always fed: as measured in them, else from the machine's speed."""
         if not stages:
             return self._whole_tokens_per_s
         measured = [held.trainer.loop.meter.tokens_per_s for held in self._stages.all if held.number in stages]
@@ -76,30 +79,30 @@ class StageRecord:
         return rate
 
     def chooses(self, kept: Mapping[int, int]) -> None:
-        """It holds nothing and is about to choose; of these stages it has checkpoints, each of that round."""
+        """Announce that this peer is about to choose; `kept` maps stages with a checkpoint here to its round."""
         self._kept = kept
         self.tell(now=True)
 
     def goes_to(self, stages: tuple[int, ...]) -> None:
-        """It is taking these stages."""
+        """Announce that this peer is taking these stages."""
         self._goes_to, self._move_began_s = stages, time.monotonic()
         self.tell(now=True)
 
     def has_taken(self, num_moves: int = 1) -> float:
-        """They are here: how long that took, in seconds, of each of so many moves."""
+        """Announce that the stages are here; return the seconds that each of `num_moves` moves took."""
         self._goes_to, self._move_s = (), (time.monotonic() - self._move_began_s) / num_moves
         self.tell(now=True)
         return self._move_s
 
     def stays(self) -> None:
-        """It does not move after all."""
+        """Announce that this peer does not move after all."""
         self._goes_to = ()
         self.tell(now=True)
 
     # ------------------------------------------------------------- telling
 
     def tell(self, now: bool = False) -> None:
-        """Have the record say how far this peer is; at once to everybody if something has changed that they act on."""
+        """Update the record, once a second or `now`; greet everybody at once if something changed that they act on."""
         if not now and time.monotonic() < self._next_tell_s:
             return
         self._next_tell_s = time.monotonic() + _TELL_EVERY_S
@@ -119,7 +122,7 @@ class StageRecord:
         self._context.wait(tell())
 
     def tell_throughput(self, first: FirstStage) -> None:
-        """Every ten seconds: what has passed through the stages since."""
+        """Emit the `stage_throughput` event every ten seconds: what has passed through the stages since."""
         now = time.monotonic()
         if now < self._next_throughput_s:
             return
@@ -142,7 +145,7 @@ class StageRecord:
         self._flow_told_s = now
 
     def tell_started(self, inner_steps: int) -> None:
-        """The first round of one of its stages begins; told once."""
+        """Emit the `started` event when the first round of any stage begins; once."""
         if self._has_started:
             return
         self._has_started, stages = True, self._stages.numbers or self._goes_to

@@ -1,7 +1,9 @@
-"""A stage of a pipeline that this peer holds: its swarm, its trainer in a thread of its own, its checkpoints.
+"""A stage that this peer holds: its swarm, its trainer on a thread of its own, its checkpoints.
 
-Each stage is a merge group by itself (docs/decisions/0027): what a whole model's volunteer is to its run, this is to
-one stage's. A peer that holds several stages has several of these.
+Each stage is a merge group of its own (docs/decisions/0027): this is to a stage's run what `ModelTraining` is to a
+whole model's. A peer that holds several stages has several of these.
+
+The main thread enters and ends a stage; `_train`, and the session's calls in it, run on the stage's thread.
 """
 
 from __future__ import annotations
@@ -52,39 +54,41 @@ _GOODBYE_S = 1.0
 _LAST_ROUND_S = 2.0
 _LAST_FLUSH_S = 1.0
 _SURE_SHARE = 0.6
-"""How long a stage's round lasts is its drivers' doing, and changes from one to the next."""
+"""Share of a round's expected time by which pulls must be done. It is low because drivers set how long a stage's round
+lasts, and that changes from round to round.
+"""
 
 
 @dataclass(kw_only=True)
 class StageSite:
-    """What all stages of a peer have in common."""
+    """Parts that all stages of a peer share."""
 
     context: VolunteerContext
     graph_bytes: float = float("inf")
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     on_arriving: Callable[[Any], None] = lambda held: None
     swarms: dict[int, Swarm] = field(default_factory=dict)
-    """Of every stage that this process has held: calls that it answers cannot be taken back."""
+    """Swarm of every stage that this process has held. They are kept, since calls once served cannot be withdrawn."""
     checkpointers: dict[int, Checkpointer] = field(default_factory=dict)
-    """The same, of what writes its rounds now, or did last."""
+    """Checkpointer that writes each stage's rounds now, or wrote them last; kept for the same reason."""
 
 
 def emit_of_stage(emit: Emit) -> Emit:
-    """`emit` for a stage's swarm: who comes and goes is told by the run's."""
+    """Return `emit` for a stage's swarm, without arrivals and departures: the run's swarm reports those."""
     return lambda event: None if isinstance(event, PeerJoinedEvent | PeerLostEvent | PeerLeftEvent) else emit(event)
 
 
 @dataclass
 class StageReplica:
-    """One stage."""
+    """Stage that this peer holds."""
 
     site: StageSite
     number: int
     shape: StageShape
     batches_at: Callable[[int], BatchSource]
-    """Its data, given how many batches a checkpoint says were drawn."""
+    """Return the stage's data, given how many batches a checkpoint says were drawn."""
     over: Callable[[], bool]
-    """See `StageTrainer`."""
+    """Return whether drivers have no more; see `StageTrainer`."""
     corpus_sha256: str = ""
     state_from: str = field(default="", init=False)
     resumed_round: int | None = field(default=None, init=False)
@@ -94,9 +98,9 @@ class StageReplica:
     session: Session = field(init=False)
     keeper: CheckpointManager = field(init=False)
     pause: PauseSwitch = field(default_factory=PauseSwitch)
-    """Of this stage alone."""
+    """Pause of this stage alone."""
     training: Future[str] = field(default_factory=Future)
-    """Why it ended."""
+    """Reason why training ended, or the error that ended it."""
     _is_new: bool = field(default=True, init=False)
     _told_tokens: int = field(default=0, init=False)
     _kept: Checkpoint | None = field(default=None, init=False)
@@ -134,6 +138,8 @@ class StageReplica:
             extras=dict(self.exchange.kept()),
         )
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
+        # The incarnation: acknowledgements name it, so that a peer that came back empty does not take one for its
+        # earlier self (decision 26).
         life = time.time_ns() % 2**62
         self.trainer = StageTrainer(
             run,
@@ -155,7 +161,7 @@ class StageReplica:
         )
 
     def _swarm_of(self, published: PublishedRun, specs: tuple[TensorSpec, ...], num_shards: int) -> Swarm:
-        """The stage's, not yet entered."""
+        """Make the stage's swarm, without entering it."""
         site, context, number = self.site, self.site.context, self.number
         me = PeerInfo(
             peer=context.me,
@@ -177,14 +183,16 @@ class StageReplica:
 
     @property
     def desk(self) -> StageRequestQueue:
-        """Where drivers' questions to this stage arrive."""
+        """Queue at which drivers' questions to this stage arrive."""
         return self.trainer.desk
 
     # ------------------------------------------------------------- its life
 
     def enter(self, through: tuple[InvitedPeer, ...]) -> None:
-        """Go on from a checkpoint if there is one, take the stage's present weights, and say that we are here. Raises
-        RunTimeError when others have trained it and nobody delivers."""
+        """Resume a checkpoint if there is one, take the stage's present weights, and announce this peer.
+
+        Raises RunTimeError when others have trained the stage and nobody delivers its weights.
+        """
         context, swarm, session, keeper = self.site.context, self.swarm, self.session, self.keeper
         replica, num_parameters = session.replica, self.shape.num_parameters
         kept, self._kept = self._kept, None  # 16 bytes a parameter
@@ -207,7 +215,7 @@ class StageReplica:
         context.wait(swarm.announce())
 
     def begin(self) -> None:
-        """Train, in a thread, until the run ends or `end` is called."""
+        """Start training on a thread, until the run ends or `end` is called."""
         threading.Thread(target=self._train, name=f"stage {self.number}", daemon=True).start()
 
     def _train(self) -> None:
@@ -220,19 +228,21 @@ class StageReplica:
             self.training.set_exception(error)
 
     def stop_soon(self) -> None:
-        """Have its training end with the piece of work under way; `end` waits for it."""
+        """Let training end after the piece of work under way; `end` waits for it."""
         self.pause.hold(_LEAVING, "this peer leaves the stage")
 
     def end_round(self) -> None:
-        """Finish the round under way and have it written, some seconds at most: the stage is served on as it is."""
+        """Finish the round under way and flush its checkpoint, within some seconds. The stage is served on as it is."""
         self.stop_soon()
         with contextlib.suppress(TimeoutError):
             self.training.exception(_LAST_ROUND_S)  # what ended it is raised by `end`
         self.keeper.checkpointer.flush(_LAST_FLUSH_S)
 
     def end(self) -> None:
-        """Finish the piece of work, say goodbye to the others of the stage, and keep the last round. Raises what ended
-        the training, if something did, after that."""
+        """Finish the piece of work, say goodbye to the stage's other peers, and keep the last round.
+
+        Afterwards raises the error that ended the training, if there was one.
+        """
         self.stop_soon()
         try:
             self.training.result(_END_S)
@@ -247,17 +257,17 @@ class StageReplica:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has had its tokens here. Raises what ended the training if something did."""
+        """True if the run has had its tokens here. Raises the error that ended the training, if there was one."""
         return self.training.done() and self.training.result() == "total_tokens"
 
     def passed_since_last(self) -> int:
-        """Tokens of microbatches that were computed all the way here since this was asked last."""
+        """Return the tokens of microbatches computed completely here since the last call."""
         passed = self.trainer.loop.meter.passed_tokens - self._told_tokens
         self._told_tokens += passed
         return passed
 
     def tell_done(self) -> None:
-        """The run's tokens have passed through this stage, whatever entered its steps."""
+        """Announce that the run's tokens have passed through this stage, whatever entered its steps."""
         progress, total = self.session.progress, self.site.context.published.run.run.total_tokens
 
         async def tell() -> None:

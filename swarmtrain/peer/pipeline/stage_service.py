@@ -1,6 +1,7 @@
-"""A stage over the network: what drivers ask of this peer's stage, and how this peer as a driver asks others'.
+"""Stages over the network: answer what drivers ask of this peer's stages, and ask other peers' stages as a driver.
 
-Tensors become bytes here, and bytes from others are checked here. A question of this peer to itself takes no detour.
+Tensors are turned into bytes here, and bytes from others are checked here, before they are decoded. A peer's questions
+to itself skip the network. Everything runs in the network thread but coding, which a pool does.
 
 Shapes: B batch (a microbatch's sequences), T time (tokens), D width.
 """
@@ -42,10 +43,10 @@ _MAX_REASON = 200
 
 @dataclass(frozen=True, kw_only=True)
 class StageShapes:
-    """What travels between stages in this run."""
+    """Shapes and formats of what travels between a run's stages."""
 
     most_sequences: int
-    """Of a microbatch."""
+    """Sequences of a microbatch at most."""
     context_tokens: int
     width: int
     vocabulary_size: int
@@ -53,21 +54,21 @@ class StageShapes:
 
     @property
     def codec(self) -> ActivationCodec:
-        """Of activations and their gradients."""
+        """Codec of activations and of their gradients."""
         return ActivationCodec(self.activations)
 
     def describe(self, tensor: Tensor) -> pb.StageTensor:
-        """What is said of activations, (B, T, D), or their gradient."""
+        """Return the description of activations (B, T, D), or of their gradient."""
         size_bytes = self.codec.size_bytes(tensor.shape)
         return pb.StageTensor(format=self.activations, shape=list(tensor.shape), size_bytes=size_bytes)
 
     def describe_tokens(self, tokens: Tensor) -> pb.StageTensor:
-        """What is said of tokens, (B, T)."""
+        """Return the description of tokens (B, T)."""
         size_bytes = self.codec.tokens_size_bytes(tokens.shape)
         return pb.StageTensor(format=_TOKENS, shape=list(tokens.shape), size_bytes=size_bytes)
 
     def check_untrusted(self, tensor: pb.StageTensor) -> None:
-        """BadBytesError if these are not activations of this run."""
+        """Raise BadBytesError if these are not activations of this run."""
         shape = tuple(tensor.shape)
         if tensor.format != self.activations:
             raise BadBytesError(f"activations in another format than this run's {self.activations}")
@@ -78,7 +79,7 @@ class StageShapes:
             raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes")
 
     def check_tokens_untrusted(self, tensor: pb.StageTensor, shape: tuple[int, ...]) -> None:
-        """BadBytesError if these are not tokens of this shape."""
+        """Raise BadBytesError if these are not tokens of this shape."""
         if tensor.format != _TOKENS or tuple(tensor.shape) != shape:
             raise BadBytesError(f"targets that are not {shape} tokens")
         if tensor.size_bytes != self.codec.tokens_size_bytes(shape):
@@ -95,15 +96,15 @@ class StageShapes:
 
 @dataclass
 class StageServer:
-    """Answers for the stages that this peer holds."""
+    """Answers questions to the stages that this peer holds."""
 
     shapes: StageShapes
     num_stages: int
     desks: Mapping[int, StageRequestQueue]
-    """By stage."""
+    """Request queue of each held stage, by stage."""
     on_refused: Callable[[str, PeerError], None]
     stays_s: Callable[[str, int], tuple[float, str]] = lambda mover, stage: (0.0, "nobody moves in this run")
-    """For how long this peer promises `mover` to stay in a stage, 0 if it does not; with the reason."""
+    """Return the seconds that this peer promises `mover` to stay in a stage (0 if it does not), and the reason."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """See `StageAnswers`."""
@@ -132,6 +133,7 @@ class StageServer:
             self.shapes.check_tokens_untrusted(tensors[1], shape[:2])
         if question.tokens != math.prod(shape[:2]):
             raise BadBytesError(f"a microbatch of shape {shape} that claims {question.tokens} tokens")
+        # BUSY comes before the tensors are read, so that asking again costs a round trip and no transfer (decision 38).
         desk.check(_key(caller, question.key), kind)
 
     async def answer_untrusted(
@@ -194,24 +196,24 @@ def _settlement(driver: str, said: pb.Settlement) -> Settlement:
 
 @dataclass
 class WireCalls:
-    """How a driver asks stages: see `StageCalls`."""
+    """Calls of a driver to stages, over the network or to itself: see `StageCalls`."""
 
     me: str
     client: StageClient
     shapes: StageShapes
     desks: Mapping[int, StageRequestQueue]
-    """This peer's own, by stage."""
+    """Request queues of this peer's own stages, by stage."""
 
     async def forward(self, peer: str, part: Part, x: Tensor) -> StageResult:
-        """What the next stage takes, (B, T, D)."""
+        """Return the input of the next stage (B, T, D)."""
         return await self._activations(peer, part, "forward", x)
 
     async def backward(self, peer: str, part: Part, gradient: Tensor) -> StageResult:
-        """The gradient of the input, (B, T, D); None of the first stage."""
+        """Return the gradient of the input (B, T, D); None from the first stage."""
         return await self._activations(peer, part, "backward", gradient)
 
     async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> StageResult:
-        """A `Tail`. Targets are (B, T)."""
+        """Return a `Tail`. Targets are (B, T)."""
         if peer == self.me:
             return await self._own(part, "tail", (x, targets))
         described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
@@ -222,7 +224,7 @@ class WireCalls:
         return StageResult(Tail(answer.loss, gradient), answer.life)
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
-        """What counts and what does not; what is told too late to count."""
+        """Tell a peer which microbatches count; return the acknowledged ones for which it comes too late."""
         if peer == self.me:
             return self._desk(stage).settle(self.me, settlement)
         said = pb.Settlement(
@@ -236,7 +238,7 @@ class WireCalls:
         return {_key(self.me, key) for key in answer.late}
 
     async def ask_to_stay(self, peer: str, stage: int) -> tuple[float, str]:
-        """For how long `peer` promises not to leave the stage, 0 if it does not; with its reason."""
+        """Ask `peer` to stay in the stage; return the seconds that it promises (0 if it does not), and its reason."""
         question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_STAY)
         try:
             async with asyncio.timeout(_ASK_TO_STAY_S):
@@ -256,7 +258,9 @@ class WireCalls:
         return StageResult(tensor, answer.life)
 
     async def _encoded(self, x: Tensor) -> memoryview:
-        """What came from others was checked: what is not finite is this peer's own."""
+        """Encode this peer's tensor. What others sent was checked, so numbers that are not finite are this peer's
+        own.
+        """
         try:
             return await asyncio.to_thread(self.shapes.codec.encode, x)
         except ValueError:
@@ -267,7 +271,7 @@ class WireCalls:
     async def _ask(
         self, peer: str, question: pb.StageQuestion, body: Body, shape: tuple[int, ...]
     ) -> tuple[pb.StageAnswer, Tensor]:
-        """The answer, which has activations of this shape."""
+        """Ask a peer; return its answer and the activations of that shape in it."""
 
         def check_untrusted(answer: pb.StageAnswer) -> None:
             if len(answer.tensors) != 1 or tuple(answer.tensors[0].shape) != shape:

@@ -1,4 +1,4 @@
-"""What stages take of a machine: memory, and how fast it is at them."""
+"""Resources that stages take: memory, and how fast this machine is at them."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from swarmtrain.words import size_in_words
 __all__ = ["StageRoom", "cut_and_measure", "room_for_stages", "stage_bytes", "whole_tokens_per_s"]
 
 _OF_MACHINE = 0.5
-"""Without a limit a volunteer takes so much of the machine's memory."""
+"""Share of the machine's memory that a volunteer without a limit takes."""
 
 
 @dataclass(frozen=True)
 class StageRoom:
-    """How many stages fit into a peer's memory, and what is left for the graphs of microbatches, of each of them."""
+    """Stages that fit into a peer's memory, and the memory left for each stage's graphs of microbatches."""
 
     most_stages: int
     graph_bytes: float
 
 
 def stage_bytes(run: RunFile, shape: StageShape) -> int:
-    """What a peer's memory holds of one stage, graphs of microbatches not counted."""
+    """Return the bytes that a peer's memory holds of one stage, without graphs of microbatches."""
     _, merging = merge_bytes(run, shape.num_parameters, run.merge.num_partners)
     return STAGE_BYTES_PER_PARAMETER * shape.num_parameters + merging
 
 
 def graph_bytes(run: RunFile, shape: StageShape) -> int:
-    """What is kept of one microbatch's forward until its backward; the logits of the last stage included."""
+    """Return the bytes kept from one microbatch's forward until its backward, the last stage's logits included."""
     blocks = shape.last_block - shape.first_block
     return activation_bytes(run, run.microbatch_sequences, blocks, has_head=shape.has_head)
 
 
 def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int) -> StageRoom:
-    """What fits into `limit_bytes`, 0 for no limit. UserError when not even the largest stage does."""
+    """Return what fits into `limit_bytes` (0 for no limit). Raises UserError if not even the largest stage does."""
     most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
     program = IMPORTS_BYTES + DAEMON_BYTES
     largest = max(stage_bytes(run, shape) for shape in shapes)
@@ -65,15 +65,17 @@ def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int
 
 
 def whole_tokens_per_s(run: RunFile) -> float:
-    """Tokens per second that this machine would take through the whole model, measured on parts of it."""
+    """Return this machine's tokens per second through the whole model, measured on parts of it."""
     costs = measured_costs(run.model, run.microbatch_sequences)
     tokens = run.microbatch_sequences * run.model.context_tokens
     return tokens / (costs.embedding + run.model.num_layers * costs.block + costs.head)
 
 
 def cut_and_measure(run: RunFile) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Where the model is cut, as the run file says or so that the stages cost most nearly the same, and the part of its
-    computing that each stage is, measured on this machine."""
+    """Return (boundaries between stages, each stage's share of the model's computing), measured on this machine.
+
+    Boundaries are the run file's, or else those that make the stages cost most nearly the same.
+    """
     model, pipeline = run.model, run.pipeline
     costs = measured_costs(model, run.microbatch_sequences)
     boundaries = pipeline.boundaries or balanced_boundaries(model.num_layers, pipeline.stages, costs)

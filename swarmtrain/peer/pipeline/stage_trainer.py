@@ -1,4 +1,4 @@
-"""The trainer of one stage: a loop whose inner steps are made of drivers' microbatches."""
+"""Trainer of one stage: a loop whose inner steps are made of drivers' microbatches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["StageParameters", "StageTrainer"]
 
 
 class StageParameters(HostParameters):
-    """A stage's: what is under way keeps the weights that it began with."""
+    """Parameters of a stage. Microbatches under way keep the weights that they began with."""
 
     def __init__(self, work: StageWork) -> None:
         super().__init__(work.stage.named_parameters())
@@ -37,7 +37,7 @@ class StageParameters(HostParameters):
 
 
 class StageTrainer(InnerLoop):
-    """An inner step takes as long as it takes until a batch of microbatches is acknowledged."""
+    """Loop of a stage. An inner step lasts until a batch of microbatches is acknowledged."""
 
     def __init__(
         self,
@@ -48,20 +48,27 @@ class StageTrainer(InnerLoop):
         slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext(),
         over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`batches` are a driver's; `slowed` is entered around each piece of work. `over` says that the first stage has
-        had the run's tokens, so that no more come here: one that waits for what is missing of its last batch would
-        wait for ever."""
+        """`batches` are the driver's data; `slowed` is entered around each piece of work.
+
+        `over` returns whether the first stage has had the run's tokens, so that no more microbatches come. Without it a
+        stage would wait for ever for the rest of its last batch.
+        """
         super().__init__(StageParameters(work), batches, inner_constants(run))
         self.desk, self._over = desk, over
         self.loop = StageLoop(desk, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
 
     def ends_after(self, total_tokens: float) -> Callable[[Progress], bool]:
-        """`Session.ends`: with so many tokens by the stage's own count, or when drivers have no more. A stage after the
-        first would end by its count while the first one still needs it."""
+        """Return the `Session.ends` of a stage: after `total_tokens` by its own count, or when drivers have no more.
+
+        A stage after the first gets an infinite total: by its own count it could end while the first one still needs
+        it.
+        """
         return lambda progress: progress.run_tokens >= total_tokens or (self._over() and self.desk.has_settled)
 
     def train(self, session: Session) -> str:
-        """See `InnerLoop`. Outside of it nobody waits for an answer in vain."""
+        """See `InnerLoop`. The request queue is open only while training, so that nobody waits for an answer in
+        vain.
+        """
         self.desk.open()
         try:
             reason = super().train(session)

@@ -1,17 +1,16 @@
 """Which stage of a pipeline a peer holds: where a joiner goes, and who moves when the stages have become unequal.
 
-A pipeline is as fast as its slowest stage. Every peer says in its record what it holds and how fast it is there; who
-reads the same records computes the same change, and only the peer that it names makes it. Records are seconds old, and
-no two peers see quite the same: a change that is computed from them may be wrong, it must never empty a stage. That is
-what promises are for: a peer leaves a stage only while another one that holds it has promised to stay
-(`promises.py`).
+A pipeline is as fast as its slowest stage. Every peer advertises what it holds and how fast it is there. All who read
+the same records compute the same change, and only the peer that it names makes it. Records are seconds old, and no two
+peers see quite the same, so a computed change may be wrong; but it must never empty a stage. That is ensured by leases:
+a peer leaves a stage only while another holder has promised to stay (`stage_leases.py`).
 
-A peer's rate depends on what it holds. Stages differ in cost, a part of the whole model's compute; a peer that does
-`tokens_per_s` through stages that cost c together computes `tokens_per_s * c` of the whole model, and from that follows
-what it would do elsewhere. One that holds several stages does each token's work in all of them, so that it adds the
-same rate to each.
+A peer's rate depends on what it holds. Stages differ in cost, a share of the whole model's computation. A peer that
+does `tokens_per_s` through stages of total cost c computes `tokens_per_s * c` of the whole model, from which follows
+what it would do elsewhere. A peer with several stages does each token's work in all of them, so that it adds the same
+rate to each.
 
-Pure: `now` is an argument, every answer carries its reason.
+Everything here is pure: `now` is an argument, and every answer carries its reason.
 """
 
 from __future__ import annotations
@@ -42,57 +41,57 @@ __all__ = [
 ]
 
 _SETTLE_S = 60.0
-"""For so long after a move: how fast a peer is where it came to, and how fast the others are since, has to be measured
+"""Seconds for which a peer stays after a move: its speed in the new place, and the others' since then, must be measured
 first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePeer:
-    """What a live peer says of itself."""
+    """What a live peer advertises of its stages."""
 
     peer: str
     stages: tuple[int, ...]
-    """What it serves, ascending; nothing while it fetches its first stage."""
+    """Stages that it serves, ascending; none while it fetches its first one."""
     tokens_per_s: float
-    """Through all of `stages` when it is fully fed, as measured; while it has none, through those that it fetches, and
-    while it does not know these either, through the whole model."""
+    """Measured throughput through all of `stages` when fully fed; before it has any, through those that it fetches, and
+    before it knows these, through the whole model."""
     moving_to: tuple[int, ...] = ()
-    """What it will serve soon; empty: it stays as it is."""
+    """Stages that it will serve soon; empty if it does not move."""
     bound: tuple[int, ...] = ()
-    """Those that it has promised not to leave for the moment."""
+    """Stages that it has promised not to leave."""
     most_stages: int = 1
-    """So many fit into its memory."""
+    """Stages that fit into its memory."""
     kept: tuple[tuple[int, int], ...] = ()
-    """(stage, round): what its folder has checkpoints of, while it holds nothing."""
+    """(stage, round) of the checkpoints in its folder, while it holds nothing."""
     move_s: float = 60.0
-    """To fetch a stage takes it so long."""
+    """Seconds that it takes to fetch a stage."""
     queue: float = 0.0
-    """Tasks that wait; only `change_by_queues` looks at it."""
+    """Tasks that wait; used only by `change_by_queues`."""
     flow_tokens_per_s: float = 0.0
-    """What passes through it now."""
+    """Tokens per second that pass through it now."""
     seen_s: float = 0.0
-    """When it said so."""
+    """Time of its record."""
 
     @property
     def planned(self) -> tuple[int, ...]:
-        """What it serves, or will soon."""
+        """Stages that it will serve soon, or serves if it does not move."""
         return self.moving_to or self.stages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """When a change is worth it. `costs`: of each stage its part of the whole model's compute."""
+    """When a change is worthwhile. `costs`: each stage's share of the whole model's computation."""
 
     costs: tuple[float, ...]
     improvement: float = 0.05
-    """The slowest of the stages that a change touches becomes faster by this part at least; or by half of what the peer
-    does there, where it is one of many and the stages are so unequal that moves like this one add up to as much."""
+    """Gain of the slowest stage that a change touches, at least, as a share. Half of the peer's own rate is enough if
+    it is one of many, and the stages are so unequal that several such moves add up to this share."""
     horizon_s: float = 1800.0
-    """What it gains in this time exceeds what the move costs."""
+    """Seconds within which the gain must exceed the cost of the move."""
     live_s: float = 60.0
-    """A peer that was not seen for so long is not counted."""
+    """Seconds after which a peer that was not seen does not count."""
     most_changes: int = 1
-    """So many peers may be named at once."""
+    """Peers that may be named at once."""
 
     def __post_init__(self) -> None:
         if not self.costs or min(self.costs) <= 0:
@@ -100,17 +99,17 @@ class Rule:
 
     @property
     def num_stages(self) -> int:
-        """Of the pipeline."""
+        """Stages of the pipeline."""
         return len(self.costs)
 
     def cost(self, stages: Sequence[int]) -> float:
-        """Of several stages together."""
+        """Return the cost of several stages together."""
         return self.costs[stages[0]] if len(stages) == 1 else sum(self.costs[stage] for stage in stages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageChange:
-    """`peer` holds `before`, and should hold `after`."""
+    """Change of one peer: it holds `before`, and should hold `after`."""
 
     peer: str
     before: tuple[int, ...]
@@ -119,12 +118,12 @@ class StageChange:
 
     @property
     def leaves(self) -> tuple[int, ...]:
-        """The stages that it gives up: of each somebody else has to promise to stay."""
+        """Stages that it gives up; in each another peer must promise to stay."""
         return tuple(stage for stage in self.before if stage not in self.after)
 
     @property
     def enters(self) -> tuple[int, ...]:
-        """The stages that it has to fetch."""
+        """Stages that it must fetch."""
         return tuple(stage for stage in self.after if stage not in self.before)
 
 
@@ -132,25 +131,25 @@ class StageChange:
 
 
 def compute_speed(peer: StagePeer, rule: Rule) -> float:
-    """Tokens per second that it would take through the whole model; 0 if it claims what is no rate."""
+    """Return the tokens per second that a peer would do through the whole model; 0 if what it advertises is no rate."""
     rate = peer.tokens_per_s if 0 < peer.tokens_per_s < math.inf else 0.0
     return rate * rule.cost(held) if (held := peer.stages or peer.moving_to) else rate
 
 
 def stage_rates(peers: Iterable[StagePeer], rule: Rule) -> list[float]:
-    """Tokens per second of each stage, those who are about to move counted where they go."""
+    """Return the tokens per second of each stage. Peers about to move count where they go."""
     return _Table(peers, rule).rates
 
 
 def live(peers: Iterable[StagePeer], now: float, rule: Rule) -> list[StagePeer]:
-    """Those that were seen lately, in the order of their PeerIDs; who names a stage that there is not is left out."""
+    """Return the peers seen recently, by PeerID, without those that name a stage that does not exist."""
     known = frozenset(range(rule.num_stages))
     seen = [one for one in peers if now - one.seen_s <= rule.live_s and known.issuperset(one.stages + one.moving_to)]
     return sorted(seen, key=lambda one: one.peer)
 
 
 class _Table:
-    """Who is counted at which stages, and the rates that follow; changes can be tried and made."""
+    """Peers by stage, and the stages' rates; changes can be tried and applied."""
 
     def __init__(self, peers: Iterable[StagePeer], rule: Rule) -> None:
         self.rule = rule
@@ -158,7 +157,7 @@ class _Table:
         self.speeds = {one.peer: compute_speed(one, rule) for one in self.peers.values()}
         self.holding = {one.peer: one.planned for one in self.peers.values()}
         self.holders: list[set[str]] = [set() for _ in rule.costs]
-        """Of each stage those who serve it now and stay."""
+        """For each stage, the peers that serve it now and stay."""
         self.rates = [0.0] * rule.num_stages
         for one in self.peers.values():
             rate = self.rate(one.peer, one.planned)
@@ -168,11 +167,11 @@ class _Table:
                     self.holders[stage].add(one.peer)
 
     def rate(self, peer: str, stages: Sequence[int]) -> float:
-        """What it does through `stages`."""
+        """Return the peer's rate through `stages`."""
         return self.speeds[peer] / self.rule.cost(stages) if stages else 0.0
 
     def effect(self, peer: str, after: Sequence[int]) -> dict[int, float]:
-        """The rates that change if it holds `after`, as they would be."""
+        """Return the changed rates if the peer held `after`."""
         before = self.holding[peer]
         was, will = self.rate(peer, before), self.rate(peer, after)
         return {
@@ -181,15 +180,15 @@ class _Table:
         }
 
     def with_effect(self, effect: Mapping[int, float]) -> list[float]:
-        """The rates that would be, the slowest first."""
+        """Return all rates after that effect, slowest first."""
         return sorted(effect.get(stage, rate) for stage, rate in enumerate(self.rates))
 
     def keeps(self, stage: int, peer: str) -> int:
-        """How many serve the stage and stay, besides `peer`."""
+        """Return how many peers besides `peer` serve the stage and stay."""
         return len(self.holders[stage]) - (peer in self.holders[stage])
 
     def make(self, change: StageChange) -> None:
-        """Count the peer where it goes."""
+        """Apply a change."""
         for stage, rate in self.effect(change.peer, change.after).items():
             self.rates[stage] = rate
         for stage in change.leaves:
@@ -198,8 +197,10 @@ class _Table:
 
 
 def anchor(mover: str, peers: Iterable[StagePeer], stage: int, now: float, rule: Rule) -> str | None:
-    """Whom `mover` asks to stay in a stage that it leaves: of the others that serve it the one with the lowest PeerID,
-    those that serve nothing else before those that do. None if there is nobody."""
+    """Return the peer that `mover` asks to stay in a stage that it leaves; None if there is nobody.
+
+    Of the other holders those with fewer stages come first, then the lowest PeerID.
+    """
     staying = [one for one in live(peers, now, rule) if one.peer != mover and stage in one.stages]
     staying = [one for one in staying if stage in one.planned]
     return min(staying, key=lambda one: (len(one.planned), one.peer)).peer if staying else None
@@ -209,7 +210,7 @@ def anchor(mover: str, peers: Iterable[StagePeer], stage: int, now: float, rule:
 
 
 def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
-    """What this peer should do, given the records that it sees; with the reason."""
+    """Return what this peer should do by the records that it sees; with the reason."""
     found, reason = changes(peers, now, rule)
     mine = next((change for change in found if change.peer == me), None)
     if mine is not None:
@@ -218,8 +219,10 @@ def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tu
 
 
 def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: float) -> tuple[bool, str]:
-    """Whether a peer that has moved `since_s` ago may make this change now, given the records that it sees; with the
-    reason. At once only to a stage that nobody holds, or to give one up."""
+    """Return whether a peer that moved `since_s` seconds ago may make this change now; with the reason.
+
+    Within `_SETTLE_S` it may only give up a stage, or take one that nobody holds.
+    """
     held = {stage for one in peers for stage in one.planned}
     can_wait = bool(change.enters) and held.issuperset(change.enters)
     if since_s < _SETTLE_S and can_wait:
@@ -228,13 +231,14 @@ def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: flo
 
 
 def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[StageChange], str]:
-    """The changes that help most, each on top of those before it, no peer twice; with the reason if there are none.
+    """Return the changes that help most, each on top of those before it, no peer twice; with the reason if there are
+    none.
 
-    Only the slowest stage is helped, since the pipeline is as fast as that. A change is worth it when the slowest of
-    the stages that it touches becomes faster by `Rule.improvement`: then the rates, the slowest first, grow
-    lexicographically. What is compared is the stages that it touches, not the rates place by place: of two stages that
-    are nearly equally slow each is worth helping, though the pipeline is faster only when both were. Of those changes
-    the one is taken after which the slowest stage is fastest, then the second slowest, and so on.
+    Only the slowest stage is helped, since it limits the pipeline. A change is worthwhile if the slowest of the stages
+    that it touches becomes faster by `Rule.improvement`; then the rates, slowest first, grow lexicographically. The
+    comparison is of the stages touched, not of the sorted rates place by place: of two stages that are nearly equally
+    slow each is worth helping, although the pipeline becomes faster only when both were. Among worthwhile changes the
+    best is the one after which the slowest stage is fastest, then the second slowest, and so on.
     """
     table = _Table(live(peers, now, rule), rule)
     found: list[StageChange] = []
@@ -254,14 +258,14 @@ def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, st
     slowest = min(range(table.rule.num_stages), key=lambda stage: (table.rates[stage], stage))
     free = [peer for peer, one in table.peers.items() if one.stages and not one.moving_to and peer not in moved]
     is_empty = table.rates[slowest] == 0
-    if not is_empty:  # the others need not be looked at one by one
+    if not is_empty:  # skip peers of stages that are nearly as slow
         uneven = {stage for stage in range(table.rule.num_stages) if _is_uneven(table, {stage, slowest})}
         free = [peer for peer in free if len(table.holding[peer]) > 1 or table.holding[peer][0] in uneven]
     options = [(peer, after) for peer in free for after in _options(table, peer, slowest)]
     if is_empty:
         options = [(peer, after) for peer, after in options if slowest in after]
         moves = [(peer, after) for peer, after in options if len(after) == len(table.holding[peer])]
-        options = moves or options  # rather a move than that somebody serves two
+        options = moves or options  # a move is better than a peer with two stages
     else:
         options = [(peer, after) for peer, after in options if _is_worth_it(table, peer, after)]
     if not options:
@@ -275,7 +279,8 @@ def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, st
 
 
 def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
-    """What `peer` could hold instead: another stage, one more or one less. Each that it leaves keeps somebody."""
+    """Return what `peer` could hold instead: another stage, one more, or one less. Each stage that it leaves keeps a
+    peer."""
     one, before = table.peers[peer], table.holding[peer]
     if before == (slowest,):
         return []
@@ -290,8 +295,10 @@ def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
 
 
 def _is_worth_it(table: _Table, peer: str, after: tuple[int, ...]) -> bool:
-    """Whether it improves enough, and the gain exceeds the cost of moving. To give up a stage costs nothing: one that
-    serves several does so unless that helps the slowest of them."""
+    """Return whether a change improves enough, and gains more than the move costs.
+
+    Giving up a stage costs nothing: a peer with several does so if the slowest of them becomes faster.
+    """
     rule, one, before = table.rule, table.peers[peer], table.holding[peer]
     effect = table.effect(peer, after)
     was, will = min(table.rates[stage] for stage in effect), min(effect.values())
@@ -305,7 +312,7 @@ def _is_worth_it(table: _Table, peer: str, after: tuple[int, ...]) -> bool:
 
 
 def _is_uneven(table: _Table, stages: Collection[int]) -> bool:
-    """Whether these stages, evened out, would make the slowest of them faster by the rule's improvement."""
+    """Return whether evening out these stages would make the slowest one faster by `Rule.improvement`."""
     rates, rule = table.rates, table.rule
     evened = sum(rates[stage] * rule.costs[stage] for stage in stages) / rule.cost(tuple(stages))
     return evened >= (1 + rule.improvement) * min(rates[stage] for stage in stages)
@@ -340,25 +347,25 @@ def _reason(table: _Table, slowest: int, peer: str, after: tuple[int, ...]) -> s
 
 @dataclass(frozen=True, kw_only=True)
 class Joiner:
-    """Who comes: its speed is the tokens per second that it would take through the whole model."""
+    """Peer that joins. `tokens_per_s` is what it would do through the whole model."""
 
     peer: str
     tokens_per_s: float
     most_stages: int = 1
     kept: tuple[int, ...] = ()
-    """Stages that nothing passes through yet and that it has the newest checkpoint of."""
+    """Stages that nothing passes through yet, of which it has the newest checkpoint."""
 
 
 def stages_for_joiner(
     joiner: Joiner, peers: Iterable[StagePeer], now: float, rule: Rule
 ) -> tuple[tuple[int, ...], str]:
-    """What a joiner serves, with the reason: where it is needed most.
+    """Return the stages that a joiner serves, where it is needed most; with the reason.
 
-    That is the slowest stage; of several that are equal, as when everybody comes at once and sees nobody, each joiner
-    takes one by the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, those
-    that others have besides another included: these give them up when they see it serve them.
+    That is the slowest stage. Of several equal ones, as when all come at once and see nobody, each joiner takes one by
+    the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, also those that other
+    peers with several stages hold; these give them up when they see it serve them.
 
-    What it kept comes first: it is not lost then.
+    Stages of which it has the newest checkpoint come first, so that their training is not lost.
     """
     table = _Table(live((one for one in peers if one.peer != joiner.peer), now, rule), rule)
     order = sorted(range(rule.num_stages), key=lambda stage: _hash(joiner.peer, stage))
@@ -379,11 +386,13 @@ def stages_for_joiner(
 
 
 def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
-    """What a peer that holds nothing yet takes, where others that come at the same moment hold nothing either; with the
-    reason. They choose one after the other in the order of their PeerIDs, those first who have the newest checkpoint of
-    a stage that nothing passes through yet, each knowing what those before it have chosen from the same records: nobody
-    needs to be asked, and whoever holds such a stage a moment earlier takes no claim away. None takes more than one
-    stage while there are as many peers as stages."""
+    """Return the stages that a peer without any takes when others come at the same moment; with the reason.
+
+    They choose one after the other: first the peers with the newest checkpoint of a stage that nothing passes through
+    yet, then by PeerID. Each computes from the same records what those before it have chosen, so that nobody needs to
+    be asked; and a peer that takes an idle stage a moment earlier does not remove another's claim to it. None takes
+    more than one stage while there are as many peers as stages.
+    """
     known = {one.peer: one for one in live(peers, now, rule)}
     undecided = [one for one in known.values() if not one.planned]
     alive = {stage for one in known.values() if one.flow_tokens_per_s > 0 for stage in one.stages}
@@ -404,7 +413,7 @@ def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) ->
 
 
 def _kept_claims(peers: Sequence[StagePeer], idle: Collection[int]) -> dict[str, list[int]]:
-    """Of each idle stage who has the newest checkpoint: PeerID and stages, the one trained furthest first."""
+    """Return the idle stages of which each peer has the newest checkpoint, the one trained furthest first."""
     newest: dict[int, tuple[int, str]] = {}
     for one in sorted(peers, key=lambda one: one.peer):
         for stage, round in one.kept:
@@ -417,7 +426,7 @@ def _kept_claims(peers: Sequence[StagePeer], idle: Collection[int]) -> dict[str,
 
 
 def _with_joiner(table: _Table, joiner: Joiner, stages: Sequence[int]) -> list[float]:
-    """The rates with it at `stages`, which those who have others besides give up; the slowest first."""
+    """Return the rates, slowest first, with the joiner at `stages`, which peers with several stages then give up."""
     rates = [0.0] * table.rule.num_stages
     for peer, holding in table.holding.items():
         kept = [stage for stage in holding if stage not in stages] if len(holding) > 1 else holding
@@ -436,12 +445,11 @@ def _hash(peer: str, stage: int) -> bytes:
 
 
 def change_by_queues(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
-    """SWARM's own rule (arXiv 2301.11913, algorithm 2), for comparison: every T seconds a peer of the stage with the
-    shortest queues together, if its own queue is the shortest there, moves to the stage with the longest.
+    """Return the change by SWARM's own rule (arXiv 2301.11913, algorithm 2), for comparison; with the reason.
 
-    It is kinder than as published, which would empty stages and stop for ever: of the stages with one peer nobody
-    leaves, so that the shortest queues are sought among the others, and a stage that nobody serves counts as the one
-    with the longest.
+    Every T seconds the peer with the shortest queue in the stage with the shortest queues in total moves to the stage
+    with the longest. As published, the rule would empty stages and stop for ever. Here nobody leaves a stage with one
+    peer, so the shortest queues are sought among the others, and a stage that nobody serves counts as the longest.
     """
     table = _Table(live(peers, now, rule), rule)
     queues = [0.0] * rule.num_stages

@@ -1,13 +1,16 @@
-"""Driving microbatches through the stages: who computes each part, and what happens when one of them does not.
+"""A driver sends microbatches through the stages: who computes each part, and what happens when a peer fails.
 
-A driver keeps the input of every stage until the microbatch has come all the way back, so that any peer of a stage can
-take over from there. A forward that fails is asked of another peer. A backward is asked again of the peer that has the
-forward, which answers it as it did; if that peer is gone, the microbatch begins again at that stage, and with it all
-later ones, whose gradients are dropped. When it is back, everyone who has a part in it is told, until they know.
+The driver keeps the input of every stage until the microbatch has come all the way back, so that any peer of a stage
+can take over from there. A failed forward is asked of another peer. A backward is asked again of the peer that has the
+forward, which repeats its answer. If that peer is gone, the microbatch starts again at that stage, and the gradients
+that later stages computed for it are dropped. When a microbatch is back, every peer that has a part in it is told,
+again and again until it confirms (decision 26).
 
-As many are under way as `most_in_flight` says; none begins while a stage is empty, or this peer's own does not compute.
+As many microbatches are under way as `most_in_flight` says. None starts while some stage is empty, or while this peer's
+own stage does not compute.
 
-Pure: events go in, commands come out. Whoever drives it keeps what travels: the inputs by stage, and the last gradient.
+Everything here is pure: events go in, commands come out. The caller keeps the tensors: the input of each stage, and the
+last gradient.
 """
 
 from __future__ import annotations
@@ -46,17 +49,25 @@ from swarmtrain.protocol.pipeline.router import WORK_SHARES, Router, most_in_fli
 __all__ = ["DriverEngine", "DriverPace"]
 
 _BACKWARD_ATTEMPTS = 3
+"""Attempts at a backward before the microbatch starts again at that stage."""
 _ALL_FAILED_S = 2.0
+"""Pause before a microbatch starts again one stage earlier, after all peers of a stage have failed with its input."""
 _LOOK_S = 0.5
-"""So often a driver looks whether a stage has somebody again."""
+"""Seconds between two checks whether a stage has a peer that can be asked."""
 _AGAIN_S, _MOST_AGAIN_S = 0.5, 5.0
+"""Pause before a call is repeated; for settlements it doubles each time, up to `_MOST_AGAIN_S`."""
 _SETTLE_LIMIT_S = 5.0
+"""Time limit of a call that delivers a settlement."""
 _MOST_SETTLED = 1024
+"""Limit of acknowledged, and of dropped microbatches in one settlement."""
 _GIVE_UP_S = 60.0
-"""A peer that does not answer for so long is not told any more what was acknowledged: it is dead, or takes it out."""
+"""A settlement that cannot be delivered for this long is given up: the peer is dead, or subtracts what is not
+acknowledged."""
 _ANY_LIFE = 0
+"""Incarnation in a settlement that acknowledges nothing, so that it applies to any."""
 _HERE_S = 30.0
-"""So often whoever has an open part of a microbatch hears of this driver: it forgets those of one that is silent."""
+"""Seconds after which a peer with an open part hears from this driver, even without news: stages forget the
+microbatches of a silent driver."""
 
 
 # ---------------------------------------------------------------- state
@@ -64,7 +75,8 @@ _HERE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DriverPace:
-    """What says how many microbatches are under way: the run file's number, 0 if that is left to the driver."""
+    """Inputs for the number of microbatches under way; `in_flight` is the run file's number, 0 to let the driver
+    compute it."""
 
     in_flight: int
     microbatch_tokens: int
@@ -73,38 +85,39 @@ class DriverPace:
 
 @dataclass(slots=True, eq=False)
 class _Due:
-    """Something that is to happen by itself at `due_s`."""
+    """Base of everything that has a timer."""
 
     due_s: float | None = field(default=None, init=False)
 
 
 @dataclass(slots=True, eq=False)
 class _Way(_Due):
-    """A microbatch on its way: it waits for a call, or until `due_s`."""
+    """Microbatch on its way. It waits for a call, or until `due_s`."""
 
     sequence: int
     tokens: int
     began_s: float
     places: list[tuple[str, Key] | None]
-    """By stage, who computed it."""
+    """By stage, the peer that computed it, and its key there."""
     attempts: list[int]
+    """By stage, the number of the next attempt."""
     lives: list[int]
-    """Of those who computed the gradients."""
+    """By stage, the incarnation of the peer that computed the gradient."""
     stage: int = 0
     goes_back: bool = False
     attempts_left: int = 0
-    """At this stage's backward."""
+    """Remaining attempts at this stage's backward."""
     loss: float = 0.0
     asked: set[str] = field(default_factory=set)
-    """Those that have failed with this stage's input."""
+    """Peers that have failed with this stage's input."""
     all_failed: bool = False
-    """All of the stage have: at `due_s` it begins again one earlier."""
+    """True if all peers of the stage have failed: at `due_s` the microbatch starts again one stage earlier."""
     call: int | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Wait(_Due):
-    """For an answer; of a later stage until `due_s`."""
+    """Call that waits for an answer; for a later stage until `due_s`."""
 
     way: _Way
     stage: int
@@ -122,90 +135,95 @@ class _Whom(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Settling(_Due):
-    """What one life of a peer is to be told of one stage; it is being told while it has a `call`, and again at
-    `due_s`."""
+    """What one incarnation of a peer must be told about one stage.
+
+    It is being told while it has a `call`, and is told again at `due_s`.
+    """
 
     whom: _Whom
     acknowledged: dict[Key, float] = field(default_factory=dict)
-    """With the loss."""
+    """Acknowledged microbatches, with their loss."""
     dropped: dict[Key, None] = field(default_factory=dict)
     call: int | None = None
     said: Settlement | None = None
+    """Settlement that the present call delivers."""
     give_up_s: float = 0.0
     again_s: float = _AGAIN_S
 
 
 class _Rest(_Due):
-    """The place of a microbatch that this peer's own stage gave up: another one begins when it ends."""
+    """Place of a microbatch that this peer's own stage gave up; another starts when its timer fires."""
 
 
 class _Word(_Due):
-    """This driver is here, for those who have parts of what is under way."""
+    """Timer of the regular sign of life to the peers that have open parts."""
 
 
 class DriverEngine:
-    """The microbatches of one driver."""
+    """Microbatches of one driver."""
 
     def __init__(self, me: str, routers: Sequence[Router], next_sequence: int, pace: DriverPace | None = None) -> None:
         self.me, self.routers, self.pace = me, routers, pace
-        """Routers of each stage but the first, which is this peer's own."""
+        """Routers of all stages but the first, which is this peer's own."""
         self.next_sequence = next_sequence
-        """Above all that this peer has given in its lives before: others remember those."""
+        """Number of the next microbatch. It must exceed all that earlier processes of this peer have used, since others
+        remember those."""
         self.most = 0
-        """So many may be under way."""
+        """Microbatches that may be under way."""
         self.quickest_s: float | None = None
-        """What a microbatch took at least, forth and back."""
+        """Shortest time of a microbatch so far, forward and back; None before the first."""
         self._ways: dict[int, _Way] = {}
         self._waits: dict[int, _Wait] = {}
         self._settling: dict[_Whom, _Settling] = {}
         self._telling: dict[int, _Settling] = {}
         self._touched: dict[_Whom, None] = {}
-        """Who has something new to be told."""
+        """Peers for which there is something new to tell."""
         self._rests: set[_Rest] = set()
         self._word = _Word()
         self._said_s: dict[tuple[str, int], float] = {}
-        """When a peer of a stage last heard of this driver."""
+        """Time when each peer of a stage last heard from this driver."""
         self._drawing = 0
-        """Microbatches that were asked for and not drawn yet."""
+        """Microbatches that were ordered and not drawn yet."""
         self._is_shut = False
         self._calls = itertools.count()
         self._due: list[tuple[float, int, _Due]] = []
-        """By time; valid where that is the thing's."""
+        """Heap of timers; an entry is valid while its time is the object's `due_s`."""
         self._out: list[DrivingCommand] = []
 
     @property
     def num_stages(self) -> int:
-        """The first one included."""
+        """Number of stages, the first included."""
         return len(self.routers) + 1
 
     @property
     def num_under_way(self) -> int:
-        """Microbatches, those that are being drawn, and the places of those that its own stage has just given up."""
+        """Microbatches under way or being drawn, and the places of those that this peer's own stage has just
+        given up."""
         return len(self._ways) + len(self._rests) + self._drawing
 
     @property
     def oldest_open(self) -> int:
-        """Nothing is needed any more of microbatches before this one."""
+        """Number of the oldest microbatch of which anything is still needed."""
         return next(iter(self._ways), self.next_sequence)
 
     @property
     def is_settled(self) -> bool:
-        """Whether everyone knows what counts, or is given up."""
+        """True if every peer has confirmed what counts, or was given up."""
         return not self._settling
 
     def open_sequences(self) -> list[int]:
-        """Of those under way."""
+        """Return the numbers of the microbatches under way."""
         return list(self._ways)
 
     def wake_at(self) -> float | None:
-        """When `TimeCame` is wanted; None: not before something else happens."""
+        """Return when to send `TimeCame`; None: not before another event."""
         due = self._due
         while due and due[0][2].due_s != due[0][0]:
             heappop(due)
         return due[0][0] if due else None
 
     def receive(self, event: DrivingEvent, now: float) -> list[DrivingCommand]:
-        """What is to be done since this has happened."""
+        """Return the commands that follow from an event."""
         if isinstance(event, PartDone):
             self._done(event, now)
         elif isinstance(event, PartFailed):
@@ -231,7 +249,7 @@ class DriverEngine:
         else:
             self._is_shut, self._drawing = True, 0
         for whom in self._touched:
-            if (settling := self._settling.get(whom)) is not None:  # else given up since
+            if (settling := self._settling.get(whom)) is not None:  # otherwise it was given up since
                 self._tell(settling, now)
         self._touched.clear()
         while not self._is_shut and self.num_under_way < self.most:
@@ -262,8 +280,11 @@ class DriverEngine:
     # ------------------------------------------------------------- how many
 
     def _seen(self, event: PeersSeen) -> None:
-        """A peer that has left, or was lost, has no more than the least time for what it was asked: one that has not
-        answered yet, or was slow, would have minutes."""
+        """Update the stages' peers.
+
+        A peer that has left or was lost gets only the shortest time limit for its open calls: the limit of one that has
+        not answered yet, or was slow, would be minutes.
+        """
         for stage, router in enumerate(self.routers, start=1):
             router.set_peers(event.peers[stage])
         for wait in self._waits.values():
@@ -296,7 +317,7 @@ class DriverEngine:
         self._ask_there(way, now)
 
     def _go_on(self, way: _Way, now: float) -> None:
-        """It has waited long enough."""
+        """Continue a microbatch whose timer has fired."""
         if way.goes_back:
             self._ask_back(way, now)
         elif way.all_failed:
@@ -305,7 +326,7 @@ class DriverEngine:
             self._ask_there(way, now)
 
     def _begin_again(self, way: _Way, stage: int, now: float) -> None:
-        """From the input of this stage: what was computed from there on must not count."""
+        """Start again from the input of this stage; what was computed from there on must not count."""
         for later in range(stage, self.num_stages):
             self._drop_place(way, later)
         way.stage, way.goes_back, way.all_failed = stage, False, False
@@ -313,8 +334,11 @@ class DriverEngine:
         self._ask_there(way, now)
 
     def _ask_there(self, way: _Way, now: float) -> None:
-        """One stage's answer, of whoever gives it. When all of them have failed with this input, the input may be what
-        is wrong: the microbatch begins again a stage earlier, after a while."""
+        """Ask a peer of the present stage for the forward.
+
+        If all its peers have failed with this input, the input itself may be wrong: after a pause the microbatch starts
+        again one stage earlier.
+        """
         stage = way.stage
         kind: Kind = "tail" if stage == len(self.routers) else "forward"
         peer: str | None = self.me
@@ -349,7 +373,7 @@ class DriverEngine:
     # ------------------------------------------------------------- back
 
     def _ask_back(self, way: _Way, now: float) -> None:
-        """Of the peer that has the forward."""
+        """Ask the peer that has the forward for the backward."""
         place = way.places[way.stage]
         assert place is not None
         self._ask(way, "backward", *place, now)
@@ -357,7 +381,7 @@ class DriverEngine:
     # ------------------------------------------------------------- what became of a call
 
     def _ended(self, call: int) -> _Wait | None:
-        """None of one that nobody waits for any more."""
+        """End a call; None if nobody waits for it any more."""
         wait = self._waits.pop(call, None)
         if wait is not None:
             wait.due_s = wait.way.call = None
@@ -390,6 +414,8 @@ class DriverEngine:
         for stage, place in enumerate(way.places):
             assert place is not None
             peer, key = place
+            # The incarnation that computed the gradient is named: a peer that died, came back and was asked again by a
+            # late call once took a repeated acknowledgement for that call's (decision 26).
             self._settling_of(_Whom(peer, stage, way.lives[stage])).acknowledged[key] = way.loss
         self._out.append(Back(way.sequence, way.loss))
 
@@ -418,7 +444,10 @@ class DriverEngine:
         self._ask_otherwise(wait, event.why, event.reason, now)
 
     def _ask_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
-        """Another peer, or the same one again; what is being merged or left, which is this peer's own, gives up."""
+        """After a failed call, ask another peer, or the same one again.
+
+        If this peer's own stage is being merged or left ("gone" at stage 0), the microbatch is given up.
+        """
         way, stage = wait.way, wait.stage
         if why == "busy":
             if way.goes_back:
@@ -449,7 +478,7 @@ class DriverEngine:
             self._at(now + _AGAIN_S, way)
 
     def _ask_back_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
-        """The same peer, while it is here, before the microbatch begins again at this stage."""
+        """Ask the same peer again while it is there; otherwise start again at this stage."""
         way, stage = wait.way, wait.stage
         way.attempts_left -= 1
         self._out.append(Retried(way.sequence, stage, wait.peer, reason))
@@ -460,7 +489,7 @@ class DriverEngine:
             self._at(now + _AGAIN_S, way)
 
     def _give_up(self, way: _Way) -> None:
-        """Nothing of it counts."""
+        """End a microbatch of which nothing may count."""
         del self._ways[way.sequence]
         way.due_s = None
         if (call := way.call) is not None and (wait := self._ended(call)) is not None:
@@ -473,7 +502,7 @@ class DriverEngine:
     # ------------------------------------------------------------- what counts
 
     def _drop_place(self, way: _Way, stage: int) -> None:
-        """What was computed of this stage must not count."""
+        """Record that what was computed of this stage must not count."""
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
@@ -486,7 +515,7 @@ class DriverEngine:
         return settling
 
     def _tell(self, settling: _Settling, now: float) -> None:
-        """Tell a peer what counts and what does not, until it knows, or is given up."""
+        """Start to tell a peer what counts and what does not, until it confirms or is given up."""
         if settling.call is not None or settling.due_s is not None:
             return
         settling.give_up_s, settling.again_s = now + _GIVE_UP_S, _AGAIN_S
@@ -514,6 +543,7 @@ class DriverEngine:
     def _not_told(self, settling: _Settling, reason: str, now: float) -> None:
         if now >= settling.give_up_s:
             assert settling.said is not None
+            # The peer never confirmed, so its gradients may have been subtracted: they are reported as lost.
             late = [each.key for each in settling.said.acknowledged]
             self._settled(settling, late, f"it does not answer ({reason})", now)
             return
@@ -546,8 +576,11 @@ class DriverEngine:
             self._at(now + _HERE_S, self._word)
 
     def _settled_before(self, whom: _Whom) -> int:
-        """Nothing is needed of what is before this sequence by that peer. What is acknowledged is let go of when it is
-        known to have been told: until then it may have to be said again."""
+        """Return the oldest microbatch of which that peer must keep anything.
+
+        An acknowledged one is kept until the peer has confirmed it, because the acknowledgement may have to be
+        repeated.
+        """
         oldest = self.oldest_open
         for other, each in self._settling.items():
             if each.acknowledged and other[:2] == whom[:2]:

@@ -1,20 +1,21 @@
-"""What a peer of a stage owes its drivers: each microbatch's gradient enters one step, once, whatever happens.
+"""Rules by which each microbatch's gradient enters one step of a stage, once, whatever happens to peers and calls.
 
-A driver asks for a forward, later for its backward (of the last stage for both in one, the tail), and acknowledges
-when the microbatch has come all the way back to it. Calls are lost, repeated, and come late; drivers die, or start
-again elsewhere. So:
+A driver asks for a forward and later for its backward; of the last stage it asks for both in one, the *tail*. It
+acknowledges when the microbatch has come all the way back. Calls are lost, repeated and late; drivers die, or start a
+microbatch again elsewhere. So:
 
-- A question asked again is answered from what was computed the first time.
-- A gradient enters the batch that is being filled when it is computed. A full batch is closed, the next one is
-  filled at the same weights meanwhile, and the step is taken when everything in the closed one is acknowledged. Nobody
-  stands still for that.
-- What is not acknowledged in time, or is dropped by its driver, is taken out again: its gradient is computed once
-  more, from the same input and the same weights, and subtracted. An acknowledgement that comes after that puts it into
-  the batch that is filled then. What is acknowledged is not taken out any more, so that nothing is kept for it.
-- An attempt that a newer one of the same microbatch replaces is dropped.
-- A backward is answered by the weights of its forward, which may be one step older than the present ones.
+- A repeated question is answered with what was computed the first time.
+- A gradient enters the batch that is being filled when it is computed. A full batch is closed, and the next one is
+  filled at the same weights meanwhile. The step is taken when everything in the closed batch is acknowledged. Nobody
+  waits for that.
+- What is not acknowledged in time, or is dropped by its driver, is taken out again: its gradient is computed once more,
+  from the same input and the same weights, and subtracted. An acknowledgement that comes after that adds it to the
+  batch that is filled then. What is acknowledged is never taken out, so nothing is kept for it.
+- A newer attempt at a microbatch replaces the older one, which is dropped.
+- A backward is computed by the weights of its forward, which may be one step older than the present ones.
 
-Pure: no tensors, no clock. The peer does what `due` says, in that order, between two pieces of work.
+Everything here is pure, without tensors or a clock. The peer does what `due` returns, in that order, between two parts
+of its work. See decision 26.
 """
 
 from __future__ import annotations
@@ -41,20 +42,24 @@ __all__ = [
 ]
 
 Kind: TypeAlias = Literal["forward", "backward", "tail"]
+"""Part of a microbatch at one stage."""
 
 _NONE = (-1, False)
 _MOST_FILLED = 2
-"""So many batches are filled while a closed one waits to be acknowledged: it should not take longer than one."""
+"""Size of the filling batch, in batches, up to which microbatches are accepted while a closed batch waits for
+acknowledgements, which should take no longer than filling one."""
 _MOST_KNOWN = 4096
-"""Microbatches of which no step was taken yet: of what is acknowledged nothing is kept but that. So many that are
-finished are remembered of each driver too: it is taken to need nothing of the older half when they are more."""
+"""Limit of microbatches without a step; almost nothing is kept of those that are acknowledged. It also limits the
+finished microbatches that are remembered of each driver: above it, the driver is assumed to need nothing of the older
+half."""
 _MOST_DRIVERS = 1024
+"""Limit of drivers that are remembered."""
 _MOST_LAG = 1
-"""How many steps older than the present weights those of a forward may be when its backward comes."""
+"""Steps by which the weights of a forward may be older than the present ones when its backward comes."""
 
 
 class Key(NamedTuple):
-    """A microbatch's attempt at this stage: a driver counts its microbatches, and its attempts at each."""
+    """Attempt at a microbatch at this stage. A driver numbers its microbatches, and its attempts at each."""
 
     driver: str
     sequence: int
@@ -63,30 +68,35 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerLimits:
-    """What a peer takes on, and for how long."""
+    """How much a peer accepts, and for how long."""
 
     batch_tokens: int
-    """A batch is closed when so many have entered it."""
+    """Tokens at which a batch is closed."""
     ack_wait_s: float = 10.0
-    """A closed batch waits so long for what is not acknowledged."""
+    """Seconds that a closed batch waits for acknowledgements."""
     hold_s: float = 120.0
-    """What a driver has asked is forgotten when it says nothing at all for so long."""
+    """Seconds of complete silence after which a driver's microbatches are forgotten."""
     max_open: int = 64
-    """Microbatches begun and not acknowledged, of all drivers: those of which something is kept."""
+    """Limit of microbatches begun and not acknowledged, of all drivers; something is kept of each."""
     max_open_of_driver: int = 32
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with a question: "work" (compute it), "repeat" (as it was answered before, or will be), "busy" (ask
-    again a little later, or another), "gone" (start again from this stage's input)."""
+    """Answer to a question.
+
+    - "work": compute it;
+    - "repeat": it was or will be computed for an earlier question;
+    - "busy": ask again later, or another peer;
+    - "gone": start again from this stage's input.
+    """
 
     answer: Literal["work", "repeat", "busy", "gone"]
     reason: str = ""
 
 
 class Acknowledged(NamedTuple):
-    """A microbatch that is all the way back, and its loss, mean nats per token: so that every stage knows it."""
+    """Microbatch that has come all the way back, and its loss in mean nats per token, so that every stage knows it."""
 
     key: Key
     loss: float
@@ -94,10 +104,10 @@ class Acknowledged(NamedTuple):
 
 @dataclass(frozen=True)
 class Settlement:
-    """What a driver says of its microbatches: which count, which do not, and the first that it needs anything of.
+    """What a driver says of its microbatches: which count, which do not, and the first of which it needs anything.
 
-    `life` is that of the peer when it answered what is acknowledged: one that died since then knows nothing of it, and
-    must not count what it may have computed again for a call that was on its way for long.
+    `life` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and restarted since
+    then does not have them, and must not count what it may have computed again for a call that was under way for long.
     """
 
     life: int
@@ -108,7 +118,7 @@ class Settlement:
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed by the weights of `version`; a gradient enters `batch`."""
+    """Weights by which to compute (`version`), and the batch that the gradient enters."""
 
     version: int
     batch: int
@@ -116,7 +126,7 @@ class Work:
 
 @dataclass(frozen=True)
 class TakeStep:
-    """Take an inner step with the gradient of `batch`, the mean over `tokens`, as is its loss."""
+    """Take an inner step with the gradient of `batch`. Gradient and loss are means over `tokens`."""
 
     batch: int
     tokens: int
@@ -126,7 +136,7 @@ class TakeStep:
 
 @dataclass(frozen=True)
 class Subtract:
-    """Compute the gradient of `key` again as it was, and take it out of `batch`."""
+    """Compute the gradient of `key` again by the same weights, and subtract it from `batch`."""
 
     key: Key
     batch: int
@@ -135,7 +145,7 @@ class Subtract:
 
 @dataclass(frozen=True)
 class Add:
-    """Compute the gradient of `key` again, by the present weights, and put it into `batch`."""
+    """Compute the gradient of `key` again by the present weights, and add it to `batch`."""
 
     key: Key
     batch: int
@@ -143,14 +153,14 @@ class Add:
 
 @dataclass(frozen=True)
 class Discard:
-    """Nothing of `batch` counts."""
+    """Discard `batch`: none of it counts."""
 
     batch: int
 
 
 @dataclass(frozen=True)
 class Forget:
-    """What is kept for `key` is needed no more."""
+    """Drop everything that is kept for `key`."""
 
     key: Key
 
@@ -160,15 +170,17 @@ Due: TypeAlias = TakeStep | Subtract | Add | Discard | Forget
 
 @dataclass
 class _Microbatch:
+    """State of one attempt at a microbatch."""
+
     tokens: int
     version: int
     heard_s: float
-    """When its driver last said something of it."""
+    """Time when its driver last said anything about it."""
     asked: set[Kind]
     running: bool = False
     has_forward: bool = False
     has_gradient: bool = False
-    """Computed: in a batch, or taken out again."""
+    """True if the gradient was computed; it is in a batch, or was taken out again."""
     acknowledged: bool = False
     loss: float = 0.0
     taken_out: bool = False
@@ -177,66 +189,70 @@ class _Microbatch:
 
 @dataclass
 class _Batch:
+    """Batch of gradients, and the number of its members that wait for an acknowledgement."""
+
     number: int
     tokens: int = 0
     members: dict[Key, None] = field(default_factory=dict)
     num_waiting: int = 0
-    """Of its members, those that are not acknowledged."""
+    """Members that are not acknowledged."""
     closed_s: float = 0.0
 
 
 @dataclass
 class _Driver:
+    """What is known of one driver."""
+
     oldest_open: int = 0
-    """It needs nothing of microbatches before this one any more."""
+    """First microbatch of which the driver still needs anything."""
     finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    """By sequence, the last attempt that is finished, and whether a step has it."""
+    """By sequence, the last finished attempt, and whether it entered a step."""
     heard_s: float = 0.0
     places: dict[Key, None] = field(default_factory=dict)
     """Its microbatches that are open and not acknowledged."""
     strikes: int = 0
-    """So many of its microbatches in a row were not acknowledged in time: it is given half as many places each time."""
+    """Microbatches in a row that were not acknowledged in time; each halves the driver's number of places."""
 
     def let_go(self, sequence: int) -> None:
-        """It needs nothing of microbatches before `sequence` any more."""
+        """Forget finished microbatches before `sequence`."""
         if sequence > self.oldest_open:
             self.oldest_open = sequence
             self.finished = {n: attempt for n, attempt in self.finished.items() if n >= sequence}
 
 
 class StageLedger:
-    """The microbatches of one peer of a stage. Not for several threads at once."""
+    """Microbatches of one peer of a stage. Not thread-safe."""
 
     def __init__(self, limits: LedgerLimits, life: int = 0) -> None:
         self.limits, self.life = limits, life
         self.version = 0
-        """Of the weights: how many steps were taken."""
+        """Version of the weights: the number of steps taken."""
         self.counted_tokens = 0
-        """That have entered steps."""
+        """Tokens that have entered steps."""
         self._open: dict[Key, _Microbatch] = {}
         self._attempts: dict[tuple[str, int], list[Key]] = {}
-        """Of what is open, by driver and sequence."""
+        """Keys of open microbatches, by driver and sequence."""
         self._num_places = 0
-        """Open and not acknowledged, of all drivers."""
+        """Microbatches open and not acknowledged, of all drivers."""
         self._silent_s = float("-inf")
-        """Before that no driver has been silent for too long."""
+        """Time before which no driver can have been silent for too long."""
         self._drivers: dict[str, _Driver] = {}
         self._filling = _Batch(0)
         self._closed: _Batch | None = None
         self._due: deque[Due] = deque()
         self._pressed = False
-        """There was no place for a microbatch, and what is in the batch has some: it is closed before it is full, or it
-        might never be."""
+        """True to close the filling batch before it is full. It occupies places without which it might never become
+        full."""
 
     @property
     def num_open(self) -> int:
-        """Microbatches begun of which no step was taken, and that are not given up."""
+        """Microbatches begun that have neither entered a step nor been given up."""
         return len(self._open)
 
     # ------------------------------------------------------------- questions
 
     def ask(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
-        """A driver asks for `kind`; `tokens` are the microbatch's."""
+        """Decide about a driver's question for `kind`; `tokens` are the microbatch's."""
         driver = self._driver(key.driver)
         driver.heard_s = now
         if key.sequence < driver.oldest_open or driver.finished.get(key.sequence, _NONE)[0] >= key.attempt:
@@ -261,6 +277,7 @@ class StageLedger:
         return Verdict("work")
 
     def _admit(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
+        # A driver makes a new attempt only after it gave up the older one. Calls may arrive in another order.
         same = list(self._attempts.get(key[:2], ()))
         if same and any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
             return Verdict("gone", "a newer attempt at this microbatch is known, or one that is acknowledged")
@@ -280,7 +297,7 @@ class StageLedger:
         del self._drivers[key.driver].places[key]
 
     def full(self, key: Key) -> str | None:
-        """Why no place is free for a new microbatch `key`; None if one is."""
+        """Return why there is no place for a new microbatch `key`; None if there is one."""
         if key[:2] in self._attempts:
             return None  # it takes the place of an older attempt
         if self._closed is not None:
@@ -298,15 +315,14 @@ class StageLedger:
         return None
 
     def has_forward(self, key: Key) -> bool:
-        """Whether a backward of `key` has something to go back through."""
+        """Return whether a backward of `key` has a forward to go back through."""
         known = self._open.get(key)
         return known is not None and known.has_forward and not known.dropped
 
     def begin(self, key: Key, kind: Kind) -> Work | None:
-        """The peer begins to compute it; None: it was dropped, or its weights are too old by now.
+        """Record that the peer begins to compute a part; None if it was dropped, or its weights are too old by now.
 
-        A forward has the version of the weights of this moment. Until `computed` says that it is done, nothing that
-        is due is asked for.
+        A forward uses the weights of this moment. Call `computed` or `failed` before the next `due`.
         """
         known = self._open.get(key)
         if known is None:
@@ -320,7 +336,7 @@ class StageLedger:
         return Work(known.version, self._filling.number)
 
     def computed(self, key: Key, kind: Kind, now: float) -> None:
-        """It is computed; what is not a forward has put a gradient into the batch that `begin` named."""
+        """Record that a part is computed. Except for a forward, its gradient is in the batch that `begin` named."""
         known = self._open[key]
         known.running, known.heard_s = False, now
         if kind == "forward":
@@ -331,13 +347,14 @@ class StageLedger:
             self._drop(key, "dropped while it was computed")
 
     def failed(self, key: Key) -> None:
-        """It could not be computed, by its driver's fault: it is given up, and its driver given fewer places."""
+        """Give up a microbatch that could not be computed by its driver's fault; the driver gets fewer places."""
         self._open[key].running = False
         self._drivers[key.driver].strikes += 1
         self._drop(key, "it could not be computed")
 
     def stopped(self) -> None:
-        """Nobody computes any more: what has no gradient yet is given up, by no fault of its driver."""
+        """Give up every microbatch without a gradient, because nobody computes any more. That is not its driver's
+        fault."""
         for key in [key for key, known in self._open.items() if not known.has_gradient]:
             self._drop(key, "this peer stopped training")
 
@@ -350,11 +367,11 @@ class StageLedger:
     # ------------------------------------------------------------- what drivers say
 
     def acknowledge(self, key: Key, loss: float, now: float) -> bool:
-        """Its driver has what it asked for: the gradient may count. False if it is too late for that, or never was."""
+        """Record that the microbatch is all the way back. Return False if its gradient cannot count."""
         if (driver := self._drivers.get(key.driver)) is not None:
             driver.heard_s = now
             if driver.finished.get(key.sequence) == (key.attempt, True):
-                return True  # said again
+                return True  # a repeated acknowledgement
         known = self._open.get(key)
         if known is None or not known.has_gradient or known.dropped:
             return False
@@ -373,7 +390,7 @@ class StageLedger:
         return True
 
     def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
-        """What `driver` says of its own microbatches; those acknowledged that cannot count any more."""
+        """Apply a driver's settlement. Return the acknowledged microbatches that cannot count any more."""
         mine = settlement.life == self.life
         late = {key for key, loss in settlement.acknowledged if not (mine and self.acknowledge(key, loss, now))}
         for key in settlement.dropped:
@@ -382,12 +399,12 @@ class StageLedger:
         return late
 
     def drop(self, key: Key) -> None:
-        """Its driver started again elsewhere: the gradient must not count. Not after it was acknowledged."""
+        """Drop a microbatch that its driver has started again elsewhere, unless it is acknowledged."""
         if (known := self._open.get(key)) is not None and not known.acknowledged:
             self._drop(key, "dropped by its driver")
 
     def oldest_open(self, driver: str, sequence: int, now: float) -> None:
-        """The driver needs nothing of microbatches before `sequence` any more, and will not ask again."""
+        """Record that the driver needs nothing of microbatches before `sequence`, and will not ask for them again."""
         known = self._driver(driver)
         known.heard_s = now
         if sequence <= known.oldest_open:
@@ -397,7 +414,8 @@ class StageLedger:
             self._drop(key, "given up by its driver")
 
     def _driver(self, name: str) -> _Driver:
-        """What is known of it; of very many, those with nothing open that were heard of longest ago are forgotten."""
+        """Return the record of a driver. Above the limit, the idle driver that was heard from longest ago is
+        forgotten."""
         driver = self._drivers.pop(name, None) or _Driver()
         self._drivers[name] = driver  # the last one heard of stands last
         if len(self._drivers) > _MOST_DRIVERS:
@@ -409,7 +427,7 @@ class StageLedger:
     # ------------------------------------------------------------- what is to be done
 
     def due(self, now: float) -> Due | None:
-        """What the peer is to do next, besides the work that was asked for; None: nothing at present."""
+        """Return what the peer must do next besides the parts that were asked for; None: nothing at present."""
         if not self._due:
             if self._closed is None and self._filling.members:
                 self._close(now)
@@ -420,17 +438,17 @@ class StageLedger:
         return self._due.popleft() if self._due else None
 
     def close_batch(self) -> bool:
-        """No more will come to fill it: the batch is closed with what it has. Whether `due` does so next."""
+        """Close the filling batch with what it has, because no more will come. Return whether `due` does that next."""
         self._pressed = bool(self._filling.members)
         return self._pressed and self._closed is None
 
     @property
     def has_settled(self) -> bool:
-        """Whether no batch has a gradient that may enter a step."""
+        """True if no batch has a gradient that may enter a step."""
         return self._closed is None and not self._filling.members
 
     def next_s(self) -> float | None:
-        """When `due` may have something though nobody said anything; None: not before somebody does."""
+        """Return when `due` may have something although no event came; None: not before another event."""
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
 
     def _close(self, now: float) -> None:
@@ -440,7 +458,8 @@ class StageLedger:
             self._closed.closed_s = now
 
     def _settle(self, closed: _Batch, now: float) -> None:
-        """Step with the closed batch if all of it is acknowledged; take out what is not in time."""
+        """Take the step of the closed batch if all of it is acknowledged, or take out what is late and step
+        without it."""
         if closed.num_waiting and now < closed.closed_s + self.limits.ack_wait_s:
             return
         for key in [key for key in closed.members if not self._open[key].acknowledged] if closed.num_waiting else ():
@@ -460,7 +479,7 @@ class StageLedger:
         self._drop_old()
 
     def _drop_old(self) -> None:
-        """Forwards whose backward would come too late: their weights need not be kept."""
+        """Drop forwards whose backward would come too late, so that their weights need not be kept."""
         for key, known in list(self._open.items()):
             waits = known.has_forward and not known.has_gradient and "backward" not in known.asked
             if waits and self.version - known.version > _MOST_LAG:
@@ -481,7 +500,7 @@ class StageLedger:
         return self._closed if self._closed is not None and key in self._closed.members else None
 
     def _drop(self, key: Key, reason: str) -> None:
-        """Its gradient must not count; what is kept of it is forgotten as soon as that is settled."""
+        """Exclude a microbatch's gradient; what is kept of it is forgotten as soon as nothing is computed of it."""
         known = self._open[key]
         known.dropped = True
         if (batch := self._batch_of(key)) is not None:
@@ -504,7 +523,7 @@ class StageLedger:
             self._free_place(key)
 
     def _forget_silent(self, now: float) -> None:
-        """Forget what no driver has said anything of for long, and drivers that are gone."""
+        """Forget microbatches whose driver has been silent for too long, and drivers that are gone."""
         self._silent_s = now + self.limits.hold_s
         for key, known in list(self._open.items()):
             if self._batch_of(key) is not None:

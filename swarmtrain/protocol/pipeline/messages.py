@@ -1,4 +1,4 @@
-"""Events and commands of a driver of microbatches (`protocol.pipeline.driver`)."""
+"""Events that a driver's engine takes, and commands that it answers with (`driver.py`); plain data."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ __all__ = [
 ]
 
 Fault: TypeAlias = Literal["busy", "gone", "unreachable", "wrong"]
+"""Why a call has no result.
+
+- "busy": the peer's queue is full;
+- "gone": the peer has moved, or does not have what is needed any more; nobody's fault;
+- "unreachable": no answer;
+- "wrong": the answer was invalid.
+"""
 
 
 # ---------------------------------------------------------------- events
@@ -41,19 +48,20 @@ Fault: TypeAlias = Literal["busy", "gone", "unreachable", "wrong"]
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchDrawn:
-    """A microbatch of this driver's data, which begins its way; its number is `DrivingEngine.next_sequence`."""
+    """A microbatch of this driver's data starts now. Its number is the engine's `next_sequence`."""
 
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class NoMicrobatch:
-    """There is no data for what was to begin, or the first stage does not compute: not before peers are seen again."""
+    """There is no data for the microbatch that was to start, or the first stage does not compute now. None is drawn
+    before the next `PeersSeen`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeersSeen:
-    """Who holds each stage now, this peer included, and what they say of themselves."""
+    """The peers that hold each stage now, this peer included, and what they advertise."""
 
     peers: Mapping[int, Collection[str]]
     places: Sequence[StagePeer] = ()
@@ -61,7 +69,8 @@ class PeersSeen:
 
 @dataclass(frozen=True, slots=True)
 class PartDone:
-    """The answer to a call, by a peer in one of its lives; of a tail with the loss, mean nats per token."""
+    """A call was answered by a peer; `life` numbers that peer's process since its last start. `loss`: mean nats per
+    token, of the last stage."""
 
     call: int
     life: int
@@ -70,7 +79,7 @@ class PartDone:
 
 @dataclass(frozen=True, slots=True)
 class PartFailed:
-    """There is no answer to a call."""
+    """A call has no result."""
 
     call: int
     why: Fault
@@ -79,14 +88,14 @@ class PartFailed:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """A microbatch is given up here: nothing of it counts."""
+    """The caller gives up a microbatch: none of its gradients may count."""
 
     sequence: int
 
 
 @dataclass(frozen=True, slots=True)
 class ToldOf:
-    """A peer knows what counts; `late` of it cannot any more."""
+    """A peer has received a settlement. The microbatches in `late` came too late to count there."""
 
     call: int
     late: Collection[Key]
@@ -94,7 +103,7 @@ class ToldOf:
 
 @dataclass(frozen=True, slots=True)
 class NotTold:
-    """It could not be told."""
+    """A settlement could not be delivered."""
 
     call: int
     reason: str
@@ -102,12 +111,12 @@ class NotTold:
 
 @dataclass(frozen=True, slots=True)
 class Shut:
-    """None begins any more."""
+    """No more microbatches start."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeCame:
-    """It is as late as `wake_at` said."""
+    """The time that `DriverEngine.wake_at` asked for has come."""
 
 
 DrivingEvent: TypeAlias = (
@@ -120,13 +129,15 @@ DrivingEvent: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class DrawMicrobatch:
-    """Take the next microbatch of the data."""
+    """Draw the next microbatch of the data."""
 
 
 @dataclass(frozen=True, slots=True)
 class AskStage:
-    """Ask `peer`, at the first stage this one itself, for a part of a microbatch. What a forward and a tail take is the
-    stage's input, what a backward takes is the last gradient that came."""
+    """Ask `peer` for one part of a microbatch; at the first stage this is the driver itself.
+
+    The input of a forward and of a tail is the stage's stored input; that of a backward is the last gradient received.
+    """
 
     call: int
     kind: Kind
@@ -134,19 +145,19 @@ class AskStage:
     peer: str
     key: Key
     tokens: int
-    """The microbatch's."""
+    """Tokens of the microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
 class CancelStageCall:
-    """Nobody waits for this call any more."""
+    """Stop waiting for this call."""
 
     call: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tell:
-    """Tell a peer of a stage what counts and what does not."""
+    """Tell a peer of a stage which microbatches count and which do not; ended by `ToldOf` or `NotTold`."""
 
     call: int
     peer: str
@@ -156,8 +167,11 @@ class Tell:
 
 @dataclass(frozen=True, slots=True)
 class Back:
-    """A microbatch has come back all the way, with its loss, mean nats per token; or this peer's own stage computes
-    nothing now, for this reason, and it is given up."""
+    """A microbatch has come all the way back, with its loss in mean nats per token.
+
+    If `given_up` is not empty, the microbatch was given up for that reason, because this peer's own stage computes
+    nothing now.
+    """
 
     sequence: int
     loss: float
@@ -166,7 +180,7 @@ class Back:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """A part of a microbatch is asked again, or of another."""
+    """One part of a microbatch is asked for again, of the same peer or another."""
 
     sequence: int
     stage: int
@@ -176,7 +190,7 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
-    """A peer answered what it must not."""
+    """A peer sent an invalid answer."""
 
     peer: str
     reason: str
@@ -184,7 +198,7 @@ class Wrong:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The gradient of a microbatch does not count at this stage, though it was computed."""
+    """The gradient of a microbatch does not count at this stage, although it was computed."""
 
     stage: int
     peer: str

@@ -1,10 +1,9 @@
-"""Moving from stage to stage: when a peer looks, what it decides, whom it asks to stay, and in which order it then
-takes the new stage and leaves the old one.
+"""Moves of a peer from stage to stage: when it checks, what it decides, and in which order it takes and leaves stages.
 
-`balance` decides who moves, `promises` makes sure that no move empties a stage: who leaves one has first asked another
-that holds it to stay for a while. It takes the new stage before it leaves the old one if its memory holds both.
+`balance` decides who moves. `stage_leases` ensures that no move empties a stage: a peer that leaves one has first asked
+another holder to stay for a while. It takes the new stage before it leaves the old one if its memory holds both.
 
-Pure: events go in, commands come out; where several come, each is done before the next.
+Everything here is pure: events go in, commands come out. Several commands are to be executed one after the other.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PlacesSeen:
-    """What everybody says, this peer included, by the records' time: wanted at `wake_at`."""
+    """What all peers advertise, this one included, at the records' time; wanted at `wake_at`."""
 
     peers: Sequence[StagePeer]
     records_s: float
@@ -60,8 +59,10 @@ class PlacesSeen:
 
 @dataclass(frozen=True, slots=True)
 class StayAsked:
-    """Another peer wants to leave a stage, and this one to stay; `holds` are this one's, `is_known` says whether it
-    knows that the other one holds it."""
+    """Another peer wants to leave a stage, and asks this one to stay.
+
+    `holds` are this peer's stages. `is_known`: this peer knows that the other one holds the stage.
+    """
 
     mover: str
     stage: int
@@ -71,7 +72,7 @@ class StayAsked:
 
 @dataclass(frozen=True, slots=True)
 class StayAnswered:
-    """What came of a question: for how long the other one stays, 0 if it does not, and why."""
+    """Ends `AskToStay`: for how many seconds the other peer stays, 0 if it refuses, and why."""
 
     number: int
     lasts_s: float
@@ -80,7 +81,7 @@ class StayAnswered:
 
 @dataclass(frozen=True, slots=True)
 class StagesFetched:
-    """The new stages are here, and served; with what everybody says now."""
+    """The new stages are here and served; with what all peers advertise now."""
 
     peers: Sequence[StagePeer]
     records_s: float
@@ -88,14 +89,14 @@ class StagesFetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
-    """They cannot be had."""
+    """The new stages cannot be had."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class StagesLeft:
-    """They are left."""
+    """The old stages are left."""
 
 
 MoveEvent: TypeAlias = PlacesSeen | StayAsked | StayAnswered | StagesFetched | FetchFailed | StagesLeft
@@ -106,7 +107,7 @@ MoveEvent: TypeAlias = PlacesSeen | StayAsked | StayAnswered | StagesFetched | F
 
 @dataclass(frozen=True, slots=True)
 class AskToStay:
-    """Ask a peer to stay in a stage; then `StayAnswered`."""
+    """Ask a peer to stay in a stage; ended by `StayAnswered`."""
 
     number: int
     peer: str
@@ -115,7 +116,7 @@ class AskToStay:
 
 @dataclass(frozen=True, slots=True)
 class StayAnswer:
-    """Answer the peer that asked: for how long this one stays in the stage, 0 if it does not, and why."""
+    """Answer the peer that asked: for how many seconds this one stays in the stage, 0 if it refuses, and why."""
 
     stage: int
     lasts_s: float
@@ -124,35 +125,35 @@ class StayAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """Tell everybody where this peer is going."""
+    """Advertise where this peer is going."""
 
     change: StageChange
 
 
 @dataclass(frozen=True, slots=True)
 class FetchStages:
-    """Take these stages and serve them; then `StagesFetched`, or `FetchFailed`."""
+    """Fetch these stages and serve them; ended by `StagesFetched` or `FetchFailed`."""
 
     stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LeaveStages:
-    """Leave these; then `StagesLeft`."""
+    """Leave these stages; ended by `StagesLeft`."""
 
     stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """It is where it was going to: tell everybody."""
+    """The move is complete: advertise it."""
 
     change: StageChange
 
 
 @dataclass(frozen=True, slots=True)
 class StaysHere:
-    """It does not move; if it had told everybody that it does, tell them."""
+    """The move is given up. If it had been advertised (`had_begun`), advertise that too."""
 
     change: StageChange
     reason: str
@@ -167,30 +168,32 @@ MoveCommand: TypeAlias = AskToStay | StayAnswer | Moves | FetchStages | LeaveSta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovePolicy:
-    """When a peer moves. `balance` is as in the run file."""
+    """When a peer moves. `balance` is the run file's value."""
 
     rule: Rule
     balance: Literal["none", "queues", "rates"]
     every_s: float
-    """It looks so often."""
+    """Mean seconds between two checks."""
     most_stages: int
-    """So many fit into its memory."""
+    """Stages that fit into the peer's memory."""
 
 
 @dataclass(slots=True)
 class _Move:
+    """Move under way, and how far it is."""
+
     change: StageChange
     peers: Sequence[StagePeer]
     records_s: float
     request: tuple[int, LeaseRequest] | None = None
-    """Whom it waits for, with the number of the question."""
+    """Open question to an anchor, with its number."""
     has_begun: bool = False
     has_fetched: bool = False
     has_left: bool = False
 
 
 class MoveEngine:
-    """What one peer holds, and whether it should hold something else."""
+    """Decides whether one peer should hold other stages, and takes it there."""
 
     def __init__(self, me: str, policy: MovePolicy, rng: random.Random, now: float) -> None:
         self.me, self.policy, self.rng, self.stays = me, policy, rng, StageLeases(me)
@@ -201,19 +204,19 @@ class MoveEngine:
 
     @property
     def change(self) -> StageChange | None:
-        """What it is about to do, or does."""
+        """The change that is under way, if any."""
         return None if self._move is None else self._move.change
 
     def bound(self, now: float) -> tuple[int, ...]:
-        """The stages that it has promised not to leave, for its record."""
+        """Return the stages that this peer must not leave, for its presence record."""
         return self.stays.bound(now)
 
     def wake_at(self) -> float | None:
-        """When it looks again; None: not while it moves, or where nobody does."""
+        """Return when to send `PlacesSeen`; None during a move, or if peers never move."""
         return None if self._move is not None or self.policy.balance == "none" else self._next_s
 
     def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:
-        """What is to be done since this has happened."""
+        """Return the commands that follow from an event."""
         if isinstance(event, PlacesSeen):
             return self._look(event, now)
         if isinstance(event, StayAsked):
@@ -221,10 +224,10 @@ class MoveEngine:
         move = self._move
         if isinstance(event, StayAnswered):
             if move is None or move.request is None or move.request[0] != event.number:
-                return []  # given up before it came
+                return []  # the move was given up before the answer came
             return self._answered(move, event, now)
         if move is None:
-            return []  # what it had fetched is left again
+            return []  # the move was given up: what it had fetched is being left
         if isinstance(event, FetchFailed):
             return self._stay(move, event.reason)
         if isinstance(event, StagesFetched):
@@ -236,7 +239,7 @@ class MoveEngine:
     # ------------------------------------------------------------- whether
 
     def _wait(self, now: float) -> None:
-        """Look again after the usual time, a little more or less: not everybody at one moment."""
+        """Schedule the next check, 20 % earlier or later at random, so that not all peers check at once."""
         self._next_s = now + self.policy.every_s * self.rng.uniform(0.8, 1.2)
 
     def _look(self, seen: PlacesSeen, now: float) -> list[MoveCommand]:
@@ -254,7 +257,7 @@ class MoveEngine:
     # ------------------------------------------------------------- promises
 
     def _answer(self, asked: StayAsked, now: float) -> StayAnswer:
-        """Of strangers nobody is bound."""
+        """Answer a request to stay. Only a known holder of the stage can bind this peer to it."""
         if not asked.is_known:
             return StayAnswer(asked.stage, 0.0, f"nobody here knows that you hold stage {asked.stage}")
         request = LeaseRequest(stage=asked.stage, mover=asked.mover, anchor=self.me, asked_s=now)
@@ -262,7 +265,7 @@ class MoveEngine:
         return StayAnswer(asked.stage, 0.0 if promise is None else promise.lasts_s, reason)
 
     def _ask(self, move: _Move, stage: int, now: float) -> list[MoveCommand]:
-        """Have somebody promise to stay in this stage."""
+        """Ask an anchor to stay in this stage, or give up the move."""
         may, reason = self.stays.wants_to_leave(stage, now)
         if may:
             peer = anchor(self.me, move.peers, stage, move.records_s, self.policy.rule)
@@ -282,7 +285,7 @@ class MoveEngine:
         return self._go_on(move, now)
 
     def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:
-        """It leaves nothing, and gives back what it has fetched for that."""
+        """Give up the move, and leave what was fetched for it."""
         self._over(move)
         stays = StaysHere(move.change, reason, move.has_begun)
         return [LeaveStages(move.change.enters), stays] if move.has_fetched and move.change.enters else [stays]
@@ -295,7 +298,11 @@ class MoveEngine:
     # ------------------------------------------------------------- moving
 
     def _go_on(self, move: _Move, now: float) -> list[MoveCommand]:
-        """The next thing to do; somebody has to have promised to stay when it begins, and at the moment of leaving."""
+        """Return the next command of the move.
+
+        An anchor must have promised to stay in each stage that is left, both when the move begins and at the moment of
+        leaving.
+        """
         change, done = move.change, list[MoveCommand]()
         if not move.has_left:
             for stage in change.leaves:

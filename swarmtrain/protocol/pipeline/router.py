@@ -1,17 +1,19 @@
-"""Which peer of a stage gets the next microbatch: a driver's choice, and what it learns of the peers meanwhile.
+"""Which peer of a stage gets the next microbatch: a driver's choice, and what it measures of the peers.
 
-"round-robin", interleaved and weighted: every peer has a virtual load in seconds; the least loaded one is chosen, and
-its load grows by the task's size over the peer's measured throughput. "least-completion": the one is chosen that would
-be done first, given what is in flight to it. Both leave a peer alone that failed, and give a busy one a short pause.
+- "round-robin" is interleaved and weighted: every peer has a virtual load in seconds. The least loaded one is chosen,
+  and its load grows by the task's size divided by the peer's measured throughput.
+- "least-completion" chooses the peer that would be done first, given what is in flight to it.
 
-What a peer does is measured from what this driver sees: how long each task took, from the end of the one before it
-where that was later than its own beginning, so that waiting behind one's own tasks is not held against a peer. Of the
-last few the time of all counts, the longest of them cut short: one slow sample moves little, a peer that has become
-ten times slower is known to be after a few.
+Both leave a failed peer alone for a while, and give a busy one a short pause.
 
-A task's tokens are its work, a part of the microbatch's tokens (`WORK_SHARES`).
+A driver measures a peer by its own tasks: how long each took, counted from the end of the one before if that was later
+than its own start, so that waiting behind one's own tasks is not held against the peer. The throughput is that of the
+last few tasks together, with the longest cut short: one slow task changes little, and a peer that has become ten times
+slower is recognised after a few.
 
-Pure: `now` and the random numbers are arguments, every answer carries its reason.
+A task's size is its work in tokens, a share of the microbatch's tokens (`WORK_SHARES`).
+
+Everything here is pure: `now` and the random generator are arguments, and every answer carries its reason.
 """
 
 from __future__ import annotations
@@ -30,31 +32,34 @@ __all__ = ["VARIANTS", "WORK_SHARES", "Router", "driver_share", "most_in_flight"
 
 VARIANTS = ("round-robin", "least-completion")
 WORK_SHARES: Mapping[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
-"""Of a microbatch's work at a stage; the last stage's forward and backward are one, the tail."""
+"""Share of a microbatch's work at a stage. The last stage does forward and backward in one, the tail."""
 
 _NUM_SAMPLES = 6
+"""Tasks from which a peer's throughput is computed."""
 _CUT = 3.0
-"""The longest of the samples counts at most so many times the second longest."""
+"""Limit of the longest sample, as a multiple of the second longest."""
 _PATIENCE = 6.0
-"""A task is given so many times as long as it is expected to take, or the last ones took."""
+"""Time limit of a task, as a multiple of its expected duration or of the slowest recent answer."""
 _PAUSE_TASKS = 2.0
-"""A busy peer is left alone for as long as it needs for so many tasks."""
+"""Pause of a busy peer, in tasks of its own."""
 _LEAST_IN_FLIGHT = 2
+"""Fewest microbatches that a driver has under way."""
 _BUSY, _MOST_OF_BATCH = 4.0, 0.25
-"""See `most_in_flight`."""
+"""Constants of `most_in_flight`."""
 _MOST_OF_USUAL = 10.0
+"""Limit of an advertised speed, as a multiple of the median."""
 _MAX_KNOWN = 1024
-"""So many peers that are not in the stage any more are remembered: identities cost nothing."""
+"""Peers that are remembered after they left the stage. Identities cost nothing, so there is a limit."""
 
 
 @dataclass
 class _Peer:
-    """What is known of one peer."""
+    """What the driver knows of one peer."""
 
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
     """(seconds, tokens) of the last tasks."""
     answers_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
-    """How long the last ones took, the wait in its queue included."""
+    """Durations of the last tasks, including the wait in the peer's queue."""
     in_flight_tokens: float = 0.0
     num_in_flight: int = 0
     ended_s: float = float("-inf")
@@ -64,15 +69,15 @@ class _Peer:
     paused_until_s: float = float("-inf")
     banned_until_s: float = float("-inf")
     failures: int = 0
-    """In a row, those of one ban counted once."""
+    """Failures in a row; those during one ban count once."""
     away: bool = True
-    """It could not be chosen: when it can, it enters at the least load of the others."""
+    """True while it cannot be chosen; afterwards it enters at the least load of the others."""
 
     tokens_per_s: float | None = None
-    """Measured; None before the first sample."""
+    """Measured throughput; None before the first sample."""
 
     def sample(self, took_s: float, tokens: float) -> None:
-        """A task took so long, waiting for one's own tasks not counted."""
+        """Record a task's duration without the wait for the driver's own earlier tasks."""
         self.samples.append((max(took_s, 1e-6), tokens))
         paces = sorted(took_s / tokens for took_s, tokens in self.samples)
         most = _CUT * paces[-2] if len(paces) > 1 else paces[-1]
@@ -82,27 +87,28 @@ class _Peer:
 
 @dataclass
 class Router:
-    """Chooses a peer of one stage for each task, and is told what became of it.
+    """Chooses a peer of one stage for each task, and learns from the results.
 
-    A peer of which nothing is measured is taken to be as fast as the median of the others. A failure bans it for
-    `first_ban_s`, the next one after that for twice as long, ... up to `most_ban_s`; then it is on trial: one task at a
-    time until it answers. Bans do not count when every peer is banned.
+    A peer without measurements is assumed to be as fast as the median of the others. A failure bans it for
+    `first_ban_s`, the next one for twice as long, up to `most_ban_s`. After a ban it gets one task at a time until it
+    answers. If every peer is banned, bans do not count.
     """
 
     rng: random.Random
     variant: str = VARIANTS[0]
     busy_s: float = 0.1
-    """A busy peer is left alone for so long at least: tasks may take some milliseconds."""
+    """Shortest pause of a busy peer. Tasks may take milliseconds; with a second, a small model's peers were idle for
+    most of it (decision 38)."""
     first_ban_s: float = 15.0
     most_ban_s: float = 600.0
     least_limit_s: float = 10.0
     most_limit_s: float = 300.0
     _peers: dict[str, _Peer] = field(default_factory=dict)
-    """Those of the stage."""
+    """Peers of the stage."""
     _gone: dict[str, _Peer] = field(default_factory=dict)
-    """Those that were, the one that went last standing last: a view of the DHT may miss a peer for a moment."""
+    """Peers that have left the stage, the last one at the end. A view of the DHT may miss a peer for a moment."""
     _heap: list[tuple[float, float, str]] = field(default_factory=list)
-    """(load, a random number, peer): valid while the load is the peer's."""
+    """(load, random number, peer); an entry is valid while its load is the peer's."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -111,7 +117,7 @@ class Router:
     # ------------------------------------------------------------------ the stage
 
     def set_peers(self, peers: Collection[str]) -> None:
-        """These are the stage's peers now."""
+        """Replace the set of the stage's peers."""
         among = set(peers)
         for peer in [peer for peer in self._peers if peer not in among]:
             self._gone[peer] = self._peers.pop(peer)
@@ -124,21 +130,21 @@ class Router:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """The stage's peers, as told last."""
+        """The stage's peers."""
         return tuple(self._peers)
 
     def has(self, peer: str) -> bool:
-        """Whether it is one of the stage's, as told last."""
+        """Return whether `peer` is in the stage."""
         return peer in self._peers
 
     def tokens_per_s(self, peer: str) -> float:
-        """The throughput that is reckoned with: measured, or the median of those measured; 1 if none is."""
+        """Return the assumed throughput: measured, else the median of those measured, else 1."""
         known = self._peers.get(peer)
         measured = known.tokens_per_s if known is not None else None
         return measured if measured is not None else self._usual_tokens_per_s()
 
     def limit_s(self, peer: str, tokens: float) -> float:
-        """How long to wait for a task of so many tokens, what is in flight to `peer` before it included."""
+        """Return how long to wait for a task of that size, including what is in flight to `peer` before it."""
         known = self._find(peer)
         if known is None or known.tokens_per_s is None or not known.answers_s:
             return self.most_limit_s
@@ -152,7 +158,8 @@ class Router:
     # ------------------------------------------------------------------ the choice
 
     def choose(self, now: float, tokens: float, exclude: Collection[str] = ()) -> tuple[str | None, str]:
-        """The peer for a task of so many tokens, or None; with the reason. `exclude`: those it has been with."""
+        """Choose a peer for a task of that size, or None; with the reason. `exclude`: peers that have failed with this
+        task."""
         ready, about = self._ready(now)
         free = ready - set(exclude)
         if not free:
@@ -170,12 +177,12 @@ class Router:
         return peer, f"{reason}; {about}" if about else reason
 
     def next_s(self, now: float) -> float | None:
-        """When somebody can be chosen whom `choose` would not give now; None if time alone changes nothing."""
+        """Return when a peer can be chosen that cannot be now; None if time alone changes nothing."""
         ends = [end for known in self._peers.values() if (end := self._kept_until_s(known)) > now]
         return min(ends, default=None)
 
     def _ready(self, now: float) -> tuple[set[str], str]:
-        """Who may be chosen now; with the reason if that is not everybody."""
+        """Return the peers that may be chosen now; with the reason if some are left out."""
         if not self._peers:
             return set(), "the stage has no peer"
         banned = {peer for peer, known in self._peers.items() if self._is_banned(known, now)}
@@ -193,6 +200,7 @@ class Router:
 
     @staticmethod
     def _is_banned(known: _Peer, now: float) -> bool:
+        # After a ban the peer is on trial: one task at a time until it answers.
         return now < known.banned_until_s or (known.failures > 0 and known.num_in_flight > 0)
 
     @staticmethod
@@ -200,7 +208,7 @@ class Router:
         return max(known.paused_until_s, known.banned_until_s)
 
     def _enter(self, ready: set[str]) -> None:
-        """Those that can be chosen again begin at the least load of the others: what they missed is not made up for."""
+        """Let peers that were away start at the least load of the others; what they missed is not made up for."""
         back = [peer for peer in sorted(ready) if self._peers[peer].away]
         if not back:
             return
@@ -218,7 +226,7 @@ class Router:
             heapq.heapify(self._heap)
 
     def _valid(self) -> Iterator[tuple[float, float, str]]:
-        """The newest entry of each peer."""
+        """Yield the newest entry of each peer."""
         seen = set()
         for entry in sorted(self._heap):
             known = self._peers.get(entry[2])
@@ -252,14 +260,14 @@ class Router:
     # ------------------------------------------------------------------ what became of it
 
     def begun(self, peer: str, tokens: float) -> None:
-        """A task is on its way to `peer`. It ends with one of the following."""
+        """Record that a task is on its way to `peer`. One of the following methods ends it."""
         known = self._find(peer)
         if known is not None:
             known.in_flight_tokens += tokens
             known.num_in_flight += 1
 
     def finished(self, peer: str, now: float, took_s: float, tokens: float) -> None:
-        """It was done, `took_s` after it had begun: all is forgiven."""
+        """Record that a task was done, `took_s` after its start. All failures are cleared."""
         known = self._ended(peer, tokens)
         if known is not None:
             self._sample(known, min(took_s, now - known.ended_s), tokens)
@@ -269,19 +277,23 @@ class Router:
             known.banned_until_s = float("-inf")
 
     def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
-        """Nothing came for `took_s`: a long sample, and a fault. Returns what follows, in words."""
+        """Record that a task had no answer for `took_s`, as a long sample and a failure. Return what follows,
+        in words."""
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"
         self._sample(known, took_s, tokens)
-        lost_s = min(took_s, now - known.ended_s)  # several that were under way together are charged once
+        lost_s = min(took_s, now - known.ended_s)  # several tasks under way at once are charged once
         known.ended_s = now
         self._load(peer, known, known.load_s + max(0.0, lost_s - known.charged_s))
         return self._ban(known, now, took_s, f"no answer in {took_s:.1f} s")
 
     def _sample(self, known: _Peer, took_s: float, tokens: float) -> None:
-        """What one task took. Before the first sample of all nobody knows what a task costs, and whoever was chosen
-        then was charged with a guess. That is forgotten, or it would wait until the others have caught up with it."""
+        """Record what one task took.
+
+        Before the very first sample nobody knows what a task costs, and the peers chosen until then were charged with a
+        guess. Those charges are cleared; otherwise these peers would wait until the others have caught up.
+        """
         is_first = all(each.tokens_per_s is None for each in self._peers.values())
         known.sample(took_s, tokens)
         if is_first:
@@ -290,12 +302,12 @@ class Router:
                 self._load(peer, each, 0.0)
 
     def failed(self, peer: str, now: float, took_s: float, tokens: float, reason: str) -> str:
-        """It could not be reached, or what came was wrong. Returns what follows, in words."""
+        """Record that a peer was unreachable or sent something wrong. Return what follows, in words."""
         known = self._ended(peer, tokens)
         return "it is not in the stage any more" if known is None else self._ban(known, now, took_s, reason)
 
     def refused_busy(self, peer: str, now: float, tokens: float) -> str:
-        """Its queue is full: no fault, a short pause. Returns what follows, in words."""
+        """Record that a peer's queue is full: no failure, but a short pause. Return what follows, in words."""
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"
@@ -306,12 +318,15 @@ class Router:
         return f"busy: asked again after {pause_s:.1f} s"
 
     def given_up(self, peer: str, tokens: float) -> None:
-        """It ended, and that says nothing of the peer."""
+        """Record the end of a task that says nothing about the peer."""
         self._ended(peer, tokens)
 
     def _ban(self, known: _Peer, now: float, took_s: float, reason: str) -> str:
-        """A task that began before or during a ban does not lengthen it: several are under way at once, and where bans
-        do not count each peer is tried again and again."""
+        """Count a failure and ban the peer.
+
+        A task that began before or during a ban does not lengthen it: several are under way at once, and where bans do
+        not count each peer is tried again and again.
+        """
         if now - took_s < known.banned_until_s:
             return f"{reason}: it was left alone for that already"
         known.failures += 1
@@ -340,18 +355,19 @@ def most_in_flight(
     microbatch_tokens: int,
     batch_microbatches: int,
 ) -> int:
-    """Microbatches that a driver has under way: as few as keep the stages busy; none while nobody holds some stage.
+    """Return how many microbatches a driver has under way: as few as keep the stages busy; 0 if some stage has no
+    holder.
 
-    `holders` are those of each stage, `quickest_s` what a microbatch took at least, forth and back. What is under way
-    when a peer takes a step enters the next one by weights that are a step old by then, which costs loss (decision 30);
-    so no more than this, of all drivers together:
+    `holders` are the peers of each stage; `quickest_s` is the shortest time of a microbatch so far, forward and back. A
+    microbatch that is under way when a peer takes a step enters the next step with a gradient one step old, which costs
+    loss. So all drivers together have at most (decision 30):
 
-    - one for each peer while it computes, which those of the slowest stage always do and others as much less as they
-      are faster, and three times that to wait in front of them, for what passes is uneven;
-    - those that travel: of the quickest one, what its peers cannot have computed;
-    - a quarter of a batch at most for each peer of the smallest stage after the first.
+    - one for each peer while it computes, by Little's law: the slowest stage's peers always do, those of faster stages
+      accordingly less; and three times as many that wait in front of them, because arrivals are uneven;
+    - those that travel: the quickest one's time that its peers cannot have computed, times the throughput;
+    - and in total a quarter of a batch for each peer of the smallest stage after the first.
 
-    Of these a driver has the part of what passes through the first stage that it can do, and two at least.
+    A driver has its share of that (`driver_share`), and at least two.
     """
     if not all(holders):
         return 0
@@ -366,9 +382,11 @@ def most_in_flight(
 
 
 def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
-    """What part of the first stage's tokens `me` can do, as these say, itself included; at least half of a like part.
+    """Return the share of the first stage's tokens that `me` can do by what its peers advertise; at least half of an
+    equal share.
 
-    Who says nothing counts as the median, and nobody as more than ten times that: one that lies starves nobody.
+    A peer that advertises no speed counts as the median, and none as more than ten times the median, so that a liar
+    starves nobody.
     """
     rates = _told_rates(drivers)
     mine = rates.get(me) or statistics.median(rates.values() or [1.0])
@@ -376,7 +394,7 @@ def driver_share(me: str, drivers: Iterable[StagePeer]) -> float:
 
 
 def _told_rates(peers: Iterable[StagePeer]) -> dict[str, float]:
-    """Tokens per second of each, see `driver_share`."""
+    """Return the tokens per second that each peer advertises, limited as in `driver_share`."""
     told = {one.peer: one.tokens_per_s for one in peers}
     usual = statistics.median([rate for rate in told.values() if rate > 0] or [1.0])
     return {peer: min(rate, _MOST_OF_USUAL * usual) or usual for peer, rate in told.items()}

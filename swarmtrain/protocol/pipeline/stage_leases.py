@@ -1,14 +1,14 @@
-"""How a move never empties a stage, whatever its peers believe: a promise to stay, given by one to another.
+"""How a move never empties a stage, whatever its peers believe: one peer promises another to stay (a stage lease).
 
-A record in a DHT is no lock: two peers that each see the other may both leave. So who leaves a stage asks another that
-holds it, its anchor, to stay for a while. The answer is signed and comes by a call, not by a record. Who has given it
-stays until it ends. So at the moment in which a peer leaves, another one is there that cannot leave; only a crash can
-take that one.
+A record in a DHT is no lock: two peers that see each other's record may both leave. So a peer that wants to leave a
+stage asks another holder, its *anchor*, to stay for a while. The answer comes by an authenticated call, not by a
+record, and whoever has given it stays until the lease ends. So when a peer leaves, another is there that cannot leave;
+only a crash can remove that one.
 
-Clocks need not agree: the mover counts from the moment in which it asked, the other from the later one in which it
-answered.
+Clocks need not agree. The peer that leaves counts from the moment when it asked, the anchor from the later moment when
+it answered.
 
-Pure: `now` is an argument, every answer carries its reason.
+Everything here is pure: `now` is an argument, and every answer carries its reason.
 """
 
 from __future__ import annotations
@@ -23,45 +23,48 @@ __all__ = ["LeaseRequest", "StageLease", "StageLeases"]
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRequest:
-    """`mover` wants to leave `stage`, and asks `anchor` to stay."""
+    """Request of `mover`, which wants to leave `stage`, that `anchor` stay."""
 
     stage: int
     mover: str
     anchor: str
     asked_s: float
-    """By the mover's clock; it comes back in the promise, and means nothing to the other."""
+    """Time of the request by the mover's clock. It comes back with the lease and means nothing to the anchor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLease:
-    """`anchor` holds the stage of the request for `lasts_s` at least."""
+    """Promise of the request's anchor to hold the stage for at least `lasts_s` seconds."""
 
     request: LeaseRequest
     lasts_s: float
 
     def holds(self, now: float) -> bool:
-        """Whether the mover can count on it, by the mover's clock."""
+        """Return whether the mover can rely on the lease, by the mover's clock."""
         return now < self.request.asked_s + self.lasts_s
 
 
 @dataclass
 class StageLeases:
-    """What one peer has promised and was promised. `lasts_s` is how long its own promises last."""
+    """Leases that one peer has given and received. `lasts_s` is the duration of those that it gives."""
 
     me: str
     lasts_s: float = 60.0
     _bound_until_s: dict[int, float] = field(default_factory=dict)
+    """Time until which this peer must stay in each stage."""
     _leaving: dict[int, StageLease | None] = field(default_factory=dict)
-    """Stages that it wants to leave, and what it was promised for that."""
+    """Stages that this peer wants to leave, with the lease that it received for each."""
 
     # ------------------------------------------------------------------ who is asked
 
     def asked(self, request: LeaseRequest, stages: Collection[int], now: float) -> tuple[StageLease | None, str]:
-        """Whether to promise; `stages` are those that this peer serves now. With the reason."""
+        """Decide whether to give a lease, and return it with the reason. `stages` are those that this peer
+        serves now."""
         if request.anchor != self.me or request.mover == self.me:
             return None, "it was not this peer that was asked"
         if request.stage not in stages:
             return None, f"{short_peer(self.me)} does not serve stage {request.stage}"
+        # Two holders that want to leave at the same time refuse each other, and both stay.
         if request.stage in self._leaving:
             return None, f"{short_peer(self.me)} wants to leave stage {request.stage} itself"
         until_s = max(now + self.lasts_s, self._bound_until_s.get(request.stage, now))
@@ -69,29 +72,30 @@ class StageLeases:
         return StageLease(request=request, lasts_s=self.lasts_s), f"it stays for {self.lasts_s:g} s"
 
     def bound(self, now: float) -> tuple[int, ...]:
-        """The stages that it has promised not to leave: for its record."""
+        """Return the stages that this peer must not leave, for its presence record."""
         return tuple(sorted(stage for stage, until_s in self._bound_until_s.items() if now < until_s))
 
     def bound_s(self, stage: int, now: float) -> float:
-        """For so long it has to stay."""
+        """Return for how many seconds this peer must stay in the stage; 0 if it need not."""
         return max(0.0, self._bound_until_s.get(stage, now) - now)
 
     # ------------------------------------------------------------------ who leaves
 
     def wants_to_leave(self, stage: int, now: float) -> tuple[bool, str]:
-        """Before it asks: whether it may think of it. From here on it promises nothing for that stage."""
+        """Return whether this peer may ask others to stay, with the reason. If so it gives no more leases for that
+        stage."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage} for {self.bound_s(stage, now):.0f} s more"
         self._leaving.setdefault(stage, None)
         return True, f"nobody was promised that it stays in stage {stage}"
 
     def promised(self, promise: StageLease) -> None:
-        """Somebody stays."""
+        """Record a lease that this peer received."""
         if promise.request.mover == self.me and promise.request.stage in self._leaving:
             self._leaving[promise.request.stage] = promise
 
     def may_leave(self, stage: int, now: float) -> tuple[bool, str]:
-        """Whether it can leave now: asked at the moment in which it does. With the reason."""
+        """Return whether this peer may leave the stage at this moment, with the reason."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage}"
         promise = self._leaving.get(stage)
@@ -102,5 +106,5 @@ class StageLeases:
         return True, f"{short_peer(promise.request.anchor)} stays in stage {stage}"
 
     def over(self, stage: int) -> None:
-        """It has left the stage, or does not want to any more."""
+        """Record that this peer has left the stage or does not want to leave it any more."""
         self._leaving.pop(stage, None)

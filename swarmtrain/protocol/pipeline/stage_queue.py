@@ -1,10 +1,11 @@
-"""In which order one peer of a stage does what drivers ask, and who is answered when.
+"""Order in which a peer of a stage computes what drivers ask for, and when each caller is answered.
 
-What is asked is computed once and answered as often as it is asked, also if the one who asked first has hung up. Who
-computes does what the ledger says is due, then backwards, which free what is kept for them, then tails, then forwards.
+Each part of a microbatch is computed once and answered as often as it is asked for, even if the first caller has hung
+up. First comes what the ledger says is due, then backwards, which free the activations kept for them, then tails, then
+forwards.
 
-Pure: events go in, commands come out. Whoever drives it keeps what came with a question, and what was computed of a
-microbatch until `Forget`.
+Everything here is pure: events go in, commands come out. The caller keeps the tensors that came with a question, and
+what was computed of a microbatch until `Forget`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ORDER: tuple[Kind, ...] = ("backward", "tail", "forward")
 
 @dataclass(frozen=True, slots=True)
 class StageCallReceived:
-    """A driver asks for a part of a microbatch; whoever asks is known by a number."""
+    """A driver asks for one part of a microbatch; `asker` identifies the call to answer."""
 
     asker: int
     key: Key
@@ -51,7 +52,7 @@ class StageCallReceived:
 
 @dataclass(frozen=True, slots=True)
 class Settles:
-    """What a driver says of its microbatches."""
+    """A driver says which of its microbatches count."""
 
     driver: str
     settlement: Settlement
@@ -59,12 +60,12 @@ class Settles:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Who computes has nothing to do."""
+    """The stage's worker has nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A part is computed."""
+    """A part has been computed."""
 
     key: Key
     kind: Kind
@@ -72,7 +73,7 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Spoilt:
-    """It cannot be, by its driver's fault."""
+    """A part cannot be computed, by its driver's fault."""
 
     key: Key
     kind: Kind
@@ -81,7 +82,7 @@ class Spoilt:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Questions are computed from now on, as at first."""
+    """Questions are accepted from now on; this is the initial state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ QueueEvent: TypeAlias = StageCallReceived | Settles | Free | Computed | Spoilt |
 
 @dataclass(frozen=True, slots=True)
 class AnswerStageCalls:
-    """Give these what was computed."""
+    """Send the computed part to these callers."""
 
     askers: tuple[int, ...]
     key: Key
@@ -106,8 +107,12 @@ class AnswerStageCalls:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Tell these that there is no answer: they ask again later, start again from this stage's input, or asked what they
-    must not."""
+    """Tell these callers that there is no answer.
+
+    - "busy": ask again later, or another peer;
+    - "gone": start again from this stage's input;
+    - "wrong": the question was invalid.
+    """
 
     askers: tuple[int, ...]
     why: Literal["busy", "gone", "wrong"]
@@ -116,14 +121,14 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """Those that a driver acknowledges and that cannot count any more: for it to know."""
+    """Tell the driver which of the microbatches that it acknowledged cannot count any more."""
 
     keys: Collection[Key]
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute a part now, of what came with the first asker's question."""
+    """Compute a part now, from what came with the first caller's question."""
 
     asker: int
     key: Key
@@ -137,8 +142,10 @@ QueueCommand: TypeAlias = AnswerStageCalls | Refuse | Late | Compute | Due
 
 @dataclass(slots=True, eq=False)
 class _Question:
+    """One part of a microbatch that was asked for, and the callers that wait for it."""
+
     asker: int
-    """The first of them."""
+    """First caller, with whose question the input came."""
     key: Key
     kind: Kind
     tokens: int
@@ -147,23 +154,24 @@ class _Question:
 
 
 class StageQueue:
-    """The questions to one peer of a stage. Not for several threads at once."""
+    """Questions to one peer of a stage. Not thread-safe."""
 
     def __init__(self, ledger: StageLedger) -> None:
         self.ledger = ledger
         self.is_open = True
-        """Whether questions are computed now."""
+        """True if questions are accepted now."""
         self.num_waiting = 0
-        """Questions that wait to be computed."""
+        """Parts that wait to be computed."""
         self._waiting: dict[Kind, deque[_Question]] = {kind: deque() for kind in _ORDER}
         self._asked: dict[Key, dict[Kind, _Question]] = {}
 
     def wake_at(self) -> float | None:
-        """When there may be something to do though nobody said anything; None: not before somebody does."""
+        """Return when there may be work although no event came; None: not before another event."""
         return self.ledger.next_s()
 
     def receive(self, event: QueueEvent, now: float) -> list[QueueCommand]:
-        """What is to be done since this has happened; after `Free` in this order, nothing if there is nothing to do."""
+        """Return the commands that follow from an event. After `Free` they must be executed in order; none if there is
+        no work."""
         if isinstance(event, StageCallReceived):
             return self._wanted(event, now)
         if isinstance(event, Free):
@@ -182,7 +190,7 @@ class StageQueue:
         return [] if self.is_open else list(self._close())
 
     def _close(self) -> list[Refuse]:
-        """Nothing that waits is computed later: what came with the questions is not kept."""
+        """Give up everything that waits, because the inputs that came with the questions are not kept."""
         self.ledger.stopped()
         for waiting in self._waiting.values():
             waiting.clear()
@@ -190,12 +198,13 @@ class StageQueue:
         return [refused for key in list(self._asked) for refused in self._forget(key)]
 
     def first_asker(self, key: Key, kind: Kind) -> int | None:
-        """With whose question comes what it is computed from; None of one that is not known."""
+        """Return the call whose question brought the input of this part; None if the part is unknown."""
         known = self._asked.get(key, {}).get(kind)
         return None if known is None else known.asker
 
     def refusal(self, key: Key, kind: Kind) -> Refuse | None:
-        """The refusal that `StageCallReceived` would meet now, or None; if refused, its tensors need not be read."""
+        """Return the refusal that `StageCallReceived` would meet now, or None; a refused question's tensors need not be
+        read."""
         if kind == "backward":
             return None if self.ledger.has_forward(key) else Refuse((), "gone", "its forward is not known here")
         reason = self.ledger.full(key)
@@ -242,7 +251,7 @@ class StageQueue:
                 if isinstance(due, Forget):
                     continue
                 return done
-            if done:  # a part is begun when it is computed at once
+            if done:  # `begin` fixes the version of the weights, so a part begins only if it is computed at once
                 return done
             question = next((self._waiting[kind].popleft() for kind in _ORDER if self._waiting[kind]), None)
             if question is None:
@@ -254,6 +263,6 @@ class StageQueue:
                 return done
 
     def _forget(self, key: Key) -> list[Refuse]:
-        """Who still waits for something of it waits in vain."""
+        """Drop all questions about a microbatch; callers that still wait are refused."""
         askers = tuple(asker for question in self._asked.pop(key, {}).values() for asker in question.waiting)
         return [Refuse(askers, "gone", "this microbatch is finished, or was given up")] if askers else []

@@ -1,6 +1,6 @@
-"""What a pipeline's records say together: who holds what, and whether the run has had its tokens.
+"""What the records of a pipeline's peers say together: who holds which stage, and whether the run has all its tokens.
 
-Pure: everything is an argument.
+Everything here is pure.
 """
 
 from __future__ import annotations
@@ -16,37 +16,40 @@ from swarmtrain.protocol.pipeline.balance import StagePeer
 __all__ = ["FirstStageWatch", "places_of", "stage_costs"]
 
 _NEARLY = 0.95
-"""Of the run's tokens: what the rounds under way bring is not counted yet."""
+"""Share of the run's tokens that counts as nearly all: the rounds under way are not counted yet."""
 _LAST_ROUND_S = 30.0
+"""Seconds that the other drivers have to end their last round."""
 
 
 def stage_costs(measured: Sequence[float]) -> tuple[float, ...]:
-    """The stages' parts of the whole model's computing, which add up to one."""
+    """Return each stage's share of the whole model's computation; the shares add up to one."""
     return tuple(cost / sum(measured) for cost in measured)
 
 
 def places_of(infos: Iterable[PeerInfo]) -> list[StagePeer]:
-    """What these peers hold, as far as they say."""
+    """Return what these peers hold, as far as they advertise it."""
     return [info.place for info in infos if info.place is not None]
 
 
 @dataclass
 class FirstStageWatch:
-    """Watches whether the run's tokens have gone through the first stage: no more come then to those after it.
+    """Watches whether all of the run's tokens have passed the first stage, so that no more reach the later ones.
 
-    Where everybody who drives says so, they have: each needs the others while it drives. One that never says so keeps
-    nobody for ever: once most of them do, or one does and this peer has counted nearly as many tokens itself, the
-    others have the time of a last round. What only somebody who has gone says, while nobody drives, is believed at once
-    if this peer has counted nearly as many, and else after that time: a view may miss those who drive for a moment.
+    They have if every driver says so: while they drive, drivers need each other. A driver that never says so holds
+    nobody up for ever: once most drivers say so, or one does and this peer has itself counted nearly as many tokens,
+    the others have `_LAST_ROUND_S` left. If nobody drives, the word of a driver that has left is believed at once if
+    this peer has counted nearly as many tokens, and otherwise after that time, because a view of the DHT may miss live
+    drivers for a moment.
     """
 
     total_tokens: int
     is_over: bool = False
     _claimed_s: float = math.inf
-    """Since when what was seen would do, if it lasts."""
+    """Time since which the weaker condition has held without a break."""
 
     def look(self, here: Iterable[PeerInfo], known: Iterable[PeerInfo], counted_tokens: int, now: float) -> bool:
-        """Whether it is over, and it stays over. `counted_tokens` are the run's, by this peer's own count."""
+        """Return whether the first stage is done; once True it remains so. `counted_tokens` is the run's total by this
+        peer's own count."""
         total = self.total_tokens
         told = [info.run_tokens for info in here if _drives(info)]
         said = max(told, default=0) >= total or any(info.run_tokens >= total for info in known if _drives(info))

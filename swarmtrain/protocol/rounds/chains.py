@@ -1,17 +1,20 @@
-"""Which of two chains of rosters holds, by what their peers signed; no claim of a roster's signer counts.
+"""Which of two chains of rosters holds, decided by what peers have signed, never by what a roster's signer claims.
 
-A peer that publishes signs a manifest, and the manifest names the roster whose weights it starts from. A manifest whose
-base lies on one branch of a fork, and not before it, shows that its author went on from there. Of two branches the one
-holds that more peers of the last common roster (the *electors*) went on with; then the one where more peers stand now;
-then the one with more tokens, summed from those manifests; then the one whose first roster is signed by the lower
-PeerID. `Roster.base_tokens` is never looked at.
+A peer that publishes signs a manifest, which names the roster whose weights it starts from. A manifest whose base lies
+on one branch of a fork, after the fork, shows that its author continued on that branch. Of two branches the one holds
+- that more peers of the last common roster (the *electors*) continued on;
+- else on which more peers stand now;
+- else that has more tokens, summed over those manifests;
+- else whose first roster is signed by the lower PeerID.
 
-Where a peer stands is what it told in an answer of its own; one that lives and has yet to answer counts as staying. An
+`Roster.base_tokens` is never believed: any signer could write any number there (decision 50).
+
+Where a peer stands is what it says in its own answers; a live peer that has not answered yet counts as staying. An
 entry of the first roster after the fork counts for neither branch: its manifest names the common roster, so anybody may
-put it on a roster of its own. A single elector decides nothing, and the start of the run has none: whoever was alone
-once could else call everybody back to there.
+list it on a roster of their own. A single elector decides nothing, and the start of the run has none; otherwise a peer
+that was alone once could call everybody back to that point.
 
-Pure, as `rosters.py`. The same evidence gives everybody the same answer.
+Everything here is pure, and the same evidence gives everybody the same answer.
 """
 
 from __future__ import annotations
@@ -42,18 +45,18 @@ MAX_LINKS = 512
 """Rosters that a chain keeps, the newest."""
 
 _MAX_HEADS = 64
-"""So many chains are judged, those on which most peers stand: heads cost nothing, and each is held against all that was
-told."""
+"""Chains that are compared, those on which most peers stand. Heads cost nothing, and each comparison looks at all
+answers."""
 _MAX_SHOWN = 16
-"""So many chains of others are kept, the last: heads cost nothing."""
+"""Chains of other peers that are kept, the most recent ones."""
 
 Link = TypeVar("Link")
-"""A link of a chain as it travels."""
+"""Signed form of a link as it travels; opaque here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChainLink:
-    """A roster on a chain, and the tokens of those of its entries whose signed manifests were seen, by peer."""
+    """Roster on a chain, and the tokens of those of its entries whose signed manifests were seen, by peer."""
 
     roster: Roster
     shown: Mapping[str, int] = field(default_factory=dict)
@@ -61,23 +64,23 @@ class ChainLink:
 
 @dataclass(frozen=True)
 class Chain:
-    """Rosters of which each names the one before it as its base, the oldest first."""
+    """Rosters of which each names the one before it as its base, oldest first."""
 
     links: tuple[ChainLink, ...] = ()
 
     @property
     def head(self) -> Roster | None:
-        """The last roster: it names the weights."""
+        """The last roster, which names the weights."""
         return self.links[-1].roster if self.links else None
 
     @property
     def digest(self) -> str:
-        """The head's digest; "" before the first roster."""
+        """Digest of the head; "" before the first roster."""
         return self.links[-1].roster.digest if self.links else ""
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        """How many links there are up to each digest; the base of the oldest link is known by its digest alone."""
+        """Number of links up to each digest. The base of the oldest link is known only by its digest."""
         places = {link.roster.digest: number for number, link in enumerate(self.links, start=1)}
         return places | {self.links[0].roster.base if self.links else "": 0}
 
@@ -85,12 +88,12 @@ class Chain:
         return digest in self._places
 
     def roster(self, digest: str) -> Roster | None:
-        """The roster of this digest, if it is kept."""
+        """Return the roster with this digest if it is kept."""
         place = self._places.get(digest, 0)
         return self.links[place - 1].roster if place else None
 
     def tokens_at(self, digest: str) -> int | None:
-        """What the run had counted once the roster of this digest was applied; None if this chain does not say."""
+        """Return the run's tokens after the roster with this digest; None if this chain does not know."""
         if digest == "":
             return 0
         roster = self.roster(digest)
@@ -99,24 +102,24 @@ class Chain:
         return self.links[0].roster.base_tokens if digest in self else None
 
     def after(self, digest: str | None) -> tuple[ChainLink, ...]:
-        """The links after that roster; all of them if it is None."""
+        """Return the links after that roster; all links if it is None."""
         return self.links[0 if digest is None else self._places[digest] :]
 
     def __repr__(self) -> str:
         return f"Chain({len(self.links)} links to {self.digest[:8]})"
 
     def extended(self, link: ChainLink) -> Chain:
-        """With one link more, if it names this chain's head as its base; else that link alone."""
+        """Return this chain with one more link; only that link if its base is not this chain's head."""
         if not self.links or link.roster.base != self.digest:
             return Chain((link,))
         return Chain((*self.links, link)[-MAX_LINKS:])
 
     def up_to(self, roster: Roster) -> Chain:
-        """What led to this roster, which is kept here."""
+        """Return the chain up to this roster, which it contains."""
         return Chain(self.links[: self._places[roster.digest]])
 
     def joined_to(self, other: Chain) -> Chain:
-        """With what `other` keeps of the time before this chain's oldest link."""
+        """Return this chain with the older links that `other` still has."""
         if not self.links or (base := self.links[0].roster.base) not in other:
             return self
         before = other.links[: len(other.links) - len(other.after(base))]
@@ -124,8 +127,10 @@ class Chain:
 
 
 def flaw(chain: Chain, ours: Chain) -> str:
-    """What is wrong with a chain that somebody shows, in words; "" if nothing. Each roster has to count what those
-    before it counted, as far as they are shown, or known of our own chain."""
+    """Return what is wrong with a chain that a peer shows, in words; "" if nothing.
+
+    Each roster must count the same tokens as those before it, as far as they are shown or on this peer's own chain.
+    """
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
     for link in chain.links:
@@ -142,7 +147,7 @@ def flaw(chain: Chain, ours: Chain) -> str:
 
 
 def _last_common(ours: Chain, theirs: Chain) -> str | None:
-    """The digest of the last roster that both chains know, "" for the start of the run; None if they know none."""
+    """Return the digest of the last roster on both chains, "" for the start of the run; None if they share none."""
     for link in reversed(theirs.links):
         if link.roster.digest in ours:
             return link.roster.digest
@@ -151,7 +156,7 @@ def _last_common(ours: Chain, theirs: Chain) -> str | None:
 
 
 def _electors(ours: Chain, theirs: Chain, common: str | None) -> frozenset[str]:
-    """Whose manifests count. Without a roster that both know: the peers of our own last one."""
+    """Return the peers whose manifests count. Without a common roster these are the peers of this peer's last one."""
     if common == "":
         return frozenset()
     roster = None if common is None else ours.roster(common) or theirs.roster(common)
@@ -174,22 +179,26 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stands:
-    """Where everybody stands: `told` says which roster each of the others told that it applied last, `unheard` who
-    lives and has yet to tell, `known` what chains end with those rosters; `me` stands on the head of our own."""
+    """Where each peer stands. This peer (`me`) stands on the head of its own chain."""
 
     told: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the roster that each other peer says it applied last."""
     me: str = ""
     is_away: bool = False
+    """True if this peer was suspended or absent, so that it does not count itself."""
     unheard: frozenset[str] = frozenset()
+    """Live peers that have not answered yet."""
     known: Mapping[str, Chain] = field(default_factory=dict)
+    """Chains that end with the rosters in `told`, by digest."""
 
 
 def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
-    """Whether `theirs` holds against `ours`.
+    """Return whether `theirs` holds against `ours`.
 
-    `theirs` may extend `ours`: then those who stand on our head, or went on from there otherwise, speak against it. One
-    that `is_away`, since it slept or was not there, does not count itself among those. Of one roster more those speak
-    for it whom it counts: that is a round's end which this peer has missed.
+    `theirs` may extend `ours`. Then peers that stand on our head, or have continued from there in another way, speak
+    against it. A peer that `is_away`, because it was suspended or absent, does not count itself among them. If `theirs`
+    is only one roster longer, the peers listed on that roster speak for it: it is a round's end that this peer has
+    missed.
     """
     if not theirs.links or theirs.digest in ours:
         return False
@@ -198,8 +207,10 @@ def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
     common = _last_common(ours, theirs)
     our_branch, their_branch = ours.after(common), theirs.after(common)
     is_next = not our_branch and len(their_branch) == 1
+    # The first roster after the fork does not count: its manifests name the common roster, so a liar could list
+    # everybody's.
     our_signed, their_signed = our_branch[1:], their_branch if is_next else their_branch[1:]
-    if common is None:  # of how the chains parted nothing is known: those count who stand here, or signed over there
+    if common is None:  # where the chains forked is unknown: what counts is who stands here, or has signed over there
         our_signed = ()
     own_digests, their_digests = _digests(our_branch) or {ours.digest}, _digests(their_branch)
 
@@ -239,19 +250,22 @@ class ChainView:
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)
-    """What others showed of their chains, by the digest of the head. Of one that can show nothing: its head alone."""
+    """Chains that others have shown, by the digest of the head. A peer that can show nothing has its head alone."""
     heads: Mapping[str, Roster] = field(default_factory=dict)
-    """The rosters that others told they applied last, by digest."""
+    """Rosters that others say they applied last, by digest."""
     stands: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the roster that each other peer says it applied last."""
     unheard: frozenset[str] = frozenset()
+    """Live peers that have not answered yet."""
     me: str = ""
     is_away: bool = False
+    """True if this peer was suspended or absent, so that it does not count itself."""
 
     def chain_of(self, heard: Roster) -> Chain | None:
-        """The chain that ends with this roster; None if that has yet to be asked for.
+        """Return the chain that ends with this roster; None if it must be asked for first.
 
-        What the next roster after ours says of its entries is believed for now: whoever applies it has their manifests,
-        and before a state is taken its chain is asked for.
+        The entries of the next roster after ours are believed for now: whoever applies it has their manifests, and its
+        chain is asked for before a state is taken.
         """
         if heard.digest in self.shown:
             return self.shown[heard.digest]
@@ -262,12 +276,14 @@ class ChainView:
         return None if before is None else before.extended(ChainLink(roster=heard))
 
     def lacks(self, heard: Roster | None) -> bool:
-        """Whether nothing can be said of this roster before somebody has shown its chain."""
+        """Return whether this roster cannot be judged before somebody has shown its chain."""
         return heard is not None and heard.digest not in self.ours and self.chain_of(heard) is None
 
     def holds(self, heard: Roster | None) -> bool:
-        """Whether the weights after `heard` hold against ours, and against those of all others; False while its chain
-        is not known. Of a chain that holds so do all rosters after ours."""
+        """Return whether the weights after `heard` hold against ours and all others'; False if its chain is unknown.
+
+        If a chain holds, so do all of its rosters after ours.
+        """
         if heard is None or heard.digest in self.ours:
             return False
         best = self.best if heard.digest in self.heads else self.best_of([heard, *self.heads.values()])
@@ -275,13 +291,14 @@ class ChainView:
 
     @cached_property
     def best(self) -> Chain | None:
-        """The chain that holds of all that were told; None if that is ours."""
+        """The chain that holds among all that peers stand on; None if it is ours."""
         return self.best_of(self.heads.values())
 
     def best_of(self, heads: Iterable[Roster]) -> Chain | None:
-        """Of the chains with these heads the one that holds against the others and ours; None if that is ours.
+        """Return the chain that holds among those with these heads and ours; None if it is ours.
 
-        Those on which most peers stand are looked at first, so that all who hear of the same end with the same one.
+        Chains on which most peers stand are compared first, so that all peers with the same evidence choose the same
+        one.
         """
         by_digest, standing = {head.digest: head for head in heads}, Counter(self.stands.values())
         found = {digest: chain for digest, head in by_digest.items() if (chain := self.chain_of(head)) is not None}
@@ -289,7 +306,7 @@ class ChainView:
         chains = {digest: found[digest] for digest in heapq.nsmallest(_MAX_HEADS, found, key=order)}
         best = self.ours
         for digest in chains:
-            is_ours = best is self.ours  # else this peer would go with it; of the unheard nothing is known then
+            is_ours = best is self.ours  # otherwise this peer has left its own, and what the unheard do is unknown
             stands = Stands(
                 told=self.stands,
                 me=self.me,
@@ -311,8 +328,10 @@ def chain_view(
     me: str,
     is_away: bool,
 ) -> ChainView:
-    """What those who live have `told` since `since_s`; None of one that has told nothing. What was told before says
-    nothing any more of a peer that was on our chain then: it may have gone on."""
+    """Build a view from what the live peers have said since `since_s`; None for a peer that has said nothing.
+
+    An older answer of a peer that was on our chain does not count: the peer may have advanced since.
+    """
     heads, stands, unheard = dict[str, Roster](), dict[str, str](), set[str]()
     for peer, one in told.items():
         last = None if one is None else one[1].last
@@ -330,7 +349,7 @@ def chain_view(
 
 @dataclass(frozen=True)
 class ShownChain(Generic[Link]):
-    """A chain, and the signed form of those of its links that came with it, by their rosters' digests."""
+    """Chain with the signed forms of its links, as far as they came with it, by their rosters' digests."""
 
     chain: Chain
     signed: Mapping[str, Link] = field(default_factory=dict)
@@ -338,18 +357,19 @@ class ShownChain(Generic[Link]):
 
 @dataclass
 class Chains(Generic[Link]):
-    """A peer's own chain, and what others have shown of theirs."""
+    """This peer's own chain, and those that other peers have shown."""
 
     chain: Chain = field(default_factory=Chain)
     _signed: dict[str, Link] = field(default_factory=dict)
     _shown: dict[str, ShownChain[Link]] = field(default_factory=dict)
 
     def move(self, link: ChainLink, signed: Link | None = None) -> None:
-        """The weights are those after this roster now: merged here, or taken from another peer."""
+        """Record that the weights are now those after this roster, which was merged here or came with another peer's
+        state."""
         roster = link.roster
         if roster.digest == self.chain.digest:
             return
-        # Whoever gave its state may have gone on before it showed its chain.
+        # The peer that gave its state may have advanced before it showed its chain.
         there = (one for one in self._shown.values() if one.chain.roster(roster.digest) is not None)
         shown = self._shown.get(roster.digest) or next(there, None) or self._shown.get(roster.base)
         if roster.base == self.chain.digest and roster.digest not in self._shown:
@@ -367,37 +387,37 @@ class Chains(Generic[Link]):
         self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
 
     def _bounded(self, signed: dict[str, Link]) -> dict[str, Link]:
-        """Those of our chain's signed links that are kept."""
+        """Return the signed links of our chain that are kept; subclasses may keep fewer."""
         return signed
 
     @property
     def shown(self) -> dict[str, Chain]:
-        """What others have shown, by the digest of the head."""
+        """Chains that others have shown, by the digest of the head."""
         return {digest: one.chain for digest, one in self._shown.items()}
 
     def lacks(self, roster: Roster | None) -> bool:
-        """Whether somebody has to show how it came to this roster: it is not ours, nor the next one."""
+        """Return whether somebody must show the chain of this roster: it is neither on ours nor the next one."""
         if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
             return False
         return roster.digest not in self._shown and roster.base not in self._shown
 
     def keep(self, shown: ShownChain[Link]) -> None:
-        """Remember what somebody showed."""
+        """Remember a chain that a peer has shown."""
         self._shown.pop(shown.chain.digest, None)
         self._shown[shown.chain.digest] = shown
         while len(self._shown) > _MAX_SHOWN:
             del self._shown[next(iter(self._shown))]
 
     def keep_head(self, roster: Roster) -> None:
-        """Remember that whoever stands at this roster can show nothing: it runs a version of before."""
+        """Remember that a peer at this roster can show nothing, because it runs an older version."""
         if self.lacks(roster):
             self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
 
     def tokens_behind(self, base: str) -> int | None:
-        """What the run had counted after the roster `base`, as far as this peer has seen; None if it has not.
+        """Return the run's tokens after the roster `base`, as far as this peer has evidence; None without any.
 
-        Of others' chains those count that begin with the run, or with a roster of ours: what is before the oldest one
-        that is shown is only claimed.
+        Of others' chains only those count that begin with the run or with a roster of ours. What came before the oldest
+        roster that is shown is only claimed.
         """
         oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
         whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
@@ -405,8 +425,8 @@ class Chains(Generic[Link]):
         return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
 
     def wrong_with(self, roster: Roster) -> str:
-        """What is wrong with a roster that claims another round or other tokens behind it than those before it had, in
-        words; "" if nothing."""
+        """Return what is wrong with a roster's round or `base_tokens` compared with the rosters before it; "" if
+        nothing."""
         tokens = self.tokens_behind(roster.base)
         if tokens is not None and roster.base_tokens != tokens:
             return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"

@@ -1,14 +1,16 @@
-"""Synchronous rounds: what one peer does in them, as events go in and commands come out.
+"""Synchronous rounds: what one peer does in them, as an engine that takes events and returns commands.
 
-A peer that has ended its own round asks the others about it. It is answered at once when there is news, and else held
-for two seconds. The same answer tells how far a peer is and what it applied last, and hands out its publication's
-manifest, the roster, and the share that it averaged. What to do about all this `rosters.decide` says: sign, merge,
-take another's state, or wait.
+A peer that has done its inner steps asks the others about the round. The question is answered at once if there is news,
+and otherwise held for up to two seconds (decision 3). The answer tells how far the other peer is and what it applied
+last, and contains its publication's manifest, the roster, and whether it has averaged its share. `rosters.decide` then
+says what to do: sign, merge, take another peer's state, or wait.
 
-`RoundEngine` holds all state of that: who was asked and has answered, what is brought, held, signed and merged, who
-does not deliver, what is answered to whom, and when to look again. Whoever drives it moves bytes and has no rule of its
-own: `network/rounds/runner.py` between real peers, `simulate/systems/volunteer.py` in virtual time. The membership and
-the chains are told of by others too, and read here. Pure: rosters as they travel are handles that pass through.
+`RoundEngine` holds all state of this: who was asked and has answered, what was ordered, downloaded, signed and merged,
+who does not deliver, which answers are owed, and when to check again. Its caller moves bytes and has no rules of its
+own: `network/rounds/runner.py` between real peers, `simulate/systems/volunteer.py` in virtual time. Other parts of a
+peer update the membership and the chains too; the engine reads them.
+
+Everything here is pure. Rosters in their signed form are handles that pass through.
 """
 
 from __future__ import annotations
@@ -48,26 +50,30 @@ from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, Q
 __all__ = ["RoundEngine", "RoundRules"]
 
 _LEAST_LOOK_S = 0.005
+"""Seconds between two checks, at least."""
 _KEEP_ROUNDS = 3
+"""Rounds about which other peers are still answered."""
 _SOURCES = 4
+"""Peers ahead that are asked for their state, at random, before the situation is judged anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRules:
-    """What the run file says, and how often others are asked. Durations in seconds."""
+    """Settings of the run file, and how often other peers are asked. Durations in seconds."""
 
     share_above: int
     round_limit_s: float
     silence_s: float
     hold_s: float = 2.0
-    """A question is held so long, at most, by who has no news."""
+    """Longest time for which a question without news is held."""
     retry_s: float = 0.25
+    """Pause before a peer is asked again that failed, or answered at once without anything new."""
     look_s: float = 0.5
-    """Whoever waits looks so often at least, also when it heard of nothing."""
+    """Longest time between two checks while this peer waits."""
 
     @property
     def gap_s(self) -> float:
-        """A process that comes so much later to something than it should has stood still."""
+        """If a timer fires this late, the process was suspended."""
         return max(1.0, self.silence_s / 4)
 
 
@@ -75,7 +81,7 @@ _Commands: TypeAlias = list[Command[Envelope]]
 
 
 class RoundEngine(Generic[Envelope, Link]):
-    """One peer's side of all rounds. Times are seconds of one clock that the caller passes in as `now`."""
+    """One peer's side of all rounds. Times are seconds of one clock that the caller passes as `now`."""
 
     def __init__(
         self,
@@ -86,18 +92,18 @@ class RoundEngine(Generic[Envelope, Link]):
         *,
         trains: bool = True,
     ) -> None:
-        """The weights of one that does not train count for no chain: those of an archive."""
+        """`trains` is False for an archive, whose weights count for no chain."""
         self.me, self.membership, self.chains, self.rules = membership.me, membership, chains, rules
         self.round = 0
         self.last: SignedRoster[Envelope] | None = None
         self.guest = True
-        """Whether nobody waits for this peer's round: before its first, in that one, and after catching up."""
+        """True if nobody waits for this peer's round: before and in its first one, and after catching up."""
         self.away = False
-        """Whether this peer has said goodbye: whoever missed that, and asks, is told so."""
+        """True if this peer has said goodbye; a peer that missed that and asks is told."""
         self.wanted = False
-        """Whether somebody has ended the round that this peer is in, and asked for this peer's part of it."""
+        """True if another peer has ended this peer's present round and asked for its publication."""
         self.waiting_for, self.waiting_until_s = "", 0.0
-        """Why it waits, and until when that may be; 0 when there is no such time."""
+        """Time until which it waits at most; 0 without a limit."""
         self.signers = Signers()
         self.hearsay: Hearsay[Envelope, Link] = Hearsay(membership, chains)
         self._rng = rng
@@ -105,17 +111,17 @@ class RoundEngine(Generic[Envelope, Link]):
         self._seeker = StateSearches(self.hearsay, self._questions, self.me if trains else "", rng)
         self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
         self._ending: KnownRound[Envelope, Link] | None = None
-        """The round that is being ended."""
+        """The round whose end is being agreed on."""
         self._look_s = math.inf
         self._held: dict[int, tuple[RoundQuestion, float]] = {}
-        """Questions of others that are held, and until when."""
+        """Held questions of other peers, and until when."""
         self._held_until_s = math.inf
-        """The first of these times, or earlier."""
+        """Lower bound of these times."""
 
     # ------------------------------------------------------------- events
 
     def receive(self, event: Event[Envelope, Link], now: float) -> _Commands[Envelope]:
-        """What happened, and what is to be done about it."""
+        """Return the commands that follow from an event at time `now`."""
         match event:
             case ev.RoundTimerFired():
                 return self._woke(now)
@@ -175,33 +181,33 @@ class RoundEngine(Generic[Envelope, Link]):
         return []
 
     def wake_at(self) -> float | None:
-        """When `RoundTimerFired` is wanted."""
+        """Return when to send `RoundTimerFired`; None: not before another event."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
             wake_s = min(wake_s, self._held_until_s)
         return wake_s if wake_s < math.inf else None
 
     def knows(self, round: int) -> bool:
-        """Whether others are still answered about that round of ours."""
+        """Return whether other peers are still answered about that round."""
         return round in self._rounds
 
     def is_announced(self, offer: RoundPublication) -> bool:
-        """Whether the round that is being ended may take this in."""
+        """Return whether `offer` is a publication that the present round may merge."""
         return self._ending is not None and self._ending.announced.get(offer.peer) == offer
 
     @property
     def listening_since_s(self) -> float:
-        """Since when this process has run without a gap."""
+        """Time since which this process has run without a gap."""
         return self.hearsay.listening_since_s
 
     @property
     def base(self) -> str:
-        """The digest of the roster applied last."""
+        """Digest of the roster applied last."""
         return "" if self.last is None else self.last.roster.digest
 
     @property
     def _tokens(self) -> int:
-        """Behind the weights."""
+        """The run's tokens as of this peer's weights."""
         return 0 if self.last is None else self.last.roster.total_tokens
 
     def _woke(self, now: float) -> _Commands[Envelope]:
@@ -251,7 +257,7 @@ class RoundEngine(Generic[Envelope, Link]):
         )
 
     def _tell(self) -> _Commands[Envelope]:
-        """Answer all who wait for what is news now."""
+        """Answer all held questions for which there is news now."""
         due = [call for call, (question, _) in self._held.items() if self._is_news(question)]
         return [self._answer(call, self._held.pop(call)[0]) for call in due]
 
@@ -274,7 +280,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return self._tell()
 
     def _over(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
-        """The round is over: the others are judged by it, and nothing is asked about it any more."""
+        """End the round: stop all questions about it, and record who did not sign."""
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
         self.signers.round_over(known.round, idled(view, now), {roster.signer for roster in view.rosters})
@@ -288,7 +294,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
-        """Those who claim more tokens than there are here, and neither show their chain nor move anybody."""
+        """Name the peers that claim more tokens than this peer has, but show no chain and do not prevail."""
         commands: _Commands[Envelope] = []
         view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
         for peer, digest in view.stands.items():
@@ -303,7 +309,7 @@ class RoundEngine(Generic[Envelope, Link]):
     # ------------------------------------------------------------- deciding
 
     def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
-        """Decide, and do it."""
+        """Ask what is to be asked, decide, and return the commands of the decision."""
         self._look_s = now + self.rules.look_s
         known.try_again(self.hearsay)
         view = self._view(known)
@@ -311,6 +317,8 @@ class RoundEngine(Generic[Envelope, Link]):
         if known.catching_up is not None:
             return commands
         decision: Decision = decide(view, now)
+        # Before this peer signs, every peer with an unknown roster may show its chain: that chain may hold, and a
+        # roster signed on the losing one is work that is given up.
         if isinstance(decision, rosters.SignDecision):
             lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
             if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
@@ -358,7 +366,8 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
-        """What the search for a state says; what came of catching up ends the round, or has it decided anew."""
+        """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there
+        is none."""
         known = self._ending
         if not commands or known is None or known.catching_up is None:
             return commands
@@ -418,7 +427,8 @@ class RoundEngine(Generic[Envelope, Link]):
     # ------------------------------------------------------------- asking
 
     def _keep_asking(self, known: KnownRound[Envelope, Link], view: RoundView, now: float) -> _Commands[Envelope]:
-        """One question to a peer, one pull of a publication; those no longer needed are given up."""
+        """Keep one open question to each peer that is to be asked, and one download of each publication; drop the
+        others."""
         wanted = dict.fromkeys(peers_to_ask(view, now))
         commands = self._hang_up(known, view, [peer for peer in known.asking if peer not in wanted], now)
         for peer in wanted:
@@ -442,7 +452,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _question(self, known: KnownRound[Envelope, Link], peer: str, now: float) -> RoundQuestion:
-        """About the round. The first answer is not held, nor is the first since this process stood still."""
+        """Build the question about the round. Its first answer is not held, nor is the first after a suspension."""
         wants_chain = self.hearsay.wants_chain(peer, now)
         answered_s = known.answered_at_s.get(peer)
         is_deaf = answered_s is None or answered_s < self.listening_since_s
@@ -457,7 +467,7 @@ class RoundEngine(Generic[Envelope, Link]):
     def _hang_up(
         self, known: KnownRound[Envelope, Link], view: RoundView, peers: Iterable[str], now: float
     ) -> _Commands[Envelope]:
-        """Questions that are given up now: one that was never answered has failed."""
+        """Drop the open questions to these peers; one to a silent peer counts as failed."""
         commands: _Commands[Envelope] = []
         for peer in sorted(peers):
             number = known.asking.pop(peer)
@@ -491,23 +501,25 @@ class RoundEngine(Generic[Envelope, Link]):
         reply: PeerReply[Envelope, Link],
         now: float,
     ) -> _Commands[Envelope]:
-        """What an answer says of the round."""
+        """Take from an answer what it says of the round."""
         commands: _Commands[Envelope] = []
         peer, offer, best, is_new = asked.peer, reply.publication, known.best, False
-        if reply.last is not None:  # whoever has applied one hands it out, whatever others of the round it knows
+        if reply.last is not None:  # it has applied this one, whatever other rosters of the round it knows
             is_new = known.keep(reply.last)
         if offer is not None and peer not in known.announced and offer.base == self.base:
             known.announced[peer], is_new = offer, True
         if reply.roster is not None:
             known.told_of[peer] = reply.roster.name
             if found := self.chains.wrong_with(reply.roster.roster):
-                commands.append(ev.NamePeer(reply.roster.roster.signer, found))  # who hands it on may not know the base
+                # the signer, since a peer that passes it on may not know the base
+                commands.append(ev.NamePeer(reply.roster.roster.signer, found))
             else:
                 is_new = known.keep(reply.roster) or is_new
         del known.asking[peer]
         known.answered_at_s[peer] = asked.asked_s
         at_once = asked.question.hold_s > 0 and now - asked.asked_s < self.rules.retry_s
-        known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now  # it may do so for long
+        # otherwise a peer that answers at once would be asked without end
+        known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now
         self._look_s = now
         return [*commands, *self._tell()] if known.best is not best else commands
 

@@ -1,7 +1,8 @@
-"""What happens to a peer in synchronous rounds, and what it is to do: the events and commands of `rounds.py`.
+"""Events that the engine of synchronous rounds takes, and commands that it answers with; plain data.
 
-Data alone. Questions are numbered by the engine; whoever asks this peer, and whoever wants a state found, is numbered
-by the driver. A publication's bytes are named by the hash in it, and a state by whom it comes from.
+Two numberings are in use. The engine numbers its questions and its requests for states; the caller numbers the calls
+that this peer receives (`call`) and the searches that it orders (`search`). A publication's bytes are named by the hash
+in the publication.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from swarmtrain.protocol.rounds.chains import Link, ShownChain
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication
 
 Envelope = TypeVar("Envelope")
-"""What a peer has signed, as it travels."""
+"""Signed message as it travels; opaque to the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class SignedRoster(Generic[Envelope]):
-    """A roster whose signature was checked; `name` is what peers call what was signed."""
+    """Roster whose signature was checked. `name` identifies the signed message: two signers of one roster give two
+    names."""
 
     roster: Roster
     signed: Envelope
@@ -30,30 +32,35 @@ class SignedRoster(Generic[Envelope]):
 
 @dataclass(frozen=True, slots=True)
 class RoundQuestion:
-    """What do you know of `round`? It is held for `hold_s` if there is nothing that the asker lacks."""
+    """Question to another peer: what do you know of `round`? If there is no news the answer is held back for
+    `hold_s`."""
 
     round: int
     hold_s: float = 0.0
     has_publication: bool = True
-    """Yours of that round."""
+    """True if the asker has the other peer's publication of that round."""
     has_roster: str = ""
-    """The name of the one that you told of last."""
+    """Name of the roster that the other peer sent last; "" without any."""
     has_share: bool = True
+    """True if the asker does not need to know whether the other peer has averaged its share."""
     wants_chain: bool = False
+    """True if the other peer is to show how it came to the roster that it applied last."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerReply(Generic[Envelope, Link]):
-    """What another peer answers, its signatures checked."""
+    """Answer of another peer, with its signatures checked."""
 
     told: AdvertisedRound
     inner_steps_done: int = 0
     away: bool = False
+    """True if the peer has said goodbye."""
     last: SignedRoster[Envelope] | None = None
-    """The one that it applied last, if it said so anew."""
+    """Roster that it applied last; None if this peer has it already."""
     publication: RoundPublication | None = None
     roster: SignedRoster[Envelope] | None = None
     shown: ShownChain[Link] | None = None
+    """Chain of rosters, if it was asked for and the peer can show one."""
 
 
 # ---------------------------------------------------------------- events
@@ -61,25 +68,28 @@ class PeerReply(Generic[Envelope, Link]):
 
 @dataclass(frozen=True, slots=True)
 class RoundTimerFired:
-    """The time that was asked for has come."""
+    """The time that `RoundEngine.wake_at` asked for has come."""
 
 
 @dataclass(frozen=True, slots=True)
 class MembersChanged:
-    """Somebody came, left or was lost."""
+    """A peer came, left or was lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSuspended:
-    """This process did not run until now: what it missed is nobody else's silence, and may be a round's end; nor are
-    calls that failed anybody's fault, if it `forgives`."""
+    """This process was suspended until now, for example by a sleeping laptop.
+
+    What it missed does not count as other peers' silence, and it may have missed a round's end. With `forgives`, calls
+    that failed meanwhile are not held against anybody either.
+    """
 
     forgives: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun:
-    """The next round begins; a `guest` is waited for by nobody."""
+    """The next round begins. Nobody waits for this peer in it if it is a late joiner (`guest`)."""
 
     guest: bool
 
@@ -91,12 +101,12 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class CameBack:
-    """It is here again."""
+    """This peer has returned after a goodbye."""
 
 
 @dataclass(frozen=True, slots=True)
 class InnerStepsDone:
-    """The inner steps of `round` are done, begun at `started_s`: this is what came of them."""
+    """The inner steps of `round`, begun at `started_s`, are done; `publication` is their pseudo-gradient."""
 
     round: int
     publication: RoundPublication
@@ -105,14 +115,14 @@ class InnerStepsDone:
 
 @dataclass(frozen=True, slots=True)
 class RoundAbandoned:
-    """This peer does not want to end its round any more; or to know what this search finds."""
+    """The caller gives up the round's end or, if `search` is given, that search."""
 
     search: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RoundAdvanced(Generic[Envelope]):
-    """The outer step is done, or another's state was taken: this peer is in `round` now, after roster `last`."""
+    """The outer step is done or another peer's state was adopted: this peer is in `round` now, after roster `last`."""
 
     round: int
     last: SignedRoster[Envelope] | None
@@ -120,7 +130,7 @@ class RoundAdvanced(Generic[Envelope]):
 
 @dataclass(frozen=True, slots=True)
 class QuestionReceived:
-    """Somebody asks."""
+    """Another peer asks; `call` identifies the answer."""
 
     call: int
     question: RoundQuestion
@@ -128,14 +138,14 @@ class QuestionReceived:
 
 @dataclass(frozen=True, slots=True)
 class QuestionDropped:
-    """Who asked does not want to know any more."""
+    """The asker has hung up."""
 
     call: int
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionAnswered(Generic[Envelope, Link]):
-    """A question is answered."""
+    """A question of this peer has an answer."""
 
     number: int
     reply: PeerReply[Envelope, Link]
@@ -143,63 +153,63 @@ class QuestionAnswered(Generic[Envelope, Link]):
 
 @dataclass(frozen=True, slots=True)
 class ReplyRefused:
-    """The answer was malformed, and is not taken."""
+    """The answer was malformed and is ignored."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionFailed:
-    """There is no answer."""
+    """A question of this peer has no answer."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class RosterSigned(Generic[Envelope]):
-    """This peer has signed a roster."""
+    """Ends `SignRoster`."""
 
     roster: SignedRoster[Envelope]
 
 
 @dataclass(frozen=True, slots=True)
 class PublicationFound:
-    """A publication on a roster that the merge had to look for."""
+    """The merge had to look for a publication on its roster, and found it."""
 
     publication: RoundPublication
 
 
 @dataclass(frozen=True, slots=True)
 class PublicationFetched:
-    """A publication's bytes are here."""
+    """The bytes of a publication, named by its hash, are here."""
 
     snapshot: str
 
 
 @dataclass(frozen=True, slots=True)
 class PublicationNotFetched:
-    """Nobody delivers them."""
+    """No source delivers the bytes."""
 
     snapshot: str
 
 
 @dataclass(frozen=True, slots=True)
 class ShareAveraged:
-    """The share of a roster that this peer averages is made."""
+    """This peer has averaged its share of the roster with that digest."""
 
     roster: str
 
 
 @dataclass(frozen=True, slots=True)
 class RosterMerged:
-    """The mean over the roster of this digest is here."""
+    """The mean over the roster with that digest is here."""
 
     roster: str
 
 
 @dataclass(frozen=True, slots=True)
 class RosterNotMerged:
-    """It cannot be had: nobody could deliver the publications of `lacking`."""
+    """The mean cannot be computed: nobody delivers the publications of the `lacking` peers."""
 
     roster: str
     lacking: frozenset[str]
@@ -215,8 +225,10 @@ class SurveyPeers:
 
 @dataclass(frozen=True, slots=True)
 class SearchState:
-    """Find the state that holds against ours and all others of those who `told` this; one that counts more than
-    `above_tokens` tokens. Not `fetches`: only have them show how they came there."""
+    """Find the state that holds against this peer's and all others', among those of the peers in `told`.
+
+    Only a state with more than `above_tokens` tokens counts. If not `fetches`, only have the peers show their chains.
+    """
 
     search: int
     told: Mapping[str, AdvertisedRound]
@@ -226,8 +238,7 @@ class SearchState:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """This peer comes, or comes back: find out from these peers, those that it knows, what it begins its next round
-    with."""
+    """This peer joins or comes back: ask the peers that it knows, and decide what it begins its next round with."""
 
     search: int
     peers: tuple[str, ...]
@@ -235,7 +246,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class StateAdopted:
-    """The weights are now those of `source`: its round is under way, and this peer comes into it late."""
+    """The weights are now those of `source`, whose round is under way: this peer joins it late."""
 
     search: int
     source: str
@@ -243,7 +254,7 @@ class StateAdopted:
 
 @dataclass(frozen=True, slots=True)
 class StateOffered(Generic[Envelope]):
-    """A state that was asked for is offered, after this roster."""
+    """A source offers the state that was requested; it follows this roster."""
 
     number: int
     roster: SignedRoster[Envelope]
@@ -251,14 +262,14 @@ class StateOffered(Generic[Envelope]):
 
 @dataclass(frozen=True, slots=True)
 class StateNotFetched:
-    """Its source has none, or does not deliver it."""
+    """The source has no such state, or does not deliver it."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class StateDownloaded:
-    """The state that was offered is here, whole."""
+    """The offered state has been downloaded completely."""
 
     number: int
 
@@ -300,7 +311,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class AskRoundQuestion:
-    """Ask `peer`; the answer is told with `number`."""
+    """Ask `peer`, and report the answer with `number`."""
 
     number: int
     peer: str
@@ -309,8 +320,7 @@ class AskRoundQuestion:
 
 @dataclass(frozen=True, slots=True)
 class DropRoundQuestion:
-    """What was asked with this number, an answer or a state, is not waited for any more; `failed` if that counts as a
-    call that failed."""
+    """Stop waiting for an answer or a state. `failed`: count it as a call that has failed."""
 
     number: int
     peer: str
@@ -319,7 +329,7 @@ class DropRoundQuestion:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRoundQuestion(Generic[Envelope]):
-    """Answer a call: which of these things it lacks it has said with its question."""
+    """Answer a call. The question says which of these things the asker has already."""
 
     call: int
     question: RoundQuestion
@@ -330,12 +340,12 @@ class AnswerRoundQuestion(Generic[Envelope]):
     publication: RoundPublication | None
     roster: SignedRoster[Envelope] | None
     share: str
-    """The digest of the roster of which this peer has averaged its share; "" if there is none."""
+    """Digest of the roster whose share this peer has averaged; "" without any."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchPublication:
-    """Bring a publication's bytes here, from the first of `sources` that delivers them."""
+    """Download a publication's bytes from the first of `sources` that delivers them."""
 
     publication: RoundPublication
     sources: tuple[str, ...]
@@ -343,7 +353,7 @@ class FetchPublication:
 
 @dataclass(frozen=True, slots=True)
 class SignRoster:
-    """Sign this roster; `RosterSigned` tells of it."""
+    """Sign this roster; ended by `RosterSigned`."""
 
     roster: Roster
     reason: str
@@ -351,26 +361,26 @@ class SignRoster:
 
 @dataclass(frozen=True, slots=True)
 class MergeRoster(Generic[Envelope]):
-    """Average what this roster names."""
+    """Average the publications on this roster."""
 
     roster: SignedRoster[Envelope]
 
 
 @dataclass(frozen=True, slots=True)
 class CancelMerge:
-    """The mean is not wanted any more."""
+    """Stop averaging."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinishRound(Generic[Envelope]):
-    """The round is over: the mean over this roster is what holds."""
+    """The round is over: apply the mean over this roster."""
 
     roster: SignedRoster[Envelope]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """Have `source` offer its state of `min_round` or later."""
+    """Ask `source` to offer its state of `min_round` or later."""
 
     number: int
     source: str
@@ -379,14 +389,14 @@ class RequestState:
 
 @dataclass(frozen=True, slots=True)
 class DownloadState:
-    """Bring the state here that is offered."""
+    """Download the offered state."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class AdoptState:
-    """The round is over: the state that was taken with this number holds."""
+    """The round is over: adopt the state that was downloaded with this number."""
 
     number: int
     reason: str
@@ -394,7 +404,7 @@ class AdoptState:
 
 @dataclass(frozen=True, slots=True)
 class PeersSurveyed:
-    """What they tell; those that do not answer are missing."""
+    """Ends `SurveyPeers`: what the peers advertise; those that did not answer are missing."""
 
     search: int
     told: Mapping[str, AdvertisedRound]
@@ -402,7 +412,8 @@ class PeersSurveyed:
 
 @dataclass(frozen=True, slots=True)
 class StateSearched:
-    """The state that was found was taken with `number`; None if the one that holds `is_ours`, or nobody delivers."""
+    """Ends `SearchState`. `number` is that of the downloaded state; None if the one that holds `is_ours`, or if nobody
+    delivers it."""
 
     search: int
     is_ours: bool
@@ -410,7 +421,7 @@ class StateSearched:
 
 
 class JoinsWith(Enum):
-    """What a peer that comes begins with."""
+    """What a joining peer begins with."""
 
     OTHERS = "the state that was found"
     OWN = "what it has: that holds, or nobody else has merged a round, or it will catch up at its round's end"
@@ -420,7 +431,8 @@ class JoinsWith(Enum):
 
 @dataclass(frozen=True, slots=True)
 class JoinDecided:
-    """How a join ended. The state that was found was taken with `number`; `told` is what those say that answered."""
+    """Ends `Join`. `number` is that of the downloaded state, if any; `told` is what the peers advertise that
+    answered."""
 
     search: int
     begins: JoinsWith
@@ -430,7 +442,7 @@ class JoinDecided:
 
 @dataclass(frozen=True, slots=True)
 class NamePeer:
-    """Tell the person that `peer` says what cannot be."""
+    """Tell the user that `peer` claims something impossible."""
 
     peer: str
     detail: str
@@ -438,7 +450,7 @@ class NamePeer:
 
 @dataclass(frozen=True, slots=True)
 class ReportChange:
-    """Who is here has changed."""
+    """Report a change of the membership."""
 
     change: MembershipChange
 

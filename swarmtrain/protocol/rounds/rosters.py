@@ -1,18 +1,18 @@
-"""Synchronous rounds without an all-reduce: who signs the roster, who is waited for, what is applied.
+"""Rules of synchronous rounds: who signs the roster, who is waited for, and which roster is applied.
 
-Everyone publishes its pseudo-gradient of round r. The live peer with the lowest PeerID signs the roster, a list
-of (peer, snapshot hash, tokens); after `silence_s` without a word from it the next lowest does. Everyone averages
-the same hashes in the same order, so that the results are bit-identical and anyone can recompute them.
+There is no all-reduce. Everyone publishes its pseudo-gradient of round r. The live peer with the lowest PeerID signs
+the roster, a list of (peer, snapshot hash, tokens); if it is silent for `silence_s`, the next lowest does. Everyone
+averages the same hashes in the same order, so that the results are bit-identical and anyone can recompute them.
 
-A roster names its `base`, the digest of the roster before it. The digest of the last roster therefore names the
-weights, and a roster fits only those who hold its base: applying it to other weights would part the swarm for good.
-Rosters of one base are totally ordered (`better_roster`): the one signed by the lower PeerID holds, of two by one
-signer the later attempt. Which of two chains of rosters holds is decided in `chains.py`, by what their peers signed, so
-that a peer that was cut off and went on alone never takes a whole swarm's work back. Everyone moves up in that order
-only, hence all end at the same weights.
+A roster names its `base`, the digest of the roster before it. So the digest of the last roster names the weights, and a
+roster fits only peers that hold its base: applying it to other weights would split the swarm for good. Rosters with one
+base are totally ordered (`better_roster`): the one signed by the lower PeerID holds, and of one signer's the later
+attempt. Which of two chains of rosters holds is decided in `chains.py` by what their peers have signed, so that a peer
+that was cut off and continued alone never undoes a whole swarm's work. Everyone changes weights only in that order,
+hence all end at the same weights.
 
-Pure: the state of the world is a `RoundView`, the answer a decision that carries its reason. The peer and the
-simulator drive the same `decide`.
+Everything here is pure: a `RoundView` describes the situation, and the answer is a decision with its reason. The real
+peer and the simulator use the same `decide`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPublication:
-    """A pseudo-gradient offered for a round: `snapshot` is the hash of its manifest, hex; `base` the digest of the
-    roster that led to the weights it starts from ("" before the first)."""
+    """Pseudo-gradient that a peer offers for a round.
+
+    `snapshot` is the SHA-256 of its manifest in hex; `base` is the digest of the roster whose weights it starts from,
+    "" before the first.
+    """
 
     peer: str
     snapshot: str
@@ -70,10 +73,10 @@ class RoundPublication:
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Whose pseudo-gradients make round `round`, in PeerID order; signed by `signer`.
+    """List of the pseudo-gradients that make round `round`, in PeerID order, signed by `signer`.
 
-    `base` is the digest of the roster before it and `base_tokens` what all rosters up to that one counted, as the
-    signer says: who knows the base knows better.
+    `base` is the digest of the roster before it. `base_tokens` is what all rosters up to that one counted, as the
+    signer claims; whoever knows the base checks it.
     """
 
     round: int
@@ -85,107 +88,112 @@ class Roster:
 
     @cached_property
     def peers(self) -> tuple[str, ...]:
-        """The PeerIDs on it, in order."""
+        """PeerIDs of the entries, in order."""
         return tuple(entry.peer for entry in self.entries)
 
     @cached_property
     def tokens(self) -> int:
-        """All tokens on it."""
+        """Sum of the entries' tokens."""
         return sum(entry.tokens for entry in self.entries)
 
     @property
     def total_tokens(self) -> int:
-        """What the run has counted once this roster is applied."""
+        """The run's tokens once this roster is applied."""
         return self.base_tokens + self.tokens
 
     @cached_property
     def digest(self) -> str:
-        """Names the weights that come of it, hex. Signer and attempt are left out: they change nothing."""
+        """SHA-256, in hex, that names the resulting weights. Signer and attempt are left out, since they change
+        nothing."""
         lines = [f"{self.round} {self.base}", *(f"{e.peer} {e.snapshot} {e.tokens}" for e in self.entries)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvertisedRound:
-    """What another peer last told of itself: the round it is in and the roster it applied last."""
+    """What another peer last said of itself: its round, and the roster that it applied last."""
 
     round: int
     last: Roster | None
     participating: bool = True
-    """False in the first round of a joiner, and of one that caught up: nobody waits for that round's gradient."""
+    """False in the first round of a joiner, or after catching up: nobody waits for that round's gradient."""
 
 
 class Standing(Enum):
-    """How another volunteer stands to this one."""
+    """Relation of another volunteer to this one."""
 
     WITH_US = "with us"
-    """Same weights and round: it is waited for as long as it answers, and may sign."""
+    """Same weights and round: it is waited for while it answers, and it may sign."""
     BEHIND = "behind"
-    """One roster behind: it may be about to come, and is waited for as if it were silent."""
+    """One roster behind: it may be about to advance, and is waited for as if it were silent."""
     GUEST = "guest"
-    """Asked, counted if it publishes in time, waited for only while its published bytes come."""
+    """Late joiner: it is asked, it counts if it publishes in time, and is waited for only while its published bytes
+    arrive."""
     AHEAD = "ahead"
     """It has applied the roster that this peer needs now."""
     FAR_AHEAD = "far ahead"
-    """Its weights hold and this peer cannot reach them by one roster: they must be fetched."""
+    """Its weights hold, and one roster does not lead there from this peer's: they must be fetched."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundView:
-    """What a peer knows about a round that it has ended itself. Times in seconds of the caller's clock."""
+    """What a peer knows of a round whose inner steps it has done. Times are seconds of the caller's clock."""
 
     me: str
     round: int
     ended_at_s: float
-    """When its own inner steps ended."""
+    """Time when its own inner steps ended."""
     deadline_s: float
-    """When the round is closed whoever is missing."""
+    """Time when the round is closed, whoever is missing."""
     silence_s: float
     share_above: int
     live: frozenset[str]
-    """Volunteers believed alive that stand `WITH_US` or `BEHIND`, or of whom nothing is known yet; without `me`."""
+    """Volunteers believed alive that stand `WITH_US` or `BEHIND`, or of which nothing is known yet; without `me`."""
     behind: frozenset[str] = frozenset()
-    """Those of `live` that stand `BEHIND`."""
+    """Members of `live` that stand `BEHIND`."""
     base: str = ""
-    """Digest of the roster applied last: rosters and publications with another base are not ours."""
+    """Digest of the roster applied last. Rosters and publications with another base do not fit."""
     guest: bool = False
-    """Whether this peer itself is a guest in this round: it signs only when nobody else is left."""
+    """True if this peer is a late joiner in this round: it signs only if nobody else is left."""
     guests: frozenset[str] = frozenset()
-    """Volunteers that stand as `GUEST`."""
+    """Volunteers that stand as `GUEST`, which are late joiners."""
     ahead: frozenset[str] = frozenset()
     """Volunteers that stand `AHEAD`: they hold the roster, or its result."""
     applied: frozenset[str] = frozenset()
-    """The digests of the rosters that those have applied: without this peer, if its own is not among them."""
+    """Digests of the rosters that the peers `ahead` have applied."""
     far_ahead: frozenset[str] = frozenset()
-    """Volunteers that stand `FAR_AHEAD`, less those whose state could not be had."""
+    """Volunteers that stand `FAR_AHEAD`, without those whose state could not be had."""
     announced: Mapping[str, RoundPublication] = field(default_factory=dict)
-    """Publications known by their manifest, own included."""
+    """Publications whose manifest is known, by peer, this peer's included."""
     held: frozenset[str] = frozenset()
-    """Peers whose publication's bytes this peer holds, own included."""
+    """Peers whose publication's bytes are here, this peer included."""
     rosters: Sequence[Roster] = ()
     """Rosters of this round whose signatures were checked."""
     heard_at_s: Mapping[str, float] = field(default_factory=dict)
+    """Time when each peer last said anything."""
     asked_at_s: Mapping[str, float] | None = None
-    """When each peer was first asked about this round: nobody is silent who was not asked. None: all at its end."""
+    """Time when each peer was first asked about this round; a peer that was not asked is not silent. None: all at the
+    end of this peer's inner steps."""
     answered_at_s: Mapping[str, float] = field(default_factory=dict)
-    """When each peer was asked what it has answered since."""
+    """Time at which each peer's last answered question was asked."""
     listening_since_s: float = -math.inf
-    """Since when this process has run without a gap: after a pause nobody else was silent, it was deaf."""
+    """Time since which this process has run without a gap. After a suspension the others were not silent; this process
+    was."""
     unobtainable: frozenset[str] = frozenset()
-    """Peers whose bytes nobody could deliver."""
+    """Peers whose bytes nobody delivers."""
     idle: frozenset[str] = frozenset()
-    """Peers that had their turn to sign lately and let it pass (`protocol.rounds.signers`): waited for, no signers."""
+    """Peers that recently missed their turn to sign (`signers.py`): they are waited for, but not as signers."""
 
     @cached_property
     def candidates(self) -> list[str]:
-        """Who may sign, in the order of their turns; sorted once, though two decisions look at it."""
+        """Peers that may sign, in the order of their turns; cached, because two decisions need it."""
         others = self.live - self.idle
         return sorted(others if self.guest else others | {self.me})
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaitDecision:
-    """Nothing to do before `until_s` unless there is news."""
+    """Do nothing before `until_s` unless there is news."""
 
     until_s: float
     reason: str
@@ -193,7 +201,7 @@ class WaitDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class SignDecision:
-    """Sign this roster and apply it."""
+    """Sign a roster with these entries, and apply it."""
 
     entries: tuple[RoundPublication, ...]
     attempt: int
@@ -202,7 +210,7 @@ class SignDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class ApplyDecision:
-    """Average these hashes."""
+    """Average the publications on this roster."""
 
     roster: Roster
     reason: str
@@ -210,7 +218,7 @@ class ApplyDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class CatchUpDecision:
-    """The others are done with this round: take their roster, or the state that came of it."""
+    """The others have finished this round: take their roster, or the state after it, from one of `sources`."""
 
     sources: tuple[str, ...]
     reason: str
@@ -220,25 +228,30 @@ Decision = WaitDecision | SignDecision | ApplyDecision | CatchUpDecision
 
 
 def _rank(roster: Roster) -> tuple[str, int, str]:
-    """Sorts the roster that holds first. The digest makes the order total (a signer that lost its memory)."""
+    """Return a sort key that puts the roster that holds first.
+
+    The digest makes the order total even for a signer that has lost its memory and signed the same attempt twice.
+    """
     return (roster.signer, -roster.attempt, roster.digest)
 
 
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
-    """Of those with one base the one that holds: the lowest signer's, then the latest attempt."""
+    """Return the roster that holds among those with one base: the lowest signer's, then the latest attempt."""
     return min(rosters, key=_rank, default=None)
 
 
 def worst_roster(rosters: Sequence[Roster]) -> Roster | None:
-    """The one that all the others hold against: the last in the order of `better_roster`."""
+    """Return the roster that all others hold against: the last in the order of `better_roster`."""
     return max(rosters, key=_rank, default=None)
 
 
 def standing(
     applied: Roster | None, round: int, told: AdvertisedRound, holds: Callable[[Roster | None], bool]
 ) -> Standing:
-    """How a volunteer that told `told` stands to a peer in `round` that applied `applied` last. `holds` says which
-    rosters' weights hold against its own (`ChainView.holds`)."""
+    """Return how a volunteer that advertises `told` stands to a peer in `round` that applied `applied` last.
+
+    `holds` says whether a roster's weights hold against this peer's (`ChainView.holds`).
+    """
     base = "" if applied is None else applied.digest
     if holds(told.last):
         assert told.last is not None
@@ -253,7 +266,7 @@ def standing(
 
 @dataclass(frozen=True, kw_only=True)
 class Standings:
-    """How the other volunteers stand to one, and which rosters those ahead of it have applied (their digests)."""
+    """The other volunteers by their standing, and the digests of the rosters that those `AHEAD` have applied."""
 
     of: Mapping[Standing, frozenset[str]]
     applied: frozenset[str]
@@ -268,10 +281,11 @@ def standings(
     undeliverable: Container[str],
     holds: Callable[[Roster | None], bool],
 ) -> Standings:
-    """How the others stand to a peer in `round` that applied `applied` last, by what they told and when.
+    """Sort the other volunteers by their standing to a peer in `round` that applied `applied` last.
 
-    What was told before `since_s`, the start of the round, says nothing any more, unless its roster holds against
-    ours. Of whom nothing is known is with us. The weights of the `undeliverable` could not be had: they are guests.
+    What a peer said before `since_s`, the start of the round, is out of date unless its roster holds against ours. A
+    peer of which nothing is known stands `WITH_US`. Peers whose weights could not be had (`undeliverable`) count as
+    `GUEST`.
     """
     with_us, their_last = set(told), set[str]()
     rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
@@ -293,31 +307,36 @@ def standings(
 
 
 def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
-    """When `peer` will have been silent for long enough, should nothing be heard from it."""
-    deaf = peer in view.behind or peer in view.guests  # what they say keeps nobody waiting
+    """Return when `peer` will have been silent for long enough if it says nothing more."""
+    deaf = peer in view.behind or peer in view.guests  # their answers do not extend the wait
     heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
     return _silence_after_s(view, peer, heard_at_s, unasked_s=now)
 
 
 def is_silent(view: RoundView, peer: str, now: float) -> bool:
-    """Whether `peer` was asked about this round and has not said a word since for `silence_s`.
+    """Return whether `peer` was asked about this round and has not said anything for `silence_s` since.
 
-    The question to it is given up at the round's end, and must then count as one that failed: a process that stands
-    still behind a daemon that answers the dial would else cost every round a silence.
+    At the round's end the question to a silent peer is given up, and must then count as a failed call. Otherwise a
+    suspended process behind a daemon that still accepts the dial would cost every round a silence.
     """
     return now >= _silence_after_s(view, peer, view.heard_at_s.get(peer, -math.inf), unasked_s=math.inf)
 
 
 def _silence_after_s(view: RoundView, peer: str, heard_s: float, unasked_s: float) -> float:
-    """When `peer`, last heard at `heard_s`, will have been silent for long enough; `unasked_s` stands in for when it
-    was asked if it was not."""
+    """Return when `peer`, last heard at `heard_s`, has been silent for `silence_s`.
+
+    `unasked_s` replaces the time of the question if it was not asked.
+    """
     asked_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, unasked_s)
     return max(view.ended_at_s, view.listening_since_s, asked_s, heard_s) + view.silence_s
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Whose turn it is to sign, and when that ends; before it these were silent, and those let theirs pass."""
+    """Whose turn it is to sign, and when it ends.
+
+    `passed_over`: earlier candidates that were silent or too late; `idled`: those of them that let their turn pass.
+    """
 
     signer: str
     ends_s: float
@@ -326,8 +345,11 @@ class _Turn:
 
 
 def _turn(view: RoundView, now: float) -> _Turn:
-    """A turn ends with the candidate's silence; at this peer's time limit if the candidate has not published; and
-    `silence_s` after it, one candidate after the other, if it has published, answers and yet does not sign.
+    """Return whose turn it is to sign.
+
+    A candidate's turn ends when it has been silent for `silence_s`. If it has not published, the turn ends at this
+    peer's time limit. If it has published and answers but does not sign, the turn ends `silence_s` after the limit,
+    plus `silence_s` for each candidate that was passed over before.
     """
     passed_over: set[str] = set()
     idled: set[str] = set()
@@ -347,16 +369,21 @@ def _turn(view: RoundView, now: float) -> _Turn:
 
 
 def _asks_since_s(view: RoundView) -> float:
-    """Since when this peer asks before it decides: since it stood still after its round, or has ended that only when
-    its time limit was over, as who stood still within it."""
+    """Return since when this peer must ask before it decides; -inf if it need not.
+
+    It must after a suspension, and if it ended its steps after the time limit, which has the same effect.
+    """
     if view.listening_since_s > view.ended_at_s:
         return view.listening_since_s
     return view.ended_at_s if view.ended_at_s >= view.deadline_s else -math.inf
 
 
 def _unheard(view: RoundView, now: float) -> frozenset[str]:
-    """Who is asked and has not yet said how things stand since this process stood still, or came too late: the others
-    may have signed without it and gone on, and what it signs or merges now would count for nobody."""
+    """Return the peers that this one asks after a suspension or a late end, and that have not answered since.
+
+    They may have signed without it and continued; what it signs or merges now would then count for nobody (decision
+    35).
+    """
     since_s = _asks_since_s(view)
     if not since_s <= now < since_s + view.silence_s:
         return frozenset()
@@ -365,12 +392,12 @@ def _unheard(view: RoundView, now: float) -> frozenset[str]:
 
 
 def idled(view: RoundView, now: float) -> frozenset[str]:
-    """Who had its turn to sign to the end: it has published, it answers, and it does not sign."""
+    """Return the peers that missed their turn to sign: they have published, they answer, and they do not sign."""
     return _turn(view, now).idled
 
 
 def decide(view: RoundView, now: float) -> Decision:
-    """What to do now about a round that this peer has ended."""
+    """Decide what to do now about a round whose inner steps this peer has done."""
     if view.far_ahead:
         return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
     if unheard := _unheard(view, now):
@@ -379,6 +406,8 @@ def decide(view: RoundView, now: float) -> Decision:
         return WaitDecision(until_s=_asks_since_s(view) + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
+    # If the others have applied another roster of this round, this peer's own gives way although it ranks first:
+    # otherwise many would have to give up a round for one (decision 35).
     own_only = roster is not None and roster.signer == view.me and roster.digest not in view.applied
     if roster is not None and not (view.ahead and (own_only or roster != better_roster(fitting))):
         return ApplyDecision(roster=roster, reason=f"signed by {roster.signer}")
@@ -394,6 +423,7 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
     ready = _ready(view)
     entries = tuple(view.announced[peer] for peer in sorted(ready))
     assert view.me in ready, "a peer that has ended its round has published, and holds what it published"
+    # This peer signs a second time only if bytes on its first roster cannot be had.
     attempts = [r.attempt for r in view.rosters if r.signer == view.me and r.base == view.base]
     if attempts:
         lacking = ", ".join(sorted(view.unobtainable))
@@ -411,8 +441,11 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
 
 
 def _ready(view: RoundView) -> frozenset[str]:
-    """Who may go on a roster. In a small group, those whose bytes the signer holds, so that they stay obtainable
-    whoever dies; with shares nobody holds everything, and the manifest of somebody believed alive must do."""
+    """Return the peers that may go on a roster.
+
+    In a small group these are the peers whose bytes the signer holds, so that the bytes remain available whoever dies
+    (decision 4). In a group with shares nobody holds everything, and the manifest of a peer believed alive is enough.
+    """
     announced = _announced(view)
     if pulls_whole(view):
         announced &= view.held
@@ -426,14 +459,19 @@ def _announced(view: RoundView) -> frozenset[str]:
 
 
 def pulls_whole(view: RoundView) -> bool:
-    """Whether the group is small: everyone pulls every publication, and a roster lists what its signer holds. Guests
-    count once they have published."""
+    """Return whether the group is small: everyone pulls every publication, and a roster lists what its signer holds.
+
+    Late joiners count once they have published.
+    """
     return max(len(view.live) + 1, len(_announced(view))) <= view.share_above
 
 
 def peers_to_ask(view: RoundView, now: float) -> list[str]:
-    """Whom to ask about the round. Small groups: everyone, so that bytes can be fetched before the roster comes.
-    Larger ones: the signer asks everyone, the others only whoever may sign."""
+    """Return the peers to ask about the round.
+
+    In a small group everyone asks everyone, so that bytes arrive before the roster does. In a larger one the signer
+    asks everyone, and the others ask only the two lowest that may sign and two of those ahead.
+    """
     ahead = view.ahead | view.far_ahead
     everyone = view.live | view.guests | ahead
     turn = _turn(view, now)
@@ -444,24 +482,25 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
 
 
 def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
-    """Cut chunks into one contiguous range a peer, in roster order, sizes differing by one at most."""
+    """Cut chunks into one contiguous range for each peer, in roster order; sizes differ by at most one."""
     bounds = [num_chunks * i // num_peers for i in range(num_peers + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
-    """Until when to wait for the shares of owners that answer: then their shares are averaged from the hashes.
+    """Return until when to wait for the shares of owners that answer; after that they are averaged here from the
+    hashes.
 
-    `roster_at_s` is when the roster came, `own_share_at_s` when the own share of it was averaged. An owner may lack
-    bytes that nobody can give it; it then never has a share, though it lives.
+    `roster_at_s` is when the roster came, `own_share_at_s` when this peer's share was averaged. An owner may lack bytes
+    that nobody can give it; it then never has a share although it lives.
     """
     return own_share_at_s + max(silence_s, 2 * (own_share_at_s - roster_at_s))
 
 
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
-    """Inner steps of a first round (joined, or caught up), so that nobody waits for it; with the reason.
+    """Return the inner steps of a first round after joining or catching up, with the reason; nobody waits for it.
 
-    It ends a sixteenth of a round before the fastest other's does, for its bytes must reach the signer in time.
+    It ends a sixteenth of a round before the fastest other peer's, because its bytes must reach the signer in time.
     """
     if not others_done or max(others_done) == 0:
         return inner_steps, "nobody else has begun this round"
@@ -471,10 +510,11 @@ def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, st
 
 
 def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
-    """Inner steps of the round after a roster was applied; with the reason.
+    """Return the inner steps of the round after a roster was applied, with the reason.
 
-    All of them, unless this peer applied it so late that others are past half of the round: then it comes along as a
-    guest, or it would be a round behind for ever. `others_done` is of those who are in that round already.
+    All of them, unless this peer applied the roster so late that others are past half of the round. Then it takes part
+    as a late joiner; otherwise it would stay a round behind. `others_done` is of the peers that are in that round
+    already.
     """
     if max(others_done, default=0) <= inner_steps / 2:
         return inner_steps, "a whole round"
@@ -482,18 +522,20 @@ def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]
 
 
 def steps_of_round(inner_steps: int, round: int, others: Iterable[tuple[int, int]], *, fresh: bool) -> tuple[int, str]:
-    """Inner steps of `round`, with the reason; fewer than `inner_steps` for one that comes late. `others` says which
-    round each of them is in, and how many steps it has done there; `fresh` is the first round with weights that were
-    taken from others, or read from the disk."""
+    """Return the inner steps of `round`, with the reason: fewer than `inner_steps` for a peer that comes late.
+
+    `others` has the round of each other peer and the steps that it has done there. `fresh`: this is the first round
+    with weights that came from another peer or from the disk.
+    """
     others = list(others)
     others_done = [done for its_round, done in others if its_round == round]
     if not fresh:
         return round_steps(inner_steps, others_done)
     if any(its_round > round for its_round, _ in others):
-        others_done.append(inner_steps)  # the round is over already
+        others_done.append(inner_steps)  # others have ended this round already
     return joining_steps(inner_steps, others_done)
 
 
 def sources_of(roster: Roster, author: str) -> list[str]:
-    """Where to pull a publication on a roster from: its author, the signer, then everyone on it."""
+    """Return where to pull a publication on a roster from: its author, the signer, then everyone on the roster."""
     return list(dict.fromkeys([author, roster.signer, *roster.peers]))

@@ -1,4 +1,4 @@
-"""What a peer knows of a round that it has ended itself; `rounds.py` decides by it."""
+"""What a peer knows of a round whose inner steps it has done; `engine.py` decides by it."""
 
 from __future__ import annotations
 
@@ -15,53 +15,67 @@ from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay
 __all__ = ["KnownRound"]
 
 _MAX_ATTEMPTS = 8
+"""Rosters that are kept of each signer, the latest attempts."""
 _MAX_ROSTERS = 64
-"""So many rosters of others are kept of a round, those that hold against the rest: signers cost nothing."""
+"""Rosters of others that are kept for a round, those that hold against the rest. Signers cost nothing, so a flood of
+them must not fill the memory."""
 _CHAIN_SILENCES = 3
-"""For so many times as long as one may be silent nothing is signed before chains are shown."""
+"""Limit, in multiples of `silence_s`, of the wait for other peers to show their chains before this peer signs."""
 
 
 @dataclass(slots=True)
 class KnownRound(Generic[Envelope, Link]):
-    """What is known of one round that this peer has ended itself."""
+    """State of one round whose inner steps this peer has done."""
 
     round: int
     started_s: float
     ended_s: float
     own: RoundPublication
+    """This peer's publication."""
     announced: dict[str, RoundPublication] = field(default_factory=dict)
+    """Publications whose manifests are known, by peer, this peer's included."""
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
-    """By name."""
+    """Rosters of this round that fit this peer's weights, by name."""
     best: SignedRoster[Envelope] | None = None
-    """Of these the one that holds."""
+    """The one of `rosters` that holds."""
     shared: str = ""
+    """Digest of the roster whose share this peer has averaged."""
     asking: dict[str, int] = field(default_factory=dict)
-    """The number of the question to each peer that is under way."""
+    """Number of the open question to each peer."""
     ask_again_s: dict[str, float] = field(default_factory=dict)
+    """Time before which each peer is not asked again."""
     told_of: dict[str, str] = field(default_factory=dict)
-    """The name of the roster that each peer told of last."""
+    """Name of the roster that each peer sent last."""
     asked_at_s: dict[str, float] = field(default_factory=dict)
+    """Time when each peer was first asked about this round."""
     answered_at_s: dict[str, float] = field(default_factory=dict)
-    """When what each peer answered last was asked."""
+    """Time at which each peer's last answered question was asked."""
     brought: set[str] = field(default_factory=set)
+    """Hashes of the publications whose download was ordered."""
     held: set[str] = field(default_factory=set)
-    """The publications that were asked for, and those whose bytes are here, by their hashes."""
+    """Hashes of the publications whose bytes are here."""
     unobtainable: set[str] = field(default_factory=set)
+    """Peers whose publication nobody delivers."""
     tried_again: set[tuple[str, str]] = field(default_factory=set)
+    """(peer, digest of a roster) for which an unobtainable publication got its second chance."""
     undeliverable: set[str] = field(default_factory=set)
+    """Peers whose state could not be had."""
     distrusted: set[str] = field(default_factory=set)
-    """Peers that sent something malformed about this round: asked again, but not waited for."""
+    """Peers that sent something malformed about this round: they are asked again, but not waited for."""
     impossible: set[str] = field(default_factory=set)
-    """Digests of rosters that name a publication of ours that we never made."""
+    """Digests of rosters that name a publication of this peer that it never made."""
     lacking_s: dict[str, float] = field(default_factory=dict)
-    """Since when each peer has told of a roster whose chain nobody has shown yet."""
+    """Time since which each peer has named a roster whose chain nobody has shown."""
     merging: str = ""
+    """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False
     catching_up: CatchingUp[Envelope, Link] | None = None
 
     def keep(self, one: SignedRoster[Envelope]) -> bool:
-        """Remember a roster of this round that starts from our weights, of one signer the latest few and of all signers
-        those that hold against the rest; whether it is new."""
+        """Remember a roster of this round that starts from this peer's weights. Return whether it is new.
+
+        Of one signer the latest attempts are kept, of all signers the rosters that hold against the rest.
+        """
         roster = one.roster
         if one.name in self.rosters or (roster.round, roster.base) != (self.round, self.own.base):
             return False
@@ -84,14 +98,14 @@ class KnownRound(Generic[Envelope, Link]):
         return True
 
     def was_brought(self, event: ev.PublicationFetched | ev.PublicationNotFetched) -> None:
-        """A publication's bytes are here, or nobody delivers them."""
+        """Record that a publication's bytes are here, or that nobody delivers them."""
         if isinstance(event, ev.PublicationFetched):
             self.held.add(event.snapshot)
         else:
             self.unobtainable.update(p for p, offer in self.announced.items() if offer.snapshot == event.snapshot)
 
     def merge_went_on(self, event: ev.PublicationFound | ev.RosterMerged | ev.RosterNotMerged) -> None:
-        """What came of the merge that is under way; of one before nothing is taken."""
+        """Record the progress of the present merge; events of an earlier merge are ignored."""
         match event:
             case ev.PublicationFound(publication=offer):
                 self.announced[offer.peer] = self.own if offer.peer == self.own.peer else offer
@@ -104,8 +118,11 @@ class KnownRound(Generic[Envelope, Link]):
                 self.unobtainable.update(event.lacking - {self.own.peer})
 
     def try_again(self, hearsay: Hearsay[Envelope, Link]) -> None:
-        """Who could not be pulled from, and has merged this round by now, may just have stood still: what is on its
-        roster holds, so that it gets another chance, once."""
+        """Give unobtainable publications a second chance if their author has merged this round.
+
+        The author may have been suspended when it was asked. What is on the roster that it applied holds, so it can be
+        had from somebody. Each roster gives one such chance.
+        """
         for peer in list(self.unobtainable):
             last = hearsay.last_of(peer)
             if last is None or (last.round, last.base) != (self.round, self.own.base):
@@ -115,8 +132,11 @@ class KnownRound(Generic[Envelope, Link]):
                 self.unobtainable.discard(peer)
 
     def chains_due_s(self, lacking: Iterable[str], silence_s: float, now: float) -> float:
-        """Until when somebody has yet to show its chain, for which it has as long as it may be silent, and all together
-        a few times as long: who comes after the other with one that nobody knows must not hold a round up for ever."""
+        """Return until when to wait for the `lacking` peers to show their chains.
+
+        Each has `silence_s`; all together have `_CHAIN_SILENCES` times as long, so that ever new peers with unknown
+        chains cannot hold up a round for ever.
+        """
         until_s = [self.lacking_s.setdefault(peer, now) + silence_s for peer in lacking]
         most_s = min(self.lacking_s.values(), default=now) + _CHAIN_SILENCES * silence_s
         return min(max(until_s, default=now), most_s)

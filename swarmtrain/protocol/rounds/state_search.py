@@ -1,8 +1,10 @@
-"""What others told of themselves and of their chains, and the search for the state that holds among theirs.
+"""What others say of themselves and of their chains of rosters, and the search for the state that holds.
 
-A joiner, one that comes back, and an archive search alike: they ask some peers how far they are, have those show their
-chains whose rosters they do not know, and take the state of the chain that holds, from whoever delivers it. Who missed
-a round takes a state with the same steps. Pure; driven by `rounds.py`.
+A joiner, a peer that comes back and an archive search in the same way. They ask some peers how far they are, ask for
+the chains of rosters that they do not know, and download the state of the chain that holds from whoever delivers it. A
+peer that missed a round fetches a state by the same steps.
+
+Everything here is pure; `engine.py` calls it.
 """
 
 from __future__ import annotations
@@ -24,36 +26,40 @@ from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 __all__ = ["CatchingUp", "Hearsay", "PeerSurvey", "Questions", "Search", "StateSearches"]
 
 _CHAIN_TRIES = 2
+"""Peers that are asked for the chain of one roster."""
 _CHAIN_AGAIN_S = 1.0
-"""A peer is asked for its chain so often at most: checking it takes a while."""
+"""Seconds between two questions to a peer for its chain, because checking a chain takes a while."""
 _MOST_STEPS = 2**31
+"""Limit of the inner steps that a peer may claim."""
 _JOIN_TRIES = 3
-"""So often who comes asks before it goes on with what it has."""
+"""Attempts to join before a peer continues with what it has."""
 
 
 @dataclass
 class Hearsay(Generic[Envelope, Link]):
-    """What others told of themselves, and of how they came there."""
+    """What other peers advertise of themselves, and the chains that they have shown."""
 
     membership: Membership
     chains: Chains[Link]
     told: dict[str, tuple[float, AdvertisedRound]] = field(default_factory=dict)
+    """Each peer's newest advertised round, and when it was received."""
     listening_since_s: float = -math.inf
-    """Since when this process has run without a gap."""
+    """Time since which this process has run without a gap."""
     _chain_asked_s: dict[str, float] = field(default_factory=dict)
+    """Time when each peer was last asked for its chain."""
 
     def last_of(self, peer: str) -> Roster | None:
-        """The roster that it told it applied last."""
+        """Return the roster that `peer` says it applied last; None if it has applied none, or is unknown."""
         one = self.told.get(peer)
         return None if one is None else one[1].last
 
     def forget(self, peer: str) -> None:
-        """It has long been gone."""
+        """Forget a peer that has been gone for long."""
         self.told.pop(peer, None)
         self._chain_asked_s.pop(peer, None)
 
     def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> str:
-        """What is wrong with what a peer tells of itself, in words; "" if nothing."""
+        """Return what is wrong with an answer, in words; "" if nothing."""
         told, last = reply.told, reply.told.last
         if told.round != (0 if last is None else last.round + 1):
             return "a peer in another round than its last roster leads to"
@@ -69,8 +75,11 @@ class Hearsay(Generic[Envelope, Link]):
     def hear(
         self, peer: str, reply: PeerReply[Envelope, Link], asked_for_chain: bool, now: float
     ) -> MembershipChange | None:
-        """Take in what a peer tells of itself, and shows of its chain. One that does not know the question shows
-        nothing. Returns the change, if it says that it is away."""
+        """Record an answer, and the chain that it shows. Return the change of membership if the peer says that it is
+        away.
+
+        A peer that was asked for its chain and shows none runs an older version, and only its last roster is recorded.
+        """
         told = reply.told
         done = min(reply.inner_steps_done, _MOST_STEPS)
         self.membership.heard(peer, now, round=told.round, inner_steps_done=done)
@@ -83,8 +92,10 @@ class Hearsay(Generic[Envelope, Link]):
         return self.membership.left(peer, now) if reply.away else None
 
     def wants_chain(self, peer: str, now: float) -> bool:
-        """Whether to ask with this question for the chain of one that told of a roster that is not on ours, nor the
-        next; it counts as asked then."""
+        """Return whether this question should ask for the peer's chain; if so, record that it does.
+
+        The chain is needed if the peer's last roster is neither on this peer's chain nor the next one.
+        """
         asked_s = self._chain_asked_s.get(peer, -math.inf)
         if not self.chains.lacks(self.last_of(peer)) or now < asked_s + _CHAIN_AGAIN_S:
             return False
@@ -92,33 +103,33 @@ class Hearsay(Generic[Envelope, Link]):
         return True
 
     def of_those_who_train(self, but: Collection[str] = ()) -> dict[str, tuple[float, AdvertisedRound] | None]:
-        """What they told, and when; None of one that has told nothing."""
+        """Return what each live volunteer has advertised, and when; None for one that has not answered yet."""
         return {peer: self.told.get(peer) for peer in self.membership.heard_at_s() if peer not in but}
 
     def in_round(self, told: Mapping[str, tuple[float, AdvertisedRound] | None], since_s: float) -> ChainView:
-        """Which chain holds, for a peer in the midst of a round that began at `since_s`, by what these told."""
+        """Compare the chains for a peer in the middle of a round that began at `since_s`."""
         me, is_away = self.membership.me, self.listening_since_s > since_s
         return chain_view(self.chains.chain, self.chains.shown, told, since_s=since_s, me=me, is_away=is_away)
 
     def view(self, told: Mapping[str, AdvertisedRound], me: str) -> ChainView:
-        """Which chain holds, for a peer that comes, or comes back, and for an archive."""
+        """Compare the chains for a peer that joins or comes back, or for an archive."""
         now = {peer: (0.0, one) for peer, one in told.items()}
         return chain_view(self.chains.chain, self.chains.shown, now, since_s=0.0, me=me, is_away=True)
 
 
 @dataclass
 class Source:
-    """Whose state is asked for, and with which number."""
+    """Peer that is asked for its state, and the number of the request."""
 
     number: int
     peer: str
     roster: Roster | None = None
-    """It is offered, after this one; and its chain is asked for."""
+    """Roster of the offered state; its source may still have to show its chain."""
 
 
 @dataclass(slots=True)
 class PeerSurvey:
-    """Who was asked how far it is, and what they said."""
+    """Survey under way: open questions, and the answers so far."""
 
     search: int
     open: set[int] = field(default_factory=set)
@@ -127,21 +138,23 @@ class PeerSurvey:
 
 @dataclass
 class CatchingUp(Generic[Envelope, Link]):
-    """The peers that are ahead of one that ends `round`, one of which is to give its state."""
+    """Search for a state of the peers that are ahead of this one, which ends `round`."""
 
     hearsay: Hearsay[Envelope, Link]
     round: int
     since_s: float
-    """When it began that."""
+    """Time when this peer began that round."""
     reason: str
     left: deque[str]
+    """Peers to ask, the next one first."""
     unobtainable: Collection[str]
+    """Peers whose publication of this round nobody delivers."""
     undeliverable: set[str]
-    """Those whose state could not be had."""
+    """Peers whose state could not be had."""
     source: Source | None = None
 
     def next(self) -> tuple[str, int] | None:
-        """Whom to ask now, and for a state of which round or later."""
+        """Return the peer to ask next and the earliest round of its state; None if none is left."""
         if not self.left:
             return None
         peer = self.left.popleft()
@@ -149,12 +162,15 @@ class CatchingUp(Generic[Envelope, Link]):
         return peer, 0 if last is None else last.round + 1
 
     def needs_chain(self, roster: Roster) -> bool:
-        """Whether its source has to show how it came to this roster before it can be judged."""
+        """Return whether the source must show its chain before this roster can be judged."""
         return roster.digest not in self.hearsay.chains.shown
 
     def may_take(self, source: str, roster: Roster) -> bool:
-        """Whether the weights after `roster` hold. Who has a publication of its own on this round's, and does not
-        deliver that, is believed nothing; who is further than that need not have it any more."""
+        """Return whether the weights after `roster` hold.
+
+        A source that lists its own publication on this round's roster but does not deliver it is not believed. One that
+        is further ahead may have dropped that publication.
+        """
         if roster.round == self.round and source in self.unobtainable and source in roster.peers:
             return False
         return self.hearsay.in_round(self.hearsay.of_those_who_train(), self.since_s).holds(roster)
@@ -167,17 +183,22 @@ class Search(Generic[Envelope, Link]):
     hearsay: Hearsay[Envelope, Link]
     search: int
     round: int
-    """That the one who seeks is in."""
+    """Round of the peer that searches."""
     me: str
     """"" for an archive, whose weights count for no chain."""
     told: Mapping[str, AdvertisedRound]
     above_tokens: int
+    """Tokens that a state must exceed."""
     fetches: bool
+    """False if only chains are asked for, and no state."""
     rng: random.Random
     best: Chain | None = None
+    """The chain that holds, once it is chosen."""
     source: Source | None = None
     _lacking: deque[tuple[str, list[str]]] = field(init=False)
+    """Digests of the last rosters, each with some peers that can be asked for its chain."""
     _sources: deque[tuple[str, int]] = field(default_factory=deque)
+    """Peers to ask for their state, with the earliest round."""
 
     def __post_init__(self) -> None:
         standing: dict[str, list[str]] = {}
@@ -189,7 +210,7 @@ class Search(Generic[Envelope, Link]):
         self._lacking = deque((digest, peers[:_CHAIN_TRIES]) for digest, peers in standing.items())
 
     def whose_chain(self) -> str | None:
-        """Who is asked next for its chain: each is, before any is judged."""
+        """Return the next peer to ask for its chain, None when all chains are known. None is judged before that."""
         chains = self.hearsay.chains
         while self._lacking:
             digest, peers = self._lacking[0]
@@ -199,8 +220,8 @@ class Search(Generic[Envelope, Link]):
         return None
 
     def choose(self) -> bool:
-        """All have shown their chains, or will not: which holds? False if that is ours, or counts too little."""
-        now = self.hearsay.told  # who was asked may have gone on since
+        """Choose the chain that holds. Return False if it is this peer's own, or has too few tokens."""
+        now = self.hearsay.told  # peers may have advanced since they were surveyed
         self.told = {peer: now[peer][1] if peer in now else before for peer, before in self.told.items()}
         self.best = best = self.hearsay.view(self.told, self.me).best
         if best is None or best.head is None or best.head.total_tokens <= self.above_tokens:
@@ -215,15 +236,18 @@ class Search(Generic[Envelope, Link]):
         return True
 
     def next(self) -> tuple[str, int] | None:
-        """Whom to ask now, and for a state of which round or later."""
+        """Return the peer to ask next and the earliest round of its state; None if none is left."""
         return self._sources.popleft() if self._sources else None
 
     def needs_chain(self, roster: Roster) -> bool:
-        """Whether its source has to show how it came to this roster before it can be judged."""
+        """Return whether the source must show its chain before this roster can be judged."""
         return self._is_newer(roster) and self.best is not None and roster.digest not in self.best
 
     def may_take(self, source: str, roster: Roster) -> bool:
-        """Whether the state after `roster` is of the chain that holds: it may be further than it was, or forgotten."""
+        """Return whether the state after `roster` belongs to the chain that holds.
+
+        The source may have advanced since, or have dropped older rosters.
+        """
         if not self._is_newer(roster):
             return False
         assert self.best is not None
@@ -239,11 +263,12 @@ class Search(Generic[Envelope, Link]):
 
 
 Asker: TypeAlias = PeerSurvey | Search[Envelope, Link] | CatchingUp[Envelope, Link]
+"""The search or survey that a question belongs to."""
 
 
 @dataclass(slots=True)
 class Open(Generic[Envelope, Link]):
-    """A question under way, and what it is for; None: the round that is being ended."""
+    """Open question. `of` is what it belongs to; None: the round that is being ended."""
 
     peer: str
     asked_s: float
@@ -253,7 +278,7 @@ class Open(Generic[Envelope, Link]):
 
 @dataclass
 class Questions(Generic[Envelope, Link]):
-    """All that is asked of others, by number."""
+    """Open questions of this peer, by number."""
 
     open: dict[int, Open[Envelope, Link]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -265,7 +290,7 @@ class Questions(Generic[Envelope, Link]):
         now: float,
         of: Asker[Envelope, Link] | None = None,
     ) -> ev.AskRoundQuestion:
-        """The next one."""
+        """Open a question with the next number."""
         number = next(self.numbers)
         self.open[number] = Open(peer, now, question, of)
         return ev.AskRoundQuestion(number, peer, question)
@@ -276,7 +301,7 @@ _Fetching: TypeAlias = Search[Envelope, Link] | CatchingUp[Envelope, Link]
 
 
 class StateSearches(Generic[Envelope, Link]):
-    """Surveys, searches, and states that are fetched. What comes of catching up is told as of the search `CATCH_UP`."""
+    """Surveys, searches and downloads of states. Catching up counts as the search with number `CATCH_UP`."""
 
     CATCH_UP: ClassVar[int] = -1
 
@@ -290,34 +315,34 @@ class StateSearches(Generic[Envelope, Link]):
         self._join_tries = 0
 
     def survey(self, event: ev.SurveyPeers, round: int, now: float) -> _Commands[Envelope]:
-        """Ask some how far they are."""
+        """Ask the event's peers how far they are."""
         survey = PeerSurvey(event.search)
         asks = [self._questions.ask(peer, RoundQuestion(round), now, survey) for peer in event.peers]
         survey.open.update(ask.number for ask in asks)
         return [*asks] if asks else self._surveyed(survey, round, now)
 
     def join(self, event: ev.Join, round: int, now: float) -> _Commands[Envelope]:
-        """Ask some how far they are, then look for the state that holds among theirs."""
+        """Ask the event's peers how far they are, then search for the state that holds among theirs."""
         self._joining = event
         return self.survey(ev.SurveyPeers(event.search, event.peers), round, now)
 
     def seek(self, event: ev.SearchState, round: int, now: float) -> _Commands[Envelope]:
-        """Look for the state that holds."""
+        """Search for the state that holds."""
         search = Search(
             self._hearsay, event.search, round, self._me, event.told, event.above_tokens, event.fetches, self._rng
         )
         return self._seek_on(search, now)
 
     def join_anew(self) -> None:
-        """This peer has left: whatever it tried before, it tries as often when it comes back."""
+        """Reset the count of attempts to join, because this peer has left."""
         self._join_tries = 0
 
     def catch_up(self, of: CatchingUp[Envelope, Link]) -> _Commands[Envelope]:
-        """Take the state of one of those ahead."""
+        """Request the state of one of the peers ahead."""
         return self._fetch_next(of)
 
     def drop(self, search: int) -> _Commands[Envelope]:
-        """Nothing is asked or fetched for it any more."""
+        """Stop all questions and downloads of that search."""
         if self._joining is not None and self._joining.search == search:
             self._joining = None
         open_, fetching = self._questions.open, self._fetching
@@ -334,8 +359,7 @@ class StateSearches(Generic[Envelope, Link]):
         round: int,
         now: float,
     ) -> _Commands[Envelope]:
-        """A question of one of these has its answer, or has none: of one that was to show its chain, then, what is
-        judged by that goes on."""
+        """Continue the search or survey that an answered or failed (`told` is None) question belongs to."""
         if isinstance(of, PeerSurvey):
             of.open.discard(number)
             of.told.update([] if told is None else [told])
@@ -348,7 +372,7 @@ class StateSearches(Generic[Envelope, Link]):
     def fetch_went_on(
         self, event: ev.StateOffered[Envelope] | ev.StateNotFetched | ev.StateDownloaded, now: float
     ) -> _Commands[Envelope]:
-        """A state is offered, is here, or does not come."""
+        """Continue when a state is offered, is downloaded, or does not come."""
         of = self._fetching.get(event.number)
         if of is None or of.source is None:
             return []
@@ -375,23 +399,23 @@ class StateSearches(Generic[Envelope, Link]):
         return self._fetch_next(search)
 
     def _surveyed(self, survey: PeerSurvey, round: int, now: float) -> _Commands[Envelope]:
-        """All have answered, or will not."""
+        """End a survey, or continue the join that it belongs to."""
         join = self._joining
         if join is None or join.search != survey.search:
             return [ev.PeersSurveyed(survey.search, survey.told)]
         self._join_told = survey.told
-        if join.peers and not survey.told:  # that nobody answers says nothing of what they have
+        if join.peers and not survey.told:  # silence of all peers does not show that they have nothing
             return self._joined(join, False, None)
         return self.seek(ev.SearchState(join.search, survey.told), round, now)
 
     def _sought(self, search: int, is_ours: bool, number: int | None) -> _Commands[Envelope]:
-        """A search has ended."""
+        """End a search, or the join that it belongs to."""
         if self._joining is None or self._joining.search != search:
             return [ev.StateSearched(search, is_ours, number)]
         return self._joined(self._joining, is_ours, number)
 
     def _joined(self, join: ev.Join, is_ours: bool, number: int | None) -> _Commands[Envelope]:
-        """What this peer begins with."""
+        """Decide what this peer begins with."""
         self._join_tries += 1
         if number is not None:
             begins = ev.JoinsWith.OTHERS
@@ -408,7 +432,7 @@ class StateSearches(Generic[Envelope, Link]):
         return [ev.JoinDecided(join.search, begins, number, self._join_told)]
 
     def _judge(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
-        """Whether to take the state that is offered."""
+        """Download the offered state, or try the next source."""
         assert of.source is not None and of.source.roster is not None
         may = of.may_take(of.source.peer, of.source.roster)
         return [ev.DownloadState(of.source.number)] if may else self._fetch_failed(of)
@@ -421,7 +445,7 @@ class StateSearches(Generic[Envelope, Link]):
         return self._fetch_next(of)
 
     def _fetch_next(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
-        """Have the next of them offer its state."""
+        """Request the state of the next source; end the search if none is left."""
         of.source = None
         if (found := of.next()) is None:
             return self._sought(_number_of(of), False, None)
