@@ -83,10 +83,10 @@ soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two ho
 long-soak: $(DEV)  ## an hour of six volunteers with churn: what grows, and what the logs complain of
 	$(BIN)/python benchmarks/long_soak.py
 
-results: $(DEV)  ## play examples/scenarios into docs/results.md, hours of them; ONLY="equal churn": these; FRESH=1: anew
+results: $(DEV)  ## play examples/scenarios into docs/results/scenarios.md, hours of them; ONLY="equal churn": these; FRESH=1: anew
 	$(BIN)/python benchmarks/results.py $(ONLY) $(if $(FRESH),--fresh)
 
-docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
+docs: $(DEV)  ## generate the reference pages of docs/: run file, events, commands, decisions
 	$(BIN)/python docs/generate.py
 
 demo: $(CORE)  ## three unequal volunteers and one alone, on this machine, in minutes

@@ -1,4 +1,4 @@
-"""Make all published comparisons again, and write what comes of them into docs/results.md: `make results`.
+"""Make all published comparisons again, and write their tables into docs/results/scenarios.md: `make results`.
 
     python benchmarks/results.py                 # each scenario of examples/scenarios
     python benchmarks/results.py equal churn     # these
@@ -35,7 +35,7 @@ def parts_of(page: str) -> tuple[str, dict[str, str], str]:
     between, end, after = rest.partition(END)
     if not begin or not end:
         sys.exit(f"the page needs the lines {BEGIN} and {END}, in that order")
-    found = re.findall(r"^### (\S+)\n(.*?)(?=^### |\Z)", between, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", between, re.MULTILINE | re.DOTALL)
     return before, {name: text.strip() for name, text in found}, after
 
 
@@ -43,7 +43,7 @@ def with_scenario(page: str, name: str, text: str) -> str:
     """The page with that of a scenario, by name among the others."""
     before, scenarios, after = parts_of(page)
     scenarios[name] = text
-    between = "".join(f"### {name}\n\n{text}\n\n" for name, text in sorted(scenarios.items()))
+    between = "".join(f"## {name}\n\n{text}\n\n" for name, text in sorted(scenarios.items()))
     return f"{before}{BEGIN}\n\n{between}{END}{after}"
 
 
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", metavar="NAME", help="of the scenarios, without .toml; none: all")
     parser.add_argument("--scenarios", type=Path, default=ROOT / "examples" / "scenarios")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "scenarios.md")
     parser.add_argument("--jobs", help="runs at once; a core each unless said")
     parser.add_argument("--fresh", action="store_true", help="run all anew, also what was run before")
     asked = parser.parse_args(arguments)

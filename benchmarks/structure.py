@@ -5,7 +5,7 @@
     python benchmarks/structure.py --list                 # the places too, of the last column
     python benchmarks/structure.py --json
 
-What each row counts stands in docs/results.md, and here at the function that counts it. Three of them follow names:
+What each row counts stands in docs/results/structure.md, and here at the function that counts it. Three follow names:
 `PATHS`, `MARKERS` and `METHODS_LIVE_IN`. When the code they name is replaced, its successor is added there; until then
 the row says what it no longer finds.
 """

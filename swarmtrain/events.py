@@ -457,7 +457,7 @@ def who_in_words(peer: str, name: str) -> str:
 def merge_in_words(event: RoundEvent) -> str:
     """An asynchronous round's merge, for a person; with whole PeerIDs, which the reader may replace by names."""
     if not event.partners:
-        return "nobody this time: no partner had anything new yet, which costs nothing"
+        return "nobody this round: no partner had anything new yet (this costs nothing)"
     parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
     if (stalest := max(event.staleness_rounds, default=0)) > 0:  # of who is ahead it is below 0
         parts.append(f"at most {counted(stalest, 'round')} old")
@@ -481,7 +481,7 @@ def _merge_in_words(event: RoundEvent) -> list[str]:
         return [f"{len(event.partners)} on the roster", f"merged in {time_in_words(event.merge_s)}"]
     number = len(event.partners)
     partners = counted(number, "partner") if number else "nobody"
-    return [f"merged {partners}", f"stood still for {time_in_words(event.stall_s)}"]
+    return [f"merged with {partners}", f"stalled for {time_in_words(event.stall_s)}"]
 
 
 def _of_stage(stage: int | None) -> str:
@@ -515,7 +515,7 @@ def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent 
         case StageThroughputEvent():
             rates = f"{count_in_words(event.tokens_per_s)} of {count_in_words(event.most_tokens_per_s)} tokens/s"
             under_way = f", {event.in_flight} microbatches under way" if event.in_flight else ""
-            return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} questions wait{under_way}"
+            return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} requests waiting{under_way}"
 
 
 def in_words(event: Event) -> str:
@@ -529,7 +529,7 @@ def in_words(event: Event) -> str:
                 f"of held-out text from {short_peer(event.from_peer)}" + (f": {event.summary}" if event.summary else "")
             )
         case ArrivingEvent():
-            return f"the present weights arrive: {arrived_in_words(event)}"
+            return f"fetching the current weights: {arrived_in_words(event)}"
         case JoinedEvent():
             source = (
                 f"the state of {who_in_words(event.state_from, event.state_from_name)}"
@@ -556,7 +556,7 @@ def in_words(event: Event) -> str:
         case AssignedEvent() | MovedEvent() | MicrobatchRetryEvent() | StageThroughputEvent():
             return _pipeline_in_words(event)
         case PeerJoinedEvent():
-            return f"peer {event.joined_name or short_peer(event.joined)} is here"
+            return f"peer {event.joined_name or short_peer(event.joined)} joined"
         case PeerLostEvent():
             return f"peer {event.lost_name or short_peer(event.lost)} is lost: {event.reason}"
         case PeerLeftEvent():
@@ -564,15 +564,15 @@ def in_words(event: Event) -> str:
         case RefusedEvent():
             return f"refused what {who_in_words(event.from_peer, event.from_name)} sent ({event.rule}): {event.detail}"
         case ClippedEvent():
-            return f"cut what {who_in_words(event.from_peer, event.from_name)} published ({event.rule}): {event.detail}"
+            return f"clipped what {who_in_words(event.from_peer, event.from_name)} published ({event.rule}): {event.detail}"
         case CaughtUpEvent():
             return f"caught up to round {event.round} from {who_in_words(event.from_peer, event.from_name)}: {event.reason}"
         case PausedEvent():
             return f"paused: {event.reason}"
         case FinishingEvent():
-            return f"the run has its tokens: {event.doing}"
+            return f"the run is complete: {event.doing}"
         case ResumedEvent():
-            return f"back at round {event.round} after a pause of {time_in_words(event.paused_s)}"
+            return f"resumed at round {event.round} after a pause of {time_in_words(event.paused_s)}"
         case LinkEvent():
             return f"its link carried {size_in_words(event.up_bytes)} up and {size_in_words(event.down_bytes)} down"
         case AloneEvent():

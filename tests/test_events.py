@@ -127,7 +127,7 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         (ROUND, "round 3: loss 2.300, 25 steps in 8.0 s, 2 on the roster, merged in 0.4 s, sent 6.8 MB, 25.3 times below"),
         (
             ArrivingEvent(received_bytes=300, total_bytes=1200, seconds=30.0),
-            "the present weights arrive: 300 B of 1.2 kB (25%), 1 min 30 s left",
+            "fetching the current weights: 300 B of 1.2 kB (25%), 1 min 30 s left",
         ),
         (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte (2.951 bits/byte) after round 3"),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
@@ -137,8 +137,8 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         (ErrorEvent(message="no", hint="try", exit_code=1), "error: no; try"),
         (InviteEvent(line="swarmtrain join X", invite="X", run_sha256="", addresses=()), "others join with: swarmtrain"),
         (PausedEvent(reason="you asked for it"), "paused: you asked for it"),
-        (FinishingEvent(doing="measuring"), "the run has its tokens: measuring"),
-        (ResumedEvent(round=7, paused_s=90), "back at round 7 after a pause of 1 min 30 s"),
+        (FinishingEvent(doing="measuring"), "the run is complete: measuring"),
+        (ResumedEvent(round=7, paused_s=90), "resumed at round 7 after a pause of 1 min 30 s"),
         (DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3, reason="asked"), "held-out loss not measured"),
     ],
 )  # fmt: skip
@@ -186,10 +186,10 @@ def test_a_merge_at_ones_own_pace_in_words() -> None:
         }
     )
     assert merge_in_words(asynchronous) == "P1, P2 in 0.2 s, at most 2 rounds old, weights 3.1% apart"
-    assert "merged 2 partners, stood still for" in in_words(asynchronous)
+    assert "merged with 2 partners, stalled for" in in_words(asynchronous)
     alone = asynchronous.model_copy(update={"partners": (), "staleness_rounds": (), "pull_s": None})
-    assert merge_in_words(alone) == ("nobody this time: no partner had anything new yet, which costs nothing")
-    assert "merged nobody" in in_words(alone)
+    assert merge_in_words(alone) == ("nobody this round: no partner had anything new yet (this costs nothing)")
+    assert "merged with nobody" in in_words(alone)
 
 
 @pytest.mark.parametrize(

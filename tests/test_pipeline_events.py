@@ -46,14 +46,14 @@ FLOW = StageThroughputEvent(stages=(1,), tokens_per_s=1200.0, most_tokens_per_s=
             MicrobatchRetryEvent(stage=3, asked="12D3KooWabcdef", reason="nobody", count=31),
             "asks stage 3 again, abcdef failed (31 times): nobody",
         ),
-        (FLOW, "stage 1: 1.2 k of 3.4 k tokens/s, 5 questions wait"),
+        (FLOW, "stage 1: 1.2 k of 3.4 k tokens/s, 5 requests waiting"),
         (
             FLOW.model_copy(update={"stages": (0, 1), "in_flight": 8, "loss": 2.5}),
-            "stages 0 and 1: 1.2 k of 3.4 k tokens/s, 5 questions wait, 8 microbatches under way",
+            "stages 0 and 1: 1.2 k of 3.4 k tokens/s, 5 requests waiting, 8 microbatches under way",
         ),
         (
             FLOW.model_copy(update={"tokens_per_s": 0.0, "most_tokens_per_s": 0.0, "waiting": 0}),
-            "stage 1: 0 of 0 tokens/s, 0 questions wait",
+            "stage 1: 0 of 0 tokens/s, 0 requests waiting",
         ),
     ],
 )

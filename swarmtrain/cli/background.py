@@ -126,7 +126,9 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
                 peer.listen(pipe, show)
                 return peer.tell_up() if peer.up else peer.tell_end(early)
             except KeyboardInterrupt:
-                click.echo(f"not waited for: it goes on in the background, process {process.pid}{peer.log_words()}")
+                click.echo(
+                    f"stopped waiting: it keeps running in the background, process {process.pid}{peer.log_words()}"
+                )
                 process.returncode = 0  # it is nobody's child once we have ended
                 return _INTERRUPTED
 
@@ -174,7 +176,7 @@ class _Started:
         """How to go on."""
         assert self.folder is not None and self.up is not None
         which = f"--dir {shlex.quote(str(self.folder))}" if self.by_folder else self.folder.name
-        state = "rests" if self.up.event == "paused" else "runs"
+        state = "is paused" if self.up.event == "paused" else "runs"
         rows = [
             f"{self.name} {state} in the background, process {self.process.pid}",
             f"  its log   {self.folder / 'peer.log'}",

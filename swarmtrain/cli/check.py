@@ -56,9 +56,9 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         click.echo(json.dumps({**table, "errors": refused, "doubts": found, "not_looked_at": look.unseen}))
     else:
-        lines = [f"  error: {text}" for text in refused] + [f"  doubt: {text}" for text in found]
-        unseen = (f"  not looked at: {text}" for text in look.unseen)
-        for line in (*report(run, cost, look.num_bytes), *(lines or ["  no doubts"]), *unseen):
+        lines = [f"  error: {text}" for text in refused] + [f"  warning: {text}" for text in found]
+        unseen = (f"  not checked: {text}" for text in look.unseen)
+        for line in (*report(run, cost, look.num_bytes), *(lines or ["  no warnings"]), *unseen):
             click.echo(line)
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)

@@ -63,4 +63,4 @@ def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
     name = {flag: words for flag, words in started.options.items() if is_usual and flag == "--name"}
     line = one_line(Started(started.command, name).line(None if is_usual else folder))
     kept = newest_written(folder / "checkpoints", run_sha256)
-    return f"`{line}` goes on" + (f" from round {kept.round}" if kept is not None else "")
+    return f"`{line}` continues" + (f" from round {kept.round}" if kept is not None else "")

@@ -341,7 +341,7 @@ def _start_in_background(values: dict[str, Any]) -> int:
 
 def _end_at_once(as_json: bool, name: str) -> None:
     """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
-    click.echo("interrupted before it had begun", err=True)
+    click.echo("interrupted before it began", err=True)
     if as_json:
         from swarmtrain.peer.lifecycle.process import process_age_s
 

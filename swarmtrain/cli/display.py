@@ -297,7 +297,7 @@ class PeerDisplay(_Display):
         if peer.stages:
             yield Text(f"{stages_in_words(peer.stages)} of the model")
         yield Text(f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {self._here(merged)}")
-        still = f", stood still for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
+        still = f", stalled for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
         steps = counted(merged.inner_steps, "inner step")
         yield Text(f"{steps} in {time_in_words(merged.seconds)}, merged in {time_in_words(merged.merge_s)}{still}")
         if (times := peer.times_below_allreduce) is not None:
@@ -326,7 +326,7 @@ def _arriving(event: ArrivingEvent) -> RenderableType:
     row.add_column(ratio=1, min_width=10)
     row.add_column(no_wrap=True, justify="right")
     bar = ProgressBar(total=event.total_bytes, completed=event.share * event.total_bytes)
-    row.add_row(Text("taking the present weights"), bar, Text(arrived_in_words(event)))
+    row.add_row(Text("fetching the current weights"), bar, Text(arrived_in_words(event)))
     return row
 
 

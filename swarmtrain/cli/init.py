@@ -54,7 +54,7 @@ def _begun(text: str, name: str, path: Path) -> str:
     head = (
         f"# A run file, written by `swarmtrain init` from the example {name}. Change what you like, then:\n"
         "#\n"
-        f"#   swarmtrain check {where}        # what it trains and costs, and any doubt\n"
+        f"#   swarmtrain check {where}        # what it trains and costs, with warnings\n"
         f"#   swarmtrain local {where}        # trains here, with several volunteers\n"
         f"#   swarmtrain bootstrap {where}    # publishes it: others join with the line that this prints\n"
         "#\n"

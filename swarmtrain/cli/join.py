@@ -250,7 +250,7 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
         if kept in (None, run_sha256) and not is_in_use(candidate):
             break
     if is_other:
-        say(f"{folder} holds another run: this one is kept in {candidate}")
+        say(f"{folder} holds another run: this one uses {candidate}")
     return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
 
 
@@ -269,7 +269,7 @@ def _stopped(folder: Path) -> Path | None:
         raise UserError(f"every volunteer of this user runs already ({running}): give an invite to start one more")
     if free and (len(ours) > 1 or free[0] != folder):
         others = ", ".join(f"`swarmtrain join --dir {shlex.quote(str(path))}`" for path in free[1:])
-        say(f"going on in {free[0]}" + (f"; stopped too: {others}" if others else ""))
+        say(f"continuing in {free[0]}" + (f"; also stopped: {others}" if others else ""))
     return free[0] if free else None
 
 

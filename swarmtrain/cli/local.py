@@ -145,7 +145,7 @@ def command(
                 click.echo(part.line(), err=as_json)
                 line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
-            click.echo(f"stopped; what the peers have is in {directory}; to go on:", err=True)
+            click.echo(f"stopped; the peers' files are in {directory}; to continue:", err=True)
             click.echo(f"  {_again(sys.argv[1:], directory)}", err=True)
             return
         click.echo(line, err=as_json)
@@ -182,7 +182,7 @@ def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[floa
         fitting = ",".join(f"{math.ceil(10 * factor * times) / 10:g}" for factor in slowdowns)
         return f"{what}; --slowdown {fitting} fits"
     fewer = f"--peers {num_cores // threads} fits" if threads <= num_cores else f"--threads {num_cores} is the most"
-    lost = ", and may take each other for lost" if times >= _LOST_TIMES else ""
+    lost = ", and may consider each other lost" if times >= _LOST_TIMES else ""
     return f"{what}{lost}; {fewer}"
 
 
@@ -359,7 +359,7 @@ def _watch(
 
 def _show_sample(directory: Path, as_json: bool) -> None:
     model = directory / "bootstrap" / "model"
-    click.echo(f"the model writes a sample of {_SAMPLE_TOKENS} tokens:", err=True)
+    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.progress import long_work
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
 

@@ -103,7 +103,7 @@ def _measured_step_s(run: RunFile) -> float:
     from swarmtrain.peer.lifecycle.node import use_threads
     from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
 
-    click.echo(f"measuring an inner step here, which takes {LIMIT_S:.0f} s at most; --step-s says it instead", err=True)
+    click.echo(f"measuring an inner step on this machine, for at most {LIMIT_S:.0f} s; --step-s skips this", err=True)
     use_threads(1)
     return run.tokens_per_step / measure_speed(run)
 
@@ -142,7 +142,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",
         "whole run": f"{time(found.run_s)} for {count(run.run.total_tokens)} tokens, {count(found.tokens_per_s)} a second",
-        "stall": f"{found.stall_share:.2%} of a volunteer's time it does not train",
+        "stall": f"a volunteer does not train for {found.stall_share:.2%} of its time",
         "merging": merging,
         "sent": _link_in_words(traffic.parts_up, found.up_share, found.up_bytes, found.run_s),
         "received": _link_in_words(traffic.parts_down, found.down_share, found.down_bytes, found.run_s),
@@ -211,8 +211,8 @@ def _worst(found: tuple[Bottleneck, ...]) -> list[str]:
 
     felt = [one for one in found if one.strain >= FELT]
     if not felt:
-        return [f"  nothing hurts; nearest to it: {one.what}: {one.why}" for one in found[:1]]
+        return [f"  no bottleneck; closest to one: {one.what}: {one.why}" for one in found[:1]]
     lines = []
     for number, one in enumerate(felt[:_TOLD]):
-        lines += [f"  {'then' if number else 'hurts first'}: {one.what}: {one.why}", f"    change {one.change}"]
-    return [*lines, "  after one change, plan again: it may be something else that hurts then"]
+        lines += [f"  {'next' if number else 'first bottleneck'}: {one.what}: {one.why}", f"    change {one.change}"]
+    return [*lines, "  after a change, plan again: another bottleneck may then come first"]

@@ -75,7 +75,7 @@ _STATES = {
 _WORKING = (wire.PEER_STATE_WAITING, wire.PEER_STATE_TRAINING, wire.PEER_STATE_SERVING, wire.PEER_STATE_FINISHING)
 _OVER = (wire.PEER_STATE_DONE, wire.PEER_STATE_FAILED)
 _REASONS = {
-    "total_tokens": "total_tokens: the run has all of them",
+    "total_tokens": "total_tokens: the run has trained all of them",
     "interrupted": "it was interrupted",
     "asked": "it was asked to leave",
 }
@@ -100,22 +100,22 @@ def sentence(view: View) -> str:
     then = [one_line(view.note)] if view.note else []
     match view.life:
         case Life.RUNNING | Life.ENDING:
-            text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, without saying more"
+            text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, no details"
             return f"ending: {told or text}" if status.state in _OVER else text
         case Life.STARTING:
             return "it is starting, and does not answer yet"
         case Life.SILENT:
-            return f"it runs and does not answer; its last word, {ago}: {one_line(status.doing) or 'none'}"
+            return f"it runs but does not answer; its last status, {ago}: {one_line(status.doing) or 'none'}"
         case Life.ENDED:
             return "; ".join([f"ended {ago}" + (f": {told}" if told else ""), *then])
         case Life.LOST:
-            return "; ".join([f"nobody answers there since {_clock(status.time, view.now)} ({_was(status)})", *then])
+            return "; ".join([f"no answer since {_clock(status.time, view.now)} ({_was(status)})", *then])
         case Life.FAILED:
             text = f"failed {ago}: {told or 'it did not say why'} (exit code {status.exit_code})"
         case Life.DIED if not status.time or status.state in _OVER:
-            text = "died without a word while it was starting"
+            text = "died while it was starting, without an error message"
         case Life.DIED:
-            text = f"died without a goodbye about {_clock(status.time, view.now)} ({_was(status)})"
+            text = f"died about {_clock(status.time, view.now)} without leaving the swarm ({_was(status)})"
     return "; ".join([text, *then, _start_again(view)])
 
 
@@ -231,7 +231,7 @@ def _economy(status: Any) -> str:
     parts = [below_in_words(below)] if below else []
     if status.role != "bootstrap" and status.losses:
         share = _finite(status.stall_share)
-        parts.append(f"{share:.0%} of the time standing still" if share >= 0.01 else f"{share:.1%} standing still")
+        parts.append(f"{share:.0%} of the time stalled" if share >= 0.01 else f"{share:.1%} stalled")
     return ", ".join(parts)
 
 
@@ -258,7 +258,7 @@ def limits_in_words(limits: Any) -> str:
     threads = f"{limits.threads} thread{'s' if limits.threads != 1 else ''}" if limits.threads else "all threads"
     memory = f"at most {size_in_words(limits.memory_bytes)} of memory" if limits.memory_bytes else "any memory"
     parts = [threads, memory, *([f"nice {limits.nice}"] if limits.HasField("nice") else [])]
-    parts.append("only when the machine is idle" if limits.only_when_idle else "busy or not")
+    parts.append("only when the machine is idle" if limits.only_when_idle else "at any load")
     hours = one_line(limits.hours)
     parts.append("at any hour" if hours in ("", "any") else f"in the hours {hours}")
     for mbit, verb in ((limits.up_mbit, "sends"), (limits.down_mbit, "receives")):
@@ -445,7 +445,7 @@ def _here(view: View) -> str:
     status = view.status
     volunteers = [peer for peer in status.peers if not peer.bootstrap]
     if view.life.over:  # who was here with it may have left long ago
-        return f"{len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} by then"
+        return f"{len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} in all"
     here = sum(peer.present for peer in volunteers)
     bootstrap = any(peer.bootstrap and peer.present for peer in status.peers)
     words = f"{here} of {len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} here"
@@ -500,8 +500,8 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
     """A screen of at most `height` lines; what matters least goes first when that is few."""
     status = view.status
     top = [_title_line(view, width), *wrapped_lines(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
-    leave = "" if view.life.over and not view.note else "q leaves this screen"
-    foot = cut_line(width, (leave if view.life.over else f"{leave}; the peer goes on", "dim"))
+    leave = "" if view.life.over and not view.note else "q closes this screen"
+    foot = cut_line(width, (leave if view.life.over else f"{leave}; the peer keeps running", "dim"))
     room = height - len(top) - 1
     blocks = {}
     for name, variants in _blocks(view, width, height, ascii_only).items():

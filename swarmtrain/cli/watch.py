@@ -67,7 +67,7 @@ def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
 
             last = follow(peer, view, show, news, patience)
     if last is None:
-        click.echo(f"{title(view.status, view.folder)} goes on; `swarmtrain watch` shows it again")
+        click.echo(f"{title(view.status, view.folder)} keeps running; `swarmtrain watch` shows it again")
     return last
 
 

@@ -150,7 +150,7 @@ class DataCoverage:
 
     def _refuse(self, peer: str, detail: str) -> None:
         if self.spares(peer, _RULE, detail):
-            _log.debug("not taken of %s: %s", peer, detail)
+            _log.debug("rejected from %s: %s", peer, detail)
             return
         with self._lock:
             due = self._named.is_due(peer, self.clock())
@@ -190,7 +190,7 @@ class DataCoverage:
         if not isinstance(kept, Mapping) or not isinstance(rows := kept.get("rows"), list):
             raise ValueError("not the data's coverage")
         if kept.get("corpus_sha256") != self.shards.corpus_sha256:
-            _log.info("the checkpoint is of another corpus: which data has been seen is counted anew")
+            _log.info("the checkpoint is of another corpus: counting the seen data from zero")
             return
         with self._lock:
             self._coverage.load(rows)
@@ -219,7 +219,7 @@ class CarriedRows:
                     signed, _PURPOSE, self.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
                 )
             except BadBytesError as error:
-                _log.info("a row of the data's coverage is not kept: %s", error)
+                _log.info("dropped a row of the data coverage: %s", error)
                 continue
             envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
             tokens = sum(message.tokens)

@@ -32,7 +32,7 @@ class Refusals:
         if not self.spares(peer, rule, str(error)) and self._named.is_due(peer, swarm_time(), rule):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
-            _log.debug("refused of %s: %s", peer, error)
+            _log.debug("refused from %s: %s", peer, error)
 
 
 def rule_of(detail: str) -> str:

@@ -267,8 +267,8 @@ class Swarm:
 
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("the network's work ended", exc_info=error)
-            self.emit(WarningEvent(message=f"part of the network's work ended ({error}); restart this peer"))
+            _log.error("a network task failed", exc_info=error)
+            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
 
     async def _keep_present(self) -> None:
         while True:

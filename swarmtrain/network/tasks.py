@@ -33,7 +33,7 @@ def logged(task: asyncio.Task[_T], what: str) -> asyncio.Task[_T]:
 
     def look(ended: asyncio.Task[_T]) -> None:
         if not ended.cancelled() and (error := ended.exception()) is not None:
-            _log.error("%s: a task ended", what, exc_info=error)
+            _log.error("%s: a task failed", what, exc_info=error)
 
     task.add_done_callback(look)
     return task

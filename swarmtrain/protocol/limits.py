@@ -72,7 +72,7 @@ class Hours:
         if not self.ranges or any((minute - start) % _DAY_MINUTES < _length(start, end) for start, end in self.ranges):
             return ""
         back = min((start for start, _ in self.ranges), key=lambda start: (start - minute) % _DAY_MINUTES)
-        return f"outside the hours {self.text}; back at {back // 60}:{back % 60:02d}"
+        return f"outside the hours {self.text}; training resumes at {back // 60}:{back % 60:02d}"
 
 
 def _length(start: int, end: int) -> int:
@@ -204,7 +204,7 @@ class IdleWatch:
             if self._quiet_since_s is not None and now_s - self._quiet_since_s >= QUIET_S:
                 self.resting = ""
         elif share > BUSY_SHARE:
-            self.resting = f"other programs use {share:.0%} of the processors; back after a minute of quiet"
+            self.resting = f"other programs use {share:.0%} of the processors; training resumes after a quiet minute"
         return self.resting
 
     def _share(self) -> float | None:
@@ -242,8 +242,8 @@ class MemoryWatch:
         fact = f"it uses {size_in_words(used_bytes)} of memory, and may use {size_in_words(limit_bytes)}"
         if now_s - self._above_since_s >= MEMORY_PATIENCE_S:
             self._most_bytes = used_bytes
-            self.resting = f"{fact}; it goes on when `swarmtrain limits --memory` allows more"
+            self.resting = f"{fact}; training resumes when `swarmtrain limits --memory` allows more"
             return self.resting, ""
-        warning = "" if self._warned else f"{fact}; if that lasts for {MEMORY_PATIENCE_S:.0f} s it rests"
+        warning = "" if self._warned else f"{fact}; if that lasts for {MEMORY_PATIENCE_S:.0f} s, training pauses"
         self._warned = True
         return "", warning

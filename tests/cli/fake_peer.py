@@ -195,7 +195,7 @@ class FakePeer(wire_grpc.ControlServicer):
     def Leave(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
         self.on_leave.set()
-        return wire.ControlReply(message="leaving: it finishes its step, says goodbye and ends")
+        return wire.ControlReply(message="leaving: it finishes its step, tells the other peers and ends")
 
     def Limit(self, request: Any, context: Any) -> Any:
         self.asked.append(request)

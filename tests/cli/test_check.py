@@ -97,7 +97,7 @@ def test_memory_adds_up_and_microbatches_lower_it() -> None:
 def test_what_real_volunteers_used_is_within_the_estimate_and_near_it(
     width: int, layers: int, heads: int, peak_mb: float, most_sent_mb: float
 ) -> None:
-    """By `benchmarks/memory.py`, beside other programs, the most that was seen (docs/results.md, section 13)."""
+    """By `benchmarks/memory.py`, beside other programs, the most that was seen; docs/results/cost-to-a-volunteer.md."""
     run = parse_run(
         "[run]\ntotal_tokens = 100_000\n"
         f"[model]\ncontext_tokens = 64\nfeed_forward_ratio = 2.667\n"
@@ -211,7 +211,7 @@ def test_of_many_bad_files_the_first_are_told(tmp_path: Path, capsys: pytest.Cap
         (tmp_path / f"{number:02}.txt").write_bytes(b"\xff" * 1000)
     found = checked(tmp_path, "[data]\nsource = 'text'\npaths = ['*.txt']\n", capsys, code=2).splitlines()
     assert len(found) == 6 and "04.txt is not UTF-8" in found[4]
-    assert found[5] == "  not looked at: the files after these"
+    assert found[5] == "  not checked: the files after these"
 
 
 def test_it_and_plan_judge_a_number_of_volunteers_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +238,7 @@ def checked(path: Path, data: str, capsys: pytest.CaptureFixture[str], *more: st
     (path / "run.toml").write_text(f"[run]\ntotal_tokens = 50_000_000\n{data}")
     assert run_command(["check", str(path / "run.toml"), *more]) == code
     lines = capsys.readouterr().out.splitlines()
-    kinds = ("  error: ", "  doubt: ", "  not looked at: ", "  no doubts")
+    kinds = ("  error: ", "  warning: ", "  not checked: ", "  no warnings")
     return "\n".join(line for line in lines if line.startswith(kinds))
 
 
@@ -248,14 +248,14 @@ def test_it_looks_at_the_text_as_a_bootstrap_does(tmp_path: Path, capsys: pytest
     (tmp_path / "more" / "a.jsonl").write_text("\n".join(rows))
     section = '[data]\nsource = "jsonl"\npaths = ["more/*.jsonl"]\nfield = "%s"\n'
     assert 'has no field "text" (it has: story)' in checked(tmp_path, section % "text", capsys, code=2)
-    assert checked(tmp_path, section % "story", capsys) == "  no doubts"
+    assert checked(tmp_path, section % "story", capsys) == "  no warnings"
     small = section % "story" + "held_out_bytes = 4_194_304\n"
     assert "data.held_out_bytes = 4194304 is more than a tenth" in checked(tmp_path, small, capsys, code=2)
     missing = (section % "story").replace("more", "less")
     assert "no file matches less/*.jsonl below" in checked(tmp_path, missing, capsys, code=2)
     elsewhere = (section % "story").replace("more/", "")
     assert "no file matches *.jsonl" in checked(tmp_path, elsewhere, capsys, code=2)
-    assert checked(tmp_path, elsewhere, capsys, "--data", str(tmp_path / "more")) == "  no doubts"
+    assert checked(tmp_path, elsewhere, capsys, "--data", str(tmp_path / "more")) == "  no warnings"
 
 
 def test_it_says_what_it_has_not_looked_at(
@@ -267,11 +267,11 @@ def test_it_says_what_it_has_not_looked_at(
     text = '[data]\nsource = "text"\npaths = ["*.txt"]\n'
     monkeypatch.setattr(prepare, "STREAM_SAMPLE_BYTES", 1 << 20)
     assert checked(tmp_path, text, capsys).splitlines() == [
-        "  no doubts",
-        "  not looked at: the text after its first 8 MiB",
+        "  no warnings",
+        "  not checked: the text after its first 8 MiB",
     ]
     bpe = text + '[model]\ntokenizer = "bpe"\nvocabulary_size = 5000\n'
-    assert "not looked at: whether model.vocabulary_size = 5000 can be learnt" in checked(tmp_path, bpe, capsys)
+    assert "not checked: whether model.vocabulary_size = 5000 can be learnt" in checked(tmp_path, bpe, capsys)
     (tmp_path / "a.txt").write_text("ten words that are told again and again and again\n" * 400)
     few = bpe.replace("[model]", "held_out_bytes = 1024\n[model]")
     assert "model.vocabulary_size = 5000 is more than can be learnt" in checked(tmp_path, few, capsys, code=2)

@@ -42,18 +42,18 @@ def test_who_was_interrupted_learns_how_to_go_on_and_from_where(tmp_path: Path) 
     (tmp_path / "run.toml").write_bytes(b"the run")
     assert go_on_line(tmp_path) == "", "nobody knows how it was started"
     StartedFile(tmp_path).keep_command(Started(("join",), {"--name": ("anna",), "--threads": ("2",)}))
-    assert closing_line(done("interrupted"), tmp_path, is_usual=True) == "`swarmtrain join --name anna` goes on"
+    assert closing_line(done("interrupted"), tmp_path, is_usual=True) == "`swarmtrain join --name anna` continues"
     line = f"swarmtrain join --dir {tmp_path}"
-    assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` goes on", "its folder knows the rest"
+    assert closing_line(done("asked"), tmp_path, is_usual=False) == f"`{line}` continues", "its folder knows the rest"
     CheckpointFolder(tmp_path / "checkpoints", run_sha256(b"the run"), "peer").write(7, [], {})
-    assert go_on_line(tmp_path) == f"`{line}` goes on from round 7"
+    assert go_on_line(tmp_path) == f"`{line}` continues from round 7"
 
 
 def test_who_is_interrupted_when_the_run_has_its_tokens_has_the_model_and_nothing_to_go_on_with(tmp_path: Path) -> None:
     """As a bootstrap that waits for the last volunteers to leave."""
     (tmp_path / "run.toml").write_bytes(b"the run")
     StartedFile(tmp_path).keep_command(Started(("join",), {}))
-    go_on, status = f"`swarmtrain join --dir {tmp_path}` goes on", tmp_path / "status.json"
+    go_on, status = f"`swarmtrain join --dir {tmp_path}` continues", tmp_path / "status.json"
     status.write_text(json.dumps({"pid": 7, "total_tokens": 100, "run_tokens": 100}))
     assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "its model is not written yet"
     (tmp_path / "model").mkdir()
@@ -75,7 +75,7 @@ def test_a_reader_that_is_gone_costs_the_last_line_alone(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(click, "echo", gone)
     say_the_end(done("interrupted"), tmp_path, options(tmp_path), tmp_path)
-    assert said == ["`swarmtrain join` goes on"]
+    assert said == ["`swarmtrain join` continues"]
 
 
 def test_programs_and_the_background_are_told_by_events_alone(
@@ -86,6 +86,6 @@ def test_programs_and_the_background_are_told_by_events_alone(
     say_the_end(done("interrupted"), tmp_path, options(None, json=True), tmp_path)
     assert capsys.readouterr() == ("", "")
     say_the_end(done("interrupted"), tmp_path, options(tmp_path), tmp_path / "usual")
-    assert capsys.readouterr() == ("", f"`swarmtrain join --dir {tmp_path}` goes on\n")
+    assert capsys.readouterr() == ("", f"`swarmtrain join --dir {tmp_path}` continues\n")
     say_the_end(done("interrupted"), tmp_path, options(None), tmp_path)
-    assert capsys.readouterr() == ("", "`swarmtrain join` goes on\n")
+    assert capsys.readouterr() == ("", "`swarmtrain join` continues\n")

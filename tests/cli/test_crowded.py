@@ -19,7 +19,7 @@ from swarmtrain.cli.main import run
         (3, 1, (), 2, "3 volunteers want 3 cores and this machine has 2 cores: they take turns, and each trains 1.5"),
         (3, 1, (), 2, "times slower than it is told to; --peers 2 fits"),
         (8, 2, (), 4, "4.0 times slower than it is told to; --peers 2 fits"),
-        (40, 1, (), 4, "10.0 times slower than it is told to, and may take each other for lost; --peers 4 fits"),
+        (40, 1, (), 4, "10.0 times slower than it is told to, and may consider each other lost; --peers 4 fits"),
         (1, 3, (), 2, "--threads 2 is the most"),
         (2, 1, (1, 2), 1, "2 volunteers want 1.5 cores and this machine has 1 core"),
         (2, 1, (1, 2), 1, "--slowdown 1.5,3 fits"),

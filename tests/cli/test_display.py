@@ -80,7 +80,7 @@ def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
     assert "run stdlib-gpt (abababababab)" in text
     assert "20% of 3 M tokens, about 2 min 40 s left" in text
     assert "round 3   loss 2.200   held-out 2.200 nats/byte   3 peers here   own share 33%" in text
-    assert "25 inner steps in 10.0 s, merged in 0.4 s, stood still for 0.3 s" in text
+    assert "25 inner steps in 10.0 s, merged in 0.4 s, stalled for 0.3 s" in text
     assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
 
 
@@ -93,7 +93,7 @@ def test_one_that_joins_late_shows_how_far_the_weights_are() -> None:
     display = PeerDisplay(console=console())
     arriving = ArrivingEvent(received_bytes=12_000_000, total_bytes=48_000_000, seconds=10.0)
     text = drawn(display, [OPENING[0], arriving, PeerLostEvent(lost="12D3KooWcleo", reason="silent for 30 s")], 100)
-    assert "taking the present weights" in text and "━" in text
+    assert "fetching the current weights" in text and "━" in text
     assert "12 MB of 48 MB (25%), 30.0 s left" in text
     assert "arrive" not in text, "the bar says it"
     assert "12 MB" not in drawn(display, [OPENING[1]])

@@ -42,7 +42,7 @@ def test_a_run_goes_where_it_is_or_where_none_is(home: Path, capsys: pytest.Capt
     assert _free_directory(options(), sha256(ONE)) == home / "volunteer"
     assert capsys.readouterr().err == ""
     assert _free_directory(options(), sha256(OTHER)) == home / "volunteer-2"
-    assert "holds another run: this one is kept in" in capsys.readouterr().err
+    assert "holds another run: this one uses" in capsys.readouterr().err
     holding(home / "volunteer-2", OTHER)
     assert _free_directory(options(), sha256(OTHER)) == home / "volunteer-2"
     assert _free_directory(options(name="anna"), sha256(OTHER)) == home / "volunteer-anna"
@@ -63,10 +63,10 @@ def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pyte
         os.utime(path / "run.toml", (used, used))
     with peer_folder(volunteer):
         assert _free_directory(options(), None) == anna, "and not in a folder in use"
-        assert capsys.readouterr().err == f"going on in {anna}; stopped too: `swarmtrain join --dir '{bert}'`\n"
+        assert capsys.readouterr().err == f"continuing in {anna}; also stopped: `swarmtrain join --dir '{bert}'`\n"
         with peer_folder(anna):
             assert _free_directory(options(), None) == bert
-            assert capsys.readouterr().err == f"going on in {bert}\n"
+            assert capsys.readouterr().err == f"continuing in {bert}\n"
             with peer_folder(bert), pytest.raises(UserError, match="every volunteer of this user runs already"):
                 _free_directory(options(), None)
     assert _free_directory(options(), None) == volunteer

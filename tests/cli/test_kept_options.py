@@ -151,7 +151,7 @@ def test_without_a_name_the_last_folder_is_gone_on_in(
     capsys.readouterr()
     assert run(["join"]) == 0
     assert lives[1].name == "anna" and lives[1].limits.threads == 3
-    assert f"going on in {tmp_path / 'home' / 'swarmtrain' / 'volunteer-anna'}" in capsys.readouterr().err
+    assert f"continuing in {tmp_path / 'home' / 'swarmtrain' / 'volunteer-anna'}" in capsys.readouterr().err
 
 
 def test_limits_that_were_changed_are_remembered(lives: Lives, tmp_path: Path) -> None:

@@ -101,12 +101,12 @@ def test_leave_of_one_that_reached_the_runs_end_meanwhile_does_not_tell_to_go_on
     assert run(["leave", "--dir", str(peer.folder)]) == 0
     thread.join()
     said = capsys.readouterr().out
-    assert "goes on" not in said and f"the model is in {peer.folder / 'model'}; " in said
+    assert "continues" not in said and f"the model is in {peer.folder / 'model'}; " in said
 
 
 def test_leave_need_not_wait(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["leave", "--dir", str(peer.folder), "--no-wait"]) == 0
-    assert capsys.readouterr().out == "leaving: it finishes its step, says goodbye and ends\n"
+    assert capsys.readouterr().out == "leaving: it finishes its step, tells the other peers and ends\n"
 
 
 def test_leave_gives_up(peer: FakePeer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_leave_says_when_it_ended_badly(peer: FakePeer, capsys: pytest.CaptureFi
     thread.start()
     assert run(["leave", "--dir", str(peer.folder)]) == 1
     thread.join()
-    assert "died without a goodbye" in capsys.readouterr().out
+    assert "without leaving the swarm" in capsys.readouterr().out
 
 
 def test_leave_waits_for_the_process_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +136,7 @@ def test_leave_waits_for_the_process_too(tmp_path: Path, capsys: pytest.CaptureF
         assert run(["leave", "--dir", str(tmp_path)]) == 1
         assert not leave._is_process(process.pid), "nobody has asked for its code yet"
         assert process.wait(30) == 0
-    assert "died without a word while it was starting" in capsys.readouterr().out
+    assert "died while it was starting, without an error message" in capsys.readouterr().out
 
 
 def test_leave_over_tcp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +178,7 @@ def test_leave_of_one_that_does_not_answer_yet(tmp_path: Path, capsys: pytest.Ca
 
 def test_limits_are_shown(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["limits", "--dir", str(peer.folder)]) == 0
-    assert capsys.readouterr().out == ("anna takes 2 threads, any memory, nice 10, busy or not, in the hours 22-7\n")
+    assert capsys.readouterr().out == ("anna takes 2 threads, any memory, nice 10, at any load, in the hours 22-7\n")
     assert not peer.asked
 
 

@@ -67,11 +67,12 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert "contribution  400 k tokens, 33% of all" in text
     assert "sent 12 MB (1.2 MB/s), received 11 MB (0 B/s)" in text
     assert "of round 11, 13 s ago, 10.2 MB" in text
-    assert "25.1 times below an all-reduce, 3% of the time standing still" in text
+    assert "25.1 times below an all-reduce, 3% of the time stalled" in text
     assert "2 of 3 volunteers here, and a bootstrap" in text
     assert re.search(r"anna \(you\)  Anna01  400 k tokens  33%  here  round 12  4 k tokens/s", text)
     assert "the disk is full: training goes on without checkpoints" in text
-    assert shown[height - 1].startswith("q leaves") or text.rstrip().endswith("q leaves this screen; the peer goes on")
+    foot = "q closes this screen; the peer keeps running"
+    assert shown[height - 1].startswith("q closes") or text.rstrip().endswith(foot)
     assert ("2 threads" in text) == (height >= 30)
 
 
@@ -82,7 +83,7 @@ def test_watch_grows_with_the_terminal() -> None:
 
 def test_while_it_is_waited_for_the_screen_can_be_left() -> None:
     text = "\n".join(on_screen(draw_watch(view(Life.DIED, note="waiting"), 80, 24), 80, 24))
-    assert text.rstrip().endswith("q leaves this screen")
+    assert text.rstrip().endswith("q closes this screen")
 
 
 @pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
@@ -191,11 +192,11 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
     ("seen", "expected"),
     [
         (view(), "training round 12: 14 of 25 steps"),
-        (view(doing="", state=wire.PEER_STATE_PAUSED), "paused, without saying more"),
+        (view(doing="", state=wire.PEER_STATE_PAUSED), "paused, no details"),
         (view(Life.STARTING), "it is starting, and does not answer yet"),
-        (view(Life.SILENT), "it runs and does not answer; its last word, 1 s ago: training round 12: 14 of 25 steps"),
+        (view(Life.SILENT), "it runs but does not answer; its last status, 1 s ago: training round 12: 14 of 25 steps"),
         (view(Life.ENDING, end_reason="asked", state=wire.PEER_STATE_DONE), "ending: it was asked to leave"),
-        (view(Life.ENDED, end_reason="total_tokens"), "ended 1 s ago: total_tokens: the run has all of them"),
+        (view(Life.ENDED, end_reason="total_tokens"), "ended 1 s ago: total_tokens: the run has trained all of them"),
         (view(Life.ENDED, end_reason="asked"), "ended 1 s ago: it was asked to leave"),
         (
             view(Life.FAILED, end_reason="nobody answers", exit_code=1),
@@ -228,19 +229,19 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     status = make_status(time=noon)
     seen = View(status=status, life=Life.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
-        "died without a goodbye about 12:00 (it was training round 12); "
+        "died about 12:00 without leaving the swarm (it was training round 12); "
         "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'` and the other options it had"
     )
     later = View(
         status=make_status(time=noon, name="bootstrap", role="bootstrap", state=5), life=Life.DIED, now=noon + 5 * 86400
     )
     assert sentence(later) == (
-        "died without a goodbye about 2027-01-15 12:00 (it was serving); "
+        "died about 2027-01-15 12:00 without leaving the swarm (it was serving); "
         "start it again with `swarmtrain bootstrap RUN.toml` and the other options it had"
     )
     told = "\n".join(on_screen(draw_watch(seen, 80, 24), 80, 24))
     assert "--dir '/home/anna/my" in told
-    assert "q leaves" not in told
+    assert "q closes" not in told
     monkeypatch.undo()
     time.tzset()
 
@@ -277,7 +278,7 @@ def test_the_status_page_fits_a_screen_and_names_everyone() -> None:
     assert re.search(r"bert +Bert01  600 k tokens  50%  here  round 12", text)
     assert re.search(r"cleo +Cleo01  200 k tokens  17%  away", text)
     assert re.search(r"bootstrap +Boot01 +bootstrap +here", text)
-    assert "limits        2 threads, any memory, nice 10, busy or not, in the hours 22-7" in text
+    assert "limits        2 threads, any memory, nice 10, at any load, in the hours 22-7" in text
     assert "process       " in text
     assert "folder        /home/anna/swarm" in text
     assert "reach" not in text
@@ -312,13 +313,13 @@ def test_nobody_is_here_on_the_page_of_one_that_has_ended() -> None:
         over = View(status=ended, life=Life.ENDED, folder=FOLDER, now=ended.time + 400)
         page = [line.plain for line in draw_status(over, width, 10)]
         rows = page[next(n for n, line in enumerate(page) if line.startswith("contributions")) :]
-        assert rows[0] == "contributions  3 volunteers by then"
+        assert rows[0] == "contributions  3 volunteers in all"
         assert not any(word in " ".join(rows) for word in ("here", "away", "round", "tokens/s")), rows
         assert "anna (you)" in rows[1]
 
 
 def test_limits() -> None:
-    assert limits_in_words(wire.Limits()) == "all threads, any memory, busy or not, at any hour"
+    assert limits_in_words(wire.Limits()) == "all threads, any memory, at any load, at any hour"
     limits = wire.Limits(threads=1, memory_bytes=4 * 10**9, nice=19, only_when_idle=True, hours="any", up_mbit=2.5)
     assert limits_in_words(limits) == (
         "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour, "

@@ -20,7 +20,7 @@ from swarmtrain.v1 import control_pb2 as wire
 
 pytestmark = pytest.mark.slow  # each starts an interpreter that imports the command line
 
-ENDED = r"ended (just now|\d+ s ago): total_tokens: the run has all of them"
+ENDED = r"ended (just now|\d+ s ago): total_tokens: the run has trained all of them"
 
 
 # ---------------------------------------------------------------- in a terminal
@@ -40,7 +40,7 @@ def watched(
 @pytest.mark.parametrize("term", ["xterm", "screen"])
 def test_the_screen_follows_and_a_key_leaves_it(peer: FakePeer, key: bytes, term: str) -> None:
     with watched(peer, TERM=term) as terminal:
-        text = terminal.wait_text("q leaves this screen; the peer goes on")
+        text = terminal.wait_text("q closes this screen; the peer keeps running")
         assert "training round 12: 14 of 25 steps" in text
         assert "40% of 3 M tokens" in text
         peer.tell(round=13, doing="merging round 13: waiting for bert, 12 s at most")
@@ -50,7 +50,7 @@ def test_the_screen_follows_and_a_key_leaves_it(peer: FakePeer, key: bytes, term
         else:
             terminal.press(key)
         assert terminal.wait() == 0
-        terminal.wait_text("anna goes on; `swarmtrain watch` shows it again")
+        terminal.wait_text("anna keeps running; `swarmtrain watch` shows it again")
         assert terminal.modes_now() == terminal.modes
         assert b"\x1b[?1049l" in terminal.raw
         assert terminal.raw.rindex(b"\x1b[?25h") > terminal.raw.rindex(b"\x1b[?25l"), "the cursor is there again"
@@ -92,7 +92,7 @@ def test_a_death_and_a_return_on_the_screen(peer: FakePeer) -> None:
         peer.die()
         waiting = "waiting for it to come back"
         text = terminal.wait_for(lambda text: waiting in text.replace("\n", " "), waiting).replace("\n", " ")
-        assert "died without a goodbye about" in text
+        assert "without leaving the swarm" in text
         assert "(it was training round 12); waiting for it to come back" in text
         assert "s at most; start it again with `swarmtrain join --name anna --dir" in text
         peer.status.doing = "training round 13: 1 of 25 steps"
@@ -107,7 +107,7 @@ def test_one_that_is_over_is_shown_once(tmp_path: Path) -> None:
     peer.die()
     with watched(peer) as terminal:
         assert terminal.wait() == 1
-        terminal.wait_text("died without a goodbye")
+        terminal.wait_text("without leaving the swarm")
     peer.start()
     peer.end()
     with watched(peer) as terminal:

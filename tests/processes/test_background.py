@@ -133,7 +133,7 @@ def test_ctrl_c_while_waiting_leaves_it_running(swarm: Swarm) -> None:
         waiting.interrupt()
         assert waiting.wait() == 130
     said = b"".join(waiting.noise).decode()
-    assert said.startswith("not waited for: it goes on in the background, process ")
+    assert said.startswith("stopped waiting: it keeps running in the background, process ")
     pid = int(said.split("process ")[1].split(";")[0])
     wait_until(lambda: (folder / "invite.txt").exists(), "the bootstrap that was not waited for")
     assert pid_in(folder) == pid

@@ -47,7 +47,7 @@ def test_hours_rest_it_at_once_and_a_change_brings_it_back(swarm: Swarm) -> None
     hours = not_now()
     anna = swarm.join("anna", bootstrap.invite.invite, "--hours", hours, "--nice", "7")
     paused = anna.wait_event(PausedEvent)
-    assert paused.reason.startswith(f"outside the hours {hours}; back at ")
+    assert paused.reason.startswith(f"outside the hours {hours}; training resumes at ")
     with control_of(anna) as stub:
         told = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits
         assert (told.hours, told.nice, told.threads, told.only_when_idle) == (hours, 7, 1, False)

@@ -51,9 +51,9 @@ def test_hours(hours: str, trains: list[str], stays_away: list[str]) -> None:
 
 
 def test_why_it_rests_says_when_it_is_back() -> None:
-    assert rests("22-7", "12:00") == "outside the hours 22-7; back at 22:00"
-    assert rests("12-13, 18:05-8", "13:30") == "outside the hours 12-13,18:05-8; back at 18:05"
-    assert rests("12-13,18:05-20", "21:00") == "outside the hours 12-13,18:05-20; back at 12:00"
+    assert rests("22-7", "12:00") == "outside the hours 22-7; training resumes at 22:00"
+    assert rests("12-13, 18:05-8", "13:30") == "outside the hours 12-13,18:05-8; training resumes at 18:05"
+    assert rests("12-13,18:05-20", "21:00") == "outside the hours 12-13,18:05-20; training resumes at 12:00"
 
 
 @pytest.mark.parametrize(
@@ -232,10 +232,13 @@ def test_above_its_memory_it_warns_once_and_then_rests_until_it_is_allowed_more(
     watch = MemoryWatch()
     assert watch.rest(0.0, 4 * GB, 4 * GB) == ("", "")
     rest, warning = watch.rest(3.0, 5 * GB, 4 * GB)
-    assert (rest, warning) == ("", "it uses 5 GB of memory, and may use 4 GB; if that lasts for 30 s it rests")
+    assert (rest, warning) == ("", "it uses 5 GB of memory, and may use 4 GB; if that lasts for 30 s, training pauses")
     assert watch.rest(6.0, 5 * GB, 4 * GB) == ("", "")
     rest, warning = watch.rest(3.0 + MEMORY_PATIENCE_S, 5 * GB, 4 * GB)
-    assert rest == "it uses 5 GB of memory, and may use 4 GB; it goes on when `swarmtrain limits --memory` allows more"
+    assert (
+        rest
+        == "it uses 5 GB of memory, and may use 4 GB; training resumes when `swarmtrain limits --memory` allows more"
+    )
     assert warning == ""
     assert watch.rest(600.0, 1 * GB, 4 * GB) == (rest, ""), "it would need as much again"
     assert watch.rest(700.0, 1 * GB, 5 * GB) == (rest, ""), "no more than it used"

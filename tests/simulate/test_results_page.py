@@ -25,7 +25,7 @@ def results() -> ModuleType:
 
 
 def test_the_page_has_room_for_them(results: ModuleType) -> None:
-    results.parts_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    results.parts_of((ROOT / "docs" / "results" / "scenarios.md").read_text(encoding="utf-8"))
     with pytest.raises(SystemExit, match="the page needs the lines"):
         results.parts_of("<!-- results: end -->\n<!-- results: begin -->\n")
 
@@ -44,12 +44,12 @@ def test_what_was_played_is_not_played_again(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, page = tmp_path / "scenarios", tmp_path / "results.md"
+    folder, page = tmp_path / "scenarios", tmp_path / "scenarios.md"
     folder.mkdir()
     written = write_scenario(tmp_path, scenario={"run": "../run.toml"}, set={"run.total_tokens": 3000})
     written.rename(folder / "tiny.toml")
     (folder / "hours.toml").write_text("nobody reads this\n")
-    page.write_text(f"{results.BEGIN}\n\n### old\n\nkept\n\n{results.END}\n")
+    page.write_text(f"{results.BEGIN}\n\n## old\n\nkept\n\n{results.END}\n")
     arguments = ["tiny", "--scenarios", str(folder), "--page", str(page), "--jobs", "1"]
     assert results.main(arguments) == 0
     first = page.read_text()

@@ -188,7 +188,7 @@ class GradientReceiver:
         manifest = snapshot.manifest
         self._check_untrusted(manifest)
         if not self.marks.is_new(peer, manifest.round):
-            _log.debug("%s has nothing new: its round %d has entered", peer, manifest.round)
+            _log.debug("%s has nothing new: its round %d is merged already", peer, manifest.round)
             return False
         if reason := self.rules.refuse(manifest):
             # Entered as refused: the worker must not offer it again, and its later rounds must still come.
@@ -331,7 +331,7 @@ class ServerLink:
 
     async def _fill(self, times: RoundTimes) -> None:
         when_s, reason = pull_start(times.started_s, times.ends_s, expected_transfer(list(self._durations_s)))
-        _log.debug("the server's weights in %.2f s: %s", when_s - swarm_time(), reason)
+        _log.debug("fetching the server's weights in %.2f s: %s", when_s - swarm_time(), reason)
         await asyncio.sleep(max(0.0, when_s - swarm_time()))
         while True:
             if self._pulling is None or self._pulling.done():

@@ -184,7 +184,7 @@ class StateFetcher:
         if isinstance(error, BadBytesError):
             self.refused(peer, error)
         else:
-            _log.debug("the state of %s: %s", peer, error)
+            _log.debug("fetching the state of %s failed: %s", peer, error)
 
     def _state_untrusted(self, signed: pb.Signed, peer: str, min_round: int) -> HeldSnapshot:
         kind = pb.SNAPSHOT_KIND_STATE

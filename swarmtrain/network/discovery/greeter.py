@@ -127,4 +127,4 @@ class Greeter:
         except BadBytesError as error:
             peers.refused(peer, error)
         except PeerError as error:
-            _log.debug("greeting %s: %s", peer, error)
+            _log.debug("greeting %s failed: %s", peer, error)

@@ -94,7 +94,7 @@ class OwnLink:
             if target[1] not in (self.dialled_port, self.dialling_port):
                 return target
         except OSError as error:
-            _log.debug("the link takes no connection whose target is not known: %s", error)
+            _log.debug("the link refused a connection with an unknown target: %s", error)
         near.close()
         return None
 

@@ -319,7 +319,7 @@ class PeerLinks:
         if port in self._by_port:
             return self._by_port[port]
         self.num_strangers += 1
-        _log.info("a stranger connects to %s, from port %d", target.name, port)
+        _log.info("an unknown process connects to %s, from port %d", target.name, port)
         return _OUTSIDE
 
     async def _connect(self, near: socket.socket, source: PeerLink, target: PeerLink) -> None:
@@ -377,7 +377,7 @@ async def accepted(listener: socket.socket) -> AsyncIterator[tuple[socket.socket
             try:
                 near, address = await loop.sock_accept(listener)
             except OSError as error:  # for example, no descriptor is left
-                _log.warning("a link takes no connection: %s", error)
+                _log.warning("a link could not accept a connection: %s", error)
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
             yield near, address[1]

@@ -77,7 +77,7 @@ class HostedPublications:
         """Return whether `peer`, which asks for a host, is served by this one from now on."""
         is_guest, reason = self.guests.ask(peer, swarm_time())
         if not is_guest:
-            _log.debug("%s is no guest: %s", peer, reason)
+            _log.debug("not hosting %s: %s", peer, reason)
         return is_guest
 
     async def answer(self, request: pb.PublicationRequest, caller: str = "") -> pb.PublicationReply:
@@ -132,7 +132,7 @@ class HostedPublications:
         try:
             await self._bring_untrusted(which, kept)
         except PeerError as error:
-            _log.debug("guest %s: %s", guest, error)
+            _log.debug("hidden peer %s: %s", guest, error)
             if error.is_incident:
                 self.refused(guest, error)
         finally:

@@ -42,7 +42,7 @@ class Downloads:
         if isinstance(error, BadBytesError):
             self.refused(peer, error)
         else:
-            _log.debug("pulling from %s: %s", peer, error)
+            _log.debug("pulling from %s failed: %s", peer, error)
 
 
 async def check_finite(part: memoryview) -> None:

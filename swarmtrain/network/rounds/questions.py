@@ -74,7 +74,7 @@ class RoundQuestions:
             self._downloads.refused(ask.peer, error)
             return Said(ev.ReplyRefused(ask.number))
         except PeerError as error:
-            _log.debug("asking %s about round %d: %s", ask.peer, question.round, error)
+            _log.debug("asking %s about round %d failed: %s", ask.peer, question.round, error)
             return Said(ev.QuestionFailed(ask.number))
         except Exception:  # a bug here costs this question, not the round
             if ask.peer not in self._broken:  # the peer is asked again soon, for as long as a round lasts

@@ -108,7 +108,7 @@ class EndedRound:
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
-            _log.error("the work of a round ended", exc_info=error)
+            _log.error("a round task failed", exc_info=error)
 
     async def _bring(self, bring: ev.FetchPublication) -> None:
         sha256 = bring.publication.snapshot
@@ -119,7 +119,7 @@ class EndedRound:
         except UnreachableError:
             event = ev.PublicationNotFetched(sha256)
         except Exception:
-            _log.exception("bringing a publication of %s failed", bring.publication.peer)
+            _log.exception("fetching a publication of %s failed", bring.publication.peer)
             event = ev.PublicationNotFetched(sha256)
         self._tell(event)
 

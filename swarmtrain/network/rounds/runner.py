@@ -158,7 +158,7 @@ class RoundRunner:
                 self.stood_still()
             self._tell(ev.RoundTimerFired())
         except Exception as error:  # without this a waiting task would wait for ever
-            _log.exception("the work of a round ended")
+            _log.exception("a round task failed")
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
@@ -251,7 +251,7 @@ class RoundRunner:
         if self._ended is not None:
             is_told = self._ended.fail(error) or is_told
         if not is_told:
-            _log.error("the work of a round ended", exc_info=error)
+            _log.error("a round task failed", exc_info=error)
 
     # ------------------------------------------------------------- others' questions
 

@@ -52,5 +52,5 @@ async def download_snapshot(
             failure = failures[-1] if failures else BusyError("it serves as many readers as it may")
             if not attempts_left or not isinstance(failure, BrokenOffError):
                 raise failure from error
-            _log.debug("%s, again: %s", peer, failure)
+            _log.debug("%s failed, trying again: %s", peer, failure)
     return failures[-1] if failures else None

@@ -74,7 +74,7 @@ class Archive:
             try:
                 self.rows.restore(kept.extra.get(_ROWS, []))
             except (ValueError, TypeError) as error:
-                _log.info("what the archive says of the data is not used: %s", error)
+                _log.info("ignored the data coverage in the archive: %s", error)
         self.keeper.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
@@ -92,7 +92,7 @@ class Archive:
         slack_tokens = _SLACK_ROUNDS * self.swarm.published.run.round_tokens * len(self.holds)
         if adds_to_archive(counts, authors, self.holds, slack_tokens):
             return True
-        _log.info("what the volunteers have lacks more of the archive's tokens than it brings")
+        _log.info("the volunteers' state lacks more of the archive's tokens than it adds")
         return not self.watch.refuse(swarm_time())
 
     def kept_of(self, present: ConsensusState) -> Checkpoint:
@@ -141,5 +141,5 @@ def _places_of(kept: Any) -> Sequence[Mapping[str, Place]]:
     try:
         return [{str(peer): (int(round), int(part)) for peer, (round, part) in each.items()} for each in kept or ()]
     except (ValueError, TypeError, AttributeError) as error:
-        _log.info("what the archive says of the publications in it is not used: %s", error)
+        _log.info("ignored the list of publications in the archive: %s", error)
         return ()

@@ -89,7 +89,7 @@ class CheckpointManager:
             try:
                 await asyncio.to_thread(chains.restore_untrusted, kept.extra[_CHAIN], settings)
             except BadBytesError as error:
-                _log.warning("the rosters before the checkpoint's are not known: %s", error)
+                _log.warning("the rosters before the checkpoint are not known: %s", error)
         await self.offer(kept)
 
     def _restore_counts(self, rows: Any, until_s: Any) -> None:

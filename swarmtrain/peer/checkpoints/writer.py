@@ -192,7 +192,7 @@ class Checkpointer:
             # numpy fills in this thread alone; torch would start a team of threads for it.
             rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
         except MemoryError:
-            _log.warning("no memory to copy the moments of %d parameters beforehand", num_parameters)
+            _log.warning("not enough memory to copy the optimizer moments of %d parameters in advance", num_parameters)
         with self._change:
             self._rooms += rooms
             self._num_to_prepare = 0
@@ -206,7 +206,7 @@ class Checkpointer:
             self._failing = True
             self._complain(self._in_words(error))
         except Exception as error:  # the boundary of this thread: training must not end because of it
-            _log.exception("writing a checkpoint")
+            _log.exception("writing a checkpoint failed")
             self._failing = True
             self._complain(f"no checkpoint could be written: {error}")
         else:
@@ -239,9 +239,9 @@ def _write_beside(write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:  # the checkpoint is on the disk all the same
-        _log.info("not written beside the checkpoint: %s", error)
+        _log.info("a file beside the checkpoint is not written: %s", error)
     except Exception:  # the boundary of this thread
-        _log.exception("writing beside a checkpoint")
+        _log.exception("writing a file beside a checkpoint failed")
 
 
 def _be_nice() -> None:

@@ -134,7 +134,9 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
             told.add(message)
             control.emit(WarningEvent(message=message))
 
-    control.board.doing(control_pb2.PEER_STATE_FINISHING, "leaving: asking whether anybody else has what this peer has")
+    control.board.doing(
+        control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
+    )
     try:
         asking = network.submit(_is_deaf(swarms[0]))
         wait_for(network.submit(_all_of(map(_tell_progress, swarms))), stop)
@@ -151,7 +153,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
             if not leaves & {Leave.WAIT, Leave.HAND_OVER}:
                 break
             if Leave.WAIT in leaves:
-                doing = "leaving: nobody else has what this peer has, and no bootstrap answers; waiting for one"
+                doing = "leaving: waiting for a bootstrap, since no other peer has this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 say(
                     "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
@@ -160,7 +162,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 )
                 idle_s = now + _IDLE_S
             else:
-                doing = "leaving: the archive takes what only this peer has"
+                doing = "leaving: the bootstrap archives this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 if any(swarm.store.num_readers for swarm in swarms):
                     idle_s = now + _IDLE_S

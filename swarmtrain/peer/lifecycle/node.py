@@ -168,7 +168,7 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
             again = dataclasses.replace(node_settings, listen=same)
             return wait_for(network.submit(Node.start(again, identity, folder.key_path)), stop)
         except RunTimeError as error:
-            _log.info("not at the port of last time: %s", error)
+            _log.info("cannot listen at the previous port: %s", error)
     node = wait_for(network.submit(Node.start(node_settings, identity, folder.key_path)), stop)
     folder.keep_port(wait_for(network.submit(node.addresses()), stop))
     return node
@@ -198,7 +198,7 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
         elif node is not None:
             network.run(node.stop(), _GOODBYE_S)
     except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
-        _log.debug("leaving: %s", error)
+        _log.debug("leaving failed: %s", error)
     network.stop()
 
 
@@ -289,7 +289,7 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
     try:
         exported, data = load_exported(path), (path / "run.toml").read_bytes()
     except (UserError, OSError) as error:
-        _log.info("no model of the run's end: %s", error)
+        _log.info("no final model: %s", error)
         return None
     given = (data, exported.held_out, exported.tokenizer, exported.model.section)
     is_of_run = given == (published.data, published.held_out, published.tokenizer, run.model)

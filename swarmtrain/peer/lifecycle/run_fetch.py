@@ -58,7 +58,7 @@ class RunFetcher:
             kept = run_to_resume(self.folder, self.invite, self.node.identity.peer_id)
             if kept is None:
                 raise
-            _log.info("going on from this folder: %s", error)
+            _log.info("continuing from this folder: %s", error)
             published, source, nobody = kept, self.node.identity.peer_id, error
         else:
             published = self._fetch_from(source)

@@ -254,5 +254,5 @@ class GossipRunner:
             return MergePrepared(command.number, await asyncio.to_thread(self._merging.prepare, command))
         except Exception:  # a task's boundary: one bad publication must not cost all later merges
             peers = ", ".join(one.peer for one in command.pulled)
-            _log.exception("gossip: no merge could be prepared with what was pulled from %s", peers)
+            _log.exception("gossip: could not prepare a merge with what was pulled from %s", peers)
             return MergePrepared(command.number, None)

@@ -219,7 +219,7 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
     try:
         mean = mean_by_rule(gradients, factors)
     except Exception as error:
-        _log.warning('merge.robust = "%s": the rule failed (%r): this merge has no others', rule, error)
+        _log.warning('merge.robust = "%s": the rule failed (%r): merging without other peers', rule, error)
         return own
     if versions != [gradient._version for gradient in gradients]:
         raise RunTimeError(f'merge.robust = "{rule}": the rule writes into what it is given; ask those who made it')
@@ -228,6 +228,6 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
             f'merge.robust = "{rule}": the rule gave no fp32 vector of {own.numel()} numbers; ask those who made it'
         )
     if not mean.isfinite().all():
-        _log.warning('merge.robust = "%s": the rule gave numbers that are not finite: this merge has no others', rule)
+        _log.warning('merge.robust = "%s": the rule gave non-finite numbers: merging without other peers', rule)
         return own
     return mean

@@ -129,8 +129,8 @@ class MergeServer:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("the server's work ended", exc_info=error)
-            self.swarm.emit(WarningEvent(message=f"part of the network's work ended ({error}); restart this peer"))
+            _log.error("a server task failed", exc_info=error)
+            self.swarm.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:
         """Return all that is needed to continue, together with the `extra` of other parts."""
@@ -188,7 +188,7 @@ class MergeServer:
         if not outer.buffer.arrivals:
             outer.constants = self._constants()
         if not bool(torch.isfinite(outer.arrive(gradient).theta).all()):
-            _log.error("the weights are not finite any more")
+            _log.error("the weights are no longer finite")
         self.arrivals += 1
         self.refreshes += not outer.buffer.arrivals
 
@@ -206,11 +206,11 @@ class MergeServer:
         return too_old(manifest.arrivals, self.arrivals, self._buffer_arrivals(), limit)
 
     def _tell_too_old(self, peer: str, reason: str) -> None:
-        _log.info("what %s handed in is not taken: %s", peer, reason)
+        _log.info("rejected the upload of %s: %s", peer, reason)
         if self._named.is_due(peer, swarm_time()):
             info = self.swarm.membership.info(peer)
             name = (info.name if info is not None else "") or short_peer(peer)
-            message = f"what {name} handed in is not taken: {reason}; it goes on from the newest weights"
+            message = f"rejected the upload of {name}: {reason}; it continues from the newest weights"
             self.swarm.emit(WarningEvent(message=message))
 
     def _tell_clipped(self, peer: str, incident: ClipIncident) -> None:

@@ -154,7 +154,7 @@ class ServerExchange(AsynchronousExchange):
         """See `Exchange`."""
         self._contribution = contribution
         if not bool(torch.isfinite(contribution.gradient).all()):
-            _log.warning("round %d is not handed in: it is not finite", contribution.round)
+            _log.warning("round %d is not uploaded: its gradient is not finite", contribution.round)
             return
         piece = GradientUpload(
             round=contribution.round,

@@ -148,7 +148,7 @@ class PipelineTraining:
         """See `Training`."""
         context, swarm = self._context, self.swarm
         swarm.presence.change(place=self._record.place())
-        context.control.starting("looking who is here")
+        context.control.starting("looking for other peers")
         context.wait(context.node.serve_pipes(stage_stream_name(context.published.sha256), self._host.serve))
         context.wait(swarm.start(context.fetcher.through))
         context.wait(swarm.watch_daemon(context.stop.fail))
@@ -252,7 +252,7 @@ class PipelineTraining:
             try:
                 end()
             except Exception as error:  # whatever happens at the end, the other stages and the run's swarm are left
-                _log.info("leaving the stages: %r", error)
+                _log.info("leaving the stages failed: %r", error)
         leave_swarm(self._context.network, self.swarm, self._context.node)
 
 

@@ -170,4 +170,4 @@ class MicrobatchScheduler:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(f"a microbatch failed for a reason that is not its peers': {error!r}")
+            self.failed(f"a microbatch failed by an error of this peer: {error!r}")

@@ -68,7 +68,7 @@ class StageMoves:
                 context.control.training_stages(after)
                 context.emit(MovedEvent(before=before, after=after, reason=command.change.reason, seconds=seconds))
             case moves.StaysHere():
-                _log.info("stays: %s", command.reason)
+                _log.info("keeping its stage: %s", command.reason)
                 if command.had_begun:
                     record.stays()
                     if stages := self._stages.numbers:  # it was about to take another

@@ -163,7 +163,7 @@ class ModelTraining:
     def enter(self) -> None:
         """See `Training`."""
         context, swarm = self.context, self.swarm
-        context.control.starting("looking who is here")
+        context.control.starting("looking for other peers")
         context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
         context.wait(swarm.watch_daemon(context.stop.fail))
         if context.nobody is not None:
@@ -184,7 +184,7 @@ class ModelTraining:
             except ClockError:
                 raise
             except RunTimeError as error:
-                _log.debug("still alone: %s", error)
+                _log.debug("no other peer yet: %s", error)
             if self.swarm.membership.live():
                 return
             context.stop.sleep(_LOOK_S)
@@ -196,7 +196,7 @@ class ModelTraining:
     def join(self) -> None:
         """See `Training`."""
         context, swarm, replica = self.context, self.swarm, self.session.replica
-        context.control.starting("taking the swarm's present weights")
+        context.control.starting("fetching the swarm's current weights")
         new = self._take_present()
         if swarm.asynchronous:
             replica.count_on(swarm.tallying.contributions().get(context.me, 0))
@@ -226,7 +226,7 @@ class ModelTraining:
             # disk.
             merged = new.progress.peer_tokens.get(me, 0) - replica.progress.peer_tokens.get(me, 0)
             if session.skip_merged(merged):
-                _log.info("the others have merged %d tokens of this peer's that it had forgotten", merged)
+                _log.info("the others have merged %d tokens of this peer that its checkpoint lacked", merged)
         session.adopt(new)
         self._took_state = True
         return new
@@ -283,7 +283,7 @@ class ModelTraining:
 
     def come_back(self) -> None:
         """See `Training`."""
-        self.context.control.starting("coming back after a pause: taking the swarm's present weights")
+        self.context.control.starting("resuming after a pause: fetching the swarm's current weights")
         replica = self.session.replica
         if self._take_present() is not None:
             self.exchange.offer(replica.state, replica.progress)

@@ -19,6 +19,7 @@ from enum import Enum
 
 from swarmtrain.protocol.gossip.partners import BackOff
 from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.words import counted
 
 __all__ = [
     "KEPT_OF_A_GUEST",
@@ -99,7 +100,7 @@ class Reachability:
             reason = "nobody could say whether this peer can be dialled"
         else:
             self._misses += len(tried)
-            reason = f"{self._misses} tried in vain to dial this peer"
+            reason = f"{self._misses} tried and failed to dial this peer"
             if self._misses >= {Reach.UNKNOWN: 2, Reach.DIALABLE: 4, Reach.HIDDEN: 0}[self.state]:
                 self.state, self._misses = Reach.HIDDEN, 0
                 wait_s = min(self.hidden_first_s * 2.0**self._hidden_times, self.hidden_every_s)
@@ -207,7 +208,7 @@ class HostChoice:
         free.sort(key=lambda one: (one.num_guests, self._hash(one.peer)))
         for one in free[: max(0, self.number - len(self._hosts))]:
             self._hosts[one.peer] = _Host(now, now)
-            changes.append(f"{one.peer} is asked to be a host: it has {one.num_guests} guests")
+            changes.append(f"{one.peer} is asked to be a host: it serves {counted(one.num_guests, 'hidden peer')}")
         return changes
 
     def clear(self) -> None:
@@ -242,11 +243,11 @@ class Guests:
         """Return whether `peer`, which asks now, is a guest from now on; with the reason."""
         here = self.current(now)
         if peer not in here and len(here) >= self.most:
-            return False, f"{len(here)} are served already"
+            return False, f"{len(here)} hidden peers are served already"
         for gone in self._heard_s.keys() - set(here):
             del self._heard_s[gone]
         self._heard_s[peer] = now
-        return True, "it was a guest before" if peer in here else f"{self.most - len(here)} places were free"
+        return True, "it was hosted before" if peer in here else f"{self.most - len(here)} places were free"
 
     def left(self, peer: str) -> None:
         """Remove a guest that said goodbye."""

@@ -216,7 +216,7 @@ def _readers(run: RunFile, found: Plan) -> Bottleneck | None:
         if CHUNK_BYTES / network.stall_limit_s > rate / 4:
             limit_s = min(_MOST_STALL_LIMIT_S, _round_up(4 * CHUNK_BYTES / rate))
             changes.append(_to(run, "network.stall_limit_s", limit_s))
-    reading = "one who reads from a volunteer gets" if at_once == 1 else f"{at_once} who read at once from one get"
+    reading = "a reader of a volunteer gets" if at_once == 1 else f"{at_once} simultaneous readers of a volunteer get"
     return Bottleneck(
         what="uplink shared by readers",
         strain=least / each,
@@ -260,9 +260,9 @@ def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
     if not share:
         return None
     return Bottleneck(
-        what="those who come back",
+        what="returning volunteers",
         strain=share / _ASIDE_SHARE,
-        why=f"who comes back as a new volunteer takes the others' weights: {_percent(share)} of each link in the mean",
+        why=f"a volunteer that returns as new fetches the others' weights: {_percent(share)} of each link on average",
         change=_RETURNING,
     )
 
@@ -278,9 +278,9 @@ def _joining(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="late joiners",
         strain=behind / limit,
-        why=f"who comes late takes {size(found.state_bytes)} of weights and momentum, for {_time(takes_s)} at "
-        f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and who is more than {limit} behind "
-        f"has to take their weights again",
+        why=f"a late joiner fetches {size(found.state_bytes)} of weights and momentum, for {_time(takes_s)} at "
+        f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and a peer more than {limit} behind "
+        f"must fetch their weights again",
         change=_longer_rounds(run, found, behind / limit),
     )
 

@@ -1,9 +1,9 @@
 """A simulated swarm of asynchronous gossip: every peer trains alone, publishes parts, pulls late and never waits.
 
-The peers run the product's own decisions: gossip's engine, plans of merges, pacing, data coverage, lifecycle. Here is
-how what it commands is done: when an answer or a publication's bytes arrive, who stands still, what is lost. The model
-is one number a fragment (`simulate.systems.gossip_model`), so that a thousand peers live for minutes in a second or
-two. What happened is in `GossipSwarm.rounds`, `entered` and `incidents`.
+The peers run the product's own decisions: gossip's engine, plans of merges, pacing, data coverage, lifecycle. This
+module carries out what the engine commands: when an answer or a publication's bytes arrive, which peer is frozen, what
+is lost. The model is one number per fragment (`simulate.systems.gossip_model`), so that a thousand peers live for
+minutes in a second or two. The record of a simulation is in `GossipSwarm.rounds`, `entered` and `incidents`.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ __all__ = [
 ]
 
 _STATE_BYTES = 8
-"""Of a parameter: its weight and its momentum."""
+"""Bytes of a parameter in a state: its weight and its momentum."""
 _FORMAT: GradientFormat = "int2"
-"""What pseudo-gradients are called that have the sizes of the settings, whichever they are."""
+"""Format that pseudo-gradients are labelled with. Their sizes come from the settings, whatever the format."""
 _WOKE = PullTimerFired()
 
 NOTHING = PullRefusal("nothing is published yet")
@@ -96,18 +96,18 @@ _Event: TypeAlias = GossipEvent[SimulatedPublication, Value, bool]
 
 @dataclass(slots=True)
 class _Round:
-    """What is forgotten when the next round begins."""
+    """State that is forgotten when the next round begins."""
 
     started_s: float
     steps: int
     schedule: FragmentSchedule
     num_over: int = 0
-    """Fragments that were merged."""
+    """Fragments merged so far."""
     num_merged: int = 0
     staleness_rounds: int = 0
     bytes_down: int = 0
     waits_since_s: float | None = None
-    """When its inner steps were done, if it is too far behind and asks for another's weights."""
+    """Time at which its inner steps were done, if the peer is too far behind and fetches another's weights."""
 
 
 class GossipPeer:
@@ -129,15 +129,15 @@ class GossipPeer:
         self._planner = MergePlanner(s.num_fragments)
         self._now = _Round(math.inf, s.inner_steps, self.model.schedule)
         self._last_tokens = 0
-        """Of the round before."""
+        """Tokens of the previous round."""
         self._others: list[PeerInfo] = []
-        """Of whom it has read last, those that are there."""
+        """Records read last, of the peers that are live."""
         self._ends_s: list[float | None] = []
         self._has_looked = False
-        """Since it planned last."""
+        """True if it has read the presences since it planned last."""
         self._forgets_s = 0.0
         self._events: list[_Event] | None = None
-        """What the engine is being told."""
+        """Events the engine is being given; None while it is idle."""
         self._timer: Timer | None = None
         self.checkpoints: list[SimulatedCheckpoint] = []
         self._frozen_at_s = 0.0
@@ -147,33 +147,33 @@ class GossipPeer:
 
     @property
     def running(self) -> bool:
-        """Neither gone nor frozen."""
+        """True if the process is neither gone nor frozen."""
         return self.alive and not self.frozen
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Everything that reaches this process comes through here."""
+        """Run `call` in this process. Everything that reaches the process passes through here."""
         if self.frozen:
             self._backlog.append((call, args))
         elif self.alive:
             call(*args)
 
     def die(self) -> None:
-        """The process ends; its presence stays until it expires."""
+        """End the process. Its presence stays until it expires."""
         self.renew()
         self.alive = self.frozen = False
 
     def leave(self) -> None:
-        """Take the presence back, and end."""
+        """Take the presence back, then end the process."""
         self.die()
         self.swarm.board.pop(self.name, None)
 
     def freeze(self) -> None:
-        """The process is stopped."""
+        """Stop the process, as SIGSTOP does."""
         self.renew()
         self.frozen, self._frozen_at_s = True, self.swarm.clock.now
 
     def thaw(self) -> None:
-        """It goes on where it was."""
+        """Let the process continue where it was."""
         now = self.swarm.clock.now
         self.frozen = False
         self._now.started_s += now - self._frozen_at_s
@@ -187,7 +187,7 @@ class GossipPeer:
             self._plan(plans)
 
     def begin(self) -> None:
-        """Take the weights of somebody who lives, if there is anybody, and train."""
+        """Take the weights of a live peer, if there is one, and train."""
         self._begin(self.swarm.clock.now)
 
     def _begin(self, came_s: float) -> None:
@@ -211,7 +211,7 @@ class GossipPeer:
         self._begin(came_s)
 
     def _go_on_with(self, state: ConsensusSnapshot, peer: str, since_s: float) -> None:
-        """Another's weights take the place of its own."""
+        """Replace this peer's weights by another's."""
         self.round = max(self.round, state.round)
         self._tell(ConsensusTaken(self.round, [state.places], {peer: state.round}))
         self.model.take(state)
@@ -222,7 +222,7 @@ class GossipPeer:
 
     @property
     def theta(self) -> float:
-        """The mean of the fragments' weights."""
+        """Mean of the fragments' weights."""
         return self.model.theta
 
     @property
@@ -231,7 +231,7 @@ class GossipPeer:
 
     @property
     def steps_done(self) -> int:
-        """Of the present round."""
+        """Inner steps of this round."""
         return self._steps_done_at(self._frozen_at_s if self.frozen else self.swarm.clock.now)
 
     def _steps_done_at(self, at_s: float) -> int:
@@ -239,7 +239,8 @@ class GossipPeer:
 
     @property
     def steps_unpublished(self) -> int:
-        """Of the present round, those done since somebody asked for its publications last; none before it has begun."""
+        """Inner steps of this round that were done since somebody last asked for its publications; 0 before the
+        round."""
         return self.steps_done - self.model.told_steps
 
     def start(self) -> None:
@@ -279,7 +280,7 @@ class GossipPeer:
         self._tell(MergesPlanned(self.round, plans))
 
     def _train_on(self) -> None:
-        """Until the next fragment is merged."""
+        """Schedule the merge of the next fragment."""
         r = self._now
         due_s = r.started_s + r.schedule.merge_after[r.num_over] / self.steps_per_s
         self.swarm.clock.call_at(due_s, self.deliver, self._due, r)
@@ -325,7 +326,7 @@ class GossipPeer:
             self.checkpoints = [*self.checkpoints[-2:], saved]
 
     def _over(self, r: _Round) -> None:
-        """Its inner steps are done, and what can be merged with them is."""
+        """Record the round: its inner steps are done, and all fragments are merged."""
         ended_s = self.swarm.clock.now if r.waits_since_s is None else r.waits_since_s
         self._last_tokens = r.steps * self.settings.tokens_per_step
         if self.coverage is not None:
@@ -337,7 +338,7 @@ class GossipPeer:
         ))  # fmt: skip
 
     def resume(self, saved: SimulatedCheckpoint) -> None:
-        """Go on from a checkpoint, in a process that knows nothing else."""
+        """Continue from a checkpoint, in a process that knows nothing else."""
         self.model.resume(saved)
         self.round = saved.round
         self.engine.load(saved.ledger)
@@ -371,7 +372,7 @@ class GossipPeer:
         return self.model.publish(number, self.steps_done, self.coverage)
 
     def provide(self, what: Any) -> Any:
-        """The state for a joiner, the manifest of the newest publication, or the bytes of one of the last two."""
+        """Return the state for a joiner, the newest publication's manifest, or the bytes of one of the last two."""
         if isinstance(what, PublicationQuery):
             if what.section == GRADIENT:
                 return self._publish(what.fragment) or NOTHING
@@ -391,12 +392,12 @@ class GossipPeer:
         return self._state()
 
     def _state(self) -> ConsensusSnapshot:
-        """Its own rounds are in its weights too."""
+        """Return this peer's weights as a joiner takes them. Its own rounds are in them too."""
         of, places = self.model, self.engine.places(self.round - 1)
         return ConsensusSnapshot(of.thetas, of.momenta, self.round, places, [*of.entered, *of.came])
 
     def _announce(self, at_s: float) -> None:
-        """The presence record as it was at `at_s`: a round's start, or a third of its lifetime after the last one."""
+        """Store the presence record as of `at_s`: the round's start, or a renewal a third of the lifetime later."""
         s, done, part, tokens = self.settings, self._steps_done_at(at_s), 0, self._last_tokens
         if (passed := self._now.schedule.passed(done)) is not None:
             part, tokens = passed[1], passed[0] * s.tokens_per_step
@@ -408,14 +409,14 @@ class GossipPeer:
         self.swarm.board[self.name] = AdvertisedRecord(info, at_s + s.presence_ttl_s, ends_s)
 
     def renew(self) -> None:
-        """Bring its record to where it is by now. Renewals are not events: they are made up for when somebody looks."""
+        """Update its record to where the peer is by now. Renewals are no events: they are made when somebody looks."""
         known = self.swarm.board.get(self.name)
         every_s = self.settings.presence_ttl_s / 3
         if known is not None and self.running and (gone_s := self.swarm.clock.now - known.info.stamp) >= every_s:
             self._announce(known.info.stamp + gone_s // every_s * every_s)
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
-        """What else it says of itself."""
+        """Add to the record what a subclass says of itself."""
         return info
 
     # ------------------------------------------------------------------ pulling
@@ -445,7 +446,7 @@ class GossipPeer:
         self._tell(PartnersChanged(self._others))
 
     def _tell(self, event: _Event) -> None:
-        """The engine is told, and what it commands is done."""
+        """Give the engine an event, and carry out its commands."""
         if self._events is not None:  # it follows from a command, or comes in the same moment
             self._events.append(event)
             return
@@ -508,7 +509,7 @@ class GossipPeer:
     def _fetch(
         self, source: str, author: str, what: PublicationQuery | SimulatedPublication, done: Callable[[Any], None]
     ) -> None:
-        """Get something of an author's, from it or from a host of its."""
+        """Fetch a publication or its manifest, from its author or from one of the author's hosts."""
         num_bytes = self.settings.section_bytes(what.section) if isinstance(what, SimulatedPublication) else 0
         self._pull(source, author, what, num_bytes, done)
 
@@ -566,7 +567,7 @@ class GossipPeer:
 
 
 class GossipSwarm(SimulatedNetwork[GossipPeer]):
-    """The swarm: peers, links, faults, and what happened."""
+    """The swarm: peers, links, faults, and the record of what happened."""
 
     def __init__(
         self, settings: SimulatedGossipSettings | None = None, *, link: SimulatedLink | None = None, seed: int = 0
@@ -580,23 +581,23 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
             {section: PublicationQuery(section, fragment) for section in SECTIONS}
             for fragment in range(self.settings.num_fragments)
         ]
-        """The questions that there are."""
+        """All possible queries, by fragment and section."""
         self.board: dict[str, AdvertisedRecord] = {}
-        """What the DHT was given."""
+        """Records stored in the DHT."""
         self.names: list[str] = []
         self._places: dict[str, int] = {}
         self.rounds: list[RoundRecord] = []
         self.incidents: list[tuple[str, str, str]] = []
 
     def round_over(self, record: RoundRecord) -> None:
-        """A peer's round has ended."""
+        """Record the end of a peer's round."""
         self.rounds.append(record)
 
     def took_state(self, peer: GossipPeer, of: str, waited_s: float) -> None:
-        """One that came, or had fallen behind, has the state of another, after so long, and trains."""
+        """Hook, called when a peer that joined or fell behind has another's state after `waited_s`, and trains."""
 
     def forget(self, name: str) -> None:
-        """Its presence runs out, and nothing is kept of it."""
+        """Let its presence expire, then forget the peer."""
 
         def drop() -> None:
             self.board.pop(name, None)
@@ -611,7 +612,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
     def join(
         self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: SimulatedLink | None = None
     ) -> GossipPeer:
-        """A volunteer comes now; if anybody is there it takes their weights, else it has `theta`."""
+        """Add a volunteer now. It takes the weights of a live peer; if there is none, it starts from `theta`."""
         peer = self._add(name, steps_per_s, theta, link)
         peer.deliver(peer.begin)
         return peer
@@ -619,18 +620,18 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
     def found(
         self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: SimulatedLink | None = None
     ) -> GossipPeer:
-        """A founding volunteer comes now: it starts from its own `theta`, whoever is there."""
+        """Add a founding volunteer now. It starts from its own `theta`, whoever is there."""
         peer = self._add(name, steps_per_s, theta, link)
         peer.deliver(peer.start)
         return peer
 
     def restart(self, name: str) -> None:
-        """Its process dies, and comes back at once from the last but two of its checkpoints, as after a torn disk."""
+        """Kill a peer, and restart it at once from its third newest checkpoint, as after a torn disk."""
         self.kill(name)
         self.come_back(name, checkpoint=0)
 
     def come_back(self, name: str, checkpoint: int = -1) -> GossipPeer:
-        """One that died is started again, from one of its last three checkpoints (-1 is the newest) if it has any."""
+        """Restart a dead peer from one of its last three checkpoints (-1 is the newest), if it has any."""
         old = self.peers[name]
         assert not old.alive, f"{name} has not died"
         new = self.peers[name] = self._make(name, old.steps_per_s, old.theta, old.link)
@@ -654,11 +655,11 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
 
     @property
     def entered(self) -> list[Entered]:
-        """The inner steps that entered the weights."""
+        """Inner steps that entered the weights."""
         return [entry for peer in self.peers.values() for entry in peer.model.entered]
 
     def spread(self) -> float:
-        """The consensus problem's error: the greatest difference between two running peers' weights."""
+        """Return the error of consensus: the greatest difference between two running peers' weights."""
         running = self.running()
         weights = ([peer.model.fragments[i].theta for peer in running] for i in range(self.settings.num_fragments))
         return max(max(of_fragment) - min(of_fragment) for of_fragment in weights)

@@ -1,4 +1,4 @@
-"""The model of a simulated volunteer that gossips, one number a fragment: how it trains, publishes and merges.
+"""The model of a simulated volunteer that gossips, one number per fragment: how it trains, publishes and merges.
 
 An inner step moves a number by `inner_rate` of the way to the volunteer's own `target`. The merge is the one of
 `algorithm/gossip.py` with a single weight. Publications are made when somebody asks for them, as in the product.
@@ -31,28 +31,28 @@ __all__ = ["FragmentSchedule", "GossipModel", "Value", "schedule_of"]
 
 
 class Value(NamedTuple):
-    """What of a publication can enter a merge: a weight, or with its tokens what is new of a pseudo-gradient."""
+    """Part of a publication that can enter a merge: a weight, or the new part of a pseudo-gradient with its tokens."""
 
     value: float
     tokens: int
 
 
 class FragmentSchedule(NamedTuple):
-    """After which of a round's inner steps which fragments are merged, and which parts are published."""
+    """Inner steps of a round after which fragments are merged and parts are published."""
 
     merge_after: tuple[int, ...]
     steps: tuple[int, ...]
     parts: tuple[int, ...]
 
     def passed(self, steps_done: int) -> tuple[int, int] | None:
-        """The steps and the part of the last publication after so many steps; None before the first."""
+        """Return the steps and the part of the last publication after so many steps; None before the first."""
         passed = bisect_right(self.steps, steps_done)
         return (self.steps[passed - 1], self.parts[passed - 1]) if passed else None
 
 
 @lru_cache(maxsize=4096)
 def schedule_of(inner_steps: int, num_parts: int, num_fragments: int, every: int) -> FragmentSchedule:
-    """As the trainer has it."""
+    """Return the schedule that the product's trainer has."""
     fragments = range(num_fragments)
     merge_after = tuple(merged_step(one, num_fragments, inner_steps, num_parts) for one in fragments)
     parts = published(inner_steps, num_parts, num_fragments, every)
@@ -66,49 +66,52 @@ class _Fragment:
     theta: float
     momentum: float = 0.0
     weights: list[SimulatedPublication] = field(default_factory=list)
-    """That its last two rounds began with."""
+    """Weights at the starts of its last two rounds, as published."""
     published: list[SimulatedPublication] = field(default_factory=list)
-    """Its last two pseudo-gradients that somebody asked for."""
+    """Last two pseudo-gradients that somebody asked for."""
     told_steps: int = 0
-    """Of the peer's round, those that were in the newest of them."""
+    """Inner steps of the peer's round that are in the newest of them."""
 
 
 class GossipModel:
-    """Its numbers, what is published of them, and what has entered them."""
+    """Numbers of one peer's model, what is published of them, and what has entered them."""
 
     def __init__(self, name: str, settings: SimulatedGossipSettings, theta: float) -> None:
         self._name, self._settings, self.target = name, settings, theta
         self.fragments = [_Fragment(theta) for _ in range(settings.num_fragments)]
         self.schedule = schedule_of(settings.inner_steps, settings.num_parts, settings.num_fragments, 1)
-        """Of the present round."""
+        """Schedule of this round."""
         self._rounds = FragmentRounds(settings.num_fragments)
         self.entered: list[Entered] = []
-        """What was merged, if past is kept."""
+        """Inner steps of others that were merged; empty unless `keeps_past`."""
         self.came: list[Entered] = []
-        """What had entered the weights that it took from others; and its own rounds."""
+        """Inner steps that were in the weights taken from others, and this peer's own."""
 
     @property
     def theta(self) -> float:
-        """The mean of the fragments' weights."""
+        """Mean of the fragments' weights."""
         return sum(one.theta for one in self.fragments) / len(self.fragments)
 
     @property
     def told_steps(self) -> int:
-        """Of the present round, the steps that are in what somebody asked for; the mean over the fragments."""
+        """Inner steps of this round that somebody has asked for, as the mean over the fragments."""
         return round(statistics.mean(one.told_steps for one in self.fragments))
 
     def _gradient(self, fragment: _Fragment, steps: int) -> float:
-        """theta less the weight after so many inner steps."""
+        """Return theta less the weight after so many inner steps."""
         return (fragment.theta - self.target) * (1.0 - (1.0 - self._settings.inner_rate) ** steps)
 
     # ------------------------------------------------------------------ rounds
 
     def restart(self) -> None:
-        """All of its weights are new here: nothing was trained since."""
+        """Note that all weights are new here and nothing was trained since."""
         self._rounds.restart()
 
     def begin_round(self, round: int, schedule: FragmentSchedule, *, all_begin: bool) -> None:
-        """The peer's round. Of fragments the last one's begins too, or all: weights that others can have."""
+        """Begin the peer's round, and with it the last fragment's round, or every fragment's if `all_begin`.
+
+        A fragment whose round begins publishes its weights.
+        """
         self.schedule, last = schedule, len(self.fragments) - 1
         self._rounds.begin(round, self._settings.num_parts)
         for number, fragment in enumerate(self.fragments):
@@ -117,7 +120,7 @@ class GossipModel:
                 self.publish_weights(number, round)
 
     def merge(self, number: int, pulled: Sequence[ReceivedPublication[SimulatedPublication, Value]]) -> None:
-        """Section 5: the mean of the weights, the token-weighted mean of the pseudo-gradients, one Nesterov step."""
+        """Merge a fragment: mean of the weights, token-weighted mean of the pseudo-gradients, one Nesterov step."""
         s, schedule, fragment = self._settings, self.schedule, self.fragments[number]
         steps = schedule.merge_after[number]
         part = schedule.parts[schedule.steps.index(steps)]
@@ -144,7 +147,7 @@ class GossipModel:
     # ------------------------------------------------------------------ publications
 
     def publish_weights(self, number: int, round: int) -> None:
-        """A fragment's round begins, with its weights."""
+        """Begin a fragment's round by publishing its weights."""
         fragment = self.fragments[number]
         newest = SimulatedPublication(
             WEIGHTS, self._name, PublicationVersion(round, 0, 0), fragment.theta, 0.0, fragment=number
@@ -152,12 +155,12 @@ class GossipModel:
         fragment.weights = [*fragment.weights[-1:], newest]
 
     def weights(self, number: int) -> SimulatedPublication | None:
-        """The newest of a fragment's."""
+        """Return a fragment's newest published weights."""
         weights = self.fragments[number].weights
         return weights[-1] if weights else None
 
     def publish(self, number: int, steps_done: int, coverage: Coverage | None) -> SimulatedPublication | None:
-        """The newest publication of a fragment's pseudo-gradient; made now if its moment has passed."""
+        """Return a fragment's newest pseudo-gradient. It is made now if its moment has passed."""
         fragment = self.fragments[number]
         newest = fragment.published[-1] if fragment.published else None
         if (passed := self.schedule.passed(steps_done)) is not None:
@@ -172,7 +175,7 @@ class GossipModel:
         return newest
 
     def has(self, publication: SimulatedPublication) -> bool:
-        """It is one of the last two."""
+        """Return whether the publication is one of the last two."""
         fragment = self.fragments[publication.fragment]
         return publication in (fragment.published if publication.mark.part else fragment.weights)
 
@@ -180,21 +183,21 @@ class GossipModel:
 
     @property
     def thetas(self) -> list[float]:
-        """By fragments."""
+        """Weights by fragment."""
         return [one.theta for one in self.fragments]
 
     @property
     def momenta(self) -> list[float]:
-        """By fragments."""
+        """Momenta by fragment."""
         return [one.momentum for one in self.fragments]
 
     def take(self, state: ConsensusSnapshot) -> None:
-        """Another's weights take the place of its own."""
+        """Replace the weights by another peer's."""
         self._put(state)
         self.entered, self.came = [], list(state.entered)
 
     def resume(self, saved: SimulatedCheckpoint) -> None:
-        """Become what it was. What was merged later is gone with the weights it entered."""
+        """Restore a checkpoint. What was merged later is gone with the weights it entered."""
         self._put(saved)
         self.entered, self.came = list(saved.entered), list(saved.came)
 

@@ -1,8 +1,9 @@
-"""A simulated gossip swarm in which nobody can dial some of the peers: their publications go through hosts.
+"""A simulated gossip swarm with hidden peers, which nobody can dial: their publications go through hosts.
 
-The peers run the product's own decisions: who is hidden, which hosts it chooses and replaces, whom a host takes. A
-hidden peer opens connections to its hosts alone; whoever else wants its publication asks one of those, which pulls it
-first if it has not got it. Whom a hidden peer may ask to dial it, and which hosts there are, it knows from presences.
+The peers run the product's own decisions: which peers are hidden, which hosts a peer chooses and replaces, which guests
+a host takes. A hidden peer opens connections to its hosts alone. Whoever else wants its publication asks one of these
+hosts, which pulls it first if it does not have it. A hidden peer learns from presences which hosts there are and whom
+it may ask to dial it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LOOK_S = 5.0
 
 
 class HostedPeer(GossipPeer):
-    """A volunteer that may be hidden, and a host if it is not."""
+    """Volunteer that may be hidden, and is a host if it is not."""
 
     def __init__(self, swarm: HostedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         self.hosted = swarm
@@ -54,7 +55,7 @@ class HostedPeer(GossipPeer):
     # ------------------------------------------------------------------ the hidden peer
 
     def _look(self) -> None:
-        """As the product does every few seconds: ask to be dialled if it is due, talk to the hosts."""
+        """Ask to be dialled if that is due, and talk to the hosts, as the product does every few seconds."""
         now, swarm = self.swarm.clock.now, self.hosted
         hidden = self.reachability.state is Reach.HIDDEN
         due = self.reachability.is_due(now)
@@ -83,14 +84,14 @@ class HostedPeer(GossipPeer):
     # ------------------------------------------------------------------ the host
 
     def take_guest(self, peer: str) -> bool:
-        """Whether it serves `peer` from here on."""
+        """Ask to serve `peer` from now on; return whether it does."""
         now = self.swarm.clock.now
         is_guest, _ = self.guests.ask(peer, now)
         self.most_guests = max(self.most_guests, len(self.guests.current(now)))
         return is_guest
 
     def provide(self, what: Any) -> Any:
-        """Its own, or a guest's."""
+        """Return one of its own publications, or a guest's."""
         if not isinstance(what, OfGuest):
             return super().provide(what)
         author, asked = what
@@ -106,7 +107,7 @@ class HostedPeer(GossipPeer):
         return kept[-1] if kept else NOTHING
 
     def brings(self, author: str, asked: PublicationQuery) -> bool:
-        """Whether a guest has something that is not here yet."""
+        """Return whether a guest has something that is not here yet."""
         guest, kept = self.hosted.peers[author], self._kept.get((author, asked))
         newest = guest.provide(asked) if guest.running else None
         return isinstance(newest, SimulatedPublication) and not (kept and kept[-1].mark == newest.mark)
@@ -133,7 +134,7 @@ class HostedPeer(GossipPeer):
 
 
 class HostedSwarm(GossipSwarm):
-    """A gossip swarm, some of whose machines nobody can dial."""
+    """Gossip swarm with some machines that nobody can dial."""
 
     def __init__(
         self,
@@ -151,5 +152,5 @@ class HostedSwarm(GossipSwarm):
         return HostedPeer(self, name, steps_per_s, theta, link)
 
     def can_call(self, caller: str, peer: HostedPeer) -> bool:
-        """Whether `caller` reaches `peer`: if that one can be dialled, or has a connection to it."""
+        """Return whether `caller` reaches `peer`: it can be dialled, or has opened a connection to the caller."""
         return not self.is_hidden(peer.name) or caller in peer.choice.chosen

@@ -1,4 +1,4 @@
-"""What simulated peers say to each other and remember of a round."""
+"""Settings of a simulated synchronous swarm, and what its peers say to each other and remember of a round."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from swarmtrain.protocol.rounds.rosters import Roster
 __all__ = ["JoinState", "Phase", "Settings", "SimulatedLink", "WorldMoment", "hash_of"]
 
 WorldMoment = Literal["started", "ended", "signed", "told_one", "serving"]
-"""When a declared fault strikes: its round's training started or ended, it signed a roster and told nobody, it told
-one peer, somebody began to pull from it."""
+"""Moment at which a declared fault strikes.
+
+- "started", "ended": training of the peer's round;
+- "signed": it has signed a roster and told nobody;
+- "told_one": it has told one peer of that roster;
+- "serving": somebody began to pull from it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedLink:
-    """A peer's connection: one-way latency in seconds, bytes per second up and (0: the same) down, and the share of
-    messages lost."""
+    """A peer's connection.
+
+    One-way latency in seconds, bytes per second up and down (down 0: as up), and the share of messages lost.
+    """
 
     latency_s: float = 0.01
     bytes_per_s: float = 10e6
@@ -35,7 +42,7 @@ class SimulatedLink:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the run file and the network driver fix. Durations in seconds."""
+    """Values that the run file and the network driver fix. Durations are in seconds."""
 
     inner_steps: int = 32
     tokens_per_step: int = 1000
@@ -55,7 +62,7 @@ class Settings:
 
 
 class Phase(Enum):
-    """What a volunteer is at."""
+    """Phases of a volunteer's round."""
 
     JOINING = "joining"
     TRAINING = "training"
@@ -66,7 +73,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class JoinState:
-    """What a joiner is given: everything that a round starts from."""
+    """What a joiner receives: everything that a round starts from."""
 
     round: int
     last: Roster | None
@@ -76,5 +83,5 @@ class JoinState:
 
 
 def hash_of(text: str) -> str:
-    """SHA-256 of a text, hex."""
+    """Return the SHA-256 of a text, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""The machines of a simulated swarm, the links between them, and the faults that happen to real ones.
+"""Machines of a simulated swarm, the links between them, and the faults that strike real ones.
 
-What is modelled: a call is answered, refused at once (a process that is gone), or times out (a frozen process, a
-cut link, a lost message). A transfer takes its latency and bytes / rate, and stalls if an end is cut off meanwhile.
-Transfers share the links of their ends where `shared` says so. What the peers are, and what they say to each other,
-is not known here.
+A call is answered, refused at once (the process is gone), or times out (a frozen process, a cut link, a lost message).
+A transfer takes its latency plus bytes / rate, and stalls if one end is cut off meanwhile. Transfers share the links of
+their ends if `SimulatedNetwork.shared` is set. This module does not know what the peers are or what they say to each
+other.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ NetworkFault = Literal["killed", "frozen", "thawed"]
 
 
 class NetworkPlace(Protocol):
-    """Where a link ends."""
+    """End of a link."""
 
     name: str
     link: SimulatedLink
 
 
 class End(NetworkPlace, Protocol):
-    """A process at the end of a link."""
+    """Process at the end of a link."""
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Run something in this process: now, or when it is thawed; never if it is gone."""
+        """Run something in this process: now, or after `thaw` if it is frozen, never if it is gone."""
         ...
 
 
 class SimulatedMachine(End, Protocol):
-    """A process of the swarm as its network sees it: it lives or not, stands still or not, and has a link."""
+    """Process of the swarm as its network sees it: alive or not, frozen or not, with a link."""
 
     alive: bool
     frozen: bool
 
     @property
     def running(self) -> bool:
-        """Neither gone nor frozen."""
+        """True if the process is neither gone nor frozen."""
         ...
 
     def provide(self, what: Any) -> Any:
-        """What is asked for, for a pull; None if it is not here."""
+        """Return what a pull asks for; None if it is not here."""
         ...
 
     def die(self) -> None:
-        """The process ends."""
+        """End the process."""
         ...
 
     def leave(self) -> None:
-        """Say goodbye, and end."""
+        """Say goodbye, then end the process."""
         ...
 
     def freeze(self) -> None:
-        """The process is stopped."""
+        """Stop the process, as SIGSTOP does."""
         ...
 
     def thaw(self) -> None:
-        """It goes on."""
+        """Let the process continue."""
         ...
 
 
@@ -84,13 +84,13 @@ P = TypeVar("P", bound=SimulatedMachine)
 
 @dataclass(frozen=True)
 class PullRefusal:
-    """An answer to a pull that is no payload, and comes at once: BUSY, for one."""
+    """Answer to a pull that carries no payload and comes at once, for example BUSY."""
 
     reason: str
 
 
 class MessageFaults:
-    """The clock, and what happens to messages: they are late, lost, repeated, or cut off."""
+    """Clock of the world, and faults of its messages: late, lost, repeated or cut off."""
 
     def __init__(self, seed: int = 0, holds: Holds | None = None) -> None:
         self.clock = Clock(holds)
@@ -100,59 +100,60 @@ class MessageFaults:
         self._cut: set[str] = set()
 
     def at(self, when_s: float, call: Callable[..., object], *args: Any) -> None:
-        """Do something to the world at `when_s`, for example `world.at(30, world.kill, "p001")`."""
+        """Schedule a change of the world, for example `world.at(30, world.kill, "p001")`."""
         self.clock.call_at(when_s, call, *args)
 
     def partition(self, *sides: Iterable[str]) -> None:
-        """Cut the links between `sides`; who is in none of them is on one more side."""
+        """Cut the links between `sides`. Peers in none of them form one more side."""
         self._side = {name: i for i, side in enumerate(sides, start=1) for name in side}
 
     def cut_off(self, name: str) -> None:
-        """No link to it works, though the DHT still carries its presence."""
+        """Cut every link of one peer. The DHT still carries its presence."""
         self._cut.add(name)
 
     def heal(self) -> None:
-        """All links work again."""
+        """Let all links work again."""
         self._side = {}
         self._cut.clear()
 
     def lose_messages(self, drop: float) -> None:
-        """From now on each message and transfer is lost with probability `drop`."""
+        """Lose each message and transfer with probability `drop` from now on."""
         self._drop = drop
 
     def repeat_messages(self, share: float) -> None:
-        """From now on this share of the messages and publications arrives twice, the second time up to 2 s later."""
+        """Deliver this share of the messages and publications twice, the second time up to 2 s later."""
         self._twice = share
 
     def hold_up_messages(self, share: float) -> None:
-        """From now on this share of the messages and transfers arrives up to 8 s late, and others overtake it."""
+        """Delay this share of the messages and transfers by up to 8 s, so that others overtake them."""
         self._late = share
 
     def side(self, peer: NetworkPlace) -> int:
-        """Which side of the partition it is on; 0 if there is none."""
+        """Return which side of the partition a peer is on; 0 without a partition."""
         return self._side.get(peer.name, -1) if self._side else 0
 
     def connected(self, a: NetworkPlace, b: NetworkPlace) -> bool:
-        """Whether packets pass between the two machines."""
+        """Return whether packets pass between two machines."""
         if self._cut and (a.name in self._cut or b.name in self._cut):
             return a is b
         return not self._side or self.side(a) == self.side(b)
 
     def passes(self, src: NetworkPlace, dst: NetworkPlace) -> bool:
-        """Whether this one message arrives."""
+        """Draw whether this one message arrives."""
         if (self._cut or self._side) and not self.connected(src, dst):
             return False
         drop = max(self._drop, src.link.drop, dst.link.drop)
         return drop == 0 or src is dst or self._random.random() >= drop
 
     def latency_s(self, a: NetworkPlace, b: NetworkPlace) -> float:
-        """One way, in seconds."""
+        """Return the one-way latency in seconds."""
         return a.link.latency_s + b.link.latency_s
 
     def send(
         self, src: NetworkPlace, dst: NetworkPlace, call: Callable[..., object], *args: Any, after_s: float = 0.0
     ) -> None:
-        """One message: `call(*args)` when it arrives, `after_s` later than a short one; maybe never, or twice."""
+        """Send one message: `call(*args)` runs when it arrives, `after_s` later than a short one; maybe never, or
+        twice."""
         if self.passes(src, dst):
             takes_s = self.latency_s(src, dst) + after_s
             self.clock.call_later(takes_s + self.held_up_s(), call, *args)
@@ -160,11 +161,11 @@ class MessageFaults:
                 self.clock.call_later(takes_s + 2 * self._random.random(), call, *args)
 
     def comes_twice(self) -> bool:
-        """Whether what arrives now does so once more."""
+        """Draw whether what arrives now arrives once more."""
         return self._twice > 0 and self._random.random() < self._twice
 
     def held_up_s(self) -> float:
-        """How much later what is sent now arrives."""
+        """Draw how many seconds what is sent now is delayed."""
         return 8 * self._random.random() if self._late and self._random.random() < self._late else 0.0
 
 
@@ -172,15 +173,18 @@ _T = TypeVar("_T")
 
 
 def kept_until(checkpoints: Sequence[_T], checkpoint: int) -> Sequence[_T]:
-    """Those up to this one (-1 is the newest; or to the oldest that there is): what one has that goes on from it."""
+    """Return the checkpoints up to this one (-1 is the newest; too old a number means the oldest).
+
+    A peer that restarts from a checkpoint has these and none of the later ones.
+    """
     return checkpoints[: max(checkpoint, -len(checkpoints)) % len(checkpoints) + 1]
 
 
 class SimulatedNetwork(MessageFaults, Generic[P]):
-    """The machines, the links between them, and the faults."""
+    """Machines, the links between them, and the faults."""
 
     shared = True
-    """Whether transfers share links; else each has all of its ends'."""
+    """True if transfers share links; otherwise each transfer has the whole link of both ends."""
 
     def __init__(self, link: SimulatedLink, stall_limit_s: float, seed: int = 0) -> None:
         super().__init__(seed)
@@ -190,15 +194,15 @@ class SimulatedNetwork(MessageFaults, Generic[P]):
         self._stall_limit_s = stall_limit_s
 
     def fault(self, kind: NetworkFault, peer: P) -> None:
-        """A fault is about to strike `peer`: for the log."""
+        """Hook, called before a fault strikes `peer`: for the log."""
 
     def serving(self, peer: P) -> None:
-        """Somebody began to pull from `peer`."""
+        """Hook, called when a pull from `peer` begins."""
 
     # ------------------------------------------------------------------ faults
 
     def kill(self, name: str) -> None:
-        """SIGKILL: its connections break at once."""
+        """Kill a peer as SIGKILL does: its connections break at once."""
         peer = self.peers[name]
         if peer.alive:
             self.fault("killed", peer)
@@ -206,37 +210,40 @@ class SimulatedNetwork(MessageFaults, Generic[P]):
             self.links.gone(name)
 
     def leave(self, name: str) -> None:
-        """It says goodbye and goes."""
+        """Let a peer say goodbye and go."""
         if self.peers[name].running:
             self.peers[name].leave()
             self.links.gone(name)
 
     def freeze(self, name: str) -> None:
-        """SIGSTOP: everything that reaches it waits until `thaw`."""
+        """Freeze a peer as SIGSTOP does: everything that reaches it waits until `thaw`."""
         if self.peers[name].running:
             self.fault("frozen", self.peers[name])
             self.peers[name].freeze()
 
     def thaw(self, name: str) -> None:
-        """SIGCONT."""
+        """Let a frozen peer continue, as SIGCONT does."""
         if self.peers[name].frozen:
             self.fault("thawed", self.peers[name])
             self.peers[name].thaw()
 
     def delay(self, name: str, latency_s: float | None = None) -> None:
-        """From now on its link takes so long, one way; None: as at first."""
+        """Set the one-way latency of a peer's link from now on; None restores the original one."""
         latency_s = self._link.latency_s if latency_s is None else latency_s
         self.peers[name].link = replace(self.peers[name].link, latency_s=latency_s)
 
     # ------------------------------------------------------------------ links
 
     def tell(self, src: End, dst: SimulatedMachine, call: Callable[..., object], *args: Any) -> None:
-        """A message without an answer."""
+        """Send a message that has no answer."""
         if dst.alive:
             self.send(src, dst, dst.deliver, call, *args)
 
     def pull(self, dst: End, src_name: str, what: Any, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Transfer `what` from a peer; `done(payload)`, None if it did not come, `PullRefusal` if it was refused."""
+        """Transfer `what` from a peer, then call `done`.
+
+        `done` gets the payload, None if it did not come, or a `PullRefusal` if the peer refused.
+        """
         src = self.peers.get(src_name)
         if src is None:  # it is long gone, and forgotten
             self.clock.call_later(4 * dst.link.latency_s, dst.deliver, done, None)
@@ -272,9 +279,9 @@ class SimulatedNetwork(MessageFaults, Generic[P]):
     # ------------------------------------------------------------------ running
 
     def run_until(self, end_s: float) -> None:
-        """Let the swarm live until `end_s`, in virtual seconds."""
+        """Run the swarm until `end_s`, in virtual seconds."""
         self.clock.run_until(end_s)
 
     def running(self) -> list[P]:
-        """The peers that are neither gone nor frozen, by PeerID."""
+        """Return the peers that are neither gone nor frozen, by PeerID."""
         return [self.peers[name] for name in sorted(self.peers) if self.peers[name].running]

@@ -1,8 +1,8 @@
 """Whole swarms without tensors: sizes, times and states of ten thousand volunteers, by the product's own decisions.
 
-Every volunteer gossips as `simulate.systems.gossip` says; the model is one number, which all start with a different
-value of: how far apart they still are at the end says how well the swarm mixes. What happened is added up as it
-happens, so that a million rounds need no memory.
+Every volunteer gossips as `simulate.systems.gossip` says. The model is one number, which each volunteer starts with a
+different value of: how far apart the values still are at the end says how well the swarm mixes. Results are summed up
+as they happen, so that a million rounds need no memory.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ from swarmtrain.simulate.systems.messages import SimulatedLink
 __all__ = ["MachineDistribution", "SystemsSwarm", "play", "play_scenario"]
 
 _DEVIATION_AT_FIRST = 1.0 / math.sqrt(3.0)
-"""Of numbers that are uniform from -1 to 1."""
+"""Standard deviation of numbers that are uniform from -1 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineDistribution:
-    """What volunteers have. Speeds and rates are lognormal around these: spreads are deviations of the logarithm."""
+    """Distribution of volunteers' machines.
+
+    Speeds and rates are lognormal around these values; spreads are standard deviations of the logarithm.
+    """
 
     number: int
     step_s: float = 1.0
-    """Of an inner step."""
+    """Seconds of an inner step."""
     slowdowns: tuple[float, ...] = ()
-    """Times that, gone through again and again; none: all alike."""
+    """Factors on `step_s`, repeated over the volunteers; empty: all machines are alike."""
     spread: float = 0.0
     link: SimulatedLink = field(default_factory=SimulatedLink)
     link_spread: float = 0.0
 
     def speed(self, number: int, rng: random.Random) -> float:
-        """Inner steps a second of volunteer `number`."""
+        """Draw the inner steps per second of volunteer `number`."""
         slowdown = self.slowdowns[number % len(self.slowdowns)] if self.slowdowns else 1.0
         return rng.lognormvariate(0.0, self.spread) / (self.step_s * slowdown)
 
     def link_of(self, rng: random.Random) -> SimulatedLink:
-        """A volunteer's connection."""
+        """Draw a volunteer's connection."""
         if not self.link_spread:
             return self.link
         factor = rng.lognormvariate(0.0, self.link_spread)
@@ -57,12 +60,12 @@ class MachineDistribution:
         return replace(self.link, bytes_per_s=up, down_bytes_per_s=down)
 
     def round_s(self, settings: SimulatedGossipSettings) -> float:
-        """What a round of one of ordinary speed takes."""
+        """Return the seconds of a round on a machine of ordinary speed."""
         return min(settings.inner_steps * self.step_s, settings.round_limit_s)
 
 
 class SystemsSwarm(GossipSwarm):
-    """Adds up instead of keeping."""
+    """Gossip swarm that sums up what happens instead of keeping it."""
 
     def __init__(
         self, settings: SimulatedGossipSettings, machines: MachineDistribution, churn: ScenarioChurn, seed: int = 0
@@ -72,15 +75,15 @@ class SystemsSwarm(GossipSwarm):
         self.machines, self.churn = machines, churn
         self.chance = random.Random(f"systems {seed}")
         self.steps = self.steps_lost = 0
-        """Of rounds that ended, and of those who have gone: what counts, and what they had not published."""
+        """Inner steps of ended rounds and of volunteers that left: those that count, and those lost unpublished."""
         self.num_rounds = self.num_later = self.num_fresh = self.staleness_rounds = self.bytes_down = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
-        """Of those who have gone."""
+        """Sums over the volunteers that left."""
         self._since_s: dict[GossipPeer, float] = {}
-        """Since when those who are there are."""
+        """Time since when each present volunteer has been here."""
 
     def round_over(self, record: RoundRecord) -> None:
-        """Add it up."""
+        """Add a round to the sums."""
         self.num_rounds += 1
         self.steps += record.steps
         self.bytes_down += record.bytes_down
@@ -92,7 +95,7 @@ class SystemsSwarm(GossipSwarm):
     # ------------------------------------------------------------------ who is there
 
     def populate(self) -> None:
-        """All at once, each with its own number; they begin within a round, as nobody's rounds begin together."""
+        """Add all volunteers, each with its own number. They begin at random times within one round."""
         a_round_s = self.machines.round_s(self.settings)
         for number in range(self.machines.number):
             speed = self.machines.speed(number, self.chance)
@@ -135,14 +138,14 @@ class SystemsSwarm(GossipSwarm):
             self.clock.call_later(self.chance.expovariate(1.0 / self.churn.hangs_after_s), self._hang, peer)
 
     def took_state(self, peer: GossipPeer, of: str, waited_s: float) -> None:
-        """It trains with it."""
+        """Add the wait and the bytes of a state to the sums."""
         self.waited_s += waited_s
         self.bytes_down += self.settings.state_bytes
 
     # ------------------------------------------------------------------ what it was like
 
     def outcome(self) -> RunOutcome:
-        """So far. What is done of rounds that go on counts."""
+        """Return the results so far. Finished steps of unfinished rounds count."""
         here = [(peer, self.clock.now - since_s) for peer, since_s in self._since_s.items()]
         there_s = self.there_s + sum(lasted_s for _, lasted_s in here)
         able_steps = self.able_steps + sum(lasted_s * peer.steps_per_s for peer, lasted_s in here)
@@ -164,14 +167,14 @@ class SystemsSwarm(GossipSwarm):
         )
 
     def deviation(self) -> float:
-        """Of the running volunteers' weights; the mean over the fragments."""
+        """Return the standard deviation of the running volunteers' weights, as the mean over the fragments."""
         weights = [peer.model.thetas for peer in self.peers.values() if peer.running]
         return statistics.mean(map(statistics.pstdev, zip(*weights, strict=True))) if weights else 0.0
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Hardly anything here is garbage in circles, and there are millions of objects to look through for it."""
+    """Turn the garbage collector off: there are hardly any cycles, and millions of objects to look through."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -184,7 +187,8 @@ def _no_collector() -> Iterator[None]:
 def play(
     settings: SimulatedGossipSettings, machines: MachineDistribution, churn: ScenarioChurn, rounds: int, seed: int = 0
 ) -> RunOutcome:
-    """A swarm until all of those of ordinary speed have ended `rounds` rounds: they begin within the first one."""
+    """Play a swarm until all volunteers of ordinary speed have ended `rounds` rounds. They begin within the first
+    one."""
     swarm = SystemsSwarm(settings, machines, churn, seed)
     with _no_collector():
         swarm.populate()
@@ -193,7 +197,7 @@ def play(
 
 
 def play_scenario(scenario: Scenario, run: RunFile) -> RunOutcome:
-    """The scenario's swarm, with the run file's model, merging and presences."""
+    """Play the scenario's swarm, with the run file's model, merging and presences."""
     links, peers, seed = scenario.links, scenario.peers, run.run.seed
     parameters, step_s = num_parameters(run.model), peers.step_ms / 1000
     round_s = run.merge.inner_steps * step_s

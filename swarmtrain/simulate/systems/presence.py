@@ -1,4 +1,4 @@
-"""How a simulated volunteer of synchronous rounds learns who is here, and says that it is."""
+"""How a simulated volunteer of synchronous rounds learns which peers are here, and announces itself."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ __all__ = ["Directory", "SimulatedPresence"]
 
 
 class Directory(Protocol):
-    """What carries presence: the DHT, which loses nothing within a partition, and messages."""
+    """Carrier of presence: the DHT, which loses nothing within a partition, and messages."""
 
     clock: Clock
     presences: list[tuple[PeerInfo, float, int]]
-    """What the DHT was given: (record, when it expires, side of the partition)."""
+    """Records stored in the DHT: (record, time of expiry, side of the partition)."""
 
     @property
     def peers(self) -> Mapping[str, Known]:
-        """By name, itself among them."""
+        """All peers by name, this one included."""
 
     def side(self, peer: NetworkPlace) -> int:
-        """Which side of the partition it is on; 0 if there is none."""
+        """Return which side of the partition a peer is on; 0 without a partition."""
 
     def tell(self, src: End, dst: SimulatedMachine, call: Callable[..., object], *args: Any) -> None:
-        """A message without an answer."""
+        """Send a message that has no answer."""
 
 
 class Known(SimulatedMachine, Protocol):
-    """A peer of which others learn."""
+    """Peer that others learn of."""
 
     settings: Settings
     membership: Membership
     presence: SimulatedPresence
 
     def info(self) -> PeerInfo:
-        """What it says of itself."""
+        """Return the peer's presence record."""
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run something in this process, so much later."""
+        """Run something in this process after a delay."""
 
     def tell(self, event: ev.Event[None, None]) -> None:
-        """Tell the engine what happened."""
+        """Give the engine an event."""
 
 
 class SimulatedPresence:
-    """One peer's part of that."""
+    """Presence of one peer: what it announces, and what it reads of others."""
 
     def __init__(self, owner: Known, world: Directory) -> None:
         self._owner, self._world, self._settings = owner, world, owner.settings
@@ -58,7 +58,7 @@ class SimulatedPresence:
         self._num_read = 0
 
     def read(self) -> None:
-        """Look into the DHT."""
+        """Read the DHT's new records."""
         now, side = self._world.clock.now, self._world.side(self._owner)
         news = self._world.presences[self._num_read :]
         self._num_read = len(self._world.presences)
@@ -68,7 +68,7 @@ class SimulatedPresence:
         self._membership.expire(now)
 
     def announce(self) -> None:
-        """Say that this peer is here, in the DHT and to everyone it knows, and go on with that and with reading."""
+        """Announce this peer in the DHT and to everyone it knows; keep renewing the record and reading."""
         self._renew()
         self._owner.later(self._settings.read_presence_s, self._read_on)
         for info in self._membership.live():
@@ -76,19 +76,19 @@ class SimulatedPresence:
             self._world.tell(self._owner, other, other.presence.heard_hello, self._owner.info())
 
     def say_goodbye(self) -> None:
-        """To everyone it knows."""
+        """Say goodbye to everyone it knows."""
         for info in self._membership.live():
             other = self._world.peers[info.peer]
             self._world.tell(self._owner, other, other.presence.heard_goodbye, self._owner.info())
 
     def heard_hello(self, info: PeerInfo) -> None:
-        """A peer that joins says so to everyone it knows."""
+        """Note a peer that has just joined."""
         now = self._world.clock.now
         self._membership.saw_presence(info, now + self._settings.presence_ttl_s, now)
         self._owner.tell(ev.MembersChanged())
 
     def heard_goodbye(self, info: PeerInfo) -> None:
-        """A peer that leaves says so."""
+        """Note a peer that leaves."""
         self._membership.left(info.peer, self._world.clock.now)
         self._owner.tell(ev.MembersChanged())
 

@@ -1,4 +1,4 @@
-"""What simulated volunteers who gossip are told, publish and leave behind them."""
+"""Settings of a simulated gossip swarm, and what its volunteers advertise, publish and record."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 SECTIONS = rules_of(sections_of((), "fp32", ("fp32",)))
-"""What is published, and what a merge makes of it: a number each, in place of tensors."""
+"""Sections of a publication and the rule by which each is merged: a number each, in place of tensors."""
 WEIGHTS, GRADIENT = SECTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedGossipSettings:
-    """What the run file fixes. Durations in seconds."""
+    """Values that the run file fixes. Durations are in seconds."""
 
     inner_steps: int = 64
     tokens_per_step: int = 100
@@ -49,9 +49,9 @@ class SimulatedGossipSettings:
     max_staleness_rounds: int = 8
     max_readers: int = 4
     sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
-    """Of all fragments."""
+    """Bytes of all fragments together."""
     state_bytes: int = 2_000_000
-    """Weights and momentum, as a joiner takes them."""
+    """Bytes of weights and momentum, as a joiner takes them."""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.8
     inner_rate: float = 0.0
@@ -59,14 +59,14 @@ class SimulatedGossipSettings:
     presence_ttl_s: float = 30.0
     stall_limit_s: float = 10.0
     sample: int = 16
-    """Presences that a peer reads a round: of a large swarm it knows a sample."""
+    """Presences that a peer reads in a round: it knows a sample of a large swarm."""
     forget_after_s: float = 600.0
     keeps_past: bool = True
-    """Whether peers keep checkpoints to go on from, and `entered`: ten thousand of them had better not."""
+    """True if peers keep checkpoints to restart from, and `entered`. Off for ten thousand peers, to save memory."""
 
     @classmethod
     def of(cls, run: RunFile, sizes: SectionBytes, state_bytes: int) -> SimulatedGossipSettings:
-        """What a run file says."""
+        """Return the settings of a run file."""
         merge, network = run.merge, run.network
         return cls(
             inner_steps=merge.inner_steps,
@@ -89,22 +89,24 @@ class SimulatedGossipSettings:
 
     @cached_property
     def fragment_sizes(self) -> SectionBytes:
-        """Of one of the fragments."""
+        """Bytes of one fragment."""
         num = self.num_fragments
         return SectionBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
 
     def section_bytes(self, section: Section) -> int:
-        """Of one fragment's."""
+        """Return the bytes of one fragment's section."""
         return self.fragment_sizes.weights if section == WEIGHTS else self.fragment_sizes.gradient
 
 
 @dataclass(frozen=True)
 class SimulatedPublication:
-    """What a peer published of a fragment: its weight at the start of the fragment's round and the pseudo-gradient
-    since, or (part 0) the former."""
+    """Publication of one fragment: its weight at the start of the fragment's round, and the pseudo-gradient since.
+
+    Part 0 has the weight alone.
+    """
 
     section: Section
-    """What is pulled of it."""
+    """Section that is pulled."""
     peer: str
     mark: PublicationVersion
     theta: float
@@ -112,23 +114,23 @@ class SimulatedPublication:
     rows: tuple[CoverageRow, ...] = ()
     fragment: int = 0
     is_forged: bool = False
-    """Whether it is not what `peer` has signed: whoever serves it changed it."""
+    """True if a host changed what `peer` has signed."""
 
     @property
     def is_finite(self) -> bool:
-        """As the codec checks it: else it is not taken."""
+        """True if the numbers are finite. The product's codec refuses others."""
         return math.isfinite(self.theta) and math.isfinite(self.gradient)
 
 
 class PublicationQuery(NamedTuple):
-    """The question for a peer's newest publication of a section."""
+    """Query for a peer's newest publication of a section."""
 
     section: Section
     fragment: int
 
 
 class OfGuest(NamedTuple):
-    """What a host is asked for that belongs to a guest of its."""
+    """Request to a host for something of one of its guests."""
 
     author: str
     what: PublicationQuery | SimulatedPublication
@@ -147,7 +149,10 @@ class Entered(NamedTuple):
 
 @dataclass(frozen=True)
 class ConsensusSnapshot:
-    """What a joiner takes: weights, and up to where each peer is in them, by fragments. `entered` is for the tests."""
+    """State that a joiner takes: weights, and for each fragment up to where each peer is in them.
+
+    `entered` is for the tests.
+    """
 
     thetas: list[float]
     momenta: list[float]
@@ -158,7 +163,7 @@ class ConsensusSnapshot:
 
 @dataclass(frozen=True)
 class SimulatedCheckpoint:
-    """Weights, and what was merged into them: they belong together. `entered` is for the tests."""
+    """Weights with the ledger of what was merged into them: they belong together. `entered` is for the tests."""
 
     thetas: list[float]
     momenta: list[float]
@@ -178,17 +183,17 @@ class RoundRecord:
     ended_s: float
     steps: int
     partners: float
-    """Publications that entered: parts that were not merged before. The mean over the fragments."""
+    """Publications that entered, each with parts that were not merged before; the mean over the fragments."""
     staleness_rounds: int
-    """The oldest of them, behind the median."""
+    """Rounds by which the oldest of them was behind the median."""
     bytes_down: int
     waited: bool = False
-    """Whether it was too far behind by then, and asked for another's weights before the next one began."""
+    """True if the peer was too far behind by then, and fetched another's weights before the next round."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdvertisedRecord:
-    """What the DHT was given of a peer: its record, which all who read it share, and when its round ends."""
+    """A peer's record in the DHT, shared by all who read it, and the time at which its round ends."""
 
     info: PeerInfo
     expires_s: float

@@ -1,4 +1,4 @@
-"""The bytes of a simulated peer: publications, shares, and where to get what is missing."""
+"""Bytes of a simulated peer in synchronous rounds: publications, shares, and where to get what is missing."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ __all__ = ["Carrier", "Owner", "Transfers"]
 
 
 class Carrier(Protocol):
-    """What carries a peer's bytes: the clock, the others, and the links to them."""
+    """What carries a peer's bytes: the clock, the other peers, and the links to them."""
 
     clock: Clock
 
     @property
     def peers(self) -> Mapping[str, Owner]:
-        """By name, itself among them."""
+        """All peers by name, this one included."""
 
     def connected(self, a: NetworkPlace, b: NetworkPlace) -> bool:
-        """Whether packets pass between the two machines."""
+        """Return whether packets pass between two machines."""
 
     def passes(self, src: NetworkPlace, dst: NetworkPlace) -> bool:
-        """Whether this one message arrives."""
+        """Draw whether this one message arrives."""
 
     def latency_s(self, a: NetworkPlace, b: NetworkPlace) -> float:
-        """One way, in seconds."""
+        """Return the one-way latency in seconds."""
 
     def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Transfer `what` from a peer; `done(payload)`, None if it did not come."""
+        """Transfer `what` from a peer; `done(payload)` gets None if it did not come."""
 
     def reached(self, peer: Owner, moment: WorldMoment) -> None:
-        """A peer is there: where a fault may have been declared."""
+        """Hook, called when a peer reaches a moment for which a fault may be declared."""
 
 
 @dataclass
 class _Merging:
-    """What is merged, and how far that is."""
+    """Roster that is being merged, and how far that is."""
 
     roster: Roster
     roster_at_s: float
@@ -56,7 +56,7 @@ class _Merging:
 
 
 class Owner(End, Protocol):
-    """The peer whose bytes they are: a process in a swarm."""
+    """Peer whose bytes they are: a process in a swarm."""
 
     alive: bool
     settings: Settings
@@ -65,45 +65,47 @@ class Owner(End, Protocol):
 
     @property
     def round(self) -> int:
-        """The round that it is in."""
+        """Round that it is in."""
 
     @property
     def running(self) -> bool:
-        """Neither gone nor frozen."""
+        """True if the process is neither gone nor frozen."""
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run something in this process, so much later."""
+        """Run something in this process after a delay."""
 
     def tell(self, event: ev.Event[None, None]) -> None:
-        """Tell the engine what happened."""
+        """Give the engine an event."""
 
 
 class Transfers:
-    """The bytes of one peer, by their names: of publications and their parts, and of shares that are averaged. Obtains
-    what a roster names, and tells the engine how that went."""
+    """Bytes of one peer, by name: publications, their parts, and averaged shares.
+
+    Obtains what a roster names, and tells the engine how that went.
+    """
 
     def __init__(self, owner: Owner, world: Carrier) -> None:
         self._owner, self._world, self._settings = owner, world, owner.settings
         self._store: dict[str, int] = {}
-        """The round in which each thing came."""
+        """Round in which each thing arrived."""
         self._shares: dict[str, set[int]] = {}
         self._pulling: set[str] = set()
         self._merging: _Merging | None = None
 
     def published(self, snapshot: str) -> None:
-        """What its owner made itself is there."""
+        """Note that the owner's own publication is here."""
         self._store[snapshot] = self._owner.round
 
     def provide(self, what: str) -> str | None:
-        """The bytes named `what`, for a pull; None if they are not here."""
+        """Return the bytes named `what`, for a pull; None if they are not here."""
         return what if self._holds(what.split(" ")[0], what) else None
 
     def give_up_merge(self) -> None:
-        """The mean is not wanted any more."""
+        """Drop the merge: its mean is no longer wanted."""
         self._merging = None
 
     def forget_old(self) -> None:
-        """The next round begins: what is two rounds old nobody asks for any more."""
+        """Begin the next round: drop what is two rounds old, which nobody asks for any more."""
         round = self._owner.round
         self._store = {what: r for what, r in self._store.items() if abs(round - r) <= 1}
 
@@ -125,7 +127,7 @@ class Transfers:
         next_source(None)
 
     def bring(self, offer: RoundPublication, sources: Iterable[str]) -> None:
-        """A publication's bytes; then what is merged goes on, if it lacked them."""
+        """Fetch a publication's bytes, then continue the merge that lacked them."""
         if offer.snapshot in self._pulling or offer.snapshot in self._store:
             return
         self._pulling.add(offer.snapshot)
@@ -172,7 +174,10 @@ class Transfers:
         self._owner.tell(ev.RosterMerged(m.roster.digest))
 
     def _go_on_with_shares(self, m: _Merging) -> None:
-        """The own share from every entry, the others' from their owners, or from the entries when overdue."""
+        """Average this peer's own share, and pull the others from their owners.
+
+        A share that is overdue is averaged here from the entries.
+        """
         now, owners = self._world.clock.now, m.roster.peers
         own = owners.index(self._owner.name) if self._owner.name in owners else None
         have = self._shares.setdefault(m.roster.digest, set())
@@ -206,7 +211,7 @@ class Transfers:
             self._go_on_merging()
 
     def _pull_shares(self, m: _Merging, ready: list[int]) -> None:
-        """Pull many shares side by side; one event for all of them."""
+        """Pull many shares side by side, as one event."""
         num_bytes = self._settings.publication_bytes / len(m.roster.entries)
         m.shares_pulling.update(ready)
         owners = [self._world.peers[m.roster.peers[i]] for i in ready]

@@ -1,8 +1,8 @@
-"""A simulated volunteer: the product's `RoundEngine`, with digests for weights and a timer for training.
+"""A simulated volunteer of synchronous rounds: the product's `RoundEngine`, with digests for weights.
 
-It trains, and does what the engine says by the world's clock and links. Its weights are a hash chain over the rosters
-it applied, so that "everyone's weights are bit-identical" is an equality of digests. The chain is kept apart from
-`Roster.base`: a roster applied to the wrong weights shows.
+It trains by a timer and carries out the engine's commands on the world's clock and links. Its weights are a hash chain
+over the rosters it applied, so "everyone's weights are bit-identical" means that digests are equal. The chain is
+separate from `Roster.base`, so a roster that is applied to the wrong weights shows.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ _Event: TypeAlias = ev.Event[None, None]
 
 _SAMPLE, _TRY_AGAIN_S = 16, 1.0
 _JOINS, _LOOKS = 0, 1
-"""What it asks others for: a state to begin with, and how far they are."""
+"""Numbers of the two questions to others: which state to begin with, and how far they are."""
 
 
 def named(roster: Roster) -> ev.SignedRoster[None]:
-    """As if it were signed."""
+    """Return the roster as if it were signed."""
     return ev.SignedRoster(roster, None, f"{roster.signer} {roster.attempt} {roster.digest}")
 
 
 class OpenQuestion(Protocol):
-    """A question under way."""
+    """Question that is under way."""
 
     def give_up(self) -> None:
-        """Who asked does not want to know any more."""
+        """Drop the question: the asker no longer wants the answer."""
 
 
 class Surroundings(Carrier, Directory, Protocol):
-    """What is around a volunteer: what carries its bytes and questions, and takes note of what it does."""
+    """World around a volunteer: it carries bytes and questions, and records what the volunteer does."""
 
     settings: Settings
     waits_s: list[tuple[str, int, float]]
 
     @property
     def peers(self) -> Mapping[str, SimulatedVolunteer]:
-        """By name, itself among them."""
+        """All peers by name, this one included."""
 
     def call(
         self, src: SimulatedVolunteer, dst_name: str, question: ev.RoundQuestion, done: Callable[[Any], None]
     ) -> OpenQuestion:
-        """Ask; `done(reply)` comes once, with None if the call failed."""
+        """Ask a peer; `done(reply)` is called once, with None if the call failed."""
 
     def record(
         self, kind: Literal["signed", "applied", "adopted"], peer: SimulatedVolunteer, roster: Roster | None = None
@@ -94,13 +94,13 @@ class SimulatedVolunteer:
         self.history: tuple[Roster, ...] = ()
         self.digest_at: dict[int, str] = {}
         self.checkpoints: tuple[JoinState, ...] = ()
-        """Of the last rounds' beginnings."""
+        """States at the beginnings of the last rounds."""
         self.steps = 0
         self.signs = True
         self.ended_s = math.inf
-        """When its inner steps of the present round ended; infinity before."""
+        """Time at which its inner steps of this round ended; infinity before that."""
         self._frozen_s = 0.0
-        """How long this process stood still since then."""
+        """Seconds that this process was frozen since then."""
         self._timer: Timer | None = None
         self._calls: dict[int, Any] = {}
         self._num_calls = itertools.count()
@@ -113,32 +113,35 @@ class SimulatedVolunteer:
 
     @property
     def running(self) -> bool:
-        """Neither gone nor frozen."""
+        """True if the process is neither gone nor frozen."""
         return self.alive and not self.frozen
 
     @property
     def round(self) -> int:
-        """The round that it is in."""
+        """Round that it is in."""
         return self.engine.round
 
     @property
     def last(self) -> Roster | None:
-        """The roster that it applied last."""
+        """Roster that it applied last."""
         return None if self.engine.last is None else self.engine.last.roster
 
     @property
     def chain(self) -> Chain:
-        """Of the rosters that it has applied."""
+        """Chain of the rosters that it has applied."""
         return self.engine.chains.chain
 
     @property
     def guest(self) -> bool:
-        """Whether nobody waits for its round."""
+        """True if nobody waits for its round, because it joined late."""
         return self.engine.guest
 
     @property
     def inner_steps_done(self) -> int:
-        """Of the present round, as told to others; a round cut short by joining counts from its full length."""
+        """Inner steps of this round, as advertised to others.
+
+        A late joiner's short round counts as if it had begun with the others: the steps it skipped are included.
+        """
         if self.phase not in (Phase.TRAINING, Phase.MERGING):
             return 0
         skipped = self.settings.inner_steps - self.steps if self.guest else 0
@@ -146,24 +149,24 @@ class SimulatedVolunteer:
         return skipped + max(0, self.steps - math.ceil(left_s * self.steps_per_s))
 
     def provide(self, what: str) -> Any:
-        """The state, or the bytes named `what`, for a pull; None if they are not here."""
+        """Return the state, or the bytes named `what`, for a pull; None if they are not here."""
         if what != "state":
             return self.transfers.provide(what)
         return None if self.phase is Phase.JOINING else self._state()
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Everything that reaches this process comes through here."""
+        """Run `call` in this process. Everything that reaches the process passes through here."""
         if self.frozen:
             self._backlog.append((call, args))
         elif self.alive:
             call(*args)
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run something in this process, so much later; never if it is gone by then."""
+        """Run something in this process after a delay; never if the process is gone by then."""
         return self.world.clock.call_later(delay_s, self.deliver, call, *args)
 
     def die(self) -> None:
-        """The process ends; whoever waits for an answer sees the connection break."""
+        """End the process. Peers that wait for its answer see the connection break."""
         self.alive = self.frozen = False
         for call in self._calls.values():
             call.refuse()
@@ -171,16 +174,16 @@ class SimulatedVolunteer:
         self._backlog.clear()
 
     def leave(self) -> None:
-        """Say goodbye, and end."""
+        """Say goodbye, then end the process."""
         self.presence.say_goodbye()
         self.die()
 
     def freeze(self) -> None:
-        """The process is stopped."""
+        """Stop the process, as SIGSTOP does."""
         self.frozen, self._frozen_at_s = True, self.world.clock.now
 
     def thaw(self) -> None:
-        """The process goes on; a long gap it notices itself."""
+        """Let the process continue. It notices a long gap by itself."""
         self.frozen = False
         now = self.world.clock.now
         self._training_ends_s += now - self._frozen_at_s
@@ -195,7 +198,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ driving the engine
 
     def tell(self, event: _Event) -> None:
-        """Tell the engine what happened, and do what it says."""
+        """Give the engine an event, and carry out its commands."""
         for command in self.engine.receive(event, self.world.clock.now):
             self.deliver(self._do, command)
         wake_s, timer = self.engine.wake_at(), self._timer
@@ -253,7 +256,7 @@ class SimulatedVolunteer:
         self.tell(ev.QuestionFailed(number) if reply is None else ev.QuestionAnswered(number, reply))
 
     def asked(self, question: ev.RoundQuestion, call: Any) -> None:
-        """Another peer asks about a round: answered at once if it lacks something, else held."""
+        """Take another peer's question about a round; the engine answers at once or holds it."""
         number = next(self._num_calls)
         self._calls[number] = call
         self.tell(ev.QuestionReceived(number, question))
@@ -279,7 +282,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ joining, presence
 
     def begin(self) -> None:
-        """Look who is there, take their state, train."""
+        """Look who is there, take their state, and train."""
         self.presence.read()
         others = [info.peer for info in self.membership.volunteers()][:_SAMPLE]
         self.tell(ev.Join(_JOINS, tuple(others)))
@@ -300,7 +303,7 @@ class SimulatedVolunteer:
         self.presence.announce()
 
     def info(self) -> PeerInfo:
-        """What it says of itself."""
+        """Return this peer's presence record."""
         return PeerInfo(
             peer=self.name,
             stamp=self.world.clock.now,
@@ -313,7 +316,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ a round
 
     def _train(self, *, fresh: bool) -> None:
-        """The next round begins; one of fewer inner steps than a whole round's makes a guest."""
+        """Begin the next round. A late joiner's round has fewer inner steps than a whole one."""
         s, now = self.settings, self.world.clock.now
         others = [(info.round, info.inner_steps_done) for info in self.membership.volunteers()]
         steps, _ = steps_of_round(s.inner_steps, self.round, others, fresh=fresh)
@@ -346,7 +349,7 @@ class SimulatedVolunteer:
         self.deliver(self.tell, ev.InnerStepsDone(self.round, offer, self._started_s))
 
     def _advance(self, roster: Roster) -> None:
-        """The outer step, and the next round."""
+        """Take the outer step and begin the next round."""
         self.phase = Phase.MERGED
         entries = " ".join(f"{e.peer}:{e.snapshot}:{e.tokens}" for e in roster.entries)
         self.digest = hash_of(f"{self.digest} {roster.round} {entries}")
@@ -368,7 +371,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ states
 
     def restore(self, saved: JoinState) -> None:
-        """Go on from a checkpoint, in a process that knows nothing else."""
+        """Continue from a checkpoint, in a process that knows nothing else."""
         if saved.last is not None:
             self.engine.chains.keep(ShownChain(saved.chain))
         self._take(saved)
@@ -382,7 +385,7 @@ class SimulatedVolunteer:
         return JoinState(round=self.round, last=self.last, digest=self.digest, history=self.history, chain=self.chain)
 
     def _adopt(self, source: str, state: JoinState) -> None:
-        """Others' weights hold: take them, and ask once more how far their round is by now."""
+        """Take other peers' weights, because they hold, and ask again how far their round is by now."""
         if self.phase is not Phase.JOINING:
             self.phase = Phase.CATCHING_UP
             self._waited()

@@ -1,6 +1,6 @@
-"""A swarm in memory: links with latency, bandwidth and loss, and the faults that happen to real ones.
+"""A synchronous swarm in memory: links with latency, bandwidth and loss, and the faults that strike real ones.
 
-The peers (`simulate/systems/volunteer.py`) run the product's own decisions; this file moves their questions on the
+The peers (`simulate/systems/volunteer.py`) run the product's own decisions. This module moves their questions on the
 links of `simulate/systems/network.py`, which says what is modelled. Tests declare faults, run, and look at
 `SynchronousWorld.log`, `SynchronousWorld.waits_s` and the peers' digests. The DHT loses nothing within a partition.
 """
@@ -25,7 +25,7 @@ __all__ = ["Settings", "SimulatedLink", "SimulatedVolunteer", "SynchronousWorld"
 
 @dataclass(frozen=True, kw_only=True)
 class WorldEvent:
-    """Something a test may want to look at."""
+    """Event of the log, for tests."""
 
     time_s: float
     peer: str
@@ -54,11 +54,11 @@ class _Call:
         self._timer: Timer = world.clock.call_later(limit_s, src.deliver, self._finish, None)
 
     def answer(self, reply: Any) -> None:
-        """`dst` answers; the reply may be lost on the way."""
+        """Send the answer of `dst`. It may be lost on the way."""
         self._world.send(self._dst, self._src, self._src.deliver, self._finish, reply)
 
     def refuse(self) -> None:
-        """`dst` is gone: its machine, or a broken connection, says so."""
+        """Fail the call because `dst` is gone: its machine, or a broken connection, says so."""
         if self._world.connected(self._src, self._dst):
             delay_s = self._world.latency_s(self._src, self._dst)
             self._world.clock.call_later(delay_s, self._src.deliver, self._finish, None)
@@ -69,13 +69,13 @@ class _Call:
             self._done(reply)
 
     def give_up(self) -> None:
-        """`src` does not want to know any more."""
+        """Drop the call: `src` no longer wants the answer."""
         self._open = False
         self._timer.cancel()
 
 
 class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
-    """The volunteers of a synchronous swarm, and what happened to them."""
+    """Volunteers of a synchronous swarm, and the log of what happened to them."""
 
     shared = False  # the shares of a round go by formulas of their own (transfers.py)
 
@@ -84,21 +84,24 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         super().__init__(link or SimulatedLink(), self.settings.stall_limit_s, seed)
         self.log: list[WorldEvent] = []
         self.waits_s: list[tuple[str, int, float]] = []
-        """(peer, round, seconds from the end of its own inner steps to the start of the next round, less the time
-        in which its process stood still)."""
+        """Waits, as (peer, round, seconds).
+
+        Seconds from the end of the peer's own inner steps to the start of the next round, less the time in which its
+        process was frozen.
+        """
         self.presences: list[tuple[PeerInfo, float, int]] = []
-        """What the DHT was given: (record, when it expires, side of the partition)."""
+        """Records stored in the DHT: (record, time of expiry, side of the partition)."""
         self._faults: dict[tuple[str, int, WorldMoment], Callable[[str], None]] = {}
 
     # ------------------------------------------------------------------ peers and faults
 
     def join(self, name: str, *, steps_per_s: float = 10.0, link: SimulatedLink | None = None) -> SimulatedVolunteer:
-        """A volunteer comes now. Names sort as PeerIDs do."""
+        """Add a volunteer now. Names sort as PeerIDs do."""
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
         return self._begin(self._make(name, steps_per_s, link or self._link))
 
     def come_back(self, name: str, checkpoint: int = -1) -> SimulatedVolunteer:
-        """One that died is started again, from one of the checkpoints of its last rounds: -1 is the newest."""
+        """Restart a dead peer from one of the checkpoints of its last rounds: -1 is the newest."""
         old = self.peers[name]
         assert not old.alive, f"{name} has not died"
         peer = self._make(name, old.steps_per_s, old.link)
@@ -117,36 +120,36 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         return peer
 
     def join_many(self, num_peers: int, *, steps_per_s: float = 10.0) -> list[SimulatedVolunteer]:
-        """`num_peers` volunteers come at the same moment, named p000, p001, ... in PeerID order."""
+        """Add `num_peers` volunteers at the same moment, named p000, p001, ... in PeerID order."""
         return [self.join(f"p{i:03d}", steps_per_s=steps_per_s) for i in range(num_peers)]
 
     def fail_at(self, peer: str, round: int, moment: WorldMoment, fault: Callable[[str], None] | None = None) -> None:
-        """Declare a fault: `fault(peer)` (default: kill) when `peer` reaches `moment` of `round`."""
+        """Declare a fault: call `fault(peer)` (default: kill) when `peer` reaches `moment` of `round`."""
         self._faults[peer, round, moment] = fault or self.kill
 
     def declare_no_more(self) -> None:
-        """What was declared and not reached yet strikes nobody."""
+        """Withdraw the declared faults that have not struck yet."""
         self._faults.clear()
 
     def reached(self, peer: Owner, moment: WorldMoment) -> None:
-        """Called by peers: strike if a fault was declared for this moment."""
+        """Strike if a fault was declared for this moment. Called by peers."""
         if self._faults and (fault := self._faults.pop((peer.name, peer.round, moment), None)) is not None:
             fault(peer.name)
 
     def fault(self, kind: NetworkFault, peer: SimulatedVolunteer) -> None:
-        """For the log."""
+        """Record the fault in the log."""
         self.record(kind, peer)
 
     def serving(self, peer: SimulatedVolunteer) -> None:
-        """A pull from it began."""
+        """Note that a pull from the peer began."""
         self.reached(peer, "serving")
 
     def idle(self, name: str) -> None:
-        """From now on it publishes and answers, and signs no roster when it is its turn."""
+        """Let the peer publish and answer, but sign no roster when it is its turn."""
         self.peers[name].signs = False
 
     def sign_again(self, name: str) -> None:
-        """It signs again."""
+        """Let the peer sign again."""
         self.peers[name].signs = True
 
     # ------------------------------------------------------------------ the network
@@ -154,7 +157,7 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
     def call(
         self, src: SimulatedVolunteer, dst_name: str, question: RoundQuestion, done: Callable[[Any], None]
     ) -> _Call:
-        """Ask; `done(reply)` comes once, with None if the call failed."""
+        """Ask a peer; `done(reply)` is called once, with None if the call failed."""
         dst = self.peers[dst_name]
         call = _Call(self, src, dst, question.hold_s, done)
         self.send(src, dst, self._arrive, dst, call, question)
@@ -177,7 +180,7 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         )
 
     def run_rounds(self, round: int, limit_s: float) -> bool:
-        """Let it live until every running peer has reached `round`; False if `limit_s` comes first."""
+        """Run until every running peer has reached `round`; return False if `limit_s` comes first."""
         while any(peer.round < round for peer in self.running()):
             for _ in range(1 + len(self.peers)):
                 next_s = self.clock.next_s()
@@ -187,9 +190,9 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         return True
 
     def events(self, kind: str) -> list[WorldEvent]:
-        """The log's events of one kind."""
+        """Return the log's events of one kind."""
         return [event for event in self.log if event.kind == kind]
 
     def digests(self, round: int) -> dict[str, str]:
-        """Each running peer's weights at the start of `round`, as a digest, for those who got there."""
+        """Return the weights' digests at the start of `round`, of the running peers that got there."""
         return {peer.name: peer.digest_at[round] for peer in self.running() if round in peer.digest_at}

@@ -441,7 +441,8 @@ def test_an_error_of_ours_in_one_pull_leaves_that_publication_out(
     monkeypatch.setattr(Downloads, "pull", pull)
     outcome, _, _ = finish(identities, me, Others({one.peer_id: one for one in identities}))
     assert set(outcome.roster.peers) == {me.peer_id, good.peer_id}
-    assert [record.exc_info is not None for record in caplog.records if "bringing" in record.message] == [True]
+    failures = [record for record in caplog.records if "fetching a publication" in record.message]
+    assert [record.exc_info is not None for record in failures] == [True]
 
 
 def test_of_publications_in_answers_that_are_refused_nothing_is_kept() -> None:

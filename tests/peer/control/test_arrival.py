@@ -25,7 +25,7 @@ def test_the_board_is_told_at_once_and_events_come_now_and_then() -> None:
         held.have.add(chunk)
         arrival.look(held)
         now_s[0] += 0.125
-    assert board.status().doing == "taking the swarm's present weights: 262 MB of 262 MB"
+    assert board.status().doing == "fetching the swarm's current weights: 262 MB of 262 MB"
     assert len(events) == 62 and all(isinstance(event, ArrivingEvent) for event in events)
     first = events[0]
     assert isinstance(first, ArrivingEvent)
@@ -76,7 +76,7 @@ def test_who_falls_behind_takes_weights_while_it_trains_and_stays_healthy() -> N
     held = room(10)
     held.have.update(range(5))
     DownloadProgress(board, lambda event: None, lambda: now_s[0]).look(held)
-    assert board.status().doing == "taking the swarm's present weights: 1.31 MB of 2.62 MB"
+    assert board.status().doing == "fetching the swarm's current weights: 1.31 MB of 2.62 MB"
     assert board.status().state == control_pb.PEER_STATE_TRAINING and health(board.tick(), now_s[0])[0]
     DownloadProgress(board, lambda event: None, lambda: now_s[0]).look(None)
     assert board.status().doing == "merging round 4", "nobody gives it"

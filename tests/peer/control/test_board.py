@@ -359,7 +359,7 @@ def test_whatever_a_thread_still_begins_the_last_word_stays(board: StatusBoard) 
     board.ended(pb.PEER_STATE_DONE, "asked", 0)
     last = board.status()
     board.take(STARTED)
-    board.arriving("taking the swarm's present weights")
+    board.arriving("fetching the swarm's current weights")
     now = board.status()
     assert (now.state, now.doing) == (last.state, last.doing) == (pb.PEER_STATE_DONE, "ended: you asked it to leave")
 

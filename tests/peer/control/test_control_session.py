@@ -82,7 +82,7 @@ def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Pat
     assert [event.event for event in events] == ["fetched"]
     left = left_by(tmp_path)
     assert (left.state, left.end_reason, left.exit_code) == (pb.PEER_STATE_DONE, "total_tokens", 0)
-    assert left.doing == "ended: the run has its tokens"
+    assert left.doing == "ended: the run has trained all its tokens"
 
 
 @pytest.mark.parametrize(
@@ -237,14 +237,14 @@ def test_pause_and_resume() -> None:
     control.takes_orders(pause, asked.append, lambda limits: "changed")
     assert powers.resume() == "it was not paused"
     assert powers.pause().startswith("pausing")
-    assert powers.pause() == "it was paused already; `swarmtrain resume` lets it train"
+    assert powers.pause() == "it is paused already; `swarmtrain resume` ends the pause"
     assert pause.reason == "you asked for it"
     pause.hold("hours", "outside the hours 22-7")
-    assert powers.resume() == "it rests on all the same: outside the hours 22-7"
+    assert powers.resume() == "it stays paused: outside the hours 22-7"
     pause.release("hours")
     powers.pause()
     back = powers.resume()
-    assert back.startswith("coming back") and "if it is more than a few rounds behind" in back
+    assert back.startswith("resuming") and "if it is a few rounds behind" in back
     assert not pause.held
     assert asked == [False, True, True, False, True, False]
     assert powers.limit(pb.Limits()) == "changed"

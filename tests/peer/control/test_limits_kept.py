@@ -61,7 +61,7 @@ def test_hours_hold_at_once_and_release_when_they_come() -> None:
     kept = Kept(Limits(hours=parse_hours("22-7")))
     kept.keeper.start()
     assert kept.pause.held
-    assert kept.pause.reason == "outside the hours 22-7; back at 22:00"
+    assert kept.pause.reason == "outside the hours 22-7; training resumes at 22:00"
     kept.now = kept.now.replace(hour=22)
     kept.keeper.tick()
     assert not kept.pause.held
@@ -74,7 +74,7 @@ def test_a_change_of_the_hours_brings_it_back() -> None:
     assert said == "trains in the hours 8-17; it trains"
     assert not kept.pause.held
     said = kept.keeper.change(pb.Limits(hours="0-6"))
-    assert said == "trains in the hours 0-6; it rests: outside the hours 0-6; back at 0:00"
+    assert said == "trains in the hours 0-6; it is paused: outside the hours 0-6; training resumes at 0:00"
     assert kept.keeper.change(pb.Limits(hours="any")) == "trains at any hour; it trains"
 
 
@@ -82,7 +82,7 @@ def test_what_the_person_asked_for_stays() -> None:
     kept = Kept(Limits(hours=parse_hours("22-7")))
     kept.pause.hold(ASKED, "you asked for it")
     kept.keeper.start()
-    assert kept.keeper.change(pb.Limits(hours="any")).endswith("it rests: you asked for it")
+    assert kept.keeper.change(pb.Limits(hours="any")).endswith("it is paused: you asked for it")
     kept.keeper.tick()
     assert kept.pause.held
 
@@ -115,7 +115,7 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     board.watch(Watched(pulse=lambda: pulse, estimates=estimates_of(run, 14 * 10**6)))
     needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
     said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
-    assert said == f"memory 1GB, and {needs}: it rests once it uses more than allowed; it trains"
+    assert said == f"memory 1GB, and {needs}: training pauses once it uses more than allowed; it trains"
     assert kept.keeper.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
     kept.usage.used_bytes = 3 * 10**9
     kept.keeper.tick()
@@ -137,7 +137,7 @@ def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatc
     assert not kept.pause.held
     assert kept.keeper.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
     work(30)
-    assert kept.pause.reason == "other programs use 50% of the processors; back after a minute of quiet"
+    assert kept.pause.reason == "other programs use 50% of the processors; training resumes after a quiet minute"
     assert kept.keeper.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
 
 

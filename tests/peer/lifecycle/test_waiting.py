@@ -159,7 +159,7 @@ def test_ctrl_c_while_a_peer_is_still_importing_is_a_clean_end(command: str, tmp
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "interrupted before it had begun\n")
+    assert (done.returncode, done.stderr) == (0, "interrupted before it began\n")
     event = parse_event(done.stdout)
     assert isinstance(event, DoneEvent)
     assert event.reason == "interrupted"

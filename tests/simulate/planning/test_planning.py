@@ -309,7 +309,7 @@ def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:
     assert found["archive"].strain > 1 and "network.archive_every_s = " in found["archive"].change
     assert found["memory"].strain > 1 and found["memory"].change == "pipeline.stages = 2 (now 1) or a smaller model"
     quick = {one.what: one for one in bottlenecks(big, planned(big, 6, SLOW, 0.01))}
-    assert quick["late joiners"].strain > 1 and "who is more than 8 behind" in quick["late joiners"].why
+    assert quick["late joiners"].strain > 1 and "a peer more than 8 behind" in quick["late joiners"].why
 
 
 def test_records_grow_with_those_who_are_read() -> None:
@@ -337,12 +337,12 @@ def test_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in ("rounds", "whole run", "stall", "sent", "received", "bootstrap", "memory", "known by"):
         assert f"\n  {row}" in said
     assert "% of the link" in said and " by each volunteer" in said and "records of who is there " in said
-    assert "hurts first: number of rounds" in said and "run.total_tokens = " in said
+    assert "first bottleneck: number of rounds" in said and "run.total_tokens = " in said
 
 
 def test_where_nothing_hurts_what_is_nearest_to_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", written(tmp_path), "--peers", "4", "--step-s", "1"]) == 0
-    assert "  nothing hurts; nearest to it: " in capsys.readouterr().out
+    assert "  no bottleneck; closest to one: " in capsys.readouterr().out
 
 
 def test_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +367,7 @@ def test_a_step_is_measured_unless_it_is_said(
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert run_command(["plan", written(tmp_path), "--peers", "6"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("measuring an inner step here")
+    assert said.err.startswith("measuring an inner step on this machine")
     assert "inner step 250 ms\n" in said.out
     assert "would be about 3 times slower: 6 volunteers would share 2 cores" in said.out
 
