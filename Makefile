@@ -97,7 +97,7 @@ long-soak: $(DEV)  ## an hour of six volunteers with churn: what grows, and what
 results: $(DEV)  ## play examples/scenarios into docs/results/scenarios.md, hours of them; ONLY="equal churn": these; FRESH=1: anew
 	$(BIN)/python benchmarks/results.py $(ONLY) $(if $(FRESH),--fresh)
 
-docs: $(DEV)  ## generate docs/run-file.md and docs/events.md
+docs: $(DEV)  ## generate the reference pages of docs/: run file, events, commands, decisions
 	$(BIN)/python docs/generate.py
 
 demo: $(CORE)  ## three unequal volunteers and one alone, on this machine, in minutes
