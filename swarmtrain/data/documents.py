@@ -1,7 +1,7 @@
-"""Documents from the five sources, always in the same order; nothing here cuts or filters by content.
+"""Read documents from the five sources, always in the same order; nothing here cuts or filters by content.
 
-No file is opened but below the folder that the caller gives, symbolic links resolved (`below.py`).
-Every error is a `RunFileError` in one line that names the key, the file and the next step.
+Files are opened only below the folder that the caller gives, with symbolic links resolved (`below.py`). Every error is
+a `RunFileError` in one line that names the key, the file and the next step.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from swarmtrain.run import DataSection
 
 __all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
 
-# Folders of a standard library that are tests, tables, generated, or somebody else's packages.
+# Folders of a standard library that hold tests, tables, generated files or other packages.
 _LEFT_OUT_FOLDERS = frozenset(
     {"__phello__", "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "pydoc_data"}
     | {"site-packages", "test", "tests"}
 )
 _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
-_LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # describe one machine's build, not Python
+_LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # these describe one machine's build, not Python
 
 _MOST_BAD_FILES = 5
 
@@ -51,25 +51,27 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceSurvey:
-    """What can be read of a source, and all that cannot."""
+    """Readable documents of a source, and the problems of its unreadable files."""
 
     documents: list[Document]
     num_bytes: int | None
-    """Of all the files, about; None where one of them is missing or unreadable."""
+    """Bytes of all files, approximately; None if one of them is missing or unreadable."""
     problems: tuple[str, ...]
-    """What `read_documents` would raise, were each the first: one a pattern or file, of so many files at most that the
-    rest is not looked at (`is_cut`)."""
+    """Errors that `read_documents` would raise, one per bad pattern or file.
+
+    After five bad files the rest is not read (`is_cut`).
+    """
     most_bytes: int | None = None
-    """The text has so many at most, where that is known."""
+    """Upper bound of the text in bytes, if it is known."""
     is_cut: bool = False
 
 
 def read_documents(section: DataSection, base: Path, revision: str = "") -> Iterator[Document]:
-    """The documents of `section`, in an order that depends on the data alone; paths are relative to `base`, and
-    `revision` is the commit of a hub's data set.
+    """Yield the documents of `section`, in an order that depends only on the data.
 
-    Of "python-stdlib", near duplicates are left out; the other sources are given as they are.
-    Raises RunFileError for what is missing, empty, not UTF-8, not JSON, or lacks the field.
+    Paths are relative to `base`; `revision` is the commit of a hub's data set. Near duplicates are left out of
+    "python-stdlib" only: other corpora are their owners' to curate (decision 6). Raises RunFileError for a source that
+    is missing, empty, not UTF-8, not JSON, or lacks the field.
     """
     if section.source == "datasets":
         for number, text in enumerate(huggingface.read_texts(section, base, revision)):
@@ -89,7 +91,7 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
 
 
 def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
-    """Read documents of files until `most_bytes` are reached; what cannot be read is noted, and the rest read."""
+    """Read documents of files until `most_bytes` are reached. Unreadable files are noted as problems and skipped."""
     if section.source == "python-stdlib":
         try:
             files = _stdlib_files()
@@ -106,7 +108,7 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
     documents: list[Document] = []
     read = num_bytes = 0
     most = len(problems) + _MOST_BAD_FILES
-    is_complete = not problems and section.source != "parquet"  # whose columns may be larger than they are stored
+    is_complete = not problems and section.source != "parquet"  # columns may be larger than they are stored
     for file in (SourceFile(name, found[name]) for name in sorted(found)):
         if len(problems) == most:
             return SourceSurvey(documents, None, tuple(problems), None, is_cut=True)
@@ -146,7 +148,7 @@ def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
 
 
 def source_files(section: DataSection, base: Path) -> list[SourceFile]:
-    """The files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
+    """Return the files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
     assert section.source != "datasets"
     if section.source == "python-stdlib":
         return _stdlib_files()
@@ -158,7 +160,7 @@ def source_files(section: DataSection, base: Path) -> list[SourceFile]:
 
 
 def _files_of(pattern: str, base: Path) -> dict[str, Path]:
-    """The files that `pattern` matches, links resolved, by their names below `base`. Raises RunFileError."""
+    """Return the files that `pattern` matches, links resolved, by their names below `base`. Raises RunFileError."""
     return {Path(name).as_posix(): below(base, base / name, "data.paths") for name in _matches(pattern, base)}
 
 
@@ -187,7 +189,7 @@ def _matches(pattern: str, base: Path) -> list[str]:
 
 
 def _where(pattern: str, base: Path) -> str:
-    """The folder to give, where it can be guessed, else what must lie where."""
+    """Return advice: the folder to give, if it can be guessed, else which file must exist where."""
     first, *rest = Path(pattern).parts
     if rest and first == base.absolute().name:
         return f"if the files are those in {base}, give the folder that has it: --data {base.absolute().parent}"
@@ -222,7 +224,7 @@ def _read_stdlib(files: list[SourceFile]) -> Iterator[Document]:
             text = file.path.read_bytes()
             text.decode()
         except (OSError, UnicodeDecodeError):
-            continue  # a dangling link of a packager, or a source in another encoding: nobody's mistake
+            continue  # a dangling link of a packager, or another encoding: not the user's mistake
         if text:
             documents.append(Document(file.name, text))
     duplicate = near_duplicates([document.text for document in documents])

@@ -1,4 +1,4 @@
-"""The texts of a Parquet file's column. Needs pyarrow, imported when a run file asks for it."""
+"""Read the texts of a Parquet file's column. Needs pyarrow, which is imported when a run file asks for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from swarmtrain.extras import install_in_words
 __all__ = ["column_bytes", "read_texts"]
 
 _ROWS = 1024
-"""Held in memory at once."""
+"""Rows held in memory at once."""
 
 
 def read_texts(path: Path, field: str) -> Iterator[tuple[int, bytes]]:
-    """(number of the row from 1, its text) for each row of `path` whose column `field` is not empty. RunFileError."""
+    """Yield (row number from 1, text) for each row of `path` whose column `field` is not empty. Raises RunFileError."""
     arrow = _library()
     with _opened(path, arrow) as file:
         _check_column(path, file, field, arrow)
@@ -36,7 +36,7 @@ def read_texts(path: Path, field: str) -> Iterator[tuple[int, bytes]]:
 
 
 def column_bytes(path: Path, field: str) -> int:
-    """The size of the column `field` in bytes, about: as the file's index has it. Raises RunFileError."""
+    """Return the approximate size of column `field` in bytes, by the file's index. Raises RunFileError."""
     arrow = _library()
     with _opened(path, arrow) as file:
         _check_column(path, file, field, arrow)

@@ -1,7 +1,7 @@
-"""What the bootstrap and a volunteer call: everything about data from a run file, in three functions.
+"""Prepare a run's data for bootstrap and volunteers; the entry points of this package.
 
-The bootstrap: `publishable_data` before the run file is published. Every peer: `training_data`, then
-`training_batches`; `batches.held_out_batches` to measure the loss.
+The bootstrap calls `publishable_data` before it publishes the run file. Every peer calls `training_data`, then
+`training_batches`, and `batches.held_out_batches` to measure the loss.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ __all__ = [
     "training_data",
 ]
 
-STREAM_SAMPLE_BYTES = 1 << 25  # what the bootstrap reads of a streamed data set, or more for a large held-out text
-LOOK_DOCUMENTS = 8  # of a data set that is only looked at
-LOOK_BPE_BYTES = 1 << 22  # to learn a tokenizer from more takes many seconds
+STREAM_SAMPLE_BYTES = 1 << 25  # bytes that the bootstrap reads of a streamed data set; more for a large held-out text
+LOOK_DOCUMENTS = 8  # documents read of a data set that is only looked at
+LOOK_BPE_BYTES = 1 << 22  # learning a tokenizer from more takes many seconds
 
 
 class PublishableData(NamedTuple):
-    """What travels with a run."""
+    """Data that travels with a run."""
 
     held_out: HeldOut
     tokenizer_bytes: bytes  # empty for bytes
@@ -65,7 +65,7 @@ class PublishableData(NamedTuple):
 
 
 class FirstLook(NamedTuple):
-    """What can be said of a run's text without reading all of it."""
+    """Findings about a run's text without reading all of it."""
 
     num_bytes: int | None  # of the files here, about; None if that is not known
     problems: tuple[str, ...] = ()  # what the bootstrap would refuse, and why
@@ -73,7 +73,7 @@ class FirstLook(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """What a peer trains on."""
+    """Data that a peer trains on."""
 
     tokens: Tokens  # (n,); the corpus' own memory for bytes; empty if streamed
     tokenizer: Tokenizer
@@ -81,7 +81,7 @@ class TrainingData(NamedTuple):
 
 
 def publishable_data(run: RunFile, base: Path) -> PublishableData:
-    """Cut the held-out text of a run and learn its tokenizer on what is left. Raises RunFileError."""
+    """Cut a run's held-out text and learn its tokenizer on the rest. Raises RunFileError."""
     section = run.data
     revision = huggingface.newest_revision(section, base) if section.source == "datasets" else ""
     if section.source == "datasets" and section.streaming:
@@ -96,8 +96,10 @@ def publishable_data(run: RunFile, base: Path) -> PublishableData:
 
 
 def first_look(run: RunFile, base: Path) -> FirstLook:
-    """What `publishable_data` would do, with the first documents: of a data set a few, and nothing is downloaded whole.
-    Nothing is raised for what cannot be used: these are the look's problems, all that can be told at once."""
+    """Try what `publishable_data` would do on the first documents; of a data set only a few are downloaded.
+
+    Raises nothing for unusable data: all problems found are listed in the result.
+    """
     problems = []
     try:
         if run.model.tokenizer == "bpe":
@@ -153,9 +155,9 @@ def _vocabulary_unseen(run: RunFile) -> tuple[str, ...]:
 def training_data(
     run: RunFile, base: Path, held_out: bytes, tokenizer_bytes: bytes, cache_dir: Path | None
 ) -> TrainingData:
-    """The corpus of this peer, encoded. `tokenizer_bytes` come from another peer and are checked here.
+    """Return this peer's corpus, encoded. `tokenizer_bytes` come from another peer and are checked here.
 
-    Raises RunFileError for data that cannot be used, BadBytesError for a tokenizer that cannot.
+    Raises RunFileError for unusable data, and BadBytesError for an unusable tokenizer.
     """
     tokenizer = tokenizer_from_bytes_untrusted(tokenizer_bytes, run.model.vocabulary_size)
     corpus = prepare_corpus(run.data, base, held_out, cache_dir, run.dataset_revision)
@@ -164,7 +166,7 @@ def training_data(
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPlace:
-    """Who draws batches, and where it stands."""
+    """Identity of the peer that draws batches, and how many it has drawn."""
 
     run_sha256: str
     peer_id: str
@@ -172,7 +174,7 @@ class PeerPlace:
 
 
 def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes) -> BatchSource:
-    """The batches of one peer, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
+    """Return a peer's batches, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
     if not run.data.streaming or run.data.source != "datasets":
         batches = Batches(
             data.tokens,

@@ -1,4 +1,4 @@
-"""One volunteer alone: the same model, text and schedule without a swarm, to compare with."""
+"""Train one volunteer alone: the same model, text and schedule without a swarm, as a baseline to compare with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALONE = "alone"
 
 @dataclass
 class _Nobody:
-    """The exchange of a peer without partners: its own round is the mean."""
+    """Exchange of a peer without partners: its own round is the mean."""
 
     inner_steps: int
     left: int
@@ -56,10 +56,10 @@ class _Nobody:
 def train_alone(
     published: PublishedRun, inner_steps: int, settings: PeerSettings, advance: Callable[[int], None]
 ) -> float:
-    """Held-out loss, in nats per byte, of one volunteer that takes `inner_steps` inner steps by itself.
+    """Return the held-out loss, in nats per byte, of one volunteer that takes `inner_steps` inner steps by itself.
 
-    Its schedule runs over exactly those steps, and it merges with nobody: outer rate 1 without momentum is plain
-    AdamW. `advance` is told after each round how many steps were taken.
+    Its schedule runs over exactly those steps, and it merges with nobody: an outer rate of 1 without momentum leaves
+    plain AdamW. `advance` is called after each round with the number of steps it took.
     """
     use_threads(settings.limits.threads)
     run = _lone_run(published.run, inner_steps)

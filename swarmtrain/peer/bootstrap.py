@@ -1,6 +1,7 @@
-"""The bootstrap: publishes a run, is there for the first who join, and archives the run's state.
+"""Bootstrap: publishes a run, is there for the first peers that join, and archives the run's state.
 
-It does not train, sign rosters or count as a peer; the swarm goes on without it.
+It does not train, sign rosters or count as a volunteer; the swarm goes on without it. The main thread archives and
+submits work to the network thread.
 """
 
 from __future__ import annotations
@@ -77,17 +78,17 @@ __all__ = ["publish_run", "run_bootstrap"]
 
 _log = logging.getLogger(__name__)
 _LAST_ROUND_S = 20.0
-"""With each peer at its own pace: how long those who have not ended their last round are waited for."""
+"""Seconds to wait for peers that have not ended their last round, where each has its own pace."""
 _REDIAL_S = 3.0
 _REFUSED_AGAIN_S = 10.0
-"""How long states that lack more of the archive than they bring are not asked for again."""
+"""Seconds before states that lack more of the archive than they bring are asked for again."""
 _LAST_ANSWER_S = 2.0
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = "") -> PublishedRun:
-    """Cut the held-out text, learn the tokenizer, and write every default out. Raises RunFileError.
+    """Return the run with its held-out text cut, its tokenizer learned, and every default written out.
 
-    `me` is the PeerID of who publishes: the server, where the run has one.
+    `me` is the PeerID of the publisher, which is the server if the run has one. Raises RunFileError.
     """
     mean_of(run.merge.robust)  # whoever publishes a rule has it
     files = publishable_data(run, base)
@@ -114,9 +115,10 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
 
 
 def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
-    """Publish `run` and serve it until it ends or `stop` is set. `base` is what the run's data paths are relative to.
+    """Publish `run` and serve it until it ends or `stop` is set; return the final event.
 
-    With a folder that holds a run already, that run goes on: same identity, same invite.
+    `base` is the folder that the run's data paths are relative to. If the folder in `settings` holds this run already,
+    that run continues with the same identity and invite.
     """
     use_threads(1)  # it measures, at the end; the cores are for those who train
     with (
@@ -143,7 +145,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
 
 
 def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
-    """The run in the folder, if it is this one; else a new one."""
+    """Return the run in the folder, or publish a new one there. Raises UserError if the folder holds another run."""
     kept = folder.kept_run()
     if kept is None:
         me = load_or_create_identity(folder.key_path).peer_id
@@ -161,15 +163,15 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
 @dataclass
 class _Bootstrap(BootstrapPeer):
     server: MergeServer | None = None
-    """Where the run has one: its weights are the run's."""
+    """Server of the merge method, if it has one: its weights are the run's."""
     is_final: bool = False
-    """Whether the archive has the run's last weights."""
+    """True if the archive has the run's last weights."""
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     archived: Archive | None = None
-    """What is known with the archive, where peers merge asynchronously."""
+    """What is known about the archive, where peers merge asynchronously."""
     leavers: DepartureQueue | None = None
-    """Who would leave with what is in no archive; None where the run has a server."""
+    """Volunteers that would leave with work that is in no archive; None if the run has a server."""
     _counts_kept_s: float = -math.inf
     _archived_arrivals: int = 0
 
@@ -221,11 +223,13 @@ class _Bootstrap(BootstrapPeer):
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
     def done(self, reason: str) -> DoneEvent:
-        """How it ended."""
+        """Return the final event."""
         return self.ended(reason, self.progress.run_tokens)
 
     def _reachable(self, node: Node) -> tuple[InvitedPeer, ...]:
-        """The peers known from last time, if one of them answers: started again, it goes back to the same swarm."""
+        """Return the peers known from last time, to go back to the same swarm after a restart; look first whether one
+        answers.
+        """
         known = self.folder.kept_peers()
         if not known:
             return known
@@ -243,7 +247,7 @@ class _Bootstrap(BootstrapPeer):
         return known
 
     def _restore(self, swarm: Swarm, keeper: CheckpointManager, num_parameters: int) -> Checkpoint | None:
-        """Offer the state that was archived last time."""
+        """Load and offer the state that was archived last time."""
         kept = keeper.checkpointer.load(self.published.run, num_parameters)
         if kept is not None:
             wait_for(self.network.submit(keeper.restore(kept)), self.stop)
@@ -255,7 +259,7 @@ class _Bootstrap(BootstrapPeer):
     def _merge_server(
         self, swarm: Swarm, keeper: CheckpointManager, kept: Checkpoint | None, theta: Tensor
     ) -> MergeServer:
-        """The server, going on from what was kept, else with the initial weights `theta`, (P,)."""
+        """Return the server, continuing from `kept`, or else from the initial weights `theta` (P,)."""
 
         def keep(checkpoint: Checkpoint) -> None:
             extra = {**keeper.extra(), **checkpoint.extra}
@@ -274,12 +278,12 @@ class _Bootstrap(BootstrapPeer):
         return server
 
     def _have(self, swarm: Swarm, kept: Checkpoint) -> None:
-        """It is served to joiners: go on from it."""
+        """Adopt a state that is served to joiners."""
         self.state, self.progress = kept.state, kept.progress
         self._tell_archived(swarm)
 
     def _tell_archived(self, swarm: Swarm) -> None:
-        """Say what is safe on the disk: at the end the volunteers leave once the last state is."""
+        """Announce what is on the disk. At the end the volunteers leave once the last state is."""
         assert self.keeper is not None
         durable = self.keeper.checkpointer.durable
         if durable is None:
@@ -298,9 +302,9 @@ class _Bootstrap(BootstrapPeer):
         wait_for(self.network.submit(tell()), self.stop)
 
     def _archive_until_the_end(self, swarm: Swarm) -> None:
-        """Take the state of some volunteer as soon as there is one, then every `archive_every_s`, and at the end.
+        """Archive a volunteer's state as soon as there is one, then every `archive_every_s`, and at the end.
 
-        Gives up when the run has had its tokens and nobody has delivered the last state for a minute.
+        Gives up if the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
         every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
@@ -341,8 +345,10 @@ class _Bootstrap(BootstrapPeer):
         self._tell_archived(swarm)
 
     def _is_new(self, swarm: Swarm, newest_tokens: int) -> bool:
-        """Whether somebody may have what the archive lacks. Where each peer has its own weights and counts, how many
-        tokens it counts says nothing of that."""
+        """Return whether somebody may have what the archive lacks.
+
+        Where each peer has its own weights and counts, the number of tokens that it counts says nothing about that.
+        """
         if self.server is not None:
             return self.server.arrivals != self._archived_arrivals
         if self.archived is not None:
@@ -350,7 +356,7 @@ class _Bootstrap(BootstrapPeer):
         return newest_tokens > self.progress.run_tokens
 
     def _ask_how_far(self, swarm: Swarm) -> None:
-        """Look how far the volunteers are, and remember whom to dial if we are started again, and what is counted."""
+        """Look how far the volunteers are; keep the known peers and the counts for a restart."""
         self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greeter.greet_some()), self.stop)
         assert self.keeper is not None and self.peers is not None
@@ -366,7 +372,7 @@ class _Bootstrap(BootstrapPeer):
             _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
     def archive_once_more(self) -> None:
-        """It was asked to leave: keep what the volunteers have by now; some seconds at most."""
+        """Archive what the volunteers have now, within some seconds, because this peer was asked to leave."""
         swarm = self.swarm
         if swarm is None or self.keeper is None:
             return
@@ -396,7 +402,7 @@ class _Bootstrap(BootstrapPeer):
         return None if new is None else self._kept(new)
 
     async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> ConsensusState | None:
-        """The newest state, without waiting for those who do not answer soon."""
+        """Pull the newest state from peers that answer soon; None if none does."""
         if not peers:
             return None
         if self.archived is not None:
@@ -411,12 +417,12 @@ class _Bootstrap(BootstrapPeer):
 
     @property
     def _most_sources(self) -> int:
-        """How many are asked for their weights, or where all have the same, may be asked."""
+        """Number of peers whose weights are averaged, or, where all have the same, that may be asked."""
         run = self.published.run
         return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
-        """Pull the newest state, write it down, and offer it to joiners; False if nobody delivered."""
+        """Pull the newest state, write it to disk, and offer it to joiners; return False if nobody delivered."""
         infos = swarm.membership.volunteers()
         volunteers = [info.peer for info in infos]
         sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
@@ -433,6 +439,7 @@ class _Bootstrap(BootstrapPeer):
         kept = self._kept(present)
         self.has_news = True
         keeper.keep(kept)
+        # Flushed now, so that it can be announced at once: volunteers may be waiting for it to leave.
         keeper.checkpointer.flush(FLUSH_S)  # so that it can be told at once
         wait_for(self.network.submit(keeper.offer(kept)), self.stop)
         self._have(swarm, kept)
@@ -440,7 +447,7 @@ class _Bootstrap(BootstrapPeer):
         return True
 
     def _archive_own(self, swarm: Swarm, last: bool) -> bool:
-        """With a server: write its weights down. The last ones are those that all that was handed in has entered."""
+        """Write the server's weights to disk. The last ones are those that contain every upload."""
         server, keeper = self.server, self.keeper
         assert server is not None and keeper is not None
         if last:
@@ -461,7 +468,7 @@ class _Bootstrap(BootstrapPeer):
         return True
 
     def _of_server(self, server: MergeServer) -> Checkpoint:
-        """What a checkpoint of it keeps, taken where nothing enters meanwhile."""
+        """Return a checkpoint of the server, taken while no upload is being applied."""
         assert self.keeper is not None
         keeper = self.keeper
 

@@ -1,7 +1,7 @@
-"""A volunteer: joins by an invite, trains, merges, and leaves cleanly.
+"""Volunteer: joins a run by an invite, trains, merges, and leaves cleanly.
 
-The main thread trains; the network thread does everything else. The order of joining is chosen so that the state
-taken from the swarm is fresh: dial, fetch the run, prepare text and model, and only then take the state.
+The main thread trains; the network thread does everything else. Joining has an order that makes the state taken from
+the swarm fresh: dial, fetch the run, prepare text and model, and only then take the state.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 
 
 def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
-    """Join the run of `invite` and train until it ends or `stop` is set; returns how it went.
+    """Join the run of `invite` and train until it ends or `stop` is set; return the final event.
 
     Raises UserError and RunTimeError with one line for a person.
     """
@@ -61,39 +61,43 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
 
 
 class Training(Protocol):
-    """What a volunteer does in its run: it trains a whole model, or stages of one. `Volunteer.live` calls the steps."""
+    """Training of a volunteer in its run: of a whole model, or of stages of one. `Volunteer.live` calls the steps."""
 
     swarm: Swarm
-    """The run's."""
+    """Swarm of the run."""
 
     @property
     def round(self) -> int:
-        """The round it takes part in next."""
+        """Round that the peer takes part in next."""
         ...
 
     def enter(self) -> None:
-        """Answer others, and learn who is here; say nothing of this peer yet."""
+        """Answer others and learn who is here; announce nothing of this peer yet."""
 
     def join(self) -> None:
-        """Take the swarm's present weights, if they hold against this peer's, and say that it is here."""
+        """Take the swarm's present weights, if they are preferred to this peer's, and announce this peer."""
 
     def train(self) -> bool:
-        """Train until the run has its tokens: True; or until this peer is to rest: False. Raises Interrupted when it is
-        to end."""
+        """Train until the run has its tokens (returns True) or this peer must pause (returns False).
+
+        Raises Interrupted when it is asked to end.
+        """
         ...
 
     def withdraw(self) -> None:
         """Say goodbye to the others for the time of a pause."""
 
     def come_back(self) -> None:
-        """After a pause, knowing who is here: as `join`."""
+        """Rejoin after a pause, as `join` does; it is known by then who is here."""
 
     def finish(self) -> DoneEvent:
-        """The run has its tokens: serve on for those who still need this peer. How it went."""
+        """Serve on, at the run's end, for those who still need this peer; return the final event."""
         ...
 
     def hand_over(self) -> DoneEvent:
-        """This peer is to end before the run does: serve on until what nobody else has is archived. How it went."""
+        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final
+        event.
+        """
         ...
 
     def leave(self) -> None:
@@ -101,7 +105,7 @@ class Training(Protocol):
 
 
 class Volunteer:
-    """One volunteer, from `join` to goodbye."""
+    """One volunteer, from joining to goodbye."""
 
     def __init__(self, invite: Invite, settings: PeerSettings, folder: PeerFolder, control: ControlSession) -> None:
         self.invite, self.settings, self.folder, self.control = invite, settings, folder, control
@@ -118,7 +122,7 @@ class Volunteer:
         board.add_looker(lambda status: status.limits.CopyFrom(self.limits.limits()))
 
     def live(self, network: NetworkThread) -> DoneEvent:
-        """Join, train until the run has its tokens or an end is asked for, and leave; returns how it went."""
+        """Join, train until the run has its tokens or an end is asked for, and leave; return the final event."""
         node: Node | None = None
         training: Training | None = None
         try:
@@ -146,7 +150,7 @@ class Volunteer:
                 training.leave()
 
     def _fetch_run(self, network: NetworkThread, node: Node) -> VolunteerContext:
-        """Find the swarm, and fetch what it trains."""
+        """Find the swarm and fetch what it trains."""
         self.control.starting("looking for the swarm, and fetching the run")
         self.limits.limit_link(node.traffic, _UNKNOWN_RUN)
         fetcher = RunFetcher(
@@ -159,7 +163,7 @@ class Volunteer:
             accept_clock=self.settings.accept_clock,
         )
         published, nobody = fetcher.fetch()
-        mean_of(published.run.merge.robust)  # it is here, or that is said
+        mean_of(published.run.merge.robust)  # raises before the long preparation if the run's rule is not installed
         self.limits.limit_link(node.traffic, published.run.network)
         return VolunteerContext(
             published=published,
@@ -177,7 +181,7 @@ class Volunteer:
         )
 
     def _rest(self, context: VolunteerContext, swarm: Swarm) -> float:
-        """Wait until the pause is over, and look who is here then; how long the pause was, in seconds."""
+        """Wait until the pause is over, then look who is here; return how long the pause was, in seconds."""
         self.emit(PausedEvent(reason=self.pause.reason))
         paused_s = self.pause.wait_released(self.stop.sleep)
         self.control.starting("resuming after a pause")
@@ -185,15 +189,15 @@ class Volunteer:
         return paused_s
 
     def _nothing_done(self) -> DoneEvent:
-        """An end was asked for before there was anything to train."""
+        """Return the final event if an end was asked for before there was anything to train."""
         return DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason=self.stop.reason)
 
     def _ended(self, done: DoneEvent) -> DoneEvent:
-        """`done`, told to whoever watches this peer."""
+        """Show `done` to whoever watches this peer, and return it."""
         return self.control.ended(log_event(stamped(done, 0.0, self.me, self.name)))
 
     def _limit(self, wanted: pb.Limits) -> str:
-        """Change what `wanted` names, and remember it for the next start here."""
+        """Change the limits that `wanted` names, and remember them for the next start in this folder."""
         told = self.limits.change(wanted)
         self.folder.started.keep_options(options_of(wanted))
         return told

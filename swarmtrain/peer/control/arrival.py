@@ -1,4 +1,4 @@
-"""What a person who waits for the swarm's present weights is told: how many bytes of how many are here."""
+"""Progress of a download of the swarm's present weights, for a person who waits: bytes here of bytes in all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EVERY_SHARE = 0.01
 
 @dataclass
 class DownloadProgress:
-    """Looks at a pull now and then; tells the board at once, and as an event every two seconds if it got further."""
+    """Looks at a pull now and then; updates the board at once, and emits an event every two seconds if more arrived."""
 
     board: StatusBoard
     emit: Callable[[Event], None]
@@ -31,7 +31,7 @@ class DownloadProgress:
     _told_s: float = field(default=0.0, init=False)
 
     def look(self, held: HeldSnapshot | None) -> None:
-        """`held` is what arrives, if something does."""
+        """Look at `held`, the snapshot that is arriving; None if nothing arrives."""
         if held is None:
             self.board.arrived()
             return

@@ -1,10 +1,11 @@
-"""The board: the one place where a peer's status is gathered.
+"""Status board: the one place where a peer's status is gathered.
 
-The peer hands its events on through the board, names what it is doing where no event says it, and gives it two ways
-to look: a `Pulse`, a few numbers that are read twice a second, and lookers, which fill in the rest when somebody asks.
-So the training thread pays nothing for being watched: what changes with each inner step is read, never told.
+The peer passes its events through the board, names what it is doing where no event says so, and gives the board two
+ways to look: a `Pulse`, a few numbers that are read twice a second, and lookers, which fill in the rest when somebody
+asks. So the training thread pays nothing for being watched: what changes with each inner step is read by the board,
+never reported to it (decision 11).
 
-Usable from any thread. Lookers and the pulse run in the asking thread and may only read.
+Thread-safe. Lookers and the pulse run in the asking thread and may only read.
 """
 
 from __future__ import annotations
@@ -59,28 +60,28 @@ _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
 _NAMED = 3
 _NAME_CHARACTERS = 16
-"""Of a name in a sentence: it may have 64."""
+"""Characters of a name shown in a sentence; a name may have 64."""
 _REASONS = {
     "total_tokens": "the run has trained all its tokens",
     "interrupted": "it was interrupted",
     "asked": "you asked it to leave",
 }
 _NAMES_OF = (("from_peer", "from_name"), ("state_from", "state_from_name"), ("asked", "asked_name"))
-"""Fields of events that have a PeerID, and those that have its name."""
+"""Event fields that hold a PeerID, each with the field for its name."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*…?")
-"""As commands take it."""
+"""Names that commands accept."""
 _PROSE = ("detail", "reason", "message")
 _PEER_IDS = re.compile(r"(?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60}(?:, (?:12D3Koo|Qm)[1-9A-HJ-NP-Za-km-z]{30,60})*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pulse:
-    """What changes all the time; read twice a second, so whatever makes it must be cheap."""
+    """Numbers that change all the time. Read twice a second, so making one must be cheap."""
 
     state: pb.PeerState
     doing: str
     about: str = ""
-    """What `doing` says without what counts down in it: another one is progress."""
+    """The part of `doing` that does not count down: a change of it is progress."""
     round: int = 0
     inner_steps_done: int = 0
     inner_steps: int = 0
@@ -94,10 +95,10 @@ class Pulse:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What the board knows and looks at as soon as the peer takes part in its run."""
+    """Run that the peer takes part in, and what the board reads of it."""
 
     pulse: Callable[[], Pulse]
-    """Asked twice a second."""
+    """Called twice a second."""
     peer: str = ""
     name: str = ""
     run_name: str = ""
@@ -105,13 +106,13 @@ class Watched:
     total_tokens: int = 0
     tokens_per_step: int = 0
     estimates: Callable[[int], Estimate] | None = None
-    """What the run costs each of so many volunteers, of one that holds the whole model."""
+    """Returns what the run costs each of a number of volunteers that hold the whole model."""
 
 
 class LossCurve:
     """Loss points, oldest first, at most `MAX_LOSSES`: the first, the last, and evenly spaced ones between.
 
-    Where points are dropped, those with a held-out loss stay.
+    Points with a held-out loss are kept when others are dropped.
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class LossCurve:
         self._in_stride = 0
 
     def add(self, point: pb.LossPoint) -> None:
-        """One point more, newer than all the others."""
+        """Add a point newer than all others."""
         if self._in_stride % self._stride and len(self.points) > 1 and not self.points[-1].held_out_loss:
             self.points[-1] = point
         else:
@@ -138,7 +139,7 @@ class LossCurve:
         self._stride, self._in_stride = 2 * self._stride, 1
 
     def measured(self, round: int, loss: float) -> None:
-        """The held-out loss after `round`."""
+        """Add the held-out loss after `round`."""
         if self.points and self.points[-1].round == round:
             self.points[-1].held_out_loss = loss
 
@@ -176,27 +177,29 @@ class StatusBoard:
         self._sums = _Sums()
 
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
-        """What `status` lets this peer expect to use, with as many volunteers as are present; None where not known."""
+        """Return what this peer is expected to use with as many volunteers as `status` shows present; None if
+        unknown.
+        """
         present = sum(peer.present and not peer.bootstrap for peer in status.peers)
         estimates = None if self._watched is None else self._watched.estimates
         return estimates(present) if estimates is not None and present else None
 
     @property
     def tokens_per_step(self) -> int:
-        """Of this peer; 0 before it takes part."""
+        """Tokens of one inner step of this peer; 0 before it takes part in a run."""
         return 0 if self._watched is None else self._watched.tokens_per_step
 
     # ------------------------------------------------------------- what it is told
 
     def watch(self, watched: Watched) -> None:
-        """The peer takes part in its run."""
+        """Start reading the peer: it takes part in its run."""
         with self._lock:
             self._base.peer, self._base.name = watched.peer, watched.name
             self._set_run(watched.run_name, watched.run_sha256, watched.total_tokens)
         self._watched = watched
 
     def listening(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
-        """`emit` with each event noted here first."""
+        """Return an `emit` that notes each event here first."""
         return _Listening(self, emit)
 
     def take(self, event: Event) -> None:
@@ -278,17 +281,17 @@ class StatusBoard:
                 base.archive.CopyFrom(before.archive)
 
     def remember(self, before: pb.PeerStatus) -> None:
-        """The last status of this folder's earlier life: its losses and names go on if the run is the same."""
+        """Take over losses and names from the last status of this folder's earlier process, if the run is the same."""
         self._before = before
         self.called(before.name)
 
     def called(self, name: str) -> None:
-        """What the peer is called, until it says so with what it does."""
+        """Set the peer's name, until the peer reports it itself."""
         with self._lock:
             self._base.name = name or self._base.name
 
     def doing(self, state: pb.PeerState, sentence: str) -> None:
-        """What the peer does from now on, where no event says it."""
+        """Set what the peer does from now on, where no event says so."""
         with self._lock:
             self._do(state, sentence)
 
@@ -299,7 +302,9 @@ class StatusBoard:
         self._beats += 1
 
     def arriving(self, sentence: str) -> None:
-        """The swarm's present weights arrive. Who trains already has fallen behind, takes them, and trains on."""
+        """Report that the swarm's present weights are arriving. A peer that trains has fallen behind, and trains on
+        afterwards.
+        """
         with self._lock:
             if self._base.state != pb.PEER_STATE_TRAINING:
                 self._do(pb.PEER_STATE_STARTING, sentence)
@@ -308,13 +313,13 @@ class StatusBoard:
                 self._beats += 1
 
     def arrived(self) -> None:
-        """Nothing arrives now: all of it is here, or nobody gives it."""
+        """Report that nothing arrives any more: all of it is here, or nobody delivers it."""
         with self._lock:
             self._arriving = ""
 
     @contextmanager
     def busy(self, sentence: str) -> Iterator[None]:
-        """Something else than inner steps and merges, for a while."""
+        """Show an activity other than inner steps and merges while inside the context."""
         self._busy = sentence
         self._beats += 1
         try:
@@ -324,11 +329,11 @@ class StatusBoard:
             self._beats += 1
 
     def beat(self) -> None:
-        """Something got further that the pulse does not show; costs nothing."""
+        """Note progress that the pulse does not show; costs nothing."""
         self._beats += 1
 
     def ended(self, state: pb.PeerState, reason: str, exit_code: int) -> None:
-        """The peer is at its end: the last word."""
+        """Record the peer's end; later reports change nothing."""
         with self._lock:
             base = self._base
             if self._samples:
@@ -339,23 +344,23 @@ class StatusBoard:
     # ------------------------------------------------------------- where it looks
 
     def add_looker(self, looker: Callable[[pb.PeerStatus], None]) -> None:
-        """Somebody who fills live facts into a status that is asked for."""
+        """Add a function that fills live facts into a status that is asked for."""
         self._lookers.append(looker)
 
     def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Somebody who takes each event that is noted here, in the thread that it comes from."""
+        """Add a function that gets each event noted here, in the thread that it comes from."""
         self._listeners.append(listener)
 
     def now(self) -> float:
-        """Seconds of its clock."""
+        """Return the board's clock in seconds."""
         return self._now()
 
     def name_of(self, peer: str) -> str:
-        """A peer's name for a person; the end of its PeerID if it has none."""
+        """Return a peer's name for a person; the end of its PeerID if it has none."""
         return self._names.get(peer) or short_peer(peer)
 
     def _short_name(self, peer: str) -> str:
-        """For a sentence: nobody passes for another there by calling itself so."""
+        """Return a name for use in a sentence, with the PeerID's end where it could pass for another peer's."""
         name = _cut(self._names.get(peer, ""))
         if not _PLAIN_NAME.fullmatch(name):
             return short_peer(peer)
@@ -364,7 +369,7 @@ class StatusBoard:
         return f"{name} ({short_peer(peer)})" if is_anothers else name
 
     def know_name(self, peer: str, name: str) -> None:
-        """What `peer` calls itself; kept when it is gone."""
+        """Remember what `peer` calls itself, also after it has gone."""
         if name and self._names.get(peer) != name:
             self._names[peer] = name
             while len(self._names) > _MAX_NAMES:  # identities cost nothing
@@ -372,7 +377,9 @@ class StatusBoard:
                     self._names.pop(next(iter(self._names)), None)
 
     def named(self, event: Event) -> Event:
-        """`event` with the names of those whom it speaks of, for a person: also of those in its sentences."""
+        """Return `event` with the names of the peers it refers to, for a person; PeerIDs in its sentences are replaced
+        too.
+        """
         changes: dict[str, str] = {}
         for peer, name in _NAMES_OF:
             if (known := self._names.get(getattr(event, peer, ""))) and not getattr(event, name, known):
@@ -383,7 +390,7 @@ class StatusBoard:
         return event.model_copy(update=changes) if changes else event
 
     def in_names(self, sentence: str) -> str:
-        """`sentence` with names in place of PeerIDs: of a long list the first few and how many more."""
+        """Return `sentence` with names in place of PeerIDs; of a long list the first three and how many more."""
 
         def names(match: re.Match[str]) -> str:
             peers = match[0].split(", ")
@@ -398,7 +405,7 @@ class StatusBoard:
     # ------------------------------------------------------------- what it tells
 
     def tick(self) -> Vitals:
-        """Take the pulse, for the rates and the health; to be called about twice a second."""
+        """Take the pulse, for rates and health. Called about twice a second."""
         now, pulse = self._now(), self._look()
         with self._lock:
             before = self._samples[-1][1] if self._samples else None
@@ -415,14 +422,14 @@ class StatusBoard:
             )
 
     def _look(self) -> Pulse | None:
-        """The pulse, while the peer is in its rounds or serves."""
+        """Return the pulse, if the peer is in its rounds or serves."""
         watched = self._watched
         if watched is None or self._base.state not in _IN_ROUNDS:
             return None
         return watched.pulse()
 
     def status(self) -> pb.PeerStatus:
-        """Everything that is known now."""
+        """Return everything that is known now."""
         pulse, now = self._look(), self._now()
         status = pb.PeerStatus()
         with self._lock:
@@ -459,8 +466,12 @@ class StatusBoard:
         status.received_bytes_per_s = _rounded((last.received_bytes - first.received_bytes) / over_s)
 
     def _fill_speeds(self, status: pb.PeerStatus, now: float) -> None:
-        """Of this peer by its steps, of the others by what they are counted, and before that is known as they say; the
-        swarm's is the sum. In a pipeline, where a step of one stage is a part of a step, everything is by counts."""
+        """Fill in the speeds: this peer's by its steps, the others' by their counts, or by their word before those are
+        known.
+
+        The swarm's is the sum. In a pipeline all speeds are by counts, since a step of one stage is only a part of a
+        step.
+        """
         known, self._peer_growths = self._peer_growths, {}
         has_ended = status.state in _OVER
         for item in status.peers:
@@ -479,7 +490,7 @@ class StatusBoard:
         status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers))
 
     def _fill_end(self, status: pb.PeerStatus, now: float) -> None:
-        """When the run has its tokens at the speed at which they have grown, or when it was seen to have them."""
+        """Fill in when the run will have its tokens at the present speed, or when it had them."""
         growth, left = self._run_growth, status.total_tokens - status.run_tokens
         if status.run_tokens:
             growth.take(status.run_tokens, now)
@@ -494,7 +505,9 @@ class StatusBoard:
             status.end_time = round(self._wall() - now + end_s)  # a figure that does not change with every breath
 
     def _fill_swarm_loss(self, status: pb.PeerStatus) -> None:
-        """The median of what volunteers tell; a bootstrap, which has no loss of its own, has the curve of that."""
+        """Fill in the median of the losses that volunteers report; a bootstrap, which has none of its own, plots
+        that.
+        """
         told = [self._told_losses[item.peer] for item in status.peers if self._told_losses.get(item.peer)]
         status.swarm_loss = statistics.median(told) if told else 0.0
         points = self._curve.points
@@ -502,14 +515,14 @@ class StatusBoard:
             self._curve.add(pb.LossPoint(round=status.round, run_tokens=status.run_tokens, loss=status.swarm_loss))
 
     def tell_losses(self, losses: Mapping[str, float]) -> None:
-        """What volunteers say of their training losses, by PeerID."""
+        """Set the training losses that volunteers report, by PeerID."""
         with self._lock:
             self._told_losses = dict(losses)
 
 
 @dataclass
 class _Sums:
-    """Sums over the process's rounds."""
+    """Sums over the rounds of this process."""
 
     num_parameters: int = 0
     shared_steps: int = 0
@@ -518,7 +531,7 @@ class _Sums:
     stall_s: float = 0.0
 
     def after(self, event: RoundEvent) -> tuple[float, float]:
-        """Times fewer bytes than an all-reduce, and the share of time in which the trainer stood still."""
+        """Return (how many times fewer bytes than an all-reduce, the share of time in which the trainer waited)."""
         if event.times_below_allreduce is not None:
             self.shared_steps += event.inner_steps
             self.shared_bytes += event.bytes_sent
@@ -529,7 +542,7 @@ class _Sums:
 
 
 def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:
-    """Whether anything moved between two pulses: a step, a round, a merge's decision, a piece of a transfer."""
+    """Return whether anything moved between two pulses: a step, a round, a merge's decision, a piece of a transfer."""
     if before is None or pulse is None:
         return before is not pulse
     was = (before.state, before.about, before.round, before.inner_steps_done, before.num_steps)
@@ -539,7 +552,7 @@ def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:
 
 
 def _rounded(value: float) -> float:
-    """Three digits: a figure for a person, and one that does not change with every breath."""
+    """Round to three digits: enough for a person, and stable from one look to the next."""
     return float(f"{value:.3g}")
 
 

@@ -1,7 +1,7 @@
-"""How quickly a count grows, by when it changed: what a status calls a speed, of a peer and of the run.
+"""Growth of a count, measured from change to change: the speed of a peer and of the run in a status.
 
-Counts of tokens grow by a round or a part of one at a time, so a speed is measured from change to change. Pure: `now`
-is an argument, in seconds of one clock.
+Counts of tokens grow by a round, or a part of one, at a time, so a fixed window would show jumps. Pure: `now` is an
+argument, in seconds of one clock.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ __all__ = ["Growth"]
 
 _WINDOW_S = 60.0
 _STOPPED_AFTER = 2.0
-"""Times its usual interval; a count that has not changed for so long grows more slowly than it did."""
+"""Multiple of the usual interval after which a count that has not changed is taken to grow more slowly."""
 
 
 @dataclass
 class Growth:
-    """The last changes of a count: those of a minute, or the last two if these are further apart."""
+    """Last changes of a count: those of the last minute, or the last two if they are further apart."""
 
     _count: int = -1
     _changes: deque[tuple[float, int]] = field(default_factory=deque)
 
     def take(self, count: int, now: float) -> None:
-        """What it is now. The first value seen is no change: when it was reached is not known."""
+        """Record the present value. The first value is no change, since it is unknown when it was reached."""
         if count > self._count >= 0:
             self._changes.append((now, count))
             while len(self._changes) > 2 and self._changes[1][0] <= now - _WINDOW_S:
@@ -32,7 +32,7 @@ class Growth:
         self._count = max(count, self._count)
 
     def per_s(self, now: float) -> float | None:
-        """How much it grows a second; None before it has changed twice."""
+        """Return the growth per second; None before the count has changed twice."""
         if len(self._changes) < 2:
             return None
         (first_s, first), (last_s, last) = self._changes[0], self._changes[-1]
@@ -43,5 +43,5 @@ class Growth:
 
     @property
     def changed_s(self) -> float:
-        """When it changed last."""
+        """Time of the last change."""
         return self._changes[-1][0] if self._changes else float("-inf")

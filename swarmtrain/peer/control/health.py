@@ -1,6 +1,6 @@
-"""Whether a peer really trains or serves: what its health service answers.
+"""Decide whether a peer really trains or serves: the answer of its health service.
 
-Pure: `now` is an argument, the answer carries its reason.
+Pure: `now` is an argument, and the answer carries its reason.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _AT_WORK = (pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING)
 
 @dataclass(frozen=True, kw_only=True)
 class Vitals:
-    """What the decision rests on; times in seconds of the clock that gives `now`."""
+    """Input of the decision; times in seconds of the clock that gives `now`."""
 
     state: pb.PeerState
     progressed_s: float
-    """When something last got further: an inner step, a merge, a look at the swarm, a piece of a transfer."""
+    """Time of the last progress: an inner step, a merge, a look at the swarm, a piece of a transfer."""
     patience_s: float
-    """How long that may take before the peer counts as stuck."""
+    """Seconds without progress after which the peer counts as stuck."""
 
 
 def health(vitals: Vitals, now: float) -> tuple[bool, str]:
-    """Whether this peer does what it is there for, and why."""
+    """Return whether this peer does what it is there for, and why."""
     if vitals.state == pb.PEER_STATE_FINISHING:
         return True, "it serves on for the others"  # a minute at most, and it may be measuring meanwhile
     if vitals.state not in _AT_WORK:

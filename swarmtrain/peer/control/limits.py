@@ -1,7 +1,7 @@
-"""Keeps a volunteer to what it may take of its machine: rests it, slows it, and takes changes while it runs.
+"""Keep a volunteer within what it may take of its machine: pause it, slow it, and accept changes while it runs.
 
-A thread of its own measures and decides every few seconds (the decisions are `protocol/limits.py`); the number of
-threads is changed by the trainer between two steps, since it belongs to the thread that trains.
+A thread of its own measures and decides every few seconds (decisions: `protocol/limits.py`). Only the number of threads
+is set by the trainer, between two steps, since it belongs to the thread that trains.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class Measured(Protocol):
 
 
 def local_time() -> datetime.datetime:
-    """This machine's wall clock, in the zone it is in now: laptops travel."""
+    """Return this machine's wall clock, in the time zone it is in now: laptops travel."""
     time.tzset()
     return datetime.datetime.now()
 
 
 class LimitKeeper:
-    """Holds a `PauseSwitch` as the limits say. Usable from any thread, `between_steps` from the trainer's."""
+    """Holds a `PauseSwitch` as the limits require. Thread-safe, but `between_steps` is for the trainer's thread."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class LimitKeeper:
         *,
         expected: Callable[[], Estimate | None] = lambda: None,
     ) -> None:
-        """`expected`: what the run costs this peer, as far as it is known."""
+        """`expected` returns what the run costs this peer, as far as it is known."""
         self._limits, self._pause, self._emit = limits, pause, emit
         self._measured = measured or Usage()
         self._local_now = local_now
@@ -93,7 +93,7 @@ class LimitKeeper:
     # ------------------------------------------------------------- what is in force
 
     def limits(self) -> pb.Limits:
-        """What it may take now."""
+        """Return the limits in force."""
         with self._lock:
             limits, traffic = self._limits, self._traffic
         return pb.Limits(
@@ -108,7 +108,9 @@ class LimitKeeper:
         )
 
     def change(self, wanted: pb.Limits) -> str:
-        """Change what `wanted` names; returns what happens now. UserError says what is allowed."""
+        """Change the limits that `wanted` names; return a sentence on what happens now. Raises UserError for a value
+        not allowed.
+        """
         try:
             given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
             if "hours" in given:
@@ -149,12 +151,12 @@ class LimitKeeper:
         return "; ".join(said)
 
     def _too_many(self, threads: int) -> str:
-        """What to say of more threads than can work at once."""
+        """Return a remark on more threads than processors; else empty."""
         cores = self._measured.num_processors
         return f", more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
 
     def _too_little(self, limit_bytes: int) -> str:
-        """What to say of a limit that the run is expected to pass."""
+        """Return a remark on a limit that the run is expected to exceed; else empty."""
         expected = self._expected() if limit_bytes else None
         if expected is None or expected.memory_bytes <= limit_bytes:
             return ""
@@ -163,19 +165,21 @@ class LimitKeeper:
     # ------------------------------------------------------------- keeping them
 
     def start(self) -> None:
-        """Apply the limits for the first time, in the trainer's thread. UserError when one cannot be."""
+        """Apply the limits for the first time, in the trainer's thread. Raises UserError if one cannot be applied."""
         self._set_nice(self._limits.nice)
         self.between_steps()
         self.tick()
 
     def limit_link(self, traffic: TrafficCount, network: NetworkSection) -> None:
-        """Keep this peer's link to the limits, and to those of a run where there are none; as `limit_link`."""
+        """Limit this peer's link by the limits, or by the run's where they say nothing; see the function
+        `limit_link`.
+        """
         with self._lock:
             limit_link(traffic, self._limits, network)
             self._traffic, self._network = traffic, network
 
     def between_steps(self) -> None:
-        """Apply the number of threads; costs nothing unless it has changed."""
+        """Set the number of torch's threads if it has changed; costs nothing otherwise."""
         wanted = self._limits.threads or self._all_threads
         if wanted != self._threads:
             torch.set_num_threads(wanted)
@@ -228,7 +232,7 @@ _FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbi
 
 
 def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
-    """Limits that a person changed as options of `join`; None for what is not limited any more."""
+    """Return changed limits as options of `join`; None for a limit that was removed."""
     numbers = {"--threads": "threads", "--nice": "nice", "--up": "up_mbit", "--down": "down_mbit"}
     found: dict[str, tuple[str, ...] | None] = {
         option: (f"{getattr(wanted, name):.15g}",) for option, name in numbers.items() if wanted.HasField(name)
@@ -246,7 +250,7 @@ def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
 
 @contextmanager
 def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
-    """Inside, the limits are kept."""
+    """Keep the limits, by a thread, while inside the context."""
     keeper.start()
     ended = threading.Event()
 
@@ -273,7 +277,7 @@ def _needs_in_words(cost: Estimate) -> str:
 
 
 def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
-    """UserError when this run cannot keep to the limit, even with one partner only."""
+    """Raise UserError if this run cannot keep to the limit even with a single partner."""
     if not limit_bytes:
         return
     cost = estimate(run, num_parameters, num_peers=2)
@@ -287,8 +291,10 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
 
 
 def limit_link(traffic: TrafficCount, limits: Limits, network: NetworkSection) -> None:
-    """Keep what is sent and received to `limits`, and where those say nothing to what the run says. UserError when that
-    is too little for the run: every transfer would be given up for slowness."""
+    """Limit what is sent and received by `limits`, or by the run file where they say nothing.
+
+    Raises UserError if that is too little for the run, in which every transfer would be given up as too slow.
+    """
     _check_link(limits, network)
     up_mbit = network.up_mbit if limits.up_mbit is None else limits.up_mbit
     down_mbit = network.down_mbit if limits.down_mbit is None else limits.down_mbit

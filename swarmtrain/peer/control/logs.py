@@ -1,8 +1,8 @@
-"""Where a peer's log goes: `peer.log` in its folder for whoever looks later, the terminal for what was asked for.
+"""Logging of a peer: `peer.log` in its folder for later, and the terminal for what was asked for.
 
-The file has our messages from info on, the events as a person reads them, and what hivemind, libp2p (its daemon
-included) and others warn of. It is rotated; a disk that is full costs lines, never the training. The terminal has
-only our own messages, unless everything is asked for.
+The file has swarmtrain's messages from info on, the events as a person reads them, and warnings of hivemind, libp2p
+(its daemon included) and others. It is rotated; a full disk costs lines, never the training. The terminal has
+swarmtrain's messages only, unless everything is asked for.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _E = TypeVar("_E", bound=Event)
 
 
 class LogFormatter(logging.Formatter):
-    """Time, level, short name, message: `2026-11-25 16:40:07.123 warning libp2p: ...`.
+    """Formats time, level, short name and message: `2026-11-25 16:40:07.123 warning libp2p: ...`.
 
-    What may come from others cannot forge a line: control characters are escaped, further lines are indented.
+    Text from other peers cannot forge a line: control characters are escaped, and further lines are indented.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -69,7 +69,7 @@ class LogFormatter(logging.Formatter):
 
 
 def _short_name(name: str) -> str:
-    """A logger's name below its folder: `rounds.runner` for `swarmtrain.network.rounds.runner`."""
+    """Return a logger's name below its folder: `rounds.runner` for `swarmtrain.network.rounds.runner`."""
     return ".".join(name.split(".")[2:]) or name.rpartition(".")[2]
 
 
@@ -78,7 +78,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
-    """Writes to whatever standard error is at that moment: a display on the same terminal puts itself in between."""
+    """Writes to whatever standard error is at that moment, since a display on the same terminal replaces it."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -94,12 +94,15 @@ class _Terminal(logging.StreamHandler[TextIO]):
     def stream(self, value: TextIO) -> None: ...
 
     def _is_wanted(self, record: logging.LogRecord) -> bool:
-        """Events and what ends us are on the terminal anyway; others' messages only when everything is asked for."""
+        """Return whether a record belongs on the terminal.
+
+        Events and final errors are shown there anyway; others' messages only if everything is asked for.
+        """
         return record.name != _events.name and (self.level <= logging.DEBUG or _is_ours(record))
 
 
 class _LogFile(RotatingFileHandler):
-    """The rotated file. `descriptors` of this process, such as standard error, follow it from file to file."""
+    """Rotated log file. `descriptors` of this process, such as standard error, follow it from file to file."""
 
     def __init__(self, path: Path, descriptors: Sequence[int]) -> None:
         self._descriptors = descriptors
@@ -115,7 +118,7 @@ class _LogFile(RotatingFileHandler):
         return stream
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the base class's name
-        """The disk is full, or the folder is gone: the line is lost, and the next one opens the file anew."""
+        """Drop the line, as the disk is full or the folder gone; the next line opens the file again."""
         self._drop_stream()
 
     def close(self) -> None:
@@ -130,13 +133,13 @@ class _LogFile(RotatingFileHandler):
 
 
 def log_to_terminal(level: str) -> None:
-    """Our messages from `level` on go to standard error; with "debug" everything from everyone, also into the file."""
+    """Send swarmtrain's messages from `level` on to standard error; with "debug" everybody's, and into the file too."""
     log_to_file_only(level)
     logging.root.addHandler(_Terminal(logging.getLevelName(level.upper())))
 
 
 def log_to_file_only(level: str) -> None:
-    """Nothing goes to standard error; with "debug" everything from everyone into the file."""
+    """Send nothing to standard error; with "debug" everything goes into the file."""
     for handler in [handler for handler in logging.root.handlers if isinstance(handler, _Terminal)]:
         logging.root.removeHandler(handler)
     _set_levels(level == "debug")
@@ -150,9 +153,9 @@ def _set_levels(everything: bool) -> None:
 
 @contextmanager
 def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
-    """Inside, everything worth knowing is written to `peer.log` in `folder`, why it ends by an error too.
+    """Write `peer.log` in `folder` while inside the context, including the error that ends it.
 
-    `descriptors` are led into the file as well. A bug becomes a `RunTimeError` that names the file.
+    `descriptors` are redirected into the file too. A bug becomes a `RunTimeError` that names the file.
     """
     if logging.getLogger(_OURS).level == logging.NOTSET:
         _set_levels(everything=False)  # a program of somebody's own, with its own logging
@@ -176,7 +179,7 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
 
 
 def bug_in_words(error: Exception, path: Path | str) -> str:
-    """One line for the person who met a bug whose traceback is in `path`, or whose machine has too little memory."""
+    """Return one line for a person who met a bug with its traceback in `path`, or whose machine lacks memory."""
     if isinstance(error, MemoryError) or _TORCH_HAS_NO_MEMORY in str(error):
         return (
             "there is not enough memory here for this peer's part of the run: `swarmtrain check RUN.toml` says what it "
@@ -195,7 +198,7 @@ def _thread_ended(failure: threading.ExceptHookArgs) -> None:
 
 
 def logged(emit: Callable[[Event], None]) -> Callable[[Event], None]:
-    """`emit`, and the event as a line of the log."""
+    """Return an `emit` that also logs each event."""
     return _Logged(emit)
 
 
@@ -209,7 +212,7 @@ class _Logged:
 
 
 def log_event(event: _E) -> _E:
-    """The event, once it is a line of the log."""
+    """Log the event as a line, and return it."""
     level = logging.WARNING if isinstance(event, WarningEvent) else logging.INFO
     _events.log(level, "%s", in_words(event))
     return event

@@ -46,7 +46,7 @@ _STATES = {
 
 
 class EventCounts:
-    """What a peer's events add up to since its process began. Takes events from any thread."""
+    """Sums over a peer's events since its process began. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,12 +71,12 @@ class EventCounts:
                     pass
 
     def sum(self, name: str) -> float:
-        """Of a field of the rounds, or the number of events of a kind."""
+        """Return the sum of a field of the rounds, or the number of events of a kind."""
         with self._lock:
             return float(self._sums[name])
 
     def refused(self) -> dict[str, float]:
-        """How often something was refused, by the rule that it broke."""
+        """Return how often something was refused, by the rule that it broke."""
         with self._lock:
             return {rule: float(number) for rule, number in self._refused.items()}
 
@@ -86,7 +86,7 @@ class EventCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """What one scrape looks at."""
+    """Input of one scrape."""
 
     status: pb.PeerStatus
     counts: EventCounts
@@ -94,11 +94,13 @@ class _Look:
     tokens_per_step: int
     memory_bytes: int
     expected: Estimate | None
-    """What the run costs a volunteer, with as many of them as are present."""
+    """Cost of the run for a volunteer, with as many volunteers as are present."""
 
     @property
     def joined(self) -> bool:
-        """Before that, counts of an earlier life may be missing, and one that shrinks counts as begun anew."""
+        """True once the peer has joined. Before, counts of earlier processes may be missing, and a counter must not
+        shrink.
+        """
         return self.status.state != pb.PEER_STATE_STARTING
 
     @property
@@ -112,17 +114,17 @@ _Read = Callable[[_Look], "float | Mapping[str, float] | None"]
 @dataclass(frozen=True)
 class _Metric:
     name: str
-    """With its unit, and for a counter without `_total`."""
+    """Name with its unit; for a counter without `_total`."""
     family: type[GaugeMetricFamily] | type[CounterMetricFamily]
     meaning: str
     read: _Read
     unit: str = ""
     label: str = ""
-    """What the keys are that `read` gives."""
+    """Name of the label whose values are the keys that `read` gives."""
 
     @property
     def exposed(self) -> str:
-        """The name that Prometheus knows it by."""
+        """Name that Prometheus knows it by."""
         return f"swarmtrain_{self.name}" + ("_total" if self.family is CounterMetricFamily else "")
 
 
@@ -188,11 +190,11 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("catch_ups", _COUNTER, "Merges it missed and took from another.", _count("caught_up")),
     _Metric("peers_lost", _COUNTER, "Peers that went without a goodbye.", _count("peer_lost")),
 )  # fmt: skip
-"""One a line; the table in docs/control.md has the same names."""
+"""Metrics, one per line; the table in docs/control.md has the same names."""
 
 
 class PeerCollector(Collector):
-    """Turns a peer's status and its counted events into metrics, at each scrape anew."""
+    """Turns a peer's status and its counted events into metrics, anew at each scrape."""
 
     def __init__(
         self,
@@ -207,7 +209,7 @@ class PeerCollector(Collector):
         self._lock = threading.Lock()
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics now."""
+        """Return the metrics now."""
         status = self._board.status()
         look = _Look(
             status=status,
@@ -234,7 +236,11 @@ class PeerCollector(Collector):
         return family
 
     def _grown(self, which: tuple[str, str], value: float) -> float:
-        """The highest so far: traffic is read from the last pulse once there is none any more, which was a bit less."""
+        """Return the highest value so far.
+
+        Without a pulse the traffic is that of the last pulse, which was a little less; Prometheus would take a drop for
+        a restart.
+        """
         with self._lock:
             self._highest[which] = max(value, self._highest.get(which, 0.0))
             return self._highest[which]
@@ -247,11 +253,11 @@ class _Handler(WSGIRequestHandler):
     timeout = _CALL_LIMIT_S
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A scrape every few seconds is not worth a line."""
+        """Log nothing: a scrape every few seconds is not worth a line."""
 
 
 class _HttpServer(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread a call, a few at once: whoever comes when there is no room is hung up on."""
+    """HTTP server with a thread for each call, for a few calls at once; further callers are hung up on."""
 
     daemon_threads = True
     block_on_close = False
@@ -263,7 +269,7 @@ class _HttpServer(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Without looking its own name up, which can take long where no name server answers."""
+        """Bind without looking up this machine's name, which can take long where no name server answers."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
         self.setup_environ()
@@ -281,7 +287,7 @@ class _HttpServer(socketserver.ThreadingMixIn, WSGIServer):
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Somebody hung up, or was too slow."""
+        """Log that somebody hung up or was too slow."""
         _log.debug("a call for metrics failed: %r", sys.exception())
 
 
@@ -298,7 +304,9 @@ class MetricsServer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> str:
-        """Serve from now on; where, for a port that was left open. UserError when that cannot be."""
+        """Start serving; return the address, with the port that was chosen if none was given. Raises UserError if it
+        cannot.
+        """
         host, _, port = self._address.rpartition(":")
         try:
             family, *_, address = socket.getaddrinfo(
@@ -315,7 +323,7 @@ class MetricsServer:
         return f"{host}:{server.server_port}"
 
     def stop(self) -> None:
-        """Stop serving; a call that is being answered is not waited for."""
+        """Stop serving; a call being answered is not waited for."""
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._thread.join(_JOIN_S)
@@ -333,7 +341,9 @@ class MetricsServer:
 
 @contextmanager
 def serving_metrics(address: str, board: StatusBoard, is_healthy: Callable[[], bool]) -> Iterator[str]:
-    """Serve a peer's metrics at `address` meanwhile; gives where. Raises UserError when the port is taken."""
+    """Serve a peer's metrics at `address` while inside the context; yield the address. Raises UserError if the port is
+    taken.
+    """
     counts = EventCounts()
     server = MetricsServer(address, PeerCollector(board, counts, is_healthy))
     where = server.start()

@@ -1,8 +1,8 @@
-"""The control server: how a person, a health check or a dashboard talks to a running peer.
+"""Control server: through it a person, a health check or a dashboard talks to a running peer.
 
 gRPC on a Unix socket in the peer's folder, which only its owner can open. It runs in a thread and an event loop of its
-own, so that neither the network nor the training waits for whoever asks. The server knows nothing of the peer but
-its `ControlHandlers`; what a caller sends can at worst be refused.
+own, so that neither the network nor the training waits for a caller. The server knows nothing of the peer but its
+`ControlHandlers`; what a caller sends can at worst be refused.
 
 control.address   where clients find the server: a line for the socket, a second one for TCP if that was asked for
 control.sock      the socket, unless the folder's path is too long for one
@@ -49,8 +49,9 @@ MAX_WATCHERS = 32
 _TICK_S = 0.5
 _WATCHERS_A_TICK = 8
 _TICKS_A_SAVE, _FIRST_TICKS = 4, 60
-"""The file is written so often if there is news, and with each tick in the first half minute: who is killed soon after
-it began to train leaves more than that it was starting."""
+"""Ticks between two writes of the file if there is news; with each tick in the first half minute, so that a peer killed
+soon after it began to train leaves more than that it was starting.
+"""
 _SAVE_ANYWAY_S = 15.0
 _START_S = 10.0
 _GRACE_S = 2.0  # for the last word to watchers, on a busy machine too
@@ -73,15 +74,15 @@ _MAX_WAITING_REFUSALS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class ControlHandlers:
-    """What the server may do to its peer. Sentences are for the person who asked.
+    """Functions by which the server acts on its peer. They return sentences for the person who asked.
 
-    `status` and `healthy` are called in the server's loop and only read; the others may take their time. None: this
-    peer has no such power. A `SwarmtrainError` they raise is told to the caller.
+    `status` and `healthy` are called in the server's loop and only read; the others run on a pool and may take time.
+    None: this peer cannot do that. The caller is told the text of a `SwarmtrainError` that they raise.
     """
 
     status: Callable[[], pb.PeerStatus]
     healthy: Callable[[], bool]
-    """Called every half second: whether the peer really trains or serves now."""
+    """Returns whether the peer really trains or serves now; called every half second."""
     leave: Callable[[], str]
     pause: Callable[[], str] | None = None
     resume: Callable[[], str] | None = None
@@ -90,7 +91,7 @@ class ControlHandlers:
 
 
 def read_status(folder: Path) -> pb.PeerStatus | None:
-    """The status that the peer of this folder left; None if there is none, or it was altered."""
+    """Return the status that the peer of this folder left; None if there is none or it is malformed."""
     try:
         status = Parse((folder / "status.json").read_bytes(), pb.PeerStatus(), ignore_unknown_fields=True)
     except (OSError, ParseError, ValueError):
@@ -101,7 +102,7 @@ def read_status(folder: Path) -> pb.PeerStatus | None:
 class ControlServer:
     """Serves `powers` from `start` to `stop`; `tcp` is an address (HOST:PORT) to serve at as well.
 
-    It looks at the peer every `tick_s`: so often at most watchers are told something.
+    It looks at the peer every `tick_s` seconds, and updates watchers at most that often.
     """
 
     def __init__(self, folder: Path, powers: ControlHandlers, tcp: str = "", tick_s: float = _TICK_S) -> None:
@@ -119,7 +120,7 @@ class ControlServer:
     # ------------------------------------------------------------- life
 
     def start(self) -> None:
-        """Serve from now on. UserError when the TCP address is taken; RunTimeError when no socket can be made."""
+        """Start serving. Raises UserError if the TCP address is taken, RunTimeError if no socket can be made."""
         self._thread.start()
         try:
             self._in_loop(self._start(), _START_S)
@@ -128,7 +129,7 @@ class ControlServer:
             raise
 
     def stop(self) -> None:
-        """Tell the watchers the last status, end, and leave it in the folder. May be called again."""
+        """Send the watchers the last status, end, and leave that status in the folder. May be called again."""
         if self._thread.is_alive():
             try:
                 self._in_loop(self._stop(), _START_S)
@@ -171,7 +172,7 @@ class ControlServer:
         self._beat = asyncio.create_task(self._keep_telling())
 
     def _bind_socket(self, server: Any) -> str:
-        """A socket that only this user can open, in the folder or, if that cannot be, in a short private one."""
+        """Bind a socket that only this user can open: in the folder, or else in a short private one."""
         path = self._folder / "control.sock"
         if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
             try:
@@ -205,7 +206,7 @@ class ControlServer:
     # ------------------------------------------------------------- telling
 
     async def _keep_telling(self) -> None:
-        """Twice a second: the health, the watchers, and the file."""
+        """Update the health, the watchers and the file, twice a second."""
         assert self._calls is not None
         for tick in itertools.count():
             try:
@@ -227,7 +228,7 @@ class ControlServer:
         return (status.state, status.round) != (state, round) or since_s >= _SAVE_ANYWAY_S
 
     def _save(self, status: pb.PeerStatus) -> None:
-        """Leave `status` in the folder; a disk without room costs nothing but that."""
+        """Write `status` to the folder. A disk without room only costs the file."""
         text = MessageToJson(status, preserving_proto_field_name=True, indent=1)
         try:
             with self._saving:
@@ -238,7 +239,7 @@ class ControlServer:
 
 
 def _listen_privately(server: Any, path: Path) -> str:
-    """Listen at `path`; nobody else can open it at any moment."""
+    """Listen at `path` so that nobody else can open it at any moment."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()  # of a peer that was killed: whoever holds the folder's lock is the only one here
     before = os.umask(0o177)
@@ -251,7 +252,7 @@ def _listen_privately(server: Any, path: Path) -> str:
 
 
 class _Calls(pb_grpc.ControlServicer):
-    """The methods of the service, each a few lines; runs in the server's loop."""
+    """Methods of the gRPC service, which run in the server's loop."""
 
     def __init__(self, powers: ControlHandlers, workers: ThreadPoolExecutor) -> None:
         self.health = health_aio.HealthServicer()
@@ -268,13 +269,13 @@ class _Calls(pb_grpc.ControlServicer):
     # ------------------------------------------------------------- telling
 
     async def set_health(self, serving: bool) -> None:
-        """What the health service answers from now on."""
+        """Set what the health service answers from now on."""
         kinds = health_pb2.HealthCheckResponse
         for service in ("", SERVICE):
             await self.health.set(service, kinds.SERVING if serving else kinds.NOT_SERVING)
 
     def are_due(self, tick: int) -> bool:
-        """Whether there are watchers to tell something in this tick; the more they are, the less often."""
+        """Return whether watchers are to be updated in this tick; the more they are, the less often."""
         return self._num_watchers > 0 and tick % (1 + (self._num_watchers - 1) // _WATCHERS_A_TICK) == 0
 
     def tell(self, status: pb.PeerStatus) -> None:
@@ -292,7 +293,7 @@ class _Calls(pb_grpc.ControlServicer):
         self._news = asyncio.Event()
 
     async def end(self) -> None:
-        """The watchers get the last status, and their streams end."""
+        """Send the watchers the last status and end their streams."""
         await self.health.enter_graceful_shutdown()
         self._ended, self._latest = True, self._powers.status()
         self._wake()
@@ -304,7 +305,7 @@ class _Calls(pb_grpc.ControlServicer):
         return self._powers.status()
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.PeerStatus]:
-        """See the proto. Whoever reads slowly misses states rather than getting old ones."""
+        """See the proto. A slow reader misses states; it gets no old ones."""
         if self._num_watchers >= MAX_WATCHERS:
             await self._take_time_to_refuse()
             await context.abort(
@@ -324,7 +325,9 @@ class _Calls(pb_grpc.ControlServicer):
             self._num_watchers -= 1
 
     async def _take_time_to_refuse(self) -> None:
-        """A refusal costs as much as an answer: those who ask again at once get their refusals one after the other."""
+        """Delay a refusal. A refusal costs as much as an answer, so peers that ask again at once get theirs one after
+        the other.
+        """
         if self._num_refused >= _MAX_WAITING_REFUSALS:
             return
         self._num_refused += 1
@@ -357,7 +360,7 @@ class _Calls(pb_grpc.ControlServicer):
         return pb.ControlReply(message=await self._use(context, work, "change its limits"))
 
     async def _use(self, context: Any, power: Callable[[], _T] | None, what: str) -> _T:
-        """The power's answer, found beside the loop; a call that cannot be ends with a sentence."""
+        """Run a handler on the pool and return its answer; abort the call with a sentence if it fails or is missing."""
         if power is None:
             code, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"
         else:

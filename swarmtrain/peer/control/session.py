@@ -1,7 +1,8 @@
-"""A peer under control: its status board, its control server, and what the server may do to it.
+"""Control of a running peer: its status board, its control server, and the handlers through which the server acts on
+it.
 
-`control_session` surrounds a peer's life from the moment its folder is held. The peer tells it what it has (a swarm, an
-exchange, a pause switch) as soon as it has it; until then a call says that the peer is still starting.
+`control_session` surrounds a peer's life from the moment its folder is locked. The peer registers what it has (a swarm,
+an exchange, a pause switch) as soon as it has it; a call that comes earlier is told that the peer is still starting.
 """
 
 from __future__ import annotations
@@ -43,27 +44,30 @@ _PATIENCE_S = 60.0
 _FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes here
 _STEPS_OF_PATIENCE = 4
 _COUNTS_LAG_S = 15.0
-"""So old is at most what a bootstrap has counted: progress records are written and read every few seconds."""
+"""Greatest age of a bootstrap's counts, in seconds: progress records are written and read every few seconds."""
 
 
 class Checkpoints(Protocol):
-    """What a peer keeps, see `CheckpointManager`."""
+    """Checkpoints that a peer keeps, see `CheckpointManager`."""
 
     def flushed(self) -> pb.CheckpointReply:
-        """The newest one, once it is on the disk. Raises RunTimeError."""
+        """Return the newest checkpoint once it is on the disk. Raises RunTimeError."""
         ...
 
     def show(self, status: pb.PeerStatus) -> None:
-        """Fill in the newest one on the disk."""
+        """Fill in the newest checkpoint on the disk."""
 
 
 @dataclass
 class ControlSession:
-    """The handle a peer has of its own control: where it tells what it does and what it can."""
+    """Handle by which a peer reports to its own control what it does and what it can.
+
+    The peer calls it from its threads; the handlers run in the control server's.
+    """
 
     board: StatusBoard
     emit: Emit
-    """Events that go through here are noted on the board."""
+    """Takes events, and notes them on the board."""
     stop: StopFlag
     reason: str = ""
     _pause: PauseSwitch | None = None
@@ -72,7 +76,7 @@ class ControlSession:
     _checkpoints: Checkpoints | None = None
 
     def ended(self, done: DoneEvent) -> DoneEvent:
-        """Its work is over; what remains is to leave."""
+        """Record that the peer's work is over; what remains is to leave."""
         self.reason = done.reason
         self.board.take(done)
         self.board.doing(pb.PEER_STATE_FINISHING, "leaving: telling the other peers")
@@ -81,24 +85,27 @@ class ControlSession:
     # ------------------------------------------------------------- what it does
 
     def starting(self, what: str) -> None:
-        """On the way to its first round, or to serving."""
+        """Report a phase on the way to the first round, or to serving."""
         self.board.doing(pb.PEER_STATE_STARTING, what)
 
     def finishing(self, what: str) -> None:
-        """The run is over; there is something left to do."""
+        """Report that the run is over and what is left to do."""
         self.board.doing(pb.PEER_STATE_FINISHING, f"the run is complete: {what}")
         self.emit(FinishingEvent(doing=what))
 
     def check(self) -> None:
-        """`StopFlag.check`, from within something long that gets further."""
+        """Call `StopFlag.check` from within a long operation, and note that the operation makes progress."""
         self.board.beat()
         self.stop.check()
 
     def takes_orders(
         self, pause: PauseSwitch, pause_asked: Callable[[bool], None], limit: Callable[[pb.Limits], str]
     ) -> None:
-        """It trains: from now on a person may pause it, which `pause_asked` is told of, and change its limits."""
+        """Register what lets a person pause the peer (`pause_asked` is called then) and change its limits. For
+        volunteers.
+        """
         self._pause_asked, self._limit = pause_asked, limit
+        # Assigned last: whoever finds the switch also finds `pause_asked`.
         self._pause = pause  # last: who pauses it now is heard by `pause_asked`
 
     def watch(
@@ -108,9 +115,10 @@ class ControlSession:
         checkpoints: Checkpoints,
         estimates: Callable[[int], Estimate] | None = None,
     ) -> None:
-        """It takes part in the swarm of its run: from now on the board looks there and at `pulse`, and the newest of
-        its checkpoints can be asked for. `estimates`: what the run costs each of so many volunteers, of one that holds
-        the whole model."""
+        """Register the swarm of the run: from now on the board reads it and `pulse`, and checkpoints can be asked for.
+
+        `estimates` gives what the run costs each of a number of volunteers that hold the whole model.
+        """
         run, board = swarm.published.run, self.board
         board.add_looker(swarm_looker(board, swarm))
         board.add_looker(checkpoints.show)
@@ -129,17 +137,17 @@ class ControlSession:
         self._checkpoints = checkpoints
 
     def serving(self) -> None:
-        """It serves the run from now on."""
+        """Report that the peer serves the run from now on."""
         self.board.doing(pb.PEER_STATE_SERVING, "serving the run")
 
     def training_stages(self, stages: Sequence[int]) -> None:
-        """It holds these now."""
+        """Report that the peer holds these stages now."""
         self.board.doing(pb.PEER_STATE_TRAINING, f"training {stages_in_words(stages)}")
 
     # ------------------------------------------------------------- powers
 
     def powers(self) -> ControlHandlers:
-        """What the server may do."""
+        """Return the handlers that the server may call."""
         return ControlHandlers(
             status=self.board.status,
             healthy=lambda: health(self.board.tick(), time.monotonic())[0],
@@ -195,7 +203,7 @@ def control_session(
 ) -> Iterator[ControlSession]:
     """Keep a peer's board and control server while it lives, and leave its last status in the folder.
 
-    Raises UserError when a TCP address of `settings` is taken. Without a socket the peer runs all the same.
+    Raises UserError if a TCP address of `settings` is taken. If no socket can be made the peer runs all the same.
     """
     board = StatusBoard(role, time.time() - process_age_s())
     if (before := read_status(folder.path)) is not None:
@@ -227,7 +235,7 @@ def control_session(
 
 
 def _show_checkpoint(kept: Written | None, status: pb.PeerStatus) -> None:
-    """Show the one that was on the disk at the start; a peer that gets further shows its newest."""
+    """Show the checkpoint that was on the disk at the start; a running peer's newest replaces it."""
     if kept is not None:
         checkpoint = pb.KeptCheckpoint(round=kept.round, time=kept.time, size_bytes=kept.size_bytes)
         status.checkpoint.CopyFrom(checkpoint)
@@ -245,7 +253,7 @@ def _metrics(settings: PeerSettings, control: ControlSession) -> AbstractContext
 
 
 def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[], Pulse]:
-    """What a volunteer is doing in its rounds, read from where it happens."""
+    """Return a function that describes what a volunteer is doing in its rounds, read from where it happens."""
     rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
 
     def pulse() -> Pulse:
@@ -287,7 +295,7 @@ def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
 
 
 def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
-    """What a bootstrap is doing: serving, or waiting for whom it takes."""
+    """Return a function that describes what a bootstrap is doing: serving, or waiting for volunteers."""
     min_peers = swarm.published.run.merge.min_peers
 
     def pulse() -> Pulse:
@@ -321,14 +329,14 @@ def _volunteers(number: int, more: str = "") -> str:
 
 
 def reach_in_words(swarm: Swarm) -> str:
-    """That nobody can dial this peer, or that it serves others whom nobody can dial; mostly nothing."""
+    """Return a sentence if nobody can dial this peer, or if it serves peers that nobody can dial; usually empty."""
     guests = () if swarm.serving.hosting is None else swarm.serving.hosting.guests.current(swarm_time())
     serving = f"serving the work of {counted(len(guests), 'peer')} that nobody can dial"
     return swarm.reaching.in_words() or (serving if guests else "")
 
 
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
-    """Fills in who is here and who contributed what."""
+    """Return a looker that fills into a status who is here and who contributed what."""
     tokens_per_step, gone, growth = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
 
     def look(status: pb.PeerStatus) -> None:
@@ -373,13 +381,13 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
 
 
 def _told_per_s(live: Iterable[PeerInfo], tokens_per_step: int) -> float:
-    """Tokens a second of all together, as most say: before it is measured."""
+    """Return all peers' tokens per second as most of them claim; used before it is measured."""
     speeds = [info.steps_per_s for info in live if info.training and info.steps_per_s > 0]
     return tokens_per_step * len(speeds) * statistics.median_low(speeds) if speeds else 0.0
 
 
 def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
-    """What each stage of a pipeline does, as its peers say."""
+    """Fill in what each stage of a pipeline does, as its peers report."""
     num_stages = swarm.published.run.pipeline.stages
     if num_stages == 1:
         return

@@ -1,4 +1,4 @@
-"""What this process and its daemon use of the machine, and what everybody else does."""
+"""Measure what this process and its daemon use of the machine, and what all other programs use."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Usage:
 
     @property
     def num_processors(self) -> int:
-        """Of the machine."""
+        """Processors of the machine."""
         return psutil.cpu_count() or 1
 
     def others_s(self) -> float:
-        """Processor seconds that all other programs of the machine have used so far."""
+        """Return the processor seconds that all other programs of the machine have used so far."""
         times = psutil.cpu_times()
         names = ("user", "nice", "system", "irq", "softirq")  # neither idle, nor taken by another virtual machine
         busy_s = sum(float(getattr(times, name, 0.0)) for name in names)
@@ -43,7 +43,7 @@ class Usage:
         return own_s
 
     def memory_bytes(self) -> int:
-        """Memory of this process and its daemon; what is shared with other programs counts in proportion."""
+        """Return the memory of this process and its daemon; memory shared with other programs counts in proportion."""
         total = 0
         for process in (self._me, *self._children()):
             with contextlib.suppress(psutil.Error):
@@ -65,9 +65,9 @@ def _memory_of(process: psutil.Process) -> int:
 
 
 def set_niceness(nice: int) -> None:
-    """Give this process and its daemon this niceness, with all their threads. PermissionError when it is too low.
+    """Set the niceness of this process and its daemon, with all their threads. Raises PermissionError if it is too low.
 
-    A thread that yields to the others of this process, as the one that writes checkpoints, still does.
+    A thread that was nicer than the process, such as the one that writes checkpoints, stays so.
     """
     me = psutil.Process()
     more = nice - os.getpriority(os.PRIO_PROCESS, me.pid)
@@ -79,7 +79,7 @@ def set_niceness(nice: int) -> None:
 
 
 def _threads_of(pid: int) -> Iterator[int]:
-    """In Linux niceness belongs to a thread, and a new one takes its maker's."""
+    """Yield the threads of a process: on Linux each has a niceness of its own, which a new thread inherits."""
     if not sys.platform.startswith("linux"):
         yield pid
         return

@@ -1,7 +1,7 @@
-"""`swarmtrain doctor`: looks at this machine, and with an invite at the run and the way to it, without joining.
+"""`swarmtrain doctor`: examine this machine, and with an invite the run and the way to it, without joining.
 
-What is looked at is a list of steps; each step ends within its own time and gives findings. Nothing is left behind:
-what it needs of folders is temporary, and its nodes end with it.
+The examination is a list of steps; each ends within its own time limit and yields findings. Nothing is left behind: its
+folders are temporary, and its nodes end with it.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings:
-    """What to look at; addresses are multiaddresses. `memory_of` says how much memory a peer of a run needs, of
-    `peers_assumed`."""
+    """Settings of an examination; addresses are multiaddresses.
+
+    `memory_of` returns the memory that a peer of a run needs, in a swarm of `peers_assumed` peers.
+    """
 
     invite: str | None
     directory: Path
@@ -96,7 +98,7 @@ DoctorStep = tuple[str, Callable[[], Iterable[Finding]]]
 
 @dataclass
 class Doctor:
-    """One examination; a context manager that ends what it started. `findings` gives them one by one."""
+    """One examination; a context manager that ends what it started. `findings` yields the results."""
 
     settings: DoctorSettings
     network: NetworkThread = field(default_factory=NetworkThread)
@@ -122,7 +124,7 @@ class Doctor:
         self._temporary.cleanup()
 
     def findings(self, begin: Callable[[str], None]) -> Iterator[Finding]:
-        """All findings, each as soon as it is known; `begin` is told what is looked at next."""
+        """Yield all findings, each as soon as it is known; `begin` is called with the name of the next step."""
         for name, look in self.steps():
             if name in _NEED_TORCH and not self.has_torch:
                 continue
@@ -139,7 +141,7 @@ class Doctor:
                 yield Finding(name, "problem", what, "this is a bug in swarmtrain: please report it")
 
     def steps(self) -> list[DoctorStep]:
-        """What is looked at, in this order."""
+        """Return the steps in order."""
         local: list[DoctorStep] = [
             ("python", lambda: [check_python()]),
             ("torch", lambda: [check_torch()]),
@@ -173,7 +175,7 @@ class Doctor:
     # ------------------------------------------------------------- the daemon and ports
 
     def _start(self, name: str, listen: Sequence[str], announce: Sequence[str] = ()) -> Node:
-        """A node of its own identity; it ends with the examination at the latest. Raises RunTimeError."""
+        """Start a node with an identity of its own; it ends with the examination at the latest. Raises RunTimeError."""
         folder = Path(self._temporary.name) / name
         folder.mkdir()
         settings = NodeSettings(directory=folder, listen=tuple(listen), announce=tuple(announce), dht_mode="off")
@@ -183,7 +185,7 @@ class Doctor:
         return node
 
     def look_at_daemon(self) -> Finding:
-        """hivemind's network daemon: whether it starts, and ends when asked to."""
+        """Check that hivemind's network daemon starts, and ends when asked to."""
         version = f"hivemind {version_of('hivemind')}"
         advice = "install hivemind again (pip install --force-reinstall hivemind), on Linux or macOS, x86-64 or arm64"
         began_s = time.perf_counter()
@@ -202,7 +204,7 @@ class Doctor:
         return Finding("daemon", "ok", f"{version}, starts in {time_in_words(started_s)} and ends when asked")
 
     def look_at_ports(self) -> Finding:
-        """Whether this machine can listen where a peer would."""
+        """Check whether this machine can listen where a peer would."""
         pid = holder_pid(self.settings.directory)
         used_by = f"the peer that runs in {self.settings.directory} (process {pid})" if pid else ""
         return check_ports(self.settings.listen or _ANYWHERE, used_by)
@@ -210,7 +212,7 @@ class Doctor:
     # ------------------------------------------------------------- the swarm
 
     def look_at_invite(self) -> Finding:
-        """Whether the invite is whole, and what it says."""
+        """Check whether the invite is whole, and report what it says."""
         try:
             invite = self.invite = parse_invite(self.settings.invite or "")
         except InviteError as error:
@@ -224,7 +226,7 @@ class Doctor:
         )
 
     def look_at_peers(self) -> Iterator[Finding]:
-        """Who of the invite answers, how quickly and how; then who else can be dialled."""
+        """Report which peers of the invite answer, how quickly and where; then who else can be dialled."""
         if self.invite is None:
             return
         self._caller = self._start("caller", _ANYWHERE)
@@ -248,7 +250,7 @@ class Doctor:
             yield Finding("peers", "ok", f"of {counted(asked, 'other')} asked, {len(reached)} can be dialled from here")
 
     def _knock(self, peers: Sequence[InvitedPeer]) -> list[tuple[InvitedPeer, GreetingAnswer | str]]:
-        """Each peer with its answer, or why there is none; all are asked at once."""
+        """Return each peer with its answer, or the reason why there is none; all are asked at once."""
         assert self._caller is not None and self.invite is not None
         coroutines = [knock(self._caller, self.invite.run_sha256, peer, _DIAL_S) for peer in peers]
         futures = [self.network.submit(coroutine) for coroutine in coroutines]
@@ -261,7 +263,7 @@ class Doctor:
         return found
 
     def look_at_run(self) -> Iterator[Finding]:
-        """Whether somebody serves the run, and what it is."""
+        """Check whether somebody serves the run, and report what it is."""
         for answer in self.answers[:3]:
             assert self._caller is not None and self.invite is not None
             calls = PeerCalls(self._caller, self.invite.run_sha256)
@@ -286,7 +288,7 @@ class Doctor:
             yield from self.look_at_kept_run()
 
     def look_at_kept_run(self) -> Iterator[Finding]:
-        """Without a swarm to ask: the run that is kept in the folder, if there is one."""
+        """Report the run that is kept in the folder, if there is one, as there is no swarm to ask."""
         try:
             data = (self.settings.directory / "run.toml").read_bytes()
             sha256 = run_sha256(data)
@@ -297,7 +299,7 @@ class Doctor:
             _log.debug("no saved run: %s", error)
 
     def look_at_clock(self) -> Iterator[Finding]:
-        """This machine's clock against those who answered."""
+        """Compare this machine's clock with those of the peers that answered."""
         offsets_s = [answer.offset_s for answer in self.answers if math.isfinite(answer.offset_s)]
         if offsets_s:
             yield check_clock(statistics.median(offsets_s), len(offsets_s))
@@ -305,9 +307,10 @@ class Doctor:
     # ------------------------------------------------------------- seen from outside
 
     def _start_listener(self) -> None:
-        """A node that listens where the peer would, and that nobody knows."""
+        """Start a node that nobody knows, listening where the peer would."""
         listen = self.settings.listen
         if not listen:
+            # The port of last time: a router may forward just that one.
             port = PeerFolder(self.settings.directory).kept_port() or 0
             same = tuple(address.replace("/tcp/0", f"/tcp/{port}") for address in _ANYWHERE)
             listen = same if check_ports(same).level == "ok" else _ANYWHERE
@@ -317,7 +320,7 @@ class Doctor:
             _log.debug("cannot listen: %s", error)
 
     def look_from_outside(self) -> Finding:
-        """Whether others can dial this machine: some of those who answered are asked to try."""
+        """Check whether others can dial this machine, by asking some peers that answered to try."""
         if self._listener is None:
             return Finding("reachable", "warning", "not known: nothing could listen here", "see ports")
         ports = _tcp_ports(self.network.run(self._listener.addresses(), _DIAL_S))
@@ -338,7 +341,7 @@ class Doctor:
     # ------------------------------------------------------------- what the run costs
 
     def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
-        """What `bytes_of` says of the run and its parameters; None without a run."""
+        """Return what `bytes_of` says of the run and its parameters; None without a run."""
         if self.run is None or not self.has_torch:
             return None
         from swarmtrain.model.gpt import num_parameters
@@ -346,18 +349,18 @@ class Doctor:
         return bytes_of(self.run, num_parameters(self.run.model))
 
     def look_at_memory(self) -> Finding:
-        """Whether the run fits into what this machine has free."""
+        """Check whether the run fits into the free memory of this machine."""
         return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
     def look_at_data(self) -> Iterator[Finding]:
-        """Whether the text that the run trains on is here."""
+        """Check whether the text that the run trains on is here."""
         if self.run is not None:
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
                 yield from check_rule(self.run)
 
     def look_at_speed(self) -> Iterator[Finding]:
-        """How quickly this machine would train."""
+        """Measure how fast this machine would train."""
         if self.run is None:
             return
         memory, needed = machine_memory(), self._needed(self.settings.memory_of)
@@ -387,7 +390,7 @@ def _run_in_words(run: RunFile) -> str:
 
 
 def _with_advice(message: str) -> tuple[str, str]:
-    """What is wrong and what to do, of an error's message."""
+    """Split an error's message into what is wrong and what to do."""
     what, _, advice = message.partition("; " if "; ask" in message else ": ")
     return what, advice
 
@@ -419,7 +422,9 @@ def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
 
 @dataclass(frozen=True)
 class DialBackPeer:
-    """A peer that was asked to dial this machine: where it is, what came of it, and where it reached us."""
+    """Peer that was asked to dial this machine: its name and address, the outcome, and the address at which it reached
+    us.
+    """
 
     name: str
     address: str
@@ -433,7 +438,7 @@ def _place_of(multiaddr: str) -> DiskPlace | None:
 
 
 def _tcp_ports(addresses: Iterable[str]) -> list[int]:
-    """The distinct ports of multiaddresses, at most as many as may be asked for."""
+    """Return the distinct TCP ports of multiaddresses, at most as many as may be asked for."""
     found = [re.search(r"/tcp/([0-9]+)", address) for address in addresses]
     return list(dict.fromkeys(int(match[1]) for match in found if match is not None))[:MAX_PORTS]
 
@@ -441,8 +446,11 @@ def _tcp_ports(addresses: Iterable[str]) -> list[int]:
 def check_reachable(
     asked: Sequence[DialBackPeer], ports: Sequence[int], *, fixed: bool, hosted: bool = False
 ) -> Finding:
-    """Whether those who were asked could dial this machine; `fixed` if the person chose the port, `hosted` if others
-    serve the work of whom nobody can dial."""
+    """Judge whether the asked peers could dial this machine.
+
+    `fixed` is True if the person chose the port, `hosted` if other peers serve on the work of those that nobody can
+    dial.
+    """
     for one in asked:
         if one.outcome is not DialOutcome.REACHED:
             continue
@@ -473,7 +481,7 @@ def check_reachable(
 
 
 def check_clock(offset_s: float, num_asked: int) -> Finding:
-    """This machine's clock against the swarm's; `offset_s` is theirs less ours."""
+    """Judge this machine's clock; `offset_s` is the swarm's time minus this machine's."""
     if abs(offset_s) < CLOCK_TOLERANCE_S:
         return Finding("clock", "ok", f"{abs(offset_s):.2f} s from the swarm's ({counted(num_asked, 'peer')} asked)")
     direction = "behind" if offset_s > 0 else "ahead of"
@@ -485,7 +493,7 @@ def check_clock(offset_s: float, num_asked: int) -> Finding:
 
 
 def check_rule(run: RunFile) -> Iterator[Finding]:
-    """Whether another package's rule of merging, if the run has one, is on this machine."""
+    """Report a problem if the run's merge rule is another package's that is not installed here."""
     from swarmtrain.peer.merging.rules import mean_of
 
     try:
@@ -496,7 +504,7 @@ def check_rule(run: RunFile) -> Iterator[Finding]:
 
 
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:
-    """Whether the run's text is on this machine, and enough of it for one sequence."""
+    """Check whether the run's text is on this machine, and enough of it for one sequence."""
     from swarmtrain.data.documents import source_files
     from swarmtrain.peer.lifecycle.preparation import data_base
 
@@ -526,7 +534,7 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
 
 
 def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float]) -> Finding:
-    """Whether this machine keeps up: with the run's limit for a round, and with the others."""
+    """Judge whether this machine keeps up with the run's limit for a round, and with the other peers."""
     steps_per_s = tokens_per_s / run.tokens_per_step
     round_s = run.merge.inner_steps / steps_per_s
     found = (

@@ -1,7 +1,7 @@
-"""What `swarmtrain doctor` looks at on this machine: small checks, each a function that returns a `Finding`.
+"""Checks of `swarmtrain doctor` on this machine: small functions that each return a `Finding`.
 
-A check takes what it judges as an argument, with the real thing as its default, so that every fault can be shown to
-be found. Nothing here imports torch before it is asked to: a broken torch is one of the faults.
+A check takes what it judges as an argument, with the real thing as its default, so that tests can show that each fault
+is found. Nothing here imports torch before it is asked to: a broken torch is one of the faults.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _SHARED_BY_PROVIDER = ipaddress.ip_network("100.64.0.0/10")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: `advice` says what to do unless the level is "ok"."""
+    """Result of one check; `advice` says what to do unless the level is "ok"."""
 
     check: str
     level: Level
@@ -76,7 +76,7 @@ def check_python(
     system: str = platform.system(),
     machine: str = platform.machine(),
 ) -> Finding:
-    """The version of Python, and the system below it."""
+    """Check the version of Python and the system below it."""
     found = f"{'.'.join(map(str, version))} on {system} {machine}"
     if version[:2] < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
@@ -90,7 +90,7 @@ def check_python(
 
 
 def check_torch(load: Callable[[str], Any] = importlib.import_module, cores: int | None = None) -> Finding:
-    """Whether torch can be imported, and what it would compute with."""
+    """Check whether torch can be imported, and what it would compute with."""
     try:
         torch = load("torch")
     except (ImportError, OSError, RuntimeError) as error:
@@ -120,7 +120,7 @@ def _usable_cores() -> int:
 
 
 def version_of(distribution: str) -> str:
-    """The installed version of a distribution, or "missing"."""
+    """Return the installed version of a distribution, or "missing"."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -131,7 +131,9 @@ def version_of(distribution: str) -> str:
 
 
 def check_ports(listen: Sequence[str], used_by: str = "") -> Finding:
-    """Whether this machine can listen at these multiaddresses; `used_by` says who runs in the folder, if anybody."""
+    """Check whether this machine can listen at these multiaddresses; `used_by` names the peer running in the folder, if
+    any.
+    """
     free: list[str] = []
     for address in listen:
         match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([0-9]{1,5})", address)
@@ -183,7 +185,7 @@ DiskPlace = Literal["loopback", "private", "provider", "public"]
 
 
 def place_of(address: str) -> DiskPlace | None:
-    """Where an IP address can be reached from; None for one that nobody is reached at (link-local, multicast)."""
+    """Return where an IP address can be reached from; None for link-local and multicast addresses."""
     try:
         host = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -198,7 +200,7 @@ def place_of(address: str) -> DiskPlace | None:
 
 
 def check_addresses(addresses: Iterable[str]) -> Finding:
-    """Which of this machine's own addresses others could dial."""
+    """Check which of this machine's own addresses others could dial."""
     by_place: dict[DiskPlace | None, list[str]] = {}
     for address in addresses:
         by_place.setdefault(place_of(address), []).append(address.partition("%")[0])
@@ -217,7 +219,9 @@ def check_addresses(addresses: Iterable[str]) -> Finding:
 
 
 def check_disk(name: str, folder: Path, needed_bytes: int | None = None) -> Finding:
-    """Whether `folder` (or where it would be made) can be written, has room for `needed_bytes`, and is quick enough."""
+    """Check whether `folder`, or where it would be made, can be written, has `needed_bytes` free, and is fast
+    enough.
+    """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         if not place.is_dir():
@@ -244,7 +248,7 @@ def check_disk(name: str, folder: Path, needed_bytes: int | None = None) -> Find
 
 
 def check_cache(folder: Path) -> Finding:
-    """The same for the folder of prepared text, which a peer can do without."""
+    """Check the folder of prepared text as `check_disk` does, but only warn: a peer can do without it."""
     finding = check_disk("cache", folder)
     if finding.level == "ok":
         return finding
@@ -255,7 +259,9 @@ def check_cache(folder: Path) -> Finding:
 
 
 def write_speed(folder: Path, num_bytes: int) -> float:
-    """Bytes per second of writing `num_bytes` there and syncing them; the file is gone afterwards. Raises OSError."""
+    """Return the bytes per second of writing and syncing `num_bytes` in the folder; the file is removed. Raises
+    OSError.
+    """
     descriptor, name = tempfile.mkstemp(prefix=".swarmtrain-doctor-", dir=folder)
     began_s = time.perf_counter()
     try:
@@ -283,7 +289,7 @@ class Memory:
 
 
 def machine_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Memory:
-    """This machine's memory, or the container's if that has less."""
+    """Return this machine's memory, or the container's if that is less."""
     machine = psutil.virtual_memory()
     memory = Memory(machine.total, machine.available)
     for folder in _group_folders(groups, own):
@@ -298,7 +304,7 @@ def machine_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
 
 
 def _group_folders(groups: Path, own: Path) -> list[Path]:
-    """The folders of this process's control groups that may limit memory, the widest first."""
+    """Return the folders of this process's control groups that may limit memory, the widest first."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -322,7 +328,7 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Memory of the group that holds copies of files and is given up when something else needs it."""
+    """Return the memory of the group that caches files, which the system reclaims when something else needs it."""
     with contextlib.suppress(OSError):
         match = re.search(r"^(?:total_)?inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
         return int(match[1]) if match else 0
@@ -330,7 +336,7 @@ def _reclaimable(folder: Path) -> int:
 
 
 def check_memory(memory: Memory, needed_bytes: int | None = None, num_peers: int = 0) -> Finding:
-    """Whether the run's `needed_bytes` fit, which it needs with so many peers."""
+    """Judge whether the run's `needed_bytes` fit, which it needs with `num_peers` peers."""
     total, available = size_in_words(memory.total_bytes), size_in_words(memory.available_bytes)
     found = f"{available} free of {total} of {memory.limited_by}"
     if needed_bytes is None:

@@ -1,4 +1,4 @@
-"""What a volunteer has once it has fetched its run. The parts of its training are made from this."""
+"""Context of a volunteer once it has fetched its run. The parts of its training are made from this."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SlowedWork = Callable[[Kind | None], AbstractContextManager[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class VolunteerContext:
-    """A volunteer's run, machine and network, and what may limit, pause and end it."""
+    """Run, machine and network of a volunteer, and what may limit, pause and end it."""
 
     published: PublishedRun
     settings: PeerSettings

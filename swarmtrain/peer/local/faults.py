@@ -1,4 +1,4 @@
-"""A rehearsal under way: mishaps strike the processes and links of a local swarm at their times, and are over again."""
+"""Inject faults into a rehearsal: at their times they strike processes and links of a local swarm, and end again."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ __all__ = ["Connections", "FaultInjection", "Processes"]
 
 
 class Processes(Protocol):
-    """The peers that it happens to."""
+    """Peers that faults strike."""
 
     def end(self, name: str, cleanly: bool) -> None:
-        """This process ends: it is told to, or killed."""
+        """End a process, by a signal to leave or by a kill."""
 
     def begin_again(self, name: str) -> None:
-        """It is started anew, in its folder."""
+        """Start a process again in its folder."""
 
     def hang(self, name: str) -> None:
-        """It stands still."""
+        """Make a process and its daemon stand still."""
 
     def go_on(self, name: str) -> None:
-        """It does no longer."""
+        """Let a process that hangs continue."""
 
     def tell(self, message: str) -> None:
-        """A person is told."""
+        """Show a person a message."""
 
 
 class Connections(Protocol):
-    """The links that it happens to."""
+    """Links that faults strike."""
 
     def part(self, sides: list[list[str]]) -> Outage:
-        """Nothing passes between these and the others."""
+        """Cut these peers off from all others."""
 
     def mend(self, outage: Outage) -> None:
-        """It does again."""
+        """End an outage."""
 
     def reset(self, name: str) -> None:
-        """A peer's connections are cut, and both ends told."""
+        """Cut a peer's connections; both ends learn of it."""
 
     def forget(self, name: str) -> None:
-        """A peer's connections are half open: nobody is told."""
+        """Leave a peer's connections half open: neither end learns of it."""
 
 
 _WORDS = {
@@ -63,11 +63,11 @@ _WORDS = {
 
 @dataclass
 class FaultInjection:
-    """Call `tick` often, once `begin` was called."""
+    """Injects faults in time. After `begin`, call `tick` often."""
 
     swarm: Processes
     links: Connections | None
-    """None where nothing strikes links."""
+    """None if no fault strikes links."""
     mishaps: Iterator[FaultEvent]
     clock: Callable[[], float] = time.monotonic
     _began_s: float | None = None
@@ -76,11 +76,11 @@ class FaultInjection:
     _number: Iterator[int] = field(default_factory=itertools.count)
 
     def begin(self) -> None:
-        """The times of mishaps are from now."""
+        """Start the clock of the faults."""
         self._began_s, self._next = self.clock(), next(self.mishaps, None)
 
     def stop(self) -> None:
-        """Nothing happens any more; what hangs or is cut off goes on, and who was killed is not started again."""
+        """Inject nothing more. What hangs or is cut off continues; killed peers are not started again."""
         self._began_s = self._next = None
         for _, _, do, end in self._ends:
             if do not in ("kill", "leave"):
@@ -88,7 +88,7 @@ class FaultInjection:
         self._ends.clear()
 
     def tick(self) -> None:
-        """Let all that is due happen, and be over."""
+        """Inject the faults that are due, and end those that are over."""
         if self._began_s is None:
             return
         now_s = self.clock() - self._began_s
@@ -104,7 +104,7 @@ class FaultInjection:
             heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), mishap.do, end))
 
     def _do(self, mishap: FaultEvent) -> list[Callable[[], None]]:
-        """What makes it be over."""
+        """Inject a fault; return the functions that end it."""
         swarm, who = self.swarm, mishap.who
         match mishap.do:
             case "kill" | "leave":

@@ -1,9 +1,9 @@
-"""Makes a volunteer slower than it is, so that an unequal swarm can be rehearsed on one computer.
+"""Make a volunteer slower than its machine, so that a swarm of unequal peers can be rehearsed on one computer.
 
-After each inner step the trainer is held until the step has lasted `factor` times its time alone. That time is the
-processor time of the thread that trains, which others on the same cores hardly change (measured in
+After each inner step the trainer sleeps until the step has lasted `factor` times its time alone. That time is the
+processor time of the training thread, which other programs on the same cores hardly change (measured in
 docs/decisions/0016-slowdown-by-processor-time.md), so the machine need not be idle. With more than one training thread
-the others' part is missing from it, and the factor holds only as far as this thread works all the time.
+the others' time is missing from it, and the factor holds only as far as this thread works all the time.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from dataclasses import dataclass, field
 __all__ = ["Slowdown", "SlowedSteps"]
 
 RECENT_STEPS = 21
-"""The time alone is the median of so many steps: one that paid for a page fault or a cold cache does not count."""
+"""Steps whose median is the time alone, so that a page fault or a cold cache does not count."""
 MOST_STEPS_BEHIND = 10
-"""A peer further behind its schedule than so many steps (a busy machine, a laptop that slept) gives up the rest."""
+"""Steps that a peer may be behind its schedule (a busy machine, a laptop that slept); further delay is given up."""
 TOO_BUSY_STEPS = 40
-"""The machine is too busy for the factor when more than half of so many steps gave something up."""
+"""Number of last steps. If more than half of them gave something up, the machine is too busy for the factor."""
 LOOK_S = 0.05
-"""A hold is looked at so often: a pause does not wait for its end."""
+"""Longest single sleep in seconds, so that a pause need not wait."""
 
 
 @dataclass
 class Slowdown:
-    """The schedule: how long to hold after each inner step. Times are arguments, in seconds."""
+    """Schedule of the waits after inner steps. Times are arguments, in seconds."""
 
     factor: float
     late_s: float = 0.0
-    """Behind the schedule; what a busy machine took too long is taken off the next holds."""
+    """Seconds behind the schedule; a delay by a busy machine shortens the next waits."""
     too_busy: bool = False
-    """Whether it has been slower than it should be for long: other programs leave it too little."""
+    """True if this peer has long been slower than it should be, because other programs leave it too little time."""
     _alone_s: deque[float] | None = None  # None before the first step
     _gave_up: deque[bool] = field(default_factory=lambda: deque(maxlen=TOO_BUSY_STEPS))
 
     def hold_s(self, took_s: float, alone_s: float) -> float:
-        """How long to hold after a step that took `took_s`, and `alone_s` of processor time.
+        """Return how long to wait after a step that took `took_s`, and `alone_s` of processor time.
 
-        The first step is neither held nor measured: it allocates what later ones use again.
+        The first step is neither slowed nor measured: it allocates what later ones use again.
         """
         if self._alone_s is None:
             self._alone_s = deque(maxlen=RECENT_STEPS)
@@ -56,21 +56,21 @@ class Slowdown:
         return max(0.0, -self.late_s)
 
     def held(self, held_s: float) -> None:
-        """It was held for `held_s`: longer is made up for, and what a pause cut short is forgiven."""
+        """Record that the wait lasted `held_s`: too long a wait is made up for, one cut short by a pause is not."""
         self.late_s = max(0.0, self.late_s + held_s)
 
 
 @dataclass
 class SlowedSteps:
-    """Holds the thread that trains: each inner step runs inside `with slowed():`."""
+    """Slows the training thread: each inner step runs inside `with slowed():`."""
 
     factor: float
     sleep: Callable[[float], None]
-    """Waits; may raise to end training."""
+    """Function that sleeps; may raise to end training."""
     ends_early: Callable[[], bool]
-    """Whether to hold no longer, for a pause."""
+    """Returns whether to end the wait early, for a pause."""
     too_busy: Callable[[], None] = lambda: None
-    """Told once, when the machine has been too busy for the factor for long."""
+    """Called once, when the machine has long been too busy for the factor."""
     clock: Callable[[], float] = time.monotonic
     processor_clock: Callable[[], float] = time.thread_time
 
@@ -79,7 +79,7 @@ class SlowedSteps:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """A step that ends with an exception is not held."""
+        """Surround one step. A step that ends with an exception is not slowed."""
         began_s, began_processor_s = self.clock(), self.processor_clock()
         yield
         ended_s = self.clock()

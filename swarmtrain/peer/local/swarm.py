@@ -1,8 +1,8 @@
-"""A whole swarm on one machine: a bootstrap and volunteers as real processes, watched through their events.
+"""Run a whole swarm on one machine: a bootstrap and volunteers as real processes, observed through their events.
 
-Each child writes its events as JSON lines; a thread per child reads them. Children die with this process, however
-it ends (see `network.daemon.owned_process_args`), and Ctrl-C in a terminal does not reach them: this process ends the
-volunteers, then the bootstrap, so that what they trained last is archived.
+Each child writes its events as JSON lines; a thread per child reads them. Children die with this process, however it
+ends (see `network.daemon.owned_process_args`). Ctrl-C in a terminal does not reach them: this process ends the
+volunteers first and then the bootstrap, so that what they trained last is archived.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from swarmtrain.rehearsal import LinksSection
 __all__ = ["BOOTSTRAP", "LocalLinks", "LocalSwarm", "link_shape"]
 
 BOOTSTRAP = "bootstrap"
-"""Its name among the children."""
+"""Name of the bootstrap among the children."""
 _STOP_LIMIT_S = 10.0
-"""The bootstrap's last archive and the goodbyes, on a busy machine; most end in a second."""
+"""Seconds for the bootstrap's last archive and the goodbyes on a busy machine; most end within a second."""
 _HAND_OVER_LIMIT_S = 40.0
-"""Volunteers that leave together wait until the bootstrap has archived what they have; most do for two seconds."""
+"""Seconds for volunteers that leave together, which wait until the bootstrap has archived their work; usually two."""
 _GROUP = -1 if sys.platform.startswith("linux") else 0
-"""On Linux each has a session of its own already."""
+"""Process group of a child. On Linux each already has a session of its own."""
 _INSIST_S = 3.0
 _LOOK_S = 0.1
 _OPEN_LIMIT_S = 10.0
 
 
 def link_shape(links: LinksSection, volunteer: bool) -> LinkShape:
-    """One of two links that lie between two peers. The bootstrap's has the delay alone."""
+    """Return the shape of a peer's link, one of two links between two peers. The bootstrap's has only the delay."""
     if not volunteer:
         links = LinksSection(rtt_ms=links.rtt_ms)
     return LinkShape(
@@ -58,7 +58,7 @@ def link_shape(links: LinksSection, volunteer: bool) -> LinkShape:
 
 
 class LocalLinks:
-    """The links of a swarm on this machine, carried by a thread of this process."""
+    """Links of a swarm on this machine, carried by a thread of this process."""
 
     def __init__(self, given: LinksSection, seed: int = 0) -> None:
         self._given = given
@@ -66,33 +66,33 @@ class LocalLinks:
         self._links = PeerLinks(seed)
 
     def options(self, name: str, limited: bool) -> list[str]:
-        """Open a link for a new peer; what its command is told so that everything goes through it."""
+        """Open a link for a new peer; return the options that make all its traffic pass through it."""
         link = self._network.run(self._links.open(name, link_shape(self._given, limited)), _OPEN_LIMIT_S)
         return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
 
     def part(self, sides: list[list[str]]) -> Outage:
-        """Nothing passes between these and the others."""
+        """Cut these peers off from all others."""
         return self._network.run(self._links.part(sides), _OPEN_LIMIT_S)
 
     def mend(self, outage: Outage) -> None:
-        """It does again."""
+        """End an outage."""
         self._network.run(self._links.mend(outage), _OPEN_LIMIT_S)
 
     def reset(self, name: str) -> None:
-        """A peer's connections are cut, and both ends told."""
+        """Cut a peer's connections; both ends learn of it."""
         self._network.run(self._links.reset(name), _OPEN_LIMIT_S)
 
     def forget(self, name: str) -> None:
-        """A peer's connections are half open: nobody is told."""
+        """Leave a peer's connections half open: neither end learns of it."""
         self._network.run(self._links.forget(name), _OPEN_LIMIT_S)
 
     @property
     def passed_bytes(self) -> dict[str, tuple[int, int]]:
-        """What each link has carried up and down, by its peer's name."""
+        """Bytes that each link has carried up and down, by its peer's name."""
         return self._links.passed_bytes
 
     def close(self) -> None:
-        """Cut them all."""
+        """Cut all links."""
         self._network.stop()
 
 
@@ -103,7 +103,7 @@ class _Child:
     log: Path
     command: list[str]
     ended: bool = False
-    """The rehearsal has ended it."""
+    """True if the rehearsal itself has ended the process."""
     closed: bool = False
     done: DoneEvent | None = None
     error: ErrorEvent | None = None
@@ -115,19 +115,21 @@ class LocalSwarm:
 
     directory: Path
     check: Callable[[], None] = lambda: None
-    """Called while waiting for events; what it raises ends the wait."""
+    """Called while waiting for events; an exception ends the wait."""
     links: LocalLinks | None = None
-    """What the children are behind; None: they reach each other directly."""
+    """Links that the children are behind; None if they reach each other directly."""
     children: dict[str, _Child] = field(default_factory=dict)
     _events: queue.Queue[tuple[_Child, Event | None]] = field(default_factory=queue.Queue)
 
     def place(self, name: str, limited: bool) -> list[str]:
-        """Where a new child is to listen, as options: behind a link, if there are links."""
+        """Return the options that say where a new child listens: behind a link, if there are links."""
         return ["--listen", "127.0.0.1:0"] if self.links is None else self.links.options(name, limited)
 
     def start(self, name: str, arguments: Sequence[str], program: Sequence[str] = ("-m", "swarmtrain.cli")) -> None:
         """Start `swarmtrain ARGUMENTS --json --dir DIRECTORY/name --name name`; standard error goes to name.log.
-        `program` is what Python is told to run."""
+
+        `program` is what Python is told to run.
+        """
         command = [sys.executable, *program, *arguments]
         command += ["--json", "--name", name, "--dir", str(self.directory / name)]
         self._start(name, command)
@@ -157,7 +159,7 @@ class LocalSwarm:
         self._events.put((child, None))
 
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
-        """Events as they come, until every child has ended, or for `limit_s` without any."""
+        """Yield events as they come, until every child has ended, or `limit_s` seconds pass without any."""
         while not all(child.closed for child in self.children.values()):
             self.check()
             try:
@@ -181,8 +183,11 @@ class LocalSwarm:
             yield event
 
     def _problem(self, child: _Child) -> str | None:
-        """Why a child ended, if not as it should. Raises RunTimeError when the swarm cannot go on without it: the
-        others survive one that dies, but not all, and not the bootstrap before they have joined."""
+        """Return why a child ended, if not as it should.
+
+        Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
+        bootstrap's before others have joined.
+        """
         status = child.process.wait()
         if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
             return None
@@ -198,14 +203,14 @@ class LocalSwarm:
     # what a rehearsal does to it (`rehearsing.Processes`)
 
     def end(self, name: str, cleanly: bool) -> None:
-        """This process ends: it is told to, or killed."""
+        """End a process, by SIGTERM or by SIGKILL."""
         child = self.children[name]
         child.ended = True
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGTERM if cleanly else signal.SIGKILL)
 
     def begin_again(self, name: str) -> None:
-        """It is started anew, in its folder; one that is not gone yet has had its time."""
+        """Start a process again in its folder; kill it first if it has not ended yet."""
         child = self.children[name]
         if not child.ended:
             return  # two mishaps struck it, and the shorter one is over: it lives again
@@ -215,13 +220,13 @@ class LocalSwarm:
         self._start(name, child.command)
 
     def hang(self, name: str) -> None:
-        """It stands still, and its daemon too."""
+        """Suspend a process and its daemon."""
         for process in self._processes(name):
             with contextlib.suppress(psutil.Error):  # it may just have ended
                 process.suspend()
 
     def go_on(self, name: str) -> None:
-        """It does no longer."""
+        """Resume a process and its daemon."""
         for process in self._processes(name):
             with contextlib.suppress(psutil.Error):
                 process.resume()
@@ -233,11 +238,11 @@ class LocalSwarm:
         return []
 
     def tell(self, message: str) -> None:
-        """A person is told."""
+        """Show a person a message, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message)))
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
-        """The bootstrap's invite, and what came before it."""
+        """Return the bootstrap's invite and the events before it."""
         seen: list[Event] = []
         for event in self.events(limit_s):
             seen.append(event)
@@ -246,7 +251,7 @@ class LocalSwarm:
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
 
     def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:
-        """End the volunteers, then the bootstrap, then the links; `show` gets what they say meanwhile."""
+        """End the volunteers, then the bootstrap, then the links; `show` gets their events meanwhile."""
         bootstrap = self.children.get(BOOTSTRAP)
         serves = bootstrap is not None and bootstrap.process.poll() is None
         volunteers = [child for child in self.children.values() if child is not bootstrap]
@@ -257,7 +262,7 @@ class LocalSwarm:
             self.links = None
 
     def _end(self, children: Sequence[_Child], limit_s: float, show: Callable[[Event], None]) -> None:
-        """SIGTERM for each; after `limit_s` once more, which leaves out their last work; then they are killed."""
+        """Send SIGTERM to each; after `limit_s` once more, which makes it skip its last work; then kill it."""
         for last_s in (limit_s, _INSIST_S):
             for child in children:
                 if child.process.poll() is None:
@@ -273,7 +278,7 @@ class LocalSwarm:
             child.process.wait()
 
     def _said(self, limit_s: float) -> Iterator[Event]:
-        """What one of the children says within `limit_s`."""
+        """Yield the next event of any child, if one comes within `limit_s` seconds."""
         with contextlib.suppress(queue.Empty):
             child, event = self._events.get(timeout=limit_s)
             if event is not None:
@@ -282,7 +287,7 @@ class LocalSwarm:
                 child.closed = True
 
     def last_words(self, limit_s: float = 1.0) -> Iterator[Event]:
-        """What the children said while they were stopped."""
+        """Yield the events that the children emitted while they were stopped."""
         while not all(child.closed for child in self.children.values()):
             try:
                 child, event = self._events.get(timeout=limit_s)
