@@ -1,4 +1,4 @@
-"""Exceptions, by who caused them: the person, another peer, or the environment.
+"""Exceptions: the class says whose fault an error is, the code says which error it is.
 
     SwarmtrainError
     +-- UserError            the person's input; the message is one line and names the next step (exit 2)
@@ -17,11 +17,15 @@
         +-- VersionError     this swarmtrain and those of the run cannot train together
 
 The adapter of a dependency translates its errors into these.
+
+Codes are short and stable (`port-taken`): people search for them, programs and tests compare them, and the sentences
+stay free to change. `swarmtrain/error_codes.py` lists them.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "CODE_KEY",
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
@@ -30,6 +34,7 @@ __all__ = [
     "InviteError",
     "NewerRunError",
     "PeerError",
+    "Problem",
     "RunFileError",
     "RunTimeError",
     "StalledError",
@@ -37,24 +42,58 @@ __all__ = [
     "UnreachableError",
     "UserError",
     "VersionError",
+    "with_code",
 ]
+
+
+CODE_KEY = "swarmtrain-error-code"
+"""Key of the trailing metadata in which the control service sends an error's code to its caller."""
+
+
+class Problem(str):
+    """Line for a person that carries the code of its problem."""
+
+    code: str
+
+    def __new__(cls, text: str, code: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.code = code
+        return problem
+
+    def found_in(self, origin: str) -> Problem:
+        """Return the same problem, with `origin`, the file or thing that has it, named first."""
+        return Problem(f"{origin}: {self}", self.code)
+
+
+def with_code(line: str, code: str) -> str:
+    """Return the line as a person sees it: with the code at its end, if there is one."""
+    return f"{line} [{code}]" if code else line
 
 
 class SwarmtrainError(Exception):
     """Base of all errors that swarmtrain raises on purpose; `str(error)` is one line for a person.
 
-    Several arguments are several problems at once: a terminal shows each on its own line.
+    Several arguments are several problems at once: a terminal shows each on its own line. Each has the error's code,
+    unless it is a `Problem` with its own.
     """
 
     exit_code = 1
+    code = ""
+    """Identifies the error. Set where it is raised, unless all errors of the class mean the same."""
+
+    def __init__(self, *lines: str, code: str = "") -> None:
+        super().__init__(*lines)
+        first = next((line.code for line in lines if isinstance(line, Problem)), "")
+        self.code = code or first or self.code
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """Problems, one line each."""
-        return tuple(map(str, self.args)) or ("",)
+    def problems(self) -> tuple[Problem, ...]:
+        """Problems, one line each, with their codes."""
+        lines = self.args or ("",)
+        return tuple(line if isinstance(line, Problem) else Problem(str(line), self.code) for line in lines)
 
     def __str__(self) -> str:
-        return "; also ".join(self.lines)
+        return "; also ".join(self.problems)
 
 
 class UserError(SwarmtrainError):
@@ -81,32 +120,44 @@ class PeerError(SwarmtrainError):
 class BadBytesError(PeerError):
     """Malformed, oversized, non-finite, wrongly hashed or wrongly signed bytes from a remote peer."""
 
+    code = "bad-bytes"
     is_incident = True
 
 
 class NewerRunError(BadBytesError):
     """Run published for a newer swarmtrain than this one; the message names the version it needs."""
 
+    code = "run-needs-newer"
+
 
 class BusyError(PeerError):
     """Remote peer at its limit of readers; try another one, or the same one later."""
+
+    code = "busy"
 
 
 class GoneError(PeerError):
     """Remote peer that no longer has what was asked for; begin again from an earlier point."""
 
+    code = "gone"
+
 
 class UnreachableError(PeerError):
     """Remote peer that did not answer within its time limit, or whose connection broke."""
+
+    code = "unreachable"
 
 
 class BrokenOffError(UnreachableError):
     """Stream of a remote peer that ended too early; what had arrived is kept, and another try may continue from it."""
 
+    code = "broken-off"
+
 
 class StalledError(UnreachableError):
     """Transfer that a remote peer began and stalls: it sends nothing for long, or too slowly."""
 
+    code = "stalled"
     is_incident = True
 
 
@@ -116,6 +167,8 @@ class RunTimeError(SwarmtrainError):
 
 class ClockError(RunTimeError):
     """Clocks so far apart that a person must decide whether this peer uses its own or the others'."""
+
+    code = "clock-differs"
 
 
 class VersionError(RunTimeError):
