@@ -1,8 +1,8 @@
-"""Batches: which tokens a peer trains on, as a function of the run, the peer, a count of batches and a shard.
+"""Draw batches: which tokens a peer trains on, as a function of run, peer, number of the batch and shard.
 
-Nothing but that count has to be kept to go on exactly where one stopped; which shard a round is drawn from is chosen at
-its start. Shapes: B sequences, T context tokens;
-a batch is (B, T + 1), of which `[:, :-1]` is the input and `[:, 1:]` the targets.
+A peer resumes exactly where it stopped from the number of batches alone; the shard is chosen anew at each round's
+start. Shapes: B sequences, T context tokens; a batch is (B, T + 1), of which `[:, :-1]` is the input and `[:, 1:]` the
+targets.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ __all__ = ["BatchSource", "Batches", "Shards", "StreamingBatches", "held_out_bat
 
 START_TOKEN = ord("\n")  # the same byte in every tokenizer
 _BLOCKS_A_SHARD = 8
-"""At least, however small the corpus."""
+"""Least number of blocks in a shard, however small the corpus."""
 
 
 class BatchSource(Protocol):
-    """What the trainer draws batches from."""
+    """Source of the trainer's batches."""
 
     @property
     def position(self) -> int:
-        """Batches drawn so far, since the peer's first one in this run."""
+        """Number of batches drawn since the peer's first one in this run."""
         ...
 
     @property
     def num_shards(self) -> int:
-        """Shards that `use_shard` can choose from; 0 if there are none."""
+        """Number of shards that `use_shard` can choose from; 0 if there are none."""
         ...
 
     def use_shard(self, shard: int) -> None:
@@ -43,24 +43,24 @@ class BatchSource(Protocol):
         ...
 
     def next_batch(self) -> torch.Tensor:
-        """The next batch, int64 (B, T + 1)."""
+        """Return the next batch, int64 (B, T + 1)."""
         ...
 
 
 def peer_seed(run_sha256: str, peer_id: str) -> int:
-    """128 bits for a peer's random choices in a run."""
+    """Return 128 bits that seed a peer's random choices in a run."""
     return int.from_bytes(hashlib.sha256(f"batches {run_sha256} {peer_id}".encode()).digest()[:16], "little")
 
 
 class Shards:
-    """A corpus cut into shards that are alike: dealt out block by block, so that each has something of all of it.
+    """A corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
 
-    Training on one neighbourhood of the text for a whole round would pull a peer towards it. A block is as long as a
-    sequence, shorter in a small corpus. What is drawn from a shard begins in one of its blocks.
+    Training on one neighbourhood of the text for a whole round would pull a peer towards it (decision 21). A block is
+    as long as a sequence, shorter in a small corpus. A window drawn from a shard begins in one of its blocks.
     """
 
     def __init__(self, num_tokens: int, num_shards: int, context_tokens: int) -> None:
-        """Each of `num_shards` must have a token at least: ValueError else."""
+        """Cut `num_tokens` into `num_shards`. Raises ValueError if one would have no token."""
         if not 1 <= num_shards <= num_tokens:
             raise ValueError(f"{num_tokens} tokens in {num_shards} shards; allowed: 1 to {num_tokens} shards")
         self.num_shards, self._num_tokens = num_shards, num_tokens
@@ -68,20 +68,20 @@ class Shards:
         self._block = max(1, min(context_tokens, whole // min(_BLOCKS_A_SHARD, whole)))
 
     def num_tokens(self, shard: int) -> int:
-        """Tokens of a shard."""
+        """Return the number of tokens in a shard."""
         full, rest = divmod(self._num_tokens, self._block * self.num_shards)
         return full * self._block + min(max(rest - shard * self._block, 0), self._block)
 
     def places(self, shard: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where in the corpus these tokens of the shard are, counted from its first one."""
+        """Return where these tokens of the shard, counted from its first one, are in the corpus."""
         blocks, offsets = np.divmod(positions, self._block)
         return (blocks * self.num_shards + shard) * self._block + offsets
 
 
 class Batches:
-    """Windows of a corpus, each begun at a random token; batch b of a peer takes the same time to find for any b.
+    """Windows of a corpus, each starting at a random token. Any batch takes the same time to find.
 
-    Once a shard is chosen they begin in it, and run on in the corpus.
+    Once a shard is chosen, windows start in it and run on in the corpus (decision 40).
     """
 
     def __init__(
@@ -94,11 +94,12 @@ class Batches:
         peer_id: str,
         position: int = 0,
     ) -> None:
-        """`tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1."""
+        """Take `tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1."""
         if len(tokens) < context_tokens + 1:
             raise RunFileError(
                 f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
-                "model.context_tokens or give more text"
+                "model.context_tokens or give more text",
+                code="too-little-text",
             )
         self._tokens = tokens
         self._key = peer_seed(run_sha256, peer_id)
@@ -110,7 +111,7 @@ class Batches:
 
     @property
     def position(self) -> int:
-        """Batches drawn so far."""
+        """Number of batches drawn so far."""
         return self._position
 
     @property
@@ -119,7 +120,7 @@ class Batches:
         return 0 if self._shards is None else self._shards.num_shards
 
     def cut(self, num_shards: int) -> None:
-        """Cut the corpus into shards; until one is chosen, batches are drawn from everywhere."""
+        """Cut the corpus into shards. Until one is chosen, batches are drawn from everywhere."""
         self._shards = Shards(len(self._tokens), num_shards, len(self._offsets) - 1)
 
     def use_shard(self, shard: int) -> None:
@@ -129,8 +130,9 @@ class Batches:
         self._shard = shard
 
     def next_batch(self) -> torch.Tensor:
-        """The next batch, int64 (B, T + 1)."""
-        generator = np.random.Philox(key=self._key, counter=self._position << 64)  # a batch has 2**64 counts of its own
+        """Return the next batch, int64 (B, T + 1)."""
+        # Each batch has 2**64 counts of its own.
+        generator = np.random.Philox(key=self._key, counter=self._position << 64)
         self._position += 1
         numbers = generator.random_raw(self._batch_sequences)
         num_starts = len(self._tokens) - len(self._offsets) + 1
@@ -150,9 +152,9 @@ def _modulo(numbers: npt.NDArray[np.uint64], limit: int) -> npt.NDArray[np.int64
 class StreamingBatches:
     """Sequences cut one after the other from documents that are read while training.
 
-    `documents(epoch)` gives the peer's documents of one pass, always the same ones; a pass that ends is followed
-    by the next. Memory holds one batch and one document. To resume, everything before `position` is read and
-    encoded again, which a stream of unknown document lengths cannot avoid.
+    `documents(epoch)` yields the peer's documents of one pass, always the same ones; passes follow each other. Memory
+    holds one batch and one document. A resume reads and encodes everything before `position` again: the documents'
+    lengths are unknown.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class StreamingBatches:
         batch_sequences: int,
         position: int = 0,
     ) -> None:
-        """Reads nothing yet: the documents before `position` are skipped at the first `next_batch`."""
+        """Prepare a stream; the documents before `position` are skipped at the first `next_batch`."""
         self._sequence_tokens = context_tokens + 1
         self._batch_sequences = batch_sequences
         self._position = position
@@ -174,20 +176,20 @@ class StreamingBatches:
 
     @property
     def position(self) -> int:
-        """Batches drawn so far."""
+        """Number of batches drawn so far."""
         return self._position
 
     @property
     def num_shards(self) -> int:
-        """A stream has none: how much is still to come is not known."""
+        """0: a stream has no shards, since its length is unknown."""
         return 0
 
     def use_shard(self, shard: int) -> None:
-        """There is none to choose."""
+        """Raise ValueError: a stream has no shards."""
         raise ValueError(f"shard {shard} of a stream")
 
     def next_batch(self) -> torch.Tensor:
-        """The next batch, int64 (B, T + 1). Raises RunFileError if the data cannot be read or holds no text."""
+        """Return the next batch, int64 (B, T + 1). Raises RunFileError if the data is unreadable or has no text."""
         while self._to_skip:
             skipped = min(self._to_skip, len(self._rest))
             self._rest = self._rest[skipped:]
@@ -215,17 +217,18 @@ class StreamingBatches:
                     yield tokenizer.encode(text if text.endswith(b"\n") else text + b"\n")
             if empty:
                 raise RunFileError(
-                    "data: the stream holds no text that is not in the run's held-out text; give more text"
+                    "data: the stream holds no text that is not in the run's held-out text; give more text",
+                    code="only-held-out-text",
                 )
             epoch += 1
 
 
 def held_out_batches(tokens: Tokens, context_tokens: int, batch_sequences: int) -> Iterator[torch.Tensor]:
-    """Windows (B, T + 1) in which every token of the held-out text is a target exactly once.
+    """Yield windows (B, T + 1) in which every token of the held-out text is a target exactly once.
 
-    A newline stands before the text, so that its first token is a target too, and each window begins with the last
-    target of the one before. All windows are full (the last batch may have fewer) but the last, which comes by
-    itself as (1, r + 1). Exactly, then:
+    A newline precedes the text, so that its first token is a target too, and each window begins with the last target of
+    the one before. All windows are full except the last, which comes by itself as (1, r + 1); the last batch of full
+    windows may have fewer. Exactly, then:
 
         nats per byte = sum over the batches of the summed cross entropy of `[:, 1:]` / bytes of the text
     """

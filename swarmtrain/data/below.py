@@ -1,6 +1,6 @@
-"""What a run file may name on a disk: something below one folder, symbolic links resolved, and nothing else.
+"""Restrict which files a run file may name: only those below one folder, with symbolic links resolved.
 
-The run file comes from a stranger. Whatever is opened because of it goes through here first.
+The run file comes from a stranger. Every file that is opened because of it is checked here first (decision 5).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from swarmtrain.errors import RunFileError
 __all__ = ["NOWHERE", "below", "is_plain_name"]
 
 NOWHERE = Path(os.devnull)
-"""A folder for a run that reads none: nothing is below it."""
+"""Folder for a run that reads no files: nothing is below it."""
 
 
 def is_plain_name(name: str) -> bool:
-    """Says that `name` is a relative path without `..`, and nothing that a library could take for a URL or a home."""
+    """Return whether `name` is a relative path without `..`, which no library could take for a URL or a home folder."""
     return not (
         re.search(r"://|::|[\\\x00-\x1f\x7f]", name)
         or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name)
@@ -28,13 +28,14 @@ def is_plain_name(name: str) -> bool:
 
 
 def below(base: Path, path: Path, key: str) -> Path:
-    """`path` with its links resolved. Raises RunFileError, which names `key`, if that is not below `base`."""
+    """Return `path` with its links resolved. Raises RunFileError, which names `key`, if it is not below `base`."""
     try:
         resolved = path.resolve()
         if resolved.is_relative_to(base.resolve()):
             return resolved
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links; a name with a zero byte
-        raise RunFileError(f"{key}: {path} cannot be read: {error}; correct the path") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a cycle of links; a name with a zero byte
+        raise RunFileError(f"{key}: {path} cannot be read: {error}; correct the path", code="file-unreadable") from None
     raise RunFileError(
-        f"{key}: {path} leads to {resolved}, outside {base}; it is not read: move it below, or leave it out"
+        f"{key}: {path} leads to {resolved}, outside {base}; it is not read: move it below, or leave it out",
+        code="path-outside",
     )

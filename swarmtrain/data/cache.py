@@ -1,8 +1,8 @@
-"""Arrays kept on disk between starts: one file each, whole or absent, checked when it is read.
+"""Keep arrays on disk between starts: one file each, complete or absent, verified when it is read.
 
-A file is a line of JSON (form, dtype, SHA-256 of the content, and what the caller adds), padded to 4096 bytes,
-then the array. It is mapped rather than read, so that peers on one machine share its memory. A cache is an
-economy: what cannot be read is made again, and what cannot be written is a warning in the log.
+A file is a line of JSON (form, dtype, SHA-256 of the content, and the caller's fields), padded to 4096 bytes, then the
+array. It is mapped instead of read, so that peers on one machine share its memory. A cache only saves time: an
+unreadable file is made again, and an unwritable one is a warning in the log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_array(path: Path) -> tuple[npt.NDArray[Any], dict[str, Any]] | None:
-    """(a read-only array (n,), the header) of the file at `path`; None if it is absent or not intact."""
+    """Return (read-only array (n,), header) of the file at `path`; None if it is absent or damaged."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(_HEADER_BYTES))
@@ -43,7 +43,7 @@ def load_array(path: Path) -> tuple[npt.NDArray[Any], dict[str, Any]] | None:
 
 
 def store_array(path: Path, array: npt.NDArray[Any], header: Mapping[str, str | int]) -> None:
-    """Write `array` (n,) and `header` to `path`: under a temporary name, synced, then renamed."""
+    """Write `array` (n,) and `header` to `path`: to a temporary name, synced, then renamed."""
     digest = hashlib.sha256(array.data).hexdigest()
     line = json.dumps({**header, "form": _FORM, "dtype": array.dtype.str, "sha256": digest}).encode()
     assert len(line) < _HEADER_BYTES, "a cache header is small"

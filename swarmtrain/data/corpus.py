@@ -1,7 +1,7 @@
-"""The text of a run: the held-out part that the bootstrap cuts once, and what each peer trains on.
+"""Cut a run's held-out text once, on the bootstrap, and prepare each peer's training text.
 
-The two never share passages: a peer removes from its own corpus whatever the run's held-out text gives away
-(`overlap.py` has the rules), because another machine has another version of the same files.
+The two never share passages: a peer removes from its own corpus whatever overlaps the run's held-out text (`overlap.py`
+has the rules), because other machines have other versions of the same files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from swarmtrain.data import huggingface
 from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.documents import Document, read_documents, source_files
 from swarmtrain.data.overlap import HeldOutIndex
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection
 
 __all__ = [
@@ -36,13 +36,13 @@ __all__ = [
 
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
-HELD_OUT_ONE_IN = 10  # it is at most this share of the corpus
-_CACHE_FORM = 1  # goes up whenever the same files give another corpus
+HELD_OUT_ONE_IN = 10  # the held-out text is at most one part in so many of the corpus
+_CACHE_FORM = 1  # increases whenever the same files give another corpus
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text a run is judged by."""
+    """Text by which a run is judged."""
 
     text: bytes
     names: tuple[str, ...]  # the documents it was cut from
@@ -50,7 +50,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What one peer trains on."""
+    """Text on which one peer trains."""
 
     text: npt.NDArray[np.uint8]  # (num_bytes,), read-only; documents each ending with a newline; empty if streamed
     digest: str  # SHA-256 of the text, in hexadecimal; of the data set's description if streamed
@@ -67,8 +67,8 @@ class Corpus:
 def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) -> HeldOut:
     """Cut the held-out text: at most `held_out_bytes`, from pieces that `seed` picks all over the corpus.
 
-    A piece is a document, or an eighth of `held_out_bytes` of a longer one, and ends with a line where there are
-    lines. Raises RunFileError if the corpus is smaller than ten times the held-out text.
+    A piece is a document, or an eighth of `held_out_bytes` of a longer one, and ends with a line where there are lines.
+    Raises RunFileError if the corpus is smaller than ten times the held-out text.
     """
     pieces: list[tuple[str, bytes]] = []
     num_bytes = 0
@@ -94,13 +94,16 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     return HeldOut(bytes(text), tuple(chosen))
 
 
-def too_little_text(num_bytes: int, held_out_bytes: int) -> str:
-    """What is wrong with a corpus of so many bytes for that held-out text; empty if it is large enough."""
+def too_little_text(num_bytes: int, held_out_bytes: int) -> Problem | None:
+    """Explain why a corpus of `num_bytes` is too small for that held-out text; None if it is large enough."""
     if num_bytes >= HELD_OUT_ONE_IN * held_out_bytes:
-        return ""
+        return None
     largest = num_bytes // HELD_OUT_ONE_IN
     advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
-    return f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}"
+    return Problem(
+        f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}",
+        "too-little-text",
+    )
 
 
 def prepare_corpus(
@@ -108,10 +111,9 @@ def prepare_corpus(
 ) -> Corpus:
     """Read the documents of `section` and drop what they share with `held_out`.
 
-    With `cache_dir`, the result is kept there and found again while neither the files (name, size, time), nor the
-    section, nor the hub's commit `revision`, nor the held-out text, nor these rules change. A streamed data set is not
-    read: its text is empty.
-    Raises RunFileError if the data cannot be used or nothing is left of it.
+    With `cache_dir` the result is kept there, and reused as long as the files (name, size, time), the section, the
+    hub's commit `revision`, the held-out text and these rules stay the same. A streamed data set is not read: its text
+    is empty. Raises RunFileError if the data is unusable or nothing is left of it.
     """
     described = [section.model_dump(mode="json", exclude={"shards"}), hashlib.sha256(held_out).hexdigest()]
     description = json.dumps(described + ([revision] if revision else []))
@@ -133,7 +135,8 @@ def prepare_corpus(
     if not len(cut.text):
         raise RunFileError(
             "data: every document shares passages with the run's held-out text, so nothing is left to train on; "
-            "give more text"
+            "give more text",
+            code="only-held-out-text",
         )
     corpus = Corpus(
         text=_read_only(cut.text),
@@ -149,7 +152,7 @@ def prepare_corpus(
 
 
 def first_documents(section: DataSection, base: Path, num_bytes: int, revision: str = "") -> Iterator[Document]:
-    """Documents until `num_bytes` are reached: what the bootstrap reads of a stream, and `check` of anything."""
+    """Yield documents until `num_bytes` are reached: for the bootstrap of a stream, and for `check`."""
     read = 0
     for document in read_documents(section, base, revision):
         yield document
@@ -160,7 +163,7 @@ def first_documents(section: DataSection, base: Path, num_bytes: int, revision: 
 
 def _pieces(text: bytes, piece_bytes: int) -> Iterator[bytes]:
     begin = 0
-    while 2 * (len(text) - begin) > 3 * piece_bytes:  # no short piece at the end
+    while 2 * (len(text) - begin) > 3 * piece_bytes:  # leaves no short piece at the end
         end = begin + _cut_before(text[begin : begin + piece_bytes + 1], piece_bytes)
         yield text[begin:end]
         begin = end
@@ -168,7 +171,7 @@ def _pieces(text: bytes, piece_bytes: int) -> Iterator[bytes]:
 
 
 def _cut_before(text: bytes, limit: int) -> int:
-    """Where to cut `text` at `limit` or a little earlier: after a line, else between two characters."""
+    """Return where to cut `text`, at `limit` or a little earlier: after a line, else between two characters."""
     line = text.rfind(b"\n", limit // 2, limit) + 1
     if line:
         return line

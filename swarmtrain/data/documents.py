@@ -1,7 +1,7 @@
-"""Documents from the five sources, always in the same order; nothing here cuts or filters by content.
+"""Read documents from the five sources, always in the same order; nothing here cuts or filters by content.
 
-No file is opened but below the folder that the caller gives, symbolic links resolved (`below.py`).
-Every error is a `RunFileError` in one line that names the key, the file and the next step.
+Files are opened only below the folder that the caller gives, with symbolic links resolved (`below.py`). Every error is
+a `RunFileError` in one line that names the key, the file and the next step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from swarmtrain.data import huggingface, parquet
 from swarmtrain.data.below import below
 from swarmtrain.data.overlap import near_duplicates
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection
 
 __all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
 
-# Folders of a standard library that are tests, tables, generated, or somebody else's packages.
+# Folders of a standard library that hold tests, tables, generated files or other packages.
 _LEFT_OUT_FOLDERS = frozenset(
     {"__phello__", "__pycache__", "_bundled", "dist-packages", "encodings", "idle_test", "pydoc_data"}
     | {"site-packages", "test", "tests"}
 )
 _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
-_LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # describe one machine's build, not Python
+_LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # these describe one machine's build, not Python
 
 _MOST_BAD_FILES = 5
 
@@ -51,25 +51,27 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceSurvey:
-    """What can be read of a source, and all that cannot."""
+    """Readable documents of a source, and the problems of its unreadable files."""
 
     documents: list[Document]
     num_bytes: int | None
-    """Of all the files, about; None where one of them is missing or unreadable."""
-    problems: tuple[str, ...]
-    """What `read_documents` would raise, were each the first: one a pattern or file, of so many files at most that the
-    rest is not looked at (`is_cut`)."""
+    """Bytes of all files, approximately; None if one of them is missing or unreadable."""
+    problems: tuple[Problem, ...]
+    """Errors that `read_documents` would raise, one per bad pattern or file.
+
+    After five bad files the rest is not read (`is_cut`).
+    """
     most_bytes: int | None = None
-    """The text has so many at most, where that is known."""
+    """Upper bound of the text in bytes, if it is known."""
     is_cut: bool = False
 
 
 def read_documents(section: DataSection, base: Path, revision: str = "") -> Iterator[Document]:
-    """The documents of `section`, in an order that depends on the data alone; paths are relative to `base`, and
-    `revision` is the commit of a hub's data set.
+    """Yield the documents of `section`, in an order that depends only on the data.
 
-    Of "python-stdlib", near duplicates are left out; the other sources are given as they are.
-    Raises RunFileError for what is missing, empty, not UTF-8, not JSON, or lacks the field.
+    Paths are relative to `base`; `revision` is the commit of a hub's data set. Near duplicates are left out of
+    "python-stdlib" only: other corpora are their owners' to curate (decision 6). Raises RunFileError for a source that
+    is missing, empty, not UTF-8, not JSON, or lacks the field.
     """
     if section.source == "datasets":
         for number, text in enumerate(huggingface.read_texts(section, base, revision)):
@@ -85,28 +87,28 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
             empty = False
             yield document
     if empty:
-        raise RunFileError(_all_empty([file.path for file in files]))
+        raise RunFileError(_all_empty([file.path for file in files]), code="no-text")
 
 
 def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
-    """Read documents of files until `most_bytes` are reached; what cannot be read is noted, and the rest read."""
+    """Read documents of files until `most_bytes` are reached. Unreadable files are noted as problems and skipped."""
     if section.source == "python-stdlib":
         try:
             files = _stdlib_files()
         except RunFileError as error:
-            return SourceSurvey([], None, (str(error),))
+            return SourceSurvey([], None, error.problems)
         return SourceSurvey(list(_read_stdlib(files)), sum(f.path.stat().st_size for f in files if f.path.exists()), ())
-    problems: dict[str, None] = {}
+    problems: dict[Problem, None] = {}
     found: dict[str, Path] = {}
     for pattern in section.paths:
         try:
             found |= _files_of(pattern, base)
         except RunFileError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys(error.problems)
     documents: list[Document] = []
     read = num_bytes = 0
     most = len(problems) + _MOST_BAD_FILES
-    is_complete = not problems and section.source != "parquet"  # whose columns may be larger than they are stored
+    is_complete = not problems and section.source != "parquet"  # columns may be larger than they are stored
     for file in (SourceFile(name, found[name]) for name in sorted(found)):
         if len(problems) == most:
             return SourceSurvey(documents, None, tuple(problems), None, is_cut=True)
@@ -118,9 +120,9 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
                 if read >= most_bytes:
                     break
         except RunFileError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys(error.problems)
     if not documents and not problems:
-        problems[_all_empty(list(found.values()))] = None
+        problems[Problem(_all_empty(list(found.values())), "no-text")] = None
     all_bytes = num_bytes if is_complete else None
     return SourceSurvey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
 
@@ -146,7 +148,7 @@ def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
 
 
 def source_files(section: DataSection, base: Path) -> list[SourceFile]:
-    """The files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
+    """Return the files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
     assert section.source != "datasets"
     if section.source == "python-stdlib":
         return _stdlib_files()
@@ -158,7 +160,7 @@ def source_files(section: DataSection, base: Path) -> list[SourceFile]:
 
 
 def _files_of(pattern: str, base: Path) -> dict[str, Path]:
-    """The files that `pattern` matches, links resolved, by their names below `base`. Raises RunFileError."""
+    """Return the files that `pattern` matches, links resolved, by their names below `base`. Raises RunFileError."""
     return {Path(name).as_posix(): below(base, base / name, "data.paths") for name in _matches(pattern, base)}
 
 
@@ -166,28 +168,38 @@ def _matches(pattern: str, base: Path) -> list[str]:
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise RunFileError(
             f"data.paths: {pattern} is not below the folder of the data; it is not read: write a path relative to that "
-            "folder, without .."
+            "folder, without ..",
+            code="path-outside",
         )
     path = base / pattern
     if path.is_file():
         return [pattern]
     if path.is_dir():
         raise RunFileError(
-            f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it"
+            f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it",
+            code="path-is-folder",
         )
     if path.exists():
-        raise RunFileError(f"data.paths: {path} is a pipe, a socket or a device; name a regular file")
+        raise RunFileError(
+            f"data.paths: {path} is a pipe, a socket or a device; name a regular file", code="not-a-regular-file"
+        )
     if not glob.has_magic(pattern):
-        raise RunFileError(f"data.paths: there is no file {pattern} below {base.absolute()}; {_where(pattern, base)}")
+        raise RunFileError(
+            f"data.paths: there is no file {pattern} below {base.absolute()}; {_where(pattern, base)}",
+            code="no-such-data",
+        )
     found = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207 (Path.glob knows no root_dir)
     names = [name for name in found if (base / name).is_file()]
     if not names:
-        raise RunFileError(f"data.paths: no file matches {pattern} below {base.absolute()}; {_where(pattern, base)}")
+        raise RunFileError(
+            f"data.paths: no file matches {pattern} below {base.absolute()}; {_where(pattern, base)}",
+            code="no-such-data",
+        )
     return names
 
 
 def _where(pattern: str, base: Path) -> str:
-    """The folder to give, where it can be guessed, else what must lie where."""
+    """Return advice: the folder to give, if it can be guessed, else which file must exist where."""
     first, *rest = Path(pattern).parts
     if rest and first == base.absolute().name:
         return f"if the files are those in {base}, give the folder that has it: --data {base.absolute().parent}"
@@ -210,7 +222,8 @@ def _stdlib_files() -> list[SourceFile]:
     if not files:
         raise RunFileError(
             f'data.source = "python-stdlib": this Python has no sources in {root}; use data.source = "text" with '
-            "data.paths"
+            "data.paths",
+            code="stdlib-missing",
         )
     return sorted(files, key=lambda file: file.name)
 
@@ -222,7 +235,7 @@ def _read_stdlib(files: list[SourceFile]) -> Iterator[Document]:
             text = file.path.read_bytes()
             text.decode()
         except (OSError, UnicodeDecodeError):
-            continue  # a dangling link of a packager, or a source in another encoding: nobody's mistake
+            continue  # a dangling link of a packager, or another encoding: not the user's mistake
         if text:
             documents.append(Document(file.name, text))
     duplicate = near_duplicates([document.text for document in documents])
@@ -236,7 +249,8 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise RunFileError(
             f"data.paths: {file.path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the "
-            "pattern"
+            "pattern",
+            code="not-utf8",
         ) from None
     if text:
         yield Document(file.name, text)
@@ -250,23 +264,27 @@ def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
             row = json.loads(line)
         except ValueError:
             raise RunFileError(
-                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line"
+                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line",
+                code="not-json-lines",
             ) from None
         if not isinstance(row, dict):
             raise RunFileError(
                 f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each '
-                "line"
+                "line",
+                code="not-json-lines",
             )
         if field not in row:
             has = ", ".join(sorted(row)) or "none"
             raise RunFileError(
                 f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
-                "the one that holds the text"
+                "the one that holds the text",
+                code="no-such-field",
             )
         if not isinstance(row[field], str):
             raise RunFileError(
                 f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
-                "that holds the text"
+                "that holds the text",
+                code="field-not-text",
             )
         text = row[field].encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
         if text:
@@ -278,5 +296,6 @@ def _read_bytes(file: SourceFile) -> bytes:
         return file.path.read_bytes()
     except OSError as error:
         raise RunFileError(
-            f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions"
+            f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions",
+            code="file-unreadable",
         ) from None

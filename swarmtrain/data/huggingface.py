@@ -1,13 +1,15 @@
-"""The adapter to the library `datasets`, imported when a run file asks for it; its errors are translated here.
+"""Read data sets through the library `datasets`, which is imported when a run file asks for it.
 
-The run file comes from a stranger, and so does a data set of the hub. The library takes a name for one of its loaders,
-for a folder where the program stands, for a URL, as it finds it; a data set's own description may name files of this
-machine; columns of images and sounds may, too. So:
+A run file comes from a stranger, and so does a data set of the hub (decision 52). The library takes a name for one of
+its loaders, a folder below the current one, or a URL, whichever it finds. A data set's description, and columns of
+images and sounds, may name files of this machine. Therefore:
 
-- a name is `owner/name` of the hub, or a folder below the one that the machine's owner gave, or it is refused;
-- the library looks a name up from an empty folder, is told to run no code, and gets no login but `HF_TOKEN`;
-- what it found is looked at before anything of it is read: a format for text, files of that data set at that commit or
-  below that folder, and of these the one column of strings.
+- a name must be `owner/name` of the hub, or a folder below the one that the machine's owner gave;
+- the library looks a name up from an empty folder, runs no code, and gets no login but `HF_TOKEN`;
+- before anything is read, what it found is checked: a format for text, and files of that data set at that commit, or
+  below that folder; of these only the one column of strings is read.
+
+The library's errors are translated here.
 """
 
 from __future__ import annotations
@@ -32,50 +34,55 @@ from swarmtrain.run import DataSection
 
 __all__ = ["StreamedTexts", "fingerprint", "newest_revision", "read_texts"]
 
-SHUFFLE_DOCUMENTS = 1000  # documents held in memory to be shuffled
-SKIP_DOCUMENTS = 2000  # a peer begins its stream at one of so many documents: seconds to skip at most
+SHUFFLE_DOCUMENTS = 1000  # documents held in memory for shuffling
+SKIP_DOCUMENTS = 2000  # a peer starts its stream at one of so many documents: skipping takes seconds at most
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
-"""Of the library's loaders those that read text from files that are named, and nothing else."""
+"""The library's loaders that read text from named files, and nothing else."""
 _HUB_NAME = re.compile(r"(?!buckets/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _CARDS = ("README.md", ".huggingface.yaml")
-"""Where a data set describes itself."""
+"""Files in which a data set describes itself."""
 _log = logging.getLogger(__name__)
 _standing = threading.Lock()
-"""A process has one current folder."""
+"""Held while the current folder is changed: a process has only one."""
 
 
 def newest_revision(section: DataSection, base: Path) -> str:
-    """The commit of the hub that `section` names now; "" for a folder below `base`. Raises RunFileError."""
+    """Return the commit that the hub has for `section` now; "" for a folder below `base`. Raises RunFileError."""
     library = _library()
     if _folder(section, base) is not None:
         return ""
     with _errors_in_words(section):
         found = _hub(library).dataset_info(section.dataset, timeout=60.0).sha
     if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{40}", found):
-        raise RunFileError(f'data.dataset: the hub names no commit of "{section.dataset}"; try again later')
+        raise RunFileError(
+            f'data.dataset: the hub names no commit of "{section.dataset}"; try again later', code="dataset-not-loaded"
+        )
     return found
 
 
 def read_texts(section: DataSection, base: Path, revision: str = "") -> Iterator[bytes]:
-    """The texts of a data set, in its order: of the hub's at the commit `revision`, else of a folder below `base`, else
-    of the hub's newest. Raises RunFileError."""
+    """Yield the texts of a data set in its order.
+
+    Reads the hub's data set at commit `revision`; without one a folder below `base`, else the hub's newest commit.
+    Raises RunFileError.
+    """
     return _texts(_load(section, base, revision), section)
 
 
 class StreamedTexts:
-    """The texts of a streamed data set, found once and read again and again."""
+    """Texts of a streamed data set, which is looked up once and read repeatedly."""
 
     def __init__(self, section: DataSection, base: Path, revision: str = "") -> None:
-        """See `read_texts`."""
+        """Look the data set up; see `read_texts`."""
         self._section = section
         self._rows = _load(section, base, revision)
 
     def once_through(self, seed: int) -> Iterator[bytes]:
-        """All the texts, shuffled and rotated by `seed`. Raises RunFileError.
+        """Yield all texts, shuffled and rotated by `seed`. Raises RunFileError.
 
-        Their files are taken in a shuffled order, `SHUFFLE_DOCUMENTS` texts are kept to be shuffled, and a number of
-        texts below `SKIP_DOCUMENTS` (and below the data set's size, where it is known) moves from the beginning to the
-        end. So peers with different seeds read different parts at any time, and each reads everything.
+        Files are read in a shuffled order, and `SHUFFLE_DOCUMENTS` texts are held for shuffling. A number of texts
+        below `SKIP_DOCUMENTS` (and below the data set's size, if it is known) moves from the beginning to the end. So
+        peers with different seeds read different parts at any time, and each reads everything.
         """
         splits = self._rows.info.splits or {}
         size = getattr(splits.get(self._section.split), "num_examples", 0) or SKIP_DOCUMENTS
@@ -86,7 +93,7 @@ class StreamedTexts:
 
 
 def fingerprint(section: DataSection, base: Path, revision: str = "") -> str | None:
-    """What identifies the content of a data set that is on this machine; None if that is not known."""
+    """Return what identifies the content of a data set on this machine; None if it is unknown."""
     if revision:
         return f"{section.dataset}@{revision}"
     found = getattr(_load(section, base, revision), "_fingerprint", None)
@@ -97,17 +104,19 @@ def fingerprint(section: DataSection, base: Path, revision: str = "") -> str | N
 
 
 def _folder(section: DataSection, base: Path) -> Path | None:
-    """The data set's folder below `base`, its links resolved; None where it is one of the hub. Raises RunFileError."""
+    """Return the data set's folder below `base`, links resolved; None if it is one of the hub. Raises RunFileError."""
     name = section.dataset
     if not is_plain_name(name):
         raise RunFileError(
             f'data.dataset: "{name}" is neither a data set of the hub nor a folder below that of the data; it is not '
-            "read: write owner/name, or a path without .."
+            "read: write owner/name, or a path without ..",
+            code="dataset-name",
         )
     if name in _loaders():
         raise RunFileError(
             f'data.dataset: "{name}" is a loader of the library datasets, not a data set; write owner/name for one of '
-            f"the hub, or ./{name} for a folder"
+            f"the hub, or ./{name} for a folder",
+            code="dataset-name",
         )
     folder = below(base, base / name, "data.dataset")
     if folder.is_dir():
@@ -115,13 +124,14 @@ def _folder(section: DataSection, base: Path) -> Path | None:
     if not _HUB_NAME.fullmatch(name):
         raise RunFileError(
             f'data.dataset: there is no folder "{name}" below {base.absolute()}, and a data set of the hub is '
-            f"owner/name; correct it, or give the folder with --data FOLDER, so that FOLDER/{name} is there"
+            f"owner/name; correct it, or give the folder with --data FOLDER, so that FOLDER/{name} is there",
+            code="no-such-data",
         )
     return None
 
 
 def _loaders() -> frozenset[str]:
-    """The names that the library takes for its own loaders."""
+    """Return the names that the library takes for its own loaders."""
     names = importlib.import_module("datasets.packaged_modules")
     tables = ("_PACKAGED_DATASETS_MODULES", "_PACKAGED_DATASETS_MODULES_2_15_HASHES", "_MODULE_TO_EXTENSIONS")
     return frozenset(name for table in tables for name in getattr(names, table, ()))
@@ -131,7 +141,7 @@ def _loaders() -> frozenset[str]:
 
 
 def _load(section: DataSection, base: Path, revision: str) -> Any:
-    """The rows, of which only the text column is read where the columns are known."""
+    """Load the rows, with only the text column if the columns are known."""
     library = _library()
     folder = None if revision else _folder(section, base)
     with _errors_in_words(section):
@@ -153,9 +163,11 @@ def _load(section: DataSection, base: Path, revision: str) -> Any:
 
 
 def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any, str]:
-    """The library's description of the hub's data set, and what its files begin with."""
+    """Return the library's builder for the hub's data set, and the prefix that its files must have."""
     if not _HUB_NAME.fullmatch(section.dataset):
-        raise RunFileError(f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name')
+        raise RunFileError(
+            f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name', code="dataset-name"
+        )
     hub = _hub(library)
     commit = revision or hub.dataset_info(section.dataset, timeout=60.0).sha
     errors = importlib.import_module("huggingface_hub.errors")
@@ -164,7 +176,7 @@ def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any
             _check_card(section, hub.hf_hub_download(section.dataset, name, repo_type="dataset", revision=commit))
         except errors.LocalEntryNotFoundError:  # the hub was not reached
             raise
-        except errors.EntryNotFoundError:
+        except errors.EntryNotFoundError:  # it has none
             continue  # it has none
     builder = _builder(section, section.dataset, library, revision=commit, token=_token())
     return builder, f"hf://datasets/{section.dataset}@{commit}/"
@@ -181,32 +193,36 @@ def _local_builder(section: DataSection, folder: Path, base: Path, library: Any)
 
 
 def _builder(section: DataSection, name: str, library: Any, **more: Any) -> Any:
-    """What the library makes of `name`, seen from an empty folder."""
+    """Return the library's builder for `name`, looked up from an empty folder."""
     load = library.load_dataset_builder
-    if "trust_remote_code" in inspect.signature(load).parameters:  # before 4.0, which never runs a data set's code
+    # Before 4.0; later versions never run a data set's code.
+    if "trust_remote_code" in inspect.signature(load).parameters:
         more["trust_remote_code"] = False
     with _in_empty_folder():
         return load(name, section.subset or None, **more)
 
 
 def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
-    """A data set that describes itself may name its own files only."""
+    """Raise RunFileError if a data set's own description names files that are not its own."""
     with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
         text = file.read()
     yaml = importlib.import_module("yaml")
     try:
-        if Path(path).name == "README.md":  # by the library's own rule where the description begins and ends
+        if Path(path).name == "README.md":  # the library's own parser decides where the description begins and ends
             read = importlib.import_module("huggingface_hub").DatasetCard
             card = read(text, ignore_metadata_errors=True).data.to_dict()
         else:
             card = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError):
-        raise RunFileError(f'data.dataset: the description of "{section.dataset}" is not YAML; take another') from None
+        raise RunFileError(
+            f'data.dataset: the description of "{section.dataset}" is not YAML; take another', code="dataset-format"
+        ) from None
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):
             raise RunFileError(
                 f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not '
-                "read: take another, and tell who invited you"
+                "read: take another, and tell who invited you",
+                code="dataset-foreign-file",
             )
 
 
@@ -222,37 +238,40 @@ def _files_named(part: Any, names_files: bool = False) -> Iterator[str]:
 
 
 def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path) -> None:
-    """A format for text, and files whose names begin with `allowed`. Raises RunFileError."""
+    """Raise RunFileError unless the builder reads a text format from files that begin with `allowed`."""
     modules = [kind.__module__.split(".") for kind in type(builder).__mro__]
     formats = [parts[2] for parts in modules if parts[:2] == ["datasets", "packaged_modules"] and len(parts) > 2]
     if not formats or formats[0] not in _FORMATS:
         found = formats[0] if formats else "code of its own"
         raise RunFileError(
             f'data.dataset: "{section.dataset}" could not be had as text files from where it is (the library would '
-            f"read it by: {found}); allowed: {', '.join(_FORMATS)}"
+            f"read it by: {found}); allowed: {', '.join(_FORMATS)}",
+            code="dataset-format",
         )
     files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
     for file in files:
         if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
             raise RunFileError(
                 f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read: '
-                "take another, and tell who invited you"
+                "take another, and tell who invited you",
+                code="dataset-foreign-file",
             )
         if not allowed.startswith("hf://"):
             below(base, Path(file), "data.dataset")
     if not files:
-        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another')
+        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another', code="no-text")
 
 
 def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
-    """The folder of a split that `save_to_disk` wrote, whose files are all in it."""
+    """Return the folder of a split written by `save_to_disk`. Raises RunFileError unless all its files are in it."""
     if (folder / "dataset_dict.json").exists():
         has = json.loads(below(base, folder / "dataset_dict.json", "data.dataset").read_bytes()).get("splits")
         names = [name for name in has if isinstance(name, str)] if isinstance(has, list) else []
         if section.split not in names:
             raise RunFileError(
                 f'data.split: {folder} has no split "{section.split}" (it has: {", ".join(sorted(names))}); '
-                "set data.split to one of them"
+                "set data.split to one of them",
+                code="no-such-split",
             )
         folder = below(base, folder / section.split, "data.split")
     for name in ("state.json", "dataset_info.json"):
@@ -264,15 +283,16 @@ def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
 
 
 def _only_text(rows: Any, section: DataSection, library: Any) -> Any:
-    """The column of text alone: a column of images opens the files that its rows name."""
+    """Select the text column alone: a column of images opens the files that its rows name."""
     if rows.features is None:
-        return rows  # strings and numbers, as they are in the file
+        return rows  # such rows are strings and numbers, as they are in the file
     if section.field not in rows.features:
         raise _no_field(section, rows.features)
     if not isinstance(rows.features[section.field], library.Value):
         raise RunFileError(
             f'data.field: "{section.field}" of "{section.dataset}" is not a string; set data.field to the one that '
-            "holds the text"
+            "holds the text",
+            code="field-not-text",
         )
     return rows.select_columns([section.field])
 
@@ -288,7 +308,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[
             if not isinstance(text, str):
                 raise RunFileError(
                     f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
-                    "data.field to the one that holds the text"
+                    "data.field to the one that holds the text",
+                    code="field-not-text",
                 )
             yield text.encode(errors="replace")
 
@@ -296,7 +317,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[
 def _no_field(section: DataSection, has: Iterable[str]) -> RunFileError:
     return RunFileError(
         f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(has))}); '
-        "set data.field to the one that holds the text"
+        "set data.field to the one that holds the text",
+        code="no-such-field",
     )
 
 
@@ -307,7 +329,9 @@ def _library() -> Any:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise RunFileError(f'data.source = "datasets" needs datasets: {install_in_words("datasets")}') from None
+        raise RunFileError(
+            f'data.source = "datasets" needs datasets: {install_in_words("datasets")}', code="package-missing"
+        ) from None
     datasets.disable_progress_bars()
     return datasets
 
@@ -317,15 +341,20 @@ def _hub(library: Any) -> Any:
 
 
 def _token() -> str | bool:
-    """A login that this program was given. One that is only kept in the home folder is not used: a run file could name
-    a data set that is its owner's alone."""
+    """Return the login given to this program, if any.
+
+    One that is only stored in the home folder is not used: a run file could name a data set that only its owner can
+    read.
+    """
     return os.environ.get("HF_TOKEN") or False
 
 
 @contextlib.contextmanager
 def _in_empty_folder() -> Iterator[None]:
-    """Where a name that the library takes for a path finds nothing. The other threads of a peer name their files by
-    absolute paths."""
+    """Run the block in an empty folder, where a name that the library takes for a path finds nothing.
+
+    Other threads of a peer name their files by absolute paths.
+    """
     with _standing, tempfile.TemporaryDirectory(prefix="swarmtrain-empty-") as empty:
         before = os.open(".", os.O_RDONLY)
         try:
@@ -338,7 +367,7 @@ def _in_empty_folder() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_in_words(section: DataSection) -> Iterator[None]:
-    """The library raises what the libraries below it raise, down to a connection's."""
+    """Translate errors: the library raises whatever the libraries below it raise."""
     try:
         yield
     except (SwarmtrainError, MemoryError):
@@ -347,7 +376,8 @@ def _errors_in_words(section: DataSection) -> Iterator[None]:
         _log.info("the library datasets: %s", error, exc_info=True)
         raise RunFileError(
             f'data.dataset: cannot load "{section.dataset}" (split "{section.split}"): {_one_line(error)}; check '
-            "the name, the subset, the split and the connection (a folder is looked for below --data)"
+            "the name, the subset, the split and the connection (a folder is looked for below --data)",
+            code="dataset-not-loaded",
         ) from None
 
 

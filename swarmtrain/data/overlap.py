@@ -1,20 +1,20 @@
-"""Text shared between documents, found by sampled windows: near duplicates, and what the held-out text gives away.
+"""Find text shared between documents by sampled windows: near duplicates, and overlap with the held-out text.
 
-A *window* is 64 bytes of text. One position in sixteen is sampled, chosen by the 8 bytes that stand there, so
-that the same passage is sampled alike wherever it occurs; two texts that share a run of L bytes share about
-(L - 56) / 16 sampled windows. Everything is counted in windows, vectorised, in a fraction of a second for ten
-megabytes. Three rules follow; `docs/decisions` has what they drop on real corpora.
+A *window* is 64 bytes of text. One position in sixteen is sampled, chosen by the 8 bytes that stand there, so that a
+passage is sampled alike wherever it occurs; two texts that share a run of L bytes share about (L - 56) / 16 sampled
+windows. Everything is counted in windows, vectorised, in a fraction of a second for ten megabytes. Three rules follow;
+decision 6 has what they drop on real corpora.
 
-* **Near duplicate**: at least half of a document's windows stand in larger documents of the corpus.
-* **Held-out document**: at least a fifth of its windows stand in the held-out text; the whole document goes.
-  This is what removes the same file of another version.
-* **Held-out passage**: four or more different windows of a passage (4 KiB) stand in the held-out text, which is
-  a run of about 120 bytes, or several shorter ones; the passage goes, the rest of its document stays. This is
-  what keeps a corpus of one large file whose held-out text was cut out of its middle.
+* **Near duplicate**: at least half of a document's windows are in larger documents of the corpus.
+* **Held-out document**: at least a fifth of its windows are in the held-out text; the whole document is dropped.
+  This removes another version of the same file.
+* **Held-out passage**: four or more different windows of a passage (4 KiB) are in the held-out text, which is a run
+  of about 120 bytes, or several shorter ones; the passage is dropped, the rest of its document stays. This keeps a
+  corpus of one large file whose held-out text was cut out of its middle.
 
-*Boilerplate* never counts: windows with fewer than 8 different bytes (rules, tables of zeros), and windows that
-stand in more than 8 documents and in more than one document of 200 (licence headers, templates). A document too
-short to hold a sampled window goes if every line of it with 16 bytes or more is a line of the held-out text.
+*Boilerplate* never counts: windows with fewer than 8 different bytes (rules, tables of zeros), and windows that are in
+more than 8 documents and in more than one document of 200 (licence headers, templates). A document too short for a
+sampled window is dropped if each of its lines of 16 bytes or more is a line of the held-out text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BOILERPLATE_ONE_IN = 200
 BOILERPLATE_DISTINCT_BYTES = 8
 LINE_BYTES = 16
 
-_BLOCK_BYTES = 1 << 20  # what one pass hashes: small enough for the processor's cache
+_BLOCK_BYTES = 1 << 20  # bytes hashed in one pass: few enough for the processor's cache
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd: spreads the low bits over the high ones
 _THRESHOLD = np.uint64(2**64 // SAMPLED_ONE_IN)
 
@@ -48,7 +48,8 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def sampled_windows(text: Bytes) -> Iterator[tuple[Indices, Hashes]]:
-    """The sampled windows of `text`, a contiguous uint8 array: (positions, hashes) of equal length, block by block."""
+    """Yield the sampled windows of `text`, a contiguous uint8 array: (positions, hashes) of equal length, block by
+    block."""
     num_positions = len(text) - WINDOW_BYTES + 1
     if num_positions <= 0:
         return
@@ -63,9 +64,9 @@ def sampled_windows(text: Bytes) -> Iterator[tuple[Indices, Hashes]]:
 
 
 def near_duplicates(texts: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-    """Which documents are near duplicates of larger ones; of two equally large, the later one is.
+    """Return which documents are near duplicates of larger ones (n,); of two equally large, the later one is.
 
-    A window counts as seen when any larger document holds it, whether that one is itself kept or not.
+    A window counts as seen if any larger document has it, even one that is dropped itself.
     """
     joined, ends = _join(texts)
     sizes = np.diff(ends, prepend=0)
@@ -91,7 +92,7 @@ def near_duplicates(texts: Sequence[bytes]) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What is left of a corpus."""
+    """Rest of a corpus after the overlap is removed."""
 
     text: Bytes  # documents one after the other, each ending with a newline
     num_documents: int  # documents of which anything is left
@@ -100,7 +101,7 @@ class Cut:
 
 
 class HeldOutIndex:
-    """The windows of a held-out text, and what must not be trained on because of them."""
+    """Windows of a held-out text; removes from documents what must not be trained on because of them."""
 
     def __init__(self, held_out: bytes) -> None:
         text = np.frombuffer(held_out, np.uint8)
@@ -114,11 +115,11 @@ class HeldOutIndex:
             hashes = hashes[distinct_bytes >= BOILERPLATE_DISTINCT_BYTES]
         self._hashes = hashes  # sorted, each once
         self._lines = {line for line in held_out.split(b"\n") if len(line) >= LINE_BYTES}
-        self._streamed = 0  # documents given to `cut_next`, and in how many of them each window stood
+        self._streamed = 0  # documents given to `cut_next`, and the number of them in which each window was
         self._streamed_with = np.zeros(len(hashes), np.int64)
 
     def cut(self, texts: Sequence[bytes]) -> Cut:
-        """The documents without what they share with the held-out text, by the rules of this module."""
+        """Return the documents without what they share with the held-out text, by the rules of this module."""
         joined, ends = _join(texts)
         hits, num_windows = self._hits(joined, ends)
         documents = np.searchsorted(ends, hits[:, 0], side="right")
@@ -127,9 +128,9 @@ class HeldOutIndex:
         return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows)
 
     def cut_next(self, text: bytes) -> bytes:
-        """The next document of a stream, without what it shares with the held-out text; empty if nothing is left.
+        """Return the next document of a stream without what it shares with the held-out text; b"" if nothing is left.
 
-        Boilerplate is what the documents given so far share, so the answer depends on all of them, in order.
+        Boilerplate is what the documents given so far share, so the result depends on all of them, in order.
         """
         joined, ends = _join([text])
         hits, num_windows = self._hits(joined, ends)
@@ -139,7 +140,7 @@ class HeldOutIndex:
         return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows).text.tobytes()
 
     def _hits(self, joined: Bytes, ends: Indices) -> tuple[Indices, Indices]:
-        """((n, 2) positions and held-out window numbers, in order; (documents,) sampled windows of each document)."""
+        """Return (positions and held-out window numbers (n, 2), in order; number of sampled windows per document)."""
         num_windows = np.zeros(len(ends), np.int64)
         hits = [np.empty((0, 2), np.int64)]
         for positions, hashes, documents in _windows_within(joined, ends):
@@ -155,7 +156,7 @@ class HeldOutIndex:
         dropped = self._dropped_documents(joined, np.stack([starts, ends], axis=1), hits, num_windows)
 
         documents = np.searchsorted(ends, hits[:, 0], side="right")
-        begins = hits[:, 0] - (hits[:, 0] - starts[documents]) % PASSAGE_BYTES  # of each hit's passage
+        begins = hits[:, 0] - (hits[:, 0] - starts[documents]) % PASSAGE_BYTES  # start of each hit's passage
         passages, num_shared = np.unique(_distinct(begins, hits[:, 1])[0], return_counts=True)
         cuts = [(int(starts[d]), int(ends[d])) for d in np.flatnonzero(dropped)]
         for begin in passages[num_shared >= PASSAGE_WINDOWS].tolist():
@@ -189,7 +190,7 @@ class HeldOutIndex:
 
 
 def _distinct(places: Indices, numbers: Indices) -> tuple[Indices, Indices]:
-    """The distinct pairs (place, number), sorted."""
+    """Return the distinct pairs (place, number), sorted."""
     if not len(places):
         return places, numbers
     base = int(numbers.max()) + 1
@@ -198,14 +199,14 @@ def _distinct(places: Indices, numbers: Indices) -> tuple[Indices, Indices]:
 
 
 def _join(texts: Sequence[bytes]) -> tuple[Bytes, Indices]:
-    """(documents one after the other, each ending with a newline; the end of each). Empty documents are not allowed."""
+    """Return (documents joined, each ending with a newline; end of each). Documents must not be empty."""
     assert all(texts), "an empty document"
     joined = np.frombuffer(b"".join(t if t.endswith(b"\n") else t + b"\n" for t in texts), np.uint8)
     return joined, np.cumsum([len(t) + (not t.endswith(b"\n")) for t in texts], dtype=np.int64)
 
 
 def _windows_within(joined: Bytes, ends: Indices) -> Iterator[tuple[Indices, Hashes, Indices]]:
-    """The sampled windows that lie within one document: (positions, hashes, documents), block by block."""
+    """Yield the sampled windows that lie within one document: (positions, hashes, documents), block by block."""
     for positions, hashes in sampled_windows(joined):
         documents = np.searchsorted(ends, positions, side="right").astype(np.int64)
         within = positions + WINDOW_BYTES <= ends[documents]

@@ -1,7 +1,7 @@
-"""What the bootstrap and a volunteer call: everything about data from a run file, in three functions.
+"""Prepare a run's data for bootstrap and volunteers; the entry points of this package.
 
-The bootstrap: `publishable_data` before the run file is published. Every peer: `training_data`, then
-`training_batches`; `batches.held_out_batches` to measure the loss.
+The bootstrap calls `publishable_data` before it publishes the run file. Every peer calls `training_data`, then
+`training_batches`, and `batches.held_out_batches` to measure the loss.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from swarmtrain.data.tokens import (
     require_bpe,
     tokenizer_from_bytes_untrusted,
 )
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection, RunFile
 from swarmtrain.words import counted
 
@@ -51,13 +51,13 @@ __all__ = [
     "training_data",
 ]
 
-STREAM_SAMPLE_BYTES = 1 << 25  # what the bootstrap reads of a streamed data set, or more for a large held-out text
-LOOK_DOCUMENTS = 8  # of a data set that is only looked at
-LOOK_BPE_BYTES = 1 << 22  # to learn a tokenizer from more takes many seconds
+STREAM_SAMPLE_BYTES = 1 << 25  # bytes that the bootstrap reads of a streamed data set; more for a large held-out text
+LOOK_DOCUMENTS = 8  # documents read of a data set that is only looked at
+LOOK_BPE_BYTES = 1 << 22  # learning a tokenizer from more takes many seconds
 
 
 class PublishableData(NamedTuple):
-    """What travels with a run."""
+    """Data that travels with a run."""
 
     held_out: HeldOut
     tokenizer_bytes: bytes  # empty for bytes
@@ -65,15 +65,15 @@ class PublishableData(NamedTuple):
 
 
 class FirstLook(NamedTuple):
-    """What can be said of a run's text without reading all of it."""
+    """Findings about a run's text without reading all of it."""
 
     num_bytes: int | None  # of the files here, about; None if that is not known
-    problems: tuple[str, ...] = ()  # what the bootstrap would refuse, and why
+    problems: tuple[Problem, ...] = ()  # what the bootstrap would refuse, and why
     unseen: tuple[str, ...] = ()  # what was not looked at
 
 
 class TrainingData(NamedTuple):
-    """What a peer trains on."""
+    """Data that a peer trains on."""
 
     tokens: Tokens  # (n,); the corpus' own memory for bytes; empty if streamed
     tokenizer: Tokenizer
@@ -81,7 +81,7 @@ class TrainingData(NamedTuple):
 
 
 def publishable_data(run: RunFile, base: Path) -> PublishableData:
-    """Cut the held-out text of a run and learn its tokenizer on what is left. Raises RunFileError."""
+    """Cut a run's held-out text and learn its tokenizer on the rest. Raises RunFileError."""
     section = run.data
     revision = huggingface.newest_revision(section, base) if section.source == "datasets" else ""
     if section.source == "datasets" and section.streaming:
@@ -96,14 +96,16 @@ def publishable_data(run: RunFile, base: Path) -> PublishableData:
 
 
 def first_look(run: RunFile, base: Path) -> FirstLook:
-    """What `publishable_data` would do, with the first documents: of a data set a few, and nothing is downloaded whole.
-    Nothing is raised for what cannot be used: these are the look's problems, all that can be told at once."""
-    problems = []
+    """Try what `publishable_data` would do on the first documents; of a data set only a few are downloaded.
+
+    Raises nothing for unusable data: all problems found are listed in the result.
+    """
+    problems: list[Problem] = []
     try:
         if run.model.tokenizer == "bpe":
             require_bpe()
     except RunFileError as error:
-        problems.append(str(error))
+        problems += error.problems
     look = _look_at_data_set if run.data.source == "datasets" else _look_at_files
     found = look(run, base, can_learn=not problems)
     return found._replace(problems=(*problems, *found.problems))
@@ -115,9 +117,10 @@ def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
         revision = huggingface.newest_revision(section, base)
         count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
     except RunFileError as error:
-        return FirstLook(None, (str(error),))
+        return FirstLook(None, error.problems)
     if not count:
-        return FirstLook(None, (f'data.field: no row of "{section.dataset}" has text in "{section.field}"',))
+        problem = f'data.field: no row of "{section.dataset}" has text in "{section.field}"; set it to the one that has'
+        return FirstLook(None, (Problem(problem, "no-text"),))
     unseen = f"the data set after its first {counted(count, 'document')}, and so whether it is large enough"
     return FirstLook(None, (), (unseen, *_vocabulary_unseen(run)))
 
@@ -126,7 +129,7 @@ def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
     section = run.data
     found = survey(section, base, _sample_bytes(section))
     if found.problems:
-        small = "" if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
+        small = None if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
         problems = (*found.problems, small) if small else found.problems
         return FirstLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
     read = sum(len(document.text) for document in found.documents)
@@ -140,7 +143,7 @@ def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
         text = HeldOutIndex(held_out.text).cut([document.text for document in found.documents]).text
         BpeTokenizer.learn(text, run.model.vocabulary_size)
     except RunFileError as error:
-        return FirstLook(found.num_bytes, (str(error),))
+        return FirstLook(found.num_bytes, error.problems)
     return FirstLook(found.num_bytes)
 
 
@@ -153,9 +156,9 @@ def _vocabulary_unseen(run: RunFile) -> tuple[str, ...]:
 def training_data(
     run: RunFile, base: Path, held_out: bytes, tokenizer_bytes: bytes, cache_dir: Path | None
 ) -> TrainingData:
-    """The corpus of this peer, encoded. `tokenizer_bytes` come from another peer and are checked here.
+    """Return this peer's corpus, encoded. `tokenizer_bytes` come from another peer and are checked here.
 
-    Raises RunFileError for data that cannot be used, BadBytesError for a tokenizer that cannot.
+    Raises RunFileError for unusable data, and BadBytesError for an unusable tokenizer.
     """
     tokenizer = tokenizer_from_bytes_untrusted(tokenizer_bytes, run.model.vocabulary_size)
     corpus = prepare_corpus(run.data, base, held_out, cache_dir, run.dataset_revision)
@@ -164,7 +167,7 @@ def training_data(
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPlace:
-    """Who draws batches, and where it stands."""
+    """Identity of the peer that draws batches, and how many it has drawn."""
 
     run_sha256: str
     peer_id: str
@@ -172,7 +175,7 @@ class PeerPlace:
 
 
 def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes) -> BatchSource:
-    """The batches of one peer, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
+    """Return a peer's batches, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
     if not run.data.streaming or run.data.source != "datasets":
         batches = Batches(
             data.tokens,

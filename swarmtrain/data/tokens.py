@@ -1,11 +1,11 @@
-"""Bytes to tokens and back: bytes themselves, or a byte-level BPE that the bootstrap learns and hands out.
+"""Convert text to tokens and back: bytes themselves, or a byte-level BPE that the bootstrap learns and serves.
 
-In both, tokens 0 to 255 are the bytes, so every text has an encoding and every encoding a text. A learnt
-tokenizer travels as its list of merges and nothing else: what a peer receives is numbers in a range, never a
-pattern or a program, and each side builds the same encoder from them.
+In both, tokens 0 to 255 are the bytes, so every text has an encoding and every encoding a text. A learnt tokenizer
+travels as its list of merges and nothing else: a peer receives numbers in a range, never a pattern or a program, and
+each side builds the same encoder from them.
 
-Form of the merges: `MAGIC`, then two little-endian uint32 a merge, the tokens it joins. A merge makes the next
-free token; if another merge already made the same bytes, it makes that one again.
+Form of the merges: `MAGIC`, then two little-endian uint32 per merge, the tokens that it joins. A merge makes the next
+free token; if an earlier merge made the same bytes, it makes that token again.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["BpeTokenizer", "ByteTokenizer", "Tokenizer", "Tokens", "require_bpe"
 MAGIC = b"swarmtrain-bpe-1"
 MAX_TOKEN_BYTES = 64
 NUM_BYTES = 256
-LEARNT_FROM_BYTES = 1 << 25  # text that a BPE is learnt from, at most
+LEARNT_FROM_BYTES = 1 << 25  # the most text that a BPE is learnt from
 _CHUNK_BYTES = 1 << 16
-_CHUNKS_AT_ONCE = 16  # an encoder's result takes a hundred times its text
+_CHUNKS_AT_ONCE = 16  # an encoder's result takes a hundred times the memory of its text
 
 Tokens = npt.NDArray[Any]  # (n,), unsigned integers
 
 
 class Tokenizer(Protocol):
-    """What the model's vocabulary is."""
+    """The model's vocabulary."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -42,44 +42,44 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """The tokens of `text` (n,): uint8, uint16 or uint32, the smallest that holds the vocabulary."""
+        """Return the tokens of `text` (n,): uint8, uint16 or uint32, the smallest that holds the vocabulary."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """The text of `tokens`; always exactly what was encoded. ValueError for a number that is no token."""
+        """Return the text of `tokens`, exactly as it was encoded. Raises ValueError for a number that is no token."""
         ...
 
     def to_bytes(self) -> bytes:
-        """What a peer needs to build the same tokenizer; empty for bytes."""
+        """Return the bytes from which a peer builds the same tokenizer; empty for bytes."""
         ...
 
 
 class ByteTokenizer:
-    """A token is a byte."""
+    """Tokenizer whose tokens are the bytes."""
 
     vocabulary_size = NUM_BYTES
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """The bytes of `text` as uint8, without a copy."""
+        """Return the bytes of `text` as uint8, without a copy."""
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """The text of `tokens`. ValueError for a number that is no byte."""
+        """Return the text of `tokens`. Raises ValueError for a number that is no byte."""
         return bytes(int(token) for token in tokens)
 
     def to_bytes(self) -> bytes:
-        """Nothing: every peer has bytes."""
+        """Return b"": every peer has bytes."""
         return b""
 
 
 class BpeTokenizer:
-    """A token is a byte, or one of the sequences of bytes that were frequent in the bootstrap's corpus.
+    """Tokenizer whose tokens are bytes, and byte sequences that were frequent in the bootstrap's corpus.
 
-    What is not UTF-8 is encoded byte by byte. Needs the library `tokenizers` to encode, not to decode.
+    Bytes that are not UTF-8 are encoded one by one. Encoding needs the library `tokenizers`, decoding does not.
     """
 
     def __init__(self, merges: npt.NDArray[np.uint32]) -> None:
-        """`merges` (n, 2), as in the form above; ValueError if they are not of that form."""
+        """Build a tokenizer from `merges` (n, 2), in the form above. Raises ValueError if they are invalid."""
         self._merges = np.ascontiguousarray(merges, "<u4")
         self._spellings = _spellings(self._merges)
         self._encoder = _encoder(self._merges, self._spellings)
@@ -112,7 +112,8 @@ class BpeTokenizer:
         if len(ids) != vocabulary_size:
             raise RunFileError(
                 f"model.vocabulary_size = {vocabulary_size} is more than can be learnt from this corpus: lower it to "
-                f"{len(ids)} or less, or give more text"
+                f"{len(ids)} or less, or give more text",
+                code="too-little-text",
             )
         return cls(np.array(merges, np.uint32).reshape(-1, 2))
 
@@ -122,7 +123,8 @@ class BpeTokenizer:
         return len(self._spellings)
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
-        """The tokens of `text` (n,), uint16 or uint32. It is cut after lines, so that its length does not matter."""
+        """Return the tokens of `text` (n,), uint16 or uint32. Cuts it after lines, so that its length does
+        not matter."""
         parts = [np.empty(0, self._dtype)]
         waiting: list[str | bytes] = []
         for chunk in _chunks(np.frombuffer(text, np.uint8).data):
@@ -133,14 +135,14 @@ class BpeTokenizer:
         return np.concatenate(parts + self._encode_parts(waiting))
 
     def decode(self, tokens: Iterable[int]) -> bytes:
-        """The text of `tokens`. ValueError for a number that is no token."""
+        """Return the text of `tokens`. Raises ValueError for a number that is no token."""
         numbers = [int(token) for token in tokens]
         if numbers and not 0 <= min(numbers) <= max(numbers) < len(self._spellings):
             raise ValueError(f"a token is at least 0 and below {len(self._spellings)}")
         return b"".join([self._spellings[number] for number in numbers])
 
     def to_bytes(self) -> bytes:
-        """The merges in the form above."""
+        """Return the merges in the form above."""
         return MAGIC + self._merges.tobytes()
 
     def _encode_parts(self, parts: Sequence[str | bytes]) -> list[Tokens]:
@@ -152,23 +154,23 @@ class BpeTokenizer:
 
 
 def require_bpe() -> None:
-    """Raises RunFileError, which says what to install, if the library for `BpeTokenizer` is missing."""
+    """Raise RunFileError, which says what to install, if the library for `BpeTokenizer` is missing."""
     _library()
 
 
 def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokenizer:
-    """The tokenizer that a peer sent: `data` is empty for bytes.
+    """Return the tokenizer that a peer sent; empty `data` means bytes.
 
-    Raises BadBytesError if the form is wrong or the vocabulary is not `vocabulary_size`; RunFileError if the
+    Raises BadBytesError if the form is wrong or the vocabulary is not `vocabulary_size`, and RunFileError if the
     library for it is missing on this machine.
     """
     if not data:
         if vocabulary_size != NUM_BYTES:
-            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer")
+            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer", code="bad-format")
         return ByteTokenizer()
     num_words, rest = divmod(len(data) - len(MAGIC), 4)
     if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:
-        raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens")
+        raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens", code="bad-format")
     try:
         merges = np.frombuffer(data, "<u4", offset=len(MAGIC)).reshape(-1, 2)
         num_tokens = len(_spellings(merges))
@@ -176,11 +178,12 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
             raise ValueError(f"it has {num_tokens} tokens")
         return BpeTokenizer(merges)
     except ValueError as error:
-        raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}") from None
+        raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}", code="bad-format") from None
 
 
 def _spellings(merges: npt.NDArray[np.uint32]) -> list[bytes]:
-    """The bytes of each token; ValueError if a merge joins what does not exist yet, or makes too long a token."""
+    """Return the bytes of each token. Raises ValueError if a merge joins a token that does not exist yet, or makes one
+    that is too long."""
     spellings = [bytes([byte]) for byte in range(NUM_BYTES)]
     known = set(spellings)
     for left, right in merges.tolist():
@@ -207,14 +210,14 @@ def _encoder(merges: npt.NDArray[np.uint32], spellings: Sequence[bytes]) -> Any:
 
 
 def _letters() -> list[str]:
-    """The printable letter that byte-level BPE writes for each byte (as GPT-2 did; the library's table)."""
+    """Return the printable letter that byte-level BPE writes for each byte (GPT-2's table, and the library's)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
 
 
 def _chunks(text: memoryview) -> Iterator[memoryview]:
-    """`text` in pieces of about 64 KiB that end with a line, or else between two UTF-8 characters."""
+    """Yield `text` in pieces of about 64 KiB that end with a line, or else between two UTF-8 characters."""
     begin = 0
     while len(text) - begin > _CHUNK_BYTES:
         end = begin + _CHUNK_BYTES
@@ -229,7 +232,7 @@ def _chunks(text: memoryview) -> Iterator[memoryview]:
 
 
 def _valid_and_invalid(chunk: memoryview) -> Iterator[str | bytes]:
-    """The chunk as UTF-8 text, with the bytes between that are none."""
+    """Yield the chunk's UTF-8 text as str, and the invalid bytes between as bytes."""
     while len(chunk):
         try:
             yield str(chunk, "utf-8")
@@ -245,4 +248,6 @@ def _library() -> Any:
     try:
         return importlib.import_module("tokenizers")
     except ImportError:
-        raise RunFileError(f'model.tokenizer = "bpe" needs tokenizers: {install_in_words("bpe")}') from None
+        raise RunFileError(
+            f'model.tokenizer = "bpe" needs tokenizers: {install_in_words("bpe")}', code="package-missing"
+        ) from None

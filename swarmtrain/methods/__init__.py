@@ -1,8 +1,8 @@
-"""The ways in which peers become one model, by their names in `merge.method`.
+"""List the merge methods, by their names in `merge.method`.
 
-Each is one object, a `MergeMethod`: what code elsewhere must know of a method it asks the object, and not for its name.
-Another package can bring one, as it can a rule (`peer/merging/rules.py`).
-Here are no torch and no network: what needs them is named, and loaded where it is first wanted.
+Each is one object, a `MergeMethod`. Code elsewhere asks that object what it must know of a method, and never compares
+names. Another package can bring a method, as it can a rule (`peer/merging/rules.py`). This package imports neither
+torch nor the network: parts that need them are named, and loaded when they are first used (decision 62).
 """
 
 from __future__ import annotations
@@ -35,34 +35,39 @@ __all__ = [
 ]
 
 METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER)}
-"""Ours."""
+"""The methods of this package."""
 GROUP = "swarmtrain.merge_methods"
-"""Entry points of other packages; each is a `MergeMethod`, whose name in a run file is "PACKAGE:METHOD"."""
+"""Group of entry points of other packages. Each is a `MergeMethod`, named "PACKAGE:METHOD" in a run file."""
 
 
 METHOD_NAME = rf"^({'|'.join(METHODS)}|{NAME})$"
-"""A pattern of what a run file can name."""
+"""Pattern of the names allowed in a run file."""
 
 
 @functools.cache
 def method_named(name: str) -> MergeMethod:
-    """The method that a run file names. Raises `RunFileError`, which names the package, if that is not here or has no
-    such method; `KeyError` if the name is none."""
+    """Return the method that a run file names.
+
+    Raises RunFileError, which names the package, if that is missing or has no such method, and KeyError for an unknown
+    name.
+    """
     if not re.fullmatch(NAME, name):
         return METHODS[name]
     method, place = brought("method", name, "method", GROUP)
     if not isinstance(method, MergeMethod):
-        raise RunFileError(f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it')
+        raise RunFileError(
+            f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it', code="merge-package-broken"
+        )
     return dataclasses.replace(method, name=name)
 
 
 @functools.cache
 def load_part(reference: str) -> Any:
-    """The class or function "module:name" that does a method's work in one of the layers above."""
+    """Import and return the class or function "module:name" that does a method's work in one of the layers above."""
     return pkgutil.resolve_name(reference)
 
 
 def methods_of_keys() -> dict[str, tuple[str, ...]]:
-    """Keys of `[merge]` that not every method reads: the names of those that do."""
+    """Return the keys of `[merge]` that not every method reads, each with the names of the methods that do."""
     keys = sorted(set[str]().union(*(method.keys for method in METHODS.values())))
     return {key: tuple(method.name for method in METHODS.values() if key in method.keys) for key in keys}

@@ -1,4 +1,4 @@
-"""Synchronous rounds, whose contributors a signed roster names."""
+"""Synchronous rounds, whose contributors a signed roster names: `merge.method = "diloco"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody waits: each merges what it pulled from a few partners."""
+"""Gossip, in which each peer merges what it pulled from a few partners and never waits: `merge.method = "gossip"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one way to merge is, for all code that is not its own."""
+"""Describe a merge method to all code that is not its own."""
 
 from __future__ import annotations
 
@@ -9,57 +9,63 @@ from typing import Any, Literal
 __all__ = ["GradientFormat", "MergeMethod"]
 
 GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
-"""`algorithm.quantize.Format`, which is a layer above."""
+"""Equals `algorithm.quantize.Format`, which is in a layer above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod:
-    """One way in which peers become one model."""
+    """Properties and parts of one merge method."""
 
     name: str
-    """In `merge.method`; of another package's method the run file's name takes its place."""
+    """Name in `merge.method`. A method of another package gets the run file's name instead."""
     says: str
-    """What it is, in the documentation of that key."""
+    """Description for the documentation of that key."""
     exchange: str
-    """Answers the trainer's calls: a `SwarmExchange` (peer/merging/roster_exchange.py), as "module:class"."""
+    """Class that answers the trainer's calls, a `SwarmExchange` (peer/merging/roster_exchange.py), as
+    "module:class"."""
     costs: str
-    """What merging costs each peer, a `peer.merging.costs.MergeCosts`: "module:class"."""
+    """Class that computes what merging costs each peer, a `peer.merging.costs.MergeCosts`, as "module:class"."""
     lives: str
-    """Plays part of a swarm in virtual time: a `Lives` (simulate/planning/playback.py), "module:function"."""
+    """Function that plays part of a swarm in virtual time, a `Lives` (simulate/planning/playback.py), as
+    "module:function"."""
     learns: str = ""
-    """How it learns in virtual time, a function of a `simulate.learning.setting.Setting` that gives an `Outcome`:
-    "module:function"; empty where it cannot be compared so."""
+    """Function that trains in virtual time, from a `simulate.learning.setting.Setting` to an `Outcome`, as
+    "module:function".
+
+    Empty if the method cannot be compared in this way.
+    """
     keys: frozenset[str] = frozenset()
-    """Keys of `[merge]` that not every method has, but this one; those of others are refused with it."""
+    """Keys of `[merge]` that this method reads and not every method does. Other methods' keys are refused with it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of keys of `[merge]`, where they are not the fields' own."""
+    """Defaults of keys of `[merge]` that differ from the fields' own."""
     auto_formats: tuple[GradientFormat, ...] = ("int2",)
-    """Those that a pseudo-gradient may have where `merge.gradient_format` is "auto", the coarsest first."""
+    """Formats of a pseudo-gradient if `merge.gradient_format` is "auto", the coarsest first."""
     asynchronous: bool = True
-    """Peers merge at their own pace, without rosters."""
+    """True if peers merge at their own pace, without rosters."""
     own_weights: bool = False
-    """Each volunteer has weights of its own, and pulls those of others: the run's are the mean of theirs."""
+    """True if each volunteer has weights of its own and pulls those of others. The run's weights are their mean."""
     server: str = ""
-    """What takes in each pseudo-gradient as it arrives, in the bootstrap, which the published run names: a
-    `peer.merging.server.MergeServer`, "module:class". Everybody goes on from its weights, and nobody else's are
-    archived.
-    Empty where there is none."""
+    """Class in the bootstrap that takes in each pseudo-gradient as it arrives, a `peer.merging.server.MergeServer`.
+
+    The published run names the bootstrap. Everybody trains on from its weights, and only those are archived.
+    "module:class"; empty if there is none.
+    """
     in_step: bool = False
-    """Paced rounds end in the same moment, for which one takes more inner steps than `merge.inner_steps`."""
+    """True if paced rounds end at the same moment, for which a peer may take more steps than `merge.inner_steps`."""
     hosting: bool = False
-    """Those who cannot be dialled are reached through others, or through the bootstrap."""
+    """True if hidden peers are reached through hosts or the bootstrap."""
     shards: bool = False
-    """The data can be drawn from shards, so that all of it is seen by somebody."""
+    """True if the data can be drawn from shards, so that all of it is seen by some peer."""
     stages: bool = False
-    """The model can be cut into a pipeline's stages."""
+    """True if the model can be cut into a pipeline's stages."""
     lends_weights: bool = False
-    """A publication lends the model's weights, of which its pseudo-gradient is made when somebody asks for it."""
+    """True if a publication borrows the model's weights, from which its pseudo-gradient is computed on request."""
 
     @property
     def has_server(self) -> bool:
-        """Whether the bootstrap keeps the run's weights."""
+        """True if the bootstrap keeps the run's weights."""
         return bool(self.server)
 
     def reads(self, key: str) -> bool:
-        """Whether that key of `[merge]`, which not every method has, means something with it."""
+        """Return whether a key of `[merge]` that not every method reads has a meaning with this one."""
         return key in self.keys

@@ -1,4 +1,4 @@
-"""Nobody waits: the bootstrap takes in what arrives."""
+"""Server, in which the bootstrap takes in gradients as they arrive and nobody waits: `merge.method = "server"`."""
 
 from __future__ import annotations
 

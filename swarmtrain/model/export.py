@@ -1,10 +1,10 @@
-"""A trained model as files that a stranger can load: safetensors and JSON, nothing that executes.
+"""Write and read a trained model as files that a stranger can load: safetensors and JSON, nothing that executes.
 
 model.safetensors   the weights by name, fp32
 config.json         the shape (as in the run file), the tokenizer's kind, what was trained
 tokenizer.bin       the learnt tokenizer, absent with bytes
-held-out.txt        the text it was judged by
-run.toml            the run it comes from
+held-out.txt        the text by which it was judged
+run.toml            the run that it comes from
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class ExportedModel:
 def export_model(
     folder: Path, weights: Mapping[str, Tensor], section: ModelSection, run_tokens: int, files: Mapping[str, bytes]
 ) -> None:
-    """Write the model into `folder`, replacing what is there; `files` are kept beside it by name.
+    """Write the model into `folder`, replacing the one there; `files` are written beside it by name.
 
-    Raises UserError when the folder holds something else, OSError as the file system gives it.
+    Raises UserError when the folder holds something else, and the file system's OSError.
     """
-    # Not by its `save_file`, which tells a full disk by an error of its own, without a number.
+    # `save_file` would report a full disk as an error of its own, without a number.
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     config = {
         "format": _FORMAT,
@@ -67,9 +67,9 @@ def export_model(
 
 
 def copy_exported(source: Path, target: Path) -> int:
-    """Write the model in `source` into `target` too; the run's tokens.
+    """Copy the model in `source` into `target`, and return the run's tokens.
 
-    Raises UserError as `load_exported` does and as `export_model` does, OSError if `target` cannot be written.
+    Raises UserError as `load_exported` and `export_model` do, and OSError if `target` cannot be written.
     """
     files = _read(source)
     run_tokens = _checked(source, files).run_tokens
@@ -80,10 +80,10 @@ def copy_exported(source: Path, target: Path) -> int:
 def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all of `files` into `folder`, or none, replacing the model there.
 
-    Raises UserError when the folder holds something else, OSError as the file system gives it.
+    Raises UserError when the folder holds something else, and the file system's OSError.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds other files; give an empty or new folder")
+        raise UserError(f"{folder} holds other files; give an empty or new folder", code="folder-not-empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -102,7 +102,7 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename to `folder`; what was there is removed only when the new one is."""
+    """Rename to `folder`. The old folder is removed only when the new one is in place."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -117,24 +117,28 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def load_exported(folder: Path) -> ExportedModel:
-    """The model in `folder`. Raises UserError, one line, when it is not there, torn or altered."""
+    """Load the model in `folder`. Raises UserError, one line, when it is missing, torn or altered."""
     return _checked(folder, _read(folder))
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """The files of the model in `folder`: read once, as a running bootstrap may replace them any time."""
+    """Read the files of the model in `folder`, each once: a running bootstrap may replace them at any time."""
     try:
         files = {name: (folder / name).read_bytes() for name in _NEEDED}
         return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
-        raise UserError(f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}") from None
+        raise UserError(
+            f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}", code="no-model"
+        ) from None
     except OSError as error:
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}") from None
+        raise UserError(
+            f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}", code="not-a-model"
+        ) from None
 
 
 def _instead(folder: Path) -> str:
-    """What to give in place of the folder of a peer, or of a swarm on one machine, or of another."""
+    """Return advice for a folder without a model: that of a peer, of a swarm on one machine, or another."""
     places = (("model", "the run's model"), ("archive", "its newest archive"))
     for peer in (folder, folder / "bootstrap"):
         for name, what in places:
@@ -148,19 +152,23 @@ def _instead(folder: Path) -> str:
 
 
 def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
-    """The model of `files`, which were read in `folder`."""
+    """Build the model from `files`, which were read in `folder`. Raises UserError."""
     try:
         config = json.loads(files["config.json"])
         section = ModelSection.model_validate(config["model"])
         data = files["model.safetensors"]
         if config["format"] != _FORMAT or hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
-            raise UserError(f"{folder}: the weights do not match config.json; export the model again")
+            raise UserError(
+                f"{folder}: the weights do not match config.json; export the model again", code="not-a-model"
+            )
         model = build_model(section, seed=0)
         model.load_state_dict(load(data))
         run_tokens = int(config["run_tokens"])
     except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}") from None
+        raise UserError(
+            f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}", code="not-a-model"
+        ) from None
     return ExportedModel(
         model=model,
         tokenizer=files.get("tokenizer.bin", b""),

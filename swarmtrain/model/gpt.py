@@ -1,11 +1,11 @@
-"""The built-in model: a GPT, its loss, its evaluation and a sampler, in one file to be read from top to bottom.
+"""Define the built-in model: a GPT, its loss, its evaluation and a sampler, in one file to read from top to bottom.
 
-Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and
-it can be cut into stages anywhere (`stages.py`: `embed`, `blocks`, then `final_norm` and `head`).
+Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and it
+can be cut into stages anywhere (`stages.py`: `embed`, `blocks`, then `final_norm` and `head`).
 
-What it is: RMSNorm before each half of a block (arXiv 1910.07467), rotary positions (2104.09864), queries and keys
-normalised per head (2010.04245), SwiGLU (2002.05202), no biases, embedding and head untied. Each was measured
-against what it replaced (`docs/lab-log.md`).
+Its parts: RMSNorm before each half of a block (arXiv 1910.07467), rotary positions (2104.09864), queries and keys
+normalised per head (2010.04245), SwiGLU (2002.05202), no biases, embedding and head untied. Each was measured against
+what it replaced (`docs/lab-log.md`).
 
 Shapes: B batch, T time (tokens), D width, H heads, K = D / H head width, V vocabulary.
 """
@@ -36,41 +36,41 @@ def _hidden_width(section: ModelSection) -> int:
 
 
 def rotary_table(num_positions: int, head_width: int) -> Tensor:
-    """Cosines and sines of each position's angles: (2, T, K / 2)."""
+    """Return cosines and sines of each position's angles: (2, T, K / 2)."""
     frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
 
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of x (..., T, K) by its position's angle."""
+    """Rotate each pair (i, i + K/2) of x (..., T, K) by its position's angle."""
     cos, sin = rotary[0], rotary[1]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def check_length(num_tokens: int, section: ModelSection) -> None:
-    """ValueError when they are more than the context."""
+    """Raise ValueError when the tokens are more than the context."""
     if num_tokens > section.context_tokens:
         raise ValueError(f"{num_tokens} tokens are more than the context of {section.context_tokens}")
 
 
 class Linear(nn.Linear):
-    """Without torch's random initial weights, which would be overwritten."""
+    """Linear layer without torch's random initial weights, which would be overwritten."""
 
     def reset_parameters(self) -> None:
-        """Leave whatever is there."""
+        """Leave the weights uninitialised."""
 
 
 class Embedding(nn.Embedding):
-    """Without torch's random initial weights, which would be overwritten."""
+    """Embedding without torch's random initial weights, which would be overwritten."""
 
     def reset_parameters(self) -> None:
-        """Leave whatever is there."""
+        """Leave the weights uninitialised."""
 
 
 class Attention(nn.Module):
-    """Causal self-attention, H heads, queries and keys normalised and then rotated."""
+    """Causal self-attention with H heads, whose queries and keys are normalised and then rotated."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: half of `gate_up` decides, through a SiLU, how much of the other half passes to `down`."""
+    """SwiGLU: a SiLU of half of `gate_up` scales how much of the other half passes to `down`."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. Built by `build_model`; its own constructor leaves whatever is there."""
+    """The whole model. `build_model` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 
@@ -131,7 +131,7 @@ class GPT(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) from tokens (B, T), int64; T at most `context_tokens`, else ValueError."""
+        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
         T = tokens.shape[1]
         check_length(T, self.section)
         x = self.embed(tokens)
@@ -141,26 +141,28 @@ class GPT(nn.Module):
         return cast(Tensor, self.head(self.final_norm(x)))
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Mean nats per token, a scalar: each of batch (B, T + 1) but the first is predicted from those before it."""
+        """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
+        before it."""
         logits = self(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 def num_parameters(section: ModelSection) -> int:
-    """How many parameters `GPT(section)` has, computed without building it."""
+    """Return the number of parameters of `GPT(section)`, computed without building it."""
     D, hidden = section.width, _hidden_width(section)
     block = 4 * D * D + 3 * D * hidden + 2 * D
     return 2 * section.vocabulary_size * D + section.num_layers * block + D
 
 
 def build_model(section: ModelSection, seed: int) -> GPT:
-    """A GPT on the processor, fp32, whose initial weights depend on the shape and the seed alone.
+    """Build a GPT on the processor, fp32, whose initial weights depend on the shape and the seed alone.
 
-    The same bits on every machine: each parameter has a generator of its own, seeded from SHA-256 of the seed and its
-    name, so neither the order of building, nor the global generator, nor how the model is cut into stages matters.
+    They are the same bits on every machine. Each parameter has a generator of its own, seeded from the SHA-256 of the
+    seed and its name, so neither the order of building, nor the global generator, nor the cut into stages matters.
     Weights are uniform, not normal: torch makes uniform numbers one by one from 24 bits each, which is exact, but
-    normal ones by code that depends on the tensor's size and the processor's vector instructions. Two roundings
-    follow, as IEEE 754 prescribes. What is not ours to promise: torch's own Mersenne Twister; a test pins its result.
+    normal ones by code that depends on the tensor's size and the processor's vector instructions. Two roundings follow,
+    as IEEE 754 prescribes. The one thing we cannot promise is torch's own Mersenne Twister; a test pins its result
+    (decision 7).
     """
     model = GPT(section)
     for name, parameter in model.named_parameters():
@@ -170,9 +172,9 @@ def build_model(section: ModelSection, seed: int) -> GPT:
 
 
 def initial_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The initial value of the parameter called `name` of a GPT, fp32.
+    """Return the initial value, fp32, of the parameter called `name` of a GPT.
 
-    Norms are 1. Matrices are uniform with mean 0 and a standard deviation of 1 / sqrt(fan-in), embeddings of 1.
+    Norms are 1. Matrices are uniform with mean 0 and standard deviation 1 / sqrt(fan-in), embeddings with 1.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -181,7 +183,7 @@ def initial_weight(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) -> Tensor:
-    """Numbers for the parameter called `name`, fp32, uniform with mean 0, the same bits on every machine."""
+    """Return uniform numbers with mean 0, fp32, for the parameter called `name`: the same bits on every machine."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float32)  # in [0, 1), multiples of 2**-24
@@ -190,7 +192,10 @@ def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) ->
 
 @torch.inference_mode()
 def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """(sum of nats, number of predicted tokens) over batches (B, T + 1), int64; their quotient is the held-out loss."""
+    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64.
+
+    With one byte per token, their quotient is the held-out loss.
+    """
     sum_nats, num_targets = 0.0, 0
     for batch in batches:
         targets = batch[:, 1:].flatten()
@@ -201,7 +206,7 @@ def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss on a text of which each byte stands in exactly one target token (`held_out_batches`)."""
+    """Loss on a text of which each byte is in exactly one target token (`held_out_batches`)."""
 
     sum_nats: float
     num_tokens: int
@@ -214,13 +219,16 @@ class TextLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """Nats per byte in bits. It does not depend on the tokenizer: models with different ones compare by it."""
+        """Held-out loss in bits per byte, which does not depend on the tokenizer: models with different ones compare by
+        it."""
         return bits_per_byte(self.nats_per_byte)
 
     @property
     def perplexity(self) -> float | None:
-        """exp(nats a token): among how many equally likely tokens the next one is guessed. None where it is larger than
-        a float can be, since events hold finite numbers only."""
+        """exp(nats per token): the number of equally likely tokens among which the next one is guessed.
+
+        None if a float cannot hold it, since events hold finite numbers only.
+        """
         try:
             return math.exp(self.sum_nats / self.num_tokens)
         except OverflowError:
@@ -236,11 +244,10 @@ def generate(
     seed: int,
     advance: Callable[[int], None] = lambda number: None,
 ) -> list[int]:
-    """`num_tokens` tokens that continue the prompt (not included), each drawn given the last `context_tokens`.
+    """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`.
 
-    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Raises
-    ValueError when the prompt is empty or holds an unknown token, or the temperature is negative. `advance` is told of
-    each token.
+    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Calls `advance` for
+    each token. Raises ValueError when the prompt is empty or has an unknown token, or the temperature is negative.
     """
     vocabulary_size, context_tokens = model.section.vocabulary_size, model.section.context_tokens
     if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):

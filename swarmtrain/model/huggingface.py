@@ -1,11 +1,12 @@
-"""A Hugging Face causal language model cut into stages: Llama, Qwen2, Qwen3 and GPT-2, from a seed or a checkpoint.
+"""Cut a Hugging Face causal language model into stages: Llama, Qwen2, Qwen3 and GPT-2, from a seed or a checkpoint.
 
-Like `stages.py`, of which it keeps the names: a stage holds the blocks between two places where the model is cut, the
-first one the embedding too, the last one the final norm and the head. Only that is ever built or read. The blocks are
-the library's own, so a stage computes what the whole model does, and parameters have the names that they have there.
+As in `stages.py`, whose names it keeps: a stage holds the blocks between two places where the model is cut, the first
+one the embedding too, the last one the final norm and the head. Only that part is ever built or read. The blocks are
+the library's own, so a stage computes what the whole model does, and its parameters have the whole model's names
+(decision 25).
 
-Nothing of a checkpoint is executed: its configuration is checked first (`huggingface_config.py`), its tensors are
-read from safetensors. The library `transformers` is imported when a stage is built or counted, and never asks the
+Nothing of a checkpoint is executed: its configuration is checked first (`huggingface_config.py`), and its tensors are
+read from safetensors. The library `transformers` is imported when a stage is built or counted, and never contacts the
 hub here.
 
 Shapes: B batch, T time (tokens), D width, V vocabulary.
@@ -51,18 +52,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceShape:
-    """Which part of a model a stage holds."""
+    """Part of a model that a stage holds."""
 
     model: HuggingFaceModel
     first_block: int
     last_block: int
-    """Not included."""
+    """Exclusive."""
     has_embedding: bool
     has_head: bool
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers its weights are, computed without building it. UserError without the extra `hf`."""
+        """Number of parameters, computed without memory for weights. Raises UserError without the extra `hf`."""
         ends, with_one = (
             sum(p.numel() for p in HuggingFaceStage(replace(self, first_block=0, last_block=last)).parameters())
             for last in (0, 1)
@@ -71,8 +72,9 @@ class HuggingFaceShape:
 
 
 def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[HuggingFaceShape]:
-    """The stages of a model that is cut there; without boundaries, one. ValueError when it cannot be cut so."""
-    # Where a model can be cut depends on the number of its blocks alone.
+    """Return the stages of a model cut at `boundaries`; one if there are none. Raises ValueError for an
+    impossible cut."""
+    # The possible cuts depend only on the number of blocks.
     like = ModelSection().model_copy(update={"num_layers": model.num_layers})
     return [
         HuggingFaceShape(
@@ -90,23 +92,23 @@ def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[Hug
 
 
 class HuggingFaceStage(nn.Module):
-    """A part of a model. Built by `build_stage` and `load_stage`; its own constructor takes no memory for weights."""
+    """A part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
 
     lm_head: nn.Linear
 
     def __init__(self, shape: HuggingFaceShape) -> None:
         super().__init__()
         self.shape, model = shape, shape.model
-        # The body and the head are called as in the whole model.
+        # Body and head have the names that they have in the whole model.
         body: nn.Module = (_Gpt2Body if model.family == "gpt2" else _RotaryBody)(shape)
         self.add_module(_BODIES[model.family], body)
         if shape.has_head:
             self.lm_head = nn.Linear(model.width, model.vocabulary_size, bias=False, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the next stage takes, (B, T, D), of the last stage logits (B, T, V).
+        """Return the next stage's input (B, T, D), or the last stage's logits (B, T, V).
 
-        `x` is tokens (B, T), int64, for the first stage, else what the stage before gave, (B, T, D). Raises
+        `x` is tokens (B, T), int64, for the first stage, else the output of the stage before, (B, T, D). Raises
         ValueError when it is longer than the context.
         """
         T, context_tokens = x.shape[1], self.shape.model.context_tokens
@@ -116,7 +118,7 @@ class HuggingFaceStage(nn.Module):
         return cast(Tensor, self.lm_head(x)) if self.shape.has_head else x
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Of the last stage: mean nats per token, a scalar, of predicting targets (B, T), int64."""
+        """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
         return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
 
 
@@ -131,7 +133,7 @@ _HEADS = {
 
 
 class _RotaryBody(nn.Module):
-    """`model` of a Llama, Qwen2 or Qwen3: each stage computes the rotary table for itself."""
+    """`model` of a Llama, Qwen2 or Qwen3. Each stage computes the rotary table itself."""
 
     def __init__(self, shape: HuggingFaceShape) -> None:
         super().__init__()
@@ -156,7 +158,7 @@ class _RotaryBody(nn.Module):
 
 
 class _Gpt2Body(nn.Module):
-    """`transformer` of a GPT-2: positions are learnt, and added once, by the first stage."""
+    """`transformer` of a GPT-2. Positions are learnt, and added once, by the first stage."""
 
     def __init__(self, shape: HuggingFaceShape) -> None:
         super().__init__()
@@ -187,14 +189,15 @@ def _blocks(shape: HuggingFaceShape, block: Any, config: Any) -> nn.ModuleDict:
 
 
 def _hidden(output: Any) -> Tensor:
-    """What a block gave: in versions before 5 with more beside it."""
+    """Return the hidden states of a block's output, which before version 5 is a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
-    """(the family's classes by their name without the family's, the library's configuration of `model`).
+    """Return (function from a short name to the family's class, the library's configuration of `model`).
 
-    Without a mask, "sdpa" is causal by itself, with the very kernel that the whole model runs.
+    Without a mask, "sdpa" is causal by itself, with the same kernel that the whole model runs. Raises UserError without
+    the extra `hf`.
     """
     family, prefix = model.family, _NAMES_IN_CODE[model.family]
     try:
@@ -202,7 +205,9 @@ def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
         code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ImportError as error:
         reason = one_line(str(error))[:200]
-        raise UserError(f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})") from None
+        raise UserError(
+            f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})", code="package-missing"
+        ) from None
     config = getattr(configurations, f"{prefix}Config")(**model.as_json(), attn_implementation="sdpa")
     return (lambda name: getattr(code, prefix + name)), config
 
@@ -211,9 +216,9 @@ def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
 
 
 def build_stage(shape: HuggingFaceShape, seed: int) -> HuggingFaceStage:
-    """A stage on the processor, fp32, whose initial weights depend on the model and the seed, not on the cut.
+    """Build a stage on the processor, fp32, whose initial weights depend on the model and the seed, not on the cut.
 
-    The same bits on every machine (see `gpt.uniform_weight`). UserError without the extra `hf`.
+    They are the same bits on every machine (see `gpt.uniform_weight`). Raises UserError without the extra `hf`.
     """
     stage = HuggingFaceStage(shape)
     weights = {name: _initial_weight(name, p.shape, seed, shape.model) for name, p in stage.named_parameters()}
@@ -222,10 +227,10 @@ def build_stage(shape: HuggingFaceShape, seed: int) -> HuggingFaceStage:
 
 
 def _initial_weight(name: str, shape: torch.Size, seed: int, model: HuggingFaceModel) -> Tensor:
-    """Norms are 1, biases 0, the rest has mean 0 and a standard deviation of `initializer_range`.
+    """Return the initial value of a parameter: norms 1, biases 0, others with mean 0 and deviation `initializer_range`.
 
-    Of GPT-2 the matrices whose output is added to the residual stream have it divided by the root of the number of
-    such sums, as the library does.
+    In GPT-2, matrices whose output is added to the residual stream have it divided by the root of the number of such
+    sums, as the library does.
     """
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
@@ -243,9 +248,9 @@ _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
-    """A stage on the processor, fp32, with the weights that a checkpoint has for it; only those are read.
+    """Load a stage on the processor, fp32, with a checkpoint's weights; reads only those that it needs.
 
-    Raises UserError, one line, when they are not there, of another shape, or torn, and without the extra `hf`.
+    Raises UserError, one line, when they are missing, of another shape, or torn, and without the extra `hf`.
     """
     stage = HuggingFaceStage(shape)
     wanted = {name: parameter.shape for name, parameter in stage.named_parameters()}
@@ -256,13 +261,15 @@ def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
                 for name, stored in names.items():
                     weights[name] = _tensor(file, stored, wanted[name], path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again") from None
+            raise UserError(
+                f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
+            ) from None
     stage.load_state_dict(weights, assign=True)
     return stage
 
 
 def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dict[Path, dict[str, str]]:
-    """By file, the wanted parameters in it and what they are called there."""
+    """Return, by file, the wanted parameters in it and their names there. Raises UserError if one is missing."""
     files = _files_of_tensors(folder)
     body = _BODIES[model.family]
     places: dict[Path, dict[str, str]] = {}
@@ -270,7 +277,7 @@ def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dic
         source = name
         if name == "lm_head.weight" and model.head_is_copy:
             source = f"{body}.wte.weight" if model.family == "gpt2" else f"{body}.embed_tokens.weight"
-        # Checkpoints of the body alone have its name nowhere: GPT-2's own is one.
+        # A checkpoint of the body alone leaves its name out: GPT-2's own is one.
         stored = next((known for known in (source, source.removeprefix(f"{body}.")) if known in files), None)
         if stored is None:
             hint = (
@@ -278,13 +285,13 @@ def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dic
                 if name == "lm_head.weight"
                 else "give the folder of the checkpoint whose config.json this is"
             )
-            raise UserError(f"{_shown(folder)}: has no tensor {source}; {hint}")
+            raise UserError(f"{_shown(folder)}: has no tensor {source}; {hint}", code="checkpoint-mismatch")
         places.setdefault(folder / files[stored], {})[name] = stored
     return places
 
 
 def _files_of_tensors(folder: Path) -> Mapping[str, str]:
-    """The name of the file that holds each tensor."""
+    """Return the name of the file that holds each tensor. Raises UserError."""
     whole, index = folder / _WHOLE, folder / _INDEX
     try:
         if whole.is_file():
@@ -300,11 +307,14 @@ def _files_of_tensors(folder: Path) -> Mapping[str, str]:
     except FileNotFoundError:
         raise UserError(
             f"{_shown(folder)}: has neither {_WHOLE} nor {_INDEX}; other formats can execute what they hold and are "
-            "not read: save it as safetensors"
+            "not read: save it as safetensors",
+            code="not-safetensors",
         ) from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         path = whole if whole.is_file() else index
-        raise UserError(f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again") from None
+        raise UserError(
+            f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
+        ) from None
     return files
 
 
@@ -313,17 +323,21 @@ def _is_plain(file: object) -> bool:
 
 
 def _tensor(file: Any, stored: str, shape: torch.Size, path: Path) -> Tensor:
-    """One tensor, fp32, with memory of its own rather than the file's."""
+    """Read one tensor as fp32, into memory of its own instead of the file's. Raises UserError."""
     header = file.get_slice(stored)
     if tuple(header.get_shape()) != tuple(shape) or header.get_dtype() not in _FLOATS:
         found = f"{header.get_dtype()} {list(header.get_shape())}"
         raise UserError(
             f"{_shown(path)}: {one_line(stored)} is {found}, but config.json says floats {list(shape)}; give the "
-            "folder of one checkpoint"
+            "folder of one checkpoint",
+            code="checkpoint-mismatch",
         )
     tensor = cast(Tensor, file.get_tensor(stored)).to(torch.float32, copy=True)
     if not tensor.isfinite().all():
-        raise UserError(f"{_shown(path)}: {one_line(stored)} has numbers that are not finite; give another checkpoint")
+        raise UserError(
+            f"{_shown(path)}: {one_line(stored)} has numbers that are not finite; give another checkpoint",
+            code="checkpoint-not-finite",
+        )
     return tensor
 
 
@@ -339,8 +353,8 @@ def export_stages(
 ) -> None:
     """Write the model whose stages have these weights into `folder`, for `AutoModelForCausalLM.from_pretrained`.
 
-    `files` are kept beside it by name. Raises ValueError when they are not the stages of that model, UserError when
-    the folder holds something else, OSError as the file system gives it.
+    `files` are written beside it by name. Raises ValueError when the weights are not those of the model's stages,
+    UserError when the folder holds something else, and the file system's OSError.
     """
     joined = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
@@ -358,7 +372,10 @@ def export_stages(
     }
     others = sorted(path.name for path in _in_folder(folder) if path.name not in written)
     if others:  # such as the tokenizer of the checkpoint that it comes from
-        raise UserError(f"{_shown(folder)} holds {one_line(others[0])} too, which would be lost; give a new folder")
+        raise UserError(
+            f"{_shown(folder)} holds {one_line(others[0])} too, which would be lost; give a new folder",
+            code="folder-not-empty",
+        )
     write_whole(folder, written)
 
 

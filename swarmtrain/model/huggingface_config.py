@@ -1,8 +1,8 @@
-"""What counts of a Hugging Face model's `config.json`, checked before anything is built from it.
+"""Check the keys that count of a Hugging Face model's `config.json` before anything is built from it.
 
-Why not the library's own reader: a configuration may come from another peer, and some keys make that library fetch
-and run code (`auto_map`, an attention implementation named on the hub). Here the keys that count are listed, each
-with its limits; the others are left behind. Whatever would compute something else than stages compute is refused.
+Why not the library's own reader: a configuration may come from another peer, and some keys make that library fetch and
+run code (`auto_map`, an attention implementation named on the hub). Here the keys that count are listed, each with its
+limits; the others are dropped. Configurations that would compute something else than stages compute are refused.
 
 Imports neither torch nor transformers. Every error is a UserError of one line.
 """
@@ -35,14 +35,14 @@ class _Strict(BaseModel):
 
 
 class _Config(_Strict):
-    """What all families have."""
+    """Keys of all families."""
 
     vocab_size: int = Field(ge=1, le=4_194_304)
     initializer_range: float = Field(0.02, gt=0, le=1)
     bos_token_id: _Token | None = None
     eos_token_id: _Token | list[_Token] | None = None
     pad_token_id: _Token | None = None
-    # Checked only: a key that says something else describes another model.
+    # Checked only: with another value the key describes another model.
     quantization_config: None = Field(None, exclude=True)
 
 
@@ -70,7 +70,7 @@ class _Llama3(_Scaling):
 
 
 class _Rotary(_Config):
-    """What Llama, Qwen2 and Qwen3 have."""
+    """Keys of Llama, Qwen2 and Qwen3."""
 
     hidden_size: int = Field(ge=1, le=_MAX_WIDTH)
     intermediate_size: int = Field(ge=1, le=1_048_576)
@@ -90,7 +90,8 @@ class _Rotary(_Config):
     @model_validator(mode="before")
     @classmethod
     def _rotary_in_one_form(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """`rope_parameters`, as transformers 5 writes it, becomes `rope_theta` and `rope_scaling`, which all read."""
+        """Convert `rope_parameters`, as transformers 5 writes it, to `rope_theta` and `rope_scaling`, which all
+        versions read."""
         data = dict(data)
         if data.get("num_key_value_heads") is None:
             data["num_key_value_heads"] = data.get("num_attention_heads")
@@ -101,7 +102,7 @@ class _Rotary(_Config):
                 data["rope_theta"] = scaling.pop("rope_theta")
             if "partial_rotary_factor" in scaling:
                 data["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-            if "type" in scaling:  # what `rope_type` was called once
+            if "type" in scaling:  # the old name of `rope_type`
                 scaling.setdefault("rope_type", scaling["type"])
                 del scaling["type"]
             scaling = None if scaling in ({}, {"rope_type": "default"}) else scaling
@@ -189,42 +190,42 @@ _DROPOUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """The shape of a model that can be cut into stages. Made by `read_config` and `untie`."""
+    """Shape of a model that can be cut into stages. `read_config` and `untie` make it."""
 
     config: _Llama | _Qwen2 | _Qwen3 | _Gpt2
     head_is_copy: bool
-    """Whether the head is read from the embedding's tensor of a checkpoint, a copy that then goes its own way."""
+    """True if the head is read from the embedding's tensor of a checkpoint, as a copy that is then trained apart."""
 
     @property
     def family(self) -> str:
-        """`model_type` in its configuration."""
+        """`model_type` of its configuration."""
         return self.config.model_type
 
     @property
     def num_layers(self) -> int:
-        """How many blocks it has."""
+        """Number of blocks."""
         return self.config.n_layer if isinstance(self.config, _Gpt2) else self.config.num_hidden_layers
 
     @property
     def width(self) -> int:
-        """Of the residual stream, in numbers per token."""
+        """Width of the residual stream, in numbers per token."""
         return self.config.n_embd if isinstance(self.config, _Gpt2) else self.config.hidden_size
 
     @property
     def context_tokens(self) -> int:
-        """How long a sequence may be."""
+        """Longest sequence, in tokens."""
         return self.config.n_positions if isinstance(self.config, _Gpt2) else self.config.max_position_embeddings
 
     @property
     def vocabulary_size(self) -> int:
-        """How many distinct tokens there are."""
+        """Number of distinct tokens."""
         return self.config.vocab_size
 
     def as_json(self) -> dict[str, Any]:
-        """Its configuration in the form that every version of transformers reads, all that counts written out.
+        """Return its configuration in the form that every version of transformers reads, with everything that counts.
 
-        Without dropout: a stage computes a microbatch again when it was evicted, and its gradient would be of other
-        numbers than the loss is. GPT-2 has 0.1 of it unless its configuration says otherwise.
+        Dropout is 0 (GPT-2's default is 0.1): a stage computes a microbatch again when its graph was dropped, and its
+        gradient would then belong to other numbers than the loss.
         """
         config = self.config.model_dump(mode="json")
         if config.get("head_dim", 0) is None:
@@ -233,9 +234,9 @@ class HuggingFaceModel:
 
 
 def read_config(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
-    """The model of a configuration: a JSON file, a folder with a `config.json`, or what such a file holds.
+    """Return the model of a configuration: a JSON file, a folder with a `config.json`, or what such a file holds.
 
-    Raises UserError when it is none, of an unknown architecture, outside the limits, or tied (see `untie`).
+    Raises UserError when it is invalid, of an unknown architecture, outside the limits, or tied (see `untie`).
     """
     origin, data = _loaded(source)
     if _is_tied(data, origin):
@@ -243,16 +244,17 @@ def read_config(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
             f"{origin}: tie_word_embeddings: the embedding and the head are one matrix here, but the first stage and "
             "the last are different peers, and one matrix cannot be trained in two places; set it to false (written "
             "out: some families are tied by default), or with a checkpoint let the head begin as a copy of the "
-            "embedding: swarmtrain.model.huggingface.untie"
+            "embedding: swarmtrain.model.huggingface.untie",
+            code="tied-embeddings",
         )
     return HuggingFaceModel(config=_checked(data, origin), head_is_copy=False)
 
 
 def untie(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
-    """The model of a tied configuration with a head of its own.
+    """Return the model of a tied configuration with a head of its own.
 
     From a checkpoint, the head begins as a copy of the embedding, and the two are trained apart. From a seed, they
-    begin apart. A configuration that is not tied is read as `read_config` reads it.
+    begin apart. A configuration that is not tied is read as by `read_config`.
     """
     origin, data = _loaded(source)
     return HuggingFaceModel(config=_checked(data, origin), head_is_copy=_is_tied(data, origin))
@@ -263,12 +265,14 @@ def _is_tied(data: Mapping[str, Any], origin: str) -> bool:
     if tied is None:
         return data.get("model_type") in _TIED_BY_DEFAULT
     if not isinstance(tied, bool):
-        raise UserError(f"{origin}: tie_word_embeddings: {_shown(tied)} is refused; allowed: true or false")
+        raise UserError(
+            f"{origin}: tie_word_embeddings: {_shown(tied)} is refused; allowed: true or false", code="wrong-type"
+        )
     return tied
 
 
 def _loaded(source: Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """(what to call it in errors, its content, of a known architecture)."""
+    """Return (its name in errors, its content). Raises UserError unless the architecture is known."""
     if not isinstance(source, Path):
         origin, data = "the model's configuration", source
     else:
@@ -277,7 +281,8 @@ def _loaded(source: Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     family = data.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise UserError(
-            f"{origin}: model_type: {_shown(family)} cannot be cut into stages; supported: {', '.join(_FAMILIES)}"
+            f"{origin}: model_type: {_shown(family)} cannot be cut into stages; supported: {', '.join(_FAMILIES)}",
+            code="model-family",
         )
     return origin, data
 
@@ -289,16 +294,21 @@ def _parsed(path: Path) -> dict[str, Any]:
             content = file.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise UserError(
-            f"{origin}: cannot be read: {error.strerror}; give a model's config.json or its folder"
+            f"{origin}: cannot be read: {error.strerror}; give a model's config.json or its folder",
+            code="file-unreadable",
         ) from None
     if len(content) > _MAX_CONFIG_BYTES:
-        raise UserError(f"{origin}: more than {_MAX_CONFIG_BYTES} bytes; give a model's config.json")
+        raise UserError(
+            f"{origin}: more than {_MAX_CONFIG_BYTES} bytes; give a model's config.json", code="not-a-config"
+        )
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not JSON: {one_line(str(error))}; give a model's config.json") from None
+        raise UserError(
+            f"{origin}: not JSON: {one_line(str(error))}; give a model's config.json", code="not-a-config"
+        ) from None
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: no JSON object; give a model's config.json")
+        raise UserError(f"{origin}: no JSON object; give a model's config.json", code="not-a-config")
     return data
 
 
@@ -310,12 +320,12 @@ def _checked(data: Mapping[str, Any], origin: str) -> _Llama | _Qwen2 | _Qwen3 |
         names = [str(part) for part in detail["loc"]]
         key = ".".join(one_line(name)[:60] for name in names if "constrained" not in name)  # the validator's own word
         if detail["type"] == "value_error":
-            problem = str(detail["ctx"]["error"])
+            problem, code = str(detail["ctx"]["error"]), "keys-disagree"
         elif detail["type"] == "missing":
-            problem = f"{key}: missing"
+            problem, code = f"{key}: missing", "missing-key"
         else:
-            problem = f"{key}: {_shown(detail['input'])} is refused: {detail['msg']}"
-        raise UserError(f"{origin}: {problem}") from None
+            problem, code = f"{key}: {_shown(detail['input'])} is refused: {detail['msg']}", "bad-value"
+        raise UserError(f"{origin}: {problem}", code=code) from None
 
 
 def _shown(value: object) -> str:

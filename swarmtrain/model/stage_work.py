@@ -1,16 +1,16 @@
-"""The computing of one stage: forwards and backwards of many microbatches, by weights that step in between.
+"""Compute one stage: forwards and backwards of many microbatches, by weights that step in between.
 
-A microbatch's backward is computed by the weights of its forward, though a step may have been taken since. So a step
-never writes into weights that a kept graph refers to: it is taken on a copy, which is the next version; a version is
-kept as long as a microbatch needs it.
+A microbatch's backward uses the weights of its forward, though a step may have been taken since. So a step never writes
+into weights that a kept graph refers to: it is taken on a copy, the next version. A version is kept as long as a
+microbatch needs it (decision 26).
 
-Gradients are summed in the order in which they are computed, by batch, to the bits that `loss.backward()` gives. A
-microbatch's loss is scaled by its share of a batch's tokens in the tail, so that every stage's gradient is.
+Gradients are summed per batch in the order in which they are computed, to the bits that `loss.backward()` gives. The
+tail scales a microbatch's loss by its share of a batch's tokens, and thereby every stage's gradient.
 
 The graphs of the last forwards are kept within `graph_bytes`. An older one is computed again when its backward comes,
 from its input and by the same weights, to the same bits.
 
-Shapes: B batch, T time (tokens), D width. Not for several threads at once.
+Shapes: B batch, T time (tokens), D width. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["BadGradientError", "StageModule", "StageWork", "TailResult"]
 
 _NUM_NORMS = 64
 _MOST_TIMES = 1e4
-"""A microbatch's gradient may be so many times as long as is usual."""
+"""Most times the usual norm that a microbatch's gradient may have."""
 _LEAST_NORM = 1e-6
 
 
@@ -40,22 +40,24 @@ class BadGradientError(ValueError):
 
 
 class StageModule(Protocol):
-    """A part of a model: `swarmtrain.model.stages.Stage`, or one of another family."""
+    """Part of a model: `swarmtrain.model.stages.Stage`, or one of another family."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of a torch module."""
+        """Return the parameters as a torch module does."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Forward."""
+        """Compute the forward."""
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Of the last stage: mean nats per token."""
+        """Return the last stage's loss, mean nats per token."""
 
 
 @dataclass(frozen=True)
 class TailResult:
-    """What the last stage says of a microbatch: its loss, mean nats per token, and the scaled gradient of its input
-    (None if the input is tokens)."""
+    """The last stage's result for a microbatch: its loss, mean nats per token, and the scaled gradient of its input.
+
+    The gradient is None if the input is tokens.
+    """
 
     loss: float
     gradient: Tensor | None
@@ -66,14 +68,14 @@ class _Kept:
     x: Tensor
     version: int
     out: Tensor | None = None
-    """With its graph; None: to be computed again."""
+    """Output with its graph; None if it must be computed again."""
     out_gradient: Tensor | None = None
     targets: Tensor | None = None
     scale: float = 1.0
 
 
 class StageWork:
-    """One stage's weights by version, and what is kept of its microbatches by key."""
+    """Weights of one stage by version, and its kept microbatches by key."""
 
     def __init__(self, stage: nn.Module, graph_bytes: float = float("inf")) -> None:
         self.stage = stage
@@ -83,16 +85,16 @@ class StageWork:
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._graph_size_bytes = 0
-        """Of the largest graph so far."""
+        """Bytes of the largest graph so far."""
         self.num_recomputed = 0
         self._norms: deque[float] = deque(maxlen=_NUM_NORMS)
-        """Of the last microbatches' gradients."""
+        """Norms of the last microbatches' gradients."""
         self.replaced()
 
     # ------------------------------------------------------------- microbatches
 
     def forward(self, key: Hashable, x: Tensor) -> Tensor:
-        """What the next stage takes; by the present weights."""
+        """Compute the next stage's input, by the present weights."""
         kept = self._kept[key] = _Kept(x, self.version)
         self._run(kept)
         assert kept.out is not None
@@ -101,7 +103,7 @@ class StageWork:
         return out
 
     def backward(self, key: Hashable, out_gradient: Tensor, batch: int) -> Tensor | None:
-        """The gradient of the input of `key`, None if that is tokens; the weights' is added to those of `batch`."""
+        """Add the weights' gradient of `key` to those of `batch`, and return its input's; None if that is tokens."""
         kept = self._kept[key]
         kept.out_gradient = out_gradient
         if kept.out is None:
@@ -110,20 +112,23 @@ class StageWork:
         return self._differentiate(kept, batch)
 
     def tail(self, key: Hashable, x: Tensor, targets: Tensor, scale: float, batch: int) -> TailResult:
-        """Forward, loss and backward of the last stage at once; `scale` is the microbatch's share of a batch."""
+        """Compute forward, loss and backward of the last stage at once; `scale` is the microbatch's share
+        of a batch."""
         kept = self._kept[key] = _Kept(x, self.version, targets=targets, scale=scale)
         loss = self._run(kept)
         return TailResult(float(loss.detach()), self._differentiate(kept, batch))
 
     def subtract(self, key: Hashable, batch: int) -> None:
-        """Take the gradient of `key` out of `batch`: computed again, by the same weights."""
+        """Subtract the gradient of `key` from `batch`; it is computed again, by the same weights."""
         kept = self._kept[key]
         self.num_recomputed += 1
         self._subtract(kept, self._weights[kept.version], self._sums[batch])
 
     def add(self, key: Hashable, batch: int) -> None:
-        """Compute the gradient of `key` once more, by the present weights, and put it into `batch`. BadGradientError if
-        by these it must not be there."""
+        """Compute the gradient of `key` again, by the present weights, and add it to `batch`.
+
+        Raises BadGradientError if that gradient must not be added.
+        """
         kept = self._kept[key]
         kept.version = self.version
         self._run(kept)
@@ -131,16 +136,16 @@ class StageWork:
         self._differentiate(kept, batch)
 
     def forget(self, key: Hashable) -> None:
-        """What is kept for `key` is needed no more."""
+        """Forget what is kept for `key`."""
         self._kept.pop(key, None)
         self._drop_versions()
 
     def discard(self, batch: int) -> None:
-        """Nothing of this batch counts."""
+        """Drop the sums of this batch."""
         self._sums.pop(batch, None)
 
     def _run(self, kept: _Kept) -> Tensor:
-        """Compute it, with its graph; returns the output, of the last stage the loss."""
+        """Compute a microbatch with its graph. Returns the output, or the last stage's loss."""
         x = kept.x
         if x.is_floating_point():
             x = kept.x = x.detach().requires_grad_()
@@ -151,9 +156,11 @@ class StageWork:
         return out
 
     def _differentiate(self, kept: _Kept, batch: int) -> Tensor | None:
-        """Add to the batch's sums; the input's gradient. BadGradientError if it would spoil them: what is not finite,
-        or so large that the others would vanish in its rounding, could not be taken out again. Of what is refused
-        nothing is added, but for the rounding where a part of it had been before that was found.
+        """Add the gradient to the batch's sums, and return the input's.
+
+        Raises BadGradientError if it would spoil the sums: a gradient that is not finite, or so large that the others
+        would vanish in its rounding, could not be subtracted again. A refused gradient leaves nothing behind, except
+        for rounding where a part of it had been added before it was found bad.
         """
         weights, sums = self._weights[kept.version], self._sums.setdefault(batch, {})
         length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
@@ -161,7 +168,7 @@ class StageWork:
             with _summed(weights, sums, length.add):
                 _backward(kept, weights)
         except BadGradientError as error:
-            refused = error.with_traceback(None)  # which has the graph
+            refused = error.with_traceback(None)  # the traceback holds the graph
         else:
             if length.value > 0:
                 self._norms.append(length.value)
@@ -174,7 +181,7 @@ class StageWork:
         raise refused
 
     def _subtract(self, kept: _Kept, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
-        """Compute it again, and take it out of the sums of these weights."""
+        """Compute the gradient again and subtract it from the sums of these weights."""
         self._run(kept)
         with _summed(weights, sums, lambda name, gradient: None):
             _backward(kept, weights, -1.0)
@@ -182,7 +189,7 @@ class StageWork:
     # ------------------------------------------------------------- weights
 
     def gradients(self, batch: int, factor: float) -> None:
-        """Make `batch`'s sums, times `factor`, the `.grad` of the stage's parameters, ready for a step."""
+        """Set `batch`'s sums, times `factor`, as the `.grad` of the stage's parameters, ready for a step."""
         sums = self._sums.pop(batch, {})
         self.let_go()
         for name, parameter in self.stage.named_parameters():
@@ -191,12 +198,12 @@ class StageWork:
                 parameter.grad.mul_(factor)
 
     def let_go(self) -> None:
-        """Make the stage's parameters a copy that may be written into: by a step, by a merge."""
+        """Replace the stage's parameters by a copy that a step or a merge may write into."""
         for parameter in self.stage.parameters():
             parameter.data = parameter.data.clone()
 
     def replaced(self) -> None:
-        """The stage's parameters are the next version, which nobody writes into before `let_go`."""
+        """Make the stage's parameters the next version, which nobody writes into before `let_go`."""
         self.version += 1
         self._weights[self.version] = {
             name: parameter.data.requires_grad_() for name, parameter in self.stage.named_parameters()
@@ -219,17 +226,19 @@ class StageWork:
 
 
 class _Length:
-    """The norm of a gradient that comes weight by weight. `add` raises BadGradientError if it is not finite, or much
-    larger than is usual (infinite: not known)."""
+    """Norm of a gradient that comes weight by weight.
+
+    `add` raises BadGradientError if it is not finite, or much larger than `usual` (infinite: unknown).
+    """
 
     def __init__(self, usual: float) -> None:
         self.usual = usual
         self.names: set[str] = set()
-        """Of the weights of which it was not refused."""
+        """Names of the weights whose gradients were accepted."""
         self.value = 0.0
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """That of one more weight."""
+        """Add one weight's gradient."""
         self.value = math.hypot(self.value, float(torch.linalg.vector_norm(gradient)))
         if not math.isfinite(self.value) or self.value > _MOST_TIMES * max(self.usual, _LEAST_NORM):
             raise BadGradientError(f"a gradient of norm {self.value:.3g}, where {self.usual:.3g} is usual")
@@ -237,8 +246,10 @@ class _Length:
 
 
 def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> None:
-    """Add to the `.grad` of these weights, with -1 take away from it, and that of the input if it has one. The graph is
-    used up."""
+    """Add the gradient to the `.grad` of these weights, and to the input's if it has one; -1 as `sign` subtracts it.
+
+    The graph is used up.
+    """
     out, kept.out, out_gradient = kept.out, None, kept.out_gradient
     assert out is not None
     if kept.targets is not None:
@@ -254,10 +265,10 @@ def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> 
 def _summed(
     weights: Mapping[str, Tensor], sums: dict[str, Tensor], look: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """What is added to the weights' `.grad` meanwhile is added to `sums`, after a look at it.
+    """Collect in `sums` what is added to the weights' `.grad` while the block runs; `look` sees each gradient first.
 
-    Each gradient is added as soon as there is one, while it is in the processor's cache, and its memory is the next
-    one's: adding all of them in the end took up to a quarter of the time.
+    Each gradient is added as soon as it exists, while it is in the processor's cache, and its memory is reused for the
+    next one. Adding all of them at the end took up to a quarter of the time.
     """
     hooks = []
     for name, weight in weights.items():
@@ -291,14 +302,14 @@ def _named(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _counting(told: Callable[[int], None], but: set[int]) -> Iterator[None]:
-    """Tell how many bytes the graph that is made meanwhile keeps, but those at these addresses."""
+    """Tell how many bytes the graph made by the block keeps, without storages at the addresses in `but`."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in but:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself, it would hold its own graph, and so itself, for ever
+        return tensor.detach()  # the tensor itself would hold its own graph, and so itself, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

@@ -1,12 +1,12 @@
-"""The built-in model cut into stages: each is built from the run's seed without the whole model existing anywhere.
+"""Cut the built-in model into stages, each built from the run's seed without the whole model existing anywhere.
 
-A model of L blocks has L + 1 places where it can be cut: before each block, and before the head. `boundaries` are the
-places of a run's cuts, ascending: stage s holds the blocks from boundary s - 1 up to boundary s. The first stage
-holds the embedding too, the last one the final norm and the head. Boundary 0 leaves the embedding alone, boundary L
-the head.
+A model of L blocks can be cut at L + 1 places: before each block, and before the head. `boundaries` are the places of a
+run's cuts, ascending: stage s holds the blocks from boundary s - 1 up to boundary s. The first stage holds the
+embedding too, the last one the final norm and the head. Boundary 0 leaves only the embedding in the first stage,
+boundary L only the norm and the head in the last.
 
-A stage's parameters have the names that they have in the whole model, so that initial weights are the same bits
-however it is cut, and stages joined by name are the model.
+A stage's parameters have the names that they have in the whole model. So initial weights are the same bits however it
+is cut, and stages joined by name are the model.
 
 Shapes: B batch, T time (tokens), D width, V vocabulary.
 """
@@ -49,18 +49,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class StageShape:
-    """Which part of a model a stage holds."""
+    """Part of a model that a stage holds."""
 
     model: ModelSection
     first_block: int
     last_block: int
-    """Not included."""
+    """Exclusive."""
     has_embedding: bool
     has_head: bool
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers its weights are, computed without building it."""
+        """Number of parameters, computed without building the stage."""
         one, none = (num_parameters(self.model.model_copy(update={"num_layers": layers})) for layers in (1, 0))
         ends, table = none, self.model.vocabulary_size * self.model.width
         head = ends - table
@@ -69,7 +69,8 @@ class StageShape:
 
 
 def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageShape]:
-    """The stages of a model that is cut there; without boundaries, one. ValueError when it cannot be cut so."""
+    """Return the stages of a model cut at `boundaries`; one if there are none. Raises ValueError for an
+    impossible cut."""
     places = [0, *boundaries, model.num_layers]
     if list(boundaries) != sorted(set(boundaries)) or not all(0 <= place <= model.num_layers for place in boundaries):
         raise ValueError(
@@ -84,7 +85,7 @@ def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageSh
 
 
 class Stage(nn.Module):
-    """A part of a GPT. Built by `build_stage`; its own constructor leaves whatever is there."""
+    """A part of a GPT. `build_stage` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 
@@ -101,9 +102,9 @@ class Stage(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the next stage takes, (B, T, D), of the last stage logits (B, T, V).
+        """Return the next stage's input (B, T, D), or the last stage's logits (B, T, V).
 
-        `x` is tokens (B, T), int64, for the first stage, else what the stage before gave, (B, T, D). Raises
+        `x` is tokens (B, T), int64, for the first stage, else the output of the stage before, (B, T, D). Raises
         ValueError when it is longer than the context.
         """
         T = x.shape[1]
@@ -116,12 +117,12 @@ class Stage(nn.Module):
         return cast(Tensor, self.head(self.final_norm(x))) if self.shape.has_head else x
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Of the last stage: mean nats per token, a scalar, of predicting targets (B, T), int64."""
+        """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
         return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
 
 
 def build_stage(shape: StageShape, seed: int) -> Stage:
-    """A stage on the processor, fp32, with the initial weights that these parameters have in the whole model."""
+    """Return a stage on the processor, fp32, with the initial weights that its parameters have in the whole model."""
     stage = Stage(shape)
     for name, parameter in stage.named_parameters():
         with torch.no_grad():
@@ -130,7 +131,7 @@ def build_stage(shape: StageShape, seed: int) -> Stage:
 
 
 def joined_weights(stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole model's weights by name, from those of each stage. ValueError when two stages have the same one."""
+    """Return the whole model's weights by name. Raises ValueError when two stages have the same one."""
     weights: dict[str, Tensor] = {}
     for stage in stages:
         if both := weights.keys() & stage.keys():
@@ -144,7 +145,7 @@ def joined_weights(stages: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a microbatch costs, forward and backward, in any unit: the embedding, each block, and the head."""
+    """Cost of a microbatch, forward and backward, in any unit: the embedding, each block, and the head."""
 
     embedding: float
     block: float
@@ -152,14 +153,15 @@ class Costs:
 
 
 def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple[int, ...]:
-    """Where to cut so that the costliest stage costs as little as can be; of equal cuts, the one whose stages differ
-    least. ValueError when there are more stages than `num_layers` + 2: only the first and the last can be without a
-    block.
+    """Return where to cut so that the costliest stage costs as little as possible.
+
+    Of equal cuts, chooses the one whose stages differ least. Raises ValueError for more than `num_layers` + 2 stages:
+    only the first and the last can be without a block.
     """
     if not 1 <= num_stages <= num_layers + 2:
         raise ValueError(f"{num_layers} blocks can be cut into 1 to {num_layers + 2} stages, not {num_stages}")
     last = num_stages - 1
-    best: dict[int, _Cut] = {0: (0.0, 0.0, ())}  # by how many blocks the stages so far hold
+    best: dict[int, _Cut] = {0: (0.0, 0.0, ())}  # by the number of blocks in the stages so far
     for stage in range(num_stages):
         ends = costs.embedding * (stage == 0) + costs.head * (stage == last)
         longer: dict[int, _Cut] = {}
@@ -173,13 +175,13 @@ def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple
 
 
 _Cut = tuple[float, float, tuple[int, ...]]
-"""What the costliest stage costs, the sum of all costs' squares, and where the stages end."""
+"""(cost of the costliest stage, sum of all costs' squares, ends of the stages)"""
 
 _TIMES = 5
 
 
 def measured_costs(section: ModelSection, num_sequences: int) -> Costs:
-    """What a microbatch of so many sequences costs on this machine, in seconds; the least of a few times."""
+    """Measure what a microbatch of `num_sequences` costs on this machine, in seconds; the least of five times."""
     shape = (num_sequences, section.context_tokens)
     tokens = torch.zeros(shape, dtype=torch.int64)
     x = torch.zeros((*shape, section.width), requires_grad=True)
@@ -197,7 +199,7 @@ def measured_costs(section: ModelSection, num_sequences: int) -> Costs:
 
 
 def _seconds(forward: Callable[[], Tensor]) -> float:
-    """Of forward and backward."""
+    """Return the seconds of a forward and backward, the least of five."""
     times = []
     for _ in range(_TIMES):
         began_s = time.perf_counter()

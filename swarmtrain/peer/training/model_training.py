@@ -192,7 +192,7 @@ class ModelTraining:
             # Nothing to continue alone; `finish` decides what becomes of the model.
             return
         message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
-        context.emit(WarningEvent(message=message))
+        context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
         """See `Training`."""
@@ -349,7 +349,7 @@ class ModelTraining:
                 "this run had ended, and nobody gives the model that it ended with: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
-            context.emit(WarningEvent(message=message))
+            context.emit(WarningEvent(message=message, code="run-had-ended"))
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:
