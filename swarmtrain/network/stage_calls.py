@@ -139,7 +139,7 @@ def _sha256(body: Body) -> bytes:
     return digest.digest()
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- the asking end
 
 
 @dataclass
@@ -201,7 +201,7 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
             raise BadBytesError(f"it refuses the question: {reason}")
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- the answering end
 
 
 class StageAnswers(Protocol):
