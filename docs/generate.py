@@ -1,18 +1,29 @@
-"""Generate `docs/run-file.md` and `docs/events.md` from the sentences of the fields: `make docs`.
+"""Generate the reference pages of docs/ from the code: `make docs`.
 
-A test fails when what is in the tree is not what this writes.
+- run-file.md, events.md: the fields of the run file and of the events, and their descriptions.
+- commands.md: the commands, their help and options.
+- decisions/README.md: the decisions' titles and status.
+- troubleshooting.md: the tables of codes in it; the rest of that page is written by hand.
+
+A test fails when a page in the tree is not what this writes.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import types
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 
+import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from swarmtrain.cli.main import ALIASES as COMMAND_ALIASES
+from swarmtrain.cli.main import COMMANDS, cli
+from swarmtrain.error_codes import CODES
 from swarmtrain.events import EVENT_CLASSES
 from swarmtrain.problems import allowed_values
 from swarmtrain.run import RunFile
@@ -71,6 +82,31 @@ Every event has these fields:
 |---|---|---|
 | `event` | string | Which event it is: one of the headings below. |
 """
+
+COMMANDS_HEAD = """# Commands
+
+Every command with its options, as `swarmtrain COMMAND --help` prints them. Each option can also come from an
+environment variable: `SWARMTRAIN_JOIN_UP=20` is `swarmtrain join --up 20`; an option on the command line goes first.
+
+Exit codes: 0 means that all is well, 2 that what was typed or written has to be changed, 1 any other error, 130 that
+Ctrl-C interrupted. Errors are one line on standard error.
+
+| command | what it does |
+|---|---|
+"""
+
+DECISIONS_HEAD = """# Decisions
+
+Choices that are not obvious from the code, each with what was measured. A decision that no longer holds is not
+deleted: its status names the one that replaced it. Modules have the names that they had on the day, or have now.
+0012 is not used.
+
+| number | decision | status |
+|---|---|---|
+"""
+
+STATUS = re.compile(r"^Status: (holds|replaced (?:in part )?by \[\d{4}\]\(.*)$", re.MULTILINE)
+DEFAULT = re.compile(r"\s*\[default: (.*?)\]")
 
 
 def cell(text: str) -> str:
@@ -148,7 +184,104 @@ def events() -> str:
     return "".join(parts)
 
 
-PAGES = {"run-file.md": run_file, "events.md": events}
+def help_of(command: click.Command) -> str:
+    """A command's help as Markdown: paragraphs without the line breaks of the source."""
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def examples_of(command: click.Command) -> str:
+    """The blocks of a command's epilog: its first line as a sentence, the indented rest as code."""
+    blocks = [block.strip("\n") for block in (command.epilog or "").split("\b") if block.strip()]
+    parts = []
+    for block in blocks:
+        title, *lines = block.split("\n")
+        code = inspect.cleandoc("\n".join(lines))
+        parts.append(f"{title}\n\n```sh\n{code}\n```\n" if code.startswith("swarmtrain") else f"{title} {code}\n")
+    return "\n".join(parts)
+
+
+def option_row(option: click.Option) -> str:
+    """One row: how the option is written, its default, its environment variable, and what it does."""
+    written = ", ".join([*option.opts, *option.secondary_opts])
+    if not option.is_flag and not isinstance(option.type, click.Choice):
+        written += f" {option.metavar or option.type.name.upper()}"
+    text = option.help or ""
+    said = DEFAULT.search(text)
+    default = said[1] if said else str(option.default) if option.show_default else "off" if option.is_flag else ""
+    meaning = DEFAULT.sub("", text)
+    if isinstance(option.type, click.Choice):
+        meaning += f" One of {codes(tuple(map(str, option.type.choices)))}."
+    elif isinstance(option.type, click.IntRange | click.FloatRange):
+        meaning += f" Allowed: {range_of(option.type)}."
+    return f"| `{written}` | {cell(default)} | `{option.envvar}` | {cell(meaning)} |\n"
+
+
+def range_of(kind: click.IntRange | click.FloatRange) -> str:
+    if kind.max is None:
+        return f"{kind.min:g} or more"
+    return f"{kind.min:g} to {kind.max:g}" if kind.max < 1e6 else f"{kind.min:g} to {kind.max:,}"
+
+
+def commands() -> str:
+    loaded = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
+    parts = [COMMANDS_HEAD]
+    sections = []
+    for name, command in loaded.items():
+        assert command is not None
+        first, _, _ = help_of(command).partition("\n")
+        parts.append(f"| [`{name}`](#{name}) | {cell(first)} |\n")
+        usage = " ".join(command.collect_usage_pieces(click.Context(command)))
+        sections.append(f"\n## `{name}`\n\n```text\nswarmtrain {name} {usage}\n```\n\n{help_of(command)}\n")
+        if rows := [option_row(o) for o in command.params if isinstance(o, click.Option) and not o.hidden]:
+            sections.append("\n| option | default | variable | meaning |\n|---|---|---|---|\n" + "".join(rows))
+        sections.append(f"\n{examples_of(command)}")
+    parts.append("\nOther words for some of them:\n\n| typed | runs |\n|---|---|\n")
+    parts += [f"| `{alias}` | `{' '.join(words)}`. |\n" for alias, words in COMMAND_ALIASES.items()]
+    return "".join(parts + sections)
+
+
+def decisions() -> str:
+    parts = [DECISIONS_HEAD]
+    for page in sorted((DOCS / "decisions").glob("0*.md")):
+        text = page.read_text(encoding="utf-8")
+        number, _, title = text.partition("\n")[0].removeprefix("# ").partition(": ")
+        status = STATUS.search(text)
+        parts.append(f"| [{number}]({page.name}) | {cell(title)} | {status[1] if status else ''} |\n")
+    return "".join(parts)
+
+
+def code_rows(topic: str) -> str:
+    """The table of the codes of a topic: each with an anchor, so that a link may lead to it."""
+    found = {code: each for code, each in CODES.items() if each.topic == topic}
+    if not any(each.says for each in found.values()):
+        return "| code | what it means |\n|---|---|\n" + "".join(
+            f'| <a id="{code}"></a>`{code}` | {cell(each.do)} |\n' for code, each in found.items()
+        )
+    return "| code | it says | what to do |\n|---|---|---|\n" + "".join(
+        f'| <a id="{code}"></a>`{code}` | {" · ".join(f"`{cell(text)}`" for text in each.says)} | {cell(each.do)} |\n'
+        for code, each in found.items()
+    )
+
+
+def troubleshooting() -> str:
+    """The page as it is, which is written by hand, with the tables of codes between its marks."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(<!-- codes: ([a-z-]+) -->\n).*?(<!-- end -->\n)",
+        lambda found: f"{found[1]}\n{code_rows(found[2])}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+PAGES = {
+    "run-file.md": run_file,
+    "events.md": events,
+    "commands.md": commands,
+    "decisions/README.md": decisions,
+    "troubleshooting.md": troubleshooting,
+}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from swarmtrain import __version__
+from swarmtrain.errors import Problem
 
 __all__ = [
     "FIRST_VERSIONS",
@@ -77,21 +78,22 @@ def needs_untrusted(protocol: int, version: str) -> Needs:
     return Needs(protocol, version if _VERSION.fullmatch(version) else "")
 
 
-def too_old_for(needs: Needs) -> str:
-    """What a person is told whose swarmtrain is too old for a run; empty if it is not."""
+def too_old_for(needs: Needs) -> Problem | None:
+    """What a person is told whose swarmtrain is too old for a run; None if it is not."""
     if needs.protocol <= PROTOCOL:
-        return ""
+        return None
     wanted = f"{needs.version} or newer" if needs.version else "a newer one"
-    return f"you have swarmtrain {__version__}, this run needs {wanted}: {UPDATE}"
+    return Problem(f"you have swarmtrain {__version__}, this run needs {wanted}: {UPDATE}", "run-needs-newer")
 
 
-def too_old_to_train_with(who: str, protocol: int, version: str) -> str:
+def too_old_to_train_with(who: str, protocol: int, version: str) -> Problem | None:
     """What a person is told whose swarmtrain is too new for the peer `who`, which speaks `protocol` (0: none told) and
-    says that it is `version`; empty if it is not."""
+    says that it is `version`; None if it is not."""
     if max(protocol, 1) >= OLDEST_PROTOCOL:
-        return ""
+        return None
     theirs = version if _VERSION.fullmatch(version) else "an older version"
-    return (
+    return Problem(
         f"{who} runs swarmtrain {theirs}, and your {__version__} trains only with "
-        f"{FIRST_VERSIONS[OLDEST_PROTOCOL]} or newer: ask its owner to update, or install {theirs} for this run"
+        f"{FIRST_VERSIONS[OLDEST_PROTOCOL]} or newer: ask its owner to update, or install {theirs} for this run",
+        "peer-needs-newer",
     )

@@ -1,4 +1,4 @@
-"""The exception tree: whose fault it was.
+"""The exception tree says whose fault an error was; the code of an error says which error it was.
 
     SwarmtrainError
     +-- UserError            the person's input; the message is one line and names the next step (exit 2)
@@ -17,11 +17,15 @@
         +-- VersionError     this swarmtrain and those of the run cannot train together
 
 Errors of dependencies are translated at the adapter that meets them.
+
+Codes are short and stable (`port-taken`): people search for them, programs and tests compare them, and the sentences
+stay free to change. `swarmtrain/error_codes.py` lists them.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "CODE_KEY",
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
@@ -30,6 +34,7 @@ __all__ = [
     "InviteError",
     "NewerRunError",
     "PeerError",
+    "Problem",
     "RunFileError",
     "RunTimeError",
     "StalledError",
@@ -37,24 +42,58 @@ __all__ = [
     "UnreachableError",
     "UserError",
     "VersionError",
+    "with_code",
 ]
+
+
+CODE_KEY = "swarmtrain-error-code"
+"""Where the control service tells a caller which error it was: a key of the call's trailing metadata."""
+
+
+class Problem(str):
+    """A line for a person that carries the code of what is wrong."""
+
+    code: str
+
+    def __new__(cls, text: str, code: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.code = code
+        return problem
+
+    def found_in(self, origin: str) -> Problem:
+        """The same problem, with the file or the thing that has it named first."""
+        return Problem(f"{origin}: {self}", self.code)
+
+
+def with_code(line: str, code: str) -> str:
+    """The line as a person sees it: the code at its end, where there is one."""
+    return f"{line} [{code}]" if code else line
 
 
 class SwarmtrainError(Exception):
     """Base of everything swarmtrain raises on purpose; `str(error)` is one line for a person.
 
-    An error with several arguments is several problems at once: a terminal shows each on a line of its own.
+    An error with several arguments is several problems at once: a terminal shows each on a line of its own. Each has
+    the error's code, unless it is a `Problem` with one of its own.
     """
 
     exit_code = 1
+    code = ""
+    """Which error this is. Given where it is raised, unless all errors of the class mean the same."""
+
+    def __init__(self, *lines: str, code: str = "") -> None:
+        super().__init__(*lines)
+        first = next((line.code for line in lines if isinstance(line, Problem)), "")
+        self.code = code or first or self.code
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """The problems, one line each."""
-        return tuple(map(str, self.args)) or ("",)
+    def problems(self) -> tuple[Problem, ...]:
+        """The problems, one line each, with their codes."""
+        lines = self.args or ("",)
+        return tuple(line if isinstance(line, Problem) else Problem(str(line), self.code) for line in lines)
 
     def __str__(self) -> str:
-        return "; also ".join(self.lines)
+        return "; also ".join(self.problems)
 
 
 class UserError(SwarmtrainError):
@@ -81,32 +120,44 @@ class PeerError(SwarmtrainError):
 class BadBytesError(PeerError):
     """Bytes from a remote peer are malformed, oversized, not finite, wrongly hashed or wrongly signed."""
 
+    code = "bad-bytes"
     is_incident = True
 
 
 class NewerRunError(BadBytesError):
     """A run was published for a newer swarmtrain than this one; the message says which it needs."""
 
+    code = "run-needs-newer"
+
 
 class BusyError(PeerError):
     """A remote peer serves as many readers as it may; try another, or the same one later."""
+
+    code = "busy"
 
 
 class GoneError(PeerError):
     """A remote peer does not have any more what is asked of it; begin again from an earlier point."""
 
+    code = "gone"
+
 
 class UnreachableError(PeerError):
     """A remote peer did not answer within its time limit, or its connection broke."""
+
+    code = "unreachable"
 
 
 class BrokenOffError(UnreachableError):
     """A remote peer's stream ended too early: what had come by then is here, and who asks again may go on from it."""
 
+    code = "broken-off"
+
 
 class StalledError(UnreachableError):
     """A remote peer began a transfer and holds it up: it sends nothing for long, or too little."""
 
+    code = "stalled"
     is_incident = True
 
 
@@ -116,6 +167,8 @@ class RunTimeError(SwarmtrainError):
 
 class ClockError(RunTimeError):
     """The others' clock is so far from this machine's that a person is to decide by which one this peer goes."""
+
+    code = "clock-differs"
 
 
 class VersionError(RunTimeError):

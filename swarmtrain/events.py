@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from swarmtrain.errors import with_code
 from swarmtrain.words import (
     below_in_words,
     count_in_words,
@@ -319,6 +320,7 @@ class WarningEvent(_Event):
 
     event: Literal["warning"] = "warning"
     message: str = Field(description="One line for a person.")
+    code: str = Field("", description="Which warning it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
 
 
 class ErrorEvent(_Event):
@@ -327,6 +329,7 @@ class ErrorEvent(_Event):
     event: Literal["error"] = "error"
     message: str = Field(description="One line for a person.")
     hint: str = Field("", description="What to try, when the message does not say it.")
+    code: str = Field("", description="Which error it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
     exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
 
 
@@ -584,9 +587,9 @@ def in_words(event: Event) -> str:
             rounds = counted(event.round, "round")
             return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():
-            return f"warning: {event.message}"
+            return with_code(f"warning: {event.message}", event.code)
         case ErrorEvent():
-            return f"error: {event.message}" + (f"; {event.hint}" if event.hint else "")
+            return with_code(f"error: {event.message}" + (f"; {event.hint}" if event.hint else ""), event.code)
         case CheckEvent():
             return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():

@@ -28,14 +28,16 @@ def entry_of(key: str, name: str, kind: str, group: str) -> metadata.EntryPoint:
     except metadata.PackageNotFoundError:
         raise RunFileError(
             f'merge.{key} = "{name}" is a {kind} of the package {package}, which is not installed here; ask who '
-            "invited you where it comes from, and install it from there if you trust them"
+            "invited you where it comes from, and install it from there if you trust them",
+            code="merge-package-missing",
         ) from None
     entries = {entry.name: entry for entry in found.entry_points if entry.group == group}
     if short not in entries:
         there = f"it has {', '.join(sorted(entries))}" if entries else "it has none"
         raise RunFileError(
             f'merge.{key} = "{name}": there is no {kind} {short} in {package} {found.version}; {there}; install the '
-            "version that the run was made with"
+            "version that the run was made with",
+            code="merge-package-version",
         )
     return entries[short]
 
@@ -47,7 +49,8 @@ def brought(key: str, name: str, kind: str, group: str) -> tuple[Any, str]:
         return entry.load(), entry.value
     except Exception as error:  # it is somebody's module, which runs as it is imported
         raise RunFileError(
-            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it'
+            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it',
+            code="merge-package-broken",
         ) from None
 
 
@@ -55,5 +58,8 @@ def file_sha256(key: str, name: str, module: str) -> str:
     """Of the file of a module that `merge.KEY = NAME` is made of."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise RunFileError(f'merge.{key} = "{name}": {module} has no file; install it from a wheel or a clone')
+        raise RunFileError(
+            f'merge.{key} = "{name}": {module} has no file; install it from a wheel or a clone',
+            code="merge-package-broken",
+        )
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from swarmtrain.errors import UserError
+from swarmtrain.errors import Problem, UserError
 from swarmtrain.words import counted, one_line
 
 __all__ = [
@@ -76,9 +76,11 @@ def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example is {example}") from None
+        raise UserError(
+            f"{origin}: cannot be read ({error}); an example is {example}", code="file-unreadable"
+        ) from None
     if len(data) > most_bytes:
-        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}")
+        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}", code="file-too-long")
     return text
 
 
@@ -87,14 +89,14 @@ def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, 
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise error_type(f"{origin}: not TOML that a run file needs: nested too deeply") from None
+        raise error_type(f"{origin}: not TOML that a run file needs: nested too deeply", code="not-toml") from None
     except ValueError as error:
         match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
         what, line, column = match.groups() if match else (str(error), None, None)
         if match and line is None:
             line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
         where = f"line {line}, column {column}: " if line else ""
-        raise error_type(f"{origin}: {where}not TOML: {one_line(what)}") from None
+        raise error_type(f"{origin}: {where}not TOML: {one_line(what)}", code="not-toml") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Rewritten:
 
     words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     """Section and key to the word that the person wrote for the key."""
-    problems: tuple[tuple[tuple[str, ...], str], ...] = ()
+    problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
     """Place in the file and sentence, for each word that was left out of the table."""
     meant: frozenset[str] = frozenset()
     """Keys that what was left out would have given, so that nobody is told that they are missing."""
@@ -111,7 +113,7 @@ class Rewritten:
 
 def problems_in_words(
     error: ValidationError | None, model: type[BaseModel], text: str = "", rewritten: Rewritten | None = None
-) -> list[str]:
+) -> list[Problem]:
     """The problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...", the first few.
 
     With the file's `text` each begins with its line, where that is known, and they are in its order. What was
@@ -120,10 +122,10 @@ def problems_in_words(
     rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
     lines |= {ours: lines[(ours[0], word)] for ours, word in rewritten.words.items() if (ours[0], word) in lines}
-    found: list[tuple[float, int, str, str]] = []
-    for place, sentence in rewritten.problems:
+    found: list[tuple[float, int, str, Problem]] = []
+    for place, refused in rewritten.problems:
         line = _line_of(list(place), lines)
-        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", sentence))
+        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", refused))
     for detail in () if error is None else error.errors():
         sentence = _sentence(detail, model)
         names = (
@@ -135,14 +137,16 @@ def problems_in_words(
             sentence = f"{key} (written {word}): {problem}"
         where = f"line {line}: " if line is not None else ""
         # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
-        found.append((line or math.inf, detail["type"] != "extra_forbidden", where, sentence))
+        found.append((line or math.inf, detail["type"] != "extra_forbidden", where, Problem(sentence, _code(detail))))
     found.sort(key=lambda one: one[:2])
-    meant = {
-        sentence.rpartition("did you mean ")[2].rstrip("?") for *_, sentence in found if "did you mean " in sentence
-    }
+    meant = {each.rpartition("did you mean ")[2].rstrip("?") for *_, each in found if "did you mean " in each}
     meant |= rewritten.meant
-    told = [where + sentence for _, _, where, sentence in found if sentence.partition(": missing;")[0] not in meant]
-    return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {counted(len(told) - _TOLD, 'more problem')}"]
+    told = [
+        Problem(where + each, each.code) for _, _, where, each in found if each.partition(": missing;")[0] not in meant
+    ]
+    if len(told) <= _TOLD:
+        return told
+    return [*told[:_TOLD], Problem(f"and {counted(len(told) - _TOLD, 'more problem')}", "")]
 
 
 def _line_of(names: list[str], lines: dict[tuple[str, ...], int]) -> int | None:
@@ -221,6 +225,26 @@ def _number(limit: float) -> str:
 
 def _min_length(field: FieldInfo) -> int:
     return max((getattr(item, "min_length", None) or 0 for item in field.metadata), default=0)
+
+
+def _code(detail: ErrorDetails) -> str:
+    """The code of one problem, by the validator's word for it."""
+    kind = detail["type"]
+    if kind == "value_error":
+        line = detail["ctx"]["error"].args[0]
+        return line.code if isinstance(line, Problem) else "keys-disagree" if len(detail["loc"]) < 2 else "bad-value"
+    if kind in _CODES:
+        return _CODES[kind]
+    return "wrong-type" if kind.endswith(("_type", "_parsing", "_from_float")) else "bad-value"
+
+
+_CODES = {
+    "extra_forbidden": "unknown-key",
+    "missing": "missing-key",
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "out-of-range"),
+    **dict.fromkeys(("finite_number", "too_short", "too_long", "int_parsing_size"), "out-of-range"),
+}
+"""Codes by the validator's words, where the word says which."""
 
 
 def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:

@@ -113,12 +113,12 @@ def load_rehearsal(path: Path) -> RehearsalFile:
     table = read_small_file(path, "a rehearsal file", _EXAMPLE)
     rows = table.pop("faults", [])
     if not isinstance(rows, list):
-        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each")
+        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each", code="wrong-type")
     faults = [_fault(row, f"{origin}: fault {number}") for number, row in enumerate(rows, 1)]
     try:
         rest = _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Sections))) from None
     return RehearsalFile(**dict(rest), faults=tuple(faults))
 
 
@@ -126,7 +126,7 @@ def _fault(row: Any, origin: str) -> FaultSection:
     try:
         return _Fault.model_validate({"faults": row}).faults
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Fault))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Fault))) from None
 
 
 # ---------------------------------------------------------------- what happens when
@@ -146,9 +146,14 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
     """All that happens, by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
-            raise UserError(f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}")
+            raise UserError(
+                f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}",
+                code="no-such-volunteer",
+            )
         if not fault.who and fault.number > len(names):
-            raise UserError(f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers")
+            raise UserError(
+                f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers", code="no-such-volunteer"
+            )
     rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
     told = [
         FaultEvent(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)

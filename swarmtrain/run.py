@@ -226,7 +226,7 @@ class MergeSection(Section):
         try:
             method_named(name)
         except RunFileError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(*error.problems) from None
         return name
 
     @model_validator(mode="after")
@@ -472,20 +472,27 @@ def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) 
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise RunFileError(f"{origin}: no such run file; the smallest example is {EXAMPLE}") from None
+        raise RunFileError(
+            f"{origin}: no such run file; the smallest example is {EXAMPLE}", code="no-run-file"
+        ) from None
     except IsADirectoryError:
-        raise RunFileError(f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}") from None
+        raise RunFileError(
+            f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}", code="path-is-folder"
+        ) from None
     except OSError as error:
         raise RunFileError(
-            f"{origin}: cannot be read: {error.strerror}; correct its permissions, or give another"
+            f"{origin}: cannot be read: {error.strerror}; correct its permissions, or give another",
+            code="file-unreadable",
         ) from None
     if len(data) > MAX_RUN_FILE_BYTES:
-        raise RunFileError(f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}")
+        raise RunFileError(
+            f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}", code="file-too-long"
+        )
     try:
         return parse_run(data.decode("utf-8-sig"), origin, tell=tell)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text") from None
+        raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text", code="not-utf8") from None
 
 
 def parse_run(
@@ -495,7 +502,10 @@ def parse_run(
     `has_lines` that a person can look at. Raises `RunFileError`. For `tell` see `load_run`."""
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
-        raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
+        raise RunFileError(
+            f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out",
+            code="published-section",
+        )
     found = translated(table)
     run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
     for line in found.said:
@@ -526,7 +536,10 @@ def published_bytes(run: RunFile) -> bytes:
     data = tomli_w.dumps(_written_table(run)).encode()
     if len(data) > MAX_RUN_FILE_BYTES:
         limit = MAX_RUN_FILE_BYTES
-        raise RunFileError(f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs")
+        raise RunFileError(
+            f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs",
+            code="file-too-long",
+        )
     return data
 
 
@@ -573,17 +586,21 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     when its method is another package's, which is not here.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
-        raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
+        raise BadBytesError(
+            f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted", code="bad-size"
+        )
     if (found := run_sha256(data)) != expected_sha256:
-        raise BadBytesError(f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}")
+        raise BadBytesError(
+            f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}", code="bad-hash"
+        )
     try:
         table = read_toml(data.decode(), "the published run", RunFileError)
         if not isinstance(table.get("published"), dict):
-            raise RunFileError("the published run: published: missing section")
+            raise RunFileError("the published run: published: missing section", code="published-section")
     except UnicodeDecodeError:
-        raise BadBytesError("the published run: not UTF-8") from None
+        raise BadBytesError("the published run: not UTF-8", code="bad-format") from None
     except RunFileError as error:
-        raise BadBytesError(str(error)) from None
+        raise BadBytesError(*error.problems) from None
     if refusal := too_old_for(_needs_told(table["published"])):
         raise NewerRunError(refusal)
     _ask_for_package(table)
@@ -594,7 +611,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         if isinstance(publisher, str) and _version(publisher) > _version(__version__):
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
             raise NewerRunError(f"this run was {versions}: {UPDATE} ({error})") from None
-        raise BadBytesError(str(error)) from None
+        raise BadBytesError(*error.problems) from None
 
 
 def _ask_for_package(table: dict[str, Any]) -> None:
@@ -613,7 +630,7 @@ def _validated(table: dict[str, Any], origin: str, text: str = "", rewritten: Re
         problem = error
     if problem is not None or (rewritten is not None and rewritten.problems):
         problems = problems_in_words(problem, RunFile, text, rewritten)
-        raise RunFileError(*(f"{origin}: {each}" for each in problems))
+        raise RunFileError(*(each.found_in(origin) for each in problems))
     return run
 
 

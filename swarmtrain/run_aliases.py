@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from swarmtrain.errors import UserError
+from swarmtrain.errors import Problem, UserError
 from swarmtrain.problems import Rewritten, one_line, shown
 
 __all__ = ["ALIASES", "Alias", "Translation", "our_key", "translate"]
@@ -409,11 +409,13 @@ class _Draft:
     table: dict[str, Any]
     said: dict[tuple[str, str], str] = field(default_factory=dict)
     words: dict[tuple[str, str], str] = field(default_factory=dict)
-    problems: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    problems: list[tuple[tuple[str, ...], Problem]] = field(default_factory=list)
     meant: set[str] = field(default_factory=set)
 
-    def refuse(self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = ()) -> None:
-        self.problems.append((names, f"{'.'.join(map(one_line, names))}: {problem}"))
+    def refuse(
+        self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = (), code: str = "other-projects-word"
+    ) -> None:
+        self.problems.append((names, Problem(f"{'.'.join(map(one_line, names))}: {problem}", code)))
         self.meant.update(meant)
 
 
@@ -451,7 +453,8 @@ def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
     for key in found:
         if key in section:
             other = draft.words.get((alias.section, key), key)
-            draft.refuse(names, f"means {alias.section}.{key}, which {other} gives too; leave one of them out")
+            problem = f"means {alias.section}.{key}, which {other} gives too; leave one of them out"
+            draft.refuse(names, problem, code="key-given-twice")
             return
     section.update(found)
     draft.words.update({(alias.section, key): word for key in found})
@@ -488,6 +491,8 @@ def our_key(key: str) -> str:
         if alias.section == section:
             if alias.read is not None:
                 keys = " and ".join(f"{section}.{name}" for name in alias.keys) or "no key of a run file"
-                raise UserError(f"{one_line(key)}: means {keys}, with another value; write that key here")
+                raise UserError(
+                    f"{one_line(key)}: means {keys}, with another value; write that key here", code="key-given-twice"
+                )
             return f"{section}.{alias.keys[0]}"
     return key

@@ -98,7 +98,8 @@ class Batches:
         if len(tokens) < context_tokens + 1:
             raise RunFileError(
                 f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
-                "model.context_tokens or give more text"
+                "model.context_tokens or give more text",
+                code="too-little-text",
             )
         self._tokens = tokens
         self._key = peer_seed(run_sha256, peer_id)
@@ -218,7 +219,8 @@ class StreamingBatches:
                     yield tokenizer.encode(text if text.endswith(b"\n") else text + b"\n")
             if empty:
                 raise RunFileError(
-                    "data: the stream holds no text that is not in the run's held-out text; give more text"
+                    "data: the stream holds no text that is not in the run's held-out text; give more text",
+                    code="only-held-out-text",
                 )
             epoch += 1
 

@@ -419,7 +419,7 @@ class Node:
             )
         except Exception as error:  # boundary to hivemind
             raise RunTimeError(
-                f"could not join the DHT: {_reason(error)}; try again, or ask for a new invite"
+                f"could not join the DHT: {_reason(error)}; try again, or ask for a new invite", code="dht-not-joined"
             ) from error
         self._buckets = Buckets(self._dht, self.rules)
         self._own_buckets = self._dht.protocol.own_buckets
@@ -498,4 +498,7 @@ def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:
     if "address already in use" in text or "failed to listen" in text:
         return cannot_listen(settings.listen)
     reason = text.splitlines()[0] if text else type(error).__name__
-    return RunTimeError(f"the network daemon did not start: {reason}; `swarmtrain doctor` looks at what it needs")
+    return RunTimeError(
+        f"the network daemon did not start: {reason}; `swarmtrain doctor` looks at what it needs",
+        code="daemon-not-started",
+    )

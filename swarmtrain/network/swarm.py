@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from swarmtrain.errors import Problem
 from swarmtrain.events import Event, RefusedEvent, WarningEvent
 from swarmtrain.network.answers import Serving, SwarmAnswers
 from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
@@ -270,7 +271,7 @@ class Swarm:
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a network task failed", exc_info=error)
-            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
+            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke"))
 
     async def _keep_present(self) -> None:
         while True:
@@ -319,7 +320,7 @@ class Swarm:
         """Advertise a changed reachability at once: until then others call this peer in vain."""
         self._begin(self._say_where_we_are())
         if self.reaching.hidden:
-            self.emit(WarningEvent(message=self.reaching.in_words()))
+            self.emit(WarningEvent(message=self.reaching.in_words(), code="nobody-can-dial"))
 
     def _ask_for_host(self) -> pb.HelloRequest:
         run_sha256 = bytes.fromhex(self.published.sha256)
@@ -342,12 +343,13 @@ class Swarm:
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
-    async def watch_daemon(self, died: Callable[[str], None]) -> None:
+    async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
         """Call `died` with a sentence if the network daemon ends before we leave."""
 
         async def watch() -> None:
-            message = f"the network daemon {await self.node.wait_until_dead()}; start this peer again"
-            self.emit(WarningEvent(message=message))
-            died(message)
+            how = await self.node.wait_until_dead()
+            problem = Problem(f"the network daemon {how}; start this peer again", "daemon-died")
+            self.emit(WarningEvent(message=problem, code=problem.code))
+            died(problem)
 
         self._daemon_watch = asyncio.create_task(watch())

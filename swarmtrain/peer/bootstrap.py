@@ -155,7 +155,8 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
     if kept.run.model_copy(update={"published": None}) != run:
         raise UserError(
             f"{folder.path} holds another run ({kept.run.run.name}), or the run file or --wait-for was changed since; "
-            "give what it was published with, or another folder with --dir"
+            "give what it was published with, or another folder with --dir",
+            code="folder-of-another-run",
         )
     return kept
 
@@ -238,7 +239,7 @@ class _Bootstrap(BootstrapPeer):
             finding = find_run(node, self.published.sha256, known, _REDIAL_S, accept_clock=accept)
             found = wait_for(self.network.submit(finding), self.stop)
         except ClockError as error:  # it began the run, and one liar among those it knew must not end it
-            self.emit(WarningEvent(message=f"this bootstrap keeps its own clock: {error}"))
+            self.emit(WarningEvent(message=f"this bootstrap keeps its own clock: {error}", code="clock-differs"))
             return known
         except RunTimeError:
             return known  # nobody yet: it keeps knocking
@@ -273,7 +274,8 @@ class _Bootstrap(BootstrapPeer):
             except (ValueError, TypeError) as error:
                 raise RunTimeError(
                     f"the newest checkpoint in {self.folder.path} cannot be gone on from: {error}; remove it, and the "
-                    "one before it is taken"
+                    "one before it is taken",
+                    code="checkpoint-unusable",
                 ) from None
         return server
 
@@ -320,7 +322,9 @@ class _Bootstrap(BootstrapPeer):
             if told:  # what one of them claims does not end a run that others still train
                 end_seen_s = min(end_seen_s, time.monotonic()) if min(told) >= total else math.inf
             if time.monotonic() > end_seen_s + LINGER_S:
-                self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                self.emit(
+                    WarningEvent(message="the run is over, but nobody delivered its last state", code="last-state-lost")
+                )
                 return
             last = newest >= total
             if last and swarm.asynchronous:

@@ -1,13 +1,14 @@
-"""What a peer may take of its machine, and when it has to rest because of that. Decisions: the time and the
-measurements are arguments, the answer is a sentence that says why it rests, empty while it may train.
+"""Limits on what a peer may take of its machine, and when it pauses because of them.
 
-Why it rests as it does:
-- Hours are this machine's wall clock, whatever its zone does: 22-7 is night on the day the clocks change, too.
-- Other programs count by the processor time they use, this peer's own taken away: a peer that uses all cores does not
-  take itself for somebody else. It goes quickly (a person waits for their machine) and comes back slowly (each return
-  costs the others a pull of the state).
-- Memory above the limit for a moment is told; for longer, the peer rests until it is allowed more: a limit that does
-  not hold is none, and one that returned by itself would come and go for ever, since it would need as much again.
+Everything here is pure: the time and the measurements are arguments. The answer is a sentence that says why the peer
+pauses, "" while it may train.
+
+- Hours are this machine's wall clock, whatever its time zone does: 22-7 is night on the day the clocks change, too.
+- Other programs are measured by the processor time that they use, without this peer's own: a peer that uses all cores
+  must not take itself for another program. It pauses quickly, because a person waits for their machine, and comes back
+  slowly, because each return costs the others a pull of the state.
+- Memory above the limit causes a warning at first. If it lasts, the peer pauses until it is allowed more. It does not
+  return by itself: it would need as much memory again, and come and go for ever.
 """
 
 from __future__ import annotations
@@ -40,30 +41,33 @@ _MAX_MBIT = 100_000
 _MAX_SLOWDOWN = 1000
 
 BUSY_SHARE = 0.25
-"""Other programs use the machine when they take more of all its processors than this, on average over `AVERAGE_S`."""
+"""Share of all processors, averaged over `AVERAGE_S`, above which other programs count as using the machine."""
 QUIET_SHARE = 0.15
+"""Share below which they must stay for `QUIET_S` before the peer comes back."""
 AVERAGE_S = 15.0
 QUIET_S = 60.0
-"""It comes back when they have taken less than `QUIET_SHARE` for so long."""
+"""Seconds of quiet before the peer comes back."""
 ASLEEP_S = 60.0
-"""Two measurements further apart than this: the machine or the process slept in between."""
+"""If two measurements are further apart than this, the machine or the process was suspended in between."""
 
 MEMORY_PATIENCE_S = 30.0
+"""Seconds above the memory limit after which the peer pauses."""
 MEMORY_AGAIN = 0.9
-"""A warning is repeated once it was below this part of the limit."""
+"""A warning is repeated only after the use was below this share of the limit."""
 
 _DAY_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
 class Hours:
-    """Parts of the day in which it may train, in minutes from midnight: (from, to), over midnight if to <= from."""
+    """Parts of the day in which the peer may train, as (from, to) in minutes from midnight; over midnight if to <=
+    from."""
 
     text: str
     ranges: tuple[tuple[int, int], ...]
 
     def rest(self, now: datetime.datetime) -> str:
-        """Why it rests at `now`, local time."""
+        """Return why the peer pauses at `now`, local time; "" if it may train."""
         minute = now.hour * 60 + now.minute
         if not self.ranges or any((minute - start) % _DAY_MINUTES < _length(start, end) for start, end in self.ranges):
             return ""
@@ -80,7 +84,7 @@ ALWAYS = Hours("any", ())
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a peer may take of its machine."""
+    """Limits on what a peer may take of its machine."""
 
     threads: int = 0  # of the training; 0: all
     memory_bytes: int = 0  # its daemon included; 0: no limit
@@ -103,7 +107,7 @@ class Limits:
                 raise ValueError(f"{name}: {mbit:g} Mbit/s is refused; allowed: 0 (no limit) to {_MAX_MBIT}")
 
     def with_changes(self, **changes: object) -> Limits:
-        """These with some changed; ValueError says what is allowed."""
+        """Return these limits with some changed. ValueError says what is allowed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -111,7 +115,8 @@ class Limits:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is allowed."""
+    """Return the bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is
+    allowed."""
     if text.strip().lower() in ("none", "0"):
         return 0
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
@@ -121,13 +126,12 @@ def parse_size(text: str) -> int:
 
 
 def size_of_limit(num_bytes: int) -> str:
-    """A limit as it may be written, such as `4GB`."""
+    """Return a limit as a person may write it, such as `4GB`."""
     return size_in_words(num_bytes).replace(" ", "") if num_bytes else "none"
 
 
 def exact_size(num_bytes: int) -> str:
-    """The same, such that `parse_size` reads these very bytes, if they are less than ten gigabytes, and else about so
-    many."""
+    """Return a limit that `parse_size` reads back to within a byte below a terabyte, and approximately above."""
     short = size_of_limit(num_bytes)
     with contextlib.suppress(ValueError):  # "500B", "2PB"
         if parse_size(short) == num_bytes:
@@ -136,7 +140,7 @@ def exact_size(num_bytes: int) -> str:
 
 
 def parse_hours(text: str) -> Hours:
-    """Hours such as `22-7`, `22:30-7:15` or `12-13,18-8`; `any` is always. ValueError says what is allowed."""
+    """Parse hours such as `22-7`, `22:30-7:15` or `12-13,18-8`; `any` is always. ValueError says what is allowed."""
     if text.strip().lower() == "any":
         return ALWAYS
     ranges = []
@@ -152,7 +156,7 @@ def parse_hours(text: str) -> Hours:
 
 
 def parse_slowdown(text: str) -> float:
-    """How many times slower to be, such as `2.6`. ValueError says what is allowed."""
+    """Parse how many times slower to be, such as `2.6`. ValueError says what is allowed."""
     try:
         factor = float(text)
     except ValueError:
@@ -174,7 +178,7 @@ def _minute(hours: str, minutes: str | None) -> int:
 
 @dataclass
 class IdleWatch:
-    """Whether other programs use the processors; fed with the processor time that all of them have used so far."""
+    """Watches whether other programs use the processors, from the processor time that they have used in total."""
 
     num_processors: int
     resting: str = ""
@@ -182,7 +186,7 @@ class IdleWatch:
     _quiet_since_s: float | None = None
 
     def rest(self, now_s: float, others_s: float) -> str:
-        """Why it rests; `others_s` are processor seconds of other programs, since any moment."""
+        """Return why the peer pauses. `others_s`: processor seconds of other programs since any fixed moment."""
         if self._seen and not 0 <= now_s - self._seen[-1][0] <= ASLEEP_S:
             self._seen.clear()
             self._quiet_since_s = None
@@ -204,7 +208,7 @@ class IdleWatch:
         return self.resting
 
     def _share(self) -> float | None:
-        """Their part of all processors on average over the window; None before it is full."""
+        """Return their share of all processors over the window; None before it is full."""
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         if last_s - first_s < AVERAGE_S:
             return None
@@ -216,7 +220,7 @@ class IdleWatch:
 
 @dataclass
 class MemoryWatch:
-    """Whether the peer keeps to its memory."""
+    """Watches whether the peer keeps to its memory limit."""
 
     resting: str = ""
     _warned: bool = False
@@ -224,7 +228,7 @@ class MemoryWatch:
     _most_bytes: int = 0  # when it had to rest
 
     def rest(self, now_s: float, used_bytes: int, limit_bytes: int) -> tuple[str, str]:
-        """(why it rests, a warning to tell now)."""
+        """Return (why the peer pauses, a warning to show now)."""
         if not limit_bytes or (self.resting and limit_bytes > self._most_bytes):
             self.resting, self._warned, self._above_since_s = "", False, None
         if self.resting or not limit_bytes:

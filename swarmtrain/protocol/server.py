@@ -1,16 +1,17 @@
-"""Merging with a server: what of a worker's rounds it has, what it does not have yet, and what it does not take.
+"""Merging with a server: which of a worker's rounds the server has, which it lacks, and which it refuses.
 
-A worker hands in each of its rounds. It goes on from the server's newest weights at every round's end, whether the
-server has that round's work yet or not: what it has not is on its way, or waits to be fetched, and enters once.
+A worker uploads each of its rounds. At every round's end it continues from the server's newest weights, whether or not
+they contain that round's work: what they lack is on its way or waits to be fetched, and enters once (decision 22). A
+round's states:
 
     handed in        the server has asked for it: it never changes any more
     waiting          the rounds since then, added up: one piece as soon as the server asks
-    entered          the server's weights say so: forgotten, once the worker goes on from those weights
+    entered          the server's weights contain it: forgotten once the worker continues from those weights
 
-Rounds are the worker's own count and only grow, so one number per worker, the last round that entered, says it all:
-the server asks for what is after that number, in order, and refuses for good what is too old.
+A worker numbers its rounds, and the numbers only grow. So one number for each worker, the last round that entered, is
+enough: the server asks for what follows it, in order, and refuses for good what is too old.
 
-Pure: gradients are whatever can be added up.
+Everything here is pure. Gradients are anything that can be added.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from typing import Generic, Protocol, Self, TypeVar
 __all__ = ["GradientUpload", "GradientUploads", "UploadVersions", "too_old"]
 
 _MAX_WORKERS = 4096
-"""So many workers' rounds are remembered: identities cost nothing."""
+"""Workers whose rounds are remembered. Identities cost nothing."""
 _MAX_KEPT = 4
+"""Pieces that a worker keeps although the server has them."""
 
 
 class Summable(Protocol):
-    """A pseudo-gradient: two of them have a sum."""
+    """Pseudo-gradient: two of them have a sum."""
 
     def __add__(self, other: Self, /) -> Self:
-        """Of both."""
+        """Return the sum."""
 
 
 G = TypeVar("G", bound=Summable)
@@ -39,10 +41,10 @@ G = TypeVar("G", bound=Summable)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientUpload(Generic[G]):
-    """One or more rounds of a worker: the last one's number, what all took, and the sum of their pseudo-gradients.
+    """Rounds of a worker, one or more: the last one's number, their totals, and the sum of their pseudo-gradients.
 
-    `arrivals` is the age of the weights that the first of them began from: how many gradients had entered those.
-    `own_tokens` is all that the worker had trained on by then.
+    `arrivals` is the age of the weights from which the first round began: the number of gradients that had entered
+    them. `own_tokens` is all that the worker had trained on by then.
     """
 
     round: int
@@ -53,7 +55,7 @@ class GradientUpload(Generic[G]):
     gradient: G
 
     def then(self, later: GradientUpload[G]) -> GradientUpload[G]:
-        """Both as one."""
+        """Return this upload and a later one as one."""
         return dataclasses.replace(
             later,
             tokens=self.tokens + later.tokens,
@@ -65,19 +67,19 @@ class GradientUpload(Generic[G]):
 
 @dataclass
 class GradientUploads(Generic[G]):
-    """What of a worker's rounds is not in the weights that it goes on from, oldest first."""
+    """Rounds of a worker that are not in the weights that it continues from, oldest first."""
 
     _pieces: list[GradientUpload[G]] = field(default_factory=list)
     _asked_round: int = -1
-    """Pieces up to here were asked for, and stay as they are."""
+    """Pieces up to this round were asked for, and must not change."""
 
     @property
     def pieces(self) -> Sequence[GradientUpload[G]]:
-        """All of them."""
+        """Pieces, oldest first."""
         return tuple(self._pieces)
 
     def add(self, one: GradientUpload[G]) -> None:
-        """A round is over. Raises ValueError if it is not later than those before."""
+        """Add a finished round. Raise ValueError if it is not later than those before."""
         last = self._pieces[-1] if self._pieces else None
         if one.round <= max(self._asked_round, -1 if last is None else last.round):
             raise ValueError(f"round {one.round} was handed in before")
@@ -87,11 +89,14 @@ class GradientUploads(Generic[G]):
             self._pieces.append(one)
 
     def after(self, entered_round: int | None) -> GradientUpload[G] | None:
-        """The first piece that the server, which has this worker's rounds up to `entered_round`, does not have; it is
-        handed in by this. None if it has them all."""
+        """Return the first piece after `entered_round`, the last of this worker's rounds that the server has; None if
+        it has all.
+
+        The piece counts as handed in from then on.
+        """
         has = -1 if entered_round is None else entered_round
         while len(self._pieces) > _MAX_KEPT and self._pieces[1].round <= has:
-            self._pieces.pop(0)  # only what it knows of its own lead is lost
+            self._pieces.pop(0)  # the worker only loses track of how far it is ahead
         for piece in self._pieces:
             if piece.round > has:
                 self._asked_round = max(self._asked_round, piece.round)
@@ -99,45 +104,45 @@ class GradientUploads(Generic[G]):
         return None
 
     def entered(self, round: int | None) -> None:
-        """The worker goes on from weights that its rounds up to `round` have entered."""
+        """Drop the rounds up to `round`, which the weights that the worker continues from contain."""
         if round is not None:
             self._pieces = [piece for piece in self._pieces if piece.round > round]
 
 
 @dataclass
 class UploadVersions:
-    """The server's count: the last round of each worker that entered its weights, or was refused for good."""
+    """Server's record of the last round of each worker that entered its weights, or was refused for good."""
 
     max_workers: int = _MAX_WORKERS
     _rounds: dict[str, int] = field(default_factory=dict)
 
     def round(self, peer: str) -> int | None:
-        """The last round of `peer`; None if there was none."""
+        """Return the last round of `peer`; None without any."""
         return self._rounds.get(peer)
 
     def is_new(self, peer: str, round: int) -> bool:
-        """Whether that round of `peer` has yet to enter."""
+        """Return whether that round of `peer` has not entered yet."""
         return round > self._rounds.get(peer, -1)
 
     def enter(self, peer: str, round: int) -> None:
-        """It enters now. Raises ValueError, changing nothing, if it did before."""
+        """Record that it enters now. Raise ValueError, changing nothing, if it did before."""
         if not self.is_new(peer, round):
             raise ValueError(f"round {round} of {peer} has entered before")
-        self._rounds.pop(peer, None)  # the last one stands last
+        self._rounds.pop(peer, None)  # the most recent worker is last
         self._rounds[peer] = round
         while len(self._rounds) > self.max_workers:
             del self._rounds[next(iter(self._rounds))]
 
     def newest(self, number: int) -> dict[str, int]:
-        """The `number` workers that were heard of last, with their rounds."""
+        """Return the `number` most recent workers with their rounds."""
         return dict(list(self._rounds.items())[-number:])
 
     def rows(self) -> list[list[str | int]]:
-        """For a checkpoint: [PeerID, round] of each, the one heard of longest ago first."""
+        """Return rows for a checkpoint: [PeerID, round] of each worker, the least recent first."""
         return [[peer, round] for peer, round in self._rounds.items()]
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Become what `rows` gave. ValueError, and nothing changes, if they are something else."""
+        """Restore the record from `rows`. Raise ValueError, changing nothing, for other rows."""
         rounds: dict[str, int] = {}
         for row in rows:
             match row:
@@ -149,10 +154,11 @@ class UploadVersions:
 
 
 def too_old(base_arrivals: int, arrivals: int, buffer_arrivals: int, max_staleness_rounds: int) -> str:
-    """Why what began from weights with `base_arrivals` is not taken into those with `arrivals`; empty if it is.
+    """Return why work that began from weights with `base_arrivals` is refused by those with `arrivals`; "" if it is
+    taken.
 
-    A round here is what refreshes the momentum, `buffer_arrivals`. A server that went on from an older checkpoint may
-    be behind its workers: what they have is as new as can be.
+    A round here is what refreshes the momentum: `buffer_arrivals`. A server that continued from an older checkpoint may
+    be behind its workers; their work is then as new as can be.
     """
     behind = (arrivals - base_arrivals) / buffer_arrivals
     if behind <= max_staleness_rounds:

@@ -100,7 +100,7 @@ class Puller:
         # The author's signature is checked before anything else: without it the host made the manifest up, and is to
         # blame.
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
-            raise BadBytesError(f"a publication of {author} that is not signed by it")
+            raise BadBytesError(f"a publication of {author} that is not signed by it", code="bad-signature")
         # Only the presence bears the author's signature: a host cannot report that its guest is away.
         self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
         return reply

@@ -77,7 +77,7 @@ async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) 
         offset_s=reply.time - (asked_s + round_trip_s / 2),
         version=version if version.isprintable() else "",
         known=known,
-        misfit=refusal_untrusted(name or short_peer(peer.peer), reply),
+        misfit=refusal_untrusted(name or short_peer(peer.peer), reply) or "",
     )
 
 

@@ -71,7 +71,12 @@ class Checkpointer:
 
     def load(self, run: RunFile, num_parameters: int) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None; emit a warning for each that cannot be used."""
-        found = load_newest(self.folder, run, num_parameters, lambda message: self.emit(WarningEvent(message=message)))
+        found = load_newest(
+            self.folder,
+            run,
+            num_parameters,
+            lambda message: self.emit(WarningEvent(message=message, code="checkpoint-unusable")),
+        )
         if found is None:
             return None
         kept, self.last = found
@@ -212,7 +217,11 @@ class Checkpointer:
         else:
             if self._failing:
                 self._failing, self._warned_s = False, None
-                self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
+                self.emit(
+                    WarningEvent(
+                        message=f"checkpoints are written to {self.folder.path} again", code="checkpoints-again"
+                    )
+                )
             if beside is not None:
                 _write_beside(beside)
             return True
@@ -232,7 +241,7 @@ class Checkpointer:
         now = self.now()
         if self._warned_s is None or now >= self._warned_s + _REPEAT_S:
             self._warned_s = now
-            self.emit(WarningEvent(message=message))
+            self.emit(WarningEvent(message=message, code="checkpoint-not-written"))
 
 
 def _write_beside(write: Callable[[], None]) -> None:

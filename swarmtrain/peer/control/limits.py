@@ -125,7 +125,7 @@ class LimitKeeper:
                     limit_link(self._traffic, changed, self._network)
                 self._limits = changed
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error), code="bad-limit") from None
         self.tick()
         return self._in_words(given)
 
@@ -193,7 +193,8 @@ class LimitKeeper:
         except PermissionError:
             raise UserError(
                 f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
-                f"with --nice {nice}"
+                f"with --nice {nice}",
+                code="nice-not-lowered",
             ) from None
         self._nice = nice
 
@@ -208,7 +209,11 @@ class LimitKeeper:
             self._apply("memory", rest)
         if warning:
             expected = self._expected()  # asks for the limits in turn
-            self._emit(WarningEvent(message=warning + (f"; {_needs_in_words(expected)}" if expected else "")))
+            self._emit(
+                WarningEvent(
+                    message=warning + (f"; {_needs_in_words(expected)}" if expected else ""), code="too-little-memory"
+                )
+            )
 
     def _idle_rest(self, now_s: float, limits: Limits) -> str:
         if not limits.only_when_idle:
@@ -286,7 +291,8 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
             f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')} "
             f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
-            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"
+            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model",
+            code="too-little-memory",
         )
 
 
@@ -308,5 +314,6 @@ def _check_link(limits: Limits, network: NetworkSection) -> None:
             raise UserError(
                 f"{name}: {mbit:g} Mbit/s is too little for this run, in which transfers slower than "
                 f"{size_in_words(network.least_bytes_per_s)}/s are given up; allowed: 0 (no limit), or at least "
-                f"{network.least_mbit:g}"
+                f"{network.least_mbit:g}",
+                code="too-little-bandwidth",
             )

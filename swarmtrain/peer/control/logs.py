@@ -171,7 +171,7 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
         raise
     except Exception as error:
         _events.critical("a bug", exc_info=error)
-        raise RunTimeError(bug_in_words(error, folder / LOG_NAME)) from error
+        raise RunTimeError(bug_in_words(error, folder / LOG_NAME), code="bug") from error
     finally:
         threading.excepthook = hook
         logging.root.removeHandler(handler)

@@ -315,7 +315,8 @@ class MetricsServer:
             server = self._server = _HttpServer(family, address)
         except OSError as error:
             raise UserError(
-                f"cannot serve metrics at {self._address}: {error.strerror or error}; choose another with --metrics"
+                f"cannot serve metrics at {self._address}: {error.strerror or error}; choose another with --metrics",
+                code="metrics-address",
             ) from None
         server.set_app(self._answer)
         self._thread = threading.Thread(target=server.serve_forever, args=(_STOP_POLL_S,), name="metrics", daemon=True)

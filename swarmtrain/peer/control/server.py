@@ -34,7 +34,7 @@ from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import CODE_KEY, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -154,7 +154,7 @@ class ControlServer:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise RunTimeError(
-                f"the control server did not answer within {limit_s:g} s; start this peer again"
+                f"the control server did not answer within {limit_s:g} s; start this peer again", code="no-control"
             ) from None
 
     async def _start(self) -> None:
@@ -183,7 +183,9 @@ class ControlServer:
         try:
             return _listen_privately(server, self._private / "control.sock")
         except (OSError, RuntimeError) as error:
-            raise RunTimeError(f"no control socket can be made: {error}; give another folder with --dir") from None
+            raise RunTimeError(
+                f"no control socket can be made: {error}; give another folder with --dir", code="no-control"
+            ) from None
 
     def _bind_tcp(self, server: Any) -> str:
         host = self._tcp.rpartition(":")[0]
@@ -192,7 +194,9 @@ class ControlServer:
         except RuntimeError:
             port = 0
         if not port:
-            raise UserError(f"cannot listen at {self._tcp}: the port is taken; choose another with --control")
+            raise UserError(
+                f"cannot listen at {self._tcp}: the port is taken; choose another with --control", code="port-taken"
+            )
         return f"{host}:{port}"
 
     async def _stop(self) -> None:
@@ -361,14 +365,15 @@ class _Calls(pb_grpc.ControlServicer):
 
     async def _use(self, context: Any, power: Callable[[], _T] | None, what: str) -> _T:
         """Run a handler on the pool and return its answer; abort the call with a sentence if it fails or is missing."""
+        told: tuple[tuple[str, str], ...] = ()
         if power is None:
-            code, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"
+            status, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"
         else:
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._workers, power)
             except SwarmtrainError as error:
-                code, message = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+                status, message, told = grpc.StatusCode.FAILED_PRECONDITION, str(error), ((CODE_KEY, error.code),)
             except OSError as error:
-                code, message = grpc.StatusCode.INTERNAL, f"this peer could not {what}: {error.strerror or error}"
-        await context.abort(code, message)
+                status, message = grpc.StatusCode.INTERNAL, f"this peer could not {what}: {error.strerror or error}"
+        await context.abort(status, message, told)
         raise AssertionError("abort raises")

@@ -166,7 +166,9 @@ class ControlSession:
 
     def _order_pause(self) -> str:
         if self._pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
+            raise UserError(
+                "a bootstrap does not train: there is nothing to pause; name a volunteer", code="not-a-volunteer"
+            )
         is_new = self._pause.hold(ASKED, "you asked for it")
         self._pause_asked(True)
         if not is_new:
@@ -175,7 +177,9 @@ class ControlSession:
 
     def _order_resume(self) -> str:
         if self._pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to resume; name a volunteer")
+            raise UserError(
+                "a bootstrap does not train: there is nothing to resume; name a volunteer", code="not-a-volunteer"
+            )
         was_asked = self._pause.release(ASKED)
         self._pause_asked(False)
         if self._pause.held:
@@ -188,12 +192,18 @@ class ControlSession:
 
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:
-            raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+            raise RunTimeError(
+                "there is nothing to write yet: this peer is still starting, try again in a minute",
+                code="no-checkpoint",
+            )
         return self._checkpoints.flushed()
 
     def _order_limit(self, limits: pb.Limits) -> str:
         if self._limit is None:
-            raise UserError("the limits of this peer cannot be changed while it runs; end it, and start it with others")
+            raise UserError(
+                "the limits of this peer cannot be changed while it runs; end it, and start it with others",
+                code="limits-fixed",
+            )
         return self._limit(limits)
 
 
@@ -217,7 +227,7 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
+            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}", code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)

@@ -102,9 +102,13 @@ class BootstrapPeer:
         try:
             save_weights(path, weights, self.published, progress)
         except OSError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+            self.emit(
+                WarningEvent(
+                    message=f"the archive could not be written: {error.strerror}; make room", code="archive-not-written"
+                )
+            )
         except UserError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}", code="archive-not-written"))
         else:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 

@@ -132,7 +132,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
     def say(message: str) -> None:
         if message not in told:
             told.add(message)
-            control.emit(WarningEvent(message=message))
+            control.emit(WarningEvent(message=message, code="last-volunteer"))
 
     control.board.doing(
         control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
@@ -177,7 +177,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
         f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
         f"`swarmtrain join --dir {quoted}` brings them back"
     )
-    control.emit(WarningEvent(message=message))
+    control.emit(WarningEvent(message=message, code="rounds-not-archived"))
 
 
 def hand_over_stages(

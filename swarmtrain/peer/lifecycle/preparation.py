@@ -48,7 +48,8 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(
-                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you"
+                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you",
+                code="path-outside",
             )
     if data_folder is not None:
         return data_folder.absolute()
@@ -56,6 +57,7 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
         what = "data set" if section.source == "datasets" else section.source
         raise UserError(
             f"this run trains on your own {what} files, {', '.join(local)}: give their folder with --data "
-            f"FOLDER, so that FOLDER/{local[0]} is there"
+            f"FOLDER, so that FOLDER/{local[0]} is there",
+            code="data-folder-needed",
         )
     return NOWHERE

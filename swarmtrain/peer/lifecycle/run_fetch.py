@@ -97,9 +97,11 @@ class RunFetcher:
             try:
                 return wait_for(self.network.submit(fetching), self.stop)
             except NewerRunError as error:
-                raise VersionError(str(error)) from None
+                raise VersionError(*error.problems) from None
             except PeerError as error:
                 if not attempts_left or isinstance(error, BadBytesError):
-                    raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+                    raise RunTimeError(
+                        f"{source} did not deliver the run: {error}; ask for a new invite", code="run-not-delivered"
+                    ) from None
             self.stop.sleep(1.0)
         raise AssertionError("the last attempt returns or raises")

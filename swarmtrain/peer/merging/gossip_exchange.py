@@ -529,7 +529,9 @@ class GossipExchange(AsynchronousExchange):
             self.stop.sleep(1.0)
         if has_own:
             return None  # it goes on with what it has: the others' weights come with its first merges
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+        raise RunTimeError(
+            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+        )
 
     def final_theta(self, own: Tensor) -> Tensor:
         """See `SwarmExchange`: the consensus of all that have finished. Waits up to 20 s for those about to."""
@@ -569,13 +571,13 @@ class GossipExchange(AsynchronousExchange):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
         try:
             if self.swarm.coverage is not None:
                 self.swarm.coverage.restore(extra.get(_COVERAGE))
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:
         """Fetch the consensus of the others' present weights; None if nobody delivers any of `least_round` or later."""

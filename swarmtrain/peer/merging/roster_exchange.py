@@ -336,5 +336,8 @@ class RosterExchange(SwarmExchange):
                 case JoinsWith.OWN:
                     return None
                 case JoinsWith.NOTHING:
-                    raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+                    raise RunTimeError(
+                        "nobody could deliver the run's present state; try again in a minute",
+                        code="state-not-delivered",
+                    )
             self.stop.sleep(_TRY_AGAIN_S)

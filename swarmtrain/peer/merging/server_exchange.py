@@ -147,7 +147,7 @@ class ServerExchange(AsynchronousExchange):
             message = (
                 "the server does not answer: going on alone; what is learnt meanwhile is handed in when it is back"
             )
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="server-silent"))
         self._told_silent = is_silent
 
     def publish(self, contribution: LocalUpdate) -> None:
@@ -230,7 +230,9 @@ class ServerExchange(AsynchronousExchange):
             self.stop.sleep(1.0)
         if has_own:
             return None
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+        raise RunTimeError(
+            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+        )
 
     def _fetch(self, peers: Sequence[str], progress: Progress, reason: str) -> Replaced | None:
         swarm = self.swarm

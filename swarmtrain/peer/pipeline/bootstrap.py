@@ -194,7 +194,11 @@ class PipelineBootstrap(BootstrapPeer):
                 ended_s = min(ended_s, now)
                 self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
-                    self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                    self.emit(
+                        WarningEvent(
+                            message="the run is over, but nobody delivered its last state", code="last-state-lost"
+                        )
+                    )
                     return
             else:
                 self._archive_the_lonely()

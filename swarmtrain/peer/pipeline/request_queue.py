@@ -106,7 +106,9 @@ class StageRequestQueue:
         if kind == "backward" and forward is not None:
             needed, got = (getattr(each, "shape", None) for each in (forward, payload))
             if needed != got:
-                raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
+                raise BadBytesError(
+                    f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}", code="bad-shape"
+                )
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
         """Apply a driver's settlement; return the acknowledged microbatches for which it comes too late."""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
+from swarmtrain.errors import GoneError, PeerError, Problem, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.peer.pipeline.driver import Driver, StageCalls
@@ -79,7 +79,7 @@ class MicrobatchScheduler:
     told: TellRetries
     peers_of: Callable[[], Mapping[int, list[str]]]
     """Return the peers that hold each stage now, this one included."""
-    failed: Callable[[str], None]
+    failed: Callable[[Problem], None]
     """Called with a sentence when this peer cannot go on."""
     places: Callable[[], Sequence[StagePeer]]
     """Return the records of all stage peers, this one included."""
@@ -145,7 +145,7 @@ class MicrobatchScheduler:
             try:
                 x, targets = await asyncio.to_thread(self.source.next_microbatch)
             except SwarmtrainError as error:
-                self.failed(str(error))
+                self.failed(Problem(str(error), error.code))
                 return
             task = asyncio.create_task(self._drive(x.numel(), x, targets))
             self._open.add(task)
@@ -157,17 +157,21 @@ class MicrobatchScheduler:
         except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
             _log.debug("a microbatch is given up: %s", error)
         except SwarmtrainError as error:
-            self.failed(str(error))
+            self.failed(Problem(str(error), error.code))
 
     def _work_ended(self, work: asyncio.Task[None]) -> None:
         """Fail this peer if its drawing or looking task died: an idle driver would keep every peer's run from
         ending.
         """
         if not work.cancelled() and (error := work.exception()) is not None:
-            self.failed(f"this peer does not drive any more, for a reason that is not its peers': {error!r}")
+            self.failed(
+                Problem(
+                    f"this peer drives no microbatches any more, by a bug of its own: {error!r}; start it again", "bug"
+                )
+            )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(f"a microbatch failed by an error of this peer: {error!r}")
+            self.failed(Problem(f"a microbatch failed by an error of this peer: {error!r}; start it again", "bug"))

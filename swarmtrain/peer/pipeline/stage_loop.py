@@ -108,7 +108,7 @@ class StageLoop:
         try:
             answer = self._compute(task)
         except BadGradientError as error:
-            self.desk.failed(task, BadBytesError(str(error)))
+            self.desk.failed(task, BadBytesError(str(error), code="bad-shape"))
             return None
         self.desk.done(task, answer)
         return answer

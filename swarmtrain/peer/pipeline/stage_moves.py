@@ -55,7 +55,7 @@ class StageMoves:
                     if context.stop.failure is not None:
                         raise
                     message = f"{stages_in_words(command.stages)} could not be taken: {error}"
-                    context.emit(WarningEvent(message=message))
+                    context.emit(WarningEvent(message=message, code="stage-not-taken"))
                     return moves.FetchFailed(str(error))
                 return moves.StagesFetched(record.places(), swarm_time())
             case moves.LeaveStages():

@@ -191,7 +191,7 @@ class ModelTraining:
         if self._had_ended:
             return  # there is nothing to go on with: `finish` says what becomes of the model
         message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
-        context.emit(WarningEvent(message=message))
+        context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
         """See `Training`."""
@@ -346,7 +346,7 @@ class ModelTraining:
                 "this run had ended, and nobody gives the model that it ended with: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
-            context.emit(WarningEvent(message=message))
+            context.emit(WarningEvent(message=message, code="run-had-ended"))
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:

@@ -386,7 +386,10 @@ class Session:
         finite = [loss for loss in round.losses if math.isfinite(loss)]
         norms = [norm for norm in round.grad_norms if math.isfinite(norm)]
         if not finite:
-            raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
+            raise RunTimeError(
+                "training diverged: no loss of the last round was finite; lower inner.learning_rate",
+                code="training-diverged",
+            )
         num_steps = round.tokens / self.run.tokens_per_step  # a stage's steps are not all of one size
         self.steps_per_s = num_steps / max(steps_end_s - round.began_s - round.apart_s, 1e-9)
         own = self._publish(round, round.start.num_parts)

@@ -1,6 +1,6 @@
-"""Leaving before the end: a bootstrap archives first what nobody who goes on has.
+"""Leaving before the end of a run: a bootstrap first archives what nobody else has who trains on.
 
-Pure: `now` is an argument, in seconds of the swarm's time.
+Everything here is pure: `now` is an argument, in seconds of the swarm's time.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from swarmtrain.protocol.membership.membership import Membership, PeerState
 __all__ = ["LAST_HOLDER_S", "DepartureQueue", "FellowDepartures", "Leave", "before_leaving"]
 
 LAST_HOLDER_S = 60.0
-"""So long whoever has work that nobody else has waits for a bootstrap that does not answer."""
+"""Seconds for which the last holder of work waits for a bootstrap that does not answer."""
 
 _MAX_LET_GO = 1024
 _ASKED_S = 5.0
-"""Who wants to leave asks again and again: one that has not for so long is gone, or trains on."""
+"""A peer that wants to leave asks repeatedly; one that has not asked for this long is gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
+"""Seconds between two archives for leavers on average, so that a peer that asks only to annoy costs no more. A few in a
+row (`_TAKEN_AT_ONCE`) need not wait for each other."""
 _TAKEN_AT_ONCE = 3
 """Whoever asks for the sake of asking has an archive made so often at most; a few who leave one soon after the other do
 not wait for each other."""
 
 
 class Leave(Enum):
-    """What one that would leave does now."""
+    """Next step of a peer that wants to leave."""
 
     GO = "others train on, or what it has is in an archive"
     HAND_OVER = "a bootstrap archives what it has"
@@ -37,11 +39,11 @@ class Leave(Enum):
 def before_leaving(
     membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float, leaving: Container[str] = ()
 ) -> Leave:
-    """What one does that would leave, and has waited so long.
+    """Decide what a peer does that wants to leave and has waited `waited_s` seconds.
 
-    `answers`: of each bootstrap asked whether it is to stay, None where it did not answer; where none did, the others
-    were asked how far they are, so that it is known who is there, and `leaving` are those that leave too. `round`: so
-    many it has merged; what a bootstrap told last of its archive counts.
+    `answers`: for each bootstrap whether this peer is to stay, None without an answer. If none answered, the other
+    peers were asked how far they are, so that it is known who is there; `leaving` are those that leave too. `round`:
+    rounds that this peer has merged, compared with what bootstraps last advertised of their archive.
     """
     if any(answers):
         return Leave.HAND_OVER
@@ -51,14 +53,14 @@ def before_leaving(
     if has_told or trains_on or not round:
         return Leave.GO
     if all(membership.state(info.peer) is PeerState.LEFT for info in bootstraps):
-        return Leave.GO_UNARCHIVED  # none is on its way
+        return Leave.GO_UNARCHIVED  # no bootstrap is expected back
     return Leave.WAIT if waited_s < LAST_HOLDER_S else Leave.GO_UNARCHIVED
 
 
 class FellowDepartures:
-    """Volunteers that leave in the same moment, while no bootstrap answers, agree who stays: the lowest PeerID.
+    """Agreement among volunteers that leave at the same moment, while no bootstrap answers: the lowest PeerID stays.
 
-    Each asks the others. Without an agreement each would take the other for one that trains on, and nobody would wait
+    Each asks the others. Without an agreement each would take the others for peers that train on, and nobody would wait
     for the bootstrap.
     """
 
@@ -66,11 +68,11 @@ class FellowDepartures:
         self._me = me
         self._let_go: set[str] = set()
         self.told: set[str] = set()
-        """Those that said that they go."""
+        """Peers that said that they go."""
         self.is_going = False
 
     def ask(self, peer: str, now: float) -> bool:
-        """`peer` would leave: whether it should stay, because this peer does not."""
+        """Return whether `peer`, which wants to leave, should stay, because this peer does not."""
         if self.is_going or peer < self._me:
             return True
         if len(self._let_go) < _MAX_LET_GO:
@@ -79,12 +81,12 @@ class FellowDepartures:
 
     @property
     def leaving(self) -> frozenset[str]:
-        """Those that leave too: they said it, or were told that this peer stays."""
+        """Peers that leave too: they said so, or were told that this peer stays."""
         return frozenset(self.told | self._let_go)
 
 
 class DepartureQueue:
-    """Who asked a bootstrap whether it may leave."""
+    """Peers that asked this bootstrap whether they may leave."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
@@ -95,19 +97,19 @@ class DepartureQueue:
         self._has_news = self._is_over = False
 
     def release(self) -> None:
-        """The last archive is made: they may go."""
+        """Let everybody go: the last archive is made."""
         self._is_over = True
 
     def take_news(self) -> bool:
-        """Whether somebody has begun to ask since this was called last."""
+        """Return whether a peer has begun to ask since the last call."""
         had, self._has_news = self._has_news, False
         return had
 
     def ask(self, peer: str, now: float) -> bool:
-        """`peer` would leave: whether it should stay, because nobody who trains on has what it has.
+        """Return whether `peer`, which wants to leave, should stay because no other peer that trains on has its work.
 
-        Somebody trains on who was heard of since it asked first: one that was killed a moment ago is believed alive
-        still. It need not stay once the archive has what it has, which is said once: it may come back.
+        Another peer trains on if it was heard from since the first question: one that was just killed is still believed
+        alive. Once the archive has the peer's work, the next answer is False, once, since the peer may come back later.
         """
         info = self._membership.info(peer)
         if self._is_over or info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
@@ -118,24 +120,24 @@ class DepartureQueue:
         if is_new:
             self._began_s[peer] = now
         self._asked_s[peer] = now
-        began_s = self._began_s.setdefault(peer, now)  # `waiting` may have been called meanwhile, in another thread
+        began_s = self._began_s.setdefault(peer, now)  # another thread may have called `waiting` in between
         if is_new:
             self._has_news = True
         others = [other.peer for other in self._membership.volunteers() if not self._asks(other.peer, now)]
         return not any(self._membership.heard_s(other) > began_s for other in others)
 
     def is_asked(self, now: float) -> bool:
-        """Whether somebody would leave: whether others train on is worth asking them."""
+        """Return whether a peer wants to leave, so that the others should be asked whether they train on."""
         return any(self._asks(peer, now) for peer in tuple(self._asked_s))
 
     def waiting(self, now: float) -> tuple[str, ...]:
-        """Those who stay until an archive has what they have; nobody, where somebody trains on."""
+        """Return the peers that stay until an archive has their work; none if another peer trains on."""
         asked = {peer: asked_s for peer, asked_s in tuple(self._asked_s.items()) if now < asked_s + _ASKED_S}
         self._asked_s, self._began_s = asked, {peer: self._began_s.get(peer, asked[peer]) for peer in asked}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:
-        """An archive has been made since these were `waiting`, or has had what they have: they may leave."""
+        """Record that an archive made since has the work of these peers: they may leave."""
         self._taken_s = dict.fromkeys(peers, now)
         for peer in peers:
             self._asked_s.pop(peer, None)
@@ -145,5 +147,6 @@ class DepartureQueue:
         return now < self._asked_s.get(peer, -math.inf) + _ASKED_S
 
     def _all_leave(self, now: float) -> bool:
-        """Whether everyone who trains and answers asked lately. Who paused has said goodbye, and counts as gone."""
+        """Return whether every volunteer that answers has asked recently. A paused one has said goodbye and counts as
+        gone."""
         return all(self._asks(info.peer, now) for info in self._membership.answering())

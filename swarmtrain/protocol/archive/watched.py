@@ -1,7 +1,7 @@
-"""Which bootstraps a volunteer of synchronous rounds asks, beside its rounds, how far their archives are.
+"""Bootstraps that a volunteer of synchronous rounds asks, beside its rounds, how far their archives are (decision 60).
 
-Who went on from an old folder while no bootstrap was there, or slept while all others left, would else train for
-nothing until a newcomer takes an archive's side.
+Otherwise a volunteer that continued from an old folder while no bootstrap was there, or was suspended while all others
+left, would train in vain: a later newcomer would take the archive's side.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ __all__ = ["ArchivesSeen"]
 
 
 class ArchivesSeen:
-    """The bootstraps that told how far they are, and have been here since."""
+    """Bootstraps that have said how far they are, and have been here since."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._seen: frozenset[str] = frozenset()
         self._listening_since_s = -math.inf
-        """That of this process when they were asked."""
+        """Value of this process's `listening_since_s` when they were asked."""
 
     def to_ask(self, listening_since_s: float) -> list[str]:
-        """Those that have come, or come back; all of them if this process has stood still, or is alone."""
+        """Return the bootstraps that have come or come back; all if this process was suspended or is alone."""
         if not self._membership.volunteers() or listening_since_s != self._listening_since_s:
             self._seen, self._listening_since_s = frozenset(), listening_since_s
         here = self._here()
@@ -32,13 +32,13 @@ class ArchivesSeen:
         return sorted(came)
 
     def told(self, told: Collection[str]) -> bool:
-        """These have told how far they are; whether an archive that is here is among them."""
+        """Record that these peers have said how far they are. Return whether a bootstrap that is here is among them."""
         came = self._here().intersection(told)
         self._seen |= came
         return bool(came)
 
     def forget(self) -> None:
-        """This peer was away."""
+        """Ask all bootstraps anew, because this peer was away."""
         self._seen = frozenset()
 
     def _here(self) -> frozenset[str]:

@@ -1,4 +1,5 @@
-"""What peers' presence records say of each fragment, computed once for all who have read the same record.
+"""Fragments' rounds and publications, inferred from peers' presence records; once for all who have read the same
+record.
 
 Everything here is pure. All peers of a simulated swarm share one such table.
 """

@@ -1,4 +1,4 @@
-"""Which peers to name because their publications were cut: those cut round after round, not those that just came back.
+"""Choice of the peers to name because their publications were cut: those cut round after round, not those just back.
 
 After a pause, a kill or a restart an honest peer deviates from the usual for a round or two, and is cut. A peer that
 always sends too much is cut in each of its rounds. So each peer has a count: a round with a cut adds one, a round

@@ -84,7 +84,7 @@ class GossipSettings:
     """Settings of a run's publications and merges."""
 
     sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
-    """For each fragment: sizes by the format of pseudo-gradients, coarsest first."""
+    """Sizes by the format of pseudo-gradients, coarsest first, for each fragment."""
     sections: Mapping[Section, SectionRule]
     """Sections to pull, in this order, and how a merge uses each; exactly one has the rule "outer step"."""
     wanted: WantedPartners
@@ -92,7 +92,7 @@ class GossipSettings:
     """Number of parts into which a round's pseudo-gradients are divided."""
     max_staleness_rounds: int
     variant: str = "uniform"
-    """How partners are chosen; see `partners.VARIANTS`."""
+    """Way of choosing partners; see `partners.VARIANTS`."""
     is_large: bool = False
     """True to prepare one merge at a time, because a prepared merge takes much memory."""
 
@@ -118,7 +118,7 @@ class GossipSettings:
 
 
 class GossipEngine(Generic[Held, Payload, Ready]):
-    """All state and decisions of one peer's gossip. Threads that share it must hold one lock around every call."""
+    """State and decisions of one peer's gossip. Threads that share it must hold one lock around every call."""
 
     def __init__(
         self,

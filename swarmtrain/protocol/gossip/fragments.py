@@ -40,8 +40,8 @@ copies the weights, and robust rules learn from it what is usual."""
 
 @dataclass(frozen=True)
 class FragmentRound:
-    """A fragment's round at a publication: its number, the part (from 1), and what was trained since the fragment's
-    last merge."""
+    """Position of a fragment's round at a publication: its number, the part (from 1), and what was trained since the
+    fragment's last merge."""
 
     round: int
     part: int

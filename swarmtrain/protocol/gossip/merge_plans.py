@@ -1,4 +1,4 @@
-"""When a peer's fragments are merged next, estimated from its trainer's progress. Gossip plans its pulls by this.
+"""Plans of a peer's next merges, estimated from its trainer's progress. Gossip schedules its pulls by them.
 
 Everything here is pure: `now` is an argument.
 """
@@ -46,7 +46,7 @@ class MergePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainersRound:
-    """What is known of a trainer's round when it begins."""
+    """Facts of a trainer's round that are known when it begins."""
 
     number: int
     inner_steps: int

@@ -1,4 +1,5 @@
-"""What a peer has merged of the others into one fragment, and what of a publication is new to it.
+"""Record of what a peer has merged of the others into one fragment, and the decision what of a publication is new to
+it.
 
 Besides the ledger this keeps the caller's handles of pseudo-gradients, as long as a later part of their round may have
 to be compared with them.

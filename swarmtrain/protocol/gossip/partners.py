@@ -61,7 +61,7 @@ class PublicationVersion:
 
 
 Place: TypeAlias = tuple[int, int]
-"""A peer's round and a part of it. Weights "have" a peer up to a place if they contain all its publications up to
+"""Round of a peer, and a part of it. Weights "have" a peer up to a place if they contain all its publications up to
 there."""
 
 
@@ -137,7 +137,7 @@ class Ledger:
     _marks: dict[str, PublicationVersion] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
     _averaged: dict[Section, dict[str, Place]] = field(default_factory=dict)
-    """For each section that is averaged: the place of each peer's values that were merged last."""
+    """Place of each peer's values that were merged last, for each section that is averaged."""
     _brought: dict[str, Place] = field(default_factory=dict)
     """Place up to which the taken weights contain each peer, if that is further than what was merged here."""
 

@@ -1,4 +1,4 @@
-"""The other peers as this one sees them: how far they are, and which of them to ask next.
+"""View of the other peers: how far they are, and which of them to ask next.
 
 Everything here is pure: the caller passes on what the others advertise, and `now` is an argument.
 """
@@ -37,13 +37,13 @@ class OtherPeers:
         self.hosts = HostOrder(me, host_rng)
         """Order in which the hosts of hidden peers are asked."""
         self.round = 0
-        """This peer's own round."""
+        """Round that this peer is in."""
         self.infos: Sequence[PeerInfo] = ()
         self.version = 0
         """Changes with each update, so that views can notice it."""
         self._reference: int | None = None
         self._moved_by: tuple[str, PublicationVersion] | None = None
-        """The one other peer, and its publication, that last made this peer catch up."""
+        """Peer and publication that last made this peer catch up when only one other was there."""
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Hosts of each hidden peer; None until they are needed."""
 
@@ -89,14 +89,14 @@ class OtherPeers:
         return self._hidden.get(peer)
 
     def told(self, fragment: int) -> list[tuple[int, Candidate]]:
-        """For each peer, return the fragment's round and newest publication, inferred from what it advertises."""
+        """Return each peer's round and newest publication of the fragment, inferred from what it advertises."""
         of = self._tellings.of
         return [of(info, fragment) for info in self.infos]
 
 
 @dataclass(slots=True)
 class _View:
-    """What one fragment sees of the others, cached until they advertise more or something is merged."""
+    """View of the others from one fragment, cached until they advertise more or something is merged."""
 
     version: int
     candidates: list[Candidate]

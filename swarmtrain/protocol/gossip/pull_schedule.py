@@ -1,4 +1,4 @@
-"""When a peer pulls: the next merge of each fragment, the pulls that are due before it, and when to check again.
+"""Schedule of pulls: the next merge of each fragment, the pulls that are due before it, and when to check again.
 
 Everything here is pure: `now` is an argument. `pulls.plan_pulls` computes how many pulls there are and when each is
 due.
@@ -26,7 +26,7 @@ from swarmtrain.run import GradientFormat
 __all__ = ["Due", "DuePulls", "NextMerge", "PullSchedule"]
 
 _OLD_PULL_S = 30.0
-"""A pull is given up after this many seconds, or after `_OLD_PULL_ROUNDS` rounds if that is longer."""
+"""Seconds after which a pull is given up, or `_OLD_PULL_ROUNDS` rounds if that is longer."""
 _OLD_PULL_ROUNDS = 2
 
 

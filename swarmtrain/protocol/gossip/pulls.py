@@ -1,4 +1,4 @@
-"""How much a peer pulls in a round, and when: as late as the link allows, because fresh publications are worth more.
+"""Amount and timing of a round's pulls: as late as the link allows, because fresh publications are worth more.
 
 Everything here is pure: `now` is an argument, and the caller reports how long pulls took.
 """
@@ -37,7 +37,7 @@ Section: TypeAlias = str
 start of the author's round, or its pseudo-gradient since then. Each kind is pulled by itself."""
 
 SectionRule: TypeAlias = Literal["mean", "outer step"]
-"""How a merge uses the partners' values of a section.
+"""Way in which a merge uses the partners' values of a section.
 
 - "mean": average them with this peer's own;
 - "outer step": weight them by tokens, and use the mean as the gradient of one outer step.
@@ -48,25 +48,25 @@ LARGE_MODEL = 4_000_000
 LINK_SHARE = 0.65
 """Share of a round that may be spent on pulling."""
 _SLACK = 1.5
-"""A pull begins this many times its expected duration before the round's end. With 1.25 there is no time for another
-partner where one fails (decision 24)."""
+"""Time before the round's end at which a pull begins, as a multiple of its expected duration. With 1.25 there is no
+time for another partner where one fails (decision 24)."""
 _SPARE_SHARE, _MOST_SPARE_S, _LONG_SPARE_SHARE = 0.10, 1.5, 0.05
 """Reserve before the round's end, on top of `_SLACK`: 10 % of the round but at most 1.5 s, and at least 5 % of a long
 round. A busy partner is asked again after a second, and a failed one is replaced. Inner steps of long rounds vary by
 seconds (decision 34)."""
 _SLOW_FACTOR = 3.0
-"""A pull that takes this many times as long as expected is slow: another partner is asked as well."""
+"""Multiple of its expected duration after which a pull is slow, and another partner is asked as well."""
 _LEAST_SLOW_S = 1.0
 """Seconds before a pull can count as slow."""
 _RETRIES_A_ROUND = 8
-"""How many times in a round a partner without new publications may be asked again."""
+"""Times in a round that a partner without new publications may be asked again."""
 _LEAST_IDLE_S = 0.25
 """Seconds, at least, before a partner without new publications is asked again."""
 _PULLS_A_PARTNER = 4
 """Concurrent pulls for each wanted partner, slow ones included."""
 _MOVED_SHARE, _LEAST_MOVED_S = 0.01, 0.1
-"""A plan is replaced if its merge moves by more than this share of the time between two merges, and by more than a
-tenth of a second."""
+"""Shift of a merge, as a share of the time between two merges, above which it is planned anew; and a tenth of a
+second."""
 _FINE_SHARE = 0.2
 """Share of a round that pulls of finer gradients may take. Below it they lower the loss by half a percent; where they
 take most of the round, they raise it by 0.3 % (decision 48)."""

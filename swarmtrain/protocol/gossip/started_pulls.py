@@ -45,7 +45,7 @@ __all__ = ["GossipPull", "GossipPulls"]
 
 @dataclass(slots=True)
 class GossipPull(Generic[Held]):
-    """One pull, and how far it is."""
+    """State of one pull."""
 
     number: int
     fragment: int

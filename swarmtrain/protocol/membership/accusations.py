@@ -1,9 +1,9 @@
-"""Whom to name for what, where strangers decide how much there is to tell: identities cost nothing.
+"""Rate limit of accusations. Identities cost nothing, so strangers must not decide how much there is to report.
 
-A peer is named once in a while for each rule that it breaks. New names come through at a bounded rate, rule by rule:
-who invents a thousand peers that break one rule does not mute the others, and is told of at that rate only.
+A peer is named at most once in a while for each rule that it breaks. New names pass at a bounded rate for each rule: a
+thousand invented peers that break one rule are reported at that rate only, and do not mute the other rules.
 
-Pure: `now` is an argument, in seconds of one clock that may jump.
+Everything here is pure: `now` is an argument, in seconds of one clock that may jump.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ __all__ = ["NamedOnce"]
 
 _NAME_AGAIN_S = 6 * 3600.0
 _AT_ONCE = 16
+"""Names of one rule that pass at once after a silence."""
 _ANOTHER_S = 60.0
-"""Of one rule so many names pass at once after a silence, and then one in so long."""
+"""Seconds until another name of the same rule passes, after `_AT_ONCE` have."""
 
 _MAX_NAMES, _MAX_RULES = 1024, 64
 
 
 @dataclass
 class _Rate:
-    """Names that may pass now, and when that was so."""
+    """Token bucket of one rule: names that may pass, and the time of that count."""
 
     left: float = float(_AT_ONCE)
     at_s: float = 0.0
@@ -38,16 +39,19 @@ class _Rate:
 
 @dataclass
 class NamedOnce:
-    """Says of each peer and rule once in `again_s` seconds that it may be named, six hours unless something else is
-    said; and of one rule 16 peers at once, then one a minute."""
+    """Decides when a peer may be named: once in `again_s` seconds (six hours) for each peer and rule.
+
+    Of one rule 16 names pass at once, then one a minute.
+    """
 
     again_s: float = _NAME_AGAIN_S
     _named_s: dict[tuple[str, str], float] = field(default_factory=dict)
-    """When each was named; the one named longest ago first."""
+    """Time when each peer was named for each rule, oldest first."""
     _rates: dict[str, _Rate] = field(default_factory=dict)
 
     def is_due(self, peer: str, now: float, rule: str = "") -> bool:
-        """Whether to name `peer` for `rule` now; it counts as named then. Rules are words of ours, few of them."""
+        """Return whether to name `peer` for `rule` now; if so, count it as named. Rules are few and never chosen by
+        peers."""
         named_s = self._named_s.get((peer, rule))
         if named_s is not None and abs(now - named_s) < self.again_s:
             return False

@@ -1,10 +1,10 @@
-"""Who came lately: what an honest peer says then may be old, and is not worth a name yet.
+"""Recent arrivals, whose outdated claims are no reason to name anybody yet (decision 58).
 
-One that comes back from its folder publishes a round of long ago, tells of data that others do not know of yet, and
-knows too little of theirs itself. All of that is refused, as from anybody; a person is told of it half a minute later
-at the soonest, if it is so still.
+A peer that comes back from its folder publishes an old round, advertises data that others have not heard of, and does
+not know theirs. All of that is refused as from anybody. The user is told at the earliest half a minute later, if it
+still goes on.
 
-Pure: `now` is an argument, in seconds of one clock.
+Everything here is pure: `now` is an argument, in seconds of one clock.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from dataclasses import dataclass, field
 __all__ = ["LATELY_S", "Arrivals"]
 
 LATELY_S = 30.0
+"""Seconds for which an arrival counts as recent."""
 _OLD = (("round", "rounds behind"), ("shards", ""))
-"""What may be old, by rule and what is said of it; whoever breaks another rule is named at once."""
+"""Rules that an honest newcomer may break, with words of the message; for every other rule a peer is named at once."""
 _MAX_PEERS = 1024
 
 
 @dataclass
 class Arrivals:
-    """When others came, and this peer itself."""
+    """Times at which other peers, and this one, arrived."""
 
     _came_s: dict[str, float] = field(default_factory=dict)
     _own_s: float = float("inf")
 
     def came(self, peer: str, now: float) -> None:
-        """`peer` is here, for the first time or again."""
+        """Record that `peer` has arrived, for the first time or again."""
         self._came_s.pop(peer, None)
         self._came_s[peer] = now
         while len(self._came_s) > _MAX_PEERS:
             del self._came_s[next(iter(self._came_s))]
 
     def came_myself(self, now: float) -> None:
-        """This peer is."""
+        """Record that this peer has arrived."""
         self._own_s = now
 
     def spares(self, peer: str, rule: str, detail: str, now: float) -> bool:
-        """Whether nobody is named yet for what broke `rule`: this peer came lately, `peer` did, or one that `detail`
-        is about."""
+        """Return whether nobody is named yet for breaking `rule`.
+
+        That is so if this peer, `peer`, or a peer that `detail` mentions has arrived recently.
+        """
         if not any(rule == old and words in detail for old, words in _OLD):
             return False
         lately = [other for other, came_s in self._came_s.items() if now < came_s + LATELY_S]

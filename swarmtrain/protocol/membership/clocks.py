@@ -1,10 +1,10 @@
-"""By which clock a peer goes: the median of those who answer, if that is no wonder.
+"""Correction of this machine's clock: the median of the peers that answer, if it is plausible.
 
-A peer's word about the time costs it nothing, and a peer that goes by a wrong time takes honest presences for old ones
-or for ones from the future. So a correction of more than ten minutes is a person's to decide, and of several who
-answer those are named that are far from the rest.
+A false claim about the time costs a peer nothing, and a peer with a wrong clock takes honest presence records for
+expired or for ones from the future. So a correction of more than ten minutes is left to the user, and peers whose
+clocks are far from the rest are named.
 
-Pure: offsets are arguments, another's clock less this machine's, in seconds.
+Everything here is pure. Offsets are another peer's clock minus this machine's, in seconds.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from dataclasses import dataclass
 __all__ = ["MOST_CORRECTED_S", "ClockVerdict", "judge_clock"]
 
 _TOLERANCE_S = 1.0
+"""Offsets below this are not corrected."""
 _OUTLIER_S = 60.0
+"""Difference from the result above which a clock is an outlier."""
 MOST_CORRECTED_S = 600.0
-"""A clock that is further off is not corrected unasked."""
+"""Largest offset that is corrected without asking the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClockVerdict:
-    """The correction, 0 within a second; who tells another time than the others, with their offsets."""
+    """Correction of this clock (0 if it is within a second), and the peers whose clocks are outliers, with their
+    offsets."""
 
     offset_s: float = 0.0
     outliers: tuple[tuple[str, float], ...] = ()
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether a person is to decide."""
+        """True if the user must decide."""
         return abs(self.offset_s) > MOST_CORRECTED_S
 
 
 def judge_clock(offsets_s: Mapping[str, float]) -> ClockVerdict:
-    """The median of the offsets by PeerID, of two in the middle the smaller one: of an honest peer and a liar neither
-    one nor the mean of both is known to be right, and this machine's clock has a voice. What is no number is no offset.
+    """Return the median of the offsets by PeerID, ignoring those that are not finite.
+
+    Of two in the middle the one closer to zero is taken: of an honest peer and a liar neither value nor their mean is
+    known to be right, and so this machine's own clock counts too.
     """
     told = {peer: offset_s for peer, offset_s in offsets_s.items() if math.isfinite(offset_s)}
     if not told:

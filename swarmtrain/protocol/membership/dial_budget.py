@@ -1,7 +1,7 @@
-"""Whom a peer dials because somebody asked it to, and how often.
+"""Addresses that a peer dials because somebody asked it to, and how often.
 
-A stranger must not make the swarm knock at others' doors, nor learn what is behind a peer's. So: only at the address
-that the question itself came from, at a few ports, a few times a minute.
+A stranger must not make the swarm knock at other machines' doors, nor learn what is behind a peer's router. So a peer
+dials only the address that the question itself came from, at a few ports, a few times a minute (decision 10).
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 __all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled", "may_dial"]
 
 MAX_PORTS = 4
+"""Ports that are dialled at each address."""
 _MAX_HOSTS = 2
+"""Addresses that are dialled for one question."""
 _WINDOW_S = 60.0
+"""Seconds over which dials are counted."""
 _IPV4_BEHIND = tuple(
     (ipaddress.IPv6Network(network), shift)
     for network, shift in (
@@ -29,17 +32,19 @@ _IPV4_BEHIND = tuple(
         ("2001::/32", 64),  # Teredo: its server; the other end of the tunnel is beside it
     )
 )
-"""IPv6 addresses whose packets go to an IPv4 address within them, and by how many bits from the right it stands."""
+"""IPv6 networks whose packets go to an IPv4 address within the address, and that address's distance from the right in
+bits."""
 _TEREDO = ipaddress.IPv6Network("2001::/32")
 _ISATAP = (0x00005EFE, 0x02005EFE)
+"""Bits 32 to 63 of an ISATAP address, which ends with an IPv4 address."""
 _METADATA = frozenset(
     ipaddress.ip_address(host) for host in ("100.100.100.200", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
 )
-"""Where machines that are rented ask who they are, as at 169.254.169.254: not link-local, and no peer."""
+"""Metadata services of cloud machines that are not link-local, as 169.254.169.254 is; no peer has such an address."""
 
 
 def dial_targets(seen: Iterable[str], ports: Sequence[int]) -> tuple[str, ...]:
-    """The multiaddresses to dial for one whose connections come from `seen`; empty if there is nothing to dial."""
+    """Return the multiaddresses to dial for a peer whose connections come from `seen`; empty if there are none."""
     hosts: dict[str, None] = {}
     for address in seen:
         match = re.fullmatch(r"/(ip[46])/([0-9A-Fa-f:.]+)/tcp/[0-9]{1,5}", address)
@@ -50,9 +55,12 @@ def dial_targets(seen: Iterable[str], ports: Sequence[int]) -> tuple[str, ...]:
 
 
 def may_be_dialled(host: str) -> bool:
-    """Whether `host` is an IP address, and no group, any, broadcast or link-local one, whatever form it is written in:
-    an IPv4 address within an IPv6 one counts as itself."""
-    if "%" in host:  # a zone: an interface of this machine is nobody else's to choose
+    """Return whether `host` is the IP address of a single host: no multicast, unspecified, broadcast, link-local or
+    metadata address, in whatever form.
+
+    An IPv4 address within an IPv6 one is checked too.
+    """
+    if "%" in host:  # a zone names an interface of this machine, which no stranger may choose
         return False
     try:
         address = ipaddress.ip_address(host)
@@ -68,7 +76,7 @@ def _is_a_hosts(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
-    """The IPv4 addresses to which packets for this address may go in the end."""
+    """Yield the IPv4 addresses to which packets for this address may finally go."""
     if address.version == 4 or address.is_loopback:  # ::1 is in ::/96
         return
     number = int(address)
@@ -82,8 +90,10 @@ def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[
 
 
 def may_dial(address: str) -> bool:
-    """Whether a multiaddress that a stranger gave is one of TCP at an IP address that may be dialled. Names are not:
-    to ask for one tells its owner who asks, and what it stands for may change after any check."""
+    """Return whether a multiaddress from a stranger is TCP at an IP address that may be dialled.
+
+    Names are refused: looking one up tells its owner who asks, and the address behind it may change after any check.
+    """
     match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/([1-9][0-9]{0,4})", address)
     if match is None or int(match[3]) > 65535 or not may_be_dialled(match[2]):
         return False
@@ -91,7 +101,7 @@ def may_dial(address: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether a multiaddress is one of the internet's, not of a local network or of a provider's own."""
+    """Return whether a multiaddress is on the internet, not in a local network or a provider's own."""
     match = re.match(r"/ip[46]/([^/]+)", address)
     try:
         return match is not None and ipaddress.ip_address(match[1]).is_global
@@ -101,14 +111,14 @@ def is_public(address: str) -> bool:
 
 @dataclass
 class DialBudget:
-    """At most so many dials a minute, for each who asks and in all."""
+    """Limit of dials a minute, for each network that asks and in total."""
 
     per_host: int = 6
     in_all: int = 30
     _granted: deque[tuple[float, str]] = field(default_factory=deque)
 
     def admit(self, targets: Sequence[str], now: float) -> bool:
-        """Whether these targets may be dialled now; counted if so."""
+        """Return whether these targets may be dialled now; if so, count them."""
         while self._granted and self._granted[0][0] <= now - _WINDOW_S:
             self._granted.popleft()
         hosts = {_network_of(target) for target in targets}
@@ -120,6 +130,6 @@ class DialBudget:
 
 
 def _network_of(target: str) -> str:
-    """Who counts as one: an IPv4 address, or the /64 that a single owner of IPv6 has at least."""
+    """Return what counts as one asker: an IPv4 address, or a /64 of IPv6, the smallest network that one owner has."""
     host = ipaddress.ip_address(target.split("/")[2])
     return str(host if host.version == 4 else ipaddress.ip_network((host, 64), strict=False))

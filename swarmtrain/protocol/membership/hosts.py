@@ -1,10 +1,11 @@
-"""Peers that nobody can dial: who is one, through which hosts its publications are had, and whom a host serves.
+"""Hidden peers, which nobody can dial: how a peer finds out that it is one, and how hosts serve its publications.
 
 A peer behind a router that lets nothing in *can* be called over a connection that it opened itself. So it keeps
-connections to two hosts, peers that can be dialled; they pull its publications and serve them on. It asks others to
-dial it to find out, and chooses its hosts by itself among those with the fewest guests, spread by a hash.
+connections to two hosts, which are peers that can be dialled; they pull its publications and serve them to others. A
+peer asks others to dial it to find out whether it is hidden. It chooses its hosts by itself among those with the fewest
+guests, spread by a hash (decision 19).
 
-Pure: `now` and the random numbers are arguments, every answer carries its reason.
+Everything here is pure: `now` and the random generator are arguments, and every answer carries its reason.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from enum import Enum
 
 from swarmtrain.protocol.gossip.partners import BackOff
 from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.words import counted
 
 __all__ = [
     "KEPT_OF_A_GUEST",
@@ -37,21 +39,24 @@ __all__ = [
 ]
 
 MAX_HOSTS = 4
-"""A presence names at most so many."""
+"""Limit of hosts in a presence record."""
 
 MAX_GUESTS = 8
-"""A host serves the publications of at most so many."""
+"""Limit of hidden peers that a host serves."""
 
 NUM_ASKED = 3
-"""So many others are asked to dial, each time."""
+"""Peers that are asked to dial this one, each time."""
 
 _NUM_HOSTS = 2
+"""Hosts that a hidden peer keeps."""
 _HOST_MEMORY_BYTES = 2 * 1024**3
+"""Memory that a host uses for its guests' publications."""
 KEPT_OF_A_GUEST = 2
+"""Publications that a host keeps of each guest."""
 
 
 class Reach(Enum):
-    """What a peer believes of itself."""
+    """Belief of a peer about itself."""
 
     UNKNOWN = "not known yet"
     DIALABLE = "others can dial it"
@@ -60,15 +65,17 @@ class Reach(Enum):
 
 @dataclass
 class Reachability:
-    """Whether this peer is hidden, from what those say whom it asked to dial it; and when to ask again.
+    """Decides whether this peer is hidden, from the results of the peers that it asked to dial it, and when to ask
+    again.
 
-    One who reached it is enough to be dialable. It takes two who tried in vain to be hidden, at one time or one after
-    the other; twice that for one that others could dial, so that a single lost packet moves nobody. On a busy machine
-    two may fail by chance: who has just become hidden asks again soon, then after twice as long, and so on.
+    One peer that reached it is enough to be dialable. Two that tried in vain, at once or one after the other, make it
+    hidden; four are needed if others could dial it before, so that one lost packet changes nothing. On a busy machine
+    two attempts may fail by chance: a peer that has just become hidden asks again soon, then after twice as long, and
+    so on.
     """
 
     again_s: float = 5.0
-    """After an answer that needs another, or none."""
+    """Seconds until it asks again if the answers decided nothing."""
     hidden_first_s: float = 15.0
     hidden_every_s: float = 180.0
     dialable_every_s: float = 600.0
@@ -78,11 +85,11 @@ class Reachability:
     _due_s: float = 0.0
 
     def is_due(self, now: float) -> bool:
-        """Whether to ask now."""
+        """Return whether to ask now."""
         return now >= self._due_s
 
     def told(self, answers: Sequence[bool | None], now: float, rng: random.Random) -> str:
-        """What those who were asked said: reached, not reached, or nothing (None). Returns what follows, in words."""
+        """Record the answers: reached (True), not reached (False), or unknown (None). Return what follows, in words."""
         tried, reached = [answer for answer in answers if answer is not None], any(answers)
         wait_s = self.again_s
         if reached:
@@ -103,9 +110,10 @@ class Reachability:
 
 
 def from_outside(answers: Sequence[tuple[bool | None, bool]]) -> list[bool | None]:
-    """What those said whose second item says that they are on the internet; what all said if none of those could say.
+    """Return the answers of the peers on the internet (second item True); all answers if none of those could say.
 
-    A neighbour behind the same router reaches a peer that nobody else can dial."""
+    A neighbour behind the same router reaches a peer that nobody else can dial.
+    """
     outside = [answer for answer, is_outside in answers if is_outside and answer is not None]
     return list(outside) or [answer for answer, _ in answers]
 
@@ -115,14 +123,14 @@ def from_outside(answers: Sequence[tuple[bool | None, bool]]) -> list[bool | Non
 
 @dataclass(frozen=True, kw_only=True)
 class HostCandidate:
-    """A live peer that can be dialled, and how many name it as their host."""
+    """Live peer that can be dialled, and the number of peers that name it as their host."""
 
     peer: str
     num_guests: int = 0
 
 
 def host_candidates(live: Iterable[PeerInfo]) -> list[HostCandidate]:
-    """Those among the live peers that can be hosts, with their guests as announced."""
+    """Return the live peers that can be hosts, with their guests as advertised."""
     infos = list(live)
     guests = Counter(host for info in infos if info.hidden for host in info.hosts)
     return [
@@ -133,13 +141,15 @@ def host_candidates(live: Iterable[PeerInfo]) -> list[HostCandidate]:
 
 
 def callable_first(infos: Iterable[PeerInfo]) -> list[PeerInfo]:
-    """Those that anybody can call; everyone if there are none."""
+    """Return the peers that anybody can call; all if there are none."""
     everyone = list(infos)
     return [info for info in everyone if not info.hidden] or everyone
 
 
 @dataclass
 class _Host:
+    """Host of this peer, and when it last answered."""
+
     since_s: float
     answered_s: float
     hosting: bool = False
@@ -147,9 +157,11 @@ class _Host:
 
 @dataclass
 class HostChoice:
-    """The hosts of a hidden peer. One that has been silent for `replace_after_s` is replaced; one that has no place or
-    was silent is left alone for a while, the longer the more often, unless there is nobody else: a peer whose other
-    host dies has no time to lose."""
+    """Hosts of a hidden peer.
+
+    A host that is silent for `replace_after_s` is replaced. One that has no place or was silent is left alone for a
+    while, longer each time, unless there is nobody else: a peer whose other host dies must not wait.
+    """
 
     me: str
     number: int = _NUM_HOSTS
@@ -159,16 +171,16 @@ class HostChoice:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """Whom to keep a connection to."""
+        """Peers to keep a connection to."""
         return tuple(self._hosts)
 
     @property
     def serving(self) -> tuple[str, ...]:
-        """Those of them that have said that they serve this peer's publications on."""
+        """Hosts that have confirmed that they serve this peer's publications."""
         return tuple(peer for peer, host in self._hosts.items() if host.hosting)
 
     def answered(self, peer: str, hosting: bool, now: float) -> str:
-        """A host answered, and serves this peer or does not. Returns what follows, in words."""
+        """Record whether a host serves this peer. Return what follows, in words."""
         host = self._hosts.get(peer)
         if host is None:
             return "it is no host of this peer any more"
@@ -179,14 +191,15 @@ class HostChoice:
         return "it serves this peer's publications on"
 
     def choose(self, candidates: Iterable[HostCandidate], now: float) -> list[str]:
-        """Look at the hosts again; `candidates` are the live peers that can be dialled. Returns what changed, each with
-        its reason."""
+        """Drop and add hosts. `candidates` are the live peers that can be dialled. Return the changes with their
+        reasons."""
         among = {one.peer: one for one in candidates if one.peer != self.me}
         changes = []
         for peer, host in list(self._hosts.items()):
             silent_s = now - host.answered_s
             if silent_s >= self.replace_after_s:
                 changes.append(f"{peer} is replaced: {self._drop(peer, f'silent for {silent_s:.0f} s', now)}")
+            # A host that serves this peer stays, whatever the records say: its answers show that it is there.
             elif peer not in among and not host.hosting:
                 changes.append(f"{peer} is replaced: {self._drop(peer, 'it is gone, or cannot be dialled', now)}")
         places = [one for one in among.values() if one.peer not in self._hosts and one.num_guests < MAX_GUESTS]
@@ -195,11 +208,11 @@ class HostChoice:
         free.sort(key=lambda one: (one.num_guests, self._hash(one.peer)))
         for one in free[: max(0, self.number - len(self._hosts))]:
             self._hosts[one.peer] = _Host(now, now)
-            changes.append(f"{one.peer} is asked to be a host: it serves {one.num_guests} hidden peers")
+            changes.append(f"{one.peer} is asked to be a host: it serves {counted(one.num_guests, 'hidden peer')}")
         return changes
 
     def clear(self) -> None:
-        """This peer can be dialled now: it needs no hosts."""
+        """Drop all hosts: this peer can be dialled now."""
         self._hosts.clear()
 
     def _drop(self, peer: str, reason: str, now: float) -> str:
@@ -214,20 +227,20 @@ class HostChoice:
 
 
 def most_guests(publication_bytes: int) -> int:
-    """How many a host can have at most, given what a publication takes of its memory: the last two of each are kept."""
+    """Return how many guests a host can have by its memory: it keeps the last two publications of each."""
     return max(1, min(MAX_GUESTS, _HOST_MEMORY_BYTES // max(1, KEPT_OF_A_GUEST * publication_bytes)))
 
 
 @dataclass
 class Guests:
-    """Whom a host serves: first come, first served, and whoever is silent for `silent_s` has gone."""
+    """Hidden peers that a host serves: first come, first served. A guest that is silent for `silent_s` has gone."""
 
     most: int = MAX_GUESTS
     silent_s: float = 30.0
     _heard_s: dict[str, float] = field(default_factory=dict)
 
     def ask(self, peer: str, now: float) -> tuple[bool, str]:
-        """Whether `peer`, which asks now, is a guest from here on; with the reason."""
+        """Return whether `peer`, which asks now, is a guest from now on; with the reason."""
         here = self.current(now)
         if peer not in here and len(here) >= self.most:
             return False, f"{len(here)} hidden peers are served already"
@@ -237,25 +250,25 @@ class Guests:
         return True, "it was hosted before" if peer in here else f"{self.most - len(here)} places were free"
 
     def left(self, peer: str) -> None:
-        """It said goodbye."""
+        """Remove a guest that said goodbye."""
         self._heard_s.pop(peer, None)
 
     def current(self, now: float) -> tuple[str, ...]:
-        """The guests."""
+        """Return the guests."""
         here = {peer: heard_s for peer, heard_s in dict(self._heard_s).items() if now < heard_s + self.silent_s}
         return tuple(here)
 
 
 @dataclass
 class HostOrder:
-    """The reader's part: whom of a hidden peer's hosts to ask first. One that fails is left alone for a while."""
+    """Order in which a reader asks a hidden peer's hosts. A host that fails is left alone for a while."""
 
     me: str
     rng: random.Random = field(default_factory=random.Random)
     back_off: BackOff = field(default_factory=lambda: BackOff(first_s=5.0, most_s=60.0))
 
     def of(self, hosts: Sequence[str], now: float) -> list[str]:
-        """The others of them, by lot, those that have just failed last."""
+        """Return the hosts without this peer itself, in random order, those that failed recently last."""
         others = [host for host in hosts if host != self.me]
         ready, _ = self.back_off.ready(others, now)
         return sorted(self.rng.sample(others, len(others)), key=lambda host: host not in ready)

@@ -1,9 +1,9 @@
-"""Who is here: each peer's view of the others, as a table of states.
+"""Membership: each peer's view of the others, as a table of states.
 
-    unknown -> live -> lost -> live (only a presence newer than the loss brings a peer back)
-                    -> left -> live (the same)
+    unknown -> live -> lost -> live    (only a presence newer than the loss brings a peer back)
+                    -> left -> live    (likewise)
 
-Pure: `now` is an argument, every change carries its reason, nothing is sent from here.
+Everything here is pure: `now` is an argument, every change carries its reason, and nothing is sent from here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from swarmtrain.protocol.pipeline.balance import StagePeer
 __all__ = ["MAX_PEERS", "Membership", "MembershipChange", "PeerInfo", "PeerState"]
 
 MAX_PEERS = 4096
-"""A table of this many peers takes no more strangers by hearsay or records."""
+"""Limit of the table. Strangers that are only known from records or from other peers do not enter a full one."""
 
 
 class PeerState(Enum):
-    """What this peer believes of another."""
+    """Belief of this peer about another."""
 
     LIVE = "live"
     LOST = "lost"
@@ -31,15 +31,18 @@ class PeerState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerInfo:
-    """What a peer says of itself in its presence record.
+    """Contents of a peer's presence record.
 
-    `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within a
-    second or so. `steps_per_s` is its inner-step rate; its round takes `inner_steps` (0: not known) and has done
-    `inner_steps_done`; `part` is the newest publication of its round (0: none yet) and `part_tokens` what that counts.
-    `loss` is its mean training loss over its last round, nats per token (0: not known). `settled`: the run is over, and
-    it needs nothing more from others. `hidden`: nobody can dial it; only over a
-    connection that it has opened itself can it be called, and its publications are had through its `hosts`. `place`: in
-    a pipeline, what it holds and how fast it is.
+    - `stamp` grows with each renewal: seconds of the sender's clock, which agrees with the reader's `now` within about
+      a second.
+    - `round`: the peer's own round, of which it has done `inner_steps_done` of `inner_steps` (0: unknown).
+    - `part`: the newest publication of its round (0: none yet); `part_tokens`: the tokens in it.
+    - `steps_per_s`: its inner steps a second.
+    - `loss`: mean training loss over its last round, nats per token (0: unknown).
+    - `settled`: the run is over, and the peer needs nothing more from others.
+    - `hidden`: nobody can dial it. It can be called only over connections that it has opened itself; its publications
+      are served by its `hosts`.
+    - `place`: in a pipeline, the stages that it holds and its speed there.
     """
 
     peer: str
@@ -65,7 +68,7 @@ class PeerInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MembershipChange:
-    """A peer's state changed: for events and logs."""
+    """Change of a peer's state, for events and logs."""
 
     peer: str
     state: PeerState
@@ -74,6 +77,8 @@ class MembershipChange:
 
 @dataclass(slots=True)
 class _Entry:
+    """Row of the table."""
+
     info: PeerInfo
     state: PeerState
     expires_s: float
@@ -89,32 +94,35 @@ class _Entry:
 
 @dataclass
 class Membership:
-    """The table. Times are seconds of one clock that the caller passes in as `now`.
+    """Table of the other peers. Times are seconds of one clock that the caller passes as `now`.
 
-    A peer is lost when its presence has expired, or when calls to it have failed `max_failures` times in a row
-    over at least `grace_s`, with nothing heard from it in between. If it is lost so again and again, though its
-    presence is renewed (others can reach it, this peer cannot), it is believed back after 10, 20, 40, ... seconds
-    only: each return would cost a silence. Of a hidden peer its presence alone decides: calls to it may well fail.
+    A peer is lost when its presence has expired, or when calls to it have failed `max_failures` times in a row over at
+    least `grace_s` with nothing heard from it in between. A peer that is lost in the second way again and again
+    although its presence is renewed (others can reach it, this peer cannot) comes back only after 10, 20, 40, ...
+    seconds, because in synchronous rounds each return would cost a silence. For a hidden peer only its presence counts,
+    since calls to it may well fail.
     """
 
     me: str
     max_failures: int = 2
     grace_s: float = 1.0
     version: int = field(default=0, init=False)
-    """Grows when somebody comes or goes, or tells something new: whoever has seen this version has seen it all."""
+    """Grows whenever a peer comes, goes or advertises something new, so that readers can skip an unchanged table."""
     told_for_s: float = 10.0
-    """What a peer told of its round in a call is believed this long against a presence that says less, in seconds."""
+    """Seconds for which a round learned from a call is believed against a presence record that says less."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _live: dict[str, _Entry] = field(default_factory=dict)
-    """Those of them that are believed alive."""
+    """Entries of peers believed alive."""
     _displaced: list[str] = field(default_factory=list)
-    """Who made room for others and is still to be told of by `forget`."""
+    """Peers that made room for others and that `forget` has not returned yet."""
 
     def saw_presence(
         self, info: PeerInfo, expires_s: float, now: float, *, answered: bool = False
     ) -> MembershipChange | None:
-        """A presence record of `info.peer`, valid until `expires_s`; `answered`: to a call of ours. Returns the change,
-        if any."""
+        """Record a presence record of `info.peer`, valid until `expires_s`. Return the change of state, if any.
+
+        `answered`: the record came as an answer to a call of this peer.
+        """
         if info.peer == self.me:
             return None
         entry, told_at_s = self._entries.get(info.peer), min(now, info.stamp)
@@ -133,11 +141,13 @@ class Membership:
         was = entry.state
         if expires_s < now or (was is not PeerState.LIVE and info.stamp <= entry.away_since_s):
             return None
+        # Others reach it, this peer does not: calls would fail again at once.
         banned = was is PeerState.LOST and entry.losses > 1 and not info.hidden
         if banned and now < entry.away_since_s + self._ban_s(entry.losses):
             return None
-        if was is not PeerState.LIVE:  # a renewal says that it lives, not that calls reach it
+        if was is not PeerState.LIVE:  # a renewal shows that it is alive, not that calls reach it
             entry.failures = 0
+        # A record may have been written before the call in which the peer said that it is further.
         if now < entry.told_s + self.told_for_s and info.round <= entry.info.round:
             told = entry.info
             info = dataclasses.replace(info, round=told.round, inner_steps_done=told.inner_steps_done)
@@ -146,7 +156,7 @@ class Membership:
         entry.info, entry.expires_s, entry.state = info, expires_s, PeerState.LIVE
         entry.heard_s = max(entry.heard_s, told_at_s)
         self._live[info.peer] = entry
-        self.version += 1  # last: the trainer's thread may look in between
+        self.version += 1  # last, because the trainer's thread may read in between
         if was is PeerState.LIVE:
             return None
         return MembershipChange(
@@ -154,7 +164,7 @@ class Membership:
         )
 
     def heard(self, peer: str, now: float, *, round: int | None = None, inner_steps_done: int | None = None) -> None:
-        """An answer from `peer` to a call: it lives, and may have told how far it is."""
+        """Record that `peer` answered a call: it is alive, and may have said how far it is."""
         entry = self._entries.get(peer)
         if entry is None:
             return
@@ -168,7 +178,8 @@ class Membership:
                 self.version += 1
 
     def call_failed(self, peer: str, now: float, reason: str) -> MembershipChange | None:
-        """A call to `peer` failed. Returns the change to LOST once it has failed often and long enough."""
+        """Record that a call to `peer` failed. Return the change to LOST once calls have failed often and long
+        enough."""
         entry = self._entries.get(peer)
         if entry is None or entry.state is not PeerState.LIVE or entry.info.hidden:
             return None
@@ -191,20 +202,23 @@ class Membership:
         self.version += 1
 
     def forgive(self) -> None:
-        """Calls that have failed so far say nothing: they were not the others' fault."""
+        """Forget all failed calls so far: they were not the other peers' fault."""
         for entry in self._entries.values():
             entry.failures = 0
 
     def resume(self, now: float, *, forgives: bool = True) -> None:
-        """This process itself stood still until `now`: what it missed in that time is nobody else's silence, nor what
-        failed unless it `forgives` nothing."""
+        """Record that this process was suspended until `now`.
+
+        What it missed in that time does not count as other peers' silence. With `forgives`, failed calls do not count
+        either.
+        """
         if forgives:
             self.forgive()
         for entry in self._live.values():
             entry.heard_s = now
 
     def left(self, peer: str, now: float) -> MembershipChange | None:
-        """`peer` said goodbye."""
+        """Record that `peer` said goodbye."""
         entry = self._entries.get(peer)
         if entry is None or entry.state is PeerState.LEFT:
             return None
@@ -214,26 +228,31 @@ class Membership:
         return MembershipChange(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[MembershipChange]:
-        """Turn peers whose presence has run out, and from whom nothing was heard since, to LOST."""
+        """Mark as LOST all peers whose presence has expired and that have not been heard from since."""
         changes = []
         for peer, entry in list(self._live.items()):
+            # A peer that has just answered is alive, although its next record is late in the DHT.
             if entry.expires_s < now and entry.heard_s + 5.0 < now:
                 self._lose(entry, entry.info.stamp)
                 changes.append(MembershipChange(peer=peer, state=PeerState.LOST, reason="its presence expired"))
         return changes
 
     def has_room_for(self, peer: str) -> bool:
-        """Whether it is known, or strangers may still be added: identities cost nothing, so the table is bounded."""
+        """Return whether `peer` is in the table or would fit; it is limited because identities cost nothing."""
         return peer in self._entries or len(self._entries) < MAX_PEERS
 
     def _make_room(self, answered: bool) -> bool:
-        """Whether one more fits in. In a full table those give way that are gone and were heard of longest ago, and to
-        one that has answered one that never has: who answers is no invention."""
+        """Return whether one more peer fits.
+
+        In a full table the peers that are gone give way, those not heard from for longest first. If none is gone, a
+        live peer that has never answered a call gives way to one that has: a peer that answers is not an invented one.
+        """
         if len(self._entries) < MAX_PEERS:
             return True
         if len(self._entries) > len(self._live):
             gone = [(entry.heard_s, peer) for peer, entry in self._entries.items() if entry.state is not PeerState.LIVE]
-            displaced = [peer for _, peer in sorted(gone)[: max(1, MAX_PEERS // 64)]]  # a look at all is not for one
+            # several at once, because the search looks at the whole table
+            displaced = [peer for _, peer in sorted(gone)[: max(1, MAX_PEERS // 64)]]
         else:
             displaced = [peer for peer, entry in self._live.items() if answered and not entry.has_answered][:1]
         for peer in displaced:
@@ -244,8 +263,8 @@ class Membership:
         return bool(displaced)
 
     def forget(self, before_s: float) -> list[str]:
-        """Drop peers that are gone and of whom nothing was heard since `before_s`; returns them, and whom others have
-        displaced since."""
+        """Drop peers that are gone and were not heard from since `before_s`; return them, and those displaced since the
+        last call."""
         gone = [
             peer
             for peer, entry in self._entries.items()
@@ -258,44 +277,48 @@ class Membership:
         return gone
 
     def state(self, peer: str) -> PeerState | None:
-        """What is believed of `peer`; None if it was never seen."""
+        """Return what is believed of `peer`; None if it is unknown."""
         entry = self._entries.get(peer)
         return None if entry is None else entry.state
 
     def info(self, peer: str) -> PeerInfo | None:
-        """The newest presence of `peer`; None if it was never seen."""
+        """Return the newest presence of `peer`; None if it is unknown."""
         entry = self._entries.get(peer)
         return None if entry is None else entry.info
 
     def heard_s(self, peer: str) -> float:
-        """When `peer` was last heard of; minus infinity if never."""
+        """Return when `peer` was last heard from; -inf if never."""
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 
     def heard_at_s(self) -> dict[str, float]:
-        """When each of `volunteers` was last heard of, by PeerID."""
+        """Map each of `volunteers` to the time when it was last heard from."""
         return {peer: entry.heard_s for peer, entry in self._training()}
 
     def known(self) -> list[PeerInfo]:
-        """Everyone in the table, whatever is believed of them, by PeerID."""
+        """Return all peers in the table, in whatever state, by PeerID."""
         return [entry.info for _, entry in _sorted(self._entries)]
 
     def live(self) -> list[PeerInfo]:
-        """Everyone believed alive, the bootstrap included, by PeerID."""
+        """Return all peers believed alive, bootstraps included, by PeerID."""
         return [entry.info for _, entry in _sorted(self._live)]
 
     def volunteers(self) -> list[PeerInfo]:
-        """The live peers that train, by PeerID."""
+        """Return the live peers that train, by PeerID."""
         return [entry.info for _, entry in self._training()]
 
     def answering(self) -> list[PeerInfo]:
-        """Those of `volunteers` to whom the last call did not fail, by PeerID. One that was killed is believed
-        alive until its presence has run out."""
+        """Return those of `volunteers` to which the last call did not fail, by PeerID.
+
+        A killed peer is believed alive until its presence expires, but calls to it fail at once.
+        """
         return [entry.info for _, entry in self._training() if not entry.failures]
 
     def so_far_since_s(self, peer: str) -> float:
-        """Since when `peer` is known to be as far in its round as it is: it may have stood still for long, and tell
-        that anew. Minus infinity of who is not known."""
+        """Return since when `peer` is known to be at its present step; -inf if it is unknown.
+
+        A record may repeat an old position, so its time alone does not say when the peer got there.
+        """
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.so_far_since_s
 
@@ -304,5 +327,5 @@ class Membership:
 
 
 def _sorted(entries: dict[str, _Entry]) -> list[tuple[str, _Entry]]:
-    """A copy: the trainer's thread may ask while the network's changes the table."""
+    """Return a sorted copy, because the trainer's thread may read while the network's thread changes the table."""
     return sorted(entries.items(), key=itemgetter(0))

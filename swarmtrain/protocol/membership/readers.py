@@ -1,11 +1,12 @@
-"""Who may read from a peer now, of those who want to: so many at once, and nobody for ever while others wait.
+"""Places for readers: which peers may read from this one now. The number is limited, and nobody keeps a place for ever
+while others wait.
 
-A reader takes as long as it likes, so places are lent. Whoever takes nothing for a while loses its place to the next
-that comes. Whoever has taken `gives_way_s` of its own time gives way too, the slowest first, to one that has fewer
-places; its own is what it did not spend waiting for us, whose link may be the slow one. It may come back at once, and
-goes on where it was. While there are places for all nobody gives way, however slow it is.
+A reader may take as long as it likes, so places are lent (decision 53). A reader that takes nothing for a while loses
+its place to the next one that comes. One that has used `gives_way_s` of its own time gives way to a peer with fewer
+places, the slowest first; time that it spent waiting for this peer, whose link may be the slow one, does not count. It
+may come back at once and continue where it was. While there are places for all, nobody gives way, however slow.
 
-Pure: `now` is an argument.
+Everything here is pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from dataclasses import dataclass, field
 __all__ = ["GIVES_WAY_S", "Reader", "Readers"]
 
 GIVES_WAY_S = 30.0
-"""At the least speed that is not given up four chunks take so long."""
+"""Seconds after which a reader may have to give way. At the slowest speed that is tolerated, four chunks take this
+long."""
 
 
 @dataclass(eq=False)
 class Reader:
-    """One that has a place. `took_s` is when it was given its last piece, infinite while it waits for us."""
+    """Reader that has a place. `took_s` is when it was given its last piece, infinite while it waits for this peer."""
 
     peer: str
     took_s: float
@@ -29,17 +31,17 @@ class Reader:
     earlier_s: float = 0.0
 
     def own_s(self, now: float) -> float:
-        """For how long it has had its place without waiting for us."""
+        """Return for how long it has had its place, without the time that it waited for this peer."""
         return self.earlier_s + (max(0.0, now - self.took_s) if math.isfinite(self.took_s) else 0.0)
 
     def bytes_per_s(self, now: float) -> float:
-        """What it took in that time."""
+        """Return its speed in that time."""
         return self.took_bytes / max(self.own_s(now), 1e-9)
 
 
 @dataclass
 class Readers:
-    """Those that have places. How many there are, `most`, is asked each time."""
+    """Readers that have places. Their number, `most`, is an argument each time, because it may change."""
 
     stall_s: float
     gives_way_s: float = GIVES_WAY_S
@@ -52,14 +54,13 @@ class Readers:
         return reader in self._inside
 
     def has_room_for(self, peer: str, most: int, now: float) -> bool:
-        """Whether `peer` (empty: one not known) would get a place. It has half of them at most, so that none can keep
-        all others away."""
+        """Return whether `peer` ("": unknown) would get a place. One peer has at most half of them."""
         if peer and self._num_moving(peer, now) >= -(-most // 2):
             return False
         return len(self._inside) < most or self._to_give_way(peer, now) is not None
 
     def admit(self, peer: str, most: int, now: float) -> tuple[Reader | None, Reader | None]:
-        """(its place, if it gets one; who loses its own for that, if somebody does)."""
+        """Return (the new reader or None, the reader that loses its place for it or None)."""
         if not self.has_room_for(peer, most, now):
             return None, None
         gone = self._to_give_way(peer, now) if len(self._inside) >= most else None
@@ -70,21 +71,22 @@ class Readers:
         return reader, gone
 
     def is_stalled(self, reader: Reader, now: float) -> bool:
-        """Whether it has taken nothing for so long that it keeps its place only while nobody else wants it."""
+        """Return whether the reader has taken nothing for so long that it keeps its place only while nobody else wants
+        it."""
         return reader.took_s <= now - self.stall_s
 
     def waits(self, reader: Reader, now: float) -> None:
-        """It has come for its next piece: it is we who let it wait from now on."""
+        """Record that the reader has come for its next piece: from now on it waits for this peer."""
         reader.earlier_s = reader.own_s(now)
         reader.took_s = math.inf
 
     def takes(self, reader: Reader, size_bytes: int, now: float) -> None:
-        """Its next piece goes out."""
+        """Record that its next piece is sent."""
         reader.earlier_s = reader.own_s(now)
         reader.took_s, reader.took_bytes = now, reader.took_bytes + size_bytes
 
     def leaves(self, reader: Reader) -> None:
-        """Its place is free, if it still has one."""
+        """Free its place, if it still has one."""
         self._inside.pop(reader, None)
 
     def _num_moving(self, peer: str, now: float) -> int:

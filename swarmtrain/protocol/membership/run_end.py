@@ -1,6 +1,6 @@
-"""The end of a run: whom a peer that is done serves on for.
+"""End of a run: for whom a peer that is done continues to serve.
 
-Pure: `now` is an argument, the answer carries its reason.
+Everything here is pure: `now` is an argument, and the answer carries its reason.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from swarmtrain.protocol.tokens.progress import Progress
 __all__ = ["may_come_back", "still_needed", "still_needed_apart"]
 
 _RETURNS_S = 120.0
+"""Seconds within which a peer that went away may come back."""
 
 
 def still_needed(membership: Membership, last: Progress) -> str:
-    """Why a peer with the run's `last` state should stay; empty when nobody needs it.
+    """Return why a peer with the run's `last` state should stay; "" if nobody needs it.
 
-    The archive must have that state: a bootstrap that is gone may be on its way back. Volunteers that merge the last
-    round may need its bytes, as long as they are believed alive.
+    The archive must have that state; a bootstrap that is gone may be on its way back. Live volunteers that have not
+    merged the last round may need its bytes.
     """
     for info in membership.known():
         live = membership.state(info.peer) is PeerState.LIVE
@@ -30,8 +31,11 @@ def still_needed(membership: Membership, last: Progress) -> str:
 
 
 def still_needed_apart(membership: Membership, total_tokens: int) -> str:
-    """The same where each peer has weights of its own: the archive must have been made after `total_tokens`, and every
-    volunteer must have its consensus of the last weights."""
+    """Return the same as `still_needed` for runs in which each peer has its own weights.
+
+    The archive must have been made after `total_tokens`, and every volunteer must have its consensus of the last
+    weights.
+    """
     for info in membership.known():
         live = membership.state(info.peer) is PeerState.LIVE
         if info.is_bootstrap:
@@ -45,12 +49,11 @@ def still_needed_apart(membership: Membership, total_tokens: int) -> str:
 def may_come_back(
     membership: Membership, last: Progress, since_s: float, now: float, total_tokens: int | None = None
 ) -> str:
-    """Why the archive with the run's `last` state should stay; empty when nobody needs it. Where each peer counts its
-    own rounds, `total_tokens` says who has reached the end.
+    """Return why the archive with the run's `last` state should stay; "" if nobody needs it.
 
-    Volunteers must have said goodbye. One that went away lately without that state may be on its way back: it would
-    find nobody, and train the rest of the run once more, alone. An archive that is here only since `since_s` may not
-    have seen who went away.
+    Volunteers must have said goodbye. One that went away recently without that state may be on its way back; it would
+    find nobody, and train the rest of the run once more, alone. An archive that has been here only since `since_s` may
+    not have seen who went away. If each peer counts its own rounds, `total_tokens` decides who has reached the end.
     """
     if since_s > now - _RETURNS_S:
         strangers = sorted(peer for peer in last.peer_tokens if membership.state(peer) is None)

@@ -1,4 +1,4 @@
-"""Which stage of a pipeline a peer holds: where a joiner goes, and who moves when the stages have become unequal.
+"""Assignment of stages: where a joiner of a pipeline goes, and who moves when the stages have become unequal.
 
 A pipeline is as fast as its slowest stage. Every peer advertises what it holds and how fast it is there. All who read
 the same records compute the same change, and only the peer that it names makes it. Records are seconds old, and no two
@@ -47,7 +47,7 @@ first."""
 
 @dataclass(frozen=True, kw_only=True)
 class StagePeer:
-    """What a live peer advertises of its stages."""
+    """Stages and speed of a live peer, as it advertises them."""
 
     peer: str
     stages: tuple[int, ...]
@@ -80,7 +80,7 @@ class StagePeer:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """When a change is worthwhile. `costs`: each stage's share of the whole model's computation."""
+    """Conditions under which a change is worthwhile. `costs`: each stage's share of the whole model's computation."""
 
     costs: tuple[float, ...]
     improvement: float = 0.05
@@ -157,7 +157,7 @@ class _Table:
         self.speeds = {one.peer: compute_speed(one, rule) for one in self.peers.values()}
         self.holding = {one.peer: one.planned for one in self.peers.values()}
         self.holders: list[set[str]] = [set() for _ in rule.costs]
-        """For each stage, the peers that serve it now and stay."""
+        """Peers that serve each stage now and stay."""
         self.rates = [0.0] * rule.num_stages
         for one in self.peers.values():
             rate = self.rate(one.peer, one.planned)

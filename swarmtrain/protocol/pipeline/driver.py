@@ -1,4 +1,4 @@
-"""A driver sends microbatches through the stages: who computes each part, and what happens when a peer fails.
+"""Driver of microbatches through the stages: who computes each part, and what happens when a peer fails.
 
 The driver keeps the input of every stage until the microbatch has come all the way back, so that any peer of a stage
 can take over from there. A failed forward is asked of another peer. A backward is asked again of the peer that has the
@@ -61,7 +61,7 @@ _SETTLE_LIMIT_S = 5.0
 _MOST_SETTLED = 1024
 """Limit of acknowledged, and of dropped microbatches in one settlement."""
 _GIVE_UP_S = 60.0
-"""A settlement that cannot be delivered for this long is given up: the peer is dead, or subtracts what is not
+"""Seconds after which a settlement that cannot be delivered is given up: the peer is dead, or subtracts what is not
 acknowledged."""
 _ANY_LIFE = 0
 """Incarnation in a settlement that acknowledges nothing, so that it applies to any."""
@@ -98,11 +98,11 @@ class _Way(_Due):
     tokens: int
     began_s: float
     places: list[tuple[str, Key] | None]
-    """By stage, the peer that computed it, and its key there."""
+    """Peer that computed each stage, and its key there."""
     attempts: list[int]
-    """By stage, the number of the next attempt."""
+    """Number of the next attempt at each stage."""
     lives: list[int]
-    """By stage, the incarnation of the peer that computed the gradient."""
+    """Incarnation of the peer that computed each stage's gradient."""
     stage: int = 0
     goes_back: bool = False
     attempts_left: int = 0
@@ -135,7 +135,7 @@ class _Whom(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Settling(_Due):
-    """What one incarnation of a peer must be told about one stage.
+    """News for one incarnation of a peer about one stage.
 
     It is being told while it has a `call`, and is told again at `due_s`.
     """

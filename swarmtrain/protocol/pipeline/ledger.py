@@ -68,7 +68,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerLimits:
-    """How much a peer accepts, and for how long."""
+    """Limits on how much a peer accepts, and for how long."""
 
     batch_tokens: int
     """Tokens at which a batch is closed."""
@@ -104,7 +104,7 @@ class Acknowledged(NamedTuple):
 
 @dataclass(frozen=True)
 class Settlement:
-    """What a driver says of its microbatches: which count, which do not, and the first of which it needs anything.
+    """Verdict of a driver on its microbatches: which count, which do not, and the first of which it needs anything.
 
     `life` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and restarted since
     then does not have them, and must not count what it may have computed again for a call that was under way for long.
@@ -201,15 +201,15 @@ class _Batch:
 
 @dataclass
 class _Driver:
-    """What is known of one driver."""
+    """State of one driver."""
 
     oldest_open: int = 0
     """First microbatch of which the driver still needs anything."""
     finished: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    """By sequence, the last finished attempt, and whether it entered a step."""
+    """Last finished attempt by sequence, and whether it entered a step."""
     heard_s: float = 0.0
     places: dict[Key, None] = field(default_factory=dict)
-    """Its microbatches that are open and not acknowledged."""
+    """Microbatches of this driver that are open and not acknowledged."""
     strikes: int = 0
     """Microbatches in a row that were not acknowledged in time; each halves the driver's number of places."""
 

@@ -51,7 +51,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PlacesSeen:
-    """What all peers advertise, this one included, at the records' time; wanted at `wake_at`."""
+    """Records of all peers, this one included, at the records' time; wanted at `wake_at`."""
 
     peers: Sequence[StagePeer]
     records_s: float
@@ -168,7 +168,7 @@ MoveCommand: TypeAlias = AskToStay | StayAnswer | Moves | FetchStages | LeaveSta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovePolicy:
-    """When a peer moves. `balance` is the run file's value."""
+    """Conditions under which a peer moves. `balance` is the run file's value."""
 
     rule: Rule
     balance: Literal["none", "queues", "rates"]
@@ -204,7 +204,7 @@ class MoveEngine:
 
     @property
     def change(self) -> StageChange | None:
-        """The change that is under way, if any."""
+        """Change that is under way, if any."""
         return None if self._move is None else self._move.change
 
     def bound(self, now: float) -> tuple[int, ...]:

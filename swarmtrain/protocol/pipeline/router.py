@@ -1,4 +1,4 @@
-"""Which peer of a stage gets the next microbatch: a driver's choice, and what it measures of the peers.
+"""Choice of the peer of a stage that gets the next microbatch, and what a driver measures of the peers.
 
 - "round-robin" is interleaved and weighted: every peer has a virtual load in seconds. The least loaded one is chosen,
   and its load grows by the task's size divided by the peer's measured throughput.
@@ -54,7 +54,7 @@ _MAX_KNOWN = 1024
 
 @dataclass
 class _Peer:
-    """What the driver knows of one peer."""
+    """Measurements and state of one peer."""
 
     samples: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_NUM_SAMPLES))
     """(seconds, tokens) of the last tasks."""
@@ -65,7 +65,7 @@ class _Peer:
     ended_s: float = float("-inf")
     load_s: float = 0.0
     charged_s: float = 0.0
-    """What its last choice added to its load."""
+    """Seconds that its last choice added to its load."""
     paused_until_s: float = float("-inf")
     banned_until_s: float = float("-inf")
     failures: int = 0
@@ -130,7 +130,7 @@ class Router:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """The stage's peers."""
+        """Peers of the stage."""
         return tuple(self._peers)
 
     def has(self, peer: str) -> bool:

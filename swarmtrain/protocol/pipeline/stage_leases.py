@@ -1,4 +1,4 @@
-"""How a move never empties a stage, whatever its peers believe: one peer promises another to stay (a stage lease).
+"""Stage leases: promises to stay in a stage, by which a move never empties one, whatever the peers believe.
 
 A record in a DHT is no lock: two peers that see each other's record may both leave. So a peer that wants to leave a
 stage asks another holder, its *anchor*, to stay for a while. The answer comes by an authenticated call, not by a

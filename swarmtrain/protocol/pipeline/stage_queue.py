@@ -142,7 +142,7 @@ QueueCommand: TypeAlias = AnswerStageCalls | Refuse | Late | Compute | Due
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """One part of a microbatch that was asked for, and the callers that wait for it."""
+    """Part of a microbatch that was asked for, and the callers that wait for it."""
 
     asker: int
     """First caller, with whose question the input came."""

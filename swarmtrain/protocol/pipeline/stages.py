@@ -1,4 +1,4 @@
-"""What the records of a pipeline's peers say together: who holds which stage, and whether the run has all its tokens.
+"""Conclusions from the records of all of a pipeline's peers: who holds which stage, and whether the run has its tokens.
 
 Everything here is pure.
 """

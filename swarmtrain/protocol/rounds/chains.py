@@ -1,4 +1,4 @@
-"""Which of two chains of rosters holds, decided by what peers have signed, never by what a roster's signer claims.
+"""Choice between chains of rosters, by what peers have signed, never by what a roster's signer claims.
 
 A peer that publishes signs a manifest, which names the roster whose weights it starts from. A manifest whose base lies
 on one branch of a fork, after the fork, shows that its author continued on that branch. Of two branches the one holds
@@ -70,7 +70,7 @@ class Chain:
 
     @property
     def head(self) -> Roster | None:
-        """The last roster, which names the weights."""
+        """Last roster, which names the weights."""
         return self.links[-1].roster if self.links else None
 
     @property
@@ -179,7 +179,7 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stands:
-    """Where each peer stands. This peer (`me`) stands on the head of its own chain."""
+    """Position of each peer on the chains. This peer (`me`) stands on the head of its own."""
 
     told: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
@@ -246,7 +246,7 @@ def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainView:
-    """What a peer knows of its own chain and the others'."""
+    """Knowledge of a peer about its own chain and the others'."""
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)
@@ -291,7 +291,7 @@ class ChainView:
 
     @cached_property
     def best(self) -> Chain | None:
-        """The chain that holds among all that peers stand on; None if it is ours."""
+        """Chain that holds among all that peers stand on; None if it is ours."""
         return self.best_of(self.heads.values())
 
     def best_of(self, heads: Iterable[Roster]) -> Chain | None:
@@ -357,7 +357,7 @@ class ShownChain(Generic[Link]):
 
 @dataclass
 class Chains(Generic[Link]):
-    """This peer's own chain, and those that other peers have shown."""
+    """Own chain of this peer, and those that other peers have shown."""
 
     chain: Chain = field(default_factory=Chain)
     _signed: dict[str, Link] = field(default_factory=dict)

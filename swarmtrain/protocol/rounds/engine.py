@@ -73,7 +73,7 @@ class RoundRules:
 
     @property
     def gap_s(self) -> float:
-        """If a timer fires this late, the process was suspended."""
+        """Delay of a timer that shows that the process was suspended."""
         return max(1.0, self.silence_s / 4)
 
 
@@ -81,7 +81,7 @@ _Commands: TypeAlias = list[Command[Envelope]]
 
 
 class RoundEngine(Generic[Envelope, Link]):
-    """One peer's side of all rounds. Times are seconds of one clock that the caller passes as `now`."""
+    """State and decisions of one peer in all rounds. Times are seconds of one clock that the caller passes as `now`."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class RoundEngine(Generic[Envelope, Link]):
         self._seeker = StateSearches(self.hearsay, self._questions, self.me if trains else "", rng)
         self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
         self._ending: KnownRound[Envelope, Link] | None = None
-        """The round whose end is being agreed on."""
+        """Round whose end is being agreed on."""
         self._look_s = math.inf
         self._held: dict[int, tuple[RoundQuestion, float]] = {}
         """Held questions of other peers, and until when."""

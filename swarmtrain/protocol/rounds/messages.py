@@ -421,7 +421,7 @@ class StateSearched:
 
 
 class JoinsWith(Enum):
-    """What a joining peer begins with."""
+    """State that a joining peer begins with."""
 
     OTHERS = "the state that was found"
     OWN = "what it has: that holds, or nobody else has merged a round, or it will catch up at its round's end"

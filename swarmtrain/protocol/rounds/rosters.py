@@ -98,7 +98,7 @@ class Roster:
 
     @property
     def total_tokens(self) -> int:
-        """The run's tokens once this roster is applied."""
+        """Tokens of the run once this roster is applied."""
         return self.base_tokens + self.tokens
 
     @cached_property
@@ -111,7 +111,7 @@ class Roster:
 
 @dataclass(frozen=True, kw_only=True)
 class AdvertisedRound:
-    """What another peer last said of itself: its round, and the roster that it applied last."""
+    """Position of another peer by its last answer: its round, and the roster that it applied last."""
 
     round: int
     last: Roster | None
@@ -137,7 +137,7 @@ class Standing(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundView:
-    """What a peer knows of a round whose inner steps it has done. Times are seconds of the caller's clock."""
+    """Knowledge of a peer about a round whose inner steps it has done. Times are seconds of the caller's clock."""
 
     me: str
     round: int
@@ -266,7 +266,7 @@ def standing(
 
 @dataclass(frozen=True, kw_only=True)
 class Standings:
-    """The other volunteers by their standing, and the digests of the rosters that those `AHEAD` have applied."""
+    """Other volunteers by their standing, and the digests of the rosters that those `AHEAD` have applied."""
 
     of: Mapping[Standing, frozenset[str]]
     applied: frozenset[str]
@@ -333,7 +333,7 @@ def _silence_after_s(view: RoundView, peer: str, heard_s: float, unasked_s: floa
 
 @dataclass(frozen=True)
 class _Turn:
-    """Whose turn it is to sign, and when it ends.
+    """Turn to sign: whose it is, and when it ends.
 
     `passed_over`: earlier candidates that were silent or too late; `idled`: those of them that let their turn pass.
     """

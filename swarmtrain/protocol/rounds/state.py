@@ -1,4 +1,4 @@
-"""What a peer knows of a round whose inner steps it has done; `engine.py` decides by it."""
+"""Knowledge of a peer about a round whose inner steps it has done; `engine.py` decides by it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class KnownRound(Generic[Envelope, Link]):
     started_s: float
     ended_s: float
     own: RoundPublication
-    """This peer's publication."""
+    """Publication of this peer."""
     announced: dict[str, RoundPublication] = field(default_factory=dict)
     """Publications whose manifests are known, by peer, this peer's included."""
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
     """Rosters of this round that fit this peer's weights, by name."""
     best: SignedRoster[Envelope] | None = None
-    """The one of `rosters` that holds."""
+    """Roster that holds, of `rosters`."""
     shared: str = ""
     """Digest of the roster whose share this peer has averaged."""
     asking: dict[str, int] = field(default_factory=dict)

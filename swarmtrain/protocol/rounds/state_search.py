@@ -1,4 +1,4 @@
-"""What others say of themselves and of their chains of rosters, and the search for the state that holds.
+"""Search for the state that holds, by what other peers say of themselves and of their chains of rosters.
 
 A joiner, a peer that comes back and an archive search in the same way. They ask some peers how far they are, ask for
 the chains of rosters that they do not know, and download the state of the chain that holds from whoever delivers it. A
@@ -37,7 +37,7 @@ _JOIN_TRIES = 3
 
 @dataclass
 class Hearsay(Generic[Envelope, Link]):
-    """What other peers advertise of themselves, and the chains that they have shown."""
+    """Answers of other peers about themselves, and the chains that they have shown."""
 
     membership: Membership
     chains: Chains[Link]
@@ -178,7 +178,7 @@ class CatchingUp(Generic[Envelope, Link]):
 
 @dataclass
 class Search(Generic[Envelope, Link]):
-    """One search for the state that holds."""
+    """Search for the state that holds."""
 
     hearsay: Hearsay[Envelope, Link]
     search: int
@@ -193,7 +193,7 @@ class Search(Generic[Envelope, Link]):
     """False if only chains are asked for, and no state."""
     rng: random.Random
     best: Chain | None = None
-    """The chain that holds, once it is chosen."""
+    """Chain that holds, once it is chosen."""
     source: Source | None = None
     _lacking: deque[tuple[str, list[str]]] = field(init=False)
     """Digests of the last rosters, each with some peers that can be asked for its chain."""
@@ -263,7 +263,7 @@ class Search(Generic[Envelope, Link]):
 
 
 Asker: TypeAlias = PeerSurvey | Search[Envelope, Link] | CatchingUp[Envelope, Link]
-"""The search or survey that a question belongs to."""
+"""Search or survey that a question belongs to."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
-"""How far a run is: what everyone counts after each round.
+"""Progress of a run in synchronous rounds: what everyone counts after each round.
 
-Pure: counting follows from rosters alone, so all who applied the same rosters count the same.
+Everything here is pure. Counts follow from rosters alone, so all who applied the same rosters count the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ __all__ = ["Progress"]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The run after `round` outer steps: its tokens, each peer's, and the hash (hex) of the roster applied last."""
+    """State of the run after `round` outer steps: its tokens, each peer's, and the hash (hex) of the roster applied
+    last."""
 
     round: int = 0
     run_tokens: int = 0
@@ -21,7 +22,7 @@ class Progress:
     roster_sha256: str = ""
 
     def after(self, peers: Sequence[str], tokens: Sequence[int], roster_sha256: str) -> Progress:
-        """The run after one more round, in which `peers` contributed `tokens`."""
+        """Return the progress after one more round, in which `peers` contributed `tokens`."""
         counts = dict(self.peer_tokens)
         for peer, count in zip(peers, tokens, strict=True):
             counts[peer] = counts.get(peer, 0) + count

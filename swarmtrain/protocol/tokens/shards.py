@@ -1,15 +1,16 @@
-"""Data coverage: which shard of the run's data a peer trains on next, without a server that hands shards out.
+"""Data coverage: which shard of the run's data a peer trains on next, without a server that assigns shards.
 
-The data of one corpus (by its digest) are cut into shards. Each peer counts the tokens it has trained on in each; these
-rows, one a peer, travel in snapshot manifests: the author's own always, and some of others' in rotation. Rows merge by
-the greater count, so that the increments of two peers both survive and nothing counts twice. A peer that starts a
-round takes the least seen shard; ties go by a hash of (peer, round, seed), so that peers spread.
+The data of one corpus (identified by its digest) are cut into shards. Each peer counts the tokens that it has trained
+on in each shard. These rows, one for each peer, travel in snapshot manifests: always the author's own, and some of
+others' in rotation. Rows merge by the greater count, so that the increments of two peers both survive and nothing
+counts twice. A peer that starts a round takes the least seen shard; a hash of (peer, round, seed) breaks ties, so that
+peers spread.
 
-A row is a claim. Its sum is never believed beyond the tokens that `protocol/tokens/tally.py` believes of its author,
-and where a row carries its author's signature (`signed`, checked by the driver) nobody can put words in another's
-mouth. The harm that is left: a peer can make its own share of the run's tokens look as if it was spent on one shard.
+A row is a claim. Its sum is never believed beyond the tokens that `tally.py` believes of its author. A row that carries
+its author's signature (`signed`, checked by the caller) cannot be put in another peer's mouth. The remaining harm: a
+peer can pretend that its own share of the run's tokens was spent on one shard.
 
-Pure, like all of `protocol`.
+Everything here is pure. See decision 21.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ __all__ = ["MAX_ROWS", "MAX_SHARDS", "Coverage", "CoverageRow", "RowIncident"]
 
 MAX_SHARDS = 1024
 MAX_ROWS = 16
-"""A manifest carries at most so many rows: with 64 shards about 5 KB."""
+"""Limit of rows in a manifest: with 64 shards about 5 KB."""
 
 _MAX_PEERS = 4096
-"""Rows are kept of so many peers, those with the greatest sums: identities cost nothing."""
+"""Peers whose rows are kept, those with the greatest sums. Identities cost nothing."""
 
 _MOST_TOKENS = 2**63
 
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """What `peer` has trained on, in tokens a shard; `shard` is the one it was on then, -1 if none.
+    """Tokens that `peer` has trained on, by shard; `shard` is the one it was on then, -1 if none.
 
-    `signed` is what its author signed, to be handed on as it is; empty where rows are not signed.
+    `signed` is what its author signed, to be passed on unchanged; empty where rows are not signed.
     """
 
     peer: str
@@ -45,13 +46,13 @@ class CoverageRow:
 
     @property
     def total(self) -> int:
-        """Its tokens of all shards."""
+        """Sum over all shards."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class RowIncident:
-    """A row that was refused, and whom to name for it."""
+    """Row that was refused, and the peer to name for it."""
 
     peer: str
     detail: str
@@ -60,16 +61,18 @@ class RowIncident:
 
 @dataclass
 class Coverage:
-    """What this peer, `me`, knows of who has seen what."""
+    """Knowledge of this peer, `me`, about the data that each peer has trained on."""
 
     me: str
     num_shards: int
     max_peers: int = _MAX_PEERS
     forgotten_tokens: int = 0
-    """A peer that was killed and went on from its checkpoint may have forgotten so many of its tokens."""
+    """Tokens by which a row may honestly shrink: a peer was killed and continued from its checkpoint."""
     _rows: dict[str, CoverageRow] = field(default_factory=dict)
     _seen: list[int] = field(default_factory=list)
+    """Sum of all rows."""
     _cursor: str = ""
+    """PeerID up to which others' rows were sent in this rotation."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_shards <= MAX_SHARDS:
@@ -80,19 +83,19 @@ class Coverage:
 
     @property
     def seen(self) -> list[int]:
-        """Tokens that anybody trained on, as far as is known here, by shard."""
+        """Tokens that anybody is known to have trained on, by shard."""
         return list(self._seen)
 
     def busy(self, live: Iterable[str]) -> frozenset[int]:
-        """The shards that these peers were on when they were heard of last."""
+        """Return the shards that these peers were on when they were last heard of."""
         rows = (self._rows.get(peer) for peer in live if peer != self.me)
         return frozenset(row.shard for row in rows if row is not None and row.shard >= 0)
 
     def choose(self, round: int, seed: int, *, busy: Collection[int] = (), round_tokens: int = 0) -> tuple[int, str]:
-        """The shard for this peer's `round`, with the reason.
+        """Return the shard for this peer's `round`, with the reason.
 
-        Shards within half of `round_tokens` (what a round adds) of the least seen tie: what one partner does not know
-        yet of another is more than that, and strictly the least would draw everybody to one shard.
+        Shards within half of `round_tokens` (what a round adds) of the least seen one are tied. What partners do not
+        know yet of each other exceeds that, and without ties everybody would be drawn to one shard.
         """
         least = min(self._seen)
         tied = [shard for shard, tokens in enumerate(self._seen) if tokens <= least + round_tokens // 2]
@@ -104,22 +107,23 @@ class Coverage:
         return shard, which if free else f"{which}; others are on all of them"
 
     def begin(self, round: int, seed: int, others: Iterable[str], round_tokens: int) -> tuple[int, str]:
-        """The shard for this peer's `round`, which begins, with the reason; `others` are present too."""
+        """Choose the shard for this peer's `round`, which begins now, and record it; with the reason. `others` are
+        present too."""
         shard, reason = self.choose(round, seed, busy=self.busy(others), round_tokens=round_tokens)
-        self.trained(shard, 0)  # that others see where it is
+        self.trained(shard, 0)  # so that others see which shard it is on
         return shard, reason
 
     def row(self, peer: str) -> CoverageRow | None:
-        """What is known of `peer`."""
+        """Return the row of `peer`; None if it is unknown."""
         return self._rows.get(peer)
 
     @property
     def num_unseen(self) -> int:
-        """Shards that nobody has trained on, as far as is known here."""
+        """Number of shards that nobody is known to have trained on."""
         return self._seen.count(0)
 
     def trained(self, shard: int, tokens: int) -> None:
-        """This peer is on `shard`, and has trained on `tokens` more of it."""
+        """Record that this peer is on `shard` and has trained on `tokens` more of it."""
         own = self._own()
         counts = list(own.counts)
         counts[shard] += tokens
@@ -138,7 +142,7 @@ class Coverage:
     # ------------------------------------------------------------- the wire
 
     def rows_to_send(self, limit: int = MAX_ROWS) -> list[CoverageRow]:
-        """The own row, and others' in rotation: everyone's is sent once before any again."""
+        """Return the own row, and others' in rotation: each is sent once before any again."""
         others = sorted(peer for peer in self._rows if peer != self.me)
         start = next((i for i, peer in enumerate(others) if peer > self._cursor), 0)
         chosen = (others[start:] + others[:start])[: limit - 1]
@@ -149,11 +153,11 @@ class Coverage:
     def merge(
         self, rows: Sequence[CoverageRow], teller: str, explained: Callable[[str, int], int]
     ) -> list[RowIncident]:
-        """Take the rows of `teller`'s manifest; returns what was refused, and why.
+        """Merge the rows of a manifest of `teller`. Return what was refused, and why.
 
-        `explained(peer, tokens)`: of so many tokens told, how many are believed (`Tally.observe`). A row that tells of
-        more waits: when it comes again, time may have explained it. An author whose own row shrinks has lost its
-        checkpoint's end, or lies; what it forgot comes back to it in others' manifests.
+        `explained(peer, tokens)` returns how many of these tokens are believed (`Tally.believes`). A row with more is
+        refused for now; when it comes again, time may have explained it. An author whose own row shrinks has lost the
+        end of its checkpoint, or lies; what it forgot comes back to it in others' manifests.
         """
         incidents = []
         if len(rows) > MAX_ROWS:
@@ -165,11 +169,11 @@ class Coverage:
         return incidents
 
     def _take(self, row: CoverageRow, teller: str, explained: Callable[[str, int], int]) -> str | None:
-        """Merge one row; why not, in words, if it is an incident."""
+        """Merge one row; return what is wrong with it, in words, if it is an incident."""
         if (wrong := self._out_of_range(row)) is not None:
             return wrong
         if row.peer == self.me and not row.signed:
-            return None  # hearsay; signed, it is what a checkpoint did not keep
+            return None  # an unsigned row of this peer is hearsay; a signed one restores what its checkpoint lost
         before = self._rows.get(row.peer)
         if before is not None and before.counts == row.counts:
             if row.peer == teller:
@@ -178,12 +182,13 @@ class Coverage:
         old = (0,) * self.num_shards if before is None else before.counts
         shrunk = [shard for shard in range(self.num_shards) if row.counts[shard] < old[shard]]
         lost = sum(old[shard] - row.counts[shard] for shard in shrunk)
+        # Only the author's own manifest shows that its count shrank: from another peer an older row is just late.
         if lost > self.forgotten_tokens and row.peer == teller:
             shard = shrunk[0]
             return f"shard {shard} shrank from {old[shard]} to {row.counts[shard]} tokens"
         counts = tuple(map(max, old, row.counts))
         if counts == old and (before is not None or row.peer != teller):
-            return None  # old news of another
+            return None  # nothing new, passed on by another peer
         told = sum(counts)
         if row.peer != self.me and (believed := explained(row.peer, told)) < told:
             return f"says that {row.peer} has trained on {told} tokens; {believed} are explained by now"
@@ -213,11 +218,11 @@ class Coverage:
     # ------------------------------------------------------------- keeping
 
     def rows(self) -> list[list[str | int | list[int]]]:
-        """For a checkpoint: [PeerID, shard, counts, signed in hex] of each."""
+        """Return rows for a checkpoint: [PeerID, shard, counts, signed in hex] of each peer."""
         return [[row.peer, row.shard, list(row.counts), row.signed.hex()] for _, row in sorted(self._rows.items())]
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Become what `rows` gave. ValueError, and nothing changes, if that is something else."""
+        """Restore the coverage from `rows`. Raise ValueError, changing nothing, for other rows."""
         other = Coverage(self.me, self.num_shards, self.max_peers)
         for row in rows:
             match row:
@@ -235,5 +240,5 @@ class Coverage:
 
 
 def _draw(peer: str, round: int, seed: int, shard: int) -> bytes:
-    """A shard's place in the order in which this peer breaks this round's ties."""
+    """Return a shard's rank in the order by which this peer breaks the round's ties."""
     return hashlib.sha256(f"shard {peer} {round} {seed} {shard}".encode()).digest()

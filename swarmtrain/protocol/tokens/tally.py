@@ -1,18 +1,18 @@
-"""Who has trained on how many tokens: a map (PeerID, stage) -> tokens, merged by the greater count.
+"""Token counts: a map (PeerID, stage) -> tokens trained on, merged by the greater count.
 
 Counts come from two sources, kept apart. What rosters count is *learned*: everybody who applied a roster counts the
 same. So is what states bring: whoever gives a state gives the counts that belong to it. What a peer says of itself in
-its progress record is *told*: it is believed as far as the peer's speed, or else the swarm's, can explain it. A peer's
-count is the greater of the two; the run's total is the sum over stage 0. Counts never fall, so that a restart, a fork
-or an old record takes nothing away and counts nothing twice.
+its progress record is *told*; it is believed as far as the peer's speed, or else the swarm's, explains it. A peer's
+count is the greater of the two, and the run's total is the sum over stage 0. Counts never fall, so that a restart, a
+fork or an old record loses nothing and counts nothing twice.
 
-How much is believed: each count has an *account*, the moment up to which its tokens are explained. It begins when this
-peer first met that one. Growth costs time at the greatest speed allowed, and the account may not run ahead of the
-present by more than a few rounds. Time that passes pays for what was not believed yet, so an honest peer loses nothing
-for good. What was trained before this peer came is in the counts that states bring: by the median of three of them,
-where there are three.
+How much is believed: each count has an *account*, the time up to which its tokens are explained. It begins when this
+peer first met that one. Growth costs time at the greatest allowed speed, and the account may run ahead of the present
+by a few rounds at most. Time that passes pays for what was not believed yet, so an honest peer loses nothing for good.
+What was trained before this peer came is in the counts that states bring: the median of three of them where there are
+three (decision 49).
 
-Pure: `now` is an argument, in seconds of one clock that may jump.
+Everything here is pure: `now` is an argument, in seconds of one clock that may jump.
 """
 
 from __future__ import annotations
@@ -26,55 +26,61 @@ from dataclasses import dataclass, field, replace
 __all__ = ["ALL_OTHERS", "CountingRules", "Tally", "TokenIncident", "agreed_counts", "quick_speed", "typical_speed"]
 
 ALL_OTHERS = "12D3KooWGp4AYpum6toAV1JQ2pEY2cHKc9W9uUgwHbdDP16N4RS7"
-"""Nobody's PeerID, under which a state of a run of very many tells the least counts as one (`network.token_rows`)."""
+"""PeerID of nobody, under which a state of a run with very many peers sums up the smallest counts
+(`network.token_rows`)."""
 
 _MAX_COUNTS = 16_384
-"""So many counts are kept of each source, the greatest ones: identities cost nothing."""
+"""Counts that are kept of each source, the greatest ones. Identities cost nothing."""
 
 _OWN_FACTOR = 4.0
-"""Growth is believed up to so many times the speed that the peer claims."""
+"""Growth is believed up to this many times the speed that the peer claims."""
 
 _QUICK_FACTOR = 4.0
-"""... and at first up to so many times the swarm's 75th percentile, whatever it claims: a claim is no proof."""
+"""Limit of the speed believed at first, as a multiple of the swarm's 75th percentile, whatever the peer claims: a claim
+proves nothing."""
 
 _DOUBLES_S = 600.0
-"""Who delivers half of what its speed explains for so long is believed at twice that speed from then on ..."""
+"""Seconds for which a peer must deliver half of what its speed explains to be believed at twice the speed."""
 
 _SWARM_FACTOR = 64.0
-"""... up to so many times the swarm's median speed."""
+"""Limit of the believed speed after all doublings, as a multiple of the swarm's median."""
 
 _NAMED_BEHIND_S = 3600.0
+"""Seconds after which a peer that is still not believed in full is named."""
 _MAX_DOUBLINGS = 30
 _MAX_MET = 16_384
 _FEW_PRESENT = 3
+"""Number of present peers below which speeds claimed earlier count too."""
 _MAJORITY = 3
-"""Of so many sources one that lies is outvoted."""
+"""Number of sources among which one liar is outvoted."""
 
 _LEAST_PER_S = 1e-3
+"""Lowest speed that is assumed, to avoid a division by zero."""
 _CLOCK_STEP_S = 60.0
+"""Lead of an account over the present that shows that the clock was set back."""
 _MAX_AWAY_S = 7 * 86_400.0
-"""Time unaccounted for counts up to a week, so that a clock that jumps does not explain everything."""
+"""Unaccounted time counts for a week at most, so that a clock that jumps does not explain everything."""
 
 _Key = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountingRules:
-    """What the run file says about counting."""
+    """Settings of the run file that concern counting."""
 
     began_s: float
-    """When the run was published: nobody can have trained before."""
+    """Time when the run was published; nobody can have trained before."""
     burst_tokens: int
-    """Tokens that may be told at once, since they are told a round at a time."""
+    """Tokens that may come at once, because they are reported a round at a time."""
     most_tokens: int
-    """Nobody can have trained on more."""
+    """Limit of one peer's tokens."""
     total_tokens: int = 2**60
-    """The run's length: one or two sources of a state never say that it is over."""
+    """Length of the run. One or two sources of a state can never say that it is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIncident:
-    """A peer told of more than it can have done: only `believed` of the `told` tokens count for now."""
+    """Claim of more tokens than a peer can have trained on: only `believed` of the `told` tokens count for now."""
 
     peer: str
     stage: int
@@ -84,42 +90,44 @@ class TokenIncident:
 
     @property
     def detail(self) -> str:
-        """For a person."""
+        """Description for the user."""
         return f"says that it has trained on {self.told} tokens; its speed explains {self.believed} by now"
 
 
 @dataclass(frozen=True)
 class _Account:
-    """Tokens are explained up to `explained_s`; the greatest speed the peer ever claimed, in tokens per second."""
+    """Time up to which a peer's tokens are explained, and the greatest speed that it ever claimed, in tokens per
+    second."""
 
     explained_s: float
     fastest_per_s: float = 0.0
     doublings: int = 0
-    """How often the speed that it is believed at was doubled since it was met."""
+    """Number of times that its believed speed was doubled."""
     term_s: float = -math.inf
-    """Since when it is believed at that speed, or was looked at last whether it delivers ..."""
+    """Start of the present term, at whose end its deliveries are judged."""
     delivered: int = 0
-    """... and the tokens that it has delivered since."""
+    """Tokens delivered since the term's start."""
     behind_s: float | None = None
-    """Since when not all that it told is believed."""
+    """Time since which its claims are not believed in full; None if they are."""
 
 
 @dataclass
 class Tally:
-    """The map. `typical_per_s` is the swarm's median speed in tokens per second, `quick_per_s` its 75th percentile (0:
-    the median); while the first is 0, nothing told is believed."""
+    """Token counts of all peers. While `typical_per_s` is 0, nothing that peers tell is believed."""
 
     rules: CountingRules
     max_counts: int = _MAX_COUNTS
     typical_per_s: float = 0.0
+    """Median speed of the swarm, in tokens per second."""
     quick_per_s: float = 0.0
+    """75th percentile of the speeds; 0: use the median."""
     num_present: int = 0
-    """How many train now, as far as is known."""
+    """Number of peers known to train now."""
     watched_s: float | None = None
-    """Up to when this peer knows what the swarm can have done: from then on, time bounds what states bring. None: it
-    has just come, and knows nothing."""
+    """Time up to which this peer has watched the run. From then on, time limits what states bring. None: it has just
+    come."""
     _met_s: dict[str, float] = field(default_factory=dict)
-    """When each peer was met first, of those without an account."""
+    """Time when each peer without an account was first met."""
     _learned: dict[_Key, int] = field(default_factory=dict)
     _told: dict[_Key, int] = field(default_factory=dict)
     _accounts: dict[_Key, _Account] = field(default_factory=dict)
@@ -127,33 +135,36 @@ class Tally:
     # ------------------------------------------------------------- reading
 
     def tokens(self, peer: str, stage: int = 0) -> int:
-        """What `peer` has trained on in `stage`; 0 of a stranger."""
+        """Return what `peer` has trained on in `stage`; 0 for a stranger."""
         key = (peer, stage)
         return max(self._learned.get(key, 0), self._told.get(key, 0))
 
     @property
     def total(self) -> int:
-        """The run's tokens: those of stage 0, so that a pipeline counts each token once."""
+        """Tokens of the run: those of stage 0, so that a pipeline counts each token once."""
         return sum(tokens for (_, stage), tokens in self._counts().items() if stage == 0)
 
     def contributions(self) -> dict[str, int]:
-        """Each peer's tokens, of all its stages, by PeerID."""
+        """Return each peer's tokens, summed over its stages, by PeerID."""
         return _by_peer(self._counts())
 
     def told(self) -> dict[str, int]:
-        """Each peer's tokens as far as its own progress records were read and believed: the acknowledged ones."""
+        """Return each peer's acknowledged tokens: those of its own progress records, as far as they were read and
+        believed."""
         return _by_peer(self._told)
 
     def _counts(self) -> dict[_Key, int]:
-        """What is counted, of both sources."""
+        """Return the counts of both sources."""
         return {key: self.tokens(*key) for key in self._learned.keys() | self._told.keys()}
 
     # ------------------------------------------------------------- counting
 
     def know_speeds(self, speeds_per_s: Mapping[str, float]) -> None:
-        """What the peers present claim to do, by PeerID. Where they are few, what others have claimed that were counted
-        here is taken in: one that is alone does not say by itself what is usual. Once all have left, what they did last
-        still explains what they told."""
+        """Record the speeds that the present peers claim, by PeerID.
+
+        If they are few, the speeds that counted peers have claimed before are included, since a lone peer does not
+        define what is usual. Once all have left, their last speeds remain, to explain what they told.
+        """
         known = {peer: speed for peer, speed in speeds_per_s.items() if 0 < speed < math.inf}
         self.num_present = len(speeds_per_s)
         if len(known) < _FEW_PRESENT:
@@ -166,8 +177,8 @@ class Tally:
             self.typical_per_s, self.quick_per_s = typical_speed(known.values()), quick_speed(known.values())
 
     def meet(self, peers: Iterable[str], now: float) -> None:
-        """These are here, or are heard of: those met for the first time can have trained from now on, for all that this
-        peer has seen itself."""
+        """Record that these peers are here or were heard of. As far as this peer can tell, a new one may train from now
+        on."""
         for peer in peers:
             if peer not in self._met_s:
                 self._met_s[peer] = now
@@ -175,7 +186,7 @@ class Tally:
                     del self._met_s[next(iter(self._met_s))]
 
     def _since_s(self, key: _Key, now: float) -> float:
-        """Up to when what is counted under `key` is explained."""
+        """Return the time up to which what is counted under `key` is explained."""
         account = self._accounts.get(key)
         if account is not None:
             return account.explained_s
@@ -183,8 +194,10 @@ class Tally:
         return min(now, self._met_s.get(key[0], now))
 
     def with_rest(self, counts: Mapping[str, int]) -> Mapping[str, int]:
-        """What states count, of `ALL_OTHERS` only what is not counted here of any of them by itself: else those would
-        be counted twice, and at each exchange once more."""
+        """Return a state's counts with `ALL_OTHERS` reduced by the peers that are counted here one by one.
+
+        Otherwise those would be counted twice, and once more with each exchange.
+        """
         if ALL_OTHERS not in counts:
             return counts
         here = {peer for peer, stage in self._counts() if stage == 0}
@@ -192,11 +205,12 @@ class Tally:
         return {**counts, ALL_OTHERS: max(0, sum(counts.values()) - known)}
 
     def bring(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
-        """What states of so many sources count, as `agreed_counts` says: it belongs to the weights that come with it.
+        """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that were
+        taken.
 
-        To one that has just come three sources are believed; one or two never say that the run is over. To one that
-        has watched the run they bring no more than all who are known can have done since: what is over is cut in
-        proportion, and believed as time passes, when it is brought again.
+        A peer that has just come believes three sources; one or two never say that the run is over. For a peer that has
+        watched the run, states bring no more than all known peers can have done since. An excess is cut in proportion,
+        and believed as time passes, when it is brought again.
         """
         most = self.rules.most_tokens
         news = {peer: min(tokens, most) - self.tokens(peer) for peer, tokens in counts.items()}
@@ -205,11 +219,11 @@ class Tally:
         if room < told:
             news = {peer: tokens * room // told for peer, tokens in news.items()}
         self.learn({peer: self.tokens(peer) + tokens for peer, tokens in news.items()}, now)
-        if room >= told or self.typical_per_s > 0 or self.watched_s is None:  # else it waits for a speed to be known
+        if room >= told or self.typical_per_s > 0 or self.watched_s is None:  # otherwise wait until a speed is known
             self.watched_s = now
 
     def _room_for_brought(self, num_sources: int, now: float) -> int:
-        """How many tokens may be added to the total."""
+        """Return how many tokens states may add to the total."""
         left = self.rules.most_tokens * self.max_counts
         if num_sources < _MAJORITY:
             left = max(0, self.rules.total_tokens - self.rules.burst_tokens - self.total)
@@ -221,8 +235,11 @@ class Tally:
         return min(left, num * (self.rules.burst_tokens + math.floor(per_s * seconds)))
 
     def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
-        """What rosters count of these peers: certain. It is paid for as what a peer tells is, but never refused: by
-        when it was trained is not known, and a state from a checkpoint is old."""
+        """Record what rosters count, which is certain.
+
+        It is charged to the peers' accounts like what they tell, but never refused: it is unknown when it was trained,
+        and a state from a checkpoint is old.
+        """
         for peer, tokens in counts.items():
             key, news = (peer, stage), tokens - self.tokens(peer, stage)
             ceiling_per_s, fastest_per_s = self._speeds(key, 0.0)
@@ -238,9 +255,9 @@ class Tally:
     def observe(
         self, peer: str, stage: int, tokens: int, now: float, claimed_per_s: float = 0.0
     ) -> tuple[int, TokenIncident | None]:
-        """`peer` says that it has trained on `tokens`, and claims a speed (0: nothing is known of it).
+        """Record that `peer` says it has trained on `tokens`, at a claimed speed (0: unknown).
 
-        Returns what is counted for it now, and the incident if that is less than it says.
+        Return what is counted for it now, and the incident if that is less than it says.
         """
         key, held = (peer, stage), self.tokens(peer, stage)
         believed, account = self._explained(key, tokens, now, claimed_per_s)
@@ -258,11 +275,11 @@ class Tally:
         return believed, TokenIncident(peer=peer, stage=stage, told=tokens, believed=believed)
 
     def believes(self, peer: str, tokens: int, now: float, claimed_per_s: float = 0.0) -> int:
-        """Of `tokens` that somebody tells of `peer` in stage 0, how many `observe` would count; nothing is counted."""
+        """Return how many of `tokens`, told of `peer` in stage 0, `observe` would count; nothing is recorded."""
         return min(tokens, self._explained((peer, 0), tokens, now, claimed_per_s)[0])
 
     def _explained(self, key: _Key, tokens: int, now: float, claimed_per_s: float) -> tuple[int, _Account | None]:
-        """What is believed, and the account this leads to; None if `tokens` are no news, or nothing can be said."""
+        """Return what is believed, and the account that follows; None if `tokens` are no news, or no speed is known."""
         held = self.tokens(*key)
         ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
         if tokens <= held or ceiling_per_s <= 0:
@@ -270,7 +287,7 @@ class Tally:
         burst_s = self.rules.burst_tokens / ceiling_per_s
         since_s = max(self._since_s(key, now), now - _MAX_AWAY_S)
         account = self._accounts.get(key, _Account(since_s, term_s=since_s))
-        if since_s > now + burst_s + _CLOCK_STEP_S:  # the clock was ahead: that must not silence the peer
+        if since_s > now + burst_s + _CLOCK_STEP_S:  # the clock was ahead, which must not silence the peer
             since_s = now
         since_s = min(since_s, now + burst_s)
         affordable = math.floor((now + burst_s - since_s) * ceiling_per_s)
@@ -281,9 +298,11 @@ class Tally:
         return believed, _delivered(account, believed - held, ceiling_per_s, now)
 
     def _is_incident(self, account: _Account, tokens: int, now: float) -> bool:
-        """Whether to name one that is not believed in full. Whoever trained before this peer came, or is much faster
-        than usual, is believed in a while: it is named if the age of the run does not explain it, or that while is
-        over."""
+        """Return whether to name a peer that is not believed in full.
+
+        A peer that trained before this one came, or is much faster than usual, is believed after a while. It is named
+        if the run's age does not explain its claim, or if that while is over.
+        """
         most_per_s = _SWARM_FACTOR * self.typical_per_s
         own_per_s = _OWN_FACTOR * account.fastest_per_s if account.fastest_per_s > 0 else most_per_s
         age_tokens = max(0.0, now - self.rules.began_s) * min(own_per_s, most_per_s) + self.rules.burst_tokens
@@ -291,14 +310,15 @@ class Tally:
         return is_over or tokens > min(age_tokens, self.rules.most_tokens)
 
     def _count_told(self, key: _Key, believed: int) -> None:
-        """Its account must be known by now: `_prune` drops those of nobody."""
+        """Record what is believed. The account must exist by now, because `_prune` drops accounts without counts."""
         self._told[key] = max(self._told.get(key, 0), believed)
         self._prune(self._told, slack=self.max_counts // 8)
 
     def _speeds(self, key: _Key, claimed_per_s: float) -> tuple[float, float]:
-        """(the greatest speed that is believed, the greatest that was claimed), in tokens per second."""
+        """Return (the greatest speed that is believed, the greatest that was claimed), in tokens per second."""
         most_per_s = _SWARM_FACTOR * self.typical_per_s
         account = self._accounts.get(key)
+        # The median bounds every claim: a liar cannot move it alone, while its own claim costs it nothing.
         fastest_per_s = max(min(claimed_per_s, most_per_s), 0.0 if account is None else account.fastest_per_s)
         doublings = 0 if account is None else account.doublings
         at_first_per_s = _QUICK_FACTOR * (self.quick_per_s or self.typical_per_s)
@@ -307,7 +327,7 @@ class Tally:
         return max(ceiling_per_s, _LEAST_PER_S) if most_per_s > 0 else 0.0, fastest_per_s
 
     def _prune(self, counts: dict[_Key, int], slack: int) -> None:
-        """Keep the greatest counts; only when there are `slack` too many, since it takes a look at all."""
+        """Keep the greatest counts; only if there are `slack` too many, because it looks at all of them."""
         if len(counts) <= self.max_counts + slack:
             return
         kept = heapq.nlargest(self.max_counts, ((tokens, key) for key, tokens in counts.items()))
@@ -319,7 +339,7 @@ class Tally:
     # ------------------------------------------------------------- merging and keeping
 
     def merge(self, other: Tally) -> None:
-        """Take the greater of each count: in any order, and as often as one likes, the result is the same."""
+        """Take the greater of each count. The result does not depend on the order or the number of merges."""
         for mine, theirs in ((self._learned, other._learned), (self._told, other._told)):
             for key, tokens in theirs.items():
                 mine[key] = max(mine.get(key, 0), tokens)
@@ -335,8 +355,10 @@ class Tally:
         self._prune(self._told, slack=0)
 
     def rows(self) -> list[list[str | int | float]]:
-        """For a checkpoint: [PeerID, stage, learned, told, explained up to, fastest] of each count, sorted; and how
-        often the speed was doubled, where it was."""
+        """Return sorted rows for a checkpoint: [PeerID, stage, learned, told, explained up to, fastest] of each count.
+
+        The number of doublings follows if it is not 0.
+        """
         rows: list[list[str | int | float]] = []
         for key in sorted(self._counts()):
             met_s = self._met_s.get(key[0], self.rules.began_s if self.watched_s is None else self.watched_s)
@@ -348,7 +370,7 @@ class Tally:
         return rows
 
     def merge_rows(self, rows: Iterable[Sequence[object]]) -> None:
-        """Merge what `rows` gave. ValueError, and nothing is merged, if that is something else."""
+        """Merge `rows`. Raise ValueError, merging nothing, for other rows."""
         other = Tally(self.rules, self.max_counts)
         for row in rows:
             match row:
@@ -379,7 +401,8 @@ class Tally:
 
 
 def _delivered(account: _Account, tokens: int, ceiling_per_s: float, now: float) -> _Account:
-    """The account of one that was seen to have done so much more: when a term is over, whether it is trusted more."""
+    """Return the account after a peer has delivered that many more tokens; at a term's end, decide whether to trust it
+    more."""
     delivered, term_s = account.delivered + tokens, now - account.term_s
     if 0 <= term_s < _DOUBLES_S:
         return replace(account, delivered=delivered)
@@ -389,14 +412,17 @@ def _delivered(account: _Account, tokens: int, ceiling_per_s: float, now: float)
 
 
 def agreed_counts(told: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Each peer's tokens, as so many sources tell with their states: the lower median, where who does not know a peer
-    counts nothing of it. So of two the lesser stands, and one alone is repeated."""
+    """Return each peer's tokens as several sources tell: the lower median; a source that does not know a peer counts as
+    0.
+
+    So of two sources the lower count stands, and of one its own.
+    """
     peers = {peer for counts in told for peer in counts}
     return {peer: statistics.median_low([counts.get(peer, 0) for counts in told]) for peer in sorted(peers)}
 
 
 def _by_peer(counts: Mapping[_Key, int]) -> dict[str, int]:
-    """The sum over each peer's stages, by PeerID."""
+    """Return the sum over each peer's stages, by PeerID."""
     found: dict[str, int] = {}
     for (peer, _), tokens in sorted(counts.items()):
         found[peer] = found.get(peer, 0) + tokens
@@ -404,15 +430,16 @@ def _by_peer(counts: Mapping[_Key, int]) -> dict[str, int]:
 
 
 def typical_speed(speeds_per_s: Iterable[float]) -> float:
-    """The (lower) median of the speeds that are known, in tokens per second; 0 without any.
+    """Return the lower median of the known speeds, in tokens per second; 0 without any.
 
-    One's own is among them: of two, a liar's greater one is not taken.
+    This peer's own speed is among them, so that of two a liar's greater one is not taken.
     """
     known = sorted(speed for speed in speeds_per_s if 0 < speed < math.inf)
     return known[(len(known) - 1) // 2] if known else 0.0
 
 
 def quick_speed(speeds_per_s: Iterable[float]) -> float:
-    """Their (lower) 75th percentile, likewise: of two or more, one liar's is not taken."""
+    """Return the lower 75th percentile of the known speeds; of two or more, a single liar's greatest one is not
+    taken."""
     known = sorted(speed for speed in speeds_per_s if 0 < speed < math.inf)
     return known[(len(known) - 1) * 3 // 4] if known else 0.0

@@ -66,7 +66,7 @@ def test_it_is_asked_again_soon_while_it_is_not_known_and_seldom_afterwards() ->
     assert not reach.is_due(now + 400) and reach.is_due(now + 800)
     reach.told([False] * 3, now, RNG)
     assert reach.is_due(now + 7), "a dialable peer that nobody reached is looked at again at once"
-    assert "nobody can dial it: 6 tried in vain" in reach.told([False] * 3, now, RNG)
+    assert "nobody can dial it: 6 tried and failed" in reach.told([False] * 3, now, RNG)
     for wait_s in (15, 30, 60, 120, 180, 180):  # it may have been by chance
         assert not reach.is_due(now + 0.7 * wait_s) and reach.is_due(now + 1.3 * wait_s)
         reach.told([False] * 3, now, RNG)
@@ -91,7 +91,10 @@ def test_the_two_with_the_fewest_guests_are_asked() -> None:
     choice = HostChoice(me="me")
     changes = choice.choose(candidates(a=3, b=1, c=0, d=2, me=0, full=MAX_GUESTS), 0.0)
     assert set(choice.chosen) == {"b", "c"} and choice.serving == ()
-    assert changes == ["c is asked to be a host: it has 0 guests", "b is asked to be a host: it has 1 guests"]
+    assert changes == [
+        "c is asked to be a host: it serves 0 hidden peers",
+        "b is asked to be a host: it serves 1 hidden peer",
+    ]
     assert choice.choose(candidates(a=0, b=1, c=0, d=2), 1.0) == [], "those it has stay"
     choice.answered("b", True, 2.0)
     assert choice.serving == ("b",)
@@ -166,7 +169,7 @@ def test_a_thousand_guests_spread_over_five_hundred_hosts() -> None:
 def test_guests_come_first_and_go_when_they_are_silent_or_say_so() -> None:
     guests = Guests(most=2)
     assert guests.ask("a", 0.0)[0] and guests.ask("b", 1.0)[0]
-    assert guests.ask("c", 2.0) == (False, "2 are served already")
+    assert guests.ask("c", 2.0) == (False, "2 hidden peers are served already")
     assert guests.ask("a", 20.0) == (True, "it was hosted before")
     assert guests.ask("c", 32.0)[0] and guests.current(32.0) == ("a", "c"), "b was silent for 30 s"
     guests.left("a")
