@@ -227,6 +227,7 @@ class PublicationCodec:
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)
+            # The difference of two finite vectors can overflow.
             _check_finite_untrusted(gradient)
         return PartnerUpdate(theta=None, gradient=gradient, tokens=news.tokens)
 

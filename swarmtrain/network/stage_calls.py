@@ -141,7 +141,7 @@ def _sha256(body: Body) -> bytes:
     return digest.digest()
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- the asking end
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
             raise BadBytesError(f"it refuses the question: {reason}", code="question-refused")
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- the answering end
 
 
 class StageAnswers(Protocol):

@@ -265,6 +265,8 @@ class GradientUploader(Publisher):
         return OwnPublication(
             round=piece.round,
             part=1,
+            # A worker that was alone for long uploads one long piece. It claims no more than the server accepts, and
+            # the clip may cut it (decision 22).
             tokens=min(piece.tokens, max_tokens),
             inner_steps=min(piece.inner_steps, max_steps),
             author_tokens=piece.own_tokens,

@@ -99,6 +99,7 @@ def format_invite(invite: Invite) -> str:
     body = bytes.fromhex(invite.run_sha256) + bytes([len(invite.peers)])
     for peer in invite.peers:
         addresses = _packed(peer.addresses)
+        # Only the public key: the rest of a PeerID is the same for all peers.
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
     prefix = _PREFIX
     if invite.needs.protocol > 1:  # old peers cannot join such a run; their parser reports `st2` as another version

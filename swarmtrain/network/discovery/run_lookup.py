@@ -104,6 +104,7 @@ async def find_run(
             asked_s = own_time()
             try:
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+                # The peer read its clock in the middle of the call, give or take half a round trip.
                 offset_s = reply.time - (asked_s + own_time()) / 2
                 if misfit := refusal_untrusted(f"the peer at {_where([peer])}", reply):
                     misfits.append(misfit)

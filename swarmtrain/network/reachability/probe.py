@@ -49,11 +49,11 @@ class GreetingAnswer:
 
     peer: str
     name: str
-    address: str  # where it was reached
+    address: str  # at which it was reached
     round_trip_s: float
     offset_s: float  # its clock less this machine's
-    version: str  # of its swarmtrain
-    known: tuple[PeerInfo, ...]  # itself and whom it knows, as they describe themselves
+    version: str  # its version of swarmtrain
+    known: tuple[PeerInfo, ...]  # the peer and those that it knows, as they describe themselves
     misfit: str = ""  # why its swarmtrain and this one cannot train together, if they cannot
 
 

@@ -93,6 +93,8 @@ class ChainStore(Chains[pb.ChainLink]):
         back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
         digests = [links[-i].roster.digest for i in back]
         if links:
+            # The oldest roster kept, and its base: the farthest point at which another chain can still be joined to
+            # ours.
             digests += [links[0].roster.digest, links[0].roster.base]
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
