@@ -35,7 +35,7 @@ _MOST_BAD_FILES = 5
 
 @dataclass(frozen=True)
 class Document:
-    """One text, never empty."""
+    """Text of one document, never empty."""
 
     name: str  # the file's name relative to its source, or "file:line"; for messages and for the order
     text: bytes
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source."""
+    """File of a source."""
 
     name: str
     path: Path

@@ -85,7 +85,7 @@ def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageSh
 
 
 class Stage(nn.Module):
-    """A part of a GPT. `build_stage` builds it; the constructor alone leaves weights uninitialised."""
+    """Part of a GPT. `build_stage` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 

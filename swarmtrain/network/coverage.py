@@ -65,7 +65,7 @@ def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int
 
 @dataclass
 class DataCoverage:
-    """What this peer knows of which peers have seen which shards. Its methods may be called from any thread."""
+    """Knowledge of which peers have seen which shards. Methods may be called from any thread."""
 
     identity: Identity
     shards: ShardsOf

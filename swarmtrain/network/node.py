@@ -210,7 +210,7 @@ class Stream:
 
 @dataclass
 class Node:
-    """A running node. `Node.start` makes one, inside the network thread's loop."""
+    """Running node. `Node.start` makes one, inside the network thread's loop."""
 
     identity: Identity
     settings: NodeSettings

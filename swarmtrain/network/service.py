@@ -48,7 +48,7 @@ _R = TypeVar("_R", bound=Message)
 
 
 class Answers(Protocol):
-    """The peer behind the service. `caller` is a PeerID in base58."""
+    """Peer behind the service. `caller` is a PeerID in base58."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         """Say who we are and whom we know; the caller may introduce itself or say goodbye."""

@@ -56,7 +56,7 @@ _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """This peer's place in the swarm of one run. It owns the parts that do the work, and callers use those directly.
+    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.

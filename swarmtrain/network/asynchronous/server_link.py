@@ -230,9 +230,9 @@ def describe_weights(manifest: pb.Manifest, arrivals: int, entered: dict[str, in
 
 @dataclass
 class GradientUploader(Publisher):
-    """A worker's rounds, published to the server alone.
+    """Publishes a worker's rounds to the server alone.
 
-    The round that the server's request names tells which rounds it has (decision 22).
+    The round that the server's request names tells which rounds the server has (decision 22).
     """
 
     server: str = ""
@@ -298,7 +298,7 @@ class RoundTimes:
 
 @dataclass
 class ServerLink:
-    """A worker's pulls of the server's weights.
+    """Pulls the server's weights for a worker.
 
     The trainer's thread calls `take`; the network's thread calls the rest.
     """

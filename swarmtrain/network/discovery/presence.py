@@ -38,7 +38,7 @@ class _Changes(TypedDict, total=False):
 
 @dataclass
 class OwnPresence:
-    """This peer's presence. `me` is what was last advertised."""
+    """Presence of this peer. `me` is what was last advertised."""
 
     identity: Identity
     run_sha256: str

@@ -44,7 +44,7 @@ _STARTING_S = 1.0
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as it is served: its exact bytes, their hash, and the files that travel with it."""
+    """Run as it is served: its exact bytes, their hash, and the files that travel with it."""
 
     data: bytes
     sha256: str
@@ -74,7 +74,7 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """The peer that answered, and how this machine's clock was corrected.
+    """Peer that answered, and how this machine's clock was corrected.
 
     `clock_correction_s` is the correction in seconds; `clock_outliers` holds peers whose clocks are far from the
     corrected one, and by how many seconds they are ahead of it.

@@ -35,7 +35,7 @@ _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float
 
 @dataclass
 class TokenAccounting:
-    """This peer's tally. Coroutines run in the event loop; all other methods may be called from any thread."""
+    """Tally of this peer. Coroutines run in the event loop; all other methods may be called from any thread."""
 
     me: str
     rules: CountingRules

@@ -62,7 +62,7 @@ class Lateness:
 
 @dataclass(frozen=True, eq=False)
 class Outage:
-    """An outage: nothing passes between its sides. Names in none of them are one more side."""
+    """Time in which nothing passes between some sides. Names in none of them are one more side."""
 
     sides: tuple[frozenset[str], ...]
 

@@ -89,7 +89,7 @@ class LinkShape:
 
 @dataclass
 class Line:
-    """One direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
+    """Direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
 
     bytes_per_s: float = 0.0
     passed_bytes: int = 0
@@ -231,7 +231,7 @@ _OUTSIDE = PeerLink("outside", 0, 0, LinkShape(), Line(), Line())
 
 @dataclass(eq=False)
 class _Connection:
-    """An open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
+    """Open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
 
     source: PeerLink
     target: PeerLink

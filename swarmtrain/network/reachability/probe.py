@@ -45,7 +45,7 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """A peer's reply to a greeting."""
+    """Reply of a peer to a greeting."""
 
     peer: str
     name: str

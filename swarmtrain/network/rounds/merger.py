@@ -163,7 +163,7 @@ class Merger:
 
 
 class _MergeInShares:
-    """One merge in which each peer on the roster averages a share."""
+    """Merge in which each peer on the roster averages a share."""
 
     def __init__(
         self,

@@ -87,7 +87,7 @@ class CheckedRosters:
     def __init__(self, run_sha256: str, max_tokens: int) -> None:
         self._run_sha256, self._max_tokens = run_sha256, max_tokens
         self._checked: dict[str, Roster] = {}
-        """By hash of the signed payload, author and signature."""
+        """Rosters by hash of the signed payload, author and signature."""
 
     def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
         """Return the same as `roster_untrusted`, with its name. Raises BadBytesError."""

@@ -55,7 +55,7 @@ _Request = TypeVar("_Request", bound=Message)
 
 @dataclass(frozen=True)
 class ChunkReply:
-    """A `PullReply` whose chunk is sent from where it lies in memory."""
+    """`PullReply` whose chunk is sent from where it lies in memory."""
 
     chunk: int
     views: tuple[memoryview, ...]
@@ -64,7 +64,7 @@ class ChunkReply:
 
     @property
     def data(self) -> bytes:
-        """A copy of the chunk."""
+        """Copy of the chunk."""
         return b"".join(self.views)
 
 

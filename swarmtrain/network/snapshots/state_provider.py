@@ -36,7 +36,7 @@ def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 @dataclass
 class StateProvider:
-    """The newest state of this peer, built into a snapshot on demand."""
+    """Newest state of this peer, built into a snapshot on demand."""
 
     identity: Identity
     run_sha256: str

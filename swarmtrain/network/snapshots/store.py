@@ -133,7 +133,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest, its signed form, and its name: the SHA-256 of the manifest's bytes, hex."""
+    """Signed manifest with its name: the SHA-256 of the manifest's bytes, hex."""
 
     manifest: pb.Manifest
     signed: pb.Signed
@@ -157,7 +157,7 @@ class Snapshot:
 
 @dataclass
 class HeldSnapshot:
-    """A snapshot of which this peer holds some or all chunks."""
+    """Snapshot of which this peer holds some or all chunks."""
 
     snapshot: Snapshot
     body: Body
