@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 __all__ = ["BadGradientError", "StageModule", "StageWork", "TailResult"]
 
-_NUM_NORMS = 64
+_NUM_NORMS = 64  # gradients whose median norm is the usual one
 _MOST_TIMES = 1e4
 """Most times the usual norm that a microbatch's gradient may have."""
-_LEAST_NORM = 1e-6
+_LEAST_NORM = 1e-6  # a usual norm counts as at least this
 
 
 class BadGradientError(ValueError):

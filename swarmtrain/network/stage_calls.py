@@ -38,7 +38,7 @@ _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
 """Questions of one peer at once, besides those that release something, and as many backwards: libp2p resets streams
 beyond about 120."""
-_HANG_UP_S = 2.0
+_HANG_UP_S = 2.0  # for the other end to hang up first
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 

@@ -45,11 +45,11 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
-_MAX_INVITED = 4
-_MAX_ADDRESSES = 4
-_FORGET_AFTER_S = 600.0
-_REDIAL_EVERY = 4
-_HEARTBEAT_S = 0.25
+_MAX_INVITED = 4  # peers in an invite
+_MAX_ADDRESSES = 4  # of this peer in an invite
+_FORGET_AFTER_S = 600.0  # after a peer has gone
+_REDIAL_EVERY = 4  # readings of presence between two tries to reach peers that seem gone
+_HEARTBEAT_S = 0.25  # between two looks at the clock for a gap
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 

@@ -50,9 +50,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25
-_ASK_AGAIN_S = 2.0
-_KEPT_DURATIONS = 8
+_LOOK_S = 0.25  # between two looks at who may have a new round, and after a failed pull
+_ASK_AGAIN_S = 2.0  # a worker that had nothing is asked again after this, even if its presence shows no new round
+_KEPT_DURATIONS = 8  # pulls by which the next one's duration is estimated
 _MAX_ROWS = 1024
 """Rows accepted in a server's manifest; a server writes at most 256."""
 

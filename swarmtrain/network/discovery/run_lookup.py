@@ -34,11 +34,11 @@ from swarmtrain.words import short_peer, time_in_words
 
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
 
-_OTHERS_S = 0.5
+_OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
 """Seconds to wait for more peers when those that answered first say that the clock is far off."""
 _MAX_SHOWN = 3
-_STARTING_LOOKS = 5
+_STARTING_LOOKS = 5  # a peer that listens but does not serve the run yet is asked so often
 _STARTING_S = 1.0
 
 

@@ -27,8 +27,8 @@ _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Most bytes of a chain on the wire, and of the own chain in memory: a frame has 4 MiB."""
 _KEPT_BYTES = 256 * 1024
 """Most bytes of the own chain in each checkpoint."""
-_MAX_MANIFESTS = 2048
-_MAX_KNOWN = 64
+_MAX_MANIFESTS = 2048  # in one message
+_MAX_KNOWN = 64  # digests that one message names
 
 
 def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:

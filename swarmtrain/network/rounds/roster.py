@@ -17,8 +17,8 @@ __all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "ro
 
 _MAX_ENTRIES = 4096
 _MAX_COUNTER = 2**60
-_MAX_CHECKED = 256
-_MAX_CHECKED_ENTRIES = 65_536
+_MAX_CHECKED = 256  # rosters remembered as verified
+_MAX_CHECKED_ENTRIES = 65_536  # in all of them together
 
 
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:

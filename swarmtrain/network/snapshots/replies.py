@@ -29,7 +29,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["ChunkReply", "Replies", "Reply", "answer", "put_untrusted"]
 
-_HEAD_BYTES = 9
+_HEAD_BYTES = 9  # marker and length
 _MESSAGE, _ERROR = 0, 1
 _END_OF_REQUESTS = bytes([_ERROR]) + bytes(8)
 _SOCKET_BYTES = 200_000

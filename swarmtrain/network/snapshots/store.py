@@ -85,7 +85,7 @@ _MAX_FILES = 8
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
-_MAX_AXES = 16
+_MAX_AXES = 16  # of a tensor in a manifest
 
 
 @dataclass(frozen=True)
