@@ -49,7 +49,7 @@ def checkpointer_of(
     """
     path = folder.checkpoints_path
     if stage is not None:
-        with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+        with contextlib.suppress(OSError):  # the first checkpoint reports it
             path.mkdir(0o700, exist_ok=True)
         path = stage_path(folder, stage)
     return Checkpointer(CheckpointFolder(path, published.sha256, peer), emit)

@@ -109,7 +109,7 @@ class Robustness:
             if arrival.theta is not None:
                 cuts["weights"] = self._displacements.clip(own_theta, arrival.theta)
                 arrival = dataclasses.replace(arrival, theta=cuts["weights"].vector)
-            if tokens:  # a unit of work that both sides count alike
+            if tokens:  # compared per token, a unit of work that both sides count alike
                 cuts["gradient"] = self._gradients.clip(arrival.gradient, tokens)
                 if cuts["gradient"].incident is not None:
                     arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector, lengthened=None)

@@ -224,7 +224,7 @@ class MergeServer:
         """Publish the present weights to the workers and the state to joiners. Runs in the network thread."""
         state, arrivals, progress = self.state, self.arrivals, self.progress
         if not arrivals:
-            return  # everybody has the initial weights
+            return  # everybody has the initial weights already
         entered = self.marks.newest(_MAX_ENTERED)
 
         def fill(manifest: pb.Manifest) -> None:

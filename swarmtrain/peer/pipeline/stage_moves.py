@@ -71,7 +71,7 @@ class StageMoves:
                 _log.info("keeping its stage: %s", command.reason)
                 if command.had_begun:
                     record.stays()
-                    if stages := self._stages.numbers:  # it was about to take another
+                    if stages := self._stages.numbers:  # the status said that it was taking another
                         context.control.training_stages(stages)
         return None
 
