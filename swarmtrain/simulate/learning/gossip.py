@@ -413,7 +413,7 @@ class LearningPeer:
         lane, vector, earlier = self.lanes[decode.fragment], decode.held.sent, decode.earlier
         assert vector is not None
         if not bool(vector.isfinite().all()):
-            raise BadBytesError("a publication that is not finite")
+            raise BadBytesError("a publication that is not finite", code="not-finite")
         if decode.section in lane.codec.averaged:
             arrival = PartnerUpdate(vector, vector, 0)
         else:

@@ -144,8 +144,13 @@ def scenario_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if not re.fullmatch(NAME, name):
-        raise UserError(f"scenario.methods: there is no method {name}; there are {', '.join(METHODS)}")
+        raise UserError(
+            f"scenario.methods: there is no method {name}; there are {', '.join(METHODS)}", code="no-such-method"
+        )
     kind = method_named(name)
     if not kind.learns:
-        raise UserError(f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it")
+        raise UserError(
+            f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it",
+            code="no-such-method",
+        )
     return Method(says=kind.says, run=load_part(kind.learns), keys={"merge.method": name})
