@@ -10,14 +10,18 @@ DEV := $(VENV)/.installed-dev
 GRPCIO_TOOLS := 1.67.1
 # Tests without processes are shared out to a process a core. Those with processes of a swarm need the cores themselves.
 SHARED := --numprocesses logical --maxprocesses 4 --dist worksteal
-UNIT := -m "not slow and not processes and not containers" $(SHARED)
+UNIT := -m "not slow and not processes and not containers and not evidence" $(SHARED)
+VIRTUAL := -m "not long and not processes and not containers and not evidence" $(SHARED)
+
+# Python compiles what is imported when it first is: a tenth of what would be compiled here.
+PIP_OPTIONS := --no-compile
 
 # The tests start the package again and again: each start would compile all of it.
 unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-unit test-long test-containers chaos lint format protos demo search soak long-soak results docs clean
+.PHONY: help venv test test-virtual test-unit test-long test-containers evidence chaos lint format protos demo search soak long-soak results docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -27,30 +31,37 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(CORE): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --editable .
 	@touch $@
 
 $(DEV): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --editable '.[dev]'
 	@touch $(CORE) $@
 
 venv: $(DEV)  ## make .venv with everything a developer needs
 
-# In a fresh clone each process that shares the tests would compile all of them: once is enough, on a core that mypy leaves.
-test: $(DEV)  ## style, types, units, whole runs in virtual time, and swarms of real processes: a quarter of an hour
-	@$(BIN)/python -m pytest --collect-only --quiet > /dev/null 2>&1 & $(MAKE) --no-print-directory lint; code=$$?; wait; exit $$code
-	$(BIN)/python -m pytest $(UNIT)
-	$(BIN)/python -m pytest -m "slow and not long" $(SHARED)
-	$(BIN)/python -m pytest -m "processes and not long"
+# mypy takes one core for a minute: tests in virtual time may run beside it, those with real processes need the cores.
+test: $(DEV)  ## style, types, units, whole runs in virtual time, swarms of real processes: eight minutes on two cores
+	@said=$$(mktemp); (nice $(MAKE) --no-print-directory lint >$$said 2>&1; code=$$?; cat $$said; rm $$said; exit $$code) & lint=$$!; \
+	$(MAKE) --no-print-directory test-virtual; code=$$?; wait $$lint && exit $$code
+	$(BIN)/python -m pytest -m "processes and not long and not evidence"
+
+# In a fresh clone each process that shares the tests would compile all of them: once is enough.
+test-virtual: $(DEV)  ## the tests without real processes: units, and whole runs in virtual time
+	@$(BIN)/python -m pytest --collect-only --quiet >/dev/null 2>&1 || true
+	$(BIN)/python -m pytest $(VIRTUAL)
 
 test-unit: $(DEV)  ## the tests that play no whole run: a minute
 	$(BIN)/python -m pytest $(UNIT)
 
 test-long: $(DEV)  ## the rest of what continuous integration checks: what takes more than twenty seconds each
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not evidence"
 
 test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose
 	$(BIN)/python -m pytest -m containers
+
+evidence: $(DEV)  ## what plays long what the tests show in short, by hand: docs/testing.md says where it is recorded
+	$(BIN)/python -m pytest -m evidence -rA --durations=0
 
 chaos: $(DEV)  ## kills, hangs, cuts and deletions in real containers, and a table (needs a Docker engine)
 	$(BIN)/python tests/chaos/run.py

@@ -55,7 +55,9 @@ def method_named(name: str) -> MergeMethod:
         return METHODS[name]
     method, place = brought("method", name, "method", GROUP)
     if not isinstance(method, MergeMethod):
-        raise RunFileError(f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it')
+        raise RunFileError(
+            f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it', code="merge-package-broken"
+        )
     return dataclasses.replace(method, name=name)
 
 

@@ -162,6 +162,7 @@ class DataCoverage:
 
         Raises BadBytesError for any other row.
         """
+        # Without unknown fields, which nobody has signed and which would be stored and passed on.
         envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
         as_signed = envelope.SerializeToString(deterministic=True)
         with self._lock:

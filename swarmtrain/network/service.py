@@ -97,7 +97,7 @@ def service_type() -> Any:
             budget = budget or self._budget
             if budget.allows(caller, time.monotonic()):
                 return False
-            self._answers.refused(caller, BadBytesError(budget.in_words))
+            self._answers.refused(caller, BadBytesError(budget.in_words, code="too-often"))
             return True
 
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
@@ -295,19 +295,19 @@ class PeerCalls:
             if status == pb.PullReply.STATUS_BUSY:
                 raise BusyError("it serves as many readers as it may")
             if status != pb.PullReply.STATUS_OK:
-                raise UnreachableError("it does not hold this file of the run")
+                raise UnreachableError("it does not hold this file of the run", code="not-held")
             while not (message := await next_message(stream, self.stall_limit_s)).end:
                 data = message.data  # a copy, each time
                 if not data or size % CHUNK_BYTES:
-                    raise BadBytesError("a file of the run that comes in other pieces than it should")
+                    raise BadBytesError("a file of the run that comes in other pieces than it should", code="bad-size")
                 parts.append(data)
                 size += len(data)
                 await stream.count(len(data))
                 if size > max_bytes:
-                    raise BadBytesError(f"a file of the run longer than {max_bytes} bytes")
+                    raise BadBytesError(f"a file of the run longer than {max_bytes} bytes", code="bad-size")
         finally:
             await stream.aclose()
         whole = b"".join(parts)
         if hashlib.sha256(whole).hexdigest() != sha256:
-            raise BadBytesError("a file of the run that does not match its hash")
+            raise BadBytesError("a file of the run that does not match its hash", code="bad-hash")
         return whole

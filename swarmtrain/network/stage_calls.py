@@ -97,10 +97,12 @@ async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit
         async with asyncio.timeout(limit_s):
             size = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
             if size > _MAX_MESSAGE_BYTES:
-                raise BadBytesError(f"a message of {size} bytes; at most {_MAX_MESSAGE_BYTES} are accepted")
+                raise BadBytesError(
+                    f"a message of {size} bytes; at most {_MAX_MESSAGE_BYTES} are accepted", code="bad-size"
+                )
             return kind.FromString(await reader.readexactly(size))
     except DecodeError:
-        raise BadBytesError("what is no message") from None
+        raise BadBytesError("what is no message", code="bad-format") from None
     except TimeoutError:
         raise StalledError(f"it says nothing for {limit_s:g} s") from None
     except (OSError, EOFError) as error:
@@ -128,7 +130,7 @@ async def _body_untrusted(
             await traffic.down.turn(len(piece))
         body.append(data)
     if message.tensors and digest.digest() != message.sha256:
-        raise BadBytesError("tensors that do not match their hash")
+        raise BadBytesError("tensors that do not match their hash", code="bad-hash")
     return body
 
 
@@ -139,7 +141,7 @@ def _sha256(body: Body) -> bytes:
     return digest.digest()
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- the asking end
 
 
 @dataclass
@@ -189,7 +191,7 @@ class StageClient:
 def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
     reason = answer.reason[:200]
     if not reason.isprintable():
-        raise BadBytesError("a reason that is no text")
+        raise BadBytesError("a reason that is no text", code="bad-format")
     match answer.status:
         case pb.StageAnswer.STATUS_OK:
             return
@@ -198,10 +200,10 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
         case pb.StageAnswer.STATUS_GONE:
             raise GoneError(reason)
         case _:
-            raise BadBytesError(f"it refuses the question: {reason}")
+            raise BadBytesError(f"it refuses the question: {reason}", code="question-refused")
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- the answering end
 
 
 class StageAnswers(Protocol):

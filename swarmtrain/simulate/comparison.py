@@ -223,29 +223,45 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     work = here.scenario.work
     if work not in method.works:
         able = ", ".join(name for name, one in METHODS.items() if work in one.works)
-        raise UserError(f"method {play.method}: not for {work} work (scenario.work), which {able} can do")
+        raise UserError(
+            f"method {play.method}: not for {work} work (scenario.work), which {able} can do", code="keys-disagree"
+        )
     if here.hostile.percent and not method.hostile:
-        raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
+        raise UserError(
+            f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip", code="keys-disagree"
+        )
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
             f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and "
-            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent"
+            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent",
+            code="keys-disagree",
         )
     if (here.away or here.churn.stays_s) and not method.churn:
-        raise UserError(f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it")
+        raise UserError(
+            f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it",
+            code="keys-disagree",
+        )
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
         mean_of(run.merge.robust)  # it is here, or that is said
         if work == "pipeline":
             pipeline_play.check(here, run)
     except UserError as error:
-        raise UserError(f"method {play.method}: {error}") from None
+        raise UserError(*(each.found_in(f"method {play.method}") for each in error.problems)) from None
     if here.scenario.warm_tokens and run.merge.init == "own":
-        raise UserError('scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0')
+        raise UserError(
+            'scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0',
+            code="keys-disagree",
+        )
     if 0 < here.scenario.warm_tokens < run.tokens_per_step:
-        raise UserError(f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0")
+        raise UserError(
+            f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0",
+            code="keys-disagree",
+        )
     if here.peers.own_text and run.data.streaming:
-        raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
+        raise UserError(
+            "peers.own_text: a corpus that is streamed has no parts; set data.streaming = false", code="keys-disagree"
+        )
     return run
 
 
@@ -269,7 +285,8 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
     if outcome.virtual_time_s > setting.churn_until_s:
         raise UserError(
             f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
-            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
+            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer",
+            code="too-much-churn",
         )
     return outcome
 

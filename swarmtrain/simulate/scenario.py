@@ -319,7 +319,8 @@ class Scenario:
         for key in {**own, **(grid or self.grid)}:
             if key.startswith("scenario.") and key not in _CHANGEABLE:
                 raise UserError(
-                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed"
+                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed",
+                    code="key-not-changeable",
                 )
         here = self.at(tuple(own.items()))
         told: dict[str, Any] = {"seeds": seeds or here.scenario.seeds, "methods": methods or here.scenario.methods}
@@ -334,7 +335,8 @@ class Scenario:
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
-                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds than those"
+                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds",
+                code="seed-used-twice",
             )
         return new
 
@@ -378,9 +380,9 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
     rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]")
+            raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]", code="wrong-type")
     if math.prod(map(len, grid.values())) > _MAX_POINTS:
-        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
+        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points", code="out-of-range")
     sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
     run_table = _run_table(run_path, tell)
@@ -404,7 +406,7 @@ def _run_table(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """Read the run file's tables, with our keys. `UserError` for words of the field that stand for none."""
     found = translated(read_small_file(path, "a run file", _RUN_EXAMPLE))
     if found.rewritten.problems:
-        raise UserError(*(f"{one_line(str(path))}: {problem}" for _, problem in found.rewritten.problems))
+        raise UserError(*(each.found_in(one_line(str(path))) for _, each in found.rewritten.problems))
     for line in found.said:
         tell(line)
     return found.table
@@ -416,7 +418,9 @@ def _with_our_keys(pairs: Mapping[str, Any], tell: Callable[[str], None]) -> dic
     for key, value in pairs.items():
         ours = key if key.partition(".")[0] in _OWN else our_key(key)
         if ours in found or (ours != key and ours in pairs):
-            raise UserError(f"{one_line(key)}: means {ours}, which is given too; leave one of them out")
+            raise UserError(
+                f"{one_line(key)}: means {ours}, which is given too; leave one of them out", code="key-given-twice"
+            )
         if ours != key:
             tell(f"{one_line(key)} is read as {ours}")
         found[ours] = value
@@ -427,16 +431,16 @@ def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
     try:
         return _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Sections))) from None
 
 
 def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
     if not isinstance(rows, list):
-        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each")
+        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each", code="wrong-type")
     try:
         return [model.model_validate({name: row}) for row in rows]
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, model))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, model))) from None
 
 
 def _traced(scenario: Scenario, origin: str) -> Scenario:
@@ -445,7 +449,10 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
     if not name:
         return scenario
     if scenario.hangs or scenario.away:
-        raise UserError(f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace")
+        raise UserError(
+            f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace",
+            code="keys-disagree",
+        )
     trace = load_trace(scenario.folder / name, scenario.peers.number)
     return replace(
         scenario,
@@ -461,21 +468,35 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
     for key in _ABSENT[work]:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
-            raise UserError(f"{origin}: {key}: there is no such thing in {work} work (scenario.work)")
+            raise UserError(
+                f"{origin}: {key}: there is no such thing in {work} work (scenario.work)", code="keys-disagree"
+            )
     if work == "learning" and number > _MOST_LEARNERS:
-        raise UserError(f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"')
+        raise UserError(
+            f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"',
+            code="keys-disagree",
+        )
     if work == "systems" and (scenario.hangs or scenario.away):
-        raise UserError(f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]")
+        raise UserError(
+            f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]", code="keys-disagree"
+        )
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
-            raise UserError(f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0")
+            raise UserError(
+                f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0", code="no-such-volunteer"
+            )
     for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
         if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
-            raise UserError(f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s")
+            raise UserError(
+                f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s", code="keys-disagree"
+            )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
-        raise UserError(f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?")
+        raise UserError(
+            f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?",
+            code="keys-disagree",
+        )
     if scenario.hostile.number(number) >= number:
-        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest")
+        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest", code="keys-disagree")
     return scenario
 
 
@@ -487,7 +508,9 @@ def _apart(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _hashable(key: str, value: Any) -> Any:
     if isinstance(value, dict):
-        raise UserError(f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V")
+        raise UserError(
+            f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V", code="wrong-type"
+        )
     return tuple(_hashable(key, each) for each in value) if isinstance(value, list) else value
 
 
@@ -506,8 +529,11 @@ def _keys(table: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
     """A section whose keys are those of a run file, with a dot."""
     section = table.pop(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"{origin}: {name}: is a section; write [{name}]")
+        raise UserError(f"{origin}: {name}: is a section; write [{name}]", code="wrong-type")
     for key in section:
         if key.count(".") != 1:
-            raise UserError(f'{origin}: {name}.{key}: write the run file\'s key with its section: "run.total_tokens"')
+            raise UserError(
+                f'{origin}: {name}.{key}: write the run file\'s key with its section: "run.total_tokens"',
+                code="bad-assignment",
+            )
     return section

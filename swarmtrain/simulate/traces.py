@@ -64,12 +64,16 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
     now_s = 0.0
     for row in _rows(text, origin, num_peers):
         if row.time_s < now_s:
-            raise UserError(f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time")
+            raise UserError(
+                f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time", code="bad-trace"
+            )
         now_s = row.time_s
         lives.setdefault(row.peer, _Life(row.peer, is_away=row.event == "join")).goes_on(row)
         for name, value in row.figures.items():
             if (before := figures[name].setdefault(row.peer, value)) != value:
-                raise UserError(f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one")
+                raise UserError(
+                    f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one", code="bad-trace"
+                )
     away, hangs = ([span for life in lives.values() for span in life.spans(kind)] for kind in ("away", "hangs"))
     return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
 
@@ -93,10 +97,13 @@ class _Life:
             is_what = {"here": "is there", "hangs": "hangs", "away": "is away"}[self.state]
             raise UserError(
                 f"{row.where}: event: {row.event}, and peer {self.peer} {is_what} then; possible: "
-                f"{', '.join(allowed[self.state])}"
+                f"{', '.join(allowed[self.state])}",
+                code="bad-trace",
             )
         if row.time_s <= self.last_s:
-            raise UserError(f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already")
+            raise UserError(
+                f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already", code="bad-trace"
+            )
         self._end(row.time_s)
         self.state = {"hang": "hangs", "leave": "away", "crash": "away"}.get(row.event, "here")
         self.since_s = self.last_s = row.time_s
@@ -122,10 +129,14 @@ def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
             columns = _columns(cells, where)
             continue
         if len(cells) != len(columns):
-            raise UserError(f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}")
+            raise UserError(
+                f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}", code="bad-trace"
+            )
         yield _row(dict(zip(columns, cells, strict=True)), where, num_peers)
     if not columns:
-        raise UserError(f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}")
+        raise UserError(
+            f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}", code="bad-trace"
+        )
 
 
 def _columns(cells: list[str], where: str) -> list[str]:
@@ -134,7 +145,8 @@ def _columns(cells: list[str], where: str) -> list[str]:
     if missing or others or len(set(cells)) < len(cells):
         raise UserError(
             f"{where}: the first line names the columns, each once: {', '.join(_COLUMNS)}, and where there are some "
-            f"{', '.join(_FIGURES)}"
+            f"{', '.join(_FIGURES)}",
+            code="bad-trace",
         )
     return cells
 
@@ -142,9 +154,9 @@ def _columns(cells: list[str], where: str) -> list[str]:
 def _row(cells: Mapping[str, str], where: str, num_peers: int) -> _Row:
     peer = cells["peer"]
     if not (peer.isascii() and peer.isdigit() and int(peer) < num_peers):
-        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0")
+        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0", code="no-such-volunteer")
     if cells["event"] not in EVENTS:
-        raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}")
+        raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}", code="bad-trace")
     figures = {
         name: _number(cells[name], f"{where}: {name}", least=_LEAST, most=_MOST) for name in _FIGURES if cells.get(name)
     }
@@ -158,7 +170,7 @@ def _number(text: str, what: str, *, least: float, most: float) -> float:
     except ValueError:
         value = math.nan
     if not least <= value <= most:
-        raise UserError(f"{what}: {_shown(text)}; allowed: a number from {least:g} to {most:g}")
+        raise UserError(f"{what}: {_shown(text)}; allowed: a number from {least:g} to {most:g}", code="out-of-range")
     return value
 
 

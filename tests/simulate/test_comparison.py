@@ -162,8 +162,9 @@ def test_figures_that_there_are_none_of_are_null(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_same_document_on_one_core_and_on_two(tmp_path: Path) -> None:
+    """Whoever comes and goes meanwhile."""
     section = {"methods": ["gossip", "diloco-paced"], "curve_points": 3}
-    path, texts = write_scenario(tmp_path, scenario=section), []
+    path, texts = write_scenario(tmp_path, scenario=section, churn={"stays_s": 0.2, "away_s": 0.1}), []
     for jobs in ("1", "2"):
         json_file = tmp_path / f"{jobs}.json"
         given = ["simulate", str(path), "--jobs", jobs, "--fresh", "--json", str(json_file), "--seed", "3"]
@@ -177,15 +178,9 @@ def test_the_command_writes_the_same_document_on_one_core_and_on_two(tmp_path: P
     assert all(0 < row["held_out_loss"] < 4 and len(row["curve"]) == 3 for row in table["results"])
 
 
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"hostile": {"percent": 34, "attack": "noise x3"}, "grid": {"merge.robust": ["clip", "flag"]}},
-        {"churn": {"stays_s": 0.2, "away_s": 0.1}, "scenario": {"methods": ["gossip", "server"]}},
-    ],
-)
-def test_what_befalls_them_is_the_same_on_one_core_and_on_two(tmp_path: Path, sections: dict[str, Any]) -> None:
-    scenario = tiny(tmp_path, **sections)
+def test_what_the_hostile_do_is_the_same_on_one_core_and_on_two(tmp_path: Path) -> None:
+    hostile = {"percent": 34, "attack": "noise x3"}
+    scenario = tiny(tmp_path, hostile=hostile, grid={"merge.robust": ["clip", "flag"]})
     first, second = (document(compare(scenario, jobs=jobs, kept=None)) for jobs in (1, 2))
     assert first == second and len(first["results"]) == 2
 

@@ -95,9 +95,11 @@ def section_untrusted(request: pb.PublicationRequest, sections: Collection[Secti
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
-        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes")
+        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes", code="bad-size")
     if request.section not in sections:
-        raise BadBytesError(f"it asks for a section that this run does not have: {request.section!r}")
+        raise BadBytesError(
+            f"it asks for a section that this run does not have: {request.section!r}", code="not-asked-for"
+        )
     return request.section
 
 
@@ -119,17 +121,25 @@ def publication_untrusted(
     snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
     manifest = snapshot.manifest
     if snapshot.author != peer:
-        raise BadBytesError("a publication of another peer than the one that sent it")
+        raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
     if manifest.fragment != rules.fragment:
-        raise BadBytesError(f"a publication of fragment {manifest.fragment} in place of {rules.fragment}")
+        raise BadBytesError(
+            f"a publication of fragment {manifest.fragment} in place of {rules.fragment}", code="not-asked-for"
+        )
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
-        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
+        raise BadBytesError(
+            f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-number"
+        )
     # Each step trains on at least one token. Weights at a round's beginning (part 0) have no steps yet.
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
     if not (least <= manifest.inner_steps <= manifest.tokens <= most):
-        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+        raise BadBytesError(
+            f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps", code="bad-tokens"
+        )
     if not manifest.tokens <= manifest.author_tokens < 2**60:
-        raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+        raise BadBytesError(
+            "a publication that counts more tokens in its round than its author in all", code="bad-tokens"
+        )
     return empty_held(snapshot), PublicationVersion(manifest.round, manifest.part, manifest.tokens)
 
 

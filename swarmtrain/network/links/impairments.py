@@ -105,5 +105,6 @@ class Outages:
             since_s, was_held_up = clock(), True
             while self.parts(one, other):
                 await self._changed.wait()
+            # TCP doubles its waits between retries, so the next one comes within as long again as the outage lasted.
             await asyncio.sleep(self.rng.uniform(0.0, min(clock() - since_s, _MOST_AGAIN_S)))
         return was_held_up

@@ -49,11 +49,11 @@ class GreetingAnswer:
 
     peer: str
     name: str
-    address: str  # where it was reached
+    address: str  # at which it was reached
     round_trip_s: float
     offset_s: float  # its clock less this machine's
-    version: str  # of its swarmtrain
-    known: tuple[PeerInfo, ...]  # itself and whom it knows, as they describe themselves
+    version: str  # its version of swarmtrain
+    known: tuple[PeerInfo, ...]  # the peer and those that it knows, as they describe themselves
     misfit: str = ""  # why its swarmtrain and this one cannot train together, if they cannot
 
 
@@ -77,7 +77,7 @@ async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) 
         offset_s=reply.time - (asked_s + round_trip_s / 2),
         version=version if version.isprintable() else "",
         known=known,
-        misfit=refusal_untrusted(name or short_peer(peer.peer), reply),
+        misfit=refusal_untrusted(name or short_peer(peer.peer), reply) or "",
     )
 
 

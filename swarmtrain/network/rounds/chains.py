@@ -38,7 +38,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
-        raise BadBytesError("a chain of rosters of a size out of range")
+        raise BadBytesError("a chain of rosters of a size out of range", code="bad-size")
     links, signed = [], {}
     for link in message.links:
         roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens)
@@ -47,7 +47,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
         signed[roster.digest] = link
     chain = Chain(tuple(links))
     if found := flaw(chain, ours):
-        raise BadBytesError(found)
+        raise BadBytesError(found, code="bad-chain")
     return ShownChain(chain.joined_to(ours), signed)
 
 
@@ -56,7 +56,7 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
     snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
-        raise BadBytesError("a chain with manifests of other entries than its rosters have")
+        raise BadBytesError("a chain with manifests of other entries than its rosters have", code="bad-chain")
     return snapshot.author, snapshot.manifest.tokens
 
 
@@ -93,6 +93,8 @@ class ChainStore(Chains[pb.ChainLink]):
         back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
         digests = [links[-i].roster.digest for i in back]
         if links:
+            # The oldest roster kept, and its base: the farthest point at which another chain can still be joined to
+            # ours.
             digests += [links[0].roster.digest, links[0].roster.base]
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
@@ -123,7 +125,7 @@ class ChainStore(Chains[pb.ChainLink]):
         try:
             message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
         except (DecodeError, ValueError, TypeError) as error:
-            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
+            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}", code="bad-chain") from error
         if message.links:
             self.keep(chain_untrusted(message, self.chain, settings))
 

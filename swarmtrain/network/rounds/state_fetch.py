@@ -73,9 +73,11 @@ class PeerStates:
         snapshot = manifest_untrusted(reply.manifest, settings.run_sha256, pb.SNAPSHOT_KIND_STATE, settings.state_specs)
         manifest = snapshot.manifest
         if manifest.round < min_round or manifest.round != roster.round + 1:
-            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
+            raise BadBytesError(
+                "a state of another round than asked for, or than its roster leads to", code="not-asked-for"
+            )
         if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
-            raise BadBytesError("a state that does not fit its roster")
+            raise BadBytesError("a state that does not fit its roster", code="bad-chain")
         check_token_rows_untrusted(manifest)
         return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
 

@@ -55,7 +55,7 @@ class StageMoves:
                     if context.stop.failure is not None:
                         raise
                     message = f"{stages_in_words(command.stages)} could not be taken: {error}"
-                    context.emit(WarningEvent(message=message))
+                    context.emit(WarningEvent(message=message, code="stage-not-taken"))
                     return moves.FetchFailed(str(error))
                 return moves.StagesFetched(record.places(), swarm_time())
             case moves.LeaveStages():
@@ -71,7 +71,7 @@ class StageMoves:
                 _log.info("keeping its stage: %s", command.reason)
                 if command.had_begun:
                     record.stays()
-                    if stages := self._stages.numbers:  # it was about to take another
+                    if stages := self._stages.numbers:  # the status said that it was taking another
                         context.control.training_stages(stages)
         return None
 

@@ -30,9 +30,14 @@ def check(scenario: Scenario, run: RunFile) -> None:
     """`UserError` if it is not to be played."""
     stages, number = run.pipeline.stages, scenario.peers.number
     if stages < 2:
-        raise UserError("pipeline.stages: 1: pipeline work needs a run whose model is cut, as examples/pipeline.toml")
+        raise UserError(
+            "pipeline.stages: 1: pipeline work needs a run whose model is cut, as examples/pipeline.toml",
+            code="keys-disagree",
+        )
     if number < stages:
-        raise UserError(f"peers.number: {number} for pipeline.stages = {stages}: allowed: {stages} or more")
+        raise UserError(
+            f"peers.number: {number} for pipeline.stages = {stages}: allowed: {stages} or more", code="too-few-peers"
+        )
 
 
 def play_pipeline(scenario: Scenario, run: RunFile) -> RunOutcome:

@@ -165,7 +165,10 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     swarm.run_until(end_s)
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
     if not kept:
-        raise UserError(f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn")
+        raise UserError(
+            f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
+            code="too-much-churn",
+        )
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
     for record in kept:
         by_peer[record.peer.partition(".")[0]].append(record)
@@ -316,7 +319,8 @@ def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed:
     if machines.num < stages:
         raise UserError(
             f"--peers: {machines.num} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a "
-            f"machine of its own; allowed: {stages} or more"
+            f"machine of its own; allowed: {stages} or more",
+            code="too-few-peers",
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))
     world = _through_stages(run, some, links, seed)

@@ -18,7 +18,14 @@ from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld, Vir
 
 pytestmark = pytest.mark.slow
 
-NUM_SCHEDULES = 24
+NUM_SCHEDULES = 8
+"""What continuous integration plays: about two seconds of a core each."""
+NUM_IN_EVIDENCE = 64
+"""What `make evidence` plays, those eight not again."""
+SEEDS = [
+    *range(NUM_SCHEDULES),
+    *(pytest.param(seed, marks=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
+]
 
 
 def drawn(folder: Path, seed: int) -> LearningWorld:
@@ -57,7 +64,7 @@ def drawn(folder: Path, seed: int) -> LearningWorld:
     return LearningWorld(setting(tiny(folder, **sections), **merge))
 
 
-@pytest.mark.parametrize("seed", range(NUM_SCHEDULES))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_each_step_enters_each_fragment_once_whatever_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -16,9 +16,17 @@ from swarmtrain.simulate.search import FaultSchedule, ScheduledFault, Violation,
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("first", range(0, 80, 10))
+AT_ONCE = 20
+"""Schedules of a test: about a second of a core."""
+NUM_SCHEDULES = 160
+"""What continuous integration plays of the search; `make search` goes on for as long as it is let."""
+NUM_IN_EVIDENCE = 2000
+"""What `make evidence` plays, by the command that a person types."""
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, AT_ONCE))
 def test_the_rules_hold_in_the_first_schedules(first: int) -> None:
-    for seed in range(first, first + 10):
+    for seed in range(first, first + AT_ONCE):
         assert not play(draw(seed)), as_test(draw(seed))
 
 
@@ -28,9 +36,9 @@ def test_of_two_one_that_stood_still_for_long_is_merged_again() -> None:
     assert not play(FaultSchedule(world="gossip", speeds=(6.0, 6.0), faults=(freeze,)))
 
 
-@pytest.mark.long
-def test_two_thousand_schedules_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    code = command.main(["--schedules", "2000", "--seed", "0"])
+@pytest.mark.parametrize("number", [24, pytest.param(NUM_IN_EVIDENCE, marks=pytest.mark.evidence)])
+def test_schedules_by_the_command(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    code = command.main(["--schedules", str(number), "--seed", "0"])
     assert code == 0, capsys.readouterr().out
 
 

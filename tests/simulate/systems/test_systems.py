@@ -101,7 +101,7 @@ def test_the_cheap_rule_for_links_agrees_with_max_min_fair_ones() -> None:
     busy = replace(SETTINGS, sizes=SectionBytes(weights=8_000_000, gradient=4_000_000))
 
     def figures(exact: bool) -> list[float]:
-        swarm = SystemsSwarm(busy, unequal(100), NOBODY_GOES)
+        swarm = SystemsSwarm(busy, unequal(60), NOBODY_GOES)
         swarm.links.exact = exact
         swarm.populate()
         swarm.run_until(8 * 16.0)
