@@ -30,12 +30,12 @@ _LEFT_OUT_FOLDERS = frozenset(
 _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
 _LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # these describe one machine's build, not Python
 
-_MOST_BAD_FILES = 5
+_MOST_BAD_FILES = 5  # after so many a survey stops
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, never empty."""
+    """Text of one document, never empty."""
 
     name: str  # the file's name relative to its source, or "file:line"; for messages and for the order
     text: bytes
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source."""
+    """File of a source."""
 
     name: str
     path: Path

@@ -126,4 +126,4 @@ class Puller:
 
 
 class _NoAnswerError(Exception):
-    """An author gave no reply to a request."""
+    """Raised when an author gives no reply to a request."""

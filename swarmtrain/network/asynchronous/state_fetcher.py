@@ -34,7 +34,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
-_LEAST_LIMIT_S = 20.0
+_LEAST_LIMIT_S = 20.0  # for one state, or a reply with its manifest, however small
 # A limit is this many times the time that a transfer is expected to take.
 _PATIENCE = 4.0
 MOMENTA = 3

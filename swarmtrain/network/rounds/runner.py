@@ -56,7 +56,7 @@ _InEnded: TypeAlias = (
 
 @dataclass
 class RoundRunner:
-    """This peer's side of all rounds: answers other peers and finishes its own rounds."""
+    """Plays this peer's part in all rounds: answers other peers and finishes its own rounds."""
 
     identity: Identity
     downloads: Downloads
