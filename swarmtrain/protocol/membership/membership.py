@@ -245,7 +245,7 @@ class Membership:
         """Return whether one more peer fits.
 
         In a full table the peers that are gone give way, those not heard from for longest first. If none is gone, a
-        live peer that has never answered a call gives way to one that has: a peer that answers is not an invented one.
+        live peer that has never answered a call gives way to one that has: a peer that answers exists.
         """
         if len(self._entries) < MAX_PEERS:
             return True
