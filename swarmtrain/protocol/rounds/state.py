@@ -59,7 +59,7 @@ class KnownRound(Generic[Envelope, Link]):
     tried_again: set[tuple[str, str]] = field(default_factory=set)
     """(peer, digest of a roster) for which an unobtainable publication got its second chance."""
     undeliverable: set[str] = field(default_factory=set)
-    """Peers whose state could not be had."""
+    """Peers whose state could not be fetched."""
     distrusted: set[str] = field(default_factory=set)
     """Peers that sent something malformed about this round: they are asked again, but not waited for."""
     impossible: set[str] = field(default_factory=set)
