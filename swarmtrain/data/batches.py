@@ -53,7 +53,7 @@ def peer_seed(run_sha256: str, peer_id: str) -> int:
 
 
 class Shards:
-    """A corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
+    """Corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
 
     Training on one neighbourhood of the text for a whole round would pull a peer towards it (decision 21). A block is
     as long as a sequence, shorter in a small corpus. A window drawn from a shard begins in one of its blocks.

@@ -96,7 +96,7 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     return mean, left_out
 
 
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # numbers checked at once
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,11 @@ NOT_SERVED = "does not serve this run"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
-_MAX_KNOWN = 4096
-_MAX_DIALLED = 8
+_MAX_KNOWN = 4096  # peers whose addresses are remembered
+_MAX_DIALLED = 8  # addresses remembered of one peer
 _MAX_OWN_BUCKETS = 512
-_REAPED_S = 0.5
-_UNHURRIED_S = 0.1
+_REAPED_S = 0.5  # for the status of a daemon whose sockets have closed
+_UNHURRIED_S = 0.1  # see `submit_unhurried`
 
 
 class NetworkThread:
@@ -210,7 +210,7 @@ class Stream:
 
 @dataclass
 class Node:
-    """A running node. `Node.start` makes one, inside the network thread's loop."""
+    """Running node. `Node.start` makes one, inside the network thread's loop."""
 
     identity: Identity
     settings: NodeSettings

@@ -45,18 +45,18 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
-_MAX_INVITED = 4
-_MAX_ADDRESSES = 4
-_FORGET_AFTER_S = 600.0
-_REDIAL_EVERY = 4
-_HEARTBEAT_S = 0.25
+_MAX_INVITED = 4  # peers in an invite
+_MAX_ADDRESSES = 4  # of this peer in an invite
+_FORGET_AFTER_S = 600.0  # after a peer has gone
+_REDIAL_EVERY = 4  # readings of presence between two tries to reach peers that seem gone
+_HEARTBEAT_S = 0.25  # between two looks at the clock for a gap
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """This peer's place in the swarm of one run. It owns the parts that do the work, and callers use those directly.
+    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.

@@ -425,7 +425,7 @@ class _Bootstrap(BootstrapPeer):
 
     @property
     def _most_sources(self) -> int:
-        """Number of peers whose weights are averaged, or, where all have the same, that may be asked."""
+        """Number of peers to ask: those whose weights are averaged, or candidates where all peers hold the same."""
         run = self.published.run
         return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
 
@@ -454,7 +454,7 @@ class _Bootstrap(BootstrapPeer):
         return True
 
     def _archive_own(self, swarm: Swarm, last: bool) -> bool:
-        """Write the server's weights to disk. The last ones are those that contain every upload."""
+        """Write the server's weights to disk; with `last`, wait first until all uploads have entered them."""
         server, keeper = self.server, self.keeper
         assert server is not None and keeper is not None
         if last:

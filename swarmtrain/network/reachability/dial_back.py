@@ -29,10 +29,10 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["DIAL_S", "PURPOSE", "DialBack"]
 
-DIAL_S = 4.0
+DIAL_S = 4.0  # a failure is reported after exactly this
 PURPOSE = "dial"
 _log = logging.getLogger(__name__)
-_MAX_AT_ONCE = 2
+_MAX_AT_ONCE = 2  # dials for others
 _MAX_TARGET_BYTES = 256
 
 

@@ -27,7 +27,7 @@ from swarmtrain.words import short_peer
 __all__ = ["DialOutcome", "GreetingAnswer", "ask_to_be_dialled", "ask_to_dial", "knock", "tcp_ports"]
 
 _MAX_OTHERS = 64
-_CALL_S = 4.0
+_CALL_S = 4.0  # for the call itself, besides the dialling
 _STRANGER_S = 16.0
 """Seconds for a daemon to start on a busy machine."""
 
@@ -45,7 +45,7 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """A peer's reply to a greeting."""
+    """Reply of a peer to a greeting."""
 
     peer: str
     name: str

@@ -17,8 +17,8 @@ __all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "ro
 
 _MAX_ENTRIES = 4096
 _MAX_COUNTER = 2**60
-_MAX_CHECKED = 256
-_MAX_CHECKED_ENTRIES = 65_536
+_MAX_CHECKED = 256  # rosters remembered as verified
+_MAX_CHECKED_ENTRIES = 65_536  # in all of them together
 
 
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
@@ -87,7 +87,7 @@ class CheckedRosters:
     def __init__(self, run_sha256: str, max_tokens: int) -> None:
         self._run_sha256, self._max_tokens = run_sha256, max_tokens
         self._checked: dict[str, Roster] = {}
-        """By hash of the signed payload, author and signature."""
+        """Rosters by hash of the signed payload, author and signature."""
 
     def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
         """Return the same as `roster_untrusted`, with its name. Raises BadBytesError."""

@@ -56,7 +56,7 @@ _InEnded: TypeAlias = (
 
 @dataclass
 class RoundRunner:
-    """This peer's side of all rounds: answers other peers and finishes its own rounds."""
+    """Plays this peer's part in all rounds: answers other peers and finishes its own rounds."""
 
     identity: Identity
     downloads: Downloads
@@ -163,6 +163,7 @@ class RoundRunner:
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
+        """Carry out one command of the engine."""
         match command:
             case ev.AskRoundQuestion():
                 self._begin(command.number, self._ask(command))

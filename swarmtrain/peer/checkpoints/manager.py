@@ -1,6 +1,6 @@
 """Keep what a peer needs in its folder while it runs, so that it can continue after a restart.
 
-Checkpoints hold the state and everyone's token counts; `peers.json` beside them says whom to dial when nobody of the
+Checkpoints hold the state and everyone's token counts. `peers.json` beside them lists peers to dial when none of the
 invite answers any more. A bootstrap writes checkpoints rarely, so it also keeps the counts in `counts.json`.
 """
 

@@ -260,7 +260,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class _HttpServer(socketserver.ThreadingMixIn, WSGIServer):
-    """HTTP server with a thread for each call, for a few calls at once; further callers are hung up on."""
+    """HTTP server with a thread for each call, for a few calls at once; further callers are disconnected."""
 
     daemon_threads = True
     block_on_close = False

@@ -27,7 +27,9 @@ __all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0
-"""Seconds after which a bootstrap that takes nothing is not waited for: it looks every second and writes for some."""
+"""Seconds after which a bootstrap that takes nothing is no longer waited for; it looks every second and writes for some
+seconds.
+"""
 _MOST_S = 100.0
 """Seconds that leaving takes at most. `swarmtrain leave` waits two minutes; a large model may take longer over a slow
 link.

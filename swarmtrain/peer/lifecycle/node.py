@@ -183,7 +183,7 @@ class _Identifiable(Protocol):
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:
     """Return `emit` for this peer's events: PeerID and name are filled in.
 
-    If `emit` can be told whose events it gets, it is, so that an error that ends the command names the peer too.
+    An `emit` with a method `identify` gets both too, so that an error that ends the command names the peer.
     """
     sink: object = emit
     if isinstance(sink, _Identifiable):

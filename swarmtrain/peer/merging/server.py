@@ -81,7 +81,7 @@ class MergeServer:
 
     @property
     def progress(self) -> Progress:
-        """Progress of the run. A round is what one refresh of the momentum takes; one that has begun counts."""
+        """Progress of the run. A round ends with each refresh of the momentum; one that has begun counts."""
         counts = self.swarm.tallying.contributions()
         round = self.refreshes + (self._outer.buffer.arrivals > 0)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)

@@ -93,7 +93,7 @@ class LocalUpdate:
     own_tokens: int  # all tokens that this peer has trained, these included
     base: str  # digest of the roster that led to the initial weights of this round, "" before the first
     lent: tuple[LentWeights, ...] = ()
-    """With gossip: the loans from which each fragment's gradient is computed."""
+    """Loans from which each fragment's gradient is computed (gossip only)."""
     values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict, repr=False)
     """Values averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
 

@@ -1,8 +1,8 @@
 """Bootstrap of a run whose model is cut into stages: archives each stage, and joins them into one model.
 
 It is in the run's swarm, which knows who holds what, and in every stage's swarm, whose present weights it keeps for
-peers that take a stage that nobody holds any more. It trains no stage. Everything runs on the main thread, which
-submits work to the network thread.
+peers that take a stage that nobody holds any more. It trains no stage. Methods run on the main thread, coroutines in
+the network thread.
 """
 
 from __future__ import annotations
@@ -259,8 +259,8 @@ class PipelineBootstrap(BootstrapPeer):
     def _archive_ended(self, is_late: bool) -> None:
         """Archive the last weights of stages whose peers all have them, or of all stages if it is late.
 
-        For the first stage one peer that has them is enough: a driver that does not report its end was waited for
-        before the end was seen.
+        For the first stage one peer that has them is enough: drivers that did not report the end were waited for before
+        the end was seen.
         """
         total = self.published.run.run.total_tokens
         for archive in self.archives:

@@ -1,6 +1,6 @@
 """Record and events of a pipeline volunteer. From all peers' records each peer computes who should move.
 
-Runs on the main thread; the presence is changed in the network thread.
+Runs on the main thread (`tell_started` on a stage's); the presence is changed in the network thread.
 """
 
 from __future__ import annotations

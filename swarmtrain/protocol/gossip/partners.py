@@ -110,6 +110,7 @@ class Stale:
 
 
 News: TypeAlias = Full | Delta | WeightsOnly | Stale
+"""What of a publication may be merged."""
 
 
 @dataclass(slots=True)
@@ -410,6 +411,8 @@ class Candidate:
 
 @dataclass
 class _Ban:
+    """Record of a peer that was busy or has failed."""
+
     tried_s: float
     until_s: float
     failures: int = 0
