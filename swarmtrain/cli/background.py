@@ -1,8 +1,8 @@
 """`--background`: run a peer as a process that outlives the terminal.
 
 The command starts itself again in a new session, reads the new process's events over a pipe until the peer has joined
-or failed, prints how to control it, and ends. A pipe is used because it also ends when the process dies. The new process
-writes nothing else to it: its log is in its folder, and its standard output and error follow that log.
+or failed, prints how to control it, and ends. A pipe is used because it also ends when the process dies. The new
+process writes nothing else to it: its log is in its folder, and its standard output and error follow that log.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def report_folder(folder: Path) -> None:
 
 
 def say(words: str) -> None:
-    """Print a line on standard error for the person who starts a peer; in the background the waiting command does it."""
+    """Print a line on standard error for the person who starts a peer; in the background the waiting one does it."""
     if is_the_background():
         _write(json.dumps({"said": words}))
     else:
