@@ -234,6 +234,7 @@ class Setting:
         """Return the inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
+        # 1e-9: a step that ends at this very moment is done, whatever the rounding of its time.
         return math.floor(worked_s / self.step_s[number] + 1e-9)
 
     def _spent_s(self, number: int, since_s: float, until_s: float, pace: Pace) -> float:
