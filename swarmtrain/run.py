@@ -246,7 +246,7 @@ class MergeSection(Section):
         description=with_values(
             'With "gossip" and "server": how pseudo-gradients travel.',
             {
-                "auto": 'int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
+                "auto": 'The format int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
                 **{name: _FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
             },
         ),
