@@ -22,7 +22,7 @@ MAX_PEERS = 4096
 
 
 class PeerState(Enum):
-    """Belief of this peer about another."""
+    """State of another peer, as far as this one knows."""
 
     LIVE = "live"
     LOST = "lost"

@@ -105,7 +105,7 @@ class Acknowledged(NamedTuple):
 
 @dataclass(frozen=True)
 class Settlement:
-    """Verdict of a driver on its microbatches: which count, which do not, and the first of which it needs anything.
+    """Message of a driver about its microbatches: which count, which do not, and the first of which it needs anything.
 
     `life` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and restarted since
     then does not have them, and must not count what it may have computed again for a call that was under way for long.

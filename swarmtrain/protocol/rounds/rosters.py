@@ -137,7 +137,8 @@ class Standing(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundView:
-    """Knowledge of a peer about a round whose inner steps it has done. Times are seconds of the caller's clock."""
+    """Situation in a round whose inner steps this peer has done, for `decide`. Times are seconds of the
+    caller's clock."""
 
     me: str
     round: int

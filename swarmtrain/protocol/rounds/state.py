@@ -1,4 +1,7 @@
-"""Knowledge of a peer about a round whose inner steps it has done; `engine.py` decides by it."""
+"""State of one round whose inner steps this peer has done: publications, rosters and open questions.
+
+`engine.py` decides by it.
+"""
 
 from __future__ import annotations
 

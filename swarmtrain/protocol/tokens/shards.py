@@ -63,7 +63,7 @@ class RowIncident:
 
 @dataclass
 class Coverage:
-    """Knowledge of this peer, `me`, about the data that each peer has trained on."""
+    """Tokens that each peer has trained on in each shard, as far as this peer, `me`, knows."""
 
     me: str
     num_shards: int
