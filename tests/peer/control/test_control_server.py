@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
+from codes import raises_code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from swarmtrain.errors import RunTimeError, UserError
@@ -390,7 +391,7 @@ def test_tcp_only_if_it_was_asked_for(tmp_path: Path, peer: FakePeer) -> None:
         second = tmp_path / "second"
         second.mkdir()
         taken = ControlServer(second, peer.powers(), addresses(tmp_path)[1])
-        with pytest.raises(UserError, match="choose another with --control"):
+        with raises_code("port-taken", UserError, "--control"):
             taken.start()
         assert not (second / "control.address").exists()
 
