@@ -1,7 +1,7 @@
-"""What is wrong with a table of sections and keys, a line each that names the key and what is allowed.
+"""Problems of a TOML file, one line each that names the key and what is allowed.
 
-Why: a person who mistypes a key should not have to read a validator's report. Works on any pydantic model
-whose fields are sections; values are shown shortened and escaped, since the table may be another peer's.
+A person who mistypes a key should not have to read a validator's report. Works on any pydantic model whose fields are
+sections. Values are shortened and escaped, since the table may come from another peer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "read_toml",
     "section_fields",
     "shown",
+    "with_values",
 ]
 
 _MAX_FILE_BYTES = 65_536
@@ -41,7 +42,7 @@ _TOLD = 5
 
 
 class Section(BaseModel):
-    """A table of a file that a person writes."""
+    """Table of a file that a person writes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -64,13 +65,15 @@ class Section(BaseModel):
 
 
 def read_small_file(path: Path, kind: str, example: str) -> dict[str, Any]:
-    """The tables of a TOML file that a person writes; errors as of `read_small_text`."""
+    """Read the tables of a TOML file that a person writes. Raises as `read_small_text` and `read_toml` do."""
     return read_toml(read_small_text(path, kind, example), one_line(str(path)), UserError)
 
 
 def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_FILE_BYTES) -> str:
-    """What is in a file that a person writes; `UserError`, one line that names it, if it cannot be read. `kind` is what
-    such a file is called, such as "a rehearsal file"."""
+    """Read a file that a person writes. Raises `UserError`, one line that names the file, if it cannot be read.
+
+    `kind` names such a file in messages, such as "a rehearsal file"; `example` is the path of one.
+    """
     origin = one_line(str(path))
     try:
         data = path.read_bytes()
@@ -85,7 +88,7 @@ def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_
 
 
 def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:
-    """The tables in `text`; `origin` names it in errors, one line that names the place."""
+    """Parse TOML. Raises `error_type`, one line that names `origin` and the place in it."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -104,20 +107,20 @@ class Rewritten:
     """Changes to a table between reading and validating it."""
 
     words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Section and key to the word that the person wrote for the key."""
+    """Map (section, key) to the word that the person wrote for the key."""
     problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
     """Place in the file and sentence, for each word that was left out of the table."""
     meant: frozenset[str] = frozenset()
-    """Keys that what was left out would have given, so that nobody is told that they are missing."""
+    """Keys that the omitted words would have set: they are not reported as missing."""
 
 
 def problems_in_words(
     error: ValidationError | None, model: type[BaseModel], text: str = "", rewritten: Rewritten | None = None
 ) -> list[Problem]:
-    """The problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...", the first few.
+    """List the first few problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...".
 
-    With the file's `text` each begins with its line, where that is known, and they are in its order. What was
-    `rewritten` before is told by the person's words, with its own problems.
+    With the file's `text`, problems are in the file's order and begin with their line, where it is known. Keys that
+    were `rewritten` are named by the person's words, and its own problems are added.
     """
     rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
@@ -150,7 +153,7 @@ def problems_in_words(
 
 
 def _line_of(names: list[str], lines: dict[tuple[str, ...], int]) -> int | None:
-    """The line of a key, or of what it is in."""
+    """Return the line of a key, or of the section that it is in."""
     return next((lines[key] for end in range(len(names), 0, -1) if (key := tuple(names[:end])) in lines), None)
 
 
@@ -159,7 +162,7 @@ _KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
 
 
 def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """The lines, from 1, where sections and keys of a TOML file begin: as most people write them, not all of TOML."""
+    """Find the lines, from 1, on which sections and keys of a TOML file begin. Covers common style, not all of TOML."""
     found: dict[tuple[str, ...], int] = {}
     section: tuple[str, ...] = ()
     quote = ""
@@ -180,8 +183,7 @@ def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field accepts, in words: for errors and for the reference. A field's own words for it are `allowed` of its
-    `json_schema_extra`."""
+    """Describe what a field accepts, for errors and for the reference. `json_schema_extra["allowed"]` overrides it."""
     if isinstance(field.json_schema_extra, dict) and "allowed" in field.json_schema_extra:
         return str(field.json_schema_extra["allowed"])
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
@@ -210,8 +212,13 @@ def allowed_values(field: FieldInfo) -> str:
     return f"a string matching {pattern}" if pattern else "a string" if not _min_length(field) else "a non-empty string"
 
 
+def with_values(sentence: str, meanings: Mapping[str, str]) -> str:
+    """Describe a field that takes one of a few values: its sentence, then an item `- "value"`: meaning for each."""
+    return "\n".join([sentence, *(f'- `"{value}"`: {meaning}' for value, meaning in meanings.items())])
+
+
 def _item(kind: Any) -> Any:
-    """What a list is of, without its limits."""
+    """Return the type of a list's items, without its limits."""
     item = get_args(kind)[0]
     return get_args(item)[0] if get_origin(item) is Annotated else item
 
@@ -228,7 +235,7 @@ def _min_length(field: FieldInfo) -> int:
 
 
 def _code(detail: ErrorDetails) -> str:
-    """The code of one problem, by the validator's word for it."""
+    """Return the code of one problem, by the validator's name for it."""
     kind = detail["type"]
     if kind == "value_error":
         line = detail["ctx"]["error"].args[0]
@@ -244,11 +251,11 @@ _CODES = {
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "out-of-range"),
     **dict.fromkeys(("finite_number", "too_short", "too_long", "int_parsing_size"), "out-of-range"),
 }
-"""Codes by the validator's words, where the word says which."""
+"""Codes by the validator's name of a problem, for names that decide it."""
 
 
 def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    """One problem: the key, what is wrong, what is allowed."""
+    """Describe one problem: the key, what is wrong, what is allowed."""
     names = [str(part) for part in detail["loc"]]
     key = ".".join(one_line(name) for name in names)
     if detail["type"] == "extra_forbidden":
@@ -268,7 +275,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def section_fields(annotation: object) -> dict[str, FieldInfo]:
-    """The fields of a section's annotation, which may be `Section | None`."""
+    """Return the fields of a section's annotation, which may be `Section | None`."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind.model_fields
@@ -282,7 +289,7 @@ def _sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo
 
 
 def _unknown(names: list[str], model: type[BaseModel]) -> str:
-    """What to write instead of an unknown section, or an unknown key of a section."""
+    """Say what to write instead of an unknown section, or of an unknown key of a section."""
     sections = dict(_sections(model))
     *where, last = names
     if where and last in sections:
@@ -306,6 +313,6 @@ def _unknown(names: list[str], model: type[BaseModel]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value on one line, shortened, without control characters."""
+    """Format a value on one line, shortened, without control characters."""
     text = one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,12 +1,12 @@
-"""The run file: what is trained, how, and until when.
+"""Run file: what is trained, how, and until when.
 
-One frozen model, read by everything, importing nothing of ours but the errors. A person writes TOML with
-the keys that differ from the defaults; the bootstrap writes every default out, adds `[published]`, and hands
-out those exact bytes. Their SHA-256 is the run's identity: peers of different runs never mix.
+A frozen pydantic model that the whole package reads. A person writes TOML with the keys that differ from the defaults;
+the bootstrap writes out every default, adds `[published]`, and hands out those exact bytes. Their SHA-256 is the run's
+identity: peers of different runs never mix.
 
-Each field carries a sentence with its unit; `docs/run-file.md` is generated from them. Every problem is one
-line that names the file, the key, and what is allowed there. Published bytes come from another peer: they are
-hashed before they are read, and nothing in them reaches a terminal unescaped.
+Each field carries a sentence with its unit; `docs/run-file.md` is generated from them. Every problem is one line that
+names the file, the key and the allowed values. Published bytes come from another peer: they are hashed before they are
+read, and nothing in them reaches a terminal unescaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -29,7 +29,7 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields
+from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
 from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection
 
@@ -59,12 +59,12 @@ __all__ = [
 
 MAX_RUN_FILE_BYTES = 65_536
 _MOST_STEP_BATCHES = 4
-"""Batches in one step of a stage: two, and what was under way when they were full."""
+"""Most batches in one step of a stage: two, and what was in flight when they were full."""
 _MOST_IN_STEP = 1.5
-"""As `algorithm.pacing.most_inner_steps`, which is a layer above."""
+"""Same bound as `algorithm.pacing.most_inner_steps`, which this layer may not import."""
 EXAMPLE = "examples/stdlib-gpt.toml"
 CHUNK_BYTES = 256 * 1024
-"""A piece of a transfer. The fastest message size measured over hivemind's streams."""
+"""Bytes in one message of a transfer: the fastest size measured over hivemind's streams."""
 
 
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
@@ -72,7 +72,7 @@ _NAMES = "up to 64 lower-case letters a to z, digits and hyphens, the first no h
 
 
 class RunSection(Section):
-    """What the run is called and when it ends."""
+    """Name of the run, and when it ends."""
 
     name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=_NAME, json_schema_extra={"allowed": _NAMES}, description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
@@ -90,9 +90,18 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The model's shape: a GPT with RMSNorm, rotary positions and untied embeddings."""
+    """Shape of the model: a GPT with RMSNorm, rotary positions and untied embeddings."""
 
-    tokenizer: Literal["bytes", "bpe"] = Field("bytes", description='What a token is: "bytes" (256 of them) or "bpe" (learnt by the bootstrap on its corpus; needs the extra `bpe`).')  # fmt: skip
+    tokenizer: Literal["bytes", "bpe"] = Field(
+        "bytes",
+        description=with_values(
+            "What a token is.",
+            {
+                "bytes": "A byte: 256 tokens, nothing to learn or download.",
+                "bpe": "A piece of text; the bootstrap learns the pieces on its corpus (needs the extra `bpe`).",
+            },
+        ),
+    )
     vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens; 256 with "bytes".')
     context_tokens: int = Field(128, ge=2, le=1_048_576, description="Length of a training sequence, in tokens.")
     num_layers: int = Field(4, ge=1, le=512, description="Number of transformer blocks.")
@@ -123,10 +132,10 @@ class ModelSection(Section):
 
 
 class InnerSection(Section):
-    """The inner optimizer, AdamW, and its schedule by the run's tokens."""
+    """Inner optimizer, AdamW, and its schedule by the run's tokens."""
 
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in the batch of one inner step.")
-    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once, gradients being accumulated to the batch; 0 for all at once. Lower it when memory is short.")  # fmt: skip
+    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once; gradients are accumulated to the batch. 0: all at once. Lower it when memory is short.")  # fmt: skip
     learning_rate: float = Field(3e-3, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(0.1, ge=0, le=10, description="Decoupled weight decay of the matrices; norms have none.")  # fmt: skip
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment, per step.")
@@ -146,11 +155,10 @@ class InnerSection(Section):
 
 
 _OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {("init", "own"): {"robust": "clip", "num_weights": 3}}
-"""Where a key's value makes the defaults of others different from the fields', as a method's are (`MergeMethod`); they
-are written out like those."""
+"""Defaults of other keys that a key's value replaces, as a method replaces them (`MergeMethod`); published like those."""
 
 METHODS_OF_KEYS = methods_of_keys()
-"""Keys of `[merge]` that not every method has: which do. With another method they are left out."""
+"""Map a key of `[merge]` that not every method has to the methods that do. Other methods publish without it."""
 
 _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
@@ -159,9 +167,17 @@ _METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" 
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
+_FORMATS = {
+    "fp32": "4 bytes a number, exact.",
+    "bf16": "2 bytes a number.",
+    "int8": "1 byte a number, and a scale for each block.",
+    "int4": "Half a byte a number, and a scale for each block.",
+    "int2": "A quarter of a byte a number, and a scale for each block.",
+}
+
 
 def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
-    """The method that the table names, if it does and it is here."""
+    """Return the merge method that the table names; None if it names none, or one that is not installed."""
     try:
         return method_named(merge["method"])
     except (KeyError, TypeError, RunFileError):
@@ -169,44 +185,105 @@ def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
 
 
 class MergeSection(Section):
-    """How peers become one model."""
+    """How peers merge their work into one model."""
 
-    method: str = Field("gossip", pattern=METHOD_NAME, json_schema_extra={"allowed": _METHODS}, description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
+    method: str = Field(
+        "gossip",
+        pattern=METHOD_NAME,
+        json_schema_extra={"allowed": _METHODS},
+        description=with_values(
+            "How peers merge.",
+            {
+                **{method.name: method.says for method in METHODS.values()},
+                "PACKAGE:METHOD": "The method that an installed package brings (docs/simulating.md).",
+            },
+        ),
+    )
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
-    momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(True, description='Slower peers take fewer inner steps, so that rounds take equally long, and with "gossip" end in the same moment: one takes up to half as many steps more for that. With "diloco" the default is false.')  # fmt: skip
-    share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
+    momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0: no rise.")  # fmt: skip
+    pacing: bool = Field(True, description='Give slower peers fewer inner steps, so that rounds take equally long; with "gossip" they also end at the same moment, for which a peer takes up to half as many steps more. With "diloco" the default is false.')  # fmt: skip
+    share_above: int = Field(5, ge=1, description='With "diloco": if a roster has more peers than this, each averages one share of the parameters, and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
-    round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
-    silence_s: float = Field(5.0, gt=0, description='"diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
-    init: Literal["common", "own"] = Field("common", description='"gossip": "common" begins with the same weights everywhere, "own" with random weights of each peer\'s own, which variance-corrected averaging brings together.')  # fmt: skip
-    num_partners: int = Field(8, ge=1, le=64, description='"gossip": whose pseudo-gradients a peer pulls in a round, of fewer where the link carries no more (P).')  # fmt: skip
-    num_weights: int = Field(1, ge=1, le=64, description='"gossip": of how many others it pulls the weights, which are larger; with merge.init = "own" the default is 3.')  # fmt: skip
-    publications_per_round: int = Field(32, ge=1, le=64, description='"gossip": into how many parts a round is divided: with the end of each a peer publishes, but on the way from one fragment\'s merge to the next\'s only from the middle on; with each second, fourth or eighth where that would be more than once a second, or cost it time, but eight times (F).')  # fmt: skip
-    fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
-    partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
-    theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
-    gradient_format: _FormatOrAuto = Field("auto", description='"gossip", "server": how pseudo-gradients travel. "auto" is int2, and with "gossip" int4 where others are so few that a round brings no more than in a large swarm, and that takes a fifth of the round at most.')  # fmt: skip
-    robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there unless merge.init is "own"; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
-    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
-    buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
-    momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
+    round_limit_s: float = Field(600.0, gt=0, description='Longest time of a round, in seconds; with "diloco" the round is closed then.')  # fmt: skip
+    silence_s: float = Field(5.0, gt=0, description='With "diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
+    init: Literal["common", "own"] = Field(
+        "common",
+        description=with_values(
+            'With "gossip": which weights a peer begins with.',
+            {
+                "common": "The same random weights everywhere.",
+                "own": "Random weights of each peer's own, which variance-corrected averaging brings together.",
+            },
+        ),
+    )
+    num_partners: int = Field(8, ge=1, le=64, description='With "gossip": number of partners whose pseudo-gradients a peer pulls in a round; fewer where the link carries no more (P).')  # fmt: skip
+    num_weights: int = Field(1, ge=1, le=64, description='With "gossip": number of partners whose weights, which are larger, a peer pulls in a round; with merge.init = "own" the default is 3.')  # fmt: skip
+    publications_per_round: int = Field(32, ge=1, le=64, description='With "gossip": number of parts of a round; a peer publishes after each of them, from the middle of the way from one fragment\'s merge to the next\'s on. It publishes after each second, fourth or eighth part if that would be more than once a second or cost training time, but at least eight times a round (F).')  # fmt: skip
+    fragments: int = Field(4, ge=1, le=16, description='With "gossip": number of fragments of the model, each merged once a round, one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
+    partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field(
+        "uniform",
+        description=with_values(
+            'With "gossip": how a peer chooses its partners among those present.',
+            {
+                "uniform": "At random, each as likely as the others.",
+                "freshest": "First the peer that advertises the most tokens not merged yet.",
+                "longest-unmerged": "First the peer whose last merge was longest ago, and before it peers never merged.",
+                "random-permutation": "Each peer once, in random order, before any of them again.",
+            },
+        ),
+    )
+    theta_format: _Format = Field(
+        "int8",
+        description=with_values(
+            'With "gossip" and "server": how weights travel.',
+            {name: _FORMATS[name] for name in get_args(_Format)},
+        ),
+    )
+    gradient_format: _FormatOrAuto = Field(
+        "auto",
+        description=with_values(
+            'With "gossip" and "server": how pseudo-gradients travel.',
+            {
+                "auto": 'The format int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
+                **{name: _FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
+            },
+        ),
+    )
+    robust: str = Field(
+        "direction",
+        pattern=_MERGE_RULE,
+        json_schema_extra={"allowed": _MERGE_RULES},
+        description=with_values(
+            'With "gossip" and "server": what limits the harm that one bad partner can do. With "server", and with merge.init = "own", the default is "clip".',
+            {
+                "none": "Nothing beyond the checks of sizes, hashes and finite numbers.",
+                "clip": "Cut pseudo-gradients and distances between weights at three times what is usual.",
+                "direction": 'Clip, and count a pseudo-gradient as far as it goes the way of the peer\'s own; one with a turned sign is refused. Only with "gossip".',
+                "trimmed": 'Clip, and take the trimmed mean of four or more pseudo-gradients, number by number. Only with "gossip".',
+                "flag": 'Clip, and take the Flag mean of four or more pseudo-gradients, which outvotes outliers. Only with "gossip".',
+                "PACKAGE:RULE": "Clip, and take the mean that an installed package brings (docs/simulating.md).",
+            },
+        ),
+    )
+    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
+    buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
+    momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
 
     @property
     def kind(self) -> MergeMethod:
-        """The method: what is to be known of it."""
+        """Description of the merge method."""
         return method_named(self.method)
 
     @property
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
-        """Those that a pseudo-gradient may have, the coarsest first."""
+        """Formats that a pseudo-gradient may have, the coarsest first."""
         return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
 
     @property
     def num_fragments(self) -> int:
-        """In how many pieces the model is merged."""
+        """Number of fragments in which the model is merged."""
         return self.fragments if self.kind.reads("fragments") else 1
 
     @model_validator(mode="before")
@@ -251,15 +328,40 @@ class MergeSection(Section):
 
 
 class PipelineSection(Section):
-    """For a model that no volunteer holds alone: who holds which part of it, and what travels between them."""
+    """Pipeline for a model that no volunteer holds alone: who holds which part, and what travels between them."""
 
-    stages: int = Field(1, ge=1, le=512, description="The model is cut into so many parts, and a volunteer holds one of them, or a few; 1: everybody holds the whole model.")  # fmt: skip
-    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Where it is cut: the number of blocks before each cut, one fewer than stages, ascending; empty: where the bootstrap measures that the parts cost most nearly the same.")  # fmt: skip
-    activations: Literal["fp32", "bf16", "int8"] = Field("bf16", description="How activations and their gradients travel between stages.")  # fmt: skip
-    wiring: Literal["round-robin", "least-completion"] = Field("round-robin", description='How a driver chooses among the peers of a stage: "round-robin" by their measured speed, "least-completion" whoever is expected to be done first.')  # fmt: skip
-    in_flight: int = Field(0, ge=0, le=1024, description="Microbatches that a driver has under way at most; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
-    balance: Literal["rates", "queues", "none"] = Field("rates", description='Who moves to another stage when one has become the slowest: "rates" by what each is measured to do, "queues" by what waits at each, as SWARM does, "none" nobody.')  # fmt: skip
-    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Each volunteer looks this often whether it should move, in seconds.")  # fmt: skip
+    stages: int = Field(1, ge=1, le=512, description="Number of parts into which the model is cut; a volunteer holds one of them, or a few. 1: everybody holds the whole model.")  # fmt: skip
+    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Number of blocks before each cut, one fewer than stages, ascending; empty: the bootstrap measures where the parts cost most nearly the same.")  # fmt: skip
+    activations: Literal["fp32", "bf16", "int8"] = Field(
+        "bf16",
+        description=with_values(
+            "How activations and their gradients travel between stages.",
+            {name: _FORMATS[name] for name in ("fp32", "bf16", "int8")},
+        ),
+    )
+    wiring: Literal["round-robin", "least-completion"] = Field(
+        "round-robin",
+        description=with_values(
+            "How a driver chooses among the peers of a stage.",
+            {
+                "round-robin": "In turn, each as often as its measured speed allows.",
+                "least-completion": "The peer that is expected to be done first.",
+            },
+        ),
+    )
+    in_flight: int = Field(0, ge=0, le=1024, description="Most microbatches that a driver has under way; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
+    balance: Literal["rates", "queues", "none"] = Field(
+        "rates",
+        description=with_values(
+            "Which volunteer moves when one stage has become the slowest.",
+            {
+                "rates": "One whose move raises the rate of the slowest stage, by the speeds measured at each.",
+                "queues": "One of the stage with the shortest queues goes to that with the longest, as in SWARM.",
+                "none": "Nobody.",
+            },
+        ),
+    )
+    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Seconds between two looks of a volunteer whether it should move.")  # fmt: skip
 
     @model_validator(mode="after")
     def _fits_stages(self) -> PipelineSection:
@@ -274,7 +376,7 @@ class PipelineSection(Section):
 
 
 class EvaluationSection(Section):
-    """Measuring the held-out loss while training."""
+    """Measurement of the held-out loss while training."""
 
     every_rounds: int = Field(0, ge=0, description="Measure the held-out loss after every so many rounds; 0 for only at the end.")  # fmt: skip
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences evaluated at once.")
@@ -294,12 +396,12 @@ class NetworkSection(Section):
 
     @property
     def least_bytes_per_s(self) -> float:
-        """A transfer that is slower than this is given up: on the whole, or because a chunk takes too long."""
+        """Bytes per second below which a transfer is given up, on average or because one chunk takes too long."""
         return max(self.min_pull_bytes_per_s, CHUNK_BYTES / self.stall_limit_s)
 
     @property
     def least_mbit(self) -> float:
-        """The smallest limit of a link: twice that, in Mbit/s."""
+        """Smallest limit of a link that a peer accepts: twice `least_bytes_per_s`, in Mbit/s."""
         return math.ceil(min(16e-6 * self.least_bytes_per_s, 1e9) * 100) / 100
 
     @model_validator(mode="after")
@@ -318,7 +420,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class PublishedSection(Section):
-    """What the bootstrap adds when it publishes the run; nobody writes this by hand."""
+    """Facts that the bootstrap adds when it publishes the run; nobody writes this section by hand."""
 
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$", description="When the run was published, ISO 8601, UTC: the same run file published twice is two runs.")  # fmt: skip
     swarmtrain: str = Field(
@@ -337,7 +439,7 @@ class PublishedSection(Section):
 
 
 class RunFile(Section):
-    """A whole run file."""
+    """Whole run file."""
 
     run: RunSection
     model: ModelSection = ModelSection()
@@ -351,13 +453,13 @@ class RunFile(Section):
 
     @property
     def needs(self) -> Needs:
-        """What a peer must speak to take part, once the run is published."""
+        """Protocol that a peer must speak to take part, once the run is published."""
         published = self.published
         return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
     def dataset_revision(self) -> str:
-        """The commit of the hub's data set that the bootstrap fixed; empty where it fixed none."""
+        """Commit of the Hugging Face data set that the bootstrap pinned; empty if it pinned none."""
         return (self.published.dataset_revision if self.published is not None else None) or ""
 
     @property
@@ -367,13 +469,13 @@ class RunFile(Section):
 
     @property
     def round_tokens(self) -> int:
-        """What a whole round reads."""
+        """Tokens that a whole round of one peer reads."""
         return self.merge.inner_steps * self.tokens_per_step
 
     @property
     def max_round_tokens(self) -> int:
-        """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
-        are not all of one size (`protocol/pipeline/ledger.py`), and a round ends after the one that fills it."""
+        """Most tokens that one peer's round counts. With gossip a round may be longer, to end when the others' rounds do.
+        A stage's steps differ in size (`protocol/pipeline/ledger.py`), and a round ends after the step that fills it."""
         in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
@@ -381,8 +483,8 @@ class RunFile(Section):
 
     @property
     def microbatch_sequences(self) -> int:
-        """Sequences that are computed at once; in a pipeline without `inner.microbatch_sequences` a 32nd of a
-        batch, so that several stages have something to do and little of it is by old weights."""
+        """Sequences computed at once. A pipeline without `inner.microbatch_sequences` takes a 32nd of a batch, so that all
+        stages have work and little of it uses old weights."""
         batch = self.inner.batch_sequences
         return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 32))
 
@@ -392,7 +494,10 @@ class RunFile(Section):
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
 
     def num_shards(self, corpus_tokens: int) -> int:
-        """Shards of a corpus of so many tokens, each at least what `merge.inner_steps` read; 0 where there are none."""
+        """Return the number of shards of a corpus of `corpus_tokens`; 0 if the run has none.
+
+        Each shard has at least the tokens that a round of `merge.inner_steps` reads.
+        """
         if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
             return 0
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
@@ -465,8 +570,10 @@ class RunFile(Section):
 
 
 def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) -> RunFile:
-    """Read the run file a person wrote. Raises `RunFileError`, one line that names the file and the key. `tell` hears of
-    each word of the field that was read as one of our keys."""
+    """Read a run file that a person wrote. Raises `RunFileError`, one line that names the file and the key.
+
+    `tell` is called with a line for each alias (`run_aliases.py`) that was read as a key.
+    """
     path = Path(path)
     origin = one_line(str(path))
     try:
@@ -498,8 +605,10 @@ def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) 
 def parse_run(
     text: str, origin: str, *, has_lines: bool = True, tell: Callable[[str], None] = lambda line: None
 ) -> RunFile:
-    """The run file in `text`, as a person writes it; `origin` names it in errors, and their lines are told if it
-    `has_lines` that a person can look at. Raises `RunFileError`. For `tell` see `load_run`."""
+    """Parse a run file as a person writes it. Raises `RunFileError`; `tell` is as for `load_run`.
+
+    Errors name `origin`, and the line if `text` `has_lines` that the person can look at.
+    """
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
         raise RunFileError(
@@ -514,13 +623,13 @@ def parse_run(
 
 
 def translated(table: dict[str, Any]) -> Translation:
-    """Replace words of the field by our keys in the tables of a person's run file."""
+    """Replace aliases by their keys in the tables of a person's run file."""
     return translate(table, _defaults())
 
 
 @cache
 def _defaults() -> dict[str, dict[str, Any]]:
-    """Map section to key to default; None where there is none."""
+    """Map section to key to default; None if a key has no default."""
     return {
         name: {key: None if field.is_required() else field.default for key, field in fields.items()}
         for name, section in RunFile.model_fields.items()
@@ -529,9 +638,9 @@ def _defaults() -> dict[str, dict[str, Any]]:
 
 
 def published_bytes(run: RunFile) -> bytes:
-    """The exact bytes a bootstrap hands out: TOML with every default written out, absent values left out.
+    """Return the exact bytes that a bootstrap hands out: TOML with every default written out, without absent values.
 
-    Raises `RunFileError` when they are more than `MAX_RUN_FILE_BYTES`.
+    Raises `RunFileError` if they are more than `MAX_RUN_FILE_BYTES`.
     """
     data = tomli_w.dumps(_written_table(run)).encode()
     if len(data) > MAX_RUN_FILE_BYTES:
@@ -544,7 +653,7 @@ def published_bytes(run: RunFile) -> bytes:
 
 
 def needs_of(run: RunFile) -> Needs:
-    """What a peer must speak to take part in `run`, published by this version."""
+    """Return the protocol that a peer must speak to take part in `run`, published by this version."""
     written = [
         (f"{name}.{key}", value) for name, section in _written_table(run).items() for key, value in section.items()
     ]
@@ -552,7 +661,10 @@ def needs_of(run: RunFile) -> Needs:
 
 
 def _written_table(run: RunFile) -> dict[str, Any]:
-    """What is published: every default, but of keys that older peers do not know (`KEYS_SINCE`) only what differs."""
+    """Return the tables to publish: every default, but of newer keys (`KEYS_SINCE`) only values that differ from it.
+
+    Older peers refuse keys that they do not know.
+    """
     table = _of_its_method(run.model_dump(mode="json", exclude_none=True))
     for key in KEYS_SINCE:
         section, _, name = key.partition(".")
@@ -563,7 +675,7 @@ def _written_table(run: RunFile) -> dict[str, Any]:
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
-    """Without keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
+    """Drop keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
@@ -574,16 +686,16 @@ def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_sha256(data: bytes) -> str:
-    """The identity of the run published as `data`: its SHA-256, 64 hexadecimal digits."""
+    """Return the identity of the run published as `data`: its SHA-256, 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
-    """The published run in bytes that another peer sent.
+    """Parse the published run that another peer sent.
 
-    Raises `BadBytesError` when they are too many, do not match the hash or are no strict run file; `NewerRunError` when
-    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not; `RunFileError`
-    when its method is another package's, which is not here.
+    Raises `BadBytesError` if the bytes are too many, do not match the hash or are no strict run file; `NewerRunError` if
+    the run needs a newer swarmtrain, or has keys or values that this version does not know; `RunFileError` if its method
+    is of a package that is not installed.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
         raise BadBytesError(
@@ -615,7 +727,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
 
 
 def _ask_for_package(table: dict[str, Any]) -> None:
-    """Have a package's method loaded, which is no fault of who sent the run."""
+    """Load the merge method if it is of a package. Raises RunFileError: a missing package is no fault of the sender."""
     merge = table.get("merge")
     name = merge.get("method") if isinstance(merge, dict) else None
     if isinstance(name, str) and re.fullmatch(NAME, name):
@@ -635,7 +747,7 @@ def _validated(table: dict[str, Any], origin: str, text: str = "", rewritten: Re
 
 
 def _needs_told(published: dict[str, Any]) -> Needs:
-    """What a published run says that it needs, whatever else is in it."""
+    """Read which protocol a published run says it needs, whatever else is in it."""
     protocol, version = published.get("protocol"), published.get("needs")
     known = isinstance(protocol, int) and not isinstance(protocol, bool)
     return needs_untrusted(protocol if known else 1, version if isinstance(version, str) else "")  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ __all__ = ["StreamedTexts", "fingerprint", "newest_revision", "read_texts"]
 SHUFFLE_DOCUMENTS = 1000  # documents held in memory for shuffling
 SKIP_DOCUMENTS = 2000  # a peer starts its stream at one of so many documents: skipping takes seconds at most
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
-"""The library's loaders that read text from named files, and nothing else."""
+"""Loaders of the library that read text from named files, and nothing else."""
 _HUB_NAME = re.compile(r"(?!buckets/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _CARDS = ("README.md", ".huggingface.yaml")
 """Files in which a data set describes itself."""

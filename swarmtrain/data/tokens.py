@@ -34,7 +34,7 @@ Tokens = npt.NDArray[Any]  # (n,), unsigned integers
 
 
 class Tokenizer(Protocol):
-    """The model's vocabulary."""
+    """Vocabulary of the model."""
 
     @property
     def vocabulary_size(self) -> int:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER)}
-"""The methods of this package."""
+"""Methods of this package."""
 GROUP = "swarmtrain.merge_methods"
 """Group of entry points of other packages. Each is a `MergeMethod`, named "PACKAGE:METHOD" in a run file."""
 

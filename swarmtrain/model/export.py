@@ -38,7 +38,7 @@ _BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """A model read back from its folder."""
+    """Model read back from its folder."""
 
     model: GPT
     tokenizer: bytes

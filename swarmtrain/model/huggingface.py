@@ -92,7 +92,7 @@ def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[Hug
 
 
 class HuggingFaceStage(nn.Module):
-    """A part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
+    """Part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
 
     lm_head: nn.Linear
 

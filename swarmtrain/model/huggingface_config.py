@@ -179,7 +179,7 @@ _FAMILIES: dict[str, type[_Llama | _Qwen2 | _Qwen3 | _Gpt2]] = {
     "qwen3": _Qwen3,
     "gpt2": _Gpt2,
 }
-_TIED_BY_DEFAULT = {"gpt2"}
+_TIED_BY_DEFAULT = {"gpt2"}  # families whose head is the embedding unless the configuration says otherwise
 _DROPOUTS = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     "llama": ("attention_dropout",),
@@ -288,6 +288,7 @@ def _loaded(source: Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises UserError if it is too large or something else."""
     origin = one_line(str(path))
     try:
         with path.open("rb") as file:

@@ -96,7 +96,7 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     return mean, left_out
 
 
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # numbers checked at once
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ class PublicationCodec:
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)
+            # The difference of two finite vectors can overflow.
             _check_finite_untrusted(gradient)
         return PartnerUpdate(theta=None, gradient=gradient, tokens=news.tokens)
 

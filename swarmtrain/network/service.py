@@ -32,10 +32,10 @@ __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type", "stream_name"
 
 _log = logging.getLogger(__name__)
 _MAX_PULLS = 8
-_MAX_HELD_CALLS = 64
+_MAX_HELD_CALLS = 64  # calls about rounds that may wait for news; others are answered at once
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
-_MAX_STUBS = 4096
+_MAX_STUBS = 4096  # peers to which stubs are kept
 _CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
 """Requests for a chain of rosters from one caller: each costs 2.5 MiB and about 10 ms of the loop. Honest peers that
 lack a chain ask once a second."""
@@ -43,12 +43,12 @@ _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
 """Seconds for a reply that may have to be computed first."""
-_MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
+_MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024  # leaves room for the frame's own fields
 _R = TypeVar("_R", bound=Message)
 
 
 class Answers(Protocol):
-    """The peer behind the service. `caller` is a PeerID in base58."""
+    """Peer behind the service. `caller` is a PeerID in base58."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         """Say who we are and whom we know; the caller may introduce itself or say goodbye."""
@@ -286,6 +286,7 @@ class PeerCalls:
         raise AssertionError("the last attempt returns or raises")
 
     async def _file_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
+        """Fetch a file in one stream. Raises BusyError, UnreachableError or BadBytesError."""
         request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
         stream = await self._open(peer, "blob", request)
         parts: list[bytes] = []

@@ -38,7 +38,7 @@ _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
 """Questions of one peer at once, besides those that release something, and as many backwards: libp2p resets streams
 beyond about 120."""
-_HANG_UP_S = 2.0
+_HANG_UP_S = 2.0  # for the other end to hang up first
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 
@@ -56,9 +56,9 @@ class StageLimits:
     """Time limits in seconds."""
 
     stall_s: float = 10.0
-    """For the next piece that is sent or received."""
+    """Limit for the next piece that is sent or received."""
     answer_s: float = 600.0
-    """For an answer to begin; callers may limit it further."""
+    """Limit for an answer to begin; callers may limit it further."""
 
 
 # ---------------------------------------------------------------- one direction of a stream
@@ -141,7 +141,7 @@ def _sha256(body: Body) -> bytes:
     return digest.digest()
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- the asking end
 
 
 @dataclass
@@ -203,11 +203,11 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
             raise BadBytesError(f"it refuses the question: {reason}", code="question-refused")
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- the answering end
 
 
 class StageAnswers(Protocol):
-    """The peer behind a host of stages. `caller` is a PeerID in base58."""
+    """Peer behind a host of stages. `caller` is a PeerID in base58."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """Check a question before its tensors are read.
@@ -251,6 +251,7 @@ class StageHost:
                 writer.close()
 
     async def _serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read a question and send its answer, or the status that says why there is none."""
         body: Body = ()
         try:
             question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)

@@ -45,18 +45,18 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
-_MAX_INVITED = 4
-_MAX_ADDRESSES = 4
-_FORGET_AFTER_S = 600.0
-_REDIAL_EVERY = 4
-_HEARTBEAT_S = 0.25
+_MAX_INVITED = 4  # peers in an invite
+_MAX_ADDRESSES = 4  # of this peer in an invite
+_FORGET_AFTER_S = 600.0  # after a peer has gone
+_REDIAL_EVERY = 4  # readings of presence between two tries to reach peers that seem gone
+_HEARTBEAT_S = 0.25  # between two looks at the clock for a gap
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """This peer's place in the swarm of one run. It owns the parts that do the work, and callers use those directly.
+    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.
@@ -121,7 +121,7 @@ class Swarm:
         rounds = self.rounds = RoundRunner(
             identity, downloads, members, settings, average, report=peers.report, trains=not me.is_bootstrap
         )
-        self.coverage: DataCoverage | None = None  # so in a bootstrap, and where data have no shards
+        self.coverage: DataCoverage | None = None  # None on a bootstrap, and if the data has no shards
         if shards is not None:
             told = tallying.explained, tallying.refused
             self.coverage = DataCoverage(identity, shards, *told, swarm_time, spares=peers.spares)
@@ -135,7 +135,7 @@ class Swarm:
         self.reaching = ReachabilityMonitor(
             calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
         )
-        self.fellows: FellowDepartures | None = None  # who leaves too: of a volunteer that leaves
+        self.fellows: FellowDepartures | None = None  # set while a volunteer leaves: the peers that leave too
         self.answers = SwarmAnswers(
             published,
             presence,
@@ -186,6 +186,7 @@ class Swarm:
         await self.greeter.greet_everyone()
         kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
         may_need_hosts = self.serving.hosting is not None and not self.presence.me.is_bootstrap
+        # Peers on loopback are all on this machine, and can dial each other without hosts.
         if may_need_hosts and not is_loopback_only(self.presence.listens_at):
             kept.append(self.reaching.keep())
         for work in kept:
@@ -233,6 +234,7 @@ class Swarm:
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=limit_s)
             for task in goodbyes:
+                # Goodbyes that end later: retrieve their errors, or the loop reports them.
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self, serving: Serving | None = None) -> None:
@@ -274,6 +276,7 @@ class Swarm:
     async def _keep_present(self) -> None:
         while True:
             await self._say_where_we_are()
+            # A presence outlives two failed renewals.
             await asyncio.sleep(self.published.run.network.presence_ttl_s / 3)
 
     async def _keep_reading(self) -> None:
@@ -282,6 +285,7 @@ class Swarm:
             if look % _REDIAL_EVERY == 0:
                 await self.greeter.redial()
             most_s = self.published.run.network.presence_ttl_s / 3
+            # Each read costs more the more peers there are, so a large swarm is read less often (decision 33).
             every_s = records.read_every_s(len(self.membership.live()), records.READ_EVERY_S, most_s)
             if look % round(every_s / records.READ_EVERY_S) == 0:
                 await self.peers.read_records()

@@ -52,7 +52,7 @@ _KEPT = 1
 
 
 class Pulling(Protocol):
-    """A background task that pulls."""
+    """Background task that pulls."""
 
     async def stop(self) -> None:
         """Stop pulling until started again."""
@@ -60,8 +60,11 @@ class Pulling(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PublicationRules:
-    """What the run file says about publications of one section. `max_tokens` is what a round can have at most,
-    `num_parts` its parts; without any they are of the weights that it begins with."""
+    """Limits and tensor tables that the run file prescribes for publications of one section of a fragment.
+
+    `max_tokens` is the most that a round can have, and `num_parts` its number of parts; 0 parts mean publications of
+    the weights at a round's beginning.
+    """
 
     run_sha256: str
     tables: tuple[tuple[TensorSpec, ...], ...]
@@ -145,10 +148,9 @@ def publication_untrusted(
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPublication:
-    """One publication of a section: part number `part` of a round, or with part 0 the weights that the round begins
-    with.
+    """Publication of a section: part number `part` of a round, or as part 0 the weights with which the round begins.
 
-    `encode` makes the bytes; the trainer's thread does not wait for it.
+    The publisher calls `encode` for the bytes when a peer requests them.
     """
 
     round: int

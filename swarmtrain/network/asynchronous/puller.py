@@ -83,12 +83,18 @@ class Puller:
         return PartnerReplied(number, mark, held, self._told(command.author))
 
     async def _reply_untrusted(self, command: AskPartner) -> pb.PublicationReply:
+        """Ask the author or a host, and take in what the reply says of the author.
+
+        Raises _NoAnswerError when the author gives no answer, and PeerError for any other failure.
+        """
         source, author = command.source, command.author
         request = request_of(command.section, command.fragment, command.known, self.presence())
         if source == author:
             try:
                 reply = await self.calls.publication(author, request)
             except UnreachableError as error:
+                # An author that gives no answer is asked again sooner than one that sends something wrong (decision
+                # 39).
                 raise _NoAnswerError(str(error)) from error
             self.heard_untrusted(author, reply)
             return reply
@@ -99,6 +105,7 @@ class Puller:
         # blame.
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
             raise BadBytesError(f"a publication of {author} that is not signed by it", code="bad-signature")
+        # Only the presence bears the author's signature: a host cannot report that its guest is away.
         self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
         return reply
 
@@ -123,4 +130,4 @@ class Puller:
 
 
 class _NoAnswerError(Exception):
-    """An author gave no reply to a request."""
+    """Raised when an author gives no reply to a request."""

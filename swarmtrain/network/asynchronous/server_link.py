@@ -50,9 +50,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25
-_ASK_AGAIN_S = 2.0
-_KEPT_DURATIONS = 8
+_LOOK_S = 0.25  # between two looks at who may have a new round, and after a failed pull
+_ASK_AGAIN_S = 2.0  # a worker that had nothing is asked again after this, even if its presence shows no new round
+_KEPT_DURATIONS = 8  # pulls by which the next one's duration is estimated
 _MAX_ROWS = 1024
 """Rows accepted in a server's manifest; a server writes at most 256."""
 
@@ -230,9 +230,9 @@ def describe_weights(manifest: pb.Manifest, arrivals: int, entered: dict[str, in
 
 @dataclass
 class GradientUploader(Publisher):
-    """A worker's rounds, published to the server alone.
+    """Publishes a worker's rounds to the server alone.
 
-    The round that the server's request names tells which rounds it has (decision 22).
+    The round that the server's request names tells which rounds the server has (decision 22).
     """
 
     server: str = ""
@@ -257,6 +257,7 @@ class GradientUploader(Publisher):
         return self._last[1]
 
     def _publication(self, piece: GradientUpload[Any]) -> OwnPublication:
+        """Return the publication of an upload, whose claims are within what the server accepts."""
         max_steps, max_tokens = self.max_rounds_tokens
 
         def fill(manifest: pb.Manifest) -> None:
@@ -265,6 +266,8 @@ class GradientUploader(Publisher):
         return OwnPublication(
             round=piece.round,
             part=1,
+            # A worker that was alone for long uploads one long piece. It claims no more than the server accepts, and
+            # the clip may cut it (decision 22).
             tokens=min(piece.tokens, max_tokens),
             inner_steps=min(piece.inner_steps, max_steps),
             author_tokens=piece.own_tokens,
@@ -296,7 +299,7 @@ class RoundTimes:
 
 @dataclass
 class ServerLink:
-    """A worker's pulls of the server's weights.
+    """Pulls the server's weights for a worker.
 
     The trainer's thread calls `take`; the network's thread calls the rest.
     """

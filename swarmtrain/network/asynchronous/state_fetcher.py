@@ -34,7 +34,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
-_LEAST_LIMIT_S = 20.0
+_LEAST_LIMIT_S = 20.0  # for one state, or a reply with its manifest, however small
 # A limit is this many times the time that a transfer is expected to take.
 _PATIENCE = 4.0
 MOMENTA = 3
@@ -161,6 +161,7 @@ class StateFetcher:
         return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> FetchedState | None:
+        """Fetch one peer's state, or without `whole` only its weights. Returns None if it has none or fails."""
         try:
             reply = await self.calls.state(peer, min_round)
             if not reply.HasField("manifest"):

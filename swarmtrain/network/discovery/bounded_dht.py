@@ -27,7 +27,7 @@ _MAX_FOUND = 8
 _MAX_STORED = 64
 """Buckets taken from one call. A newcomer gets everything that it should keep in one; the rest is refused."""
 _COLUMNS = ("keys", "subkeys", "values", "expiration_time", "in_cache")
-_MAX_PEER_ID_BYTES = 64
+_MAX_PEER_ID_BYTES = 64  # a PeerID of ours has 38
 _DICTIONARY = 0x50
 """hivemind's msgpack extension for a bucket's records: [most, latest expiry, [[subkey, value, expiry], ...]]."""
 
@@ -72,6 +72,7 @@ def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> N
 
 @functools.cache
 def _bounded_protocol() -> Any:
+    """Return a subclass of hivemind's DHTProtocol that bounds what other nodes send."""
     base, plain = hivemind_module("dht.protocol").DHTProtocol, hivemind_module("utils.serializer").MSGPackSerializer
     pb = hivemind_module("proto.dht_pb2")
     base._collect_rpc_handlers()

@@ -25,7 +25,7 @@ from swarmtrain.protocol.membership.records import ALL_EVERY, ASKED, FEW, REPLIC
 __all__ = ["Buckets"]
 
 _log = logging.getLogger(__name__)
-_WORKERS = 4
+_WORKERS = 4  # concurrent calls of a search
 _MAX_KEYS = 256
 """Keys whose nodes are remembered. Peers that fill buckets determine which are read: four times as many as are read at
 once."""
@@ -91,6 +91,7 @@ class Buckets:
             return None
 
     async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
+        """Return the nodes nearest to a key, remembered or found by a search."""
         if (known := self._known(key, key_id)) is not None:
             return known
         found = await self.dht.find_nearest_nodes([key_id], k_nearest=ASKED, beam_size=ASKED, num_workers=_WORKERS)

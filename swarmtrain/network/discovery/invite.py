@@ -29,8 +29,8 @@ _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
 _READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
 _MAX_WORD = 4096
-_MAX_PARTS = 64
-_SHOWN = 2
+_MAX_PARTS = 64  # pieces into which line breaks may have cut an invite
+_SHOWN = 2  # addresses named in an explanation
 _EXAMPLES = ipaddress.ip_network("203.0.113.0/24")
 """Example addresses of our documentation. Other example ranges may be in use in somebody's network."""
 _AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
@@ -99,6 +99,7 @@ def format_invite(invite: Invite) -> str:
     body = bytes.fromhex(invite.run_sha256) + bytes([len(invite.peers)])
     for peer in invite.peers:
         addresses = _packed(peer.addresses)
+        # Only the public key: the rest of a PeerID is the same for all peers.
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
     prefix = _PREFIX
     if invite.needs.protocol > 1:  # old peers cannot join such a run; their parser reports `st2` as another version
@@ -176,6 +177,7 @@ def _whole_body(words: str) -> tuple[str, bytes]:
 
 
 def _checked(word: str) -> tuple[str, bytes]:
+    """Return prefix and content of one word. Raises InviteError if it is no invite, or its checksum is wrong."""
     prefix = word[:3]
     if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
         raise InviteError(

@@ -22,7 +22,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["KnownPeers"]
 
-_MAX_STAMP_SKEW_S = 120.0
+_MAX_STAMP_SKEW_S = 120.0  # a presence may be stamped so far in the future
 
 
 @dataclass

@@ -73,13 +73,13 @@ _MAX_PRESENCE_S = 3600 + 60
 """Longest life of a presence: an hour, the most that a run may set, and a minute for differing clocks."""
 # A renewal that advances the expiry by less is refused: each one stays in hivemind's heap until it expires.
 _MIN_ADVANCE_S = 0.5
-_MAX_BUCKETS = 512
+_MAX_BUCKETS = 512  # kept by one node; one of its own run is kept even if there are more
 MAX_BUCKET_RECORDS = 128
 MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
 """Bytes of a full bucket, with signatures, PeerIDs and expiries."""
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
-MAX_KEPT = 16
+MAX_KEPT = 16  # stages of which a peer advertises checkpoints
 _MAX_STAGES = 512
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"

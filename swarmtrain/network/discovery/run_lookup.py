@@ -34,17 +34,17 @@ from swarmtrain.words import short_peer, time_in_words
 
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
 
-_OTHERS_S = 0.5
+_OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
 """Seconds to wait for more peers when those that answered first say that the clock is far off."""
 _MAX_SHOWN = 3
-_STARTING_LOOKS = 5
+_STARTING_LOOKS = 5  # a peer that listens but does not serve the run yet is asked so often
 _STARTING_S = 1.0
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as it is served: its exact bytes, their hash, and the files that travel with it."""
+    """Run as it is served: its exact bytes, their hash, and the files that travel with it."""
 
     data: bytes
     sha256: str
@@ -74,7 +74,7 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """The peer that answered, and how this machine's clock was corrected.
+    """Peer that answered, and how this machine's clock was corrected.
 
     `clock_correction_s` is the correction in seconds; `clock_outliers` holds peers whose clocks are far from the
     corrected one, and by how many seconds they are ahead of it.
@@ -99,11 +99,13 @@ async def find_run(
     misfits: list[Problem] = []
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
+        """Dial and greet a peer; return its PeerID and by how many seconds its clock is ahead. Raises PeerError."""
         await node.connect(peer.peer, peer.addresses, limit_s)
         for attempts_left in reversed(range(_STARTING_LOOKS)):
             asked_s = own_time()
             try:
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+                # The peer read its clock in the middle of the call, give or take half a round trip.
                 offset_s = reply.time - (asked_s + own_time()) / 2
                 if misfit := refusal_untrusted(f"the peer at {_where([peer])}", reply):
                     misfits.append(misfit)

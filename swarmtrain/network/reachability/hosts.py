@@ -36,9 +36,9 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["HostedPublications"]
 
 _log = logging.getLogger(__name__)
-_ASK_AGAIN_S = 1.0
-_WAIT_S = 20.0
-_MAX_WAITING_CALLERS = 4
+_ASK_AGAIN_S = 1.0  # between two questions to a guest about one section
+_WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here
+_MAX_WAITING_CALLERS = 4  # callers that may all wait for as many replies as they are allowed
 _Which: TypeAlias = tuple[str, Section, int]
 """(guest, section, fragment of the model)"""
 
@@ -139,6 +139,7 @@ class HostedPublications:
             kept.asked_s, kept.bringing = swarm_time(), None
 
     async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
+        """Pull a guest's newest publication of a section, unless it is here already. Raises PeerError."""
         guest, section, fragment = which
         rules = self.rules[fragment][section]
         known = None

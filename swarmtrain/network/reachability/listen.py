@@ -26,7 +26,7 @@ def is_taken(address: str) -> bool:
     one of them at random.
     """
     match = re.search(r"/tcp/([1-9][0-9]*)", address)
-    return match is not None and _errno_of(address) == errno.EADDRINUSE  # whatever else is wrong, the daemon says
+    return match is not None and _errno_of(address) == errno.EADDRINUSE  # the daemon reports any other error
 
 
 def cannot_listen(listen: Sequence[str]) -> RunTimeError:

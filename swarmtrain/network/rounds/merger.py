@@ -37,7 +37,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
 
-_ASK_AGAIN_S = 0.1
+_ASK_AGAIN_S = 0.1  # between two questions for a share
 _T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
@@ -163,7 +163,7 @@ class Merger:
 
 
 class _MergeInShares:
-    """One merge in which each peer on the roster averages a share."""
+    """Merge in which each peer on the roster averages a share."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ _MAX_OFFERED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class NewState:
-    """A state pulled from another peer (outer parameters, then momentum, fp32), and the roster that led to it."""
+    """State pulled from another peer (outer parameters, then momentum, fp32), and the roster that led to it."""
 
     held: HeldSnapshot
     roster: Roster
@@ -37,7 +37,7 @@ class NewState:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedState:
-    """How a peer begins that joins or comes back."""
+    """State and reason with which a peer begins that joins or comes back."""
 
     begins: ev.JoinsWith
     state: NewState | None
@@ -59,7 +59,7 @@ class StateSource(Protocol):
 
 
 class PeerStates:
-    """A `StateSource` over the network."""
+    """Implementation of `StateSource` over the network."""
 
     def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
         self._downloads, self._settings, self._rosters = downloads, settings, rosters

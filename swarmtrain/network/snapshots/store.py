@@ -85,7 +85,7 @@ _MAX_FILES = 8
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
-_MAX_AXES = 16
+_MAX_AXES = 16  # of a tensor in a manifest
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest, its signed form, and its name: the SHA-256 of the manifest's bytes, hex."""
+    """Signed manifest with its name: the SHA-256 of the manifest's bytes, hex."""
 
     manifest: pb.Manifest
     signed: pb.Signed
@@ -157,7 +157,7 @@ class Snapshot:
 
 @dataclass
 class HeldSnapshot:
-    """A snapshot of which this peer holds some or all chunks."""
+    """Snapshot of which this peer holds some or all chunks."""
 
     snapshot: Snapshot
     body: Body
@@ -551,6 +551,7 @@ class _Pace:
 
 
 async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: PullOpener, pace: _Pace) -> None:
+    """Pull one run of chunks in one stream. Raises the PeerError that ends it; chunks that came before are kept."""
     limits = pace.limits
     request = pb.PullRequest(
         snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)

@@ -137,6 +137,7 @@ def _pulled(
         counters: list[Progress] = []
         for part, module in _parts(published):
             specs = tensor_specs(module.named_parameters())
+            # Never announced: nobody should count on an onlooker.
             me = PeerInfo(peer=node.identity.peer_id)
             swarm = Swarm(node, part, specs, average_bytes_untrusted, lambda event: None, me)
             wait_for(network.submit(swarm.start(invite.peers)), stop)

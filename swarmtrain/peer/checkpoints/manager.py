@@ -1,6 +1,6 @@
 """Keep what a peer needs in its folder while it runs, so that it can continue after a restart.
 
-Checkpoints hold the state and everyone's token counts; `peers.json` beside them says whom to dial when nobody of the
+Checkpoints hold the state and everyone's token counts. `peers.json` beside them lists peers to dial when none of the
 invite answers any more. A bootstrap writes checkpoints rarely, so it also keeps the counts in `counts.json`.
 """
 
@@ -49,7 +49,7 @@ def checkpointer_of(
     """
     path = folder.checkpoints_path
     if stage is not None:
-        with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+        with contextlib.suppress(OSError):  # the first checkpoint reports it
             path.mkdir(0o700, exist_ok=True)
         path = stage_path(folder, stage)
     return Checkpointer(CheckpointFolder(path, published.sha256, peer), emit)

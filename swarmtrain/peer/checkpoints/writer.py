@@ -176,7 +176,7 @@ class Checkpointer:
                 continue
             assert checkpoint is not None
             is_written = self._write(checkpoint, beside)
-            if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
+            if checkpoint.state.size > MOST_COPIED:  # done here, beside the trainer, once a round
                 trim_heap()
             with self._change:
                 self._recycle(checkpoint)
@@ -188,13 +188,13 @@ class Checkpointer:
                     if self._waiting is not None or self._num_to_prepare:
                         self._start()
                     return
-            checkpoint = None  # or it would be held until the next one
+            checkpoint = None  # else it would be kept in memory until the next one
 
     def _prepare(self, num_parameters: int) -> None:
         _be_nice()
         rooms = []
         try:
-            # numpy fills in this thread alone; torch would start a team of threads for it.
+            # numpy fills the memory in this thread alone; torch would start a team of threads for it.
             rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
         except MemoryError:
             _log.warning("not enough memory to copy the optimizer moments of %d parameters in advance", num_parameters)

@@ -115,7 +115,7 @@ class LimitKeeper:
             given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
             if "hours" in given:
                 given["hours"] = parse_hours(given["hours"])
-            with self._lock:  # what may be refused comes first: then nothing has changed
+            with self._lock:  # whatever may be refused comes first, so that a refusal changes nothing
                 changed = self._limits.with_changes(**given)
                 if self._traffic is not None:
                     _check_link(changed, self._network)
@@ -208,7 +208,7 @@ class LimitKeeper:
             rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
             self._apply("memory", rest)
         if warning:
-            expected = self._expected()  # asks for the limits in turn
+            expected = self._expected()  # reads the limits too: not under the lock
             self._emit(
                 WarningEvent(
                     message=warning + (f"; {_needs_in_words(expected)}" if expected else ""), code="too-little-memory"
@@ -265,7 +265,8 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
                 keeper.tick()
             except (psutil.Error, OSError) as error:
                 _log.warning("this machine could not be measured: %s", error)
-            except Exception:  # a task's boundary: it looks at the peer's status too, and limits are kept on
+            except Exception:
+                # The boundary of this thread: a look at the peer's status may fail, and limits must still be kept.
                 _log.exception("checking the limits failed")
 
     thread = threading.Thread(target=look, name="limits", daemon=True)
@@ -285,6 +286,8 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     """Raise UserError if this run cannot keep to the limit even with a single partner."""
     if not limit_bytes:
         return
+    # With more partners it may have to pause later; what does not fit with a single one could never train, so it is
+    # refused before anything is built (decision 13).
     cost = estimate(run, num_parameters, num_peers=2)
     if cost.memory_bytes > limit_bytes:
         raise UserError(

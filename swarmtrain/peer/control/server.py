@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # else it writes of each fork to standard error
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # else gRPC writes to standard error at each fork
 import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
@@ -54,7 +54,7 @@ soon after it began to train leaves more than that it was starting.
 """
 _SAVE_ANYWAY_S = 15.0
 _START_S = 10.0
-_GRACE_S = 2.0  # for the last word to watchers, on a busy machine too
+_GRACE_S = 2.0  # for the last status to watchers, on a busy machine too
 _MAX_SOCKET_PATH_BYTES = 100
 _MAX_REQUEST_BYTES = 16_384
 _OPTIONS = (
@@ -63,7 +63,7 @@ _OPTIONS = (
     ("grpc.max_concurrent_streams", 64),
     ("grpc.max_allowed_incoming_connections", 512),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.keepalive_time_ms", 60_000),  # a watcher that is stopped, or behind a dead line, gives its place back
+    ("grpc.keepalive_time_ms", 60_000),  # frees the place of a watcher that is suspended or behind a dead line
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
 )
@@ -222,7 +222,7 @@ class ControlServer:
                     self._calls.tell(status)
                 if may_be_saved and self._is_due(status):
                     await self._loop.run_in_executor(self._workers, self._save, status)
-            except Exception:  # a task boundary: whatever a look at the peer meets, the server goes on
+            except Exception:  # the boundary of this task: the server must go on
                 _log.exception("the control server's look at the peer failed")
             await asyncio.sleep(self._tick_s)
 
@@ -245,7 +245,8 @@ class ControlServer:
 def _listen_privately(server: Any, path: Path) -> str:
     """Listen at `path` so that nobody else can open it at any moment."""
     with contextlib.suppress(FileNotFoundError):
-        path.unlink()  # of a peer that was killed: whoever holds the folder's lock is the only one here
+        # Left by a peer that was killed: whoever holds the folder's lock is alone here.
+        path.unlink()
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")

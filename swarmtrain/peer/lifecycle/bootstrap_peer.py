@@ -159,7 +159,7 @@ class BootstrapPeer:
         """Count and keep what others have reported by now, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
             self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
-        with contextlib.suppress(OSError):  # the archive says it
+        with contextlib.suppress(OSError):  # the archive's warning says so
             for keeper in keepers:
                 keeper.keep_counts()
 

@@ -193,7 +193,7 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
 
     Raises UserError if it is in use or cannot be written.
     """
-    path = path.absolute()  # the daemon runs elsewhere
+    path = path.absolute()  # the daemon has another working directory
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -211,11 +211,11 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
                 f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir",
                 code="folder-in-use",
             ) from None
-        with contextlib.suppress(OSError):  # a full disk: the number only informs
+        with contextlib.suppress(OSError):  # a full disk: the number is only informative
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
-            with contextlib.suppress(OSError):  # for people; the lock has it too
+            with contextlib.suppress(OSError):  # for people to read; the lock file has it too
                 write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
             _remove_half_exported(path)
             yield PeerFolder(path)

@@ -92,7 +92,7 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     limits: Limits = field(default_factory=Limits)
-    log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
+    log_descriptors: tuple[int, ...] = ()  # descriptors of this process that follow the log file
     control: str = ""
     """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""
     metrics: str = ""
@@ -183,7 +183,7 @@ class _Identifiable(Protocol):
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:
     """Return `emit` for this peer's events: PeerID and name are filled in.
 
-    If `emit` can be told whose events it gets, it is, so that an error that ends the command names the peer too.
+    An `emit` with a method `identify` gets both too, so that an error that ends the command names the peer.
     """
     sink: object = emit
     if isinstance(sink, _Identifiable):
@@ -198,7 +198,8 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
             network.run(swarm.leave(), _GOODBYE_S)
         elif node is not None:
             network.run(node.stop(), _GOODBYE_S)
-    except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
+    except Exception as error:
+        # The network thread must end in any case, and the daemon with it.
         _log.debug("leaving failed: %s", error)
     network.stop()
 
@@ -343,9 +344,8 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
     invite = swarm.invite()
     event = invite_event(invite)
     if swarm.presence.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
-        emit(
-            WarningEvent(message=words, code="invite-local-only")
-        )  # before the invite, after which nobody waits for one in the background
+        # Before the invite: a peer that starts in the background is not watched after it.
+        emit(WarningEvent(message=words, code="invite-local-only"))
     try:
         folder.write_invite(event.line)
     except OSError as error:  # others can join all the same

@@ -53,7 +53,7 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
             )
     if data_folder is not None:
         return data_folder.absolute()
-    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # that may be one of the hub
+    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # it may be one of the hub
         what = "data set" if section.source == "datasets" else section.source
         raise UserError(
             f"this run trains on your own {what} files, {', '.join(local)}: give their folder with --data "

@@ -154,7 +154,7 @@ class LocalSwarm:
             try:
                 event = parse_event(line)
             except ValueError:
-                continue  # a broken line of a child that was killed while writing it
+                continue  # cut short, as the child was killed while writing
             self._events.put((child, event))
         self._events.put((child, None))
 
@@ -200,7 +200,7 @@ class LocalSwarm:
             raise RunTimeError(problem)
         return problem
 
-    # what a rehearsal does to it (`rehearsing.Processes`)
+    # calls of a rehearsal's faults (`faults.Processes`)
 
     def end(self, name: str, cleanly: bool) -> None:
         """End a process, by SIGTERM or by SIGKILL."""
@@ -213,7 +213,7 @@ class LocalSwarm:
         """Start a process again in its folder; kill it first if it has not ended yet."""
         child = self.children[name]
         if not child.ended:
-            return  # two mishaps struck it, and the shorter one is over: it lives again
+            return  # two faults struck it, and the shorter one is over: it runs again
         if child.process.poll() is None:
             child.process.kill()
         child.process.wait()
@@ -222,7 +222,7 @@ class LocalSwarm:
     def hang(self, name: str) -> None:
         """Suspend a process and its daemon."""
         for process in self._processes(name):
-            with contextlib.suppress(psutil.Error):  # it may just have ended
+            with contextlib.suppress(psutil.Error):  # it may have ended just now
                 process.suspend()
 
     def go_on(self, name: str) -> None:

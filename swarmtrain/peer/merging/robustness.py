@@ -36,7 +36,9 @@ _log = logging.getLogger(__name__)
 _LEAST_INPUTS = 2
 _LEAST_OF_OURS = 4
 _ABSURD = 0.01
-"""A publication whose every tensor would be cut to less than this share is refused whole."""
+"""Factor below which a cut refuses the publication: if every tensor would be cut that far, the rest is worth
+nothing.
+"""
 _TELLS_AFTER = 40
 """Own publications before peers are named: 40 are two long rounds or five short ones. While the learning rate rises,
 gradients grow so fast that honest ones are cut too. The count restarts when this peer comes back, since what it
@@ -109,7 +111,7 @@ class Robustness:
             if arrival.theta is not None:
                 cuts["weights"] = self._displacements.clip(own_theta, arrival.theta)
                 arrival = dataclasses.replace(arrival, theta=cuts["weights"].vector)
-            if tokens:  # a unit of work that both sides count alike
+            if tokens:  # compared per token, a unit of work that both sides count alike
                 cuts["gradient"] = self._gradients.clip(arrival.gradient, tokens)
                 if cuts["gradient"].incident is not None:
                     arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector, lengthened=None)

@@ -81,7 +81,7 @@ class MergeServer:
 
     @property
     def progress(self) -> Progress:
-        """Progress of the run. A round is what one refresh of the momentum takes; one that has begun counts."""
+        """Progress of the run. A round ends with each refresh of the momentum; one that has begun counts."""
         counts = self.swarm.tallying.contributions()
         round = self.refreshes + (self._outer.buffer.arrivals > 0)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
@@ -224,7 +224,7 @@ class MergeServer:
         """Publish the present weights to the workers and the state to joiners. Runs in the network thread."""
         state, arrivals, progress = self.state, self.arrivals, self.progress
         if not arrivals:
-            return  # everybody has the initial weights
+            return  # everybody has the initial weights already
         entered = self.marks.newest(_MAX_ENTERED)
 
         def fill(manifest: pb.Manifest) -> None:

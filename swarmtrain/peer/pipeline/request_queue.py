@@ -85,7 +85,7 @@ class StageRequestQueue:
             self._payloads[asker] = payload
             self._receive(StageCallReceived(asker, key, kind, tokens))
             if self.queue.first_asker(key, kind) != asker:
-                self._payloads.pop(asker, None)  # asked again: what came first is computed
+                self._payloads.pop(asker, None)  # asked again: the first payload is computed
             self._news.set()
         waiting = asyncio.wrap_future(answer)
         waiting.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more

@@ -94,7 +94,7 @@ class MicrobatchScheduler:
     def __post_init__(self) -> None:
         run, rng = self.run, random.Random(self.me)
         routers = [Router(rng, run.pipeline.wiring) for _ in range(1, run.pipeline.stages)]
-        sequence = int(time.time() * 1e6)  # above all of this peer's earlier lives
+        sequence = int(time.time() * 1e6)  # greater than in all earlier incarnations of this peer
         tokens = run.microbatch_sequences * run.model.context_tokens
         pace = DriverPace(run.pipeline.in_flight, tokens, run.batch_microbatches)
         self.driver = Driver(
@@ -124,7 +124,7 @@ class MicrobatchScheduler:
                     await asyncio.wait(self._open)
                 await self.driver.settled()
         await end_tasks(self._open)
-        with contextlib.suppress(TimeoutError):  # what was just given up
+        with contextlib.suppress(TimeoutError):  # for settlements of what was just given up
             async with asyncio.timeout(_LOOK_S):
                 await self.driver.settled()
         await self.driver.stop()
@@ -154,7 +154,8 @@ class MicrobatchScheduler:
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:
             self.losses.append((await self.driver.drive(tokens, x, targets)).loss)
-        except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
+        except GoneError as error:
+            # The first stage is being merged or left: microbatches under way do not count then.
             _log.debug("a microbatch is given up: %s", error)
         except SwarmtrainError as error:
             self.failed(Problem(str(error), error.code))
