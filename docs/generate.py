@@ -3,6 +3,7 @@
 - run-file.md, events.md: the fields of the run file and of the events, and their descriptions.
 - commands.md: the commands, their help and options.
 - decisions/README.md: the decisions' titles and status.
+- troubleshooting.md: the tables of codes in it; the rest of that page is written by hand.
 
 A test fails when a page in the tree is not what this writes.
 """
@@ -22,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from swarmtrain.cli.main import ALIASES as COMMAND_ALIASES
 from swarmtrain.cli.main import COMMANDS, cli
+from swarmtrain.error_codes import CODES
 from swarmtrain.events import EVENT_CLASSES
 from swarmtrain.problems import allowed_values
 from swarmtrain.run import RunFile
@@ -249,11 +251,36 @@ def decisions() -> str:
     return "".join(parts)
 
 
+def code_rows(topic: str) -> str:
+    """The table of the codes of a topic: each with an anchor, so that a link may lead to it."""
+    found = {code: each for code, each in CODES.items() if each.topic == topic}
+    if not any(each.says for each in found.values()):
+        return "| code | what it means |\n|---|---|\n" + "".join(
+            f'| <a id="{code}"></a>`{code}` | {cell(each.do)} |\n' for code, each in found.items()
+        )
+    return "| code | it says | what to do |\n|---|---|---|\n" + "".join(
+        f'| <a id="{code}"></a>`{code}` | {" · ".join(f"`{cell(text)}`" for text in each.says)} | {cell(each.do)} |\n'
+        for code, each in found.items()
+    )
+
+
+def troubleshooting() -> str:
+    """The page as it is, which is written by hand, with the tables of codes between its marks."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.sub(
+        r"(<!-- codes: ([a-z-]+) -->\n).*?(<!-- end -->\n)",
+        lambda found: f"{found[1]}\n{code_rows(found[2])}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
 PAGES = {
     "run-file.md": run_file,
     "events.md": events,
     "commands.md": commands,
     "decisions/README.md": decisions,
+    "troubleshooting.md": troubleshooting,
 }
 
 if __name__ == "__main__":

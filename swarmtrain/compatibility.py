@@ -1,7 +1,7 @@
-"""Which versions of swarmtrain can train together: one number for the wire, and the sentences when it does not fit.
+"""Protocol numbers: which versions of swarmtrain can train together, and what to say when two cannot.
 
-The run file, the invite and every answer to a greeting carry the number that a run needs, and the version that spoke it
-first, so that a peer that is too old can say which version it needs. What carries no number was made by protocol 1.
+The run file, the invite and every answer to a greeting carry the protocol number that a run needs and the first version
+that spoke it, so that a peer that is too old can name the version it needs. Data without a number is of protocol 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from swarmtrain import __version__
+from swarmtrain.errors import Problem
 
 __all__ = [
     "FIRST_VERSIONS",
@@ -37,61 +38,63 @@ __all__ = [
 # Then set WIRE_SHA256 to what the test says.
 
 PROTOCOL = 2
-"""What this version speaks."""
+"""Protocol that this version speaks."""
 
 OLDEST_PROTOCOL = 1
-"""The oldest that can train together with this version."""
+"""Oldest protocol that can train together with this version."""
 
 FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
-"""Which version spoke each protocol first."""
+"""First version that spoke each protocol."""
 
 KEYS_SINCE: Mapping[str, int] = {"data.source=parquet": 2, "published.dataset_revision": 2}
-"""Keys of the run file, as "section.key", and values, as "section.key=value", that came after protocol 1, and with
-which."""
+"""Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
 WIRE_SHA256 = "241e702fe1ecac3728c5a4aa3656459dd0e841a48dcfa1d19bed94b0d0388cd2"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"
-"""Its only source: no package index has it."""
+"""Advice to update. A clone of the repository is the only source: no package index has swarmtrain."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a peer must speak at least to take part in a run, and the version that spoke it first."""
+    """Lowest protocol that a run needs, and the first version that spoke it."""
 
     protocol: int = 1
     version: str = FIRST_VERSIONS[1]
 
 
 def needs_with(keys_written: Mapping[str, object]) -> Needs:
-    """What a run needs that is published by this version with `keys_written` ("section.key", "section.key=value")."""
+    """Return the needs of a run that this version publishes with these keys ("section.key", "section.key=value")."""
     protocol = max([OLDEST_PROTOCOL, *(since for key, since in KEYS_SINCE.items() if key in keys_written)])
     return Needs(protocol, FIRST_VERSIONS[protocol])
 
 
 def needs_untrusted(protocol: int, version: str) -> Needs:
-    """The same as another peer says it; 0 is that of before there were numbers."""
+    """Return the needs that another peer states. Protocol 0 means that it is older than protocol numbers."""
     if protocol <= 1:
         return Needs()
     return Needs(protocol, version if _VERSION.fullmatch(version) else "")
 
 
-def too_old_for(needs: Needs) -> str:
-    """What a person is told whose swarmtrain is too old for a run; empty if it is not."""
+def too_old_for(needs: Needs) -> Problem | None:
+    """Say that this swarmtrain is too old for a run; None if it is not."""
     if needs.protocol <= PROTOCOL:
-        return ""
+        return None
     wanted = f"{needs.version} or newer" if needs.version else "a newer one"
-    return f"you have swarmtrain {__version__}, this run needs {wanted}: {UPDATE}"
+    return Problem(f"you have swarmtrain {__version__}, this run needs {wanted}: {UPDATE}", "run-needs-newer")
 
 
-def too_old_to_train_with(who: str, protocol: int, version: str) -> str:
-    """What a person is told whose swarmtrain is too new for the peer `who`, which speaks `protocol` (0: none told) and
-    says that it is `version`; empty if it is not."""
+def too_old_to_train_with(who: str, protocol: int, version: str) -> Problem | None:
+    """Say that this swarmtrain is too new for the peer `who`; None if it is not.
+
+    `protocol` (0: none stated) and `version` are what that peer says of itself.
+    """
     if max(protocol, 1) >= OLDEST_PROTOCOL:
-        return ""
+        return None
     theirs = version if _VERSION.fullmatch(version) else "an older version"
-    return (
+    return Problem(
         f"{who} runs swarmtrain {theirs}, and your {__version__} trains only with "
-        f"{FIRST_VERSIONS[OLDEST_PROTOCOL]} or newer: ask its owner to update, or install {theirs} for this run"
+        f"{FIRST_VERSIONS[OLDEST_PROTOCOL]} or newer: ask its owner to update, or install {theirs} for this run",
+        "peer-needs-newer",
     )

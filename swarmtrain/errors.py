@@ -1,4 +1,4 @@
-"""The exception tree: whose fault it was.
+"""Exceptions: the class says whose fault an error is, the code says which error it is.
 
     SwarmtrainError
     +-- UserError            the person's input; the message is one line and names the next step (exit 2)
@@ -7,21 +7,25 @@
     +-- PeerError            a remote peer's fault; costs that peer, never the process
     |   +-- BadBytesError    what it sent is malformed, oversized, not finite, wrongly hashed or signed
     |   |   +-- NewerRunError   the run it sent is of a newer swarmtrain
-    |   +-- BusyError        it serves as many readers as it may
-    |   +-- GoneError        it does not have any more what is asked of it: begin again from an earlier point
+    |   +-- BusyError        it serves as many readers as its limit allows
+    |   +-- GoneError        it no longer has what was asked for: begin again from an earlier point
     |   +-- UnreachableError it did not answer in time, or its connection broke
     |       +-- BrokenOffError  its stream ended too early
-    |       +-- StalledError it holds a transfer up: nothing for long, or a little now and then
+    |       +-- StalledError it stalls a transfer: sends nothing for long, or too slowly
     +-- RunTimeError         the process cannot go on (exit 1): nobody answers, a disk is full
-        +-- ClockError       the others' clock is far from this machine's: a person is to decide
+        +-- ClockError       the others' clock is far from this machine's: a person must decide
         +-- VersionError     this swarmtrain and those of the run cannot train together
 
-Errors of dependencies are translated at the adapter that meets them.
+The adapter of a dependency translates its errors into these.
+
+Codes are short and stable (`port-taken`): people search for them, programs and tests compare them, and the sentences
+stay free to change. `swarmtrain/error_codes.py` lists them.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "CODE_KEY",
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
@@ -30,6 +34,7 @@ __all__ = [
     "InviteError",
     "NewerRunError",
     "PeerError",
+    "Problem",
     "RunFileError",
     "RunTimeError",
     "StalledError",
@@ -37,86 +42,134 @@ __all__ = [
     "UnreachableError",
     "UserError",
     "VersionError",
+    "with_code",
 ]
 
 
-class SwarmtrainError(Exception):
-    """Base of everything swarmtrain raises on purpose; `str(error)` is one line for a person.
+CODE_KEY = "swarmtrain-error-code"
+"""Key of the trailing metadata in which the control service sends an error's code to its caller."""
 
-    An error with several arguments is several problems at once: a terminal shows each on a line of its own.
+
+class Problem(str):
+    """Line for a person that carries the code of its problem."""
+
+    code: str
+
+    def __new__(cls, text: str, code: str) -> Problem:
+        problem = super().__new__(cls, text)
+        problem.code = code
+        return problem
+
+    def found_in(self, origin: str) -> Problem:
+        """Return the same problem, with `origin`, the file or thing that has it, named first."""
+        return Problem(f"{origin}: {self}", self.code)
+
+
+def with_code(line: str, code: str) -> str:
+    """Return the line as a person sees it: with the code at its end, if there is one."""
+    return f"{line} [{code}]" if code else line
+
+
+class SwarmtrainError(Exception):
+    """Base of all errors that swarmtrain raises on purpose; `str(error)` is one line for a person.
+
+    Several arguments are several problems at once: a terminal shows each on its own line. Each has the error's code,
+    unless it is a `Problem` with its own.
     """
 
     exit_code = 1
+    code = ""
+    """Identifies the error. Set where it is raised, unless all errors of the class mean the same."""
+
+    def __init__(self, *lines: str, code: str = "") -> None:
+        super().__init__(*lines)
+        first = next((line.code for line in lines if isinstance(line, Problem)), "")
+        self.code = code or first or self.code
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """The problems, one line each."""
-        return tuple(map(str, self.args)) or ("",)
+    def problems(self) -> tuple[Problem, ...]:
+        """Problems, one line each, with their codes."""
+        lines = self.args or ("",)
+        return tuple(line if isinstance(line, Problem) else Problem(str(line), self.code) for line in lines)
 
     def __str__(self) -> str:
-        return "; also ".join(self.lines)
+        return "; also ".join(self.problems)
 
 
 class UserError(SwarmtrainError):
-    """The person's input cannot be used; the message says what to do."""
+    """Unusable input of a person; the message says what to do."""
 
     exit_code = 2
 
 
 class RunFileError(UserError):
-    """A run file, or the data it points to, cannot be used."""
+    """Unusable run file, or unusable data that it points to."""
 
 
 class InviteError(UserError):
-    """An invite is garbled, truncated, or of another version."""
+    """Garbled or truncated invite, or one of another version."""
 
 
 class PeerError(SwarmtrainError):
-    """A remote peer's fault."""
+    """Fault of a remote peer; it costs that peer, and never this process."""
 
     is_incident = False
-    """Whether an event names the peer for it."""
+    """True if an event reports the peer for this error."""
 
 
 class BadBytesError(PeerError):
-    """Bytes from a remote peer are malformed, oversized, not finite, wrongly hashed or wrongly signed."""
+    """Malformed, oversized, non-finite, wrongly hashed or wrongly signed bytes from a remote peer."""
 
+    code = "bad-bytes"
     is_incident = True
 
 
 class NewerRunError(BadBytesError):
-    """A run was published for a newer swarmtrain than this one; the message says which it needs."""
+    """Run published for a newer swarmtrain than this one; the message names the version it needs."""
+
+    code = "run-needs-newer"
 
 
 class BusyError(PeerError):
-    """A remote peer serves as many readers as it may; try another, or the same one later."""
+    """Remote peer at its limit of readers; try another one, or the same one later."""
+
+    code = "busy"
 
 
 class GoneError(PeerError):
-    """A remote peer does not have any more what is asked of it; begin again from an earlier point."""
+    """Remote peer that no longer has what was asked for; begin again from an earlier point."""
+
+    code = "gone"
 
 
 class UnreachableError(PeerError):
-    """A remote peer did not answer within its time limit, or its connection broke."""
+    """Remote peer that did not answer within its time limit, or whose connection broke."""
+
+    code = "unreachable"
 
 
 class BrokenOffError(UnreachableError):
-    """A remote peer's stream ended too early: what had come by then is here, and who asks again may go on from it."""
+    """Stream of a remote peer that ended too early; what had arrived is kept, and another try may continue from it."""
+
+    code = "broken-off"
 
 
 class StalledError(UnreachableError):
-    """A remote peer began a transfer and holds it up: it sends nothing for long, or too little."""
+    """Transfer that a remote peer began and stalls: it sends nothing for long, or too slowly."""
 
+    code = "stalled"
     is_incident = True
 
 
 class RunTimeError(SwarmtrainError):
-    """The process cannot go on, through nobody's input; the message says what happened and what to try."""
+    """Failure outside anybody's input that ends the process; the message says what happened and what to try."""
 
 
 class ClockError(RunTimeError):
-    """The others' clock is so far from this machine's that a person is to decide by which one this peer goes."""
+    """Clocks so far apart that a person must decide whether this peer uses its own or the others'."""
+
+    code = "clock-differs"
 
 
 class VersionError(RunTimeError):
-    """This swarmtrain is too old or too new for a run's peers; the message says who must update to what."""
+    """Version too old or too new for a run's peers; the message says who must update to what."""

@@ -1,11 +1,11 @@
-"""Events: what a peer tells the person, the program and the test that watch it.
+"""Events: what a peer reports to the people, programs and tests that watch it.
 
-One frozen class per event, one sentence per field; `docs/events.md` is generated from them. A peer makes an
-event and hands it to whoever listens; the command line writes it as JSON, as one plain line, or into a live
-display. Whoever knows them fills `time`, `peer` and `name` in with `stamped`, so that the code in which
-something happens need not know the clock or its own name.
+Each event is a frozen class with one sentence per field; `docs/events.md` is generated from them. A peer creates an
+event and passes it to its listeners; the command line writes it as JSON, as one plain line, or into a live display.
+`stamped` fills in `time`, `peer` and `name` at the edge, so that the code that creates an event needs neither the clock
+nor its own name.
 
-Numbers must be finite: an event with a loss that is not a number cannot be made.
+Numbers are finite: an event with a NaN loss cannot be created.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from swarmtrain.errors import with_code
 from swarmtrain.words import (
     below_in_words,
     count_in_words,
@@ -84,7 +85,7 @@ class _Event(BaseModel):
 
 
 class InviteEvent(_Event):
-    """Others can join now: hand the line out."""
+    """Others can join from now on, with this line."""
 
     event: Literal["invite"] = "invite"
     line: str = Field(description="The command to hand out: `swarmtrain join INVITE`.")
@@ -106,7 +107,7 @@ class FetchedEvent(_Event):
 
 
 class ArrivingEvent(_Event):
-    """The swarm's present weights are on their way; told every few seconds while they are, if it takes that long."""
+    """The swarm's current weights are arriving; repeated every few seconds until they are here."""
 
     event: Literal["arriving"] = "arriving"
     received_bytes: int = Field(description="Bytes of them that are here and match their hashes.")
@@ -115,17 +116,17 @@ class ArrivingEvent(_Event):
 
     @property
     def share(self) -> float:
-        """The part of them that is here, 0 to 1."""
+        """Share of them that has arrived, 0 to 1."""
         return min(1.0, max(0, self.received_bytes) / self.total_bytes)
 
     @property
     def left_s(self) -> float:
-        """How long it takes still, at the speed so far; a year at most."""
+        """Seconds left at the average speed so far; a year at most."""
         return min(3.2e7, max(0.0, self.seconds) * (1.0 - self.share) / max(self.share, 1e-9))
 
 
 class JoinedEvent(_Event):
-    """The peer has the swarm's present state and belongs to it."""
+    """The peer has the swarm's current state and belongs to the swarm."""
 
     event: Literal["joined"] = "joined"
     round: int = Field(description="The round it takes part in first.")
@@ -200,7 +201,7 @@ class PeerJoinedEvent(_Event):
 
 
 class PeerLostEvent(_Event):
-    """Another volunteer is gone without goodbye; the swarm goes on without it."""
+    """Another volunteer vanished without leaving; the swarm continues without it."""
 
     event: Literal["peer_lost"] = "peer_lost"
     lost: str = Field(description="Its PeerID.")
@@ -209,7 +210,7 @@ class PeerLostEvent(_Event):
 
 
 class PeerLeftEvent(_Event):
-    """Another volunteer said goodbye."""
+    """Another volunteer left the swarm."""
 
     event: Literal["peer_left"] = "peer_left"
     left: str = Field(description="Its PeerID.")
@@ -217,7 +218,7 @@ class PeerLeftEvent(_Event):
 
 
 class RefusedEvent(_Event):
-    """What a peer sent was refused: it cost that peer, and nothing else."""
+    """Data from a peer was refused; it costs that peer, and nobody else."""
 
     event: Literal["refused"] = "refused"
     from_peer: str = Field(description="The PeerID that sent it.")
@@ -227,9 +228,9 @@ class RefusedEvent(_Event):
 
 
 class ClippedEvent(_Event):
-    """What a partner published was far from what is usual, and was cut. Told once that repeats, since an honest peer that
-    comes back is cut for a round or two: from the third round with a cut on, each round without one taking one away;
-    with gossip not before this peer has published 40 times since it came."""
+    """A partner's publication was far larger than usual and was clipped. Reported once clipping repeats, since an honest
+    peer that comes back is clipped for a round or two: from the third round with a clip on, where each round without one
+    subtracts one; with gossip not before this peer has published 40 times since it joined."""
 
     event: Literal["clipped"] = "clipped"
     from_peer: str = Field(description="The PeerID that published it.")
@@ -239,7 +240,7 @@ class ClippedEvent(_Event):
 
 
 class CaughtUpEvent(_Event):
-    """This peer had missed a merge and took the resulting state from another."""
+    """This peer had missed a merge and took the resulting state from another peer."""
 
     event: Literal["caught_up"] = "caught_up"
     round: int = Field(description="The round it is at now.")
@@ -267,8 +268,8 @@ class MovedEvent(_Event):
 
 
 class MicrobatchRetryEvent(_Event):
-    """In a pipeline, of a driver: a part of a microbatch failed at a peer, and is asked again or of another. Told once a
-    second of a peer and stage."""
+    """In a pipeline, from a driver: a part of a microbatch failed at a peer, and this or another peer is asked again.
+    Reported at most once a second per peer and stage."""
 
     event: Literal["microbatch_retry"] = "microbatch_retry"
     stage: int = Field(description="The stage that was asked.")
@@ -279,7 +280,7 @@ class MicrobatchRetryEvent(_Event):
 
 
 class StageThroughputEvent(_Event):
-    """In a pipeline: what passes through the stages that this peer holds; told every ten seconds."""
+    """In a pipeline: throughput of the stages that this peer holds; reported every ten seconds."""
 
     event: Literal["stage_throughput"] = "stage_throughput"
     stages: tuple[int, ...] = Field(description="The stages that it holds.")
@@ -291,7 +292,7 @@ class StageThroughputEvent(_Event):
 
 
 class PausedEvent(_Event):
-    """This peer rests: it has said goodbye to the others, and its process stays."""
+    """This peer is paused: it has left the swarm, and its process keeps running."""
 
     event: Literal["paused"] = "paused"
     reason: str = Field(description="Why, in a sentence for a person.")
@@ -315,30 +316,32 @@ class ArchivedEvent(_Event):
 
 
 class WarningEvent(_Event):
-    """Something is not as it should be; the process goes on."""
+    """Something is not as it should be; the process keeps running."""
 
     event: Literal["warning"] = "warning"
     message: str = Field(description="One line for a person.")
+    code: str = Field("", description="Which warning it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
 
 
 class ErrorEvent(_Event):
-    """The process ends because of this."""
+    """The process ends because of this error."""
 
     event: Literal["error"] = "error"
     message: str = Field(description="One line for a person.")
     hint: str = Field("", description="What to try, when the message does not say it.")
+    code: str = Field("", description="Which error it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
     exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
 
 
 class FinishingEvent(_Event):
-    """The run has its tokens, and this peer does what is left to do, which may take a while."""
+    """The run has trained all its tokens, and this peer does what is left to do, which may take a while."""
 
     event: Literal["finishing"] = "finishing"
     doing: str = Field(description="What it does now, such as `measuring and saving the model`.")
 
 
 class AloneEvent(_Event):
-    """One volunteer alone has trained for as many inner steps as each of the swarm's, for comparison."""
+    """One volunteer alone has trained for as many inner steps as the swarm's fastest, for comparison."""
 
     event: Literal["alone"] = "alone"
     held_out_loss: float = Field(description="Its loss on the held-out text, in nats per byte.")
@@ -347,7 +350,7 @@ class AloneEvent(_Event):
 
 
 class LinkEvent(_Event):
-    """A rehearsal is over: what the link of this peer carried, everything included. Only from `swarmtrain local`."""
+    """A rehearsal is over: all that this peer's link carried. Only from `swarmtrain local`."""
 
     event: Literal["link"] = "link"
     up_bytes: int = Field(description="Bytes that the peer sent, libp2p's own talk and the DHT's included.")
@@ -355,7 +358,7 @@ class LinkEvent(_Event):
 
 
 class CheckEvent(_Event):
-    """`swarmtrain doctor` has looked at something."""
+    """`swarmtrain doctor` has finished a check."""
 
     event: Literal["check"] = "check"
     check: str = Field(description="What it looked at: one of the names in docs/troubleshooting.md.")
@@ -414,48 +417,51 @@ _E = TypeVar("_E", bound=_Event)
 
 
 def parse_event(line: str | bytes) -> Event:
-    """The event in a line of JSON. Raises `ValueError` when it is none of these."""
+    """Parse the event in a line of JSON. Raises `ValueError` when it is none of these."""
     return _ADAPTER.validate_json(line)
 
 
 def to_json_line(event: Event) -> str:
-    """One line of JSON without its line end; the event's kind, time, peer and name come first."""
+    """Return one line of JSON without its line end; the event's kind, time, peer and name come first."""
     fields = event.model_dump(mode="json")
     head = {key: fields[key] for key in ("event", "time", "peer", "name")}
     return json.dumps(head | fields, ensure_ascii=False, allow_nan=False)
 
 
 def stamped(event: _E, time: float, peer: str, name: str) -> _E:
-    """`event` with `time` (Unix seconds), `peer` and `name` filled in where it has none of its own."""
+    """Fill in `time` (Unix seconds), `peer` and `name` where `event` has none of its own."""
     return event.model_copy(update={"time": event.time or time, "peer": event.peer or peer, "name": event.name or name})
 
 
 def times_below_allreduce(num_parameters: int, inner_steps: int, bytes_sent: int) -> float | None:
-    """How many times fewer bytes than an fp32 ring all-reduce at every step: 8 bytes per parameter and step."""
+    """Compare `bytes_sent` with an fp32 ring all-reduce at every step, which sends 8 bytes per parameter and step.
+
+    Return how many times fewer bytes were sent; None if none were.
+    """
     return 8 * num_parameters * inner_steps / bytes_sent if bytes_sent else None
 
 
 def to_plain_line(event: Event) -> str:
-    """One line for a person: local time, the peer's name, what happened. Control characters are escaped."""
+    """Return one line for a person: local time, the peer's name, what happened. Control characters are escaped."""
     clock = datetime.datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
     line = " ".join(part for part in (clock, event.name, in_words(event)) if part)
     return one_line(line)
 
 
 def arrived_in_words(event: ArrivingEvent) -> str:
-    """How much of a state is here, such as `12 MB of 400 MB (3%), 2 min 5 s left`."""
+    """Say how much of a state has arrived, such as `12 MB of 400 MB (3%), 2 min 5 s left`."""
     sizes = f"{size_in_words(event.received_bytes)} of {size_in_words(event.total_bytes)}"
     return f"{sizes} ({event.share:.0%}), {time_in_words(event.left_s)} left"
 
 
 def who_in_words(peer: str, name: str) -> str:
-    """A peer by its name, with the end of its PeerID: others may have the same name, or take it."""
+    """Name a peer, with the end of its PeerID: other peers may have or take the same name."""
     short = short_peer(peer)
     return f"{name} ({short})" if name and name != short else short
 
 
 def merge_in_words(event: RoundEvent) -> str:
-    """An asynchronous round's merge, for a person; with whole PeerIDs, which the reader may replace by names."""
+    """Describe an asynchronous round's merge for a person, with whole PeerIDs, which the caller may replace by names."""
     if not event.partners:
         return "nobody this round: no partner had anything new yet (this costs nothing)"
     parts = [f"{', '.join(event.partners)} in {time_in_words(event.pull_s or 0.0)}"]
@@ -467,7 +473,7 @@ def merge_in_words(event: RoundEvent) -> str:
 
 
 def data_in_words(event: RoundEvent) -> str:
-    """Which data a round was drawn from, for a person; empty where they have no shards."""
+    """Say which shard a round read, for a person; empty if the data have no shards."""
     if event.shard is None:
         return ""
     unseen = {None: "", 0: "; none is unseen", 1: "; 1 is still unseen by all"}
@@ -519,7 +525,7 @@ def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent 
 
 
 def in_words(event: Event) -> str:
-    """What happened, for a person: not yet escaped, without time and name."""
+    """Describe an event for a person: not yet escaped, without time and name."""
     match event:
         case InviteEvent():
             return f"others join with: {event.line}"
@@ -584,9 +590,9 @@ def in_words(event: Event) -> str:
             rounds = counted(event.round, "round")
             return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
         case WarningEvent():
-            return f"warning: {event.message}"
+            return with_code(f"warning: {event.message}", event.code)
         case ErrorEvent():
-            return f"error: {event.message}" + (f"; {event.hint}" if event.hint else "")
+            return with_code(f"error: {event.message}" + (f"; {event.hint}" if event.hint else ""), event.code)
         case CheckEvent():
             return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():

@@ -1,7 +1,7 @@
-"""The libraries that some runs and commands need besides, and the sentence that says how to install one.
+"""Optional libraries that some runs and commands need, and the sentence that says how to install one.
 
-No package of swarmtrain is published, so a message never says to install an extra of it: the library itself is
-installed the same way whether swarmtrain came from a clone, a wheel or an image.
+No package index has swarmtrain, so a message never says to install an extra of it: the library itself installs the same
+way whether swarmtrain came from a clone, a wheel or an image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ EXTRAS = {
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
 }
-"""What each extra in pyproject.toml installs."""
+"""Library that each extra in pyproject.toml installs."""
 
 
 def install_in_words(extra: str) -> str:
-    """The command that installs what `extra` stands for, in the environment that swarmtrain is in."""
+    """Return the command that installs the library of `extra` into the environment that runs swarmtrain."""
     return f"pip install '{EXTRAS[extra]}'"

@@ -1,6 +1,7 @@
-"""What other packages bring to a run, "PACKAGE:NAME": entry points of what pip has installed here.
+"""Plug-ins of other packages, named "PACKAGE:NAME" in a run file: entry points of packages that pip has installed here.
 
-A run file only names it, and only the group of its kind is looked at: nothing that is run ever comes from another peer.
+A run file only names a plug-in, and only the entry-point group of its kind is searched: code that runs here never comes
+from another peer.
 """
 
 from __future__ import annotations
@@ -16,44 +17,55 @@ from swarmtrain.errors import RunFileError
 __all__ = ["NAME", "brought", "entry_of", "file_sha256"]
 
 NAME = r"[a-z0-9][a-z0-9-]{0,63}:[a-z0-9][a-z0-9_-]{0,63}"
-"""A pattern of such names."""
+"""Pattern of such names."""
 
 
 def entry_of(key: str, name: str, kind: str, group: str) -> metadata.EntryPoint:
-    """What `merge.KEY = NAME` is, a `kind` of thing. Raises `RunFileError`, which names the package, if that is not
-    here or has no such thing."""
+    """Find the entry point that `merge.KEY = NAME` names, a `kind` of thing.
+
+    Raises `RunFileError`, which names the package, if the package is missing or has no such entry point.
+    """
     package, _, short = name.partition(":")
     try:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise RunFileError(
             f'merge.{key} = "{name}" is a {kind} of the package {package}, which is not installed here; ask who '
-            "invited you where it comes from, and install it from there if you trust them"
+            "invited you where it comes from, and install it from there if you trust them",
+            code="merge-package-missing",
         ) from None
     entries = {entry.name: entry for entry in found.entry_points if entry.group == group}
     if short not in entries:
         there = f"it has {', '.join(sorted(entries))}" if entries else "it has none"
         raise RunFileError(
             f'merge.{key} = "{name}": there is no {kind} {short} in {package} {found.version}; {there}; install the '
-            "version that the run was made with"
+            "version that the run was made with",
+            code="merge-package-version",
         )
     return entries[short]
 
 
 def brought(key: str, name: str, kind: str, group: str) -> tuple[Any, str]:
-    """The thing itself, and where it is. Errors are those of `entry_of`, and if it cannot be loaded."""
+    """Load the object that `merge.KEY = NAME` names; returns it and its place, "module:attribute".
+
+    Raises as `entry_of` does, and `RunFileError` if it cannot be loaded.
+    """
     entry = entry_of(key, name, kind, group)
     try:
         return entry.load(), entry.value
-    except Exception as error:  # it is somebody's module, which runs as it is imported
+    except Exception as error:  # importing runs the package's own code, which may raise anything
         raise RunFileError(
-            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it'
+            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it',
+            code="merge-package-broken",
         ) from None
 
 
 def file_sha256(key: str, name: str, module: str) -> str:
-    """Of the file of a module that `merge.KEY = NAME` is made of."""
+    """Return the SHA-256 of the file of `module`, which implements `merge.KEY = NAME`."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise RunFileError(f'merge.{key} = "{name}": {module} has no file; install it from a wheel or a clone')
+        raise RunFileError(
+            f'merge.{key} = "{name}": {module} has no file; install it from a wheel or a clone',
+            code="merge-package-broken",
+        )
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()

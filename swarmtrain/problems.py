@@ -1,7 +1,7 @@
-"""What is wrong with a table of sections and keys, a line each that names the key and what is allowed.
+"""Problems of a TOML file, one line each that names the key and what is allowed.
 
-Why: a person who mistypes a key should not have to read a validator's report. Works on any pydantic model
-whose fields are sections; values are shown shortened and escaped, since the table may be another peer's.
+A person who mistypes a key should not have to read a validator's report. Works on any pydantic model whose fields are
+sections. Values are shortened and escaped, since the table may come from another peer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from swarmtrain.errors import UserError
+from swarmtrain.errors import Problem, UserError
 from swarmtrain.words import counted, one_line
 
 __all__ = [
@@ -41,7 +41,7 @@ _TOLD = 5
 
 
 class Section(BaseModel):
-    """A table of a file that a person writes."""
+    """Table of a file that a person writes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -64,37 +64,41 @@ class Section(BaseModel):
 
 
 def read_small_file(path: Path, kind: str, example: str) -> dict[str, Any]:
-    """The tables of a TOML file that a person writes; errors as of `read_small_text`."""
+    """Read the tables of a TOML file that a person writes. Raises as `read_small_text` and `read_toml` do."""
     return read_toml(read_small_text(path, kind, example), one_line(str(path)), UserError)
 
 
 def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_FILE_BYTES) -> str:
-    """What is in a file that a person writes; `UserError`, one line that names it, if it cannot be read. `kind` is what
-    such a file is called, such as "a rehearsal file"."""
+    """Read a file that a person writes. Raises `UserError`, one line that names the file, if it cannot be read.
+
+    `kind` names such a file in messages, such as "a rehearsal file"; `example` is the path of one.
+    """
     origin = one_line(str(path))
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin}: cannot be read ({error}); an example is {example}") from None
+        raise UserError(
+            f"{origin}: cannot be read ({error}); an example is {example}", code="file-unreadable"
+        ) from None
     if len(data) > most_bytes:
-        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}")
+        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}", code="file-too-long")
     return text
 
 
 def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:
-    """The tables in `text`; `origin` names it in errors, one line that names the place."""
+    """Parse TOML. Raises `error_type`, one line that names `origin` and the place in it."""
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise error_type(f"{origin}: not TOML that a run file needs: nested too deeply") from None
+        raise error_type(f"{origin}: not TOML that a run file needs: nested too deeply", code="not-toml") from None
     except ValueError as error:
         match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", str(error), re.DOTALL)
         what, line, column = match.groups() if match else (str(error), None, None)
         if match and line is None:
             line, column = text.count("\n") + 1, len(text) - text.rfind("\n")
         where = f"line {line}, column {column}: " if line else ""
-        raise error_type(f"{origin}: {where}not TOML: {one_line(what)}") from None
+        raise error_type(f"{origin}: {where}not TOML: {one_line(what)}", code="not-toml") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +106,28 @@ class Rewritten:
     """Changes to a table between reading and validating it."""
 
     words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Section and key to the word that the person wrote for the key."""
-    problems: tuple[tuple[tuple[str, ...], str], ...] = ()
+    """Map (section, key) to the word that the person wrote for the key."""
+    problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
     """Place in the file and sentence, for each word that was left out of the table."""
     meant: frozenset[str] = frozenset()
-    """Keys that what was left out would have given, so that nobody is told that they are missing."""
+    """Keys that the omitted words would have set: they are not reported as missing."""
 
 
 def problems_in_words(
     error: ValidationError | None, model: type[BaseModel], text: str = "", rewritten: Rewritten | None = None
-) -> list[str]:
-    """The problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...", the first few.
+) -> list[Problem]:
+    """List the first few problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...".
 
-    With the file's `text` each begins with its line, where that is known, and they are in its order. What was
-    `rewritten` before is told by the person's words, with its own problems.
+    With the file's `text`, problems are in the file's order and begin with their line, where it is known. Keys that
+    were `rewritten` are named by the person's words, and its own problems are added.
     """
     rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
     lines |= {ours: lines[(ours[0], word)] for ours, word in rewritten.words.items() if (ours[0], word) in lines}
-    found: list[tuple[float, int, str, str]] = []
-    for place, sentence in rewritten.problems:
+    found: list[tuple[float, int, str, Problem]] = []
+    for place, refused in rewritten.problems:
         line = _line_of(list(place), lines)
-        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", sentence))
+        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", refused))
     for detail in () if error is None else error.errors():
         sentence = _sentence(detail, model)
         names = (
@@ -135,18 +139,20 @@ def problems_in_words(
             sentence = f"{key} (written {word}): {problem}"
         where = f"line {line}: " if line is not None else ""
         # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
-        found.append((line or math.inf, detail["type"] != "extra_forbidden", where, sentence))
+        found.append((line or math.inf, detail["type"] != "extra_forbidden", where, Problem(sentence, _code(detail))))
     found.sort(key=lambda one: one[:2])
-    meant = {
-        sentence.rpartition("did you mean ")[2].rstrip("?") for *_, sentence in found if "did you mean " in sentence
-    }
+    meant = {each.rpartition("did you mean ")[2].rstrip("?") for *_, each in found if "did you mean " in each}
     meant |= rewritten.meant
-    told = [where + sentence for _, _, where, sentence in found if sentence.partition(": missing;")[0] not in meant]
-    return told if len(told) <= _TOLD else [*told[:_TOLD], f"and {counted(len(told) - _TOLD, 'more problem')}"]
+    told = [
+        Problem(where + each, each.code) for _, _, where, each in found if each.partition(": missing;")[0] not in meant
+    ]
+    if len(told) <= _TOLD:
+        return told
+    return [*told[:_TOLD], Problem(f"and {counted(len(told) - _TOLD, 'more problem')}", "")]
 
 
 def _line_of(names: list[str], lines: dict[tuple[str, ...], int]) -> int | None:
-    """The line of a key, or of what it is in."""
+    """Return the line of a key, or of the section that it is in."""
     return next((lines[key] for end in range(len(names), 0, -1) if (key := tuple(names[:end])) in lines), None)
 
 
@@ -155,7 +161,7 @@ _KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
 
 
 def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """The lines, from 1, where sections and keys of a TOML file begin: as most people write them, not all of TOML."""
+    """Find the lines, from 1, on which sections and keys of a TOML file begin. Covers common style, not all of TOML."""
     found: dict[tuple[str, ...], int] = {}
     section: tuple[str, ...] = ()
     quote = ""
@@ -176,8 +182,7 @@ def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field accepts, in words: for errors and for the reference. A field's own words for it are `allowed` of its
-    `json_schema_extra`."""
+    """Describe what a field accepts, for errors and for the reference. `json_schema_extra["allowed"]` overrides it."""
     if isinstance(field.json_schema_extra, dict) and "allowed" in field.json_schema_extra:
         return str(field.json_schema_extra["allowed"])
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
@@ -207,7 +212,7 @@ def allowed_values(field: FieldInfo) -> str:
 
 
 def _item(kind: Any) -> Any:
-    """What a list is of, without its limits."""
+    """Return the type of a list's items, without its limits."""
     item = get_args(kind)[0]
     return get_args(item)[0] if get_origin(item) is Annotated else item
 
@@ -223,8 +228,28 @@ def _min_length(field: FieldInfo) -> int:
     return max((getattr(item, "min_length", None) or 0 for item in field.metadata), default=0)
 
 
+def _code(detail: ErrorDetails) -> str:
+    """Return the code of one problem, by the validator's name for it."""
+    kind = detail["type"]
+    if kind == "value_error":
+        line = detail["ctx"]["error"].args[0]
+        return line.code if isinstance(line, Problem) else "keys-disagree" if len(detail["loc"]) < 2 else "bad-value"
+    if kind in _CODES:
+        return _CODES[kind]
+    return "wrong-type" if kind.endswith(("_type", "_parsing", "_from_float")) else "bad-value"
+
+
+_CODES = {
+    "extra_forbidden": "unknown-key",
+    "missing": "missing-key",
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "out-of-range"),
+    **dict.fromkeys(("finite_number", "too_short", "too_long", "int_parsing_size"), "out-of-range"),
+}
+"""Codes by the validator's name of a problem, for names that decide it."""
+
+
 def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    """One problem: the key, what is wrong, what is allowed."""
+    """Describe one problem: the key, what is wrong, what is allowed."""
     names = [str(part) for part in detail["loc"]]
     key = ".".join(one_line(name) for name in names)
     if detail["type"] == "extra_forbidden":
@@ -244,7 +269,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def section_fields(annotation: object) -> dict[str, FieldInfo]:
-    """The fields of a section's annotation, which may be `Section | None`."""
+    """Return the fields of a section's annotation, which may be `Section | None`."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind.model_fields
@@ -258,7 +283,7 @@ def _sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo
 
 
 def _unknown(names: list[str], model: type[BaseModel]) -> str:
-    """What to write instead of an unknown section, or an unknown key of a section."""
+    """Say what to write instead of an unknown section, or of an unknown key of a section."""
     sections = dict(_sections(model))
     *where, last = names
     if where and last in sections:
@@ -282,6 +307,6 @@ def _unknown(names: list[str], model: type[BaseModel]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value on one line, shortened, without control characters."""
+    """Format a value on one line, shortened, without control characters."""
     text = one_line(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
-"""What a rehearsal on one machine goes through: its links, who comes and goes, and what breaks when.
+"""Rehearsal files: emulated links, churn and timed faults of a swarm that `swarmtrain local` runs on one machine.
 
-A file that a person writes, like a run file; and from it and the volunteers' names every mishap with its time, the
-same ones each time. What strikes links is done to `network.links`, what strikes processes to `peer.local.swarm`.
+A person writes the file, like a run file. `fault_events` turns it and the volunteers' names into a schedule of faults,
+the same one each time. `network.links` carries out faults of links, `peer.local.swarm` those of processes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _EXAMPLE = "examples/rehearsals/bad-internet.toml"
 
 
 class SeedSection(Section):
-    """`[rehearsal]`"""
+    """Section `[rehearsal]`."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="Whom it strikes, and when, follows from it.")
 
 
 class LinksSection(Section):
-    """`[links]`: each volunteer's. Delays and losses are those from one volunteer to another."""
+    """Section `[links]`: the link of each volunteer. Delays and losses are those from one volunteer to another."""
 
     rtt_ms: float = Field(0.0, ge=0, le=2000, description="From a volunteer to another and back, in milliseconds.")
     up_mbit: float = Field(0.0, ge=0, le=100_000, description="What a volunteer can send, in Mbit/s; 0: no limit.")
@@ -54,14 +54,14 @@ class LinksSection(Section):
 
 
 class RehearsalChurn(Section):
-    """`[churn]`: volunteers that are killed or leave, and come back."""
+    """Section `[churn]`: volunteers that are killed or leave, and come back."""
 
     every_s: float = Field(0.0, ge=0, description="About so often, in seconds; 0: never.")
     away_s: float = Field(10.0, ge=0, description="For how long, in seconds.")
 
 
 class FaultSection(Section):
-    """One of `[[faults]]`."""
+    """One entry of `[[faults]]`."""
 
     at_s: float = Field(ge=0, description="When, in seconds since the last volunteer was started.")
     do: Deed = Field(description="What.")
@@ -86,39 +86,39 @@ class _Sections(Section):
 
 
 class RehearsalFile(_Sections):
-    """All of it."""
+    """Whole rehearsal file."""
 
     faults: tuple[FaultSection, ...] = ()
 
     @property
     def needs_links(self) -> bool:
-        """Whether peers must be behind links of ours."""
+        """True if peers must run behind emulated links."""
         return any(self.links.model_dump().values()) or any(fault.do in _OF_LINKS for fault in self.faults)
 
     @property
     def strikes(self) -> bool:
-        """Whether anything happens at all, beside the links."""
+        """True if faults or churn strike the volunteers."""
         return bool(self.faults) or self.churn.every_s > 0
 
 
 class _Fault(Section):
-    """So that its problems are told like any other section's."""
+    """Wrapper that gives a fault's problems the form of any other section's."""
 
     faults: FaultSection
 
 
 def load_rehearsal(path: Path) -> RehearsalFile:
-    """Read such a file. Raises `UserError`, one line that names the file and the key."""
+    """Read a rehearsal file. Raises `UserError`, one line that names the file and the key."""
     origin = one_line(str(path))
     table = read_small_file(path, "a rehearsal file", _EXAMPLE)
     rows = table.pop("faults", [])
     if not isinstance(rows, list):
-        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each")
+        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each", code="wrong-type")
     faults = [_fault(row, f"{origin}: fault {number}") for number, row in enumerate(rows, 1)]
     try:
         rest = _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Sections))) from None
     return RehearsalFile(**dict(rest), faults=tuple(faults))
 
 
@@ -126,7 +126,7 @@ def _fault(row: Any, origin: str) -> FaultSection:
     try:
         return _Fault.model_validate({"faults": row}).faults
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Fault))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Fault))) from None
 
 
 # ---------------------------------------------------------------- what happens when
@@ -134,7 +134,7 @@ def _fault(row: Any, origin: str) -> FaultSection:
 
 @dataclass(frozen=True, order=True)
 class FaultEvent:
-    """Something that strikes some volunteers at once; over after `for_s`."""
+    """Fault that strikes some volunteers at once and ends after `for_s`."""
 
     at_s: float
     do: Deed
@@ -143,12 +143,17 @@ class FaultEvent:
 
 
 def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
-    """All that happens, by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
+    """Yield all faults by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
-            raise UserError(f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}")
+            raise UserError(
+                f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}",
+                code="no-such-volunteer",
+            )
         if not fault.who and fault.number > len(names):
-            raise UserError(f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers")
+            raise UserError(
+                f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers", code="no-such-volunteer"
+            )
     rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
     told = [
         FaultEvent(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)
@@ -158,12 +163,12 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
 
 
 def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
-    """One after the other, never the one who is still away."""
+    """Yield departures one after the other, never of a volunteer that is still away."""
     churn, rng = rehearsal.churn, random.Random(f"churn of {rehearsal.rehearsal.seed}")
     back_s, now_s = dict.fromkeys(names, 0.0), 0.0
     while churn.every_s > 0:
         now_s += churn.every_s * rng.uniform(0.5, 1.5)
-        now_s = max(now_s, min(back_s.values()))  # with everybody away it waits for the first to come back
+        now_s = max(now_s, min(back_s.values()))  # if everybody is away, wait for the first to come back
         name = rng.choice([name for name in names if back_s[name] <= now_s])
         deed: Deed = rng.choice(["kill", "leave"])
         back_s[name] = now_s + churn.away_s

@@ -1,12 +1,12 @@
-"""The run file: what is trained, how, and until when.
+"""Run file: what is trained, how, and until when.
 
-One frozen model, read by everything, importing nothing of ours but the errors. A person writes TOML with
-the keys that differ from the defaults; the bootstrap writes every default out, adds `[published]`, and hands
-out those exact bytes. Their SHA-256 is the run's identity: peers of different runs never mix.
+A frozen pydantic model that the whole package reads. A person writes TOML with the keys that differ from the defaults;
+the bootstrap writes out every default, adds `[published]`, and hands out those exact bytes. Their SHA-256 is the run's
+identity: peers of different runs never mix.
 
-Each field carries a sentence with its unit; `docs/run-file.md` is generated from them. Every problem is one
-line that names the file, the key, and what is allowed there. Published bytes come from another peer: they are
-hashed before they are read, and nothing in them reaches a terminal unescaped.
+Each field carries a sentence with its unit; `docs/run-file.md` is generated from them. Every problem is one line that
+names the file, the key and the allowed values. Published bytes come from another peer: they are hashed before they are
+read, and nothing in them reaches a terminal unescaped.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ __all__ = [
 
 MAX_RUN_FILE_BYTES = 65_536
 _MOST_STEP_BATCHES = 4
-"""Batches in one step of a stage: two, and what was under way when they were full."""
+"""Most batches in one step of a stage: two, and what was in flight when they were full."""
 _MOST_IN_STEP = 1.5
-"""As `algorithm.pacing.most_inner_steps`, which is a layer above."""
+"""Same bound as `algorithm.pacing.most_inner_steps`, which this layer may not import."""
 EXAMPLE = "examples/stdlib-gpt.toml"
 CHUNK_BYTES = 256 * 1024
-"""A piece of a transfer. The fastest message size measured over hivemind's streams."""
+"""Bytes in one message of a transfer: the fastest size measured over hivemind's streams."""
 
 
 _NAME = r"^[a-z0-9][a-z0-9-]*$"
@@ -72,7 +72,7 @@ _NAMES = "up to 64 lower-case letters a to z, digits and hyphens, the first no h
 
 
 class RunSection(Section):
-    """What the run is called and when it ends."""
+    """Name of the run, and when it ends."""
 
     name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=_NAME, json_schema_extra={"allowed": _NAMES}, description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
@@ -90,7 +90,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The model's shape: a GPT with RMSNorm, rotary positions and untied embeddings."""
+    """Shape of the model: a GPT with RMSNorm, rotary positions and untied embeddings."""
 
     tokenizer: Literal["bytes", "bpe"] = Field("bytes", description='What a token is: "bytes" (256 of them) or "bpe" (learnt by the bootstrap on its corpus; needs the extra `bpe`).')  # fmt: skip
     vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens; 256 with "bytes".')
@@ -123,7 +123,7 @@ class ModelSection(Section):
 
 
 class InnerSection(Section):
-    """The inner optimizer, AdamW, and its schedule by the run's tokens."""
+    """Inner optimizer, AdamW, and its schedule by the run's tokens."""
 
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in the batch of one inner step.")
     microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once, gradients being accumulated to the batch; 0 for all at once. Lower it when memory is short.")  # fmt: skip
@@ -146,11 +146,10 @@ class InnerSection(Section):
 
 
 _OTHER_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {("init", "own"): {"robust": "clip", "num_weights": 3}}
-"""Where a key's value makes the defaults of others different from the fields', as a method's are (`MergeMethod`); they
-are written out like those."""
+"""Defaults of other keys that a key's value replaces, as a method replaces them (`MergeMethod`); published like those."""
 
 METHODS_OF_KEYS = methods_of_keys()
-"""Keys of `[merge]` that not every method has: which do. With another method they are left out."""
+"""Map a key of `[merge]` that not every method has to the methods that do. Other methods publish without it."""
 
 _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
@@ -161,7 +160,7 @@ _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
 
 def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
-    """The method that the table names, if it does and it is here."""
+    """Return the merge method that the table names; None if it names none, or one that is not installed."""
     try:
         return method_named(merge["method"])
     except (KeyError, TypeError, RunFileError):
@@ -169,7 +168,7 @@ def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
 
 
 class MergeSection(Section):
-    """How peers become one model."""
+    """How peers merge their work into one model."""
 
     method: str = Field("gossip", pattern=METHOD_NAME, json_schema_extra={"allowed": _METHODS}, description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
@@ -196,17 +195,17 @@ class MergeSection(Section):
 
     @property
     def kind(self) -> MergeMethod:
-        """The method: what is to be known of it."""
+        """Description of the merge method."""
         return method_named(self.method)
 
     @property
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
-        """Those that a pseudo-gradient may have, the coarsest first."""
+        """Formats that a pseudo-gradient may have, the coarsest first."""
         return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
 
     @property
     def num_fragments(self) -> int:
-        """In how many pieces the model is merged."""
+        """Number of fragments in which the model is merged."""
         return self.fragments if self.kind.reads("fragments") else 1
 
     @model_validator(mode="before")
@@ -226,7 +225,7 @@ class MergeSection(Section):
         try:
             method_named(name)
         except RunFileError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(*error.problems) from None
         return name
 
     @model_validator(mode="after")
@@ -251,7 +250,7 @@ class MergeSection(Section):
 
 
 class PipelineSection(Section):
-    """For a model that no volunteer holds alone: who holds which part of it, and what travels between them."""
+    """Pipeline for a model that no volunteer holds alone: who holds which part, and what travels between them."""
 
     stages: int = Field(1, ge=1, le=512, description="The model is cut into so many parts, and a volunteer holds one of them, or a few; 1: everybody holds the whole model.")  # fmt: skip
     boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Where it is cut: the number of blocks before each cut, one fewer than stages, ascending; empty: where the bootstrap measures that the parts cost most nearly the same.")  # fmt: skip
@@ -274,7 +273,7 @@ class PipelineSection(Section):
 
 
 class EvaluationSection(Section):
-    """Measuring the held-out loss while training."""
+    """Measurement of the held-out loss while training."""
 
     every_rounds: int = Field(0, ge=0, description="Measure the held-out loss after every so many rounds; 0 for only at the end.")  # fmt: skip
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences evaluated at once.")
@@ -294,12 +293,12 @@ class NetworkSection(Section):
 
     @property
     def least_bytes_per_s(self) -> float:
-        """A transfer that is slower than this is given up: on the whole, or because a chunk takes too long."""
+        """Bytes per second below which a transfer is given up, on average or because one chunk takes too long."""
         return max(self.min_pull_bytes_per_s, CHUNK_BYTES / self.stall_limit_s)
 
     @property
     def least_mbit(self) -> float:
-        """The smallest limit of a link: twice that, in Mbit/s."""
+        """Smallest limit of a link that a peer accepts: twice `least_bytes_per_s`, in Mbit/s."""
         return math.ceil(min(16e-6 * self.least_bytes_per_s, 1e9) * 100) / 100
 
     @model_validator(mode="after")
@@ -318,7 +317,7 @@ _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class PublishedSection(Section):
-    """What the bootstrap adds when it publishes the run; nobody writes this by hand."""
+    """Facts that the bootstrap adds when it publishes the run; nobody writes this section by hand."""
 
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)$", description="When the run was published, ISO 8601, UTC: the same run file published twice is two runs.")  # fmt: skip
     swarmtrain: str = Field(
@@ -337,7 +336,7 @@ class PublishedSection(Section):
 
 
 class RunFile(Section):
-    """A whole run file."""
+    """Whole run file."""
 
     run: RunSection
     model: ModelSection = ModelSection()
@@ -351,13 +350,13 @@ class RunFile(Section):
 
     @property
     def needs(self) -> Needs:
-        """What a peer must speak to take part, once the run is published."""
+        """Protocol that a peer must speak to take part, once the run is published."""
         published = self.published
         return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
     def dataset_revision(self) -> str:
-        """The commit of the hub's data set that the bootstrap fixed; empty where it fixed none."""
+        """Commit of the Hugging Face data set that the bootstrap pinned; empty if it pinned none."""
         return (self.published.dataset_revision if self.published is not None else None) or ""
 
     @property
@@ -367,13 +366,13 @@ class RunFile(Section):
 
     @property
     def round_tokens(self) -> int:
-        """What a whole round reads."""
+        """Tokens that a whole round of one peer reads."""
         return self.merge.inner_steps * self.tokens_per_step
 
     @property
     def max_round_tokens(self) -> int:
-        """What one peer's round counts at most. With gossip one may take longer, to end when others' do. A stage's steps
-        are not all of one size (`protocol/pipeline/ledger.py`), and a round ends after the one that fills it."""
+        """Most tokens that one peer's round counts. With gossip a round may be longer, to end when the others' rounds do.
+        A stage's steps differ in size (`protocol/pipeline/ledger.py`), and a round ends after the step that fills it."""
         in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
         more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
@@ -381,8 +380,8 @@ class RunFile(Section):
 
     @property
     def microbatch_sequences(self) -> int:
-        """Sequences that are computed at once; in a pipeline without `inner.microbatch_sequences` a 32nd of a
-        batch, so that several stages have something to do and little of it is by old weights."""
+        """Sequences computed at once. A pipeline without `inner.microbatch_sequences` takes a 32nd of a batch, so that all
+        stages have work and little of it uses old weights."""
         batch = self.inner.batch_sequences
         return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 32))
 
@@ -392,7 +391,10 @@ class RunFile(Section):
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
 
     def num_shards(self, corpus_tokens: int) -> int:
-        """Shards of a corpus of so many tokens, each at least what `merge.inner_steps` read; 0 where there are none."""
+        """Return the number of shards of a corpus of `corpus_tokens`; 0 if the run has none.
+
+        Each shard has at least the tokens that a round of `merge.inner_steps` reads.
+        """
         if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
             return 0
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
@@ -465,37 +467,51 @@ class RunFile(Section):
 
 
 def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) -> RunFile:
-    """Read the run file a person wrote. Raises `RunFileError`, one line that names the file and the key. `tell` hears of
-    each word of the field that was read as one of our keys."""
+    """Read a run file that a person wrote. Raises `RunFileError`, one line that names the file and the key.
+
+    `tell` is called with a line for each alias (`run_aliases.py`) that was read as a key.
+    """
     path = Path(path)
     origin = one_line(str(path))
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise RunFileError(f"{origin}: no such run file; the smallest example is {EXAMPLE}") from None
+        raise RunFileError(
+            f"{origin}: no such run file; the smallest example is {EXAMPLE}", code="no-run-file"
+        ) from None
     except IsADirectoryError:
-        raise RunFileError(f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}") from None
+        raise RunFileError(
+            f"{origin}: is a folder; give the run file in it, such as {EXAMPLE}", code="path-is-folder"
+        ) from None
     except OSError as error:
         raise RunFileError(
-            f"{origin}: cannot be read: {error.strerror}; correct its permissions, or give another"
+            f"{origin}: cannot be read: {error.strerror}; correct its permissions, or give another",
+            code="file-unreadable",
         ) from None
     if len(data) > MAX_RUN_FILE_BYTES:
-        raise RunFileError(f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}")
+        raise RunFileError(
+            f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}", code="file-too-long"
+        )
     try:
         return parse_run(data.decode("utf-8-sig"), origin, tell=tell)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text") from None
+        raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text", code="not-utf8") from None
 
 
 def parse_run(
     text: str, origin: str, *, has_lines: bool = True, tell: Callable[[str], None] = lambda line: None
 ) -> RunFile:
-    """The run file in `text`, as a person writes it; `origin` names it in errors, and their lines are told if it
-    `has_lines` that a person can look at. Raises `RunFileError`. For `tell` see `load_run`."""
+    """Parse a run file as a person writes it. Raises `RunFileError`; `tell` is as for `load_run`.
+
+    Errors name `origin`, and the line if `text` `has_lines` that the person can look at.
+    """
     table = read_toml(text, origin, RunFileError)
     if "published" in table:
-        raise RunFileError(f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out")
+        raise RunFileError(
+            f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out",
+            code="published-section",
+        )
     found = translated(table)
     run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
     for line in found.said:
@@ -504,13 +520,13 @@ def parse_run(
 
 
 def translated(table: dict[str, Any]) -> Translation:
-    """Replace words of the field by our keys in the tables of a person's run file."""
+    """Replace aliases by their keys in the tables of a person's run file."""
     return translate(table, _defaults())
 
 
 @cache
 def _defaults() -> dict[str, dict[str, Any]]:
-    """Map section to key to default; None where there is none."""
+    """Map section to key to default; None if a key has no default."""
     return {
         name: {key: None if field.is_required() else field.default for key, field in fields.items()}
         for name, section in RunFile.model_fields.items()
@@ -519,19 +535,22 @@ def _defaults() -> dict[str, dict[str, Any]]:
 
 
 def published_bytes(run: RunFile) -> bytes:
-    """The exact bytes a bootstrap hands out: TOML with every default written out, absent values left out.
+    """Return the exact bytes that a bootstrap hands out: TOML with every default written out, without absent values.
 
-    Raises `RunFileError` when they are more than `MAX_RUN_FILE_BYTES`.
+    Raises `RunFileError` if they are more than `MAX_RUN_FILE_BYTES`.
     """
     data = tomli_w.dumps(_written_table(run)).encode()
     if len(data) > MAX_RUN_FILE_BYTES:
         limit = MAX_RUN_FILE_BYTES
-        raise RunFileError(f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs")
+        raise RunFileError(
+            f"data.paths: the published run would have {len(data)} bytes; allowed: {limit}; use globs",
+            code="file-too-long",
+        )
     return data
 
 
 def needs_of(run: RunFile) -> Needs:
-    """What a peer must speak to take part in `run`, published by this version."""
+    """Return the protocol that a peer must speak to take part in `run`, published by this version."""
     written = [
         (f"{name}.{key}", value) for name, section in _written_table(run).items() for key, value in section.items()
     ]
@@ -539,7 +558,10 @@ def needs_of(run: RunFile) -> Needs:
 
 
 def _written_table(run: RunFile) -> dict[str, Any]:
-    """What is published: every default, but of keys that older peers do not know (`KEYS_SINCE`) only what differs."""
+    """Return the tables to publish: every default, but of newer keys (`KEYS_SINCE`) only values that differ from it.
+
+    Older peers refuse keys that they do not know.
+    """
     table = _of_its_method(run.model_dump(mode="json", exclude_none=True))
     for key in KEYS_SINCE:
         section, _, name = key.partition(".")
@@ -550,7 +572,7 @@ def _written_table(run: RunFile) -> dict[str, Any]:
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
-    """Without keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
+    """Drop keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
@@ -561,29 +583,33 @@ def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_sha256(data: bytes) -> str:
-    """The identity of the run published as `data`: its SHA-256, 64 hexadecimal digits."""
+    """Return the identity of the run published as `data`: its SHA-256, 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
-    """The published run in bytes that another peer sent.
+    """Parse the published run that another peer sent.
 
-    Raises `BadBytesError` when they are too many, do not match the hash or are no strict run file; `NewerRunError` when
-    the run needs a newer swarmtrain, or was published by one that knows keys or values this one does not; `RunFileError`
-    when its method is another package's, which is not here.
+    Raises `BadBytesError` if the bytes are too many, do not match the hash or are no strict run file; `NewerRunError` if
+    the run needs a newer swarmtrain, or has keys or values that this version does not know; `RunFileError` if its method
+    is of a package that is not installed.
     """
     if len(data) > MAX_RUN_FILE_BYTES:
-        raise BadBytesError(f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted")
+        raise BadBytesError(
+            f"the run file has {len(data)} bytes; at most {MAX_RUN_FILE_BYTES} are accepted", code="bad-size"
+        )
     if (found := run_sha256(data)) != expected_sha256:
-        raise BadBytesError(f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}")
+        raise BadBytesError(
+            f"the run file does not match its hash: expected {expected_sha256[:16]}, got {found[:16]}", code="bad-hash"
+        )
     try:
         table = read_toml(data.decode(), "the published run", RunFileError)
         if not isinstance(table.get("published"), dict):
-            raise RunFileError("the published run: published: missing section")
+            raise RunFileError("the published run: published: missing section", code="published-section")
     except UnicodeDecodeError:
-        raise BadBytesError("the published run: not UTF-8") from None
+        raise BadBytesError("the published run: not UTF-8", code="bad-format") from None
     except RunFileError as error:
-        raise BadBytesError(str(error)) from None
+        raise BadBytesError(*error.problems) from None
     if refusal := too_old_for(_needs_told(table["published"])):
         raise NewerRunError(refusal)
     _ask_for_package(table)
@@ -594,11 +620,11 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         if isinstance(publisher, str) and _version(publisher) > _version(__version__):
             versions = f"published by swarmtrain {one_line(publisher[:32])}, you have {__version__}"
             raise NewerRunError(f"this run was {versions}: {UPDATE} ({error})") from None
-        raise BadBytesError(str(error)) from None
+        raise BadBytesError(*error.problems) from None
 
 
 def _ask_for_package(table: dict[str, Any]) -> None:
-    """Have a package's method loaded, which is no fault of who sent the run."""
+    """Load the merge method if it is of a package. Raises RunFileError: a missing package is no fault of the sender."""
     merge = table.get("merge")
     name = merge.get("method") if isinstance(merge, dict) else None
     if isinstance(name, str) and re.fullmatch(NAME, name):
@@ -613,12 +639,12 @@ def _validated(table: dict[str, Any], origin: str, text: str = "", rewritten: Re
         problem = error
     if problem is not None or (rewritten is not None and rewritten.problems):
         problems = problems_in_words(problem, RunFile, text, rewritten)
-        raise RunFileError(*(f"{origin}: {each}" for each in problems))
+        raise RunFileError(*(each.found_in(origin) for each in problems))
     return run
 
 
 def _needs_told(published: dict[str, Any]) -> Needs:
-    """What a published run says that it needs, whatever else is in it."""
+    """Read which protocol a published run says it needs, whatever else is in it."""
     protocol, version = published.get("protocol"), published.get("needs")
     known = isinstance(protocol, int) and not isinstance(protocol, bool)
     return needs_untrusted(protocol if known else 1, version if isinstance(version, str) else "")  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""Words of the field for the keys of a run file: nanoGPT's, transformers', litgpt's, torchtitan's, OpenDiLoCo's.
+"""Aliases for keys of a run file: the words of nanoGPT, transformers, litgpt, torchtitan and OpenDiLoCo.
 
-A person's file may say `hidden_size = 256`; it is read as `width = 256`, and a line says so. What is published has our
-keys only, so two files that mean the same give the same bytes. `ALIASES` is the one list: `docs/run-file.md` shows it.
+A person's file may say `hidden_size = 256`; it is read as `width = 256`, and a line says so. A published run has our
+keys only, so two files that mean the same give the same bytes. `ALIASES` is the one list; `docs/run-file.md` shows it.
 
-A word is an alias only where its meaning is the same, or follows exactly from the file. Where it does not, such as
-steps that would have to be counted over an unknown number of volunteers, the file is refused with what to write.
+A word is an alias only if it means the same as a key, or if the key's value follows exactly from the file. Otherwise,
+as with steps counted over an unknown number of volunteers, the file is refused with what to write.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from swarmtrain.errors import UserError
+from swarmtrain.errors import Problem, UserError
 from swarmtrain.problems import Rewritten, one_line, shown
 
 __all__ = ["ALIASES", "Alias", "Translation", "our_key", "translate"]
 
 _Keys = Mapping[str, Mapping[str, Any]]
-"""Section to key to default value: all that a run file may hold."""
+"""Map section to key to default value: all that a run file may hold."""
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Tables of a file that is being translated, with our keys as far as it is."""
+    """Tables of a file during translation: our keys in what is translated already."""
 
     table: Mapping[str, Any]
     defaults: _Keys
     words: Mapping[str, Any]
-    """Section of the word that is read, as the person wrote it."""
+    """Section of the word that is being read, as the person wrote it."""
 
     def written(self, key: str) -> Any:
-        """Value of `SECTION.KEY` in the file; None where it is not there."""
+        """Return the value of `SECTION.KEY` in the file; None if the file has no such key."""
         section, _, name = key.partition(".")
         keys = self.table.get(section)
         return keys.get(name) if isinstance(keys, dict) else None
 
     def value(self, key: str) -> Any:
-        """Number in the file, or the default; None for what is no number above 0, of which the validation tells."""
+        """Return the number in the file, or the default; None if it is not above 0, which the validation reports."""
         section, _, name = key.partition(".")
         value = self.written(key)
         number = _number(self.defaults[section][name] if value is None else value)
@@ -49,19 +49,19 @@ class _Given:
 
 @dataclass(frozen=True)
 class Alias:
-    """Words of the field that stand for a key of ours, or that nothing stands for."""
+    """Words of other projects that stand for a key of ours, or that are refused."""
 
     section: str
     words: tuple[str, ...]
     keys: tuple[str, ...]
-    """Ours, in the same section: one, but for `betas`. None for a word that no key stands for."""
+    """Our keys, in the same section: one, or two for `betas`. Empty for a word without a key."""
     read: Callable[[Any, _Given], dict[str, Any]] | None = None
-    """Give our keys their values, or raise ValueError with the rest of a sentence that begins with the word. None: the
-    value is taken over as it is."""
+    """Return the values of our keys, or raise ValueError with the rest of a sentence that begins with the word. None:
+    the value stays as it is."""
     says: str = ""
-    """Conversion, or reason of the refusal, in words for the page."""
+    """Conversion, or reason of the refusal, in words for `docs/run-file.md`."""
     refused: bool = False
-    """True: no file may have it, and the refusal says what to write."""
+    """True if no file may have the word; the refusal says what to write."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _quotient(one: int | float, other: int | float) -> float:
     try:
         return float(Fraction(str(one)) / Fraction(str(other)))
     except OverflowError:
-        return math.inf  # which no key takes
+        return math.inf  # no key accepts it, so that the validation reports it
 
 
 def _feed_forward(value: Any, given: _Given) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _rounds(value: Any, given: _Given) -> dict[str, Any]:
 _ACCUMULATION = ("gradient_accumulation_steps", "grad_accum_steps", "gradient_accumulation", "accumulate_grad_batches")
 _GLOBAL = ("global_batch_size", "total_batch_size", "train_batch_size")
 _REFUSED_BATCHES = {"batch_size", *_GLOBAL}
-"""Words of the batch that are refused beside accumulation."""
+"""Words for the batch that are refused beside gradient accumulation."""
 _PER_DEVICE = ("per_device_train_batch_size", "local_batch_size")
 
 
@@ -168,7 +168,7 @@ def _accumulated(value: Any, given: _Given) -> dict[str, Any]:
             f"{number} times microbatch_sequences = {at_once} is not batch_sequences = {batch}; leave one of them out"
         )
     if set(given.words) & _REFUSED_BATCHES:
-        return {}  # of that is told already
+        return {}  # reported already
     raise ValueError(
         "does not say how large a batch is; write microbatch_sequences, the sequences computed at once, and "
         f"batch_sequences, {number} times as many"
@@ -201,7 +201,7 @@ def _all_batches(value: Any, given: _Given) -> dict[str, Any]:
 
 
 def _step_tokens(given: _Given) -> int:
-    """Tokens of one peer's step; 0 where the file's numbers are none."""
+    """Return the tokens of one peer's step; 0 if the file's values are no numbers."""
     batch, context = given.value("inner.batch_sequences"), given.value("model.context_tokens")
     return int(batch * context) if batch is not None and context is not None else 0
 
@@ -243,7 +243,7 @@ def _no_key(section: str, words: tuple[str, ...], what: str) -> Alias:
 
 _SHAPE = "the model has RMSNorm, rotary positions, SwiGLU and untied embeddings without biases or dropout"
 
-# Those that a later one may need come first: `min_lr` goes by `lr`.
+# Words that a later one may need come first: `min_lr` is converted with `lr`.
 ALIASES: tuple[Alias, ...] = (
     Alias("run", ("run_name", "experiment_name"), ("name",)),
     Alias("run", ("random_seed", "manual_seed"), ("seed",)),
@@ -401,7 +401,7 @@ _SECTIONS = {
     "dataset": "data",
     "datasets": "data",
 }
-"""Sections of others' files, and those of ours that have their keys."""
+"""Map a section of another project's files to our sections that have its keys."""
 
 
 @dataclass
@@ -409,16 +409,18 @@ class _Draft:
     table: dict[str, Any]
     said: dict[tuple[str, str], str] = field(default_factory=dict)
     words: dict[tuple[str, str], str] = field(default_factory=dict)
-    problems: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    problems: list[tuple[tuple[str, ...], Problem]] = field(default_factory=list)
     meant: set[str] = field(default_factory=set)
 
-    def refuse(self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = ()) -> None:
-        self.problems.append((names, f"{'.'.join(map(one_line, names))}: {problem}"))
+    def refuse(
+        self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = (), code: str = "other-projects-word"
+    ) -> None:
+        self.problems.append((names, Problem(f"{'.'.join(map(one_line, names))}: {problem}", code)))
         self.meant.update(meant)
 
 
 def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
-    """Replace words by our keys in a person's `table`. What cannot be read is left out, and is among the problems."""
+    """Replace aliases by our keys in a person's `table`. What cannot be read is left out, and listed as a problem."""
     draft = _Draft({name: dict(keys) if isinstance(keys, dict) else keys for name, keys in table.items()})
     for name in table:
         if name in _SECTIONS and name not in defaults:
@@ -439,7 +441,7 @@ def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
 
 
 def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
-    """Put our key in the place of one word."""
+    """Replace one word by our key."""
     section, names = draft.table[alias.section], (alias.section, word)
     value = section.pop(word)
     meant = tuple(f"{alias.section}.{key}" for key in alias.keys)
@@ -451,7 +453,8 @@ def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
     for key in found:
         if key in section:
             other = draft.words.get((alias.section, key), key)
-            draft.refuse(names, f"means {alias.section}.{key}, which {other} gives too; leave one of them out")
+            problem = f"means {alias.section}.{key}, which {other} gives too; leave one of them out"
+            draft.refuse(names, problem, code="key-given-twice")
             return
     section.update(found)
     draft.words.update({(alias.section, key): word for key in found})
@@ -460,7 +463,7 @@ def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
 
 
 def _move_home(draft: _Draft, defaults: _Keys) -> None:
-    """Refuse words that stand in a section that has no such key, or in none, with where they belong."""
+    """Refuse words in a section without such a key, or outside all sections, and say where they belong."""
     top = {name: value for name, value in draft.table.items() if not isinstance(value, dict)}
     places = [((), top), *(((name,), keys) for name, keys in draft.table.items() if isinstance(keys, dict))]
     for where, keys in places:
@@ -481,13 +484,17 @@ def _homes(word: str) -> Iterator[Alias]:
 
 
 def our_key(key: str) -> str:
-    """`SECTION.KEY` with our key, if the person's is only another word for it. `UserError` for a word whose value would
-    be converted or refused."""
+    """Return `SECTION.KEY` with our key, if the person's is only another word for it.
+
+    Raises `UserError` for a word whose value would be converted or refused.
+    """
     section, _, word = key.partition(".")
     for alias in _homes(word):
         if alias.section == section:
             if alias.read is not None:
                 keys = " and ".join(f"{section}.{name}" for name in alias.keys) or "no key of a run file"
-                raise UserError(f"{one_line(key)}: means {keys}, with another value; write that key here")
+                raise UserError(
+                    f"{one_line(key)}: means {keys}, with another value; write that key here", code="key-given-twice"
+                )
             return f"{section}.{alias.keys[0]}"
     return key

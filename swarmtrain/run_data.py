@@ -1,4 +1,4 @@
-"""The run file's section `[data]`: the text of a run."""
+"""Section `[data]` of the run file: the text of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEYS_OF_SOURCES = {
 
 
 class DataSection(Section):
-    """The text it learns from, and the text it is judged by."""
+    """Text that the model learns from, and text that it is judged by."""
 
     source: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line), "parquet" (a column of such files; needs pyarrow) or "datasets" (Hugging Face; needs the library datasets).')  # fmt: skip
     paths: tuple[str, ...] = Field((), strict=False, description='For "text", "jsonl" and "parquet": files or globs (`**` too) below the run file\'s folder; on a volunteer, below `--data`. Never absolute, never with `..`.')  # fmt: skip

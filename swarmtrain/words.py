@@ -1,4 +1,4 @@
-"""Numbers and names in words for a person. Imports nothing, since every command needs it, the quickest ones too."""
+"""Numbers and names in words for a person. Imports no other module, since the quickest commands need it too."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ __all__ = [
 
 
 def size_in_words(num_bytes: float) -> str:
-    """A size for a person, such as `3.4 MB`; powers of ten."""
+    """Format a size in bytes for a person, such as `3.4 MB`; powers of ten."""
     return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def count_in_words(number: float) -> str:
-    """A count for a person, such as `1.2 M`; powers of ten."""
+    """Format a count for a person, such as `1.2 M`; powers of ten."""
     return _scaled(number, ("", "k", "M", "G", "T", "P")).rstrip()
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:
-    """A number of things, such as `1 peer` or `3 peers`; `plural` where that is not the noun and an s."""
+    """Format a number of things, such as `1 peer` or `3 peers`; `plural` if it is not the noun and an s."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def speed_in_words(tokens_per_s: float) -> str:
-    """A speed for a person, such as `4.1 k tokens/s`."""
+    """Format a speed for a person, such as `4.1 k tokens/s`."""
     return f"{count_in_words(tokens_per_s)} tokens/s"
 
 
 def below_in_words(times: float) -> str:
-    """How much less than an all-reduce at every step was sent, such as `25.1 times below an all-reduce`."""
+    """Compare traffic with an all-reduce at every step, such as `25.1 times below an all-reduce`."""
     return f"{count_in_words(times)} times below an all-reduce"
 
 
 def bits_per_byte(nats_per_byte: float) -> float:
-    """A loss in bits: a nat is 1 / ln 2 of them."""
+    """Convert a loss from nats to bits: a nat is 1 / ln 2 bits."""
     return nats_per_byte / math.log(2)
 
 
 def loss_in_words(nats_per_byte: float) -> str:
-    """A held-out loss for a person, such as `1.386 nats/byte (2.000 bits/byte)`."""
+    """Format a held-out loss for a person, such as `1.386 nats/byte (2.000 bits/byte)`."""
     return f"{nats_per_byte:.3f} nats/byte ({bits_per_byte(nats_per_byte):.3f} bits/byte)"
 
 
 def percent_in_words(part: float, whole: float) -> str:
-    """A part of a whole, such as `40%`, rounded down: nothing is 100 % before it is whole."""
+    """Format a part of a whole, such as `40%`. Rounds down, so that only the whole is 100 %."""
     if whole <= 0:
         return "0%"
     if 0 < part / whole < 0.001:
@@ -69,7 +69,7 @@ def percent_in_words(part: float, whole: float) -> str:
 
 
 def shares_in_words(counts: Sequence[int]) -> list[str]:
-    """Everybody's share of the sum of `counts`, such as `33%`; together they are 100 %.
+    """Format each count's share of the sum of `counts`, such as `33%`; together they are 100 %.
 
     Shares are rounded to whole percents by the largest remainder, and to tenths where one of them is below a percent.
     """
@@ -96,7 +96,7 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
 
 
 def time_in_words(seconds: float) -> str:
-    """A duration for a person, such as `8.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    """Format a duration for a person, such as `8.2 s`, `3 min 20 s` or `2 h 5 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -109,7 +109,7 @@ def time_in_words(seconds: float) -> str:
 
 
 def ago_in_words(seconds: float) -> str:
-    """How long ago something was, coarsely, such as `12 s ago`, `5 min ago` or `3 d ago`."""
+    """Say coarsely how long ago something was, such as `12 s ago`, `5 min ago` or `3 d ago`."""
     if seconds < 1:
         return "just now"
     for unit, length_s, below_s in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 48 * 3600)):
@@ -119,17 +119,17 @@ def ago_in_words(seconds: float) -> str:
 
 
 def short_peer(peer: str) -> str:
-    """The end of a PeerID, enough to tell peers apart."""
+    """Return the end of a PeerID, enough to tell peers apart."""
     return peer[-6:] if peer else "nobody"
 
 
 def stages_in_words(stages: Sequence[int]) -> str:
-    """The stages of a pipeline by number, such as `stage 2` or `stages 0 and 1`."""
+    """Name stages of a pipeline by number, such as `stage 2` or `stages 0 and 1`."""
     if len(stages) < 2:
         return f"stage {stages[0]}" if stages else "no stage"
     return f"stages {', '.join(map(str, stages[:-1]))} and {stages[-1]}"
 
 
 def one_line(text: str) -> str:
-    """`text` with line ends and other control characters escaped, fit for a terminal."""
+    """Escape line ends and other control characters, so that a terminal can show `text`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -28,8 +28,9 @@ def test_generated_pages_are_fresh() -> None:
 
 
 def test_every_field_has_a_sentence_in_its_page() -> None:
-    for page, write in generator().PAGES.items():
-        for line in write().splitlines():
+    pages = {page: write() for page, write in generator().PAGES.items() if page != "troubleshooting.md"}
+    for page, text in pages.items():
+        for line in text.splitlines():
             if line.startswith("| `"):
                 assert line.rstrip(" |").endswith((".", ")")), f"{page}: {line}"
 

@@ -177,14 +177,14 @@ beta1 = 2
 def test_all_problems_are_told_with_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunFileError) as caught:
         parse_run(MANY.replace("[[network]]", ""), "my.toml")
-    problems = [line.removeprefix("my.toml: ") for line in caught.value.lines]
+    problems = [line.removeprefix("my.toml: ") for line in caught.value.problems]
     first = [" ".join(line.split(": ")[:2]) for line in problems[:5]]
     assert first == ["line 3 run.name", "line 4 run.total_tokens", "line 9 merge.inner_steps", "line 10 merge.pacing", "line 12 model.width"]  # fmt: skip
     assert problems[5:] == ["and 3 more problems"]
-    assert str(caught.value) == "; also ".join(caught.value.lines)
+    assert str(caught.value) == "; also ".join(caught.value.problems)
     with pytest.raises(RunFileError) as caught:
         parse_run("inner.beta1 = 2\nrun.total_tokens = 'x'\n[network]\nmax_readers = 1\n[[publish]]\n", "my.toml")
-    assert [line.split(": ")[1:3] for line in caught.value.lines] == [
+    assert [line.split(": ")[1:3] for line in caught.value.problems] == [
         ["line 1", "inner.beta1"], ["line 2", "run.total_tokens"], ["line 5", "publish"],
     ]  # fmt: skip
     (tmp_path / "run.toml").write_text("[run]\ntotal_tokens = 'x'\n[merge]\npacing = 1\n")

@@ -9,13 +9,15 @@ from functools import cache
 import pytest
 from own_sources import ROOT, nodes
 
+from swarmtrain.error_codes import CODES
+
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GAP = "…"
 END = "\0"
 """Of a string, in what is searched."""
 RAISED = {
-    "ClickException", "ClockError", "ForeignError", "InviteError", "NoAnswerError", "RefusedError", "RunFileError",
-    "RunTimeError", "UsageError", "UserError", "WarningEvent",
+    "ClockError", "ForeignError", "InviteError", "NoAnswerError", "OptionsError", "RefusedError", "RunFileError",
+    "RunTimeError", "UserError", "WarningEvent",
 }  # fmt: skip
 SHORTEST = 8
 
@@ -47,9 +49,11 @@ def written() -> tuple[str, dict[str, str]]:
 
 
 def stems() -> list[str]:
-    """What the page lists: the words in backticks of the first cells of its tables, but for the checks' names."""
+    """What the page lists: the words in backticks of the first cells of its tables, but for the checks' names; of codes
+    the second cells."""
     rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
-    return [stem for row in rows for stem in re.findall(r"`([^`]+)`", row) if not re.fullmatch("[a-z]+", stem)]
+    written = [stem for row in rows for stem in re.findall(r"`([^`]+)`", row) if not re.fullmatch("[a-z]+", stem)]
+    return [*written, *(stem for each in CODES.values() for stem in each.says)]
 
 
 def says(stem: str, text: str) -> bool:
@@ -85,7 +89,7 @@ def test_every_error_names_a_next_step() -> None:
     for name, node in nodes():
         if not isinstance(node, ast.Call) or not node.args or name.startswith("swarmtrain/simulate/"):
             continue
-        if ast.unparse(node.func).split(".")[-1] in (RAISED | {"BadParameter"}) - {"WarningEvent"}:
+        if ast.unparse(node.func).split(".")[-1] in (RAISED | {"OptionError"}) - {"WarningEvent"}:
             errors[f"{name}:{node.lineno}"] = literal(node.args[0])
     long = {where: text for where, text in errors.items() if len(text.replace(GAP, "").strip(": ")) >= SHORTEST}
     without = {where: text for where, text in long.items() if not (text.endswith(GAP) or NEXT_STEP.search(text))}

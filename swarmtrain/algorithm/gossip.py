@@ -1,12 +1,12 @@
-"""The gossip merge: a peer's own round and what it pulled from its partners become its next outer state.
+"""Gossip merge: a peer's own round and what it pulled from its partners become its next outer state.
 
 theta is averaged with the partners' theta, with variance correction (arXiv 2404.04616); the pseudo-gradients are
 averaged by tokens and taken as one Nesterov step, which is delayed Nesterov with one arrival for oneself and one for
 each partner (see `DelayedNesterov`). Everything works on the flat fp32 vector of P numbers of `outer`.
 
 The rule of this file: *what can be done before the round ends is done before*. `prepare` needs no gradient of this
-peer, so it runs in the background while the trainer trains; `gossip_merge` is all the trainer waits for.
-Legend: N vectors, T tensors of the model, B blocks of tensors.
+peer, so it runs in the background while the trainer trains; `gossip_merge` is all the trainer waits for. Legend: N
+vectors, T tensors of the model, B blocks of tensors.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 15
-"""Numbers of each vector that are worked on at once: four vectors' in fp64 are 1 MiB, a second-level cache."""
+"""Numbers of each vector that are processed at once: four vectors' in fp64 are 1 MiB, a second-level cache."""
 _MERGED_AT_ONCE = 1 << 16
-"""Numbers of each vector that the last part of a merge takes at once: all it reads and writes stays in the cache."""
+"""Numbers of each vector that the last part of a merge processes at once, so that all it touches stays in the cache."""
 _ROUNDING = 2.0**-46
-"""The square of fp32's resolution: what varies less than this, relative to the inputs' mean square, is rounding."""
+"""Square of fp32's resolution: a variance below this, relative to the inputs' mean square, is rounding."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in the flat vector each tensor of the model lies, and which of them are variance-corrected."""
+    """Place of each tensor of the model in the flat vector, and which of them are variance-corrected."""
 
     slices: tuple[slice, ...]
     corrected: tuple[bool, ...]
@@ -55,7 +55,7 @@ class Layout:
 
 
 def layout_of(shapes: Sequence[tuple[int, ...]]) -> Layout:
-    """The layout of tensors of these shapes, as `flatten` puts them; two or more dimensions are corrected."""
+    """Return the layout of tensors of these shapes, as `flatten` puts them; two or more dimensions are corrected."""
     ends = list(itertools.accumulate((math.prod(shape) for shape in shapes), initial=0))
     return Layout(
         slices=tuple(slice(start, end) for start, end in itertools.pairwise(ends)),
@@ -65,21 +65,21 @@ def layout_of(shapes: Sequence[tuple[int, ...]]) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectedMean:
-    """The variance-corrected mean (P,) fp32, and what was seen on the way."""
+    """Variance-corrected mean (P,) fp32, and statistics of its inputs."""
 
     mean: Tensor
     factor: float
-    """The largest ratio by which a tensor's deviations were stretched; 1 when none was."""
+    """Largest ratio by which a tensor's deviations were stretched; 1 when none was."""
     spread: float
     """sqrt(sum_i w_i |x_i - x|^2 / sum_i w_i |x_i|^2), x the plain mean: 0 for equal vectors, at most 1."""
     displacement: float
-    """The largest |x_i - x_0| / |x_0|: how far the others are from the first. Infinite if only the first is zero."""
+    """Largest |x_i - x_0| / |x_0|: how far the others are from the first. Infinite if only the first is zero."""
 
 
 def _weighted(
     vectors: Sequence[Tensor], layout: Layout, weights: Sequence[float] | None
 ) -> tuple[list[Tensor], list[float]]:
-    """The vectors that have a weight, and their weights with sum 1."""
+    """Return the vectors that have a weight, and their weights with sum 1."""
     weights = [1.0] * len(vectors) if weights is None else weights
     if not vectors or len(vectors) != len(weights):
         raise ValueError(f"as many weights as vectors, at least one: got {len(weights)} and {len(vectors)}")
@@ -134,7 +134,7 @@ def _mean_and_moments(vectors: Sequence[Tensor], combination: Tensor, layout: La
 
 
 def _merged(means: Tensor, squares: Tensor, blocks: list[tuple[int, int]], num_tensors: int) -> _Moments:
-    """The moments of whole tensors from their blocks' means (B, N) and centred sums of products (B, N, N)."""
+    """Return the moments of whole tensors from their blocks' means (B, N) and centred sums of products (B, N, N)."""
     which = torch.tensor([tensor for tensor, _ in blocks], dtype=torch.int64, device=means.device)
     sizes = torch.tensor([float(size) for _, size in blocks], dtype=torch.float64, device=means.device)
 
@@ -150,7 +150,8 @@ def _merged(means: Tensor, squares: Tensor, blocks: list[tuple[int, int]], num_t
 
 
 def _mean_square(products: Tensor, combination: Tensor) -> tuple[Tensor, Tensor]:
-    """From products (..., N, N) of x_0, x_1 - x_0, ...: (that of the mean, what the inputs' average exceeds it by).
+    """Return (mean square of the mean, excess of the inputs' average over it), from products (..., N, N) of x_0, x_1 -
+    x_0, ...
 
     sum_i w_i x_i^2 = x^2 + sum_i w_i (x_i - x)^2, so the excess is never negative; it is exactly zero for equal inputs.
     """
@@ -165,7 +166,7 @@ def _mean_square(products: Tensor, combination: Tensor) -> tuple[Tensor, Tensor]
 def variance_corrected_mean(
     vectors: Sequence[Tensor], layout: Layout, weights: Sequence[float] | None = None, out: Tensor | None = None
 ) -> CorrectedMean:
-    """The mean of vectors (P,) fp32 whose tensors vary as much as the inputs' do on average (arXiv 2404.04616).
+    """Return the mean of vectors (P,) fp32, with each tensor's variance as the inputs' on average (arXiv 2404.04616).
 
     In each tensor of two or more dimensions w <- (w - mean(w)) sqrt(v* / Var(w)) + mean(w), w the mean and v* the mean
     of the inputs' variances, all population variances in fp64. The ratio is 1 where Var(w) is zero or no more than
@@ -200,25 +201,25 @@ def variance_corrected_mean(
 
 @dataclass(frozen=True)
 class PartnerUpdate:
-    """What was pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g; or
-    one of the two, theta (or other values that are averaged) without tokens or g without theta.
+    """Values pulled from a partner: its theta (P,) at its round's start, its g (P,) so far and the tokens of g.
 
-    Of who was merged earlier in the same round: the differences of g and tokens since then, theta as it is.
+    Either may be missing: theta (or other values that are averaged) without tokens, or g without theta. If an earlier
+    part of the same round was merged, g and tokens are the differences since then; theta is whole.
     """
 
     theta: Tensor | None
     gradient: Tensor
-    """Without tokens it is not looked at."""
+    """Ignored without tokens."""
     tokens: float
     ahead_rounds: float = 0.0
-    """By how much later than this peer's the round of theta began, in rounds, from 0 to 1."""
+    """Delay of the start of theta's round after this peer's own, in rounds, from 0 to 1."""
     lengthened: float | None = 1.0
-    """What its author's gradient was multiplied by; None where it was changed otherwise."""
+    """Factor by which its author's gradient was multiplied; None if it was changed otherwise."""
 
 
 @dataclass(kw_only=True)
 class PreparedMerge:
-    """A merge as far as it goes without this peer's own gradient; good for one merge."""
+    """Merge prepared as far as possible without this peer's own gradient; good for one merge."""
 
     theta_mean: Tensor
     """(P,) fp32, variance-corrected, of this peer's theta at the round's start and its partners', as of that moment."""
@@ -227,15 +228,15 @@ class PreparedMerge:
     tokens: float
     """sum_j tokens_j over the partners."""
     num_arrivals: int
-    """How many brought anything."""
+    """Number of updates, each with a theta, a gradient or both."""
     variance_factor: float
     """See `CorrectedMean.factor`."""
     consensus_spread: float | None
     """See `CorrectedMean.spread`, own theta included: 0 when all agree, at most 1. None when no theta came."""
     displacement: float | None
-    """The largest |theta_j - theta| / |theta|, theta this peer's own. None when no theta came."""
+    """Largest |theta_j - theta| / |theta|, theta this peer's own. None when no theta came."""
     spent: bool = False
-    """Whether it has been merged: its vectors then belong to the new state."""
+    """True once it has been merged: its vectors then belong to the new state."""
 
 
 @torch.no_grad()
@@ -250,11 +251,11 @@ def prepare(
     """Average theta (P,), this peer's at its round's start, with the partners', and add up their gradients.
 
     Each theta weighs the same, and each g as many as its tokens, whether they come from the same partners or not. A
-    theta that is ahead has gone already where this peer's own outer step goes too: so much of a step is taken back, one
-    as `state` would lead to by its momentum, `learning_rate` being the outer one. Without arrivals the mean is theta
-    itself, not a copy. Of arrivals that are made as they are asked for, each gradient is let go before the next.
-    Writes into none of what it is given, except into the arrivals with `may_write`. Raises ValueError when shapes
-    differ, tokens are negative or not finite, or one is ahead by less than none or more than a round.
+    theta that is ahead already contains part of the outer step that this peer is about to take. That part of a step,
+    one as `state` would take by its momentum with `learning_rate`, is taken back (decision 41). Without arrivals the
+    mean is theta itself, not a copy. If arrivals are made lazily, each gradient is released before the next is made.
+    Nothing that is passed in is written into, except the arrivals with `may_write`. Raises ValueError when shapes
+    differ, tokens are negative or not finite, or `ahead_rounds` is outside [0, 1].
     """
     theta, tokens, ahead_rounds, thetas = state.theta, list[float](), list[float](), list[Tensor]()
     gradient_sum: Tensor | None = None
@@ -298,13 +299,14 @@ def prepare(
 def gossip_merge(
     state: OuterState, prepared: PreparedMerge, gradient: Tensor, tokens: float, constants: OuterConstants
 ) -> OuterState:
-    """The outer step at a round's end: `gradient` (P,) is this peer's own g of the round, `tokens` what it took.
+    """Take the outer step at a round's end; `gradient` (P,) is this peer's own g of the round, `tokens` what it trained
+    on.
 
     G = token-weighted mean of own and partners' g;  m <- beta m + G;  theta <- theta_mean - eps (G + beta m). Without
-    partners this is `outer_step`, to the bit. The trainer stands still meanwhile, and fresh memory costs more than the
-    arithmetic: so the new state's tensors are those of `prepared`, which is spent by it (never the old state's).
-    Raises ValueError, changing nothing, when `prepared` is spent, shapes differ, tokens are negative or not finite,
-    or nobody has any.
+    partners this is `outer_step`, to the bit. The trainer waits meanwhile, and fresh memory costs more than the
+    arithmetic; so the new state's tensors are those of `prepared`, which is spent by it (never the old state's). Raises
+    ValueError, changing nothing, when `prepared` is spent, shapes differ, tokens are negative or not finite, or nobody
+    has any.
     """
     if prepared.spent:
         raise ValueError("this was merged before: prepare the next merge anew")

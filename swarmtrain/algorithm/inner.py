@@ -1,7 +1,7 @@
-"""The inner loop of DiLoCo: AdamW, its clipping, and a schedule by the run's tokens.
+"""Inner loop of DiLoCo: AdamW with clipping, and a learning-rate schedule by the run's tokens.
 
-What happens within a round, on one peer: nothing here knows that there are others. The moments stay local, are
-carried across rounds and are never sent (arXiv 2311.08105, section 2). The learning rate follows the *run's* tokens,
+This is what happens within a round on one peer; nothing here knows that there are others. The moments stay local, are
+kept from round to round and are never sent (arXiv 2311.08105, section 2). The learning rate follows the *run's* tokens,
 not the peer's own steps, so a peer that joins late starts at the right one.
 """
 
@@ -29,7 +29,7 @@ _LENT_WAIT_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class InnerConstants:
-    """What AdamW and its schedule are told; the same on every peer of a run."""
+    """Constants of AdamW and its schedule; the same on every peer of a run."""
 
     learning_rate: float  # the peak
     weight_decay: float  # decoupled, per step, times the learning rate; matrices only
@@ -49,10 +49,11 @@ class InnerConstants:
 
 
 def learning_rate_at(constants: InnerConstants, progress: float) -> float:
-    """The learning rate when `progress`, the run's tokens so far over all its tokens, is in [0, 1].
+    """Return the learning rate when `progress`, the run's tokens so far over all its tokens, is in [0, 1].
 
-    Linear from 1 % of the peak (never 0) to the peak during the warm-up, then half a cosine down to the floor.
-    Progress above 1 counts as 1: peers may overshoot by a round. Raises ValueError when it is negative or NaN.
+    It rises linearly from 1 % of the peak (never 0) to the peak during the warm-up, then falls on half a cosine to the
+    floor. Progress above 1 counts as 1, because peers may overshoot by a round. Raises ValueError when it is negative
+    or NaN.
     """
     if not progress >= 0:
         raise ValueError(f"progress must not be negative, got {progress}")
@@ -66,10 +67,12 @@ def learning_rate_at(constants: InnerConstants, progress: float) -> float:
 
 
 def moments_scale(steps_taken: int, beta2: float) -> float:
-    """Learning-rate multiplier of a late joiner's step number `steps_taken` (from 0), whose AdamW moments are young.
+    """Return the factor on the learning rate of a late joiner's step number `steps_taken` (from 0), whose moments are
+    young.
 
-    Corrected for its bias, a second moment of few steps is still the noise of those steps, and the first updates are as
-    large as the learning rate allows. Rises linearly to 1 over the second moment's memory, 1 / (1 - beta2) steps.
+    Even with its bias corrected, a second moment of few steps is mostly the noise of those steps, and the first updates
+    would be as large as the learning rate allows. The factor rises linearly to 1 over the second moment's memory, 1 /
+    (1 - beta2) steps.
     """
     return min(1.0, (steps_taken + 1) * (1 - beta2))
 
@@ -83,11 +86,10 @@ class Moments:
 
 
 class LentMoments:
-    """AdamW's moments as they are now, read once by another thread while nobody steps; 8 bytes a parameter less than a
-    copy of them.
+    """AdamW's moments at one moment, read once by another thread without a copy of 8 bytes a parameter.
 
-    The next step waits for the reader a moment, then copies what is not read yet and goes on. So a reader that keeps up
-    costs no memory, and one that does not, no time.
+    The next step waits briefly for the reader, then copies what is not read yet and continues. So a reader that keeps
+    up costs no memory, and one that does not costs no time.
     """
 
     def __init__(self, tensors: Sequence[Tensor], steps: Tensor) -> None:
@@ -99,7 +101,7 @@ class LentMoments:
         self._change = threading.Condition()
 
     def read(self) -> Iterator[Tensor]:
-        """Their numbers, piece by piece; each is good until the next one is asked for."""
+        """Yield the numbers piece by piece; each piece is valid until the next one is asked for."""
         room = torch.empty(_PIECE)
         while True:
             with self._change:
@@ -113,7 +115,7 @@ class LentMoments:
             yield piece
 
     def give_back(self, limit_s: float = _LENT_WAIT_S) -> None:
-        """The moments change from now on: what is not read within `limit_s` is copied."""
+        """Let the moments change from now on: copy what is not read within `limit_s`."""
         with self._change:
             if not self._is_copied and not self._change.wait_for(lambda: not self._left, limit_s):
                 sizes = [len(piece) for piece in self._left]
@@ -123,7 +125,7 @@ class LentMoments:
             self._is_copied = True
 
     def forget(self) -> None:
-        """Nobody reads them."""
+        """Drop everything, because nobody reads it."""
         with self._change:
             self._left.clear()
             self._change.notify_all()
@@ -131,7 +133,7 @@ class LentMoments:
 
 @dataclass(frozen=True)
 class _State:
-    """AdamW's of one parameter."""
+    """AdamW's state of one parameter."""
 
     step: Tensor  # () fp32
     first: Tensor  # both shaped as the parameter
@@ -141,11 +143,11 @@ class _State:
 class InnerOptimizer:
     """AdamW over a model's named parameters, with gradient clipping and `learning_rate_at`.
 
-    Tensors of two or more dimensions are decayed, others (norms) are not. The moments belong to the parameters'
-    names and live as long as this object: an outer step changes the parameters and leaves them alone.
+    Tensors of two or more dimensions are decayed, others (norms) are not. The moments belong to the parameters' names
+    and live as long as this object: an outer step changes the parameters and leaves the moments alone.
 
-    It is torch.optim.AdamW to the bit, by the function that this calls: the class itself imports torch's compiler
-    first, a second of processor time and tens of megabytes that nothing here uses.
+    It equals torch.optim.AdamW to the bit, by the function that this class calls. The class itself first imports
+    torch's compiler, which takes a second of processor time and tens of megabytes, and is not used here.
     """
 
     def __init__(
@@ -165,14 +167,14 @@ class InnerOptimizer:
         self._states: dict[Tensor, _State] = {}
         self._lent: LentMoments | None = None
         self.waited_s = 0.0
-        """For `before_step` and for readers of lent moments, in all."""
+        """Seconds spent so far in `before_step` and waiting for readers of lent moments."""
 
     def step(self, progress: float, scale: float = 1.0) -> float:
-        """One inner step from the gradients in `.grad`, which are then dropped; returns their norm before clipping.
+        """Take one inner step from the gradients in `.grad`, drop them, and return their norm before clipping.
 
-        `progress` is the run's tokens so far over all its tokens; `scale` multiplies the learning rate.
-        When the norm is not finite, weights and moments
-        stay as they are: one bad batch must not spoil a peer; the caller sees the norm.
+        `progress` is the run's tokens so far over all its tokens; `scale` multiplies the learning rate. If the norm is
+        not finite, weights and moments stay as they are: one bad batch must not spoil a peer, and the caller sees the
+        norm.
         """
         gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
         if math.isfinite(gradient_norm):
@@ -214,7 +216,7 @@ class InnerOptimizer:
 
     @torch.no_grad()
     def lend_moments(self) -> LentMoments:
-        """The moments to be read by another thread, as they are now."""
+        """Return the present moments for another thread to read."""
         self._take_back()
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         steps = torch.zeros(len(self._parameters))
@@ -233,18 +235,18 @@ class InnerOptimizer:
             self._lent = None
 
     def end(self) -> None:
-        """No step follows: let the moments go. Who reads lent ones has them until then."""
+        """Drop the moments, because no step follows. A reader of lent ones keeps them until it is done."""
         self._states, self._lent = {}, None
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """Forget what `.grad` holds: a batch that was given up must not count in the next step."""
+        """Drop what `.grad` holds: a batch that was given up must not count in the next step."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     @torch.no_grad()
     def copy_moments(self, into: Tensor) -> Moments:
-        """Copy the moments into `into` (2, P) fp32, for a checkpoint that is written while training goes on."""
+        """Copy the moments into `into` (2, P) fp32, for a checkpoint that is written while training continues."""
         sizes = self._sizes()
         if into.shape != (2, sum(sizes)):
             raise ValueError(f"room for moments (2, {sum(sizes)}) is needed, got {tuple(into.shape)}")
@@ -263,9 +265,8 @@ class InnerOptimizer:
 
     @torch.no_grad()
     def load_moments(self, moments: Moments) -> None:
-        """Continue from what `copy_moments` gave (copied). Raises ValueError, changing nothing, when it is of another
-        model.
-        """
+        """Continue from a copy of what `copy_moments` returned. Raises ValueError, changing nothing, for another
+        model's."""
         sizes = self._sizes()
         if moments.vectors.shape != (2, sum(sizes)) or moments.steps.shape != (len(sizes),):
             shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))
@@ -277,5 +278,5 @@ class InnerOptimizer:
             self._states[parameter] = _State(step.to(torch.float32).clone(), first, second)
 
     def _sizes(self) -> list[int]:
-        """Numbers in each parameter, in order."""
+        """Return the number of elements of each parameter, in order."""
         return [parameter.numel() for parameter in self._parameters.values()]

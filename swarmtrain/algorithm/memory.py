@@ -1,8 +1,8 @@
-"""Memory for the long vectors of merges: given back to the system as soon as nobody holds them.
+"""Memory for the long vectors of merges, returned to the system as soon as nobody holds them.
 
-What glibc's heap has given out it keeps when it is freed: vectors of some megabytes that come and go in several threads
+glibc's heap keeps what it has given out when it is freed. Vectors of some megabytes that come and go in several threads
 leave holes there that other sizes do not fit into, and a peer's memory grows to twice of what it holds. What training
-itself allocates stays with the heap, which is quicker for sizes that are the same in each step.
+itself allocates stays with the heap, which is faster for sizes that are the same in each step.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor
 __all__ = ["empty", "empty_like", "zeros", "zeros_like"]
 
 _LEAST_BYTES = 1 << 20
-"""What is smaller comes from the heap."""
+"""Vectors below this size come from the heap."""
 _HUGE_BYTES = 1 << 24
-"""From here on pages are to be large: filling fresh memory page by page takes longer than the arithmetic."""
+"""Vectors from this size on ask for huge pages: filling fresh memory page by page takes longer than the arithmetic."""
 
 
 def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A vector of so many numbers, to be filled."""
+    """Return an uninitialised vector of `size` numbers."""
     size_bytes = size * dtype.itemsize
     return torch.empty(size, dtype=dtype) if size_bytes < _LEAST_BYTES else _mapped(size_bytes, dtype)
 
 
 def empty_like(vector: Tensor) -> Tensor:
-    """A vector like this one, to be filled."""
+    """Return an uninitialised vector of this one's length and type."""
     return empty(len(vector), vector.dtype) if vector.device.type == "cpu" else torch.empty_like(vector)
 
 
 def zeros(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A vector of so many zeros, which take memory only once they are written to."""
+    """Return a vector of `size` zeros, which take memory only once they are written to."""
     size_bytes = size * dtype.itemsize
     return torch.zeros(size, dtype=dtype) if size_bytes < _LEAST_BYTES else _mapped(size_bytes, dtype)
 
 
 def zeros_like(vector: Tensor) -> Tensor:
-    """Zeros like this vector, which take memory only once they are written to."""
+    """Return zeros of this vector's length and type, which take memory only once they are written to."""
     return zeros(len(vector), vector.dtype) if vector.device.type == "cpu" else torch.zeros_like(vector)
 
 

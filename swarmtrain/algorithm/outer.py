@@ -1,9 +1,9 @@
-"""The outer loop of DiLoCo: many peers' pseudo-gradients become one Nesterov step.
+"""Outer loop of DiLoCo: many peers' pseudo-gradients become one Nesterov step.
 
 Everything works on one flat fp32 vector of P numbers, the parameters in the model's own order, so that what is sent,
-averaged and hashed is a single thing. The rule of this file: *everyone computes the same bits*. Each peer of a
-roster averages for itself, or averages one slice and pulls the others, and the results must agree: so the order is
-the roster's, and `weighted_mean` rounds multiplication and addition separately, which is the same on every processor.
+averaged and hashed is a single thing. The rule of this file: *everyone computes the same bits*. Each peer of a roster
+averages for itself, or averages one slice and pulls the others, and the results must agree. So the order is the
+roster's, and `weighted_mean` rounds multiplication and addition separately, which is the same on every processor.
 `outer_step` is torch.optim.SGD's arithmetic to the bit, which torch fuses where the processor can (x86 since 2013,
 ARM64): a processor that cannot may differ from the others in the last bit of theta, never in the mean.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class OuterConstants:
-    """What the outer step is told; `momentum` is this round's (see `momentum_at`)."""
+    """Constants of one outer step; `momentum` is this round's (see `momentum_at`)."""
 
     learning_rate: float
     momentum: float
@@ -47,7 +47,7 @@ class OuterConstants:
 
 @dataclass(frozen=True)
 class OuterState:
-    """The outer parameters and their momentum, (P,) fp32 each. Nobody writes into them once they are here."""
+    """Outer parameters and their momentum, (P,) fp32 each. Nobody writes into them once they are here."""
 
     theta: Tensor
     momentum: Tensor
@@ -61,27 +61,27 @@ class OuterState:
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, the number of parameters."""
         return self.theta.numel()
 
     def pieces(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Theta and momentum, each as vectors that lie one after the other; nothing is copied."""
+        """Return theta and momentum, each as a list of consecutive vectors; nothing is copied."""
         return [self.theta], [self.momentum]
 
     def settled(self) -> OuterState:
-        """This state as it is now, whatever follows."""
+        """Return this state as it is now, whatever follows."""
         return self
 
     def spent(self) -> tuple[list[Tensor], list[Tensor]]:
-        """`pieces`, of a state that nobody else asks for any more: it may hold them no longer."""
+        """Return `pieces` of a state that nobody else uses any more; it may then drop them."""
         return self.pieces()
 
 
 @torch.no_grad()
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors one after the other as a new vector (P,) fp32 on the first one's device.
+    """Return the tensors one after the other as a new vector (P,) fp32 on the first one's device.
 
-    A single call, since the trainer stands still meanwhile: each gives Python's lock away and waits to have it back.
+    A single call, because the trainer waits meanwhile, and each call releases Python's lock and waits to get it back.
     """
     tensors = list(tensors)
     flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
@@ -103,11 +103,11 @@ def unflatten_into(flat: Tensor, tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def weighted_mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i (weights[i] / sum(weights)) gradients[i], a new tensor; weights are each peer's tokens (DiLoCo, line 12).
+    """Return sum_i (weights[i] / sum(weights)) gradients[i], a new tensor; weights are tokens (DiLoCo, line 12).
 
-    `gradients` are (P,) fp32, or the same slice [a:b] of each: the mean of slices is the slice of the mean, to the
-    bit. One gradient alone comes back unchanged. Raises ValueError when there is none, their shapes or number differ
-    from each other or from the weights', or the weights are negative, not finite or all zero.
+    `gradients` are (P,) fp32, or the same slice [a:b] of each: the mean of slices is the slice of the mean, to the bit.
+    A single gradient comes back unchanged. Raises ValueError when there is none, their shapes or number differ from
+    each other or from the weights', or the weights are negative, not finite or all zero.
     """
     if not gradients or len(gradients) != len(weights):
         raise ValueError(f"as many weights as gradients, at least one: got {len(weights)} and {len(gradients)}")
@@ -126,11 +126,13 @@ def weighted_mean(gradients: Sequence[Tensor], weights: Sequence[float]) -> Tens
 
 @torch.no_grad()
 def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -> OuterState:
-    """One outer Nesterov step with `gradient` (P,), the mean of theta at the round's start minus what peers reached.
+    """Take one outer Nesterov step with `gradient` (P,), the mean of theta at the round's start minus what peers
+    reached.
 
     m <- beta m + G;  theta <- theta - eps (G + beta m): DiLoCo's rule (arXiv 2311.08105, algorithm 1), and to the bit
     what torch.optim.SGD(nesterov=True) computes. Momentum 0 is plain SGD, and with eps = 1 plain averaging. Both
-    tensors are new: the old ones may still be read by another thread.
+    tensors of the result are new, because another thread may still read the old ones. Raises ValueError when the
+    gradient's size differs.
     """
     if gradient.shape != state.theta.shape:
         raise ValueError(f"a gradient of {state.theta.numel()} numbers is needed, got {tuple(gradient.shape)}")
@@ -141,10 +143,11 @@ def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -
 
 
 def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:
-    """The outer momentum in a round (counted from 0): linear from 0 to `momentum` in `ramp_rounds` rounds; 0 for none.
+    """Return the outer momentum in a round (counted from 0): linear from 0 to `momentum` in `ramp_rounds` rounds.
 
-    From a cold start the first pseudo-gradients are large and point away from the later ones; momentum would carry
-    them along. Raises ValueError when `round` or `ramp_rounds` is negative.
+    From a cold start the first pseudo-gradients are large and point away from the later ones; momentum would carry them
+    along. With `ramp_rounds` 0 it is `momentum` from the first round. Raises ValueError when `round` or `ramp_rounds`
+    is negative.
     """
     if round < 0 or ramp_rounds < 0:
         raise ValueError(f"rounds must not be negative, got {round} and {ramp_rounds}")
@@ -153,10 +156,10 @@ def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:
 
 @dataclass(frozen=True)
 class Buffer:
-    """What has arrived since the momentum was last refreshed: a checkpoint keeps it beside the state."""
+    """Gradients that have arrived since the momentum was last refreshed; a checkpoint keeps them beside the state."""
 
     delta: Tensor
-    """The weighted sum of the gradients that arrived, (P,) fp32; zero when none has."""
+    """Weighted sum of these gradients, (P,) fp32; zero without any."""
     arrivals: int
 
 
@@ -188,6 +191,7 @@ class DelayedNesterov:
         self._state = state
         self._share = share
         self.num_arrivals = num_arrivals
+        """N, the number of arrivals in a buffer."""
         self._buffer = Buffer(torch.zeros_like(state.theta), 0) if buffer is None else buffer
         if self._buffer.delta.shape != state.theta.shape or self._buffer.arrivals < 0:
             raise ValueError(
@@ -196,12 +200,12 @@ class DelayedNesterov:
 
     @property
     def state(self) -> OuterState:
-        """The state after the last arrival; its tensors are never written into."""
+        """State after the last arrival; its tensors are never written into."""
         return self._state
 
     @property
     def buffer(self) -> Buffer:
-        """What has arrived since the last refresh; never written into either."""
+        """Arrivals since the last refresh; never written into either."""
         return self._buffer
 
     @property
@@ -217,7 +221,7 @@ class DelayedNesterov:
 
     @torch.no_grad()
     def arrive(self, gradient: Tensor, weight: float | None = None) -> OuterState:
-        """Apply one gradient (P,) with its weight, 1/N for None; returns the new state, in new tensors.
+        """Apply one gradient (P,) with its weight (None: 1/N), and return the new state, in new tensors.
 
         Raises ValueError, changing nothing, when the shape or the weight makes no sense.
         """

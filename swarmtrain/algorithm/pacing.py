@@ -1,9 +1,8 @@
 """Pacing: slower peers take fewer inner steps, so that all end a round together.
 
-"Dynamic local updates" of Asynchronous Local-SGD (arXiv 2401.09135, section 5), with a reference speed that one
-liar, or a fifth of all, or one peer measured wrongly, cannot raise: trusting the highest speed, they could shrink
-everybody's round.
-Pure functions; speeds are in inner steps per second.
+These are the "dynamic local updates" of Asynchronous Local-SGD (arXiv 2401.09135, section 5). Here one liar, or a fifth
+of all peers, or one wrong measurement cannot raise the reference speed; if the highest speed were trusted, they could
+shrink everybody's round (decision 44). Pure functions; speeds are in inner steps per second.
 """
 
 from __future__ import annotations
@@ -25,19 +24,20 @@ __all__ = [
 ]
 
 _FEWEST_IN_STEP = 16
-"""Rounds of fewer inner steps are not moved: a slower peer's few steps are too coarse for it."""
+"""Inner steps below which a round's length is not adjusted: a slower peer's few steps are too coarse for that."""
 _MOST_SHARE = 1.5
-"""So many times `merge.inner_steps` a round takes at most that ends when others' do."""
+"""Limit of a round that ends when others' do, as a multiple of `merge.inner_steps`."""
 _MOST_FOLLOWED, _FEWEST_FOLLOWED = 1.4, 4
-"""Nobody follows who is so much faster than the reference, and may be in step or not from round to round, nor whose
-paced rounds have fewer steps and so end where they do, whoever follows whom."""
+"""Limits on the peers whose ends count: at most 1.4 times as fast as the reference, because a faster one may be in step
+in one round and not in the next; and at least 4 steps in a paced round, because fewer are too coarse (decision 43)."""
 
 
 def reference_speed(speeds: Sequence[float]) -> float:
-    """The speed (inner steps per second) at which a peer takes the full number of inner steps.
+    """Return the speed (inner steps per second) at which a peer takes the full number of inner steps.
 
-    The highest of the live peers' speeds but for the fastest fifth of them (rounded down), and for one at least; of
-    fewer than three the highest. Raises ValueError when there is none, or one is negative or not finite.
+    That is the highest of the live peers' speeds after leaving out the fastest fifth of them (rounded down, at least
+    one); of fewer than three speeds simply the highest. Raises ValueError when there is none, or one is negative or not
+    finite.
     """
     if not speeds:
         raise ValueError("reference_speed needs at least one speed")
@@ -49,9 +49,9 @@ def reference_speed(speeds: Sequence[float]) -> float:
 
 
 def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> int:
-    """H_i = clamp(floor(own_speed / reference * H), max(1, ceil(H / 16)), H), where H is `inner_steps`.
+    """Return H_i = clamp(floor(own_speed / reference * H), max(1, ceil(H / 16)), H), where H is `inner_steps`.
 
-    Both speeds in inner steps per second; a reference of 0 (nobody has measured yet) gives H. Raises ValueError
+    Both speeds are in inner steps per second; a reference of 0 (nobody has measured yet) gives H. Raises ValueError
     when a speed is negative or not finite, or H is below 1.
     """
     if inner_steps < 1:
@@ -65,12 +65,12 @@ def paced_inner_steps(own_speed: float, reference: float, inner_steps: int) -> i
 
 
 def in_step_inner_steps(inner_steps: int, own_speed: float, others_end_in_s: Sequence[float], round_s: float) -> int:
-    """How many inner steps, as near to `inner_steps` as may be, a round takes that ends when others' do.
+    """Return the number of inner steps, as near to `inner_steps` as possible, with which a round ends when others' do.
 
-    `others_end_in_s`: in how many seconds their present rounds end. One that is over by then is followed by the next,
-    and all last about `round_s`; what is over for longer than that tells nothing. The end is the mean of theirs, on the
-    circle of a round. Nobody waits: this round is longer or shorter instead, never less than half. It stays as it is
-    without others, where their ends have no mean, and where it would have to take more than `most_inner_steps`. Raises
+    `others_end_in_s`: seconds until their present rounds end. Rounds last about `round_s`, and a round that has ended
+    is followed by the next; one that should have ended longer ago than that says nothing. The target is the mean of the
+    others' ends on the circle of a round. Nobody waits: this round becomes longer or shorter, but no less than half. It
+    keeps its length without others, if their ends have no mean, and if it would exceed `most_inner_steps`. Raises
     ValueError when `own_speed` or `round_s` is not positive and finite.
     """
     if not (0 < own_speed < math.inf and 0 < round_s < math.inf):
@@ -96,9 +96,13 @@ def round_inner_steps(
     limit_s: float,
     others_end_in_s: Sequence[float | None] = (),
 ) -> int:
-    """The inner steps of a peer's round: fewer than `inner_steps` for a slower one if rounds are `paced`, and none
-    beyond `limit_s`. A speed of 0 is not known yet; before the own one is, it is `inner_steps`. A paced round is in
-    step (`in_step_inner_steps`) with those of `others` of which `others_end_in_s`, beside them, says when they end."""
+    """Return the inner steps of a peer's round.
+
+    If rounds are `paced`, a slower peer takes fewer than `inner_steps`. None takes more than fit into `limit_s`. Speeds
+    of 0 are unknown; while the own one is, the result is `inner_steps`. A paced round is in step
+    (`in_step_inner_steps`) with those of `others` whose end is known in `others_end_in_s`, which runs parallel to
+    `others`.
+    """
     if own_speed <= 0:
         return inner_steps
     most = max(1, math.floor(limit_s * own_speed))
@@ -116,8 +120,11 @@ def round_inner_steps(
 
 
 def is_in_step(own_speed: float, others: Sequence[float], inner_steps: int) -> bool:
-    """Whether a peer's paced rounds are moved so that they end when others' do: not where rounds have few inner steps,
-    nor of who is far faster than the reference, or so slow that its rounds take longer. `others`: 0 where unknown."""
+    """Return whether a peer's paced rounds are adjusted to end when others' do.
+
+    They are not if rounds have few inner steps, nor for a peer that is far faster than the reference, or so slow that
+    its rounds take longer than others'. `others`: speeds, 0 if unknown.
+    """
     reference = _reference_of(own_speed, others)
     slowest = fewest_inner_steps(inner_steps) / (inner_steps / reference)
     return inner_steps >= _FEWEST_IN_STEP and slowest <= own_speed <= _MOST_SHARE * reference
@@ -128,25 +135,27 @@ def _reference_of(own_speed: float, others: Sequence[float]) -> float:
 
 
 def most_inner_steps(inner_steps: int) -> int:
-    """The most inner steps of a paced round that ends when others' do: half as many again, rounded up."""
+    """Return the most inner steps of a paced round that ends when others' do: half as many again, rounded up."""
     return math.ceil(_MOST_SHARE * inner_steps)
 
 
 def first_inner_steps(inner_steps: int, *, paced: bool) -> int:
-    """Of a peer's first round where nobody waits: a short one if rounds are paced, until it knows how fast it is."""
+    """Return the inner steps of a peer's first round where nobody waits: few if rounds are paced, until its speed is
+    known."""
     return fewest_inner_steps(inner_steps) if paced else inner_steps
 
 
 def fewest_inner_steps(inner_steps: int) -> int:
-    """The fewest inner steps of a paced round, a sixteenth of `inner_steps`, rounded up."""
+    """Return the fewest inner steps of a paced round, a sixteenth of `inner_steps`, rounded up."""
     return max(1, -(-inner_steps // 16))
 
 
 def steps_of_everybody(own_speed: float, others: Sequence[float]) -> float:
-    """Inner steps that all take together while this peer takes one: how far the run gets meanwhile.
+    """Return the inner steps that all peers together take while this one takes one: how far the run gets meanwhile.
 
-    No speed counts for more than the reference, nor for more than 16 times the own one, the range of pacing: a liar
-    must not move anybody's learning rate. 0 when `own_speed` is not known (0). Raises ValueError as `reference_speed`.
+    No speed counts for more than the reference, nor for more than 16 times the own one, which is pacing's range: a liar
+    must not move anybody's learning rate. 0 when `own_speed` is unknown (0). Raises ValueError as `reference_speed`
+    does.
     """
     reference = reference_speed([own_speed, *others])
     if own_speed == 0:

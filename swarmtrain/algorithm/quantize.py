@@ -51,6 +51,8 @@ _STEP_OF_MEAN = 1.2  # least error of 1.15 to 1.45 on pseudo-gradients, and 1.25
 
 @dataclass(frozen=True)
 class _Blockwise:
+    """Layout of a blockwise format."""
+
     block: int  # numbers that share a scale
     levels: int  # L: codes lie within -L .. L; 0 for int2
     per_byte: int  # codes in a byte
@@ -64,7 +66,7 @@ _BLOCKWISE: dict[Format, _Blockwise] = {
 
 
 class _Run(NamedTuple):
-    """Neighbouring blocks of one width that are worked on together, and where their numbers, scales, codes begin."""
+    """Neighbouring blocks of one width that are processed together, and where their numbers, scales and codes begin."""
 
     number: int
     scale: int
@@ -73,11 +75,13 @@ class _Run(NamedTuple):
     width: int
 
     def of(self, vector: Tensor) -> Tensor:
-        """Its part of `vector` (P,) as (num_blocks, width), a view."""
+        """Return the run's part of `vector` (P,) as a view (num_blocks, width)."""
         return vector[self.number : self.number + self.num_blocks * self.width].view(self.num_blocks, self.width)
 
 
 class _Plan(NamedTuple):
+    """Runs of a vector, and the sizes of its scales and codes."""
+
     runs: tuple[_Run, ...]
     num_scales: int
     num_code_bytes: int
@@ -85,7 +89,8 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _plan(layout: _Blockwise, sizes: tuple[int, ...]) -> _Plan:
-    """Where everything lies: neighbouring whole blocks are one run of at most a chunk, a short block is its own."""
+    """Plan where everything lies: neighbouring whole blocks form runs of at most a chunk; a short block is its
+    own run."""
     runs: list[_Run] = []
     number = scale = code_byte = 0
     most = _CHUNK // layout.block
@@ -109,7 +114,7 @@ def _plan(layout: _Blockwise, sizes: tuple[int, ...]) -> _Plan:
 
 
 def encoded_size_bytes(format: Format, sizes: Sequence[int]) -> int:
-    """Bytes that `encode` makes of tensors of these sizes. ValueError for an unknown format or a size below 0."""
+    """Return the bytes that `encode` makes of tensors of these sizes. ValueError: unknown format or negative size."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if any(size < 0 for size in sizes):
@@ -122,7 +127,7 @@ def encoded_size_bytes(format: Format, sizes: Sequence[int]) -> int:
 
 @torch.no_grad()
 def encode(vector: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
-    """`vector` (P,) fp32 on the CPU as new bytes (encoded_size_bytes,) uint8, rounded to nearest, ties to even.
+    """Encode `vector` (P,) fp32 on the CPU as new bytes (encoded_size_bytes,) uint8, rounded to nearest, ties to even.
 
     bf16 is torch's rounding, except that a finite number stays finite. Raises ValueError when the vector does not fit
     the sizes, is not fp32 on the CPU, or holds a number that is not finite.
@@ -147,11 +152,11 @@ def encode(vector: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
-    """The numbers (P,) fp32 of `data`, which is uint8 on the CPU, at any address; written to `out` when given.
+    """Decode `data`, uint8 on the CPU at any address, to its numbers (P,) fp32; into `out` if given.
 
-    Any bytes of the right length decode, also those no `encode` made: a scale that is not finite makes *every* number
-    of its block not finite (0 times infinity included), so a look at the result finds it. Nothing else is checked.
-    Raises ValueError, leaving `out` alone, when the length is wrong or `out` does not fit the sizes.
+    Any bytes of the right length decode, also those that no `encode` made. A scale that is not finite makes *every*
+    number of its block not finite (0 times infinity included), so a check of the result finds it. Nothing else is
+    checked. Raises ValueError, leaving `out` alone, when the length is wrong or `out` does not fit the sizes.
     """
     size_bytes = encoded_size_bytes(format, sizes)
     if data.dtype is not torch.uint8 or data.shape != (size_bytes,) or data.device.type != "cpu":
@@ -173,24 +178,28 @@ def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | Non
 
 
 class ErrorFeedback:
-    """What rounding lost in one round is added to the next: z = g + e is sent as q(z), then e = z - q(z).
+    """Error feedback: what rounding lost in one round is added to the next. z = g + e is sent as q(z), then e = z -
+    q(z).
 
-    A round's g is cumulative and published in parts 1 .. F, so e belongs to the *round*: every part of a round adds
-    the same e, and who reads parts 1 and 3 gets the difference of their g, with e once. When a later round is first
-    encoded, what the highest part encoded of the round before left over becomes e. A part nobody asked for changes
-    nothing; a round without any leaves e as it is. So the sum over rounds of the highest parts sent, plus `residual`,
-    is the sum of their g: what is lost never exceeds one round's rounding. This holds for what is *published*: a
-    reader that skips a round misses its e as well.
+    A round's g is cumulative and published in parts 1 .. F, so e belongs to the *round*: every part of a round adds the
+    same e, and a reader of parts 1 and 3 gets the difference of their g, with e once. When a later round is first
+    encoded, the remainder of the highest part encoded of the round before becomes e. A part that nobody asked for
+    changes nothing; a round without any leaves e as it is. So the sum over rounds of the highest parts sent, plus
+    `residual`, is the sum of their g, and what is lost never exceeds one round's rounding. This holds for what is
+    *published*: a reader that skips a round misses its e as well.
 
-    A part of an earlier round than the latest (its reader came late) is rounded plainly and changes nothing: what
-    that round left over is already in the later one. Each may be of another format than the one before. Not for several
-    threads at once. A checkpoint keeps `residual`, given to a new object, which then takes any round.
+    A part of an earlier round than the latest (its reader came late) is rounded plainly and changes nothing, because
+    that round's remainder is already in the later one. Each part may have another format than the one before. Not
+    thread-safe.
     """
 
     def __init__(self, sizes: Sequence[int], residual: Tensor | None = None) -> None:
+        """`residual` (P,) bf16 is from a checkpoint; the new object then takes any round. Raises ValueError if it does
+        not fit or is not finite."""
         self._sizes = tuple(sizes)
         if residual is None:
             residual = memory.zeros(sum(sizes), torch.bfloat16)
+            """e of the next round, (P,) bf16. Nobody writes into it once it is here."""
         _check_vector(residual, self._sizes, torch.bfloat16)
         if not torch.isfinite(_magnitudes(residual)).all():
             raise ValueError("a residual that is not finite: start from none")
@@ -204,14 +213,16 @@ class ErrorFeedback:
         return self._left_over
 
     def over(self, round: int) -> None:
-        """`round` and those before it are over: their e is let go, 4 bytes a number. A part of them that is asked for
-        all the same is rounded plainly."""
+        """Drop the e of `round` and those before it, which are over: 4 bytes a number.
+
+        A part of them that is asked for all the same is rounded plainly.
+        """
         if self._latest is not None and self._latest[0] <= round:
             self._carried = None
 
     @torch.no_grad()
     def encode(self, gradient: Tensor, format: Format, round: int, part: int) -> Tensor:
-        """`gradient` (P,), g of the round up to this part, plus the round's e, as bytes.
+        """Encode `gradient` (P,), g of the round up to this part, plus the round's e.
 
         Raises ValueError as the function `encode` does, changing nothing.
         """
@@ -231,7 +242,7 @@ class ErrorFeedback:
 
 @torch.no_grad()
 def less_decoded(vector: Tensor, data: Tensor, format: Format, sizes: Sequence[int]) -> Tensor:
-    """`vector` (P,) less the numbers of `data`, in its place; run by run where there are blocks."""
+    """Subtract the numbers of `data` from `vector` (P,) in place, run by run for blockwise formats, and return it."""
     if format not in _BLOCKWISE:
         return vector.sub_(decode(data, format, sizes))
     for run, numbers in _decoded_runs(
@@ -253,17 +264,17 @@ def _check_vector(vector: Tensor, sizes: Sequence[int], dtype: torch.dtype = tor
 
 
 def _magnitudes(vector: Tensor) -> Tensor:
-    """The largest magnitude of each chunk; NaN where there is one."""
+    """Return the largest magnitude of each chunk; NaN if the chunk has one."""
     return torch.stack([chunk.abs().amax() for chunk in torch.split(vector, _CHUNK)]) if len(vector) else vector
 
 
 def _aligned(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of bytes, as `dtype`: what comes from the network may begin at an odd address."""
+    """Return a copy of bytes as `dtype`; what comes from the network may begin at an odd address."""
     return data.clone().view(dtype)
 
 
 def _encode_blocks(vector: Tensor, layout: _Blockwise, sizes: tuple[int, ...], data: Tensor) -> Tensor:
-    """Fill `data`; returns the scales, not finite where a number is not (the codes mean nothing then)."""
+    """Fill `data`, and return the scales, which are not finite where a number is not (the codes mean nothing then)."""
     plan = _plan(layout, sizes)
     scales = data[: plan.num_scales * _SCALE_BYTES].view(torch.float32)
     codes = data[plan.num_scales * _SCALE_BYTES :]
@@ -293,7 +304,7 @@ def _decode_blocks(data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], out
 def _decoded_runs(
     data: Tensor, layout: _Blockwise, sizes: tuple[int, ...], room: Callable[[_Run], Tensor]
 ) -> Iterator[tuple[_Run, Tensor]]:
-    """Each run with its numbers, in the place that `room` gives for them."""
+    """Yield each run with its numbers, written to the tensor that `room` provides."""
     plan = _plan(layout, sizes)
     scales = _aligned(data[: plan.num_scales * _SCALE_BYTES], torch.float32)
     codes = data[plan.num_scales * _SCALE_BYTES :]
@@ -314,14 +325,14 @@ def _decoded_runs(
 
 
 def _places(plan: _Plan, layout: _Blockwise, codes: Tensor) -> Iterator[tuple[_Run, Tensor]]:
-    """Each run with its bytes of `codes`."""
+    """Yield each run with its bytes of `codes`."""
     for run in plan.runs:
         num_bytes = -(-run.num_blocks * run.width // layout.per_byte)
         yield run, codes[run.code_byte : run.code_byte + num_bytes]
 
 
 def _packed(rounded: Tensor) -> Tensor:
-    """Codes -7 .. 7, fp32 of any shape, as half-bytes in order; an odd last byte's high half is 0."""
+    """Pack codes -7 .. 7, fp32 of any shape, as half-bytes in order; an odd last byte's high half is 0."""
     halves = torch.zeros(rounded.numel() + rounded.numel() % 2, dtype=torch.uint8)
     halves[: rounded.numel()].view(rounded.shape).copy_(rounded + 8)
     pairs = halves.view(torch.int16)  # low | high << 8, two at a time
@@ -329,7 +340,7 @@ def _packed(rounded: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """The half-bytes of `packed` (n,) in order, (2 n,) uint8, each 0 .. 15."""
+    """Return the half-bytes of `packed` (n,) in order, (2 n,) uint8, each 0 .. 15."""
     pairs = packed.to(torch.int16)
     return ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)
 
@@ -338,7 +349,7 @@ def _unpacked(packed: Tensor) -> Tensor:
 
 
 def _quarters(numbers: Tensor, steps: Tensor) -> Tensor:
-    """Codes 0 .. 3 of int2 for blocks (n, width), fp32; fills `steps` (n,), not finite where a number is not."""
+    """Return codes 0 .. 3 of int2 for blocks (n, width), fp32; fill `steps` (n,), not finite where a number is not."""
     num_blocks, width = numbers.shape
     padded = 1 << (width - 1).bit_length()
     halves = torch.zeros(num_blocks, padded)
@@ -355,7 +366,7 @@ def _quarters(numbers: Tensor, steps: Tensor) -> Tensor:
 
 
 def _packed_quarters(codes: Tensor) -> Tensor:
-    """Codes 0 .. 3, fp32 of any shape, four a byte in order; those missing at the end are 0."""
+    """Pack codes 0 .. 3, fp32 of any shape, four a byte in order; those missing at the end are 0."""
     fours = torch.zeros(-(-codes.numel() // 4) * 4, dtype=torch.uint8)
     fours[: codes.numel()].view(codes.shape).copy_(codes)
     packed = fours.view(torch.int32)  # first | second << 8 | third << 16 | fourth << 24
@@ -363,6 +374,6 @@ def _packed_quarters(codes: Tensor) -> Tensor:
 
 
 def _unpacked_quarters(packed: Tensor) -> Tensor:
-    """The codes of `packed` (n,) in order, (4 n,) uint8, each 0 .. 3."""
+    """Return the codes of `packed` (n,) in order, (4 n,) uint8, each 0 .. 3."""
     fours = packed.to(torch.int32)
     return ((fours | fours << 6 | fours << 12 | fours << 18) & 0x03030303).view(torch.uint8)

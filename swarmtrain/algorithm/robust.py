@@ -1,13 +1,13 @@
-"""What one bad peer can do to a merge, bounded: clips by running medians, and two means that outvote outliers.
+"""Bounds on what one bad peer can do to a merge: clips by running medians, and two means that outvote outliers.
 
-`GradientClip` and `DisplacementClip` bound how far a partner can move the merge by what was usual so far; they are
+`GradientClip` and `DisplacementClip` bound by what was usual so far how far a partner can move the merge; they are
 `merge.robust = "clip"`. A clip cannot see a sign: a peer that sends -g at the usual size passes both, and costs what a
-wrong vote costs. `DirectionTrust` sees it, and is `merge.robust = "direction"` with both clips. `trimmed_mean` and
-`flag_mean` replace the mean of four or more gradients.
+wrong vote costs. `DirectionTrust` sees it, and is `merge.robust = "direction"` together with both clips. `trimmed_mean`
+and `flag_mean` replace the mean of four or more gradients.
 
-Everything works on flat fp32 vectors (P,), norms in fp64, so that no finite vector overflows or vanishes. Vectors
-that are not finite are refused with ValueError before anything is remembered. Deterministic; nothing is written into
-an argument, and what needs no change is returned as it is.
+Everything works on flat fp32 vectors (P,), norms in fp64, so that no finite vector overflows or vanishes. Vectors that
+are not finite are refused with ValueError before anything is remembered. All rules are deterministic; nothing is
+written into an argument, and what needs no change is returned as it is.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _OWN_HISTORY = 40  # publications: two long rounds, five short ones
 _MIN_VECTORS = 4  # for trimmed_mean and flag_mean: of three, trimming leaves one
 _CHUNK = 1 << 16  # numbers worked on at once: fp64 copies stay small and in the processor's cache
 _LEAST_COSINE = 0.05
+"""Usual cosine below which directions are mostly noise and are not judged."""
 _FLAG_ITERATIONS = 10
 _FLAG_EPSILON = 1e-7
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below, a direction is rounding
@@ -51,7 +52,7 @@ _CANCELLED = 1e-6  # of K: a sum of unit vectors this short has no direction but
 
 @dataclass(frozen=True)
 class ClipIncident:
-    """A rule that cut what a peer sent, and how much, in words; the caller adds which peer."""
+    """Report that a rule cut what a peer sent, and by how much, in words; the caller adds which peer."""
 
     rule: str
     detail: str
@@ -59,7 +60,7 @@ class ClipIncident:
 
 @dataclass(frozen=True)
 class Clipped:
-    """What may enter the merge: `vector` is the argument itself where nothing was cut."""
+    """Vector that may enter the merge; the argument itself if nothing was cut."""
 
     vector: Tensor
     factors: tuple[float, ...]  # what each group was multiplied by, 1.0 where it was not cut
@@ -67,7 +68,7 @@ class Clipped:
 
 
 def per_tensor(sizes: Sequence[int]) -> tuple[Group, ...]:
-    """One group a tensor, for tensors of these sizes one after the other; a tensor without numbers has none."""
+    """Return one group for each tensor, for tensors of these sizes one after the other; an empty tensor has none."""
     groups, start = [], 0
     for size in sizes:
         if size > 0:
@@ -77,23 +78,24 @@ def per_tensor(sizes: Sequence[int]) -> tuple[Group, ...]:
 
 
 class GradientClip:
-    """Cuts a pseudo-gradient's norm, group by group, to 3 times what the running median leads to expect.
+    """Cuts a pseudo-gradient's norm, group by group, to 3 times what the running median predicts.
 
-    Peers take different numbers of steps, so a remembered norm n of h steps is scaled to the h' of the gradient at
-    hand: n max(h'/h, sqrt(h'/h)). A sum of h updates grows between sqrt(h) (they are noise) and h (they agree), and
-    the larger bound is taken both ways. With equal steps that is the norm per step, which alone would cut honest
-    peers: in a small GPT the norm per step after 6 steps was 2.3 to 3.2 times that after 100 (median tensor), while
-    none exceeded 1.2 times what is said here (docs/decisions/0015). Claiming few steps gains nothing: the fewer, the
-    lower the limit. Steps are counted by their tokens, a unit of work that all peers count alike.
+    Peers take different numbers of steps, so a remembered norm n of h steps is scaled to the h' steps of the gradient
+    at hand: n max(h'/h, sqrt(h'/h)). A sum of h updates grows between sqrt(h) (they are noise) and h (they agree), and
+    the larger bound is taken both ways. With equal steps that is the norm per step, which alone would cut honest peers:
+    in a small GPT the norm per step after 6 steps was 2.3 to 3.2 times that after 100 (median tensor), while none
+    exceeded 1.2 times the prediction (docs/decisions/0015). Claiming few steps gains nothing: the fewer, the lower the
+    limit. Steps are counted by their tokens, a unit of work that all peers count alike.
 
     What is remembered is what was let in: a cut norm at the size it was cut to. So when all gradients grow, the median
-    follows, and a minority cannot move it. Call `learn` with the own gradient at every publication: own values then
-    are most of the history, and the first partners of all already meet a limit. Norms of zero (a tensor nobody moves)
-    say nothing and do not count.
+    follows, and a minority cannot move it. Call `learn` with the own gradient at every publication: own values then are
+    most of the history, and even the first partners meet a limit. Norms of zero (a tensor that nobody moves) say
+    nothing and do not count.
     """
 
     def __init__(self, groups: Sequence[Group], history: Sequence[Sequence[float]] = ()) -> None:
-        """`history` is what `history` gave, from a checkpoint. ValueError if it does not fit the groups."""
+        """`history` is an earlier value of the property, from a checkpoint. ValueError if it does not fit the
+        groups."""
         self._groups = tuple(groups)
         slices = sorted(piece for group in self._groups for piece in group)
         ends = [0, *(end for _, end in slices)]
@@ -108,19 +110,19 @@ class GradientClip:
 
     @property
     def history(self) -> list[list[float]]:
-        """A checkpoint's share: at most 64 rows of tokens and each group's norm, the oldest first."""
+        """Rows for a checkpoint: at most 64 of tokens and each group's norm, oldest first."""
         return [list(row) for row in tuple(self._rows)]
 
     @torch.no_grad()
     def learn(self, gradient: Tensor, tokens: float) -> None:
-        """Remember the own gradient (P,) of so many tokens, which is never cut."""
+        """Remember this peer's own gradient (P,) of that many tokens, which is never cut."""
         row = [_positive(tokens), *self._norms(gradient)]
         self._rows.append(row)
         self._own.append(row)
 
     @torch.no_grad()
     def clip(self, gradient: Tensor, tokens: float) -> Clipped:
-        """A partner's gradient (P,) of so many tokens, cut where a group's norm exceeds its limit."""
+        """Return a partner's gradient (P,) of that many tokens, cut where a group's norm exceeds its limit."""
         _positive(tokens)
         norms = self._norms(gradient)
         limits = self._limits(tokens)
@@ -148,9 +150,9 @@ class GradientClip:
         return [math.sqrt(sum(_square(gradient[a:b]) for a, b in group)) for group in self._groups]
 
     def _limits(self, tokens: float) -> list[float]:
-        """Each group's largest norm after so many tokens; infinite where too little is known.
+        """Return each group's largest norm after that many tokens; infinite where too little is known.
 
-        Before there is history, the largest that an own gradient leads to expect takes the median's place.
+        Before there is history, the largest norm that an own gradient predicts takes the median's place.
         """
         limits = []
         for index in range(1, 1 + len(self._groups)):
@@ -163,21 +165,21 @@ class GradientClip:
 
 
 class DisplacementClip:
-    """theta_j <- theta_i + clip(theta_j - theta_i, tau): a partner's weights pull by tau at most.
+    """Limits how far a partner's weights pull: theta_j <- theta_i + clip(theta_j - theta_i, tau).
 
-    tau is 3 times the running median of the displacements let through whole, or the largest of the own last few
-    pseudo-gradients (`learn`) if that is more, times 2^k. The own ones say how far a round carries anybody: from a cold
-    start displacements grow for some rounds, and all but the first would be clipped; no partner can move them. k rises
-    by one with each clip, so that the other side of a healed partition comes back within a few merges, however far it
-    went. It falls by one with each displacement let through, though not below what that one needed: one bad peer among
-    several good ones gains a doubling now and then, no more.
+    tau is 2^k times 3 times the running median of the displacements let through whole, or the largest of the own last
+    pseudo-gradients (`learn`) if that is more. The own ones say how far a round carries anybody: from a cold start
+    displacements grow for some rounds, and all but the first would be clipped; no partner can move them. k rises by one
+    with each clip, so that the other side of a healed partition comes back within a few merges, however far it went. It
+    falls by one with each displacement let through, though not below what that one needed: one bad peer among several
+    good ones gains a doubling now and then, no more.
 
     While `enabled` is False nothing is cut or remembered: with own initial weights, distances mean nothing until the
     peers have met.
     """
 
     def __init__(self, *, enabled: bool = True, history: Sequence[float] = ()) -> None:
-        """`history` is what `history` gave, from a checkpoint. ValueError if it is none."""
+        """`history` is an earlier value of the property, from a checkpoint. ValueError if it is none."""
         self.enabled = enabled
         doublings, *norms = history if history else (0.0,)
         if not all(math.isfinite(x) and x >= 0 for x in history) or doublings not in range(512):
@@ -188,18 +190,18 @@ class DisplacementClip:
 
     @property
     def history(self) -> list[float]:
-        """A checkpoint's share: k, then at most 64 norms, the oldest first."""
+        """Numbers for a checkpoint: k, then at most 64 norms, oldest first."""
         return [float(self._doublings), *tuple(self._norms)]
 
     @torch.no_grad()
     def learn(self, gradient: Tensor) -> None:
-        """Remember how far the own pseudo-gradient (P,) goes."""
+        """Remember how far this peer's own pseudo-gradient (P,) goes."""
         _check([gradient], at_least=1)
         self._own.append(math.sqrt(_square(gradient)))
 
     @torch.no_grad()
     def clip(self, own: Tensor, theirs: Tensor) -> Clipped:
-        """A partner's weights (P,), or the point on the way to them that is tau away from one's own (P,)."""
+        """Return a partner's weights (P,), or the point at distance tau from the own ones (P,) on the way to them."""
         _check([own, theirs], at_least=2)
         if not self.enabled:
             return Clipped(theirs, (1.0,), None)
@@ -229,9 +231,9 @@ class DisplacementClip:
 
 @dataclass(frozen=True)
 class Trusted:
-    """What a partner's gradient counts for: `factor` times as long, with `weight` times its tokens.
+    """Trust in a partner's gradient: it counts `factor` times as long, with `weight` times its tokens.
 
-    `refusal`: it must not be taken. `incident`: it may, but something is to be told of it.
+    `refusal`: it must not be taken. `incident`: it may be taken, but is to be reported.
     """
 
     factor: float = 1.0
@@ -241,20 +243,20 @@ class Trusted:
 
 
 class DirectionTrust:
-    """Trusts a gradient as far as it goes the way of the own one: after FLTrust (arXiv 2012.13995).
+    """Trusts a gradient as far as it points in the direction of the own one: after FLTrust (arXiv 2012.13995).
 
     There a server with some data of its own weights a gradient by ReLU(cos(g_j, g_0)) and gives it the length of g_0.
     Here the root of trust is a peer's own last gradient, and two things differ. Cosines are compared with what is
-    usual, the median of every peer's last one and the own with itself: as they are, the own gradient would count
-    several times as much as each other one, and averaging would be for nothing. From half the usual on a gradient
-    counts whole, below in proportion, at zero not at all; below minus half the usual, where a flipped sign puts it, it
-    is refused. And a length is only raised, to the least that the own one leads to expect after so many steps, so that
-    nobody dilutes the mean with steps that it did not take; what is too long is `GradientClip`'s business.
+    usual, the median of every peer's last one and of the own with itself: taken as they are, the own gradient would
+    count several times as much as each other one, and averaging would gain nothing. From half the usual on a gradient
+    counts whole, below that in proportion, at zero not at all; below minus half the usual, where a flipped sign puts
+    it, it is refused. And a length is only raised, to the least that the own one predicts for as many steps, so that
+    nobody dilutes the mean with steps that it did not take; too long gradients are left to `GradientClip`.
 
-    Each peer has one voice, however often it comes, so that a minority cannot move the median. Where the usual is below
-    0.05 the own gradient is no guide, and everything counts as it is: of gradients that are mostly noise half go the
-    other way. The first gradient of all to come enters, whatever it is. Whose data are others than most people's may be
-    refused for it: near the end what helps it harms the others.
+    Each peer has one vote, however often it comes, so that a minority cannot move the median. Where the usual is below
+    0.05 the own gradient is no guide, and everything counts as it is: of gradients that are mostly noise half point the
+    other way. The very first gradient enters, whatever it is. A peer whose data differ from most others' may be refused
+    for that: near the end what helps it harms the others.
     """
 
     def __init__(self) -> None:
@@ -263,14 +265,14 @@ class DirectionTrust:
         self._cosines: dict[str, float] = {}
 
     def learn(self, gradient: Tensor, tokens: float) -> None:
-        """The own gradient (P,) of so many tokens to compare with from now on; nobody writes into it any more."""
+        """Compare with this own gradient (P,) of that many tokens from now on; nobody writes into it any more."""
         _check([gradient], at_least=1)
         self._own_tokens = _positive(tokens)
         self._own, self._own_norm = gradient, math.sqrt(_square(gradient))
 
     @torch.no_grad()
     def judge(self, peer: str, gradient: Tensor, tokens: float) -> Trusted:
-        """How far to trust the gradient (P,) of `peer`, of so many tokens."""
+        """Return how far to trust the gradient (P,) of `peer`, of that many tokens."""
         own, ratio = self._own, _positive(tokens) / (self._own_tokens or tokens)
         if own is None:
             return Trusted()
@@ -305,11 +307,12 @@ class DirectionTrust:
 
 @torch.no_grad()
 def trimmed_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = None) -> Tensor:
-    """Each coordinate's mean without its largest and its smallest value; four or more vectors (P,), own included, each
-    times its factor.
+    """Return each coordinate's mean without its largest and smallest value, of four or more vectors (P,) times their
+    factors.
 
-    Bounds one bad vector, however bad, and no more: of K, two that agree get one through. The order of the vectors
-    does not matter, to the bit. Not weighted: tokens are a claim, and a trimmed value would take its weight along.
+    The own vector is among them. This bounds one bad vector, however bad, and no more: of K, two that agree get one
+    through. The order of the vectors does not matter, to the bit. It is not weighted: tokens are a claim, and a trimmed
+    value would take its weight along.
     """
     _check(vectors, at_least=_MIN_VECTORS)
     factors = [1.0] * len(vectors) if factors is None else factors
@@ -329,19 +332,20 @@ def trimmed_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = No
 
 @torch.no_grad()
 def flag_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = None, *, rank: int | None = None) -> Tensor:
-    """The Flag aggregator (arXiv 2302.05865) of four or more vectors g_i (P,), own included, each times its factor.
+    """Return the Flag aggregate (arXiv 2302.05865) of four or more vectors g_i (P,), own included, each times its
+    factor.
 
     x_i = g_i / |g_i|; Y: the r leading left singular vectors of [w_i x_i], w_i = (|1 - |Y'x_i|^2| + 1e-7)^(-1/4), ten
     times over from w = 1; r is ceil((K + 1) / 2) unless given. The paper's result, (1 / r) sum Y Y'x_i, has lost the
-    magnitude; only its direction d is taken, times the median of g_i'd, how far the g_i go that way. For the plain
+    magnitude; only its direction d is used, times the median of g_i'd, how far the g_i go that way. For the plain
     mean's direction the *mean* of g_i'd is the plain mean's length, and the median is that without outliers. (The
-    median of |g_i| would count as progress what is noise: K orthogonal gradients cancel to 1 / sqrt(K).) It is at
-    most the median of |g_i|, and zero where most disagree with d.
+    median of |g_i| would count noise as progress: K orthogonal gradients cancel to 1 / sqrt(K).) It is at most the
+    median of |g_i|, and zero where most disagree with d.
 
-    Y is never made: it lies in the span of the g_i, so all is said by their (K, K) Gram matrix, and the result is a
+    Y is never computed: it lies in the span of the g_i, so their (K, K) Gram matrix is enough, and the result is a
     combination of the g_i. A g_i of zero has no direction, and counts only in the median. The order of the vectors
-    matters by rounding only, unless two directions are equally strong at rank r. The directions Y tell x from -x no
-    more than squares do: a flipped sign is outvoted in the sum and in the median, not removed.
+    matters by rounding only, unless two directions are equally strong at rank r. The directions Y cannot tell x from
+    -x: a flipped sign is outvoted in the sum and in the median, not removed.
     """
     _check(vectors, at_least=_MIN_VECTORS)
     if rank is not None and not 1 <= rank <= len(vectors):
@@ -359,7 +363,7 @@ def flag_mean(vectors: Sequence[Tensor], factors: Sequence[float] | None = None,
 
 
 def _flag_shares(products: Tensor, rank: int) -> Tensor:
-    """c (K,) such that sum_i c_i g_i is the Flag mean, from the products g_i'g_j (K, K).
+    """Return c (K,) such that sum_i c_i g_i is the Flag mean, from the products g_i'g_j (K, K).
 
     With unit vectors X, weights W on a diagonal and X W = Y S V': W X'X W = V S^2 V' gives V and S, and Y = X W V / S.
     """
@@ -390,12 +394,12 @@ def _flag_shares(products: Tensor, rank: int) -> Tensor:
 
 
 def _expected(rows: Iterable[Sequence[float]], index: int, tokens: float) -> list[float]:
-    """What a group's norms remembered in `rows` lead to expect after so many steps; norms of zero say nothing."""
+    """Return what a group's norms in `rows` predict for that many tokens; norms of zero say nothing."""
     return [row[index] * max(tokens / row[0], math.sqrt(tokens / row[0])) for row in rows if row[index] > 0]
 
 
 def _limit(norms: Collection[float]) -> float:
-    """3 times the median, the lower of two in the middle: a half that is bad does not set it."""
+    """Return 3 times the lower median, which a bad half cannot set; infinite with too few norms."""
     return _TOLERANCE * statistics.median_low(norms) if len(norms) >= _MIN_HISTORY else math.inf
 
 
@@ -418,7 +422,7 @@ def _check(vectors: Sequence[Tensor], at_least: int) -> None:
 
 
 def _square(vector: Tensor, other: Tensor | None = None) -> float:
-    """|vector|^2, or |vector - other|^2."""
+    """Return |vector|^2, or |vector - other|^2."""
     total = 0.0
     others = torch.split(other, _CHUNK) if other is not None else None
     for index, piece in enumerate(torch.split(vector, _CHUNK)):

@@ -19,6 +19,8 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from swarmtrain.errors import with_code
+
 if TYPE_CHECKING:
     import subprocess
 
@@ -163,7 +165,7 @@ class _Started:
             self.name = event.name or self.name
             self.trains = self.trains or event.event in ("joined", "paused")
             if isinstance(event, ErrorEvent):
-                self.error = event.message
+                self.error = with_code(event.message, event.code)
             show(event)
             if _is_up(event):
                 self.up = event

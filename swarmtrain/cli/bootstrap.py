@@ -108,7 +108,12 @@ def _also_to_file(emit: Emit, path: Path) -> Emit:
             try:
                 write_atomically(path, (event.invite + "\n").encode())
             except OSError as error:
-                emit(WarningEvent(message=f"the invite could not be written to {path}: {error.strerror}"))
+                emit(
+                    WarningEvent(
+                        message=f"the invite could not be written to {path}: {error.strerror}",
+                        code="invite-not-written",
+                    )
+                )
         emit(event)
 
     return told

@@ -10,7 +10,7 @@ import click
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.common import example
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError, with_code
 
 if TYPE_CHECKING:
     from swarmtrain.cli.estimate import Estimate
@@ -56,7 +56,9 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         click.echo(json.dumps({**table, "errors": refused, "doubts": found, "not_looked_at": look.unseen}))
     else:
-        lines = [f"  error: {text}" for text in refused] + [f"  warning: {text}" for text in found]
+        lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
+            f"  warning: {text}" for text in found
+        ]
         unseen = (f"  not checked: {text}" for text in look.unseen)
         for line in (*report(run, cost, look.num_bytes), *(lines or ["  no warnings"]), *unseen):
             click.echo(line)
@@ -64,17 +66,17 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         click.get_current_context().exit(RunFileError.exit_code)
 
 
-def _refused(run: RunFile) -> list[str]:
+def _refused(run: RunFile) -> list[Problem]:
     """What a bootstrap would refuse besides the text."""
     from swarmtrain.peer.merging.rules import mean_of
     from swarmtrain.run import published_bytes
 
-    problems = []
+    problems: list[Problem] = []
     for look in (lambda: mean_of(run.merge.robust), lambda: published_bytes(run)):
         try:
             look()
         except RunFileError as error:
-            problems.append(str(error))
+            problems += error.problems
     return problems
 
 

@@ -33,6 +33,7 @@ import click
 
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
+from swarmtrain.cli.option_errors import OptionError, OptionsError
 from swarmtrain.errors import ClockError, SwarmtrainError
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
@@ -154,7 +155,7 @@ def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None],
         try:
             return None if value is None else getattr(limits, parser)(value)
         except ValueError as error:
-            raise click.BadParameter(str(error), ctx, param) from None
+            raise OptionError(str(error), ctx, param, code="bad-limit") from None
 
     return read
 
@@ -171,7 +172,7 @@ def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
                 )
         return found
     except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
+        raise OptionError(str(error), ctx, param, code="bad-address") from None
 
 
 def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -180,10 +181,11 @@ def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
         return ""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
     if match is None or int(match[2]) > _MAX_PORT:
-        raise click.BadParameter(
+        raise OptionError(
             f"{value!r} is no address; write HOST:PORT, [IPv6]:PORT or :PORT (this machine only), such as :7000",
             ctx,
             param,
+            code="bad-address",
         )
     return f"{match[1] or '127.0.0.1'}:{int(match[2])}"
 
@@ -197,11 +199,12 @@ def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
         near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:32]
         such = f"; write {near}, say" if near else ""
-        raise click.BadParameter(
+        raise OptionError(
             f"{value!r} is no name; allowed: up to 32 letters a to z, digits, dots, hyphens and underscores, a letter or "
             f"digit first{such}",
             ctx,
             param,
+            code="bad-name",
         )
     return value
 
@@ -209,7 +212,7 @@ def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """An option's number, which nan is not."""
     if value is not None and value != value:
-        raise click.BadParameter("nan is no number; write one, such as 10", ctx, param)
+        raise OptionError("nan is no number; write one, such as 10", ctx, param, code="not-a-number")
     return value
 
 
@@ -306,7 +309,9 @@ def peer_options(function: _F) -> _F:
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
         if values["only_announced"] and not values["announce"]:
-            raise click.UsageError("--only-announced: nobody could find this peer; give --announce ADDRESS too")
+            raise OptionsError(
+                "--only-announced: nobody could find this peer; give --announce ADDRESS too", code="nothing-announced"
+            )
         if values["background"] and not is_the_background():
             return _start_in_background(values)
         from swarmtrain.cli.stop_signals import stop_on_signals
@@ -450,7 +455,7 @@ class _JsonSink(EventSink):
         if isinstance(error, SwarmtrainError):
             from swarmtrain.events import ErrorEvent
 
-            self(ErrorEvent(message=str(error), exit_code=error.exit_code))
+            self(ErrorEvent(message=str(error), code=error.code, exit_code=error.exit_code))
 
 
 def _lines(stream: TextIO, render: Callable[[Event], str]) -> Callable[[Event], None]:

@@ -44,9 +44,11 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     try:
         data = exported.held_out if text is None else text.read_bytes()
     except OSError as error:
-        raise UserError(f"{text}: {error.strerror}; give a file that can be read with --text") from None
+        raise UserError(
+            f"{text}: {error.strerror}; give a file that can be read with --text", code="file-unreadable"
+        ) from None
     if len(data) < 2:
-        raise UserError(f"{text or model}: no text to measure on; give one with --text FILE")
+        raise UserError(f"{text or model}: no text to measure on; give one with --text FILE", code="no-text")
     section = exported.model.section
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
     use_threads(threads or useful_threads(exported.model))

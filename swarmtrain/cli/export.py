@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.option_errors import OptionsError
 
 __all__ = ["command"]
 
@@ -43,7 +44,7 @@ def command(invite: str | None, directory: Path | None, target: Path, accept_clo
     any live peer of the run; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
-        raise click.UsageError("give either INVITE or --dir FOLDER")
+        raise OptionsError("give either INVITE or --dir FOLDER", code="options-conflict")
     if directory is not None:
         from swarmtrain.peer.checkpoints.export import export_from_folder
 

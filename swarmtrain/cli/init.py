@@ -37,9 +37,13 @@ def command(path: Path, name: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path}: is there already, and stays as it is; give another PATH") from None
+        raise UserError(
+            f"{path}: is there already, and stays as it is; give another PATH", code="file-exists"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another PATH") from None
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; give another PATH", code="file-not-written"
+        ) from None
     where = shlex.quote(one_line(str(path)))
     click.echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
 

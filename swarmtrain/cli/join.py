@@ -28,6 +28,7 @@ from swarmtrain.cli.common import (
     user_directory,
 )
 from swarmtrain.cli.kept_options import KeptOption, restore
+from swarmtrain.cli.option_errors import OptionError, OptionsError
 
 if TYPE_CHECKING:
     from swarmtrain.network.discovery.invite import Invite
@@ -45,8 +46,8 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     try:
         return tuple(sorted({int(part) for part in value.split(",") if part}))
     except ValueError:
-        raise click.BadParameter(
-            f"{value} is no list of stages; write their numbers, such as 0,1", ctx, param
+        raise OptionError(
+            f"{value} is no list of stages; write their numbers, such as 0,1", ctx, param, code="bad-stages"
         ) from None
 
 
@@ -132,7 +133,7 @@ def command(
 
         invite = " ".join(words)  # perhaps the whole line that was handed out, or a word with a break in it
         if invite and invite_file is not None:
-            raise click.UsageError("INVITE and --invite-file: give one of them")
+            raise OptionsError("INVITE and --invite-file: give one of them", code="options-conflict")
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
         directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
@@ -205,8 +206,8 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
         except FileNotFoundError:
             found = ""
         except (OSError, UnicodeDecodeError) as error:
-            raise click.UsageError(
-                f"--invite-file: {path} cannot be read: {error}; give a file with the invite"
+            raise OptionsError(
+                f"--invite-file: {path} cannot be read: {error}; give a file with the invite", code="file-unreadable"
             ) from None
         if found:
             return found
@@ -225,7 +226,10 @@ def _of_folder(directory: Path) -> Invite:
     folder = PeerFolder(directory)
     kept = folder.kept_run()
     if kept is None:
-        raise UserError(f"there is no run in {directory} to go on with: give the invite, or its folder with --dir")
+        raise UserError(
+            f"there is no run in {directory} to go on with: give the invite, or its folder with --dir",
+            code="nothing-to-resume",
+        )
     return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
@@ -240,7 +244,10 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     is_other = run_sha256 is not None and PeerFolder(folder).kept_sha256() not in (None, run_sha256)
     if options.dir is not None:
         if is_other:
-            raise UserError(f"{folder} holds another run, with its checkpoints and its model: give another --dir")
+            raise UserError(
+                f"{folder} holds another run, with its checkpoints and its model: give another --dir",
+                code="folder-of-another-run",
+            )
         return folder
     if run_sha256 is None and not options.name and (stopped := _stopped(folder)):
         return stopped
@@ -266,7 +273,10 @@ def _stopped(folder: Path) -> Path | None:
     free = [path for path in ours if not is_in_use(path)]
     if ours and not free:
         running = ", ".join(str(path) for path in ours)
-        raise UserError(f"every volunteer of this user runs already ({running}): give an invite to start one more")
+        raise UserError(
+            f"every volunteer of this user runs already ({running}): give an invite to start one more",
+            code="all-volunteers-run",
+        )
     if free and (len(ours) > 1 or free[0] != folder):
         others = ", ".join(f"`swarmtrain join --dir {shlex.quote(str(path))}`" for path in free[1:])
         say(f"continuing in {free[0]}" + (f"; also stopped: {others}" if others else ""))

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from swarmtrain.cli.background import say
+from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile, option_words
 
@@ -65,8 +66,8 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
                 values[param.name] = param.read(ctx, options[param.flag])
             except (click.UsageError, IndexError) as error:
                 what = error.format_message() if isinstance(error, click.UsageError) else "it has no value"
-                raise click.UsageError(
-                    f"{param.flag} as last time in {folder}: {what}; give {param.flag} anew"
+                raise OptionsError(
+                    f"{param.flag} as last time in {folder}: {what}; give {param.flag} anew", code="kept-option"
                 ) from None
     if taken and not is_in_use(folder):  # else it is refused, in one line
         say(f"as last time in {folder}: {' '.join(option_words(taken))}")

@@ -61,7 +61,7 @@ def _interrupt(peer: LocalPeer) -> str:
     except ProcessLookupError:
         return "it has ended"
     except PermissionError:
-        raise RunTimeError(f"process {process} runs as another user; ask as that user") from None
+        raise RunTimeError(f"process {process} runs as another user; ask as that user", code="other-user") from None
     return f"process {process} was told to end (SIGTERM): it does not answer its control socket"
 
 
@@ -108,7 +108,8 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
     while _lives(peer, process):
         if time.monotonic() > give_up_s:
             raise RunTimeError(
-                f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does"
+                f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does",
+                code="still-ending",
             )
         pause.wait(_LOOK_EVERY_S)
         if time.monotonic() >= next_look_s:

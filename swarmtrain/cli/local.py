@@ -17,7 +17,9 @@ import click
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
+from swarmtrain.errors import RunTimeError
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
@@ -115,8 +117,9 @@ def command(
 
     if slowdowns and len(slowdowns) != peers:
         factors = "1 factor" if len(slowdowns) == 1 else f"{len(slowdowns)} factors"
-        raise click.UsageError(
-            f"--slowdown has {factors} for {peers} volunteers: give one for each, or --peers {len(slowdowns)}"
+        raise OptionsError(
+            f"--slowdown has {factors} for {peers} volunteers: give one for each, or --peers {len(slowdowns)}",
+            code="slowdown-count",
         )
     with stop_on_signals() as stop:
         with errors_as_events(as_json, ""):
@@ -314,7 +317,9 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     finally:
         swarm.stop()
     if loss is None:
-        raise click.ClickException("the run ended before the held-out loss was measured; see the logs in its folder")
+        raise RunTimeError(
+            "the run ended before the held-out loss was measured; see the logs in its folder", code="loss-not-measured"
+        )
     return _Trained(parts, loss, emit)
 
 

@@ -55,7 +55,9 @@ def command(name: str, directory: Path | None, follow: bool, lines: int) -> None
     except KeyboardInterrupt:
         return
     except OSError as error:
-        raise UserError(f"{path}: no log to read ({error.strerror}); give the peer's folder with --dir") from None
+        raise UserError(
+            f"{path}: no log to read ({error.strerror}); give the peer's folder with --dir", code="no-log"
+        ) from None
 
 
 class LogReader:

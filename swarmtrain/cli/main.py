@@ -17,14 +17,15 @@ from typing import Any, NoReturn
 import click
 
 from swarmtrain import __version__
-from swarmtrain.errors import SwarmtrainError
+from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.errors import SwarmtrainError, with_code
 
 __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
 COMMANDS = (
     *("bootstrap", "join", "local"),
     *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite"),
-    *("init", "check", "plan", "doctor", "simulate", "export", "eval", "generate"),
+    *("init", "check", "plan", "doctor", "simulate", "export", "eval", "generate", "explain"),
 )
 
 ALIASES = {
@@ -81,7 +82,7 @@ class _Commands(click.Group):
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             near = _MEANT.get(args[0]) or next(iter(difflib.get_close_matches(args[0], (*COMMANDS, *ALIASES), n=1)), "")
             meant = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
-            ctx.fail(f"No such command {args[0]!r}; {meant}")
+            raise OptionsError(f"No such command {args[0]!r}; {meant}", ctx, code="no-such-command")
         return super().resolve_command(ctx, args)
 
 
@@ -110,13 +111,14 @@ def run(arguments: list[str]) -> int:
         returned = cli.main(arguments, prog_name="swarmtrain", standalone_mode=False)
         sys.stdout.flush()
     except SwarmtrainError as error:
-        for line in error.lines:
-            click.echo(f"error: {' '.join(line.split())}", err=True)
+        for problem in error.problems:
+            click.echo(with_code(f"error: {' '.join(problem.split())}", problem.code), err=True)
         return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         see = f" (see {context.command_path} --help)" if context is not None else ""
-        click.echo(f"error: {' '.join(error.format_message().split())}{see}", err=True)
+        line = f"error: {' '.join(error.format_message().split())}{see}"
+        click.echo(with_code(line, getattr(error, "code", "")), err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -126,7 +128,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # a bug
-        click.echo(f"error: {' '.join(_logged_bug(error).split())}", err=True)
+        click.echo(with_code(f"error: {' '.join(_logged_bug(error).split())}", "bug"), err=True)
         return 1
     return returned if isinstance(returned, int) else 0
 

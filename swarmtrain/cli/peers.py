@@ -23,7 +23,7 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 
 from swarmtrain.cli.common import WhichPeer
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import CODE_KEY, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.peer.lifecycle.folder_lock import Holder, holder, holder_pid
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import one_line
@@ -119,8 +119,10 @@ class LocalPeer:
 class NoAnswerError(RunTimeError):
     """A peer did not answer; `timed_out` when it took the call and was silent."""
 
-    def __init__(self, message: str, *, timed_out: bool = False) -> None:
-        super().__init__(message)
+    code = "peer-silent"
+
+    def __init__(self, message: str, *, code: str = "", timed_out: bool = False) -> None:
+        super().__init__(message, code=code)
         self.timed_out = timed_out
 
 
@@ -170,13 +172,15 @@ def find(which: WhichPeer) -> LocalPeer:
     running = [peer for peer in peers if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
     if len(running) > 1:
         listed = ", ".join(f"{title(peer.last(), peer.folder)} ({peer.folder})" for peer in running)
-        raise UserError(f"several peers run here: {listed}; say which with NAME or --dir FOLDER")
+        raise UserError(f"several peers run here: {listed}; say which with NAME or --dir FOLDER", code="several-peers")
     if running:
         return running[0]
     if peers:
         return next((peer for peer in peers if not _failed_before_it_had_a_run(peer)), peers[0])
     named = f" named {one_line(which.name)}" if which.name else ""
-    raise UserError(f"no peer{named} has run {where}; if it was started with --dir, give the same --dir")
+    raise UserError(
+        f"no peer{named} has run {where}; if it was started with --dir, give the same --dir", code="no-such-peer"
+    )
 
 
 def _failed_before_it_had_a_run(peer: LocalPeer) -> bool:
@@ -231,7 +235,9 @@ def find_all(which: WhichPeer) -> list[LocalPeer]:
         return [LocalPeer(address=which.address)]
     peers, where = _candidates(which)
     if not peers:
-        raise UserError(f"no peer has run {where}; if one was started with --dir, give the same --dir")
+        raise UserError(
+            f"no peer has run {where}; if one was started with --dir, give the same --dir", code="no-such-peer"
+        )
     return peers
 
 
@@ -241,7 +247,9 @@ def find_running(which: WhichPeer) -> LocalPeer:
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         name = title(peer.last(), peer.folder)
         where = shlex.quote(str(peer.folder))
-        raise RunTimeError(f"{name} does not run; `swarmtrain status --dir {where}` shows how it ended")
+        raise RunTimeError(
+            f"{name} does not run; `swarmtrain status --dir {where}` shows how it ended", code="peer-not-running"
+        )
     return peer
 
 
@@ -250,11 +258,15 @@ def _candidates(which: WhichPeer) -> tuple[list[LocalPeer], str]:
     home = which.directory or _home()
     try:
         if which.directory is not None and not home.is_dir():
-            raise UserError(f"{home} is no folder; give a peer's, or one with several of them, with --dir")
+            raise UserError(
+                f"{home} is no folder; give a peer's, or one with several of them, with --dir", code="no-such-folder"
+            )
         peers = [LocalPeer(folder=home)] if _is_peer_folder(home) else known_peers(home)
         peers = _once([*peers, *_listed_running()]) if which.directory is None else peers
     except PermissionError:
-        raise UserError(f"{home} cannot be read: it belongs to another user; ask as that user") from None
+        raise UserError(
+            f"{home} cannot be read: it belongs to another user; ask as that user", code="other-user"
+        ) from None
     if which.name:
         peers = [peer for peer in peers if _is_called(peer, which.name)]
     return peers, f"in {home}"
@@ -285,7 +297,9 @@ def channel(peer: LocalPeer, service: Callable[[Any], Any] | None = None) -> Ite
 
     target = peer.target()
     if not target:
-        raise NoAnswerError(f"{_name(peer)} does not answer yet: it is starting; try again in a few seconds")
+        raise NoAnswerError(
+            f"{_name(peer)} does not answer yet: it is starting; try again in a few seconds", code="peer-starting"
+        )
     options = [
         ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
         ("grpc.enable_http_proxy", 0),
@@ -322,7 +336,9 @@ def check_health(peer: LocalPeer) -> None:
         status = ask(peer, "Status", wire.StatusRequest())
         state = wire.PeerState.Name(status.state).removeprefix("PEER_STATE_").lower()
         doing = f": {one_line(status.doing)}" if status.doing else ""
-        raise RunTimeError(f"{_name(peer)} is not healthy, it is {state}{doing}; `swarmtrain status` shows more")
+        raise RunTimeError(
+            f"{_name(peer)} is not healthy, it is {state}{doing}; `swarmtrain status` shows more", code="not-healthy"
+        )
 
 
 def tell(peer: LocalPeer, method: str, request: Any) -> str:
@@ -338,18 +354,31 @@ def in_words(error: Any, peer: LocalPeer) -> SwarmtrainError:
         return NoAnswerError(
             f"{name} does not answer: it is stopped (Ctrl-Z) or very busy; try again",
             timed_out=True,
+            code="peer-silent",
         )
     if code in ("UNAVAILABLE", "CANCELLED"):
         if "permission denied" in details.lower():
-            return ForeignError(f"{name} may not be asked: it runs as another user; ask as that user")
+            return ForeignError(
+                f"{name} may not be asked: it runs as another user; ask as that user", code="other-user"
+            )
         if peer.folder is None:
             reason = details or "the connection broke"
-            return NoAnswerError(f"nobody answers at {peer.address}: {reason}; start it with --control {peer.address}")
-        return NoAnswerError(f"{name} does not answer: it is starting or ending; try again in a few seconds")
+            return NoAnswerError(
+                f"nobody answers at {peer.address}: {reason}; start it with --control {peer.address}",
+                code="nobody-at-address",
+            )
+        return NoAnswerError(
+            f"{name} does not answer: it is starting or ending; try again in a few seconds", code="peer-starting"
+        )
     if code == "UNIMPLEMENTED" and not details.startswith("this peer"):
-        return RefusedError(f"{name} cannot do that: it runs another version of swarmtrain; end it and start it again")
+        return RefusedError(
+            f"{name} cannot do that: it runs another version of swarmtrain; end it and start it again",
+            code="peer-of-another-version",
+        )
     kind = RefusedError if code in _REFUSALS else RunTimeError
-    return kind(f"{name}: {details or code}")
+    told = [str(value) for key, value in error.trailing_metadata() or () if key == CODE_KEY]
+    known = next((each for each in told if re.fullmatch(r"[a-z0-9-]{1,40}", each)), "peer-refused")
+    return kind(f"{name}: {details or code}", code=known)
 
 
 def _name(peer: LocalPeer) -> str:

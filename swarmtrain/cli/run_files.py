@@ -49,7 +49,8 @@ class GivenRun:
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(
             f"{one_line(self.argument)}: no such run file; give the path of one, or the name of an example that comes "
-            f"with swarmtrain{meant}: {', '.join(names)}"
+            f"with swarmtrain{meant}: {', '.join(names)}",
+            code="no-run-file",
         )
 
 

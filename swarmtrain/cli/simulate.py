@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.option_errors import OptionsError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,7 +69,9 @@ def command(
     if plot is not None:
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
-        raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}; make it first")
+        raise OptionsError(
+            f"--json {json_file}: there is no folder {json_file.parent}; make it first", code="no-such-folder"
+        )
     from swarmtrain.simulate.comparison import compare, document  # takes a second: after the file is known to be good
 
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
@@ -93,7 +96,9 @@ def _say(line: str) -> None:
 def _key_and_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or key.count(".") != 1:
-        raise click.UsageError(f"{text!r}: write SECTION.KEY=VALUE, such as merge.outer_momentum=0.5")
+        raise OptionsError(
+            f"{text!r}: write SECTION.KEY=VALUE, such as merge.outer_momentum=0.5", code="bad-assignment"
+        )
     return key, value
 
 
@@ -120,13 +125,13 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     from swarmtrain.extras import install_in_words
 
     if path.suffix not in (".png", ".svg"):
-        raise click.UsageError(f"--plot {path}: its name must end with .png or .svg")
+        raise OptionsError(f"--plot {path}: its name must end with .png or .svg", code="bad-plot-name")
     if not path.parent.is_dir():
-        raise click.UsageError(f"--plot {path}: there is no folder {path.parent}; make it first")
+        raise OptionsError(f"--plot {path}: there is no folder {path.parent}; make it first", code="no-such-folder")
     if not scenario.scenario.curve_points:
-        raise click.UsageError("--plot needs curves: set scenario.curve_points in the scenario, 20 say")
+        raise OptionsError("--plot needs curves: set scenario.curve_points in the scenario, 20 say", code="no-curves")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError(f"--plot needs matplotlib: {install_in_words('plot')}")
+        raise OptionsError(f"--plot needs matplotlib: {install_in_words('plot')}", code="package-missing")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.option_errors import OptionsError
 
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import View
@@ -43,7 +44,10 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
 
     if healthy:
         if everyone or as_json:
-            raise click.UsageError("--healthy stands alone: it says one word of one peer; leave out --all and --json")
+            raise OptionsError(
+                "--healthy stands alone: it says one word of one peer; leave out --all and --json",
+                code="options-conflict",
+            )
         check_health(find_running(which))
         click.echo("healthy")
         return

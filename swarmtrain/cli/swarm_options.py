@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli.common import PEERS_ASSUMED, finite, limit
+from swarmtrain.cli.option_errors import OptionsError
 
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
@@ -31,9 +32,10 @@ def peers_for(run: RunFile, peers: int | None) -> int:
     if peers is None:
         return max(PEERS_ASSUMED, stages)
     if peers < stages:
-        raise click.UsageError(
+        raise OptionsError(
             f"--peers: {peers} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a machine of "
-            f"its own; allowed: {stages} or more (swarmtrain local can run fewer)"
+            f"its own; allowed: {stages} or more (swarmtrain local can run fewer)",
+            code="too-few-peers",
         )
     return peers
 

@@ -53,7 +53,7 @@ def peer_seed(run_sha256: str, peer_id: str) -> int:
 
 
 class Shards:
-    """A corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
+    """Corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
 
     Training on one neighbourhood of the text for a whole round would pull a peer towards it (decision 21). A block is
     as long as a sequence, shorter in a small corpus. A window drawn from a shard begins in one of its blocks.
@@ -98,7 +98,8 @@ class Batches:
         if len(tokens) < context_tokens + 1:
             raise RunFileError(
                 f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
-                "model.context_tokens or give more text"
+                "model.context_tokens or give more text",
+                code="too-little-text",
             )
         self._tokens = tokens
         self._key = peer_seed(run_sha256, peer_id)
@@ -139,12 +140,14 @@ class Batches:
             starts = _modulo(numbers, num_starts)
         else:
             of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
+            # A window that would run over the corpus' end starts where the last whole window does.
             starts = self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
         places = starts[:, None] + self._offsets
         return torch.from_numpy(self._tokens[places].astype(np.int64))
 
 
 def _modulo(numbers: npt.NDArray[np.uint64], limit: int) -> npt.NDArray[np.int64]:
+    # Biased by at most limit / 2**64, as the numbers have 64 bits.
     return (numbers % np.uint64(limit)).astype(np.int64)
 
 
@@ -216,7 +219,8 @@ class StreamingBatches:
                     yield tokenizer.encode(text if text.endswith(b"\n") else text + b"\n")
             if empty:
                 raise RunFileError(
-                    "data: the stream holds no text that is not in the run's held-out text; give more text"
+                    "data: the stream holds no text that is not in the run's held-out text; give more text",
+                    code="only-held-out-text",
                 )
             epoch += 1
 

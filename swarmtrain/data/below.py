@@ -34,7 +34,8 @@ def below(base: Path, path: Path, key: str) -> Path:
         if resolved.is_relative_to(base.resolve()):
             return resolved
     except (OSError, RuntimeError, ValueError) as error:  # a cycle of links; a name with a zero byte
-        raise RunFileError(f"{key}: {path} cannot be read: {error}; correct the path") from None
+        raise RunFileError(f"{key}: {path} cannot be read: {error}; correct the path", code="file-unreadable") from None
     raise RunFileError(
-        f"{key}: {path} leads to {resolved}, outside {base}; it is not read: move it below, or leave it out"
+        f"{key}: {path} leads to {resolved}, outside {base}; it is not read: move it below, or leave it out",
+        code="path-outside",
     )

@@ -20,7 +20,7 @@ from swarmtrain.data import huggingface
 from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.documents import Document, read_documents, source_files
 from swarmtrain.data.overlap import HeldOutIndex
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection
 
 __all__ = [
@@ -94,13 +94,16 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     return HeldOut(bytes(text), tuple(chosen))
 
 
-def too_little_text(num_bytes: int, held_out_bytes: int) -> str:
-    """Explain why a corpus of `num_bytes` is too small for that held-out text; "" if it is large enough."""
+def too_little_text(num_bytes: int, held_out_bytes: int) -> Problem | None:
+    """Explain why a corpus of `num_bytes` is too small for that held-out text; None if it is large enough."""
     if num_bytes >= HELD_OUT_ONE_IN * held_out_bytes:
-        return ""
+        return None
     largest = num_bytes // HELD_OUT_ONE_IN
     advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
-    return f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}"
+    return Problem(
+        f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}",
+        "too-little-text",
+    )
 
 
 def prepare_corpus(
@@ -132,7 +135,8 @@ def prepare_corpus(
     if not len(cut.text):
         raise RunFileError(
             "data: every document shares passages with the run's held-out text, so nothing is left to train on; "
-            "give more text"
+            "give more text",
+            code="only-held-out-text",
         )
     corpus = Corpus(
         text=_read_only(cut.text),

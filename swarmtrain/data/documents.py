@@ -17,7 +17,7 @@ from pathlib import Path
 from swarmtrain.data import huggingface, parquet
 from swarmtrain.data.below import below
 from swarmtrain.data.overlap import near_duplicates
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection
 
 __all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
@@ -30,12 +30,12 @@ _LEFT_OUT_FOLDERS = frozenset(
 _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
 _LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # these describe one machine's build, not Python
 
-_MOST_BAD_FILES = 5
+_MOST_BAD_FILES = 5  # after so many a survey stops
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, never empty."""
+    """Text of one document, never empty."""
 
     name: str  # the file's name relative to its source, or "file:line"; for messages and for the order
     text: bytes
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source."""
+    """File of a source."""
 
     name: str
     path: Path
@@ -56,7 +56,7 @@ class SourceSurvey:
     documents: list[Document]
     num_bytes: int | None
     """Bytes of all files, approximately; None if one of them is missing or unreadable."""
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     """Errors that `read_documents` would raise, one per bad pattern or file.
 
     After five bad files the rest is not read (`is_cut`).
@@ -87,7 +87,7 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
             empty = False
             yield document
     if empty:
-        raise RunFileError(_all_empty([file.path for file in files]))
+        raise RunFileError(_all_empty([file.path for file in files]), code="no-text")
 
 
 def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
@@ -96,15 +96,15 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
         try:
             files = _stdlib_files()
         except RunFileError as error:
-            return SourceSurvey([], None, (str(error),))
+            return SourceSurvey([], None, error.problems)
         return SourceSurvey(list(_read_stdlib(files)), sum(f.path.stat().st_size for f in files if f.path.exists()), ())
-    problems: dict[str, None] = {}
+    problems: dict[Problem, None] = {}
     found: dict[str, Path] = {}
     for pattern in section.paths:
         try:
             found |= _files_of(pattern, base)
         except RunFileError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys(error.problems)
     documents: list[Document] = []
     read = num_bytes = 0
     most = len(problems) + _MOST_BAD_FILES
@@ -120,9 +120,9 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
                 if read >= most_bytes:
                     break
         except RunFileError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys(error.problems)
     if not documents and not problems:
-        problems[_all_empty(list(found.values()))] = None
+        problems[Problem(_all_empty(list(found.values())), "no-text")] = None
     all_bytes = num_bytes if is_complete else None
     return SourceSurvey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
 
@@ -168,23 +168,33 @@ def _matches(pattern: str, base: Path) -> list[str]:
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise RunFileError(
             f"data.paths: {pattern} is not below the folder of the data; it is not read: write a path relative to that "
-            "folder, without .."
+            "folder, without ..",
+            code="path-outside",
         )
     path = base / pattern
     if path.is_file():
         return [pattern]
     if path.is_dir():
         raise RunFileError(
-            f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it"
+            f"data.paths: {path} is a folder; write {pattern.rstrip('/')}/**/* (or **/*.txt) for the files in it",
+            code="path-is-folder",
         )
     if path.exists():
-        raise RunFileError(f"data.paths: {path} is a pipe, a socket or a device; name a regular file")
+        raise RunFileError(
+            f"data.paths: {path} is a pipe, a socket or a device; name a regular file", code="not-a-regular-file"
+        )
     if not glob.has_magic(pattern):
-        raise RunFileError(f"data.paths: there is no file {pattern} below {base.absolute()}; {_where(pattern, base)}")
+        raise RunFileError(
+            f"data.paths: there is no file {pattern} below {base.absolute()}; {_where(pattern, base)}",
+            code="no-such-data",
+        )
     found = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207 (Path.glob knows no root_dir)
     names = [name for name in found if (base / name).is_file()]
     if not names:
-        raise RunFileError(f"data.paths: no file matches {pattern} below {base.absolute()}; {_where(pattern, base)}")
+        raise RunFileError(
+            f"data.paths: no file matches {pattern} below {base.absolute()}; {_where(pattern, base)}",
+            code="no-such-data",
+        )
     return names
 
 
@@ -212,7 +222,8 @@ def _stdlib_files() -> list[SourceFile]:
     if not files:
         raise RunFileError(
             f'data.source = "python-stdlib": this Python has no sources in {root}; use data.source = "text" with '
-            "data.paths"
+            "data.paths",
+            code="stdlib-missing",
         )
     return sorted(files, key=lambda file: file.name)
 
@@ -238,7 +249,8 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise RunFileError(
             f"data.paths: {file.path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the "
-            "pattern"
+            "pattern",
+            code="not-utf8",
         ) from None
     if text:
         yield Document(file.name, text)
@@ -252,23 +264,27 @@ def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
             row = json.loads(line)
         except ValueError:
             raise RunFileError(
-                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line"
+                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line",
+                code="not-json-lines",
             ) from None
         if not isinstance(row, dict):
             raise RunFileError(
                 f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each '
-                "line"
+                "line",
+                code="not-json-lines",
             )
         if field not in row:
             has = ", ".join(sorted(row)) or "none"
             raise RunFileError(
                 f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
-                "the one that holds the text"
+                "the one that holds the text",
+                code="no-such-field",
             )
         if not isinstance(row[field], str):
             raise RunFileError(
                 f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
-                "that holds the text"
+                "that holds the text",
+                code="field-not-text",
             )
         text = row[field].encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
         if text:
@@ -280,5 +296,6 @@ def _read_bytes(file: SourceFile) -> bytes:
         return file.path.read_bytes()
     except OSError as error:
         raise RunFileError(
-            f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions"
+            f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions",
+            code="file-unreadable",
         ) from None

@@ -37,7 +37,7 @@ __all__ = ["StreamedTexts", "fingerprint", "newest_revision", "read_texts"]
 SHUFFLE_DOCUMENTS = 1000  # documents held in memory for shuffling
 SKIP_DOCUMENTS = 2000  # a peer starts its stream at one of so many documents: skipping takes seconds at most
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
-"""The library's loaders that read text from named files, and nothing else."""
+"""Loaders of the library that read text from named files, and nothing else."""
 _HUB_NAME = re.compile(r"(?!buckets/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _CARDS = ("README.md", ".huggingface.yaml")
 """Files in which a data set describes itself."""
@@ -54,7 +54,9 @@ def newest_revision(section: DataSection, base: Path) -> str:
     with _errors_in_words(section):
         found = _hub(library).dataset_info(section.dataset, timeout=60.0).sha
     if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{40}", found):
-        raise RunFileError(f'data.dataset: the hub names no commit of "{section.dataset}"; try again later')
+        raise RunFileError(
+            f'data.dataset: the hub names no commit of "{section.dataset}"; try again later', code="dataset-not-loaded"
+        )
     return found
 
 
@@ -107,12 +109,14 @@ def _folder(section: DataSection, base: Path) -> Path | None:
     if not is_plain_name(name):
         raise RunFileError(
             f'data.dataset: "{name}" is neither a data set of the hub nor a folder below that of the data; it is not '
-            "read: write owner/name, or a path without .."
+            "read: write owner/name, or a path without ..",
+            code="dataset-name",
         )
     if name in _loaders():
         raise RunFileError(
             f'data.dataset: "{name}" is a loader of the library datasets, not a data set; write owner/name for one of '
-            f"the hub, or ./{name} for a folder"
+            f"the hub, or ./{name} for a folder",
+            code="dataset-name",
         )
     folder = below(base, base / name, "data.dataset")
     if folder.is_dir():
@@ -120,7 +124,8 @@ def _folder(section: DataSection, base: Path) -> Path | None:
     if not _HUB_NAME.fullmatch(name):
         raise RunFileError(
             f'data.dataset: there is no folder "{name}" below {base.absolute()}, and a data set of the hub is '
-            f"owner/name; correct it, or give the folder with --data FOLDER, so that FOLDER/{name} is there"
+            f"owner/name; correct it, or give the folder with --data FOLDER, so that FOLDER/{name} is there",
+            code="no-such-data",
         )
     return None
 
@@ -160,7 +165,9 @@ def _load(section: DataSection, base: Path, revision: str) -> Any:
 def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any, str]:
     """Return the library's builder for the hub's data set, and the prefix that its files must have."""
     if not _HUB_NAME.fullmatch(section.dataset):
-        raise RunFileError(f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name')
+        raise RunFileError(
+            f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name', code="dataset-name"
+        )
     hub = _hub(library)
     commit = revision or hub.dataset_info(section.dataset, timeout=60.0).sha
     errors = importlib.import_module("huggingface_hub.errors")
@@ -207,12 +214,15 @@ def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
         else:
             card = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError):
-        raise RunFileError(f'data.dataset: the description of "{section.dataset}" is not YAML; take another') from None
+        raise RunFileError(
+            f'data.dataset: the description of "{section.dataset}" is not YAML; take another', code="dataset-format"
+        ) from None
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):
             raise RunFileError(
                 f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not '
-                "read: take another, and tell who invited you"
+                "read: take another, and tell who invited you",
+                code="dataset-foreign-file",
             )
 
 
@@ -235,19 +245,21 @@ def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path)
         found = formats[0] if formats else "code of its own"
         raise RunFileError(
             f'data.dataset: "{section.dataset}" could not be had as text files from where it is (the library would '
-            f"read it by: {found}); allowed: {', '.join(_FORMATS)}"
+            f"read it by: {found}); allowed: {', '.join(_FORMATS)}",
+            code="dataset-format",
         )
     files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
     for file in files:
         if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
             raise RunFileError(
                 f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read: '
-                "take another, and tell who invited you"
+                "take another, and tell who invited you",
+                code="dataset-foreign-file",
             )
         if not allowed.startswith("hf://"):
             below(base, Path(file), "data.dataset")
     if not files:
-        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another')
+        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another', code="no-text")
 
 
 def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
@@ -258,7 +270,8 @@ def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
         if section.split not in names:
             raise RunFileError(
                 f'data.split: {folder} has no split "{section.split}" (it has: {", ".join(sorted(names))}); '
-                "set data.split to one of them"
+                "set data.split to one of them",
+                code="no-such-split",
             )
         folder = below(base, folder / section.split, "data.split")
     for name in ("state.json", "dataset_info.json"):
@@ -278,7 +291,8 @@ def _only_text(rows: Any, section: DataSection, library: Any) -> Any:
     if not isinstance(rows.features[section.field], library.Value):
         raise RunFileError(
             f'data.field: "{section.field}" of "{section.dataset}" is not a string; set data.field to the one that '
-            "holds the text"
+            "holds the text",
+            code="field-not-text",
         )
     return rows.select_columns([section.field])
 
@@ -294,7 +308,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[
             if not isinstance(text, str):
                 raise RunFileError(
                     f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
-                    "data.field to the one that holds the text"
+                    "data.field to the one that holds the text",
+                    code="field-not-text",
                 )
             yield text.encode(errors="replace")
 
@@ -302,7 +317,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[
 def _no_field(section: DataSection, has: Iterable[str]) -> RunFileError:
     return RunFileError(
         f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(has))}); '
-        "set data.field to the one that holds the text"
+        "set data.field to the one that holds the text",
+        code="no-such-field",
     )
 
 
@@ -313,7 +329,9 @@ def _library() -> Any:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise RunFileError(f'data.source = "datasets" needs datasets: {install_in_words("datasets")}') from None
+        raise RunFileError(
+            f'data.source = "datasets" needs datasets: {install_in_words("datasets")}', code="package-missing"
+        ) from None
     datasets.disable_progress_bars()
     return datasets
 
@@ -358,7 +376,8 @@ def _errors_in_words(section: DataSection) -> Iterator[None]:
         _log.info("the library datasets: %s", error, exc_info=True)
         raise RunFileError(
             f'data.dataset: cannot load "{section.dataset}" (split "{section.split}"): {_one_line(error)}; check '
-            "the name, the subset, the split and the connection (a folder is looked for below --data)"
+            "the name, the subset, the split and the connection (a folder is looked for below --data)",
+            code="dataset-not-loaded",
         ) from None
 
 

@@ -31,7 +31,8 @@ def read_texts(path: Path, field: str) -> Iterator[tuple[int, bytes]]:
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise RunFileError(
                 f"data.paths: {path} cannot be read after row {number}: {_one_line(error)}; convert it again, or leave "
-                "it out of the pattern"
+                "it out of the pattern",
+                code="not-parquet",
             ) from None
 
 
@@ -50,7 +51,7 @@ def _opened(path: Path, arrow: Any) -> Any:
         return importlib.import_module("pyarrow.parquet").ParquetFile(path)
     except (arrow.ArrowException, OSError) as error:
         raise RunFileError(
-            f"data.paths: {path} is not Parquet: {_one_line(error)}; leave it out of the pattern"
+            f"data.paths: {path} is not Parquet: {_one_line(error)}; leave it out of the pattern", code="not-parquet"
         ) from None
 
 
@@ -59,7 +60,8 @@ def _check_column(path: Path, file: Any, field: str, arrow: Any) -> None:
     if field not in schema.names:
         raise RunFileError(
             f'data.field: {path} has no column "{field}" (it has: {", ".join(sorted(schema.names)) or "none"}); set '
-            "data.field to the one that holds the text"
+            "data.field to the one that holds the text",
+            code="no-such-field",
         )
     kind = schema.field(field).type
     if arrow.types.is_dictionary(kind):
@@ -67,7 +69,8 @@ def _check_column(path: Path, file: Any, field: str, arrow: Any) -> None:
     if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
         raise RunFileError(
             f'data.field: column "{field}" of {path} holds {kind}, not strings; set data.field to the one that holds '
-            "the text"
+            "the text",
+            code="field-not-text",
         )
 
 
@@ -75,7 +78,9 @@ def _library() -> Any:
     try:
         return importlib.import_module("pyarrow")
     except ImportError:
-        raise RunFileError(f'data.source = "parquet" needs pyarrow: {install_in_words("parquet")}') from None
+        raise RunFileError(
+            f'data.source = "parquet" needs pyarrow: {install_in_words("parquet")}', code="package-missing"
+        ) from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -36,7 +36,7 @@ from swarmtrain.data.tokens import (
     require_bpe,
     tokenizer_from_bytes_untrusted,
 )
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSection, RunFile
 from swarmtrain.words import counted
 
@@ -68,7 +68,7 @@ class FirstLook(NamedTuple):
     """Findings about a run's text without reading all of it."""
 
     num_bytes: int | None  # of the files here, about; None if that is not known
-    problems: tuple[str, ...] = ()  # what the bootstrap would refuse, and why
+    problems: tuple[Problem, ...] = ()  # what the bootstrap would refuse, and why
     unseen: tuple[str, ...] = ()  # what was not looked at
 
 
@@ -100,12 +100,12 @@ def first_look(run: RunFile, base: Path) -> FirstLook:
 
     Raises nothing for unusable data: all problems found are listed in the result.
     """
-    problems = []
+    problems: list[Problem] = []
     try:
         if run.model.tokenizer == "bpe":
             require_bpe()
     except RunFileError as error:
-        problems.append(str(error))
+        problems += error.problems
     look = _look_at_data_set if run.data.source == "datasets" else _look_at_files
     found = look(run, base, can_learn=not problems)
     return found._replace(problems=(*problems, *found.problems))
@@ -117,9 +117,10 @@ def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
         revision = huggingface.newest_revision(section, base)
         count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
     except RunFileError as error:
-        return FirstLook(None, (str(error),))
+        return FirstLook(None, error.problems)
     if not count:
-        return FirstLook(None, (f'data.field: no row of "{section.dataset}" has text in "{section.field}"',))
+        problem = f'data.field: no row of "{section.dataset}" has text in "{section.field}"; set it to the one that has'
+        return FirstLook(None, (Problem(problem, "no-text"),))
     unseen = f"the data set after its first {counted(count, 'document')}, and so whether it is large enough"
     return FirstLook(None, (), (unseen, *_vocabulary_unseen(run)))
 
@@ -128,7 +129,7 @@ def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
     section = run.data
     found = survey(section, base, _sample_bytes(section))
     if found.problems:
-        small = "" if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
+        small = None if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
         problems = (*found.problems, small) if small else found.problems
         return FirstLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
     read = sum(len(document.text) for document in found.documents)
@@ -142,7 +143,7 @@ def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
         text = HeldOutIndex(held_out.text).cut([document.text for document in found.documents]).text
         BpeTokenizer.learn(text, run.model.vocabulary_size)
     except RunFileError as error:
-        return FirstLook(found.num_bytes, (str(error),))
+        return FirstLook(found.num_bytes, error.problems)
     return FirstLook(found.num_bytes)
 
 

@@ -34,7 +34,7 @@ Tokens = npt.NDArray[Any]  # (n,), unsigned integers
 
 
 class Tokenizer(Protocol):
-    """The model's vocabulary."""
+    """Vocabulary of the model."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -112,7 +112,8 @@ class BpeTokenizer:
         if len(ids) != vocabulary_size:
             raise RunFileError(
                 f"model.vocabulary_size = {vocabulary_size} is more than can be learnt from this corpus: lower it to "
-                f"{len(ids)} or less, or give more text"
+                f"{len(ids)} or less, or give more text",
+                code="too-little-text",
             )
         return cls(np.array(merges, np.uint32).reshape(-1, 2))
 
@@ -165,11 +166,11 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
     """
     if not data:
         if vocabulary_size != NUM_BYTES:
-            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer")
+            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer", code="bad-format")
         return ByteTokenizer()
     num_words, rest = divmod(len(data) - len(MAGIC), 4)
     if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:
-        raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens")
+        raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens", code="bad-format")
     try:
         merges = np.frombuffer(data, "<u4", offset=len(MAGIC)).reshape(-1, 2)
         num_tokens = len(_spellings(merges))
@@ -177,7 +178,7 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
             raise ValueError(f"it has {num_tokens} tokens")
         return BpeTokenizer(merges)
     except ValueError as error:
-        raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}") from None
+        raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}", code="bad-format") from None
 
 
 def _spellings(merges: npt.NDArray[np.uint32]) -> list[bytes]:
@@ -247,4 +248,6 @@ def _library() -> Any:
     try:
         return importlib.import_module("tokenizers")
     except ImportError:
-        raise RunFileError(f'model.tokenizer = "bpe" needs tokenizers: {install_in_words("bpe")}') from None
+        raise RunFileError(
+            f'model.tokenizer = "bpe" needs tokenizers: {install_in_words("bpe")}', code="package-missing"
+        ) from None

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER)}
-"""The methods of this package."""
+"""Methods of this package."""
 GROUP = "swarmtrain.merge_methods"
 """Group of entry points of other packages. Each is a `MergeMethod`, named "PACKAGE:METHOD" in a run file."""
 
@@ -55,7 +55,9 @@ def method_named(name: str) -> MergeMethod:
         return METHODS[name]
     method, place = brought("method", name, "method", GROUP)
     if not isinstance(method, MergeMethod):
-        raise RunFileError(f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it')
+        raise RunFileError(
+            f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it', code="merge-package-broken"
+        )
     return dataclasses.replace(method, name=name)
 
 

@@ -38,7 +38,7 @@ _BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """A model read back from its folder."""
+    """Model read back from its folder."""
 
     model: GPT
     tokenizer: bytes
@@ -83,7 +83,7 @@ def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises UserError when the folder holds something else, and the file system's OSError.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds other files; give an empty or new folder")
+        raise UserError(f"{folder} holds other files; give an empty or new folder", code="folder-not-empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -128,9 +128,13 @@ def _read(folder: Path) -> dict[str, bytes]:
         return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
-        raise UserError(f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}") from None
+        raise UserError(
+            f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}", code="no-model"
+        ) from None
     except OSError as error:
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}") from None
+        raise UserError(
+            f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}", code="not-a-model"
+        ) from None
 
 
 def _instead(folder: Path) -> str:
@@ -154,13 +158,17 @@ def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
         section = ModelSection.model_validate(config["model"])
         data = files["model.safetensors"]
         if config["format"] != _FORMAT or hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
-            raise UserError(f"{folder}: the weights do not match config.json; export the model again")
+            raise UserError(
+                f"{folder}: the weights do not match config.json; export the model again", code="not-a-model"
+            )
         model = build_model(section, seed=0)
         model.load_state_dict(load(data))
         run_tokens = int(config["run_tokens"])
     except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}") from None
+        raise UserError(
+            f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}", code="not-a-model"
+        ) from None
     return ExportedModel(
         model=model,
         tokenizer=files.get("tokenizer.bin", b""),

@@ -101,7 +101,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream (B, T, D)."""
+    """Layer of attention and feed-forward, each added to the residual stream (B, T, D)."""
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model. `build_model` builds it; the constructor alone leaves weights uninitialised."""
+    """Whole model. `build_model` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 

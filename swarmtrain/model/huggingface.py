@@ -92,7 +92,7 @@ def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[Hug
 
 
 class HuggingFaceStage(nn.Module):
-    """A part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
+    """Part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
 
     lm_head: nn.Linear
 
@@ -205,7 +205,9 @@ def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
         code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ImportError as error:
         reason = one_line(str(error))[:200]
-        raise UserError(f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})") from None
+        raise UserError(
+            f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})", code="package-missing"
+        ) from None
     config = getattr(configurations, f"{prefix}Config")(**model.as_json(), attn_implementation="sdpa")
     return (lambda name: getattr(code, prefix + name)), config
 
@@ -259,7 +261,9 @@ def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
                 for name, stored in names.items():
                     weights[name] = _tensor(file, stored, wanted[name], path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again") from None
+            raise UserError(
+                f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
+            ) from None
     stage.load_state_dict(weights, assign=True)
     return stage
 
@@ -281,7 +285,7 @@ def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dic
                 if name == "lm_head.weight"
                 else "give the folder of the checkpoint whose config.json this is"
             )
-            raise UserError(f"{_shown(folder)}: has no tensor {source}; {hint}")
+            raise UserError(f"{_shown(folder)}: has no tensor {source}; {hint}", code="checkpoint-mismatch")
         places.setdefault(folder / files[stored], {})[name] = stored
     return places
 
@@ -303,11 +307,14 @@ def _files_of_tensors(folder: Path) -> Mapping[str, str]:
     except FileNotFoundError:
         raise UserError(
             f"{_shown(folder)}: has neither {_WHOLE} nor {_INDEX}; other formats can execute what they hold and are "
-            "not read: save it as safetensors"
+            "not read: save it as safetensors",
+            code="not-safetensors",
         ) from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         path = whole if whole.is_file() else index
-        raise UserError(f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again") from None
+        raise UserError(
+            f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
+        ) from None
     return files
 
 
@@ -322,11 +329,15 @@ def _tensor(file: Any, stored: str, shape: torch.Size, path: Path) -> Tensor:
         found = f"{header.get_dtype()} {list(header.get_shape())}"
         raise UserError(
             f"{_shown(path)}: {one_line(stored)} is {found}, but config.json says floats {list(shape)}; give the "
-            "folder of one checkpoint"
+            "folder of one checkpoint",
+            code="checkpoint-mismatch",
         )
     tensor = cast(Tensor, file.get_tensor(stored)).to(torch.float32, copy=True)
     if not tensor.isfinite().all():
-        raise UserError(f"{_shown(path)}: {one_line(stored)} has numbers that are not finite; give another checkpoint")
+        raise UserError(
+            f"{_shown(path)}: {one_line(stored)} has numbers that are not finite; give another checkpoint",
+            code="checkpoint-not-finite",
+        )
     return tensor
 
 
@@ -361,7 +372,10 @@ def export_stages(
     }
     others = sorted(path.name for path in _in_folder(folder) if path.name not in written)
     if others:  # such as the tokenizer of the checkpoint that it comes from
-        raise UserError(f"{_shown(folder)} holds {one_line(others[0])} too, which would be lost; give a new folder")
+        raise UserError(
+            f"{_shown(folder)} holds {one_line(others[0])} too, which would be lost; give a new folder",
+            code="folder-not-empty",
+        )
     write_whole(folder, written)
 
 

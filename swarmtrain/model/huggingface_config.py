@@ -179,7 +179,7 @@ _FAMILIES: dict[str, type[_Llama | _Qwen2 | _Qwen3 | _Gpt2]] = {
     "qwen3": _Qwen3,
     "gpt2": _Gpt2,
 }
-_TIED_BY_DEFAULT = {"gpt2"}
+_TIED_BY_DEFAULT = {"gpt2"}  # families whose head is the embedding unless the configuration says otherwise
 _DROPOUTS = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     "llama": ("attention_dropout",),
@@ -244,7 +244,8 @@ def read_config(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
             f"{origin}: tie_word_embeddings: the embedding and the head are one matrix here, but the first stage and "
             "the last are different peers, and one matrix cannot be trained in two places; set it to false (written "
             "out: some families are tied by default), or with a checkpoint let the head begin as a copy of the "
-            "embedding: swarmtrain.model.huggingface.untie"
+            "embedding: swarmtrain.model.huggingface.untie",
+            code="tied-embeddings",
         )
     return HuggingFaceModel(config=_checked(data, origin), head_is_copy=False)
 
@@ -264,7 +265,9 @@ def _is_tied(data: Mapping[str, Any], origin: str) -> bool:
     if tied is None:
         return data.get("model_type") in _TIED_BY_DEFAULT
     if not isinstance(tied, bool):
-        raise UserError(f"{origin}: tie_word_embeddings: {_shown(tied)} is refused; allowed: true or false")
+        raise UserError(
+            f"{origin}: tie_word_embeddings: {_shown(tied)} is refused; allowed: true or false", code="wrong-type"
+        )
     return tied
 
 
@@ -278,7 +281,8 @@ def _loaded(source: Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     family = data.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise UserError(
-            f"{origin}: model_type: {_shown(family)} cannot be cut into stages; supported: {', '.join(_FAMILIES)}"
+            f"{origin}: model_type: {_shown(family)} cannot be cut into stages; supported: {', '.join(_FAMILIES)}",
+            code="model-family",
         )
     return origin, data
 
@@ -290,16 +294,21 @@ def _parsed(path: Path) -> dict[str, Any]:
             content = file.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise UserError(
-            f"{origin}: cannot be read: {error.strerror}; give a model's config.json or its folder"
+            f"{origin}: cannot be read: {error.strerror}; give a model's config.json or its folder",
+            code="file-unreadable",
         ) from None
     if len(content) > _MAX_CONFIG_BYTES:
-        raise UserError(f"{origin}: more than {_MAX_CONFIG_BYTES} bytes; give a model's config.json")
+        raise UserError(
+            f"{origin}: more than {_MAX_CONFIG_BYTES} bytes; give a model's config.json", code="not-a-config"
+        )
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not JSON: {one_line(str(error))}; give a model's config.json") from None
+        raise UserError(
+            f"{origin}: not JSON: {one_line(str(error))}; give a model's config.json", code="not-a-config"
+        ) from None
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: no JSON object; give a model's config.json")
+        raise UserError(f"{origin}: no JSON object; give a model's config.json", code="not-a-config")
     return data
 
 
@@ -311,12 +320,12 @@ def _checked(data: Mapping[str, Any], origin: str) -> _Llama | _Qwen2 | _Qwen3 |
         names = [str(part) for part in detail["loc"]]
         key = ".".join(one_line(name)[:60] for name in names if "constrained" not in name)  # the validator's own word
         if detail["type"] == "value_error":
-            problem = str(detail["ctx"]["error"])
+            problem, code = str(detail["ctx"]["error"]), "keys-disagree"
         elif detail["type"] == "missing":
-            problem = f"{key}: missing"
+            problem, code = f"{key}: missing", "missing-key"
         else:
-            problem = f"{key}: {_shown(detail['input'])} is refused: {detail['msg']}"
-        raise UserError(f"{origin}: {problem}") from None
+            problem, code = f"{key}: {_shown(detail['input'])} is refused: {detail['msg']}", "bad-value"
+        raise UserError(f"{origin}: {problem}", code=code) from None
 
 
 def _shown(value: object) -> str:

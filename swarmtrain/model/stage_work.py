@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 __all__ = ["BadGradientError", "StageModule", "StageWork", "TailResult"]
 
-_NUM_NORMS = 64
+_NUM_NORMS = 64  # gradients whose median norm is the usual one
 _MOST_TIMES = 1e4
 """Most times the usual norm that a microbatch's gradient may have."""
-_LEAST_NORM = 1e-6
+_LEAST_NORM = 1e-6  # a usual norm counts as at least this
 
 
 class BadGradientError(ValueError):
-    """A microbatch's gradient that must not be added to others."""
+    """Raised for a microbatch's gradient that must not be added to others."""
 
 
 class StageModule(Protocol):
@@ -54,7 +54,7 @@ class StageModule(Protocol):
 
 @dataclass(frozen=True)
 class TailResult:
-    """The last stage's result for a microbatch: its loss, mean nats per token, and the scaled gradient of its input.
+    """Result of the last stage for a microbatch: loss, mean nats per token, and the scaled gradient of its input.
 
     The gradient is None if the input is tokens.
     """
@@ -286,7 +286,7 @@ def _summed(
 
 
 class _Called(nn.Module):
-    """A stage's forward, or with targets its loss, as one call."""
+    """Calls a stage's forward, or with targets its loss."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()

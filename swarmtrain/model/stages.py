@@ -85,7 +85,7 @@ def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageSh
 
 
 class Stage(nn.Module):
-    """A part of a GPT. `build_stage` builds it; the constructor alone leaves weights uninitialised."""
+    """Part of a GPT. `build_stage` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 
@@ -177,7 +177,7 @@ def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple
 _Cut = tuple[float, float, tuple[int, ...]]
 """(cost of the costliest stage, sum of all costs' squares, ends of the stages)"""
 
-_TIMES = 5
+_TIMES = 5  # measurements, of which the least counts
 
 
 def measured_costs(section: ModelSection, num_sequences: int) -> Costs:

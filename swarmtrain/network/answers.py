@@ -25,8 +25,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Serving", "SwarmAnswers"]
 
-_STATE_WAIT_S = 3.0
-_MAX_OTHERS = 64
+_STATE_WAIT_S = 3.0  # a caller may ask for the state of a round that this peer is about to finish
+_MAX_OTHERS = 64  # presences in the reply to a greeting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ class SwarmAnswers:
             **version_fields(self.published.run.needs),
             run_sha256=run_sha256,
             time=swarm_time(),
+            # Empty before `announce`, which finds out where this peer listens.
             presence=self.presence.signed() if self.presence.listens_at and not away else None,
             others=self.peers.others_than(caller, _MAX_OTHERS),
             away=away,
@@ -135,6 +136,7 @@ class SwarmAnswers:
         progress, held = found
         if asynchronous:
             return pb.StateReply(manifest=held.snapshot.signed)
+        # The rounds may have moved on while the snapshot was built: never pair a state with another branch's roster.
         if last is None or last[0].digest != progress.roster_sha256:
             return pb.StateReply()
         return pb.StateReply(manifest=held.snapshot.signed, roster=last[1])

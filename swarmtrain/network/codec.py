@@ -69,9 +69,9 @@ def vector_sha256(vector: Tensor) -> str:
 def vector_untrusted(data: bytearray | memoryview) -> Tensor:
     """Return an fp32 vector (N,) over the given 4 N writable bytes. Raises BadBytesError if it is not finite."""
     if not len(data) or len(data) % 4:
-        raise BadBytesError(f"{len(data)} bytes are no vector of fp32")
+        raise BadBytesError(f"{len(data)} bytes are no vector of fp32", code="bad-size")
     if not all_finite(data):
-        raise BadBytesError("a vector that is not finite")
+        raise BadBytesError("a vector that is not finite", code="not-finite")
     return torch.frombuffer(data, dtype=torch.float32)
 
 
@@ -96,7 +96,7 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     return mean, left_out
 
 
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # numbers checked at once
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ class PublicationCodec:
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)
+            # The difference of two finite vectors can overflow.
             _check_finite_untrusted(gradient)
         return PartnerUpdate(theta=None, gradient=gradient, tokens=news.tokens)
 
@@ -248,10 +249,12 @@ class ActivationCodec:
     def decode_untrusted(self, data: bytearray, shape: Sequence[int]) -> Tensor:
         """Return the tensor of this shape. Raises BadBytesError if the size is wrong or a number is not finite."""
         if len(data) != self.size_bytes(shape):
-            raise BadBytesError(f"{len(data)} bytes where {self.size_bytes(shape)} are {tuple(shape)} as {self.format}")
+            raise BadBytesError(
+                f"{len(data)} bytes where {self.size_bytes(shape)} are {tuple(shape)} as {self.format}", code="bad-size"
+            )
         tensor = decode(torch.frombuffer(data, dtype=torch.uint8), self.format, [math.prod(shape)])
         if not bool(torch.isfinite(tensor).all()):
-            raise BadBytesError("activations that are not finite")
+            raise BadBytesError("activations that are not finite", code="not-finite")
         return tensor.view(tuple(shape))
 
     @staticmethod
@@ -268,10 +271,10 @@ class ActivationCodec:
     def tokens_untrusted(data: bytearray, shape: Sequence[int], vocabulary_size: int) -> Tensor:
         """Return int64 tokens of this shape. Raises BadBytesError if the size is wrong or a token is unknown."""
         if len(data) != ActivationCodec.tokens_size_bytes(shape):
-            raise BadBytesError(f"{len(data)} bytes are not {tuple(shape)} tokens")
+            raise BadBytesError(f"{len(data)} bytes are not {tuple(shape)} tokens", code="bad-size")
         tokens = torch.frombuffer(data, dtype=torch.int32).to(torch.int64)
         if not bool(((tokens >= 0) & (tokens < vocabulary_size)).all()):
-            raise BadBytesError(f"a token that is not below {vocabulary_size}")
+            raise BadBytesError(f"a token that is not below {vocabulary_size}", code="bad-number")
         return tokens.view(tuple(shape))
 
 
@@ -286,7 +289,7 @@ def _check_finite_untrusted(vector: Tensor) -> None:
     Works piece by piece: on the whole vector torch would take twice its memory meanwhile.
     """
     if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(vector, _PIECE)):
-        raise BadBytesError("a publication that is not finite")
+        raise BadBytesError("a publication that is not finite", code="not-finite")
 
 
 def _bytes_of(codes: Tensor) -> memoryview:

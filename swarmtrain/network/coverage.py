@@ -36,7 +36,7 @@ _MAX_ROW_BYTES = 12 * 1024
 _MAX_PEERS = 1024
 """Rows kept; all of them are written with every checkpoint."""
 
-_FORGOTTEN_ROUNDS = 4
+_FORGOTTEN_ROUNDS = 4  # a row may shrink by so many after a kill: its author's checkpoint is older (decision 21)
 _REFUSED_AGAIN_S = 60.0
 
 
@@ -65,7 +65,7 @@ def shards_of(run: RunFile, run_sha256: str, corpus_sha256: str, num_shards: int
 
 @dataclass
 class DataCoverage:
-    """What this peer knows of which peers have seen which shards. Its methods may be called from any thread."""
+    """Knowledge of which peers have seen which shards. Methods may be called from any thread."""
 
     identity: Identity
     shards: ShardsOf
@@ -162,6 +162,7 @@ class DataCoverage:
 
         Raises BadBytesError for any other row.
         """
+        # Without unknown fields, which nobody has signed and which would be stored and passed on.
         envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
         as_signed = envelope.SerializeToString(deterministic=True)
         with self._lock:

@@ -86,11 +86,14 @@ def load_or_create_identity(path: Path) -> Identity:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"cannot use the identity at {path}: {error.strerror}; give another folder with --dir"
+            f"cannot use the identity at {path}: {error.strerror}; give another folder with --dir",
+            code="not-an-identity",
         ) from None
     seed = data[len(_KEY_PREFIX) :][:32]
     if len(seed) != 32 or new_identity(seed).key_file() != data:
-        raise UserError(f"{path} is not an identity of swarmtrain; move it away to get a new one")
+        raise UserError(
+            f"{path} is not an identity of swarmtrain; move it away to get a new one", code="not-an-identity"
+        )
     return new_identity(seed)
 
 
@@ -108,7 +111,7 @@ def is_peer_id(data: bytes) -> bool:
 def peer_id_from_bytes_untrusted(data: bytes) -> str:
     """Return the PeerID in base58. Raises BadBytesError unless it is that of an Ed25519 key."""
     if not is_peer_id(data):
-        raise BadBytesError("not the PeerID of an Ed25519 key")
+        raise BadBytesError("not the PeerID of an Ed25519 key", code="bad-format")
     return base58_encode(data)
 
 
@@ -118,5 +121,5 @@ def verify_untrusted(peer: bytes, message: bytes, signature: bytes) -> str:
     try:
         Ed25519PublicKey.from_public_bytes(peer[len(_PEER_PREFIX) :]).verify(signature, message)
     except (InvalidSignature, ValueError) as error:
-        raise BadBytesError(f"a signature that is not {peer_id}'s") from error
+        raise BadBytesError(f"a signature that is not {peer_id}'s", code="bad-signature") from error
     return peer_id

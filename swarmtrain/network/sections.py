@@ -27,7 +27,7 @@ _DTYPES: dict[GradientFormat, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SectionSpec:
-    """One section of each fragment, over the fragment's own tensors.
+    """Section that each fragment has, over the fragment's own tensors.
 
     Two sections make a fragment's outer step: the one with that rule, and the weights, which are averaged and have no
     parts.

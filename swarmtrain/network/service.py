@@ -32,10 +32,10 @@ __all__ = ["Answers", "PeerCalls", "namespace_of", "service_type", "stream_name"
 
 _log = logging.getLogger(__name__)
 _MAX_PULLS = 8
-_MAX_HELD_CALLS = 64
+_MAX_HELD_CALLS = 64  # calls about rounds that may wait for news; others are answered at once
 _MAX_HELD_CALLS_A_PEER = 2
 _MAX_WAIT_S = 60.0
-_MAX_STUBS = 4096
+_MAX_STUBS = 4096  # peers to which stubs are kept
 _CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
 """Requests for a chain of rosters from one caller: each costs 2.5 MiB and about 10 ms of the loop. Honest peers that
 lack a chain ask once a second."""
@@ -43,12 +43,12 @@ _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
 """Seconds for a reply that may have to be computed first."""
-_MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024
+_MAX_REPLY_BYTES = MAX_FRAME_BYTES - 64 * 1024  # leaves room for the frame's own fields
 _R = TypeVar("_R", bound=Message)
 
 
 class Answers(Protocol):
-    """The peer behind the service. `caller` is a PeerID in base58."""
+    """Peer behind the service. `caller` is a PeerID in base58."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         """Say who we are and whom we know; the caller may introduce itself or say goodbye."""
@@ -97,7 +97,7 @@ def service_type() -> Any:
             budget = budget or self._budget
             if budget.allows(caller, time.monotonic()):
                 return False
-            self._answers.refused(caller, BadBytesError(budget.in_words))
+            self._answers.refused(caller, BadBytesError(budget.in_words, code="too-often"))
             return True
 
         async def rpc_hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
@@ -295,19 +295,19 @@ class PeerCalls:
             if status == pb.PullReply.STATUS_BUSY:
                 raise BusyError("it serves as many readers as it may")
             if status != pb.PullReply.STATUS_OK:
-                raise UnreachableError("it does not hold this file of the run")
+                raise UnreachableError("it does not hold this file of the run", code="not-held")
             while not (message := await next_message(stream, self.stall_limit_s)).end:
                 data = message.data  # a copy, each time
                 if not data or size % CHUNK_BYTES:
-                    raise BadBytesError("a file of the run that comes in other pieces than it should")
+                    raise BadBytesError("a file of the run that comes in other pieces than it should", code="bad-size")
                 parts.append(data)
                 size += len(data)
                 await stream.count(len(data))
                 if size > max_bytes:
-                    raise BadBytesError(f"a file of the run longer than {max_bytes} bytes")
+                    raise BadBytesError(f"a file of the run longer than {max_bytes} bytes", code="bad-size")
         finally:
             await stream.aclose()
         whole = b"".join(parts)
         if hashlib.sha256(whole).hexdigest() != sha256:
-            raise BadBytesError("a file of the run that does not match its hash")
+            raise BadBytesError("a file of the run that does not match its hash", code="bad-hash")
         return whole

@@ -36,12 +36,14 @@ def open_signed_untrusted(
     """Return (author's PeerID, message). Raises BadBytesError if it is oversized, forged, or another kind
     of message."""
     if len(signed.payload) > max_bytes:
-        raise BadBytesError(f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}")
+        raise BadBytesError(
+            f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}", code="bad-size"
+        )
     author = verify_untrusted(signed.author, _signed_bytes(purpose, run_sha256, signed.payload), signed.signature)
     try:
         message = message_type.FromString(signed.payload)
     except DecodeError as error:
-        raise BadBytesError(f"a signed {purpose} that cannot be read") from error
+        raise BadBytesError(f"a signed {purpose} that cannot be read", code="bad-format") from error
     return author, message
 
 

@@ -38,7 +38,7 @@ _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
 """Questions of one peer at once, besides those that release something, and as many backwards: libp2p resets streams
 beyond about 120."""
-_HANG_UP_S = 2.0
+_HANG_UP_S = 2.0  # for the other end to hang up first
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 
@@ -56,9 +56,9 @@ class StageLimits:
     """Time limits in seconds."""
 
     stall_s: float = 10.0
-    """For the next piece that is sent or received."""
+    """Limit for the next piece that is sent or received."""
     answer_s: float = 600.0
-    """For an answer to begin; callers may limit it further."""
+    """Limit for an answer to begin; callers may limit it further."""
 
 
 # ---------------------------------------------------------------- one direction of a stream
@@ -97,10 +97,12 @@ async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit
         async with asyncio.timeout(limit_s):
             size = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
             if size > _MAX_MESSAGE_BYTES:
-                raise BadBytesError(f"a message of {size} bytes; at most {_MAX_MESSAGE_BYTES} are accepted")
+                raise BadBytesError(
+                    f"a message of {size} bytes; at most {_MAX_MESSAGE_BYTES} are accepted", code="bad-size"
+                )
             return kind.FromString(await reader.readexactly(size))
     except DecodeError:
-        raise BadBytesError("what is no message") from None
+        raise BadBytesError("what is no message", code="bad-format") from None
     except TimeoutError:
         raise StalledError(f"it says nothing for {limit_s:g} s") from None
     except (OSError, EOFError) as error:
@@ -128,7 +130,7 @@ async def _body_untrusted(
             await traffic.down.turn(len(piece))
         body.append(data)
     if message.tensors and digest.digest() != message.sha256:
-        raise BadBytesError("tensors that do not match their hash")
+        raise BadBytesError("tensors that do not match their hash", code="bad-hash")
     return body
 
 
@@ -139,7 +141,7 @@ def _sha256(body: Body) -> bytes:
     return digest.digest()
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- the asking end
 
 
 @dataclass
@@ -189,7 +191,7 @@ class StageClient:
 def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
     reason = answer.reason[:200]
     if not reason.isprintable():
-        raise BadBytesError("a reason that is no text")
+        raise BadBytesError("a reason that is no text", code="bad-format")
     match answer.status:
         case pb.StageAnswer.STATUS_OK:
             return
@@ -198,14 +200,14 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
         case pb.StageAnswer.STATUS_GONE:
             raise GoneError(reason)
         case _:
-            raise BadBytesError(f"it refuses the question: {reason}")
+            raise BadBytesError(f"it refuses the question: {reason}", code="question-refused")
 
 
-# ---------------------------------------------------------------- who is asked
+# ---------------------------------------------------------------- the answering end
 
 
 class StageAnswers(Protocol):
-    """The peer behind a host of stages. `caller` is a PeerID in base58."""
+    """Peer behind a host of stages. `caller` is a PeerID in base58."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """Check a question before its tensors are read.

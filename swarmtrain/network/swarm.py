@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from swarmtrain.errors import Problem
 from swarmtrain.events import Event, RefusedEvent, WarningEvent
 from swarmtrain.network.answers import Serving, SwarmAnswers
 from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
@@ -44,18 +45,18 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
-_MAX_INVITED = 4
-_MAX_ADDRESSES = 4
-_FORGET_AFTER_S = 600.0
-_REDIAL_EVERY = 4
-_HEARTBEAT_S = 0.25
+_MAX_INVITED = 4  # peers in an invite
+_MAX_ADDRESSES = 4  # of this peer in an invite
+_FORGET_AFTER_S = 600.0  # after a peer has gone
+_REDIAL_EVERY = 4  # readings of presence between two tries to reach peers that seem gone
+_HEARTBEAT_S = 0.25  # between two looks at the clock for a gap
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """This peer's place in the swarm of one run. It owns the parts that do the work, and callers use those directly.
+    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.
@@ -120,7 +121,7 @@ class Swarm:
         rounds = self.rounds = RoundRunner(
             identity, downloads, members, settings, average, report=peers.report, trains=not me.is_bootstrap
         )
-        self.coverage: DataCoverage | None = None  # so in a bootstrap, and where data have no shards
+        self.coverage: DataCoverage | None = None  # None on a bootstrap, and if the data has no shards
         if shards is not None:
             told = tallying.explained, tallying.refused
             self.coverage = DataCoverage(identity, shards, *told, swarm_time, spares=peers.spares)
@@ -134,7 +135,7 @@ class Swarm:
         self.reaching = ReachabilityMonitor(
             calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
         )
-        self.fellows: FellowDepartures | None = None  # who leaves too: of a volunteer that leaves
+        self.fellows: FellowDepartures | None = None  # set while a volunteer leaves: the peers that leave too
         self.answers = SwarmAnswers(
             published,
             presence,
@@ -185,6 +186,7 @@ class Swarm:
         await self.greeter.greet_everyone()
         kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
         may_need_hosts = self.serving.hosting is not None and not self.presence.me.is_bootstrap
+        # Peers on loopback are all on this machine, and can dial each other without hosts.
         if may_need_hosts and not is_loopback_only(self.presence.listens_at):
             kept.append(self.reaching.keep())
         for work in kept:
@@ -232,6 +234,7 @@ class Swarm:
         if goodbyes:
             await asyncio.wait(goodbyes, timeout=limit_s)
             for task in goodbyes:
+                # Goodbyes that end later: retrieve their errors, or the loop reports them.
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self, serving: Serving | None = None) -> None:
@@ -268,11 +271,12 @@ class Swarm:
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a network task failed", exc_info=error)
-            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
+            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke"))
 
     async def _keep_present(self) -> None:
         while True:
             await self._say_where_we_are()
+            # A presence outlives two failed renewals.
             await asyncio.sleep(self.published.run.network.presence_ttl_s / 3)
 
     async def _keep_reading(self) -> None:
@@ -281,6 +285,7 @@ class Swarm:
             if look % _REDIAL_EVERY == 0:
                 await self.greeter.redial()
             most_s = self.published.run.network.presence_ttl_s / 3
+            # Each read costs more the more peers there are, so a large swarm is read less often (decision 33).
             every_s = records.read_every_s(len(self.membership.live()), records.READ_EVERY_S, most_s)
             if look % round(every_s / records.READ_EVERY_S) == 0:
                 await self.peers.read_records()
@@ -315,7 +320,7 @@ class Swarm:
         """Advertise a changed reachability at once: until then others call this peer in vain."""
         self._begin(self._say_where_we_are())
         if self.reaching.hidden:
-            self.emit(WarningEvent(message=self.reaching.in_words()))
+            self.emit(WarningEvent(message=self.reaching.in_words(), code="nobody-can-dial"))
 
     def _ask_for_host(self) -> pb.HelloRequest:
         run_sha256 = bytes.fromhex(self.published.sha256)
@@ -338,12 +343,13 @@ class Swarm:
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
-    async def watch_daemon(self, died: Callable[[str], None]) -> None:
+    async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
         """Call `died` with a sentence if the network daemon ends before we leave."""
 
         async def watch() -> None:
-            message = f"the network daemon {await self.node.wait_until_dead()}; start this peer again"
-            self.emit(WarningEvent(message=message))
-            died(message)
+            how = await self.node.wait_until_dead()
+            problem = Problem(f"the network daemon {how}; start this peer again", "daemon-died")
+            self.emit(WarningEvent(message=problem, code=problem.code))
+            died(problem)
 
         self._daemon_watch = asyncio.create_task(watch())

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 __all__ = ["Awaited", "SingleFlight", "end_tasks", "logged", "run_together"]
 
 _log = logging.getLogger(__name__)
-_AGAIN_S = 0.05
+_AGAIN_S = 0.05  # until a task that has not ended is cancelled again
 _T = TypeVar("_T")
 
 

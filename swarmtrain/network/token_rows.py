@@ -39,9 +39,11 @@ def add_token_rows(manifest: pb.Manifest, peer_tokens: Mapping[str, int]) -> Non
 def check_token_rows_untrusted(manifest: pb.Manifest) -> None:
     """Raise BadBytesError unless the rows are peers', few enough, and add up to the run's tokens."""
     if len(manifest.peer_tokens) > MAX_ROWS_READ:
-        raise BadBytesError(f"a state with the tokens of {len(manifest.peer_tokens)} peers, more than {MAX_ROWS_READ}")
+        raise BadBytesError(
+            f"a state with the tokens of {len(manifest.peer_tokens)} peers, more than {MAX_ROWS_READ}", code="bad-size"
+        )
     counted = {item.peer: item.tokens for item in manifest.peer_tokens}
     if not all(map(is_peer_id, counted)):
-        raise BadBytesError("a state with the tokens of one who is no peer")
+        raise BadBytesError("a state with the tokens of one who is no peer", code="bad-format")
     if sum(counted.values()) != manifest.run_tokens:
-        raise BadBytesError("a state whose peers' tokens do not add up to the run's")
+        raise BadBytesError("a state whose peers' tokens do not add up to the run's", code="bad-tokens")

@@ -90,7 +90,7 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
 
     `me` is the PeerID of the publisher, which is the server if the run has one. Raises RunFileError.
     """
-    mean_of(run.merge.robust)  # whoever publishes a rule has it
+    mean_of(run.merge.robust)  # the publisher of a rule must have it too
     files = publishable_data(run, base)
     tokenizer = files.tokenizer_bytes
     boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)
@@ -120,7 +120,7 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     `base` is the folder that the run's data paths are relative to. If the folder in `settings` holds this run already,
     that run continues with the same identity and invite.
     """
-    use_threads(1)  # it measures, at the end; the cores are for those who train
+    use_threads(1)  # it computes only at the end; the cores are for those who train
     with (
         peer_folder(settings.directory) as folder,
         peer_log(folder.path, settings.log_descriptors),
@@ -128,7 +128,8 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     ):
         control.starting("reading the run and cutting its held-out text")
         published = _published(run, base, folder)
-        folder.started.keep_command(settings.started)  # what was refused must not be taken from here the next time
+        # After `_published`: the options of a start that was refused must not be used by the next one.
+        folder.started.keep_command(settings.started)
         network = NetworkThread()
         kind = _Bootstrap if published.run.pipeline.stages == 1 else PipelineBootstrap
         bootstrap = kind(published, settings, folder, network, control)
@@ -155,7 +156,8 @@ def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
     if kept.run.model_copy(update={"published": None}) != run:
         raise UserError(
             f"{folder.path} holds another run ({kept.run.run.name}), or the run file or --wait-for was changed since; "
-            "give what it was published with, or another folder with --dir"
+            "give what it was published with, or another folder with --dir",
+            code="folder-of-another-run",
         )
     return kept
 
@@ -237,11 +239,12 @@ class _Bootstrap(BootstrapPeer):
             accept = self.settings.accept_clock
             finding = find_run(node, self.published.sha256, known, _REDIAL_S, accept_clock=accept)
             found = wait_for(self.network.submit(finding), self.stop)
-        except ClockError as error:  # it began the run, and one liar among those it knew must not end it
-            self.emit(WarningEvent(message=f"this bootstrap keeps its own clock: {error}"))
+        except ClockError as error:
+            # It began the run: one peer with a wrong clock among those it knew must not end it.
+            self.emit(WarningEvent(message=f"this bootstrap keeps its own clock: {error}", code="clock-differs"))
             return known
         except RunTimeError:
-            return known  # nobody yet: it keeps knocking
+            return known  # nobody answers yet: it keeps trying
         for warning in clock_warnings(found):
             self.emit(warning)
         return known
@@ -273,7 +276,8 @@ class _Bootstrap(BootstrapPeer):
             except (ValueError, TypeError) as error:
                 raise RunTimeError(
                     f"the newest checkpoint in {self.folder.path} cannot be gone on from: {error}; remove it, and the "
-                    "one before it is taken"
+                    "one before it is taken",
+                    code="checkpoint-unusable",
                 ) from None
         return server
 
@@ -289,7 +293,7 @@ class _Bootstrap(BootstrapPeer):
         if durable is None:
             return
         run_tokens = durable.run_tokens
-        if swarm.asynchronous:  # of its archives only the last one has everybody's last weights
+        if swarm.asynchronous:  # only the last archive has everybody's last weights
             most = run_tokens if self.is_final else self.published.run.run.total_tokens - 1
             run_tokens = min(run_tokens, self.progress.run_tokens, most)
         if run_tokens == swarm.presence.me.run_tokens:
@@ -308,7 +312,8 @@ class _Bootstrap(BootstrapPeer):
         """
         total = self.published.run.run.total_tokens
         every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
-        next_s = time.monotonic()  # started again, it knows little of what was trained meanwhile before it has a state
+        # At once: after a restart it knows little of what was trained meanwhile, until it has pulled a state.
+        next_s = time.monotonic()
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
@@ -317,14 +322,16 @@ class _Bootstrap(BootstrapPeer):
             self._ask_how_far(swarm)
             told = [info.run_tokens for info in swarm.membership.volunteers()]
             newest = max(told, default=0)
-            if told:  # what one of them claims does not end a run that others still train
+            if told:  # a single peer's claim must not end a run that others still train
                 end_seen_s = min(end_seen_s, time.monotonic()) if min(told) >= total else math.inf
             if time.monotonic() > end_seen_s + LINGER_S:
-                self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                self.emit(
+                    WarningEvent(message="the run is over, but nobody delivered its last state", code="last-state-lost")
+                )
                 return
             last = newest >= total
             if last and swarm.asynchronous:
-                # each has its own last weights, some have not got there yet, and what a few of them claim ends nothing
+                # Each peer has its own last weights, some are not done yet, and the claims of a few must end nothing.
                 ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
@@ -339,7 +346,8 @@ class _Bootstrap(BootstrapPeer):
             elif due and self.archived is not None and self.archived.watch.refused_s is not None:
                 next_s = time.monotonic() + _REFUSED_AGAIN_S
             elif not told and self.progress.run_tokens >= total:
-                complete = self.is_final = True  # an archive between two looks had them all, and everyone has left
+                # An archive between two looks had all tokens, and everybody has left since.
+                complete = self.is_final = True
             if self.leavers is not None and waiting and (archived or not self._is_new(swarm, newest)):
                 self.leavers.taken(waiting, swarm_time())
         self._tell_archived(swarm)
@@ -368,7 +376,7 @@ class _Bootstrap(BootstrapPeer):
                 if self.server is None and self.state is not None:
                     serving = self.archived.serve_counts(self.state, self.progress)
                     wait_for(self.network.submit(serving), self.stop)
-        except OSError as error:  # the archive will say so too, and not every second
+        except OSError as error:  # the archive's warning says so too, and not every second
             _log.info("%s cannot be written: %s", self.folder.path, error.strerror)
 
     def archive_once_more(self) -> None:
@@ -417,7 +425,7 @@ class _Bootstrap(BootstrapPeer):
 
     @property
     def _most_sources(self) -> int:
-        """Number of peers whose weights are averaged, or, where all have the same, that may be asked."""
+        """Number of peers to ask: those whose weights are averaged, or candidates where all peers hold the same."""
         run = self.published.run
         return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
 
@@ -428,7 +436,7 @@ class _Bootstrap(BootstrapPeer):
         sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
             fetching = fetch_consensus_state(swarm, sample, "archive", self.progress.run_tokens)
-        else:  # the last weights, whether they hold more tokens or not
+        else:  # the last weights are taken even if they hold no more tokens
             self.archived.asks(infos)
             fetching = fetch_consensus_state(swarm, sample, "archive", 0, None if last else self.archived.is_wanted)
         present = wait_for(self.network.submit(fetching), self.stop)
@@ -439,15 +447,14 @@ class _Bootstrap(BootstrapPeer):
         kept = self._kept(present)
         self.has_news = True
         keeper.keep(kept)
-        # Flushed now, so that it can be announced at once: volunteers may be waiting for it to leave.
-        keeper.checkpointer.flush(FLUSH_S)  # so that it can be told at once
+        keeper.checkpointer.flush(FLUSH_S)  # announced at once: volunteers may be waiting for it to leave
         wait_for(self.network.submit(keeper.offer(kept)), self.stop)
         self._have(swarm, kept)
         self._write_kept(kept)
         return True
 
     def _archive_own(self, swarm: Swarm, last: bool) -> bool:
-        """Write the server's weights to disk. The last ones are those that contain every upload."""
+        """Write the server's weights to disk; with `last`, wait first until all uploads have entered them."""
         server, keeper = self.server, self.keeper
         assert server is not None and keeper is not None
         if last:

@@ -29,10 +29,10 @@ __all__ = [
     "section_bytes",
 ]
 
-# Proportional set sizes: torch, hivemind and our own imports; the networking daemon.
+# Proportional set sizes: torch, hivemind and swarmtrain's imports; the network daemon.
 IMPORTS_BYTES = 250_000_000
 DAEMON_BYTES = 75_000_000
-# Of a stage: two versions of the weights more, and a batch's gradients while the next one is summed.
+# A stage has two more versions of the weights, and a batch's gradients while the next batch is summed.
 STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
 CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
 # Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
@@ -59,8 +59,8 @@ class Estimate:
     inner_steps_per_peer: int
     bytes_sent_per_round: int
     bytes_received_per_round: int
-    state_bytes: int  # weights and momentum: what the archive or a late joiner takes of the peer it asks first
-    bytes_sent_most_per_round: int  # merges that others end twice in this peer's round, and a state
+    state_bytes: int  # weights and momentum, which the archive or a late joiner takes from the peer that it asks first
+    bytes_sent_most_per_round: int  # merges that others end twice within this peer's round, and a state
     times_below_allreduce: float | None  # None for a peer alone
     memory_bytes: int  # program + parameters + activations
     memory_program_bytes: int

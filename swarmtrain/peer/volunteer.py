@@ -132,7 +132,7 @@ class Volunteer:
             is_whole = context.run.pipeline.stages == 1
             training = prepare_model(context) if is_whole else prepare_pipeline(context)
             training.enter()
-            if self.pause.held:  # nobody counts on it yet
+            if self.pause.held:  # before `join`, so that nobody counts on it yet
                 self._rest(context, training.swarm)
             training.join()
             while not training.train():

@@ -1,7 +1,7 @@
 """A virtual clock and its queue of events: hours of a swarm's life in milliseconds, the same every time.
 
-Events run in the order of their time, those of one time in the order in which they were asked for. Nothing here
-waits; time jumps from event to event.
+Events run in the order of their times; events of the same time run in the order in which they were scheduled. Nothing
+here waits: time jumps from event to event.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Clock", "Holds", "Timer"]
 
 
 class Timer:
-    """A call that is to come; `cancel` it, or let it be."""
+    """Scheduled call, which can be cancelled."""
 
     __slots__ = ("args", "call", "when_s")
 
@@ -25,18 +25,18 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """It will not run. Cancelling twice, or after it ran, does nothing."""
+        """Cancel the call. Cancelling twice, or after it ran, does nothing."""
         self.call = None
         self.args = ()
 
     @property
     def pending(self) -> bool:
-        """Whether it is still to run."""
+        """True if the call is still to run."""
         return self.call is not None
 
 
 Holds: TypeAlias = Callable[[Callable[..., object], tuple[Any, ...]], bool]
-"""Asked of each event: True keeps it from running, since it belongs to a process that stands still."""
+"""Filter of events: returns True to keep an event from running, because it belongs to a frozen process."""
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Clock:
         self.num_events = 0
         """Events run so far."""
         self.most_events: float = math.inf
-        """More of them are a mistake: time stands still, or somebody asks without an end."""
+        """Limit of events. More are a mistake: time does not advance, or somebody asks without end."""
         self._holds = holds
         self._queue: list[tuple[float, int, Timer]] = []
         self._seq = 0
@@ -65,7 +65,7 @@ class Clock:
         return self.call_at(self.now + delay_s, call, *args)
 
     def call_by(self, timer: Timer | None, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run `call(*args)` at `when_s`, or earlier where `timer`, which was to call it, comes before."""
+        """Run `call(*args)` at `when_s`, or earlier if `timer`, which was to call it, is due before."""
         if timer is not None:
             if timer.pending and timer.when_s <= when_s:
                 return timer
@@ -73,20 +73,20 @@ class Clock:
         return self.call_at(when_s, call, *args)
 
     def next_s(self) -> float | None:
-        """When the next event is; None if there is none."""
+        """Return the time of the next event; None if there is none."""
         while self._queue and self._queue[0][2].call is None:
             heapq.heappop(self._queue)
         return self._queue[0][0] if self._queue else None
 
     def step(self) -> bool:
-        """Run the next event. False if there is none."""
+        """Run the next event; return False if there is none."""
         while self._queue:
             if self._run(heapq.heappop(self._queue)[2]):
                 return True
         return False
 
     def _run(self, timer: Timer) -> bool:
-        """Whether it ran: it may have been cancelled."""
+        """Run an event; return False if it was cancelled."""
         call, args = timer.call, timer.args
         if call is None:
             return False

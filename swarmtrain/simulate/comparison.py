@@ -1,8 +1,8 @@
-"""Play a scenario: each method with each seed, on all cores, and what comes of it as one document.
+"""Play a scenario: each method with each seed, on all cores, and its results as one document.
 
 Constants first: where a scenario has a grid and tuning seeds, each method takes the point of the grid that is best on
-those seeds, and is compared on the others with that. Runs are deterministic, so what has been run is kept in a folder
-and not run again.
+those seeds, and is compared with that on the other seeds. Runs are deterministic, so results are kept in a folder and
+not computed again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["Comparison", "ComparisonRow", "Play", "compare", "document", "num_pl
 
 @dataclass(frozen=True)
 class Play:
-    """One run: a method with its constants and a seed. `tuning`: only to choose constants."""
+    """One run: a method with its constants and a seed. `tuning`: made only to choose constants."""
 
     method: str
     point: GridPoint
@@ -51,14 +51,14 @@ class Play:
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """Description for a person."""
         constants = "".join(f", {key.partition('.')[2]} {value}" for key, value in self.point)
         return f"{self.method}, seed {self.seed}{constants}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """A method's runs with the same constants, one a seed."""
+    """Runs of a method with the same constants, one a seed."""
 
     method: str
     point: GridPoint
@@ -70,16 +70,17 @@ class ComparisonRow:
         return self.mean("held_out_loss")
 
     def mean(self, name: str) -> float:
-        """Of a figure of its outcomes; NaN if it has none."""
+        """Return the mean of a figure of its outcomes; NaN if they have none."""
         values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
         return statistics.fmean(values) if values else math.nan
 
     def error(self, name: str) -> float:
-        """The standard error of that mean."""
+        """Return the standard error of that mean."""
         return standard_error([value for one in self.outcomes.values() if (value := getattr(one, name)) is not None])
 
     def ratio(self, other: ComparisonRow | None) -> tuple[float, float]:
-        """Of the losses to another's with the same seeds: mean and standard error; NaN where there is none."""
+        """Return the ratio of the losses to another's with the same seeds: mean and standard error; NaN without
+        them."""
         if other is None or set(self.outcomes) - set(other.outcomes):
             return math.nan, math.nan
         ratios = [one.held_out_loss / other.outcomes[seed].held_out_loss for seed, one in self.outcomes.items()]
@@ -87,7 +88,7 @@ class ComparisonRow:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of their mean; NaN for fewer than two, or where one is no number."""
+    """Return the standard error of the mean; NaN for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
@@ -95,13 +96,13 @@ def standard_error(values: Sequence[float]) -> float:
 
 @dataclass
 class Comparison:
-    """What there is by now."""
+    """Outcomes of a scenario so far."""
 
     scenario: Scenario
     outcomes: dict[Play, RunOutcome] = field(default_factory=dict)
 
     def rows(self, *, tuning: bool = False) -> list[ComparisonRow]:
-        """By method and constants, in the scenario's order."""
+        """Return the rows by method and constants, in the scenario's order."""
         found: dict[tuple[str, GridPoint], dict[int, RunOutcome]] = {}
         for play, outcome in self.outcomes.items():
             if play.tuning == tuning:
@@ -111,7 +112,7 @@ class Comparison:
         return [ComparisonRow(method=key[0], point=key[1], outcomes=dict(sorted(found[key].items()))) for key in keys]
 
     def best(self) -> dict[str, ComparisonRow]:
-        """Of each method the row with the least loss."""
+        """Return the row with the least loss of each method."""
         found: dict[str, ComparisonRow] = {}
         for row in self.rows():
             if row.method not in found or _by_loss(row) < _by_loss(found[row.method]):
@@ -119,20 +120,22 @@ class Comparison:
         return found
 
     def without_attack(self, row: ComparisonRow, rule: str | None = None) -> ComparisonRow | None:
-        """The same where the hostile ones are absent, and with `rule` if that is given."""
+        """Return the same row where the hostile volunteers are absent, and with `rule` if given."""
         told = {"hostile.attack": "absent"} | ({} if rule is None else {"merge.robust": rule})
         point = tuple((key, told.get(key, value)) for key, value in row.point)
         return next((one for one in self.rows() if (one.method, one.point) == (row.method, point)), None)
 
 
 def _by_loss(row: ComparisonRow) -> tuple[bool, float]:
-    """A loss that is no number is the worst."""
+    """Return a sort key by loss; NaN is the worst."""
     return math.isnan(row.loss), row.loss
 
 
 def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list[Play]:
-    """The runs to make now: to choose constants while `chosen` is None, then to compare. `UserError` for a method that
-    there is not."""
+    """Return the runs to make now: to choose constants while `chosen` is None, then to compare.
+
+    Raises UserError for a method that does not exist.
+    """
     section = scenario.scenario
     for method in section.methods:
         scenario_method(method)
@@ -153,12 +156,15 @@ def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list
 
 
 def _without(point: GridPoint, keys: Mapping[str, Any]) -> GridPoint:
-    """A method's own keys are not the grid's."""
+    """Return the point without the keys that the method sets itself."""
     return tuple(pair for pair in point if pair[0] not in keys)
 
 
 def num_plays(scenario: Scenario) -> int:
-    """How many runs a comparison is, those to choose constants included. `UserError` as `plays_of`."""
+    """Return the number of runs of a comparison, those to choose constants included.
+
+    Raises UserError as `plays_of` does.
+    """
     section, tuning = scenario.scenario, plays_of(scenario, None)
     return len(tuning) + (len(section.methods) * len(section.seeds) if tuning else len(plays_of(scenario, {})))
 
@@ -171,8 +177,11 @@ def compare(
     fresh: bool = False,
     told: Callable[[Play, RunOutcome, int, int], None] = lambda play, outcome, done, total: None,
 ) -> Comparison:
-    """All runs. `kept` is the folder of those made before, which with `fresh` are made anew; `told` hears of each that
-    is there, with how many of how many are."""
+    """Make all runs.
+
+    `kept` is the folder of results; with `fresh` they are computed anew. `told` is called after each run with the play,
+    its outcome, the number done and the total.
+    """
     found, chosen, section = Comparison(scenario), dict[str, GridPoint](), scenario.scenario
     tuning, total = plays_of(scenario, None), num_plays(scenario)
     for play, outcome in _played(scenario, tuning, jobs, kept, fresh):
@@ -191,7 +200,7 @@ def compare(
 def _played(
     scenario: Scenario, plays: Sequence[Play], jobs: int, kept: Path | None, fresh: bool
 ) -> Iterable[tuple[Play, RunOutcome]]:
-    """Those that are kept first, then the others as they end."""
+    """Yield the kept results first, then the others as they end."""
     left, paths = [], {play: _path(scenario, play, kept) for play in plays}
     for play in plays:
         outcome = None if fresh else _kept(paths[play])
@@ -213,39 +222,55 @@ def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int,
 
 
 def _begin() -> None:
-    """In each process: the one that started it ends it."""
+    """Prepare a worker process: only the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(scenario: Scenario, play: Play) -> RunFile:
-    """Its run file. `UserError`, which names the method, for what that cannot be told."""
+    """Return the run file of a play. Raises UserError, which names the method, for what it cannot be told."""
     method, here = scenario_method(play.method), scenario.at(play.point)
     work = here.scenario.work
     if work not in method.works:
         able = ", ".join(name for name, one in METHODS.items() if work in one.works)
-        raise UserError(f"method {play.method}: not for {work} work (scenario.work), which {able} can do")
+        raise UserError(
+            f"method {play.method}: not for {work} work (scenario.work), which {able} can do", code="keys-disagree"
+        )
     if here.hostile.percent and not method.hostile:
-        raise UserError(f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip")
+        raise UserError(
+            f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip", code="keys-disagree"
+        )
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
             f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and "
-            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent"
+            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent",
+            code="keys-disagree",
         )
     if (here.away or here.churn.stays_s) and not method.churn:
-        raise UserError(f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it")
+        raise UserError(
+            f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it",
+            code="keys-disagree",
+        )
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
         mean_of(run.merge.robust)  # it is here, or that is said
         if work == "pipeline":
             pipeline_play.check(here, run)
     except UserError as error:
-        raise UserError(f"method {play.method}: {error}") from None
+        raise UserError(*(each.found_in(f"method {play.method}") for each in error.problems)) from None
     if here.scenario.warm_tokens and run.merge.init == "own":
-        raise UserError('scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0')
+        raise UserError(
+            'scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0',
+            code="keys-disagree",
+        )
     if 0 < here.scenario.warm_tokens < run.tokens_per_step:
-        raise UserError(f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0")
+        raise UserError(
+            f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0",
+            code="keys-disagree",
+        )
     if here.peers.own_text and run.data.streaming:
-        raise UserError("peers.own_text: a corpus that is streamed has no parts; set data.streaming = false")
+        raise UserError(
+            "peers.own_text: a corpus that is streamed has no parts; set data.streaming = false", code="keys-disagree"
+        )
     return run
 
 
@@ -269,7 +294,8 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
     if outcome.virtual_time_s > setting.churn_until_s:
         raise UserError(
             f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
-            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer"
+            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer",
+            code="too-much-churn",
         )
     return outcome
 
@@ -278,7 +304,10 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
 
 
 def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
-    """Named by all that a run's outcome follows from; of the code the version stands for it."""
+    """Return where a result is kept, named by everything that it follows from.
+
+    Of the code, the version stands for it.
+    """
     if folder is None:
         return None
     run, scenario = _run(scenario, play), scenario.at(play.point)
@@ -315,7 +344,7 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
 
 @functools.lru_cache(64)
 def _text_sha256(data_json: str, base: Path) -> str:
-    """Of the run's documents, from which follow what is trained on and what is held out."""
+    """Return the hash of the run's documents, from which follow the training text and the held-out text."""
     digest = hashlib.sha256()
     for document in read_documents(DataSection.model_validate_json(data_json), base):
         digest.update(hashlib.sha256(document.text).digest())
@@ -342,7 +371,7 @@ def _keep(path: Path | None, outcome: RunOutcome) -> RunOutcome:
 
 
 def document(found: Comparison) -> dict[str, Any]:
-    """What `swarmtrain simulate --json` writes. Figures that there are none of are null."""
+    """Return what `swarmtrain simulate --json` writes. Figures that do not exist are null."""
     section, best = found.scenario.scenario, found.best()
     rows = found.rows()
     return {
@@ -366,7 +395,7 @@ _WITHOUT_TENSORS = (
     "spread",
     "received_bytes_a_round",
 )
-"""Of these a row has those that its kind of work has."""
+"""Figures of work without tensors; a row has those of its kind of work."""
 
 
 def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, Any]:
@@ -396,7 +425,7 @@ def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, 
 
 
 def _attacked(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
-    """Where there are hostile ones: the losses to those without them."""
+    """Return the ratios of the losses to those without hostile volunteers, where there are some."""
     if "hostile.attack" not in dict(row.point):
         return {}
     same, no_rule = (row.ratio(found.without_attack(row, rule)) for rule in (None, "none"))

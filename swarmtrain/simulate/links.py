@@ -1,10 +1,11 @@
-"""Links: what a section `[links]` makes of them, and how transfers share them.
+"""Rates of links from a table `[links]`, and how transfers share links.
 
-Whoever sends to four at once sends to each at a quarter of its rate.
-Of few machines the rates are max-min fair, about as those of TCP connections with equal round trips: no transfer can
-have more without one that has no more than it having less (Bertsekas and Gallager, Data Networks, section 6.5). Of
-many, a transfer has the smaller of its equal shares of both ends: that is less where another one at an end is held
-back at its other end, and a change concerns two machines instead of everybody.
+A machine that sends to four peers at once sends to each at a quarter of its rate.
+
+Among few machines the rates are max-min fair, about as those of TCP connections with equal round trips: no transfer can
+have more without one that has no more than it having less (Bertsekas and Gallager, Data Networks, section 6.5). Among
+many machines, a transfer has the smaller of its equal shares at both ends. That is less than fair where another
+transfer at an end is held back at its other end, but a change concerns two machines instead of all.
 """
 
 from __future__ import annotations
@@ -24,26 +25,29 @@ from swarmtrain.simulate.systems.messages import SimulatedLink
 __all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "latency_s", "link_of", "max_min_rates", "rates"]
 
 EXACT_UP_TO = 500
-"""Machines, up to which rates are max-min fair."""
+"""Number of machines up to which rates are max-min fair."""
 _UNLIMITED_BYTES_PER_S = 1e12
-"""A link without a limit."""
+"""Rate of a link without a limit."""
 
 
 def rates(links: LinksSection) -> tuple[float, float]:
-    """Bytes per second up and down."""
+    """Return the bytes per second up and down."""
     up, down = (rate * BYTES_PER_S_OF_MBIT or _UNLIMITED_BYTES_PER_S for rate in (links.up_mbit, links.down_mbit))
     return up, down
 
 
 def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> SimulatedLink:
-    """A volunteer's, as transfers of so many bytes find it."""
+    """Return a volunteer's link, as transfers of so many bytes find it."""
     up, down = rates(links)
     return SimulatedLink(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
 
 
 def latency_s(links: LinksSection, size_bytes: int, rng: random.Random) -> float:
-    """From an end to the middle, so that four of them are a round trip, with half of what jitter and losses add to a
-    transfer of so many bytes: a pull is two round trips. Nothing is lost: in a stream a lost packet comes later."""
+    """Return the latency from an end to the middle: four of them are a round trip.
+
+    It includes half of what jitter and losses add to a transfer of so many bytes, because a pull is two round trips.
+    Nothing is lost: in a stream a lost packet comes later.
+    """
     rtt_s = links.rtt_ms / 1000
     lateness = Lateness(jitter_s=links.jitter_ms / 1000, loss=links.loss_percent / 100, rtt_s=rtt_s, rng=rng)
     late_s = statistics.mean(lateness.of_transfer(size_bytes, min(rates(links))) for _ in range(20))
@@ -56,36 +60,36 @@ class _End(Protocol):
 
 
 class Transfer:
-    """So many bytes on their way from one machine to another, from `begins_s` on."""
+    """Bytes on their way from one machine to another, from `begins_s` on."""
 
     __slots__ = ("begins_s", "done", "down_per_s", "dst", "left_bytes", "rate", "src", "timer", "up_per_s")
 
     def __init__(self, src: _End, dst: _End, num_bytes: float, begins_s: float, done: Callable[[bool], None]) -> None:
         self.src, self.dst, self.left_bytes, self.begins_s, self.done = src, dst, num_bytes, begins_s, done
         self.up_per_s, self.down_per_s = src.link.bytes_per_s, dst.link.down_per_s
-        """What its ends carry."""
+        """Rates that its ends carry."""
         self.rate = 0.0
-        """Bytes a second, now."""
+        """Present rate in bytes per second."""
         self.timer: Timer | None = None
 
 
 class SharedLinks:
-    """All transfers of a network; `exact`: whether their rates are max-min fair, which is decided once."""
+    """All transfers of a network. `exact`: True if their rates are max-min fair, which is decided once."""
 
     def __init__(self, clock: Clock, *, exact: bool | None = None) -> None:
         self._clock = clock
         self.exact = exact
-        """None: not decided yet; they are."""
+        """None until it is decided; then rates are max-min fair."""
         self._out: dict[str, dict[Transfer, None]] = {}
         self._in: dict[str, dict[Transfer, None]] = {}
         self._changed: list[Transfer] = []
 
     def num_out(self, name: str) -> int:
-        """How many transfers this machine sends."""
+        """Return how many transfers this machine sends."""
         return len(self._out.get(name, ()))
 
     def begin(self, src: _End, dst: _End, num_bytes: float, after_s: float, done: Callable[[bool], None]) -> Transfer:
-        """Bytes that begin to come after `after_s`; `done(True)` when all are here, `done(False)` if an end goes."""
+        """Begin a transfer whose bytes flow after `after_s`; `done(True)` at its end, `done(False)` if an end goes."""
         transfer = Transfer(src, dst, num_bytes, self._clock.now + after_s, done)
         out, come = self._out.setdefault(src.name, {}), self._in.setdefault(dst.name, {})
         out[transfer] = come[transfer] = None
@@ -96,7 +100,7 @@ class SharedLinks:
         return transfer
 
     def gone(self, name: str) -> None:
-        """This machine's connections break."""
+        """Break all connections of this machine."""
         for transfer in dict.fromkeys([*self._out.get(name, ()), *self._in.get(name, ())]):
             self._end(transfer, False)
 
@@ -116,7 +120,8 @@ class SharedLinks:
         transfer.done(whole)
 
     def _share(self, changed: Transfer) -> None:
-        """Rates anew, now that `changed` has come or gone; max-min fair ones once for all changes of a moment."""
+        """Recompute rates after `changed` has begun or ended. Fair rates are computed once for all changes of a
+        moment."""
         if self.exact is not False:
             if not self._changed:
                 self._clock.call_at(self._clock.now, self._share_fairly)
@@ -137,8 +142,10 @@ class SharedLinks:
             self._set(transfer, rate)
 
     def _star(self, changed: Transfer) -> tuple[float, Iterable[Transfer]] | None:
-        """What an end carries and its transfers, if they are all that a change concerns, as it mostly is: each is alone
-        at its other end."""
+        """Return the rate of an end and its transfers, if they are all that a change concerns.
+
+        This is the usual case: each transfer is alone at its other end. None otherwise.
+        """
         ends = (self._out, changed.src.name, changed.up_per_s), (self._in, changed.dst.name, changed.down_per_s)
         for (of, name, per_s), (of_other, other, _) in ends, ends[::-1]:
             transfers, beside = of.get(name, {}), of_other.get(other, {})
@@ -151,7 +158,7 @@ class SharedLinks:
         return None
 
     def _share_one(self, per_s: float, transfers: Iterable[Transfer]) -> None:
-        """The transfers of one end, each limited at its other end too: who can have least first."""
+        """Share one end among its transfers, each limited at its other end too: the one that can have least first."""
         ascending = sorted((min(one.up_per_s, one.down_per_s), number, one) for number, one in enumerate(transfers))
         for number, (most, _, one) in enumerate(ascending):
             rate = min(most, per_s / (len(ascending) - number))
@@ -159,7 +166,7 @@ class SharedLinks:
             self._set(one, rate)
 
     def _joined(self, changed: Iterable[Transfer]) -> Iterable[Transfer]:
-        """All that share an end with one of them, or with one that does, and so on."""
+        """Return all transfers that share an end with one of them, directly or through others."""
         found, left = dict[Transfer, None](), list(changed)
         seen_out, seen_in = set[str](), set[str]()
         while left:
@@ -173,7 +180,7 @@ class SharedLinks:
         return found
 
     def _set(self, transfer: Transfer, rate: float) -> None:
-        """It goes on at this rate."""
+        """Continue a transfer at this rate."""
         if rate == transfer.rate:
             return
         now = self._clock.now
@@ -188,7 +195,10 @@ class SharedLinks:
 
 
 def max_min_rates(transfers: Iterable[Transfer]) -> dict[Transfer, float]:
-    """Max-min fair rates, in bytes a second: the end that can give each of its transfers least fixes theirs, and on."""
+    """Return max-min fair rates in bytes per second.
+
+    The end that can give each of its transfers least fixes their rates; then the next end, with what is left.
+    """
     uplinks, downlinks = dict[str, _Shared](), dict[str, _Shared]()
     ends_of = dict[Transfer, tuple[_Shared, _Shared]]()
     for transfer in transfers:
@@ -224,7 +234,7 @@ def max_min_rates(transfers: Iterable[Transfer]) -> dict[Transfer, float]:
 
 
 class _Shared:
-    """An uplink or a downlink, less what was given."""
+    """Uplink or downlink, less what was given away."""
 
     __slots__ = ("left", "per_s")
 

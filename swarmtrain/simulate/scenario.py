@@ -1,4 +1,4 @@
-"""A scenario: which peers, on which links, train by which methods, and what befalls them.
+"""A scenario: which peers, on which links, train by which methods, and which faults strike them.
 
 A file that a person writes, in the words of run files and rehearsals.
 """
@@ -42,13 +42,13 @@ _MAX_POINTS = 10_000
 _EXAMPLE = "examples/scenarios/heterogeneous.toml"
 
 GridPoint = tuple[tuple[str, Any], ...]
-"""(key of the run file or of a section below `_OWN`, value), sorted."""
+"""(key of the run file or of a section in `_OWN`, value), sorted."""
 
 _CHANGEABLE = (
     "scenario.rounds", "scenario.lasts_s", "scenario.curve_points", "scenario.work", "scenario.warm_tokens",
 )  # fmt: skip
 _OWN = ("scenario", "peers", "links", "hostile", "churn")
-"""Sections of a scenario that its grid, a sweep and `[set]` can change as they change a run file's."""
+"""Sections of a scenario that its grid, a sweep and `[set]` can change like a run file's."""
 
 ATTACKS = {
     "absent": "nothing: they are not there, for comparison",
@@ -67,7 +67,7 @@ _WITH_FACTOR = ("sign-flip", "scaled", "noise", "little-is-enough", "drag")
 
 
 class ScenarioSection(Section):
-    """`[scenario]`"""
+    """Section `[scenario]`."""
 
     name: str = Field(min_length=1, max_length=64, description="What people call it.")
     work: Literal["learning", "systems", "pipeline"] = Field(
@@ -101,7 +101,7 @@ class ScenarioSection(Section):
 
 
 class PeersSection(Section):
-    """`[peers]`"""
+    """Section `[peers]`."""
 
     number: int = Field(4, ge=1, le=100_000, description="How many volunteers; of learning, at most 1024.")
     step_ms: float = Field(10.0, gt=0, le=3_600_000, description="An inner step of one that is not slowed.")
@@ -145,13 +145,13 @@ class PeersSection(Section):
 
     @property
     def step_s(self) -> tuple[float, ...]:
-        """Of each volunteer."""
+        """Seconds of an inner step of each volunteer."""
         factors = itertools.islice(itertools.cycle(self.slowdowns or (1.0,)), self.number)
         return tuple(self.step_ms / 1000 * factor for factor in factors)
 
 
 class ScenarioLinks(LinksSection):
-    """`[links]`, as in a rehearsal."""
+    """Section `[links]`, as in a rehearsal."""
 
     failing_percent: float = Field(0.0, ge=0, le=100, description="Transfers that break off.")
     spread: float = Field(
@@ -160,23 +160,23 @@ class ScenarioLinks(LinksSection):
 
 
 class Hang(Section):
-    """`[[hangs]]`: a volunteer stands still for a while."""
+    """Entry of `[[hangs]]`: a volunteer hangs for a while."""
 
     peer: int = Field(ge=0, description="Its number, from 0.")
     at_s: float = Field(ge=0, description="When, in virtual seconds.")
     for_s: float = Field(gt=0, description="For how long.")
 
     def is_on(self, number: int, now_s: float) -> bool:
-        """Whether volunteer `number` stands still now."""
+        """Return whether volunteer `number` is in it now."""
         return number == self.peer and self.at_s <= now_s < self.at_s + self.for_s
 
 
 class Away(Hang):
-    """`[[away]]`: a volunteer is not there: it has crashed or left and comes back, or from 0 on, comes late."""
+    """Entry of `[[away]]`: a volunteer has crashed or left and comes back; from time 0 on, it comes late."""
 
 
 class ScenarioChurn(Section):
-    """`[churn]`: all come and go by chance, as the run's seed says. Both times are means of exponential ones."""
+    """Section `[churn]`: all come and go by chance, by the run's seed. Both times are means of exponential ones."""
 
     stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
     away_s: float = Field(60.0, gt=0, description="How long it is away then.")
@@ -187,19 +187,21 @@ class ScenarioChurn(Section):
     hangs_for_s: float = Field(60.0, gt=0, description="Without tensors: how long then.")
 
     def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
-        """Who is away when."""
+        """Draw who is away when."""
         means_s = self.stays_s, self.away_s
         return [Away(**span._asdict()) for span in _spans(f"churn {seed}", num_peers, means_s, until_s)]
 
     def hangs(self, num_peers: int, seed: int, until_s: float) -> list[Hang]:
-        """Who stands still when, whether it is there or not."""
+        """Draw who hangs when, whether it is present or not."""
         means_s = self.hangs_after_s, self.hangs_for_s
         return [Hang(**span._asdict()) for span in _spans(f"hangs {seed}", num_peers, means_s, until_s)]
 
 
 def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: float) -> Iterator[TraceSpan]:
-    """Of each so many in turn, each as long and as far from the one before as chance will: both exponential. None if
-    the first of the means, of the time between them, is 0."""
+    """Draw spans of each peer in turn, with exponential lengths and distances.
+
+    `means_s` are the means of the time between two spans and of a span. None are drawn if the first is 0.
+    """
     between_s, for_s = means_s
     for number in range(num_peers if between_s else 0):
         rng, now_s = random.Random(f"{key} {number}"), 0.0
@@ -210,7 +212,7 @@ def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: floa
 
 
 class HostileSection(Section):
-    """`[hostile]`: volunteers that train and merge as the others do, and publish or say something else."""
+    """Section `[hostile]`: volunteers that train and merge like the others, and publish or say something else."""
 
     percent: float = Field(0.0, ge=0, lt=100, description="Of the volunteers so many, rounded: the last ones.")
     attack: str = Field("absent", description='What they do, with a factor where it has one: "noise", "noise x3".')
@@ -227,16 +229,16 @@ class HostileSection(Section):
 
     @property
     def kind(self) -> str:
-        """Of `ATTACKS`."""
+        """Attack, one of `ATTACKS`."""
         return self.attack.partition(" x")[0]
 
     @property
     def factor(self) -> float:
-        """1 where none is said."""
+        """Factor of the attack; 1 if none is given."""
         return float(self.attack.partition(" x")[2] or 1)
 
     def number(self, num_peers: int) -> int:
-        """How many of so many volunteers."""
+        """Return how many of so many volunteers are hostile."""
         return round(num_peers * self.percent / 100)
 
 
@@ -274,13 +276,16 @@ _ABSENT = {
     "systems": (*_LEARNING_ONLY, "peers.trace", "links.jitter_ms"),
     "pipeline": _LEARNING_ONLY,
 }
-"""Keys that say nothing in work of that kind."""
+"""Keys that have no meaning in work of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """All of it. `table` is the run file's, with what `[set]` changes; `base` is the folder of that file, and `folder`
-    the scenario's. With `peers.trace`, `hangs` and `away` are what that says."""
+    """A whole scenario.
+
+    `table` is the run file's, with the changes of `[set]`; `base` is the folder of that file, and `folder` the
+    scenario's. With `peers.trace`, `hangs` and `away` are those of the trace.
+    """
 
     scenario: ScenarioSection
     peers: PeersSection
@@ -294,11 +299,11 @@ class Scenario:
     folder: Path
     grid: Mapping[str, tuple[Any, ...]]
     figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """Of a trace: `speed`, `up_mbit` and `down_mbit` of volunteers that it says one of."""
+    """Values `speed`, `up_mbit` and `down_mbit` of a trace, by volunteer."""
 
     @property
     def step_s(self) -> tuple[float, ...]:
-        """Of each volunteer."""
+        """Seconds of an inner step of each volunteer."""
         speeds = self.figures.get("speed", {})
         return tuple(step_s / speeds.get(number, 1.0) for number, step_s in enumerate(self.peers.step_s))
 
@@ -311,15 +316,18 @@ class Scenario:
         changes: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> Scenario:
-        """With what a person asks for instead. A `grid` goes in place of the file's, and all of it is compared; what
-        `changes` say is not in the grid any more. `tell` hears of words of the field, as in `load_run`. `UserError` for
-        what a run file cannot say."""
+        """Return the scenario with what a person asks for instead.
+
+        A `grid` replaces the file's, and all of it is compared. Keys in `changes` are removed from the grid. `tell`
+        receives the lines about words of the field, as in `load_run`. Raises UserError for what a run file cannot say.
+        """
         grid = None if grid is None else _with_our_keys(grid, tell)
         own, changes = _apart(_with_our_keys(changes or {}, tell))
         for key in {**own, **(grid or self.grid)}:
             if key.startswith("scenario.") and key not in _CHANGEABLE:
                 raise UserError(
-                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed"
+                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed",
+                    code="key-not-changeable",
                 )
         here = self.at(tuple(own.items()))
         told: dict[str, Any] = {"seeds": seeds or here.scenario.seeds, "methods": methods or here.scenario.methods}
@@ -334,18 +342,22 @@ class Scenario:
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
-                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds than those"
+                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds",
+                code="seed-used-twice",
             )
         return new
 
     def points(self) -> Iterator[GridPoint]:
-        """All of the grid; one that changes nothing where there is none."""
+        """Yield all points of the grid; without a grid, one that changes nothing."""
         keys = sorted(self.grid)
         for values in itertools.product(*(self.grid[key] for key in keys)):
             yield tuple(zip(keys, values, strict=True))
 
     def at(self, point: GridPoint) -> Scenario:
-        """With the keys of the scenario's own sections as at `point`. `UserError` for what they cannot say."""
+        """Return the scenario with the keys of its own sections as at `point`.
+
+        Raises UserError for what they cannot say.
+        """
         own, _ = _apart(dict(point))
         if not own:
             return self
@@ -360,7 +372,7 @@ class Scenario:
         return _checked(new, origin)
 
     def run(self, seed: int, *changes: GridPoint) -> RunFile:
-        """The run file with the seed and these changes. Raises `UserError` for what a run file cannot say."""
+        """Return the run file with the seed and these changes. Raises UserError for what a run file cannot say."""
         told = [*(pair for point in changes for pair in _apart(dict(point))[1].items()), ("run.seed", seed)]
         if self.peers.round_steps:
             told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
@@ -369,8 +381,10 @@ class Scenario:
 
 
 def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -> Scenario:
-    """Read such a file. `tell` hears of words of the field, as in `load_run`. Raises `UserError`, one line that names
-    the file and the key."""
+    """Read a scenario file. `tell` receives the lines about words of the field, as in `load_run`.
+
+    Raises UserError, one line that names the file and the key.
+    """
     origin = one_line(str(path))
     table = read_small_file(path, "a scenario file", _EXAMPLE)
     changes, grid = _keys(table, "set", origin), _keys(table, "grid", origin)
@@ -378,9 +392,9 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
     rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]")
+            raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]", code="wrong-type")
     if math.prod(map(len, grid.values())) > _MAX_POINTS:
-        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points")
+        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points", code="out-of-range")
     sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
     run_table = _run_table(run_path, tell)
@@ -401,22 +415,27 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
 
 
 def _run_table(path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Read the run file's tables, with our keys. `UserError` for words of the field that stand for none."""
+    """Read the run file's tables, with our keys. Raises UserError for words of the field that stand for none."""
     found = translated(read_small_file(path, "a run file", _RUN_EXAMPLE))
     if found.rewritten.problems:
-        raise UserError(*(f"{one_line(str(path))}: {problem}" for _, problem in found.rewritten.problems))
+        raise UserError(*(each.found_in(one_line(str(path))) for _, each in found.rewritten.problems))
     for line in found.said:
         tell(line)
     return found.table
 
 
 def _with_our_keys(pairs: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """Values by `SECTION.KEY`, with our keys for words of the field. `UserError` if a key is there by two words."""
+    """Return the values by `SECTION.KEY`, with our keys for words of the field.
+
+    Raises UserError if a key is given by two words.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs.items():
         ours = key if key.partition(".")[0] in _OWN else our_key(key)
         if ours in found or (ours != key and ours in pairs):
-            raise UserError(f"{one_line(key)}: means {ours}, which is given too; leave one of them out")
+            raise UserError(
+                f"{one_line(key)}: means {ours}, which is given too; leave one of them out", code="key-given-twice"
+            )
         if ours != key:
             tell(f"{one_line(key)} is read as {ours}")
         found[ours] = value
@@ -427,25 +446,28 @@ def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:
     try:
         return _Sections.model_validate(table)
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, _Sections))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Sections))) from None
 
 
 def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
     if not isinstance(rows, list):
-        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each")
+        raise UserError(f"{origin}: {name}: is a list; write [[{name}]] for each", code="wrong-type")
     try:
         return [model.model_validate({name: row}) for row in rows]
     except ValidationError as error:
-        raise UserError(*(f"{origin}: {text}" for text in problems_in_words(error, model))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, model))) from None
 
 
 def _traced(scenario: Scenario, origin: str) -> Scenario:
-    """With what its trace says, if it has one. `UserError` if something else says that too."""
+    """Return the scenario with what its trace says, if it has one. Raises UserError if something else says that too."""
     name = scenario.peers.trace
     if not name:
         return scenario
     if scenario.hangs or scenario.away:
-        raise UserError(f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace")
+        raise UserError(
+            f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace",
+            code="keys-disagree",
+        )
     trace = load_trace(scenario.folder / name, scenario.peers.number)
     return replace(
         scenario,
@@ -456,43 +478,59 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
 
 
 def _checked(scenario: Scenario, origin: str) -> Scenario:
-    """What sections say of each other. `UserError` if they do not agree."""
+    """Check what sections say of each other. Raises UserError if they do not agree."""
     number, work = scenario.peers.number, scenario.scenario.work
     for key in _ABSENT[work]:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
-            raise UserError(f"{origin}: {key}: there is no such thing in {work} work (scenario.work)")
+            raise UserError(
+                f"{origin}: {key}: there is no such thing in {work} work (scenario.work)", code="keys-disagree"
+            )
     if work == "learning" and number > _MOST_LEARNERS:
-        raise UserError(f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"')
+        raise UserError(
+            f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"',
+            code="keys-disagree",
+        )
     if work == "systems" and (scenario.hangs or scenario.away):
-        raise UserError(f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]")
+        raise UserError(
+            f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]", code="keys-disagree"
+        )
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
-            raise UserError(f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0")
+            raise UserError(
+                f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0", code="no-such-volunteer"
+            )
     for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
         if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
-            raise UserError(f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s")
+            raise UserError(
+                f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s", code="keys-disagree"
+            )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
-        raise UserError(f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?")
+        raise UserError(
+            f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?",
+            code="keys-disagree",
+        )
     if scenario.hostile.number(number) >= number:
-        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest")
+        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest", code="keys-disagree")
     return scenario
 
 
 def _apart(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(those of a scenario's own sections, those of the run file)."""
+    """Split the keys into those of a scenario's own sections and those of the run file."""
     own = {key: value for key, value in pairs.items() if key.partition(".")[0] in _OWN}
     return own, {key: value for key, value in pairs.items() if key not in own}
 
 
 def _hashable(key: str, value: Any) -> Any:
     if isinstance(value, dict):
-        raise UserError(f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V")
+        raise UserError(
+            f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V", code="wrong-type"
+        )
     return tuple(_hashable(key, each) for each in value) if isinstance(value, list) else value
 
 
 def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A run file's tables with other values of some keys."""
+    """Return a run file's tables with other values of some keys."""
     new = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in table.items()}
     for key, value in changes:
         section, _, name = key.partition(".")
@@ -503,11 +541,14 @@ def _changed(table: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> di
 
 
 def _keys(table: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
-    """A section whose keys are those of a run file, with a dot."""
+    """Take out a section whose keys are those of a run file, with a dot."""
     section = table.pop(name, {})
     if not isinstance(section, dict):
-        raise UserError(f"{origin}: {name}: is a section; write [{name}]")
+        raise UserError(f"{origin}: {name}: is a section; write [{name}]", code="wrong-type")
     for key in section:
         if key.count(".") != 1:
-            raise UserError(f'{origin}: {name}.{key}: write the run file\'s key with its section: "run.total_tokens"')
+            raise UserError(
+                f'{origin}: {name}.{key}: write the run file\'s key with its section: "run.total_tokens"',
+                code="bad-assignment",
+            )
     return section

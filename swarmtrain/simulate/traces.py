@@ -1,7 +1,8 @@
-"""Who came, went and hung when, as a file says: `time_s,peer,event` a line, from a log or from a generator.
+"""Traces: files that say which peers came, went and hung when, one `time_s,peer,event` a line.
 
-Events are `join`, `leave`, `crash`, `hang` and `wake`. A peer whose first event is a `join` comes late, all others are
-there from the beginning. Optional columns are `speed`, `up_mbit` and `down_mbit`, one value a peer.
+They come from a log or a generator. Events are `join`, `leave`, `crash`, `hang` and `wake`. A peer whose first event is
+a `join` comes late; all others are present from the beginning. Optional columns are `speed`, `up_mbit` and `down_mbit`,
+one value a peer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _EXAMPLE = "examples/scenarios/traces/day-and-night.csv"
 
 
 class TraceSpan(NamedTuple):
-    """From when on and for how long something lasts, of which peer."""
+    """Span of time of one peer: its beginning and its length."""
 
     peer: int
     at_s: float
@@ -36,12 +37,15 @@ class TraceSpan(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a file says. Spans in the order in which they begin; what never ends lasts for a billion seconds."""
+    """Contents of a trace file.
+
+    Spans are in the order in which they begin. One that never ends lasts for a billion seconds.
+    """
 
     away: tuple[TraceSpan, ...] = ()
     hangs: tuple[TraceSpan, ...] = ()
     figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """`speed`, `up_mbit` and `down_mbit`: those of peers that have one."""
+    """Values `speed`, `up_mbit` and `down_mbit` of the peers that have one."""
 
 
 class _Row(NamedTuple):
@@ -53,23 +57,27 @@ class _Row(NamedTuple):
 
 
 def load_trace(path: Path, num_peers: int) -> Trace:
-    """Read such a file about peers from 0 to `num_peers` - 1. `UserError`, which names the file and the line."""
+    """Read a trace of peers from 0 to `num_peers` - 1. Raises UserError, which names the file and the line."""
     return trace_of(read_small_text(path, "a trace", _EXAMPLE, _MAX_BYTES), one_line(str(path)), num_peers)
 
 
 def trace_of(text: str, origin: str, num_peers: int) -> Trace:
-    """The same of its text; `origin` names it in errors."""
+    """Parse a trace's text; `origin` names it in errors."""
     lives: dict[int, _Life] = {}
     figures: dict[str, dict[int, float]] = {name: {} for name in _FIGURES}
     now_s = 0.0
     for row in _rows(text, origin, num_peers):
         if row.time_s < now_s:
-            raise UserError(f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time")
+            raise UserError(
+                f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time", code="bad-trace"
+            )
         now_s = row.time_s
         lives.setdefault(row.peer, _Life(row.peer, is_away=row.event == "join")).goes_on(row)
         for name, value in row.figures.items():
             if (before := figures[name].setdefault(row.peer, value)) != value:
-                raise UserError(f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one")
+                raise UserError(
+                    f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one", code="bad-trace"
+                )
     away, hangs = ([span for life in lives.values() for span in life.spans(kind)] for kind in ("away", "hangs"))
     return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
 
@@ -79,7 +87,7 @@ def _in_order(spans: Sequence[TraceSpan]) -> tuple[TraceSpan, ...]:
 
 
 class _Life:
-    """Of one peer: since when it is what it is, and what it was."""
+    """Present state of one peer since when, and its past states."""
 
     def __init__(self, peer: int, *, is_away: bool) -> None:
         self.peer, self.since_s, self.last_s = peer, 0.0, -math.inf
@@ -87,16 +95,19 @@ class _Life:
         self._past: list[tuple[str, TraceSpan]] = []
 
     def goes_on(self, row: _Row) -> None:
-        """With the next event."""
+        """Take the next event."""
         allowed = {"here": ("leave", "crash", "hang"), "hangs": ("leave", "crash", "wake"), "away": ("join",)}
         if row.event not in allowed[self.state]:
             is_what = {"here": "is there", "hangs": "hangs", "away": "is away"}[self.state]
             raise UserError(
                 f"{row.where}: event: {row.event}, and peer {self.peer} {is_what} then; possible: "
-                f"{', '.join(allowed[self.state])}"
+                f"{', '.join(allowed[self.state])}",
+                code="bad-trace",
             )
         if row.time_s <= self.last_s:
-            raise UserError(f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already")
+            raise UserError(
+                f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already", code="bad-trace"
+            )
         self._end(row.time_s)
         self.state = {"hang": "hangs", "leave": "away", "crash": "away"}.get(row.event, "here")
         self.since_s = self.last_s = row.time_s
@@ -106,13 +117,13 @@ class _Life:
             self._past.append((self.state, TraceSpan(self.peer, self.since_s, now_s - self.since_s)))
 
     def spans(self, state: str) -> list[TraceSpan]:
-        """When it was that, once its last event is known."""
+        """Return the spans of a state, once the last event is known."""
         last = (self.state, TraceSpan(self.peer, self.since_s, _FOREVER_S))
         return [span for each, span in (*self._past, last) if each == state]
 
 
 def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
-    """Line by line; empty ones and those that begin with # say nothing."""
+    """Yield the rows line by line; empty lines and those that begin with # are skipped."""
     columns = list[str]()
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -122,10 +133,14 @@ def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
             columns = _columns(cells, where)
             continue
         if len(cells) != len(columns):
-            raise UserError(f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}")
+            raise UserError(
+                f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}", code="bad-trace"
+            )
         yield _row(dict(zip(columns, cells, strict=True)), where, num_peers)
     if not columns:
-        raise UserError(f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}")
+        raise UserError(
+            f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}", code="bad-trace"
+        )
 
 
 def _columns(cells: list[str], where: str) -> list[str]:
@@ -134,7 +149,8 @@ def _columns(cells: list[str], where: str) -> list[str]:
     if missing or others or len(set(cells)) < len(cells):
         raise UserError(
             f"{where}: the first line names the columns, each once: {', '.join(_COLUMNS)}, and where there are some "
-            f"{', '.join(_FIGURES)}"
+            f"{', '.join(_FIGURES)}",
+            code="bad-trace",
         )
     return cells
 
@@ -142,9 +158,9 @@ def _columns(cells: list[str], where: str) -> list[str]:
 def _row(cells: Mapping[str, str], where: str, num_peers: int) -> _Row:
     peer = cells["peer"]
     if not (peer.isascii() and peer.isdigit() and int(peer) < num_peers):
-        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0")
+        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0", code="no-such-volunteer")
     if cells["event"] not in EVENTS:
-        raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}")
+        raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}", code="bad-trace")
     figures = {
         name: _number(cells[name], f"{where}: {name}", least=_LEAST, most=_MOST) for name in _FIGURES if cells.get(name)
     }
@@ -158,7 +174,7 @@ def _number(text: str, what: str, *, least: float, most: float) -> float:
     except ValueError:
         value = math.nan
     if not least <= value <= most:
-        raise UserError(f"{what}: {_shown(text)}; allowed: a number from {least:g} to {most:g}")
+        raise UserError(f"{what}: {_shown(text)}; allowed: a number from {least:g} to {most:g}", code="out-of-range")
     return value
 
 

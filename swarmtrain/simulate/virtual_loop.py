@@ -1,4 +1,4 @@
-"""An event loop whose time is virtual: seconds pass as soon as there is nothing else to do."""
+"""An event loop with virtual time: seconds pass as soon as there is nothing else to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time jumps to the next timer whenever there is nothing else to do; while a thread works it takes its course."""
+    """Event loop whose time jumps to the next timer when it is idle. While a thread works, time is real."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._selector.select = jump  # type: ignore[attr-defined]
 
     def time(self) -> float:
-        """Virtual seconds."""
+        """Return the virtual time in seconds."""
         return self.now_s
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """While it works, time is real."""
+        """Run in a thread, as usual. While it works, time is real."""
         future = super().run_in_executor(executor, func, *args)
         self._num_working += 1
         future.add_done_callback(self._worked)
@@ -48,6 +48,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def virtually(body: Callable[[Callable[[], float]], Coroutine[Any, Any, _T]]) -> _T:
-    """Run `body`, which is given the clock."""
+    """Run `body`, which receives the clock, in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(body(runner.get_loop().time))

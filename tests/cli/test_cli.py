@@ -75,6 +75,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
     "eval": ("MODEL", "--text", "--threads", "--json"),
     "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads"),
+    "explain": ("[CODE]",),
 }
 
 

@@ -17,7 +17,7 @@ __all__ = ["MAX_ROWS_TOLD", "add_place_rows", "check_place_rows_untrusted", "pla
 
 MAX_ROWS_TOLD = 1024
 """Rows over all fragments; so many make a state 50 KB larger."""
-_MAX_ROWS_READ = 4096
+_MAX_ROWS_READ = 4096  # four times what a peer of today writes
 _MOST_ROUNDS = 2**40
 
 
@@ -33,9 +33,13 @@ def add_place_rows(manifest: pb.Manifest, places: Sequence[Mapping[str, Place]])
 def check_place_rows_untrusted(manifest: pb.Manifest) -> None:
     """Raise BadBytesError if there are too many rows, or if one names no peer or a round out of range."""
     if len(manifest.entered) > _MAX_ROWS_READ:
-        raise BadBytesError(f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}")
+        raise BadBytesError(
+            f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}", code="bad-size"
+        )
     if not all(is_peer_id(item.peer) and item.round < _MOST_ROUNDS for item in manifest.entered):
-        raise BadBytesError("a state that what one who is no peer published entered, or a round out of range")
+        raise BadBytesError(
+            "a state that what one who is no peer published entered, or a round out of range", code="bad-number"
+        )
 
 
 def places_untrusted(manifest: pb.Manifest, num_fragments: int, num_parts: int) -> list[dict[str, Place]]:

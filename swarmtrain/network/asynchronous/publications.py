@@ -52,7 +52,7 @@ _KEPT = 1
 
 
 class Pulling(Protocol):
-    """A background task that pulls."""
+    """Background task that pulls."""
 
     async def stop(self) -> None:
         """Stop pulling until started again."""
@@ -60,8 +60,11 @@ class Pulling(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PublicationRules:
-    """What the run file says about publications of one section. `max_tokens` is what a round can have at most,
-    `num_parts` its parts; without any they are of the weights that it begins with."""
+    """Limits and tensor tables that the run file prescribes for publications of one section of a fragment.
+
+    `max_tokens` is the most that a round can have, and `num_parts` its number of parts; 0 parts mean publications of
+    the weights at a round's beginning.
+    """
 
     run_sha256: str
     tables: tuple[tuple[TensorSpec, ...], ...]
@@ -95,9 +98,11 @@ def section_untrusted(request: pb.PublicationRequest, sections: Collection[Secti
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
-        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes")
+        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes", code="bad-size")
     if request.section not in sections:
-        raise BadBytesError(f"it asks for a section that this run does not have: {request.section!r}")
+        raise BadBytesError(
+            f"it asks for a section that this run does not have: {request.section!r}", code="not-asked-for"
+        )
     return request.section
 
 
@@ -119,26 +124,33 @@ def publication_untrusted(
     snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
     manifest = snapshot.manifest
     if snapshot.author != peer:
-        raise BadBytesError("a publication of another peer than the one that sent it")
+        raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
     if manifest.fragment != rules.fragment:
-        raise BadBytesError(f"a publication of fragment {manifest.fragment} in place of {rules.fragment}")
+        raise BadBytesError(
+            f"a publication of fragment {manifest.fragment} in place of {rules.fragment}", code="not-asked-for"
+        )
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
-        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}")
+        raise BadBytesError(
+            f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-number"
+        )
     # Each step trains on at least one token. Weights at a round's beginning (part 0) have no steps yet.
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
     if not (least <= manifest.inner_steps <= manifest.tokens <= most):
-        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+        raise BadBytesError(
+            f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps", code="bad-tokens"
+        )
     if not manifest.tokens <= manifest.author_tokens < 2**60:
-        raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+        raise BadBytesError(
+            "a publication that counts more tokens in its round than its author in all", code="bad-tokens"
+        )
     return empty_held(snapshot), PublicationVersion(manifest.round, manifest.part, manifest.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPublication:
-    """One publication of a section: part number `part` of a round, or with part 0 the weights that the round begins
-    with.
+    """Publication of a section: part number `part` of a round, or as part 0 the weights with which the round begins.
 
-    `encode` makes the bytes; the trainer's thread does not wait for it.
+    The publisher calls `encode` for the bytes when a peer requests them.
     """
 
     round: int

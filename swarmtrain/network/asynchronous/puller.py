@@ -89,6 +89,8 @@ class Puller:
             try:
                 reply = await self.calls.publication(author, request)
             except UnreachableError as error:
+                # An author that gives no answer is asked again sooner than one that sends something wrong (decision
+                # 39).
                 raise _NoAnswerError(str(error)) from error
             self.heard_untrusted(author, reply)
             return reply
@@ -98,7 +100,8 @@ class Puller:
         # The author's signature is checked before anything else: without it the host made the manifest up, and is to
         # blame.
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):
-            raise BadBytesError(f"a publication of {author} that is not signed by it")
+            raise BadBytesError(f"a publication of {author} that is not signed by it", code="bad-signature")
+        # Only the presence bears the author's signature: a host cannot report that its guest is away.
         self.heard_untrusted(author, pb.PublicationReply(presence=reply.presence))
         return reply
 
@@ -123,4 +126,4 @@ class Puller:
 
 
 class _NoAnswerError(Exception):
-    """An author gave no reply to a request."""
+    """Raised when an author gives no reply to a request."""

@@ -50,9 +50,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25
-_ASK_AGAIN_S = 2.0
-_KEPT_DURATIONS = 8
+_LOOK_S = 0.25  # between two looks at who may have a new round, and after a failed pull
+_ASK_AGAIN_S = 2.0  # a worker that had nothing is asked again after this, even if its presence shows no new round
+_KEPT_DURATIONS = 8  # pulls by which the next one's duration is estimated
 _MAX_ROWS = 1024
 """Rows accepted in a server's manifest; a server writes at most 256."""
 
@@ -83,7 +83,7 @@ class Pulls:
             return None
         snapshot = manifest_untrusted(reply.manifest, self.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, self.specs)
         if snapshot.author != peer:
-            raise BadBytesError("a publication of another peer than the one that sent it")
+            raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
         return snapshot
 
     async def bring(self, peer: str, snapshot: Snapshot) -> HeldSnapshot:
@@ -200,11 +200,17 @@ class GradientReceiver:
 
     def _check_untrusted(self, manifest: pb.Manifest) -> None:
         if manifest.part != 1:
-            raise BadBytesError(f"a publication with part {manifest.part}, where rounds are handed in whole")
+            raise BadBytesError(
+                f"a publication with part {manifest.part}, where rounds are handed in whole", code="bad-number"
+            )
         if not 0 < manifest.inner_steps <= manifest.tokens <= self.rules.max_tokens:
-            raise BadBytesError(f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps")
+            raise BadBytesError(
+                f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps", code="bad-tokens"
+            )
         if not manifest.tokens <= manifest.author_tokens < 2**60 or manifest.arrivals >= 2**60:
-            raise BadBytesError("a publication that counts more tokens in its round than its author in all")
+            raise BadBytesError(
+                "a publication that counts more tokens in its round than its author in all", code="bad-tokens"
+            )
 
 
 def _published_round(info: PeerInfo) -> int:
@@ -224,9 +230,9 @@ def describe_weights(manifest: pb.Manifest, arrivals: int, entered: dict[str, in
 
 @dataclass
 class GradientUploader(Publisher):
-    """A worker's rounds, published to the server alone.
+    """Publishes a worker's rounds to the server alone.
 
-    The round that the server's request names tells which rounds it has (decision 22).
+    The round that the server's request names tells which rounds the server has (decision 22).
     """
 
     server: str = ""
@@ -259,6 +265,8 @@ class GradientUploader(Publisher):
         return OwnPublication(
             round=piece.round,
             part=1,
+            # A worker that was alone for long uploads one long piece. It claims no more than the server accepts, and
+            # the clip may cut it (decision 22).
             tokens=min(piece.tokens, max_tokens),
             inner_steps=min(piece.inner_steps, max_steps),
             author_tokens=piece.own_tokens,
@@ -290,7 +298,7 @@ class RoundTimes:
 
 @dataclass
 class ServerLink:
-    """A worker's pulls of the server's weights.
+    """Pulls the server's weights for a worker.
 
     The trainer's thread calls `take`; the network's thread calls the rest.
     """
@@ -376,9 +384,11 @@ class ServerLink:
         Raises BadBytesError when the manifest is invalid.
         """
         if manifest.round != manifest.arrivals:
-            raise BadBytesError("a publication of weights of another round than their arrivals")
+            raise BadBytesError("a publication of weights of another round than their arrivals", code="not-asked-for")
         if len(manifest.peer_tokens) > _MAX_ROWS:
-            raise BadBytesError(f"a manifest with {len(manifest.peer_tokens)} rows of tokens, more than {_MAX_ROWS}")
+            raise BadBytesError(
+                f"a manifest with {len(manifest.peer_tokens)} rows of tokens, more than {_MAX_ROWS}", code="bad-size"
+            )
         for item in manifest.peer_tokens:
             self.counted(peer_id_from_bytes_untrusted(item.peer), item.tokens)
         return entered_round_untrusted(manifest, self.me)
@@ -388,9 +398,11 @@ def entered_round_untrusted(manifest: pb.Manifest, peer: str) -> int | None:
     """Return the last round of `peer` in the weights of this manifest, or None. Raises BadBytesError if it is out of
     range."""
     if len(manifest.entered) > _MAX_ROWS:
-        raise BadBytesError(f"a manifest with the rounds of {len(manifest.entered)} workers, more than {_MAX_ROWS}")
+        raise BadBytesError(
+            f"a manifest with the rounds of {len(manifest.entered)} workers, more than {_MAX_ROWS}", code="bad-size"
+        )
     wanted = peer_bytes(peer)
     round = next((item.round for item in manifest.entered if item.peer == wanted), None)
     if round is not None and round >= 2**40:
-        raise BadBytesError("a manifest with a counter out of range")
+        raise BadBytesError("a manifest with a counter out of range", code="bad-number")
     return round

@@ -34,7 +34,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
-_LEAST_LIMIT_S = 20.0
+_LEAST_LIMIT_S = 20.0  # for one state, or a reply with its manifest, however small
 # A limit is this many times the time that a transfer is expected to take.
 _PATIENCE = 4.0
 MOMENTA = 3
@@ -174,7 +174,7 @@ class StateFetcher:
                     self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES))
                 )
                 if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
-                    raise BadBytesError("a state that is not finite")
+                    raise BadBytesError("a state that is not finite", code="not-finite")
             return FetchedState(peer=peer, held=held, whole=whole)
         except PeerError as error:
             self._blame(peer, error)
@@ -191,9 +191,11 @@ class StateFetcher:
         snapshot = manifest_untrusted(signed, self.settings.run_sha256, kind, self.settings.state_specs)
         manifest = snapshot.manifest
         if snapshot.author != peer:
-            raise BadBytesError("a state of another peer than the one that sent it")
+            raise BadBytesError("a state of another peer than the one that sent it", code="bad-sender")
         if manifest.round < min_round or manifest.roster_sha256:
-            raise BadBytesError("a state of another round than asked for, or of another way to merge")
+            raise BadBytesError(
+                "a state of another round than asked for, or of another way to merge", code="not-asked-for"
+            )
         check_token_rows_untrusted(manifest)
         check_place_rows_untrusted(manifest)
         return empty_held(snapshot)

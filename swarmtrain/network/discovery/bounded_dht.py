@@ -27,7 +27,7 @@ _MAX_FOUND = 8
 _MAX_STORED = 64
 """Buckets taken from one call. A newcomer gets everything that it should keep in one; the rest is refused."""
 _COLUMNS = ("keys", "subkeys", "values", "expiration_time", "in_cache")
-_MAX_PEER_ID_BYTES = 64
+_MAX_PEER_ID_BYTES = 64  # a PeerID of ours has 38
 _DICTIONARY = 0x50
 """hivemind's msgpack extension for a bucket's records: [most, latest expiry, [[subkey, value, expiry], ...]]."""
 
@@ -41,7 +41,7 @@ def _loads_untrusted(data: bytes) -> Any:
         found = msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=MAX_BUCKET_BYTES)
         return _records_untrusted(found) if isinstance(found, msgpack.ExtType) else found
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError("no value, subkey or bucket of the DHT") from error
+        raise BadBytesError("no value, subkey or bucket of the DHT", code="bad-size") from error
 
 
 def _records_untrusted(found: msgpack.ExtType) -> Any:
@@ -61,13 +61,13 @@ def _records_untrusted(found: msgpack.ExtType) -> Any:
 
 def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> None:
     if len(response.results) != num_keys:
-        raise BadBytesError("an answer to another question")
+        raise BadBytesError("an answer to another question", code="not-asked-for")
     for result in response.results:
         if max(len(result.nearest_node_ids), len(result.nearest_peer_ids)) > max_nearest:
-            raise BadBytesError("an answer with too many nodes")
+            raise BadBytesError("an answer with too many nodes", code="bad-size")
         # Conversion to base 58 takes quadratic time.
         if any(len(peer) > _MAX_PEER_ID_BYTES for peer in result.nearest_peer_ids):
-            raise BadBytesError("an answer with a PeerID that is none")
+            raise BadBytesError("an answer with a PeerID that is none", code="bad-format")
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def _bounded_protocol() -> Any:
 
         async def rpc_find(self, request: Any, context: Any) -> Any:
             if len(request.keys) > _MAX_FOUND:
-                raise BadBytesError(f"more than {_MAX_FOUND} keys asked for")
+                raise BadBytesError(f"more than {_MAX_FOUND} keys asked for", code="bad-size")
             return await super().rpc_find(request, context)
 
         async def rpc_store(self, request: Any, context: Any) -> Any:

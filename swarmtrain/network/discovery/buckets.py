@@ -25,7 +25,7 @@ from swarmtrain.protocol.membership.records import ALL_EVERY, ASKED, FEW, REPLIC
 __all__ = ["Buckets"]
 
 _log = logging.getLogger(__name__)
-_WORKERS = 4
+_WORKERS = 4  # concurrent calls of a search
 _MAX_KEYS = 256
 """Keys whose nodes are remembered. Peers that fill buckets determine which are read: four times as many as are read at
 once."""

@@ -21,11 +21,11 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["Greeter"]
 
 _log = logging.getLogger(__name__)
-_REDIALLED = 4
-_NEW_AT_ONCE = 32
-_ASKED = 16
+_REDIALLED = 4  # peers that seem gone, dialled each time
+_NEW_AT_ONCE = 32  # peers greeted each time that may not know us
+_ASKED = 16  # volunteers asked for their progress each time
 _GREETING_S = 3.0
-_GREETING_PASSES = 3
+_GREETING_PASSES = 3  # each pass greets those named in the pass before
 _MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
 
 

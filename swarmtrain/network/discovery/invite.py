@@ -29,8 +29,8 @@ _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
 _READABLE = re.compile(r"/[!-~]+")
 _IP4, _IP6, _TEXT = 4, 6, 1
 _MAX_WORD = 4096
-_MAX_PARTS = 64
-_SHOWN = 2
+_MAX_PARTS = 64  # pieces into which line breaks may have cut an invite
+_SHOWN = 2  # addresses named in an explanation
 _EXAMPLES = ipaddress.ip_network("203.0.113.0/24")
 """Example addresses of our documentation. Other example ranges may be in use in somebody's network."""
 _AROUND = re.compile(r"""["'`\\<>|\u200b\u200e\ufeff\u2018\u2019\u201c\u201d\u00ab\u00bb]""")
@@ -99,6 +99,7 @@ def format_invite(invite: Invite) -> str:
     body = bytes.fromhex(invite.run_sha256) + bytes([len(invite.peers)])
     for peer in invite.peers:
         addresses = _packed(peer.addresses)
+        # Only the public key: the rest of a PeerID is the same for all peers.
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
     prefix = _PREFIX
     if invite.needs.protocol > 1:  # old peers cannot join such a run; their parser reports `st2` as another version
@@ -106,7 +107,9 @@ def format_invite(invite: Invite) -> str:
         body = invite.needs.protocol.to_bytes(2, "big") + bytes([len(version)]) + version + body
     word = prefix + base58_encode(bytes([int(prefix[-1])]) + body + hashlib.sha256(body).digest()[:4])
     if len(word) > _MAX_WORD:
-        raise InviteError(f"an invite of {len(word)} characters is too long; name fewer peers or addresses")
+        raise InviteError(
+            f"an invite of {len(word)} characters is too long; name fewer peers or addresses", code="invite-too-long"
+        )
     return word
 
 
@@ -157,7 +160,7 @@ def parse_invite(text: str) -> Invite:
             raise InviteError(refusal)
         return _parse_body(rest, needs)
     except (BadBytesError, IndexError, KeyError, ValueError) as error:
-        raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}") from None
+        raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}", code="invite-garbled") from None
 
 
 def _whole_body(words: str) -> tuple[str, bytes]:
@@ -176,18 +179,22 @@ def _whole_body(words: str) -> tuple[str, bytes]:
 def _checked(word: str) -> tuple[str, bytes]:
     prefix = word[:3]
     if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
-        raise InviteError(f"this invite is of another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}")
+        raise InviteError(
+            f"this invite is of another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}", code="run-needs-newer"
+        )
     if prefix not in (_PREFIX, _PREFIX_OF_LATER):
-        raise InviteError(f"not an invite: one begins with {_PREFIX}; {_NEXT_STEP}")
+        raise InviteError(f"not an invite: one begins with {_PREFIX}; {_NEXT_STEP}", code="not-an-invite")
     if len(word) > _MAX_WORD:
-        raise InviteError(f"too long for an invite ({len(word)} characters); {_NEXT_STEP}")
+        raise InviteError(f"too long for an invite ({len(word)} characters); {_NEXT_STEP}", code="invite-too-long")
     try:
         data = base58_decode(word[len(prefix) :])
     except ValueError:
-        raise InviteError(f"the invite holds a character that no invite has; {_NEXT_STEP}") from None
+        raise InviteError(
+            f"the invite holds a character that no invite has; {_NEXT_STEP}", code="invite-garbled"
+        ) from None
     body, checksum = data[1:-4], data[-4:]
     if len(data) < 38 or data[:1] != bytes([int(prefix[-1])]) or hashlib.sha256(body).digest()[:4] != checksum:
-        raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}")
+        raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}", code="invite-garbled")
     return prefix, body
 
 

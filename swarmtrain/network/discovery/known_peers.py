@@ -22,7 +22,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["KnownPeers"]
 
-_MAX_STAMP_SKEW_S = 120.0
+_MAX_STAMP_SKEW_S = 120.0  # a presence may be stamped so far in the future
 
 
 @dataclass
@@ -97,7 +97,7 @@ class KnownPeers:
         if author == self.membership.me:
             return
         if expected_author is not None and author != expected_author:
-            raise BadBytesError("a presence of another peer than the one that sent it")
+            raise BadBytesError("a presence of another peer than the one that sent it", code="bad-sender")
         if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers: anyone can invent any number of them
         self.saw(author, message, answered=answered, first_hand=first_hand)
@@ -117,7 +117,7 @@ class KnownPeers:
             given = next((known.addresses for known in self.through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
-                raise BadBytesError("a presence from the future")
+                raise BadBytesError("a presence from the future", code="bad-time")
         except BadBytesError as error:
             self.refused(peer, error)
             return

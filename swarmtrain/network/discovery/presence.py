@@ -22,7 +22,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["OwnPresence", "OwnRecords"]
 
 _MAX_OWN_ADDRESSES = 8
-_PROGRESS_TTL_S = 86_400.0
+_PROGRESS_TTL_S = 86_400.0  # a day: the tokens of a peer that left still count
 
 
 class _Changes(TypedDict, total=False):
@@ -38,7 +38,7 @@ class _Changes(TypedDict, total=False):
 
 @dataclass
 class OwnPresence:
-    """This peer's presence. `me` is what was last advertised."""
+    """Presence of this peer. `me` is what was last advertised."""
 
     identity: Identity
     run_sha256: str

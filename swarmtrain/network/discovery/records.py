@@ -73,13 +73,13 @@ _MAX_PRESENCE_S = 3600 + 60
 """Longest life of a presence: an hour, the most that a run may set, and a minute for differing clocks."""
 # A renewal that advances the expiry by less is refused: each one stays in hivemind's heap until it expires.
 _MIN_ADVANCE_S = 0.5
-_MAX_BUCKETS = 512
+_MAX_BUCKETS = 512  # kept by one node; one of its own run is kept even if there are more
 MAX_BUCKET_RECORDS = 128
 MAX_BUCKET_BYTES = MAX_BUCKET_RECORDS * (MAX_RECORD_BYTES + 256)
 """Bytes of a full bucket, with signatures, PeerIDs and expiries."""
 _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
-MAX_KEPT = 16
+MAX_KEPT = 16  # stages of which a peer advertises checkpoints
 _MAX_STAGES = 512
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
@@ -139,16 +139,16 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     """Return the place in a pipeline that `peer` advertises. Raises BadBytesError if a field is out of range."""
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
-        raise BadBytesError("a presence with stages that are no ascending list")
+        raise BadBytesError("a presence with stages that are no ascending list", code="bad-format")
     num_kept = len(message.kept)
     if num_kept > MAX_KEPT or len(set(message.kept)) < num_kept or len(message.kept_rounds) != num_kept:
-        raise BadBytesError("a presence with checkpoints of too many stages")
+        raise BadBytesError("a presence with checkpoints of too many stages", code="bad-size")
     known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
     if not known or not 1 <= message.most_stages <= _MAX_STAGES:
-        raise BadBytesError("a presence with a stage that no run has")
+        raise BadBytesError("a presence with a stage that no run has", code="bad-number")
     numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
     if not all(0 <= number < 1e12 for number in numbers):  # false for NaN too
-        raise BadBytesError("a presence with a speed of a stage out of range")
+        raise BadBytesError("a presence with a speed of a stage out of range", code="bad-number")
     return StagePeer(
         peer=peer,
         stages=tuple(message.stages),
@@ -177,19 +177,19 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
     """
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
-        raise BadBytesError("a presence with a speed or stamp out of range")
+        raise BadBytesError("a presence with a speed or stamp out of range", code="bad-number")
     if not 0 <= message.loss <= MAX_LOSS:  # false for NaN too
-        raise BadBytesError("a presence with a loss out of range")
+        raise BadBytesError("a presence with a loss out of range", code="bad-number")
     if len(message.name) > 64 or not message.name.isprintable():
-        raise BadBytesError("a presence with an unprintable or long name")
+        raise BadBytesError("a presence with an unprintable or long name", code="bad-format")
     if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
-        raise BadBytesError("a presence with too many or malformed addresses")
+        raise BadBytesError("a presence with too many or malformed addresses", code="bad-format")
     if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
-        raise BadBytesError("a presence with a field out of range")
+        raise BadBytesError("a presence with a field out of range", code="bad-number")
     if len(message.hosts) > MAX_HOSTS:
-        raise BadBytesError("a presence with too many hosts")
+        raise BadBytesError("a presence with too many hosts", code="bad-size")
     if message.round >= 2**40 or message.part >= 2**16:
-        raise BadBytesError("a presence with a field out of range")
+        raise BadBytesError("a presence with a field out of range", code="bad-number")
     place = None
     if message.HasField("place"):
         place = place_from_proto_untrusted(peer, message.place, message.stamp)
@@ -224,9 +224,9 @@ def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
 def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
     """Return (stage, tokens) of a progress record. Raises BadBytesError if a field is out of range."""
     if message.stage >= num_stages:
-        raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}")
+        raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}", code="bad-number")
     if message.tokens >= 2**60 or message.round >= 2**40:
-        raise BadBytesError("a progress record with a field out of range")
+        raise BadBytesError("a progress record with a field out of range", code="bad-number")
     return message.stage, message.tokens
 
 
@@ -247,21 +247,21 @@ def record_from_value_untrusted(value: bytes) -> pb.Record:
     """Return the record inside a stored value without its signature. Raises BadBytesError if it cannot be read."""
     payload = _unpack_untrusted(value, "its value")
     if not isinstance(payload, bytes):
-        raise BadBytesError("malformed: its value is not bytes")
+        raise BadBytesError("malformed: its value is not bytes", code="bad-format")
     try:
         return pb.Record.FromString(payload)
     except DecodeError as error:
-        raise BadBytesError("malformed: its value is not a record") from error
+        raise BadBytesError("malformed: its value is not a record", code="bad-format") from error
 
 
 def _unpack_untrusted(data: bytes, what: str) -> Any:
     """Return one msgpack string or bytes: nothing that nests, or could take more memory than `data`."""
     if len(data) > MAX_RECORD_BYTES + 8:
-        raise BadBytesError(f"oversized: {len(data)} bytes")
+        raise BadBytesError(f"oversized: {len(data)} bytes", code="bad-size")
     try:
         return msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError(f"malformed: {what} is no msgpack") from error
+        raise BadBytesError(f"malformed: {what} is no msgpack", code="bad-format") from error
 
 
 @dataclass
@@ -280,16 +280,16 @@ class RecordRules:
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
         """Return the record if it may be stored and believed. Raises BadBytesError ("reason: detail") otherwise."""
         if not isinstance(value, bytes):
-            raise BadBytesError("malformed: its value is not bytes")
+            raise BadBytesError("malformed: its value is not bytes", code="bad-format")
         if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
-            raise BadBytesError(f"oversized: {len(value)} bytes")
+            raise BadBytesError(f"oversized: {len(value)} bytes", code="bad-size")
         now = swarm_time()
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
-            raise BadBytesError("expired: or one that lives too long")
+            raise BadBytesError("expired: or one that lives too long", code="bad-time")
         _check_signed_untrusted(key, subkey, value, expiry_s)
         record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
         if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
-            raise BadBytesError("expired: or a presence that lives too long")
+            raise BadBytesError("expired: or a presence that lives too long", code="bad-time")
         return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:
@@ -314,16 +314,16 @@ def _check_signed_untrusted(key: bytes, subkey: bytes, value: bytes, expiry_s: f
     peer = _subkey_peer_untrusted(subkey)
     kind = record.WhichOneof("body")
     if kind is None or len(record.run_sha256) != 32:
-        raise BadBytesError("malformed: without a body or a run")
+        raise BadBytesError("malformed: without a body or a run", code="bad-format")
     if not bucket_of(peer, MAX_DEPTH).startswith(record.prefix) or key != hashed_key(
         bucket_key(record.run_sha256, kind, record.prefix)
     ):
-        raise BadBytesError("foreign: it does not belong under its key")
+        raise BadBytesError("foreign: it does not belong under its key", code="bad-sender")
     message = _message(key, subkey, value[:-_SIGNATURE_BYTES], expiry_s)
     try:
         verify_untrusted(peer_bytes(peer), message, value[-_SIGNATURE_BYTES:])
     except BadBytesError:
-        raise BadBytesError(f"forged: the signature is not {peer}'s") from None
+        raise BadBytesError(f"forged: the signature is not {peer}'s", code="bad-signature") from None
 
 
 def _subkey_peer_untrusted(subkey: bytes) -> str:
@@ -333,7 +333,7 @@ def _subkey_peer_untrusted(subkey: bytes) -> str:
             return text
     except (BadBytesError, ValueError):
         pass
-    raise BadBytesError("malformed: its subkey is not a PeerID")
+    raise BadBytesError("malformed: its subkey is not a PeerID", code="bad-format")
 
 
 def make_validator(rules: RecordRules) -> Any:

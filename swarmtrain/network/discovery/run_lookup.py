@@ -12,7 +12,15 @@ from typing import Any
 
 from swarmtrain import __version__
 from swarmtrain.compatibility import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
-from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError, VersionError
+from swarmtrain.errors import (
+    BadBytesError,
+    ClockError,
+    PeerError,
+    Problem,
+    RunTimeError,
+    UnreachableError,
+    VersionError,
+)
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import own_time
 from swarmtrain.network.discovery.invite import InvitedPeer
@@ -26,17 +34,17 @@ from swarmtrain.words import short_peer, time_in_words
 
 __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
 
-_OTHERS_S = 0.5
+_OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
 """Seconds to wait for more peers when those that answered first say that the clock is far off."""
 _MAX_SHOWN = 3
-_STARTING_LOOKS = 5
+_STARTING_LOOKS = 5  # a peer that listens but does not serve the run yet is asked so often
 _STARTING_S = 1.0
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as it is served: its exact bytes, their hash, and the files that travel with it."""
+    """Run as it is served: its exact bytes, their hash, and the files that travel with it."""
 
     data: bytes
     sha256: str
@@ -66,7 +74,7 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """The peer that answered, and how this machine's clock was corrected.
+    """Peer that answered, and how this machine's clock was corrected.
 
     `clock_correction_s` is the correction in seconds; `clock_outliers` holds peers whose clocks are far from the
     corrected one, and by how many seconds they are ahead of it.
@@ -88,7 +96,7 @@ async def find_run(
     """
     calls = PeerCalls(node, run_sha256)
     of_another: list[InvitedPeer] = []
-    misfits: list[str] = []
+    misfits: list[Problem] = []
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
         await node.connect(peer.peer, peer.addresses, limit_s)
@@ -96,6 +104,7 @@ async def find_run(
             asked_s = own_time()
             try:
                 reply = await calls.hello(peer.peer, pb.HelloRequest(run_sha256=bytes.fromhex(run_sha256)), limit_s)
+                # The peer read its clock in the middle of the call, give or take half a round trip.
                 offset_s = reply.time - (asked_s + own_time()) / 2
                 if misfit := refusal_untrusted(f"the peer at {_where([peer])}", reply):
                     misfits.append(misfit)
@@ -112,7 +121,10 @@ async def find_run(
 
     others = [peer for peer in peers if peer.peer != node.identity.peer_id]
     if not others:
-        raise RunTimeError("nobody of this run is known but this peer itself; ask someone else of it for an invite")
+        raise RunTimeError(
+            "nobody of this run is known but this peer itself; ask someone else of it for an invite",
+            code="nobody-known",
+        )
     tasks = [asyncio.create_task(knock(peer)) for peer in others]
     answers: list[tuple[str, float]] = []
     try:
@@ -135,8 +147,13 @@ async def find_run(
         if misfits:
             raise VersionError(misfits[0])
         if of_another:
-            raise RunTimeError(f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite")
-        raise RunTimeError(f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite")
+            raise RunTimeError(
+                f"the peer at {_where(of_another[:1])} serves another run; ask for a new invite", code="another-run"
+            )
+        raise RunTimeError(
+            f"nobody answers at {_where(others)}: is the swarm up? If it is, ask for a new invite",
+            code="nobody-answers",
+        )
     verdict = judge_clock(dict(answers))
     if verdict.is_doubtful and not accept_clock:
         raise ClockError(_clocks_in_words(verdict, dict(answers)))
@@ -177,8 +194,8 @@ def version_fields(needs: Needs) -> dict[str, Any]:
     return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
 
 
-def refusal_untrusted(who: str, reply: pb.HelloReply) -> str:
-    """Explain why this version and the peer `who` cannot train together, by its reply to a greeting; "" if they can."""
+def refusal_untrusted(who: str, reply: pb.HelloReply) -> Problem | None:
+    """Explain why this version and the peer `who` cannot train together, by its greeting's reply; None if they can."""
     needs = needs_untrusted(reply.needs_protocol, reply.needs_version)
     return too_old_for(needs) or too_old_to_train_with(who, reply.protocol, reply.swarmtrain_version)
 
@@ -201,7 +218,7 @@ async def fetch_published(
     run = parse(data, calls.run_sha256)
     published = run.published
     if published is None:
-        raise BadBytesError("a run that was never published")
+        raise BadBytesError("a run that was never published", code="bad-format")
     held_out = await get(published.held_out_sha256, published.held_out_bytes)
     tokenizer = b""
     if published.tokenizer_sha256 is not None:

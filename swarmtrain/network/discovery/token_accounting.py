@@ -26,8 +26,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["TokenAccounting", "counting_rules"]
 
 _MAX_BUCKETS_A_PASS = 1024
-_BURST_ROUNDS = 2
-_ENOUGH = 3
+_BURST_ROUNDS = 2  # a peer may claim so many rounds at once beyond what its speed explains
+_ENOUGH = 3  # sources that together may bring a run to its end; a named server counts as so many (decision 49)
 
 _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float]]]]
 """Maps (kind, prefix) to the (record, expiry) of each PeerID in that bucket."""
@@ -35,7 +35,7 @@ _ReadBucket = Callable[[str, str], Awaitable[Mapping[str, tuple[pb.Record, float
 
 @dataclass
 class TokenAccounting:
-    """This peer's tally. Coroutines run in the event loop; all other methods may be called from any thread."""
+    """Tally of this peer. Coroutines run in the event loop; all other methods may be called from any thread."""
 
     me: str
     rules: CountingRules
@@ -92,7 +92,7 @@ class TokenAccounting:
 
     def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float) -> None:
         if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
-            raise BadBytesError("a progress record that is none, or in a place that is not its own")
+            raise BadBytesError("a progress record that is none, or in a place that is not its own", code="bad-sender")
         stage, tokens = progress_from_proto_untrusted(record.progress)
         now = self.clock()
         with self._lock:

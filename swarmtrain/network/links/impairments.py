@@ -18,8 +18,8 @@ PACKET_BYTES = 1448
 """Bytes of a stream in one Ethernet frame."""
 
 _PIECE_S, _MOST_PIECE_BYTES = 0.01, 64 * 1024
-_RETRANSMIT_S = 0.2
-_MOST_AGAIN_S = 60.0
+_RETRANSMIT_S = 0.2  # TCP's least retransmission timeout
+_MOST_AGAIN_S = 60.0  # TCP's longest wait between two retries, as modelled
 
 
 def piece_bytes(bytes_per_s: float) -> int:
@@ -62,7 +62,7 @@ class Lateness:
 
 @dataclass(frozen=True, eq=False)
 class Outage:
-    """An outage: nothing passes between its sides. Names in none of them are one more side."""
+    """Time in which nothing passes between some sides. Names in none of them are one more side."""
 
     sides: tuple[frozenset[str], ...]
 
@@ -105,5 +105,6 @@ class Outages:
             since_s, was_held_up = clock(), True
             while self.parts(one, other):
                 await self._changed.wait()
+            # TCP doubles its waits between retries, so the next one comes within as long again as the outage lasted.
             await asyncio.sleep(self.rng.uniform(0.0, min(clock() - since_s, _MOST_AGAIN_S)))
         return was_held_up

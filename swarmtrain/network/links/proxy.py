@@ -51,7 +51,7 @@ _AHEAD_S = 0.02
 """Seconds before its last piece has passed at which a connection is read again: timers fire late on a busy machine, and
 the line would be idle."""
 
-_BUFFER_BYTES = 64 * 1024
+_BUFFER_BYTES = 64 * 1024  # of each socket, and what a connection may have under way beyond its line
 _FREE_BYTES = 4 * 1024 * 1024
 """Bytes that one connection may have under way on links without a rate."""
 
@@ -61,7 +61,7 @@ _SEGMENT_BYTES = PACKET_BYTES
 _NAP_S = 0.001
 """Shortest wait. A line's times stay exact: a piece that is early by less makes the next one wait longer."""
 
-_ACCEPT_AGAIN_S = 0.1
+_ACCEPT_AGAIN_S = 0.1  # after an error of accepting
 
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER option with which closing discards what is under way and resets the other end."""
@@ -89,7 +89,7 @@ class LinkShape:
 
 @dataclass
 class Line:
-    """One direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
+    """Direction of a link, as arithmetic: bytes pass one after the other. 0 bytes per second is no limit."""
 
     bytes_per_s: float = 0.0
     passed_bytes: int = 0
@@ -231,7 +231,7 @@ _OUTSIDE = PeerLink("outside", 0, 0, LinkShape(), Line(), Line())
 
 @dataclass(eq=False)
 class _Connection:
-    """An open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
+    """Open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
 
     source: PeerLink
     target: PeerLink

@@ -76,7 +76,8 @@ class TokenBucket:
 
 
 class Throttle:
-    """One direction of this peer's link. `bytes_per_s` may be set at any time, from any thread; 0 is no limit."""
+    """Limit of one direction of this peer's link. `bytes_per_s` may be set at any time, from any thread; 0
+    is no limit."""
 
     def __init__(
         self,

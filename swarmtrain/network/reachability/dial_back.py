@@ -29,10 +29,10 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["DIAL_S", "PURPOSE", "DialBack"]
 
-DIAL_S = 4.0
+DIAL_S = 4.0  # a failure is reported after exactly this
 PURPOSE = "dial"
 _log = logging.getLogger(__name__)
-_MAX_AT_ONCE = 2
+_MAX_AT_ONCE = 2  # dials for others
 _MAX_TARGET_BYTES = 256
 
 
@@ -98,6 +98,7 @@ class DialBack:
     async def _answer(self, peer: str, caller: str, ports: list[int]) -> pb.DialReply:
         """Dial `peer`; with a stranger's node if it is the caller itself, which this node knows."""
         targets = dial_targets(await self.node.seen_at(caller), ports)
+        # Told to connect to a connected peer, the daemon says yes without dialling (decision 10).
         if not targets or (peer != caller and await self.node.seen_at(peer)):
             return pb.DialReply(outcome=pb.DialReply.OUTCOME_REFUSED)
         loop = asyncio.get_running_loop()

@@ -36,9 +36,9 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["HostedPublications"]
 
 _log = logging.getLogger(__name__)
-_ASK_AGAIN_S = 1.0
-_WAIT_S = 20.0
-_MAX_WAITING_CALLERS = 4
+_ASK_AGAIN_S = 1.0  # between two questions to a guest about one section
+_WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here
+_MAX_WAITING_CALLERS = 4  # callers that may all wait for as many replies as they are allowed
 _Which: TypeAlias = tuple[str, Section, int]
 """(guest, section, fragment of the model)"""
 
@@ -151,7 +151,7 @@ class HostedPublications:
         if reply.presence.payload:
             author, _ = open_presence_untrusted(reply.presence, rules.run_sha256)
             if author != guest:
-                raise BadBytesError("a presence of another peer than the one that sent it")
+                raise BadBytesError("a presence of another peer than the one that sent it", code="bad-sender")
             kept.presence = reply.presence
         if not reply.HasField("manifest"):
             return

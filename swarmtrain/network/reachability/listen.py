@@ -26,7 +26,7 @@ def is_taken(address: str) -> bool:
     one of them at random.
     """
     match = re.search(r"/tcp/([1-9][0-9]*)", address)
-    return match is not None and _errno_of(address) == errno.EADDRINUSE  # whatever else is wrong, the daemon says
+    return match is not None and _errno_of(address) == errno.EADDRINUSE  # the daemon reports any other error
 
 
 def cannot_listen(listen: Sequence[str]) -> RunTimeError:
@@ -39,19 +39,22 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
         shown = f"[{host}]" if ":" in host else host
         return RunTimeError(
             f"cannot listen at {where}: {host} does not belong to this machine, which has {_own_in_words()}; if it is "
-            f"the router's, give --listen :{port} --announce {shown}:{port}"
+            f"the router's, give --listen :{port} --announce {shown}:{port}",
+            code="address-elsewhere",
         )
     if any(number in _FORBIDDEN for number in found.values()):
         return RunTimeError(
-            f"cannot listen at {where}: the system does not allow it; choose a port above 1023 with --listen"
+            f"cannot listen at {where}: the system does not allow it; choose a port above 1023 with --listen",
+            code="port-forbidden",
         )
     named = any(not address.startswith(("/ip4/", "/ip6/")) for address in listen)
     if named and errno.EADDRINUSE not in found.values():
         return RunTimeError(
             f"cannot listen at {where}: a host's name is no IP address; give one with --listen, or :PORT for all "
-            "of this machine's"
+            "of this machine's",
+            code="address-not-an-ip",
         )
-    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen")
+    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen", code="port-taken")
 
 
 def own_addresses() -> list[str]:

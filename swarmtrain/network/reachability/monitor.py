@@ -34,9 +34,9 @@ __all__ = ["ReachabilityMonitor", "is_loopback_only"]
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 1.0
-_KEEP_ALIVE_S = 3.0
+_KEEP_ALIVE_S = 3.0  # between two calls to each host, which keep its connection open (decision 19)
 _CALL_S = 3.0
-_STOOD_STILL_S = 5.0
+_STOOD_STILL_S = 5.0  # a longer gap between two looks means that this process was suspended
 _ANSWERS = {DialOutcome.REACHED: True, DialOutcome.NOT_REACHED: False}
 
 

@@ -27,7 +27,7 @@ from swarmtrain.words import short_peer
 __all__ = ["DialOutcome", "GreetingAnswer", "ask_to_be_dialled", "ask_to_dial", "knock", "tcp_ports"]
 
 _MAX_OTHERS = 64
-_CALL_S = 4.0
+_CALL_S = 4.0  # for the call itself, besides the dialling
 _STRANGER_S = 16.0
 """Seconds for a daemon to start on a busy machine."""
 
@@ -45,15 +45,15 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """A peer's reply to a greeting."""
+    """Reply of a peer to a greeting."""
 
     peer: str
     name: str
-    address: str  # where it was reached
+    address: str  # at which it was reached
     round_trip_s: float
     offset_s: float  # its clock less this machine's
-    version: str  # of its swarmtrain
-    known: tuple[PeerInfo, ...]  # itself and whom it knows, as they describe themselves
+    version: str  # its version of swarmtrain
+    known: tuple[PeerInfo, ...]  # the peer and those that it knows, as they describe themselves
     misfit: str = ""  # why its swarmtrain and this one cannot train together, if they cannot
 
 
@@ -77,7 +77,7 @@ async def knock(node: Node, run_sha256: str, peer: InvitedPeer, limit_s: float) 
         offset_s=reply.time - (asked_s + round_trip_s / 2),
         version=version if version.isprintable() else "",
         known=known,
-        misfit=refusal_untrusted(name or short_peer(peer.peer), reply),
+        misfit=refusal_untrusted(name or short_peer(peer.peer), reply) or "",
     )
 
 

@@ -27,8 +27,8 @@ _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Most bytes of a chain on the wire, and of the own chain in memory: a frame has 4 MiB."""
 _KEPT_BYTES = 256 * 1024
 """Most bytes of the own chain in each checkpoint."""
-_MAX_MANIFESTS = 2048
-_MAX_KNOWN = 64
+_MAX_MANIFESTS = 2048  # in one message
+_MAX_KNOWN = 64  # digests that one message names
 
 
 def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:
@@ -38,7 +38,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
-        raise BadBytesError("a chain of rosters of a size out of range")
+        raise BadBytesError("a chain of rosters of a size out of range", code="bad-size")
     links, signed = [], {}
     for link in message.links:
         roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens)
@@ -47,7 +47,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
         signed[roster.digest] = link
     chain = Chain(tuple(links))
     if found := flaw(chain, ours):
-        raise BadBytesError(found)
+        raise BadBytesError(found, code="bad-chain")
     return ShownChain(chain.joined_to(ours), signed)
 
 
@@ -56,12 +56,12 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
     snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
-        raise BadBytesError("a chain with manifests of other entries than its rosters have")
+        raise BadBytesError("a chain with manifests of other entries than its rosters have", code="bad-chain")
     return snapshot.author, snapshot.manifest.tokens
 
 
 class ChainStore(Chains[pb.ChainLink]):
-    """This peer's own chain, and those that others have shown, as signed messages."""
+    """Chain of this peer, and those that others have shown, as signed messages."""
 
     def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
         """Append `roster`, which led to the present weights: merged here from `manifests`, or taken from
@@ -93,6 +93,8 @@ class ChainStore(Chains[pb.ChainLink]):
         back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
         digests = [links[-i].roster.digest for i in back]
         if links:
+            # The oldest roster kept, and its base: the farthest point at which another chain can still be joined to
+            # ours.
             digests += [links[0].roster.digest, links[0].roster.base]
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
@@ -123,7 +125,7 @@ class ChainStore(Chains[pb.ChainLink]):
         try:
             message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
         except (DecodeError, ValueError, TypeError) as error:
-            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}") from error
+            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}", code="bad-chain") from error
         if message.links:
             self.keep(chain_untrusted(message, self.chain, settings))
 
@@ -134,7 +136,7 @@ class NextRosters:
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
         self._known: dict[str, tuple[SignedRoster[pb.Signed], Sequence[pb.Signed]]] = {}
-        """By digest, with the manifests that were merged."""
+        """Rosters by digest, with the manifests that were merged."""
 
     def merged(self, one: SignedRoster[pb.Signed], manifests: Sequence[pb.Signed]) -> None:
         """Add a roster whose mean was made here from `manifests`."""

@@ -48,4 +48,4 @@ class Downloads:
 async def check_finite(part: memoryview) -> None:
     """Raise BadBytesError if any of these fp32 numbers is not finite."""
     if not await asyncio.to_thread(all_finite, part):
-        raise BadBytesError("numbers that are not finite")
+        raise BadBytesError("numbers that are not finite", code="not-finite")

@@ -37,7 +37,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
 
-_ASK_AGAIN_S = 0.1
+_ASK_AGAIN_S = 0.1  # between two questions for a share
 _T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
@@ -157,13 +157,13 @@ class Merger:
         weights = [entry.tokens for entry in roster.entries]
         mean, left_out = await asyncio.to_thread(self._average, parts, weights)
         for index in left_out:
-            error = BadBytesError("a pseudo-gradient that is not finite")
+            error = BadBytesError("a pseudo-gradient that is not finite", code="not-finite")
             self.downloads.refused(roster.entries[index].peer, error)
         return mean
 
 
 class _MergeInShares:
-    """One merge in which each peer on the roster averages a share."""
+    """Merge in which each peer on the roster averages a share."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class _MergeInShares:
                     snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
                     manifest = snapshot.manifest
                     if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
-                        raise BadBytesError("a share of another peer, round or index")
+                        raise BadBytesError("a share of another peer, round or index", code="not-asked-for")
                     held = empty_held(snapshot)
                     await downloads.pull(held, range(snapshot.num_chunks), [owner])
                     # A share is used as it is, and its owner can write anything into it.

@@ -17,8 +17,8 @@ __all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "ro
 
 _MAX_ENTRIES = 4096
 _MAX_COUNTER = 2**60
-_MAX_CHECKED = 256
-_MAX_CHECKED_ENTRIES = 65_536
+_MAX_CHECKED = 256  # rosters remembered as verified
+_MAX_CHECKED_ENTRIES = 65_536  # in all of them together
 
 
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
@@ -43,11 +43,12 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
     """
     signer, message = open_signed_untrusted(signed, "roster", run_sha256, pb.Roster)
     if not 1 <= len(message.entries) <= _MAX_ENTRIES or message.attempt > _MAX_ENTRIES:
-        raise BadBytesError("a roster of a size or attempt out of range")
+        raise BadBytesError("a roster of a size or attempt out of range", code="bad-size")
     if len(message.base) != (32 if message.round else 0) or message.round >= 2**40:
-        raise BadBytesError("a roster with a malformed base or round")
+        raise BadBytesError("a roster with a malformed base or round", code="bad-format")
+    # Only the signer's word, bounded here; the chain of rosters is what counts (decision 50).
     if message.base_tokens > message.round * max_tokens * _MAX_ENTRIES or message.base_tokens >= _MAX_COUNTER:
-        raise BadBytesError("a roster that counts more tokens than its rounds can have had")
+        raise BadBytesError("a roster that counts more tokens than its rounds can have had", code="bad-tokens")
     base = message.base.hex()
     entries = tuple(
         RoundPublication(
@@ -60,10 +61,11 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
         for entry in message.entries
     )
     peers = [entry.peer for entry in entries]
+    # The mean is summed in the roster's order, so one order gives everyone the same bits.
     if peers != sorted(set(peers)) or any(len(entry.snapshot) != 64 for entry in entries):
-        raise BadBytesError("a roster that is not sorted by peer, or with a malformed hash")
+        raise BadBytesError("a roster that is not sorted by peer, or with a malformed hash", code="bad-format")
     if any(not 0 < entry.tokens <= max_tokens for entry in entries):
-        raise BadBytesError("a roster that counts more tokens than a round has")
+        raise BadBytesError("a roster that counts more tokens than a round has", code="bad-tokens")
     return Roster(
         round=message.round,
         signer=signer,
@@ -85,7 +87,7 @@ class CheckedRosters:
     def __init__(self, run_sha256: str, max_tokens: int) -> None:
         self._run_sha256, self._max_tokens = run_sha256, max_tokens
         self._checked: dict[str, Roster] = {}
-        """By hash of the signed payload, author and signature."""
+        """Rosters by hash of the signed payload, author and signature."""
 
     def read_untrusted(self, signed: pb.Signed) -> SignedRoster[pb.Signed]:
         """Return the same as `roster_untrusted`, with its name. Raises BadBytesError."""
@@ -116,6 +118,8 @@ def check_publication(snapshot: Snapshot, peer: str, round: int, max_tokens: int
     """Raise BadBytesError unless this is a pseudo-gradient of `peer` for `round` with 1 to `max_tokens` tokens."""
     manifest = snapshot.manifest
     if snapshot.author != peer or manifest.round != round or len(manifest.roster_sha256) != (32 if round else 0):
-        raise BadBytesError("a publication of another peer or round")
+        raise BadBytesError("a publication of another peer or round", code="not-asked-for")
     if not 0 < manifest.tokens <= max_tokens:
-        raise BadBytesError(f"a publication that claims {manifest.tokens} tokens, not between 1 and {max_tokens}")
+        raise BadBytesError(
+            f"a publication that claims {manifest.tokens} tokens, not between 1 and {max_tokens}", code="bad-tokens"
+        )

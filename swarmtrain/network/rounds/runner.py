@@ -56,7 +56,7 @@ _InEnded: TypeAlias = (
 
 @dataclass
 class RoundRunner:
-    """This peer's side of all rounds: answers other peers and finishes its own rounds."""
+    """Plays this peer's part in all rounds: answers other peers and finishes its own rounds."""
 
     identity: Identity
     downloads: Downloads
@@ -154,6 +154,7 @@ class RoundRunner:
 
     def _woke(self, planned_s: float) -> None:
         try:
+            # The timer fired late: this process was suspended, so the others were not silent (decision 35).
             if swarm_time() - planned_s > self.gap_s:
                 self.stood_still()
             self._tell(ev.RoundTimerFired())

@@ -26,7 +26,7 @@ _MAX_OFFERED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class NewState:
-    """A state pulled from another peer (outer parameters, then momentum, fp32), and the roster that led to it."""
+    """State pulled from another peer (outer parameters, then momentum, fp32), and the roster that led to it."""
 
     held: HeldSnapshot
     roster: Roster
@@ -37,7 +37,7 @@ class NewState:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedState:
-    """How a peer begins that joins or comes back."""
+    """State and reason with which a peer begins that joins or comes back."""
 
     begins: ev.JoinsWith
     state: NewState | None
@@ -59,7 +59,7 @@ class StateSource(Protocol):
 
 
 class PeerStates:
-    """A `StateSource` over the network."""
+    """Implementation of `StateSource` over the network."""
 
     def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
         self._downloads, self._settings, self._rosters = downloads, settings, rosters
@@ -73,9 +73,11 @@ class PeerStates:
         snapshot = manifest_untrusted(reply.manifest, settings.run_sha256, pb.SNAPSHOT_KIND_STATE, settings.state_specs)
         manifest = snapshot.manifest
         if manifest.round < min_round or manifest.round != roster.round + 1:
-            raise BadBytesError("a state of another round than asked for, or than its roster leads to")
+            raise BadBytesError(
+                "a state of another round than asked for, or than its roster leads to", code="not-asked-for"
+            )
         if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
-            raise BadBytesError("a state that does not fit its roster")
+            raise BadBytesError("a state that does not fit its roster", code="bad-chain")
         check_token_rows_untrusted(manifest)
         return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
 

@@ -21,7 +21,7 @@ ATTEMPTS = 3
 
 
 class SnapshotCalls(Protocol):
-    """The part of `PeerCalls` that a download needs."""
+    """Part of `PeerCalls` that a download needs."""
 
     @property
     def pull_slots(self) -> AbstractAsyncContextManager[Any]:

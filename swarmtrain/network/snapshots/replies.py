@@ -29,7 +29,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["ChunkReply", "Replies", "Reply", "answer", "put_untrusted"]
 
-_HEAD_BYTES = 9
+_HEAD_BYTES = 9  # marker and length
 _MESSAGE, _ERROR = 0, 1
 _END_OF_REQUESTS = bytes([_ERROR]) + bytes(8)
 _SOCKET_BYTES = 200_000
@@ -55,7 +55,7 @@ _Request = TypeVar("_Request", bound=Message)
 
 @dataclass(frozen=True)
 class ChunkReply:
-    """A `PullReply` whose chunk is sent from where it lies in memory."""
+    """`PullReply` whose chunk is sent from where it lies in memory."""
 
     chunk: int
     views: tuple[memoryview, ...]
@@ -64,7 +64,7 @@ class ChunkReply:
 
     @property
     def data(self) -> bytes:
-        """A copy of the chunk."""
+        """Copy of the chunk."""
         return b"".join(self.views)
 
 
@@ -158,7 +158,7 @@ def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
         raise BrokenOffError("the stream ended early")
     data = message.data  # a copy, each time
     if message.chunk != chunk or len(data) != len(room):
-        raise BadBytesError("chunks out of order, or of a wrong size")
+        raise BadBytesError("chunks out of order, or of a wrong size", code="bad-size")
     room[:] = data
 
 

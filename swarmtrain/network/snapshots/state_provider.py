@@ -21,7 +21,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "StateProvider", "state_specs"]
 
-_LOOK_S = 2.0
+_LOOK_S = 2.0  # between two looks whether a state built on demand is still being read
 
 FillManifest = Callable[[pb.Manifest], None]
 """Adds to a manifest the fields that only some merge methods have."""
@@ -36,7 +36,7 @@ def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 @dataclass
 class StateProvider:
-    """The newest state of this peer, built into a snapshot on demand."""
+    """Newest state of this peer, built into a snapshot on demand."""
 
     identity: Identity
     run_sha256: str

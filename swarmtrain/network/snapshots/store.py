@@ -85,7 +85,7 @@ _MAX_FILES = 8
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
-_MAX_AXES = 16
+_MAX_AXES = 16  # of a tensor in a manifest
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A manifest, its signed form, and its name: the SHA-256 of the manifest's bytes, hex."""
+    """Signed manifest with its name: the SHA-256 of the manifest's bytes, hex."""
 
     manifest: pb.Manifest
     signed: pb.Signed
@@ -157,7 +157,7 @@ class Snapshot:
 
 @dataclass
 class HeldSnapshot:
-    """A snapshot of which this peer holds some or all chunks."""
+    """Snapshot of which this peer holds some or all chunks."""
 
     snapshot: Snapshot
     body: Body
@@ -212,16 +212,18 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
     """
     author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
     if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
-        raise BadBytesError("a manifest of another run, author or kind")
+        raise BadBytesError("a manifest of another run, author or kind", code="not-asked-for")
     is_like = len(manifest.tensors) in map(len, tables) and all(len(t.shape) <= _MAX_AXES for t in manifest.tensors)
     table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors) if is_like else ()
     is_known = is_like and any(table == tuple(one) for one in tables)
     if not is_known or manifest.total_bytes != (total_bytes := sum(spec.size_bytes for spec in table)):
-        raise BadBytesError("a manifest whose tensors have another shape, type or number than this model's")
+        raise BadBytesError(
+            "a manifest whose tensors have another shape, type or number than this model's", code="bad-shape"
+        )
     if manifest.chunk_bytes != CHUNK_BYTES or len(manifest.chunk_sha256) != 32 * math.ceil(total_bytes / CHUNK_BYTES):
-        raise BadBytesError("a manifest with another chunk size or number of chunks")
+        raise BadBytesError("a manifest with another chunk size or number of chunks", code="bad-size")
     if manifest.round >= 2**40 or manifest.tokens >= 2**60 or manifest.run_tokens >= 2**60:
-        raise BadBytesError("a manifest with a counter out of range")
+        raise BadBytesError("a manifest with a counter out of range", code="bad-number")
     return Snapshot(manifest, signed, payload_sha256(signed), author)
 
 
@@ -560,7 +562,7 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
         if first.status == pb.PullReply.STATUS_BUSY:
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
-            raise UnreachableError("it does not hold this snapshot")
+            raise UnreachableError("it does not hold this snapshot", code="not-held")
         pace.waited(limits.clock() - asked_s)
         check = _Check(held)
         try:
@@ -570,7 +572,7 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
         finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
-            raise BadBytesError("a stream without an end")
+            raise BadBytesError("a stream without an end", code="bad-size")
     finally:
         await stream.aclose()
 
@@ -628,7 +630,9 @@ class _Check:
         held = self._held
         for chunk in chunks:
             if not held.snapshot.chunk_is(chunk, held.room(chunk)):
-                raise BadBytesError(f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}")
+                raise BadBytesError(
+                    f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}", code="bad-hash"
+                )
             held.have.add(chunk)
 
 
@@ -643,9 +647,9 @@ async def pull_manifest(source: str, sha256: str, open_pull: PullOpener, limits:
     finally:
         await stream.aclose()
     if first.status != pb.PullReply.STATUS_OK:
-        raise UnreachableError("it does not hold this snapshot")
+        raise UnreachableError("it does not hold this snapshot", code="not-held")
     if payload_sha256(first.manifest) != sha256:
-        raise BadBytesError("a manifest that does not match its hash")
+        raise BadBytesError("a manifest that does not match its hash", code="bad-hash")
     return first.manifest
 
 

@@ -75,6 +75,7 @@ class Archive:
                 self.rows.restore(kept.extra.get(_ROWS, []))
             except (ValueError, TypeError) as error:
                 _log.info("ignored the data coverage in the archive: %s", error)
+        # Counts and weights are archived apart: counts never fall, even where the work itself was lost (decision 49).
         self.keeper.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
@@ -93,6 +94,8 @@ class Archive:
         if adds_to_archive(counts, authors, self.holds, slack_tokens):
             return True
         _log.info("the volunteers' state lacks more of the archive's tokens than it adds")
+        # Refused for a minute, then accepted: whoever trains on is the run. Averaging both was rejected, since an old
+        # folder would pull the model back (decision 49).
         return not self.watch.refuse(swarm_time())
 
     def kept_of(self, present: ConsensusState) -> Checkpoint:

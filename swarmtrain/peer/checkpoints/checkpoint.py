@@ -87,7 +87,7 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint, moments_read: Callabl
             "steps_per_s": own.steps_per_s,
         }
         found.append(_bytes_of("steps", [own.moments.steps]))
-        found.insert(0, _moments_of(own.moments, moments_read))  # first: lent ones are waited for
+        found.insert(0, _moments_of(own.moments, moments_read))  # first: the trainer waits for lent ones
     return folder.write(progress.round, found, manifest)
 
 
@@ -133,7 +133,7 @@ def load_newest(
         warn(f"the checkpoints in {folder.path} cannot be read: {error.strerror}; look after the disk")
         return None
     for entry in entries:
-        if isinstance(entry, Unused) and entry.foreign:  # the folder was used for it: nothing is wrong
+        if isinstance(entry, Unused) and entry.foreign:  # the folder also served another run or peer: no fault
             _log.info("the checkpoint %s is not used: %s", folder.path / entry.name, entry.reason)
     ours = [entry for entry in entries if isinstance(entry, StoredCheckpoint) or not entry.foreign]
     for number, entry in enumerate(ours, start=1):

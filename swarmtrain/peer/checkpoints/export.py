@@ -54,7 +54,7 @@ def export_from_folder(folder: Path, target: Path) -> int:
     RunTimeError if it cannot be written.
     """
     if target.exists():
-        raise UserError(f"{target} exists; give a new folder with --to")
+        raise UserError(f"{target} exists; give a new folder with --to", code="folder-not-empty")
     with _writing(target):
         for name in ("model", "archive"):
             source = folder / name
@@ -76,7 +76,7 @@ def _in_words(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunTimeError(f"{what}: {error.strerror or error}; {advice}") from None
+        raise RunTimeError(f"{what}: {error.strerror or error}; {advice}", code="model-not-saved") from None
 
 
 def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
@@ -84,7 +84,8 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     if published is not None and published.run.pipeline.stages > 1:
         raise UserError(
             f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the "
-            "swarm by its invite"
+            "swarm by its invite",
+            code="stages-only",
         )
     if published is not None:
         run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
@@ -95,7 +96,8 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
     raise UserError(
-        f"{folder.path}: no model here yet: a peer keeps a checkpoint from the first merged round on; try again then"
+        f"{folder.path}: no model here yet: a peer keeps a checkpoint from the first merged round on; try again then",
+        code="no-model",
     )
 
 
@@ -105,7 +107,7 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_cl
     Raises RunTimeError if nobody answers, nobody has trained yet, or the model cannot be written.
     """
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; give a new folder with --to")
+        raise UserError(f"{target} is not empty; give a new folder with --to", code="folder-not-empty")
     with (
         _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
@@ -135,6 +137,7 @@ def _pulled(
         counters: list[Progress] = []
         for part, module in _parts(published):
             specs = tensor_specs(module.named_parameters())
+            # Never announced: nobody should count on an onlooker.
             me = PeerInfo(peer=node.identity.peer_id)
             swarm = Swarm(node, part, specs, average_bytes_untrusted, lambda event: None, me)
             wait_for(network.submit(swarm.start(invite.peers)), stop)
@@ -143,16 +146,19 @@ def _pulled(
             if present is None:
                 raise RunTimeError(
                     "nobody has a model to give yet: the first round is not over, or all have left; try "
-                    "again in a minute, or export from a peer's folder with --dir"
+                    "again in a minute, or export from a peer's folder with --dir",
+                    code="no-model",
                 )
 
             weights |= named_weights(present.state.theta, specs)
             counters.append(present.progress)
         return published, weights, counters[0]
     except NewerRunError as error:
-        raise VersionError(str(error)) from None
+        raise VersionError(*error.problems) from None
     except PeerError as error:
-        raise RunTimeError(f"the swarm did not deliver its model: {error}; try again in a minute") from None
+        raise RunTimeError(
+            f"the swarm did not deliver its model: {error}; try again in a minute", code="model-not-delivered"
+        ) from None
     finally:
         leave_swarm(network, swarm, node)
 

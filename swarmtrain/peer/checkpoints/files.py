@@ -235,7 +235,7 @@ class CheckpointFolder:
         self._whole.append(stem)
         try:
             self._remove_old(stem)
-        except OSError as error:  # the new one is on the disk all the same
+        except OSError as error:  # the new checkpoint is on the disk all the same
             _log.warning("old checkpoints in %s could not be removed: %s", self.path, error.strerror)
         return Written(
             path=self.path / f"{stem}.json",

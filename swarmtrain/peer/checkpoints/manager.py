@@ -1,6 +1,6 @@
 """Keep what a peer needs in its folder while it runs, so that it can continue after a restart.
 
-Checkpoints hold the state and everyone's token counts; `peers.json` beside them says whom to dial when nobody of the
+Checkpoints hold the state and everyone's token counts. `peers.json` beside them lists peers to dial when none of the
 invite answers any more. A bootstrap writes checkpoints rarely, so it also keeps the counts in `counts.json`.
 """
 
@@ -49,7 +49,7 @@ def checkpointer_of(
     """
     path = folder.checkpoints_path
     if stage is not None:
-        with contextlib.suppress(OSError):  # if so, the first checkpoint says it
+        with contextlib.suppress(OSError):  # the first checkpoint reports it
             path.mkdir(0o700, exist_ok=True)
         path = stage_path(folder, stage)
     return Checkpointer(CheckpointFolder(path, published.sha256, peer), emit)
@@ -96,7 +96,12 @@ class CheckpointManager:
         try:
             self.swarm.tallying.restore(rows, None if until_s is None else float(until_s))
         except (ValueError, TypeError) as error:
-            self.emit(WarningEvent(message=f"the counts in the checkpoint are not used ({error}); they are read anew"))
+            self.emit(
+                WarningEvent(
+                    message=f"the counts in the checkpoint are not used ({error}); they are read anew",
+                    code="checkpoint-partly-used",
+                )
+            )
 
     async def offer(self, kept: Checkpoint) -> None:
         """Offer a checkpoint's state to other peers. Runs in the network thread."""
@@ -147,11 +152,13 @@ class CheckpointManager:
         done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
         if not done:
             raise RunTimeError(
-                f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room"
+                f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room",
+                code="checkpoint-not-written",
             )
         if last is None:
             raise RunTimeError(
-                "there is no checkpoint yet: the first is written when the first round is merged; try again then"
+                "there is no checkpoint yet: the first is written when the first round is merged; try again then",
+                code="no-checkpoint",
             )
         return control_pb.CheckpointReply(round=last.round, path=str(last.path))
 

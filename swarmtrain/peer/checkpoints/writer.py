@@ -71,7 +71,12 @@ class Checkpointer:
 
     def load(self, run: RunFile, num_parameters: int) -> Checkpoint | None:
         """Return the newest checkpoint that is whole, or None; emit a warning for each that cannot be used."""
-        found = load_newest(self.folder, run, num_parameters, lambda message: self.emit(WarningEvent(message=message)))
+        found = load_newest(
+            self.folder,
+            run,
+            num_parameters,
+            lambda message: self.emit(WarningEvent(message=message, code="checkpoint-unusable")),
+        )
         if found is None:
             return None
         kept, self.last = found
@@ -171,7 +176,7 @@ class Checkpointer:
                 continue
             assert checkpoint is not None
             is_written = self._write(checkpoint, beside)
-            if checkpoint.state.size > MOST_COPIED:  # beside the trainer, once a round
+            if checkpoint.state.size > MOST_COPIED:  # done here, beside the trainer, once a round
                 trim_heap()
             with self._change:
                 self._recycle(checkpoint)
@@ -183,13 +188,13 @@ class Checkpointer:
                     if self._waiting is not None or self._num_to_prepare:
                         self._start()
                     return
-            checkpoint = None  # or it would be held until the next one
+            checkpoint = None  # else it would be kept in memory until the next one
 
     def _prepare(self, num_parameters: int) -> None:
         _be_nice()
         rooms = []
         try:
-            # numpy fills in this thread alone; torch would start a team of threads for it.
+            # numpy fills the memory in this thread alone; torch would start a team of threads for it.
             rooms.append(torch.from_numpy(np.full((2, num_parameters), np.float32(0))))
         except MemoryError:
             _log.warning("not enough memory to copy the optimizer moments of %d parameters in advance", num_parameters)
@@ -212,7 +217,11 @@ class Checkpointer:
         else:
             if self._failing:
                 self._failing, self._warned_s = False, None
-                self.emit(WarningEvent(message=f"checkpoints are written to {self.folder.path} again"))
+                self.emit(
+                    WarningEvent(
+                        message=f"checkpoints are written to {self.folder.path} again", code="checkpoints-again"
+                    )
+                )
             if beside is not None:
                 _write_beside(beside)
             return True
@@ -232,7 +241,7 @@ class Checkpointer:
         now = self.now()
         if self._warned_s is None or now >= self._warned_s + _REPEAT_S:
             self._warned_s = now
-            self.emit(WarningEvent(message=message))
+            self.emit(WarningEvent(message=message, code="checkpoint-not-written"))
 
 
 def _write_beside(write: Callable[[], None]) -> None:

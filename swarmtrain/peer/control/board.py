@@ -306,6 +306,7 @@ class StatusBoard:
         afterwards.
         """
         with self._lock:
+            # A training peer stays in its state: as STARTING it would have no pulse, and count as unhealthy for good.
             if self._base.state != pb.PEER_STATE_TRAINING:
                 self._do(pb.PEER_STATE_STARTING, sentence)
             else:
@@ -364,7 +365,7 @@ class StatusBoard:
         name = _cut(self._names.get(peer, ""))
         if not _PLAIN_NAME.fullmatch(name):
             return short_peer(peer)
-        others = tuple(self._names.items())  # other threads add to them
+        others = tuple(self._names.items())  # other threads add to it
         is_anothers = any(_cut(other) == name for known, other in others if known != peer)
         return f"{name} ({short_peer(peer)})" if is_anothers else name
 
@@ -372,8 +373,8 @@ class StatusBoard:
         """Remember what `peer` calls itself, also after it has gone."""
         if name and self._names.get(peer) != name:
             self._names[peer] = name
-            while len(self._names) > _MAX_NAMES:  # identities cost nothing
-                with suppress(RuntimeError):  # every thread that looks learns names, the screen's too
+            while len(self._names) > _MAX_NAMES:  # anybody can make new identities for nothing
+                with suppress(RuntimeError):  # every thread that looks learns names
                     self._names.pop(next(iter(self._names)), None)
 
     def named(self, event: Event) -> Event:
@@ -499,10 +500,11 @@ class StatusBoard:
         if left <= 0:
             self._base.end_time = status.end_time = self._base.end_time or self._wall()
         elif not any(peer.present and not peer.bootstrap for peer in status.peers) and status.peers:
-            self._run_growth = Growth()  # nobody trains: who comes next begins to measure anew
+            # Nobody trains: the speed is measured anew once somebody does.
+            self._run_growth = Growth()
         elif per_s := growth.per_s(now):
             end_s = max(growth.changed_s + left / per_s, now)
-            status.end_time = round(self._wall() - now + end_s)  # a figure that does not change with every breath
+            status.end_time = round(self._wall() - now + end_s)  # whole seconds, so that the figure is stable
 
     def _fill_swarm_loss(self, status: pb.PeerStatus) -> None:
         """Fill in the median of the losses that volunteers report; a bootstrap, which has none of its own, plots

@@ -28,7 +28,7 @@ class Vitals:
 def health(vitals: Vitals, now: float) -> tuple[bool, str]:
     """Return whether this peer does what it is there for, and why."""
     if vitals.state == pb.PEER_STATE_FINISHING:
-        return True, "it serves on for the others"  # a minute at most, and it may be measuring meanwhile
+        return True, "it serves on for the others"  # for a minute at most, perhaps measuring meanwhile
     if vitals.state not in _AT_WORK:
         name = pb.PeerState.Name(vitals.state) if vitals.state in pb.PeerState.values() else str(vitals.state)
         return False, f"it is {name.removeprefix('PEER_STATE_').lower()}"

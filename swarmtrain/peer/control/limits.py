@@ -115,7 +115,7 @@ class LimitKeeper:
             given: dict[str, Any] = {name: getattr(wanted, name) for name in _FIELDS if wanted.HasField(name)}
             if "hours" in given:
                 given["hours"] = parse_hours(given["hours"])
-            with self._lock:  # what may be refused comes first: then nothing has changed
+            with self._lock:  # whatever may be refused comes first, so that a refusal changes nothing
                 changed = self._limits.with_changes(**given)
                 if self._traffic is not None:
                     _check_link(changed, self._network)
@@ -125,7 +125,7 @@ class LimitKeeper:
                     limit_link(self._traffic, changed, self._network)
                 self._limits = changed
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error), code="bad-limit") from None
         self.tick()
         return self._in_words(given)
 
@@ -193,7 +193,8 @@ class LimitKeeper:
         except PermissionError:
             raise UserError(
                 f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
-                f"with --nice {nice}"
+                f"with --nice {nice}",
+                code="nice-not-lowered",
             ) from None
         self._nice = nice
 
@@ -207,8 +208,12 @@ class LimitKeeper:
             rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
             self._apply("memory", rest)
         if warning:
-            expected = self._expected()  # asks for the limits in turn
-            self._emit(WarningEvent(message=warning + (f"; {_needs_in_words(expected)}" if expected else "")))
+            expected = self._expected()  # reads the limits too: not under the lock
+            self._emit(
+                WarningEvent(
+                    message=warning + (f"; {_needs_in_words(expected)}" if expected else ""), code="too-little-memory"
+                )
+            )
 
     def _idle_rest(self, now_s: float, limits: Limits) -> str:
         if not limits.only_when_idle:
@@ -260,7 +265,8 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
                 keeper.tick()
             except (psutil.Error, OSError) as error:
                 _log.warning("this machine could not be measured: %s", error)
-            except Exception:  # a task's boundary: it looks at the peer's status too, and limits are kept on
+            except Exception:
+                # The boundary of this thread: a look at the peer's status may fail, and limits must still be kept.
                 _log.exception("checking the limits failed")
 
     thread = threading.Thread(target=look, name="limits", daemon=True)
@@ -280,13 +286,16 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     """Raise UserError if this run cannot keep to the limit even with a single partner."""
     if not limit_bytes:
         return
+    # With more partners it may have to pause later; what does not fit with a single one could never train, so it is
+    # refused before anything is built (decision 13).
     cost = estimate(run, num_parameters, num_peers=2)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
             f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')} "
             f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
-            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model"
+            f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model",
+            code="too-little-memory",
         )
 
 
@@ -308,5 +317,6 @@ def _check_link(limits: Limits, network: NetworkSection) -> None:
             raise UserError(
                 f"{name}: {mbit:g} Mbit/s is too little for this run, in which transfers slower than "
                 f"{size_in_words(network.least_bytes_per_s)}/s are given up; allowed: 0 (no limit), or at least "
-                f"{network.least_mbit:g}"
+                f"{network.least_mbit:g}",
+                code="too-little-bandwidth",
             )

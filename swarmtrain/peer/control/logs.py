@@ -38,7 +38,7 @@ __all__ = [
 
 LOG_NAME = "peer.log"
 LOG_MAX_BYTES = 5_000_000
-LOGS_KEPT = 3  # older ones, beside the one that is written
+LOGS_KEPT = 3  # older files, besides the current one
 
 _TORCH_HAS_NO_MEMORY = "can't allocate memory"
 _OURS = "swarmtrain"
@@ -158,7 +158,7 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
     `descriptors` are redirected into the file too. A bug becomes a `RunTimeError` that names the file.
     """
     if logging.getLogger(_OURS).level == logging.NOTSET:
-        _set_levels(everything=False)  # a program of somebody's own, with its own logging
+        _set_levels(everything=False)  # another program that uses swarmtrain with logging of its own
     handler = _LogFile(folder / LOG_NAME, descriptors)
     logging.root.addHandler(handler)
     hook, threading.excepthook = threading.excepthook, _thread_ended
@@ -171,7 +171,7 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
         raise
     except Exception as error:
         _events.critical("a bug", exc_info=error)
-        raise RunTimeError(bug_in_words(error, folder / LOG_NAME)) from error
+        raise RunTimeError(bug_in_words(error, folder / LOG_NAME), code="bug") from error
     finally:
         threading.excepthook = hook
         logging.root.removeHandler(handler)

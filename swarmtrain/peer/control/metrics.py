@@ -1,8 +1,9 @@
 """Prometheus metrics of one peer, served over HTTP where `--metrics` says.
 
-A scrape reads the status that `swarmtrain status` shows (`peer/control/board.py`); what only grows and is not in it is counted
-from the peer's events. So the training pays nothing for it, and between scrapes nothing happens. Durations are in
-seconds, sizes in bytes; what is not known yet is left out. No name of another peer is a label: those are unbounded.
+A scrape reads the status that `swarmtrain status` shows (`peer/control/board.py`). Counts that are not in it come from
+the peer's events. So the training pays nothing for metrics, and nothing happens between scrapes. Durations are in
+seconds, sizes in bytes; what is unknown is left out. No label names another peer: there may be any number of them, and
+they choose their names (decision 17).
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ def _expected(name: str) -> _Read:
     return lambda look: None if look.expected is None else float(getattr(look.expected, name))
 
 
+# Counters are made at each scrape, not as `prometheus_client.Counter`: that adds a `_created` series to each, which
+# only a switch for the whole process turns off (decision 17).
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 
 METRICS: tuple[_Metric, ...] = (
@@ -257,7 +260,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class _HttpServer(socketserver.ThreadingMixIn, WSGIServer):
-    """HTTP server with a thread for each call, for a few calls at once; further callers are hung up on."""
+    """HTTP server with a thread for each call, for a few calls at once; further callers are disconnected."""
 
     daemon_threads = True
     block_on_close = False
@@ -315,7 +318,8 @@ class MetricsServer:
             server = self._server = _HttpServer(family, address)
         except OSError as error:
             raise UserError(
-                f"cannot serve metrics at {self._address}: {error.strerror or error}; choose another with --metrics"
+                f"cannot serve metrics at {self._address}: {error.strerror or error}; choose another with --metrics",
+                code="metrics-address",
             ) from None
         server.set_app(self._answer)
         self._thread = threading.Thread(target=server.serve_forever, args=(_STOP_POLL_S,), name="metrics", daemon=True)
@@ -333,7 +337,7 @@ class MetricsServer:
         try:
             answer: Iterable[bytes] = self._app(environ, start_response)
             return answer
-        except Exception:  # a task boundary: whatever a look at the peer meets, the next scrape has its chance
+        except Exception:  # the boundary of a call: the next scrape may succeed
             _log.exception("metrics could not be collected")
             start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
             return [b"metrics could not be collected; the peer's log says why\n"]

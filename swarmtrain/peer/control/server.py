@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # else it writes of each fork to standard error
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # else gRPC writes to standard error at each fork
 import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToJson, Parse, ParseError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import CODE_KEY, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -54,7 +54,7 @@ soon after it began to train leaves more than that it was starting.
 """
 _SAVE_ANYWAY_S = 15.0
 _START_S = 10.0
-_GRACE_S = 2.0  # for the last word to watchers, on a busy machine too
+_GRACE_S = 2.0  # for the last status to watchers, on a busy machine too
 _MAX_SOCKET_PATH_BYTES = 100
 _MAX_REQUEST_BYTES = 16_384
 _OPTIONS = (
@@ -63,7 +63,7 @@ _OPTIONS = (
     ("grpc.max_concurrent_streams", 64),
     ("grpc.max_allowed_incoming_connections", 512),
     ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.keepalive_time_ms", 60_000),  # a watcher that is stopped, or behind a dead line, gives its place back
+    ("grpc.keepalive_time_ms", 60_000),  # frees the place of a watcher that is suspended or behind a dead line
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.so_reuseport", 0),
 )
@@ -154,7 +154,7 @@ class ControlServer:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise RunTimeError(
-                f"the control server did not answer within {limit_s:g} s; start this peer again"
+                f"the control server did not answer within {limit_s:g} s; start this peer again", code="no-control"
             ) from None
 
     async def _start(self) -> None:
@@ -183,7 +183,9 @@ class ControlServer:
         try:
             return _listen_privately(server, self._private / "control.sock")
         except (OSError, RuntimeError) as error:
-            raise RunTimeError(f"no control socket can be made: {error}; give another folder with --dir") from None
+            raise RunTimeError(
+                f"no control socket can be made: {error}; give another folder with --dir", code="no-control"
+            ) from None
 
     def _bind_tcp(self, server: Any) -> str:
         host = self._tcp.rpartition(":")[0]
@@ -192,7 +194,9 @@ class ControlServer:
         except RuntimeError:
             port = 0
         if not port:
-            raise UserError(f"cannot listen at {self._tcp}: the port is taken; choose another with --control")
+            raise UserError(
+                f"cannot listen at {self._tcp}: the port is taken; choose another with --control", code="port-taken"
+            )
         return f"{host}:{port}"
 
     async def _stop(self) -> None:
@@ -218,7 +222,7 @@ class ControlServer:
                     self._calls.tell(status)
                 if may_be_saved and self._is_due(status):
                     await self._loop.run_in_executor(self._workers, self._save, status)
-            except Exception:  # a task boundary: whatever a look at the peer meets, the server goes on
+            except Exception:  # the boundary of this task: the server must go on
                 _log.exception("the control server's look at the peer failed")
             await asyncio.sleep(self._tick_s)
 
@@ -241,7 +245,8 @@ class ControlServer:
 def _listen_privately(server: Any, path: Path) -> str:
     """Listen at `path` so that nobody else can open it at any moment."""
     with contextlib.suppress(FileNotFoundError):
-        path.unlink()  # of a peer that was killed: whoever holds the folder's lock is the only one here
+        # Left by a peer that was killed: whoever holds the folder's lock is alone here.
+        path.unlink()
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{path}")
@@ -361,14 +366,15 @@ class _Calls(pb_grpc.ControlServicer):
 
     async def _use(self, context: Any, power: Callable[[], _T] | None, what: str) -> _T:
         """Run a handler on the pool and return its answer; abort the call with a sentence if it fails or is missing."""
+        told: tuple[tuple[str, str], ...] = ()
         if power is None:
-            code, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"
+            status, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"
         else:
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._workers, power)
             except SwarmtrainError as error:
-                code, message = grpc.StatusCode.FAILED_PRECONDITION, str(error)
+                status, message, told = grpc.StatusCode.FAILED_PRECONDITION, str(error), ((CODE_KEY, error.code),)
             except OSError as error:
-                code, message = grpc.StatusCode.INTERNAL, f"this peer could not {what}: {error.strerror or error}"
-        await context.abort(code, message)
+                status, message = grpc.StatusCode.INTERNAL, f"this peer could not {what}: {error.strerror or error}"
+        await context.abort(status, message, told)
         raise AssertionError("abort raises")

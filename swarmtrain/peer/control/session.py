@@ -41,7 +41,7 @@ __all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "control_sess
 
 MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0
-_FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes here
+_FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes on this machine
 _STEPS_OF_PATIENCE = 4
 _COUNTS_LAG_S = 15.0
 """Greatest age of a bootstrap's counts, in seconds: progress records are written and read every few seconds."""
@@ -105,8 +105,7 @@ class ControlSession:
         volunteers.
         """
         self._pause_asked, self._limit = pause_asked, limit
-        # Assigned last: whoever finds the switch also finds `pause_asked`.
-        self._pause = pause  # last: who pauses it now is heard by `pause_asked`
+        self._pause = pause  # last: whoever finds the switch also finds `pause_asked`
 
     def watch(
         self,
@@ -166,7 +165,9 @@ class ControlSession:
 
     def _order_pause(self) -> str:
         if self._pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to pause; name a volunteer")
+            raise UserError(
+                "a bootstrap does not train: there is nothing to pause; name a volunteer", code="not-a-volunteer"
+            )
         is_new = self._pause.hold(ASKED, "you asked for it")
         self._pause_asked(True)
         if not is_new:
@@ -175,7 +176,9 @@ class ControlSession:
 
     def _order_resume(self) -> str:
         if self._pause is None:
-            raise UserError("a bootstrap does not train: there is nothing to resume; name a volunteer")
+            raise UserError(
+                "a bootstrap does not train: there is nothing to resume; name a volunteer", code="not-a-volunteer"
+            )
         was_asked = self._pause.release(ASKED)
         self._pause_asked(False)
         if self._pause.held:
@@ -188,12 +191,18 @@ class ControlSession:
 
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:
-            raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+            raise RunTimeError(
+                "there is nothing to write yet: this peer is still starting, try again in a minute",
+                code="no-checkpoint",
+            )
         return self._checkpoints.flushed()
 
     def _order_limit(self, limits: pb.Limits) -> str:
         if self._limit is None:
-            raise UserError("the limits of this peer cannot be changed while it runs; end it, and start it with others")
+            raise UserError(
+                "the limits of this peer cannot be changed while it runs; end it, and start it with others",
+                code="limits-fixed",
+            )
         return self._limit(limits)
 
 
@@ -217,11 +226,11 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}"))
+            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}", code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
-    except StopTraining:  # an end that was asked for before there was anything to end
+    except StopTraining:  # asked to end before there was anything to end
         board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
         raise
     except SwarmtrainError as error:
@@ -244,7 +253,7 @@ def _show_checkpoint(kept: Written | None, status: pb.PeerStatus) -> None:
 def _metrics(settings: PeerSettings, control: ControlSession) -> AbstractContextManager[object]:
     if not settings.metrics:
         return nullcontext()
-    from swarmtrain.peer.control.metrics import serving_metrics  # with an HTTP server: only for who asks for it
+    from swarmtrain.peer.control.metrics import serving_metrics  # brings an HTTP server: only loaded if asked for
 
     return serving_metrics(settings.metrics, control.board, control.powers().healthy)
 
@@ -343,15 +352,18 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
         me, counts, acknowledged = swarm.presence.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
-        if me.is_bootstrap:  # a volunteer knows the rosters' total, which forks and liars do not move
+        # A volunteer uses the rosters' total instead, which forks and liars do not change.
+        if me.is_bootstrap:
             total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
             growth.take(total, board.now())
-            # what is counted is some seconds old; volunteers know better, and are believed as far as it can have grown
+            # Its counts are some seconds old. Volunteers know better, and are believed as far as the counts can have
+            # grown.
             per_s = growth.per_s(board.now())
             most = total + round(
                 _COUNTS_LAG_S * (_told_per_s(live.values(), tokens_per_step) if per_s is None else per_s)
             )
-            if per_s is None and status.total_tokens:  # one that lies alone does not end the run here
+            # Speeds are only claimed so far: a single liar must not complete the run on this screen.
+            if per_s is None and status.total_tokens:
                 most = max(total, min(most, status.total_tokens - 1))
             newest = min(most, statistics.median_low(told)) if told else 0
             status.run_tokens = max(status.run_tokens, total, newest)

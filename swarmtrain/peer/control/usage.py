@@ -29,7 +29,7 @@ class Usage:
     def others_s(self) -> float:
         """Return the processor seconds that all other programs of the machine have used so far."""
         times = psutil.cpu_times()
-        names = ("user", "nice", "system", "irq", "softirq")  # neither idle, nor taken by another virtual machine
+        names = ("user", "nice", "system", "irq", "softirq")  # not idle, nor stolen by another virtual machine
         busy_s = sum(float(getattr(times, name, 0.0)) for name in names)
         return busy_s - self._own_s()
 

@@ -71,7 +71,7 @@ _START_S = 20.0
 _MAX_OTHERS = 6
 _MAX_HELPERS = 3
 _NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
-_NEED_TORCH = frozenset({"daemon", "peers", "data", "speed"})  # hivemind imports it too
+_NEED_TORCH = frozenset({"daemon", "peers", "data", "speed"})  # daemon and peers too: hivemind imports torch
 _ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -135,7 +135,8 @@ class Doctor:
                     yield finding
             except (SwarmtrainError, TimeoutError) as error:
                 yield Finding(name, "problem", f"not known: {error or 'it took too long'}", "try again in a minute")
-            except Exception as error:  # the boundary of a step: what one trips over leaves the others to be looked at
+            except Exception as error:
+                # The boundary of a step: a failure must not keep the other steps from being examined.
                 _log.error("the check %s failed", name, exc_info=error)
                 what = f"this check failed ({type(error).__name__}: {error})"
                 yield Finding(name, "problem", what, "this is a bug in swarmtrain: please report it")
@@ -169,7 +170,7 @@ class Doctor:
         ]
         if self.settings.invite is None:
             return [*local, ("run", self.look_at_kept_run), *cost]
-        # Last: until then a router that opens ports when asked has had time to.
+        # Last: a router that opens ports on request has had time to do so.
         return [*local, *swarm, *cost, ("reachable", lambda: [self.look_from_outside()] if self.answers else [])]
 
     # ------------------------------------------------------------- the daemon and ports
@@ -178,6 +179,8 @@ class Doctor:
         """Start a node with an identity of its own; it ends with the examination at the latest. Raises RunTimeError."""
         folder = Path(self._temporary.name) / name
         folder.mkdir()
+        # Without libp2p's DHT: with it a second peer connected to a listener by itself within 25 ms, and dialling
+        # back would prove nothing (decision 10).
         settings = NodeSettings(directory=folder, listen=tuple(listen), announce=tuple(announce), dht_mode="off")
         key_path = folder / "identity.key"
         node = self.network.run(Node.start(settings, load_or_create_identity(key_path), key_path), _START_S)
@@ -316,7 +319,7 @@ class Doctor:
             listen = same if check_ports(same).level == "ok" else _ANYWHERE
         try:
             self._listener = self._start("listener", listen, self.settings.announce)
-        except SwarmtrainError as error:  # said of the port already
+        except SwarmtrainError as error:  # reported by the check of ports already
             _log.debug("cannot listen: %s", error)
 
     def look_from_outside(self) -> Finding:
@@ -541,7 +544,7 @@ def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[s
         f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
         f"{counted(run.merge.inner_steps, 'inner step')}"
     )
-    if round_s > run.merge.round_limit_s and not run.merge.kind.asynchronous:  # else its own rounds have fewer steps
+    if round_s > run.merge.round_limit_s and not run.merge.kind.asynchronous:  # else slow peers take fewer steps
         advice = (
             f"a round is closed after {time_in_words(run.merge.round_limit_s)} (merge.round_limit_s): this machine "
             "would be left out; use a quicker one, or ask for a run with fewer inner steps"

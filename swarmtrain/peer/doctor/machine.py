@@ -144,7 +144,7 @@ def check_ports(listen: Sequence[str], used_by: str = "") -> Finding:
             _listen(match[1], match[2], int(match[3]))
         except OSError as error:
             if len(listen) > 1 and match[1] == "ip6" and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                continue  # a machine without IPv6
+                continue  # the machine has no IPv6
             return _cannot_listen(address, error, used_by)
         free.append(address)
     ports = "any free port" if all(address.endswith("/tcp/0") for address in free) else "the port is free"
@@ -153,7 +153,7 @@ def check_ports(listen: Sequence[str], used_by: str = "") -> Finding:
 
 def _listen(family: str, host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if family == "ip6" else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections there are no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections on that port are no obstacle
         if family == "ip6":
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         probe.bind((host, port))

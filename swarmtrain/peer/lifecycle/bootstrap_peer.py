@@ -102,9 +102,13 @@ class BootstrapPeer:
         try:
             save_weights(path, weights, self.published, progress)
         except OSError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error.strerror}; make room"))
+            self.emit(
+                WarningEvent(
+                    message=f"the archive could not be written: {error.strerror}; make room", code="archive-not-written"
+                )
+            )
         except UserError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error}"))
+            self.emit(WarningEvent(message=f"the archive could not be written: {error}", code="archive-not-written"))
         else:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 
@@ -155,7 +159,7 @@ class BootstrapPeer:
         """Count and keep what others have reported by now, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
             self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
-        with contextlib.suppress(OSError):  # the archive says it
+        with contextlib.suppress(OSError):  # the archive's warning says so
             for keeper in keepers:
                 keeper.keep_counts()
 

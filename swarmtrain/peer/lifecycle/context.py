@@ -83,7 +83,7 @@ class VolunteerContext:
                 f"this machine is too busy for --slowdown {factor:g}, this peer is slower than that; give every "
                 "volunteer of the rehearsal a larger factor, or start fewer"
             )
-            self.emit(WarningEvent(message=message))
+            self.emit(WarningEvent(message=message, code="too-busy"))
 
         return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy)
 

@@ -27,15 +27,17 @@ __all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0
-"""Seconds after which a bootstrap that takes nothing is not waited for: it looks every second and writes for some."""
+"""Seconds after which a bootstrap that takes nothing is no longer waited for; it looks every second and writes for some
+seconds.
+"""
 _MOST_S = 100.0
 """Seconds that leaving takes at most. `swarmtrain leave` waits two minutes; a large model may take longer over a slow
 link.
 """
 _SAY_S = 5.0
 _AGAIN_S = 0.5
-_SOON_S = 0.1  # at first: most need not stay, as soon as the bootstrap has heard of others
-_CALL_S = 1.0  # the process waits for it, and the user for the process, also where the daemon hangs
+_SOON_S = 0.1  # at first: most may leave as soon as the bootstrap has heard of other volunteers
+_CALL_S = 1.0  # the user waits for this process, also if the daemon hangs
 _GOODBYE_S = 1.0
 _MOST_ASKED = 32
 _WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
@@ -58,7 +60,8 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
 
     bootstraps = [info.peer for info in swarm.membership.live() if info.is_bootstrap]
     answers = list(await asyncio.gather(*map(ask, bootstraps)))
-    if all(answer is None for answer in answers):  # one that was killed a moment ago is believed to train on
+    # No bootstrap answers. Look who is here: a volunteer killed a moment ago is still believed to train on.
+    if all(answer is None for answer in answers):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CALL_S):
                 await swarm.greeter.greet_some()
@@ -123,7 +126,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
     If no bootstrap answers, wait a minute for one to come back. What is in no archive then stays in `folder`, and a
     warning says so. `swarms` is the run's, or those of the held stages.
     """
-    swarms = [swarm for swarm in swarms if not swarm.rounds.away]  # it has said goodbye before its pause
+    swarms = [swarm for swarm in swarms if not swarm.rounds.away]  # those have said goodbye before a pause
     if not swarms or control.stop.failure is not None:
         return
     stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
@@ -132,7 +135,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
     def say(message: str) -> None:
         if message not in told:
             told.add(message)
-            control.emit(WarningEvent(message=message))
+            control.emit(WarningEvent(message=message, code="last-volunteer"))
 
     control.board.doing(
         control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
@@ -177,7 +180,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
         f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
         f"`swarmtrain join --dir {quoted}` brings them back"
     )
-    control.emit(WarningEvent(message=message))
+    control.emit(WarningEvent(message=message, code="rounds-not-archived"))
 
 
 def hand_over_stages(

@@ -95,15 +95,20 @@ class PeerFolder:
         try:
             run = parse_published_untrusted(data, sha256)
         except NewerRunError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}", code="run-needs-newer") from None
         except BadBytesError as error:
-            raise UserError(f"{path} was altered: {error}; give another folder with --dir") from None
+            raise UserError(
+                f"{path} was altered: {error}; give another folder with --dir", code="folder-altered"
+            ) from None
         kept, published = self.kept_files(), run.published
         assert published is not None, "a published run has the section"
         held_out = kept.get(published.held_out_sha256)
         tokenizer = kept.get(published.tokenizer_sha256) if published.tokenizer_sha256 else b""
         if held_out is None or tokenizer is None:
-            raise UserError(f"{self.path} lacks files of its run, or they were altered; give another folder with --dir")
+            raise UserError(
+                f"{self.path} lacks files of its run, or they were altered; give another folder with --dir",
+                code="folder-altered",
+            )
         return PublishedRun(data, sha256, run, held_out, tokenizer)
 
     def keep_run(self, published: PublishedRun) -> None:
@@ -117,7 +122,10 @@ class PeerFolder:
                 if data and not (path.exists() and path.read_bytes() == data):
                     write_atomically(path, data)
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; give another folder with --dir") from None
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; give another folder with --dir",
+                code="folder-not-writable",
+            ) from None
 
     def kept_port(self) -> int | None:
         """Return the TCP port that this peer listened at last time."""
@@ -185,12 +193,14 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
 
     Raises UserError if it is in use or cannot be written.
     """
-    path = path.absolute()  # the daemon runs elsewhere
+    path = path.absolute()  # the daemon has another working directory
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; give another folder with --dir") from None
+        raise UserError(
+            f"cannot write to {path}: {error.strerror}; give another folder with --dir", code="folder-not-writable"
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,13 +208,14 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             raise UserError(
                 f"{path} is in use by a running peer (process {owner or 'unknown'}): `swarmtrain status --dir "
-                f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir"
+                f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir",
+                code="folder-in-use",
             ) from None
-        with contextlib.suppress(OSError):  # a full disk: the number only informs
+        with contextlib.suppress(OSError):  # a full disk: the number is only informative
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         try:
-            with contextlib.suppress(OSError):  # for people; the lock has it too
+            with contextlib.suppress(OSError):  # for people to read; the lock file has it too
                 write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
             _remove_half_exported(path)
             yield PeerFolder(path)

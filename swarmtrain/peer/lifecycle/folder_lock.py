@@ -29,7 +29,7 @@ def holder(path: Path) -> Holder:
     except OSError:
         return Holder.NOBODY
     try:
-        # Shared: two who look at the same moment do not take each other for a peer.
+        # A shared lock: two commands that look at the same moment must not take each other for a peer.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return Holder.RUNNING

@@ -92,7 +92,7 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     limits: Limits = field(default_factory=Limits)
-    log_descriptors: tuple[int, ...] = ()  # of this process, to follow the log file
+    log_descriptors: tuple[int, ...] = ()  # descriptors of this process that follow the log file
     control: str = ""
     """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""
     metrics: str = ""
@@ -116,7 +116,8 @@ def clock_warning(correction_s: float) -> WarningEvent:
     direction = "behind" if correction_s > 0 else "ahead of"
     return WarningEvent(
         message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
-        "set it right when you can"
+        "set it right when you can",
+        code="clock-skew",
     )
 
 
@@ -127,7 +128,7 @@ def clock_warnings(found: FoundRun) -> list[WarningEvent]:
         direction = "ahead of" if ahead_s > 0 else "behind"
         apart = f"{time_in_words(abs(ahead_s))} {direction}"
         message = f"the clock of {short_peer(peer)} is {apart} the one that this peer goes by; it is not followed"
-        told.append(WarningEvent(message=message))
+        told.append(WarningEvent(message=message, code="clock-outlier"))
     return told
 
 
@@ -182,7 +183,7 @@ class _Identifiable(Protocol):
 def as_peer(emit: Emit, peer: str, name: str) -> Emit:
     """Return `emit` for this peer's events: PeerID and name are filled in.
 
-    If `emit` can be told whose events it gets, it is, so that an error that ends the command names the peer too.
+    An `emit` with a method `identify` gets both too, so that an error that ends the command names the peer.
     """
     sink: object = emit
     if isinstance(sink, _Identifiable):
@@ -197,7 +198,8 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
             network.run(swarm.leave(), _GOODBYE_S)
         elif node is not None:
             network.run(node.stop(), _GOODBYE_S)
-    except Exception as error:  # whatever happens at the end, the network thread ends, and with it the daemon
+    except Exception as error:
+        # The network thread must end in any case, and the daemon with it.
         _log.debug("leaving failed: %s", error)
     network.stop()
 
@@ -274,9 +276,11 @@ def save_final_weights(
     try:
         save_weights(folder.model_path, weights, published, progress)
     except OSError as error:
-        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error.strerror}")
+        return WarningEvent(
+            message=f"the model could not be saved in {folder.path}: {error.strerror}", code="model-not-saved"
+        )
     except UserError as error:
-        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}")
+        return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}", code="model-not-saved")
     return None
 
 
@@ -298,7 +302,9 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
 
 def had_ended(folder: PeerFolder) -> WarningEvent:
     """Return the warning that a kept final model stays as it is."""
-    return WarningEvent(message=f"this run had ended: its model is in {folder.model_path}, and stays as it is")
+    return WarningEvent(
+        message=f"this run had ended: its model is in {folder.model_path}, and stays as it is", code="run-had-ended"
+    )
 
 
 def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
@@ -338,11 +344,17 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
     invite = swarm.invite()
     event = invite_event(invite)
     if swarm.presence.me.is_bootstrap and (words := where_it_serves(invite)) and not is_loopback_only(event.addresses):
-        emit(WarningEvent(message=words))  # before the invite, after which nobody waits for one in the background
+        # Before the invite: a peer that starts in the background is not watched after it.
+        emit(WarningEvent(message=words, code="invite-local-only"))
     try:
         folder.write_invite(event.line)
     except OSError as error:  # others can join all the same
-        emit(WarningEvent(message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room"))
+        emit(
+            WarningEvent(
+                message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room",
+                code="invite-not-written",
+            )
+        )
     emit(event)
 
 

@@ -48,14 +48,16 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(
-                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you"
+                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you",
+                code="path-outside",
             )
     if data_folder is not None:
         return data_folder.absolute()
-    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # that may be one of the hub
+    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # it may be one of the hub
         what = "data set" if section.source == "datasets" else section.source
         raise UserError(
             f"this run trains on your own {what} files, {', '.join(local)}: give their folder with --data "
-            f"FOLDER, so that FOLDER/{local[0]} is there"
+            f"FOLDER, so that FOLDER/{local[0]} is there",
+            code="data-folder-needed",
         )
     return NOWHERE

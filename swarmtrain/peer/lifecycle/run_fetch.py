@@ -53,7 +53,7 @@ class RunFetcher:
         try:
             source = self.find(_FIND_S)
         except (ClockError, VersionError):
-            raise  # somebody answers: alone it would be a run of its own
+            raise  # somebody answers: continuing alone would split the run
         except RunTimeError as error:
             kept = run_to_resume(self.folder, self.invite, self.node.identity.peer_id)
             if kept is None:
@@ -63,7 +63,8 @@ class RunFetcher:
         else:
             published = self._fetch_from(source)
             self.folder.keep_run(published)
-            if not self.folder.kept_peers():  # started again without the invite, it knocks where that led to
+            # Started again without the invite, it dials the peers that the invite named.
+            if not self.folder.kept_peers():
                 with contextlib.suppress(OSError):
                     self.folder.keep_peers(self.through)
         self.emit(
@@ -97,9 +98,11 @@ class RunFetcher:
             try:
                 return wait_for(self.network.submit(fetching), self.stop)
             except NewerRunError as error:
-                raise VersionError(str(error)) from None
+                raise VersionError(*error.problems) from None
             except PeerError as error:
                 if not attempts_left or isinstance(error, BadBytesError):
-                    raise RunTimeError(f"{source} did not deliver the run: {error}; ask for a new invite") from None
+                    raise RunTimeError(
+                        f"{source} did not deliver the run: {error}; ask for a new invite", code="run-not-delivered"
+                    ) from None
             self.stop.sleep(1.0)
         raise AssertionError("the last attempt returns or raises")

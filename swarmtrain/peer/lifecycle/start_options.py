@@ -86,5 +86,5 @@ class StartedFile:
                 return
             try:
                 write_atomically(self._path, json.dumps(dataclasses.asdict(after), indent=1).encode())
-            except OSError as error:  # a full disk: it has to be told again then
+            except OSError as error:  # a full disk: the options must be given again next time
                 _log.warning("%s cannot be written: %s", self._path, error.strerror)

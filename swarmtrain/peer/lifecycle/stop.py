@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import Problem, RunTimeError
 
 __all__ = ["Interrupted", "StopFlag", "StopTraining", "explained_on_signal"]
 
@@ -38,7 +38,7 @@ class StopFlag:
         self._until_s = math.inf
         self._last_work: StopFlag | None = None
         self.reason = "interrupted"
-        self.failure: str | None = None
+        self.failure: Problem | None = None
         self._at_once, self._has_begun = at_once, False
 
     def begin(self) -> None:
@@ -79,9 +79,9 @@ class StopFlag:
             flag.stop()
         return flag
 
-    def fail(self, message: str) -> None:
+    def fail(self, problem: Problem) -> None:
         """Note that the peer cannot continue: `check` raises RunTimeError from then on."""
-        self.failure = message
+        self.failure = problem
         self.insist()
 
     def is_set(self) -> bool:

@@ -25,7 +25,7 @@ class Processes(Protocol):
         """Start a process again in its folder."""
 
     def hang(self, name: str) -> None:
-        """Make a process and its daemon stand still."""
+        """Suspend a process and its daemon."""
 
     def go_on(self, name: str) -> None:
         """Let a process that hangs continue."""

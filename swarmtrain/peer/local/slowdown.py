@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 __all__ = ["Slowdown", "SlowedSteps"]
 
 RECENT_STEPS = 21
-"""Steps whose median is the time alone, so that a page fault or a cold cache does not count."""
+"""Number of last steps whose median is the time alone: a page fault or a cold cache does not change it."""
 MOST_STEPS_BEHIND = 10
 """Steps that a peer may be behind its schedule (a busy machine, a laptop that slept); further delay is given up."""
 TOO_BUSY_STEPS = 40

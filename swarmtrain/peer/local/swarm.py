@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.links.impairments import Outage
@@ -154,7 +154,7 @@ class LocalSwarm:
             try:
                 event = parse_event(line)
             except ValueError:
-                continue  # a broken line of a child that was killed while writing it
+                continue  # cut short, as the child was killed while writing
             self._events.put((child, event))
         self._events.put((child, None))
 
@@ -174,7 +174,7 @@ class LocalSwarm:
                 child.closed = True
                 problem = self._problem(child)
                 if problem is not None:
-                    yield WarningEvent(name=child.name, message=problem)
+                    yield WarningEvent(name=child.name, message=problem, code=problem.code)
                 continue
             if isinstance(event, DoneEvent):
                 child.done = event
@@ -182,7 +182,7 @@ class LocalSwarm:
                 child.error = event
             yield event
 
-    def _problem(self, child: _Child) -> str | None:
+    def _problem(self, child: _Child) -> Problem | None:
         """Return why a child ended, if not as it should.
 
         Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
@@ -192,15 +192,15 @@ class LocalSwarm:
         if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
             return None
         if child.error is not None:
-            problem = f"{child.name}: {child.error.message}"
+            problem = Problem(child.error.message, child.error.code).found_in(child.name)
         else:
-            problem = f"{child.name} ended with status {status}; its log is {child.log}"
+            problem = Problem(f"{child.name} ended with status {status}; its log is {child.log}", "peer-failed")
         alive = [other for other in self.children.values() if other.process.poll() is None and other is not child]
         if not alive or len(self.children) == 1:
             raise RunTimeError(problem)
         return problem
 
-    # what a rehearsal does to it (`rehearsing.Processes`)
+    # calls of a rehearsal's faults (`faults.Processes`)
 
     def end(self, name: str, cleanly: bool) -> None:
         """End a process, by SIGTERM or by SIGKILL."""
@@ -213,7 +213,7 @@ class LocalSwarm:
         """Start a process again in its folder; kill it first if it has not ended yet."""
         child = self.children[name]
         if not child.ended:
-            return  # two mishaps struck it, and the shorter one is over: it lives again
+            return  # two faults struck it, and the shorter one is over: it runs again
         if child.process.poll() is None:
             child.process.kill()
         child.process.wait()
@@ -222,7 +222,7 @@ class LocalSwarm:
     def hang(self, name: str) -> None:
         """Suspend a process and its daemon."""
         for process in self._processes(name):
-            with contextlib.suppress(psutil.Error):  # it may just have ended
+            with contextlib.suppress(psutil.Error):  # it may have ended just now
                 process.suspend()
 
     def go_on(self, name: str) -> None:
@@ -239,7 +239,7 @@ class LocalSwarm:
 
     def tell(self, message: str) -> None:
         """Show a person a message, as a warning event."""
-        self._events.put((next(iter(self.children.values())), WarningEvent(message=message)))
+        self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
         """Return the bootstrap's invite and the events before it."""
@@ -248,7 +248,7 @@ class LocalSwarm:
             seen.append(event)
             if isinstance(event, InviteEvent):
                 return event, seen
-        raise RunTimeError("the bootstrap printed no invite; see bootstrap.log")
+        raise RunTimeError("the bootstrap printed no invite; see bootstrap.log", code="peer-failed")
 
     def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:
         """End the volunteers, then the bootstrap, then the links; `show` gets their events meanwhile."""

@@ -130,7 +130,7 @@ def mean_of_near(thetas: Sequence[Tensor], layout: Layout, out: Tensor | None = 
     """Return (variance-corrected mean (P,), indices of the weights in it). The mean is written into `out`, which may be
     one of the inputs, if given.
 
-    Of three or more weights, those more than 10 times the median distance away from the middle one are left out. The
+    Of three or more weights, those farther from the middle one than 10 times the median distance are left out. The
     middle one has the smallest median distance to the others.
     """
     kept = frozenset(range(len(thetas)))

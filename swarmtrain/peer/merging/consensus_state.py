@@ -73,15 +73,16 @@ async def fetch_consensus_state(
     published = swarm.published.run.published
     server = None if published is None else published.server
     states = [] if server is None else await swarm.states.fetch([server], 1)
-    states = states or await swarm.states.fetch(peers, 1)  # where there is no server, or it is gone: each has its own
+    # No server, or it does not answer: each peer has a state of its own.
+    states = states or await swarm.states.fetch(peers, 1)
     if not states:
         return None
     told = {state.peer: counts_in_untrusted(state.held.snapshot.manifest) for state in states}
     holds = agreed_counts(list(told.values()))
-    for peer, counts in told.items():  # what it has trained itself is in its weights
+    for peer, counts in told.items():  # a peer's weights contain all that it has trained itself
         holds[peer] = counts.get(peer, 0)
     counts = holds
-    if swarm.presence.me.is_bootstrap:  # it has seen how fast they are: nobody's claim ends the run
+    if swarm.presence.me.is_bootstrap:  # it has measured their speeds, so that a false claim cannot end the run
         swarm.tallying.bring(list(told.values()))
         swarm.tallying.hear_all(holds)
         counts = swarm.tallying.contributions()

@@ -61,9 +61,9 @@ class GossipCosts(MergeCosts):
         merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters, others)
         num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
         num += min(merge.num_weights, others)
-        # of each the bytes and the decoded vector; the prepared merge; the bytes of parts that may go on
+        # bytes and decoded vector of each; the prepared merge; bytes of pulls that may be resumed
         pieces = merge.num_fragments
-        whole = 2 * gradient_bytes if pieces > 1 else 0  # weights and momentum as a joiner takes them
+        whole = 2 * gradient_bytes if pieces > 1 else 0  # weights and momentum as a late joiner takes them
         return sent, 2 * sent + (num + 2) * gradient_bytes // pieces + whole
 
     def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
@@ -78,8 +78,8 @@ class DilocoCosts(MergeCosts):
         """See `MergeCosts`."""
         gradient_bytes = 4 * num_parameters
         if others + 1 <= run.merge.share_above:
-            return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each
-        # as an all-reduce: scatter the shares, gather the results
+            return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
+        # like an all-reduce: scatter the shares, gather the results
         return 2 * gradient_bytes * others // (others + 1), 2 * gradient_bytes
 
 
@@ -105,7 +105,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     decoded, prepared = 4.0 * (partners + thetas), 8.0
     if num_parameters >= LARGE_MODEL:  # memory counts for more than time (decision 56): one fragment at a time
         prepared = 2 * fragment
-        if merge.robust in ("none", "clip", "direction"):  # other rules take them one by one at the merge
+        if merge.robust in ("none", "clip", "direction"):  # other rules need each publication decoded at the merge
             decoded = 2 * fragment
     return {
         "the model's weights": 4,
@@ -134,7 +134,7 @@ def section_bytes(
     The gradient format, and so the size, depends on the number of other peers, the length of a round in seconds and the
     link's bytes per second.
     """
-    from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: not before a file is read
+    from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: only once a file was read
 
     merge = run.merge
     theta = encoded_size_bytes(merge.theta_format, [num_parameters])

@@ -271,7 +271,7 @@ class GossipExchange(AsynchronousExchange):
 
     def _plan_anew(self, plans: Sequence[MergePlan] | None) -> None:
         """Plan pulls anew for changed times of the next merges; None changes nothing."""
-        if plans is not None:  # those before tell of the next merges what these tell, nearly
+        if plans is not None:  # not urgent: the earlier plans say nearly the same of the next merges
             self.network.submit_unhurried(self.gossip.plan(self._progress.round, plans))
 
     def publish(self, contribution: LocalUpdate) -> None:
@@ -283,7 +283,7 @@ class GossipExchange(AsynchronousExchange):
             averaged.published(contribution.values[name, fragment])
         for fragment, of in enumerate(contribution.fragment_rounds):
             if not of.tokens:
-                continue  # it was merged a moment ago, and the round has ended early
+                continue  # merged a moment ago, as the round ended early
             codec = self._codecs[fragment]
             # Nobody asks for earlier rounds any more: the residuals of their rounding are released, 4 bytes a number.
             codec.gradient.over(of.round - 1)
@@ -303,7 +303,8 @@ class GossipExchange(AsynchronousExchange):
         async def describe() -> None:
             if contribution.round == self._progress.round:
                 self.swarm.presence.describe_part(contribution.part, contribution.tokens)
-            elif self.swarm.presence.me.part == 0:  # nothing of the next is published yet: of which tokens are told
+            elif self.swarm.presence.me.part == 0:
+                # The next round has begun and published nothing yet: part 0, with the tokens of the round that ended.
                 self.swarm.presence.describe_part(0, contribution.tokens)
 
         if self.run.merge.robust != "none":
@@ -528,13 +529,15 @@ class GossipExchange(AsynchronousExchange):
                 return new
             self.stop.sleep(1.0)
         if has_own:
-            return None  # it goes on with what it has: the others' weights come with its first merges
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+            return None  # it keeps its own state; its first merges bring the others' weights
+        raise RunTimeError(
+            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+        )
 
     def final_theta(self, own: Tensor) -> Tensor:
         """See `SwarmExchange`: the consensus of all that have finished. Waits up to 20 s for those about to."""
         swarm, total = self.swarm, self.run.run.total_tokens
-        wait_for(self.network.submit(self.gossip.stop()), self.stop)  # nothing is merged any more
+        wait_for(self.network.submit(self.gossip.stop()), self.stop)  # no merge follows
         give_up_s = time.monotonic() + _LAST_ROUND_S
         while time.monotonic() < give_up_s:
             wait_for(self.network.submit(swarm.greeter.greet_everyone()), self.stop)
@@ -569,13 +572,13 @@ class GossipExchange(AsynchronousExchange):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
         try:
             if self.swarm.coverage is not None:
                 self.swarm.coverage.restore(extra.get(_COVERAGE))
         except (ValueError, TypeError) as error:
             message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:
         """Fetch the consensus of the others' present weights; None if nobody delivers any of `least_round` or later."""

@@ -163,7 +163,7 @@ class GossipRunner:
         """Cancel all pulls; none begin until merges are planned again."""
         self._happened(PullsPaused())
         await end_tasks(self._tasks.values())
-        self._tasks.clear()  # one that never ran has not ended either
+        self._tasks.clear()  # a task cancelled before it ran has not removed itself
 
     def _receive(self, event: _Event) -> list[_Command]:
         with self._lock:
@@ -228,7 +228,8 @@ class GossipRunner:
         async def run() -> None:
             try:
                 event = await work
-            except Exception:  # no fault of a host that was asked, nor would another help
+            except Exception:
+                # An error of this peer: the host that was asked is not at fault, nor would another one help.
                 self._happened(PullFailed(number, PullFailure("it could not be looked at", is_authors=True)))
                 raise
             finally:
@@ -237,7 +238,8 @@ class GossipRunner:
             self._happened(event)
 
         task = self._tasks[number] = logged(asyncio.create_task(run()), "gossip")
-        task.add_done_callback(lambda ended: work.close())  # it was not begun if that was cancelled at once
+        # A task that is cancelled at once never starts its coroutine, and Python would warn that it was not awaited.
+        task.add_done_callback(lambda ended: work.close())
 
     async def _decoded(
         self, command: DecodePublication[HeldSnapshot]
@@ -252,7 +254,7 @@ class GossipRunner:
     async def _prepared(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> MergePrepared[PreparedMerge]:
         try:
             return MergePrepared(command.number, await asyncio.to_thread(self._merging.prepare, command))
-        except Exception:  # a task's boundary: one bad publication must not cost all later merges
+        except Exception:  # the boundary of a task: one bad publication must not cost all later merges
             peers = ", ".join(one.peer for one in command.pulled)
             _log.exception("gossip: could not prepare a merge with what was pulled from %s", peers)
             return MergePrepared(command.number, None)

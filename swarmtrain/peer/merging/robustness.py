@@ -36,7 +36,9 @@ _log = logging.getLogger(__name__)
 _LEAST_INPUTS = 2
 _LEAST_OF_OURS = 4
 _ABSURD = 0.01
-"""A publication whose every tensor would be cut to less than this share is refused whole."""
+"""Factor below which a cut refuses the publication: if every tensor would be cut that far, the rest is worth
+nothing.
+"""
 _TELLS_AFTER = 40
 """Own publications before peers are named: 40 are two long rounds or five short ones. While the learning rate rises,
 gradients grow so fast that honest ones are cut too. The count restarts when this peer comes back, since what it
@@ -109,13 +111,13 @@ class Robustness:
             if arrival.theta is not None:
                 cuts["weights"] = self._displacements.clip(own_theta, arrival.theta)
                 arrival = dataclasses.replace(arrival, theta=cuts["weights"].vector)
-            if tokens:  # a unit of work that both sides count alike
+            if tokens:  # compared per token, a unit of work that both sides count alike
                 cuts["gradient"] = self._gradients.clip(arrival.gradient, tokens)
                 if cuts["gradient"].incident is not None:
                     arrival = dataclasses.replace(arrival, gradient=cuts["gradient"].vector, lengthened=None)
         for kind, cut in cuts.items():
             if cut.incident is not None and max(cut.factors) < _ABSURD:
-                raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}")
+                raise BadBytesError(f"far beyond what is usual: {cut.incident.detail}", code="far-from-usual")
             found.setdefault(kind, []).append(cut.incident)
         # A cut is safe and applies at once; naming a peer accuses it, and needs more knowledge (decision 55).
         if self._num_learned >= _TELLS_AFTER:
@@ -127,7 +129,7 @@ class Robustness:
         """Apply the rule "direction". Raises BadBytesError if the gradient must be refused."""
         found = self._directions.judge(peer, arrival.gradient, arrival.tokens)
         if found.refusal is not None:
-            raise BadBytesError(found.refusal.detail)
+            raise BadBytesError(found.refusal.detail, code="against-own")
         gradient = arrival.gradient if found.factor == 1 else arrival.gradient * found.factor
         tokens = round(arrival.tokens * found.weight)
         return PartnerUpdate(arrival.theta, gradient, tokens, lengthened=found.factor), found.incident
@@ -222,10 +224,14 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
         _log.warning('merge.robust = "%s": the rule failed (%r): merging without other peers', rule, error)
         return own
     if versions != [gradient._version for gradient in gradients]:
-        raise RunTimeError(f'merge.robust = "{rule}": the rule writes into what it is given; ask those who made it')
+        raise RunTimeError(
+            f'merge.robust = "{rule}": the rule writes into what it is given; ask those who made it',
+            code="merge-package-broken",
+        )
     if not isinstance(mean, Tensor) or mean.shape != own.shape or mean.dtype is not own.dtype:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule gave no fp32 vector of {own.numel()} numbers; ask those who made it'
+            f'merge.robust = "{rule}": the rule gave no fp32 vector of {own.numel()} numbers; ask those who made it',
+            code="merge-package-broken",
         )
     if not mean.isfinite().all():
         _log.warning('merge.robust = "%s": the rule gave non-finite numbers: merging without other peers', rule)

@@ -123,7 +123,7 @@ class SwarmExchange(ABC):
         if progress is not self._offered:
             self._offered = progress
             offering = self._offer(progress, body_of(state.theta, state.momentum))
-            self.network.run(offering, _OFFER_S)  # not given up for an end that is asked for: the round was merged
+            self.network.run(offering, _OFFER_S)  # finished even if the peer is asked to end: the round was merged
 
     async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
         """Serve the state and announce it. Runs in the network thread."""
@@ -254,7 +254,7 @@ class RosterExchange(SwarmExchange):
         section = self.run.merge
         others = [(info.round, info.inner_steps_done) for info in self.swarm.membership.volunteers()]
         if round == 0 and section.min_peers > 1:
-            others = [(its, done) for its, done in others if its > 0]  # they have waited: a whole round for all
+            others = [(its, done) for its, done in others if its > 0]  # all have waited: a whole round for each
         steps, reason = steps_of_round(section.inner_steps, round, others, fresh=self._fresh)
         is_late = steps < section.inner_steps
         if is_late:
@@ -316,7 +316,7 @@ class RosterExchange(SwarmExchange):
         """See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:
-            self.swarm.rounds.begin(guest=False)  # it will train this round whole: those who begin sooner wait for it
+            self.swarm.rounds.begin(guest=False)  # it will train this round whole: peers that begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that this peer comes into late."""
@@ -336,5 +336,8 @@ class RosterExchange(SwarmExchange):
                 case JoinsWith.OWN:
                     return None
                 case JoinsWith.NOTHING:
-                    raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+                    raise RunTimeError(
+                        "nobody could deliver the run's present state; try again in a minute",
+                        code="state-not-delivered",
+                    )
             self.stop.sleep(_TRY_AGAIN_S)

@@ -44,7 +44,9 @@ def mean_of(rule: str) -> Mean | None:
         return _OURS.get(rule)
     mean, place = brought("robust", rule, "rule", GROUP)
     if not callable(mean):
-        raise RunFileError(f'merge.robust = "{rule}": {place} is no function; ask those who made it')
+        raise RunFileError(
+            f'merge.robust = "{rule}": {place} is no function; ask those who made it', code="merge-package-broken"
+        )
     return mean  # type: ignore[no-any-return]
 
 

@@ -81,7 +81,7 @@ class MergeServer:
 
     @property
     def progress(self) -> Progress:
-        """Progress of the run. A round is what one refresh of the momentum takes; one that has begun counts."""
+        """Progress of the run. A round ends with each refresh of the momentum; one that has begun counts."""
         counts = self.swarm.tallying.contributions()
         round = self.refreshes + (self._outer.buffer.arrivals > 0)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
@@ -130,7 +130,9 @@ class MergeServer:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a server task failed", exc_info=error)
-            self.swarm.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer"))
+            self.swarm.emit(
+                WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke")
+            )
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:
         """Return all that is needed to continue, together with the `extra` of other parts."""
@@ -211,7 +213,7 @@ class MergeServer:
             info = self.swarm.membership.info(peer)
             name = (info.name if info is not None else "") or short_peer(peer)
             message = f"rejected the upload of {name}: {reason}; it continues from the newest weights"
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="update-too-old"))
 
     def _tell_clipped(self, peer: str, incident: ClipIncident) -> None:
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
@@ -222,7 +224,7 @@ class MergeServer:
         """Publish the present weights to the workers and the state to joiners. Runs in the network thread."""
         state, arrivals, progress = self.state, self.arrivals, self.progress
         if not arrivals:
-            return  # everybody has the initial weights
+            return  # everybody has the initial weights already
         entered = self.marks.newest(_MAX_ENTERED)
 
         def fill(manifest: pb.Manifest) -> None:

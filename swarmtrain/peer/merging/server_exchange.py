@@ -147,7 +147,7 @@ class ServerExchange(AsynchronousExchange):
             message = (
                 "the server does not answer: going on alone; what is learnt meanwhile is handed in when it is back"
             )
-            self.swarm.emit(WarningEvent(message=message))
+            self.swarm.emit(WarningEvent(message=message, code="server-silent"))
         self._told_silent = is_silent
 
     def publish(self, contribution: LocalUpdate) -> None:
@@ -181,7 +181,7 @@ class ServerExchange(AsynchronousExchange):
         if came is not None:
             theta, open_rounds = self._go_on_from(came.theta, came.arrivals, came.entered_round)
             merged = (self._merged(came, open_rounds),)
-        else:  # it goes on from where it is, if that is anywhere
+        else:  # nothing new: continue from where it is, unless that is not finite
             assert own.reached is not None
             theta = own.reached if bool(torch.isfinite(own.gradient).all()) else own.thetas[0]
         counts = swarm.tallying.contributions()
@@ -223,14 +223,16 @@ class ServerExchange(AsynchronousExchange):
             if (new := self._fetch([server], progress, reason)) is not None:
                 return new
             if has_own:
-                break  # the server's weights come at the end of its first round
+                break  # the server's weights arrive at the end of its first round
             sample = random.sample(others, min(_SAMPLE, len(others)))
             if not is_there and (new := self._fetch(sample, progress, reason)) is not None:
                 return new
             self.stop.sleep(1.0)
         if has_own:
             return None
-        raise RunTimeError("nobody could deliver the run's present state; try again in a minute")
+        raise RunTimeError(
+            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+        )
 
     def _fetch(self, peers: Sequence[str], progress: Progress, reason: str) -> Replaced | None:
         swarm = self.swarm
@@ -257,7 +259,7 @@ class ServerExchange(AsynchronousExchange):
         except BadBytesError as error:
             self.swarm.peers.refused(fetched.peer, error)
             entered = None
-        self.link.take()  # it is older
+        self.link.take()  # whatever arrived before is older
         self.link.heard_s = swarm_time()
         theta, _ = self._go_on_from(theta, manifest.arrivals, entered)
         return theta, round if entered is None else max(round, entered + 1)

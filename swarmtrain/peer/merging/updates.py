@@ -84,16 +84,16 @@ class LocalUpdate:
     """Result of a round so far: what was trained, and the publications' data."""
 
     round: int
-    part: int  # of the round's, from 1, that has ended: some of them; with all steps since the round's start
-    thetas: tuple[Tensor, ...] = field(repr=False)  # of each fragment the weights at its last merge, (Q,) fp32
-    fragment_rounds: tuple[FragmentRound, ...]  # and how far its round is
-    reached: Tensor | None = field(repr=False)  # the weights it has got to, (P,) fp32; None with gossip, as `thetas`
+    part: int  # the part, from 1, that has just ended; the update covers all steps since the round's start
+    thetas: tuple[Tensor, ...] = field(repr=False)  # weights at each fragment's last merge, (Q,) fp32
+    fragment_rounds: tuple[FragmentRound, ...]  # position of each fragment in its own round
+    reached: Tensor | None = field(repr=False)  # present weights, (P,) fp32; None with gossip, which has `lent`
     tokens: int
     inner_steps: int
-    own_tokens: int  # all that this peer has trained on, these included
-    base: str  # digest of the roster that led to the weights it starts from, "" before the first
+    own_tokens: int  # all tokens that this peer has trained, these included
+    base: str  # digest of the roster that led to the initial weights of this round, "" before the first
     lent: tuple[LentWeights, ...] = ()
-    """With gossip: the loans from which each fragment's gradient is computed."""
+    """Loans from which each fragment's gradient is computed (gossip only)."""
     values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict, repr=False)
     """Values averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
 
@@ -196,8 +196,8 @@ class MergeInput:
     peer: str
     round: int
     part: int
-    tokens: float  # that had not been merged before
-    staleness_rounds: int  # how many rounds behind this peer's own
+    tokens: float  # tokens not merged before
+    staleness_rounds: int  # rounds behind this peer's own
     pull_s: float
 
 

@@ -1,8 +1,8 @@
 """Bootstrap of a run whose model is cut into stages: archives each stage, and joins them into one model.
 
 It is in the run's swarm, which knows who holds what, and in every stage's swarm, whose present weights it keeps for
-peers that take a stage that nobody holds any more. It trains no stage. Everything runs on the main thread, which
-submits work to the network thread.
+peers that take a stage that nobody holds any more. It trains no stage. Methods run on the main thread, coroutines in
+the network thread.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class PipelineBootstrap(BootstrapPeer):
         if kept is not None:
             self._wait(keeper.restore(kept))
             archive.state, archive.progress = kept.state, kept.progress
-            self._unjoined.add(number)  # it may have been killed before it joined them
+            self._unjoined.add(number)  # a kill may have come before they were joined
             self._tell(archive)
         archived.restore(kept)
         serving = dataclasses.replace(archived.serving(), hosting=hosting_of(swarm), leavers=leavers)
@@ -182,7 +182,7 @@ class PipelineBootstrap(BootstrapPeer):
         next_s, ended_s, end = time.monotonic(), float("inf"), FirstStageWatch(total)
         if self._unjoined:
             self._write_joined()
-        if self._had_ended():  # nobody may be there to say so
+        if self._had_ended():  # there may be nobody left to report the end
             for archive in self.archives:
                 archive.is_final = True
         while not all(archive.is_final for archive in self.archives):
@@ -194,7 +194,11 @@ class PipelineBootstrap(BootstrapPeer):
                 ended_s = min(ended_s, now)
                 self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
-                    self.emit(WarningEvent(message="the run is over, but nobody delivered its last state"))
+                    self.emit(
+                        WarningEvent(
+                            message="the run is over, but nobody delivered its last state", code="last-state-lost"
+                        )
+                    )
                     return
             else:
                 self._archive_the_lonely()
@@ -255,8 +259,8 @@ class PipelineBootstrap(BootstrapPeer):
     def _archive_ended(self, is_late: bool) -> None:
         """Archive the last weights of stages whose peers all have them, or of all stages if it is late.
 
-        For the first stage one peer that has them is enough: a driver that does not report its end was waited for
-        before the end was seen.
+        For the first stage one peer that has them is enough: drivers that did not report the end were waited for before
+        the end was seen.
         """
         total = self.published.run.run.total_tokens
         for archive in self.archives:
@@ -337,7 +341,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _keep_peers(self) -> None:
         assert self.peers is not None
-        with contextlib.suppress(OSError):  # the archive will say so too
+        with contextlib.suppress(OSError):  # the archive's warning says so too
             self.peers.keep()
             if time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
                 self._counts_kept_s = time.monotonic()

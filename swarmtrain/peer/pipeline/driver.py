@@ -263,7 +263,7 @@ class Driver:
                 answered = await self.calls.backward(ask.peer, part, held.gradient)
         except PeerError as error:
             return PartFailed(ask.call, _fault(error), str(error))
-        except Exception as error:  # of this peer's own: whoever drives raises it
+        except Exception as error:  # an error of this peer: `drive` raises it
             _log.debug("a microbatch ends with %r", error)
             if not held.back.done():
                 held.back.set_exception(error)

@@ -51,6 +51,7 @@ class FirstStage:
 
     def batches_at(self, position: int) -> MicrobatchSource:
         """Return this peer's data from a checkpoint's position, or from further on if it was drawn from here before."""
+        # Kept for the life of the process: another source would draw the same batches again.
         if self._source is None:
             context = self._context
             place = PeerPlace(run_sha256=context.published.sha256, peer_id=context.me, position=position)

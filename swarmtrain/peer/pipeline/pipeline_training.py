@@ -170,7 +170,7 @@ class PipelineTraining:
                 return False
             self._look()
             if self._end.is_over:
-                self._first.stop()  # of a round that is not full, what there is counts
+                self._first.stop()  # a round that is not full counts for what it has
             elif not self._stages.any_has_ended:
                 self._moves.look()
                 if not self._stages.all:
@@ -186,7 +186,7 @@ class PipelineTraining:
         self._record.tell_throughput(self._first)
         if now >= self._next_keep_s:
             self._next_keep_s = now + _KEEP_PEERS_EVERY_S
-            with contextlib.suppress(OSError):  # checkpoints say it
+            with contextlib.suppress(OSError):  # checkpoints report it
                 self._peers_file.keep()
 
     # ------------------------------------------------------------- a pause
@@ -251,7 +251,8 @@ class PipelineTraining:
         for end in (self._first.stop_soon, *(each.end for each in held)):
             try:
                 end()
-            except Exception as error:  # whatever happens at the end, the other stages and the run's swarm are left
+            except Exception as error:
+                # Whatever happens here, the other stages and the run's swarm must still be left.
                 _log.info("leaving the stages failed: %r", error)
         leave_swarm(self._context.network, self.swarm, self._context.node)
 

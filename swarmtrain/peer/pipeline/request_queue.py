@@ -85,7 +85,7 @@ class StageRequestQueue:
             self._payloads[asker] = payload
             self._receive(StageCallReceived(asker, key, kind, tokens))
             if self.queue.first_asker(key, kind) != asker:
-                self._payloads.pop(asker, None)  # asked again: what came first is computed
+                self._payloads.pop(asker, None)  # asked again: the first payload is computed
             self._news.set()
         waiting = asyncio.wrap_future(answer)
         waiting.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
@@ -106,7 +106,9 @@ class StageRequestQueue:
         if kind == "backward" and forward is not None:
             needed, got = (getattr(each, "shape", None) for each in (forward, payload))
             if needed != got:
-                raise BadBytesError(f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}")
+                raise BadBytesError(
+                    f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}", code="bad-shape"
+                )
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:
         """Apply a driver's settlement; return the acknowledged microbatches for which it comes too late."""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.errors import GoneError, PeerError, SwarmtrainError
+from swarmtrain.errors import GoneError, PeerError, Problem, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.peer.pipeline.driver import Driver, StageCalls
@@ -79,7 +79,7 @@ class MicrobatchScheduler:
     told: TellRetries
     peers_of: Callable[[], Mapping[int, list[str]]]
     """Return the peers that hold each stage now, this one included."""
-    failed: Callable[[str], None]
+    failed: Callable[[Problem], None]
     """Called with a sentence when this peer cannot go on."""
     places: Callable[[], Sequence[StagePeer]]
     """Return the records of all stage peers, this one included."""
@@ -94,7 +94,7 @@ class MicrobatchScheduler:
     def __post_init__(self) -> None:
         run, rng = self.run, random.Random(self.me)
         routers = [Router(rng, run.pipeline.wiring) for _ in range(1, run.pipeline.stages)]
-        sequence = int(time.time() * 1e6)  # above all of this peer's earlier lives
+        sequence = int(time.time() * 1e6)  # greater than in all earlier incarnations of this peer
         tokens = run.microbatch_sequences * run.model.context_tokens
         pace = DriverPace(run.pipeline.in_flight, tokens, run.batch_microbatches)
         self.driver = Driver(
@@ -124,7 +124,7 @@ class MicrobatchScheduler:
                     await asyncio.wait(self._open)
                 await self.driver.settled()
         await end_tasks(self._open)
-        with contextlib.suppress(TimeoutError):  # what was just given up
+        with contextlib.suppress(TimeoutError):  # for settlements of what was just given up
             async with asyncio.timeout(_LOOK_S):
                 await self.driver.settled()
         await self.driver.stop()
@@ -145,7 +145,7 @@ class MicrobatchScheduler:
             try:
                 x, targets = await asyncio.to_thread(self.source.next_microbatch)
             except SwarmtrainError as error:
-                self.failed(str(error))
+                self.failed(Problem(str(error), error.code))
                 return
             task = asyncio.create_task(self._drive(x.numel(), x, targets))
             self._open.add(task)
@@ -154,20 +154,25 @@ class MicrobatchScheduler:
     async def _drive(self, tokens: int, x: object, targets: object) -> None:
         try:
             self.losses.append((await self.driver.drive(tokens, x, targets)).loss)
-        except GoneError as error:  # the first stage is being merged or left: what is under way then does not count
+        except GoneError as error:
+            # The first stage is being merged or left: microbatches under way do not count then.
             _log.debug("a microbatch is given up: %s", error)
         except SwarmtrainError as error:
-            self.failed(str(error))
+            self.failed(Problem(str(error), error.code))
 
     def _work_ended(self, work: asyncio.Task[None]) -> None:
         """Fail this peer if its drawing or looking task died: an idle driver would keep every peer's run from
         ending.
         """
         if not work.cancelled() and (error := work.exception()) is not None:
-            self.failed(f"this peer does not drive any more, for a reason that is not its peers': {error!r}")
+            self.failed(
+                Problem(
+                    f"this peer drives no microbatches any more, by a bug of its own: {error!r}; start it again", "bug"
+                )
+            )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(f"a microbatch failed by an error of this peer: {error!r}")
+            self.failed(Problem(f"a microbatch failed by an error of this peer: {error!r}; start it again", "bug"))

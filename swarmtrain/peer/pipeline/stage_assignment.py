@@ -44,7 +44,7 @@ class StageAssignment:
     def choose(self) -> None:
         """Take the stages that need this peer most, once enough peers are here."""
         context, record = self._context, self._record
-        # before the others choose, who must know it
+        # before the others choose, since their choice depends on it
         record.chooses(kept_stages(context.folder, context.published, context.me, len(self._shapes)))
         self._wait_for_company()
         stages, reason = first_stages(context.me, record.places(), swarm_time(), self._rule)

@@ -50,7 +50,7 @@ class WorkMeter:
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second of the last pieces of work; None until there are enough."""
-        recent = list(self._recent)  # asked from other threads
+        recent = list(self._recent)  # other threads read it
         tokens, seconds = sum(each for each, _ in recent), sum(each for _, each in recent)
         return tokens / seconds if len(recent) >= _RECENT // 4 and seconds > 0 and tokens > 0 else None
 
@@ -108,7 +108,7 @@ class StageLoop:
         try:
             answer = self._compute(task)
         except BadGradientError as error:
-            self.desk.failed(task, BadBytesError(str(error)))
+            self.desk.failed(task, BadBytesError(str(error), code="bad-shape"))
             return None
         self.desk.done(task, answer)
         return answer
@@ -138,7 +138,8 @@ class StageLoop:
         elif isinstance(due, Add):
             try:
                 self.work.add(due.key, due.batch)
-            except BadGradientError as error:  # by the weights of now: its tokens count, and nothing spoils the others
+            except BadGradientError as error:
+                # Recomputed by the present weights: its tokens count, but its gradient must not spoil the others.
                 _log.warning("the gradient of a late microbatch is left out: %s", error)
         elif isinstance(due, Discard):
             self.work.discard(due.batch)

@@ -34,7 +34,7 @@ class StageMoves:
         self._assignment, self._record, self._calls = assignment, record, calls
 
     def look(self) -> None:
-        """Look for a move if it is time, and make it if the best one is this peer's."""
+        """Look for the best move, if it is time, and make it if it is this peer's."""
         if self._mover.is_due:
             self._mover.look(moves.PlacesSeen(self._record.places(), swarm_time()), self._do)
 
@@ -55,7 +55,7 @@ class StageMoves:
                     if context.stop.failure is not None:
                         raise
                     message = f"{stages_in_words(command.stages)} could not be taken: {error}"
-                    context.emit(WarningEvent(message=message))
+                    context.emit(WarningEvent(message=message, code="stage-not-taken"))
                     return moves.FetchFailed(str(error))
                 return moves.StagesFetched(record.places(), swarm_time())
             case moves.LeaveStages():
@@ -71,7 +71,7 @@ class StageMoves:
                 _log.info("keeping its stage: %s", command.reason)
                 if command.had_begun:
                     record.stays()
-                    if stages := self._stages.numbers:  # it was about to take another
+                    if stages := self._stages.numbers:  # the status said that it was taking another
                         context.control.training_stages(stages)
         return None
 

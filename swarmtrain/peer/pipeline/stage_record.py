@@ -1,6 +1,6 @@
 """Record and events of a pipeline volunteer. From all peers' records each peer computes who should move.
 
-Runs on the main thread; the presence is changed in the network thread.
+Runs on the main thread (`tell_started` on a stage's); the presence is changed in the network thread.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class StageRecord:
         rates = [rate for rate in measured if rate is not None]
         if len(rates) < len(stages):
             return self._whole_tokens_per_s / self._rule.cost(stages)
+        # A token takes its time in each held stage, one after the other.
         rate = 1 / sum(1 / each for each in rates)
         self._whole_tokens_per_s = rate * self._rule.cost(stages)
         return rate
@@ -108,6 +109,8 @@ class StageRecord:
         self._next_tell_s = time.monotonic() + _TELL_EVERY_S
         swarm, stages, total = self._swarm, self._stages, self._context.run.run.total_tokens
         place, is_done, contribution = self.place(), stages.have_had_tokens, stages.contribution
+        # Only a peer that is done announces the total: stages after the first end once all drivers announce it
+        # (decision 27).
         run_tokens = total if is_done else min(stages.run_tokens, total - 1)
         now = now or is_done != (swarm.presence.me.run_tokens >= total)
         round, steps_per_s = stages.round, stages.steps_per_s

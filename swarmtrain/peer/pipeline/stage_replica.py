@@ -195,10 +195,10 @@ class StageReplica:
         """
         context, swarm, session, keeper = self.site.context, self.swarm, self.session, self.keeper
         replica, num_parameters = session.replica, self.shape.num_parameters
-        kept, self._kept = self._kept, None  # 16 bytes a parameter
+        kept, self._kept = self._kept, None  # frees 16 bytes a parameter
         keeper.checkpointer.prepare(num_parameters)
         if kept is not None and kept.own is not None:
-            own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if it was here before
+            own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if held before
             session.resume(kept.state, kept.progress, own)
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
@@ -223,7 +223,7 @@ class StageReplica:
             self.training.set_result(self.trainer.train(self.session))
         except StopTraining:
             self.training.set_result("interrupted")
-        except BaseException as error:  # whoever waits for it raises it
+        except BaseException as error:  # raised again in whoever waits for the result
             _log.info("stage %d ends: %r", self.number, error)
             self.training.set_exception(error)
 
@@ -235,7 +235,7 @@ class StageReplica:
         """Finish the round under way and flush its checkpoint, within some seconds. The stage is served on as it is."""
         self.stop_soon()
         with contextlib.suppress(TimeoutError):
-            self.training.exception(_LAST_ROUND_S)  # what ended it is raised by `end`
+            self.training.exception(_LAST_ROUND_S)  # an error that ended it is raised by `end`
         self.keeper.checkpointer.flush(_LAST_FLUSH_S)
 
     def end(self) -> None:

@@ -122,7 +122,9 @@ class StageReplicas:
         """See `CheckpointManager.flushed`, for the stage held longest."""
         for held in self.all[:1]:
             return held.keeper.flushed()
-        raise RunTimeError("there is nothing to write yet: this peer is still starting, try again in a minute")
+        raise RunTimeError(
+            "there is nothing to write yet: this peer is still starting, try again in a minute", code="no-checkpoint"
+        )
 
 
 def stages_pulse(swarm: Swarm, stages: StageReplicas) -> Callable[[], Pulse]:

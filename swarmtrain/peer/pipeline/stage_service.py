@@ -71,24 +71,28 @@ class StageShapes:
         """Raise BadBytesError if these are not activations of this run."""
         shape = tuple(tensor.shape)
         if tensor.format != self.activations:
-            raise BadBytesError(f"activations in another format than this run's {self.activations}")
+            raise BadBytesError(f"activations in another format than this run's {self.activations}", code="bad-format")
         if len(shape) != 3 or shape[2] != self.width:
-            raise BadBytesError(f"activations of shape {shape[:8]}, where (B, T, {self.width}) is needed")
+            raise BadBytesError(
+                f"activations of shape {shape[:8]}, where (B, T, {self.width}) is needed", code="bad-shape"
+            )
         self._check_microbatch_untrusted(shape)
         if tensor.size_bytes != self.codec.size_bytes(shape):
-            raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes")
+            raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes", code="bad-size")
 
     def check_tokens_untrusted(self, tensor: pb.StageTensor, shape: tuple[int, ...]) -> None:
         """Raise BadBytesError if these are not tokens of this shape."""
         if tensor.format != _TOKENS or tuple(tensor.shape) != shape:
-            raise BadBytesError(f"targets that are not {shape} tokens")
+            raise BadBytesError(f"targets that are not {shape} tokens", code="bad-shape")
         if tensor.size_bytes != self.codec.tokens_size_bytes(shape):
-            raise BadBytesError(f"targets of shape {shape} in {tensor.size_bytes} bytes")
+            raise BadBytesError(f"targets of shape {shape} in {tensor.size_bytes} bytes", code="bad-size")
 
     def _check_microbatch_untrusted(self, shape: tuple[int, ...]) -> None:
         if not (0 < shape[0] <= self.most_sequences and 0 < shape[1] <= self.context_tokens):
             most = f"{self.most_sequences} sequences of {self.context_tokens} tokens"
-            raise BadBytesError(f"activations of shape {shape}: a microbatch of this run has at most {most}")
+            raise BadBytesError(
+                f"activations of shape {shape}: a microbatch of this run has at most {most}", code="bad-size"
+            )
 
 
 # ---------------------------------------------------------------- being asked
@@ -112,27 +116,31 @@ class StageServer:
         tensors = list(question.tensors)
         if question.kind == pb.STAGE_KIND_STAY:
             if tensors:
-                raise BadBytesError("tensors in a question that has none")
+                raise BadBytesError("tensors in a question that has none", code="bad-shape")
             return
         if question.kind == pb.STAGE_KIND_SETTLE:
             keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
             if tensors or keys > _MAX_KEYS:
-                raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors")
+                raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors", code="bad-shape")
             if not all(0 <= key.loss <= _MAX_LOSS for key in question.settlement.acknowledged):
-                raise BadBytesError("a settlement with a loss that is none")
+                raise BadBytesError("a settlement with a loss that is none", code="not-finite")
             return
         kind = _OF_KINDS.get(question.kind)
         is_last = question.stage == self.num_stages - 1
         if kind is None or (kind == "tail") != is_last or len(tensors) != (2 if kind == "tail" else 1):
-            raise BadBytesError(f"a question of kind {question.kind} with {len(tensors)} tensors to this stage")
+            raise BadBytesError(
+                f"a question of kind {question.kind} with {len(tensors)} tensors to this stage", code="bad-shape"
+            )
         if question.stage == 0:
-            raise BadBytesError("a question to the first stage, which is its driver's own")
+            raise BadBytesError("a question to the first stage, which is its driver's own", code="not-asked-for")
         self.shapes.check_untrusted(tensors[0])
         shape = tuple(tensors[0].shape)
         if kind == "tail":
             self.shapes.check_tokens_untrusted(tensors[1], shape[:2])
         if question.tokens != math.prod(shape[:2]):
-            raise BadBytesError(f"a microbatch of shape {shape} that claims {question.tokens} tokens")
+            raise BadBytesError(
+                f"a microbatch of shape {shape} that claims {question.tokens} tokens", code="bad-tokens"
+            )
         # BUSY comes before the tensors are read, so that asking again costs a round trip and no transfer (decision 38).
         desk.check(_key(caller, question.key), kind)
 
@@ -220,7 +228,7 @@ class WireCalls:
         body = [await self._encoded(x), self.shapes.codec.encode_tokens(targets)]
         answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
         if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
-            raise BadBytesError("a loss that is none")
+            raise BadBytesError("a loss that is none", code="not-finite")
         return StageResult(Tail(answer.loss, gradient), answer.life)
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
@@ -246,7 +254,7 @@ class WireCalls:
         except TimeoutError:
             raise UnreachableError(f"no answer within {_ASK_TO_STAY_S:g} s") from None
         if not 0 <= answer.stays_s <= _MOST_STAY_S:
-            raise BadBytesError(f"a promise for {answer.stays_s:g} s")
+            raise BadBytesError(f"a promise for {answer.stays_s:g} s", code="bad-number")
         return answer.stays_s, answer.reason[:_MAX_REASON]
 
     async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> StageResult:
@@ -265,7 +273,8 @@ class WireCalls:
             return await asyncio.to_thread(self.shapes.codec.encode, x)
         except ValueError:
             raise RunTimeError(
-                "training diverged: what the first stage computes is not finite; lower inner.learning_rate"
+                "training diverged: what the first stage computes is not finite; lower inner.learning_rate",
+                code="training-diverged",
             ) from None
 
     async def _ask(
@@ -275,7 +284,7 @@ class WireCalls:
 
         def check_untrusted(answer: pb.StageAnswer) -> None:
             if len(answer.tensors) != 1 or tuple(answer.tensors[0].shape) != shape:
-                raise BadBytesError(f"an answer without activations of shape {shape}")
+                raise BadBytesError(f"an answer without activations of shape {shape}", code="bad-shape")
             self.shapes.check_untrusted(answer.tensors[0])
 
         answer, tensors = await self.client.ask(peer, question, body, check_untrusted)
@@ -300,4 +309,4 @@ def _question(part: Part, kind: Kind, tensors: list[pb.StageTensor]) -> pb.Stage
 
 def _nothing_untrusted(answer: pb.StageAnswer) -> None:
     if answer.tensors:
-        raise BadBytesError("tensors in an answer that has none")
+        raise BadBytesError("tensors in an answer that has none", code="bad-shape")

@@ -56,7 +56,8 @@ def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int
         if limit_bytes:
             raise UserError(
                 f"a stage of this run needs about {size_in_words(program + largest + one_graph)} of memory, and "
-                f"--memory allows {size_in_words(limit_bytes)}: allow more, or join a run with more stages"
+                f"--memory allows {size_in_words(limit_bytes)}: allow more, or join a run with more stages",
+                code="too-little-memory",
             )
         most = 1
     most = min(most, len(shapes))

@@ -31,6 +31,8 @@ class StageParameters(HostParameters):
 
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
         """See `ParameterSource`."""
+        # Graphs of microbatches under way refer to the present weights, so the merge is written into copies (decision
+        # 26).
         self._work.let_go()
         super().write(theta, fragment)
         self._work.replaced()

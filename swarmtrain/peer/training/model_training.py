@@ -76,9 +76,9 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
     kept = checkpointer.load(run, num_parameters(run.model))
     if kept is not None and kept.own is None:
-        kept = None  # a bootstrap's, which has not trained
+        kept = None  # it is a bootstrap's, which has not trained
     if context.nobody is not None and kept is None:
-        raise context.nobody  # there is nothing to go on with alone
+        raise context.nobody  # nothing to continue from alone
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
     batches = training_batches(run, data, place, base, published.held_out)
@@ -189,9 +189,10 @@ class ModelTraining:
                 return
             context.stop.sleep(_LOOK_S)
         if self._had_ended:
-            return  # there is nothing to go on with: `finish` says what becomes of the model
+            # Nothing to continue alone; `finish` decides what becomes of the model.
+            return
         message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
-        context.emit(WarningEvent(message=message))
+        context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
         """See `Training`."""
@@ -207,7 +208,8 @@ class ModelTraining:
             JoinedEvent(
                 round=replica.progress.round,
                 run_tokens=replica.progress.run_tokens,
-                num_peers=len(swarm.membership.answering()) + 1,  # records of who has just gone are there still
+                # Those that answer, since records of peers that have just left are still there.
+                num_peers=len(swarm.membership.answering()) + 1,
                 state_from="" if new is None else new.from_peer,
                 resumed_round=self.resumed_round,
                 wall_s=process_age_s(),
@@ -221,9 +223,9 @@ class ModelTraining:
         new = self.exchange.present_state(replica.progress)
         if new is None:
             return None
-        if self.resumed_round is not None and not self.has_joined:  # it may have been killed since they were merged
-            # A kill may have come after the others merged this peer's last tokens and before its checkpoint was on the
-            # disk.
+        # A kill may have come after the others merged this peer's last tokens and before its checkpoint was on the
+        # disk.
+        if self.resumed_round is not None and not self.has_joined:
             merged = new.progress.peer_tokens.get(me, 0) - replica.progress.peer_tokens.get(me, 0)
             if session.skip_merged(merged):
                 _log.info("the others have merged %d tokens of this peer that its checkpoint lacked", merged)
@@ -302,7 +304,7 @@ class ModelTraining:
         loss = own_loss = None
         progress = self.session.progress
         try:
-            self.session.end()  # 8 bytes a parameter, which others' weights need
+            self.session.end()  # frees 8 bytes a parameter, needed for others' weights
             own = self.session.replica.state.theta
             loss = self._measure(own)
             theta, is_kept = self._final_theta(own)
@@ -323,7 +325,7 @@ class ModelTraining:
                 context.stop.sleep(0.3)
             context.wait(swarm.count_once_more())
         except (Interrupted, RunTimeError):
-            pass  # what there was to do here is done, or was not wanted
+            pass  # whatever remained here is done, or is not wanted any more
         return self._done("total_tokens", loss, own_loss)
 
     def _final_theta(self, own: Tensor) -> tuple[Tensor, bool]:
@@ -341,12 +343,13 @@ class ModelTraining:
             context.emit(had_ended(context.folder))
             theta = flatten(kept.parameters())
             return own if torch.equal(theta, own) else theta, True
-        if self._had_ended and self.swarm.asynchronous:  # in synchronous rounds its state is the run's
+        # In synchronous rounds this peer's state is the run's, so the model is right.
+        if self._had_ended and self.swarm.asynchronous:
             message = (
                 "this run had ended, and nobody gives the model that it ended with: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
-            context.emit(WarningEvent(message=message))
+            context.emit(WarningEvent(message=message, code="run-had-ended"))
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:
@@ -357,7 +360,7 @@ class ModelTraining:
     def hand_over(self) -> DoneEvent:
         """See `Training`."""
         if self.has_joined:
-            self.keeper.checkpointer.flush(_LAST_FLUSH_S)  # what is told is what is on the disk
+            self.keeper.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
         return self._done(self.context.stop.reason)
 

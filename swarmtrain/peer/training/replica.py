@@ -73,6 +73,7 @@ class Replica:
     def begin(self, num_parts: int) -> None:
         """Begin a round of `num_parts` parts, and load the outer weights into the parameters if they are not there."""
         self.rounds.begin(self.progress.round, num_parts)
+        # A merge of one fragment has written its weights already; whole states are written here.
         if not self.is_entered:
             self.parameters.write(self.state.theta)
             self.is_entered = True

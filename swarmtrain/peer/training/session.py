@@ -114,7 +114,7 @@ class RoundReport:
     """Numbers of a finished round, in seconds, tokens and nats per token."""
 
     contribution: LocalUpdate
-    arrived: tuple[OuterUpdate, ...]  # of each fragment, in the order of their merges
+    arrived: tuple[OuterUpdate, ...]  # one per fragment, in the order of their merges
     progress: Progress
     num_peers: int
     loss: float
@@ -386,8 +386,11 @@ class Session:
         finite = [loss for loss in round.losses if math.isfinite(loss)]
         norms = [norm for norm in round.grad_norms if math.isfinite(norm)]
         if not finite:
-            raise RunTimeError("training diverged: no loss of the last round was finite; lower inner.learning_rate")
-        num_steps = round.tokens / self.run.tokens_per_step  # a stage's steps are not all of one size
+            raise RunTimeError(
+                "training diverged: no loss of the last round was finite; lower inner.learning_rate",
+                code="training-diverged",
+            )
+        num_steps = round.tokens / self.run.tokens_per_step  # a stage's steps vary in size
         self.steps_per_s = num_steps / max(steps_end_s - round.began_s - round.apart_s, 1e-9)
         own = self._publish(round, round.start.num_parts)
         self._merge_due(round, round.start.inner_steps, own)

@@ -42,7 +42,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S) -> float:
         model.loss(batch).backward()  # type: ignore[no-untyped-call]
         backward_s = time.perf_counter()
         optimizer.step(0.0)
-        step_s = (time.perf_counter() - backward_s) * sequences / run.inner.batch_sequences  # one a batch
+        step_s = (time.perf_counter() - backward_s) * sequences / run.inner.batch_sequences  # one per batch
         best_s = min(best_s, backward_s - began_s + step_s)
         if time.monotonic() > give_up_s:
             break

@@ -150,7 +150,11 @@ def merged_step(fragment: int, number: int, inner_steps: int, num_parts: int) ->
 
 
 def merged_with(fragment: int, number: int, num_parts: int) -> int:
-    """Return the part of a round, from 1 to `num_parts`, with whose end the fragment, one of `number`, is merged."""
+    """Return the part of a round, from 1 to `num_parts`, with whose end the fragment, one of `number`, is merged.
+
+    It does not depend on the round's inner steps or on how often a peer publishes, so that others can infer it
+    (decision 47).
+    """
     return -(-num_parts * (fragment + 1) // number)
 
 

@@ -111,6 +111,8 @@ class MergePlanner:
             return None
         plans, way_s = self._plans(done, now), self._of.inner_steps / self._of.steps_per_s / self.num_fragments
         was_s, is_s = (min(plan.ends_s for plan in each) for each in (self._newest, plans))
+        # Inner steps are not equally fast on a busy machine: without new plans a tenth of the pseudo-gradients came too
+        # late, and the loss was 1.8811, not 1.8523 (decision 47).
         if not is_moved(was_s, is_s, way_s):
             return None
         self._newest = plans

@@ -102,6 +102,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
             preparing.is_sifted = True
             self._prepare(preparing)
             return False
+        # The fragment may have been merged, or its round have begun anew, while this was prepared.
         of, round = self._schedule.merges[preparing.fragment], preparing.plan.round
         if of.plan is not None and of.plan.round == round and of.began_s == preparing.began_s:
             self._lanes[preparing.fragment].received.ready = ReadyMerge(round, preparing.pulled, merge)

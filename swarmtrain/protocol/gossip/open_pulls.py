@@ -106,6 +106,8 @@ class OpenPulls:
 
     def begin(self, section: Section, peer: str, now: float) -> OpenPull:
         """Record that `peer` is asked."""
+        # It refers to this round's set, which `round_begins` replaces: the failure of a pull that outlasts its round
+        # does not count in the next one.
         pull = self.begun[section, peer] = OpenPull(section, peer, now, self._failed)
         return pull
 

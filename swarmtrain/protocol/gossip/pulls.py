@@ -157,6 +157,7 @@ def gradient_format(
     here = WantedPartners(*(min(each, num_live_others) for each in configured))
     for format in formats[1:]:
         num_bytes = here.bytes_of(sizes[format])
+        # With eight wanted partners this allows int4, twice int2's bytes, with at most four others (decision 48).
         if num_bytes <= most_bytes and num_bytes / bytes_per_s <= _FINE_SHARE * round_s:
             found = format
     return found
@@ -198,6 +199,7 @@ def plan_pulls(
     )
     overhead_s, left_bytes, at_s = times.overhead_s, gradients * sizes.gradient + weights * sizes.weights, []
     for number in range(weights + gradients):
+        # Pulls run one after the other: `left_bytes` are those of this pull and of all that follow it.
         begins_s = ends_s - (spare_s + _SLACK * (overhead_s + left_bytes / rate))
         at_s.append(begins_s if begins_s > started_s else started_s)
         left_bytes -= sizes.weights if number < weights else sizes.gradient

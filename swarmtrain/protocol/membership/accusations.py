@@ -53,6 +53,7 @@ class NamedOnce:
         """Return whether to name `peer` for `rule` now; if so, count it as named. Rules are few and never chosen by
         peers."""
         named_s = self._named_s.get((peer, rule))
+        # The clock may have been set back.
         if named_s is not None and abs(now - named_s) < self.again_s:
             return False
         rate = self._rates.pop(rule, None) or _Rate()

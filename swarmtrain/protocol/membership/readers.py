@@ -97,6 +97,7 @@ class Readers:
         if stalled:
             return min(stalled, key=lambda reader: reader.took_s)
         own = self._num_moving(peer, now) if peer else 0
+        # Two readers at 54 KB/s once kept an honest one out in 31 of 31 attempts (decision 53).
         due = [
             reader
             for reader in self._inside

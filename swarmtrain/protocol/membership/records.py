@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 BUCKET_LIMIT = 64
-"""Records at which a bucket is full: newcomers go one bit deeper."""
+"""Records at which a bucket is full: newcomers go one bit deeper. One by one, 64 subkeys take the DHT 0.7 s, 500 take
+4.7 s, and 2,000 take 43 s (decision 3)."""
 
 MAX_DEPTH = 24
 """Longest prefix in bits; 2^24 buckets are enough for a billion peers."""
@@ -43,8 +44,8 @@ ASKED = REPLICAS + 3
 """Nearest nodes whose answers end a search; more than `REPLICAS`, because some have just come and have nothing yet.
 With fewer nodes than this, every node is one of the nearest."""
 FEW, ALL_EVERY = 2, 4
-"""Nodes of a bucket that are read each time (`FEW`) if the nodes that store it are known; every `ALL_EVERY` times all
-of them are."""
+"""Nodes of a bucket that are read each time (`FEW`) if the nodes that store it are known. Every `ALL_EVERY` times all
+of them are read, because one may have missed a record, or keep it back (decision 33)."""
 READ_EVERY_S = 3.0
 """Seconds between two readings of presence in a small swarm."""
 COUNT_EVERY_S, MOST_COUNT_EVERY_S = 5.0, 15.0

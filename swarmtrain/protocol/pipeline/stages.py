@@ -55,6 +55,7 @@ class FirstStageWatch:
         said = max(told, default=0) >= total or any(info.run_tokens >= total for info in known if _drives(info))
         is_near = said and counted_tokens >= _NEARLY * total
         is_sure = min(told) >= total if told else is_near
+        # The lower median: half of the drivers, or a single liar of two, are not enough.
         is_claimed = is_near or (statistics.median_low(told) >= total if told else said)
         self._claimed_s = min(self._claimed_s, now) if is_claimed else math.inf
         self.is_over = self.is_over or is_sure or now >= self._claimed_s + _LAST_ROUND_S

@@ -94,6 +94,7 @@ class KnownRound(Generic[Envelope, Link]):
                 return False
         best = better_roster([kept.roster for kept in self.rosters.values()])
         self.best = next(kept for kept in self.rosters.values() if kept.roster is best)
+        # Another chance for what is on it: in a small group a signer lists only what it holds (decision 4).
         self.unobtainable.difference_update(roster.peers)
         return True
 

@@ -229,6 +229,7 @@ class Search(Generic[Envelope, Link]):
         lasts = {peer: one.last.digest for peer, one in self.told.items() if one.last is not None}
         holders = [peer for peer, digest in lasts.items() if digest == best.digest]
         ours = self.hearsay.chains.chain
+        # If no holder delivers, a peer further back on the chain may give an older state of it.
         rest = [peer for peer, digest in lasts.items() if digest in best and digest not in ours and peer not in holders]
         self.rng.shuffle(holders)
         self._sources.extend((peer, best.head.round + 1) for peer in holders)

@@ -1,8 +1,8 @@
-"""Volunteers of gossip that crash or leave, come back, come late, or fall behind.
+"""Volunteers of simulated gossip that crash or leave, come back, join late, or fall behind.
 
-Of the round in which one goes, the publications count that another has taken; the rest of its work is lost. Who comes
-takes the others' present weights as a real volunteer does (`peer.merging.gossip_exchange`): their consensus, with
-momentum; or goes on with its own, as from a checkpoint, if these are not far behind.
+When a volunteer goes in the middle of a round, the publications that another has taken count, and the rest of its work
+is lost. A volunteer that comes takes the others' present weights as a real one does (`peer.merging.gossip_exchange`):
+their consensus, with momentum. If its own weights are not far behind, it continues with them, as from a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BYTES = 4  # of a number, as states travel
 
 
 class Company(Protocol):
-    """The swarm that somebody leaves or comes to."""
+    """Swarm that a volunteer leaves or joins."""
 
     setting: Setting
     clock: Clock
@@ -49,31 +49,31 @@ class Company(Protocol):
 
     @property
     def peers(self) -> Sequence[Comer]:
-        """All of it, by number."""
+        """All volunteers, by number."""
 
     @property
     def live(self) -> Sequence[Comer]:
-        """Those whom the others believe to be there."""
+        """Volunteers that the others believe to be present."""
 
     @property
     def honest(self) -> Sequence[Comer]:
-        """Those whose weights are the swarm's."""
+        """Volunteers whose weights are the swarm's."""
 
     def is_hanging(self, name: str) -> bool:
-        """Whether this peer stands still now."""
+        """Return whether this peer hangs now."""
 
 
 class DrivesGossip(Protocol):
-    """Asks the engine of one of them, and does what that decides."""
+    """Runner of one volunteer's gossip engine."""
 
     engine: GossipEngine[Any, Any, Any]
 
     def tell(self, event: ConsensusTaken) -> object:
-        """It takes others' weights now."""
+        """Report that the volunteer takes others' weights now."""
 
 
 class Comer(Protocol):
-    """A volunteer that comes and goes."""
+    """Volunteer that comes and goes."""
 
     number: int
     name: str
@@ -91,42 +91,42 @@ class Comer(Protocol):
 
     @property
     def world(self) -> Company:
-        """The others, and the clock."""
+        """The other volunteers, and the clock."""
 
     @property
     def gossip(self) -> DrivesGossip:
-        """Of its present life."""
+        """Runner of gossip in its present life."""
 
     @property
     def round(self) -> int:
-        """The one it is in, or begins."""
+        """Round that it is in, or begins."""
 
     def begin(self) -> None:
-        """A round."""
+        """Begin a round."""
 
     def begin_or_end(self) -> None:
-        """The next round, unless the run has had its tokens."""
+        """Begin the next round, or end if the run has had its tokens."""
 
     def forget(self) -> None:
-        """All that its process holds and no checkpoint keeps."""
+        """Forget all that a process holds and no checkpoint keeps."""
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> object:
-        """On the world's clock, unless it has gone by then."""
+        """Schedule a call on the world's clock; it is dropped if the volunteer has gone by then."""
 
     def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
-        """What another tells of who has seen which data."""
+        """Merge another's rows of which data were seen."""
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """The others' consensus, and up to where everybody is in each of their states."""
+    """Consensus of the others, and up to where every peer is in each of their states."""
 
     state: OuterState
     event: ConsensusTaken
 
 
 def schedule(world: Company) -> None:
-    """Have everybody come and go at their times; call it before the first of them begins."""
+    """Schedule all arrivals and departures. Call it before the first volunteer begins."""
     for each in world.setting.away:
         peer = world.peers[each.peer]
         if each.at_s > 0:
@@ -149,7 +149,7 @@ def _go(peer: Comer) -> None:
 
 
 def _count(peer: Comer) -> None:
-    """Of its round only what another has taken, in place of what it has published."""
+    """Count only the part of its round that another has taken, in place of all that it published."""
     world = peer.world
     step_tokens = world.setting.run.tokens_per_step
     done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now)
@@ -163,8 +163,10 @@ def _count(peer: Comer) -> None:
 
 
 def _taken(peer: Comer) -> int:
-    """Tokens of the present round of `peer` that another has merged or is about to: of each number of the model the
-    most, and the mean of that, in whole steps."""
+    """Return the tokens of this round of `peer` that another has merged or is about to merge.
+
+    For each number of the model the most that any other has taken, then the mean of that, in whole steps.
+    """
     sizes = [lane.fragment.layout.size for lane in peer.lanes]
     others = [other for other in peer.world.peers if other is not peer]
     taken = [max((_taken_of(peer, lane, other) for other in others), default=0) for lane in peer.lanes]
@@ -174,7 +176,7 @@ def _taken(peer: Comer) -> int:
 
 
 def _taken_of(peer: Comer, lane: LearningFragment, by: Comer) -> int:
-    """The same of one fragment, by one other."""
+    """Return the same for one fragment and one other volunteer."""
     engine = by.gossip.engine
     marks = [engine.merged_mark(lane.number, peer.name), engine.pulled_mark(lane.number, peer.name)]
     of_round = peer.trainer.rounds.of_round
@@ -195,8 +197,10 @@ def _come(peer: Comer) -> None:
 
 
 def takes_state(peer: Comer) -> bool:
-    """Take the others' weights at its round's end, since what it has published is too old for them; False if they
-    cannot be had."""
+    """Take the others' weights at the end of a round, because this peer's publications are too old for them.
+
+    Return False if nobody can give them.
+    """
     if not (others := _answering(peer)):
         return False
     if peer in peer.world.honest:
@@ -208,7 +212,7 @@ def takes_state(peer: Comer) -> bool:
 
 
 def _answering(peer: Comer) -> list[Comer]:
-    """Of whom it can take a state."""
+    """Return the volunteers that can give it a state."""
     world = peer.world
     others = [other for other in world.live if other is not peer and other.round > 0]
     return [other for other in others if not world.is_hanging(other.name)]
@@ -233,7 +237,7 @@ def _take_state(peer: Comer, others: list[Comer]) -> None:
 
 
 def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int]:
-    """Theirs, with its round."""
+    """Return the consensus of the sample, with its round."""
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     states = [each.trainer.state for each in near]
     whole = sample[:MOMENTA]  # of the others only the weights are pulled

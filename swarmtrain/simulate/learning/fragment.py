@@ -1,4 +1,4 @@
-"""What a simulated volunteer publishes of one fragment of the model, and what it holds for usual there."""
+"""What a simulated volunteer publishes of one fragment of the model, and its record of usual norms there."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ __all__ = ["LearningFragment", "Published"]
 
 @dataclass
 class Published:
-    """A fragment's weights at its round's start or its pseudo-gradient since, which travel as the run file says."""
+    """Publication of one fragment: weights at the start of its round, or the pseudo-gradient since.
+
+    It travels in the format that the run file says.
+    """
 
     mark: PublicationVersion
     vector: Tensor
     num_bytes: int
     format: GradientFormat | None = None
-    """Of a pseudo-gradient."""
+    """Format of a pseudo-gradient; None for weights."""
     sent: Tensor | None = None
-    """What everybody gets of it, once it was asked for."""
+    """Vector that every reader decodes; set at the first request."""
     rows: Sequence[CoverageRow] = ()
-    """Who has seen which data, as it tells with it."""
+    """Rows of which data were seen, sent along."""
 
 
 @dataclass
 class LearningFragment:
-    """One fragment."""
+    """One fragment of one volunteer's model."""
 
     number: int
     fragment: Fragment
@@ -43,25 +46,28 @@ class LearningFragment:
     robustness: Robustness
     codec: PublicationCodec
     newest: Published | None = field(default=None, init=False)
-    """Its gradient's."""
+    """Newest pseudo-gradient."""
     weights: Published | None = field(default=None, init=False)
 
     def forget(self, codec: PublicationCodec) -> None:
-        """All that a process holds and no checkpoint keeps; another has a codec of its own."""
+        """Forget all that a process holds and no checkpoint keeps; a new process has a codec of its own."""
         self.codec, self.newest, self.weights = codec, None, None
         self.robustness.comes_back()
 
     def begins(self, round: int, theta: Tensor) -> None:
-        """A round of it, with the weights `theta`, (Q,), which weigh the same in any format of gradients."""
+        """Begin a round of the fragment with the weights `theta` (Q,).
+
+        Weights have the same size whatever the format of gradients.
+        """
         num_bytes = next(iter(self.sizes.values())).weights
         self.weights = Published(PublicationVersion(round, 0, 0), theta, num_bytes)
 
     def brought(self, mark: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
-        """So much of its round, (Q,)."""
+        """Set the newest pseudo-gradient (Q,) of its round so far."""
         self.newest = Published(mark, gradient, self.sizes[format].gradient, format)
 
     def newer(self, section: Section, known: PublicationVersion | None) -> Published | None:
-        """The newest that it has of a section; None if that is what the reader knows."""
+        """Return the newest publication of a section; None if the reader has it."""
         found = self.weights if section in self.codec.averaged else self.newest
         if found is None or (known is not None and (found.mark.round, found.mark.part) <= (known.round, known.part)):
             return None

@@ -1,7 +1,8 @@
-"""Gossip in virtual time: the product's decisions, merges and formats, with real models, on a clock that only counts.
+"""Gossip in virtual time: the product's decisions, merges and formats, with real models, on a virtual clock.
 
-What a volunteer does in threads and over sockets happens here in events: its inner steps at the moments when it
-publishes, and what `protocol.gossip.engine` decides at once or, where bytes travel, when they have come.
+What a volunteer does in threads and over sockets happens here in events: inner steps are taken at the moments of
+publications, and the commands of `protocol.gossip.engine` are carried out at once or, where bytes travel, when these
+have arrived.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ from swarmtrain.simulate.learning.wire import Wire
 __all__ = ["LearningPeer", "LearningWorld", "VirtualRunner"]
 
 Unprepared: TypeAlias = PrepareMerge[Published, PartnerUpdate]
-"""A merge that is ready, but for its arithmetic: that is done once, when it is merged."""
+"""Merge that is ready but for its arithmetic, which is done once, when it is merged."""
 Event: TypeAlias = GossipEvent[Published, PartnerUpdate, Unprepared]
 Command: TypeAlias = GossipCommand[Published, PartnerUpdate, Unprepared]
 
 
 class VirtualRunner:
-    """Does in virtual time what the engine of one peer's gossip decides."""
+    """Driver of one peer's gossip engine in virtual time."""
 
     def __init__(self, peer: LearningPeer) -> None:
         self.peer, self.world, setting = peer, peer.world, peer.world.setting
@@ -89,7 +90,10 @@ class VirtualRunner:
         self.engine.receive(LinkRateAssumed(min(setting.link_of(peer.name))), self.world.clock.now)
 
     def tell(self, event: Event) -> list[Command]:
-        """What has happened now. Whoever tells that a merge is due, merges."""
+        """Give the engine an event, carry out its commands and return them.
+
+        Whoever reports that a merge is due carries out the merge itself.
+        """
         self.hear()
         commands = self.engine.receive(event, self.world.clock.now)
         for command in commands:
@@ -98,7 +102,7 @@ class VirtualRunner:
         return commands
 
     def hear(self) -> None:
-        """How far the others are: all that they have announced by now."""
+        """Give the engine all that the others have announced by now."""
         world = self.world
         if self._num_told == world.num_told and not world.setting.hangs:
             return
@@ -108,7 +112,7 @@ class VirtualRunner:
             self.engine.receive(PartnersChanged(others), world.clock.now)
 
     def _wake(self) -> None:
-        """When the engine wants, or as soon as this peer goes on, if it hangs then."""
+        """Schedule the engine's next timer; if this peer hangs then, as soon as it continues."""
         if (wake_s := self.engine.wake_at()) == self._wake_s:
             return
         if self._timer is not None:
@@ -145,7 +149,7 @@ class VirtualRunner:
                 self.world.told(author, ClipIncident(rule_of(failure.reason), failure.reason))
 
     def _ask(self, ask: AskPartner) -> None:
-        """Who hangs says nothing; what another has when it is asked, this peer knows after a round trip."""
+        """Ask an author; the answer, as of now, arrives after a round trip. A hanging author does not answer."""
         now, setting, author = self.world.clock.now, self.world.setting, self.world.by_name[ask.source]
         if self.world.is_hanging(author.name):
             silent = PullFailed(ask.pull, PullFailure("no answer", "silent"))
@@ -160,7 +164,7 @@ class VirtualRunner:
         num_lives: int,
         event: PartnerReplied[Published] | PublicationDownloaded | PullFailed,
     ) -> None:
-        """So, unless who was asked has gone meanwhile."""
+        """Report the event, or a failure if the author has gone meanwhile."""
         is_gone = author.num_lives != num_lives
         self.tell(PullFailed(event.pull, PullFailure("it has gone")) if is_gone else event)
 
@@ -172,8 +176,10 @@ class VirtualRunner:
         attempts: int,
         asked_s: float | None = None,
     ) -> None:
-        """The bytes come; where the transfer breaks off, it is asked for the rest, so many times in all. `num_lives`:
-        its author's when it began."""
+        """Transfer a publication's bytes, asking `attempts` times in all for the rest of a transfer that breaks off.
+
+        `num_lives` is the author's when the transfer began.
+        """
         world, rng, author = self.world, self.peer.rng, self.world.by_name[one.source]
         event: PublicationDownloaded | PullFailed = PublicationDownloaded(one.pull, one.held.num_bytes)
         if author.num_lives != num_lives:
@@ -192,7 +198,7 @@ class VirtualRunner:
 
 
 class LearningPeer:
-    """A volunteer that merges at its own pace."""
+    """Volunteer that merges at its own pace."""
 
     def __init__(self, world: LearningWorld, number: int) -> None:
         setting = world.setting
@@ -207,23 +213,23 @@ class LearningPeer:
         self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
         self.knows_speed = False
-        """From the end of its first round on."""
+        """True from the end of its first round on."""
         self.step_s = setting.step_s[number]
-        """As it was in its last round."""
+        """Seconds of an inner step, as measured in its last round."""
         self.num_lives = 0
-        """How often it has gone. What it had begun before then, comes to nothing."""
+        """Number of times it has gone. Calls that it scheduled before are dropped."""
         self.began_s = math.inf
-        """When its round did."""
+        """Time at which its round began."""
         self.own: LocalUpdate
         """What its round has brought so far."""
         self.info, self.so_far_since_s = PeerInfo(peer=self.name), 0.0
-        """What it has told of itself last, and when."""
+        """Record that it announced last, and when."""
         self.naming = Naming(world.told)
         self.lanes = [world.lane(fragment, self.naming) for fragment in range(len(world.fragments))]
         self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
 
     def forget(self) -> None:
-        """All that its process holds and no checkpoint keeps."""
+        """Forget all that a process holds and no checkpoint keeps."""
         merged = self.gossip.engine.rows()
         self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
         self.gossip.engine.load(merged)
@@ -233,11 +239,11 @@ class LearningPeer:
 
     @property
     def round(self) -> int:
-        """The one it is in, or begins."""
+        """Round that it is in, or begins."""
         return self.trainer.progress.round
 
     def begin(self) -> None:
-        """A round."""
+        """Begin a round: schedule its publications, merges and end."""
         setting, clock = self.world.setting, self.world.clock
         self.began_s, is_anew = clock.now, self.lanes[0].weights is None
         self.enter(self._next_start(), self.world.tokens)
@@ -260,11 +266,11 @@ class LearningPeer:
 
     @property
     def steps_per_s(self) -> float:
-        """As far as it knows; 0 in its first round."""
+        """Inner steps per second, as far as it knows; 0 in its first round."""
         return 1 / self.step_s if self.knows_speed else 0.0
 
     def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """On the world's clock, unless it has gone by then."""
+        """Schedule a call on the world's clock; it is dropped if the peer has gone by then."""
         return self.world.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
 
     def _if_here(self, num_lives: int, call: Callable[..., object], *args: Any) -> None:
@@ -272,7 +278,7 @@ class LearningPeer:
             call(*args)
 
     def _next_start(self) -> Start:
-        """How its next round begins: as one that does not know its speed before it has had a round."""
+        """Return how its next round begins. Before its first round has ended it does not know its speed."""
         setting, section = self.world.setting, self.world.setting.run.merge
         others, most = [peer for peer in self.world.live if peer is not self], section.publications_per_round
         steps, everybodys, round_s = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0, 0.0
@@ -299,7 +305,8 @@ class LearningPeer:
         )
 
     def ends_in_s(self) -> float | None:
-        """In how many seconds its round ends, as it tells; None until it knows its speed, and while it is away."""
+        """Return the seconds until its round ends, as it announces; None before it knows its speed and while it is
+        away."""
         if not (self.is_here and self.knows_speed):
             return None
         setting, now = self.world.setting, self.world.clock.now
@@ -309,7 +316,7 @@ class LearningPeer:
         return (self.start.inner_steps - done) * self.step_s
 
     def enter(self, start: Start, run_tokens: int) -> None:
-        """A round begins; the run has so many tokens by now."""
+        """Enter a round; the run has `run_tokens` by now."""
         self.start, self.done, self.run_tokens = start, 0, run_tokens
         if start.shard is not None:
             self.learner.loop.batches.use_shard(start.shard)
@@ -319,15 +326,15 @@ class LearningPeer:
                 self.begins(lane, self.round)
 
     def begins(self, lane: LearningFragment, round: int) -> None:
-        """A round of a fragment, whose weights it publishes."""
+        """Begin a round of a fragment by publishing its weights."""
         lane.begins(round, self.trainer.state_of(lane.number).theta)
 
     def done_s(self, work_s: float) -> float:
-        """When it has done what takes it so long at its own speed."""
+        """Return when work that takes `work_s` at its own speed is done."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
     def tells(self, part: int, tokens: int) -> None:
-        """The others, how far its round is: what it has published of it, of how many tokens that is."""
+        """Announce how far its round is: the last part published, and its tokens."""
         self.so_far_since_s = self.world.clock.now
         self.info = PeerInfo(
             peer=self.name,
@@ -342,7 +349,7 @@ class LearningPeer:
         self.world.num_told += 1
 
     def train_to(self, moment: int) -> None:
-        """Inner steps up to `moment` of the round, then a publication."""
+        """Take the inner steps up to `moment` of the round, then make a publication."""
         world, step_tokens = self.world, self.world.setting.run.tokens_per_step
         for step in range(self.done, moment):
             self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / world.setting.total_tokens)
@@ -359,7 +366,7 @@ class LearningPeer:
         self.tells(self.own.part, self.own.tokens)
 
     def publish(self, moment: int) -> None:
-        """Train to that moment of the round, and publish; pulls are planned anew if merges come at other times."""
+        """Train to that moment and publish. Pulls are planned anew if the merges' times have changed."""
         self.train_to(moment)
         self._plan(self.planner.steps_done(moment, self.world.clock.now))
 
@@ -368,7 +375,7 @@ class LearningPeer:
             self.gossip.tell(MergesPlanned(self.round, plans))
 
     def answer(self, ask: AskPartner) -> PartnerReplied[Published]:
-        """What it has of what it is asked for."""
+        """Return what it has of what is asked for."""
         lane, info = self.lanes[ask.fragment], self.info
         if (published := lane.newer(ask.section, ask.known)) is None:
             return PartnerReplied(ask.pull)
@@ -379,7 +386,7 @@ class LearningPeer:
         return PartnerReplied(ask.pull, published.mark, published, told)
 
     def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
-        """That section of its publications was asked for: the first time it is encoded, for everybody."""
+        """Encode a publication at the first request, for every reader."""
         if published.sent is not None:
             return
         if self.coverage is not None:
@@ -393,18 +400,20 @@ class LearningPeer:
             published.sent = gradients.of[format].decode(encoded)
 
     def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
-        """What another tells of who has seen which data, if those are the same."""
+        """Merge another's rows of which data were seen, if both have the same part of the corpus."""
         part_of, other = self.world.setting.text.part_of, self.world.by_name[name]
         if self.coverage is not None and part_of(self.number) == part_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
 
     def arrival_untrusted(self, decode: DecodePublication[Published]) -> PartnerUpdate:
-        """What is new of a publication, as far as the run's rule lets it enter a merge. BadBytesError if it must not
-        be taken."""
+        """Return the new part of a publication, as the run's rule lets it enter a merge.
+
+        Raises BadBytesError if it must not be taken.
+        """
         lane, vector, earlier = self.lanes[decode.fragment], decode.held.sent, decode.earlier
         assert vector is not None
         if not bool(vector.isfinite().all()):
-            raise BadBytesError("a publication that is not finite")
+            raise BadBytesError("a publication that is not finite", code="not-finite")
         if decode.section in lane.codec.averaged:
             arrival = PartnerUpdate(vector, vector, 0)
         else:
@@ -417,7 +426,7 @@ class LearningPeer:
     # ------------------------------------------------------------- the merge
 
     def end_of_some(self, moment: int) -> bool:
-        """Merge what is ready of the fragments whose time has come; False if it takes the others' weights instead."""
+        """Merge the fragments that are due at `moment`; return False if it takes the others' weights instead."""
         for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
             if merged_after != moment:
                 continue
@@ -437,7 +446,7 @@ class LearningPeer:
         return self.gossip.tell(event)[-1]
 
     def end(self) -> None:
-        """Merge the last fragments, or take the others' weights if its own are too old for them; on to a new round."""
+        """End the round: merge the last fragments, or take the others' weights if its own are too old for them."""
         world, self.knows_speed = self.world, True
         if world.setting.pace.deviation:
             took_s = world.setting.awake_s(self.number, self.began_s, world.clock.now)
@@ -448,7 +457,7 @@ class LearningPeer:
             self.begin_or_end()
 
     def begin_or_end(self) -> None:
-        """The next round, unless the run has had its tokens."""
+        """Begin the next round, or end if the run has had its tokens."""
         if self.world.tokens < self.world.setting.total_tokens:
             self.begin()
         else:
@@ -457,7 +466,7 @@ class LearningPeer:
             self.world.finished(self)
 
     def merge(self, lane: LearningFragment, arrivals: Sequence[PartnerUpdate]) -> None:
-        """The end of a fragment's round, with what enters it."""
+        """Merge what arrived into a fragment, which ends the fragment's round."""
         world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
         prepared = prepare(self.trainer.state_of(lane.number), arrivals, lane.fragment.layout, rate)
         if prepared.displacement is not None:
@@ -474,7 +483,7 @@ class LearningPeer:
 
 
 def _arrivals(due: MergeFragment[Published, PartnerUpdate, Unprepared]) -> list[PartnerUpdate]:
-    """What enters, each with by how much of the round that was planned its author's began later."""
+    """Return what enters, each with how much later its author's round began, as a share of the planned round."""
     if due.merge is None:
         return []
     plan, number = due.merge.plan, due.fragment
@@ -483,7 +492,7 @@ def _arrivals(due: MergeFragment[Published, PartnerUpdate, Unprepared]) -> list[
 
 @dataclass
 class LearningWorld:
-    """Everyone, and the clock."""
+    """All volunteers, and the clock."""
 
     setting: Setting
     clock: Clock = field(default_factory=Clock)
@@ -492,7 +501,7 @@ class LearningWorld:
     tokens_lost: int = 0
     finished_s: float = 0.0
     num_told: int = 0
-    """How often somebody has come, gone, or told how far it is."""
+    """Number of times that a volunteer came, went or announced progress."""
     specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
@@ -514,12 +523,12 @@ class LearningWorld:
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
     def codec(self, fragment: int) -> PublicationCodec:
-        """A peer's own of a fragment: what it has lost in one publication it adds to the next."""
+        """Return a codec of one peer's own fragment. What one publication loses is added to the next."""
         section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
         return PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
 
     def lane(self, fragment: int, naming: Naming) -> LearningFragment:
-        """Of a new peer."""
+        """Return a fragment of a new peer."""
         rule, met = self.setting.run.merge.robust, not self.setting.own_weights
         robustness = Robustness(rule, self.fragments[fragment].layout, naming, met=met)
         codec, sizes = self.codec(fragment), self.gossip.sizes[fragment]
@@ -527,46 +536,46 @@ class LearningWorld:
 
     @property
     def live(self) -> list[LearningPeer]:
-        """Those whom the others believe to be there."""
+        """Volunteers that the others believe to be present."""
         gone, now_s = self.setting.is_gone, self.clock.now
         return [peer for peer in self.peers if peer.is_here and not gone(peer.number, now_s)]
 
     @property
     def answering(self) -> list[LearningPeer]:
-        """The honest ones who can be asked for their weights; all of them if nobody can."""
+        """Honest volunteers that can be asked for their weights; all honest ones if nobody can."""
         found = [peer for peer in self.honest if peer.is_here and not self.is_hanging(peer.name)]
         return found or self.honest
 
     def is_hanging(self, name: str) -> bool:
-        """Whether this peer stands still now."""
+        """Return whether this peer hangs now."""
         return self.setting.is_hanging(self.by_name[name].number, self.clock.now)
 
     def peer(self, number: int) -> LearningPeer:
-        """A new one."""
+        """Return a new volunteer."""
         return LearningPeer(self, number)
 
     def told(self, peer: str, incident: ClipIncident) -> None:
-        """What `peer` published was cut or refused."""
+        """Hook, called when a publication of `peer` was cut or refused."""
 
     def merged(self, peer: LearningPeer) -> None:
-        """A round of `peer` is over."""
+        """Note that a round of `peer` is over."""
         self._recorder.see(self.tokens, self.clock.now, self.consensus)
 
     def finished(self, peer: LearningPeer) -> None:
-        """The last round of `peer` is over."""
+        """Note that the last round of `peer` is over."""
         self.finished_s = max(self.finished_s, self.clock.now)
 
     @property
     def honest(self) -> list[LearningPeer]:
-        """Those whose weights are the swarm's."""
+        """Volunteers whose weights are the swarm's."""
         return self.peers[: self.setting.num_honest]
 
     def consensus(self) -> Tensor:
-        """The variance-corrected mean of the weights of all who answer, (P,)."""
+        """Return the variance-corrected mean of the weights of all that answer, (P,)."""
         return variance_corrected_mean([peer.trainer.state.theta for peer in self.answering], self.layout).mean
 
     def run(self) -> None:
-        """To the end of the run."""
+        """Run to the end of the run."""
         for peer in self.peers:  # nobody presses the button in the same moment
             a_round_s = self.setting.steps_of_round(peer.number) * self.setting.step_s[peer.number]
             peer.call_at(peer.rng.random() * a_round_s, peer.begin)
@@ -577,14 +586,14 @@ class LearningWorld:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody who is there has still to end the run."""
+        """True if every volunteer that is present has ended the run."""
         if self.tokens < self.setting.total_tokens:
             return False
         stuck, now_s = self.setting.is_stuck, self.clock.now
         return all(peer.is_over or not peer.is_here or stuck(peer.number, now_s) for peer in self.peers)
 
     def outcome(self) -> RunOutcome:
-        """What came of it."""
+        """Return the results."""
         rounds = sum(peer.rounds_done for peer in self.honest)
         return RunOutcome(
             held_out_loss=self.setting.text.held_out_loss(self.consensus()),

@@ -1,8 +1,8 @@
-"""Hostile volunteers in gossip: they train and merge as the others do, so that what they publish is as good as theirs
-before it is spoilt. `scenario.ATTACKS` says what each attack is.
+"""Hostile volunteers in gossip: they train and merge as the others do, then spoil what they publish.
 
-What they train does not count: in every run the honest ones take as many inner steps, by the same schedule as without
-them, deal all of the data out among themselves, and the loss is that of their consensus.
+So their publications are as good as the others' before they are spoilt. `scenario.ATTACKS` says what each attack is.
+What they train does not count: in every run the honest volunteers take the same number of inner steps by the same
+schedule as without attackers, share all of the data among themselves, and the loss is that of their consensus.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _HUGE = 1e30
 
 
 class _Hostile(LearningPeer):
-    """Publishes something else than it has learnt."""
+    """Volunteer that publishes something else than it has learnt."""
 
     gradients: tuple[Tensor, ...] = ()
-    """Its own of the publication before, of each fragment."""
+    """Its own pseudo-gradients at the previous publication, by fragment."""
     copied: LearningPeer | None = None
 
     def begin(self) -> None:
@@ -57,7 +57,7 @@ class _Hostile(LearningPeer):
             lane.newest = self.spoilt(lane, lane.newest)
 
     def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
-        """See `LearningPeer`; it makes bytes that no encoder makes, and says nothing of the data that it trains on."""
+        """See `LearningPeer`. Values that no encoder makes are sent as they are, and no rows of seen data."""
         if bool(torch.isfinite(published.vector).all()):
             super().serve(lane, section, published)
         else:
@@ -65,14 +65,14 @@ class _Hostile(LearningPeer):
         published.rows = ()
 
     def spoilt_weights(self, fragment: int, theta: Tensor) -> Tensor:
-        """What it publishes in place of its weights."""
+        """Return what it publishes in place of its weights."""
         attack = self.world.setting.hostile
         if attack.kind == "huge":
             return torch.full_like(theta, _HUGE)
         return theta + attack.factor * self.gradients[fragment] if attack.kind == "drag" and self.gradients else theta
 
     def spoilt(self, lane: LearningFragment, honest: Published) -> Published:
-        """What it publishes in place of its gradient."""
+        """Return what it publishes in place of its pseudo-gradient."""
         g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
             return dataclasses.replace(
@@ -90,7 +90,7 @@ class _Hostile(LearningPeer):
         return dataclasses.replace(honest, vector=made.get(attack.kind, lambda: g)())
 
     def most_tokens(self, part: int) -> int:
-        """That a publication may have."""
+        """Return the most tokens that a publication may claim without being refused."""
         return self.world.setting.run.max_round_tokens - self.start.num_parts + part
 
     def tells(self, part: int, tokens: int) -> None:
@@ -99,7 +99,7 @@ class _Hostile(LearningPeer):
         super().tells(part, self.most_tokens(part) if lies else tokens)
 
     def noise(self, lane: LearningFragment, honest: Published) -> Tensor:
-        """Random numbers of the same norm in each tensor."""
+        """Return random numbers with the same norm in each tensor."""
         mark, like = honest.mark, honest.vector
         key = f"{self.world.setting.run.run.seed} {self.number} {mark.round} {mark.part}"
         seed = random.Random(f"{key} {lane.number}" if lane.number else key).getrandbits(63)
@@ -110,8 +110,11 @@ class _Hostile(LearningPeer):
         return made
 
     def a_little(self, lane: LearningFragment, own: Published) -> Tensor:
-        """The mean of what the honest ones have published last, which anybody can pull, less `factor` times its
-        standard deviation, number by number; each as if it had as many tokens as the own one."""
+        """Return the mean of the honest volunteers' newest pseudo-gradients less `factor` standard deviations.
+
+        Number by number; anybody can pull those publications. Each is scaled as if it had as many tokens as the own
+        one.
+        """
         newest = [peer.lanes[lane.number].newest for peer in self.world.honest]
         known = [each for each in newest if each is not None]
         if len(known) < 2:
@@ -120,7 +123,8 @@ class _Hostile(LearningPeer):
         return vectors.mean(0) - self.world.setting.hostile.factor * vectors.std(0)
 
     def copy(self, lane: LearningFragment, own: Published) -> Tensor:
-        """What an honest one, another in each round, has published last, as if of as many tokens as the own one."""
+        """Return the newest pseudo-gradient of an honest volunteer, another one in each round, scaled to the own
+        tokens."""
         assert self.copied is not None
         theirs = self.copied.lanes[lane.number].newest
         return own.vector if theirs is None else theirs.vector * (own.mark.tokens / theirs.mark.tokens)
@@ -128,10 +132,10 @@ class _Hostile(LearningPeer):
 
 @dataclass
 class HostileWorld(LearningWorld):
-    """Counts who was named by a rule."""
+    """World that counts which volunteers a rule named."""
 
     named: Counter[bool] = field(default_factory=Counter)
-    """By whether that one is hostile."""
+    """Number of incidents, by whether the named peer is hostile."""
 
     def peer(self, number: int) -> LearningPeer:
         """See `LearningWorld`."""
@@ -152,7 +156,7 @@ class HostileWorld(LearningWorld):
 
 
 def gossip(setting: Setting) -> RunOutcome:
-    """Nobody waits; and some are hostile, where a scenario says so."""
+    """Run gossip, with hostile volunteers if the scenario has some."""
     world = HostileWorld(setting) if setting.hostile.percent else LearningWorld(setting)
     world.run()
     return world.outcome()

@@ -1,5 +1,4 @@
-"""A volunteer as a simulated run has it: the product's own loop and replica, which step and merge when virtual time
-says so."""
+"""A volunteer as a simulated run has it: the product's own loop and replica, which step and merge in virtual time."""
 
 from __future__ import annotations
 
@@ -24,35 +23,35 @@ __all__ = ["Learner", "Text", "warm_weights"]
 
 @dataclass(frozen=True)
 class Text:
-    """What a run trains on and is judged by, as its peers prepare it."""
+    """Text that a run trains on and is judged by, as its peers prepare it."""
 
     run: RunFile
     data: TrainingData
     held_out: bytes
     base: Path = Path()
     num_parts: int = 1
-    """Of the corpus, of equal size: each volunteer learns from one, volunteer 0 from the first."""
+    """Equal parts of the corpus. Each volunteer learns from one, volunteer 0 from the first."""
 
     @classmethod
     def of(cls, run: RunFile, base: Path, num_parts: int = 1) -> Text:
-        """`base` is the folder that the run file's paths are relative to."""
+        """Prepare the text of a run; `base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
         return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
 
     def part_of(self, number: int) -> int:
-        """Which part of the corpus volunteer `number` learns from."""
+        """Return which part of the corpus volunteer `number` learns from."""
         return number % self.num_parts
 
     def batches(self, number: int) -> BatchSource:
-        """The batches of volunteer `number`."""
+        """Return the batches of volunteer `number`."""
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
         part, whole = self.part_of(number), self.data.tokens
         begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
         return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
 
     def held_out_loss(self, theta: Tensor) -> float:
-        """Of weights (P,), in nats per byte."""
+        """Return the held-out loss of weights (P,), in nats per byte."""
         model = build_model(self.run.model, self.run.run.seed)
         unflatten_into(theta, model.parameters())
         tokens = self.data.tokenizer.encode(self.held_out)
@@ -61,8 +60,11 @@ class Text:
 
 
 class Learner:
-    """Volunteer `number`: its model, optimizer, data and outer state. `seed` is of its initial weights, by default the
-    run's; with `warm`, (P,), it begins with those."""
+    """Volunteer `number`: its model, optimizer, data and outer state.
+
+    `seed` is the seed of its initial weights, by default the run's; with `warm` (P,) it begins with those weights
+    instead.
+    """
 
     def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
         self.text, self.number = text, number
@@ -74,20 +76,22 @@ class Learner:
         self.losses: list[float] = []
 
     def enter(self, theta: Tensor) -> None:
-        """Begin a round with these weights, (P,)."""
+        """Begin a round with these weights (P,)."""
         self.loop.parameters.write(theta)
 
     def step(self, progress: float) -> None:
-        """An inner step, at that part of the run's tokens, from 0 to 1."""
+        """Take an inner step at that share of the run's tokens, from 0 to 1."""
         self.losses.append(self.loop.take_step(progress).loss)
 
     def comes_late(self) -> None:
-        """The others have begun before: if it has not trained yet, its moments are young."""
+        """Note that the others began earlier: if it has not trained yet, its moments are young."""
         self.loop.weights_replaced()
 
     def train(self, theta: Tensor, steps: int, run_tokens: float, round_tokens: float) -> Tensor:
-        """A round of so many inner steps from `theta`, (P,), in which the run goes on from `run_tokens` by
-        `round_tokens`; the weights that it leads to."""
+        """Train a round of `steps` inner steps from `theta` (P,), and return the weights it reaches.
+
+        Meanwhile the run's tokens go from `run_tokens` up by `round_tokens`.
+        """
         self.enter(theta)
         for step in range(steps):
             self.step((run_tokens + round_tokens * step / steps) / self.text.run.run.total_tokens)
@@ -95,22 +99,25 @@ class Learner:
 
     @property
     def reached(self) -> Tensor:
-        """The weights now, (P,): a copy."""
+        """Present weights (P,), as a copy."""
         return self.loop.parameters.read()
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The model's tensors."""
+        """Tensors of the model."""
         return tensor_specs(self.loop.parameters.named.items())
 
 
 _STRANGER = 1_000_000
-"""The number of who trains alone: its batches are nobody's of the run."""
+"""Number of the volunteer that trains alone: no volunteer of the run has its batches."""
 
 
 def warm_weights(run: RunFile, base: Path, tokens: int) -> Tensor:
-    """What one machine alone reaches with so many tokens, (P,), from the run's initial weights, with the run's
-    optimizer, schedule and data; `base` is the folder that the run file's paths are relative to."""
+    """Return the weights (P,) that one machine alone reaches with so many tokens.
+
+    It starts from the run's initial weights, with the run's optimizer, schedule and data. `base` is the folder that the
+    run file's paths are relative to.
+    """
     alone = run.run.model_copy(update={"total_tokens": tokens})
     return _trained_alone(run.model_copy(update={"run": alone, "merge": MergeSection()}), base)
 

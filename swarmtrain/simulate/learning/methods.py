@@ -21,21 +21,21 @@ __all__ = ["METHODS", "Method", "scenario_method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What it is, for a person; keys of the run file with their values; and what runs it where it learns."""
+    """Method of a scenario: a sentence for people, keys of the run file, and what runs it if it learns."""
 
     says: str
     run: Callable[[Setting], RunOutcome] | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
     hostile: bool = False
-    """Whether some volunteers can be hostile,"""
+    """True if some volunteers can be hostile."""
     churn: bool = False
-    """and whether they can come and go."""
+    """True if volunteers can come and go."""
     other_works: tuple[str, ...] = ()
-    """Kinds of work without tensors that it does too."""
+    """Kinds of work without tensors that it can do too."""
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The kinds of work (`scenario.work`) that it does."""
+        """Kinds of work (`scenario.work`) that it can do."""
         return ("learning", *self.other_works) if self.run is not None else self.other_works
 
 
@@ -133,17 +133,24 @@ METHODS: dict[str, Method] = {
         other_works=("pipeline",),
     ),
 }
-"""Keys that a method does not name are the run file's, or the grid's."""
+"""Methods by name. Keys that a method does not name are the run file's, or the grid's."""
 
 
 def scenario_method(name: str) -> Method:
-    """The method of that name, of `METHODS` or "PACKAGE:METHOD" of an installed package. `UserError` where there is
-    none, or a package's has no function for this."""
+    """Return the method of that name, of `METHODS` or "PACKAGE:METHOD" of an installed package.
+
+    Raises UserError if there is none, or the package's method has no function for virtual time.
+    """
     if name in METHODS:
         return METHODS[name]
     if not re.fullmatch(NAME, name):
-        raise UserError(f"scenario.methods: there is no method {name}; there are {', '.join(METHODS)}")
+        raise UserError(
+            f"scenario.methods: there is no method {name}; there are {', '.join(METHODS)}", code="no-such-method"
+        )
     kind = method_named(name)
     if not kind.learns:
-        raise UserError(f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it")
+        raise UserError(
+            f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it",
+            code="no-such-method",
+        )
     return Method(says=kind.says, run=load_part(kind.learns), keys={"merge.method": name})

@@ -1,4 +1,4 @@
-"""How fast a machine is at which time: its owner and other programs use it too."""
+"""Speed of a machine over time: its owner and other programs use it too."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ __all__ = ["Pace"]
 
 @dataclass(frozen=True)
 class Pace:
-    """Every `lasts_s` virtual seconds each volunteer's speed is drawn anew: lognormal around its own, by which work is
-    counted, with `deviation` the logarithm's standard deviation. With 0 all steps take the same time."""
+    """Random speeds of volunteers.
+
+    Every `lasts_s` virtual seconds each volunteer's speed is drawn anew: lognormal around its own speed, in which work
+    is counted, with `deviation` the standard deviation of the logarithm. With 0 all steps take the same time.
+    """
 
     deviation: float = 0.0
     lasts_s: float = 30.0
     seed: int = 0
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
-        """When volunteer `number` has done what takes it `work_s` at its own speed."""
+        """Return when volunteer `number` has done work that takes `work_s` at its own speed."""
         if not self.deviation:
             return since_s + work_s
         for speed, until_s in self._speeds(number, since_s):
@@ -32,7 +35,7 @@ class Pace:
         raise AssertionError
 
     def worked_s(self, number: int, since_s: float, until_s: float) -> float:
-        """How long what it does in that time takes it at its own speed."""
+        """Return how long, at its own speed, the work takes that it does in that time."""
         if not self.deviation or since_s >= until_s:  # it may not have begun: at infinity
             return max(0.0, until_s - since_s)
         worked_s = 0.0
@@ -44,7 +47,7 @@ class Pace:
         return worked_s
 
     def _speeds(self, number: int, since_s: float) -> Iterator[tuple[float, float]]:
-        """To its own, one after the other, each with when it ends."""
+        """Yield one drawn speed after the other, relative to its own, each with the time at which it ends."""
         for span in itertools.count(int(since_s // self.lasts_s)):
             yield _drawn(self.seed, self.deviation, number, span), (span + 1) * self.lasts_s
 

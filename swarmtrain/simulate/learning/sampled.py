@@ -1,4 +1,4 @@
-"""Methods in which only some meet in a round: random pairs, or a random sample of all."""
+"""Methods in which only some volunteers meet in a round: random pairs, or a random sample of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BYTES = 4  # of a weight
 
 
 class _Pairs:
-    """Everybody's weights and clock, and who meets whom."""
+    """Weights and clocks of all volunteers, and their pairs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.steps = setting, setting.run.merge.inner_steps
@@ -31,7 +31,7 @@ class _Pairs:
         self.waited_s = 0.0
 
     def train(self) -> None:
-        """A round of everybody's."""
+        """Train one round of every volunteer."""
         setting, a_round = self.setting, self.steps * self.setting.run.tokens_per_step * self.setting.num_peers
         for number, learner in enumerate(self.everyone):
             theta = self.states[number].theta
@@ -43,7 +43,7 @@ class _Pairs:
         self.inner_steps += self.steps * setting.num_peers
 
     def meet(self) -> None:
-        """In pairs drawn anew; of an odd number one is alone."""
+        """Merge in pairs that are drawn anew; if the number is odd, one volunteer is alone."""
         order = self.rng.sample(range(self.setting.num_peers), self.setting.num_peers)
         for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
             self._wait(pair)
@@ -68,16 +68,16 @@ class _Pairs:
             self.sent_bytes += sent_bytes
 
     def mean(self) -> Tensor:
-        """Of everybody's weights."""
+        """Return the mean of all weights."""
         return torch.stack([state.theta for state in self.states]).mean(0)
 
 
 def noloco(setting: Setting) -> RunOutcome:
-    """Rounds of H steps, then random pairs merge (NoLoCo, arXiv 2506.10911, the rule as its authors' code has it).
+    """Run rounds of H steps, after which random pairs merge (NoLoCo, arXiv 2506.10911, as in its authors' code).
 
-    With means over the pair of its pseudo-gradients g and weights theta:
-    m <- beta m + eps (mean g + theta - mean theta),
-    theta <- theta - m. Only the two of a pair wait for each other."""
+    With means over the pair of its pseudo-gradients g and weights theta: m <- beta m + eps (mean g + theta - mean
+    theta), theta <- theta - m. Only the two of a pair wait for each other.
+    """
     pairs, recorder = _Pairs(setting), Recorder(setting)
     while pairs.tokens < setting.total_tokens:
         pairs.train()
@@ -96,7 +96,10 @@ def noloco(setting: Setting) -> RunOutcome:
 
 
 def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: random.Random) -> tuple[list[int], float]:
-    """So many that answer, or all that do, and when they have; `silent` are those known not to. All, if nobody does."""
+    """Draw `most` volunteers that answer, or all that do; return them and the time at which they have answered.
+
+    `silent` holds those known not to answer, and is updated. If nobody answers, all are returned.
+    """
     silent.intersection_update([number for number in silent if setting.is_hanging(number, now_s)])
     asked = [number for number in range(setting.num_peers) if number not in silent]
     sample = rng.sample(asked, min(most, len(asked)))
@@ -110,10 +113,11 @@ def _sample(setting: Setting, most: int, silent: set[int], now_s: float, rng: ra
 
 
 def modest(setting: Setting) -> RunOutcome:
-    """In each round a random sample trains from the mean of the last sample's weights (MoDeST, arXiv 2302.13837).
+    """Run rounds in which a random sample trains from the last sample's mean weights (MoDeST, arXiv 2302.13837).
 
-    `GROUP` are in a sample. Who hangs is replaced when it has not answered for `network.call_limit_s`, and not asked
-    again while it hangs; who begins to, is not waited for longer than `merge.silence_s`."""
+    A sample has `GROUP` volunteers. One that hangs is replaced when it has not answered for `network.call_limit_s`, and
+    is not asked again while it hangs. One that begins to hang in its round is waited for `merge.silence_s` at most.
+    """
     run = setting.run
     everyone = [setting.learner(number) for number in range(setting.num_peers)]
     theta, rng, recorder = everyone[0].reached, random.Random(f"samples {run.run.seed}"), Recorder(setting)

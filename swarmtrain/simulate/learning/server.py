@@ -1,4 +1,4 @@
-"""Methods with one peer as the server of the weights, whom nobody waits for, or everybody."""
+"""Methods with one peer as the server of the weights, with workers that wait for it or do not."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ _SERVER = "server"
 
 
 class _Worker:
-    """A volunteer of a server. Waiting, as published, it goes on from the weights that its gradient has entered; else
-    from the newest that it pulled late in its round, less each of its gradients that those lack."""
+    """Worker of a server.
+
+    A waiting worker, as in the paper, continues from the weights that its gradient has entered. A worker that does not
+    wait continues from the newest weights it pulled late in its round, less each of its gradients that they lack.
+    """
 
     def __init__(self, served: _Served, number: int) -> None:
         self.served, self.number, self.name = served, number, f"p{number}"
@@ -40,23 +43,23 @@ class _Worker:
         self.round = 0
         self.hand_ins: GradientUploads[Tensor] = GradientUploads()
         self.is_fetched = False
-        """Whether one of them is on its way: the server asks for one after the other."""
+        """True while one of its uploads is on its way: the server asks for one after the other."""
         self.base_arrivals = 0
-        """How many gradients had entered the weights that its round began with."""
+        """Number of gradients in the weights that its round began with."""
         self.on_the_way: dict[int, int] = {}
-        """Tokens of the rounds whose gradient the server has not yet."""
+        """Tokens of the rounds whose gradient the server does not have yet."""
         self.steps, self.is_over = 0, False
         self.came: tuple[Tensor, int | None, int] | None = None
         self.waited_s = self.handed_in_s = 0.0
         self.is_here = True
         self.num_lives = 0
-        """How often it has gone. What it had begun before then, comes to nothing."""
+        """Number of times it has gone. Calls that it scheduled before are dropped."""
         self.began_s = math.inf
         self.began_at = 0
-        """How many steps the server had taken when it gave this worker its weights."""
+        """Steps that the server had taken when it gave this worker its weights."""
 
     def begin(self) -> None:
-        """A round."""
+        """Begin a round."""
         served, setting = self.served, self.served.setting
         self.waited_s += served.clock.now - self.handed_in_s if self.round and served.waiting else 0.0
         self.began_tokens, self.began_s = served.tokens, served.clock.now
@@ -68,7 +71,7 @@ class _Worker:
         self.call_at(self.done_s(lasts_s), self.end)
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> None:
-        """On the run's clock, unless it has gone by then."""
+        """Schedule a call on the run's clock; it is dropped if the worker has gone by then."""
         self.served.clock.call_at(when_s, self._if_here, self.num_lives, call, *args)
 
     def _if_here(self, num_lives: int, call: Callable[..., None], *args: Any) -> None:
@@ -76,7 +79,7 @@ class _Worker:
             call(*args)
 
     def go(self) -> None:
-        """It crashes or leaves: its round is lost, and what is on its way."""
+        """Crash or leave: the round and what is on its way are lost."""
         served = self.served
         if self.is_over or served.tokens >= served.setting.total_tokens:
             return
@@ -91,7 +94,7 @@ class _Worker:
         self.hand_ins, self.is_fetched = GradientUploads(), False
 
     def come(self) -> None:
-        """It is here, or again, and asks for the server's weights."""
+        """Arrive, perhaps again, and ask for the server's weights."""
         served = self.served
         if self.is_here or served.tokens >= served.setting.total_tokens:
             return
@@ -100,24 +103,24 @@ class _Worker:
         self.call_at(arrives_s, self.begin_with, served.weights(), served.arrivals)
 
     def begin_with(self, theta: Tensor, arrivals: int) -> None:
-        """Go on from there: what it handed in before is the server's."""
+        """Begin with these weights. What it handed in before is the server's."""
         self.learner.comes_late()
         self.theta, self.base_arrivals = theta, arrivals
         self.begin()
 
     def done_s(self, work_s: float) -> float:
-        """When it does what it would do in so long, if it did not stand still meanwhile."""
+        """Return when it has done work of `work_s`, with the time added in which it hangs."""
         return self.served.setting.done_s(self.number, self.served.clock.now, max(0.0, work_s))
 
     def pull(self) -> None:
-        """The server's weights, with the rounds of this worker that they have."""
+        """Pull the server's weights, with the round up to which they have this worker's gradients."""
         served = self.served
         came = served.weights(), served.marks.round(self.name), served.arrivals
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
         self.call_at(arrives_s, setattr, self, "came", came)
 
     def end(self) -> None:
-        """Train what the round took, hand it in, and go on."""
+        """Train what the round took, hand it in, and continue."""
         served, setting = self.served, self.served.setting
         step_tokens, total = setting.run.tokens_per_step, setting.total_tokens
         everybodys = setting.steps_of_everybody(self.number)
@@ -144,7 +147,7 @@ class _Worker:
         self.go_on()
 
     def hand_in(self) -> None:
-        """The server asks for what it does not have yet, unless that is on its way."""
+        """Send the server what it does not have yet, unless something is on its way."""
         served = self.served
         piece = None if self.is_fetched else self.hand_ins.after(served.marks.round(self.name))
         if piece is not None:
@@ -153,7 +156,7 @@ class _Worker:
             self.call_at(arrives_s, served.take, self, piece)
 
     def go_on(self) -> None:
-        """While the run lasts."""
+        """Begin another round if the run lasts."""
         if self.served.tokens < self.served.setting.total_tokens:
             self.begin()
         else:
@@ -162,8 +165,10 @@ class _Worker:
 
 
 class _FedBuff:
-    """A server that takes a step once so many updates are there: their mean, of old ones less (FedBuff, arXiv
-    2106.06639): 1 / sqrt(1 + steps of the server since the update's weights)."""
+    """Server that takes a step with the mean of a full buffer of updates (FedBuff, arXiv 2106.06639).
+
+    An update is weighted by 1 / sqrt(1 + steps of the server since the update's weights).
+    """
 
     def __init__(self, state: OuterState, learning_rate: float, size: int) -> None:
         self.state, self._learning_rate, self._size = state, learning_rate, size
@@ -171,7 +176,7 @@ class _FedBuff:
         self._buffer: list[Tensor] = []
 
     def arrive(self, gradient: Tensor, began_at: int) -> None:
-        """An update of weights that were the server's after `began_at` of its steps."""
+        """Take an update of weights that the server had after `began_at` of its steps."""
         self._buffer.append(gradient / (1 + self.num_steps - began_at) ** 0.5)
         if len(self._buffer) == self._size:
             mean = torch.stack(self._buffer).mean(0)
@@ -181,8 +186,11 @@ class _FedBuff:
 
 
 class _Served:
-    """The server, its workers and the clock. `delay` is N of delayed Nesterov (`DelayedNesterov`), 0: as a real server
-    reckons it; with `buffered` the server is FedBuff's."""
+    """Server, its workers and the clock.
+
+    `delay` is N of delayed Nesterov (`DelayedNesterov`), 0: as a real server computes it. With `buffered` the server is
+    FedBuff's.
+    """
 
     def __init__(self, setting: Setting, *, waiting: bool, delay: int = 0, buffered: bool = False) -> None:
         self.setting, self.waiting, self.clock = setting, waiting, Clock()
@@ -204,21 +212,21 @@ class _Served:
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
 
     def weights(self) -> Tensor:
-        """As they travel."""
+        """Return the weights as they travel, encoded and decoded."""
         return self.codec.weights.decode(self.codec.weights.encode(self.theta))
 
     @property
     def theta(self) -> Tensor:
-        """The server's weights."""
+        """Weights of the server."""
         return (self.fedbuff or self.outer).state.theta
 
     @property
     def num_arrivals(self) -> int:
-        """N: as configured, or as many as there are workers."""
+        """N of delayed Nesterov: as configured, or the number of workers."""
         return self._delay or max(1, sum(worker.is_here for worker in self.workers))
 
     def take(self, worker: _Worker, piece: GradientUpload[Tensor]) -> None:
-        """What a worker handed in has arrived."""
+        """Take a worker's upload, which has arrived."""
         encoded = worker.gradients.encode_sum(piece.gradient, self._format, piece.round)
         gradient = worker.gradients.of[self._format].decode(encoded)
         self.marks.enter(worker.name, piece.round)
@@ -245,35 +253,35 @@ class _Served:
             self.clock.call_at(arrives_s, self.answer, worker, self.weights(), began_at)
 
     def answer(self, worker: _Worker, theta: Tensor, began_at: int) -> None:
-        """A worker that waits has the weights that were the server's when it was asked."""
+        """Give a waiting worker the weights that the server had when it was asked."""
         worker.theta, worker.began_at = theta, began_at
         worker.go_on()
 
     def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
-        """When what is sent now has come."""
+        """Return when what is sent now has arrived."""
         return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
 
     def pull_s(self, name: str) -> float:
-        """What a pull of the weights takes a worker."""
+        """Return how long a worker's pull of the weights takes."""
         return self.setting.rtt_s + self.theta_bytes / min(
             self.setting.link_of(_SERVER)[0], self.setting.link_of(name)[1]
         )
 
     def uncount(self, tokens: int) -> None:
-        """They were handed in, and have not come."""
+        """Take back tokens that were counted, because their upload never arrived."""
         self.tokens -= tokens
         self.inner_steps -= tokens // self.setting.run.tokens_per_step
         self.tokens_lost += tokens
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody who is there has still to end the run."""
+        """True if every worker that is present has ended the run."""
         stuck, now_s = self.setting.is_stuck, self.clock.now
         left = [worker for worker in self.workers if worker.is_here and not worker.is_over]
         return self.tokens >= self.setting.total_tokens and all(stuck(worker.number, now_s) for worker in left)
 
     def run(self) -> RunOutcome:
-        """To the end of the run."""
+        """Run to the end of the run."""
         setting = self.setting
         for worker in self.workers:
             worker.call_at(0.0, worker.begin)
@@ -297,22 +305,26 @@ class _Served:
 
 
 def server(setting: Setting) -> RunOutcome:
-    """Delayed Nesterov on one peer's weights, which workers pull late in their rounds, waiting for nothing."""
+    """Run delayed Nesterov on one peer's weights. Workers pull them late in their rounds and wait for nothing."""
     return _Served(setting, waiting=False).run()
 
 
 def server_waiting(setting: Setting) -> RunOutcome:
-    """The same as published (Asynchronous Local-SGD, arXiv 2401.09135): a worker waits for the weights that have its
-    gradient."""
+    """Run delayed Nesterov as published (Asynchronous Local-SGD, arXiv 2401.09135).
+
+    A worker waits for the weights that have its gradient.
+    """
     return _Served(setting, waiting=True).run()
 
 
 def async_nesterov(setting: Setting) -> RunOutcome:
-    """The naive way of the same paper: each arriving gradient is a Nesterov step of its own."""
+    """Run the naive way of the same paper: each arriving gradient is a Nesterov step of its own."""
     return _Served(setting, waiting=True, delay=1).run()
 
 
 def fedbuff(setting: Setting) -> RunOutcome:
-    """A server that averages updates in a buffer of `GROUP`; workers go on from whatever weights it has (FedBuff, arXiv
-    2106.06639)."""
+    """Run a server that averages updates in a buffer of `GROUP` (FedBuff, arXiv 2106.06639).
+
+    Workers continue from whatever weights the server has.
+    """
     return _Served(setting, waiting=True, buffered=True).run()

@@ -1,4 +1,4 @@
-"""What a simulated run is made of, and what comes of it."""
+"""Setting of a simulated run (text, peers, links, faults), its results, and when volunteers work or wait."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 __all__ = ["GROUP", "CurvePoint", "Recorder", "RunOutcome", "Setting", "setting_of"]
 
 GROUP = 4
-"""So many volunteers are in a sample of MoDeST and so many updates in a buffer of FedBuff, or as many as there are."""
+"""Volunteers in a sample of MoDeST and updates in a buffer of FedBuff, or as many as there are volunteers."""
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
 _EVEN = Pace()
 _MOST_LONGER = 30
-"""Who comes and goes by chance is drawn for so many times as long as a run takes in which nobody waits or goes."""
+"""Random churn is drawn for this many times the length of a run in which nobody waits or goes."""
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -39,94 +39,97 @@ class Setting:
     text: Text
     step_s: tuple[float, ...]
     pace: Pace = field(default_factory=Pace)
-    """How these differ from time to time."""
+    """How the volunteers' speeds vary over time."""
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
-    """Of everybody that has no other,"""
+    """Rates of every volunteer that has no link of its own."""
     own_links: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """and these, up and down, of volunteers that do, by name."""
+    """Rates up and down of volunteers with links of their own, by name."""
     rtt_s: float = 0.0
     jitter_s: float = 0.0
     loss: float = 0.0
-    """Of packets, each way."""
+    """Share of packets lost, each way."""
     failing: float = 0.0
-    """The share of pulls that bring nothing."""
+    """Share of pulls that bring nothing."""
     hangs: tuple[Hang, ...] = ()
     away: tuple[Away, ...] = ()
-    """None of one volunteer overlap."""
+    """Absences. Those of one volunteer do not overlap."""
     churn_until_s: float = math.inf
-    """Until then it is known who comes and goes by chance."""
+    """Time until which random churn is drawn."""
     hostile: HostileSection = field(default_factory=HostileSection)
     num_hostile: int = 0
-    """The last ones."""
+    """Number of hostile volunteers: the last ones."""
     warm: Tensor | None = None
-    """All begin with these weights, (P,), and not with random ones."""
+    """Weights (P,) that all begin with, in place of random ones."""
     corrected: bool = True
-    """With the variance correction."""
+    """True with the variance correction."""
     curve_points: int = 0
 
     @property
     def run(self) -> RunFile:
-        """The run file."""
+        """Run file."""
         return self.text.run
 
     @property
     def own_weights(self) -> bool:
-        """Whether each begins with random weights of its own."""
+        """True if each volunteer begins with random weights of its own."""
         return self.run.merge.init == "own"
 
     @property
     def total_tokens(self) -> int:
-        """At which the run ends."""
+        """Tokens at which the run ends."""
         return self.run.run.total_tokens
 
     @property
     def num_peers(self) -> int:
-        """How many volunteers there are."""
+        """Number of volunteers."""
         return len(self.step_s)
 
     @property
     def num_honest(self) -> int:
-        """How many of them do as they say: the first ones."""
+        """Number of honest volunteers: the first ones."""
         return self.num_peers - self.num_hostile
 
     @property
     def bytes_per_s(self) -> float:
-        """From one to another, on the slowest of the volunteers' links."""
+        """Bytes per second from one volunteer to another, on the slowest link of all."""
         if not self.own_links:
             return min(self.up_bytes_per_s, self.down_bytes_per_s)
         return min(rate for number in range(self.num_peers) for rate in self.link_of(f"p{number}"))
 
     def link_of(self, name: str) -> tuple[float, float]:
-        """Bytes per second up and down, of a volunteer or a server."""
+        """Return the bytes per second up and down of a volunteer or a server."""
         return self.own_links.get(name, (self.up_bytes_per_s, self.down_bytes_per_s))
 
     def learner(self, number: int) -> Learner:
-        """A new volunteer."""
+        """Return a new volunteer."""
         seed = 1000 * (1 + self.run.run.seed) + number if self.own_weights else None
         return Learner(self.text, number, seed, self.warm)
 
     def own_loss(self, thetas: Sequence[Tensor]) -> float:
-        """The mean held-out loss of peers' own weights, each (P,): of the first `_MOST_OWN` of them."""
+        """Return the mean held-out loss of the first `_MOST_OWN` peers' own weights, each (P,)."""
         losses = [self.text.held_out_loss(theta) for theta in thetas[:_MOST_OWN]]
         return sum(losses) / len(losses)
 
     def constants(self, round: int) -> OuterConstants:
-        """Of the outer step."""
+        """Return the constants of the outer step in a round."""
         section = self.run.merge
         momentum = momentum_at(round, section.outer_momentum, section.momentum_ramp_rounds)
         return OuterConstants(learning_rate=section.outer_learning_rate, momentum=momentum)
 
     @property
     def speeds(self) -> list[float]:
-        """Everybody's own, in inner steps per second."""
+        """Speeds of all volunteers, in inner steps per second."""
         return [1 / each for each in self.step_s]
 
     def steps_of_round(
         self, number: int, others_end_in_s: Sequence[float | None] = (), speeds: Sequence[float] | None = None
     ) -> int:
-        """H_i, of all `speeds` as measured; in step with the others, in the order of their numbers, of whom it is known
-        in how many seconds their rounds end."""
+        """Return H_i, the inner steps of one volunteer's round.
+
+        `speeds` are those of all volunteers, as measured. `others_end_in_s` are the seconds until the others' rounds
+        end, by number, None where unknown: rounds keep in step with them.
+        """
         section, speeds = self.run.merge, speeds or self.speeds
         return pacing.round_inner_steps(
             speeds[number],
@@ -138,57 +141,63 @@ class Setting:
         )
 
     def steps_of_everybody(self, number: int, speeds: Sequence[float] | None = None) -> float:
-        """Inner steps that all take together while volunteer `number` takes one: how fast the schedule advances, as it
-        reckons that."""
+        """Return the inner steps that all take together while volunteer `number` takes one.
+
+        By this number the schedule advances, as that volunteer computes it.
+        """
         speeds = speeds or self.speeds
         return pacing.steps_of_everybody(speeds[number], self._said_by_others(number, speeds[: self.num_counted]))
 
     @property
     def num_counted(self) -> int:
-        """By how many it is reckoned how fast the schedule advances, the first ones: those whose tokens count, and
-        those who lie about their speed."""
+        """Number of volunteers, the first ones, that count in the speed of the schedule.
+
+        These are the honest ones, whose tokens count, and those that lie about their speed.
+        """
         return self.num_peers if self.hostile.kind == "speed" else self.num_honest
 
     def said_speed(self, number: int, speed: float) -> float:
-        """What volunteer `number` says that it does, in inner steps per second."""
+        """Return the inner steps per second that volunteer `number` claims."""
         lies = number >= self.num_honest and self.hostile.kind == "speed"
         return _SAID_SPEED if lies else speed
 
     def _said_by_others(self, number: int, speeds: Sequence[float]) -> list[float]:
-        """Of those with these speeds, the first ones, what others than volunteer `number` say."""
+        """Return what the volunteers with these speeds claim, without volunteer `number`."""
         return [self.said_speed(other, speed) for other, speed in enumerate(speeds) if other != number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
-        """Of a mean over so many: shares of everybody's to their hosts, then the means back; all wait for the last."""
+        """Return the seconds of a mean over so many volunteers: shares go to their hosts, then the means come back.
+
+        All wait for the last one.
+        """
         sent_bytes = (num_peers - 1) * size_bytes // num_peers
         takes_s = self.rtt_s + sent_bytes / self.bytes_per_s
         late_s = [max(self.lost_s(rng) + self.late_s(sent_bytes, rng) for _ in range(num_peers)) for _ in "01"]
         return 2 * takes_s + sum(late_s)
 
     def lost_s(self, rng: random.Random) -> float:
-        """What a transfer loses by breaking off midway, as often as it does: to ask for the rest."""
+        """Draw the seconds that a transfer loses by breaking off midway: each time it asks for the rest."""
         lost_s = 0.0
         while self.failing and rng.random() < self.failing:
             lost_s += self.rtt_s
         return lost_s
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:
-        """By how much a transfer's end is late: its pieces are, one by one, and those behind wait, as in TCP."""
+        """Draw how late a transfer ends: its pieces are late one by one, and those behind wait, as in TCP."""
         lateness = Lateness(jitter_s=self.jitter_s, loss=self.loss, rtt_s=self.rtt_s, rng=rng)
         return lateness.of_transfer(size_bytes, self.bytes_per_s)
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
-        """When volunteer `number` has done what takes it so long at its own speed, from `since_s` on: it does nothing
-        while it hangs."""
+        """Return when volunteer `number` has done work of `work_s` at its own speed. It does nothing while it hangs."""
         return self._over_s(number, since_s, work_s, self.pace)
 
     def takes_s(self, number: int, since_s: float, steps: int) -> float:
-        """How long volunteer `number` works for so many inner steps, from `since_s` on."""
+        """Return how long volunteer `number` works for so many inner steps, from `since_s` on."""
         work_s = steps * self.step_s[number]
         return self.pace.done_s(number, since_s, work_s) - since_s if self.pace.deviation else work_s
 
     def due_s(self, number: int, since_s: float, wait_s: float) -> float:
-        """When it does what it would do in so long, if it did not hang meanwhile."""
+        """Return when a wait of `wait_s` is over, with the time added in which the volunteer hangs."""
         return self._over_s(number, since_s, wait_s, _EVEN)
 
     def _over_s(self, number: int, since_s: float, work_s: float, pace: Pace) -> float:
@@ -201,28 +210,28 @@ class Setting:
         return pace.done_s(number, since_s, work_s)
 
     def is_hanging(self, number: int, now_s: float) -> bool:
-        """Whether that volunteer stands still now."""
+        """Return whether that volunteer hangs now."""
         return any(hang.is_on(number, now_s) for hang in self.hangs)
 
     def is_away(self, number: int, now_s: float) -> bool:
-        """Whether that volunteer is not there now."""
+        """Return whether that volunteer is away now."""
         return any(each.is_on(number, now_s) for each in self.away)
 
     def is_gone(self, number: int, now_s: float) -> bool:
-        """Whether its presence has lapsed since it hangs."""
+        """Return whether the volunteer hangs and its presence has expired."""
         lapsed_s = now_s - self.run.network.presence_ttl_s
         return any(hang.is_on(number, now_s) and hang.at_s <= lapsed_s for hang in self.hangs)
 
     def is_stuck(self, number: int, now_s: float) -> bool:
-        """Whether that volunteer hangs, and will have been given up before it goes on."""
+        """Return whether the volunteer hangs for longer than its presence lives: it is given up before it continues."""
         return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
 
     def awake_s(self, number: int, since_s: float, until_s: float) -> float:
-        """How long volunteer `number` does not hang in that time."""
+        """Return how long volunteer `number` does not hang in that time."""
         return self._spent_s(number, since_s, until_s, _EVEN)
 
     def steps_between(self, number: int, since_s: float, until_s: float) -> int:
-        """Inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
+        """Return the inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
         return math.floor(worked_s / self.step_s[number] + 1e-9)
@@ -236,19 +245,21 @@ class Setting:
         return max(0.0, pace.worked_s(number, since_s, until_s) - sum(hung_s))
 
     def speaks_again_s(self, now_s: float) -> float:
-        """When the first of those that are silent now is not any more."""
+        """Return when the first of the volunteers that are silent now is back."""
         silences = [each for each in (*self.hangs, *self.away) if each.is_on(each.peer, now_s)]
         return min((each.at_s + each.for_s for each in silences), default=now_s)
 
     def goes_within(self, number: int, now_s: float, work_s: float) -> bool:
-        """Whether that volunteer crashes or leaves before it has worked so long."""
+        """Return whether that volunteer crashes or leaves before it has worked so long."""
         end_s = self.done_s(number, now_s, work_s)
         return any(each.peer == number and now_s < each.at_s < end_s for each in self.away)
 
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
-        """Those that work so long each from now on and then wait for each other: who is there when they go on, and when
-        that is. Who hangs is waited for no longer than `merge.silence_s`, unless all do; who crashes or leaves is
-        missed as soon as that, and its work is lost: nobody may be left."""
+        """Let volunteers work so long each, then wait for each other; return those present and when they go on.
+
+        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed as
+        soon, and its work is lost, so that nobody may be left.
+        """
         gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
         ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
         expected_s = max(self.pace.done_s(number, now_s, each) for number, each in work_s.items())
@@ -264,7 +275,7 @@ class Setting:
 
 
 def setting_of(scenario: Scenario, text: Text) -> Setting:
-    """A run of a scenario; its seed and constants are in the run file of `text`."""
+    """Return the setting of a scenario; the seed and constants are in the run file of `text`."""
     links, step_s = scenario.links, scenario.step_s
     num_hostile = scenario.hostile.number(len(step_s))
     honest_s, hostile_s = step_s[: len(step_s) - num_hostile], step_s[len(step_s) - num_hostile :]
@@ -298,7 +309,7 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
 
 
 def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
-    """Up and down, of the volunteers whose trace says some."""
+    """Return the rates up and down of the volunteers for which a trace gives some."""
     told = {name: scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit")}
     links = {
         number: scenario.links.model_copy(update={name: of[number] for name, of in told.items() if number in of})
@@ -309,7 +320,7 @@ def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What came of a run. Losses in nats per byte; `own_loss` is the mean of the peers' own weights, where each has
+    """Results of a run. Losses are in nats per byte; `own_loss` is the mean over the peers' own weights, if each has
     some."""
 
     held_out_loss: float
@@ -318,46 +329,52 @@ class RunOutcome:
     tokens: int
     inner_steps: int
     sent_bytes: int = 0
-    """By all."""
+    """Bytes sent by all."""
     stall_share: float = 0.0
-    """Of the volunteers' time: waiting for others or for the wire."""
+    """Share of the volunteers' time spent waiting for others or for the wire."""
     tokens_lost: int = 0
-    """Trained by those who were passed over, crashed or left, and not merged."""
+    """Tokens of volunteers that were passed over, crashed or left, and that nobody merged."""
     fresh_share: float | None = None
-    """Of the rounds of gossip: those that merged somebody's pseudo-gradient."""
+    """Share of gossip rounds that merged somebody's pseudo-gradient."""
     throughput_share: float | None = None
-    """Of systems work: of the inner steps that those who were there could have taken,"""
+    """Share of the possible work that was done.
+
+    - work "systems": of the inner steps that the volunteers present could have taken;
+    - work "pipeline": of the most that any assignment of stages could do.
+    """
     staleness_rounds: float | None = None
-    """how old the oldest merged gradient of a round was, in the mean,"""
+    """Work "systems": age of the oldest gradient merged in a round, as a mean."""
     spread: float | None = None
-    """how far apart the weights still are, of what they were at first,"""
+    """Work "systems": how far apart the weights are at the end, relative to the beginning."""
     received_bytes_a_round: float | None = None
-    """what a volunteer received in a round,"""
+    """Work "systems": bytes that a volunteer received in a round."""
     rounds: int | None = None
-    """and how many rounds all had together."""
+    """Work "systems": rounds of all volunteers together."""
     assignment_share: float | None = None
-    """Of pipeline work, where `throughput_share` is of the most that any holding of stages could do: what the slowest
-    stage could have done as they were held,"""
+    """Work "pipeline": what the slowest stage could do, as the stages were held, relative to the most that any
+    assignment of stages could do."""
     moves: int | None = None
-    """and how often somebody moved."""
+    """Work "pipeline": number of moves between stages."""
     named_hostile: int | None = None
-    """How often a rule named a hostile volunteer,"""
+    """Number of times that a rule named a hostile volunteer."""
     named_honest: int | None = None
-    """and an honest one."""
+    """Number of times that a rule named an honest volunteer."""
     curve: tuple[CurvePoint, ...] = ()
 
 
 @dataclass
 class Recorder:
-    """Measures the held-out loss on the way, `curve_points` times at most, at equal distances of tokens: at the first
-    occasion after each."""
+    """Recorder of the held-out loss along the run.
+
+    It measures at most `curve_points` times, at equal distances of tokens, at the first occasion after each.
+    """
 
     setting: Setting
     points: list[CurvePoint] = field(default_factory=list)
     _num_seen: int = 0
 
     def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
-        """After some training; `theta` gives the weights to measure, if it is time."""
+        """Measure the weights that `theta` returns, if it is time. Called after some training."""
         number = self.setting.curve_points
         due = min(number, tokens * number // self.setting.total_tokens)
         if due > self._num_seen:

@@ -1,4 +1,4 @@
-"""Methods with a barrier: every round, or every step, all wait for the slowest and for the wire."""
+"""Methods with a barrier: after every round or every step all wait for the slowest and for the wire."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BYTES = 4  # of a weight, as synchronous rounds send it
 
 
 def data_parallel(setting: Setting) -> RunOutcome:
-    """One step on the mean gradient of all volunteers' batches, the gradients averaged at every step."""
+    """Train data-parallel: average the gradients of all volunteers' batches at every step."""
     run, everyone = setting.run, range(setting.num_peers)
     learners = [setting.learner(number) for number in everyone]
     first, sources = learners[0], [one.loop.batches for one in learners]
@@ -52,8 +52,11 @@ def diloco_round(
     run_tokens: int,
     constants: OuterConstants,
 ) -> OuterState:
-    """What so many inner steps of each of `trained` and the outer step lead to. `num_peers` were there when the round
-    began, the run having `run_tokens`: as far as each can know, they all do what it does."""
+    """Return the state after the inner steps of each of `trained` and the outer step.
+
+    `num_peers` were present when the round began, and the run had `run_tokens`: each assumes that all others do what it
+    does.
+    """
     gradients = []
     for learner, steps in trained:
         round_tokens = num_peers * steps * learner.text.run.tokens_per_step
@@ -62,8 +65,10 @@ def diloco_round(
 
 
 def diloco(setting: Setting) -> RunOutcome:
-    """Rounds of H_i inner steps (`merge.pacing`), then one outer step on the mean pseudo-gradient (DiLoCo, arXiv
-    2311.08105). Who hangs at a round's end is passed over after `merge.silence_s`, and comes back when it can."""
+    """Run rounds of H_i inner steps (`merge.pacing`), each with one outer step (DiLoCo, arXiv 2311.08105).
+
+    A volunteer that hangs at a round's end is passed over after `merge.silence_s`, and comes back when it can.
+    """
     run = setting.run
     everyone = [setting.learner(number) for number in range(setting.num_peers)]
     steps = [setting.steps_of_round(number) for number in range(setting.num_peers)]
@@ -105,5 +110,5 @@ def diloco(setting: Setting) -> RunOutcome:
 
 
 def _wire(setting: Setting) -> str:
-    """Seed of what jitter and losses do."""
+    """Return the seed for jitter and losses."""
     return f"wire {setting.run.run.seed}"

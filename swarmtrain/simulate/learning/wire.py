@@ -1,4 +1,4 @@
-"""What travels takes time: each machine's link carries one transfer after the other, in each direction."""
+"""Transfers take time: each machine's link carries one transfer after the other, in each direction."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Wire"]
 
 @dataclass
 class Wire:
-    """The links of all machines, by name."""
+    """Links of all machines, by name."""
 
     setting: Setting
     sent_bytes: int = 0
-    """By all."""
+    """Bytes sent by all."""
     _up_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _down_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def arrives_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
-        """When a transfer that is asked for now has come."""
+        """Return when a transfer that is asked for now has arrived."""
         setting, self.sent_bytes = self.setting, self.sent_bytes + size_bytes
         asked_s = now_s + setting.rtt_s
         down_s = max(asked_s, self._down_free_s[receiver]) + size_bytes / setting.link_of(receiver)[1]
@@ -31,7 +31,7 @@ class Wire:
         return max(down_s, up_s) + setting.late_s(size_bytes, rng)
 
     def arrives_at_last_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
-        """The same where one that breaks off midway is asked for the rest, as often as it does."""
+        """Return the same for a transfer that is asked for its rest each time it breaks off midway."""
         while self.setting.failing and rng.random() < self.setting.failing:
             come_bytes = int(rng.random() * size_bytes)
             now_s = self.arrives_s(now_s, sender, receiver, come_bytes, rng)

@@ -1,7 +1,7 @@
-"""A pipeline under faults, in virtual time: what is computed is counted, and nothing must count twice.
+"""A pipeline under faults, in virtual time: gradients are counted, and none may count twice.
 
-The driver, the desk and the ledger are the real ones; the network loses, delays and repeats messages, peers hang, die
-and come back empty, drivers die. Gradients are counts.
+Driver, request queue and ledger are the real ones. The network loses, delays and repeats messages; peers hang, die and
+come back empty; drivers die. Gradients are counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LIMITS = LedgerLimits(batch_tokens=4, ack_wait_s=5.0, hold_s=60.0, max_open=32, 
 
 @dataclass
 class Faults:
-    """What goes wrong, as shares of the calls or of the time."""
+    """Faults, as shares of the calls or of the time."""
 
     lost: float = 0.0
     reply_lost: float = 0.0
@@ -51,7 +51,7 @@ class Faults:
 
 @dataclass
 class CountingStage:
-    """One that holds a stage: its gradients are counts by microbatch."""
+    """Peer that holds a stage, with counts by microbatch in place of gradients."""
 
     name: str
     stage: int
@@ -59,9 +59,9 @@ class CountingStage:
     rng: random.Random
     faults: Faults
     stepped: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """By (driver, sequence): how often its gradient is in the weights."""
+    """Number of times that the gradient of each (driver, sequence) is in the weights."""
     buried: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """The same of its lives before this one."""
+    """The same, summed over its earlier incarnations."""
     hangs_until_s: float = 0.0
     life: int = 0
 
@@ -69,7 +69,7 @@ class CountingStage:
         self.born()
 
     def born(self) -> None:
-        """It begins with nothing."""
+        """Begin with nothing, as a new process."""
         self.buried += self.stepped
         self.stepped = Counter()
         self.life += 1
@@ -79,11 +79,11 @@ class CountingStage:
         self.kept: set[Key] = set()
 
     def hang(self, lasts_s: float) -> None:
-        """From now on it does nothing for so long."""
+        """Do nothing for so long from now on."""
         self.hangs_until_s = max(self.hangs_until_s, self.now() + lasts_s)
 
     async def work(self) -> None:
-        """As the trainer's thread does."""
+        """Work as the trainer's thread does."""
         while True:
             if self.now() < self.hangs_until_s:
                 await asyncio.sleep(self.hangs_until_s - self.now())
@@ -100,7 +100,7 @@ class CountingStage:
                 self.settle(what)
 
     async def idle(self) -> None:
-        """Until something is asked, or due by itself."""
+        """Wait until something is asked, or due by itself."""
         self.awake.clear()
         next_s = self.desk.ledger.next_s()
         try:
@@ -146,7 +146,7 @@ class CountingStage:
 
 @dataclass
 class StageNetwork:
-    """Between a driver and the stages."""
+    """Network between a driver and the stages."""
 
     driver: str
     peers: dict[str, CountingStage]
@@ -209,7 +209,7 @@ class StageNetwork:
 
 @dataclass
 class ReportedMicrobatches:
-    """What drivers told."""
+    """Reports of the drivers."""
 
     lost_: set[tuple[int, str, int]] = field(default_factory=set)
     num_retried: int = 0
@@ -258,7 +258,10 @@ class MicrobatchSwarm:
         return Driver(me=name, routers=routers, calls=network, told=self.told, now=self.now, next_sequence=0)
 
     async def run(self, killed: Mapping[int, float], limit_s: float = math.inf) -> None:
-        """All microbatches of all drivers; those of `killed` die at these times. TimeoutError after `limit_s`."""
+        """Drive all microbatches of all drivers; those of `killed` die at these times.
+
+        Raises TimeoutError after `limit_s`.
+        """
         workers = [asyncio.ensure_future(peer.work()) for peer in self.peers.values()]
         driving = [asyncio.ensure_future(self.drive(driver)) for driver in self.drivers]
         for number, when_s in sorted(killed.items(), key=lambda item: item[1]):
@@ -303,8 +306,10 @@ class MicrobatchSwarm:
     # ------------------------------------------------------------- what must hold
 
     def counts(self, stage: int) -> Counter[tuple[str, int]]:
-        """How often each microbatch is in the stage's weights, those of peers that died included; what is acknowledged
-        and waits for the rest of its batch counts as if it were stepped with."""
+        """Return how often each microbatch is in the stage's weights, those of dead peers included.
+
+        What is acknowledged and waits for the rest of its batch counts as if it were in.
+        """
         counts: Counter[tuple[str, int]] = Counter()
         for peer in self.peers.values():
             if peer.stage == stage:
@@ -317,7 +322,7 @@ class MicrobatchSwarm:
         return counts
 
     def miscounted(self, *, nobody_died: bool) -> list[str]:
-        """What does not count as it should."""
+        """Return what does not count as it should."""
         found = []
         for stage in range(self.num_stages):
             counts = self.counts(stage)
@@ -344,7 +349,7 @@ FAULTS = {
 
 
 def run_schedule(faults: Faults, seed: int, killed: int = 0) -> MicrobatchSwarm:
-    """A swarm's life under these faults, and what must hold in the end."""
+    """Play a swarm under these faults, and check what must hold in the end."""
 
     async def body(now: Callable[[], float]) -> MicrobatchSwarm:
         swarm = MicrobatchSwarm(now, seed, faults)

@@ -1,7 +1,7 @@
 """A pipeline through hours of virtual time: machines come, go and hang as a scenario says, and microbatches pass.
 
-Nobody learns; stages, moves, queues and what gets through are by the decisions of real peers. What is measured begins
-after `WARM_UP_S`, by when all have come to their stages.
+Nobody learns; stages, moves, queues and throughput follow from the decisions of real peers. Measurements begin after
+`WARM_UP_S`, by when all have taken their stages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ WARM_UP_S = 600.0
 
 
 def check(scenario: Scenario, run: RunFile) -> None:
-    """`UserError` if it is not to be played."""
+    """Raise UserError if the scenario cannot be played."""
     stages, number = run.pipeline.stages, scenario.peers.number
     if stages < 2:
-        raise UserError("pipeline.stages: 1: pipeline work needs a run whose model is cut, as examples/pipeline.toml")
+        raise UserError(
+            "pipeline.stages: 1: pipeline work needs a run whose model is cut, as examples/pipeline.toml",
+            code="keys-disagree",
+        )
     if number < stages:
-        raise UserError(f"peers.number: {number} for pipeline.stages = {stages}: allowed: {stages} or more")
+        raise UserError(
+            f"peers.number: {number} for pipeline.stages = {stages}: allowed: {stages} or more", code="too-few-peers"
+        )
 
 
 def play_pipeline(scenario: Scenario, run: RunFile) -> RunOutcome:
-    """The scenario's machines with the run file's stages, and what got through."""
+    """Play the scenario's machines with the run file's stages, and return the throughput."""
     world = lived(scenario, run)
     lasts_s = scenario.scenario.lasts_s
     tokens = round(world.tokens_per_s * lasts_s)
@@ -55,8 +60,10 @@ def play_pipeline(scenario: Scenario, run: RunFile) -> RunOutcome:
 
 
 def lived(scenario: Scenario, run: RunFile) -> PipelineWorld:
-    """When all of it is over. SWARM's own rule is given the choice of peers that does better with queues, which
-    are what it looks at."""
+    """Return the world after all of the scenario.
+
+    SWARM's own rule gets the choice of peers that does better with queues, which are what it looks at.
+    """
     settings, seed, lasts_s = settings_of(run, scenario.links), run.run.seed, scenario.scenario.lasts_s
     if settings.balance == "queues":
         settings = replace(settings, router=partial(Router, variant="least-completion"))
@@ -70,7 +77,7 @@ def lived(scenario: Scenario, run: RunFile) -> PipelineWorld:
 
 
 def _machines(scenario: Scenario, run: RunFile, rng: random.Random) -> list[PipelineMachine]:
-    """Speeds and rates are lognormal around the scenario's; names say nothing of them."""
+    """Draw the machines: speeds and rates are lognormal around the scenario's; names are random."""
     peers, links, state_bytes = scenario.peers, scenario.links, stage_bytes(run)
     downs = scenario.figures.get("down_mbit", {})
     machines = []
@@ -86,8 +93,11 @@ def _machines(scenario: Scenario, run: RunFile, rng: random.Random) -> list[Pipe
 def _befall(
     world: PipelineWorld, machines: Sequence[PipelineMachine], scenario: Scenario, until_s: float, seed: int
 ) -> None:
-    """Have these machines come, go and hang as the scenario says. Those that are there at first serve at once, placed
-    one after the other. Who crashes breaks its connections, or half of the time falls silent."""
+    """Schedule that these machines come, go and hang as the scenario says.
+
+    Those present at first serve at once, placed one after the other. One that crashes breaks its connections, or in
+    half of the cases falls silent.
+    """
     churn, rng = scenario.churn, random.Random(f"lives {seed}")
     away = [*scenario.away, *churn.away(len(machines), seed, until_s)]
     late = {each.peer for each in away if each.at_s == 0}

@@ -1,4 +1,4 @@
-"""Driver of a simulated pipeline's peer: asks, waits and reports by messages as `protocol.pipeline.driver` commands."""
+"""Driver of a simulated pipeline's peer: it asks, waits and reports as `protocol.pipeline.driver` commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["Call", "DrivenPeer", "DriverReport", "DrivingGround", "StageDriver"]
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A question of a driver, on its way."""
+    """Question of a driver on its way."""
 
     driver: StageDriver
     ask: AskStage
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class DriverReport:
-    """What a driver says of its microbatches, on its way."""
+    """Settlement of a driver on its way: which of its microbatches count."""
 
     driver: StageDriver
     call: int
@@ -49,43 +49,43 @@ class DriverReport:
 
 
 class DrivenPeer(NetworkPlace, Protocol):
-    """A peer that drivers ask."""
+    """Peer that drivers ask."""
 
     def arrive(self, call: Call) -> None:
-        """A question comes."""
+        """Take a question."""
 
     def settle(self, told: DriverReport) -> None:
-        """A driver says what counts."""
+        """Take a driver's settlement."""
 
 
 class DrivingGround(Ground, Protocol):
-    """What is around a driver."""
+    """World around a driver."""
 
     num_late: int
 
     def whom(self, name: str) -> DrivenPeer:
-        """The peer of this name as calls find it, also one that is gone."""
+        """Return the peer of this name as calls find it, also if it is gone."""
 
     def finished(self, tokens: float) -> None:
-        """A microbatch is through."""
+        """Count a microbatch that has passed all stages and is back."""
 
 
 class Drives(DrivenPeer, Protocol):
-    """A peer that drives."""
+    """Peer that drives."""
 
     rng: random.Random
 
     @property
     def world(self) -> DrivingGround:
-        """Where it is."""
+        """World around it."""
 
     @property
     def works(self) -> bool:
-        """Whether it does anything."""
+        """True unless it is off or hangs."""
 
 
 class StageDriver:
-    """One time that a peer drives: from taking the first stage to leaving it."""
+    """One period of driving, from taking the first stage to leaving it."""
 
     def __init__(self, peer: Drives) -> None:
         self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
@@ -95,23 +95,23 @@ class StageDriver:
         self._timer: Timer | None = None
 
     def see(self, places: list[StagePeer]) -> None:
-        """What everybody says of itself, this peer included."""
+        """Give the engine the records of all peers, this one included."""
         stages = range(self.engine.num_stages)
         self.receive(
             PeersSeen({stage: [one.peer for one in places if stage in one.stages] for stage in stages}, places)
         )
 
     def stop(self) -> None:
-        """Begin no more."""
+        """Begin no more microbatches."""
         self.receive(Shut())
 
     def give_up(self) -> None:
-        """Nothing that is still under way counts."""
+        """Give up all microbatches that are still under way."""
         for sequence in self.engine.open_sequences():
             self.receive(GiveUp(sequence))
 
     def receive(self, event: DrivingEvent) -> None:
-        """Something has happened."""
+        """Give the engine an event, and carry out its commands."""
         if not self.peer.works:
             return
         clock = self.peer.world.clock

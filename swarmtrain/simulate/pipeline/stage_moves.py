@@ -1,4 +1,4 @@
-"""Assignment and moves of a simulated pipeline's peer, by `protocol.pipeline.moves`: calls and fetches take time."""
+"""Assignment and moves of a simulated pipeline's peer, by `protocol.pipeline.moves`: calls and downloads take time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ANSWER_S = 10.0
 
 
 class Ground(Protocol):
-    """Where peers move: the clock, the DHT's records, messages to the others, and who takes note."""
+    """World in which peers move: clock, records in the DHT, messages, and a log."""
 
     settings: PipelineSettings
     clock: Clock
@@ -43,25 +43,26 @@ class Ground(Protocol):
 
     @property
     def peers(self) -> Mapping[str, Moving]:
-        """Those that are on, by name."""
+        """Peers that are on, by name."""
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
-        """Bring what `viewer` knows of the others up to what it finds now."""
+        """Update `table`, what `viewer` knows of the others, to what it finds in the DHT now."""
 
     def send(
         self, src: NetworkPlace, dst: NetworkPlace, call: Callable[..., object], *args: Any, after_s: float = 0.0
     ) -> None:
-        """One message: `call(*args)` when it arrives, `after_s` later than a short one; maybe never, or twice."""
+        """Send one message: `call(*args)` runs when it arrives, `after_s` later than a short one; maybe never, or
+        twice."""
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
-        """For the log."""
+        """Add to the log."""
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
-        """It has moved away from them."""
+        """Record the stages that `peer` has moved away from."""
 
 
 class Moving(NetworkPlace, Protocol):
-    """The peer that holds stages."""
+    """Peer that holds stages."""
 
     machine: PipelineMachine
     rng: random.Random
@@ -71,25 +72,25 @@ class Moving(NetworkPlace, Protocol):
 
     @property
     def world(self) -> Ground:
-        """Where it is."""
+        """World around it."""
 
     @property
     def works(self) -> bool:
-        """Whether it does anything."""
+        """True unless it is off or hangs."""
 
     @property
     def record(self) -> StagePeer:
-        """What it says of itself."""
+        """Record of this peer, as it is now."""
 
     def announce(self) -> None:
-        """Say so now."""
+        """Publish the record now."""
 
     def serve(self, stages: tuple[int, ...]) -> None:
-        """From here on it serves these."""
+        """Serve these stages from now on."""
 
 
 class SimulatedMover:
-    """The part of a peer that decides what it holds."""
+    """Part of a peer that decides which stages it holds."""
 
     def __init__(self, peer: Moving) -> None:
         self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
@@ -105,7 +106,7 @@ class SimulatedMover:
     # ------------------------------------------------------------------ coming
 
     def arrive(self) -> None:
-        """It has just been switched on, and has read what the others say: to which stages?"""
+        """Choose stages, after the machine was switched on and has read the others' records."""
         peer, world = self.peer, self.peer.world
         if not peer.works:
             return
@@ -126,7 +127,7 @@ class SimulatedMover:
     # ------------------------------------------------------------------ whether to move
 
     def look_again(self) -> None:
-        """From time to time."""
+        """Look from time to time whether this peer should move."""
         if not self.peer.works:
             return
         if self.peer.stages and not self.moving_to:
@@ -145,7 +146,7 @@ class SimulatedMover:
         return [*self.peer.table.values(), self.peer.record]
 
     def asked(self, number: int, stage: int, by: SimulatedMover) -> None:
-        """Another peer wants this one to stay."""
+        """Answer a peer that wants to leave a stage and asks this one to stay."""
         if self.peer.works:
             told = self.peer.table.get(by.peer.name)
             is_known = told is not None and stage in told.stages
@@ -155,13 +156,13 @@ class SimulatedMover:
             self.peer.world.send(self.peer, by.peer, by.answered, number, answer)
 
     def answered(self, number: int, answer: StayAnswer) -> None:
-        """What the other one said, or that it said nothing."""
+        """Take the other peer's answer, or its silence."""
         self.receive(StayAnswered(number, answer.lasts_s, answer.reason))
 
     # ------------------------------------------------------------------ events in, commands out
 
     def receive(self, event: MoveEvent) -> None:
-        """Something has happened."""
+        """Give the engine an event, and carry out its commands."""
         if self.peer.works:
             for command in self.engine.receive(event, self.peer.world.clock.now):
                 self._do(command)

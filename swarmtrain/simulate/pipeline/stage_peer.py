@@ -1,7 +1,7 @@
 """A peer of the simulated pipeline: it serves its stages, drives microbatches if it holds the first, and moves.
 
-Serving: one piece of work at a time, by `protocol.pipeline.stage_queue`; who holds several stages takes them in turn.
-Driving: `simulate/pipeline/stage_driver.py`. Moving: `simulate/pipeline/stage_moves.py`.
+It serves one piece of work at a time, by `protocol.pipeline.stage_queue`; with several stages it takes them in turn.
+Driving is in `simulate/pipeline/stage_driver.py`, moving in `simulate/pipeline/stage_moves.py`.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _GONE = "it does not hold this stage"
 
 
 class StageGround(DrivingGround, Protocol):
-    """What is around a peer that serves stages."""
+    """World around a peer that serves stages."""
 
     @property
     def peers(self) -> Mapping[str, StageVolunteer]:
-        """Those that are on, by name."""
+        """Peers that are on, by name."""
 
     def publish(self, name: str, record: StagePeer | None) -> None:
-        """Into the DHT."""
+        """Store a record in the DHT; None is a goodbye."""
 
     def recount(self) -> None:
-        """Who is on, or what somebody serves, has changed."""
+        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
 
 
 class StageVolunteer:
-    """One session of a machine: who returns is a new one with the same name."""
+    """One session of a machine. A machine that returns is a new session with the same name."""
 
     def __init__(self, world: StageGround, machine: PipelineMachine, rng: random.Random) -> None:
         self.world, self.machine, self.rng = world, machine, rng
@@ -66,15 +66,15 @@ class StageVolunteer:
         self.alive, self.silent, self.hung = True, False, False
         self.stages: tuple[int, ...] = ()
         self.table: dict[str, StagePeer] = {}
-        """The others' records, as seen."""
+        """Records of the others, as seen."""
         self.mover = SimulatedMover(self)
         self.driver: StageDriver | None = None
         self.speed_tokens_per_s = machine.tokens_per_s * math.exp(rng.gauss(0, 0.15))
-        """As measured: at first by a short test."""
+        """Speed as measured: at first by a short test."""
         self.queues: dict[int, StageQueue] = {}
-        """Of what it serves, and of the first stage until what it drives is through."""
+        """Queues of the stages it serves, and of the first stage until what it drives is through."""
         self._calls: dict[int, Call] = {}
-        """Questions that are not answered, by asker."""
+        """Unanswered questions, by asker."""
         self._askers = itertools.count()
         self._busy = False
         self._alarm: Timer | None = None
@@ -82,7 +82,7 @@ class StageVolunteer:
     # ------------------------------------------------------------------ its life
 
     def begin(self, stages: tuple[int, ...]) -> None:
-        """It is switched on."""
+        """Start after the machine was switched on."""
         settings, clock = self.world.settings, self.world.clock
         if stages:
             self.serve(stages)
@@ -95,11 +95,11 @@ class StageVolunteer:
         clock.call_later(knows_s + self.rng.uniform(0, settings.announce_every_s), self.mover.look_again)
 
     def die(self, silent: bool) -> None:
-        """It is switched off."""
+        """Stop, because the machine was switched off."""
         self.alive, self.silent = False, silent
 
     def serve(self, stages: tuple[int, ...]) -> None:
-        """From here on it serves these."""
+        """Serve these stages from now on."""
         for stage in [stage for stage in self.stages if stage not in stages]:
             self._leave(stage)
         self.stages = stages
@@ -117,7 +117,7 @@ class StageVolunteer:
 
     @property
     def record(self) -> StagePeer:
-        """What it says of itself."""
+        """Record of this peer, as it is now."""
         planned = self.stages or self.mover.moving_to
         return StagePeer(
             peer=self.name,
@@ -133,12 +133,12 @@ class StageVolunteer:
 
     @property
     def queue(self) -> float:
-        """Questions that wait."""
+        """Number of questions that wait."""
         return sum(queue.num_waiting for queue in self.queues.values())
 
     @property
     def works(self) -> bool:
-        """Whether it does anything."""
+        """True unless it is off or hangs."""
         return self.alive and not self.hung
 
     @property
@@ -147,7 +147,7 @@ class StageVolunteer:
         return LedgerLimits(batch_tokens=settings.microbatch_tokens * settings.batch_microbatches)
 
     def announce(self) -> None:
-        """Say so now."""
+        """Publish the record now."""
         self.world.publish(self.name, self.record)
 
     def _announce_again(self) -> None:
@@ -166,7 +166,7 @@ class StageVolunteer:
             self.driver.see([*self.table.values(), self.record])
 
     def _leave(self, stage: int) -> None:
-        """What it drives comes through before it leaves the first one, for some seconds."""
+        """Leave a stage. What it drives gets some seconds to come through before it leaves the first one."""
         driver, self.driver = (self.driver, None) if stage == 0 else (None, self.driver)
         if driver is None:
             self._receive(stage, Closed())
@@ -184,7 +184,7 @@ class StageVolunteer:
     # ------------------------------------------------------------------ serving
 
     def arrive(self, call: Call) -> None:
-        """A question comes."""
+        """Take a question."""
         ask = call.ask
         if not self.works:
             if not self.silent and not self.hung:
@@ -198,7 +198,7 @@ class StageVolunteer:
             self.pump()
 
     def settle(self, told: DriverReport) -> None:
-        """A driver says what counts."""
+        """Take a driver's settlement."""
         if not self.works:
             if not self.silent and not self.hung:
                 self._say(told.driver, NotTold(told.call, "it is gone"))
@@ -220,12 +220,12 @@ class StageVolunteer:
         self._say(call.driver, PartFailed(call.ask.call, why, reason))
 
     def _receive(self, stage: int, event: QueueEvent) -> None:
-        """Something has happened to a stage's queue."""
+        """Give a stage's queue an event, and carry out its commands."""
         queue = self.queues[stage]
         self._do(stage, queue, queue.receive(event, self.world.clock.now))
 
     def _do(self, stage: int, queue: StageQueue, commands: list[QueueCommand]) -> bool:
-        """Whether this peer works now."""
+        """Carry out commands; return whether this peer computes now."""
         for command in commands:
             if isinstance(command, AnswerStageCalls):
                 for asker in command.askers:
@@ -242,7 +242,7 @@ class StageVolunteer:
         return self._busy
 
     def pump(self) -> None:
-        """Begin the next piece of work, if there is one and it does nothing."""
+        """Begin the next piece of work, if there is one and the peer is idle."""
         if self._busy or not self.works:
             return
         now, wakes_s = self.world.clock.now, math.inf

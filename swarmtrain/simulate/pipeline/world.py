@@ -1,16 +1,16 @@
-"""A pipeline in memory: peers that hold a stage each, come and go, and move; microbatches that pass through them.
+"""A pipeline in memory: peers that hold stages, come, go and move, and microbatches that pass through them.
 
-The peers (`simulate/pipeline/stage_peer.py`) drive, queue, count and move by the product's `protocol.pipeline.driver`,
-`stage_queue`, `microbatches` and `moving`; this file is what surrounds them: machines, calls, the DHT's records, what
-is measured.
+The peers (`simulate/pipeline/stage_peer.py`) drive, queue, count and move by the product's `driver`, `stage_queue`,
+`ledger` and `moves` of `protocol.pipeline`. This module is what surrounds them: machines, calls, records in the DHT,
+and measurements.
 
-What is modelled: a task's time (the machine's speed, the stage's cost, chance), a latency for each call, records that
-are seconds old and differ between those who look, a stage's download, peers that die with or without a word. What is
-not: links that share their bandwidth, memory of activations, training itself.
+Modelled are the time of a task (the machine's speed, the stage's cost, chance), a latency for each call, records that
+are seconds old and differ between viewers, the download of a stage, and peers that die with or without a goodbye. Not
+modelled are links that share their bandwidth, memory of activations, and training itself.
 
-What is measured is the tokens of finished microbatches, as a share of the ideal: for the machines that are on at each
-moment, loading or not, the most that any assignment of one stage to each could do. No assignment reaches it quite: it
-is an upper bound, not the best one found.
+Throughput is measured in tokens of finished microbatches, as a share of the ideal: the most that any assignment of one
+stage to each machine could do, for the machines that are on at each moment, loading or not. That is an upper bound, not
+the best assignment found; no assignment quite reaches it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PipelineMoment:
-    """Something happened."""
+    """Event of the log."""
 
     time_s: float
     peer: str
@@ -64,7 +64,7 @@ class PipelineMoment:
 class _Record:
     published_s: float
     record: StagePeer | None
-    """None: it said goodbye."""
+    """Record; None if the peer said goodbye."""
 
 
 @dataclass
@@ -76,23 +76,23 @@ class _Sums:
 
 
 class PipelineWorld(MessageFaults):
-    """Machines, the peers on them, and what they did."""
+    """Machines, the peers on them, and the log of what they did."""
 
     def __init__(self, settings: PipelineSettings | None = None, *, seed: int = 0) -> None:
         self.settings = settings or PipelineSettings()
         super().__init__(seed, self._stands_still)
         self.rng = random.Random(seed)
         self.peers: dict[str, StageVolunteer] = {}
-        """Those that are on, by name."""
+        """Peers that are on, by name."""
         self.ghosts: dict[str, StageVolunteer] = {}
-        """The last session of those that are not."""
+        """Last session of each machine that is off."""
         self.num_late = self.num_moves = 0
-        """Calls that took too long; changes of stages."""
+        """Calls that took too long, and changes of stages."""
         self.log: list[PipelineMoment] = []
         self.emptied: list[tuple[float, int]] = []
-        """When a move left a stage without a peer: never."""
+        """(time, stage) of each move that left a stage without a peer. Must stay empty."""
         self._frozen: dict[str, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
-        """Who stands still, and what has reached it meanwhile."""
+        """Calls that have reached each frozen peer meanwhile."""
         self._records: dict[str, list[_Record]] = {}
         self._delays_s: dict[str, dict[str, float]] = {}
         self._sums = _Sums()
@@ -102,7 +102,7 @@ class PipelineWorld(MessageFaults):
     # ------------------------------------------------------------------ machines
 
     def join(self, machine: PipelineMachine, stages: Sequence[int] = ()) -> StageVolunteer:
-        """It is switched on; with `stages` it serves them at once, as if it had been there."""
+        """Switch a machine on. With `stages` it serves them at once, as if it had been there."""
         assert machine.name not in self.peers
         peer = self._make(machine)
         self.peers[machine.name] = peer
@@ -115,7 +115,7 @@ class PipelineWorld(MessageFaults):
         return StageVolunteer(self, machine, random.Random(self.rng.random()))
 
     def kill(self, name: str, silent: bool = False) -> None:
-        """It is switched off; `silent`: calls to it are not refused, nothing comes back."""
+        """Switch a machine off. With `silent` calls to it are not refused: no answer comes."""
         self._frozen.pop(name, None)
         if (peer := self.peers.pop(name, None)) is not None:
             peer.die(silent)
@@ -124,29 +124,29 @@ class PipelineWorld(MessageFaults):
             self.recount()
 
     def leave(self, name: str) -> None:
-        """It is switched off, and says so first."""
+        """Let a peer say goodbye, then switch its machine off."""
         if name in self.peers:
             self.publish(name, None)
             self.kill(name)
 
     def slow(self, name: str, factor: float) -> None:
-        """Its machine becomes so many times slower."""
+        """Make a machine `factor` times slower."""
         peer = self.peers[name]
         peer.machine = replace(peer.machine, tokens_per_s=peer.machine.tokens_per_s / factor)
         self.recount()
 
     def hang(self, name: str) -> None:
-        """Its stages stand still: it takes calls and answers none, and renews its record as before."""
+        """Hang a peer's stages: it takes calls and answers none, and renews its record as before."""
         self.peers[name].hung = True
         self.recount()
 
     def freeze(self, name: str) -> None:
-        """SIGSTOP: everything that reaches it, its own timers too, waits until `thaw`."""
+        """Freeze a peer as SIGSTOP does: everything that reaches it, its timers too, waits until `thaw`."""
         if name in self.peers:
             self._frozen.setdefault(name, [])
 
     def thaw(self, name: str) -> None:
-        """SIGCONT."""
+        """Let a frozen peer continue, as SIGCONT does."""
         for call, args in self._frozen.pop(name, ()):
             call(*args)
 
@@ -163,26 +163,26 @@ class PipelineWorld(MessageFaults):
         return True
 
     def delay(self, name: str, latency_s: float | None = None) -> None:
-        """From now on its link takes so long, one way; None: as at first."""
+        """Set the one-way latency of a peer's link from now on; None restores the original one."""
         if name in self.peers:
             at_first_s = self.settings.latency_s / 2
             self.peers[name].link = SimulatedLink(latency_s=at_first_s if latency_s is None else latency_s)
 
     def whom(self, name: str) -> StageVolunteer:
-        """The peer of this name as calls find it, also one that is gone."""
+        """Return the peer of this name as calls find it, also if it is gone."""
         return self.peers.get(name) or self.ghosts[name]
 
     # ------------------------------------------------------------------ records
 
     def publish(self, name: str, record: StagePeer | None) -> None:
-        """Into the DHT."""
+        """Store a record in the DHT; None is a goodbye."""
         known = self._records.setdefault(name, [])
         known.append(_Record(self.clock.now, record))
         while len(known) > 1 and known[1].published_s <= self.clock.now - self.settings.record_delay_s[1]:
             del known[0]  # nobody finds it any more
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
-        """Bring what `viewer` knows of the others up to what it finds now."""
+        """Update `table`, what `viewer` knows of the others, to what it finds in the DHT now."""
         now, settings = self.clock.now, self.settings
         delays_s, chance, missed = self._delays_s.setdefault(viewer, {}), self.rng.random, settings.missed
         for name, records in self._records.items():
@@ -202,21 +202,21 @@ class PipelineWorld(MessageFaults):
             del table[name]
 
     def _is_read(self, viewer: str, name: str) -> bool:
-        """A parted network's records are those of its side."""
+        """Return whether the record is on the viewer's side of a partition."""
         return not self._side or self._side.get(viewer) == self._side.get(name)
 
     # ------------------------------------------------------------------ what is measured
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
-        """For the log."""
+        """Add to the log."""
         self.log.append(PipelineMoment(self.clock.now, peer, kind, reason))
 
     def finished(self, tokens: float) -> None:
-        """A microbatch is through."""
+        """Count a microbatch that has passed all stages and is back."""
         self._sums.tokens += tokens
 
     def recount(self) -> None:
-        """Who is on, or what somebody serves, has changed."""
+        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
         self._count()
         on = [peer for peer in self.peers.values() if not peer.hung]
         costs = self.settings.rule.costs
@@ -230,7 +230,7 @@ class PipelineWorld(MessageFaults):
         self._counted_s = self.clock.now
 
     def rates(self) -> list[float]:
-        """What the stages can do now, by the machines' true speeds."""
+        """Return what the stages can do now, in tokens per second by the machines' true speeds."""
         rule = self.settings.rule
         rates = [0.0] * rule.num_stages
         for peer in self.peers.values():
@@ -239,53 +239,54 @@ class PipelineWorld(MessageFaults):
         return rates
 
     def holders(self) -> list[int]:
-        """How many serve each stage."""
+        """Return the number of peers that serve each stage."""
         return [sum(stage in peer.stages for peer in self.peers.values()) for stage in self._stages()]
 
     def _stages(self) -> range:
         return range(self.settings.rule.num_stages)
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
-        """It has moved away from them."""
+        """Record the stages that `peer` has moved away from, if that left one empty."""
         holders = self.holders()
         self.emptied.extend((self.clock.now, stage) for stage in stages if not holders[stage])
 
     def measure_from_here(self) -> None:
-        """Forget what was measured."""
+        """Reset the measurements."""
         self._count()
         self._sums, self.num_moves, self.num_late = _Sums(since_s=self.clock.now), 0, 0
 
     def run_until(self, end_s: float) -> None:
-        """Let it live."""
+        """Run until `end_s`, in virtual seconds."""
         self.clock.run_until(end_s)
         self._count()
 
     @property
     def ideal_per_s(self) -> float:
-        """Tokens per second that the best assignment of who is on now could do, at most."""
+        """Upper bound of tokens per second, for the best assignment of the machines that are on now."""
         return self._ideal_per_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Of finished microbatches, since it was measured."""
+        """Tokens per second of finished microbatches, since the measurements were reset."""
         return self._sums.tokens / max(self.clock.now - self._sums.since_s, 1e-9)
 
     @property
     def share(self) -> float:
-        """Of the ideal, since it was measured."""
+        """Share of the ideal that passed, since the measurements were reset."""
         return self._sums.tokens / max(self._sums.ideal_tokens, 1e-9)
 
     @property
     def share_of_assignment(self) -> float:
-        """What the slowest stage could do, of the ideal: the rest is lost on the way."""
+        """Share of the ideal that the slowest stage could do. What `share` lacks of this is lost on the way."""
         return self._sums.bottleneck_tokens / max(self._sums.ideal_tokens, 1e-9)
 
 
 def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
-    """At most so many tokens per second pass through stages of these costs, whoever holds which one.
+    """Return an upper bound of the tokens per second through stages of these costs, whatever the assignment.
 
-    The k fastest peers are in k stages at most, so that the others serve at least the rest, of which the cheapest
-    cannot be faster than all of them together. The least over all k; 0 with fewer peers than stages.
+    The k fastest peers are in k stages at most, so that the others serve at least the rest of the stages, of which the
+    cheapest cannot be faster than all of those peers together. The bound is the least over all k; 0 with fewer peers
+    than stages.
     """
     num_stages = len(costs)
     if len(speeds) < num_stages:
@@ -295,18 +296,20 @@ def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def stage_parameters(run: RunFile) -> int:
-    """What a volunteer holds: of a stage, as if all were alike."""
+    """Return the parameters of a stage, as if all stages were equal."""
     return math.ceil(num_parameters(run.model) / run.pipeline.stages)
 
 
 def stage_bytes(run: RunFile) -> int:
-    """Its weights and momentum, which who comes to it takes."""
+    """Return the bytes of a stage's weights and momentum, which a joiner downloads."""
     return 8 * stage_parameters(run)
 
 
 def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
-    """A swarm of this run's, whose tensors take their bytes' time on the slower side of the link besides; the stages
-    cost the same."""
+    """Return the settings of a run's swarm, with stages of equal cost.
+
+    A message with tensors takes the time of its bytes on the slower side of the link besides.
+    """
     stages, tensors_bytes = run.pipeline.stages, activation_wire_bytes(run)
     return PipelineSettings(
         rule=Rule(costs=(1 / stages,) * stages, live_s=run.network.presence_ttl_s),
@@ -322,6 +325,6 @@ def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
 
 
 def place(world: PipelineWorld, machine: PipelineMachine) -> tuple[int, ...]:
-    """Where one that sees everything would go: the slowest stage."""
+    """Return the stage that a joiner with full knowledge would take: the slowest."""
     rates = world.rates()
     return (min(range(len(rates)), key=lambda stage: (rates[stage], stage)),)

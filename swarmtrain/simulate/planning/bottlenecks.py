@@ -1,8 +1,8 @@
-"""What of a planned run hurts first, and what to change.
+"""Bottlenecks of a planned run, worst first, and what to change.
 
-Each thing that can hurt has a *strain*: 1 where it does, as a rule of the product or of the results says; what is below
-`FELT` is only told when there is nothing worse. A change that is advised gives a run file that is valid, in which
-this strain is less; alternatives are parted by "or", the best first, and what belongs together is joined by "and".
+Each bottleneck has a *strain*: 1 where it hurts, by a rule of the product or of the results. Below `FELT` a bottleneck
+is only named when there is nothing worse. A suggested change gives a valid run file in which this strain is less.
+Alternatives are separated by "or", the best first; changes that belong together are joined by "and".
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ FELT = 0.5
 _LAPTOP_BYTES = 8e9
 _FEWEST_ROUNDS = 20
 _MOST_FEWER_STEPS = 4
-"""Rounds are not advised to be shorter by more: then it is the run that is short."""
+"""Most times by which shorter rounds are suggested. If that is not enough, it is the run that is short."""
 _MOST_STALL, _MOST_WAITING = 0.01, 0.2
 _LEAST_FRESH = 0.95
 _ASIDE_SHARE = 0.1
-"""So much of a link may go on what is not merging."""
+"""Share of a link that may be used for things other than merging."""
 _MARGIN = 1.5
-"""Rounds are advised to be so many times as long as would just do."""
+"""Factor by which suggested rounds are longer than just long enough."""
 _MOST_STEPS, _MOST_TTL_S, _MOST_STALL_LIMIT_S, _MOST_TOKENS = 1_000_000, 3600, 600, 2**63 - 1
-"""What a run file allows (`run.py`)."""
+"""Limits of a run file (`run.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """One thing."""
+    """One thing that limits a planned run."""
 
     what: str
-    """In a few words."""
+    """Name, in a few words."""
     strain: float
     why: str
     change: str
-    """Keys of the run file with values, or what else helps; empty where nothing need be changed."""
+    """Keys of the run file with values, or what else helps; empty if nothing needs to change."""
 
 
 def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
-    """All that can hurt here, the worst first."""
+    """Return all bottlenecks, the worst first."""
     looks: list[Callable[[RunFile, Plan], Bottleneck | None]] = [
         _uplink, _downlink, _whole_uplink, _whole_downlink, _readers, _archive, _returns, _joining, _records, _server,
         _rounds, _stall, _freshness, _stragglers, _memory,
@@ -68,7 +68,7 @@ def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
 
 
 def _time(seconds: float) -> str:
-    """For a person; short ones too."""
+    """Format a time for a person, short ones too."""
     return f"{1000 * seconds:.3g} ms" if seconds < 0.95 else time_in_words(seconds)
 
 
@@ -81,13 +81,13 @@ def _percent(share: float) -> str:
 
 
 def _round_up(number: float) -> int:
-    """To two digits."""
+    """Round up to two digits."""
     unit = int(10 ** max(0, math.floor(math.log10(max(number, 1))) - 1))
     return math.ceil(number / unit - 1e-9) * unit
 
 
 def _to(run: RunFile, key: str, value: bool | float | str) -> str:
-    """A key with its new value and its present one, as in a run file."""
+    """Format a key with its new value and its present one, as in a run file."""
     section, _, name = key.partition(".")
     return f"{key} = {_toml(value)} (now {_toml(getattr(getattr(run, section), name))})"
 
@@ -101,14 +101,14 @@ def _toml(value: bool | float | str) -> str:
 
 
 def _by_gossip(run: RunFile) -> str:
-    """The other method, without the keys that it does not have."""
+    """Suggest gossip, without the keys that it does not have."""
     others = [key for key in METHODS_OF_KEYS if not GOSSIP.reads(key)]
     said = [key for key in others if getattr(run.merge, key) != type(run.merge).model_fields[key].default]
     return " and ".join([_to(run, "merge.method", GOSSIP.name), *(f"no merge.{key}" for key in said)])
 
 
 def _longer_rounds(run: RunFile, found: Plan, strain: float) -> str:
-    """Rounds so much longer that a strain that is by their length is less than 1, and less than now."""
+    """Suggest rounds so long that a strain which falls with their length is below 1, and below the present one."""
     merge, times = run.merge, _MARGIN * max(1.0, strain)
     stalled = min(found.stall_share, 0.99)  # merging takes as long as before
     steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
@@ -133,7 +133,7 @@ def _downlink(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) -> Bottleneck | None:
-    """What the merging of a round takes of it."""
+    """Return the share of a link that the merging of a round takes."""
     merge, others = run.merge, found.num_peers // run.pipeline.stages - 1
     if not rate or others < 1 or merge.kind.has_server:
         return None
@@ -169,7 +169,10 @@ def _whole_downlink(run: RunFile, found: Plan) -> Bottleneck | None:
 def _whole(
     name: str, verb: str, share: float | None, parts: dict[str, float], run: RunFile, found: Plan
 ) -> Bottleneck | None:
-    """All that travels, by what most of it is. Merging of whole models in rounds is told by `_of_link`."""
+    """Return the share of a link that all traffic takes, with its greatest part.
+
+    Merging of whole models in rounds is left to `_of_link`.
+    """
     if share is None or found.num_peers < 2:
         return None
     most = max(parts, key=lambda part: parts[part])
@@ -199,7 +202,10 @@ def _fewer_activations(run: RunFile) -> str:
 
 
 def _readers(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Who reads at once shares an uplink; the product lets fewer read where it was told of a limit."""
+    """Return whether readers that share an uplink are fast enough.
+
+    The product admits fewer readers if it was told of a limit.
+    """
     rate, network = found.link_up_bytes_per_s, run.network
     if not rate or found.num_peers < 2:
         return None
@@ -268,8 +274,11 @@ def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _joining(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Where nobody waits, the others train on meanwhile; in synchronous rounds one is in the round that it comes to,
-    and a server's weights are taken anew at each round's end."""
+    """Return how far behind a late joiner is, where nobody waits for it.
+
+    In synchronous rounds a joiner is in the round that it comes to, and a server's weights are taken anew at each
+    round's end.
+    """
     rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=0.0)
     if not rate or found.num_peers < 2 or not run.merge.kind.own_weights:
         return None
@@ -300,8 +309,10 @@ def _records(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
-    """The shortest lifetime of a presence with which records are fewer bytes a second than that; if none does, the one
-    from which on a longer one is no help."""
+    """Suggest the shortest lifetime of presences with which records take fewer bytes per second than `enough`.
+
+    If none does, suggest the one beyond which a longer one is no help.
+    """
     now_s, nodes = run.network.presence_ttl_s, found.num_peers + 1
     lifetimes_s = [
         ttl_s for ttl_s in (_round_up(now_s * 1.25**power) for power in range(1, 25)) if ttl_s <= _MOST_TTL_S
@@ -372,7 +383,7 @@ def _stall(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Whose work reaches nobody, or who merges nobody's."""
+    """Return the share of rounds whose work reaches nobody, or that merge nobody's work."""
     missed = max(0.0, 1 - found.fresh_share)
     if found.num_peers < 2 or run.merge.kind.has_server:
         return None
@@ -388,7 +399,10 @@ def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Paced rounds are as long as the median's unless the fewest steps, one or a sixteenth of all, take longer."""
+    """Return by how much the slowest volunteer's rounds are longer than the median's.
+
+    Paced rounds are as long as the median's unless the fewest steps, one or a sixteenth of all, take longer.
+    """
     merge, times = run.merge, found.round_most_s / found.round_s
     if not merge.kind.own_weights or times < 1.05:
         return None
@@ -425,7 +439,7 @@ def _memory(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _fewer_sequences(run: RunFile) -> str:
-    """Fewer at once, in training and in evaluation, which takes a quarter as much memory a sequence."""
+    """Suggest fewer sequences at once, in training and in evaluation, which takes a quarter as much memory each."""
     batch, evaluated = run.inner.batch_sequences, run.evaluation.batch_sequences // 4
     goal = max(1, max(run.microbatch_sequences, evaluated) // 4)
     fewer = next(number for number in range(goal, 0, -1) if batch % number == 0)
@@ -441,7 +455,7 @@ def _fewer_sequences(run: RunFile) -> str:
 
 
 def _fewer_parameters(run: RunFile, found: Plan) -> str:
-    """A pipeline, or one of more stages; only gossip has any."""
+    """Suggest a pipeline, or one of more stages. Only gossip has pipelines."""
     now = run.pipeline.stages
     stages = min(2 * now, run.model.num_layers + 2, found.num_peers)
     if stages <= now:

@@ -1,8 +1,8 @@
 """What a run would be like with so many volunteers on such links, before anybody is invited.
 
-`plan` is all that others call. Beneath it some of the swarm live through rounds in virtual time
-(`simulate/planning/playback.py`); from that, from what travels besides (`simulate/planning/traffic.py`) and from the
-estimate of `swarmtrain check` follows the rest. What of it hurts first is told by `simulate/planning/bottlenecks.py`.
+`plan` is all that others call. It plays rounds of a part of the swarm in virtual time
+(`simulate/planning/playback.py`), adds other traffic (`simulate/planning/traffic.py`) and the estimate of `swarmtrain
+check`. `simulate/planning/bottlenecks.py` says what limits the run first.
 """
 
 from __future__ import annotations
@@ -25,92 +25,99 @@ __all__ = ["Plan", "PlaybackMachines", "plan"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer. Of one volunteer, the mean over all, where it does not say otherwise; times in seconds."""
+    """Result of planning.
+
+    Values are means over the volunteers unless they say otherwise; times are in seconds.
+    """
 
     by: str
-    """How this is known."""
+    """How this was found, for a person."""
     num_peers: int
     step_s: float
     step_least_s: float
     step_most_s: float
-    """The median volunteer's inner step, the shortest, the longest."""
+    """Seconds of an inner step: of the median volunteer, the shortest, the longest."""
     full_steps: float
-    """Inner steps of a round of one who is not paced, the slowest of these where all wait for it: fewer than
-    `merge.inner_steps` where `merge.round_limit_s` ends rounds before them."""
+    """Inner steps of an unpaced volunteer's round, of the slowest of these where all wait for it.
+
+    Fewer than `merge.inner_steps` if `merge.round_limit_s` ends rounds before.
+    """
     round_s: float
     round_least_s: float
     round_most_s: float
-    """The median volunteer's round, the shortest, the longest."""
+    """Seconds of a round: of the median volunteer, the shortest, the longest."""
     num_rounds: float
-    """Of the median volunteer in the whole run."""
+    """Rounds of the median volunteer in the whole run."""
     run_s: float
     tokens_per_s: float
-    """Of all together."""
+    """Tokens per second of all together."""
     stall_share: float
     partners_per_round: float
     fresh_share: float
-    """Of the rounds: those that merge somebody's pseudo-gradient."""
+    """Share of the rounds that merge somebody's pseudo-gradient."""
     sizes: SectionBytes
-    """What one partner takes of a round."""
+    """Bytes that one partner takes of a round."""
     state_bytes: int
-    """Weights and momentum: what a late joiner, or the archive, takes of the first who is asked."""
+    """Bytes of weights and momentum: what a late joiner, or the archive, takes of the first peer it asks."""
     payload_up_bytes: float
     payload_down_bytes: float
-    """Of a round."""
+    """Payload of a round, up and down."""
     archive_every_s: float
-    """How often the bootstrap archives."""
+    """Seconds between two archives of the bootstrap."""
     traffic: TrafficEstimate
-    """All that a link carries."""
+    """All traffic of a link."""
     link_up_bytes_per_s: float
     link_down_bytes_per_s: float
-    """What a link can carry; 0 for no limit."""
+    """Rates of a link, up and down; 0 for no limit."""
     memory_bytes: int
     disk_bytes: int
 
     @property
     def publication_bytes(self) -> int:
-        """What one partner takes of a round, in all."""
+        """Bytes that one partner takes of a round, in all."""
         return self.sizes.both
 
     @property
     def rounds_per_hour(self) -> float:
-        """Of the median volunteer."""
+        """Rounds per hour of the median volunteer."""
         return 3600 / self.round_s
 
     @property
     def up_bytes_per_day(self) -> float:
-        """What a volunteer sends in a day."""
+        """Bytes that a volunteer sends in a day."""
         return 86_400 * self.traffic.up
 
     @property
     def down_bytes_per_day(self) -> float:
-        """What it receives."""
+        """Bytes that a volunteer receives in a day."""
         return 86_400 * self.traffic.down
 
     @property
     def up_bytes(self) -> float:
-        """What a volunteer sends in the whole run."""
+        """Bytes that a volunteer sends in the whole run."""
         return self.run_s * self.traffic.up + self.traffic.once_up
 
     @property
     def down_bytes(self) -> float:
-        """What it receives."""
+        """Bytes that a volunteer receives in the whole run."""
         return self.run_s * self.traffic.down + self.traffic.once_down
 
     @property
     def up_share(self) -> float | None:
-        """Of the link; None where it has no limit."""
+        """Share of the uplink that is used; None without a limit."""
         return self.traffic.up / self.link_up_bytes_per_s if self.link_up_bytes_per_s else None
 
     @property
     def down_share(self) -> float | None:
-        """Of the link; None where it has no limit."""
+        """Share of the downlink that is used; None without a limit."""
         return self.traffic.down / self.link_down_bytes_per_s if self.link_down_bytes_per_s else None
 
 
 def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int = 0) -> Plan:
-    """What this run would be like on these machines, all behind such links. Takes seconds. Raises `UserError` for what
-    cannot be planned."""
+    """Plan this run on these machines, all behind such links. Takes seconds.
+
+    Raises UserError for what cannot be planned.
+    """
     found = lived(run, machines, links, seed)
     scale = machines.num / len(found.round_s) / run.pipeline.stages * (1 - machines.away_share)
     tokens_per_s = scale * sum(tokens / one for tokens, one in zip(found.tokens, found.round_s, strict=True))

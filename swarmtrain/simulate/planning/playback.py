@@ -1,8 +1,8 @@
 """Plays some rounds of a part of a swarm in virtual time, from which `plan.py` extrapolates to all of it.
 
-Gossip by `simulate/systems/gossip.py`, rosters by `simulate/systems/world.py`, stages by `simulate/pipeline/world.py`
-and then gossip; where a server merges nobody waits for anybody, and it is arithmetic. `lived` is what a better engine
-has to replace.
+Gossip is played by `simulate/systems/gossip.py`, synchronous rounds by `simulate/systems/world.py`, stages by
+`simulate/pipeline/world.py` and then gossip. With a server nobody waits for anybody, and the result is arithmetic. A
+better engine has to replace `lived`.
 """
 
 from __future__ import annotations
@@ -42,40 +42,53 @@ from swarmtrain.words import counted
 __all__ = ["Lives", "PlaybackMachines", "PlaybackResult", "by_gossip", "by_rosters", "by_server", "lived", "lives_of"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
-"""So many live. More take longer and see the same: with gossip nobody knows more than a sample, and what a roster costs
-each hardly depends on its length. They are taken evenly by speed, the fastest and the slowest among them."""
+"""Most volunteers that are played.
+
+More take longer and see the same: with gossip nobody knows more than a sample, and the cost of a roster hardly depends
+on its length. They are taken evenly by speed, the fastest and the slowest among them.
+"""
 _WARM_ROUNDS, _ROUNDS = 2, 8
 _MOST_WAITED_S = 60.0
-"""With rosters they ask each other every other second while they wait, which takes long to simulate."""
+"""Seconds of waiting up to which synchronous rounds are played.
+
+Peers that wait for a roster ask each other every other second, which takes long to simulate.
+"""
 _MICROBATCHES, _ONE_AFTER_THE_OTHER = 4000, 10
 _MERGE_S = 9.0e-9
-"""Of a parameter: one outer step, by one thread. Measured with 10 and 50 million of them, as `COPY_S` was; with 0.46
-million and four publications that comes to the 8 to 11 ms a round of results, section 8."""
+"""Seconds per parameter of one outer step by one thread.
+
+Measured with 10 and 50 million parameters, as `COPY_S` was; with 0.46 million and four publications that comes to the 8
+to 11 ms a round of results, section 8.
+"""
 _AWAY_AGAIN_S = 10.0
-"""From the start of a process to its first step: 9 s when the engine starts a container again (results, section 10)."""
+"""Seconds from the start of a process to its first step: 9 s when the engine restarts a container (results, section
+10)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlaybackMachines:
-    """The volunteers': seconds of an inner step of each, and how they come and go."""
+    """Machines of the volunteers: seconds of an inner step of each, and how they come and go."""
 
     step_s: tuple[float, ...]
     churn: RehearsalChurn = field(default_factory=RehearsalChurn)
 
     @property
     def num(self) -> int:
-        """How many there are."""
+        """Number of volunteers."""
         return len(self.step_s)
 
     @property
     def away_share(self) -> float:
-        """Of their time: that in which they are not there, or not yet training again."""
+        """Share of their time in which they are away, or not yet training again."""
         if not self.churn.every_s:
             return 0.0
         return min(0.9, (self.churn.away_s + _AWAY_AGAIN_S) / (self.churn.every_s * self.num))
 
     def at_most(self, number: int) -> PlaybackMachines:
-        """So many of them, evenly by speed; what befalls one of all befalls one of fewer as much more seldom."""
+        """Return at most so many of them, evenly by speed.
+
+        Churn that strikes one of all strikes one of fewer less often in proportion.
+        """
         if self.num <= number:
             return self
         ascending = sorted(self.step_s)
@@ -86,55 +99,55 @@ class PlaybackMachines:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaybackResult:
-    """What they lived through: of each a number, or the mean over them. Bytes are payload."""
+    """Results of the rounds played: a number of each volunteer, or the mean over them. Bytes are payload."""
 
     by: str
-    """How this is known, for a person."""
+    """How this was found, for a person."""
     round_s: tuple[float, ...]
-    """Of a round of each, merging and waiting included."""
+    """Seconds of a round of each, merging and waiting included."""
     stall_s: tuple[float, ...]
-    """Of that, what it waited or merged."""
+    """Seconds of that in which it waited or merged."""
     tokens: tuple[float, ...]
-    """Of the run that each trains on in a round."""
+    """Tokens of the run that each trains on in a round."""
     down_bytes: float
     up_bytes: float
-    """Of a round."""
+    """Bytes of a round, down and up."""
     partners: float
-    """Whose pseudo-gradients were merged in a round."""
+    """Partners whose pseudo-gradients were merged in a round."""
     fresh_share: float
-    """Of the rounds: those that merged one."""
+    """Share of the rounds that merged one."""
     sizes: SectionBytes
-    """What one partner takes of a round: where all average whole pseudo-gradients, no weights."""
+    """Bytes that one partner takes of a round: where all average whole pseudo-gradients, no weights."""
     activation_bytes: float = 0.0
-    """Of `down_bytes`, and as many of `up_bytes`: what passes between stages."""
+    """Part of `down_bytes`, and as much of `up_bytes`, that passes between stages."""
 
 
 Lives: TypeAlias = Callable[[RunFile, PlaybackMachines, LinksSection, int], PlaybackResult]
-"""Some rounds of whole models, with a seed."""
+"""Function that plays some rounds of whole models, with a seed."""
 
 
 def lived(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """Some rounds of these volunteers, or of some of them."""
+    """Play some rounds of these volunteers, or of some of them."""
     if run.pipeline.stages > 1:
         return _stages(run, machines, links, seed)
     return lives_of(run)(run, machines, links, seed)
 
 
 def lives_of(run: RunFile) -> Lives:
-    """What tells that of the run's method."""
+    """Return the function that plays the run's method."""
     lives: Lives = load_part(run.merge.kind.lives)
     return lives
 
 
 def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
-    """Inner steps of a round of each, as the product paces them."""
+    """Return the inner steps of each volunteer's round, as the product paces them."""
     merge, speeds = run.merge, [1 / one for one in step_s]
     usual, limit_s = [reference_speed(speeds)], merge.round_limit_s
     return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]
 
 
 def _merge_s(run: RunFile, publications: int = 1) -> float:
-    """What publishing and merging keep the trainer from in a round."""
+    """Return the seconds of a round that publishing and merging keep the trainer from training."""
     return stage_parameters(run) * ((1 + publications) * COPY_S + _MERGE_S)
 
 
@@ -142,14 +155,14 @@ def _merge_s(run: RunFile, publications: int = 1) -> float:
 
 
 def _publications(run: RunFile, round_s: float) -> int:
-    """How often one publishes in a round that lasts so long."""
+    """Return how often a peer publishes in a round that lasts so long."""
     merge, number, parts = run.merge, run.merge.num_fragments, run.merge.publications_per_round
     every = publishes_every(parts, number, round_s, stage_parameters(run))
     return len(published(merge.inner_steps, parts, number, every))
 
 
 def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """Of gossip, in virtual time."""
+    """Play gossip in virtual time."""
     some = machines.at_most(_MOST_GOSSIPING)
     steps = _steps(run, some.step_s)
     longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
@@ -165,7 +178,10 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     swarm.run_until(end_s)
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
     if not kept:
-        raise UserError(f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn")
+        raise UserError(
+            f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
+            code="too-much-churn",
+        )
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
     for record in kept:
         by_peer[record.peer.partition(".")[0]].append(record)
@@ -186,7 +202,7 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
 
 
 def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: SectionBytes) -> GossipSwarm:
-    """A swarm of this run's, without anybody."""
+    """Return a swarm of this run, without any peer."""
     link = link_of(links, sizes.both, random.Random(seed))
     return GossipSwarm(SimulatedGossipSettings.of(run, sizes, stage_bytes(run)), link=link, seed=seed)
 
@@ -194,7 +210,7 @@ def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: SectionBytes
 def _befall(
     swarm: GossipSwarm | SynchronousWorld, machines: PlaybackMachines, from_s: float, end_s: float, seed: int
 ) -> None:
-    """Who is killed or leaves, and comes back as somebody new; all have come when it begins."""
+    """Schedule that volunteers are killed or leave, and come back as new ones. All have come when it begins."""
     churn = machines.churn.model_copy(update={"away_s": machines.churn.away_s + _AWAY_AGAIN_S})
     rehearsal = RehearsalFile(churn=churn, rehearsal=SeedSection(seed=seed))
     names = {f"v{number}": f"v{number}" for number in range(machines.num)}
@@ -221,7 +237,7 @@ def _some(some: PlaybackMachines, machines: PlaybackMachines) -> str:
 
 
 def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """Of synchronous rounds: in virtual time, or by arithmetic where that would take long."""
+    """Play synchronous rounds in virtual time, or compute them where playing would take long."""
     some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
     steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
     alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
@@ -248,7 +264,7 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
 def _on_rosters(
     run: RunFile, some: PlaybackMachines, links: LinksSection, others: int, seed: int
 ) -> tuple[float, float]:
-    """(seconds of a round, the share of all volunteers that is on a roster), of some among so many others."""
+    """Play some volunteers among so many others; return (seconds of a round, share of all volunteers on a roster)."""
     merge, steps, parameters = run.merge, _steps(run, some.step_s), stage_parameters(run)
     settings = Settings(
         inner_steps=merge.inner_steps,
@@ -279,7 +295,7 @@ def _on_rosters(
 
 
 def _applied(world: SynchronousWorld, end_s: float) -> tuple[float, float]:
-    """(seconds of a round, the share of all volunteers that is on a roster), without the first rounds."""
+    """Return (seconds of a round, share of all volunteers on a roster), without the first rounds."""
     ends_s: dict[int, list[float]] = defaultdict(list)
     entries: dict[int, int] = {}
     for event in world.events("applied"):
@@ -294,7 +310,7 @@ def _applied(world: SynchronousWorld, end_s: float) -> tuple[float, float]:
 
 
 def by_server(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """With a server, by arithmetic."""
+    """Compute the rounds of a server's workers."""
     steps, merge_s = _steps(run, machines.step_s), _merge_s(run)
     sizes = section_bytes(run, stage_parameters(run), machines.num - 1)
     return PlaybackResult(
@@ -311,12 +327,13 @@ def by_server(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
 
 
 def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """What passes through the stages; then a stage is a swarm that gossips, of which each does its part of that."""
+    """Play the stages, then the gossip of one stage's peers, each of which does its part of what passes."""
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(
             f"--peers: {machines.num} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a "
-            f"machine of its own; allowed: {stages} or more"
+            f"machine of its own; allowed: {stages} or more",
+            code="too-few-peers",
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))
     world = _through_stages(run, some, links, seed)
@@ -336,8 +353,10 @@ def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed:
 
 
 def _through_stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PipelineWorld:
-    """Some thousand microbatches' way, and at least as long as some need one after the other. All are known to all by
-    the time that it is measured: nobody comes or goes."""
+    """Pass some thousand microbatches, and for at least as long as some take one after the other.
+
+    All peers know each other by the time that is measured, and nobody comes or goes.
+    """
     stages, tokens = run.pipeline.stages, run.microbatch_sequences * run.model.context_tokens
     settings, (_, down) = settings_of(run, links), rates(links)
     long_s = _MICROBATCHES * tokens / sum(run.tokens_per_step / step_s for step_s in machines.step_s)

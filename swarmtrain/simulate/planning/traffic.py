@@ -1,7 +1,7 @@
-"""What a volunteer's link carries besides the payload of merges: records in the DHT, states, and the bootstrap's share.
+"""Traffic of a volunteer's link besides the payload of merges: records in the DHT, states, the bootstrap's share.
 
-Arithmetic on what the product does: who reads which buckets how often (decision 0033), whose states the archive takes,
-what a peer pulls at the end and when it comes back. `RECORD_BYTES` is what fits links that were measured.
+This is arithmetic on what the product does: who reads which buckets how often (decision 0033), whose states the archive
+takes, what a peer pulls at the end and when it comes back. `RECORD_BYTES` is what fits measured links.
 """
 
 from __future__ import annotations
@@ -39,42 +39,42 @@ __all__ = [
 ]
 
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
-"""What links carry, in words."""
+"""Names of what links carry, for people."""
 RECORD_BYTES = 500
-"""A record with its signature, as an answer of the DHT brings it."""
+"""Bytes of a signed record, as an answer of the DHT brings it."""
 PULL_BYTES = 1200
-"""A pull's question and answer without the bytes that are pulled: manifest, presence, coverage."""
+"""Bytes of a pull's question and answer without the pulled bytes: manifest, presence, coverage."""
 _OVERHEAD = 1.01
-"""libp2p's frames around payload."""
+"""Factor for libp2p's frames around payload."""
 _READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
-"""How many are asked for a bucket, in the mean, where those who keep it are known."""
+"""Mean number of nodes that are asked for a bucket whose keepers are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficEstimate:
-    """The mean over the volunteers, or the bootstrap's, in bytes per second; what comes once in a run, in bytes."""
+    """Traffic in bytes per second, as the mean over the volunteers or of the bootstrap; `once_…` in bytes per run."""
 
     merging_up: float
     merging_down: float
-    """What is pulled, with what is said about it."""
+    """Pulled bytes, with the questions and answers about them."""
     activations: float
-    """What passes between stages, each way."""
+    """Bytes between stages, each way."""
     archive: float
-    """What the bootstrap takes for its archive."""
+    """Bytes that the bootstrap takes for its archive."""
     returns_up: float
     returns_down: float
-    """Weights for those who come back as new volunteers; a server sends them itself."""
+    """Weights for those that come back as new volunteers; a server sends them itself."""
     records: float
-    """The DHT's, each way."""
+    """Records of the DHT, each way."""
     once_up: float
     once_down: float
-    """The first and the last archive, and what each takes of others for the last weights."""
+    """First and last archive, and what each peer takes of others for the last weights."""
     bootstrap_up: float
     bootstrap_down: float
 
     @property
     def parts_up(self) -> dict[str, float]:
-        """What a volunteer sends while the run goes on."""
+        """Parts of what a volunteer sends while the run goes on."""
         return {
             MERGING: self.merging_up,
             ACTIVATIONS: self.activations,
@@ -85,7 +85,7 @@ class TrafficEstimate:
 
     @property
     def parts_down(self) -> dict[str, float]:
-        """What it receives."""
+        """Parts of what a volunteer receives."""
         return {
             MERGING: self.merging_down,
             ACTIVATIONS: self.activations,
@@ -100,14 +100,14 @@ class TrafficEstimate:
 
     @property
     def down(self) -> float:
-        """All that it receives."""
+        """All that a volunteer receives."""
         return sum(self.parts_down.values())
 
 
 def traffic_of(
     run: RunFile, found: PlaybackResult, machines: PlaybackMachines, link_up_bytes_per_s: float = 0.0
 ) -> TrafficEstimate:
-    """Of volunteers who live like that, behind links that carry so much up; 0 for no limit."""
+    """Return the traffic of volunteers with that playback, behind links of that uplink; 0 for no limit."""
     num, method = machines.num, run.merge.kind
     rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
@@ -137,7 +137,7 @@ def traffic_of(
 
 
 def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
-    """What the bootstrap takes for its archive each time, of all volunteers together."""
+    """Return the bytes that the bootstrap takes for an archive, of all volunteers together."""
     if run.merge.kind.has_server:
         return 0.0
     if not run.merge.kind.asynchronous:
@@ -149,7 +149,7 @@ def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
 
 
 def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
-    """How often the bootstrap archives, where volunteers' links carry so much up; 0 for no limit."""
+    """Return how often the bootstrap archives, given the volunteers' uplinks; 0 for no limit."""
     every_s, parameters = run.network.archive_every_s, stage_parameters(run)
     if run.pipeline.stages > 1 or run.merge.kind.has_server or not link_up_bytes_per_s:
         return every_s
@@ -158,14 +158,15 @@ def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
 
 
 def _returns_per_s(machines: PlaybackMachines) -> float:
-    """How often a volunteer comes back."""
+    """Return how often per second a volunteer comes back."""
     return 1 / (machines.churn.every_s * machines.num) if machines.churn.every_s else 0.0
 
 
 def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
-    """What reading records brings a node of so many, each second; its own part of what others read is as much.
+    """Return the bytes per second that reading records brings to one of so many nodes.
 
-    Presence is read in all buckets, progress in four of them at a time; whoever keeps a bucket sends all of it.
+    Its own part of what others read is as much. Presence is read in all buckets, progress in four of them at a time;
+    whoever keeps a bucket sends all of it.
     """
     if num_nodes < 2:
         return 0.0
@@ -181,7 +182,7 @@ def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
 
 
 def _buckets(num_records: int) -> list[float]:
-    """How many are in each bucket that is read, the shallowest first."""
+    """Return the number of records in each bucket that is read, the shallowest first."""
     left, sizes = float(num_records), list[float]()
     for depth in range(MAX_READ_BUCKETS):
         width = 2**depth

@@ -1,0 +1,33 @@
+"""Errors by their codes: tests compare those, and leave the sentences free to change."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from swarmtrain.errors import SwarmtrainError
+
+
+@contextlib.contextmanager
+def raises_code(
+    code: str, kind: type[SwarmtrainError] = SwarmtrainError, *, says: str = ""
+) -> Iterator[pytest.ExceptionInfo[SwarmtrainError]]:
+    """What is inside raises an error of `kind` with this code, as `pytest.raises`; `says` is a key, a name or a number
+    that the message must have."""
+    with pytest.raises(kind) as raised:
+        yield raised
+    assert code in codes_of(raised.value), f"{codes_of(raised.value)}: {raised.value}"
+    assert says in str(raised.value)
+
+
+def codes_of(error: SwarmtrainError) -> list[str]:
+    """The code of each problem that an error has."""
+    return [problem.code for problem in error.problems]
+
+
+def codes_in(text: str) -> list[str]:
+    """The codes in what was printed: in brackets at the ends of lines."""
+    return re.findall(r" \[([a-z0-9-]+)\]$", text, re.MULTILINE)
