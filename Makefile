@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-virtual test-unit test-long test-containers evidence chaos lint format protos demo search soak long-soak results docs clean
+.PHONY: help venv test test-virtual test-unit test-long test-containers evidence chaos lint format protos demo search soak long-soak results docs site clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -100,9 +100,13 @@ results: $(DEV)  ## play examples/scenarios into docs/results/scenarios.md, hour
 docs: $(DEV)  ## generate the reference pages of docs/: run file, events, commands, decisions
 	$(BIN)/python docs/generate.py
 
+# Nothing is fetched, and what leads nowhere is an error.
+site: $(DEV)  ## build the documentation as a site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 demo: $(CORE)  ## three unequal volunteers and one alone, on this machine, in minutes
 	$(BIN)/swarmtrain local examples/stdlib-gpt.toml --peers 3 --slowdown 2,2.5,4 --compare-alone
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-protoc build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-protoc build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,13 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def generator() -> ModuleType:
+    return script("generate")
 
 
 def test_generated_pages_are_fresh() -> None:
@@ -72,3 +76,54 @@ def test_every_command_and_its_visible_options_are_in_their_page() -> None:
     join = page.split("## `join`")[1].split("\n## ")[0]
     assert "| `--up MBIT` |" in join and "`SWARMTRAIN_JOIN_UP`" in join
     assert "--only-announced" not in page, "hidden options are for programs"
+
+
+def test_the_site_has_every_page() -> None:
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    for page in (ROOT / "docs").glob("**/*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert f"- {name}\n" in contents or page in DECISIONS, f"add {name} to `nav` of mkdocs.yml"
+    for name in re.findall(r"- ([\w/-]+\.md)\n", contents):
+        assert name == "changelog.md" or (ROOT / "docs" / name).exists(), f"mkdocs.yml has {name}, which does not exist"
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "in_the_site"),
+    [
+        ("index.md", "[merging](docs/merging.md#one-bad-partner)", "[merging](merging.md#one-bad-partner)"),
+        ("index.md", "[in\ntwo lines](docs/results/README.md)", "[in\ntwo lines](results/README.md)"),
+        ("results/demo.md", "[log](../lab-log.md)", "[log](../lab-log.md)"),
+        ("pipelines.md", "[readme](../README.md#read-on)", "[readme](index.md#read-on)"),
+        (
+            "control.md",
+            "[its messages](../protos/a.proto)",
+            "[its messages](https://example.org/r/blob/main/protos/a.proto)",
+        ),
+        (
+            "control.md",
+            "[there](#below) and [far](https://example.org/)",
+            "[there](#below) and [far](https://example.org/)",
+        ),
+        ("control.md", "```\n[code](../protos/a.proto)\n```", "```\n[code](../protos/a.proto)\n```"),
+    ],
+)
+def test_links_of_the_site_lead_to_its_pages_or_to_the_repository(page: str, link: str, in_the_site: str) -> None:
+    assert script("site_hooks").with_links(link, page, "https://example.org/r/") == in_the_site
+
+
+def test_files_of_a_repository_without_an_address_are_named() -> None:
+    link = "[its messages](../protos/a.proto), [`a.proto`](../protos/a.proto)"
+    assert script("site_hooks").with_links(link, "control.md", "") == "its messages (`protos/a.proto`), `a.proto`"
+
+
+@pytest.mark.parametrize(
+    ("written", "in_the_site"),
+    [
+        ("these:\n- one\n- two\n  more\n- three", "these:\n\n- one\n- two\n  more\n- three"),
+        ("these:\n| a |\n|---|\n| 1 |", "these:\n\n| a |\n|---|\n| 1 |"),
+        ("these:\n1. one\n2. two", "these:\n\n1. one\n2. two"),
+        ("```sh\nls\n- no list\n```", "```sh\nls\n- no list\n```"),
+    ],
+)
+def test_lists_and_tables_of_the_site_begin_after_an_empty_line(written: str, in_the_site: str) -> None:
+    assert script("site_hooks").with_blank_lines(written) == in_the_site

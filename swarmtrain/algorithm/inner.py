@@ -190,6 +190,7 @@ class InnerOptimizer:
 
     @torch.no_grad()
     def _step(self, parameters: list[Tensor], learning_rate: float, decay: float) -> None:
+        """Update these parameters, which have gradients and share one weight decay."""
         for p in parameters:
             if p not in self._states:
                 step = torch.zeros((), device=p.device)

@@ -1,4 +1,4 @@
-"""`python -m swarmtrain.cli`, where the installed command is not on the path."""
+"""`python -m swarmtrain.cli`: the command where the installed one is not on the path."""
 
 from swarmtrain.cli.main import main
 

@@ -1,8 +1,8 @@
-"""`--background`: the peer as a process of its own, which outlives the terminal.
+"""`--background`: run a peer as a process that outlives the terminal.
 
-The command starts itself again in a session of its own, reads the new process's events over a pipe until it has
-joined or failed, says how to go on, and ends. The pipe tells more than files could: it ends when the process does.
-The new process writes nothing else to it; its log is in its folder, and what it writes besides follows that log.
+The command starts itself again in a new session, reads the new process's events over a pipe until the peer has joined
+or failed, prints how to control it, and ends. A pipe is used because it also ends when the process dies. The new
+process writes nothing else to it: its log is in its folder, and its standard output and error follow that log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LAST_WORDS_BYTES = 4000
 
 @functools.cache
 def _pipe() -> int | None:
-    number = os.environ.pop(_PIPE, "")  # nobody else's business: not the daemon's either
+    number = os.environ.pop(_PIPE, "")  # removed, so that no child inherits it, the network daemon included
     if not number.isdigit():
         return None
     os.set_inheritable(int(number), False)
@@ -46,17 +46,17 @@ def _pipe() -> int | None:
 
 
 def is_the_background() -> bool:
-    """Whether this process was started by `start_in_background`."""
+    """Return whether `start_in_background` started this process."""
     return _pipe() is not None
 
 
 def outputs_to_log() -> tuple[int, ...]:
-    """The descriptors that are to follow the log: in the background, standard output and error."""
+    """Return the descriptors that must follow the log: in the background, standard output and error."""
     return (1, 2) if is_the_background() else ()
 
 
 def report(event: Event) -> None:
-    """Tell whoever waits; nobody does any more once the peer is up."""
+    """Send an event to the waiting command, which stops waiting once the peer is up."""
     from swarmtrain.events import to_json_line
 
     _write(to_json_line(event))
@@ -65,12 +65,12 @@ def report(event: Event) -> None:
 
 
 def report_folder(folder: Path) -> None:
-    """Tell whoever waits where the peer lives."""
+    """Send the peer's folder to the waiting command."""
     _write(json.dumps({"folder": str(folder.absolute())}))
 
 
 def say(words: str) -> None:
-    """Say a line to the person who starts a peer, on standard error: in the background, to whoever waits there."""
+    """Print a line on standard error for the person who starts a peer; in the background the waiting one does it."""
     if is_the_background():
         _write(json.dumps({"said": words}))
     else:
@@ -86,10 +86,10 @@ def _write(line: str) -> None:
 
 @functools.cache
 def _close() -> None:
-    """Let whoever waits go on: whatever happens from now on is in the log."""
+    """End the pipe, so that the waiting command ends. From now on everything is in the log."""
     descriptor = _pipe()
     assert descriptor is not None, "asked for in the background only"
-    # Not closed: another file would take its number.
+    # Replaced and not closed: another file would take its number.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor, inheritable=False)
     os.close(nowhere)
@@ -103,9 +103,9 @@ def _is_up(event: Event) -> bool:
 
 
 def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
-    """Start this command line again in the background; the exit code, once the peer has joined or failed.
+    """Start this command line again in the background; return the exit code once the peer has joined or failed.
 
-    `show` gets its events until then. `by_folder`: the person named the folder, and not the peer.
+    `show` receives its events until then. `by_folder`: the person named the folder, not the peer.
     """
     import subprocess
     import tempfile
@@ -136,7 +136,7 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
 
 
 class _Started:
-    """The process in the background, as far as it has told."""
+    """Process in the background, as far as it has reported."""
 
     def __init__(self, process: subprocess.Popen[bytes], by_folder: bool) -> None:
         self.process = process
@@ -148,7 +148,7 @@ class _Started:
         self.error = ""
 
     def listen(self, pipe: IO[bytes], show: Callable[[Event], None]) -> None:
-        """Read what it tells until it is up or has ended."""
+        """Read its reports until the peer is up or has ended."""
         from swarmtrain.events import ErrorEvent, parse_event
 
         for line in pipe:
@@ -175,7 +175,7 @@ class _Started:
         return f"; its log is {self.folder / 'peer.log'}" if self.folder is not None else ""
 
     def tell_up(self) -> int:
-        """How to go on."""
+        """Print how to watch and end it; returns the exit code."""
         assert self.folder is not None and self.up is not None
         which = f"--dir {shlex.quote(str(self.folder))}" if self.by_folder else self.folder.name
         state = "is paused" if self.up.event == "paused" else "runs"
@@ -187,11 +187,11 @@ class _Started:
             f"  end       swarmtrain leave {which}",
         ]
         click.echo("\n".join(rows), err=True)
-        self.process.returncode = 0  # it is nobody's child once we have ended
+        self.process.returncode = 0  # no warning about a child that runs on: it is meant to
         return 0
 
     def tell_end(self, early: IO[bytes]) -> int:
-        """Why it ended before it was up; its exit code."""
+        """Print why it ended before it was up; returns its exit code."""
         code = self.process.wait()
         if self.error:
             click.echo(f"error: {self.error}", err=True)

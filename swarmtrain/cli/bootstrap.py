@@ -1,4 +1,4 @@
-"""`swarmtrain bootstrap`: publish a run, print the line to hand out, serve and archive."""
+"""`swarmtrain bootstrap`: publish a run, print the invite, serve and archive."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def command(
 
 
 def _also_to_file(emit: Emit, path: Path) -> Emit:
-    """`emit`, which leaves the invite in a file first."""
+    """Return an `emit` that first writes the invite to a file."""
     from swarmtrain.events import InviteEvent, WarningEvent
     from swarmtrain.network.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""`swarmtrain check`: what a run file would train, what it costs each peer, and any doubt about it."""
+"""`swarmtrain check`: print what a run file would train, what it costs each peer, and warnings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
 
 
 def _refused(run: RunFile) -> list[Problem]:
-    """What a bootstrap would refuse besides the text."""
+    """List what a bootstrap would refuse besides the text."""
     from swarmtrain.peer.merging.rules import mean_of
     from swarmtrain.run import published_bytes
 
@@ -81,7 +81,7 @@ def _refused(run: RunFile) -> list[Problem]:
 
 
 def report(run: RunFile, cost: Estimate, corpus_bytes: int | None) -> list[str]:
-    """What the run is and costs, in the lines that a person reads."""
+    """Describe the run and its costs, in lines for a person."""
     from swarmtrain.peer.estimate import activation_wire_bytes
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
@@ -115,7 +115,7 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None) -> list[str]:
 
 
 def _with_states(run: RunFile, cost: Estimate) -> str:
-    """What is sent besides merges, after a semicolon."""
+    """Say what is sent besides merges, after a semicolon; empty if nothing is."""
     from swarmtrain.words import size_in_words as size
 
     if run.merge.kind.has_server or run.pipeline.stages > 1:
@@ -127,7 +127,7 @@ def _with_states(run: RunFile, cost: Estimate) -> str:
 
 
 def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
-    """Into how many shards the data are cut, after a comma; empty where the run wants none."""
+    """Say into how many shards the data are cut, after a comma; empty if the run wants none."""
     if not run.merge.kind.shards or not run.data.shards:
         return ""
     if run.data.streaming:
@@ -140,7 +140,7 @@ def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
 
 
 def _machine_bytes() -> int | None:
-    """This machine's memory in bytes, where the system says it."""
+    """Return this machine's memory in bytes; None if the system does not say."""
     import os
 
     try:

@@ -1,4 +1,4 @@
-"""The last line of a peer: where the model is, or how to go on."""
+"""Last line that a peer's command prints: where the model is, or how to continue."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ __all__ = ["closing_line", "go_on_line", "last_line", "model_line"]
 
 
 def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
-    """What a person wants to know once the peer in `folder` has ended. `is_usual`: the command finds that folder
-    without `--dir` too."""
+    """Return the last line for the peer in `folder`, which has ended for `done`.
+
+    `is_usual`: the command finds that folder without `--dir` too.
+    """
     from swarmtrain.peer.control.server import read_status
     from swarmtrain.v1.control_pb2 import PeerStatus
 
@@ -27,8 +29,10 @@ def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
 
 
 def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool = False) -> str:
-    """As `closing_line`, of one that ended for `reason` and left `status`: it may have been asked to end when its run
-    had its tokens and its model was written."""
+    """Return the last line for a peer that ended for `reason` and left `status`.
+
+    A peer that was asked to leave may have finished its run too: the model's tokens decide.
+    """
     if reason == "total_tokens":
         return model_line(folder / "model")
     is_over = 0 < status.total_tokens <= _run_tokens(folder / "model")
@@ -36,7 +40,7 @@ def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool =
 
 
 def _run_tokens(model: Path) -> int:
-    """How many tokens the run had when it was written; 0 where there is none. A peer may count more by now."""
+    """Return the run's tokens when `model` was written; 0 if there is no model. The peer may count more by now."""
     try:
         return int(json.loads((model / "config.json").read_bytes())["run_tokens"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -44,7 +48,7 @@ def _run_tokens(model: Path) -> int:
 
 
 def model_line(model: Path) -> str:
-    """Where the run's model is, and what to do with it; empty where there is none, as of who held stages of it."""
+    """Say where the run's model is and how to use it; empty without one, as for peers that held stages of it."""
     if not (model / "config.json").exists():
         return ""
     where = shlex.quote(one_line(str(model)))
@@ -52,14 +56,14 @@ def model_line(model: Path) -> str:
 
 
 def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
-    """What to type to go on, and from where; empty where there is no run yet, or nobody knows how it was started."""
+    """Say what to type to continue, and from which round; empty without a run, or if its command is not known."""
     from swarmtrain.peer.checkpoints.files import newest_written
     from swarmtrain.peer.lifecycle.folder import PeerFolder
 
     started, run_sha256 = StartedFile(folder).read(), PeerFolder(folder).kept_sha256()
     if not started.command or run_sha256 is None:
         return ""
-    # the folder remembers the options; without --dir the name leads to it
+    # The folder remembers the options; without --dir the name leads to the folder.
     name = {flag: words for flag, words in started.options.items() if is_usual and flag == "--name"}
     line = one_line(Started(started.command, name).line(None if is_usual else folder))
     kept = newest_written(folder / "checkpoints", run_sha256)

@@ -1,6 +1,6 @@
-"""What several commands share: their options, where their events go, addresses, logging.
+"""Shared parts of the commands: options, event sinks, addresses, logging.
 
-A command that is a peer starts like this, whatever else it does:
+A command that runs a peer starts like this:
 
     @click.command(epilog=example("swarmtrain join INVITE --name anna"))
     @click.argument("invite")
@@ -70,11 +70,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _MAX_PORT = 65535
 PEERS_ASSUMED = 3
-"""Of a run that has not begun `check`, `plan` and `local` assume so many volunteers, unless it has more stages."""
+"""Volunteers that `check`, `plan` and `local` assume of a run that has not begun, unless it has more stages."""
 
 
 class Display(Protocol):
-    """What shows events on a terminal; see `cli/display.py`."""
+    """Display of events on a terminal; see `cli/display.py`."""
 
     def start(self) -> None: ...
 
@@ -87,7 +87,7 @@ class Display(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerOptions:
-    """The options every peer takes, as `peer_options` collects them; and the flag that Ctrl-C sets from then on."""
+    """Options of every peer, as `peer_options` collects them, and the flag that Ctrl-C sets from then on."""
 
     dir: Path | None
     name: str
@@ -103,15 +103,15 @@ class PeerOptions:
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
     def with_kept(self, kept: Mapping[str, Any]) -> PeerOptions:
-        """These with those that the peer's folder remembers, by their names."""
+        """Return these options with those that the peer's folder remembers, by parameter name."""
         names = ("name", "listen", "announce", "control", "metrics")
         return replace(self, **{name: kept[name] for name in names if name in kept})
 
 
 def to_multiaddr(text: str) -> str:
-    """An address a person writes (HOST:PORT, [IPv6]:PORT, :PORT or a multiaddress) as a multiaddress.
+    """Parse an address (HOST:PORT, [IPv6]:PORT, :PORT or a multiaddress) into a multiaddress.
 
-    Raises `ValueError` with what is allowed.
+    Raises `ValueError`, which says what is allowed.
     """
     if text.startswith("/"):
         if re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+(/.*)?", text):
@@ -131,7 +131,7 @@ def to_multiaddr(text: str) -> str:
 
 
 def _wrong_with_address(text: str) -> str:
-    """What an address lacks, with an example of what is wanted; `text` is none."""
+    """Say what is wrong with `text`, which is no address, with an example of what is wanted."""
     forms = "write HOST:PORT, [IPv6]:PORT or :PORT, such as 203.0.113.5:31337"
     host, colon, port = text.rpartition(":")
     if re.fullmatch(r"\d{1,5}", text) and int(text) <= _MAX_PORT:
@@ -147,7 +147,7 @@ def _wrong_with_address(text: str) -> str:
 
 
 def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A callback: that function of `protocol.limits` reads an option's value, if there is one."""
+    """Return a click callback that reads an option's value, if it has one, by function `parser` of `protocol.limits`."""
 
     def read(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
         from swarmtrain.protocol import limits
@@ -161,7 +161,7 @@ def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None],
 
 
 def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """An option's addresses as multiaddresses."""
+    """Parse an option's addresses into multiaddresses."""
     try:
         found = tuple(to_multiaddr(text) for text in value)
         for text, address in zip(value, found, strict=True):
@@ -176,7 +176,7 @@ def addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
 
 
 def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Where a control service answers, or is to: a port alone is one of this machine."""
+    """Parse the HOST:PORT of a control service; `:PORT` is a port of this machine only."""
     if not value:
         return ""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
@@ -195,7 +195,7 @@ def _metrics_address(ctx: click.Context, param: click.Parameter, value: str) -> 
 
 
 def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """An option's name of a peer, if others can be told it."""
+    """Check a peer's name: others see it, so its characters are restricted."""
     if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", value):
         near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:32]
         such = f"; write {near}, say" if near else ""
@@ -210,7 +210,7 @@ def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """An option's number, which nan is not."""
+    """Reject nan, which click's ranges let pass."""
     if value is not None and value != value:
         raise OptionError("nan is no number; write one, such as 10", ctx, param, code="not-a-number")
     return value
@@ -302,8 +302,8 @@ THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N", h
 def peer_options(function: _F) -> _F:
     """Give a command the options of every peer; it receives them as one argument, `options: PeerOptions`.
 
-    Ctrl-C is heard before anything heavy is imported, and ends the process at once until the command has its imports and
-    says `options.stop.begin()`.
+    Signals are handled before anything heavy is imported: until the command has its imports and calls
+    `options.stop.begin()`, Ctrl-C ends the process at once.
     """
 
     @functools.wraps(function)
@@ -345,7 +345,7 @@ def _start_in_background(values: dict[str, Any]) -> int:
 
 
 def _end_at_once(as_json: bool, name: str) -> None:
-    """An end that was asked for while the peer was being imported: nothing is begun, nothing can be relied on."""
+    """End during the imports: nothing has begun, and half-imported modules cannot be relied on."""
     click.echo("interrupted before it began", err=True)
     if as_json:
         from swarmtrain.peer.lifecycle.process import process_age_s
@@ -357,8 +357,10 @@ def _end_at_once(as_json: bool, name: str) -> None:
 
 
 def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
-    """Call `live` with whether the others' clock is gone by, however far it is from this machine's. If that ends it, and
-    a person is there, ask, and call it again."""
+    """Call `live` with whether to use the others' clock, however far it is from this machine's.
+
+    If it raises ClockError and a person is at the terminal, ask, and call it again.
+    """
     try:
         live(options.accept_clock)
     except ClockError as error:
@@ -373,24 +375,24 @@ def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
 
 
 def example(*lines: str) -> str:
-    """The end of a command's help: one example or more, as they are typed."""
+    """Format the end of a command's help: one or more examples, as they are typed."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def peer_directory(options: PeerOptions, role: str) -> Path:
-    """The peer's folder: `--dir`, else one of this user's by `role` ("bootstrap", "join") and name; not created."""
+    """Return the peer's folder: `--dir`, else this user's by `role` ("bootstrap", "volunteer") and name. Creates nothing."""
     return options.dir if options.dir is not None else user_directory(role, options.name)
 
 
 def user_directory(role: str, name: str) -> Path:
-    """Of a peer that is given no folder; not created."""
+    """Return the folder of a peer that is started without `--dir`. Creates nothing."""
     import platformdirs
 
     return platformdirs.user_data_path("swarmtrain") / (f"{role}-{name}" if name else role)
 
 
 def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path) -> None:
-    """The last line for a person, if one is there: `usual` is the folder of a peer like this without `--dir`."""
+    """Print the last line for a person, if one is there. `usual` is the folder that this peer has without `--dir`."""
     from swarmtrain.cli.closing_line import closing_line
 
     if options.json or is_the_background():
@@ -401,10 +403,10 @@ def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path
 
 
 class EventSink:
-    """Takes events from any thread and writes each at once; a reader that is gone costs the output, not the peer.
+    """Output of events: takes them from any thread and writes each at once. If the reader is gone, the peer keeps running.
 
-    It stamps what an event lacks of time, peer and name. As a context manager it starts and stops the display,
-    and with JSON it says a `SwarmtrainError` that ends the command as an `error` event too.
+    Fills in an event's missing time, peer and name. As a context manager it starts and stops the display; with JSON it
+    also writes a `SwarmtrainError` that ends the command as an `error` event.
     """
 
     def __init__(self, write: Callable[[Event], None], *, name: str = "", display: Display | None = None) -> None:
@@ -416,12 +418,12 @@ class EventSink:
         self._lock = threading.Lock()
 
     def look_at(self, status: Callable[[], PeerStatus]) -> None:
-        """Where the peer's status is, for a display that shows it."""
+        """Give a display the peer's status to show."""
         if self.display is not None:
             self.display.look_at(status)
 
     def identify(self, peer: str, name: str) -> None:
-        """From now on events that do not say whose they are are this peer's."""
+        """Attribute events that name no peer to this one from now on."""
         self._peer, self._name = peer, name
 
     def __call__(self, event: Event) -> None:
@@ -433,7 +435,7 @@ class EventSink:
                 return
             try:
                 self._write(event)
-            except (OSError, ValueError):  # the reader is gone, the disk is full, the stream was closed
+            except (OSError, ValueError):  # the reader is gone, the disk is full, or the stream is closed
                 self.broken = True
 
     def __enter__(self) -> EventSink:
@@ -467,7 +469,7 @@ def _lines(stream: TextIO, render: Callable[[Event], str]) -> Callable[[Event], 
 
 
 def errors_as_events(as_json: bool, name: str) -> EventSink:
-    """For what a command does before it can open its sink: with JSON, an error of it is an event too."""
+    """Return a sink for the time before `open_sink`: with JSON, an error of then is an event too."""
     from swarmtrain.events import to_json_line
 
     if is_the_background():
@@ -476,9 +478,9 @@ def errors_as_events(as_json: bool, name: str) -> EventSink:
 
 
 def open_sink(options: PeerOptions, make_display: Callable[[], Display], folder: Path | None = None) -> EventSink:
-    """The sink the options ask for: JSON lines, a display when standard output is a terminal, or plain lines.
+    """Open the sink that the options ask for: JSON lines, a display if standard output is a terminal, or plain lines.
 
-    In the background: whoever waits there, who wants to know the peer's `folder` too.
+    In the background, events go to the waiting command, which is also told the peer's `folder`.
     """
     from swarmtrain.events import to_json_line, to_plain_line
 
@@ -496,7 +498,7 @@ def open_sink(options: PeerOptions, make_display: Callable[[], Display], folder:
 
 @dataclass(frozen=True, kw_only=True)
 class WhichPeer:
-    """Which peer of this machine a command means; all empty: the only one that runs."""
+    """Peer of this machine that a command means; all empty: the only one that runs."""
 
     name: str = ""  # its name, its folder's name, or the end of its PeerID
     directory: Path | None = None  # its folder, or one that has several peers' folders

@@ -1,9 +1,9 @@
-"""What a person sees on a terminal while peers train: fed by events, redrawn in place.
+"""Live display on a terminal while peers train: fed by events, redrawn in place.
 
-`PeerDisplay` shows one peer, `SwarmDisplay` one row for each peer that `swarmtrain local` started. Both keep
-plain numbers and draw from them, so a test can draw without a terminal. A peer's own screen reads its status too, twice
-a second: it says what `swarmtrain status` says at the same moment. Names and messages may come from other
-peers: they are shown as plain text, escaped, never as markup.
+`PeerDisplay` shows one peer, `SwarmDisplay` one row for each peer that `swarmtrain local` started. Both keep plain
+numbers and draw from them, so a test can draw without a terminal. A peer's own display also reads its status, twice a
+second, so that it agrees with `swarmtrain status`. Names and messages may come from other peers: they are shown as
+plain text, escaped, never as markup.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _DRAWN_PER_S = 2.0
 
 @dataclass
 class _Peer:
-    """What is known of one peer from its events."""
+    """State of one peer, as its events tell."""
 
     name: str
     state: str = "starting"
@@ -81,11 +81,11 @@ class _Peer:
     shared_steps: int = 0  # inner steps of the rounds that were merged with others, and what was sent in them
     shared_bytes: int = 0
     stages: tuple[int, ...] = ()
-    """In a pipeline, those that it holds."""
+    """Stages of a pipeline that it holds."""
 
     @property
     def does(self) -> str:
-        """Its state; while it trains stages of a pipeline, which."""
+        """State of the peer, or the stages of a pipeline that it trains."""
         return stages_in_words(self.stages) if self.stages and self.state == "training" else self.state
 
     def take(self, event: Event) -> None:
@@ -116,7 +116,7 @@ class _Peer:
                 if event.times_below_allreduce is not None:
                     self.shared_steps += event.inner_steps
                     self.shared_bytes += event.bytes_sent
-                if event.signer:  # a roster names everyone; whom a peer merged by itself are a few of them
+                if event.signer:  # a roster names everyone; partners of a merge without one are only a few
                     self.present = set(event.partners)
             case EvalEvent():
                 self.held_out_loss = event.held_out_loss
@@ -132,18 +132,18 @@ class _Peer:
 
     @property
     def times_below_allreduce(self) -> float | None:
-        """Of all its rounds, as `status` shows it; of the last one while the model's size is not known here."""
+        """Ratio over all its rounds, as `status` shows it; of the last round while the model's size is not known."""
         known = times_below_allreduce(self.num_parameters, self.shared_steps, self.shared_bytes)
         return known or (None if self.round is None else self.round.times_below_allreduce)
 
     def share(self, run_tokens: int) -> float:
-        """Its part of the tokens trained since it joined, 0 to 1."""
+        """Return its share of the tokens trained since it joined, 0 to 1."""
         return min(1.0, self.tokens / max(1, run_tokens - self.tokens_before))
 
 
 @dataclass
 class _Progress:
-    """How far the run is, and when it will end at its present speed."""
+    """Progress of the run, and its end at the present speed."""
 
     total_tokens: int = 0  # 0 while unknown
     run_tokens: int = 0
@@ -158,7 +158,7 @@ class _Progress:
                 self._seen.append((event.time, event.run_tokens))
 
     def left_s(self) -> float | None:
-        """Seconds to the end, None while nobody can tell."""
+        """Return the seconds to the end; None while they cannot be estimated."""
         if not self.total_tokens or len(self._seen) < 2:
             return None
         (first_s, first_tokens), (last_s, last_tokens) = self._seen[0], self._seen[-1]
@@ -186,16 +186,18 @@ def _bar(run_tokens: int, total_tokens: int, words: str) -> RenderableType:
 
 
 class _Display:
-    """Drawing in place; what both displays share."""
+    """Drawing in place: shared base of both displays."""
 
     _redraws: ClassVar[bool] = False
-    """Whether it is drawn without an event too."""
+    """True if it is redrawn between events too."""
 
     def __init__(self, title: str, total_tokens: int, console: Console | None) -> None:
         self._title = title
         self._progress = _Progress(total_tokens)
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
-        self._taking = threading.Lock()  # never held while it is drawn: rich has a lock of its own for that
+        self._taking = (
+            threading.Lock()
+        )  # never held while calling rich, which draws under its own lock and then takes this one
         self._live = Live(
             get_renderable=self.draw,
             console=console or Console(),
@@ -209,7 +211,7 @@ class _Display:
         self._live.start(refresh=True)
 
     def stop(self) -> None:
-        """Draw a last time and leave that on the screen."""
+        """Draw a last time and leave the picture on the screen."""
         self._live.stop()
 
     def show(self, event: Event) -> None:
@@ -220,22 +222,22 @@ class _Display:
             if not isinstance(event, InviteEvent | RoundEvent | ArrivingEvent | StageThroughputEvent):
                 self._lines.append(to_plain_line(event))
         if isinstance(event, InviteEvent):
-            # Above the picture, and wrapped by the terminal alone: so it can be copied as one word.
+            # Above the picture, and wrapped only by the terminal, so that it can be copied as one word.
             self._live.console.print(Text(one_line(event.line)), soft_wrap=True)
         self._live.refresh()
 
     def look_at(self, status: Callable[[], Any]) -> None:
-        """Where a peer's status is: one screen for many shows their events alone."""
+        """Ignore a peer's status: a display of many peers shows their events only."""
 
     def draw(self) -> RenderableType:
-        """The whole picture, from what is known now."""
+        """Draw the whole picture from what is known now."""
         self._look()
         with self._taking:
             lines = [Text(line, style="dim", overflow="fold") for line in self._lines]
             return Group(Text(self._title, style="bold"), self._progress_bar(), *self._body(), *lines)
 
     def _look(self) -> None:
-        """Before it is drawn: see what no event says."""
+        """Read, before drawing, what no event says."""
 
     def _progress_bar(self) -> RenderableType:
         return self._progress.draw()
@@ -248,7 +250,7 @@ class _Display:
 
 
 class PeerDisplay(_Display):
-    """One peer: what it does, progress and time left, loss, who is here, its share of the work, what it sends."""
+    """Display of one peer: activity, progress and time left, loss, peers present, its share of the work, traffic."""
 
     _redraws = True
 
@@ -259,7 +261,7 @@ class PeerDisplay(_Display):
         super().__init__(title, total_tokens, console)
 
     def look_at(self, status: Callable[[], Any]) -> None:
-        """Where the peer's status is, from now on."""
+        """Show the peer's status from now on."""
         self._status = status
 
     def _look(self) -> None:
@@ -305,7 +307,7 @@ class PeerDisplay(_Display):
             yield Text(f"sent {per_step} per inner step, {below_in_words(times)} at every step")
 
     def _here(self, merged: RoundEvent) -> str:
-        """How many are here, and this peer's part."""
+        """Say how many peers are present, and this peer's share."""
         peer = self._peer
         if self._view is not None:
             status = self._view.status
@@ -331,7 +333,7 @@ def _arriving(event: ArrivingEvent) -> RenderableType:
 
 
 class SwarmDisplay(_Display):
-    """Several peers of one machine: a row each, keyed by their names."""
+    """Display of several peers of one machine: one row each, keyed by name."""
 
     def __init__(self, title: str = "swarmtrain", total_tokens: int = 0, console: Console | None = None) -> None:
         self._peers: dict[str, _Peer] = {}
@@ -339,7 +341,7 @@ class SwarmDisplay(_Display):
 
     def _take(self, event: Event) -> None:
         if isinstance(event, WarningEvent) and not event.name and not event.peer:
-            return  # of the swarm as a whole
+            return  # about the swarm as a whole
         key = event.name or short_peer(event.peer)
         self._peers.setdefault(key, _Peer(name=key)).take(event)
 

@@ -1,4 +1,4 @@
-"""`swarmtrain doctor`: what would keep this machine from taking part, and what to do about it."""
+"""`swarmtrain doctor`: find what would keep this machine from taking part, and say what to do about it."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def command(
 
 
 def examine(settings: DoctorSettings, as_json: bool) -> int:
-    """Print each finding as it comes; returns how many problems there are."""
+    """Print each finding as it comes; returns the number of problems."""
     import signal
     import sys
     from collections import Counter
 
     from swarmtrain.peer.doctor.doctor import Doctor
 
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it too leaves nothing behind
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM too must clean up
     progress = _Progress(sys.stderr.isatty() and not as_json)
     counts: Counter[str] = Counter()
     try:
@@ -97,7 +97,7 @@ def examine(settings: DoctorSettings, as_json: bool) -> int:
 
 
 class _Progress:
-    """On a terminal: what is being looked at, until it is known."""
+    """Line on a terminal that names the check in progress."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown

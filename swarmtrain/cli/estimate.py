@@ -1,4 +1,4 @@
-"""What is doubtful about a run: allowed, but perhaps not meant. What it costs is `peer/estimate.py`."""
+"""Warnings about a run: what is allowed, but perhaps not meant. Its costs are in `peer/estimate.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Estimate", "doubts", "estimate"]
 
 
 def doubts(run: RunFile, cost: Estimate, corpus_bytes: int | None, machine_bytes: int | None) -> tuple[str, ...]:
-    """What is allowed but may not be meant, a sentence each. `None` for what is not known here."""
+    """List what is allowed but may not be meant, one sentence each. `None`: not known here."""
     return (*_schedule_doubts(run, cost), *_data_doubts(run, corpus_bytes), *_machine_doubts(run, cost, machine_bytes))
 
 

@@ -1,4 +1,4 @@
-"""`swarmtrain eval`: the held-out loss of an exported model."""
+"""`swarmtrain eval`: measure the held-out loss of an exported model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _in_words(what: str, loss: TextLoss) -> str:
 
 
 def _told(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """`batches` (B, T + 1), each told once it is done with."""
+    """Yield `batches` (B, T + 1), and call `advance` after each with its number of targets."""
     for batch in batches:
         yield batch
         advance(batch[:, 1:].numel())

@@ -1,4 +1,4 @@
-"""`swarmtrain explain`: what the code of an error or a warning means, and what to do."""
+"""`swarmtrain explain`: say what the code of an error or a warning means, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swarmtrain.errors import with_code
 
 
 def _code(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """An argument's code, as it stands at the end of a message or without its brackets."""
+    """Read a code, with or without the brackets that it has at the end of a message."""
     from swarmtrain.error_codes import CODES
 
     code = value.strip().strip("[]").lower()
@@ -26,9 +26,9 @@ def _code(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.command(epilog=example("swarmtrain explain port-taken"))
 @click.argument("code", metavar="[CODE]", default="", callback=_code)
 def command(code: str) -> None:
-    """Say what an error or a warning means, and what to do.
+    """Explain an error or a warning, and what to do.
 
-    CODE is the word in brackets at the end of a message. Without one, all codes are listed.
+    CODE is the word in brackets at the end of a message. Without CODE, lists all codes.
     """
     import re
 

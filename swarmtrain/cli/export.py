@@ -1,4 +1,4 @@
-"""`swarmtrain export`: the present model of a swarm, or of a peer's folder, as files that a stranger can load."""
+"""`swarmtrain export`: write the current model of a swarm, or of a peer's folder, as files that anyone can load."""
 
 from __future__ import annotations
 

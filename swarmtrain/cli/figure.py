@@ -1,4 +1,4 @@
-"""Curves of a comparison, against tokens and against virtual time, as a PNG or SVG file."""
+"""Plot of a comparison's loss curves, over tokens and over virtual time, as a PNG or SVG file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["draw"]
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """Each method's best constants, its first seed; needs matplotlib."""
+    """Draw each method with its best constants and its first seed. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = found.scenario.scenario.name  # the same comparison, the same file
+    matplotlib.rcParams["svg.hashsalt"] = found.scenario.scenario.name  # the same comparison gives the same bytes
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -1,7 +1,7 @@
-"""Following a peer: its statuses as they come, and what becomes of it when they stop.
+"""Following a peer: show its statuses as they come, and find out what happened when they stop.
 
-A peer that ends is followed to its last word; one that dies is waited for a while, since somebody may start it again;
-one that hangs is told from one that has nothing new to say by asking it. Nothing here disturbs the peer.
+A peer that ends is followed to its last status. A peer that dies is waited for a while, since somebody may start it
+again. A hanging peer is told apart from one without news by asking it. Nothing here disturbs the peer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Patience", "Signal", "follow"]
 
 
 class Signal(enum.Enum):
-    """What else than a status may arrive."""
+    """Input other than a status."""
 
     DETACH = "detach"
     REDRAW = "redraw"
@@ -42,11 +42,11 @@ class Signal(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long to wait for what."""
+    """Waiting times."""
 
-    tick_s: float = 0.5  # the screen is drawn at least so often: ages and the time left go on
+    tick_s: float = 0.5  # longest time between two drawings: ages and the time left change
     come_back_s: float = 30.0  # for a peer that is gone
-    probe_s: float = 10.0  # without news, before it is asked whether it is there
+    probe_s: float = 10.0  # without news, before the peer is asked whether it is alive
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class _Broken:
 @dataclass(frozen=True)
 class _Probed:
     stream: _Stream
-    status: Any  # None: it did not answer
-    nobody_answers: bool = False  # and does not take calls either
+    status: Any  # None: no answer
+    nobody_answers: bool = False  # and takes no calls
 
 
 News = SimpleQueue[Any]
 
 
 def follow(peer: LocalPeer, first: View, show: Callable[[View], None], news: News, patience: Patience) -> View | None:
-    """Show a view whenever something changes, until the peer is over: then the last one. None when told to detach.
+    """Show a view whenever something changes, until the peer is over; return the last view, or None on `DETACH`.
 
-    RefusedError when the peer will not be watched, as when too many watch it already.
-    `news` takes a `Signal` from whoever listens to the person, signal handlers included.
+    Raises RefusedError if the peer refuses to be watched, for example because too many watch it already. `news` takes a
+    `Signal` from the keyboard or from a signal handler.
     """
     following = _Following(peer, first, news, patience)
     try:
@@ -97,11 +97,11 @@ class _Following:
         self._stream: _Stream | None = _Stream(peer, news)
 
     def view(self) -> View:
-        """What is known now."""
+        """Return what is known now."""
         return dataclasses.replace(self._view, now=time.time())
 
     def close(self) -> None:
-        """Nothing more is wanted."""
+        """Stop following."""
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -110,7 +110,7 @@ class _Following:
         self._stream = None
 
     def _is_held(self) -> bool | None:
-        """Whether a process holds the peer's folder; None where there is no folder to look into."""
+        """Return whether a process holds the peer's folder; None without a folder."""
         folder = self._peer.folder
         return None if folder is None else holder(folder) is not Holder.NOBODY
 
@@ -119,7 +119,7 @@ class _Following:
         return not probed.nobody_answers if held is None else held
 
     def take(self, item: Any) -> bool:
-        """Take what has arrived, None if nothing has; returns whether the peer is over."""
+        """Take what has arrived (None: nothing); returns whether the peer is over."""
         match item:
             case wire.PeerStatus():
                 self._hear(item)
@@ -127,7 +127,7 @@ class _Following:
                 self._probing = False
                 if item.status is not None:
                     self._hear(item.status)
-                elif not self._may_be_there(item):  # a call may stay open that was made in the moment of its death
+                elif not self._may_be_there(item):  # a call made at the moment of its death may stay open
                     self._hang_up()
                 else:
                     self._be(self._life_of_one_that_is_there(timed_out=not item.nobody_answers))
@@ -152,7 +152,7 @@ class _Following:
         self._view = dataclasses.replace(self._view, life=life, note=note)
 
     def _reach(self) -> bool:
-        """Nobody tells us anything: find out what has become of the peer, and call it again if it may answer."""
+        """Without a stream: find out what happened to the peer, and call it again if it may answer."""
         if self._is_held() and not (there := self._life_of_one_that_is_there()).over:
             self._gone_s = None
             self._be(there)
@@ -171,14 +171,14 @@ class _Following:
         return False
 
     def _life_of_one_that_is_there(self, *, timed_out: bool = False) -> Life:
-        """Of one that does not answer: it starts, it ends, or it hangs."""
+        """Decide whether a peer that does not answer starts, ends or hangs."""
         if self._peer.folder is None:
             return Life.SILENT
-        problem = NoAnswerError("", timed_out=timed_out)  # nothing that a person need read
+        problem = NoAnswerError("", timed_out=timed_out)  # no text: no person reads it
         return look_without_asking(self._peer, problem=problem, heard=self._view.status).life
 
     def _after_its_end(self) -> Life:
-        """How it ended, by its last word: in its folder, or what arrived last."""
+        """Decide how the peer ended, by its last status: the one in its folder, or the last that arrived."""
         heard = self._view.status
         if self._peer.folder is not None:
             left = look_without_asking(self._peer)
@@ -190,7 +190,7 @@ class _Following:
 
 
 class _Stream:
-    """One call of Watch in a thread of its own; what it brings goes to `news`, at the end a `_Broken`."""
+    """Call of Watch in its own thread, which puts statuses into `news`, and at the end a `_Broken`."""
 
     def __init__(self, peer: LocalPeer, news: News) -> None:
         self._peer, self._news = peer, news
@@ -201,7 +201,7 @@ class _Stream:
         self._thread.start()
 
     def close(self) -> None:
-        """Hang up; nothing of it arrives later that matters."""
+        """End the call; what still arrives from it is ignored."""
         with self._lock:
             self._closed = True
             if self._call is not None:
@@ -209,7 +209,7 @@ class _Stream:
         self._thread.join(1.0)
 
     def probe(self) -> None:
-        """Ask whether it is there; a `_Probed` comes."""
+        """Ask whether the peer is alive; a `_Probed` arrives in `news`."""
         threading.Thread(target=self._probe, name="probe", daemon=True).start()
 
     def _probe(self) -> None:

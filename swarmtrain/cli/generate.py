@@ -1,4 +1,4 @@
-"""`swarmtrain generate`: text that an exported model writes."""
+"""`swarmtrain generate`: let an exported model write text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`swarmtrain init`: a run file to begin with."""
+"""`swarmtrain init`: write a run file to start from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def command(path: Path, name: str) -> None:
 
 
 def _begun(text: str, name: str, path: Path) -> str:
-    """Put what to do next at the head of an example, in place of its own command lines."""
+    """Replace the command lines at the head of an example by what to do next."""
     import shlex
 
     from swarmtrain.words import one_line

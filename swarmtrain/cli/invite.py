@@ -1,4 +1,4 @@
-"""`swarmtrain invite`: the line to hand out, from any peer that runs on this machine."""
+"""`swarmtrain invite`: print the line to hand out, from any peer that runs on this machine."""
 
 from __future__ import annotations
 

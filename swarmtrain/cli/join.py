@@ -1,4 +1,4 @@
-"""`swarmtrain join`: the one line a volunteer types."""
+"""`swarmtrain join`: take part in a run, as the one line that a volunteer types."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _SCOPE = (
 
 
 def _limit_options(function: _F) -> _F:
-    """The options of what it may take of the machine, received as one argument, `limits: Limits`."""
+    """Give a command the options that limit its use of the machine; it receives them as one argument, `limits: Limits`."""
 
     @functools.wraps(function)
     def bundled(**values: Any) -> Any:
@@ -131,7 +131,7 @@ def command(
     with errors_as_events(options.json, options.name):
         from swarmtrain.network.discovery.invite import parse_invite
 
-        invite = " ".join(words)  # perhaps the whole line that was handed out, or a word with a break in it
+        invite = " ".join(words)  # perhaps the whole line that was handed out, or an invite with a line break in it
         if invite and invite_file is not None:
             raise OptionsError("INVITE and --invite-file: give one of them", code="options-conflict")
         invite = invite or _word_in(invite_file, options.stop)
@@ -177,7 +177,7 @@ def command(
 
 
 def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
-    """`limits` with those that the folder remembers."""
+    """Return `limits` with those that the folder remembers."""
     fields = {"memory": "memory_bytes"}
     names = ("threads", "memory", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
     changed = limits.with_changes(**{fields.get(name, name): kept[name] for name in names if name in kept})
@@ -185,7 +185,7 @@ def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
 
 
 def _serving(fail_share: float) -> Callable[[str], NumServed]:
-    """For a peer of some name, how much of each pull it serves: all of it, or in a rehearsal not always."""
+    """Return, by the peer's name, how much of each pull it serves: all of it, or in a rehearsal sometimes less."""
     from swarmtrain.network.links.proxy import FailingPulls
     from swarmtrain.network.snapshots.store import all_chunks
 
@@ -193,8 +193,10 @@ def _serving(fail_share: float) -> Callable[[str], NumServed]:
 
 
 def _word_in(path: Path | None, stop: StopFlag) -> str:
-    """The invite in a file, alone or with the words that `swarmtrain invite` prints before it; waits for one. Empty
-    without a file."""
+    """Read the invite from a file, alone or in a line of `swarmtrain invite`; waits until there is one.
+
+    Empty without `path`. Raises OptionsError if the file cannot be read.
+    """
     from swarmtrain.network.discovery.invite import invite_in
 
     if path is None:
@@ -218,7 +220,7 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
 
 
 def _of_folder(directory: Path) -> Invite:
-    """The run of the folder and the peers known there. UserError when there is no run."""
+    """Return the folder's run and the peers known there. Raises UserError if the folder has no run."""
     from swarmtrain.errors import UserError
     from swarmtrain.network.discovery.invite import Invite
     from swarmtrain.peer.lifecycle.folder import PeerFolder
@@ -234,9 +236,11 @@ def _of_folder(directory: Path) -> Invite:
 
 
 def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
-    """`--dir`; else this user's folder for volunteers, or while that is in use, or holds another run than this one if
-    one is given, a numbered one beside it. Without a run and a name see `_stopped`. UserError when `--dir` holds
-    another run."""
+    """Choose the peer's folder: `--dir`, else this user's folder for volunteers, or a numbered one beside it.
+
+    A numbered one is used while the usual one is in use or holds another run than `run_sha256`. Without a run and a
+    name, see `_stopped`. Raises UserError if `--dir` holds another run.
+    """
     from swarmtrain.errors import UserError
     from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
 
@@ -258,13 +262,17 @@ def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
             break
     if is_other:
         say(f"{folder} holds another run: this one uses {candidate}")
-    return candidate if run_sha256 or candidate.exists() else folder  # to go on where nobody has been makes no sense
+    return (
+        candidate if run_sha256 or candidate.exists() else folder
+    )  # without a run there is nothing to continue in a new folder
 
 
 def _stopped(folder: Path) -> Path | None:
-    """Where to go on without an invite and a name: in `folder`, else in the one beside it that was used last, of those
-    with a run in which nobody lives; says which, and what the others are. None where there is no run. UserError where
-    all of them run."""
+    """Choose where to continue without an invite and a name: `folder`, else the numbered one beside it used last.
+
+    Only folders with a run that no peer uses count. Prints which folder it is, and which others are stopped. None if
+    there is no run. Raises UserError if a peer runs in each of them.
+    """
     from swarmtrain.errors import UserError
     from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
 
@@ -284,6 +292,6 @@ def _stopped(folder: Path) -> Path | None:
 
 
 def _last_used(folder: Path) -> float:
-    """When a peer last ran in a folder, Unix seconds."""
+    """Return when a peer last ran in a folder, in Unix seconds; 0 if none did."""
     times = [path.stat().st_mtime for name in ("status.json", "run.toml") if (path := folder / name).exists()]
     return max(times, default=0.0)

@@ -1,4 +1,4 @@
-"""Options that a peer's folder remembers: given once, they hold whenever the peer is started there again."""
+"""Options that a peer's folder remembers: given once, they apply whenever the peer is started there again."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _NOT_GIVEN = (ParameterSource.DEFAULT, None)
 
 
 class KeptOption(click.Option):
-    """An option whose words are noted, and read from the folder where it is not given."""
+    """Option whose value is stored as typed, and read from the folder if it is not given."""
 
     @property
     def flag(self) -> str:
-        """Its name as it is typed."""
+        """Name of the option as it is typed."""
         return next(name for name in self.opts if name.startswith("--"))
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         processed = super().process_value(ctx, value)
         source = ctx.get_parameter_source(self.name or "")
         if source not in _NOT_GIVEN:
-            # What the environment says is kept there: taken out of it, it must not come back from the folder.
+            # The environment keeps its own values: removed there, they must not come back from the folder.
             words = None if source is ParameterSource.ENVIRONMENT else self._words(value)
             ctx.meta.setdefault(_GIVEN, {})[self.flag] = words
         return processed
@@ -46,13 +46,16 @@ class KeptOption(click.Option):
         return tuple(os.path.abspath(item) if is_path else str(item) for item in values)  # noqa: PTH100 - not resolved
 
     def read(self, ctx: click.Context, words: tuple[str, ...]) -> Any:
-        """The value of what was typed another time."""
+        """Return the value of what was typed at an earlier start."""
         return super().process_value(ctx, True if self.is_flag else list(words) if self.multiple else words[0])
 
 
 def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Started]:
-    """The values, by parameter, of what is not given now and was when `command[0]` last ran in `folder`; and what it is
-    started with in all. Says what it took from there. UsageError if something of it cannot be used any more."""
+    """Return remembered values by parameter, for options not given now, and all options of this start.
+
+    The values are of the last start of `command[0]` in `folder`; it prints which ones it took. Raises a usage error if
+    a value can no longer be used.
+    """
     ctx = click.get_current_context()
     given: Mapping[str, tuple[str, ...] | None] = ctx.meta.get(_GIVEN, {})
     kept = StartedFile(folder).read()

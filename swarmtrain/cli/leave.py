@@ -45,7 +45,7 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
 
 
 def _interrupt(peer: LocalPeer) -> str:
-    """Ask a peer that does not answer yet by a signal, which does the same. RunTimeError when that is not allowed."""
+    """End a peer that does not answer yet by SIGTERM, which does the same. Raises RunTimeError if that is not allowed."""
     import os
     import signal
 
@@ -66,7 +66,7 @@ def _interrupt(peer: LocalPeer) -> str:
 
 
 class _Warnings:
-    """What a peer warns of while it leaves: said here too, since its own screen may be nowhere."""
+    """Warnings of a peer while it leaves, printed here too, since nobody may see its own screen."""
 
     def __init__(self) -> None:
         import time
@@ -75,7 +75,7 @@ class _Warnings:
         self._told: set[str] = set()
 
     def look(self, peer: LocalPeer) -> None:
-        """Say what is new, if it answers."""
+        """Print new warnings, if it answers."""
         from swarmtrain.cli.peers import ask, wire
         from swarmtrain.errors import SwarmtrainError
 
@@ -85,7 +85,7 @@ class _Warnings:
             return  # it ends
 
     def say(self, status: Any) -> None:
-        """Say what is new in a status."""
+        """Print warnings of a status that are new."""
         from swarmtrain.words import one_line
 
         for notice in status.notices:
@@ -95,8 +95,10 @@ class _Warnings:
 
 
 def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[str, int]:
-    """How it ended, in a sentence, and our exit code; says its warnings meanwhile. RunTimeError when it has not by the
-    time limit."""
+    """Wait for the end; return how it ended, in a sentence, and the exit code. Prints its warnings meanwhile.
+
+    Raises RunTimeError if it has not ended by the time limit.
+    """
     import threading
     import time
 
@@ -132,7 +134,7 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
 
 
 def _lives(peer: LocalPeer, process: int) -> bool:
-    """Whether it holds its folder, or its process is there still; over TCP, whether it answers."""
+    """Return whether it holds its folder or its process still exists; over TCP, whether it answers."""
     from swarmtrain.cli.peers import NoAnswerError, ask, wire
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 
@@ -146,7 +148,7 @@ def _lives(peer: LocalPeer, process: int) -> bool:
 
 
 def _is_process(number: int) -> bool:
-    """Whether a process does anything still: one that has ended may be listed until its parent asks for its code."""
+    """Return whether a process runs. One that has ended stays listed as a zombie until its parent reads its code."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""`swarmtrain limits`: what a peer may take of its machine, shown or changed while it runs."""
+"""`swarmtrain limits`: show or change what a peer may use of its machine while it runs."""
 
 from __future__ import annotations
 

@@ -16,25 +16,25 @@ _INDENT = 14
 
 
 def cut_line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
-    """One line of `parts`; what does not fit is cut, with an ellipsis."""
+    """Return one line of `parts`, cut with an ellipsis if it does not fit."""
     line = Text.assemble(*parts, no_wrap=True)
     line.truncate(width, overflow="ellipsis")
     return line
 
 
 def fact_lines(width: int, name: str, text: str, most: int = FACT_LINES) -> list[Text]:
-    """A named fact in at most so many lines."""
+    """Return a named fact in at most `most` lines."""
     lines = wrap(text, width - _INDENT, most)
     return [cut_line(width, (f"{name if not n else '':<{_INDENT}}", "dim"), line) for n, line in enumerate(lines)]
 
 
 def wrapped_lines(text: str, width: int, most: int, style: str = "") -> list[Text]:
-    """`text` in at most so many lines of one style."""
+    """Return `text` in at most `most` lines of one style."""
     return [cut_line(width, (line, style)) for line in wrap(text, width, most)]
 
 
 def wrap(text: str, cells: int, most: int) -> list[str]:
-    """`text` in at most so many lines, broken between words; of a longer text the last one ends with an ellipsis."""
+    """Wrap `text` between words into at most `most` lines of `cells`; if longer, the last ends with an ellipsis."""
     cells, lines = max(10, cells), [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines[-1] else word
@@ -49,13 +49,13 @@ def wrap(text: str, cells: int, most: int) -> list[str]:
 
 
 def clipped(text: str, cells: int) -> str:
-    """The beginning of `text`, escaped, in so many cells."""
+    """Return the beginning of `text`, escaped, in at most `cells`."""
     text = one_line(text)
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines with aligned columns, those in `right` to the right."""
+    """Format rows as lines with aligned columns; columns in `right` are right-aligned."""
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""`swarmtrain local`: a whole swarm on this machine, from one command."""
+"""`swarmtrain local`: run a whole swarm on this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["command"]
 
 _SAMPLE_TOKENS = 240
 _LOST_TIMES = 8
-"""So many times too many volunteers answer late enough to be taken for lost."""
+"""Ratio of wanted to existing cores from which answers come so late that peers may be considered lost."""
 
 
 @click.command(
@@ -155,7 +155,7 @@ def command(
 
 
 def _again(words: Sequence[str], directory: Path) -> str:
-    """What to type to go on in `directory`, if `words` were typed after `swarmtrain`."""
+    """Return what to type to continue in `directory`, if `words` were typed after `swarmtrain`."""
     kept: list[str] = []
     is_folder = False
     for word in words:
@@ -166,12 +166,12 @@ def _again(words: Sequence[str], directory: Path) -> str:
 
 
 def _num_cores() -> int:
-    """Processor cores that processes of this one may use."""
+    """Return the number of processor cores that this process and its children may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[float], num_cores: int) -> str:
-    """That so many volunteers want more cores than there are, what happens then, and what fits; empty if they do not."""
+    """Warn if the volunteers want more cores than there are, with what happens and what would fit; else empty."""
     wanted = threads * (sum(1 / factor for factor in slowdowns) if slowdowns else num_volunteers)
     if wanted <= num_cores:
         return ""
@@ -192,18 +192,18 @@ def crowded_in_words(num_volunteers: int, threads: int, slowdowns: Sequence[floa
 @dataclass(frozen=True)
 class _Plan:
     run_arguments: list[str]
-    """What the bootstrap is started with: the run, and where its data lie."""
+    """Arguments of the bootstrap: the run, and where its data are."""
     run: RunFile
     directory: Path
     extra: list[list[str]]
-    """Of each volunteer, what its `join` is told."""
+    """Options of each volunteer's `join`."""
     as_json: bool
     rehearsal: RehearsalFile | None
-    """None where the internet is not rehearsed."""
+    """None if the internet is not rehearsed."""
 
     @property
     def names(self) -> list[str]:
-        """The volunteers'."""
+        """Names of the volunteers."""
         return _names(len(self.extra))
 
 
@@ -214,8 +214,10 @@ def _names(num_volunteers: int) -> list[str]:
 def _rehearsal(
     path: Path | None, said: dict[str, float], churn_s: float | None, names: list[str]
 ) -> RehearsalFile | None:
-    """What the file says, and what options say instead; None if neither says anything. UserError if it does not fit
-    these volunteers."""
+    """Combine the rehearsal file with the options that override it; None if there is neither.
+
+    Raises UserError if it does not fit these volunteers.
+    """
     from swarmtrain.rehearsal import RehearsalFile, fault_events, load_rehearsal
 
     if path is None and not said and churn_s is None:
@@ -229,13 +231,13 @@ def _rehearsal(
 
 @dataclass
 class _Part:
-    """What a volunteer has done, by its events."""
+    """Work of one volunteer, by its events."""
 
     name: str
     rounds: int = 0
     tokens: int = 0
     link_bytes: tuple[int, int] | None = None
-    """What its link carried up and down, if there is one."""
+    """Bytes that its emulated link carried up and down; None without one."""
 
     def take(self, event: Event) -> None:
         from swarmtrain.events import DoneEvent, RoundEvent
@@ -244,10 +246,10 @@ class _Part:
             self.rounds += 1
             self.tokens += event.tokens
         elif isinstance(event, DoneEvent):
-            self.tokens = max(self.tokens, event.tokens)  # those of a round that it came too late for, too
+            self.tokens = max(self.tokens, event.tokens)  # includes a round that was too late to be merged
 
     def line(self) -> str:
-        """For a person."""
+        """Return a line for a person."""
         from swarmtrain.words import count_in_words, size_in_words
 
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
@@ -259,7 +261,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What each volunteer has done, by name, the held-out loss, and where events go."""
+    """Result of training: each volunteer's work by name, the held-out loss, and the event sink."""
 
     parts: dict[str, _Part]
     loss: float
@@ -267,12 +269,12 @@ class _Trained:
 
     @property
     def most_tokens(self) -> int:
-        """What the fastest volunteer has trained on."""
+        """Tokens that the fastest volunteer has trained on."""
         return max((part.tokens for part in self.parts.values()), default=0)
 
 
 def _train(plan: _Plan, stop: StopFlag) -> _Trained:
-    """Run the swarm to its end. Its children end with it, whatever happens."""
+    """Run the swarm to its end. Its processes end with it, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
     from swarmtrain.cli.peers import listed
@@ -304,7 +306,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
             try:
                 parts, loss = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:
-                # not by click, which would write past the display
+                # not click.echo, which would write past the display
                 sys.stderr.write("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once\n")
                 swarm.stop(emit)
                 for event in swarm.last_words():
@@ -324,7 +326,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
 
 
 def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
-    """What strikes the swarm, from `begin` on, whenever it waits for events."""
+    """Return the fault injection, which acts from `begin` on whenever the swarm waits for events; None without faults."""
     from swarmtrain.peer.local.faults import FaultInjection
     from swarmtrain.rehearsal import fault_events
 
@@ -336,7 +338,7 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
 def _watch(
     swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None
 ) -> tuple[dict[str, _Part], float | None]:
-    """Start everyone and show their events to the end; (what each volunteer has done, held-out loss of the model)."""
+    """Start all peers and show their events to the end; return (each volunteer's work, held-out loss of the model)."""
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
@@ -353,13 +355,15 @@ def _watch(
     for event in swarm.events():
         if rehearsing is not None and isinstance(event, DoneEvent) and event.reason == "total_tokens":
             rehearsing.stop()  # the run is over
-        if not isinstance(event, InviteEvent):  # the bootstrap's is enough
+        if not isinstance(event, InviteEvent):  # the bootstrap's invite is enough
             emit(event)
         if event.name in parts:
             parts[event.name].take(event)
         if isinstance(event, DoneEvent) and event.held_out_loss is not None:
             losses[event.name] = event.held_out_loss
-    return parts, losses.get("bootstrap", next(iter(losses.values()), None))  # it has the model that is shown
+    return parts, losses.get(
+        "bootstrap", next(iter(losses.values()), None)
+    )  # the bootstrap has the model that is shown
 
 
 def _show_sample(directory: Path, as_json: bool) -> None:
@@ -375,8 +379,10 @@ def _show_sample(directory: Path, as_json: bool) -> None:
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tuple[_Part, float]:
-    """Train one volunteer alone on the same run, unslowed, for as many inner steps as the fastest took; with a progress
-    bar. What it has done, its held-out loss."""
+    """Train one volunteer alone at full speed for as many inner steps as the fastest took, with a progress bar.
+
+    Return (its work, its held-out loss).
+    """
     import time
 
     import platformdirs
@@ -394,7 +400,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tu
         name="alone",
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
-        limits=Limits(threads=1),  # small models gain nothing from a second one, and lose much where cores are shared
+        limits=Limits(threads=1),  # small models gain nothing from a second thread, and lose much if cores are shared
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"

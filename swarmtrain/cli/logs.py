@@ -1,4 +1,4 @@
-"""`swarmtrain logs`: a peer's log, its last lines and those to come."""
+"""`swarmtrain logs`: print the last lines of a peer's log, and follow it."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def command(name: str, directory: Path | None, follow: bool, lines: int) -> None
 
 
 class LogReader:
-    """Reads a log from its last lines on, while it is written and rotated."""
+    """Reader of a log from its last lines on, while it is written and rotated."""
 
     def __init__(self, path: Path) -> None:
-        """OSError when there is none."""
+        """Open the log. Raises OSError if there is none."""
         self._path = path
         self._file = path.open("rb")
 
@@ -75,7 +75,7 @@ class LogReader:
         self._file.close()
 
     def last_lines(self, number: int) -> list[str]:
-        """Read the last lines that are there, from older files too where the newest has fewer."""
+        """Read the last `number` lines, from older files too if the newest has fewer."""
         found = deque(self._file.read().splitlines(), maxlen=number)
         older = sorted(self._path.parent.glob(f"{self._path.name}.[0-9]*"), key=lambda each: int(each.suffix[1:]))
         for path in older:
@@ -85,10 +85,10 @@ class LogReader:
         return list(map(_shown, found))
 
     def new_lines(self, lives: Callable[[], bool], pause: Callable[[], object]) -> Iterator[str]:
-        """Yield what is written from now on, until the peer is gone. `pause` is called between two reads."""
+        """Yield lines written from now on, until the peer is gone. `pause` is called between two reads."""
         begun = b""
         while True:
-            lived = lives()  # before it is read: the last words of a peer are read once it is gone
+            lived = lives()  # before reading, so that what the peer wrote last is read once it is gone
             for part in self._new_parts():
                 *whole, begun = (begun + part).split(b"\n")
                 yield from map(_shown, whole)
@@ -99,11 +99,13 @@ class LogReader:
             pause()
 
     def _new_parts(self) -> Iterator[bytes]:
-        """Read what is new in the file, and in the one that has taken its name since."""
+        """Read what is new in the file, and in the one that has replaced it by rotation."""
         try:
-            newest = self._path.open("rb")  # before the old one is read, which nobody writes to once there is a new one
+            newest = self._path.open(
+                "rb"
+            )  # before the old one is read: nobody writes to the old one once there is a new one
         except FileNotFoundError:
-            newest = None  # renamed, and about to be made anew
+            newest = None  # renamed, and not yet created again
         yield self._file.read()
         if newest is None:
             return
@@ -116,7 +118,7 @@ class LogReader:
 
 
 def _shown(line: bytes) -> str:
-    """A line fit for a terminal: what libraries write there may hold anything."""
+    """Make a line fit for a terminal: libraries may write anything into the log."""
     from swarmtrain.words import one_line
 
     return one_line(line.decode(errors="replace").rstrip("\r").replace("\t", "    "))

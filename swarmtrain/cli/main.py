@@ -1,8 +1,8 @@
-"""The command `swarmtrain`: finds the command asked for, runs it, and turns errors into one line and a code.
+"""Entry point of `swarmtrain`: finds a command, runs it, and turns errors into one line and an exit code.
 
-Rules of this folder: one file per command, named like it, with a click command called `command`; a command
-module imports only click and `cli.common` at its top, so that `swarmtrain --help` needs no torch. To add one,
-write the file and add its name to `COMMANDS`.
+Rules of this folder: one file per command, named like it, with a click command called `command`. A command module
+imports only click and light modules of this folder at its top, so that `swarmtrain --help` needs no torch. To add a
+command, write the file and add its name to `COMMANDS`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALIASES = {
     **dict.fromkeys(("list", "ls", "ps"), ("status", "--all")),
     "log": ("logs",),
 }
-"""Habits of other programs, and the words they stand for. Help does not list them."""
+"""Words from habits with other programs, and the commands they stand for. Help does not list them."""
 
 _RUN_WAYS = "local RUN.toml (train here), join INVITE (take part) or bootstrap RUN.toml (begin a run for others)"
 _MEANT = {
@@ -52,14 +52,16 @@ _MEANT = {
     "help": "--help, or COMMAND --help",
     "version": "--version",
 }
-"""Words that are no command, and what whoever types them may mean."""
+"""Words that are no command, and what a person who types them may mean."""
 
 INTERRUPTED = 130
 
 
 class _Commands(click.Group):
-    """The commands in the order of `COMMANDS`, each imported when it is asked for. Each option has a variable:
-    SWARMTRAIN_JOIN_UP=5 is `join --up 5`, since containers have settings files."""
+    """Commands in the order of `COMMANDS`, each imported when it is used.
+
+    Each option can be set by a variable, since containers have settings files: SWARMTRAIN_JOIN_UP=5 is `join --up 5`.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -102,9 +104,9 @@ def cli(ctx: click.Context) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line (without the program's name); returns the exit code and never raises for a person's error.
+    """Run one command line (without the program's name); returns the exit code. Errors are printed, never raised.
 
-    A command ends with code 0 by returning None, with another by `ctx.exit(code)`, with an error by raising a
+    A command ends with code 0 by returning None, with another code by `ctx.exit(code)`, with an error by raising a
     `SwarmtrainError`.
     """
     try:
@@ -124,7 +126,7 @@ def run(arguments: list[str]) -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output is gone; Python would complain about it again when it flushes at its end.
+        # The reader of our output is gone; Python would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # a bug
@@ -134,7 +136,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _logged_bug(error: Exception) -> str:
-    """One line about a bug outside a peer's own log; the traceback goes to a file of its own."""
+    """Write the traceback of a bug outside a peer's log to a file; returns one line about it."""
     import tempfile
     import traceback
 
@@ -154,14 +156,14 @@ def main() -> None:
 
 
 def _end_at_once(code: int) -> NoReturn:
-    """End as Python does, but leave taking its modules apart to the system: with torch that is half a second."""
+    """End as Python does, but without tearing down its modules, which takes half a second with torch."""
     import atexit
 
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # joins threads, and ends pools of them before
+        threading._shutdown()  # type: ignore[attr-defined]  # joins threads and ends thread pools
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    except (OSError, KeyboardInterrupt):  # Python tells of it in its own way
+    except (OSError, KeyboardInterrupt):  # let Python report it
         sys.exit(code)
     os._exit(code)

@@ -1,6 +1,6 @@
-"""What is wrong with a command line, where swarmtrain itself finds it: Click's errors, with a code.
+"""Errors of a command line that swarmtrain itself finds: Click's errors, with a code.
 
-What Click finds by itself, such as an option that does not exist, has none.
+Errors that Click finds, such as an unknown option, have no code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["OptionError", "OptionsError"]
 
 
 class OptionsError(click.UsageError):
-    """Options that do not go together, or lack one."""
+    """Options that exclude each other, or that lack another one."""
 
     def __init__(self, message: str, ctx: click.Context | None = None, *, code: str) -> None:
         super().__init__(message, ctx)
@@ -19,7 +19,7 @@ class OptionsError(click.UsageError):
 
 
 class OptionError(click.BadParameter):
-    """An option's value that cannot be used."""
+    """Unusable value of an option."""
 
     def __init__(self, message: str, ctx: click.Context, param: click.Parameter, *, code: str) -> None:
         super().__init__(message, ctx, param)

@@ -1,7 +1,7 @@
-"""The peers of this machine: found by their folders, asked over their sockets.
+"""Peers of this machine: found by their folders, asked over their sockets.
 
 A peer's folder has `lock` (held while the peer lives), `control.address` (where it answers, while it lives) and
-`status.json` (what it last knew of itself). A peer that answers is shown by its answer; one that does not, by that
+`status.json` (its last status). A peer that answers is shown by its answer. One that does not answer is shown by that
 file, and the lock tells whether it starts, hangs, has ended, or died.
 """
 
@@ -59,20 +59,20 @@ _MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class Life(enum.Enum):
-    """What a peer's process does, as far as it can be seen from here."""
+    """State of a peer's process, as seen from outside."""
 
-    RUNNING = "running"  # it answers
-    STARTING = "starting"  # it holds its folder and does not answer yet
-    SILENT = "silent"  # it holds its folder, and does not answer
-    ENDING = "ending"  # it has said its last word, and its process is still there
-    ENDED = "ended"  # it has said goodbye
-    FAILED = "failed"  # it has ended with an error
-    DIED = "died"  # it is gone and has said nothing
-    LOST = "lost"  # it no longer answers at its address, and there is no folder to look into
+    RUNNING = "running"  # answers
+    STARTING = "starting"  # holds its folder and does not answer yet
+    SILENT = "silent"  # holds its folder and no longer answers
+    ENDING = "ending"  # has left its last status, and its process still exists
+    ENDED = "ended"  # has left the swarm and ended
+    FAILED = "failed"  # has ended with an error
+    DIED = "died"  # is gone without a last status
+    LOST = "lost"  # no longer answers at its address, and there is no folder to look into
 
     @property
     def over(self) -> bool:
-        """Whether no process of it is left."""
+        """True if no process of the peer is left."""
         return self in (Life.ENDED, Life.FAILED, Life.DIED, Life.LOST)
 
 
@@ -81,24 +81,24 @@ _ENDS = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What is known of a peer at one moment."""
+    """Snapshot of what is known of a peer."""
 
-    status: Any  # wire.PeerStatus, the last there is; empty without any
+    status: Any  # wire.PeerStatus, the last one; empty if there is none
     life: Life
     folder: Path | None = None
     now: float = 0.0  # Unix seconds
-    note: str = ""  # one sentence more, such as "waiting for it to come back"
+    note: str = ""  # additional sentence, such as "waiting for it to come back"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPeer:
-    """A peer that runs or has run: its folder, or the TCP address at which it answers."""
+    """Peer that runs or has run, by its folder or by the TCP address at which it answers."""
 
     folder: Path | None = None
     address: str = ""
 
     def last(self) -> Any:
-        """The status it left in its folder; an empty one without."""
+        """Read the status in its folder; an empty one if there is none."""
         status = wire.PeerStatus()
         if self.folder is not None:
             with contextlib.suppress(OSError, json_format.ParseError, UnicodeDecodeError):
@@ -107,7 +107,7 @@ class LocalPeer:
         return wire.PeerStatus()
 
     def target(self) -> str:
-        """Where it answers, for gRPC; empty while it has not said so."""
+        """Return the gRPC target at which it answers; empty while it has not written one."""
         if self.folder is None:
             return self.address
         try:
@@ -117,7 +117,7 @@ class LocalPeer:
 
 
 class NoAnswerError(RunTimeError):
-    """A peer did not answer; `timed_out` when it took the call and was silent."""
+    """Missing answer of a peer; `timed_out` if it took the call and was silent."""
 
     code = "peer-silent"
 
@@ -127,23 +127,23 @@ class NoAnswerError(RunTimeError):
 
 
 class RefusedError(RunTimeError):
-    """A peer has answered that it will not."""
+    """Answer of a peer that it refuses."""
 
 
 class ForeignError(RefusedError):
-    """A peer may be asked by another user only."""
+    """Peer that only another user may ask."""
 
 
 # ---------------------------------------------------------------- finding
 
 
 def title(status: Any, folder: Path | None) -> str:
-    """What to call a peer: its name, else its folder's, else its address."""
+    """Return what to call a peer: its name, else its folder's name, else "the peer"."""
     return one_line(status.name) or (folder.name if folder is not None else "the peer")
 
 
 def known_peers(home: Path) -> list[LocalPeer]:
-    """The peers whose folders are in `home`, the most recent first."""
+    """List the peers whose folders are in `home`, the most recent first."""
     folders = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in home.iterdir():
@@ -165,7 +165,7 @@ def _recent(folder: Path) -> float:
 
 
 def find(which: WhichPeer) -> LocalPeer:
-    """The one peer meant: the only one that runs, else the one that ran last. UserError when it is not clear which."""
+    """Find the one peer meant: the only one that runs, else the one that ran last. Raises UserError if several run."""
     if which.address:
         return LocalPeer(address=which.address)
     peers, where = _candidates(which)
@@ -184,14 +184,14 @@ def find(which: WhichPeer) -> LocalPeer:
 
 
 def _failed_before_it_had_a_run(peer: LocalPeer) -> bool:
-    """Whether its folder holds nothing but the message that it failed."""
+    """Return whether its folder holds only the message that it failed."""
     assert peer.folder is not None
     return not (peer.folder / "run.toml").exists() and peer.last().state == wire.PEER_STATE_FAILED
 
 
 @contextlib.contextmanager
 def listed(folder: Path) -> Iterator[None]:
-    """Meanwhile the peers whose folders are in `folder` are found without `--dir`, as those of `swarmtrain local`."""
+    """Inside, the peers whose folders are in `folder` are found without `--dir`, for `swarmtrain local`."""
     path = _home() / _LISTED / str(os.getpid())
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -204,19 +204,19 @@ def listed(folder: Path) -> Iterator[None]:
 
 
 def _listed_running() -> list[LocalPeer]:
-    """Those that run of the folders that are listed; whose process was killed is listed still, and may have gone on."""
+    """List running peers of listed folders. A folder stays listed if its `local` was killed."""
     entries, found = list[Path](), list[LocalPeer]()
     with contextlib.suppress(OSError):
         entries = sorted((_home() / _LISTED).iterdir())
     for entry in entries:
-        with contextlib.suppress(OSError, ValueError):  # one that cannot be read says nothing of the others
+        with contextlib.suppress(OSError, ValueError):  # an unreadable entry must not hide the others
             if folder := entry.read_text(encoding="utf-8"):
                 found += known_peers(Path(folder))
     return [peer for peer in found if peer.folder is not None and holder(peer.folder) is Holder.RUNNING]
 
 
 def _once(peers: list[LocalPeer]) -> list[LocalPeer]:
-    """Each peer once, by its folder, in the same order."""
+    """Remove duplicates by folder, keeping the order."""
     found: dict[Path | None, LocalPeer] = {}
     for peer in peers:
         found.setdefault(peer.folder and peer.folder.resolve(), peer)
@@ -230,7 +230,7 @@ def _home() -> Path:
 
 
 def find_all(which: WhichPeer) -> list[LocalPeer]:
-    """Every peer that `which` allows. UserError when there is none."""
+    """List every peer that `which` allows. Raises UserError if there is none."""
     if which.address:
         return [LocalPeer(address=which.address)]
     peers, where = _candidates(which)
@@ -242,7 +242,7 @@ def find_all(which: WhichPeer) -> list[LocalPeer]:
 
 
 def find_running(which: WhichPeer) -> LocalPeer:
-    """The one peer meant, which runs. RunTimeError with what to do when it does not."""
+    """Find the one peer meant. Raises RunTimeError, which says what to do, if it does not run."""
     peer = find(which)
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         name = title(peer.last(), peer.folder)
@@ -254,7 +254,7 @@ def find_running(which: WhichPeer) -> LocalPeer:
 
 
 def _candidates(which: WhichPeer) -> tuple[list[LocalPeer], str]:
-    """The peers that `--dir` and NAME allow, the most recent first, and where they were looked for."""
+    """List the peers that `--dir` and NAME allow, the most recent first; return also where they were searched."""
     home = which.directory or _home()
     try:
         if which.directory is not None and not home.is_dir():
@@ -279,7 +279,7 @@ def _is_called(peer: LocalPeer, name: str) -> bool:
         status.name,
         folder,
         folder.partition("-")[2],
-    )  # a peer's folder is called by role and name, from the start
+    )  # a new peer's folder is named after its role and name, before it has a status
     return name in names or (len(name) >= 4 and status.peer.endswith(name))
 
 
@@ -288,9 +288,11 @@ def _is_called(peer: LocalPeer, name: str) -> bool:
 
 @contextlib.contextmanager
 def channel(peer: LocalPeer, service: Callable[[Any], Any] | None = None) -> Iterator[Any]:
-    """A gRPC stub of `peer`, of its control service if no other is named. NoAnswerError when it does not say where it
-    answers."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it would write over the screen
+    """Open a gRPC stub of `peer`, of its control service unless another `service` is named.
+
+    Raises NoAnswerError if the peer has not written where it answers.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC would write over the screen
     import grpc
 
     from swarmtrain.v1.control_pb2_grpc import ControlStub
@@ -303,7 +305,7 @@ def channel(peer: LocalPeer, service: Callable[[Any], Any] | None = None) -> Ite
     options = [
         ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
         ("grpc.enable_http_proxy", 0),
-        ("grpc.use_local_subchannel_pool", 1),  # not the connection of a channel that is about to end
+        ("grpc.use_local_subchannel_pool", 1),  # do not reuse the connection of a channel that is about to close
     ]
     with grpc.insecure_channel(target, options=options) as opened:
         stub: Any = service or ControlStub
@@ -311,7 +313,7 @@ def channel(peer: LocalPeer, service: Callable[[Any], Any] | None = None) -> Ite
 
 
 def ask(peer: LocalPeer, method: str, request: Any, limit_s: float = CALL_LIMIT_S) -> Any:
-    """Call a method of the control service. SwarmtrainError in plain words when it cannot."""
+    """Call a method of the control service. Raises SwarmtrainError in plain words if the call fails."""
     with channel(peer) as stub:
         import grpc
 
@@ -322,7 +324,7 @@ def ask(peer: LocalPeer, method: str, request: Any, limit_s: float = CALL_LIMIT_
 
 
 def check_health(peer: LocalPeer) -> None:
-    """What its health service says. RunTimeError with what it does instead, if it is not healthy."""
+    """Ask its health service. Raises RunTimeError, which says what the peer does, if it is not healthy."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with channel(peer, health_pb2_grpc.HealthStub) as stub:
@@ -342,12 +344,12 @@ def check_health(peer: LocalPeer) -> None:
 
 
 def tell(peer: LocalPeer, method: str, request: Any) -> str:
-    """Have a peer do something; what it says about it."""
+    """Make a peer do something; returns its answer for a person."""
     return one_line(ask(peer, method, request).message)
 
 
 def in_words(error: Any, peer: LocalPeer) -> SwarmtrainError:
-    """A gRPC error of a call to `peer`, as an error for a person."""
+    """Translate a gRPC error of a call to `peer` into an error for a person."""
     code, details = error.code().name, one_line(error.details() or "")
     name = _name(peer)
     if code == "DEADLINE_EXCEEDED":
@@ -389,7 +391,10 @@ def _name(peer: LocalPeer) -> str:
 
 
 def look(peer: LocalPeer) -> View:
-    """What is known of `peer` now. NoAnswerError when there is no folder to look into, ForeignError when it may not."""
+    """Return what is known of `peer` now.
+
+    Raises NoAnswerError if it does not answer and has no folder here, ForeignError if it belongs to another user.
+    """
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         return look_without_asking(peer)
     try:
@@ -404,15 +409,17 @@ def look(peer: LocalPeer) -> View:
 def look_without_asking(
     peer: LocalPeer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
 ) -> View:
-    """What its folder tells of a peer, which `problem` says does not answer; `heard` is its last word that came from
-    itself."""
+    """Return what a peer's folder tells of it.
+
+    `problem`: why it did not answer, if it was asked; `heard`: the last status that it sent itself.
+    """
     assert peer.folder is not None
-    process = holder_pid(peer.folder)  # first: what ends meanwhile has ended
+    process = holder_pid(peer.folder)  # first, so that a peer that ends meanwhile counts as ended
     held, status = holder(peer.folder), peer.last()
     note = str(problem) if problem is not None and held is not Holder.NOBODY else ""
     last = status if heard is None or heard.time < status.time else heard
     if held is Holder.NOBODY and _last_holder(peer.folder) not in (0, status.pid):
-        life = Life.DIED  # the file is of its life before its last
+        life = Life.DIED  # the file is of an earlier process, so the last one left no status
     elif held is Holder.NOBODY:
         life = _ENDS.get(status.state, Life.DIED)
     elif last.pid == process and last.state in _ENDS:
@@ -422,7 +429,7 @@ def look_without_asking(
         and not problem.timed_out
         and (last.pid != process or last.state == wire.PEER_STATE_STARTING)
     ):
-        life = Life.STARTING  # the word is of its life before this one, or it has just begun to serve
+        life = Life.STARTING  # the status is of an earlier process, or this one has just begun to serve
     else:
         life = Life.SILENT
     return View(status=status, life=life, folder=peer.folder, now=time.time(), note=note)
@@ -436,13 +443,13 @@ def _last_holder(folder: Path) -> int:
 
 
 def view_as_json(view: View) -> dict[str, Any]:
-    """A view as JSON: the fields of PeerStatus by name, and what its process does (`process`) where (`dir`)."""
+    """Return a view as JSON: the fields of PeerStatus, the state of its process (`process`) and its folder (`dir`)."""
     head = {"process": view.life.value, "dir": str(view.folder) if view.folder is not None else None}
     return head | _plain(view.status)
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """A message as a dictionary: every field, numbers as numbers, enums as lower-case words, absent ones as None."""
+    """Return all fields of a message as a dictionary: enums as lower-case words, absent fields as None."""
     return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
 
 

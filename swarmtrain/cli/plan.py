@@ -1,4 +1,4 @@
-"""`swarmtrain plan`: what a run would be like with so many volunteers on such links, before anybody is invited."""
+"""`swarmtrain plan`: predict a run with given volunteers and links, before anybody is invited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command", "report"]
 
 _TOLD = 3
-"""So many things that hurt are told."""
+"""Most bottlenecks to print."""
 
 
 @click.command(
@@ -79,7 +79,7 @@ def command(
     measured = step_s is None
     if step_s is None:
         step_s = _measured_step_s(run)
-    from swarmtrain.rehearsal import LinksSection, RehearsalChurn  # all of this takes a second or two
+    from swarmtrain.rehearsal import LinksSection, RehearsalChurn  # these imports take a second or two
     from swarmtrain.simulate.planning.bottlenecks import bottlenecks
     from swarmtrain.simulate.planning.plan import PlaybackMachines, plan
 
@@ -99,7 +99,7 @@ def command(
 
 
 def _measured_step_s(run: RunFile) -> float:
-    """Of this machine, with one thread, as `swarmtrain local` gives each volunteer."""
+    """Measure an inner step on this machine, in seconds, with one thread, as `swarmtrain local` gives each volunteer."""
     from swarmtrain.peer.lifecycle.node import use_threads
     from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
 
@@ -109,7 +109,7 @@ def _measured_step_s(run: RunFile) -> float:
 
 
 def _derived(found: Plan) -> dict[str, Any]:
-    """What follows from a plan, for programs."""
+    """Return numbers that follow from a plan, for its JSON."""
     return {
         "publication_bytes": found.publication_bytes,
         "rounds_per_hour": found.rounds_per_hour,
@@ -123,7 +123,7 @@ def _derived(found: Plan) -> dict[str, Any]:
 
 
 def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
-    """The lines a person reads, but for what hurts."""
+    """Describe a plan in lines for a person, without its bottlenecks."""
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
     from swarmtrain.words import size_in_words as size
@@ -170,7 +170,7 @@ def _mbit(bytes_per_s: float) -> str:
 
 
 def _link_in_words(parts: dict[str, float], share: float | None, whole: float, run_s: float) -> str:
-    """What a volunteer sends or receives: `parts` by what it is for, in bytes per second, and in the whole run."""
+    """Describe what a volunteer sends or receives: `parts` maps a purpose to bytes per second, `whole` is for the run."""
     from swarmtrain.words import size_in_words as size
 
     rate = sum(parts.values())
@@ -191,7 +191,7 @@ def _links_in_words(links: LinksSection) -> str:
 
 
 def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> list[str]:
-    """What a rehearsal here would do otherwise: the volunteers would share its cores."""
+    """Warn that a rehearsal on this machine would be slower, if the volunteers would share its cores."""
     import os
 
     from swarmtrain.words import counted

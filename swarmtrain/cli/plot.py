@@ -1,8 +1,8 @@
-"""A curve of a few lines of text: braille dots where the terminal can show them, else plain characters.
+"""Curves in a few lines of text: braille dots if the terminal can show them, else ASCII.
 
-Pure: numbers in, lines out. Each curve has an axis of its own, since their units differ: the first on the left, the
-second on the right. The first is a line: where several points share a column their mean is drawn, and neighbours are
-joined. The second is measured more seldom and drawn over it as single marks.
+Pure: numbers in, lines out. Each curve has its own axis, since their units differ: the first on the left, the second on
+the right. The first is a line: points that share a column are averaged, and neighbours are joined. The second is
+measured more seldom and drawn over it as single marks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Lines of one length; `owners` says of each character what drew it: 0 the line, 1 a mark, -1 nothing."""
+    """Lines of equal length. `owners` says what drew each character: 0 the line, 1 a mark, -1 nothing."""
 
     lines: tuple[str, ...]
     owners: tuple[tuple[int, ...], ...]
@@ -63,7 +63,7 @@ def _finite(curve: Curve) -> list[tuple[float, float]]:
 
 
 def _apart(columns: Iterable[int]) -> list[int]:
-    """Those of `columns` (rising) that are some way from the next one kept, the last one among them."""
+    """Thin out `columns` (rising) to at least `_MARK_EVERY` apart; keeps the last one."""
     kept: list[int] = []
     for column in sorted(columns, reverse=True):
         if not kept or kept[-1] - column >= _MARK_EVERY:
@@ -81,12 +81,12 @@ def _labels(y_range: tuple[float, float]) -> tuple[str, str]:
 
 
 def _number(value: float) -> str:
-    """At most seven characters."""
+    """Format a number in at most seven characters."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0e}"
 
 
 def _place(value: float, span: tuple[float, float], size: int) -> int:
-    """Which of `size` places `value` falls into; the middle when all values are one."""
+    """Return which of `size` places `value` falls into; the middle one if all values are equal."""
     lowest, highest = span
     if not highest > lowest:
         return (size - 1) // 2
@@ -96,7 +96,7 @@ def _place(value: float, span: tuple[float, float], size: int) -> int:
 
 
 def _by_column(curve: Curve, x_range: tuple[float, float], columns: int) -> dict[int, float]:
-    """The mean y of each column that has points, from left to right."""
+    """Average y in each column that has points, from left to right."""
     found: dict[int, list[float]] = {}
     for x, y in curve:
         found.setdefault(_place(x, x_range, columns), []).append(y)
@@ -104,12 +104,12 @@ def _by_column(curve: Curve, x_range: tuple[float, float], columns: int) -> dict
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Also of the largest numbers there are, whose shares, rounded up, would come to more."""
+    """Average without overflow; clamped, since rounded shares of huge numbers can sum to more than the maximum."""
     return max(min(values), min(max(values), sum(value / len(values) for value in values)))
 
 
 def _dots(by_column: dict[int, float], y_range: tuple[float, float], rows: int) -> set[tuple[int, int]]:
-    """(column, row) of each dot, row 0 on top: the points, and straight lines between neighbours."""
+    """Return (column, row) of each dot, row 0 on top: the points, and straight lines between neighbours."""
     points = [(column, rows - 1 - _place(y, y_range, rows)) for column, y in by_column.items()]
     dots = set(points)
     for (column, row), (next_column, next_row) in itertools.pairwise(points):

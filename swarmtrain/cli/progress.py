@@ -1,4 +1,4 @@
-"""How far a command has got that works for a while: a bar on a terminal, else a line now and then on standard error."""
+"""Progress of a command that works for a while: a bar on a terminal, else a line now and then on standard error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Advance = Callable[[int], None]
 def long_work(
     what: str, total: int, unit: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[_Advance]:
-    """Inside, what it gives is told of every `unit` done; nothing of it is left on a terminal."""
+    """Yield a function to call with the number of `unit` done. A terminal shows a bar, which is removed at the end."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield _Lines(what, total, unit, stream, clock).advance
@@ -38,15 +38,17 @@ def long_work(
 
 @contextmanager
 def said_meanwhile(words: Callable[[], str]) -> Iterator[None]:
-    """Where there is no terminal, `words` and the time so far are said after ten seconds, and then each minute: of work
-    that tells of itself only when a large piece of it is done."""
+    """Without a terminal, print `words` and the time so far after ten seconds, and then each minute.
+
+    For work that reports only when a large piece of it is done.
+    """
     out, done, began_s = sys.stderr, threading.Event(), time.monotonic()
 
     def say() -> None:
         pause_s = _EVERY_S
         while not done.wait(pause_s):
             pause_s = _AGAIN_S
-            with contextlib.suppress(OSError, ValueError):  # its reader is gone: the work is not
+            with contextlib.suppress(OSError, ValueError):  # a reader that is gone must not end the work
                 out.write(f"{words()}, after {time_in_words(time.monotonic() - began_s)}\n")
                 out.flush()
 
@@ -63,14 +65,14 @@ def said_meanwhile(words: Callable[[], str]) -> Iterator[None]:
 
 
 class _Lines:
-    """A line each ten seconds: quick work says nothing."""
+    """Progress lines, one every ten seconds; quick work prints nothing."""
 
     def __init__(self, what: str, total: int, unit: str, stream: TextIO, clock: Callable[[], float]) -> None:
         self._what, self._total, self._unit, self._stream, self._clock = what, total, unit, stream, clock
         self._done, self._told_s = 0, clock()
 
     def advance(self, number: int) -> None:
-        """`number` more are done."""
+        """Count `number` more as done."""
         self._done += number
         if self._clock() < self._told_s + _EVERY_S:
             return

@@ -1,4 +1,4 @@
-"""The argument RUN.toml of several commands: a run file, or the name of an example that comes with swarmtrain."""
+"""Argument RUN.toml of several commands: a run file, or the name of an example that comes with swarmtrain."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class GivenRun:
-    """What was given for RUN.toml."""
+    """Value given for RUN.toml."""
 
     argument: str
-    """As it was typed: it means the same to another command that is started in this folder."""
+    """Argument as it was typed; it means the same to another command that is started in this folder."""
     path: Path
     base: Path
-    """What its data paths are relative to: the file's folder; of an example, where the command was started."""
+    """Folder to which its data paths are relative: the file's folder; for an example, the working directory."""
 
     @property
     def to_start_again(self) -> str:
-        """What to type for it elsewhere: a file's whole path, or the example's name."""
+        """Argument to type in another folder: the file's absolute path, or the example's name."""
         return str(self.path.absolute()) if Path(self.argument) == self.path else self.argument
 
     def load(self) -> RunFile:
-        """Load the run, and say on standard error which words were read as which keys. Raises RunFileError, which lists
-        the examples where there is no such file."""
+        """Load the run, and print on standard error which aliases were read as which keys.
+
+        Raises RunFileError, which lists the examples if there is no such file.
+        """
         from swarmtrain.cli.background import say
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line
@@ -55,7 +57,7 @@ class GivenRun:
 
 
 def examples() -> dict[str, Path]:
-    """The run files that came with this installation, by their names; in a clone, those in `examples`."""
+    """Map names to the run files that came with this installation; in a clone, to those in `examples`."""
     package = Path(swarmtrain.__file__).resolve().parent
     clone = package.parent
     folder = clone / "examples" if (clone / "pyproject.toml").is_file() else package / "examples"
@@ -75,7 +77,7 @@ def run_argument(function: _F) -> _F:
 
 
 def run_examples() -> str:
-    """For a command's help, before its own examples: what RUN.toml can be."""
+    """Say what RUN.toml can be, for a command's help, before its own examples."""
     names = list(examples())
     halves = [", ".join(names[: len(names) // 2]), ", ".join(names[len(names) // 2 :])]
     head = "\b\nRUN.toml is a file, or the name of an example that comes with swarmtrain:\n  "

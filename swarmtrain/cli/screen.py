@@ -1,8 +1,7 @@
-"""What a person sees of a peer: a status page, the screen of `watch`, one plain line. Pure: a view in, lines out.
+"""Text about a peer: the status page, the screen of `watch`, and one plain line. Pure: a view in, lines out.
 
-No line is wider than asked for, and no screen higher: what is longer goes on in the next line, or the less important
-part of it is left out. Names and messages may come from other peers: they are shown
-as plain text, escaped and shortened.
+No line is wider and no screen higher than asked for: longer text wraps, or its less important part is left out. Names
+and messages may come from other peers: they are shown as plain text, escaped and shortened.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 UNCUT = 10_000
-"""A width, or a number of lines, where there is no terminal: everything is written."""
+"""Width, or number of lines, without a terminal: everything is written."""
 _NAME_CELLS = 16
 _LEAST_NAME_CELLS = 8
 _MAX_YEARS = 10
@@ -86,14 +85,14 @@ _COLOURS = {"training": "green", "serving": "green", "waiting": "yellow", "pause
 
 
 def state_in_words(view: View) -> str:
-    """What the peer is doing, in a word."""
+    """Say in a word what the peer is doing."""
     if view.life is Life.RUNNING and view.status.state in _OVER:
         return Life.ENDING.value
     return _STATES.get(view.status.state, "running") if view.life is Life.RUNNING else view.life.value
 
 
 def sentence(view: View) -> str:
-    """What the peer is doing now and why, or how it ended and what to do about it."""
+    """Say what the peer is doing and why, or how it ended and what to do about it."""
     status = view.status
     ago = _ago(status.time, view)
     told = _REASONS.get(status.end_reason, one_line(status.end_reason))
@@ -141,7 +140,7 @@ def _ago(at: float, view: View) -> str:
 
 
 def _clock(at: float, now: float) -> str:
-    """Local time; with the date when that is not today's."""
+    """Format a local time, with the date if it is not today's."""
     try:
         then, today = time.localtime(at), time.localtime(now)
     except (OverflowError, ValueError, OSError):
@@ -158,7 +157,7 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def _speeds(status: Any) -> str:
-    """Own and the swarm's, which is the sum of everybody's."""
+    """Format its own speed and the swarm's, which is the sum of all peers'."""
     swarm = f"swarm {_speed(status.swarm_tokens_per_s)}"
     return swarm if status.role == "bootstrap" else f"own {_speed(status.own_tokens_per_s)}, {swarm}"
 
@@ -171,7 +170,7 @@ def _progress(view: View) -> str:
 
 
 def _left(view: View) -> str:
-    """How long the run takes still by its measured progress, or when it had its tokens; empty when nobody can tell."""
+    """Say how long the run still takes at its measured speed, or when it was complete; empty if that is not known."""
     status = view.status
     end_time = _finite(status.end_time)
     if not status.total_tokens:
@@ -188,12 +187,12 @@ def _left(view: View) -> str:
 
 
 def progress_in_words(view: View) -> str:
-    """How far the run is, and how long it takes still."""
+    """Say how far the run is, and how long it still takes."""
     return ", ".join(part for part in (_progress(view), _left(view)) if part)
 
 
 def _losses(status: Any, cells: float = math.inf) -> str:
-    """Losses in so many cells: without bits where these do not fit."""
+    """Format the losses in at most `cells`, without bits if these do not fit."""
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
     parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
@@ -209,7 +208,7 @@ def _shares(peers: Sequence[Any]) -> list[str]:
 
 
 def contribution_in_words(status: Any) -> str:
-    """Its tokens, and the share that its row among the peers has."""
+    """Format its tokens and its share, the same one as in the list of contributions."""
     shares = dict(zip((peer.peer for peer in status.peers), _shares(status.peers), strict=True))
     if status.peer in shares and any(peer.tokens for peer in status.peers):
         share = f", {shares[status.peer]} of all"
@@ -243,7 +242,7 @@ def _checkpoint(view: View) -> str:
 
 
 def _archive(view: View) -> str:
-    """What a bootstrap has written down last; empty for others."""
+    """Describe a bootstrap's last archive; empty for other peers."""
     status, kept = view.status, view.status.archive
     if status.role != "bootstrap":
         return ""
@@ -254,7 +253,7 @@ def _archive(view: View) -> str:
 
 
 def limits_in_words(limits: Any) -> str:
-    """What a peer may take of its machine."""
+    """Describe what a peer may use of its machine."""
     threads = f"{limits.threads} thread{'s' if limits.threads != 1 else ''}" if limits.threads else "all threads"
     memory = f"at most {size_in_words(limits.memory_bytes)} of memory" if limits.memory_bytes else "any memory"
     parts = [threads, memory, *([f"nice {limits.nice}"] if limits.HasField("nice") else [])]
@@ -273,8 +272,11 @@ def limits_in_words(limits: Any) -> str:
 
 
 def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
-    """At most so many peers, as (line, whether it is here), this one first; the last line may be a word on the rest.
-    What matters less is left out where the lines are narrow; of a peer that is over, who was here with it."""
+    """Return rows of at most `most` peers, as (line, whether it is present), this one first.
+
+    The last row may sum up the rest. Narrow lines leave out less important columns; if this peer is over, presence is
+    left out.
+    """
     status = view.status
     order = sorted(
         zip(status.peers, _shares(status.peers), strict=True),
@@ -300,7 +302,7 @@ def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
 
 
 def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells: int) -> list[str]:
-    """The cells of its line; those of columns that are not wanted are empty."""
+    """Return the cells of its row; unwanted columns are empty."""
     own, is_role = peer.peer == status.peer, peer.bootstrap and not peer.tokens
     short, name = short_peer(one_line(peer.peer)), clipped(peer.name, cells)
     doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
@@ -326,14 +328,14 @@ def _round_of(peer: Any) -> str:
 
 
 def _stages(stages: Sequence[int]) -> str:
-    """Such as `stage 2`, `stages 0 and 1`, or `stages 0-2`."""
+    """Name stages, such as `stage 2`, `stages 0 and 1`, or `stages 0-2`."""
     if len(stages) > 2 and list(stages) == list(range(stages[0], stages[-1] + 1)):
         return f"stages {stages[0]}-{stages[-1]}"
     return stages_in_words(stages)
 
 
 def _stage_lines(status: Any, width: int) -> list[Text]:
-    """The stages of a pipeline, a line each, those that lack peers or are slow first where there are many."""
+    """Return a line for each stage of a pipeline; of many stages, those that lack peers or are slow."""
     stages = sorted(status.stages, key=lambda stage: (_finite(stage.most_tokens_per_s), stage.number))[:_MOST_STAGES]
     rows = [
         (
@@ -355,7 +357,7 @@ def _peer_lines(view: View, width: int, most: int) -> list[Text]:
 
 
 def _notice_lines(view: View, width: int, most: int) -> list[Text]:
-    """The last few warnings, each whole."""
+    """Return the last few warnings, each whole."""
     notices = list(view.status.notices)[-most:] if most else []
     return [
         line
@@ -367,20 +369,20 @@ def _notice_lines(view: View, width: int, most: int) -> list[Text]:
 
 
 def _title_line(view: View, width: int) -> Text:
-    """Who it is, and at the right in a word what it does."""
+    """Return a line with who the peer is, and at the right in a word what it does."""
     status, word = view.status, state_in_words(view)
     name, short = title(status, view.folder), short_peer(one_line(status.peer)) if status.peer else ""
     role = one_line(status.role) or "peer"
     colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
     styled = (word, f"bold {colour}".strip())
     peer = f" ({short})" if short and short != name else ""
-    for cells in (32, 24, _NAME_CELLS):  # of a name, the run's too
+    for cells in (32, 24, _NAME_CELLS):  # of the peer's name, and of the run's
         who, run = clipped(name, cells), clipped(status.run_name, cells)
         about = f"{'' if name == role else f', {role}'}" + (f" in run {run}" if run else "")
         if cell_len(who + peer + about) + len(word) < width:
             break
     left = cut_line(max(1, width - len(word) - 1), (who, "bold"), f"{peer}{about}")
-    if width >= UNCUT:  # for a file, or another program: there is no right
+    if width >= UNCUT:  # for a file or another program: there is no right edge
         return cut_line(width, left, ": ", styled)
     return cut_line(width, left, " " * max(1, min(width, _TITLE_CELLS) - left.cell_len - len(word)), styled)
 
@@ -389,7 +391,7 @@ def _title_line(view: View, width: int) -> Text:
 
 
 def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
-    """Everything about a peer that a person asks for, a line each; without the invite, which must not be cut."""
+    """Draw all that is known of a peer, a line for each fact. The invite is not included, since it must not be cut."""
     status = view.status
     lines = [_title_line(view, width), *wrapped_lines(sentence(view), width, 5)]
     if view.folder is not None:
@@ -433,7 +435,7 @@ def _contributors(view: View, width: int, most: int) -> list[Text]:
 
 
 def serving_lines(view: View, width: int) -> list[Text]:
-    """What a bootstrap's own screen has besides: the swarm's loss, what is archived, who is here."""
+    """Draw what a bootstrap's own display adds: the swarm's loss, the archive, who is present."""
     facts = {"loss": _losses(view.status), "archive": _archive(view)}
     lines = [line for name, text in facts.items() for line in fact_lines(width, name, text)]
     if all(peer.peer == view.status.peer for peer in view.status.peers):
@@ -444,7 +446,7 @@ def serving_lines(view: View, width: int) -> list[Text]:
 def _here(view: View) -> str:
     status = view.status
     volunteers = [peer for peer in status.peers if not peer.bootstrap]
-    if view.life.over:  # who was here with it may have left long ago
+    if view.life.over:  # the others may have left long ago
         return f"{len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} in all"
     here = sum(peer.present for peer in volunteers)
     bootstrap = any(peer.bootstrap and peer.present for peer in status.peers)
@@ -453,7 +455,7 @@ def _here(view: View) -> str:
 
 
 def list_peers(views: Sequence[View], width: int) -> list[Text]:
-    """One line a peer; where that would be too wide, its folder is a line of its own."""
+    """Return one line per peer; if that is too wide, its folder has its own line."""
     rows = [
         [
             clipped(title(view.status, view.folder), _NAME_CELLS),
@@ -480,13 +482,13 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
 
 
 def plain_line(view: View) -> str:
-    """One line for a terminal that cannot be drawn on, and for a file."""
+    """Return one line, for a terminal that cannot be drawn on and for a file."""
     status = view.status
     clock = time.strftime("%H:%M:%S", time.localtime(view.now))
     state, said = state_in_words(view), sentence(view)
     said = said.removeprefix(f"{Life.ENDING.value}: ")
     parts = [f"{clock} {title(status, view.folder)} {state}: {said}"]
-    is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # its figures: of one that has got so far
+    is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # figures only once it has some
     if status.time and is_known and not view.life.over:
         parts += [f"round {status.round}", f"loss {_losses(status)}", _progress(view), _left(view)]
         parts.append(f"own {contribution_in_words(status)}")
@@ -497,7 +499,7 @@ def plain_line(view: View) -> str:
 
 
 def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
-    """A screen of at most `height` lines; what matters least goes first when that is few."""
+    """Draw a screen of at most `height` lines; the least important blocks are dropped first."""
     status = view.status
     top = [_title_line(view, width), *wrapped_lines(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
     leave = "" if view.life.over and not view.note else "q closes this screen"
@@ -521,8 +523,7 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
 
 
 def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, list[list[Text]]]:
-    """The lines whose number does not depend on the room left, the most important first; of each the variants, the
-    longest first."""
+    """Return the blocks of fixed height, the most important first, each with its variants, the longest first."""
     status = view.status
     bootstrap = status.role == "bootstrap"
     facts = {
@@ -549,7 +550,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
 
 
 def _shares_of(room: int, num_peers: int) -> tuple[int, int]:
-    """How many lines the loss curve gets, its two captions included, and how many rows the peers get below theirs."""
+    """Return (lines of the loss curve with its two captions, rows of peers below their caption)."""
     most_plot = _MIN_PLOT_LINES + 2
     if room < most_plot:
         return 0, max(0, min(num_peers, room - 1))
@@ -569,7 +570,7 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
 
 
 def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
-    """The loss curves with their axes, in `height` lines; without a loss a line that says so."""
+    """Draw the loss curves with their axes in `height` lines; without a loss, only a line that says so."""
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if _finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if _finite(point.held_out_loss)]

@@ -1,4 +1,4 @@
-"""`swarmtrain simulate`: methods compared in virtual time, by the code that real peers run."""
+"""`swarmtrain simulate`: compare methods in virtual time, by the code that real peers run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def command(
         raise OptionsError(
             f"--json {json_file}: there is no folder {json_file.parent}; make it first", code="no-such-folder"
         )
-    from swarmtrain.simulate.comparison import compare, document  # takes a second: after the file is known to be good
+    from swarmtrain.simulate.comparison import (
+        compare,
+        document,
+    )  # takes a second: imported once the file is known to be good
 
     kept = platformdirs.user_cache_path("swarmtrain") / "simulate"
     with _ended_in_order(), _shown(loaded) as told:
@@ -103,7 +106,7 @@ def _key_and_value(text: str) -> tuple[str, str]:
 
 
 def _changed(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, as a run file writes it; a word without quotes is text."""
+    """Parse KEY=VALUE as in a run file; a word without quotes is text."""
     import tomllib
 
     key, value = _key_and_value(text)
@@ -119,7 +122,7 @@ def _swept(text: str) -> tuple[str, list[Any]]:
 
 
 def _check_plot(path: Path, scenario: Scenario) -> None:
-    """Before hours of work."""
+    """Check `--plot` before hours of work. Raises a usage error."""
     import importlib.util
 
     from swarmtrain.extras import install_in_words
@@ -136,12 +139,12 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """SIGTERM ends the processes of a pool too, as Ctrl-C does."""
+    """Inside, SIGTERM also ends the processes of a pool, as Ctrl-C does."""
     import signal
     from types import FrameType
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)  # as a shell says it
+        raise SystemExit(128 + number)  # the exit code that a shell reports
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -155,7 +158,7 @@ def _ended_in_order() -> Iterator[None]:
 
 @contextmanager
 def _shown(scenario: Scenario) -> Iterator[Any]:
-    """A bar with the time left, and the table as it fills, on standard error; called for each run that is there."""
+    """Show a bar with the time left and the growing table on standard error; yields a callback for each finished run."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -192,7 +195,7 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
 
 
 def table_lines(found: Comparison) -> list[str]:
-    """Each method, with its constants, and how it did: means over the seeds, ratios within seeds."""
+    """Return a table of methods with their constants and results: means over the seeds, ratios within seeds."""
     if "hostile.attack" in found.scenario.grid:
         return _attack_lines(found)
     if found.scenario.scenario.work == "systems":
@@ -217,7 +220,7 @@ def _name(row: ComparisonRow) -> str:
 
 
 def _systems_lines(found: Comparison) -> list[str]:
-    """Of swarms without tensors: means over the seeds."""
+    """Return the table of `work = "systems"` (swarms without tensors): means over the seeds."""
     rows = found.rows()
     width = max([len(_name(row)) for row in rows] + [6])
     lines = [
@@ -233,7 +236,7 @@ def _systems_lines(found: Comparison) -> list[str]:
 
 
 def _pipeline_lines(found: Comparison) -> list[str]:
-    """Of pipelines: means over the seeds, shares of the most that any holding of stages could do."""
+    """Return the table of `work = "pipeline"`: means over the seeds, as shares of the best assignment of stages."""
     import math
 
     rows = found.rows()
@@ -250,7 +253,10 @@ def _pipeline_lines(found: Comparison) -> list[str]:
 
 
 def _attack_lines(found: Comparison) -> list[str]:
-    """Attack by rule, a table for each of the other constants: losses to that without hostile ones and without a rule."""
+    """Return a table of attacks by rules for each combination of the other constants.
+
+    Cells are losses relative to the run without hostile peers and without a rule.
+    """
     grid, the_runs, lines = found.scenario.grid, "the run file's", list[str]()
     attacks, rules = grid["hostile.attack"], grid.get("merge.robust", (the_runs,))
     tables: dict[tuple[str, Any], dict[tuple[str, str], ComparisonRow]] = {}

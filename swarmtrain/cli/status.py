@@ -1,4 +1,4 @@
-"""`swarmtrain status`: one look at a peer of this machine, or at all of them."""
+"""`swarmtrain status`: show a peer of this machine, or list all of them."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
         print_page(views[0])
 
 
-_PAGE_LINES = 19  # of a page, less its contributors and the invite
+_PAGE_LINES = 19  # lines of a page without its contributors and the invite
 
 
 def print_page(view: View) -> None:
-    """All about one peer: cut to the terminal if that is where it goes, else whole."""
+    """Print all about one peer: cut to the terminal's size, or whole if the output is no terminal."""
     import sys
 
     from rich.console import Console
@@ -81,7 +81,7 @@ def print_page(view: View) -> None:
     for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
         console.print(line, soft_wrap=True)
     if view.status.invite_line and view.life is Life.RUNNING:
-        click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # whole: it is there to be copied
+        click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # uncut: it is meant to be copied
 
 
 def _print_list(views: list[View]) -> None:

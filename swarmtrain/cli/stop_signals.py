@@ -1,8 +1,10 @@
-"""Ctrl-C once: finish the step, say goodbye, exit 0. Twice: now. SIGTERM is like Ctrl-C, and so is SIGHUP (the terminal
-was closed) unless it was ignored from the start (`nohup`). SIGTERM twice leaves out the bootstrap's last archive; one
-SIGTERM after one Ctrl-C does not, as both come when a terminal and a parent process end a peer.
+"""Signals that end a peer.
 
-SIGUSR1 ends nobody. A volunteer writes to its log then what it is waiting for (`peer/lifecycle/stop.py`).
+- Ctrl-C (SIGINT) once: finish the step, leave the swarm, exit with 0. Twice: end at once.
+- SIGTERM, and SIGHUP (the terminal was closed) unless it was ignored from the start (`nohup`): like Ctrl-C once.
+- SIGTERM twice: skip the bootstrap's last archive. SIGTERM after Ctrl-C does not skip it, since both arrive when a
+  terminal and a parent process end a peer.
+- SIGUSR1: does not end the peer; a volunteer logs what it is waiting for (`peer/lifecycle/stop.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ _INTERRUPTED = 130
 
 @contextmanager
 def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[StopFlag]:
-    """A flag that the first SIGINT, SIGTERM or SIGHUP sets; the second SIGINT ends the process at once. `at_once`: see
-    `StopFlag`."""
+    """Yield a flag that the first SIGINT, SIGTERM or SIGHUP sets; a second SIGINT ends the process at once.
+
+    `at_once`: see `StopFlag`.
+    """
     stop = StopFlag(at_once)
     seen: set[int] = set()
 
@@ -33,7 +37,7 @@ def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[Stop
             seen.add(number)
             stop.stop()
         elif number == signal.SIGINT:
-            os._exit(_INTERRUPTED)  # the daemon dies with us
+            os._exit(_INTERRUPTED)  # the network daemon ends with this process
         else:
             stop.insist()
 
@@ -53,7 +57,7 @@ def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[Stop
 
 
 def _let_go_of_terminal() -> None:
-    """It is gone: whatever is written to it from now on would fail, and spoil the clean end."""
+    """Redirect output from a closed terminal to nowhere: failing writes would spoil the clean end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""The options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`, `swarmtrain check`)."""
+"""Options of a swarm that is rehearsed (`swarmtrain local`) or planned (`swarmtrain plan`, `swarmtrain check`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHURN = click.option("--churn", type=click.FloatRange(1), callback=finite, metav
 
 
 def peers_for(run: RunFile, peers: int | None) -> int:
-    """How many volunteers are assumed of `run`. UsageError when they are too few to hold a stage each."""
+    """Return how many volunteers to assume. Raises a usage error if they are too few to hold a stage each."""
     stages = run.pipeline.stages
     if peers is None:
         return max(PEERS_ASSUMED, stages)
@@ -41,13 +41,13 @@ def peers_for(run: RunFile, peers: int | None) -> int:
 
 
 def slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """An option's factors."""
+    """Parse the factors of `--slowdown`."""
     return tuple(limit("parse_slowdown")(ctx, param, part) for part in value.split(",")) if value is not None else ()
 
 
 def links_said(
     rtt: float | None, link_up: float | None, link_down: float | None, jitter: float | None, loss: float | None
 ) -> dict[str, float]:
-    """What the options say, by the keys of a rehearsal's `[links]`."""
+    """Return the given options by the keys of a rehearsal's `[links]`."""
     said = {"rtt_ms": rtt, "up_mbit": link_up, "down_mbit": link_down, "jitter_ms": jitter, "loss_percent": loss}
     return {key: value for key, value in said.items() if value is not None}

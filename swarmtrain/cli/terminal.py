@@ -1,6 +1,6 @@
-"""The terminal while a person watches: drawn in place, one key heard, and left as it was found.
+"""Terminal of `watch`: drawn in place, listens for the key q, and is restored at the end.
 
-The alternate screen is used, so that a change of size leaves no debris and what was there before comes back.
+Uses the alternate screen, so that a change of size leaves no debris and the earlier content comes back.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from swarmtrain.cli.follow import Signal
 __all__ = ["Redraw", "drawing", "listening"]
 
 Redraw = Callable[[int, int, bool], list[Text]]
-"""(width, height, whether only ASCII can be shown) -> lines."""
+"""Map (width, height, whether only ASCII can be shown) to lines."""
 
 _QUIT = frozenset(b"qQ\x03\x04")
 
 
 @contextmanager
 def drawing(console: Console) -> Iterator[Callable[[Redraw], None]]:
-    """A function that draws the whole screen anew, at the size that it has then."""
+    """Yield a function that redraws the whole screen at its current size."""
     with Live(Text(""), console=console, screen=True, auto_refresh=False) as live:
 
         def draw(picture: Redraw) -> None:
@@ -46,7 +46,7 @@ def drawing(console: Console) -> Iterator[Callable[[Redraw], None]]:
 def listening(news: SimpleQueue[Any]) -> Iterator[None]:
     """Put `Signal.DETACH` into `news` for q and for every signal that ends a program, `Signal.REDRAW` for a new size.
 
-    A `SimpleQueue` may be filled by a signal handler while it is being read.
+    `SimpleQueue`, since a signal handler may fill it while the same thread reads it.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -64,7 +64,7 @@ def listening(news: SimpleQueue[Any]) -> Iterator[None]:
 
 @contextmanager
 def _keys(news: SimpleQueue[Any]) -> Iterator[None]:
-    """Hear keys one by one, where standard input is the terminal that is drawn on."""
+    """Read keys one by one, if standard input and output are terminals."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
@@ -75,7 +75,7 @@ def _keys(news: SimpleQueue[Any]) -> Iterator[None]:
     modes = termios.tcgetattr(terminal)
     ours = termios.tcgetattr(terminal)
     ours[tty.LFLAG] &= ~(termios.ECHO | termios.ICANON)
-    ours[tty.CC][termios.VSUSP] = b"\0"  # Ctrl-Z would leave a shell on our screen
+    ours[tty.CC][termios.VSUSP] = b"\0"  # no Ctrl-Z: it would leave a shell on our screen
     ended, end = os.pipe()
     thread = threading.Thread(target=_hear, args=(terminal, ended, news), name="keys", daemon=True)
     try:

@@ -1,4 +1,4 @@
-"""`swarmtrain watch`: what a person keeps open while a peer works."""
+"""`swarmtrain watch`: show a peer until it ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
 
 
 def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
-    """Show it until it is over: then its last view; None when the person had seen enough."""
+    """Show the peer until it is over; returns its last view, or None if the person closed the screen."""
     import os
     import sys
     from queue import SimpleQueue
@@ -72,7 +72,7 @@ def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
 
 
 class _PlainLines:
-    """A line whenever something happens that a person would want to read later; steps are too many for that."""
+    """Line whenever something happens that a person would want to read later; single steps are too many."""
 
     def __init__(self) -> None:
         self._told: object = None
@@ -90,7 +90,7 @@ class _PlainLines:
 
 
 class _JsonLines:
-    """A line for each status and for each change of what its process does."""
+    """Line for each status and for each change of its process's state."""
 
     def __init__(self) -> None:
         self._told: object = None

@@ -182,6 +182,7 @@ def _cut_before(text: bytes, limit: int) -> int:
 
 
 def _cache_path(section: DataSection, base: Path, revision: str, description: str, cache_dir: Path) -> Path | None:
+    """Return the cache file for this corpus, by all that determines it; None if its content has no fingerprint."""
     identity: list[object] = [_CACHE_FORM, sys.byteorder, description]
     if section.source == "datasets":
         fingerprint = huggingface.fingerprint(section, base, revision)

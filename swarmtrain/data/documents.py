@@ -165,6 +165,7 @@ def _files_of(pattern: str, base: Path) -> dict[str, Path]:
 
 
 def _matches(pattern: str, base: Path) -> list[str]:
+    """Return the names, below `base`, of the files that a pattern matches. Raises RunFileError if there are none."""
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise RunFileError(
             f"data.paths: {pattern} is not below the folder of the data; it is not read: write a path relative to that "
@@ -210,6 +211,7 @@ def _where(pattern: str, base: Path) -> str:
 
 
 def _stdlib_files() -> list[SourceFile]:
+    """Return the sources of this Python's standard library, without tests, tables and generated files."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -257,6 +259,7 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
 
 
 def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
+    """Yield the text field of each line of a JSON lines file. Raises RunFileError for a line without one."""
     for number, line in enumerate(_read_bytes(file).split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -152,6 +152,11 @@ class HeldOutIndex:
         return np.concatenate(hits), num_windows
 
     def _without(self, joined: Bytes, ends: Indices, hits: Indices, num_windows: Indices) -> Cut:
+        """Drop the documents and passages with too many hits, and return what is left.
+
+        `hits` (n, 2) are positions and numbers of shared windows; `num_windows` counts all sampled windows of each
+        document.
+        """
         starts = ends - np.diff(ends, prepend=0)
         dropped = self._dropped_documents(joined, np.stack([starts, ends], axis=1), hits, num_windows)
 

@@ -56,6 +56,7 @@ def _opened(path: Path, arrow: Any) -> Any:
 
 
 def _check_column(path: Path, file: Any, field: str, arrow: Any) -> None:
+    """Raise RunFileError unless the file has a column `field` of strings."""
     schema = file.schema_arrow
     if field not in schema.names:
         raise RunFileError(

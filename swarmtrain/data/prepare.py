@@ -126,6 +126,7 @@ def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
 
 
 def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
+    """Read the first documents of files, and try to cut and learn from them what the bootstrap will publish."""
     section = run.data
     found = survey(section, base, _sample_bytes(section))
     if found.problems:

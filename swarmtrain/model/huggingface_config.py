@@ -288,6 +288,7 @@ def _loaded(source: Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises UserError if it is too large or something else."""
     origin = one_line(str(path))
     try:
         with path.open("rb") as file:

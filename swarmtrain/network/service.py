@@ -286,6 +286,7 @@ class PeerCalls:
         raise AssertionError("the last attempt returns or raises")
 
     async def _file_untrusted(self, peer: str, sha256: str, max_bytes: int) -> bytes:
+        """Fetch a file in one stream. Raises BusyError, UnreachableError or BadBytesError."""
         request = pb.BlobRequest(sha256=bytes.fromhex(sha256), max_bytes=max_bytes)
         stream = await self._open(peer, "blob", request)
         parts: list[bytes] = []

@@ -251,6 +251,7 @@ class StageHost:
                 writer.close()
 
     async def _serve(self, caller: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read a question and send its answer, or the status that says why there is none."""
         body: Body = ()
         try:
             question = await _message_untrusted(reader, pb.StageQuestion, self.limits.stall_s)

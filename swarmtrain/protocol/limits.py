@@ -45,6 +45,7 @@ BUSY_SHARE = 0.25
 QUIET_SHARE = 0.15
 """Share below which they must stay for `QUIET_S` before the peer comes back."""
 AVERAGE_S = 15.0
+"""Seconds over which the use by other programs is averaged."""
 QUIET_S = 60.0
 """Seconds of quiet before the peer comes back."""
 ASLEEP_S = 60.0

@@ -37,6 +37,7 @@ class Summable(Protocol):
 
 
 G = TypeVar("G", bound=Summable)
+"""Type of the pseudo-gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)

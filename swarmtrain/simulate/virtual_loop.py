@@ -27,6 +27,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 ready = select(timeout)
                 self.now_s += time.monotonic() - began_s
                 return ready
+            # Without a timer only another thread can wake the loop, and that takes real time.
             self.now_s += timeout or 0.0
             return select(0 if timeout is not None else None)
 

@@ -83,6 +83,10 @@ class Puller:
         return PartnerReplied(number, mark, held, self._told(command.author))
 
     async def _reply_untrusted(self, command: AskPartner) -> pb.PublicationReply:
+        """Ask the author or a host, and take in what the reply says of the author.
+
+        Raises _NoAnswerError when the author gives no answer, and PeerError for any other failure.
+        """
         source, author = command.source, command.author
         request = request_of(command.section, command.fragment, command.known, self.presence())
         if source == author:

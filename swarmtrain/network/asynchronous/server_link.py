@@ -257,6 +257,7 @@ class GradientUploader(Publisher):
         return self._last[1]
 
     def _publication(self, piece: GradientUpload[Any]) -> OwnPublication:
+        """Return the publication of an upload, whose claims are within what the server accepts."""
         max_steps, max_tokens = self.max_rounds_tokens
 
         def fill(manifest: pb.Manifest) -> None:

@@ -161,6 +161,7 @@ class StateFetcher:
         return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> FetchedState | None:
+        """Fetch one peer's state, or without `whole` only its weights. Returns None if it has none or fails."""
         try:
             reply = await self.calls.state(peer, min_round)
             if not reply.HasField("manifest"):

@@ -72,6 +72,7 @@ def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> N
 
 @functools.cache
 def _bounded_protocol() -> Any:
+    """Return a subclass of hivemind's DHTProtocol that bounds what other nodes send."""
     base, plain = hivemind_module("dht.protocol").DHTProtocol, hivemind_module("utils.serializer").MSGPackSerializer
     pb = hivemind_module("proto.dht_pb2")
     base._collect_rpc_handlers()

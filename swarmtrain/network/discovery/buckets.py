@@ -91,6 +91,7 @@ class Buckets:
             return None
 
     async def _nearest_to(self, key: str, key_id: Any) -> _Nearest:
+        """Return the nodes nearest to a key, remembered or found by a search."""
         if (known := self._known(key, key_id)) is not None:
             return known
         found = await self.dht.find_nearest_nodes([key_id], k_nearest=ASKED, beam_size=ASKED, num_workers=_WORKERS)

@@ -177,6 +177,7 @@ def _whole_body(words: str) -> tuple[str, bytes]:
 
 
 def _checked(word: str) -> tuple[str, bytes]:
+    """Return prefix and content of one word. Raises InviteError if it is no invite, or its checksum is wrong."""
     prefix = word[:3]
     if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
         raise InviteError(

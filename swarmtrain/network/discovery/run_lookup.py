@@ -99,6 +99,7 @@ async def find_run(
     misfits: list[Problem] = []
 
     async def knock(peer: InvitedPeer) -> tuple[str, float]:
+        """Dial and greet a peer; return its PeerID and by how many seconds its clock is ahead. Raises PeerError."""
         await node.connect(peer.peer, peer.addresses, limit_s)
         for attempts_left in reversed(range(_STARTING_LOOKS)):
             asked_s = own_time()

@@ -323,6 +323,7 @@ class PeerLinks:
         return _OUTSIDE
 
     async def _connect(self, near: socket.socket, source: PeerLink, target: PeerLink) -> None:
+        """Carry a new connection to its peer, after the round trip that TCP's handshake takes."""
         loop = asyncio.get_running_loop()
         with near, plain_socket() as far:
             connection = _Connection(source, target, (near, far))
@@ -352,6 +353,7 @@ class PeerLinks:
             await end_tasks(tasks)
 
     def _way(self, connection: _Connection, source: PeerLink, target: PeerLink) -> Way:
+        """Return the path of one direction of a connection, with random numbers of its own."""
         shapes, self._num_connections = (source.shape, target.shape), self._num_connections + 1
         lateness = Lateness(
             jitter_s=sum(shape.jitter_s for shape in shapes),

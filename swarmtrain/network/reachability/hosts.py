@@ -139,6 +139,7 @@ class HostedPublications:
             kept.asked_s, kept.bringing = swarm_time(), None
 
     async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
+        """Pull a guest's newest publication of a section, unless it is here already. Raises PeerError."""
         guest, section, fragment = which
         rules = self.rules[fragment][section]
         known = None

@@ -124,6 +124,7 @@ class EndedRound:
         self._tell(event)
 
     async def _merge(self, one: _SignedRoster, before: asyncio.Task[None] | None) -> None:
+        """Average a roster's publications after the merge `before` has ended, and tell the engine the result."""
         if before is not None:
             await end_tasks([before])
         roster = one.roster

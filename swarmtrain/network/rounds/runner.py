@@ -163,6 +163,7 @@ class RoundRunner:
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
+        """Carry out one command of the engine."""
         match command:
             case ev.AskRoundQuestion():
                 self._begin(command.number, self._ask(command))

@@ -551,6 +551,7 @@ class _Pace:
 
 
 async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: PullOpener, pace: _Pace) -> None:
+    """Pull one run of chunks in one stream. Raises the PeerError that ends it; chunks that came before are kept."""
     limits = pace.limits
     request = pb.PullRequest(
         snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)

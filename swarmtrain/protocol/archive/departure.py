@@ -1,4 +1,4 @@
-"""Leaving before the end of a run: a bootstrap first archives what nobody else has who trains on.
+"""Leaving before the end of a run: a bootstrap first archives what no peer that trains on has.
 
 Everything here is pure: `now` is an argument, in seconds of the swarm's time.
 """
@@ -17,14 +17,13 @@ LAST_HOLDER_S = 60.0
 """Seconds for which the last holder of work waits for a bootstrap that does not answer."""
 
 _MAX_LET_GO = 1024
+"""Limit of peers that are remembered as leaving."""
 _ASKED_S = 5.0
 """A peer that wants to leave asks repeatedly; one that has not asked for this long is gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
-"""Seconds between two archives for leavers on average, so that a peer that asks only to annoy costs no more. A few in a
-row (`_TAKEN_AT_ONCE`) need not wait for each other."""
+"""Seconds between two archives for leavers on average, so that a peer that asks only to annoy costs no more."""
 _TAKEN_AT_ONCE = 3
-"""Whoever asks for the sake of asking has an archive made so often at most; a few who leave one soon after the other do
-not wait for each other."""
+"""Archives that may follow each other at once, so that a few peers that leave in a row need not wait for each other."""
 
 
 class Leave(Enum):

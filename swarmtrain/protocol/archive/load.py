@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["archive_bytes", "archive_every_s", "archived_sources"]
 
 _MOST_SOURCES = 16
+"""Volunteers whose weights are averaged, at most."""
 _LEAST_SOURCES = 3
 """Volunteers whose weights are averaged, at least: of three, weights that are far from the others are left out."""
 _MOST_BYTES = 512_000_000

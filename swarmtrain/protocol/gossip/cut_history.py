@@ -16,6 +16,7 @@ NAMED_AT = 3
 """Count at which a peer is named. In virtual time honest peers that came and went were cut in at most two rounds in a
 row."""
 _MAX_HISTORIES = 1024
+"""Limit of (peer, kind) that are remembered."""
 
 
 @dataclass(slots=True)

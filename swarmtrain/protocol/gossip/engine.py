@@ -323,6 +323,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.look_when_due(len(self._others.infos), now)
 
     def _merge_due(self, event: MergeDue, now: float) -> None:
+        """Merge a fragment with what is ready for its round, or alone; at a round's end, catch up first if it is
+        needed."""
         # This comes before anything counts as merged: otherwise the last fragment's publications would be recorded as
         # merged into weights that are replaced (decision 65).
         if event.may_catch_up and event.fragment == len(self._lanes) - 1:

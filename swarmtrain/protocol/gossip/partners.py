@@ -110,6 +110,7 @@ class Stale:
 
 
 News: TypeAlias = Full | Delta | WeightsOnly | Stale
+"""What of a publication may be merged."""
 
 
 @dataclass(slots=True)
@@ -341,8 +342,9 @@ def agreed_places(
     publication that is in one of the states is in the mean, though with less weight, so the furthest place counts.
 
     A claim about a peer is limited to the round after the one that this peer advertises, or the mean's round: a peer
-    that had fallen behind may have come there by now. For a peer that advertises nothing the limit is the last round
-    that may be merged at all. So a liar can make a newcomer skip at most two rounds of another peer.
+    that had fallen behind may have come there by now. For a peer that advertises nothing the limit is
+    `max_staleness_rounds` after the mean's round. So a liar can make a newcomer skip at most two rounds of another
+    peer.
     """
     agreed = dict[str, Place]()
     for places in told:
@@ -410,6 +412,8 @@ class Candidate:
 
 @dataclass
 class _Ban:
+    """Record of a peer that was busy or has failed."""
+
     tried_s: float
     until_s: float
     failures: int = 0

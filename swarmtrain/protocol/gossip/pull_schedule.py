@@ -175,7 +175,7 @@ class PullSchedule:
         return begun
 
     def old_s(self, now: float) -> float:
-        """Return the time before which a pull must have begun to be too old: it has run for more than two rounds."""
+        """Return the time before which a pull must have begun to be too old: two rounds ago, and at least 30 s."""
         a_round_s = max((plan.ends_s - plan.started_s for plan in self.plans), default=0.0)
         return now - max(_OLD_PULL_S, _OLD_PULL_ROUNDS * a_round_s)
 

@@ -233,6 +233,8 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             self._fail(pull, event.failure, now)
 
     def _fail(self, pull: GossipPull[Held], failure: PullFailure, now: float) -> None:
+        """After a host's fault ask the next source; after the author's, end the pull and leave the author alone for a
+        while."""
         peer, source = pull.open.peer, pull.source
         # A host's fault counts against the host; the author's publication may be had from the next one.
         if source != peer and not failure.is_authors:

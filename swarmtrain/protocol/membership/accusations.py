@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 __all__ = ["NamedOnce"]
 
 _NAME_AGAIN_S = 6 * 3600.0
+"""Seconds after which a peer may be named again for the same rule."""
 _AT_ONCE = 16
 """Names of one rule that pass at once after a silence."""
 _ANOTHER_S = 60.0
@@ -23,7 +24,7 @@ _MAX_NAMES, _MAX_RULES = 1024, 64
 
 @dataclass
 class _Rate:
-    """Token bucket of one rule: names that may pass, and the time of that count."""
+    """Rate limit of one rule: names that may pass, and the time of that count."""
 
     left: float = float(_AT_ONCE)
     at_s: float = 0.0

@@ -17,7 +17,7 @@ _FORGET_AFTER_S = 600.0
 
 @dataclass
 class CallBudget:
-    """Token bucket for each caller: `per_s` calls a second, and `burst` at once after a pause."""
+    """Rate limit of each caller: `per_s` calls a second, and `burst` at once after a pause."""
 
     per_s: float = 64.0
     burst: float = 256.0

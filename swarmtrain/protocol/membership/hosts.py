@@ -56,7 +56,7 @@ KEPT_OF_A_GUEST = 2
 
 
 class Reach(Enum):
-    """Belief of a peer about itself."""
+    """Result of asking others to dial this peer."""
 
     UNKNOWN = "not known yet"
     DIALABLE = "others can dial it"

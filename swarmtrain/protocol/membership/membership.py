@@ -22,7 +22,7 @@ MAX_PEERS = 4096
 
 
 class PeerState(Enum):
-    """Belief of this peer about another."""
+    """State of another peer, as far as this one knows."""
 
     LIVE = "live"
     LOST = "lost"
@@ -82,12 +82,19 @@ class _Entry:
     info: PeerInfo
     state: PeerState
     expires_s: float
+    """End of its newest presence."""
     heard_s: float
+    """Time when it last said anything, by a call or a record."""
     so_far_since_s: float
+    """Time since which it is known to be at its present step."""
     told_s: float = float("-inf")
+    """Time of the last call in which it said how far it is."""
     away_since_s: float = float("-inf")
+    """Time of its last loss or goodbye; an older presence does not bring it back."""
     losses: int = 0
+    """Losses by failed calls since it last answered one."""
     failures: int = 0
+    """Failed calls in a row."""
     failing_since_s: float = 0.0
     has_answered: bool = False
 
@@ -245,7 +252,7 @@ class Membership:
         """Return whether one more peer fits.
 
         In a full table the peers that are gone give way, those not heard from for longest first. If none is gone, a
-        live peer that has never answered a call gives way to one that has: a peer that answers is not an invented one.
+        live peer that has never answered a call gives way to one that has: a peer that answers exists.
         """
         if len(self._entries) < MAX_PEERS:
             return True

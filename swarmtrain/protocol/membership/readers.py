@@ -1,10 +1,10 @@
-"""Places for readers: which peers may read from this one now. The number is limited, and nobody keeps a place for ever
-while others wait.
+"""Places for readers: which peers may read from this one now.
 
-A reader may take as long as it likes, so places are lent (decision 53). A reader that takes nothing for a while loses
-its place to the next one that comes. One that has used `gives_way_s` of its own time gives way to a peer with fewer
-places, the slowest first; time that it spent waiting for this peer, whose link may be the slow one, does not count. It
-may come back at once and continue where it was. While there are places for all, nobody gives way, however slow.
+Their number is limited, and nobody keeps a place for ever while others wait. A reader may take as long as it likes, so
+places are lent (decision 53). A reader that takes nothing for a while loses its place to the next peer that comes. A
+reader that has used `gives_way_s` of its own time gives way to a peer with fewer places, the slowest first; time that
+it spent waiting for this peer, whose link may be the slow one, does not count. It may come back at once and continue
+where it was. While there are places for all, nobody gives way, however slow.
 
 Everything here is pure: `now` is an argument.
 """
@@ -93,6 +93,7 @@ class Readers:
         return sum(reader.peer == peer and not self.is_stalled(reader, now) for reader in self._inside)
 
     def _to_give_way(self, peer: str, now: float) -> Reader | None:
+        """Return the reader that loses its place to `peer`; None if none must."""
         stalled = [reader for reader in self._inside if self.is_stalled(reader, now)]
         if stalled:
             return min(stalled, key=lambda reader: reader.took_s)

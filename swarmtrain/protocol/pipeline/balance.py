@@ -253,6 +253,7 @@ def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[St
 
 
 def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, str]:
+    """Return the best change for the slowest stage, by peers not in `moved`, or None; with the reason."""
     if not table.peers:
         return None, "nobody is there"
     slowest = min(range(table.rule.num_stages), key=lambda stage: (table.rates[stage], stage))

@@ -128,6 +128,8 @@ class _Wait(_Due):
 
 
 class _Whom(NamedTuple):
+    """Recipient of settlements: one incarnation of a peer, for one stage."""
+
     peer: str
     stage: int
     life: int
@@ -263,6 +265,7 @@ class DriverEngine:
         heappush(self._due, (when_s, next(self._calls), what))
 
     def _time_came(self, now: float) -> None:
+        """Fire all timers that are due."""
         while (when_s := self.wake_at()) is not None and when_s <= now:
             what = heappop(self._due)[2]
             what.due_s = None
@@ -388,6 +391,7 @@ class DriverEngine:
         return wait
 
     def _done(self, event: PartDone, now: float) -> None:
+        """Continue a microbatch after an answer: to the next stage, on the way back, or to its end."""
         if (wait := self._ended(event.call)) is None:
             return
         way, stage = wait.way, wait.stage
@@ -429,6 +433,7 @@ class DriverEngine:
         self._ask_otherwise(wait, "unreachable", f"no answer within {min(took_s, wait.limit_s):.1f} s", now)
 
     def _failed(self, event: PartFailed, now: float) -> None:
+        """Report a failed call to the stage's router, and ask otherwise."""
         if (wait := self._ended(event.call)) is None:
             return
         if wait.stage:
@@ -552,6 +557,7 @@ class DriverEngine:
         settling.again_s = min(2 * settling.again_s, _MOST_AGAIN_S)
 
     def _settled(self, settling: _Settling, late: Collection[Key], reason: str, now: float) -> None:
+        """Forget what a peer knows now, report acknowledged gradients in `late` as lost, and tell what is new since."""
         said, whom = settling.said, settling.whom
         assert said is not None
         settling.call = settling.due_s = settling.said = None

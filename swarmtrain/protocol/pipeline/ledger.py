@@ -45,6 +45,7 @@ Kind: TypeAlias = Literal["forward", "backward", "tail"]
 """Part of a microbatch at one stage."""
 
 _NONE = (-1, False)
+"""(attempt, entered a step) of a microbatch that is not finished."""
 _MOST_FILLED = 2
 """Size of the filling batch, in batches, up to which microbatches are accepted while a closed batch waits for
 acknowledgements, which should take no longer than filling one."""
@@ -104,7 +105,7 @@ class Acknowledged(NamedTuple):
 
 @dataclass(frozen=True)
 class Settlement:
-    """Verdict of a driver on its microbatches: which count, which do not, and the first of which it needs anything.
+    """Message of a driver about its microbatches: which count, which do not, and the first of which it needs anything.
 
     `life` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and restarted since
     then does not have them, and must not count what it may have computed again for a call that was under way for long.
@@ -166,6 +167,7 @@ class Forget:
 
 
 Due: TypeAlias = TakeStep | Subtract | Add | Discard | Forget
+"""Work that the peer must do besides the parts that drivers ask for."""
 
 
 @dataclass
@@ -277,6 +279,7 @@ class StageLedger:
         return Verdict("work")
 
     def _admit(self, key: Key, kind: Kind, tokens: int, now: float) -> Verdict:
+        """Accept a new microbatch, which replaces an older attempt at it; "busy" if there is no place."""
         # A driver makes a new attempt only after it gave up the older one. Calls may arrive in another order.
         same = list(self._attempts.get(key[:2], ()))
         if same and any(other.attempt > key.attempt or self._open[other].acknowledged for other in same):
@@ -509,6 +512,7 @@ class StageLedger:
             self._finish(key, counted=False)
 
     def _finish(self, key: Key, *, counted: bool) -> None:
+        """Close a microbatch that entered a step (`counted`) or was given up."""
         acknowledged = self._open.pop(key).acknowledged
         self._attempts[key[:2]].remove(key)
         if not self._attempts[key[:2]]:

@@ -31,6 +31,7 @@ from swarmtrain.protocol.pipeline.ledger import Kind
 __all__ = ["VARIANTS", "WORK_SHARES", "Router", "driver_share", "most_in_flight"]
 
 VARIANTS = ("round-robin", "least-completion")
+"""Ways to choose a peer; the first is the default."""
 WORK_SHARES: Mapping[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}
 """Share of a microbatch's work at a stage. The last stage does forward and backward in one, the tail."""
 
@@ -235,6 +236,7 @@ class Router:
                 yield entry
 
     def _least_loaded(self, free: set[str]) -> str:
+        """Return the least loaded peer of `free`; outdated entries are dropped from the heap on the way."""
         aside = []
         while True:
             entry = heapq.heappop(self._heap)

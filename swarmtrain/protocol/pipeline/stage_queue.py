@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _ORDER: tuple[Kind, ...] = ("backward", "tail", "forward")
+"""Order in which waiting parts are computed."""
 
 
 # ---------------------------------------------------------------- events
@@ -213,6 +214,7 @@ class StageQueue:
     # ------------------------------------------------------------- questions
 
     def _wanted(self, event: StageCallReceived, now: float) -> list[QueueCommand]:
+        """Answer with the earlier result, wait for it, queue the part, or refuse it."""
         if not self.is_open:
             return [Refuse((event.asker,), "gone", "this peer does not train now")]
         key, kind, most = event.key, event.kind, 2 * self.ledger.limits.max_open
@@ -242,6 +244,7 @@ class StageQueue:
     # ------------------------------------------------------------- what is done
 
     def _free(self, now: float) -> list[QueueCommand]:
+        """Return what the ledger says is due, or else the next part to compute."""
         done: list[QueueCommand] = []
         while True:
             if (due := self.ledger.due(now)) is not None:

@@ -45,7 +45,8 @@ class FirstStageWatch:
     total_tokens: int
     is_over: bool = False
     _claimed_s: float = math.inf
-    """Time since which the weaker condition has held without a break."""
+    """Time since which most drivers have said so, or one has and this peer has counted nearly as many, without
+    a break."""
 
     def look(self, here: Iterable[PeerInfo], known: Iterable[PeerInfo], counted_tokens: int, now: float) -> bool:
         """Return whether the first stage is done; once True it remains so. `counted_tokens` is the run's total by this

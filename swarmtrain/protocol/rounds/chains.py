@@ -246,7 +246,7 @@ def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainView:
-    """Knowledge of a peer about its own chain and the others'."""
+    """This peer's own chain, and the others' as far as it knows them."""
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)

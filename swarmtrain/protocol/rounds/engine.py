@@ -242,6 +242,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return lacks_roster or not question.has_publication or (known.shared != "" and not question.has_share)
 
     def _answer(self, call: int, question: RoundQuestion) -> ev.AnswerRoundQuestion[Envelope]:
+        """Answer a call with what the asker lacks."""
         known = self._rounds.get(question.round)
         best = None if known is None else known.best
         return ev.AnswerRoundQuestion(
@@ -381,6 +382,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _view(self, known: KnownRound[Envelope, Link]) -> RoundView:
+        """Describe the situation for `decide`."""
         heard_at_s = self.membership.heard_at_s()
         distrusted = known.distrusted.intersection(heard_at_s)
         told = self.hearsay.of_those_who_train(distrusted)
@@ -476,6 +478,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _answered(self, number: int, reply: PeerReply[Envelope, Link], now: float) -> _Commands[Envelope]:
+        """Check and record an answer, and continue what its question belongs to."""
         asked = self._questions.open.get(number)
         if asked is None:
             return []
@@ -524,6 +527,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return [*commands, *self._tell()] if known.best is not best else commands
 
     def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
+        """Continue after a question without a valid answer; the peer is asked again later."""
         asked = self._questions.open.pop(number, None)
         if asked is None:
             return []

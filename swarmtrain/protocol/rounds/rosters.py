@@ -137,7 +137,8 @@ class Standing(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundView:
-    """Knowledge of a peer about a round whose inner steps it has done. Times are seconds of the caller's clock."""
+    """Situation in a round whose inner steps this peer has done, for `decide`. Times are seconds of the
+    caller's clock."""
 
     me: str
     round: int
@@ -162,7 +163,7 @@ class RoundView:
     applied: frozenset[str] = frozenset()
     """Digests of the rosters that the peers `ahead` have applied."""
     far_ahead: frozenset[str] = frozenset()
-    """Volunteers that stand `FAR_AHEAD`, without those whose state could not be had."""
+    """Volunteers that stand `FAR_AHEAD`, without those whose state could not be fetched."""
     announced: Mapping[str, RoundPublication] = field(default_factory=dict)
     """Publications whose manifest is known, by peer, this peer's included."""
     held: frozenset[str] = frozenset()
@@ -225,6 +226,7 @@ class CatchUpDecision:
 
 
 Decision = WaitDecision | SignDecision | ApplyDecision | CatchUpDecision
+"""What a peer that has ended its round does next."""
 
 
 def _rank(roster: Roster) -> tuple[str, int, str]:
@@ -284,7 +286,7 @@ def standings(
     """Sort the other volunteers by their standing to a peer in `round` that applied `applied` last.
 
     What a peer said before `since_s`, the start of the round, is out of date unless its roster holds against ours. A
-    peer of which nothing is known stands `WITH_US`. Peers whose weights could not be had (`undeliverable`) count as
+    peer of which nothing is known stands `WITH_US`. Peers whose weights could not be fetched (`undeliverable`) count as
     `GUEST`.
     """
     with_us, their_last = set(told), set[str]()
@@ -420,6 +422,7 @@ def decide(view: RoundView, now: float) -> Decision:
 
 
 def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:
+    """Sign for all that are ready, or wait for those that may still come; it is this peer's turn."""
     ready = _ready(view)
     entries = tuple(view.announced[peer] for peer in sorted(ready))
     assert view.me in ready, "a peer that has ended its round has published, and holds what it published"

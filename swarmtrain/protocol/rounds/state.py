@@ -1,4 +1,7 @@
-"""Knowledge of a peer about a round whose inner steps it has done; `engine.py` decides by it."""
+"""State of one round whose inner steps this peer has done: publications, rosters and open questions.
+
+`engine.py` decides by it.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class KnownRound(Generic[Envelope, Link]):
     tried_again: set[tuple[str, str]] = field(default_factory=set)
     """(peer, digest of a roster) for which an unobtainable publication got its second chance."""
     undeliverable: set[str] = field(default_factory=set)
-    """Peers whose state could not be had."""
+    """Peers whose state could not be fetched."""
     distrusted: set[str] = field(default_factory=set)
     """Peers that sent something malformed about this round: they are asked again, but not waited for."""
     impossible: set[str] = field(default_factory=set)

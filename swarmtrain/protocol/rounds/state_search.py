@@ -150,7 +150,7 @@ class CatchingUp(Generic[Envelope, Link]):
     unobtainable: Collection[str]
     """Peers whose publication of this round nobody delivers."""
     undeliverable: set[str]
-    """Peers whose state could not be had."""
+    """Peers whose state could not be fetched."""
     source: Source | None = None
 
     def next(self) -> tuple[str, int] | None:

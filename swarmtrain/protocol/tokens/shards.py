@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 __all__ = ["MAX_ROWS", "MAX_SHARDS", "Coverage", "CoverageRow", "RowIncident"]
 
 MAX_SHARDS = 1024
+"""Limit of a run's shards."""
 MAX_ROWS = 16
 """Limit of rows in a manifest: with 64 shards about 5 KB."""
 
@@ -30,6 +31,7 @@ _MAX_PEERS = 4096
 """Peers whose rows are kept, those with the greatest sums. Identities cost nothing."""
 
 _MOST_TOKENS = 2**63
+"""Counts from this value on are refused."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class RowIncident:
 
 @dataclass
 class Coverage:
-    """Knowledge of this peer, `me`, about the data that each peer has trained on."""
+    """Tokens that each peer has trained on in each shard, as far as this peer, `me`, knows."""
 
     me: str
     num_shards: int

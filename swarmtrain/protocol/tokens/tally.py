@@ -48,7 +48,9 @@ _SWARM_FACTOR = 64.0
 _NAMED_BEHIND_S = 3600.0
 """Seconds after which a peer that is still not believed in full is named."""
 _MAX_DOUBLINGS = 30
+"""Limit of doublings of a peer's believed speed."""
 _MAX_MET = 16_384
+"""Limit of peers whose first meeting is remembered."""
 _FEW_PRESENT = 3
 """Number of present peers below which speeds claimed earlier count too."""
 _MAJORITY = 3
@@ -62,6 +64,7 @@ _MAX_AWAY_S = 7 * 86_400.0
 """Unaccounted time counts for a week at most, so that a clock that jumps does not explain everything."""
 
 _Key = tuple[str, int]
+"""(PeerID, stage)."""
 
 
 @dataclass(frozen=True, kw_only=True)

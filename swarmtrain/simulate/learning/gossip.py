@@ -233,6 +233,7 @@ class LearningPeer:
         merged = self.gossip.engine.rows()
         self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
         self.gossip.engine.load(merged)
+        # Setting the state gives up what was trained since the last merges, as a kill does.
         self.trainer.state = self.trainer.state
         for lane in self.lanes:
             lane.forget(self.world.codec(lane.number))

@@ -91,6 +91,7 @@ class _Hostile(LearningPeer):
 
     def most_tokens(self, part: int) -> int:
         """Return the most tokens that a publication may claim without being refused."""
+        # One more with each part: a part without a new token brings its reader nothing.
         return self.world.setting.run.max_round_tokens - self.start.num_parts + part
 
     def tells(self, part: int, tokens: int) -> None:

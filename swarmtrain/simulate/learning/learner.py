@@ -45,6 +45,7 @@ class Text:
 
     def batches(self, number: int) -> BatchSource:
         """Return the batches of volunteer `number`."""
+        # By the seed, not by the run file's hash: all methods of a comparison draw the same batches.
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
         part, whole = self.part_of(number), self.data.tokens
         begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))

@@ -52,6 +52,7 @@ class Pace:
             yield _drawn(self.seed, self.deviation, number, span), (span + 1) * self.lasts_s
 
 
+# By number and span, not one after the other: whatever is asked first, a span has the same speed.
 @functools.lru_cache(maxsize=1 << 16)
 def _drawn(seed: int, deviation: float, number: int, span: int) -> float:
     return random.Random(f"pace {seed} {number} {span}").lognormvariate(0.0, deviation)

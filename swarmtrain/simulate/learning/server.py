@@ -85,6 +85,7 @@ class _Worker:
             return
         steps = min(self.steps, served.setting.steps_between(self.number, self.began_s, served.clock.now))
         tokens = served.setting.run.tokens_per_step
+        # Tokens are counted when a round ends; of those whose gradient has not arrived nothing will come.
         served.uncount(sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens
         self.on_the_way.clear()

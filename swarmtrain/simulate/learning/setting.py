@@ -234,6 +234,7 @@ class Setting:
         """Return the inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
+        # 1e-9: a step that ends at this very moment is done, whatever the rounding of its time.
         return math.floor(worked_s / self.step_s[number] + 1e-9)
 
     def _spent_s(self, number: int, since_s: float, until_s: float, pace: Pace) -> float:
@@ -257,8 +258,8 @@ class Setting:
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
         """Let volunteers work so long each, then wait for each other; return those present and when they go on.
 
-        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed as
-        soon, and its work is lost, so that nobody may be left.
+        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed at
+        once and its work is lost, so the list may be empty.
         """
         gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
         ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}

@@ -1,7 +1,7 @@
-"""Deterministic search for faults: random schedules of what goes wrong, played in virtual time, and what must hold.
+"""Deterministic search for faults: random schedules of faults, played in virtual time and judged by invariants.
 
-A schedule follows from a seed (`draw`), the same one plays the same way everywhere (`play`), and one in which an
-invariant breaks is shortened (`shrink`) and written down as a test (`as_test`). Peers run the product's own decisions.
+A schedule follows from a seed (`draw`), and plays the same way everywhere (`play`). If an invariant breaks, the
+schedule is shortened (`shrink`) and written down as a test (`as_test`). Peers run the product's own decisions.
 """
 
 from swarmtrain.simulate.search.play import as_test, draw, play, replay, shrink

@@ -1,6 +1,6 @@
-"""Search: `python -m swarmtrain.simulate.search`, or `make search`; docs/simulating.md says what it finds.
+"""Search for faults: `python -m swarmtrain.simulate.search`, or `make search`; docs/simulating.md says what it finds.
 
-The bar is on standard error, what is found on standard output: each invariant that breaks once, as a test with the
+The progress bar is on standard error. Findings are on standard output: each broken invariant once, as a test with the
 shortest schedule. The exit code is 1 if anything was found.
 """
 
@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Play schedules, and print what breaks."""
+    """Play schedules, and print the invariants that break. Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m swarmtrain.simulate.search", description=__doc__.split("\n")[0])
     parser.add_argument("--schedules", type=int, metavar="N", help="How many; until Ctrl-C if it is not said.")
     parser.add_argument("--seed", type=int, metavar="N", help="Of the first one; by chance if not said.")

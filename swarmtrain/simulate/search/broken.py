@@ -1,4 +1,4 @@
-"""Schedules played on several cores. Not in `__main__`, whose functions a process that is spawned does not find."""
+"""Plays schedules on several cores. Not in `__main__`, whose functions a spawned process does not find."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from swarmtrain.simulate.search.schedule import Violation
 __all__ = ["broken"]
 
 _AT_ONCE = 10
-"""Schedules that a process is given at a time."""
+"""Schedules that a process receives at a time."""
 
 
 def broken(seeds: Iterable[int], jobs: int) -> Iterator[tuple[int, list[Violation]]]:
-    """Of each seed, what does not hold in its schedule; in the order in which they are done."""
+    """Yield each seed with the violations of its schedule, in the order in which they are done."""
     if jobs == 1:
         yield from map(_play_seed, seeds)
         return
@@ -33,5 +33,5 @@ def _play_seed(seed: int) -> tuple[int, list[Violation]]:
 
 
 def _begin() -> None:
-    """In each process: the one that started it ends it."""
+    """Prepare a worker process: only the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The faults that happen alike in every kind of swarm: to machines, links and messages."""
+"""Faults that every kind of swarm has: of machines, links and messages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["declare", "declare_span", "end_faults"]
 
 World: TypeAlias = "SimulatedNetwork[Any] | PipelineWorld"
 Come: TypeAlias = Callable[[str, int], object]
-"""Starts a peer: a newcomer, or one that has died, from a checkpoint (-1 is the newest)."""
+"""Function that starts a peer: a newcomer, or one that has died, from a checkpoint (-1 is the newest)."""
 
 _LOST, _TWICE, _LATE = 0.2, 0.5, 0.2
 
 
 def declare_span(world: World, fault: ScheduledFault, begin: Callable[[], object], end: Callable[[], object]) -> None:
-    """`begin` when the fault strikes, `end` when it is over."""
+    """Schedule `begin` for when the fault strikes, and `end` for when it is over."""
     world.at(fault.at_s, begin)
     world.at(fault.end_s, end)
 
 
 def declare(world: World, fault: ScheduledFault, name: str, index: int, come: Come) -> None:
-    """A fault of any kind that all have; `index` tells newcomers apart."""
+    """Schedule a fault of any kind that all worlds have; `index` tells newcomers apart."""
     match fault.kind:
         case "kill" | "leave":
             world.at(fault.at_s, getattr(world, fault.kind), name)
@@ -67,7 +67,7 @@ def _lie(world: World, name: str, *lies: str) -> None:
 
 
 def end_faults(world: World, liars: frozenset[str]) -> None:
-    """All that is broken works again; who lied is gone."""
+    """Repair everything that is broken, and kill the liars."""
     world.heal()
     world.lose_messages(0.0)
     world.repeat_messages(0.0)

@@ -1,9 +1,11 @@
-"""Schedules of faults in a swarm that gossips, some of whose machines nobody can dial, and what must hold.
+"""Schedules of faults in a swarm that gossips, with hidden peers, and the invariants that must hold.
 
-Judged: each inner step of a peer enters another's weights once at most, checkpoints included; nobody waits for anybody;
-the tokens that a peer counts, also by shard, only grow, are never more than was trained, and in the end all that were
-ever told; rounds are as long as pacing allows and what is merged as old; weights are finite, and without liars within
-those at first.
+- Each inner step of a peer enters another's weights once at most, checkpoints included.
+- Nobody waits for anybody.
+- The tokens that a peer counts, also by shard, only grow, are never more than were trained, and in the end include all
+  that were ever advertised.
+- Rounds are as long as pacing allows, and what is merged is not too old.
+- Weights are finite, and without liars within those at the beginning.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _KINDS = {
 
 
 def draw_gossip(rng: random.Random) -> FaultSchedule:
-    """A swarm of up to seven that gossips, and its faults."""
+    """Draw a swarm of up to seven peers that gossip, and its faults."""
     speeds = tuple(rng.choice((0.7, 4.0, 6.0, 10.0, 12.0)) for _ in range(rng.choice((1, 2, 2, 3, 4, 5, 6, 7))))
     options = []
     if rng.random() < 0.3:
@@ -73,7 +75,7 @@ def draw_gossip(rng: random.Random) -> FaultSchedule:
 
 
 def _at_once(work: Coroutine[Any, Any, None]) -> None:
-    """Run what waits for nothing."""
+    """Run a coroutine that waits for nothing."""
     try:
         work.send(None)
     except StopIteration:
@@ -82,7 +84,7 @@ def _at_once(work: Coroutine[Any, Any, None]) -> None:
 
 
 class CountingPeer(HostedPeer):
-    """It counts the run's tokens as the product's peers do, and tells its own."""
+    """Peer that counts the run's tokens as the product's peers do, and advertises its own."""
 
     def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         self.searched = swarm
@@ -98,9 +100,9 @@ class CountingPeer(HostedPeer):
             refused=lambda *_: None,
         )
         self.ended: tuple[int, int] | None = None
-        """Of a round that was not counted yet, its tokens, and how many were seen before it ended."""
+        """Tokens of a round that is not counted yet, and how many had been seen before it ended."""
         self.kept: list[tuple[int, list[list[str | int | float]], list[list[str | int | list[int]]]]] = []
-        """Of each checkpoint, what was counted."""
+        """Counts at each checkpoint."""
 
     def _speeds(self) -> Mapping[str, float]:
         speeds = {info.peer: info.steps_per_s for info in self.membership.live()} | {self.name: self.steps_per_s}
@@ -128,7 +130,7 @@ class CountingPeer(HostedPeer):
             self.searched.broken.append(Violation("one liar paces nobody", detail))
 
     def _count(self, shard: int, tokens: int, seen: int) -> None:
-        """What it has trained on in a round, and what the others tell."""
+        """Count what it has trained on in a round, and what the others advertise."""
         before = self.tallying.total
         self.own_tokens += tokens
         self.searched.trained[self.name, shard] += tokens
@@ -185,7 +187,7 @@ class CountingPeer(HostedPeer):
                     swarm.broken.append(Violation("no token counts twice", detail))
 
     def restore(self, old: CountingPeer, checkpoint: int) -> None:
-        """What the checkpoint had of it."""
+        """Restore the counts of a checkpoint."""
         if old.kept:
             self.kept = [*kept_until(old.kept, checkpoint)]
             self.own_tokens, counts, shards = self.kept[-1]
@@ -194,14 +196,14 @@ class CountingPeer(HostedPeer):
 
 
 class GossipLiar(CountingPeer):
-    """It does its work as the others do, and says something else."""
+    """Peer that does its work as the others do, and says something else."""
 
     lies: frozenset[str] = frozenset()
 
     def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         super().__init__(swarm, name, speed, theta, link)
         self._claimed: list[SimulatedPublication] = []
-        """What it has said lately that it has, changed."""
+        """Changed publications that it has claimed lately."""
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
         info = super()._describe(info)
@@ -214,7 +216,7 @@ class GossipLiar(CountingPeer):
         return min(told * 10**6, 10**15) if "told" in self.lies else told // 2 if "old record" in self.lies else told
 
     def provide(self, what: Any) -> Any:
-        """What it has, changed. The bytes are of what it said that it has."""
+        """Return what it has, changed. The bytes are those of what it claimed to have."""
         if "silent" in self.lies or "busy" in self.lies:
             return BUSY if "busy" in self.lies else None
         asked = what.what if isinstance(what, OfGuest) else what
@@ -245,24 +247,26 @@ class GossipLiar(CountingPeer):
 
 
 class SearchedSwarm(HostedSwarm):
-    """The swarm, the records of what was trained, and what was seen to be broken."""
+    """Swarm with records of what was trained, and of the violations seen."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.progress: dict[str, tuple[pb.Record, float]] = {}
         self.earlier: dict[str, tuple[pb.Record, float]] = {}
-        """The record before, which some nodes of the DHT may still have."""
+        """Previous record of each peer, which some nodes of the DHT may still have."""
         self.told: list[tuple[float, str, int]] = []
         self.reached: dict[str, int] = {}
-        """The most tokens that each has trained on, in any of its lives."""
+        """Most tokens that each peer has trained on, in any of its incarnations."""
         self.trained: Counter[tuple[str, int]] = Counter()
-        """(peer, shard) -> tokens, of all its lives."""
+        """Tokens by (peer, shard), over all incarnations."""
         self.merges: list[tuple[str, str, int]] = []
-        """(who, whose, of which round) of pseudo-gradients, also where the weights have been replaced since, and of
-        states, one round on."""
+        """Merged pseudo-gradients as (who, whose, round).
+
+        They stay when the weights have been replaced since. States that were taken count for the round after theirs.
+        """
         self.broken: list[Violation] = []
         self.liars = schedule.liars
         self.speeds: dict[str, float] = {}
-        """Of each honest machine that ever was here, in inner steps per second."""
+        """Inner steps per second of each honest machine that ever was here."""
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
         settings = SimulatedGossipSettings(
             inner_steps=32,
@@ -283,36 +287,39 @@ class SearchedSwarm(HostedSwarm):
         return (GossipLiar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
 
     def took_state(self, peer: Any, of: str, waited_s: float) -> None:
-        """It goes on with all that is in it."""
+        """Note that the peer goes on with all that is in the state."""
         self.merges.append((peer.name, of, peer.round + 1))
 
     def fastest_honest(self) -> float:
-        """Inner steps per second."""
+        """Return the inner steps per second of the fastest honest peer."""
         return max((peer.steps_per_s for name, peer in self.peers.items() if name not in self.liars), default=0.0)
 
     def explained_tokens(self) -> int:
-        """What is counted of one that lies, at most: 64 times what the fastest other can have done, and two rounds."""
+        """Return the most tokens that may be counted of a liar.
+
+        64 times what the fastest other peer can have done, and two rounds.
+        """
         tokens_per_s = self.settings.tokens_per_step * self.fastest_honest()
         return int(64 * tokens_per_s * self.clock.now) + 2 * self.settings.inner_steps * self.settings.tokens_per_step
 
     async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
-        """The records of progress, as the DHT gives them: while messages come twice, some of them old."""
+        """Return the progress records, as the DHT gives them: old ones too while messages come twice."""
         if prefix:
             return {}
         return {peer: self.earlier[peer] if self.comes_twice() else record for peer, record in self.progress.items()}
 
     def tell(self, peer: str, tokens: int) -> None:  # type: ignore[override]
-        """A progress record of `peer`."""
+        """Store a progress record of `peer`."""
         self.earlier[peer] = self.progress.get(peer, (pb.Record(progress=pb.Progress()), math.inf))
         self.progress[peer] = (pb.Record(progress=pb.Progress(tokens=tokens)), math.inf)
         self.told.append((self.clock.now, peer, tokens))
 
     def come(self, name: str, checkpoint: int) -> object:
-        """One that died, or a newcomer."""
+        """Start a newcomer, or a peer that has died."""
         return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
     def come_back(self, name: str, checkpoint: int = -1) -> Any:
-        """With what it counted."""
+        """Restart a dead peer with what it had counted."""
         old = self.peers[name]
         new = super().come_back(name, checkpoint)
         assert isinstance(old, CountingPeer) and isinstance(new, CountingPeer)
@@ -324,7 +331,7 @@ class SearchedSwarm(HostedSwarm):
 
 
 def play_gossip(schedule: FaultSchedule) -> Played:
-    """Run it, and say what did not hold."""
+    """Play the schedule, and return what did not hold."""
     swarm = SearchedSwarm(schedule)
     for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
         swarm.found(name, steps_per_s=steps_per_s, theta=(-1.0, 1.0, 0.5)[i % 3])
@@ -384,7 +391,7 @@ def _rounds(swarm: SearchedSwarm, schedule: FaultSchedule) -> Iterable[Violation
 
 
 def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
-    """Each goes on."""
+    """Check that every peer goes on."""
     for peer in _honest(swarm):
         ended_s = max((one.ended_s for one in swarm.rounds if one.peer == peer.name), default=0.0)
         allowed_s = most_inner_steps(swarm.settings.inner_steps) / peer.steps_per_s + 1e-6
@@ -393,10 +400,12 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
 
 
 def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
-    """Who merges nobody, or is merged by nobody, since each had `reached` its round and the faults were over. Two are
-    told by nobody whom to believe where a third one lies. The first round of a slow machine may last longer than the
-    play: nothing of it is left to merge. Whose publication was refused as too old may be left alone for longer than a
-    play."""
+    """Check that every peer merges others and is merged, since it `reached` its round and the faults were over.
+
+    Of two peers nobody tells which to believe where a third one lies. The first round of a slow machine may last longer
+    than the play, so that nothing of it is left to merge. A peer whose publication was refused as too old may be left
+    alone for longer than a play.
+    """
     names = [peer.name for peer in _honest(swarm)]
     nobody_lies = len(names) == len(swarm.peers)
     ended = Counter(one.peer for one in swarm.rounds if one.round >= reached.get(one.peer, 0))
@@ -415,9 +424,11 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
 
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
-    """Everyone counts what everyone told. A machine that is faster than usual is believed ever more while it delivers,
-    and what was missed of it is paid for by time: both may take longer than a play. Usual is what a peer saw when it
-    read."""
+    """Check that everyone counts what everyone advertised.
+
+    A machine that is faster than usual is believed more and more while it delivers, and what was missed of it is paid
+    for by time: both may take longer than a play. Usual is what a peer saw when it read.
+    """
     for peer in _honest(swarm):
         counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
         for at_s, other, tokens in swarm.told:

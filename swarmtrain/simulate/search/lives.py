@@ -1,13 +1,14 @@
-"""Schedules of lives: who comes when, with which folder or none, a bootstrap or not; and what must hold.
+"""Schedules of lives: which process starts when, with which folder or none, and the invariants that must hold.
 
-Volunteers come, train, leave politely, are killed, and come back with their folder, with an old copy of it or without;
-some live for seconds, and one may lie of what it has trained. The bootstrap, which may be the run's server, leaves,
-crashes, comes back with its folder, with an old copy, or on another machine; at times everybody is gone, and a folder
-is all that there is. Peers gossip, hand in to the server, or train in synchronous rounds.
+Volunteers come, train, leave politely, are killed, and come back with their folder, with an old copy of it or without.
+Some live for seconds, and one may lie about what it has trained. The bootstrap, which may be the run's server, leaves,
+crashes, comes back with its folder, with an old copy, or on another machine. At times everybody is gone, and a folder
+is all that is left. Peers gossip, hand in to the server, or train in synchronous rounds.
 
-Judged: a run's tokens never fall, and the learning rate never rises again after its peak, wherever weights come from;
-what is trained counts; work that a bootstrap acknowledged is in its archive a minute later, while somebody has it; and
-nobody leaves with what nobody else has, unless no bootstrap comes within a minute.
+- A run's tokens never fall, and the learning rate never rises again after its peak, wherever weights come from.
+- What is trained counts.
+- Work that a bootstrap acknowledged is in its archive a minute later, while somebody has it.
+- Nobody leaves with what nobody else has, unless no bootstrap comes within a minute.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _LEAST_S = 20.0
 _SETTLE_S = 75.0
 _ARCHIVED_S = 60.0
 _WAITS_S = 60.0
-"""The last one who has what nobody else has waits so long for a bootstrap that does not answer."""
+"""Seconds that the last peer with what nobody else has waits for a bootstrap that does not answer."""
 _SURE_S = 10.0
 _LAG_S = 10.0
-"""What others have counted is known by then."""
+"""Seconds until what others have counted is known."""
 _BELIEVED_S = 20.0
-"""What one brings that comes back is believed by then."""
+"""Seconds until what a returning peer brings is believed."""
 _KINDS = {
     "leave": 2, "kill": 2, "restart": 4, "old folder": 2, "lost folder": 1, "join": 2, "liar joins": 1, "visits": 4,
     "freeze": 1, "bootstrap away": 5, "bootstrap crash": 3, "bootstrap old folder": 3, "bootstrap moves": 2,
@@ -59,7 +60,7 @@ _CONSTANTS = inner_constants(RUN)
 
 
 def draw_lives(rng: random.Random) -> FaultSchedule:
-    """A bootstrap, up to four volunteers at first, and what becomes of them."""
+    """Draw a bootstrap, up to four volunteers at first, and what happens to them."""
     speeds = (rng.choice((4.0, 6.0, 8.0)),) * rng.choice((1, 1, 2, 2, 3, 4))  # rounds are paced: all are as long
     faults = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(16))
     chance = rng.random()
@@ -71,7 +72,7 @@ def draw_lives(rng: random.Random) -> FaultSchedule:
 
 
 class _Lives(LivesWorld):
-    """What a schedule does, and whether it is right."""
+    """World that carries out a schedule, and judges it."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.served, self.in_rounds = bool(schedule.option("server", 0)), bool(schedule.option("rounds", 0))
@@ -81,24 +82,24 @@ class _Lives(LivesWorld):
         self.usual_speed = max(schedule.speeds)
         self.folders: dict[str, Folder] = {}
         self.left_alone: set[str] = set()
-        """Who was the last one when it left."""
+        """Peers that were the last one when they left."""
         self.volunteers: list[SearchedVolunteer] = []
         self.liars: dict[str, float] = {}
-        """Since when they lie."""
+        """Time since when each liar lies."""
         self.address = 0
-        """Of the bootstrap; the volunteers stay where they are."""
+        """Address of the bootstrap. Volunteers keep theirs."""
         self.owed: dict[Round, _Owed] = {}
         self.acknowledged: dict[str, int] = {}
         self.counted: list[tuple[float, int]] = []
-        """(when, what the bootstrap counted) in the lives of one folder."""
+        """(time, tokens that the bootstrap counted) in the lives of one folder."""
         self.counts_of: Folder | None = None
         self.ended_s = 0.0
-        """When a bootstrap was there last."""
+        """Last time that a bootstrap was there."""
 
     # ------------------------------------------------------------- events
 
     def come(self, name: str, folder: Folder | None = None, *, lies: bool = False) -> None:
-        """A volunteer is started, with its folder, another or a new one, if it is not there."""
+        """Start a volunteer if it is not running, with its folder, another or a new one."""
         if self._lives(name):
             return
         folder = self.folders[name] = folder or self.folders.get(name) or Folder(name)
@@ -112,7 +113,7 @@ class _Lives(LivesWorld):
         self.volunteers.append(new)
 
     def bootstrap(self, folder: Folder | None = None, address: int | None = None) -> None:
-        """The bootstrap is started, if it is not there."""
+        """Start the bootstrap if it is not running."""
         if self._lives("b"):
             return
         self.address = self.address if address is None else address
@@ -121,12 +122,12 @@ class _Lives(LivesWorld):
         self.processes["b"] = kind(self, folder, self.address, {})
 
     def all_go(self, but: str = "") -> None:
-        """All volunteers that ever came are killed."""
+        """Kill all volunteers that ever came."""
         for name in sorted(self.speeds.keys() - {but}):
             self.goes(name, False)
 
     def goes(self, name: str, politely: bool) -> None:
-        """Its process ends, or begins to."""
+        """End a process, or begin to."""
         process = self.processes.get(name)
         if process is None or not process.alive:
             return
@@ -139,7 +140,7 @@ class _Lives(LivesWorld):
         return name in self.processes and self.processes[name].alive
 
     def again(self, name: str, folder: Folder | None = None) -> None:
-        """It is started again; who is still leaving is waited for no longer."""
+        """Restart a process. One that is still leaving is waited for no longer."""
         if (process := self.processes.get(name)) is not None:
             process.kill()
         if name == "b":
@@ -150,13 +151,13 @@ class _Lives(LivesWorld):
     # ------------------------------------------------------------- what must hold
 
     def lag_tokens(self) -> float:
-        """What others may have trained lately that one of them has not counted yet."""
+        """Return the tokens that others may have trained lately and that one peer has not counted yet."""
         lately = [one for one in self.volunteers if one.alive or self.clock.now < one.ended_s + _LAG_S]
         speeds = sorted(one.speed for one in lately)[:-1]
         return 2 * RUN.round_tokens + sum(_LAG_S * speed * RUN.tokens_per_step for speed in speeds)
 
     def trains(self, volunteer: SearchedVolunteer) -> None:
-        """Tokens, and the learning rate by them; what a liar says of itself is bounded, and counted."""
+        """Judge a volunteer's count of tokens and its learning rate. Claims of a liar are bounded, and counted."""
         if self.liars:
             self._judge_claims(volunteer)
             return
@@ -174,7 +175,10 @@ class _Lives(LivesWorld):
         volunteer.behind = dataclasses.replace(behind, at_tokens=max(behind.at_tokens, tokens))
 
     def first_round(self, volunteer: SearchedVolunteer) -> None:
-        """Of one that finds nobody but a bootstrap: it goes on from the archive, or from what it has beyond that."""
+        """Judge a volunteer that finds only a bootstrap.
+
+        It must go on from the archive, or from what it has beyond that.
+        """
         boot, others = self.processes.get("b"), [one for one in volunteer.neighbours() if not one.is_bootstrap]
         if others or boot not in volunteer.neighbours() or not isinstance(boot, Bootstrap) or boot.away:
             return
@@ -184,8 +188,10 @@ class _Lives(LivesWorld):
             self._break("a run's tokens never fall", detail)
 
     def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
-        """Each round counts, whichever folder its peer came with: where a bootstrap was there to tell what it had done
-        in later lives than that of its folder."""
+        """Judge that a round counts, whichever folder its peer came with.
+
+        Only if a bootstrap was there to tell what the peer had done in incarnations after that folder.
+        """
         if not volunteer.met_bootstrap:
             return
         counted = volunteer.tallying.contributions().get(volunteer.me, 0)
@@ -194,8 +200,10 @@ class _Lives(LivesWorld):
             self._break("what is trained counts", detail)
 
     def _judge_claims(self, judge: Process) -> None:
-        """Of a liar who came when the judge was there: what all who ever came can have done since. Of what was before
-        nobody knows."""
+        """Judge the count of a liar that came while the judge was there.
+
+        The bound is what all that ever came can have done since. Nobody knows what was before.
+        """
         counts = judge.tallying.contributions()
         fastest_per_s = RUN.tokens_per_step * max(self.speeds.values())
         for name, came_s in self.liars.items():
@@ -208,7 +216,7 @@ class _Lives(LivesWorld):
                 self._break("claims are bounded", detail)
 
     def lie(self, name: str) -> None:
-        """One that lies comes. What lies do to rosters is searched in rounds."""
+        """Start a liar. Lies about rosters are searched in the world "rounds"."""
         if self.in_rounds:
             self.come(name)
             return
@@ -216,15 +224,17 @@ class _Lives(LivesWorld):
         self.come(name, lies=True)
 
     def archived(self, bootstrap: Bootstrap) -> None:
-        """Each archive counts what the one before did, and more."""
+        """Judge that each archive counts what the one before did, and more."""
         before = bootstrap.folder.checkpoints[-2:-1]
         if before and bootstrap.progress.run_tokens < before[0].progress.run_tokens:
             detail = f"an archive of {before[0].progress.run_tokens} is followed by {bootstrap.progress.run_tokens}"
             self._break("a run's tokens never fall", detail)
 
     def begun(self, bootstrap: Bootstrap) -> None:
-        """It counts on from what it counted before, but for its last seconds; with an old folder, from that. In rounds
-        the roster behind its archive counts."""
+        """Judge that a bootstrap counts on from what it counted before, except for its last seconds.
+
+        With an old folder it counts on from that. In synchronous rounds the roster behind its archive counts.
+        """
         if self.in_rounds:
             return
         if bootstrap.folder is not self.counts_of:
@@ -242,7 +252,7 @@ class _Lives(LivesWorld):
             self._break("a run's tokens never fall", detail)
 
     def look(self) -> None:
-        """Every second: what a bootstrap acknowledged, and who has it."""
+        """Judge every second what a bootstrap acknowledged, and who has it."""
         self.clock.call_later(1.0, self.look)
         boot = self.processes.get("b")
         if not isinstance(boot, Bootstrap) or not boot.answers or boot.away:
@@ -272,7 +282,7 @@ class _Lives(LivesWorld):
                 del self.owed[round]
 
     def _holders(self, boot: Bootstrap) -> list[Process]:
-        """Whose weights an archive can be made of: where there is a server, its own."""
+        """Return the processes of whose weights an archive can be made: with a server, its own."""
         return [boot] if isinstance(boot, Server) else [one for one in boot.neighbours() if not one.is_bootstrap]
 
     def _acknowledge(self, boot: Bootstrap) -> None:
@@ -285,7 +295,7 @@ class _Lives(LivesWorld):
                 self.owed.setdefault(round, _Owed(self.clock.now))
 
     def _nobody_has(self, round: Round, owed: _Owed) -> None:
-        """Who was killed could not help it."""
+        """Judge an acknowledged round that nobody has any more. A peer that was killed could not help it."""
         for name in owed.holders:
             process = self.processes[name]
             if name not in self.left_alone or process.me in self.left_untaken or name in self.liars:
@@ -298,8 +308,10 @@ class _Lives(LivesWorld):
                 self._break("who has what nobody else has waits", f"{told}, and the bootstrap is back")
 
     def left(self, volunteer: SearchedVolunteer) -> None:
-        """It says goodbye, and no bootstrap asks it to stay. With a server, what was not handed in is lost; and so is
-        the last round of one that leaves others who train."""
+        """Judge a volunteer that says goodbye while no bootstrap asks it to stay.
+
+        With a server, what was not handed in is lost; so is the last round of a volunteer that leaves others who train.
+        """
         self.left_alone.discard(volunteer.folder.key)
         boot = self.processes.get("b")
         just_killed = [  # it was heard of since the leaver asked, and nobody can know yet that it is gone
@@ -323,14 +335,14 @@ class _Lives(LivesWorld):
             self._break("nobody leaves with what nobody else has", detail)
 
     def _break(self, invariant: str, detail: str) -> None:
-        """Once: what follows from it is no news."""
+        """Record an invariant's violation once: what follows from it is no news."""
         if all(one.invariant != invariant for one in self.broken):
             self.broken.append(Violation(invariant, f"at {self.clock.now:.1f} s {detail}"))
 
 
 @dataclass
 class _Owed:
-    """A round that was acknowledged, and is not in an archive; since when it could be."""
+    """Acknowledged round that is not in an archive, and since when it could be."""
 
     since_s: float
     holders: set[str] = field(default_factory=set)
@@ -344,7 +356,7 @@ def _rate(tokens: float) -> float:
 
 
 def play_lives(schedule: FaultSchedule) -> Played:
-    """Run it, and say what did not hold."""
+    """Play the schedule, and return what did not hold."""
     world, before = _Lives(schedule), random.getstate()
     random.seed(schedule.seed)  # exchanges choose by it whom they ask
     try:

@@ -1,9 +1,9 @@
-"""The peers of the lives that are searched: processes with a folder each, who come, leave, are killed and come back.
+"""Peers of the world "lives": processes with a folder each, which come, leave, are killed and come back.
 
-What they decide is the product's own: who is here (`Membership`), who has trained on how much (`TokenAccounting`), what
-a state says and what is taken from it (`fetch_consensus_state`, the exchange's `present_state`), what a bootstrap
+Their decisions are the product's own: who is here (`Membership`), who has trained how much (`TokenAccounting`), what a
+state says and what is taken from it (`fetch_consensus_state`, the exchange's `present_state`), what a bootstrap
 archives (`Archive`), and who stays until then (`before_leaving`, `DepartureQueue`). Modelled is what travels, when, and
-what is on a disk. In place of weights a state has the rounds that went into it, so that what is lost is seen.
+what is on a disk. In place of weights a state has the rounds that went into it, so that a loss is seen.
 """
 
 from __future__ import annotations
@@ -87,42 +87,43 @@ SPECS = (TensorSpec("weights", (1,)),)
 ONE = OuterState(torch.ones(1), torch.zeros(1))
 _ONE_BYTES = body_of(ONE.theta, ONE.momentum)
 _STARTS_S, _PULLS_S, _WRITES_S = 0.8, 0.6, 0.3
-"""What a process takes to begin, a state to arrive, a checkpoint to be written."""
+"""Seconds that a process takes to start, a state to arrive, and a checkpoint to be written."""
 _OLD_S = 3600.0
-"""How long before all this the run was published: nobody has trained in that time, and anybody may say so."""
+"""Seconds before the play at which the run was published. Nobody has trained in that time, and anybody may claim to."""
 _LOOKS_S = 3.0
 _ASKS_S = 0.5
 _FINDS_S = 8.0
-"""Who comes and finds nobody, and has nothing to go on with alone, gives up."""
+"""Seconds after which a newcomer gives up that finds nobody and cannot go on alone."""
 _KEPT = 6
-"""Checkpoints that a folder has here: copies of it that are put back are as old as the oldest."""
+"""Checkpoints that a folder keeps here: copies that are put back are as old as the oldest."""
 
 Round = tuple[str, int]
-"""(whose, which of its lives' rounds): what went into weights."""
+"""(peer, number of its round over all incarnations): work that went into weights."""
 
 
 @dataclass(frozen=True)
 class Behind:
-    """What is behind some weights, as nobody in the product knows it: the rounds, and the most tokens that any of them
-    was trained at."""
+    """Work behind some weights, which nobody in the product knows: the rounds, and the most tokens at which one was
+    trained."""
 
     rounds: frozenset[Round] = frozenset()
     at_tokens: int = 0
 
     def with_weights_of(self, partner: Behind) -> Behind:
-        """After a merge with a partner, who may have come back and count more: a merge brings no counts."""
+        """Return what is behind the merge with a partner. A merge brings no counts, even of a partner that counts
+        more."""
         return Behind(self.rounds | partner.rounds, self.at_tokens)
 
 
 def behind_mean(states: Sequence[Behind]) -> Behind:
-    """Of the consensus of several states, with which their counts come: by the lower median."""
+    """Return what is behind the consensus of several states. Their counts come with it, by the lower median."""
     at_tokens = statistics.median_low([one.at_tokens for one in states]) if states else 0
     return Behind(frozenset().union(*(one.rounds for one in states)), at_tokens)
 
 
 @dataclass(frozen=True)
 class DiskCheckpoint:
-    """A checkpoint on a disk."""
+    """Checkpoint on a disk."""
 
     progress: Progress
     behind: Behind
@@ -132,31 +133,31 @@ class DiskCheckpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What else is known of an archive."""
     of_server: tuple[int, int, int, list[list[str | int]]] = (0, 0, 0, [])
-    """Gradients taken, refreshes of the momentum, gradients since, and whose rounds have entered."""
+    """Gradients taken, refreshes of the momentum, gradients since, and the rounds that have entered."""
 
 
 @dataclass
 class Folder:
-    """What a process leaves behind: its key, its newest checkpoints, and whom it knew at which address."""
+    """What a process leaves behind: its key, its newest checkpoints, and the addresses of the peers it knew."""
 
     key: str
     checkpoints: list[DiskCheckpoint] = field(default_factory=list)
     peers: dict[str, int] = field(default_factory=dict)
     counts: tuple[list[list[str | int | float]], float] | None = None
-    """What a bootstrap counts, between two archives; and when that was."""
+    """What a bootstrap counted between two archives, and when."""
 
     def copy(self, age: int = 0) -> Folder:
-        """As it was so many checkpoints ago."""
+        """Return the folder as it was `age` checkpoints ago."""
         kept = self.checkpoints[: max(1, len(self.checkpoints) - age)]
         return Folder(self.key, list(kept), dict(self.peers), self.counts)
 
     def write(self, kept: DiskCheckpoint) -> None:
-        """One checkpoint more."""
+        """Add a checkpoint."""
         self.checkpoints = [*self.checkpoints[1 - _KEPT :], kept]
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """A thread's work is done at once."""
+    """Event loop that runs a thread's work at once."""
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         done = self.create_future()
@@ -165,17 +166,17 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Later(Exception):  # noqa: N818 - a signal, not an error
-    """The product would sleep now, and ask again."""
+    """The product would sleep now, and try again."""
 
 
 @functools.cache
 def identity_of(key: str) -> Identity:
-    """That of a key; PeerIDs are longer than names."""
+    """Return the identity of a key. Names stand for PeerIDs, which are longer."""
     return new_identity(hashlib.sha256(key.encode()).digest())
 
 
 class Process:
-    """A process of the run: what its kinds have in common."""
+    """Process of the run: what all kinds have in common."""
 
     is_bootstrap = False
     speed = 0.0
@@ -205,12 +206,12 @@ class Process:
         self.fill: FillManifest = lambda manifest: None
         self.swarm = self._as_swarm()
         self.came_s, self.asked_s = now, math.inf
-        """When it was started, and asked to leave."""
+        """Times at which it was started, and asked to leave."""
         self.ended_s, self.said_goodbye = math.inf, False
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def _as_swarm(self) -> Any:
-        """What the product's decisions ask their `Swarm` for."""
+        """Return what the product's decisions use of their `Swarm`."""
         process = self
 
         class _Swarm(SimpleNamespace):
@@ -232,22 +233,22 @@ class Process:
     # ------------------------------------------------------------- the process
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> None:
-        """Do it then, unless this process has ended."""
+        """Schedule a call, unless this process has ended by then."""
         self.world.clock.call_later(delay_s, self.deliver, call, *args)
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Everything that it does comes through here."""
+        """Run `call` in this process. Everything that it does passes through here."""
         if self.frozen:
             self._backlog.append((call, args))
         elif self.alive:
             call(*args)
 
     def freeze(self) -> None:
-        """It stands still."""
+        """Freeze the process."""
         self.frozen = True
 
     def thaw(self) -> None:
-        """It goes on, if it stood still."""
+        """Let the process continue, if it was frozen."""
         if not self.frozen:
             return
         self.frozen = False
@@ -259,17 +260,17 @@ class Process:
 
     @property
     def answers(self) -> bool:
-        """Whether calls to it come back: from when it has read its folder."""
+        """True if it answers calls: once it has read its folder."""
         return self.alive and not self.frozen and self.entered
 
     def kill(self) -> None:
-        """Its presence and its records stay with the others."""
+        """Kill the process. Its presence and its records stay with the others."""
         if self.alive:
             self.ended_s = self.world.clock.now
         self.alive = self.frozen = False
 
     def end(self) -> None:
-        """Say goodbye, and end."""
+        """Say goodbye, then end the process."""
         self.said_goodbye = True
         self.world.board.pop(self.me, None)
         for other in self.neighbours():
@@ -277,7 +278,7 @@ class Process:
         self.kill()
 
     def leave(self) -> None:
-        """It is asked to end."""
+        """Ask the process to end."""
         raise NotImplementedError
 
     @property
@@ -286,20 +287,20 @@ class Process:
         return Behind() if self.offered is None else self.offered[1]
 
     def neighbours(self) -> list[Process]:
-        """Who answers it."""
+        """Return the processes that answer it."""
         living = self.world.living()
         return [one for one in living if one is not self and one.answers and one.group == self.group]
 
     # ------------------------------------------------------------- who is here
 
     def enter(self) -> None:
-        """Dial whom it knows, and look around."""
+        """Dial the peers it knows, and look around."""
         self.entered = True
         self._dial()
         self._look_around()
 
     def keep_looking(self) -> None:
-        """Every few seconds, as the product does."""
+        """Look around every few seconds, as the product does."""
         self._dial()
         self._look_around()
         self._tell_progress()
@@ -331,7 +332,7 @@ class Process:
         self.world.board[self.me] = self.info, self.group
 
     def _tell_progress(self) -> None:
-        """What is on its disk, if it trains."""
+        """Store a progress record of what is on its disk, if it trains."""
         if self.is_bootstrap or not self.folder.checkpoints:
             return
         newest, now = self.folder.checkpoints[-1], self.world.clock.now
@@ -344,7 +345,7 @@ class Process:
             told[tokens] = frozenset(one for one in newest.behind.rounds if one[0] == key)
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """Of what is on its disk."""
+        """Return the own tokens to advertise, given those on its disk."""
         return self.tallying.own_to_tell(durable_tokens)
 
     async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
@@ -360,7 +361,7 @@ class Process:
         return {info.peer: info.steps_per_s * RUN.tokens_per_step for info in live}
 
     def greet(self, peer: str) -> None:
-        """Ask how far it is."""
+        """Ask a peer how far it is."""
         there, now = self.world.by_id(peer), self.world.clock.now
         if there not in self.neighbours():
             self.membership.call_failed(peer, now, "unreachable")
@@ -373,19 +374,19 @@ class Process:
     # ------------------------------------------------------------- states
 
     def set_state(self) -> None:
-        """Offer what it has from now on."""
+        """Offer its present state from now on."""
         self.offered = self.progress, self.behind
         self.tallying.learn(self.progress.peer_tokens)
         self.info = dataclasses.replace(self.info, round=self.progress.round, run_tokens=self.progress.run_tokens)
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.progress, self.behind = kept.progress, kept.behind
         self.tallying.restore(kept.tally, kept.at_s)
         self.set_state()
 
     async def _fetch_states(self, peers: Sequence[str], min_round: int = 0) -> list[State]:
-        """Of those that deliver."""
+        """Return the states of the peers that deliver."""
         found: list[State] = []
         for peer in peers:
             there = self.world.by_id(peer)
@@ -397,21 +398,21 @@ class Process:
         return found
 
     async def _fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
-        """What they say of their states."""
+        """Return what the peers say of their states."""
         pulled = self.world.pulled
         manifests = [state.held.snapshot.manifest for state in await self._fetch_states(peers, 1)]
         self.world.pulled = pulled
         return manifests
 
     def pulled_behind(self) -> Behind:
-        """Of the consensus of the states that came last, of which those count that are not far behind."""
+        """Return what is behind the consensus of the states that came last, without those far behind."""
         pulled: Any = self.world.pulled
         return behind_mean([one.behind for one in not_far_behind(pulled, RUN.merge.max_staleness_rounds)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pulled(State):
-    """A state that came, and what is behind it."""
+    """State that came, and what is behind it."""
 
     behind: Behind
 
@@ -419,7 +420,7 @@ class _Pulled(State):
 def state_that_came(
     peer: str, progress: Progress, behind: Behind, fill: FillManifest = lambda manifest: None
 ) -> _Pulled:
-    """The state of a peer, with what it tells with it."""
+    """Return a peer's state, with what the peer tells with it."""
     manifest = pb.Manifest(round=progress.round, run_tokens=progress.run_tokens)
     for whose, tokens in sorted(progress.peer_tokens.items()):
         manifest.peer_tokens.add(peer=peer_bytes(whose), tokens=tokens)
@@ -433,7 +434,7 @@ def state_that_came(
 
 
 class _Exchange(GossipExchange):
-    """The product's, of which only the decisions are asked."""
+    """The product's exchange, of which only the decisions are used."""
 
     def __init__(self, volunteer: SearchedVolunteer) -> None:
         world: Any = volunteer.world
@@ -445,11 +446,11 @@ class _Exchange(GossipExchange):
         self._fresh, self.on_arriving = True, lambda held: None
 
     def offer(self, state: Any, progress: Progress) -> None:
-        """The volunteer does it."""
+        """Do nothing: the volunteer offers its state."""
 
 
 class SearchedVolunteer(Process):
-    """It trains."""
+    """Volunteer: it trains."""
 
     def __init__(
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
@@ -460,7 +461,7 @@ class SearchedVolunteer(Process):
         self.exchange: Any = _Exchange(self)
         self.leaves = False
         self._merged: dict[str, int] = {}
-        """The round of the newest publication of each that it has merged."""
+        """Round of the newest publication that it has merged, by peer."""
         self.fellows: FellowDepartures | None = None
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
@@ -473,7 +474,7 @@ class SearchedVolunteer(Process):
         self._find(kept is not None)
 
     def _find(self, resumes: bool) -> None:
-        """Somebody who answers."""
+        """Look for a peer that answers."""
         self.enter()
         if not self.neighbours() and self.world.clock.now < self.came_s + _FINDS_S:
             self.later(1.0, self._find, resumes)
@@ -484,7 +485,7 @@ class SearchedVolunteer(Process):
             self.kill()
 
     def sleep(self, seconds: float) -> None:
-        """What the product does between two tries, of which the last one ends at once."""
+        """Stand for the product's sleep between two tries, of which the last one ends at once."""
         self._tries_left -= 1
         if self._tries_left > 0:
             raise _Later
@@ -522,7 +523,7 @@ class SearchedVolunteer(Process):
         self.later(RUN.merge.inner_steps / self.speed, self._end_round)
 
     def _end_round(self) -> None:
-        """Merge what a partner has, count, and keep it; who leaves has lost what it trained since the last merge."""
+        """Merge what a partner has, count, and keep it. A leaver loses what it trained since the last merge."""
         if self.leaves:
             return
         tokens, me = RUN.round_tokens, self.me
@@ -541,7 +542,7 @@ class SearchedVolunteer(Process):
         self._start_round()
 
     def _merge(self, mine: Round) -> bool:
-        """What it has trained, and what a partner has; True if it takes the others' weights instead."""
+        """Merge its own round and a partner's weights; return True if it takes the others' weights instead."""
         round = self.progress.round
         others = {info.peer: info.round for info in self.membership.volunteers() if info.round}
         if len(others) == 1:  # as `OtherPeers.left_behind`
@@ -566,7 +567,7 @@ class SearchedVolunteer(Process):
     # ------------------------------------------------------------- leaving
 
     def leave(self) -> None:
-        """Ctrl-C: between two steps; what was trained since the last merge is lost."""
+        """Leave as after Ctrl-C, between two steps. What was trained since the last merge is lost."""
         if self.away:
             self.kill()
             return
@@ -574,7 +575,7 @@ class SearchedVolunteer(Process):
         self.later(0.1, self.hand_over)
 
     def hand_over(self) -> None:
-        """As `peer.lifecycle.departure.hand_over` does, a process that answers nobody any more being gone."""
+        """Hand over as `peer.lifecycle.departure.hand_over` does. A process that answers nobody counts as gone."""
         self._tell_progress()
         self.fellows = FellowDepartures(self.me)
         self._ask_to_leave(self.world.clock.now + departure._IDLE_S)
@@ -616,14 +617,14 @@ class SearchedVolunteer(Process):
 
 
 class LivesLiar(SearchedVolunteer):
-    """It comes, and says at once that it has trained for weeks: in its record, and with its state."""
+    """Volunteer that claims at once to have trained for weeks, in its record and with its state."""
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """A lie."""
+        """Return a lie."""
         return durable_tokens + LIE_TOKENS
 
     def set_state(self) -> None:
-        """With another."""
+        """Offer a state with a lie."""
         super().set_state()
         counts = dict(self.progress.peer_tokens)
         counts[self.me] = counts.get(self.me, 0) + LIE_TOKENS
@@ -635,7 +636,7 @@ class LivesLiar(SearchedVolunteer):
 
 
 class _Watch(ArchiveSchedule):
-    """By the world's clock."""
+    """Archive schedule by the world's clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -647,7 +648,7 @@ class _Watch(ArchiveSchedule):
 
 
 class Bootstrap(Process):
-    """It archives."""
+    """Bootstrap: it archives."""
 
     is_bootstrap = True
 
@@ -681,12 +682,12 @@ class Bootstrap(Process):
             self.tallying.restore(*self.folder.counts)
 
     def count_once_more(self) -> None:
-        """It is asked to leave."""
+        """Count once more, because it is asked to leave."""
         self.world.run(self.tallying.read_all())
         self.keep_counts()
 
     def keep_counts(self) -> None:
-        """Beside the archives."""
+        """Keep the counts beside the archives."""
         self.folder.counts = self.tallying.kept(), self.world.clock.now
 
     async def _offer_archived(self, kept: Any) -> None:
@@ -707,7 +708,7 @@ class Bootstrap(Process):
             self.world.run(self.archive.serve_counts(ONE, self.progress))
 
     def _look(self) -> None:
-        """As `_archive_until_the_end` does."""
+        """Look whether to archive, as `_archive_until_the_end` does."""
         self._ask_how_far()
         now, volunteers = self.world.clock.now, self.membership.volunteers()
         waiting = () if self.leavers is None else self.leavers.waiting(now)
@@ -717,7 +718,7 @@ class Bootstrap(Process):
         self._taken(waiting, archived=False)
 
     def _is_new(self, infos: Sequence[PeerInfo]) -> bool:
-        """Whether one of them may have what the archive lacks."""
+        """Return whether one of them may have what the archive lacks."""
         return self.archive.watch.is_new(infos)
 
     def _archive(self, waiting: tuple[str, ...]) -> None:
@@ -751,7 +752,7 @@ class Bootstrap(Process):
         return True
 
     def leave(self) -> None:
-        """Ctrl-C: one last archive."""
+        """Leave as after Ctrl-C, with one last archive."""
         self.count_once_more()
         volunteers = sorted(self.membership.volunteers(), key=lambda info: -info.run_tokens)
         if volunteers:
@@ -763,36 +764,36 @@ class Bootstrap(Process):
 
 
 class LivesWorld:
-    """The processes, their folders, and what happened."""
+    """Processes, their folders, and the record of what happened."""
 
     def __init__(self, seed: int, run_file: RunFile = RUN) -> None:
         self.run_file = run_file
         self.clock, self.rng, self._loop = Clock(), random.Random(f"lives {seed}"), _Loop()
         self.clock.most_events = 100_000
         self.processes: dict[str, Process] = {}
-        """By their key: one process at a time has a folder."""
+        """Processes by their key: one process at a time has a folder."""
         self.board: dict[str, tuple[PeerInfo, int]] = {}
-        """The presences in the DHT, and in which part of the network."""
+        """Presences in the DHT, each with the part of the network it is in."""
         self.told: dict[str, dict[int, frozenset[Round]]] = {}
-        """Who told -> how many tokens -> its own rounds that were on its disk then."""
+        """Advertised tokens: peer -> tokens -> its own rounds that were on its disk then."""
         self.left_untaken: set[str] = set()
         self.pulled: list[Any] = []
         self._num_groups = 0
         self._rounds: dict[str, int] = {}
 
     def close(self) -> None:
-        """Its loop too."""
+        """Close the world and its loop."""
         self._loop.close()
 
     # ------------------------------------------------------------- the network
 
     def new_group(self) -> int:
-        """Of who knows nobody yet."""
+        """Return a new part of the network, for a process that knows nobody yet."""
         self._num_groups += 1
         return self._num_groups
 
     def join_groups(self, one: Process, other: Process) -> None:
-        """They have met: all of both know each other."""
+        """Join two parts of the network that have met: all of both know each other."""
         new, old = one.group, other.group
         for process in self.processes.values():
             if process.group == old:
@@ -800,47 +801,47 @@ class LivesWorld:
         self.board = {peer: (info, new if group == old else group) for peer, (info, group) in self.board.items()}
 
     def living(self) -> list[Process]:
-        """Those that run or stand still."""
+        """Return the processes that run or are frozen."""
         return [process for process in self.processes.values() if process.alive]
 
     def by_id(self, peer: str) -> Process:
-        """Who has that PeerID."""
+        """Return the process with that PeerID."""
         return next(process for process in self.processes.values() if process.me == peer)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The network's part of something, done now."""
+        """Run a coroutine of the network now."""
         return self._loop.run_until_complete(work)
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """The same, for what waits for a network thread."""
+        """Run a coroutine now, for callers that expect a network thread."""
         future: Future[_T] = Future()
         future.set_result(self.run(work))
         return future
 
     def refused(self, peer: str, rule: str, detail: str) -> None:
-        """Somebody is said to lie."""
+        """Hook, called when a peer is accused."""
 
     # ------------------------------------------------------------- what happened
 
     def next_round(self, peer: str) -> int:
-        """The number of a round, over all its lives."""
+        """Return the number of a peer's round, over all its incarnations."""
         self._rounds[peer] = self._rounds.get(peer, 0) + 1
         return self._rounds[peer]
 
     def trains(self, volunteer: SearchedVolunteer) -> None:
-        """A round begins."""
+        """Hook, called when a round begins."""
 
     def first_round(self, volunteer: SearchedVolunteer) -> None:
-        """The first of its rounds begins."""
+        """Hook, called when the first of its rounds begins."""
 
     def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
-        """A round is over, before which so many tokens of its peer were counted."""
+        """Hook, called after a round, before which so many tokens of its peer were counted."""
 
     def archived(self, bootstrap: Bootstrap) -> None:
-        """An archive was made."""
+        """Hook, called after an archive."""
 
     def begun(self, bootstrap: Bootstrap) -> None:
-        """A bootstrap has read its folder."""
+        """Hook, called when a bootstrap has read its folder."""
 
     def left(self, volunteer: SearchedVolunteer) -> None:
-        """One leaves, as it may."""
+        """Hook, called when a volunteer leaves because it may."""

@@ -1,7 +1,7 @@
-"""The peers of the lives that are searched, in synchronous rounds: all have the same weights, and a roster behind them.
+"""Peers of the world "lives" in synchronous rounds: all have the same weights, and a roster behind them.
 
-A peer's `RoundRunner` are the product's own: what it tells of itself, the chains of rosters, whose holds, and which
-state it takes. Modelled is that a round's merge happens at once for all who stand on one roster: how they agree on
+Each peer's `RoundRunner` is the product's own: what it tells of itself, the chains of rosters, which of them holds, and
+which state it takes. Modelled is that a round's merge happens at once for all peers on one roster. How they agree on
 that, with faults in its midst, is searched in `rounds.py`.
 """
 
@@ -52,7 +52,7 @@ ROUNDS_RUN = RUN.model_copy(update={"merge": RUN.merge.model_copy(update={"metho
 _SILENCE_S = 5.0
 _LOOKS_S = 0.3
 _SLOWER = 2
-"""Each round's signatures are real, and take most of a play's time."""
+"""Factor by which volunteers are slower here: each round's signatures are real, and take most of a play's time."""
 _SETTINGS = RoundSettings(
     run_sha256=SHA256,
     specs=SPECS,
@@ -66,7 +66,7 @@ _SETTINGS = RoundSettings(
 
 
 class _Membership:
-    """That of a process, by the world's clock."""
+    """Membership of a process, by the world's clock."""
 
     def __init__(self, process: Process) -> None:
         self._of, self._clock = process.membership, process.world.clock
@@ -80,13 +80,13 @@ class _Membership:
 
 
 class _Calls:
-    """Questions to who answers."""
+    """Calls to processes that answer."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
-        """How far it is, and how it came there."""
+        """Ask a peer how far it is, and how it came there."""
         there, asker = self._process.world.by_id(peer), self._process
         if there not in asker.neighbours():
             asker.membership.call_failed(peer, asker.world.clock.now, "unreachable")
@@ -96,7 +96,7 @@ class _Calls:
 
 
 class _States:
-    """States come as the world's do."""
+    """States, which come as the world's do."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -115,14 +115,14 @@ class _States:
         return NewState(held=pulled.held, roster=last[0], signed_roster=last[1], from_peer=source)
 
     async def take(self, state: NewState) -> None:
-        """They are here."""
+        """Do nothing: the bytes are here."""
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """Nobody asks."""
+        """Do nothing: nobody asks."""
 
 
 def _rounds_of(process: Process) -> RoundRunner:
-    """The product's."""
+    """Return a `RoundRunner` of the product for a process."""
     membership: Any = _Membership(process)
     calls: Any = _Calls(process)
     averages: Any = None
@@ -133,7 +133,7 @@ def _rounds_of(process: Process) -> RoundRunner:
 
 
 def _go_on(process: Process, kept: DiskCheckpoint) -> None:
-    """As `CheckpointManager.restore` does: from a checkpoint, its roster and those before it."""
+    """Continue from a checkpoint, its roster and those before it, as `CheckpointManager.restore` does."""
     rounds: RoundRunner = process.swarm.rounds
     if (last := kept.extra.get("last")) is not None:
         rounds.chains.restore_untrusted(kept.extra["chains"].kept(), _SETTINGS)
@@ -146,7 +146,7 @@ def _extra(process: Process) -> Mapping[str, Any]:
 
 
 class _Exchange(RosterExchange):
-    """The product's, of which only the decisions are asked."""
+    """The product's exchange, of which only the decisions are used."""
 
     def __init__(self, volunteer: RoundsVolunteer) -> None:
         world: Any = volunteer.world
@@ -154,11 +154,11 @@ class _Exchange(RosterExchange):
         super().__init__(world, volunteer.swarm, world.run_file, stop)
 
     def offer(self, state: Any, progress: Progress) -> None:
-        """The volunteer does it."""
+        """Do nothing: the volunteer offers its state."""
 
 
 class RoundsVolunteer(SearchedVolunteer):
-    """It ends its rounds with all who stand where it does."""
+    """Volunteer that ends its rounds with all that are on the same roster."""
 
     def __init__(
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
@@ -169,26 +169,26 @@ class RoundsVolunteer(SearchedVolunteer):
         self.is_first = True
 
     round_ended_s: float | None
-    """When its inner steps of this round were done."""
+    """Time at which its inner steps of this round were done; None before."""
 
     @property
     def rounds(self) -> RoundRunner:
-        """The product's part of it."""
+        """The product's runner of synchronous rounds."""
         found: RoundRunner = self.swarm.rounds
         return found
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """With the roster behind it."""
+        """Continue from a checkpoint, with the roster behind it."""
         _go_on(self, kept)
         super().restore(kept)
 
     def set_state(self) -> None:
-        """In the next round."""
+        """Offer the state, and enter the next round."""
         super().set_state()
         self.rounds.advance(self.progress)
 
     def thaw(self) -> None:
-        """As `RoundRunner` notices it."""
+        """Continue, and notice the gap as `RoundRunner` does."""
         if self.frozen and self.alive:
             self.rounds.engine.receive(ProcessSuspended(), self.world.clock.now)
         super().thaw()
@@ -244,7 +244,7 @@ class RoundsVolunteer(SearchedVolunteer):
         return other.progress.roster_sha256 == self.progress.roster_sha256
 
     def _may_be_silent(self, others: Sequence[RoundsVolunteer]) -> bool:
-        """Whether somebody is believed alive who does not answer."""
+        """Return whether a peer is believed alive that does not answer."""
         answer = {one.me for one in others}
         return any(info.peer not in answer for info in self.membership.volunteers())
 
@@ -253,7 +253,7 @@ class RoundsVolunteer(SearchedVolunteer):
         self.own_tokens = max(self.own_tokens, new.progress.peer_tokens.get(self.me, 0))
 
     def applied(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed], behind: Behind) -> None:
-        """The outer step."""
+        """Take the outer step of a roster."""
         self.rounds.chains.move_to(roster, signed, manifests)
         self.rounds.know_roster(roster, signed)
         tokens = [entry.tokens for entry in roster.entries]
@@ -269,7 +269,7 @@ class RoundsVolunteer(SearchedVolunteer):
 
 
 def merge(peers: Sequence[RoundsVolunteer]) -> None:
-    """The round of all who stand on one roster: the lowest signs the next one, and all apply it."""
+    """Merge the round of all on one roster: the lowest signs the next roster, and all apply it."""
     peers = sorted(peers, key=lambda one: one.me)
     rounds = peers[0].rounds
     base = bytes.fromhex(peers[0].progress.roster_sha256)
@@ -300,27 +300,27 @@ def _published(peer: RoundsVolunteer, base: bytes) -> Snapshot:
 
 
 class RoundsBootstrap(Bootstrap):
-    """Its archive is a state with a roster, which holds against others by theirs."""
+    """Bootstrap with an archive that holds, or not, by its roster."""
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
         self.swarm.asynchronous, self.swarm.rounds = False, _rounds_of(self)
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """With the roster behind it."""
+        """Continue from a checkpoint, with the roster behind it."""
         _go_on(self, kept)
         super().restore(kept)
 
     def set_state(self) -> None:
-        """In the next round."""
+        """Offer the state, and enter the next round."""
         super().set_state()
         self.swarm.rounds.advance(self.progress)
 
     def keep_counts(self) -> None:
-        """Rosters have them."""
+        """Do nothing: rosters have the counts."""
 
     def _serve_counts(self) -> None:
-        """Rosters have them."""
+        """Do nothing: rosters have the counts."""
 
     def _is_new(self, infos: Sequence[PeerInfo]) -> bool:
         return max((info.run_tokens for info in infos), default=0) > self.progress.run_tokens

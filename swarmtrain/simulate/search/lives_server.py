@@ -1,4 +1,4 @@
-"""The peers of the lives that are searched, where the bootstrap is the server and merges what its workers hand in."""
+"""Peers of the world "lives" with the bootstrap as the server, which merges what its workers hand in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SERVED_RUN = RUN.model_copy(
 
 
 class _Exchange(ServerExchange):
-    """The product's, of which only the decisions are asked."""
+    """The product's exchange, of which only the decisions are used."""
 
     def __init__(self, worker: Worker) -> None:
         world: Any = worker.world
@@ -59,11 +59,11 @@ class _Exchange(ServerExchange):
         self._fresh = True
 
     def offer(self, state: Any, progress: Progress) -> None:
-        """The worker does it."""
+        """Do nothing: the worker offers its state."""
 
 
 class Worker(SearchedVolunteer):
-    """It hands in each of its rounds, and goes on from the server's weights and what of its own is not in them."""
+    """Worker that hands in each of its rounds, and goes on from the server's weights and its own rounds not in them."""
 
     def __init__(
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
@@ -71,11 +71,11 @@ class Worker(SearchedVolunteer):
         super().__init__(world, folder, address, invite, speed)
         self.exchange = _Exchange(self)
         self.rounds: dict[int, Round] = {}
-        """Of its own rounds, by their numbers, what went into weights."""
+        """Work that went into weights, by the number of its own round."""
 
     @property
     def hand_ins(self) -> GradientUploads[Any]:
-        """What the server does not have yet."""
+        """Uploads that the server does not have yet."""
         found: GradientUploads[Any] = self.exchange.publisher.hand_ins
         return found
 
@@ -106,7 +106,7 @@ class Worker(SearchedVolunteer):
 
 
 class Server(Bootstrap):
-    """Its weights are the run's."""
+    """Bootstrap whose weights are the run's."""
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
@@ -114,7 +114,7 @@ class Server(Bootstrap):
         self.state_behind, self.leavers, self._archived_arrivals = Behind(), None, 0
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """Marks too."""
+        """Continue from a checkpoint, with its marks."""
         super().restore(kept)
         arrivals, self.refreshes, self.in_buffer, rows = kept.of_server
         self.arrivals, self.state_behind = arrivals, kept.behind
@@ -123,10 +123,10 @@ class Server(Bootstrap):
         self._serve()
 
     def _serve_counts(self) -> None:
-        """Its own state has them."""
+        """Do nothing: its own state has the counts."""
 
     def progress_now(self) -> Progress:
-        """The run after so many rounds, a round being what refreshes the momentum; one that has begun counts."""
+        """Return the progress, in rounds of which each refreshes the momentum. One that has begun counts."""
         counts = self.tallying.contributions()
         return Progress(
             round=self.refreshes + (self.in_buffer > 0), run_tokens=sum(counts.values()), peer_tokens=counts
@@ -142,7 +142,7 @@ class Server(Bootstrap):
         self.progress, self.behind = archive, behind
 
     def _look(self) -> None:
-        """Take in what there is, and archive its own weights now and then."""
+        """Take in what the workers have, and archive its own weights now and then."""
         self._ask_how_far()
         now = self.world.clock.now
         for info in self.membership.volunteers():
@@ -186,7 +186,7 @@ class Server(Bootstrap):
         self.world.archived(self)
 
     def leave(self) -> None:
-        """What it has is kept."""
+        """Leave, and keep what it has."""
         self.count_once_more()
         if self.arrivals:
             self._keep()

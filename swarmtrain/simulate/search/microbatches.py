@@ -1,7 +1,8 @@
-"""Schedules of faults in a pipeline's calls, and what must hold: each microbatch counts once in each stage, or is told
-as lost where its peer died; no driver waits without bound.
+"""Schedules of faults in a pipeline's calls, and the invariants that must hold.
 
-`detail` of what is lost, repeated or slow is a share of the calls in per cent; that of the others whom they strike.
+Each microbatch counts once in each stage, or is reported as lost where its peer died; no driver waits without bound.
+`detail` is a share of the calls in per cent for faults that lose, repeat or slow them; for the others it says whom they
+strike.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _KINDS = {"lost": 3, "answers lost": 3, "repeated": 3, "slow": 1, "parted": 2, "
 
 
 def draw_microbatches(rng: random.Random) -> FaultSchedule:
-    """Up to three drivers and two peers for each of up to two stages more, and what goes wrong."""
+    """Draw up to three drivers and two peers for each of one or two more stages, and their faults."""
     speeds = (1.0,) * rng.choice((1, 2, 2, 3))
     return FaultSchedule(
         world="microbatches",
@@ -36,7 +37,7 @@ def draw_microbatches(rng: random.Random) -> FaultSchedule:
 
 
 def play_microbatches(schedule: FaultSchedule) -> Played:
-    """Run it, and say what did not hold."""
+    """Play the schedule, and return what did not hold."""
     rates = Faults()
     for fault in schedule.faults:
         if (share := _SHARES.get(fault.kind)) is not None:
@@ -79,5 +80,5 @@ def play_microbatches(schedule: FaultSchedule) -> Played:
 
 
 def _deaths(faults: tuple[ScheduledFault, ...]) -> dict[int, float]:
-    """Drivers that die, and when first."""
+    """Return the drivers that die, and when first."""
     return {fault.peer: fault.at_s for fault in reversed(faults) if fault.kind == "driver dies"}

@@ -45,18 +45,21 @@ _WRONG = (
 
 
 def draw(seed: int, world: WorldKind | None = None) -> FaultSchedule:
-    """The schedule of a seed, in `world` or, so that consecutive seeds try all of them, in the one whose turn it is."""
+    """Draw the schedule of a seed, in `world` or in the world whose turn it is.
+
+    Consecutive seeds try all worlds.
+    """
     kinds = list(_DRAW)
     return _DRAW[world or kinds[seed % len(kinds)]](random.Random(seed))
 
 
 def play(schedule: FaultSchedule) -> list[Violation]:
-    """Run it in virtual time. What did not hold; an error in a decision is one of those."""
+    """Play a schedule in virtual time, and return the violations. An error in a decision is one of them."""
     return replay(schedule).violations
 
 
 def replay(schedule: FaultSchedule) -> Played:
-    """The same, and what tells it from another."""
+    """Play a schedule, and return the violations with a fingerprint of what happened."""
     try:
         return _PLAY[schedule.world](schedule)
     except _WRONG as error:
@@ -67,7 +70,7 @@ def replay(schedule: FaultSchedule) -> Played:
 
 
 def shrink(schedule: FaultSchedule, invariant: str, most_plays: int = 400) -> FaultSchedule:
-    """The shortest schedule found with at most so many plays in which this invariant, which breaks, still does."""
+    """Return the shortest schedule found, within so many plays, in which this invariant still breaks."""
     tries = most_plays
     progress = True
     while progress:
@@ -82,7 +85,7 @@ def shrink(schedule: FaultSchedule, invariant: str, most_plays: int = 400) -> Fa
 
 
 def _smaller(schedule: FaultSchedule) -> Iterator[FaultSchedule]:
-    """What to try instead, the greatest steps first; each is simpler by a measure of its own, so that this ends."""
+    """Yield simpler schedules, the greatest steps first. Each is simpler by a measure of its own, so that this ends."""
     faults, number = schedule.faults, len(schedule.faults)
     size = number
     while size:
@@ -104,14 +107,14 @@ def _smaller(schedule: FaultSchedule) -> Iterator[FaultSchedule]:
 
 
 def _without(schedule: FaultSchedule, peer: int) -> FaultSchedule:
-    """Without that peer, and what happened to it."""
+    """Return the schedule without a peer, and without what happened to it."""
     kept = [fault for fault in schedule.faults if fault.peer != peer]
     faults = tuple(replace(fault, peer=fault.peer - (fault.peer > peer)) for fault in kept)
     return replace(schedule, speeds=schedule.speeds[:peer] + schedule.speeds[peer + 1 :], faults=faults)
 
 
 def _simpler(fault: ScheduledFault) -> Iterator[ScheduledFault]:
-    """Its times shorter or rounder, its detail smaller."""
+    """Yield the fault with shorter or rounder times, or a smaller detail."""
     for lasts_s in (0.0, float(int(fault.lasts_s / 2)), float(int(fault.lasts_s))):
         if lasts_s < fault.lasts_s:
             yield replace(fault, lasts_s=lasts_s)
@@ -127,7 +130,7 @@ def _simpler(fault: ScheduledFault) -> Iterator[ScheduledFault]:
 
 
 def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") -> str:
-    """A test that fails as this schedule does, named after what breaks."""
+    """Return the source of a test that fails as this schedule does, named after the invariant."""
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
     return (
@@ -138,7 +141,7 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
 
 
 def _written(schedule: FaultSchedule) -> str:
-    """As Python reads it, what is as usual left out."""
+    """Return the schedule as Python source, without what is as usual."""
     lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
     faults = [f"            {_call(fault)}," for fault in schedule.faults]
     if faults:

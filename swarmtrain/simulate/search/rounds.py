@@ -1,9 +1,11 @@
-"""Schedules of faults in a synchronous swarm, and what must hold whatever they are.
+"""Schedules of faults in a synchronous swarm, and the invariants that must hold whatever they are.
 
-Judged: nobody waits without bound; once the faults are over there is one model again, in which everyone counts;
-nothing is in anybody's past twice; the tokens behind a peer's weights only grow, unless it gives way to more peers of
-the last common roster; where messages come in time, what a peer told as merged stays merged; a liar's own rounds move
-no peer beside which another stands.
+- Nobody waits without bound.
+- Once the faults are over there is one model again, in which everyone counts.
+- Nothing is in anybody's past twice.
+- The tokens behind a peer's weights only grow, unless it gives way to more peers of the last common roster.
+- Where messages come in time, what a peer reported as merged stays merged.
+- A liar's own rounds move no peer beside which another stands.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ from swarmtrain.simulate.systems.world import SynchronousWorld, WorldMoment
 __all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
 
 BASE_WAIT_S = 6.0
-"""Without a fault: the slowest peer's round less the fastest one's, and the transfers."""
+"""Seconds of waiting without a fault: the slowest peer's round less the fastest one's, and the transfers."""
 FAULT_WAIT_S = 22.0
-"""One fault: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
+"""Seconds that one fault explains: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
 LIE_WAIT_S = 12.0
-"""One that lies answers, so that nothing stalls."""
+"""Seconds that one liar explains. It answers, so that nothing stalls."""
 
 _MOMENTS: tuple[WorldMoment, ...] = get_args(WorldMoment)
 _TOGETHER_S = 4.0
-"""Those who come at the same moment have found each other by then; the times of faults are counted from there."""
+"""Seconds in which peers that come together find each other. Times of faults are counted from there."""
 _SPAN = FaultSpan(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
 _PULLED_S = 1.0
-"""Within which others have a publication, links being as they are."""
+"""Seconds in which others have a publication, links being as they are."""
 _ASKED_S = (0.01, 0.01, 0.1, 0.2)
-"""When it has asked: before it is answered, or while the bytes come that it was told of."""
+"""Seconds after it has asked: before it is answered, or while the bytes come that it learned of."""
 _KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
     "join": 2, "kill at": 4, "late": 2, "freeze at": 6, "idle": 1,
@@ -51,7 +53,7 @@ _KINDS = {
 
 
 def draw_rounds(rng: random.Random) -> FaultSchedule:
-    """A synchronous swarm of up to seven, and its faults."""
+    """Draw a synchronous swarm of up to seven peers, and its faults."""
     speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
     options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
     chance = rng.random()
@@ -73,22 +75,24 @@ def draw_rounds(rng: random.Random) -> FaultSchedule:
 
 
 def _stops_before_it_signs(rng: random.Random) -> ScheduledFault:
-    """The lowest peer, which has ended its round last and has yet to take the others' bytes; it wakes when those are
-    two rounds further without it."""
+    """Draw a freeze of the lowest peer after it ended its round last, and before it has the others' bytes.
+
+    It wakes when the others are two rounds further without it.
+    """
     in_round, lasts_s = rng.randrange(4), round(rng.uniform(12.0, 18.0), 1)
     detail = 40 * rng.randrange(2, 4) + 5 * in_round + _MOMENTS.index("ended")
     return ScheduledFault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
 
 
 def _lies_alone(rng: random.Random, num_peers: int) -> ScheduledFault:
-    """For long, so that nothing else explains what the others wait for: who signs first, or last."""
+    """Draw one long lie of the peer that signs first or last, so that nothing else explains waits."""
     kinds = {kind: weight for kind, weight in _KINDS.items() if kind.startswith("lie: ")}
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
     return ScheduledFault(kind=kind, peer=rng.choice((0, num_peers - 1)), at_s=4.0, lasts_s=3 * _SPAN.longest_s)
 
 
 def _at_the_edge(rng: random.Random, fault: ScheduledFault) -> ScheduledFault:
-    """Half of those that stand still do so until a call or a silence has just ended: there decisions cross."""
+    """Let half of the freezes last until a call or a silence has just ended: there decisions cross."""
     if fault.kind != "freeze at" or rng.random() < 0.5:
         return fault
     s = Settings()
@@ -103,13 +107,13 @@ def _at_the_edge(rng: random.Random, fault: ScheduledFault) -> ScheduledFault:
 
 
 class RoundLiar(SimulatedVolunteer):
-    """It does its work as the others do, and says something else."""
+    """Peer that does its work as the others do, and says something else."""
 
     lies: frozenset[str] = frozenset()
     world: SearchedRounds
 
     def provide(self, what: str) -> Any:
-        """Nothing, or the bytes of whatever it has told of."""
+        """Return nothing, or the bytes of whatever it has claimed."""
         if "no bytes" in self.lies:
             return None
         if "two publications" in self.lies and what != "state":
@@ -119,8 +123,10 @@ class RoundLiar(SimulatedVolunteer):
         return super().provide(what)
 
     def _invented(self) -> JoinState | None:
-        """Weights of its own, after rosters that it alone is on, with all the manifests that it can sign; they count as
-        many tokens behind them as it likes, or as many as there are."""
+        """Return weights of its own, after rosters that it alone is on, with all the manifests that it can sign.
+
+        The rosters count as many tokens behind them as it likes, or as many as there are.
+        """
         lasts = _LIE_ROUNDS[int(hash_of(self.name + str(self.round))[:8], 16) % len(_LIE_ROUNDS)]
         since = max(0, len(self.history) - lasts[0])
         if not self.lies & {"base tokens", "own chain"} or self.last is None or self.phase is Phase.JOINING:
@@ -144,11 +150,11 @@ class RoundLiar(SimulatedVolunteer):
 
     @property
     def inner_steps_done(self) -> int:
-        """Of the present round, as told."""
+        """Inner steps of this round, as it claims."""
         return self.settings.inner_steps if "done" in self.lies else super().inner_steps_done
 
     def info(self) -> PeerInfo:
-        """What it says of itself."""
+        """Return this peer's presence record."""
         info = super().info()
         return replace(info, round=info.round + 1000) if "far ahead" in self.lies else info
 
@@ -157,7 +163,7 @@ class RoundLiar(SimulatedVolunteer):
         return self._lie(reply, asker) if self.lies else reply
 
     def _lie(self, reply: Reply, asker: str) -> Reply:
-        """What this asker is told."""
+        """Return what this asker is told."""
         first = int(hash_of(asker)[0], 16) % 2 == 0
         offer, told, shown = reply.publication, reply.told, reply.shown
         roster = None if reply.roster is None else reply.roster.roster
@@ -183,14 +189,14 @@ class RoundLiar(SimulatedVolunteer):
 
 
 _MANY_TOKENS = 10**12
-"""Behind a roster, as a liar says."""
+"""Tokens behind a roster, as a liar claims."""
 _LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
-"""(how many rounds before its head a liar's own chain begins, how many rosters it has)."""
+"""(rounds before its head at which a liar's own chain begins, rosters in that chain)."""
 _INVENTED = RoundPublication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
 
 
 class SearchedRounds(SynchronousWorld):
-    """Notes what only grows, and who was told to have merged what."""
+    """World that records what must only grow, and what was reported as merged."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         settings = Settings(
@@ -202,26 +208,26 @@ class SearchedRounds(SynchronousWorld):
         self.clock.most_events = 400_000
         self.liars = schedule.liars
         self.pasts: dict[str, tuple[Roster, ...]] = {}
-        """What each honest peer had applied when it applied or adopted last."""
+        """Rosters that each honest peer had applied when it last applied or adopted one."""
         self.invented: set[str] = set()
-        """The digests of rosters that a liar alone is on, and told nobody of in time."""
+        """Digests of rosters that a liar alone is on, and told nobody of in time."""
         self.heads: dict[str, str] = {}
-        """The digest of the roster that each honest peer applied or adopted last."""
+        """Digest of the roster that each honest peer last applied or adopted."""
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
-        """(when it was over, whose, how long), in seconds."""
+        """Waits as (time of its end, peer, seconds)."""
         self.told: dict[tuple[str, int], tuple[str, float]] = {}
-        """(peer, round) -> the publication of its own that it has told as merged, by those that live on; and when."""
+        """Own publications reported as merged: (peer, round) -> (snapshot, time), of peers that live on."""
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
         return (RoundLiar if name in self.liars else SimulatedVolunteer)(self, name, steps_per_s, link)
 
     def come(self, name: str, checkpoint: int) -> object:
-        """One that died, or a newcomer."""
+        """Start a newcomer, or a peer that has died."""
         return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
     def record(self, kind: Any, peer: SimulatedVolunteer, roster: Roster | None = None) -> None:
-        """Look at what is told."""
+        """Add to the log, and judge it."""
         super().record(kind, peer, roster)
         if kind == "joined":
             self.pasts.pop(peer.name, None)  # from a checkpoint
@@ -248,8 +254,10 @@ class SearchedRounds(SynchronousWorld):
                     self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
 
     def _gave_way(self, past: Sequence[Roster], peer: SimulatedVolunteer) -> bool:
-        """Whether weights with fewer tokens behind them were taken since more peers of the last common roster, or as
-        many, went on with those."""
+        """Return whether weights with fewer tokens were rightly taken.
+
+        They are if as many peers of the last common roster, or more, went on with those.
+        """
         new = peer.history
         common = next((n for n, (one, other) in enumerate(zip(past, new, strict=False)) if one != other), len(new))
         if common == len(new) or common == len(past):
@@ -261,7 +269,7 @@ class SearchedRounds(SynchronousWorld):
         return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
 
     def _look_for_lies(self, peer: SimulatedVolunteer, roster: Roster) -> None:
-        """Nobody whom another honest peer stands beside gives its weights up for a liar's own."""
+        """Check that no peer gives its weights up for a liar's own while another honest peer stands beside it."""
         head = self.heads.get(peer.name)
         if roster.digest not in self.invented or head is None:
             return
@@ -283,7 +291,7 @@ class SearchedRounds(SynchronousWorld):
 
 
 def play_rounds(schedule: FaultSchedule) -> Played:
-    """Run it, and say what did not hold."""
+    """Play the schedule, and return what did not hold."""
     world = SearchedRounds(schedule)
     for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
         world.join(name, steps_per_s=steps_per_s)
@@ -326,7 +334,7 @@ def _frozen_for(world: SynchronousWorld, fault: ScheduledFault) -> Callable[[str
 
 
 def _waits(world: SearchedRounds, schedule: FaultSchedule) -> Iterable[Violation]:
-    """What went wrong shortly before a wait or in it explains so much of it."""
+    """Check that every wait is explained by faults shortly before it or in it."""
     now = world.clock.now
     waits = [*world.waits, *((now, p.name, now - p.ended_s) for p in world.running() if p.phase is Phase.MERGING)]
     idle = {schedule.name(fault) for fault in schedule.faults if fault.kind == "idle"}
@@ -341,13 +349,15 @@ def _waits(world: SearchedRounds, schedule: FaultSchedule) -> Iterable[Violation
 
 
 def _may_matter(fault: ScheduledFault, from_s: float, to_s: float) -> bool:
-    """Whether it was there at some time between these; one that strikes at a round's moment may come at any."""
+    """Return whether the fault was there between these times. One that strikes at a round's moment may come at any."""
     return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
 
 
 def not_one_model(world: SynchronousWorld, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
-    """The faults are over: within `settle_rounds` rounds more, all live peers have equal weights, and stay so. What of
-    that does not hold."""
+    """Return what keeps the live peers from having one model after the faults.
+
+    Within `settle_rounds` rounds they must have equal weights, and keep them.
+    """
     peers = world.running()
     end_s = world.clock.now + limit_s
     rounds = max(peer.round for peer in peers) + settle_rounds
@@ -364,8 +374,7 @@ def not_one_model(world: SynchronousWorld, settle_rounds: int = 2, limit_s: floa
 
 
 def counted_twice(world: SynchronousWorld) -> list[str]:
-    """No publication, and no peer's round, is twice in anybody's past; base and token chains are unbroken. What of that
-    does not hold."""
+    """Return what is in a peer's past twice, and breaks in the chains of rosters and tokens."""
     found = []
     for peer in world.running():
         entries = [(entry.snapshot, entry.peer, r.round) for r in peer.history for entry in r.entries]
@@ -380,8 +389,11 @@ def counted_twice(world: SynchronousWorld) -> list[str]:
 
 
 def _lost(world: SearchedRounds) -> list[Violation]:
-    """What was told as merged, and is not in the model in the end. Where nobody could be heard it may be so; and of one
-    that stood still as soon as it had signed, when nobody else had its bytes yet, as of one that is cut off."""
+    """Return what was reported as merged, and is not in the model in the end.
+
+    A loss is excused where nobody could be heard, and of a peer that froze as soon as it had signed, when nobody else
+    had its bytes yet, as of one that is cut off.
+    """
     peers = world.running()
     merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
     return [

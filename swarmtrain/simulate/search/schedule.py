@@ -1,4 +1,4 @@
-"""A schedule of faults: a small swarm, what goes wrong in it and when. Everything in it follows from one seed."""
+"""A schedule of faults: a small swarm, its faults and their times. Everything in it follows from one seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "li
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledFault:
-    """Something goes wrong with `peer` at `at_s` for `lasts_s` seconds; what `detail` means depends on the kind."""
+    """Fault of `peer` at `at_s` for `lasts_s` seconds. The meaning of `detail` depends on the kind."""
 
     kind: str
     peer: int = 0
@@ -24,51 +24,51 @@ class ScheduledFault:
 
     @property
     def end_s(self) -> float:
-        """When it is over."""
+        """Time at which it is over."""
         return self.at_s + self.lasts_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultSchedule:
-    """What `play` runs: `speeds` has a number a peer, `options` what differs from the world's usual settings."""
+    """Schedule that `play` runs: `speeds` has a number per peer, `options` what differs from the usual settings."""
 
     world: WorldKind
     speeds: tuple[float, ...]
     faults: tuple[ScheduledFault, ...] = ()
     options: tuple[tuple[str, float], ...] = ()
     seed: int = 0
-    """Of chance within the world: which messages are lost, whom a peer asks."""
+    """Seed of chance within the world: which messages are lost, whom a peer asks."""
 
     def option(self, name: str, usual: float) -> float:
-        """One of `options`."""
+        """Return one of `options`."""
         return dict(self.options).get(name, usual)
 
     @property
     def names(self) -> list[str]:
-        """The peers that are there at first, in PeerID order."""
+        """Names of the peers that are present at first, in PeerID order."""
         return [f"p{i}" for i in range(len(self.speeds))]
 
     def name(self, fault: ScheduledFault) -> str:
-        """Whom it strikes."""
+        """Return the name of the peer that a fault strikes."""
         return f"p{fault.peer}"
 
     @property
     def liars(self) -> frozenset[str]:
-        """Whose own fate is not judged."""
+        """Names of the peers that lie. Their own fate is not judged."""
         return frozenset(self.name(fault) for fault in self.faults if fault.kind.startswith("lie: "))
 
     def has(self, *kinds: str) -> bool:
-        """Whether a fault of one of these kinds is in it."""
+        """Return whether a fault of one of these kinds is in it."""
         return any(fault.kind in kinds for fault in self.faults)
 
     def faults_end_s(self, least_s: float) -> float:
-        """When all faults are over, `least_s` at the earliest."""
+        """Return when all faults are over, `least_s` at the earliest."""
         return max([least_s, *(fault.end_s for fault in self.faults)])
 
 
 @dataclass(frozen=True)
 class Violation:
-    """An invariant that did not hold, and how."""
+    """Invariant that did not hold, and how."""
 
     invariant: str
     detail: str
@@ -79,16 +79,16 @@ class Violation:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of a schedule."""
+    """Result of a play."""
 
     violations: list[Violation]
     fingerprint: str = ""
-    """Of all that happened: the same wherever the schedule is played."""
+    """Fingerprint of all that happened: the same wherever the schedule is played."""
 
 
 @dataclass(frozen=True)
 class FaultSpan:
-    """When faults of a world strike, and for how long, in seconds."""
+    """Times between which faults of a world strike, and their longest duration, in seconds."""
 
     first_s: float
     last_s: float
@@ -98,7 +98,7 @@ class FaultSpan:
 def draw_faults(
     rng: random.Random, kinds: Mapping[str, int], num_peers: int, span: FaultSpan, detail: Callable[[str], int]
 ) -> tuple[ScheduledFault, ...]:
-    """Up to six faults of these kinds (with their weights), in the order of their times; one peer at most lies."""
+    """Draw up to six faults of these kinds (with their weights), in the order of their times. At most one peer lies."""
     faults, liar = [], rng.randrange(num_peers)
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4, 5, 6))):
         kind = rng.choices(list(kinds), list(kinds.values()))[0]

@@ -1,7 +1,8 @@
-"""Schedules of faults in a pipeline whose peers move between its stages, and what must hold whatever they are.
+"""Schedules of faults in a pipeline whose peers move between stages, and the invariants that must hold.
 
-Judged: who has promised to stay in a stage stays; a move leaves none empty, whatever records say, while nobody dies who
-has promised; once the faults are over each stage is held again, by peers that do it, and microbatches come through.
+- A peer that has promised to stay in a stage stays.
+- A move leaves no stage empty, whatever records say, while nobody dies that has promised to stay.
+- Once the faults are over each stage is held again, by peers that do it, and microbatches come through.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from swarmtrain.simulate.systems.network import NetworkPlace
 __all__ = ["draw_stages", "play_stages"]
 
 _SETTLE_S = 200.0
-"""Until a stage that is empty is held again: a record expires (30 s), everyone looks (10 s), promises end (60 s),
-somebody fetches (10 s each)."""
+"""Seconds until an empty stage is held again.
+
+A record expires (30 s), everyone looks (10 s), promises end (60 s), somebody downloads (10 s each).
+"""
 _RATE_S = 40.0
 _LONGEST_CALL_S = 300.0
-"""What was lost without a word is asked again after so long at most: `Router.most_limit_s`."""
+"""Most seconds until what was lost without a word is asked again: `Router.most_limit_s`."""
 _PROMISED_S = 60.0
 _SPAN = FaultSpan(10.0, 110.0, 60.0)
 _LEAST_S = 60.0
@@ -40,7 +43,7 @@ _KINDS = {
 
 
 def draw_stages(rng: random.Random) -> FaultSchedule:
-    """A pipeline of two to four stages and a few peers, piled or spread, and its faults."""
+    """Draw a pipeline of two to four stages and a few peers, piled or spread, and its faults."""
     num_stages = rng.choice((2, 3, 3, 4))
     speeds = tuple(rng.choice((300.0, 500.0, 800.0)) for _ in range(num_stages + rng.choice((0, 1, 1, 2, 3))))
     options = [("stages", float(num_stages))]
@@ -63,10 +66,10 @@ def draw_stages(rng: random.Random) -> FaultSchedule:
 
 
 class LyingMover(SimulatedMover):
-    """It promises whatever it is asked for."""
+    """Mover that promises whatever it is asked for."""
 
     def asked(self, number: int, stage: int, by: SimulatedMover) -> None:
-        """It stays, it says."""
+        """Promise to stay."""
         if "promises" not in getattr(self.peer, "lies", ()):
             super().asked(number, stage, by)
             return
@@ -75,7 +78,7 @@ class LyingMover(SimulatedMover):
 
 
 class StageLiar(StageVolunteer):
-    """It does its work as the others do, and says something else."""
+    """Peer that does its work as the others do, and says something else."""
 
     def __init__(self, world: PipelineWorld, machine: PipelineMachine, rng: random.Random) -> None:
         self._lies: frozenset[str] = frozenset()
@@ -84,7 +87,7 @@ class StageLiar(StageVolunteer):
 
     @property
     def lies(self) -> frozenset[str]:
-        """Of its record: told at once."""
+        """Lies in its record. A change is announced at once."""
         return self._lies
 
     @lies.setter
@@ -94,7 +97,7 @@ class StageLiar(StageVolunteer):
 
     @property
     def record(self) -> StagePeer:
-        """What it says of itself."""
+        """Record of this peer, with its lies."""
         told, every = super().record, tuple(range(self.world.settings.rule.num_stages))
         if "claims" in self.lies:
             told = replace(told, stages=every, tokens_per_s=100 * told.tokens_per_s)
@@ -106,7 +109,7 @@ class StageLiar(StageVolunteer):
 
 
 class SearchedPipeline(PipelineWorld):
-    """Some of whose peers may lie; it notes who has promised to stay."""
+    """Pipeline with peers that may lie. It records who has promised to stay."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.schedule = schedule
@@ -128,25 +131,25 @@ class SearchedPipeline(PipelineWorld):
         )
 
     def machine(self, name: str) -> PipelineMachine:
-        """Newcomers have the first one's."""
+        """Return a peer's machine. Newcomers have the first peer's."""
         speeds = dict(zip(self.schedule.names, self.schedule.speeds, strict=True))
         most = int(self.schedule.option("most_stages", 2))
         return PipelineMachine(name=name, tokens_per_s=speeds.get(name, speeds["p0"]), fetch_s=10.0, most_stages=most)
 
     def come(self, name: str, checkpoint: int) -> object:
-        """One that died, or a newcomer: in a pipeline neither has anything."""
+        """Start a newcomer, or a peer that has died. In a pipeline neither has anything."""
         return self.join(self.machine(name))
 
     def send(
         self, src: NetworkPlace, dst: NetworkPlace, call: Callable[..., object], *args: Any, after_s: float = 0.0
     ) -> None:
-        """A promise, among others."""
+        """Send a message, and record promises."""
         for answer in (one for one in args if isinstance(one, StayAnswer) and one.lasts_s):
             self._stays_until_s[src, answer.stage] = self.clock.now + answer.lasts_s
         super().send(src, dst, call, *args, after_s=after_s)
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
-        """It has promised nobody to stay there."""
+        """Judge that the peer had promised nobody to stay there."""
         super().left_stage(peer, stages)
         for stage in stages if peer.name not in self.liars else ():
             if (left_s := self._stays_until_s.get((peer, stage), 0.0) - self.clock.now) > 0:
@@ -158,7 +161,7 @@ class SearchedPipeline(PipelineWorld):
 
 
 def play_stages(schedule: FaultSchedule) -> Played:
-    """Run it, and say what did not hold."""
+    """Play the schedule, and return what did not hold."""
     world = SearchedPipeline(schedule)
     num_stages, piled = world.settings.rule.num_stages, int(schedule.option("piled", 0))
     for i, name in enumerate(schedule.names):
@@ -203,12 +206,12 @@ def _declare(world: SearchedPipeline, fault: ScheduledFault, name: str, index: i
 
 
 def _suffice(world: SearchedPipeline, schedule: FaultSchedule) -> bool:
-    """Whether those that are left can hold every stage."""
+    """Return whether the peers that are left can hold every stage."""
     return len(world.peers) * int(schedule.option("most_stages", 2)) >= world.settings.rule.num_stages
 
 
 def _emptied(world: SearchedPipeline, schedule: FaultSchedule) -> Iterable[Violation]:
-    """By a move, and not because somebody was gone who had promised to stay."""
+    """Check that no move emptied a stage, except where a peer was gone that had promised to stay."""
     if schedule.has("lie: promises", "lie: breaks"):
         return
     gone_s = [fault.at_s for fault in schedule.faults if fault.kind in _GONE]

@@ -159,6 +159,7 @@ class GossipPeer:
 
     def die(self) -> None:
         """End the process. Its presence stays until it expires."""
+        # Renewals are made when somebody looks; the last one must be made while it still runs.
         self.renew()
         self.alive = self.frozen = False
 
@@ -176,6 +177,7 @@ class GossipPeer:
         """Let the process continue where it was."""
         now = self.swarm.clock.now
         self.frozen = False
+        # As if the round had begun so much later: no step was taken meanwhile.
         self._now.started_s += now - self._frozen_at_s
         self.membership.resume(now)
         if self.name in self.swarm.board:
@@ -235,6 +237,7 @@ class GossipPeer:
         return self._steps_done_at(self._frozen_at_s if self.frozen else self.swarm.clock.now)
 
     def _steps_done_at(self, at_s: float) -> int:
+        # 1e-9: a step that ends at this very moment is done, whatever the rounding of its time.
         return min(self._now.steps, math.floor(max(0.0, at_s - self._now.started_s) * self.steps_per_s + 1e-9))
 
     @property

@@ -249,6 +249,7 @@ class SimulatedNetwork(MessageFaults, Generic[P]):
             self.clock.call_later(4 * dst.link.latency_s, dst.deliver, done, None)
             return
         round_trip_s = 2 * self.latency_s(src, dst)
+        # Nothing comes back from these: the reader gives up when it has waited for its stall limit.
         if not self.passes(src, dst) or src.frozen:
             self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)
             return

@@ -212,6 +212,7 @@ class Transfers:
 
     def _pull_shares(self, m: _Merging, ready: list[int]) -> None:
         """Pull many shares side by side, as one event."""
+        # An event a share would be N * N events a round, of N volunteers.
         num_bytes = self._settings.publication_bytes / len(m.roster.entries)
         m.shares_pulling.update(ready)
         owners = [self._world.peers[m.roster.peers[i]] for i in ready]

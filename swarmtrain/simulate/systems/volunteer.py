@@ -333,6 +333,7 @@ class SimulatedVolunteer:
     def _trained(self) -> None:
         now = self.world.clock.now
         if self.phase is not Phase.TRAINING or now < self._training_ends_s - 1e-9:
+            # `thaw` has put the end off by the time that the process was frozen.
             if self.phase is Phase.TRAINING:
                 self.later(self._training_ends_s - now, self._trained)
             return

@@ -50,6 +50,7 @@ class _Call:
     ) -> None:
         self._world, self._src, self._dst, self._done, self.asker = world, src, dst, done, src.name
         self._open = True
+        # A call about a round may be held for `hold_s` until there is news, and is only late after that.
         limit_s = world.settings.call_limit_s + hold_s
         self._timer: Timer = world.clock.call_later(limit_s, src.deliver, self._finish, None)
 
