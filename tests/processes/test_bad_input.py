@@ -44,7 +44,8 @@ def assert_one_line(finished: Finished, code: int, *words: str) -> None:
     for word in words:
         assert word in lines[0]
     assert not finished.lines, "standard output is for events"
-    assert [(event.message, event.exit_code) for event in finished.errors] == [(lines[0][len("error: ") :], code)]
+    (event,) = finished.errors
+    assert (f"error: {event.message} [{event.code}]", event.exit_code) == (lines[0], code)
 
 
 # ---------------------------------------------------------------- the run file and its data
