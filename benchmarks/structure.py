@@ -30,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, GENERATED = "swarmtrain/", "swarmtrain/v1/"
+TESTS = "tests/"
 
 METHODS = frozenset({"gossip", "diloco", "server"})
 """Values of `merge.method`."""
@@ -292,19 +293,19 @@ def place(module: Module, node: ast.AST, what: str = "") -> Place:
 
 
 def is_counted(path: str) -> bool:
-    """Return whether a file is the package's own."""
-    return path.startswith(PACKAGE) and path.endswith(".py") and not path.startswith(GENERATED)
+    """Return whether a file is the package's own, or a test."""
+    return path.startswith((PACKAGE, TESTS)) and path.endswith(".py") and not path.startswith(GENERATED)
 
 
-def of_folder(root: Path) -> list[Module]:
-    """Read the source of a checkout."""
-    paths = sorted(path.relative_to(root).as_posix() for path in (root / PACKAGE).rglob("*.py"))
+def of_folder(root: Path, folder: str = PACKAGE) -> list[Module]:
+    """Read the source of a folder of a checkout."""
+    paths = sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("*.py"))
     return [Module(path, (root / path).read_text(encoding="utf-8")) for path in paths if is_counted(path)]
 
 
-def of_commit(root: Path, commit: str) -> list[Module]:
-    """Read the source of a commit."""
-    done = subprocess.run(["git", "-C", root, "archive", commit, PACKAGE], capture_output=True, check=False)
+def of_commit(root: Path, commit: str, folder: str = PACKAGE) -> list[Module]:
+    """Read the source of a folder of a commit."""
+    done = subprocess.run(["git", "-C", root, "archive", commit, folder], capture_output=True, check=False)
     if done.returncode:
         sys.exit(f"structure.py: {commit} cannot be read: {done.stderr.decode().strip()}")
     modules = []
@@ -1018,6 +1019,42 @@ def is_collaborator(classes: Classes, declared: Declared) -> bool:
     return "Callable" in names or any(each is not None and not classes.is_record(each) for each in known)
 
 
+# ---------------------------------------------------------------- what tests quote
+
+SENTENCE = re.compile(r"[A-Za-z']{2,} [A-Za-z'-]{2,}")
+"""Two words side by side: no key, no code, no number."""
+SAID = re.compile(r"\b(stderr|output|err|message|noise|error|caught|raised|refused|value)\b|str\(")
+"""What an assertion looks at, where that is what a person is told."""
+
+
+def quotes(modules: Iterable[Module]) -> list[Place]:
+    """Assertions of tests that hold the words of an error, a refusal or a warning.
+
+    These are `pytest.raises(…, match="two words")`, and `assert` with two words side by side in a string, beside what
+    was said (`SAID`).
+    """
+    found = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("raises"):
+                given = [item.value for item in node.keywords if item.arg == "match"]
+                found += [place(module, each, ast.unparse(each)) for each in given if has_sentence(each)]
+            elif isinstance(node, ast.Assert) and has_sentence(node.test) and SAID.search(without_strings(node.test)):
+                found.append(place(module, node, ast.unparse(node.test)))
+    return found
+
+
+def has_sentence(tree: ast.AST) -> bool:
+    """Whether a string in it has two words side by side."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return any(SENTENCE.search(text) for text in texts)
+
+
+def without_strings(tree: ast.AST) -> str:
+    """Its source, with nothing in the quotes."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "''", ast.unparse(tree))
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -1101,6 +1138,12 @@ def measure(modules: Sequence[Module]) -> list[Row]:
     return rows
 
 
+def quoted(tests: Iterable[Module]) -> Row:
+    """Return the row of assertions that quote text."""
+    found = quotes(tests)
+    return Row("assertions of tests that quote what a person is told", str(len(found)), [str(each) for each in found])
+
+
 def as_table(columns: Mapping[str, Sequence[Row]]) -> str:
     """Format the measures as a Markdown table."""
     first = next(iter(columns.values()))
@@ -1126,8 +1169,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="everything, places too")
     options = parser.parse_args(arguments)
     sources = {commit: of_commit(ROOT, commit) for commit in options.at} or {"here": of_folder(ROOT)}
+    tests = {commit: of_commit(ROOT, commit, TESTS) for commit in options.at} or {"here": of_folder(ROOT, TESTS)}
     columns = {
-        name: [row for row in measure(modules) if re.search(options.only, row.name)]
+        name: [row for row in [*measure(modules), quoted(tests[name])] if re.search(options.only, row.name)]
         for name, modules in sources.items()
     }
     if options.json:

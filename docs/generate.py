@@ -148,10 +148,16 @@ def run_file() -> str:
         parts.append(
             f"\n## `[{name}]`\n\n{section.__doc__}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
         )
+        lists = []
         for key, field in section.model_fields.items():
+            meaning, *values = (field.description or "").split("\n")
             allowed = allowed_values(field).replace("a string matching ", "")
             allowed = f"`{allowed}`" if allowed.startswith("^") else allowed
-            parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(field.description or '')} |\n")
+            if values:
+                allowed = f"one of [{len(values)} values](#{key})"
+                lists.append(f"\n### `{key}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
+            parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(meaning)} |\n")
+        parts += lists
     parts.append(aliases())
     return "".join(parts)
 

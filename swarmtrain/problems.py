@@ -34,6 +34,7 @@ __all__ = [
     "read_toml",
     "section_fields",
     "shown",
+    "with_values",
 ]
 
 _MAX_FILE_BYTES = 65_536
@@ -209,6 +210,11 @@ def allowed_values(field: FieldInfo) -> str:
     assert kind is str or kinds
     pattern = next((item.pattern for item in field.metadata if getattr(item, "pattern", None)), None)
     return f"a string matching {pattern}" if pattern else "a string" if not _min_length(field) else "a non-empty string"
+
+
+def with_values(sentence: str, meanings: Mapping[str, str]) -> str:
+    """Describe a field that takes one of a few values: its sentence, then an item `- "value"`: meaning for each."""
+    return "\n".join([sentence, *(f'- `"{value}"`: {meaning}' for value, meaning in meanings.items())])
 
 
 def _item(kind: Any) -> Any:

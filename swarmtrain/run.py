@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -29,7 +29,7 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields
+from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
 from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection
 
@@ -92,7 +92,16 @@ class RunSection(Section):
 class ModelSection(Section):
     """Shape of the model: a GPT with RMSNorm, rotary positions and untied embeddings."""
 
-    tokenizer: Literal["bytes", "bpe"] = Field("bytes", description='What a token is: "bytes" (256 of them) or "bpe" (learnt by the bootstrap on its corpus; needs the extra `bpe`).')  # fmt: skip
+    tokenizer: Literal["bytes", "bpe"] = Field(
+        "bytes",
+        description=with_values(
+            "What a token is.",
+            {
+                "bytes": "A byte: 256 tokens, nothing to learn or download.",
+                "bpe": "A piece of text; the bootstrap learns the pieces on its corpus (needs the extra `bpe`).",
+            },
+        ),
+    )
     vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens; 256 with "bytes".')
     context_tokens: int = Field(128, ge=2, le=1_048_576, description="Length of a training sequence, in tokens.")
     num_layers: int = Field(4, ge=1, le=512, description="Number of transformer blocks.")
@@ -126,7 +135,7 @@ class InnerSection(Section):
     """Inner optimizer, AdamW, and its schedule by the run's tokens."""
 
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in the batch of one inner step.")
-    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once, gradients being accumulated to the batch; 0 for all at once. Lower it when memory is short.")  # fmt: skip
+    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once; gradients are accumulated to the batch. 0: all at once. Lower it when memory is short.")  # fmt: skip
     learning_rate: float = Field(3e-3, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(0.1, ge=0, le=10, description="Decoupled weight decay of the matrices; norms have none.")  # fmt: skip
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment, per step.")
@@ -158,6 +167,14 @@ _METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" 
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
+_FORMATS = {
+    "fp32": "4 bytes a number, exact.",
+    "bf16": "2 bytes a number.",
+    "int8": "1 byte a number, and a scale for each block.",
+    "int4": "Half a byte a number, and a scale for each block.",
+    "int2": "A quarter of a byte a number, and a scale for each block.",
+}
+
 
 def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
     """Return the merge method that the table names; None if it names none, or one that is not installed."""
@@ -170,28 +187,89 @@ def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
 class MergeSection(Section):
     """How peers merge their work into one model."""
 
-    method: str = Field("gossip", pattern=METHOD_NAME, json_schema_extra={"allowed": _METHODS}, description=" ".join(f'"{method.name}": {method.says}' for method in METHODS.values()))  # fmt: skip
+    method: str = Field(
+        "gossip",
+        pattern=METHOD_NAME,
+        json_schema_extra={"allowed": _METHODS},
+        description=with_values(
+            "How peers merge.",
+            {
+                **{method.name: method.says for method in METHODS.values()},
+                "PACKAGE:METHOD": "The method that an installed package brings (docs/simulating.md).",
+            },
+        ),
+    )
     inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
-    momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0 for none.")  # fmt: skip
-    pacing: bool = Field(True, description='Slower peers take fewer inner steps, so that rounds take equally long, and with "gossip" end in the same moment: one takes up to half as many steps more for that. With "diloco" the default is false.')  # fmt: skip
-    share_above: int = Field(5, ge=1, description='"diloco": with more peers than this on a roster, each averages one share of the parameters and the others pull the result.')  # fmt: skip
+    momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0: no rise.")  # fmt: skip
+    pacing: bool = Field(True, description='Give slower peers fewer inner steps, so that rounds take equally long; with "gossip" they also end at the same moment, for which a peer takes up to half as many steps more. With "diloco" the default is false.')  # fmt: skip
+    share_above: int = Field(5, ge=1, description='With "diloco": if a roster has more peers than this, each averages one share of the parameters, and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
-    round_limit_s: float = Field(600.0, gt=0, description='A round lasts this long at most, in seconds; with "diloco" it is closed then.')  # fmt: skip
-    silence_s: float = Field(5.0, gt=0, description='"diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
-    init: Literal["common", "own"] = Field("common", description='"gossip": "common" begins with the same weights everywhere, "own" with random weights of each peer\'s own, which variance-corrected averaging brings together.')  # fmt: skip
-    num_partners: int = Field(8, ge=1, le=64, description='"gossip": whose pseudo-gradients a peer pulls in a round, of fewer where the link carries no more (P).')  # fmt: skip
-    num_weights: int = Field(1, ge=1, le=64, description='"gossip": of how many others it pulls the weights, which are larger; with merge.init = "own" the default is 3.')  # fmt: skip
-    publications_per_round: int = Field(32, ge=1, le=64, description='"gossip": into how many parts a round is divided: with the end of each a peer publishes, but on the way from one fragment\'s merge to the next\'s only from the middle on; with each second, fourth or eighth where that would be more than once a second, or cost it time, but eight times (F).')  # fmt: skip
-    fragments: int = Field(4, ge=1, le=16, description='"gossip": the model is merged in so many fragments, each once a round and one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
-    partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field("uniform", description='"gossip": how partners are chosen among those present.')  # fmt: skip
-    theta_format: _Format = Field("int8", description='"gossip", "server": how weights travel.')
-    gradient_format: _FormatOrAuto = Field("auto", description='"gossip", "server": how pseudo-gradients travel. "auto" is int2, and with "gossip" int4 where others are so few that a round brings no more than in a large swarm, and that takes a fifth of the round at most.')  # fmt: skip
-    robust: str = Field("direction", pattern=_MERGE_RULE, json_schema_extra={"allowed": _MERGE_RULES}, description='"gossip", "server": what one bad partner can do. "clip": gradients and distances are cut at three times what is usual; "gossip": "direction": that, and a gradient counts as far as it goes the way of the own one, which refuses a turned sign, the default there unless merge.init is "own"; "trimmed" and "flag": "clip", and a mean of four or more gradients that outvotes outliers; "PACKAGE:RULE": "clip", and a mean that an installed package has (docs/simulating.md).')  # fmt: skip
-    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='"gossip": what is further behind the median round is not merged, and a peer that is takes the present weights. "server": what began from weights further behind is not taken in.')  # fmt: skip
-    buffer_arrivals: int = Field(0, ge=0, le=10_000, description='"server": the outer momentum is refreshed after so many arrivals (N); 0 for as many as there are volunteers.')  # fmt: skip
-    momentum_share: float = Field(0.0, ge=0, le=1, description='"server": the share of the momentum that each arrival applies (c), 1 / N at most; with 0 it is applied when it is refreshed.')  # fmt: skip
+    round_limit_s: float = Field(600.0, gt=0, description='Longest time of a round, in seconds; with "diloco" the round is closed then.')  # fmt: skip
+    silence_s: float = Field(5.0, gt=0, description='With "diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
+    init: Literal["common", "own"] = Field(
+        "common",
+        description=with_values(
+            'With "gossip": which weights a peer begins with.',
+            {
+                "common": "The same random weights everywhere.",
+                "own": "Random weights of each peer's own, which variance-corrected averaging brings together.",
+            },
+        ),
+    )
+    num_partners: int = Field(8, ge=1, le=64, description='With "gossip": number of partners whose pseudo-gradients a peer pulls in a round; fewer where the link carries no more (P).')  # fmt: skip
+    num_weights: int = Field(1, ge=1, le=64, description='With "gossip": number of partners whose weights, which are larger, a peer pulls in a round; with merge.init = "own" the default is 3.')  # fmt: skip
+    publications_per_round: int = Field(32, ge=1, le=64, description='With "gossip": number of parts of a round; a peer publishes after each of them, from the middle of the way from one fragment\'s merge to the next\'s on. It publishes after each second, fourth or eighth part if that would be more than once a second or cost training time, but at least eight times a round (F).')  # fmt: skip
+    fragments: int = Field(4, ge=1, le=16, description='With "gossip": number of fragments of the model, each merged once a round, one after the other, so that less of what partners train is lost while it is pulled (N).')  # fmt: skip
+    partners: Literal["uniform", "freshest", "longest-unmerged", "random-permutation"] = Field(
+        "uniform",
+        description=with_values(
+            'With "gossip": how a peer chooses its partners among those present.',
+            {
+                "uniform": "At random, each as likely as the others.",
+                "freshest": "First the peer that advertises the most tokens not merged yet.",
+                "longest-unmerged": "First the peer whose last merge was longest ago, and before it peers never merged.",
+                "random-permutation": "Each peer once, in random order, before any of them again.",
+            },
+        ),
+    )
+    theta_format: _Format = Field(
+        "int8",
+        description=with_values(
+            'With "gossip" and "server": how weights travel.',
+            {name: _FORMATS[name] for name in get_args(_Format)},
+        ),
+    )
+    gradient_format: _FormatOrAuto = Field(
+        "auto",
+        description=with_values(
+            'With "gossip" and "server": how pseudo-gradients travel.',
+            {
+                "auto": 'The format int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
+                **{name: _FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
+            },
+        ),
+    )
+    robust: str = Field(
+        "direction",
+        pattern=_MERGE_RULE,
+        json_schema_extra={"allowed": _MERGE_RULES},
+        description=with_values(
+            'With "gossip" and "server": what limits the harm that one bad partner can do. With "server", and with merge.init = "own", the default is "clip".',
+            {
+                "none": "Nothing beyond the checks of sizes, hashes and finite numbers.",
+                "clip": "Cut pseudo-gradients and distances between weights at three times what is usual.",
+                "direction": 'Clip, and count a pseudo-gradient as far as it goes the way of the peer\'s own; one with a turned sign is refused. Only with "gossip".',
+                "trimmed": 'Clip, and take the trimmed mean of four or more pseudo-gradients, number by number. Only with "gossip".',
+                "flag": 'Clip, and take the Flag mean of four or more pseudo-gradients, which outvotes outliers. Only with "gossip".',
+                "PACKAGE:RULE": "Clip, and take the mean that an installed package brings (docs/simulating.md).",
+            },
+        ),
+    )
+    max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
+    buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
+    momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
 
     @property
     def kind(self) -> MergeMethod:
@@ -252,13 +330,38 @@ class MergeSection(Section):
 class PipelineSection(Section):
     """Pipeline for a model that no volunteer holds alone: who holds which part, and what travels between them."""
 
-    stages: int = Field(1, ge=1, le=512, description="The model is cut into so many parts, and a volunteer holds one of them, or a few; 1: everybody holds the whole model.")  # fmt: skip
-    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Where it is cut: the number of blocks before each cut, one fewer than stages, ascending; empty: where the bootstrap measures that the parts cost most nearly the same.")  # fmt: skip
-    activations: Literal["fp32", "bf16", "int8"] = Field("bf16", description="How activations and their gradients travel between stages.")  # fmt: skip
-    wiring: Literal["round-robin", "least-completion"] = Field("round-robin", description='How a driver chooses among the peers of a stage: "round-robin" by their measured speed, "least-completion" whoever is expected to be done first.')  # fmt: skip
-    in_flight: int = Field(0, ge=0, le=1024, description="Microbatches that a driver has under way at most; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
-    balance: Literal["rates", "queues", "none"] = Field("rates", description='Who moves to another stage when one has become the slowest: "rates" by what each is measured to do, "queues" by what waits at each, as SWARM does, "none" nobody.')  # fmt: skip
-    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Each volunteer looks this often whether it should move, in seconds.")  # fmt: skip
+    stages: int = Field(1, ge=1, le=512, description="Number of parts into which the model is cut; a volunteer holds one of them, or a few. 1: everybody holds the whole model.")  # fmt: skip
+    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Number of blocks before each cut, one fewer than stages, ascending; empty: the bootstrap measures where the parts cost most nearly the same.")  # fmt: skip
+    activations: Literal["fp32", "bf16", "int8"] = Field(
+        "bf16",
+        description=with_values(
+            "How activations and their gradients travel between stages.",
+            {name: _FORMATS[name] for name in ("fp32", "bf16", "int8")},
+        ),
+    )
+    wiring: Literal["round-robin", "least-completion"] = Field(
+        "round-robin",
+        description=with_values(
+            "How a driver chooses among the peers of a stage.",
+            {
+                "round-robin": "In turn, each as often as its measured speed allows.",
+                "least-completion": "The peer that is expected to be done first.",
+            },
+        ),
+    )
+    in_flight: int = Field(0, ge=0, le=1024, description="Most microbatches that a driver has under way; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
+    balance: Literal["rates", "queues", "none"] = Field(
+        "rates",
+        description=with_values(
+            "Which volunteer moves when one stage has become the slowest.",
+            {
+                "rates": "One whose move raises the rate of the slowest stage, by the speeds measured at each.",
+                "queues": "One of the stage with the shortest queues goes to that with the longest, as in SWARM.",
+                "none": "Nobody.",
+            },
+        ),
+    )
+    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Seconds between two looks of a volunteer whether it should move.")  # fmt: skip
 
     @model_validator(mode="after")
     def _fits_stages(self) -> PipelineSection:

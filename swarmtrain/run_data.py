@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from swarmtrain.problems import Section
+from swarmtrain.problems import Section, with_values
 
 __all__ = ["DataSection"]
 
@@ -24,7 +24,19 @@ _KEYS_OF_SOURCES = {
 class DataSection(Section):
     """Text that the model learns from, and text that it is judged by."""
 
-    source: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = Field("python-stdlib", description='Where the text comes from: "python-stdlib" (the standard library\'s own sources, on every machine), "text" (files), "jsonl" (one JSON object a line), "parquet" (a column of such files; needs pyarrow) or "datasets" (Hugging Face; needs the library datasets).')  # fmt: skip
+    source: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = Field(
+        "python-stdlib",
+        description=with_values(
+            "Where the text comes from.",
+            {
+                "python-stdlib": "The sources of Python's own standard library, which every machine has.",
+                "text": "Text files.",
+                "jsonl": "Files with one JSON object a line.",
+                "parquet": "A column of Parquet files (needs the extra `parquet`).",
+                "datasets": "A data set of the Hugging Face hub, or a folder of one (needs the extra `datasets`).",
+            },
+        ),
+    )
     paths: tuple[str, ...] = Field((), strict=False, description='For "text", "jsonl" and "parquet": files or globs (`**` too) below the run file\'s folder; on a volunteer, below `--data`. Never absolute, never with `..`.')  # fmt: skip
     field: str = Field(
         "text",
@@ -40,8 +52,8 @@ class DataSection(Section):
     )
     split: str = Field("train", min_length=1, max_length=200, description='For "datasets": the split to train on.')
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
-    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": the data are cut into so many shards, fewer if a round of merge.inner_steps would read one more than once, and a peer takes each round from the one that is seen least; 0: from everywhere. Streamed data have none.')  # fmt: skip
-    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text that the bootstrap cuts once and that travels with the run, in bytes.")  # fmt: skip
+    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": number of shards of the data, fewer if a round of merge.inner_steps would read one more than once; a peer takes each round from the shard that has been seen least. 0: from everywhere. Streamed data have none.')  # fmt: skip
+    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes; the bootstrap cuts it once, and it travels with the run.")  # fmt: skip
 
     @model_validator(mode="after")
     def _fits_source(self) -> DataSection:

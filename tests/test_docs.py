@@ -6,8 +6,11 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args, get_origin
 
 import pytest
+
+from swarmtrain.run import RunFile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +40,17 @@ def test_every_field_has_a_sentence_in_its_page() -> None:
         for line in text.splitlines():
             if line.startswith("| `"):
                 assert line.rstrip(" |").endswith((".", ")")), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("section", RunFile.model_fields)
+def test_each_value_of_a_key_is_an_item_of_a_list(section: str) -> None:
+    """A field that takes one of a few values says what each of them means (`problems.with_values`)."""
+    for key, field in generator().section_of(RunFile.model_fields[section]).model_fields.items():
+        _, *items = (field.description or "").split("\n")
+        listed = re.findall(r'^- `"([\w:-]+)"`: [A-Z0-9].*\.$', "\n".join(items), re.MULTILINE)
+        assert len(listed) == len(items), f"{section}.{key}"
+        if get_origin(field.annotation) is Literal:
+            assert sorted(listed) == sorted(get_args(field.annotation)), f"{section}.{key}"
 
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -8,7 +8,7 @@ __all__ = ["DILOCO"]
 
 DILOCO = MergeMethod(
     name="diloco",
-    says="synchronous rounds; everyone's pseudo-gradients are averaged by a signed roster.",
+    says="Synchronous rounds: a signed roster lists whose pseudo-gradients everyone averages.",
     exchange="swarmtrain.peer.merging.roster_exchange:RosterExchange",
     costs="swarmtrain.peer.merging.costs:DilocoCosts",
     lives="swarmtrain.simulate.planning.playback:by_rosters",

@@ -8,7 +8,7 @@ __all__ = ["GOSSIP"]
 
 GOSSIP = MergeMethod(
     name="gossip",
-    says="nobody waits; each merges at its own pace what it pulled from a few partners.",
+    says="Nobody waits: each peer merges at its own pace what it pulled from a few partners.",
     exchange="swarmtrain.peer.merging.gossip_exchange:GossipExchange",
     costs="swarmtrain.peer.merging.costs:GossipCosts",
     lives="swarmtrain.simulate.planning.playback:by_gossip",

@@ -8,7 +8,7 @@ __all__ = ["SERVER"]
 
 SERVER = MergeMethod(
     name="server",
-    says="nobody waits; the bootstrap takes in each pseudo-gradient as it arrives, and everyone goes on from its "
+    says="Nobody waits: the bootstrap applies each pseudo-gradient as it arrives, and everyone goes on from its "
     "newest weights.",
     exchange="swarmtrain.peer.merging.server_exchange:ServerExchange",
     costs="swarmtrain.peer.merging.costs:ServerCosts",

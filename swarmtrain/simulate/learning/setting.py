@@ -258,8 +258,8 @@ class Setting:
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
         """Let volunteers work so long each, then wait for each other; return those present and when they go on.
 
-        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed as
-        soon, and its work is lost, so that nobody may be left.
+        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed at
+        once and its work is lost, so the list may be empty.
         """
         gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
         ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
