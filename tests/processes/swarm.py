@@ -285,6 +285,8 @@ class Swarm:
     inside: dict[str, list[str]] = field(default_factory=dict)
     """Commands that put the peers of these names elsewhere: into a network namespace, say."""
     listen: str = "127.0.0.1:0"
+    temporary: Path | None = None
+    """Where its processes put what is temporary; None: where the system does."""
     preloaded: Preloaded | None = None
     """Starts most of its processes quicker."""
 
@@ -317,6 +319,8 @@ class Swarm:
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "XDG_DATA_HOME": str(self.folder / "data"),
         }
+        if self.temporary is not None:
+            own["TMPDIR"] = str(self.temporary)
         return {**os.environ, **own}
 
     def start(self, name: str, arguments: Sequence[str], *, prelude: str = "", cwd: Path | None = None) -> Child:

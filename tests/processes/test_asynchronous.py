@@ -1,4 +1,7 @@
-"""Volunteers that merge at their own pace, as real processes: nobody waits for one that is gone, stopped or slow."""
+"""Volunteers that merge at their own pace, as real processes: nobody waits for one that is gone, stopped or slow.
+
+That everyone is killed and goes on from what each kept is shown in rounds (`test_resume.py`) and in stages.
+"""
 
 from __future__ import annotations
 
@@ -181,28 +184,3 @@ def test_a_run_ends_by_itself_with_the_consensus(swarm: Swarm) -> None:
     assert archived.run_tokens == sum(event.tokens for event in done) >= total, "what each trained, nothing else"
     assert abs(bootstrap.wait_event(DoneEvent).held_out_loss - losses[0]) < 0.02 * losses[0]
     swarm.assert_nothing_left()
-
-
-def test_everyone_is_killed_and_goes_on(swarm: Swarm) -> None:
-    invite = gossip_run(swarm, min_peers=2)
-    bootstrap = next(child for child in swarm.children if child.name == "bootstrap")
-    peers = swarm.join_all(["anna", "ben"], invite)
-    for child in peers:
-        child.wait_more_rounds(4)
-    wait_until(lambda: bootstrap.all(ArchivedEvent), "an archive")
-    for child in (*peers, bootstrap):
-        child.kill()
-    ended = {child.name: {event.round: event.run_tokens for event in child.all(RoundEvent)} for child in peers}
-    run_file = next(swarm.folder.glob("*.toml"))
-    back = swarm.bootstrap(run_file)
-    again = swarm.join_all([child.name for child in peers], back.invite.invite)
-    for child in again:
-        joined = child.wait_event(JoinedEvent)
-        rounds = ended[child.name]
-        assert joined.resumed_round is not None and joined.resumed_round >= max(rounds), "the last one may be lost"
-        told = rounds.get(joined.resumed_round - 1, max(rounds.values()))  # it may be kept before it is told
-        assert joined.run_tokens >= told, "paced rounds differ in their tokens"
-    for child in again:
-        meets(child, *(other for other in again if other is not child))
-        assert not any(event.rule == "shards" for event in child.all(RefusedEvent))
-    swarm.interrupt_all([back, *again])

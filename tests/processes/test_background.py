@@ -21,7 +21,7 @@ from swarmtrain.network.identity import new_identity
 pytestmark = pytest.mark.processes
 
 ROUND = r" event: round \d+: loss "
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (debug|info|warning|error) +\w+: \S.*|    .*")
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (debug|info|warning|error) +[\w.]+: \S.*|    .*")
 
 
 DIES = """

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from swarm import Child, Finished, Swarm, write_run
 
 from swarmtrain.errors import RunTimeError, UserError
@@ -29,9 +30,9 @@ HERE = ("--listen", "127.0.0.1:0", "--json")
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swarm, Child]]:
+def live(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> Iterator[tuple[Swarm, Child]]:
     """A bootstrap that runs, and processes beside it."""
-    with Swarm(tmp_path_factory.mktemp("live")) as swarm:
+    with Swarm(tmp_path_factory.mktemp("live"), preloaded=preloaded) as swarm:
         yield swarm, swarm.bootstrap(write_run(swarm.folder))
 
 
@@ -43,7 +44,8 @@ def assert_one_line(finished: Finished, code: int, *words: str) -> None:
     for word in words:
         assert word in lines[0]
     assert not finished.lines, "standard output is for events"
-    assert [(event.message, event.exit_code) for event in finished.errors] == [(lines[0][len("error: ") :], code)]
+    (event,) = finished.errors
+    assert (f"error: {event.message} [{event.code}]", event.exit_code) == (lines[0], code)
 
 
 # ---------------------------------------------------------------- the run file and its data

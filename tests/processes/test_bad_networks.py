@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from connections import between, connected_ports
-from swarm import Swarm, exit_limit_s, write_run
+from swarm import Swarm, exit_limit_s, wait_until, write_run
 
 from swarmtrain.events import DoneEvent, RoundEvent, WarningEvent
 
@@ -39,25 +41,8 @@ def private_ports(swarm: Swarm) -> set[int]:
     return ports
 
 
-def test_a_local_swarm_behind_links(swarm: Swarm) -> None:
-    run_file = write_run(swarm.folder, merge={"method": "gossip", "inner_steps": 20})
-    links = ("--rtt", "40", "--link-up", "20", "--link-down", "20")
-    words = ["local", str(run_file), "--peers", "2", *links, "--json", "--dir", str(swarm.folder / "trained")]
-    local = swarm.start("local", words)
-    for name in ("volunteer-1", "volunteer-2"):
-        local.wait_event(RoundEvent, lambda event, name=name: event.name == name and len(event.partners) == 1)
-    ports = private_ports(swarm)
-    assert len(ports) == 3
-    ends = [pair for pair in connected_ports() if ports & set(pair)]
-    assert len(ends) >= 3 * 2 * 2, "each pair of peers is connected, by two connections with two ends each"
-    assert not between(ports)
-    local.process.send_signal(signal.SIGINT)
-    assert local.wait(2 * exit_limit_s()) == 0, local.story()
-    assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
-    swarm.assert_nothing_left()
-    assert "Traceback" not in local.log.read_text()
-
-
+NAMES = ("volunteer-1", "volunteer-2", "volunteer-3")
+DEEDS = ("parted from the others", "killed; started again", "all connections are reset")
 FAULTS = """
 [links]
 rtt_ms = 20
@@ -71,13 +56,13 @@ who = ["volunteer-1"]
 for_s = 12
 
 [[faults]]
-at_s = 20
+at_s = 16
 do = "kill"
 who = ["volunteer-2"]
 for_s = 2
 
 [[faults]]
-at_s = 36
+at_s = 28
 do = "reset"
 who = ["volunteer-3"]
 """
@@ -87,12 +72,13 @@ who = ["volunteer-3"]
 def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_round_its_links(swarm: Swarm) -> None:
     run_file = write_run(swarm.folder, merge={"method": "gossip", "inner_steps": 20})
     (swarm.folder / "faults.toml").write_text(FAULTS)
-    words = ["local", str(run_file), "--peers", "3", "--faults", str(swarm.folder / "faults.toml"), "--json"]
-    local = swarm.start("local", [*words, "--dir", str(swarm.folder / "trained")])
+    given = ["--faults", str(swarm.folder / "faults.toml"), "--json", "--dir", str(swarm.folder / "trained")]
+    words = ["local", str(run_file), "--peers", str(len(NAMES)), *given]
+    local = swarm.start("local", words)
     told = [local.wait_event(WarningEvent, lambda event, word=word: word in event.message) for word in DEEDS]
     assert [each.message.partition(" ")[0] for each in told] == 3 * ["rehearsal:"]
     since = time.time()
-    for name in ("volunteer-1", "volunteer-2", "volunteer-3"):
+    for name in NAMES:
         merged = local.wait_event(
             RoundEvent,
             lambda event, name=name: event.name == name and event.time > since and len(event.partners) == 2,
@@ -105,11 +91,14 @@ def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_roun
         if event.name == "volunteer-1" and event.time - event.seconds > parted_s + 4 and event.time < parted_s + 12
     ]
     assert alone and not any(event.partners for event in alone), "it trained on, and merged nobody"
-    assert not between(private_ports(swarm)), "whoever dials again, and who was started again, passes the links too"
-    local.process.send_signal(signal.SIGINT)
+    ports = private_ports(swarm)
+    assert len(ports) == 4, "the bootstrap, and each volunteer"
+    # Each of six pairs of peers is connected, by two connections with two ends each.
+    wait_until(lambda: sum(bool(ports & set(pair)) for pair in connected_ports()) >= 6 * 2 * 2, "all are connected")
+    assert not between(ports), "whoever dials again, and who was started again, passes the links too"
+    os.killpg(local.process.pid, signal.SIGINT)  # as a terminal does
     assert local.wait(2 * exit_limit_s()) == 0, local.story()
+    assert [event.reason for event in local.all(DoneEvent)] == 4 * ["interrupted"], "each had its goodbye"
+    assert f"to go on:\n  swarmtrain {shlex.join(words)}" in local.log.read_text()
     swarm.assert_nothing_left()
     assert "Traceback" not in local.log.read_text()
-
-
-DEEDS = ("parted from the others", "killed; started again", "all connections are reset")

@@ -29,9 +29,8 @@ Doctor._start = held
 def doctor(swarm: Swarm, *arguments: str, prelude: str = "") -> Child:
     """An examination with JSON, with its temporary files below the swarm's folder."""
     own = ["--json", "--dir", str(swarm.folder / "patient"), "--data", str(swarm.folder)]
-    temporary = swarm.folder / "temporary"
-    temporary.mkdir(exist_ok=True)
-    prelude = f"import tempfile; tempfile.tempdir = {str(temporary)!r}\n{prelude}"
+    swarm.temporary = swarm.folder / "temporary"
+    swarm.temporary.mkdir(exist_ok=True)
     return swarm.start("doctor", ["doctor", *own, *arguments], prelude=prelude)
 
 

@@ -9,11 +9,13 @@ from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RoundEvent
 
 pytestmark = pytest.mark.processes
 
+NEVER_S = 3600.0
+"""Between archives: the one of a leaver is made because it leaves."""
 
-@pytest.mark.parametrize("method", ["diloco", "gossip"])
-def test_the_last_volunteer_leaves_with_all_it_has_archived(swarm: Swarm, method: str) -> None:
-    merge = {"method": method, "min_peers": 1}
-    bootstrap = swarm.bootstrap(write_run(swarm.folder, merge=merge, network={"archive_every_s": 3600.0}))
+
+def test_the_last_volunteer_leaves_with_all_it_has_archived(swarm: Swarm) -> None:
+    """In rounds; by gossip, `test_lives.py` has it."""
+    bootstrap = swarm.bootstrap(write_run(swarm.folder, network={"archive_every_s": NEVER_S}))
     anna = swarm.join("anna", bootstrap.invite.invite)
     bootstrap.wait_event(ArchivedEvent)
     anna.wait_more_rounds(5)

@@ -18,6 +18,9 @@ DEATH_COSTS_S = 20.0
 """A refused call is noticed after a second, silence after two (`write_run`); the rest is for a busy machine."""
 
 NAP_S = 12.0
+"""Longer than silence and every call's time limit together, so that who wakes has missed whole rounds."""
+LOSS_APART = 0.3
+"""Nats per token between the losses of peers with the same weights on other batches; they begin at 5.5."""
 
 
 def go_on(survivors: list[Child], num_rounds: int = 3, limit_s: float = DEATH_COSTS_S) -> None:
@@ -43,7 +46,7 @@ def together(children: list[Child]) -> None:
         child.wait_event(RoundEvent, lambda event, after=after: event.round > after and set(event.partners) == peers)
 
 
-def test_a_third_joins_one_is_killed_and_the_rest_leave(swarm: Swarm) -> None:
+def test_a_third_joins_the_bootstrap_dies_then_the_signer_and_then_everyone(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     invite = bootstrap.invite.invite
     anna, ben = swarm.join_all(["anna", "ben"], invite)
@@ -57,55 +60,38 @@ def test_a_third_joins_one_is_killed_and_the_rest_leave(swarm: Swarm) -> None:
     for other in (anna, ben):
         same = other.wait_round(first.round)
         assert same.round == first.round and same.state_sha256 == first.state_sha256
-        assert abs(first.loss - same.loss) < 0.3 and abs(first.first_loss - same.loss) < 0.3
+        assert abs(first.loss - same.loss) < LOSS_APART and abs(first.first_loss - same.loss) < LOSS_APART
     together([anna, ben, carl])
 
-    ben.kill()
-    go_on([anna, carl])
-    assert_lost([anna, carl], ben)
-    swarm.interrupt_all([bootstrap, anna, carl])
-    assert assert_same_states([anna, ben, carl]) > 5
-
-
-def test_the_swarm_outlives_its_bootstrap(swarm: Swarm) -> None:
-    bootstrap = swarm.bootstrap(write_run(swarm.folder))
-    anna, ben = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
-    together([anna, ben])
-
     bootstrap.kill()
-    go_on([anna, ben])
+    go_on([anna, ben, carl])
     printed = swarm.run("invite", "--dir", str(anna.folder))
     assert printed.code == 0, printed.stderr
     command, join, invite = printed.stdout.split()
     assert (command, join) == ("swarmtrain", "join")
-    (carl,) = swarm.join_all(["carl"], invite)
-    assert carl.wait_event(JoinedEvent).state_from in {anna.id, ben.id}
-    together([anna, ben, carl])
-    swarm.interrupt_all([anna, ben, carl])
+    (dora,) = swarm.join_all(["dora"], invite)
+    assert dora.wait_event(JoinedEvent).state_from in {anna.id, ben.id, carl.id}
+    together([anna, ben, carl, dora])
 
-
-def test_the_signer_is_killed_and_then_everyone(swarm: Swarm) -> None:
-    bootstrap = swarm.bootstrap(write_run(swarm.folder))
-    volunteers = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)
-    together(volunteers)
-    volunteers.sort(key=lambda child: child.id)
-    signer, *others = volunteers
+    signer, *others = sorted([anna, ben, carl, dora], key=lambda child: child.id)
     for child in others:
-        child.wait_event(RoundEvent, lambda event: event.signer == signer.id and len(event.partners) == 3)
-
+        child.wait_event(RoundEvent, lambda event: event.signer == signer.id and len(event.partners) == 4)
     signer.kill()
     go_on(others)
     assert_lost(others, signer)
     for child in others:
-        child.wait_event(RoundEvent, lambda event: event.signer == others[0].id and len(event.partners) == 2)
+        child.wait_event(RoundEvent, lambda event: event.signer == others[0].id and len(event.partners) == 3)
 
-    for child in (bootstrap, *others):
+    leaves, *killed = others
+    swarm.interrupt_some([leaves])
+    assert assert_same_states([leaves, *killed]) > 5
+    for child in killed:
         child.process.kill()
     swarm.assert_nothing_left()
 
 
 @pytest.mark.long
-def test_a_peer_whose_daemon_is_killed_says_so_and_the_others_go_on(swarm: Swarm) -> None:
+def test_a_daemon_is_killed_and_then_a_volunteer_stopped_and_all_come_together_again(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     anna, ben, carl = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)
     together([anna, ben, carl])
@@ -115,30 +101,20 @@ def test_a_peer_whose_daemon_is_killed_says_so_and_the_others_go_on(swarm: Swarm
     (error,) = anna.all(ErrorEvent)
     assert "network daemon" in error.message and "start this peer again" in error.message
     assert "was ended by SIGKILL" in error.message and error.peer == anna.id
-    assert anna.error_line() == f"error: {error.message}"
+    assert anna.error_line() == f"error: {error.message} [{error.code}]"
     assert "Traceback" not in anna.log.read_text()
     go_on([ben, carl])
     assert_lost([ben, carl], anna)
 
-    again = swarm.join("anna", bootstrap.invite.invite)
-    together([again, ben, carl])
-    swarm.interrupt_all([bootstrap, again, ben, carl])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("with_its_daemon", [False, True])
-def test_a_stopped_volunteer_is_not_waited_for_and_comes_back(swarm: Swarm, with_its_daemon: bool) -> None:
-    bootstrap = swarm.bootstrap(write_run(swarm.folder))
-    anna, ben, carl = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)
+    anna = swarm.join("anna", bootstrap.invite.invite)
     together([anna, ben, carl])
 
-    asleep = [ben.process.pid, ben.daemon()] if with_its_daemon else [ben.process.pid]
+    asleep = [ben.process.pid, ben.daemon()]
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)
     began_s = time.monotonic()
     go_on([anna, carl])
-    wait_until(lambda: time.monotonic() - began_s > NAP_S, "twelve seconds")
-
+    wait_until(lambda: time.monotonic() - began_s > NAP_S, "the end of the nap")
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)
     together([anna, ben, carl])

@@ -41,8 +41,13 @@ def niceness(child: Child) -> set[int]:
 
 
 def test_hours_rest_it_at_once_and_a_change_brings_it_back(swarm: Swarm) -> None:
+    """Beside one that trains; and one that must not take enough memory is refused before anything is built."""
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     beside = swarm.join("beside", bootstrap.invite.invite)
+    small = swarm.join("small", bootstrap.invite.invite, "--memory", "100MB")
+    assert small.wait() == 2
+    assert small.error_line().startswith("error: this run needs about 3")
+    assert "--memory allows 100 MB" in small.error_line()
     beside.wait_event(JoinedEvent)
     hours = not_now()
     anna = swarm.join("anna", bootstrap.invite.invite, "--hours", hours, "--nice", "7")
@@ -66,15 +71,6 @@ def test_hours_rest_it_at_once_and_a_change_brings_it_back(swarm: Swarm) -> None
         anna.wait_more_rounds(1)
         assert stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits.threads == 2
     swarm.interrupt_all([anna, beside, bootstrap])
-
-
-def test_too_little_memory_is_refused_before_anything_is_built(swarm: Swarm) -> None:
-    bootstrap = swarm.bootstrap(write_run(swarm.folder))
-    anna = swarm.join("anna", bootstrap.invite.invite, "--memory", "100MB")
-    assert anna.wait() == 2
-    assert anna.error_line().startswith("error: this run needs about 3")
-    assert "--memory allows 100 MB" in anna.error_line()
-    swarm.interrupt_all([bootstrap])
 
 
 def test_joining_again_without_an_invite(swarm: Swarm) -> None:

@@ -1,5 +1,6 @@
 """Lives one after another: what was trained, and how far the run is, survive everybody's leaving.
 
+Servers, rounds, lives of seconds and others that come and go are played in virtual time (`tests/simulate/search`).
 The learning rate of these runs falls from the first step on, so that it can only rise where tokens were forgotten.
 """
 
@@ -17,11 +18,11 @@ from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RoundEvent,
 pytestmark = pytest.mark.processes
 
 
-def run_file(folder: Path, method: str = "gossip", every_s: float = 2.0) -> Path:
+def run_file(folder: Path) -> Path:
     """Rounds of 2560 tokens and some tenths of a second; the rate falls by a tenth every few rounds."""
-    merge = {"method": method, "min_peers": 1, "inner_steps": 5}
+    merge = {"method": "gossip", "min_peers": 1, "inner_steps": 5}
     return write_run(
-        folder, run={"total_tokens": 10**6}, merge=merge, network={"archive_every_s": every_s, "presence_ttl_s": 10.0}
+        folder, run={"total_tokens": 10**6}, merge=merge, network={"archive_every_s": 2.0, "presence_ttl_s": 10.0}
     )
 
 
@@ -81,21 +82,6 @@ def test_all_leave_the_bootstrap_comes_back_and_a_newcomer_goes_on(swarm: Swarm,
     swarm.interrupt_all([again])
 
 
-def test_short_lives_one_after_another_end_in_an_archive(swarm: Swarm) -> None:
-    """Seen: lives of 4 s left 21 to 31 thousand tokens in no archive, and the next one at 0 tokens."""
-    bootstrap = swarm.bootstrap(run_file(swarm.folder, every_s=3600.0))
-    tokens, rate = 0, 1.0
-    for name in ("anna", "ben", "carl"):
-        child = swarm.join(name, bootstrap.invite.invite)
-        goes_on(child, tokens, rate)
-        child.wait_more_rounds(3)
-        swarm.interrupt_some([child])
-        (left,) = child.all(DoneEvent)
-        assert archived(bootstrap) >= left.run_tokens > tokens, bootstrap.story()
-        tokens, rate = left.run_tokens, late_rate(child)
-    swarm.interrupt_all([bootstrap])
-
-
 @pytest.mark.long
 def test_an_old_folder_put_back_takes_nothing_away(swarm: Swarm) -> None:
     """Of the bootstrap, and moved: the volunteers go on, and what they hold is archived though the folder is old."""
@@ -116,20 +102,6 @@ def test_an_old_folder_put_back_takes_nothing_away(swarm: Swarm) -> None:
     tokens, rate = counted(anna), late_rate(anna)
     assert archived(moved) >= tokens
     goes_on(swarm.join("ben", moved.invite.invite), tokens, rate)
-
-
-def test_a_server_that_is_killed_knows_how_far_the_run_was(swarm: Swarm) -> None:
-    file = run_file(swarm.folder, method="server")
-    bootstrap = swarm.bootstrap(file)
-    anna = swarm.join("anna", bootstrap.invite.invite)
-    bootstrap.wait_event(ArchivedEvent, lambda event: event.run_tokens > 10_000)
-    bootstrap.kill()
-    tokens = archived(bootstrap)
-    anna.kill()
-    again = swarm.bootstrap(file)
-    ben = swarm.join("ben", again.invite.invite)
-    goes_on(ben, tokens, 1.0)
-    again.wait_event(ArchivedEvent, lambda event: event.run_tokens > tokens)
 
 
 def archived_stages(bootstrap: Child) -> dict[int, tuple[int, int]]:
