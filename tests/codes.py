@@ -13,14 +13,15 @@ from swarmtrain.errors import SwarmtrainError
 
 @contextlib.contextmanager
 def raises_code(
-    code: str, kind: type[SwarmtrainError] = SwarmtrainError, *, says: str = ""
+    code: str, kind: type[SwarmtrainError] = SwarmtrainError, *says: str
 ) -> Iterator[pytest.ExceptionInfo[SwarmtrainError]]:
-    """What is inside raises an error of `kind` with this code, as `pytest.raises`; `says` is a key, a name or a number
-    that the message must have."""
+    """What is inside raises an error of `kind` with this code, as `pytest.raises`; `says` are keys, names and numbers
+    that the message must have, or the command that it gives."""
     with pytest.raises(kind) as raised:
         yield raised
     assert code in codes_of(raised.value), f"{codes_of(raised.value)}: {raised.value}"
-    assert says in str(raised.value)
+    missing = [each for each in says if each not in str(raised.value)]
+    assert not missing, f"{missing} in: {raised.value}"
 
 
 def codes_of(error: SwarmtrainError) -> list[str]:

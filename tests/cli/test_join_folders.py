@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from codes import raises_code
 
 from swarmtrain.cli.common import PeerOptions
 from swarmtrain.cli.join import _free_directory
@@ -67,7 +68,7 @@ def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pyte
         with peer_folder(anna):
             assert _free_directory(options(), None) == bert
             assert capsys.readouterr().err == f"continuing in {bert}\n"
-            with peer_folder(bert), pytest.raises(UserError, match="every volunteer of this user runs already"):
+            with peer_folder(bert), raises_code("all-volunteers-run", UserError):
                 _free_directory(options(), None)
     assert _free_directory(options(), None) == volunteer
     assert str(anna) in capsys.readouterr().err
@@ -76,7 +77,7 @@ def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pyte
 def test_a_given_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     folder = holding(tmp_path / "mine", ONE)
     assert _free_directory(options(folder), sha256(ONE)) == _free_directory(options(folder), None) == folder
-    with pytest.raises(UserError, match="holds another run, with its checkpoints and its model: give another --dir"):
+    with raises_code("folder-of-another-run", UserError):
         _free_directory(options(folder), sha256(OTHER))
 
 
@@ -84,5 +85,5 @@ def test_a_folder_that_cannot_be_read_is_refused_later_by_whoever_takes_it(tmp_p
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "below"
     assert _free_directory(options(folder), sha256(ONE)) == folder
-    with pytest.raises(UserError, match="cannot write to"), peer_folder(folder):
+    with raises_code("folder-not-writable", UserError), peer_folder(folder):
         pass

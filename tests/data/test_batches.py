@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def test_every_window_is_drawn_alike() -> None:
 
 def test_a_corpus_of_one_sequence_is_enough_and_less_is_an_error() -> None:
     assert _batches(tokens=TOKENS[:17]).next_batch().shape == (4, 17)
-    with pytest.raises(RunFileError, match=r"16 tokens and a sequence needs 17: lower model.context_tokens"):
+    with raises_code("too-little-text", RunFileError, "16 tokens", "17", "model.context_tokens"):
         _batches(tokens=TOKENS[:16])
 
 
@@ -176,7 +177,7 @@ def test_a_stream_has_no_shards() -> None:
 
 def test_a_stream_without_text_is_an_error() -> None:
     source = StreamingBatches(lambda epoch: iter([b""]), ByteTokenizer(), context_tokens=9, batch_sequences=3)
-    with pytest.raises(RunFileError, match="holds no text"):
+    with raises_code("only-held-out-text", RunFileError):
         source.next_batch()
 
 

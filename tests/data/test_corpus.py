@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from codes import raises_code
 
 from swarmtrain.data.corpus import Corpus, Document, cut_held_out, prepare_corpus, read_documents
 from swarmtrain.errors import RunFileError
@@ -46,9 +47,9 @@ def test_held_out_of_one_line_without_end_keeps_characters_whole() -> None:
 
 
 def test_a_small_corpus_says_how_far_to_lower_the_held_out_text() -> None:
-    with pytest.raises(RunFileError, match=r"lower data.held_out_bytes to 2000 or less"):
+    with raises_code("too-little-text", RunFileError, "data.held_out_bytes", "2000"):
         cut_held_out([Document("a", b"x" * 20_000)], 4096, 0)
-    with pytest.raises(RunFileError, match=r"give it more text"):
+    with raises_code("too-little-text", RunFileError, "more text"):
         cut_held_out([Document("a", b"x" * 2000)], 4096, 0)
 
 
@@ -68,7 +69,7 @@ def test_the_corpus_holds_everything_else(tmp_path: Path) -> None:
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(_lines("a", 50))
-    with pytest.raises(RunFileError, match="nothing is left"):
+    with raises_code("only-held-out-text", RunFileError):
         prepare_corpus(TEXT, tmp_path, _lines("a", 50), None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codes import raises_code
 
 from swarmtrain.data import huggingface
 from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
@@ -59,7 +60,7 @@ def test_a_saved_data_set_is_read(base: Path) -> None:
     datasets.DatasetDict({"train": saved}).save_to_disk(str(base / "saved"))
     run = _run(dataset="saved")
     assert training_data(run, base, b"", b"", None).corpus.num_documents == 40
-    with pytest.raises(RunFileError, match=r'no split "test" \(it has: train\)'):
+    with raises_code("no-such-split", RunFileError, '"test"', "train"):
         training_data(_run(dataset="saved", split="test"), base, b"", b"", None)
 
 
@@ -118,5 +119,5 @@ def test_a_missing_library_names_the_extra(base: Path, monkeypatch: pytest.Monke
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(RunFileError, match=r"pip install 'datasets>="):
+    with raises_code("package-missing", RunFileError, "pip install 'datasets>="):
         publishable_data(_run(), base)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from codes import raises_code
 from fake_hub import FakeHub, fake_hub
 
 from swarmtrain.data.documents import source_files
@@ -144,10 +145,10 @@ def test_no_loader_of_the_library_is_a_data_set(home: Home, streaming: bool) -> 
         for folder in (None, home.data):
             with pytest.raises(UserError):
                 home.prepare(a_run(dataset=name, streaming=streaming), folder)
-    with pytest.raises(UserError, match=r"on your own data set files, text: give their folder with --data FOLDER"):
+    with raises_code("data-folder-needed", UserError, "--data FOLDER"):
         home.prepare(a_run(dataset="text"), None)
     (home.data / "text").mkdir()
-    with pytest.raises(RunFileError, match=r'"text" is a loader of the library datasets.*\./text for a folder'):
+    with raises_code("dataset-name", RunFileError, "./text"):
         home.prepare(a_run(dataset="text"), home.data)
     assert not home.watched.opened()
 
@@ -175,7 +176,7 @@ def test_no_name_leads_out(home: Home, hub: FakeHub, streaming: bool) -> None:
 def test_a_hubs_name_is_never_a_folder_where_one_stands(home: Home, hub: FakeHub) -> None:
     """There is a folder `owner/name` here, and the hub has no such data set."""
     for folder in (None, home.data):
-        with pytest.raises(RunFileError, match='cannot load "owner/name"'):
+        with raises_code("dataset-not-loaded", RunFileError, "owner/name"):
             home.prepare(a_run(dataset="owner/name"), folder)
     hub.push("owner/name", {"train.jsonl": b'{"text": "from the hub"}\n' * 20})
     for folder in (None, home.data):
@@ -252,7 +253,7 @@ def test_no_description_of_a_data_set_names_other_files(home: Home, hub: FakeHub
         (folder / name).write_bytes(described)
         (folder / "train.jsonl").write_bytes(b'{"text": "bait"}\n' * 20)
         for dataset, given in ((f"eve/set{number}", None), (f"set{number}", home.data)):
-            with pytest.raises(RunFileError, match="names a file that is not its own"):
+            with raises_code("dataset-foreign-file", RunFileError):
                 home.prepare(a_run(dataset=dataset), given)
     assert not home.watched.opened()
 
@@ -265,7 +266,7 @@ def test_a_description_ends_where_the_library_says(home: Home, hidden: str) -> N
     section, path = a_run(dataset="eve/set").data, home.data / "README.md"
     named = card("data_files: http://127.0.0.1:9/train.jsonl", home.here)
     path.write_bytes(b"---\n" + hidden.encode() + named + b"---\n# A card\n")
-    with pytest.raises(RunFileError, match="names a file that is not its own"):
+    with raises_code("dataset-foreign-file", RunFileError):
         huggingface._check_card(section, path)
 
 
@@ -280,7 +281,7 @@ def test_what_was_found_is_looked_at_again_whatever_its_description_says(
     (home.data / "set" / "train.jsonl").write_bytes(b'{"text": "bait"}\n')
     for text in CARDS[:4]:
         (home.data / "set" / ".huggingface.yaml").write_bytes(card(text, home.here))
-        with pytest.raises(RunFileError, match="names a file that is not its own"):
+        with raises_code("dataset-foreign-file", RunFileError):
             home.prepare(a_run(dataset="set"), home.data)
     assert not home.watched.opened()
 
@@ -355,7 +356,7 @@ def test_a_column_of_images_opens_no_file(home: Home, hub: FakeHub, tmp_path: Pa
     home.watched.opened()
     hub.push("eve/images", {"train.parquet": (tmp_path / "images.parquet").read_bytes()})
     assert home.prepare(a_run(dataset="eve/images", streaming=streaming), None).startswith(b"honest honest")
-    with pytest.raises(RunFileError, match='"image" of "eve/images" is not a string'):
+    with raises_code("field-not-text", RunFileError, "image", "eve/images"):
         home.prepare(a_run(dataset="eve/images", streaming=streaming, field="image"), None)
     assert not home.watched.opened()
 
@@ -373,11 +374,11 @@ def test_a_saved_data_set_has_its_files_in_its_folder(home: Home) -> None:
     (arrow,) = outside.glob("*.arrow")
     for name in (str(arrow), f"../../../home/saved/{arrow.name}"):
         (inside / "train" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
-        with pytest.raises(RunFileError, match="it is not read"):
+        with raises_code("path-outside", RunFileError):
             home.prepare(a_run(dataset="saved"), home.data)
     (inside / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "up"]}))
     (inside / "up").symlink_to(outside)
-    with pytest.raises(RunFileError, match="it is not read"):
+    with raises_code("path-outside", RunFileError):
         home.prepare(a_run(dataset="saved", split="up"), home.data)
     assert not watched.opened()
     watched.close()
@@ -423,7 +424,7 @@ def test_a_folders_run_has_no_commit_and_other_sources_cannot_have_one(home: Hom
     )
     text = published_bytes(run).decode().replace("[published]", f'[published]\ndataset_revision = "{"a" * 40}"')
     text = text.replace('source = "datasets"', 'source = "python-stdlib"').replace('dataset = "anna/stories"', "")
-    with pytest.raises(BadBytesError, match=r"does not fit data\.source"):
+    with raises_code("keys-disagree", BadBytesError, "data.source"):
         parse_published_untrusted(text.encode(), run_sha256(text.encode()))
 
 
@@ -469,7 +470,7 @@ def test_older_libraries_are_told_to_run_no_code(home: Home, monkeypatch: pytest
         held_out_bytes=1,
         dataset_revision="a" * 40,
     )
-    with pytest.raises(RunFileError, match="that is enough"):
+    with raises_code("dataset-not-loaded", RunFileError, "that is enough"):
         home.prepare(run.model_copy(update={"published": section}), None)
     assert told["path"] == "owner/name" and told["revision"] == "a" * 40
     assert told["trust"] is False and told["here"] == [] and told["stands"] != home.here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,7 +59,7 @@ def test_an_identity_is_kept_and_only_its_owner_reads_it(tmp_path: Path) -> None
 def test_a_cut_identity_is_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "identity.key"
     path.write_bytes(new_identity(SEED).key_file()[:keep])
-    with pytest.raises(UserError, match="move it away"):
+    with raises_code("not-an-identity", UserError):
         load_or_create_identity(path)
 
 
@@ -68,12 +69,12 @@ def test_an_altered_identity_is_refused(tmp_path: Path, position: int) -> None:
     data = bytearray(new_identity(SEED).key_file())
     data[position] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="move it away"):
+    with raises_code("not-an-identity", UserError):
         load_or_create_identity(path)
 
 
 def test_a_folder_that_cannot_be_used_is_the_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--dir"):
+    with raises_code("not-an-identity", UserError, "--dir"):
         load_or_create_identity(tmp_path / "missing" / "identity.key")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codes import raises_code
 from learnt import tiny
 from test_gossip_exchange import World, run_file, worlds
 
@@ -141,13 +142,13 @@ def test_what_is_wrong_with_a_package_is_said(
 @pytest.mark.parametrize("result", ["[0.0]", "ordered", "ordered[0].double()"])
 def test_a_rule_that_is_wrong_whatever_is_sent_ends_the_process(install: Callable[..., Path], result: str) -> None:
     install(("return (", f"return {result} # ("))
-    with pytest.raises(RunTimeError, match="gave no fp32 vector of 3 numbers"):
+    with raises_code("merge-package-broken", RunTimeError, "fp32"):
         robust_mean(RULE, [torch.ones(3)] * 2, [100, 100])
 
 
 def test_a_rule_that_writes_into_gradients_ends_the_process(install: Callable[..., Path]) -> None:
     install(("return (", "return gradients[0].mul_(2) # ("))
-    with pytest.raises(RunTimeError, match="writes into what it is given"):
+    with raises_code("merge-package-broken", RunTimeError, "writes"):
         robust_mean(RULE, [torch.ones(3), torch.ones(3)], [100, 100])
 
 
@@ -162,13 +163,13 @@ def test_what_others_send_ends_no_process(
 
 
 def test_where_it_is_not_installed_nothing_is_begun(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"method gossip: .*package swarm-median, which is not installed"):
+    with raises_code("merge-package-missing", UserError, "method gossip", "swarm-median"):
         plays_of(tiny(tmp_path, set={"merge.robust": RULE}), {})
-    with pytest.raises(RunFileError, match="package swarm-median, which is not installed"):
+    with raises_code("merge-package-missing", RunFileError, "swarm-median"):
         publish_run(parse_run(RUN, "r"), tmp_path, datetime.datetime.now(datetime.UTC))
 
 
 @pytest.mark.parametrize("name", ["medain", "../x:median", "x:", "x:a b", "X:median", "x:os.system", "x" * 99 + ":y"])
 def test_other_names_are_none(name: str) -> None:
-    with pytest.raises(RunFileError, match=r"merge\.robust: .*allowed: .*PACKAGE:RULE"):
+    with raises_code("bad-value", RunFileError, "merge.robust", "PACKAGE:RULE"):
         parse_run(RUN.replace(RULE, name), "r")

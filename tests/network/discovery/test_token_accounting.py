@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
+from codes import raises_code
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.discovery.records import PROGRESS, progress_from_proto_untrusted, progress_to_proto
@@ -139,7 +140,7 @@ def test_a_record_in_a_bucket_of_others_is_not_counted() -> None:
 
 def test_a_negative_count_is_refused() -> None:
     negative = pb.Progress.FromString(b"\x10" + b"\xff" * 9 + b"\x01")  # -1 as a signed reader would have it
-    with pytest.raises(BadBytesError, match="range"):
+    with raises_code("bad-number", BadBytesError):
         progress_from_proto_untrusted(negative)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from codes import raises_code
 from replies import Replies
 
 from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError, UnreachableError
@@ -79,7 +80,7 @@ def test_a_part_goes_on_too() -> None:
 
 def test_three_times_at_most() -> None:
     asked = list[int]()
-    with pytest.raises(UnreachableError, match="ended early"):
+    with raises_code("broken-off", UnreachableError):
         brought(serving(2, 0, 0, 0, 6), asked)
     assert asked == [0, 2, 2, 2], "without any chunk that comes"
 

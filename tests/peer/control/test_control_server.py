@@ -18,9 +18,10 @@ from typing import Any
 
 import grpc
 import pytest
+from codes import raises_code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.peer.control.server import MAX_WATCHERS, SERVICE, ControlHandlers, ControlServer, read_status
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -140,17 +141,26 @@ def test_status_and_powers(stub: Any, peer: FakePeer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code", "detail"),
+    ("trouble", "status", "detail", "metadata"),
     [
-        (UserError("a bootstrap does not pause"), grpc.StatusCode.FAILED_PRECONDITION, "a bootstrap does not pause"),
-        (RunTimeError("still starting"), grpc.StatusCode.FAILED_PRECONDITION, "still starting"),
-        (OSError(28, "No space left on device"), grpc.StatusCode.INTERNAL, "No space left on device"),
+        (
+            UserError("not here", code="not-a-volunteer"),
+            "FAILED_PRECONDITION",
+            "not here",
+            {CODE_KEY: "not-a-volunteer"},
+        ),
+        (RunTimeError("not yet", code="no-checkpoint"), "FAILED_PRECONDITION", "not yet", {CODE_KEY: "no-checkpoint"}),
+        (OSError(28, "No space left on device"), "INTERNAL", "No space left on device", {}),
     ],
 )
 def test_a_power_that_fails_is_told_to_the_caller(
-    stub: Any, peer: FakePeer, trouble: Exception, code: Any, detail: str
+    stub: Any, peer: FakePeer, trouble: Exception, status: str, detail: str, metadata: dict[str, str]
 ) -> None:
     peer.trouble = trouble
+    code = grpc.StatusCode[status]
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Resume(pb.ResumeRequest(), timeout=LIMIT_S)
+    assert dict(refused.value.trailing_metadata()) == metadata
     assert refusal(lambda: stub.Pause(pb.PauseRequest(), timeout=LIMIT_S))[0] == code
     assert detail in refusal(lambda: stub.Checkpoint(pb.CheckpointRequest(), timeout=LIMIT_S))[1]
     assert_serves(stub)
@@ -390,7 +400,7 @@ def test_tcp_only_if_it_was_asked_for(tmp_path: Path, peer: FakePeer) -> None:
         second = tmp_path / "second"
         second.mkdir()
         taken = ControlServer(second, peer.powers(), addresses(tmp_path)[1])
-        with pytest.raises(UserError, match="choose another with --control"):
+        with raises_code("port-taken", UserError, "--control"):
             taken.start()
         assert not (second / "control.address").exists()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from codes import raises_code
 from patience import PATIENCE_S
 
 from swarmtrain.algorithm.outer import OuterState
@@ -99,7 +100,7 @@ def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(
 
     monkeypatch.setattr(exchange.swarm.calls, "round", answer)
     assert exchange.present_state(Progress()) is None, "ben was busy for a moment, and has merged nothing yet"
-    with pytest.raises(RunTimeError, match="nobody could deliver"):
+    with raises_code("state-not-delivered", RunTimeError):
         exchange.present_state(Progress())
     assert asked == [BEN.peer_id] * 5
 

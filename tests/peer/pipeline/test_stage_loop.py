@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from codes import raises_code
 from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
@@ -316,7 +317,7 @@ def test_a_gradient_that_would_spoil_the_others_is_refused_and_the_step_goes_wit
         asking = await _tails(bench, 0, 1)
         bench.script = [lambda: bench.acknowledge(0)]
         assert bench.step() == InnerStep(TOKENS, 1.0, 7.0)
-        with pytest.raises(BadBytesError, match="norm inf"):
+        with raises_code("bad-bytes", BadBytesError, "norm inf"):
             await asking[1]
 
     _at(bench, body)
