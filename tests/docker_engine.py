@@ -13,14 +13,20 @@ from typing import Any
 
 import pytest
 
-__all__ = ["IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
+__all__ = ["BUILD_S", "IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
+BUILD_S = 1200.0
+"""An image from nothing, with torch, on a slow line; two minutes on a quick one."""
+_COMMAND_S = 120.0
+"""Any other command: they take a second, unless the machine is busy."""
+_LOOK_EVERY_S = 1.0
+"""A look is some commands in containers, each an interpreter that starts."""
 _SETTINGS = {"SWARMTRAIN_IMAGE": IMAGE, "SWARMTRAIN_PORT": "0", "PROMETHEUS_PORT": "0"}
 
 
-def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **settings: str) -> str:
+def docker(*arguments: str, limit_s: float = _COMMAND_S, given: str | None = None, **settings: str) -> str:
     """What a docker command writes, to which `given` is read; AssertionError with its error output when it fails."""
     done = subprocess.run(
         ["docker", *arguments],
@@ -38,14 +44,14 @@ def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **
 def docker_logs(container: str) -> str:
     """All that a container has written to both of its outputs."""
     done = subprocess.run(
-        ["docker", "logs", container], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120.0
+        ["docker", "logs", container], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_COMMAND_S
     )
     return done.stdout
 
 
 def build() -> None:
     """The image of the code that is tested."""
-    docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=1200.0)
+    docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=BUILD_S)
 
 
 def status(container: str) -> dict[str, Any]:
@@ -101,7 +107,7 @@ class Project:
             if time.monotonic() - began_s > limit_s:
                 logs = self.compose("logs", "--tail", "30")[-6000:]
                 pytest.fail(f"not in {limit_s:g} s: {what}\n{self.health()}\n{logs}\n{self.told()}")
-            time.sleep(1.0)
+            time.sleep(_LOOK_EVERY_S)
         return time.monotonic() - began_s
 
     def health(self) -> str:
@@ -120,6 +126,6 @@ class Project:
         ends = []
         for name in (name for name, row in self.containers().items() if row["State"] == "running"):
             show = ["docker", "exec", name, "sh", "-c", "tail -n 40 /data/swarmtrain/*/peer.log"]
-            done = subprocess.run(show, capture_output=True, text=True, timeout=60.0)
+            done = subprocess.run(show, capture_output=True, text=True, timeout=_COMMAND_S)
             ends.append(f"{name}:\n{done.stdout[-4000:]}")
         return "\n".join(ends)

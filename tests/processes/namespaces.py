@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 PORT = 31337
+_COMMAND_S = 30.0
+"""Of `ip`, which takes milliseconds."""
 _TAG = f"st{os.getpid() % 100_000}"
 
 
@@ -31,7 +33,7 @@ def why_not() -> str:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=_COMMAND_S)
 
 
 @contextmanager

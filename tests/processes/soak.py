@@ -37,11 +37,13 @@ VOLUNTEERS = ("anna", "ben", "carl", "dora")
 BOOTSTRAP = "bootstrap"
 EVERYONE = (BOOTSTRAP, *VOLUNTEERS)
 ROUND_STEPS = 20
-ROUNDS = 80
-"""Rounds of a short run."""
 BATCH_TOKENS = 8 * 64
 ROUND_TOKENS = ROUND_STEPS * BATCH_TOKENS
 LOSS_TOLERANCE = 0.02
+MIN_FAULTS = 5
+"""Fewer show nothing."""
+PROBE_ROUNDS = 40
+"""Enough to tell how many tokens this machine trains in a minute."""
 FAULTY_SHARE = 0.7
 """What a run with faults trains in the time, against one without: about, for the size of the runs."""
 NUM_TEXTS = 400
@@ -304,10 +306,15 @@ def one_run(folder: Path, plan: Plan, with_faults: bool) -> Outcome:
         return Soak(swarm, plan).run(with_faults)
 
 
+def assert_enough_faults(outcome: Outcome) -> None:
+    """Something happened to it."""
+    assert sum(outcome.faults[kind] for kind in ("SIGKILL", "SIGTERM", "SIGSTOP")) >= MIN_FAULTS, outcome
+
+
 def compare(folder: Path, plan: Plan, baseline: Outcome) -> Outcome:
     """A run with faults, within `LOSS_TOLERANCE` of the loss of the one without."""
     outcome = one_run(folder, plan, with_faults=True)
-    assert sum(outcome.faults[kind] for kind in ("SIGKILL", "SIGTERM", "SIGSTOP")) >= 5, outcome
+    assert_enough_faults(outcome)
     assert outcome.loss <= baseline.loss * (1 + LOSS_TOLERANCE), f"{outcome.loss} against {baseline.loss} without"
     return outcome
 
@@ -321,7 +328,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"in {folder}, which a run that fails leaves behind", flush=True)
-    probed = Plan(seed=0, total_tokens=40 * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
+    probed = Plan(seed=0, total_tokens=PROBE_ROUNDS * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
     probe = one_run(folder / "probe", probed, False)
     total = round(probed.total_tokens / probe.seconds * options.minutes * 60 * FAULTY_SHARE)
     sized = replace(probed, total_tokens=total)

@@ -41,8 +41,14 @@ from swarmtrain.network.daemon import owned_process_args
 PATIENCE_S = 120.0
 """How long to wait for what must happen, on a machine that others use too."""
 
+_READ_S = 10.0
+"""Until what an ended process had written is read."""
+
 EXIT_S = 5.0
 """How long a peer may take to end after Ctrl-C, and its processes to be gone, if it has a core to itself."""
+
+_LOOK_EVERY_S = 0.02
+"""Of what tells nobody when it changes: files and processes."""
 
 _E = TypeVar("_E")
 
@@ -52,7 +58,7 @@ def wait_until(condition: Callable[[], Any], what: str, limit_s: float = PATIENC
     give_up_s = time.monotonic() + limit_s
     while not (value := condition()):
         assert time.monotonic() < give_up_s, f"not within {limit_s:g} s: {what() if callable(what) else what}"
-        time.sleep(0.02)
+        time.sleep(_LOOK_EVERY_S)
     return value
 
 
@@ -142,7 +148,7 @@ class Child:
                 assert self._reader.is_alive(), f"{self.name} ended without {kind.__name__}; {self.story()}"
                 left_s = give_up_s - time.monotonic()
                 assert left_s > 0, f"no {kind.__name__} of {self.name} within {limit_s:g} s; {self.story()}"
-                self._news.wait(min(left_s, 0.2))
+                self._news.wait(min(left_s, 0.2))  # its end is no news
 
     def all(self, kind: type[_E]) -> list[_E]:
         """Its events of one kind so far."""
@@ -219,7 +225,7 @@ class Child:
                 time.sleep(0.1)  # of two at one moment one is heard
                 self.process.terminate()
                 return
-            time.sleep(0.02)
+            time.sleep(_LOOK_EVERY_S)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -232,7 +238,7 @@ class Child:
             code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end within {limit_s:g} s; {self.story()}") from None
-        self._reader.join(10)
+        self._reader.join(_READ_S)
         return code
 
     def error_line(self) -> str:
@@ -301,12 +307,12 @@ class Swarm:
             child.process.wait()
         give_up_s = time.monotonic() + EXIT_S
         while (left := self.leftovers()) and time.monotonic() < give_up_s:
-            time.sleep(0.05)
+            time.sleep(_LOOK_EVERY_S)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for child in self.children:
-            child._reader.join(10)
+            child._reader.join(_READ_S)
             assert child.process.stdout is not None
             child.process.stdout.close()
 

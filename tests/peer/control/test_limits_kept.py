@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
@@ -261,7 +262,7 @@ def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kept.keeper, "tick", ticks.release)
     with kept_limits(kept.keeper):
         for _ in range(3):
-            assert ticks.acquire(timeout=10)
+            assert ticks.acquire(timeout=PATIENCE_S)
     assert "limits" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -278,7 +279,7 @@ def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatc
     with kept_limits(kept.keeper):
         monkeypatch.setattr(kept.keeper, "tick", tick)
         for _ in range(4):
-            assert ticks.acquire(timeout=1)
+            assert ticks.acquire(timeout=PATIENCE_S)
 
 
 def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
@@ -333,6 +334,6 @@ def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(module, "set_niceness", meanwhile)
     kept.keeper.change(pb.Limits(nice=5))
-    other.join(10.0)
+    other.join(PATIENCE_S)
     assert (kept.keeper.limits().threads, kept.keeper.limits().nice) == (1, 5)
     assert kept.keeper._limits.nice == 5
