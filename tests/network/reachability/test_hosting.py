@@ -192,7 +192,7 @@ def test_a_host_keeps_nothing_for_who_asks_for_a_section_that_the_run_does_not_h
         guest = Partner(DORA, 0.5)
         host, dora = Host(CARL, guest), peer_bytes(DORA.peer_id)
         for name in ("buffers", "x" * 33):
-            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, group=name), ME.peer_id)
+            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, section=name), ME.peer_id)
             assert reply == pb.PublicationReply(away=True)
         assert [peer for peer, _ in host.refused] == [ME.peer_id, ME.peer_id]
         assert guest.asked == [] and not host.hosting._kept
@@ -323,13 +323,13 @@ def test_what_is_pulled_of_a_guest_that_leaves_and_returns_meanwhile_is_not_kept
             await until(lambda: hosting._kept)
             await until(lambda: guest.asked)
             guest.asked.clear()
-            bringing = hosting._kept[DORA.peer_id, "gradient", 0].bringing
-            assert bringing is not None
+            downloading = hosting._kept[DORA.peer_id, "gradient", 0].downloading
+            assert downloading is not None
             hosting.left(DORA.peer_id)
             assert hosting.ask(DORA.peer_id)
             host.calls.gate.set()
             assert (await asking).busy
-            await asyncio.wait([bringing])
+            await asyncio.wait([downloading])
             assert not hosting._kept and not host.store._held
         assert (await hosting.answer(request)).HasField("manifest")
 
