@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from chaos import seen
-from docker_engine import IMAGE, Project, docker, status
+from docker_engine import BUILD_S, IMAGE, Project, docker, status
 
 __all__ = ["ACTIONS", "CHECKS", "Swarm", "build_images", "hidden_reach", "hosts"]
 
@@ -17,6 +17,12 @@ _FIREWALL = "swarmtrain-test-firewall"
 _NEXT = "swarmtrain-test-next"
 _CLOCKED = "swarmtrain-test-clock"
 _NEXT_VERSION = "99.0.0"
+_UPGRADED_S = 400.0
+"""All containers, one after the other, each until it is healthy: half a minute each."""
+_ATTEMPTS = 5
+"""To freeze a container; the second one is enough as a rule."""
+_MOST_LOOKS, _FREED_S = 20, 0.2
+"""A killed process's memory is free again within four seconds."""
 _NEXT_DOCKERFILE = f"""
 FROM {IMAGE}
 USER root
@@ -45,12 +51,12 @@ Action = Callable[[Swarm, Victims], object]
 
 def build_images(wanted: frozenset[str]) -> None:
     """Those beside the one that is tested."""
-    docker("build", "--quiet", "--tag", _FIREWALL, "peers/firewall", limit_s=600.0)
+    docker("build", "--quiet", "--tag", _FIREWALL, "peers/firewall", limit_s=BUILD_S)
     if "upgrade" in wanted:
         docker("build", "--quiet", "--tag", _NEXT, "-", given=_NEXT_DOCKERFILE)
     if "move-clock" in wanted:
         dockerfile = "tests/chaos/clock.Dockerfile"
-        docker("build", "--quiet", "--tag", _CLOCKED, "--file", dockerfile, "tests/chaos", limit_s=600.0)
+        docker("build", "--quiet", "--tag", _CLOCKED, "--file", dockerfile, "tests/chaos", limit_s=BUILD_S)
 
 
 def _each(do: Callable[[str], object]) -> Action:
@@ -66,11 +72,11 @@ def _each(do: Callable[[str], object]) -> Action:
 def _pause(victim: str) -> None:
     """The freezer of version 1 control groups gives up ("unable to freeze") where a process is just being born or waits
     for a disk, which on a busy machine happens: then once more."""
-    for attempt in range(5):
+    for attempt in range(_ATTEMPTS):
         try:
             docker("pause", victim)
         except AssertionError as error:
-            if attempt == 4 or "unable to freeze" not in str(error):
+            if attempt == _ATTEMPTS - 1 or "unable to freeze" not in str(error):
                 raise
         else:
             return
@@ -98,7 +104,7 @@ def _upgrade(swarm: Swarm, victims: Victims) -> None:
     swarm.keep_logs(*swarm.containers())
     swarm.settings["SWARMTRAIN_IMAGE"] = _NEXT
     scale = f"--scale=volunteer={len(swarm.all)}"
-    swarm.compose("--parallel=1", "up", "--detach", "--no-build", scale, limit_s=400.0)
+    swarm.compose("--parallel=1", "up", "--detach", "--no-build", scale, limit_s=_UPGRADED_S)
 
 
 def _all_are_upgraded(swarm: Swarm) -> str:
@@ -170,11 +176,11 @@ except OSError:
 def _squeeze(victim: str) -> None:
     """Less memory than it needs, from its next start on, which is now: the system kills it as often as it starts."""
     _kill(victim)
-    for _ in range(20):  # what the process had must be free first
+    for _ in range(_MOST_LOOKS):  # what the process had must be free first
         with contextlib.suppress(AssertionError):
             docker("update", "--memory=64m", "--memory-swap=64m", victim)
             return
-        time.sleep(0.2)
+        time.sleep(_FREED_S)
     raise AssertionError(f"{victim} gave no memory back")
 
 

@@ -47,6 +47,7 @@ from docker_engine import ROOT, build, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
 END_S = 1500.0
+"""Until a run that has been through its scenario has its tokens, on a machine with other work."""
 _NOT_PLAYED = "the scenario could not be played"
 _OF_A_ROUND = 0.5
 """Rounds differ: one that takes so much longer than usual is no standing still."""

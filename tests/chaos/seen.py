@@ -151,12 +151,17 @@ def held(container: str) -> Held:
     return Held(*json.loads(docker("exec", container, "/opt/swarmtrain/bin/python", "-c", _PROCESSES)))
 
 
+_MEMORY_SHARE, _MEMORY_MIB, _MORE_THREADS, _MORE_FILES = 0.15, 48, 12, 24
+"""What comes and goes within a minute: arenas, pulls under way and their threads, connections, checkpoints."""
+
+
 def grown(before: Held, after: Held) -> str:
     """In words, what has grown by more than a minute's noise; empty if nothing has."""
     mib = 2**20
+    was_mib = before.rss_bytes // mib
     rows = (
-        ("MiB of memory", before.rss_bytes // mib, after.rss_bytes // mib, before.rss_bytes // mib * 0.15 + 48),
-        ("threads", before.threads, after.threads, 12),
-        ("files", before.files, after.files, 24),
+        ("MiB of memory", was_mib, after.rss_bytes // mib, was_mib * _MEMORY_SHARE + _MEMORY_MIB),
+        ("threads", before.threads, after.threads, _MORE_THREADS),
+        ("files", before.files, after.files, _MORE_FILES),
     )
     return ", ".join(f"{now} {what} instead of {was}" for what, was, now, more in rows if now > was + more)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from learnt import tiny, write_scenario
+from patience import PATIENCE_S
 
 from swarmtrain.cli.main import cli, run
 from swarmtrain.cli.simulate import table_lines
@@ -198,7 +199,7 @@ def test_a_pipe_is_told_that_it_goes_on_and_its_end_is_in_order(
 
     def play(*_: Any) -> RunOutcome:
         try:
-            assert said.wait(30)
+            assert said.wait(PATIENCE_S)
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("it goes on")
         finally:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
@@ -136,9 +137,7 @@ def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatc
 
     work(60)
     assert not kept.pause.held
-    assert (
-        kept.enforcer.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
-    )
+    assert kept.enforcer.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
     work(30)
     assert kept.pause.reason == "other programs use 50% of the processors; training resumes after a quiet minute"
     assert kept.enforcer.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
@@ -164,11 +163,11 @@ def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
 
 
 def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
-    enforcer = Kept().enforcer
-    assert enforcer.change(pb.Limits(threads=99)) == (
+    keeper = Kept().enforcer
+    assert keeper.change(pb.Limits(threads=99)) == (
         "99 threads from the next inner step on, more than the 2 cores here: that only slows it down; it trains"
     )
-    assert enforcer.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
+    assert keeper.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
 
 
 def test_limits_are_told_and_what_is_absent_stays() -> None:
@@ -254,7 +253,7 @@ def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.Monk
     with raises_code("nice-not-lowered", UserError):
         Kept().enforcer.change(pb.Limits(nice=0))
     with raises_code("nice-not-lowered", UserError, "--nice 3"):
-        Kept(Limits(nice=3)).enforcer.start()
+        Kept(Limits(nice=3)).keeper.start()
 
 
 def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +262,7 @@ def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kept.enforcer, "tick", ticks.release)
     with kept_limits(kept.enforcer):
         for _ in range(3):
-            assert ticks.acquire(timeout=10)
+            assert ticks.acquire(timeout=PATIENCE_S)
     assert "limits" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -280,7 +279,7 @@ def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatc
     with kept_limits(kept.enforcer):
         monkeypatch.setattr(kept.enforcer, "tick", tick)
         for _ in range(4):
-            assert ticks.acquire(timeout=1)
+            assert ticks.acquire(timeout=PATIENCE_S)
 
 
 def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
@@ -335,6 +334,6 @@ def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(module, "set_niceness", meanwhile)
     kept.enforcer.change(pb.Limits(nice=5))
-    other.join(10.0)
+    other.join(PATIENCE_S)
     assert (kept.enforcer.limits().threads, kept.enforcer.limits().nice) == (1, 5)
     assert kept.enforcer._limits.nice == 5

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from swarmtrain.cli.stop_signals import stop_on_signals
 from swarmtrain.errors import RunTimeError
@@ -113,7 +114,7 @@ def test_sigusr1_explains() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)  # nobody explains anything yet, and nothing ends
         with explained_on_signal(explained.set):
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert explained.wait(5)
+            assert explained.wait(PATIENCE_S)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.is_set()
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from replies import Replies
 from sessions import train_round
 from torch import Tensor
@@ -188,7 +189,7 @@ class World:
         merge_due = gossip.merge_due
 
         def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
-            give_up_s = time.monotonic() + 30
+            give_up_s = time.monotonic() + PATIENCE_S
             while any(
                 _num_ready(engine, fragment, group) < self.wants.get(peer.id, 0) for group in engine._settings.groups
             ):
@@ -353,7 +354,7 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     whole = STEPS * STEP_TOKENS
     first = [(1, 3 * STEP_TOKENS, 3 * STEP_TOKENS), (2, 6 * STEP_TOKENS, 6 * STEP_TOKENS), (3, whole, whole)]
     assert seen == [*first, *((part, tokens, tokens + whole) for part, tokens, _ in first)]
-    give_up_s = time.monotonic() + 10
+    give_up_s = time.monotonic() + PATIENCE_S
     while (peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
@@ -398,7 +399,7 @@ def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(
         done.set()
 
     peer.exchange.network.submit_unhurried(last())
-    assert done.wait(10)
+    assert done.wait(PATIENCE_S)
     assert (peer.swarm.presence.me.round, peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) == (
         1,
         0,
@@ -618,7 +619,7 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
         return adds_to_archive(holds, authors, bootstrap.trainer.progress.peer_tokens)
 
     fetching = fetch_consensus_state(bootstrap.swarm, [newcomer.id], "archive", 0, is_wanted)
-    present = world.network.run(fetching, 30)
+    present = world.network.run(fetching, PATIENCE_S)
     assert present is not None and present.holds == {
         **bootstrap.trainer.progress.peer_tokens,
         newcomer.id: STEPS * STEP_TOKENS,
@@ -626,7 +627,7 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
     assert asked[0][1] == {newcomer.id}
     assert present.progress.run_tokens == 50_000 + 1900 + STEPS * STEP_TOKENS, "newcomers are told all that is counted"
     fetching = fetch_consensus_state(bootstrap.swarm, [newcomer.id], "archive", 0, lambda holds, authors: False)
-    assert world.network.run(fetching, 30) is None
+    assert world.network.run(fetching, PATIENCE_S) is None
 
 
 def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:

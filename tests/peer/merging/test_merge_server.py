@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from replies import Replies
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class World:
 
     def do(self, work: Any) -> Any:
         """Run a coroutine in the network thread."""
-        return self.network.run(work, 20)
+        return self.network.run(work, PATIENCE_S)
 
     def take_in(self, worker: ServerExchange) -> None:
         """The server asks this worker for all it has."""

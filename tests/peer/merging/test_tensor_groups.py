@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from test_gossip_exchange import IDENTITIES, Peer, World, refused, run_file, worlds  # noqa: F401 - a fixture
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def test_who_asks_for_what_the_run_does_not_have_gets_nothing_and_is_named(with_
 
     def asks(caller: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         answer = ours.swarm.answers.publication(request, caller)
-        return ours.world.network.run(asyncio.wait_for(answer, 5), 6)
+        return ours.world.network.run(asyncio.wait_for(answer, PATIENCE_S), 2 * PATIENCE_S)
 
     def tables(request: pb.PublicationRequest) -> str:
         manifest = pb.Manifest.FromString(asks(theirs.id, request).manifest.payload)
