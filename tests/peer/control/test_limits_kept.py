@@ -1,4 +1,4 @@
-"""The keeper of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+"""The enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeUsage:
 
 
 class Kept:
-    """A keeper at noon, with a made-up machine."""
+    """An enforcer at noon, with a made-up machine."""
 
     def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
@@ -163,11 +163,11 @@ def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
 
 
 def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
-    keeper = Kept().enforcer
-    assert keeper.change(pb.Limits(threads=99)) == (
+    enforcer = Kept().enforcer
+    assert enforcer.change(pb.Limits(threads=99)) == (
         "99 threads from the next inner step on, more than the 2 cores here: that only slows it down; it trains"
     )
-    assert keeper.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
+    assert enforcer.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
 
 
 def test_limits_are_told_and_what_is_absent_stays() -> None:
@@ -253,7 +253,7 @@ def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.Monk
     with raises_code("nice-not-lowered", UserError):
         Kept().enforcer.change(pb.Limits(nice=0))
     with raises_code("nice-not-lowered", UserError, "--nice 3"):
-        Kept(Limits(nice=3)).keeper.start()
+        Kept(Limits(nice=3)).enforcer.start()
 
 
 def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
