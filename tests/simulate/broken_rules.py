@@ -22,7 +22,7 @@ from swarmtrain.protocol.tokens import shards, tally
 from swarmtrain.simulate.search.schedule import WorldKind
 from swarmtrain.simulate.systems import publications, transfers
 
-__all__ = ["BROKEN", "NEEDS"]
+__all__ = ["BEGIN_AT", "BROKEN", "NEEDS"]
 
 Patch = pytest.MonkeyPatch
 
@@ -310,6 +310,19 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     one_source_is_believed: ("liar joins",),
 }
 """Without a fault of one of these kinds nobody can see it: schedules that have none are not played."""
+
+BEGIN_AT: dict[Callable[[Patch], None], int] = {
+    restored_ledger_is_empty: 28,
+    states_say_not_what_entered_them: 164,
+    rounds_without_a_least: 30,
+    fastest_paces_all: 13,
+    last_count_is_taken: 11,
+    everything_told_is_believed: 16,
+    numbers_are_not_checked: 15,
+    bootstrap_keeps_no_counts: 50,
+    who_was_killed_trains_on: 79,
+}
+"""The seed at which the search for them begins: it shows them, and from 0 it would take seconds to come to it."""
 
 BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     ledger_takes_everything: ("gossip", "exactly once"),
