@@ -137,7 +137,9 @@ def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatc
 
     work(60)
     assert not kept.pause.held
-    assert kept.enforcer.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    assert (
+        kept.enforcer.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    )
     work(30)
     assert kept.pause.reason == "other programs use 50% of the processors; training resumes after a quiet minute"
     assert kept.enforcer.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
