@@ -1,4 +1,4 @@
-"""The limit of what a test waits for by the real clock."""
+"""Time limit for what a test waits for by the real clock."""
 
 from __future__ import annotations
 

@@ -154,13 +154,13 @@ class _Deferred(GossipEngine[Any, Any, Any]):
         super()._prepared(number, merge, now)
         self.is_prepared = False
 
-    def _settled(self, pull: Any, now: float) -> None:
+    def _end_prepared(self, pull: Any, now: float) -> None:
         """Later."""
 
     def settles(self, number: int, now: float) -> None:
         """The pull of that number."""
         if (pull := self._pulls.by_number.get(number)) is not None:
-            super()._settled(pull, now)
+            super()._end_prepared(pull, now)
 
 
 class _Driver:
@@ -426,7 +426,7 @@ class _Driver:
         if line["mark"] is None:
             return PartnerReplied(self.current)
         mark = PublicationVersion(**line["mark"])
-        return PartnerReplied(self.current, mark, SimpleNamespace(mark=mark), self.others.advertised(author))
+        return PartnerReplied(self.current, mark, SimpleNamespace(version=mark), self.others.told(author))
 
 
 class _Lot:

@@ -199,7 +199,7 @@ def test_the_arithmetic_is_delayed_nesterov_on_the_same_arrivals(world: Callable
         assert torch.equal(it.server.state.theta, plain.state.theta)
         assert torch.equal(it.server.state.momentum, plain.state.momentum)
         if number == 3:
-            it.new_server(it.do(it.server.settled({"other": 1})))
+            it.new_server(it.do(it.server.checkpoint_when_idle({"other": 1})))
             for each in (anna, ben):
                 it.do(each.swarm.greeter.greet(SERVER.peer_id))
     assert (it.server.arrivals, it.server.refreshes, it.server.progress.round) == (8, 2, 3)
