@@ -33,7 +33,7 @@ from swarmtrain.protocol.gossip.messages import (
     PullTimerFired,
 )
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import SectionBytes, WantedPartners
+from swarmtrain.protocol.gossip.pulls import PublicationBytes, WantedPartners
 from swarmtrain.protocol.membership.membership import PeerInfo
 
 STEPS, STEP_S = 100, 0.5
@@ -43,9 +43,9 @@ class Peer:
     """A peer whose partners answer at once."""
 
     def __init__(self, partners: int, fragments: int, others: int) -> None:
-        sizes: Any = {"int2": SectionBytes(10**6, 250_000, 1 / fragments)}
+        sizes: Any = {"int2": PublicationBytes(10**6, 250_000, 1 / fragments)}
         settings = GossipSettings(
-            sections={"weights": "mean", "gradient": "outer step"},
+            groups={"weights": "mean", "gradient": "outer step"},
             sizes=[sizes] * fragments,
             wanted=WantedPartners(partners, 3),
             num_parts=32,
@@ -70,13 +70,11 @@ class Peer:
         left = deque(commands)
         while left:
             match left.popleft():
-                case AskPartner(number, _, _, section, _, _):
-                    mark = (
-                        PublicationVersion(round, 32, 6400)
-                        if section == "gradient"
-                        else PublicationVersion(round, 0, 0)
+                case AskPartner(number, _, _, group, _, _):
+                    version = (
+                        PublicationVersion(round, 32, 6400) if group == "gradient" else PublicationVersion(round, 0, 0)
                     )
-                    left += self.tell(PartnerReplied(number, mark, number))
+                    left += self.tell(PartnerReplied(number, version, number))
                 case DownloadPublication(number):
                     self.now += 0.001
                     left += self.tell(PublicationDownloaded(number, 10**5))

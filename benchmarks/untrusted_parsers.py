@@ -176,7 +176,7 @@ def settle(question: stages.StageQuestion) -> None:
     ledger = StageLedger(LedgerLimits(batch_tokens=1000))
     said = question.settlement
     keys = tuple(Acknowledged(Key("eve", key.sequence, key.attempt), key.loss) for key in said.acknowledged)
-    ledger.settle("eve", Settlement(said.life, keys, (), said.oldest_open), 0.0)
+    ledger.settle("eve", Settlement(said.incarnation, keys, (), said.oldest_open), 0.0)
 
 
 def main() -> None:
@@ -200,7 +200,7 @@ def main() -> None:
     measure("a server's manifest, as many `entered` as fit", many_entered,
             lambda manifest: entered_round_untrusted(manifest, EVE.peer_id))  # fmt: skip
     measure("rows of coverage, 20 of 1,024 shards", many_coverage_rows,
-            lambda message: coverage.hear_untrusted(EVE.peer_id, message.rows))  # fmt: skip
+            lambda message: coverage.receive_untrusted(EVE.peer_id, message.rows))  # fmt: skip
     measure("a roster of 4,096", lambda salt: roster(4096, salt), lambda it: roster_untrusted(it, RUN, 10))
     measure("a roster as large as fits", lambda salt: roster(24_000, salt), lambda it: roster_untrusted(it, RUN, 10))
     measure("64 presences of others", presences, read_presences)

@@ -14,7 +14,7 @@ from typing import Any
 
 from swarmtrain.errors import RunFileError
 
-__all__ = ["NAME", "brought", "entry_of", "file_sha256"]
+__all__ = ["NAME", "entry_of", "file_sha256", "find_external"]
 
 NAME = r"[a-z0-9][a-z0-9-]{0,63}:[a-z0-9][a-z0-9_-]{0,63}"
 """Pattern of such names."""
@@ -45,7 +45,7 @@ def entry_of(key: str, name: str, kind: str, group: str) -> metadata.EntryPoint:
     return entries[short]
 
 
-def brought(key: str, name: str, kind: str, group: str) -> tuple[Any, str]:
+def find_external(key: str, name: str, kind: str, group: str) -> tuple[Any, str]:
     """Load the object that `merge.KEY = NAME` names; returns it and its place, "module:attribute".
 
     Raises as `entry_of` does, and `RunFileError` if it cannot be loaded.

@@ -34,9 +34,9 @@ def test_the_example_is_one() -> None:
     assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "reset", "half-open"]
     first = list(itertools.islice(fault_events(rehearsal, NAMES), 20))
     assert first == list(itertools.islice(fault_events(rehearsal, NAMES), 20))
-    assert [mishap.at_s for mishap in first] == sorted(mishap.at_s for mishap in first)
+    assert [fault.at_s for fault in first] == sorted(fault.at_s for fault in first)
     assert FaultEvent(20.0, "hang", ("volunteer-2",), 15.0) in first
-    assert next(len(mishap.who) for mishap in first if mishap.do == "partition") == 3
+    assert next(len(fault.who) for fault in first if fault.do == "partition") == 3
 
 
 def test_an_empty_one_does_nothing(tmp_path: Path) -> None:
@@ -105,25 +105,23 @@ def test_churn_strikes_about_so_often_and_nobody_who_is_away() -> None:
     struck = some(1)
     assert struck == some(1) != some(2)
     assert struck[-1].at_s / 1000 == pytest.approx(10.0, rel=0.05)
-    assert {mishap.do for mishap in struck} == {"kill", "leave"} and {mishap.who[0] for mishap in struck} == set(NAMES)
+    assert {fault.do for fault in struck} == {"kill", "leave"} and {fault.who[0] for fault in struck} == set(NAMES)
     back_s = dict.fromkeys(NAMES, 0.0)
-    for mishap in struck:
-        assert back_s[mishap.who[0]] <= mishap.at_s
-        back_s[mishap.who[0]] = mishap.at_s + 30
+    for fault in struck:
+        assert back_s[fault.who[0]] <= fault.at_s
+        back_s[fault.who[0]] = fault.at_s + 30
 
 
 def test_with_everybody_away_churn_waits() -> None:
     churn = RehearsalChurn(every_s=1, away_s=100)
-    times = [mishap.at_s for mishap in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:2]), 4)]
+    times = [fault.at_s for fault in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:2]), 4)]
     assert times[2] >= times[0] + 100 and times[3] >= times[1] + 100
 
 
 def test_churn_whose_victims_never_come_back_ends_no_loop() -> None:
     """It counted on, second by second, to the day of their return."""
     churn = RehearsalChurn(every_s=1, away_s=1e9)
-    assert [
-        mishap.at_s > 1e9 for mishap in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:1]), 2)
-    ] == [
+    assert [fault.at_s > 1e9 for fault in itertools.islice(fault_events(RehearsalFile(churn=churn), NAMES[:1]), 2)] == [
         False,
         True,
     ]

@@ -93,7 +93,7 @@ class FragmentedState(OuterState):
     """State of a model as the states of its fragments, each as of its last merge.
 
     Nothing is copied until `theta` or `momentum` is read; each read joins the fragments anew. A reader of `pieces`
-    needs no second state of 8 bytes a parameter. The object follows `states`, a list that its owner changes; `settled`
+    needs no second state of 8 bytes a parameter. The object follows `states`, a list that its owner changes; `frozen`
     returns one that stays.
     """
 
@@ -131,7 +131,7 @@ class FragmentedState(OuterState):
             [states[number].momentum[place] for number, place in found],
         )
 
-    def settled(self) -> OuterState:
+    def frozen(self) -> OuterState:
         """Return this state as it is now; see `OuterState`."""
         return FragmentedState(self._fragments, tuple(self._states))
 

@@ -68,7 +68,7 @@ class OuterState:
         """Return theta and momentum, each as a list of consecutive vectors; nothing is copied."""
         return [self.theta], [self.momentum]
 
-    def settled(self) -> OuterState:
+    def frozen(self) -> OuterState:
         """Return this state as it is now, whatever follows."""
         return self
 

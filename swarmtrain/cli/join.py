@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 
 
 def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def _word_in(path: Path | None, stop: StopFlag) -> str:
         if not told:
             say(f"waiting for an invite in {path}")
             told = True
-        stop.sleep(_LOOK_S)
+        stop.sleep(_POLL_INTERVAL_S)
 
 
 def _of_folder(directory: Path) -> Invite:

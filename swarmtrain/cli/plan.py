@@ -209,7 +209,7 @@ def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> li
 def _worst(found: tuple[Bottleneck, ...]) -> list[str]:
     from swarmtrain.simulate.planning.bottlenecks import FELT
 
-    felt = [one for one in found if one.strain >= FELT]
+    felt = [one for one in found if one.utilization >= FELT]
     if not felt:
         return [f"  no bottleneck; closest to one: {one.what}: {one.why}" for one in found[:1]]
     lines = []

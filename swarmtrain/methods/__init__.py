@@ -18,7 +18,7 @@ from swarmtrain.methods.diloco import DILOCO
 from swarmtrain.methods.gossip import GOSSIP
 from swarmtrain.methods.method import GradientFormat, MergeMethod
 from swarmtrain.methods.server import SERVER
-from swarmtrain.packages import NAME, brought
+from swarmtrain.packages import NAME, find_external
 
 __all__ = [
     "DILOCO",
@@ -29,7 +29,7 @@ __all__ = [
     "SERVER",
     "GradientFormat",
     "MergeMethod",
-    "load_part",
+    "load_object",
     "method_named",
     "methods_of_keys",
 ]
@@ -53,7 +53,7 @@ def method_named(name: str) -> MergeMethod:
     """
     if not re.fullmatch(NAME, name):
         return METHODS[name]
-    method, place = brought("method", name, "method", GROUP)
+    method, place = find_external("method", name, "method", GROUP)
     if not isinstance(method, MergeMethod):
         raise RunFileError(
             f'merge.method = "{name}": {place} is no MergeMethod; ask those who made it', code="merge-package-broken"
@@ -62,7 +62,7 @@ def method_named(name: str) -> MergeMethod:
 
 
 @functools.cache
-def load_part(reference: str) -> Any:
+def load_object(reference: str) -> Any:
     """Import and return the class or function "module:name" that does a method's work in one of the layers above."""
     return pkgutil.resolve_name(reference)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.network.asynchronous.publications import Publisher, Pulling, section_untrusted
+from swarmtrain.network.asynchronous.publications import Publisher, Pulling, group_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.greeter import Greeter
 from swarmtrain.network.discovery.known_peers import KnownPeers
@@ -20,7 +20,7 @@ from swarmtrain.network.snapshots.state_provider import StateProvider
 from swarmtrain.network.snapshots.store import SnapshotStore
 from swarmtrain.protocol.archive.departure import DepartureQueue, FellowDepartures
 from swarmtrain.protocol.gossip.partners import Place
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Serving", "SwarmAnswers"]
@@ -33,7 +33,7 @@ _MAX_OTHERS = 64  # presences in the reply to a greeting
 class Serving:
     """Services of a peer besides its rounds. Given when it enters the swarm, since its exchange exists only then."""
 
-    publishers: Mapping[tuple[Section, int], Publisher] = field(default_factory=dict)
+    publishers: Mapping[tuple[GroupName, int], Publisher] = field(default_factory=dict)
     """Publishers of each section and fragment, if rounds are asynchronous."""
     pulling: Pulling | None = None
     """Background pulls to stop at the goodbye."""
@@ -70,7 +70,7 @@ class SwarmAnswers:
         serving, away, run_sha256 = self.serving(), self.rounds.away, bytes.fromhex(self.published.sha256)
         with contextlib.suppress(BadBytesError):
             if request.HasField("presence"):
-                self.peers.hear_untrusted(request.presence, caller, first_hand=not request.leaving)
+                self.peers.receive_untrusted(request.presence, caller, first_hand=not request.leaving)
                 if request.leaving:
                     self.peers.left(caller)
                     if serving.hosting is not None:
@@ -103,7 +103,7 @@ class SwarmAnswers:
         serving = self.serving()
         serving.called(caller)
         with contextlib.suppress(BadBytesError):
-            self.peers.hear_untrusted(request.presence, caller)
+            self.peers.receive_untrusted(request.presence, caller)
         if request.author and request.author != peer_bytes(self.presence.me.peer):
             if serving.hosting is None or self.rounds.away:
                 return pb.PublicationReply(away=True)
@@ -111,11 +111,11 @@ class SwarmAnswers:
         if self.rounds.away or not serving.publishers:
             return pb.PublicationReply(away=self.rounds.away)
         try:
-            section = section_untrusted(request, {name for name, _ in serving.publishers})
+            group = group_untrusted(request, {name for name, _ in serving.publishers})
         except BadBytesError as error:
             self.refused(caller, error)
             return pb.PublicationReply()
-        publisher = serving.publishers.get((section, request.fragment))
+        publisher = serving.publishers.get((group, request.fragment))
         if publisher is None:
             return pb.PublicationReply()
         reply = pb.PublicationReply(presence=self.presence.signed(), busy=not self.store.has_room_for(caller))

@@ -19,10 +19,10 @@ from swarmtrain.algorithm.gossip import PartnerUpdate
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
 from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.sections import SectionSpec
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, all_finite
+from swarmtrain.network.tensor_groups import TensorGroup
 from swarmtrain.protocol.gossip.partners import News
-from swarmtrain.protocol.gossip.pulls import Section, SectionBytes
+from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes
 
 __all__ = [
     "ActivationCodec",
@@ -103,13 +103,13 @@ _PIECE = 1 << 18  # numbers checked at once
 class VectorCodec:
     """Codec of one vector of the model in one of its section's formats."""
 
-    section: SectionSpec
+    group: TensorGroup
     format: Format
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Tensor table of a publication."""
-        return self.section.table(self.format)
+        return self.group.table(self.format)
 
     @property
     def size_bytes(self) -> int:
@@ -118,7 +118,7 @@ class VectorCodec:
 
     @property
     def _sizes(self) -> list[int]:
-        return _sizes_of(self.section.tensors)
+        return _sizes_of(self.group.tensors)
 
     def encode(self, vector: Tensor) -> memoryview:
         """Return the bytes of `vector` (P,)."""
@@ -140,17 +140,17 @@ class VectorCodec:
 class GradientCodec:
     """Codec of pseudo-gradients in several formats; each publication's author has chosen one."""
 
-    section: SectionSpec
+    group: TensorGroup
 
     @cached_property
     def of(self) -> dict[Format, VectorCodec]:
         """Codec of each format, the coarsest first."""
-        return {format: VectorCodec(self.section, format) for format in self.section.formats}
+        return {format: VectorCodec(self.group, format) for format in self.group.formats}
 
     @cached_property
     def _feedback(self) -> ErrorFeedback:
         """Rounding errors of int4 and int2 so far. The other formats lose too little to be worth it."""
-        return ErrorFeedback(_sizes_of(self.section.tensors))
+        return ErrorFeedback(_sizes_of(self.group.tensors))
 
     def encode_sum(self, vector: Tensor, format: Format, round: int, part: int = 1) -> memoryview:
         """Return the bytes of a vector (P,) of many whose sum counts, as of a part of a round.
@@ -174,10 +174,10 @@ class GradientCodec:
         """Subtract an already decoded publication's vector from `vector` (P,) in place, and return it."""
         codec = self._codec_of(held)
         data = torch.frombuffer(held.part(0, codec.size_bytes), dtype=torch.uint8)
-        return less_decoded(vector, data, codec.format, _sizes_of(self.section.tensors))
+        return less_decoded(vector, data, codec.format, _sizes_of(self.group.tensors))
 
     def _codec_of(self, held: HeldSnapshot) -> VectorCodec:
-        return self.of[self.section.format_of(held.snapshot.manifest.tensors[0].dtype)]
+        return self.of[self.group.format_of(held.snapshot.manifest.tensors[0].dtype)]
 
 
 @dataclass(frozen=True)
@@ -185,33 +185,35 @@ class PublicationCodec:
     """Codec of publications: the pseudo-gradient in several formats, and the averaged sections, the weights
     among them."""
 
-    sections: tuple[SectionSpec, ...]
+    groups: tuple[TensorGroup, ...]
 
     @cached_property
-    def averaged(self) -> dict[Section, VectorCodec]:
+    def averaged(self) -> dict[GroupName, VectorCodec]:
         """Codec of each averaged section."""
-        return {one.name: VectorCodec(one, one.formats[0]) for one in self.sections if one.rule == "mean"}
+        return {one.name: VectorCodec(one, one.formats[0]) for one in self.groups if one.rule == "mean"}
 
     @cached_property
     def weights(self) -> VectorCodec:
         """Codec of theta, with which the outer step begins."""
-        (codec,) = (each for each in self.averaged.values() if not each.section.num_parts)
+        (codec,) = (each for each in self.averaged.values() if not each.group.num_parts)
         return codec
 
     @cached_property
     def gradient(self) -> GradientCodec:
         """Codec of the pseudo-gradient."""
-        (section,) = (each for each in self.sections if each.rule == "outer step")
-        return GradientCodec(section)
+        (group,) = (each for each in self.groups if each.rule == "outer step")
+        return GradientCodec(group)
 
-    def sizes(self, share: float = 1.0) -> dict[Format, SectionBytes]:
+    def sizes(self, share: float = 1.0) -> dict[Format, PublicationBytes]:
         """Return the sizes of publications for each format of the pseudo-gradient; `share` of the whole model's
         numbers."""
         weights = sum(codec.size_bytes for codec in self.averaged.values())
-        return {format: SectionBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()}
+        return {
+            format: PublicationBytes(weights, codec.size_bytes, share) for format, codec in self.gradient.of.items()
+        }
 
     def arrival_untrusted(
-        self, name: Section, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None
+        self, name: GroupName, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None
     ) -> PartnerUpdate:
         """Return what a downloaded publication of a section adds to a merge. Raises BadBytesError if it is not finite.
 

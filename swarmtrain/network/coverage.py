@@ -128,7 +128,7 @@ class DataCoverage:
         )
         return sign(self.identity, _PURPOSE, self.shards.run_sha256, message)
 
-    def hear_untrusted(self, teller: str, rows: Sequence[pb.Signed]) -> None:
+    def receive_untrusted(self, teller: str, rows: Sequence[pb.Signed]) -> None:
         """Take in the rows of `teller`'s manifest. An invalid row is dropped and reported; the others count."""
         if len(rows) > MAX_ROWS:
             self._refuse(teller, f"{len(rows)} rows of the data's coverage; a manifest has at most {MAX_ROWS}")
@@ -212,7 +212,7 @@ class CarriedRows:
     """(tokens, signed row) by author."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hear_untrusted(self, rows: Sequence[pb.Signed]) -> None:
+    def receive_untrusted(self, rows: Sequence[pb.Signed]) -> None:
         """Take in the rows of a manifest. An invalid row is dropped."""
         for signed in list(rows[:MAX_ROWS]):
             try:
@@ -252,7 +252,7 @@ class CarriedRows:
         """Load what a checkpoint kept. Raises ValueError or TypeError if it is invalid."""
         for row in kept:
             try:
-                self.hear_untrusted([pb.Signed.FromString(base64.b64decode(row))])
+                self.receive_untrusted([pb.Signed.FromString(base64.b64decode(row))])
             except DecodeError:
                 raise ValueError("not a row of the data's coverage") from None
 

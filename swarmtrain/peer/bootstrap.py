@@ -26,7 +26,7 @@ from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
-from swarmtrain.methods import load_part
+from swarmtrain.methods import load_object
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -141,8 +141,8 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         finally:
             bootstrap.leave_stages()
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
-            if bootstrap.keeper is not None:
-                bootstrap.keeper.close()
+            if bootstrap.manager is not None:
+                bootstrap.manager.close()
 
 
 def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
@@ -187,12 +187,12 @@ class _Bootstrap(BootstrapPeer):
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=lambda: checkpointer.durable
         )
         peers = self.peers = PeersFile(self.folder, swarm)
-        keeper = self.keeper = CheckpointManager(self.folder, checkpointer, swarm, self.emit, peers=peers)
+        manager = self.manager = CheckpointManager(self.folder, checkpointer, swarm, self.emit, peers=peers)
         if swarm.asynchronous:
-            self.archived = Archive(swarm, keeper)
-        kept = self._restore(swarm, keeper, sum(spec.size_bytes for spec in specs) // 4)
+            self.archived = Archive(swarm, manager)
+        kept = self._restore(swarm, manager, sum(spec.size_bytes for spec in specs) // 4)
         if kind.has_server:
-            self.server = self._merge_server(swarm, keeper, kept, flatten(model.parameters()))
+            self.server = self._merge_server(swarm, manager, kept, flatten(model.parameters()))
             self._archived_arrivals = self.server.arrivals
         else:
             self.leavers = DepartureQueue(swarm.membership)
@@ -210,7 +210,7 @@ class _Bootstrap(BootstrapPeer):
             wait_for(self.network.submit(self.server.start()), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         show_invite(swarm, self.folder, self.emit)
-        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), keeper)
+        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), manager)
         self.control.serving()
         self._archive_until_the_end(swarm)
         if self.leavers is not None:
@@ -249,26 +249,26 @@ class _Bootstrap(BootstrapPeer):
             self.emit(warning)
         return known
 
-    def _restore(self, swarm: Swarm, keeper: CheckpointManager, num_parameters: int) -> Checkpoint | None:
+    def _restore(self, swarm: Swarm, manager: CheckpointManager, num_parameters: int) -> Checkpoint | None:
         """Load and offer the state that was archived last time."""
-        kept = keeper.checkpointer.load(self.published.run, num_parameters)
+        kept = manager.checkpointer.load(self.published.run, num_parameters)
         if kept is not None:
-            wait_for(self.network.submit(keeper.restore(kept)), self.stop)
+            wait_for(self.network.submit(manager.restore(kept)), self.stop)
             self._have(swarm, kept)
         if self.archived is not None:
             self.archived.restore(kept)
         return kept
 
     def _merge_server(
-        self, swarm: Swarm, keeper: CheckpointManager, kept: Checkpoint | None, theta: Tensor
+        self, swarm: Swarm, manager: CheckpointManager, kept: Checkpoint | None, theta: Tensor
     ) -> MergeServer:
         """Return the server, continuing from `kept`, or else from the initial weights `theta` (P,)."""
 
         def keep(checkpoint: Checkpoint) -> None:
-            extra = {**keeper.extra(), **checkpoint.extra}
-            keeper.keep(dataclasses.replace(checkpoint, extra=extra))
+            extra = {**manager.extra(), **checkpoint.extra}
+            manager.keep(dataclasses.replace(checkpoint, extra=extra))
 
-        kind: type[MergeServer] = load_part(self.published.run.merge.kind.server)
+        kind: type[MergeServer] = load_object(self.published.run.merge.kind.server)
         server = kind(swarm, OuterState(theta, torch.zeros_like(theta)), keep)
         if kept is not None:
             try:
@@ -288,8 +288,8 @@ class _Bootstrap(BootstrapPeer):
 
     def _tell_archived(self, swarm: Swarm) -> None:
         """Announce what is on the disk. At the end the volunteers leave once the last state is."""
-        assert self.keeper is not None
-        durable = self.keeper.checkpointer.durable
+        assert self.manager is not None
+        durable = self.manager.checkpointer.durable
         if durable is None:
             return
         run_tokens = durable.run_tokens
@@ -367,12 +367,12 @@ class _Bootstrap(BootstrapPeer):
         """Look how far the volunteers are; keep the known peers and the counts for a restart."""
         self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greeter.greet_some()), self.stop)
-        assert self.keeper is not None and self.peers is not None
+        assert self.manager is not None and self.peers is not None
         try:
             self.peers.keep()
             if self.archived is not None and time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
                 self._counts_kept_s = time.monotonic()
-                self.keeper.keep_counts()
+                self.manager.keep_counts()
                 if self.server is None and self.state is not None:
                     serving = self.archived.serve_counts(self.state, self.progress)
                     wait_for(self.network.submit(serving), self.stop)
@@ -382,10 +382,10 @@ class _Bootstrap(BootstrapPeer):
     def archive_once_more(self) -> None:
         """Archive what the volunteers have now, within some seconds, because this peer was asked to leave."""
         swarm = self.swarm
-        if swarm is None or self.keeper is None:
+        if swarm is None or self.manager is None:
             return
         if self.archived is not None:
-            self.count_once_more(swarm, [self.keeper])
+            self.count_once_more(swarm, [self.manager])
         if self.progress.run_tokens >= self.published.run.run.total_tokens:
             return
         self.stop = self.stop.last_work(LAST_ARCHIVE_S)
@@ -397,7 +397,7 @@ class _Bootstrap(BootstrapPeer):
             return
         if kept is None:
             return
-        self.keeper.keep(kept)
+        self.manager.keep(kept)
         self.state, self.progress = kept.state, kept.progress
         self._write_kept(kept)
 
@@ -420,7 +420,7 @@ class _Bootstrap(BootstrapPeer):
         answered, late = await asyncio.wait(asking, timeout=_LAST_ANSWER_S)
         await end_tasks(late)
         told = {peer: answer for task in answered for peer, answer in task.result().items()}
-        new = await swarm.rounds.search.fetch_told_state(told, "archive", self.progress.run_tokens)
+        new = await swarm.rounds.search.fetch_advertised_state(told, "archive", self.progress.run_tokens)
         return None if new is None else consensus_state_of(new)
 
     @property
@@ -442,21 +442,21 @@ class _Bootstrap(BootstrapPeer):
         present = wait_for(self.network.submit(fetching), self.stop)
         if present is None:
             return False
-        keeper = self.keeper
-        assert keeper is not None
+        manager = self.manager
+        assert manager is not None
         kept = self._kept(present)
         self.has_news = True
-        keeper.keep(kept)
-        keeper.checkpointer.flush(FLUSH_S)  # announced at once: volunteers may be waiting for it to leave
-        wait_for(self.network.submit(keeper.offer(kept)), self.stop)
+        manager.keep(kept)
+        manager.checkpointer.flush(FLUSH_S)  # announced at once: volunteers may be waiting for it to leave
+        wait_for(self.network.submit(manager.offer(kept)), self.stop)
         self._have(swarm, kept)
         self._write_kept(kept)
         return True
 
     def _archive_own(self, swarm: Swarm, last: bool) -> bool:
         """Write the server's weights to disk; with `last`, wait first until all uploads have entered them."""
-        server, keeper = self.server, self.keeper
-        assert server is not None and keeper is not None
+        server, manager = self.server, self.manager
+        assert server is not None and manager is not None
         if last:
             wait_for(self.network.submit(server.drain()), self.stop)
             if server.progress.run_tokens >= self.published.run.run.total_tokens:
@@ -467,8 +467,8 @@ class _Bootstrap(BootstrapPeer):
         arrivals = server.arrivals
         kept = self._of_server(server)
         self.has_news = True
-        keeper.keep(kept)
-        keeper.checkpointer.flush(FLUSH_S)
+        manager.keep(kept)
+        manager.checkpointer.flush(FLUSH_S)
         self._archived_arrivals = arrivals
         self._have(swarm, kept)
         self._write_kept(kept)
@@ -476,19 +476,19 @@ class _Bootstrap(BootstrapPeer):
 
     def _of_server(self, server: MergeServer) -> Checkpoint:
         """Return a checkpoint of the server, taken while no upload is being applied."""
-        assert self.keeper is not None
-        keeper = self.keeper
+        assert self.manager is not None
+        manager = self.manager
 
         async def take() -> Checkpoint:
-            return await server.settled(keeper.extra())
+            return await server.checkpoint_when_idle(manager.extra())
 
         return wait_for(self.network.submit(take()), self.stop)
 
     def _kept(self, present: ConsensusState) -> Checkpoint:
-        assert self.keeper is not None
+        assert self.manager is not None
         if self.archived is not None:
             return self.archived.kept_of(present)
-        return checkpoint_of(present, self.keeper)
+        return checkpoint_of(present, self.manager)
 
     def _write_kept(self, kept: Checkpoint) -> None:
         model = build_model(self.published.run.model, self.published.run.run.seed)

@@ -13,7 +13,7 @@ from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.control.limits import LimitKeeper, kept_limits, options_of
+from swarmtrain.peer.control.limits import LimitEnforcer, kept_limits, options_of
 from swarmtrain.peer.control.logs import log_event, logged, peer_log
 from swarmtrain.peer.control.session import ControlSession, control_session
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -115,7 +115,7 @@ class Volunteer:
         self.pause = PauseSwitch()
         if folder.started.read().paused:
             self.pause.hold(ASKED, "you paused it before it was started again; `swarmtrain resume` ends the pause")
-        self.limits = LimitKeeper(
+        self.limits = LimitEnforcer(
             settings.limits, self.pause, self.emit, expected=lambda: board.estimate_now(board.status())
         )
         control.takes_orders(self.pause, folder.started.keep_pause, self._limit)

@@ -46,9 +46,9 @@ def test_it_follows_merges_and_a_settled_one_does_not() -> None:
     zeros = torch.zeros(LAYOUT.size)
     states = states_of(zeros, zeros)
     state = FragmentedState(FRAGMENTS, states)
-    settled = state.settled()
+    frozen = state.frozen()
     states[1] = OuterState(torch.ones_like(states[1].theta), states[1].momentum)
-    assert state.theta.sum() == FRAGMENTS[1].layout.size and not settled.theta.any()
+    assert state.theta.sum() == FRAGMENTS[1].layout.size and not frozen.theta.any()
     assert torch.equal(state.theta, whole_of(FRAGMENTS, [one.theta for one in states]))
 
 

@@ -43,9 +43,9 @@ class Wire:
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        desk = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=64), life=7), self.now)
+        queue = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=64), incarnation=7), self.now)
         self.server = StageServer(
-            SHAPES, 3, {0: desk, 1: desk}, lambda peer, error: self.refused.append((peer, str(error))), self.stays_s
+            SHAPES, 3, {0: queue, 1: queue}, lambda peer, error: self.refused.append((peer, str(error))), self.stays_s
         )
         self.calls = WireCalls("d", StageClient(self, RUN), SHAPES, {})  # type: ignore[arg-type]
 
@@ -131,7 +131,7 @@ def test_who_is_asked_answers_the_one_who_asks(promised: tuple[float, str], stag
 
 def test_where_nobody_moves_nobody_promises() -> None:
     async def body(wire: Wire) -> None:
-        wire.server = StageServer(SHAPES, 3, wire.server.desks, wire.server.on_refused)
+        wire.server = StageServer(SHAPES, 3, wire.server.queues, wire.server.on_refused)
         assert await wire.calls.ask_to_stay("p", 1) == (0.0, "nobody moves in this run")
 
     _on_wire(body)
@@ -189,8 +189,8 @@ def test_what_else_is_said_with_it_changes_nothing() -> None:
 
     async def body(wire: Wire) -> None:
         answer = await wire.raw(question)
-        assert (answer.status, answer.stays_s, answer.life) == (pb.StageAnswer.STATUS_OK, 60.0, 7)
-        assert wire.server.desks[1].ledger.num_open == 0
+        assert (answer.status, answer.stays_s, answer.incarnation) == (pb.StageAnswer.STATUS_OK, 60.0, 7)
+        assert wire.server.queues[1].ledger.num_open == 0
 
     _on_wire(body)
 

@@ -21,8 +21,8 @@ from swarmtrain.network.codec import (
     vector_untrusted,
 )
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, build_snapshot
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.protocol.gossip.partners import Delta, Full, PublicationVersion
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -122,7 +122,7 @@ def held_of(data: memoryview, codec: GradientCodec, format: Format) -> HeldSnaps
 
 def test_an_author_chooses_each_gradients_format_and_what_it_loses_in_one_comes_in_the_next() -> None:
     specs = (TensorSpec("w", (25, 30)), TensorSpec("norm", (250,)))
-    authors, readers = (PublicationCodec(sections_of(specs, "fp32", ("int2", "int4"))).gradient for _ in range(2))
+    authors, readers = (PublicationCodec(groups_of(specs, "fp32", ("int2", "int4"))).gradient for _ in range(2))
 
     def read(data: memoryview, format: Format) -> torch.Tensor:
         return readers.decode_untrusted(held_of(data, readers, format))
@@ -141,7 +141,7 @@ def test_an_author_chooses_each_gradients_format_and_what_it_loses_in_one_comes_
 
 
 def test_what_loses_next_to_nothing_carries_nothing_over() -> None:
-    codec = PublicationCodec(sections_of((TensorSpec("w", (1000,)),), "fp32", ("bf16",))).gradient
+    codec = PublicationCodec(groups_of((TensorSpec("w", (1000,)),), "fp32", ("bf16",))).gradient
     one, other = vectors(2)
     assert [bytes(codec.encode_sum(each, "bf16", round)) for round, each in enumerate((one, other))] == [
         bytes(codec.of["bf16"].encode(each)) for each in (one, other)
@@ -150,7 +150,7 @@ def test_what_loses_next_to_nothing_carries_nothing_over() -> None:
 
 def test_what_is_new_of_a_round_may_be_in_another_format_than_what_was_merged_of_it() -> None:
     """A fragment's round goes on where its author begins another of its own."""
-    codec = PublicationCodec(sections_of((TensorSpec("w", (1000,)),), "int8", ("int2", "int4")))
+    codec = PublicationCodec(groups_of((TensorSpec("w", (1000,)),), "int8", ("int2", "int4")))
     first, whole = vectors(2)
     formats: tuple[Format, Format] = ("int2", "int4")
     sent = [
@@ -166,8 +166,8 @@ def test_what_is_new_of_a_round_may_be_in_another_format_than_what_was_merged_of
 
 def test_a_section_says_what_travels_of_it_and_what_a_merge_takes_of_that() -> None:
     tensors = (TensorSpec("w", (25, 30)), TensorSpec("norm", (250,)))
-    gradient, weights = sections = sections_of(tensors, "int8", ("int2", "int4"), 32)
-    assert [(each.name, each.rule, each.num_parts) for each in sections] == [
+    gradient, weights = groups = groups_of(tensors, "int8", ("int2", "int4"), 32)
+    assert [(each.name, each.rule, each.num_parts) for each in groups] == [
         ("gradient", "outer step", 32),
         ("weights", "mean", 0),
     ]
@@ -177,7 +177,7 @@ def test_a_section_says_what_travels_of_it_and_what_a_merge_takes_of_that() -> N
         TensorSpec("gradient/norm", (250,), "int4"),
     ]
     assert [gradient.format_of(table[0].dtype) for table in gradient.tables] == ["int2", "int4"]
-    codec, (vector,), news = PublicationCodec(sections), vectors(1), Full(100, "nothing was merged")
+    codec, (vector,), news = PublicationCodec(groups), vectors(1), Full(100, "nothing was merged")
     manifest = pb.Manifest(run_sha256=bytes(32), kind=pb.SNAPSHOT_KIND_PUBLICATION)
     sent = build_snapshot(new_identity(b"a" * 32), manifest, weights.tables[0], Body([codec.weights.encode(vector)]))
     mean = codec.arrival_untrusted("weights", sent, news, None)

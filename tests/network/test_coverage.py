@@ -19,9 +19,9 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.sections import sections_of
 from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body, SnapshotStore, TensorSpec, manifest_untrusted
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.protocol.tokens.shards import MAX_ROWS
 from swarmtrain.protocol.tokens.tally import CountingRules
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -30,7 +30,7 @@ RUN, CORPUS, OTHER = "ab" * 32, "cd" * 32, "ef" * 32
 ANNA, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(1, 5))
 STEP_TOKENS, STEPS, NUM_SHARDS = 4 * 16, 40, 24
 ROUND_TOKENS = STEP_TOKENS * STEPS
-CODEC = PublicationCodec(sections_of((TensorSpec("w", (3, 4)),), "fp32", ("fp32",)))
+CODEC = PublicationCodec(groups_of((TensorSpec("w", (3, 4)),), "fp32", ("fp32",)))
 
 
 def shards_of_corpus(corpus: str = CORPUS, num_shards: int = NUM_SHARDS) -> ShardsOf:
@@ -111,7 +111,7 @@ class Peer(Reader):
         if held is not None:
             kind = pb.SNAPSHOT_KIND_PUBLICATION
             read = manifest_untrusted(held.snapshot.signed, RUN, kind, CODEC.gradient.of["fp32"].tensors)
-            self.coverage.hear_untrusted(other.id, read.manifest.coverage)
+            self.coverage.receive_untrusted(other.id, read.manifest.coverage)
 
 
 def unseen_with_one_of_four_gone(*, fixed_quarters: bool) -> tuple[int, int]:
@@ -151,11 +151,11 @@ def test_one_peer_of_four_is_gone_for_good_and_none_of_the_data_stays_unseen() -
 def test_a_round_is_counted_as_it_goes_and_others_see_where_one_is() -> None:
     anna, ben = Reader(ANNA), Reader(BEN)
     shard = anna.coverage.begin(0, [])
-    ben.coverage.hear_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
+    ben.coverage.receive_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
     assert ben.counts(ANNA) == counts() and ben.coverage._coverage.busy([ANNA.peer_id]) == {shard}
     for tokens in (100, 250, 400):
         anna.coverage.reached(tokens)
-    ben.coverage.hear_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
+    ben.coverage.receive_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
     assert ben.counts(ANNA) == counts(**{f"s{shard}": 400})
     assert (anna.coverage.num_unseen, ben.coverage.num_unseen) == (NUM_SHARDS - 1, NUM_SHARDS - 1)
     other = anna.coverage.begin(1, [])
@@ -172,7 +172,7 @@ def test_a_checkpoint_goes_on_exactly() -> None:
     for round in range(5):
         anna.coverage.begin(round, [])
         anna.coverage.reached(ROUND_TOKENS)
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, counts(s3=7), on=4)])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s3=7), on=4)])
     again.coverage.restore(through_json(anna.coverage.kept()))
     assert again.coverage.kept() == anna.coverage.kept()
     for round in range(5, 30):
@@ -200,13 +200,13 @@ def test_what_a_kill_took_comes_back_from_others_and_nobody_is_blamed() -> None:
     anna, ben, again = Reader(ANNA), Reader(BEN), Reader(ANNA)
     shard = anna.coverage.begin(0, [])
     anna.coverage.reached(ROUND_TOKENS)
-    ben.coverage.hear_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
-    ben.coverage.hear_untrusted(ANNA.peer_id, again.coverage.rows_to_send())
+    ben.coverage.receive_untrusted(ANNA.peer_id, anna.coverage.rows_to_send())
+    ben.coverage.receive_untrusted(ANNA.peer_id, again.coverage.rows_to_send())
     assert ben.told == [] and ben.counts(ANNA) == counts(**{f"s{shard}": ROUND_TOKENS})
-    again.coverage.hear_untrusted(BEN.peer_id, ben.coverage.rows_to_send())
+    again.coverage.receive_untrusted(BEN.peer_id, ben.coverage.rows_to_send())
     assert again.counts(ANNA) == counts(**{f"s{shard}": ROUND_TOKENS}) and again.coverage.begin(0, []) != shard
-    ben.coverage.hear_untrusted(ANNA.peer_id, [row(ANNA, counts(**{f"s{shard}": 9 * ROUND_TOKENS}))])
-    ben.coverage.hear_untrusted(ANNA.peer_id, [row(ANNA, counts())])
+    ben.coverage.receive_untrusted(ANNA.peer_id, [row(ANNA, counts(**{f"s{shard}": 9 * ROUND_TOKENS}))])
+    ben.coverage.receive_untrusted(ANNA.peer_id, [row(ANNA, counts())])
     ((peer, rule, detail),) = ben.told
     assert (peer, rule) == (ANNA.peer_id, "shards") and "shrank" in detail
 
@@ -217,12 +217,12 @@ def test_what_a_kill_took_comes_back_from_others_and_nobody_is_blamed() -> None:
 def test_a_row_travels_as_its_author_signed_it() -> None:
     anna, ben, carl = Reader(ANNA), Reader(BEN), Reader(CARL)
     signed = row(ANNA, counts(s2=9))
-    ben.coverage.hear_untrusted(ANNA.peer_id, [signed])
+    ben.coverage.receive_untrusted(ANNA.peer_id, [signed])
     sent = ben.coverage.rows_to_send()
     assert sent[1] == signed and sent[0].author == row(BEN, []).author
-    carl.coverage.hear_untrusted(BEN.peer_id, sent)
+    carl.coverage.receive_untrusted(BEN.peer_id, sent)
     assert carl.counts(ANNA) == counts(s2=9) and carl.told == []
-    anna.coverage.hear_untrusted(CARL.peer_id, carl.coverage.rows_to_send())
+    anna.coverage.receive_untrusted(CARL.peer_id, carl.coverage.rows_to_send())
     assert anna.counts(ANNA) == counts(s2=9), "what it had forgotten"
 
 
@@ -230,7 +230,7 @@ def test_a_manifest_carries_sixteen_rows_at_most_and_a_few_kilobytes() -> None:
     ben = Reader(BEN)
     for i in range(40):
         author = new_identity(bytes([100 + i]) * 32)
-        ben.coverage.hear_untrusted(author.peer_id, [row(author, [10**9] * NUM_SHARDS)])
+        ben.coverage.receive_untrusted(author.peer_id, [row(author, [10**9] * NUM_SHARDS)])
     rows = ben.coverage.rows_to_send()
     assert len(rows) == MAX_ROWS and sum(signed.ByteSize() for signed in rows) < 6000
 
@@ -264,49 +264,51 @@ def test_a_hostile_row_is_refused_named_once_and_the_others_are_taken(
     hostile: Callable[[], pb.Signed], blamed: Identity, words: str
 ) -> None:
     anna = Reader(ANNA, explained=lambda _, tokens: min(tokens, 1000))
-    anna.coverage.hear_untrusted(CARL.peer_id, [row(CARL, counts(s0=3))])
+    anna.coverage.receive_untrusted(CARL.peer_id, [row(CARL, counts(s0=3))])
     for _ in range(5):
-        anna.coverage.hear_untrusted(BEN.peer_id, [hostile(), row(DORA, counts(s5=8))])
+        anna.coverage.receive_untrusted(BEN.peer_id, [hostile(), row(DORA, counts(s5=8))])
     ((peer, rule, detail),) = anna.told
     assert (peer, rule) == (blamed.peer_id, "shards") and words in detail
     assert anna.counts(CARL) == counts(s0=3) and anna.counts(DORA) == counts(s5=8)
     anna.now = 100.0
-    anna.coverage.hear_untrusted(BEN.peer_id, [hostile()])
+    anna.coverage.receive_untrusted(BEN.peer_id, [hostile()])
     assert len(anna.told) == 2, "a minute later it is named again"
 
 
 def test_what_is_spared_is_not_told_and_may_be_told_later() -> None:
     anna = Reader(ANNA, explained=lambda _, tokens: 5)
     anna.coverage.spares = lambda peer, rule, detail: (peer, rule) == (CARL.peer_id, "shards") and "by now" in detail
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
     assert anna.told == [] and anna.counts(CARL) is None
     anna.coverage.spares = lambda peer, rule, detail: False
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(CARL, counts(s0=9))])
     assert [peer for peer, *_ in anna.told] == [CARL.peer_id]
 
 
 def test_too_many_rows_are_not_read() -> None:
     anna = Reader(ANNA)
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(CARL, counts(s0=i)) for i in range(20)])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(CARL, counts(s0=i)) for i in range(20)])
     assert "20 rows of the data's coverage; a manifest has at most 16" in anna.told[0][2]
     assert anna.counts(CARL) == counts(s0=15)
 
 
 def test_rows_of_another_corpus_are_not_ours() -> None:
     anna = Reader(ANNA)
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, [1, 2, 3], corpus=OTHER), row(CARL, counts(s1=1), corpus="")])
+    anna.coverage.receive_untrusted(
+        BEN.peer_id, [row(BEN, [1, 2, 3], corpus=OTHER), row(CARL, counts(s1=1), corpus="")]
+    )
     assert anna.counts(BEN) is None and anna.counts(CARL) is None and anna.told == []
 
 
 def test_an_archive_carries_rows_to_whoever_comes_when_all_are_gone() -> None:
     trained = {ANNA.peer_id: 500, BEN.peer_id: 400}
     archive = CarriedRows(RUN, lambda: trained)
-    archive.hear_untrusted([row(ANNA, counts(s1=300)), row(BEN, counts(s2=400)), row(CARL, counts(s3=5), run=OTHER)])
-    archive.hear_untrusted([row(ANNA, counts(s1=500)), row(ANNA, counts(s1=100))])
+    archive.receive_untrusted([row(ANNA, counts(s1=300)), row(BEN, counts(s2=400)), row(CARL, counts(s3=5), run=OTHER)])
+    archive.receive_untrusted([row(ANNA, counts(s1=500)), row(ANNA, counts(s1=100))])
     again = CarriedRows(RUN, lambda: trained)
     again.restore(json.loads(json.dumps(archive.kept())))
     dora = Reader(DORA)
-    dora.coverage.hear_untrusted("the bootstrap", again.rows_to_send())
+    dora.coverage.receive_untrusted("the bootstrap", again.rows_to_send())
     assert dora.counts(ANNA) == counts(s1=500) and dora.counts(BEN) == counts(s2=400) and dora.counts(CARL) is None
     for wrong in (["no row"], [5], 7):
         with pytest.raises((ValueError, TypeError)):
@@ -316,13 +318,13 @@ def test_an_archive_carries_rows_to_whoever_comes_when_all_are_gone() -> None:
 def test_rows_that_claim_more_than_is_counted_push_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     archive = CarriedRows(RUN, lambda: {ANNA.peer_id: 500})
     monkeypatch.setattr(coverage, "_MAX_PEERS", MAX_ROWS + 4)
-    archive.hear_untrusted([row(ANNA, counts(s1=500))])
+    archive.receive_untrusted([row(ANNA, counts(s1=500))])
     for number in range(30, 70):
-        archive.hear_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=10**9))])
+        archive.receive_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=10**9))])
     sent = archive.rows_to_send()
     assert len(sent) == MAX_ROWS and len(archive.kept()) == MAX_ROWS + 4
     dora = Reader(DORA)
-    dora.coverage.hear_untrusted("the bootstrap", sent)
+    dora.coverage.receive_untrusted("the bootstrap", sent)
     assert dora.counts(ANNA) == counts(s1=500)
 
 
@@ -331,7 +333,7 @@ def test_counts_are_looked_at_once_for_all_rows(monkeypatch: pytest.MonkeyPatch)
     looked: list[int] = []
     archive = CarriedRows(RUN, lambda: looked.append(1) or {ANNA.peer_id: 500})  # type: ignore[func-returns-value]
     monkeypatch.setattr(coverage, "_MAX_PEERS", 8)
-    archive.hear_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=7)) for number in range(30, 46)])
+    archive.receive_untrusted([row(new_identity(bytes([number]) * 32), counts(s2=7)) for number in range(30, 46)])
     assert len(archive.kept()) == 8 and len(looked) == 1
     assert len(archive.rows_to_send()) == 8 and len(looked) == 2
 
@@ -345,10 +347,10 @@ def test_what_is_believed_follows_from_the_tally_and_counts_nothing() -> None:
     tallying.meet(BEN.peer_id)
     now[0] = 50.0
     anna = Reader(ANNA, explained=tallying.explained)
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
     assert anna.counts(BEN) is None and anna.told == [], "nobody's speed is known: it comes again"
     speeds.update({ANNA.peer_id: 10.0, BEN.peer_id: 10.0})
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
     assert anna.counts(BEN) == counts(s1=500) and anna.told == [] and tallying.total == 0
-    anna.coverage.hear_untrusted(BEN.peer_id, [row(BEN, counts(s1=10**6))])
+    anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=10**6))])
     assert anna.counts(BEN) == counts(s1=500) and "2100 are explained by now" in anna.told[0][2]

@@ -27,7 +27,7 @@ from swarmtrain.errors import (
 )
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.stage_calls import StageClient, StageHost
-from swarmtrain.peer.pipeline.driver import Part, Tail
+from swarmtrain.peer.pipeline.driver import StageAttempt, Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
 from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
@@ -53,9 +53,9 @@ class Wire:
 
     def __post_init__(self) -> None:
         limits = LedgerLimits(batch_tokens=4 * TOKENS, max_open_of_driver=3)
-        self.desks = {peer: StageRequestQueue(StageLedger(limits, life=7), self.now) for peer in ("p", "q")}
+        self.queues = {peer: StageRequestQueue(StageLedger(limits, incarnation=7), self.now) for peer in ("p", "q")}
         self.hosts = {
-            peer: StageHost(TrafficCount(), StageServer(SHAPES, 3, {stage: self.desks[peer]}, self.refused))
+            peer: StageHost(TrafficCount(), StageServer(SHAPES, 3, {stage: self.queues[peer]}, self.refused))
             for peer, stage in (("p", 1), ("q", 2))
         }
         self.client = StageClient(self, RUN)  # type: ignore[arg-type]
@@ -81,10 +81,10 @@ class Wire:
     async def work(self, peer: str) -> None:
         """Compute what is asked: twice the input, a loss of 1."""
         while True:
-            what = self.desks[peer].next()
+            what = self.queues[peer].next()
             if isinstance(what, Task):
                 payload = what.payload[0] if what.kind == "tail" else what.payload
-                self.desks[peer].done(what, Tail(1.0, 2 * payload) if what.kind == "tail" else self.factor * payload)
+                self.queues[peer].done(what, Tail(1.0, 2 * payload) if what.kind == "tail" else self.factor * payload)
             await asyncio.sleep(0.01)
 
     async def raw(self, peer: str, data: bytes) -> pb.StageAnswer:
@@ -118,8 +118,8 @@ def _on_wire(body: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
     virtually(run)
 
 
-def _part(sequence: int = 0, stage: int = 1) -> Part:
-    return Part(stage, Key("d", sequence, 0), TOKENS)
+def _attempt(sequence: int = 0, stage: int = 1) -> StageAttempt:
+    return StageAttempt(stage, Key("d", sequence, 0), TOKENS)
 
 
 def _question(stage: int = 1, kind: pb.StageKind = pb.STAGE_KIND_FORWARD, **changes: Any) -> pb.StageQuestion:
@@ -144,20 +144,20 @@ def _frame(question: pb.StageQuestion, body: bytes = b"", sha256: bytes | None =
 
 def test_a_microbatch_there_and_back_and_what_counts() -> None:
     async def body(wire: Wire) -> None:
-        forward = await wire.calls.forward("p", _part(), X)
-        assert torch.equal(forward.value, 2 * X) and forward.life == 7
-        tail = await wire.calls.tail("q", _part(stage=2), forward.value, TARGETS)
+        forward = await wire.calls.forward("p", _attempt(), X)
+        assert torch.equal(forward.value, 2 * X) and forward.incarnation == 7
+        tail = await wire.calls.tail("q", _attempt(stage=2), forward.value, TARGETS)
         assert tail.value.loss == 1.0 and torch.equal(tail.value.gradient, 4 * X)
-        back = await wire.calls.backward("p", _part(), tail.value.gradient)
+        back = await wire.calls.backward("p", _attempt(), tail.value.gradient)
         assert torch.equal(back.value, 8 * X)
-        key = _part().key
+        key = _attempt().key
         assert not await wire.calls.settle("p", 1, Settlement(7, (Acknowledged(key, 2.5),), (), 0))
         assert await wire.calls.settle("p", 1, Settlement(7, (Acknowledged(Key("d", 9, 0), 2.5),), (), 0)) == {
             Key("d", 9, 0)
         }
         assert await wire.calls.settle("q", 2, Settlement(8, (Acknowledged(key, 2.5),), (), 0)) == {key}, "another life"
-        assert wire.desks["p"].ledger._open[key].acknowledged
-        assert wire.desks["p"].ledger._open[key].loss == 2.5
+        assert wire.queues["p"].ledger._open[key].acknowledged
+        assert wire.queues["p"].ledger._open[key].loss == 2.5
         assert wire.traffic.sent_bytes > 4 * X.nbytes and wire.traffic.received_bytes == 3 * X.nbytes
         assert not wire.named
 
@@ -175,11 +175,11 @@ def test_activations_in_fewer_bytes(form: Any, atol: float) -> None:
 def test_busy_is_said_before_the_tensors_are_read() -> None:
     async def body(wire: Wire) -> None:
         for sequence in range(3):
-            await wire.calls.forward("p", _part(sequence), X)
+            await wire.calls.forward("p", _attempt(sequence), X)
         answer = await wire.raw("p", _frame(_question()))
         assert (answer.status, answer.reason[:8]) == (pb.StageAnswer.STATUS_BUSY, "too many")
         with raises_code("busy", BusyError, "driver"):
-            await wire.calls.forward("p", _part(3), X)
+            await wire.calls.forward("p", _attempt(3), X)
 
     _on_wire(body)
 
@@ -187,11 +187,11 @@ def test_busy_is_said_before_the_tensors_are_read() -> None:
 def test_a_stage_that_is_not_held_is_gone() -> None:
     async def body(wire: Wire) -> None:
         with raises_code("gone", GoneError, "stage 2"):
-            await wire.calls.tail("p", _part(stage=2), X, TARGETS)
+            await wire.calls.tail("p", _attempt(stage=2), X, TARGETS)
         with raises_code("gone", GoneError, "forward"):
-            await wire.calls.backward("p", _part(), X)
+            await wire.calls.backward("p", _attempt(), X)
         with raises_code("gone", GoneError, "stage 0"):
-            await wire.calls.forward("d", _part(stage=0), X)
+            await wire.calls.forward("d", _attempt(stage=0), X)
 
     _on_wire(body)
 
@@ -248,7 +248,7 @@ def test_a_wrong_question_is_refused_before_its_tensors_are_read(name: str) -> N
         answer = await wire.raw(peer, _frame(question))
         assert answer.status == pb.StageAnswer.STATUS_REFUSED
         assert wire.named == [("d", answer.reason)]
-        assert wire.desks[peer].ledger.num_open == 0
+        assert wire.queues[peer].ledger.num_open == 0
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(answer.reason)
 
@@ -281,7 +281,7 @@ def test_wrong_bytes_are_refused_and_named(name: str) -> None:
         answer = await wire.raw(peer, data)
         assert answer.status == pb.StageAnswer.STATUS_REFUSED and reason in answer.reason
         assert wire.named == [("d", answer.reason)]
-        assert wire.desks[peer].ledger.num_open == 0
+        assert wire.queues[peer].ledger.num_open == 0
 
     _on_wire(body)
 
@@ -303,7 +303,7 @@ def test_one_that_stalls_or_hangs_up_is_let_go_of() -> None:
             assert serving.done()
             writer.close()
         assert not wire.hosts["p"]._num_questions
-        assert wire.desks["p"].ledger.num_open == 0
+        assert wire.queues["p"].ledger.num_open == 0
 
     _on_wire(body)
 
@@ -313,11 +313,11 @@ def test_a_flood_is_told_busy() -> None:
         held = [await wire.open_pipe("p", "") for _ in range(40)]
         await asyncio.sleep(0.1)
         with raises_code("busy", BusyError, "32 questions"):
-            await wire.calls.forward("p", _part(), X)
+            await wire.calls.forward("p", _attempt(), X)
         for _, writer in held:
             writer.close()
         await asyncio.sleep(0.1)
-        assert (await wire.calls.forward("p", _part(), X)).life == 7
+        assert (await wire.calls.forward("p", _attempt(), X)).incarnation == 7
 
     _on_wire(body)
 
@@ -333,17 +333,17 @@ def test_a_backward_of_what_is_not_here_is_gone_before_its_tensors_are_read() ->
 
 def test_a_flood_of_backwards_is_told_busy() -> None:
     async def body(wire: Wire) -> None:
-        await wire.calls.forward("p", _part(5), X)
+        await wire.calls.forward("p", _attempt(5), X)
         held = [await wire.open_pipe("p", "") for _ in range(32)]
         for _, writer in held:
             writer.write(_frame(_question(kind=pb.STAGE_KIND_BACKWARD)))
         await asyncio.sleep(0.1)
         with raises_code("busy", BusyError, "32 backwards"):
-            await wire.calls.backward("p", _part(5), X)
+            await wire.calls.backward("p", _attempt(5), X)
         for _, writer in held:
             writer.close()
         await asyncio.sleep(0.1)
-        assert torch.equal((await wire.calls.backward("p", _part(5), X)).value, 2 * X)
+        assert torch.equal((await wire.calls.backward("p", _attempt(5), X)).value, 2 * X)
         assert not wire.hosts["p"]._num_backwards
 
     _on_wire(body)
@@ -351,13 +351,13 @@ def test_a_flood_of_backwards_is_told_busy() -> None:
 
 def test_the_work_goes_on_when_the_one_who_asked_hangs_up_and_is_answered_when_it_asks_again() -> None:
     async def body(wire: Wire) -> None:
-        asking = asyncio.create_task(wire.calls.forward("p", _part(), X))
+        asking = asyncio.create_task(wire.calls.forward("p", _attempt(), X))
         await asyncio.sleep(0)
         await asyncio.sleep(0.005)
         asking.cancel()
         await asyncio.wait([asking])
         await asyncio.sleep(0.1)
-        again = await wire.calls.forward("p", _part(), X)
+        again = await wire.calls.forward("p", _attempt(), X)
         assert torch.equal(again.value, 2 * X)
 
     _on_wire(body)
@@ -365,11 +365,11 @@ def test_the_work_goes_on_when_the_one_who_asked_hangs_up_and_is_answered_when_i
 
 def test_a_gradient_of_another_shape_than_the_answer_is_refused() -> None:
     async def body(wire: Wire) -> None:
-        await wire.calls.forward("p", _part(), X)
-        other = Part(1, _part().key, TOKENS // 2)
+        await wire.calls.forward("p", _attempt(), X)
+        other = StageAttempt(1, _attempt().key, TOKENS // 2)
         with raises_code("question-refused", BadBytesError, "(1, 8, 4)", "(2, 8, 4)"):
             await wire.calls.backward("p", other, X[:1])
-        assert torch.equal((await wire.calls.backward("p", _part(), X)).value, 2 * X)
+        assert torch.equal((await wire.calls.backward("p", _attempt(), X)).value, 2 * X)
 
     _on_wire(body)
 
@@ -378,9 +378,9 @@ def test_numbers_that_cannot_be_sent_are_nobody_elses_fault() -> None:
     async def body(wire: Wire) -> None:
         wire.factor = float("inf")
         with raises_code("gone", GoneError):
-            await wire.calls.forward("p", _part(), 1 + X)
+            await wire.calls.forward("p", _attempt(), 1 + X)
         with raises_code("training-diverged", RunTimeError):
-            await wire.calls.forward("p", _part(1), NAN)
+            await wire.calls.forward("p", _attempt(1), NAN)
 
     _on_wire(body)
 
@@ -393,7 +393,7 @@ def _answers(*answers: bytes) -> Callable[[Wire], Coroutine[Any, Any, PeerError]
 
     async def run(wire: Wire) -> PeerError:
         wire.silent = True
-        asking = asyncio.create_task(wire.calls.forward("p", _part(), X))
+        asking = asyncio.create_task(wire.calls.forward("p", _attempt(), X))
         await wire.opened.wait()
         _, writer = wire.streams[-1]
         for answer in answers:
@@ -450,7 +450,7 @@ def test_a_wrong_answer_costs_the_one_who_gave_it(name: str) -> None:
 def test_an_answer_that_stops_is_given_up() -> None:
     async def body(wire: Wire) -> None:
         wire.silent = True
-        asking = asyncio.create_task(wire.calls.forward("p", _part(), X))
+        asking = asyncio.create_task(wire.calls.forward("p", _attempt(), X))
         await wire.opened.wait()
         _, writer = wire.streams[-1]
         writer.write(_answer(X.numpy().tobytes(), tensors=[SHAPES.describe(X)])[:-8])
@@ -463,6 +463,6 @@ def test_an_answer_that_stops_is_given_up() -> None:
 def test_nobody_there() -> None:
     async def body(wire: Wire) -> None:
         with pytest.raises(UnreachableError):
-            await wire.calls.forward("x", _part(), X)
+            await wire.calls.forward("x", _attempt(), X)
 
     _on_wire(body)

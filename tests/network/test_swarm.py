@@ -184,7 +184,7 @@ def test_those_whom_a_greeted_peer_names_are_greeted_too() -> None:
     calls = Hellos(BEN, CARL, know={BEN.peer_id: [CARL, ME]})
 
     async def body(swarm: Swarm) -> None:
-        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
+        swarm.peers.receive_untrusted(presence(BEN), BEN.peer_id)
         await swarm.greeter.greet_everyone()
 
     assert sorted(joined(run(body, calls))) == sorted([BEN.peer_id, CARL.peer_id])
@@ -200,7 +200,7 @@ def test_a_peer_that_rests_says_goodbye_and_tells_nothing_of_itself_until_it_is_
         swarm.peers.read_records = read_presences  # type: ignore[method-assign]
         swarm.presence.me = dataclasses.replace(swarm.presence.me, addresses=("/ip4/127.0.0.1/tcp/1",))
         swarm.presence.describe(round=3, steps_per_s=1.0, run_tokens=0, inner_steps=40)
-        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
+        swarm.peers.receive_untrusted(presence(BEN), BEN.peer_id)
         await swarm.withdraw()
         await swarm.withdraw()
         assert calls.goodbyes == [BEN.peer_id] and calls.asked == []
@@ -228,10 +228,10 @@ def test_who_answers_a_greeting_that_it_is_away_is_not_counted_with() -> None:
 
     async def body(swarm: Swarm) -> None:
         for other in (BEN, CARL):
-            swarm.peers.hear_untrusted(presence(other), other.peer_id)
+            swarm.peers.receive_untrusted(presence(other), other.peer_id)
         await swarm.greeter.greet_all([BEN.peer_id, CARL.peer_id], None)
         assert [info.peer for info in swarm.membership.volunteers()] == [CARL.peer_id]
-        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id)
+        swarm.peers.receive_untrusted(presence(BEN), BEN.peer_id)
         assert len(swarm.membership.volunteers()) == 2, "it came back"
 
     run(body, calls)
@@ -259,7 +259,7 @@ def test_who_is_away_offers_its_state_only_where_all_have_the_same(
 
 def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -> None:
     async def body(swarm: Swarm) -> None:
-        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
+        swarm.peers.receive_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         replies = iter([pb.RoundReply(participating=True), pb.RoundReply(away=True)])
 
         async def answer(peer: str, request: pb.RoundRequest) -> pb.RoundReply:
@@ -271,7 +271,7 @@ def test_whoever_missed_the_goodbye_of_a_peer_that_rests_learns_it_by_asking() -
         await swarm.rounds.search.ask_now([BEN.peer_id])
         assert swarm.membership.state(BEN.peer_id) is PeerState.LEFT
         await asyncio.sleep(0.01)
-        swarm.peers.hear_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
+        swarm.peers.receive_untrusted(presence(BEN), BEN.peer_id, first_hand=True)
         assert swarm.membership.state(BEN.peer_id) is PeerState.LIVE, "it is back"
 
     events = run(body, Hellos())
@@ -656,8 +656,8 @@ def test_names_that_strangers_give_are_neither_dialled_nor_handed_on(monkeypatch
         monkeypatch.setattr(PublishedRun, "blobs", lambda _: {})
         swarm.peers.read_records = swarm.greeter.greet_all = nothing  # type: ignore[method-assign]
         await swarm.start([InvitedPeer(BEN.peer_id, (home,))])
-        swarm.peers.hear_untrusted(says(BEN, evil, home, plain, hidden), BEN.peer_id)
-        swarm.peers.hear_untrusted(says(CARL, evil, home, plain, hidden), None)
+        swarm.peers.receive_untrusted(says(BEN, evil, home, plain, hidden), BEN.peer_id)
+        swarm.peers.receive_untrusted(says(CARL, evil, home, plain, hidden), None)
         assert remembered[BEN.peer_id] == ((home, plain), (home,))
         assert remembered[CARL.peer_id] == ((plain,), ()), "home is the user's word about Ben alone"
         told = {peer.peer: peer.addresses for peer in swarm.invite().peers}

@@ -227,14 +227,14 @@ def _pulls(record: Record) -> None:
     def decode(original: Any, self: GossipExchange, command: Any) -> Any:
         manifest = command.held.snapshot.manifest
         mark = PublicationVersion(manifest.round, manifest.part, manifest.tokens)
-        record.thread.mark = command.fragment, mark
+        record.thread.version = command.fragment, mark
         which = {"fragment": command.fragment, "section": command.section, "author": command.author}
         found = [type(command.news).__name__, command.news.tokens]
         record.write("news", **which, mark=mark, is_here=True, found=found)
         return original(self, command)
 
     def accept(original: Any, self: Robustness, peer: str, arrival: Any, own_theta: Any, round: int) -> Any:
-        (fragment, mark), refused, tokens = record.thread.mark, "", 0
+        (fragment, mark), refused, tokens = record.thread.version, "", 0
         with record.lock:
             try:
                 found = original(self, peer, arrival, own_theta, round)
@@ -272,7 +272,7 @@ def _merges(record: Record) -> None:
     def merge_due(original: Any, self: GossipRunner, round: int, fragment: int, **how: Any) -> Any:
         due = original(self, round, fragment, **how)
         if isinstance(due, MergeFragment):
-            pulled = [[one.section, one.peer, one.mark, one.began_s] for one in due.pulled]
+            pulled = [[one.section, one.peer, one.version, one.began_s] for one in due.pulled]
             of_s = None if due.merge is None else prepared_for[id(due.merge)]
             reference = self.engine._others.reference_round()
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)

@@ -134,7 +134,7 @@ class ReplayedPeer(LearningPeer):
 
     def _has(self, lane: LearningFragment) -> None:
         assert lane.weights is not None
-        self.published.setdefault((lane.number, "weights", lane.weights.mark), lane.weights)
+        self.published.setdefault((lane.number, "weights", lane.weights.version), lane.weights)
 
     def _on_restarts(self, event: Event) -> None:
         """It rests: what was trained since each fragment's merge is given up."""
@@ -150,10 +150,10 @@ class ReplayedPeer(LearningPeer):
         moments = [moment for moment in self.start.publish_after if moment > self.done]
         self.train_to(moments[0])
         newest = [lane.newest for lane in self.lanes if lane.newest is not None]
-        told = [[each.mark.round, each.mark.part, each.mark.tokens] for each in newest]
+        told = [[each.version.round, each.version.part, each.version.tokens] for each in newest]
         self._same(event, "publication", told)
         for lane, each in zip(self.lanes, newest, strict=True):
-            self.published[lane.number, "gradient", each.mark] = each
+            self.published[lane.number, "gradient", each.version] = each
 
     def _on_learned(self, event: Event) -> None:
         learn, gradient, tokens = self.unlearned.popleft()
@@ -204,7 +204,7 @@ class ReplayedPeer(LearningPeer):
         arrivals, tokens = list[PartnerUpdate](), dict[str, float]()
         for section, author, mark, began_s in event["pulled"]:
             published, arrival = self.here.pop((lane.number, section, author))
-            assert published.mark == PublicationVersion(**mark)
+            assert published.version == PublicationVersion(**mark)
             ahead = ahead_rounds(began_s, *(event["of_s"] or (0.0, 0.0)))
             arrivals.append(replace(arrival, ahead_rounds=ahead))
             tokens[author] = tokens.get(author, 0) + arrival.tokens

@@ -89,10 +89,10 @@ class StagePeer:
         self.node = self.network.run(Node.start(node_settings, identity, folder / "identity.key"), 30)
         self.me = identity.peer_id
         limits = LedgerLimits(batch_tokens=BATCH_TOKENS)
-        self.desk = StageRequestQueue(StageLedger(limits), time.monotonic)
+        self.queue = StageRequestQueue(StageLedger(limits), time.monotonic)
         stage = build_stage(stage_shapes(MODEL, boundaries)[self.stage], seed=5)
         inner = InnerOptimizer(stage.named_parameters(), CONSTANTS)
-        self.loop = StageLoop(self.desk, StageWork(stage), inner, BATCH_TOKENS, record=self.record)
+        self.loop = StageLoop(self.queue, StageWork(stage), inner, BATCH_TOKENS, record=self.record)
         self.log: list[dict[str, Any]] = []
         self.folder, self.model = folder, stage
         self.shapes = StageShapes(
@@ -102,7 +102,7 @@ class StagePeer:
             vocabulary_size=MODEL.vocabulary_size,
             activations=settings["activations"],
         )
-        server = StageServer(self.shapes, self.num_stages, {self.stage: self.desk}, Told().refused)
+        server = StageServer(self.shapes, self.num_stages, {self.stage: self.queue}, Told().refused)
         host = StageHost(self.node.traffic, server)
         self.network.run(self.node.serve_pipes(stage_stream_name(RUN), host.serve), 10)
         self.ended = threading.Event()
@@ -163,7 +163,7 @@ class StagePeer:
             await self.node.connect(peer, tuple(addresses))
         for stage, router in enumerate(routers, 1):
             router.set_peers([peer for peer, of, _ in others if of == stage])
-        calls = WireCalls(self.me, StageClient(self.node, RUN), self.shapes, {0: self.desk})
+        calls = WireCalls(self.me, StageClient(self.node, RUN), self.shapes, {0: self.queue})
         driver = Driver(self.me, routers, calls, Told(), time.monotonic, 0)
         self.places = asyncio.Semaphore(self.settings["in_flight"])
         numbers = [range(n, n + MICROBATCHES) for n in range(0, MICROBATCHES * self.settings["batches"], MICROBATCHES)]

@@ -200,7 +200,7 @@ class _Driver:
         def choose(original: Any, choice: PartnerChoice, section: Any, round: int, here: Any, now: float) -> Any:
             self.choosing = {"fragment": choice.fragment, "section": section, "now": now, "own_round": round}
             self.choosing |= {"rounds": dict(choice.view().rounds)}
-            self.choosing |= {"with_weights": sorted(engine._lanes[choice.fragment].open.coming("weights", here))}
+            self.choosing |= {"with_weights": sorted(engine._states[choice.fragment].open.coming("weights", here))}
             return original(choice, section, round, here, now)
 
         def chosen(original: Any, partners: Partners, candidates: Any, **how: Any) -> Any:
@@ -230,7 +230,7 @@ class _Driver:
             found = original(merged, section, peer, mark, reference)
             self.write(
                 "news",
-                fragment=next(lane.number for lane in engine._lanes if lane.merged is merged),
+                fragment=next(lane.number for lane in engine._states if lane.merged is merged),
                 author=peer,
                 section=section,
                 mark=mark,
@@ -297,11 +297,11 @@ class _Driver:
                     else:
                         self.requests(command)
                 case DownloadPublication(number, source, held):
-                    self.write("downloads", ask=self.asks[number], source=source, mark=held.mark)
+                    self.write("downloads", ask=self.asks[number], source=source, mark=held.version)
                 case DecodePublication(number, _, section, fragment, held, found, earlier):
                     what = {"news": news_name(found), **asdict(found), "has_earlier": earlier is not None}
                     decoded = None if section == "weights" else what
-                    self.write("decodes", ask=self.asks[number], fragment=fragment, mark=held.mark, what=decoded)
+                    self.write("decodes", ask=self.asks[number], fragment=fragment, mark=held.version, what=decoded)
                 case PrepareMerge(number, _, fragment, pulled):
                     self.preparing[fragment] = number
                     self.write("readies", fragment=fragment, pulled=_named(pulled))
@@ -426,7 +426,7 @@ class _Driver:
         if line["mark"] is None:
             return PartnerReplied(self.current)
         mark = PublicationVersion(**line["mark"])
-        return PartnerReplied(self.current, mark, SimpleNamespace(mark=mark), self.others.told(author))
+        return PartnerReplied(self.current, mark, SimpleNamespace(mark=mark), self.others.advertised(author))
 
 
 class _Lot:
@@ -464,7 +464,7 @@ def _failure(told: Mapping[str, Any], *, is_ask: bool = False, is_authors: bool 
 
 
 def _named(pulled: Sequence[Any]) -> list[Any]:
-    return [[each.section, each.peer, each.mark] for each in pulled]
+    return [[each.group, each.peer, each.version] for each in pulled]
 
 
 def _as_written(line: Line) -> Line:

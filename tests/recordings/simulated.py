@@ -123,12 +123,12 @@ class _Lines:
 
     def news(self, peer: int, kind: str, key: Any, told: Mapping[str, Any], **what: Any) -> None:
         """What has changed of `told` since the last time."""
-        before = self.told.get((peer, key), {})
+        before = self.advertised.get((peer, key), {})
         changed = {name: value for name, value in told.items() if before.get(name) != value}
         gone = [name for name in before if name not in told]
         if changed or gone:
             self.write(peer, kind, **what, known=changed, forgotten=gone)
-        self.told[peer, key] = dict(told)
+        self.advertised[peer, key] = dict(told)
 
     def inner(self) -> None:
         """What back-off and times were told."""
@@ -194,7 +194,7 @@ class _Learning(_Lines):
         def init(original: Any, driver: VirtualRunner, peer: LearningPeer) -> None:
             original(driver, peer)
             engine, times = driver.engine, driver.engine._schedule.times
-            for thing in (engine, engine._others.back_off, times, *(lane.choice.partners for lane in engine._lanes)):
+            for thing in (engine, engine._others.back_off, times, *(lane.choice.partners for lane in engine._states)):
                 self.is_of(thing, peer.number)
 
         def receive(original: Any, engine: Any, event: Any, now: float) -> Any:
@@ -223,7 +223,7 @@ class _Learning(_Lines):
         around(VirtualRunner, "__init__", init)
         around(GossipEngine, "receive", receive)
         around(Partners, "choose", choose)
-        around(VirtualRunner, "bring", bring)
+        around(VirtualRunner, "download", bring)
 
     def _event(self, peer: int, event: Any) -> None:
         self.num_blocks += not isinstance(event, PullTimerFired)
@@ -256,10 +256,10 @@ class _Learning(_Lines):
                 known = None if known is None else [known.round, known.part]
                 self.write(peer, "requests", ask=ask, source=source, known=known)
             case DownloadPublication(ask, source, held):
-                self.write(peer, "downloads", ask=ask, source=source, mark=held.mark)
+                self.write(peer, "downloads", ask=ask, source=source, mark=held.version)
             case DecodePublication(ask, _, _, fragment, held, news, earlier):
                 what = {"news": news_name(news), "tokens": news.tokens, "has_earlier": earlier is not None}
-                self.write(peer, "decodes", ask=ask, fragment=fragment, mark=held.mark, what=what)
+                self.write(peer, "decodes", ask=ask, fragment=fragment, mark=held.version, what=what)
             case PrepareMerge(_, _, fragment, pulled):
                 self.write(peer, "readies", fragment=fragment, pulled=_named(pulled))
             case MergeFragment(fragment, merge, pulled):
@@ -303,7 +303,7 @@ class _Learning(_Lines):
         self._mine("train_to", lambda peer, moment: None, self._published)
 
     def _published(self, peer: LearningPeer, _: None, moment: int) -> None:
-        newest = [None if lane.newest is None else lane.newest.mark for lane in peer.lanes]
+        newest = [None if lane.newest is None else lane.newest.version for lane in peer.fragments]
         self.write(peer.number, "published", done=moment, found=newest)
 
     def _merges(self) -> None:
@@ -317,8 +317,8 @@ class _Learning(_Lines):
                 refused = str(error)
                 raise
             finally:
-                what = {"fragment": decode.fragment, "section": decode.section, "author": decode.author}
-                self.write(peer.number, "accepted", **what, mark=decode.held.mark, found=[tokens, refused])
+                what = {"fragment": decode.fragment, "section": decode.group, "author": decode.author}
+                self.write(peer.number, "accepted", **what, mark=decode.held.version, found=[tokens, refused])
 
         def merged(peer: LearningPeer, _: None, lane: Any, arrivals: Any) -> None:
             state = peer.trainer.state_of(lane.number)
@@ -336,7 +336,9 @@ class _Learning(_Lines):
             sums = {"theta_sha256": vector_sha256(taken.state.theta)}
             sums["momentum_sha256"] = vector_sha256(taken.state.momentum)
             event = taken.event
-            self.write(peer.number, "took_states", round=event.round, told=event.told, rounds=event.rounds, **sums)
+            self.write(
+                peer.number, "took_states", round=event.round, told=event.advertised, rounds=event.rounds, **sums
+            )
             original(peer, taken, rows)
 
         around(LearningPeer, "arrival_untrusted", accepts)
@@ -347,7 +349,7 @@ class _Learning(_Lines):
 
 
 def _named(pulled: Any) -> list[Any]:
-    return [[each.section, each.peer, each.mark] for each in pulled]
+    return [[each.group, each.peer, each.version] for each in pulled]
 
 
 # ---------------------------------------------------------------- without tensors
@@ -393,7 +395,7 @@ class _Systems(_Lines):
             for thing in (
                 engine._schedule.times,
                 engine._others.back_off,
-                *(lane.choice.partners for lane in engine._lanes),
+                *(lane.choice.partners for lane in engine._states),
             ):
                 self.is_of(thing, self.names.index(name))
             self.write(self.names.index(name), "comes", speed=peer.steps_per_s, theta=peer.theta)
@@ -421,10 +423,10 @@ class _Systems(_Lines):
         self._mine("_start_round", lambda peer, *all_begin, **how: None, self._round)
         self._mine("_look_around", lambda peer: None, self._others)
         self._mine("_replied", lambda peer, ask, found: self._write(
-            peer, "replied", author=ask.author, section=ask.section, found=_told(found)
+            peer, "replied", author=ask.author, section=ask.group, found=_told(found)
         ))  # fmt: skip
         self._mine("_came", lambda peer, download, found: self._write(
-            peer, "came", author=download.held.peer, section=download.held.section, found=_told(found)
+            peer, "came", author=download.held.peer, section=download.held.group, found=_told(found)
         ))  # fmt: skip
         self._mine("_merge", lambda peer, command: setattr(self, "pulled", command.pulled))
         around(GossipPeer, "_merged", self._merged)
@@ -451,7 +453,7 @@ class _Systems(_Lines):
         self.news(self.names.index(peer.name), "others", "sampled", told)
 
     def _merged(self, original: Any, peer: GossipPeer, number: int) -> None:
-        fragment, pulled = peer.model.fragments[number], [[one.section, one.peer, one.mark] for one in self.pulled]
+        fragment, pulled = peer.model.fragments[number], [[one.group, one.peer, one.version] for one in self.pulled]
         what = {"fragment": number, "round": peer.round, "pulled": pulled}
         self._write(peer, "merges", **what, theta=fragment.theta.hex(), momentum=fragment.momentum.hex())
         original(peer, number)
@@ -463,5 +465,5 @@ _READ = ("round", "part", "part_tokens", "inner_steps", "inner_steps_done", "ste
 
 def _told(found: Any) -> Any:
     if isinstance(found, SimulatedPublication):
-        return found.mark if found.is_finite else "no numbers"
+        return found.version if found.is_finite else "no numbers"
     return found.reason if isinstance(found, PullRefusal) else None

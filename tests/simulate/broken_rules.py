@@ -31,11 +31,11 @@ def ledger_takes_everything(patch: Patch) -> None:
     """What was merged before is merged again."""
 
     def news(
-        self: partners.Ledger, peer: str, mark: partners.PublicationVersion, reference_round: int
+        self: partners.Ledger, peer: str, version: partners.PublicationVersion, reference_round: int
     ) -> partners.News:
-        if mark.part < 1:
+        if version.part < 1:
             return partners.Stale("it has published nothing yet")
-        return partners.Full(mark.tokens, "why not")
+        return partners.Full(version.tokens, "why not")
 
     patch.setattr(partners.Ledger, "news", news)
 
@@ -53,8 +53,10 @@ def states_say_not_what_entered_them(patch: Patch) -> None:
 def old_rounds_are_merged(patch: Patch) -> None:
     """However far behind the median their author is."""
     news, new_tokens = partners.Ledger.news, partners.Ledger.new_tokens
-    patch.setattr(partners.Ledger, "news", lambda self, peer, mark, _: news(self, peer, mark, -(10**9)))
-    patch.setattr(partners.Ledger, "new_tokens", lambda self, peer, mark, _: new_tokens(self, peer, mark, -(10**9)))
+    patch.setattr(partners.Ledger, "news", lambda self, peer, version, _: news(self, peer, version, -(10**9)))
+    patch.setattr(
+        partners.Ledger, "new_tokens", lambda self, peer, version, _: new_tokens(self, peer, version, -(10**9))
+    )
 
 
 def rounds_without_a_least(patch: Patch) -> None:
@@ -244,7 +246,7 @@ def bootstrap_keeps_no_counts(patch: Patch) -> None:
     restore = archive.Archive.restore
 
     def restored(self: archive.Archive, kept: Any) -> None:
-        patch.setattr(self.keeper, "restore_counts", lambda: None)
+        patch.setattr(self.manager, "restore_counts", lambda: None)
         restore(self, kept)
 
     patch.setattr(archive.Archive, "restore", restored)

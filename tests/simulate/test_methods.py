@@ -16,7 +16,7 @@ from learnt import tiny
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
-from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_part, method_named, methods_of_keys
+from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_object, method_named, methods_of_keys
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.merging.costs import MergeCosts, costs_of
@@ -58,7 +58,7 @@ def test_its_parts_are_there(method: MergeMethod) -> None:
     assert issubclass(exchange_of(method), SwarmExchange)
     assert isinstance(costs_of(run), MergeCosts)
     assert method.has_server == (method is SERVER)
-    assert not method.has_server or issubclass(load_part(method.server), MergeServer)
+    assert not method.has_server or issubclass(load_object(method.server), MergeServer)
     found = lived(run, PlaybackMachines(step_s=(0.5, 0.5)), LinksSection(), seed=0)
     assert len(found.round_s) == 2
 
@@ -123,7 +123,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield installed
     sys.modules.pop("swarm_hermits", None)
     method_named.cache_clear()
-    load_part.cache_clear()
+    load_object.cache_clear()
 
 
 def run_by(method: str, more: str = "") -> RunFile:

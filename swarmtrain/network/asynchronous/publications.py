@@ -29,7 +29,7 @@ from swarmtrain.network.snapshots.store import (
 )
 from swarmtrain.network.tasks import SingleFlight
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -37,10 +37,10 @@ __all__ = [
     "PublicationRules",
     "Publisher",
     "Pulling",
+    "group_untrusted",
     "is_signed_by_untrusted",
     "publication_untrusted",
     "request_of",
-    "section_untrusted",
 ]
 
 _WEIGHTS, _GRADIENT = "weights", "gradient"
@@ -82,24 +82,24 @@ class PublicationRules:
 
 
 def request_of(
-    section: Section, fragment: int, known: PublicationVersion | None, presence: pb.Signed
+    group: GroupName, fragment: int, known: PublicationVersion | None, presence: pb.Signed
 ) -> pb.PublicationRequest:
     """Return a request for a peer's newest publication of a section of a fragment, unless that is the one
     at `known`."""
-    named = "" if section in (_WEIGHTS, _GRADIENT) else section
-    request = pb.PublicationRequest(weights=section == _WEIGHTS, section=named, fragment=fragment, presence=presence)
+    named = "" if group in (_WEIGHTS, _GRADIENT) else group
+    request = pb.PublicationRequest(weights=group == _WEIGHTS, section=named, fragment=fragment, presence=presence)
     if known is not None:
         request.has_any, request.round, request.part = True, known.round, known.part
     return request
 
 
-def section_untrusted(request: pb.PublicationRequest, sections: Collection[Section]) -> Section:
-    """Return the requested section. Raises BadBytesError if it is named, and not one of the run's `sections`."""
+def group_untrusted(request: pb.PublicationRequest, groups: Collection[GroupName]) -> GroupName:
+    """Return the requested section. Raises BadBytesError if it is named, and not one of the run's `groups`."""
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
         raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes", code="bad-size")
-    if request.section not in sections:
+    if request.section not in groups:
         raise BadBytesError(
             f"it asks for a section that this run does not have: {request.section!r}", code="not-asked-for"
         )

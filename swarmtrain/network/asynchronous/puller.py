@@ -28,7 +28,7 @@ from swarmtrain.protocol.gossip.messages import (
     PullFailure,
     RouteFound,
 )
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -50,7 +50,7 @@ class Puller:
 
     calls: PeerCalls
     membership: Membership
-    rules: Sequence[Mapping[Section, PublicationRules]]
+    rules: Sequence[Mapping[GroupName, PublicationRules]]
     """Rules of each section, by fragment."""
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
@@ -76,11 +76,11 @@ class Puller:
         if not reply.HasField("manifest"):
             return PartnerReplied(number)
         try:
-            rules = self.rules[command.fragment][command.section]
-            held, mark = publication_untrusted(rules, command.author, reply.manifest)
+            rules = self.rules[command.fragment][command.group]
+            held, version = publication_untrusted(rules, command.author, reply.manifest)
         except PeerError as error:
             return PullFailed(number, failure_of(error, is_authors=True))
-        return PartnerReplied(number, mark, held, self._told(command.author))
+        return PartnerReplied(number, version, held, self._told(command.author))
 
     async def _reply_untrusted(self, command: AskPartner) -> pb.PublicationReply:
         """Ask the author or a host, and take in what the reply says of the author.
@@ -88,7 +88,7 @@ class Puller:
         Raises _NoAnswerError when the author gives no answer, and PeerError for any other failure.
         """
         source, author = command.source, command.author
-        request = request_of(command.section, command.fragment, command.known, self.presence())
+        request = request_of(command.group, command.fragment, command.known, self.presence())
         if source == author:
             try:
                 reply = await self.calls.publication(author, request)
@@ -100,7 +100,7 @@ class Puller:
             return reply
         request.author = peer_bytes(author)
         reply = await self.calls.publication(source, request)
-        rules = self.rules[command.fragment][command.section]
+        rules = self.rules[command.fragment][command.group]
         # The author's signature is checked before anything else: without it the host made the manifest up, and is to
         # blame.
         if reply.HasField("manifest") and not is_signed_by_untrusted(rules, author, reply.manifest):

@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25  # between two looks at who may have a new round, and after a failed pull
+_POLL_INTERVAL_S = 0.25  # between two looks at who may have a new round, and after a failed pull
 _ASK_AGAIN_S = 2.0  # a worker that had nothing is asked again after this, even if its presence shows no new round
 _KEPT_DURATIONS = 8  # pulls by which the next one's duration is estimated
 _MAX_ROWS = 1024
@@ -86,7 +86,7 @@ class Pulls:
             raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
         return snapshot
 
-    async def bring(self, peer: str, snapshot: Snapshot) -> HeldSnapshot:
+    async def download(self, peer: str, snapshot: Snapshot) -> HeldSnapshot:
         """Download a publication's bytes. Raises the PeerError that says why it failed: BusyError when `peer` serves
         others."""
         held = empty_held(snapshot)
@@ -114,7 +114,7 @@ class GradientReceiver:
 
     membership: Membership
     pulls: Pulls
-    marks: UploadVersions
+    versions: UploadVersions
     rules: UploadRules
     take: Callable[[str, HeldSnapshot], Awaitable[None]]
     """Takes an upload in and enters its version. Raises BadBytesError if that is impossible."""
@@ -130,7 +130,7 @@ class GradientReceiver:
         try:
             while True:
                 self.look()
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_POLL_INTERVAL_S)
         finally:
             await end_tasks(list(self._asking.values()))
 
@@ -177,25 +177,25 @@ class GradientReceiver:
         finally:
             if self._asking.get(peer) is asyncio.current_task():
                 del self._asking[peer]
-            while len(self._found_empty) > self.marks.max_workers:
+            while len(self._found_empty) > self.versions.max_workers:
                 del self._found_empty[next(iter(self._found_empty))]
 
     async def _take_next(self, peer: str) -> bool:
         """Take in the first round that `peer` has and the server lacks. Returns False if there is none."""
-        snapshot = await self.pulls.ask(peer, self.marks.round(peer))
+        snapshot = await self.pulls.ask(peer, self.versions.round(peer))
         if snapshot is None:
             return False
         manifest = snapshot.manifest
         self._check_untrusted(manifest)
-        if not self.marks.is_new(peer, manifest.round):
+        if not self.versions.is_new(peer, manifest.round):
             _log.debug("%s has nothing new: its round %d is merged already", peer, manifest.round)
             return False
         if reason := self.rules.refuse(manifest):
             # Entered as refused: the worker must not offer it again, and its later rounds must still come.
-            self.marks.enter(peer, manifest.round)
+            self.versions.enter(peer, manifest.round)
             self.told_too_old(peer, reason)
             return True
-        await self.take(peer, await self.pulls.bring(peer, snapshot))
+        await self.take(peer, await self.pulls.download(peer, snapshot))
         return True
 
     def _check_untrusted(self, manifest: pb.Manifest) -> None:
@@ -239,9 +239,9 @@ class GradientUploader(Publisher):
     encode: Callable[[GradientUpload[Any]], Body] = field(kw_only=True)
     max_rounds_tokens: tuple[int, int] = field(kw_only=True)
     """(steps, tokens): the most that one upload may claim."""
-    hand_ins: GradientUploads[Any] = field(default_factory=GradientUploads)
+    uploads: GradientUploads[Any] = field(default_factory=GradientUploads)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Guards `hand_ins`, to which the trainer's thread adds."""
+    """Guards `uploads`, to which the trainer's thread adds."""
     _last: tuple[GradientUpload[Any], OwnPublication] | None = None
 
     def wanted(self, request: pb.PublicationRequest, caller: str) -> OwnPublication | None:
@@ -249,7 +249,7 @@ class GradientUploader(Publisher):
         if caller != self.server:
             return None
         with self.lock:
-            piece = self.hand_ins.after(request.round if request.has_any else None)
+            piece = self.uploads.after(request.round if request.has_any else None)
         if piece is None:
             return None
         if self._last is None or self._last[0] is not piece:
@@ -348,7 +348,7 @@ class ServerLink:
             await asyncio.wait([self._pulling])
             if self._pulling.done() and not self._pulling.cancelled() and self._pulling.result():
                 return
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def _pull(self) -> bool:
         """Pull the server's newest weights. Returns False if that failed, or if there are none."""
@@ -359,7 +359,7 @@ class ServerLink:
             if snapshot is None:
                 return False
             entered = self._entered_untrusted(snapshot.manifest)
-            held = await self.pulls.bring(self.server, snapshot)
+            held = await self.pulls.download(self.server, snapshot)
             theta = await asyncio.to_thread(self.decode, held)
         except PeerError as error:
             _log.debug("the server: %s", error)

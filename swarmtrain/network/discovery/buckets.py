@@ -129,10 +129,10 @@ class Buckets:
         nearest = self._known(key, key_id)  # the nodes at which this peer stores its own
         if nearest is None:
             return await self._search(key)
-        keepers, nearest.num_reads = nearest.nodes[:REPLICAS], nearest.num_reads + 1
+        managers, nearest.num_reads = nearest.nodes[:REPLICAS], nearest.num_reads + 1
         few = nearest.num_reads % ALL_EVERY != 1
         found = await asyncio.gather(
-            *(self._kept_at(*one, key_id) for one in (self.rng.sample(keepers, FEW) if few else keepers))
+            *(self._kept_at(*one, key_id) for one in (self.rng.sample(managers, FEW) if few else managers))
         )
         if None in found:
             nearest.until_s = min(nearest.until_s, self.clock() + _DOUBTED_FOR_S)

@@ -116,12 +116,12 @@ class Greeter:
         request = pb.HelloRequest(run_sha256=bytes.fromhex(self.presence.run_sha256), presence=presence)
         try:
             reply = await self.calls.hello(peer, request)
-            peers.hear_untrusted(reply.presence, peer, answered=True, first_hand=not reply.away)
+            peers.receive_untrusted(reply.presence, peer, answered=True, first_hand=not reply.away)
             if reply.away:  # its old record may still be read for some time
                 peers.left(peer)
             for other in list(reply.others)[:64]:
                 await asyncio.sleep(0)  # verifying all of them takes about 30 ms
-                peers.hear_untrusted(other, None)
+                peers.receive_untrusted(other, None)
             if presence is not None and peers.membership.info(peer) is not None:
                 peers.greeted.add(peer)
         except BadBytesError as error:

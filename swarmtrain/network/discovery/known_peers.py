@@ -84,7 +84,7 @@ class KnownPeers:
                 for peer in filter(self.membership.has_room_for, found):
                     self.saw(peer, found[peer][0].presence)
 
-    def hear_untrusted(
+    def receive_untrusted(
         self, signed: pb.Signed, expected_author: str | None, *, answered: bool = False, first_hand: bool = False
     ) -> None:
         """Take in a presence that somebody sent: `expected_author`'s own, or hearsay if that is None.
@@ -105,9 +105,9 @@ class KnownPeers:
         if info is not None and info.stamp == message.stamp:
             self._signed[author] = signed
 
-    def hear_reply_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
+    def receive_reply_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
         """Take in what a partner says of itself with its publication."""
-        self.hear_untrusted(reply.presence, peer, answered=True)
+        self.receive_untrusted(reply.presence, peer, answered=True)
         if reply.away:
             self.left(peer)
 

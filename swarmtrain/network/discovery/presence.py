@@ -33,7 +33,7 @@ class _Changes(TypedDict, total=False):
     inner_steps: int
     loss: float
     place: StagePeer
-    settled: bool
+    is_finished: bool
 
 
 @dataclass

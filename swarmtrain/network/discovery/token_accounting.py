@@ -132,8 +132,8 @@ class TokenAccounting:
             if self._tally.watched_s is None:
                 self._tally.watched_s = self.rules.began_s
 
-    def bring(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
-        """Count what fetched states say: one mapping of tokens by PeerID for each. See `Tally.bring`.
+    def adopt(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
+        """Count what fetched states say: one mapping of tokens by PeerID for each. See `Tally.adopt`.
 
         The server that a run names is believed alone. Tokens of this peer itself are believed as its speed explains
         them.
@@ -142,15 +142,15 @@ class TokenAccounting:
         with self._lock:
             counts = dict(self._tally.with_rest(agreed))
             own = counts.pop(self.me, 0)
-            self._tally.bring(counts, _ENOUGH if is_server else len(told), self.clock())
+            self._tally.adopt(counts, _ENOUGH if is_server else len(told), self.clock())
             if own:
                 self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
 
     def hear(self, peer: str, tokens: int) -> None:
         """Count what a publication or a state says of `peer`, as far as its speed explains it."""
-        self.hear_all({peer: tokens})
+        self.receive_all({peer: tokens})
 
-    def hear_all(self, counts: Mapping[str, int]) -> None:
+    def receive_all(self, counts: Mapping[str, int]) -> None:
         """Do the same for many peers, with one look-up of usual speeds, which may go through everybody ever counted."""
         speeds, now = self._know_speeds(), self.clock()
         with self._lock:

@@ -28,7 +28,7 @@ costs nothing."""
 _MAX_DEBT_S = 1.0
 """Longest delay that small calls cause to chunks, however many came before."""
 
-_LOOK_S = 0.25
+_POLL_INTERVAL_S = 0.25
 """Seconds after which a changed limit takes effect, at most."""
 
 _NAP_S = 0.001
@@ -113,7 +113,7 @@ class Throttle:
             return
         async with self._turn:
             while (wait_s := self._bucket.wait_s(size_bytes, self._clock())) > 0:
-                await self._sleep(min(max(wait_s, _NAP_S), _LOOK_S))
+                await self._sleep(min(max(wait_s, _NAP_S), _POLL_INTERVAL_S))
             self.count(size_bytes)
 
 

@@ -17,9 +17,9 @@ from typing import TypeAlias
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.asynchronous.publications import (
     PublicationRules,
+    group_untrusted,
     publication_untrusted,
     request_of,
-    section_untrusted,
 )
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import open_presence_untrusted
@@ -29,7 +29,7 @@ from swarmtrain.network.snapshots.download import download_snapshot
 from swarmtrain.network.snapshots.store import HeldSnapshot, SnapshotStore
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.hosts import KEPT_OF_A_GUEST, Guests, most_guests
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0  # between two questions to a guest about one section
 _WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here
 _MAX_WAITING_CALLERS = 4  # callers that may all wait for as many replies as they are allowed
-_Which: TypeAlias = tuple[str, Section, int]
+_Which: TypeAlias = tuple[str, GroupName, int]
 """(guest, section, fragment of the model)"""
 
 
@@ -50,7 +50,7 @@ class _Kept:
     held: list[HeldSnapshot] = field(default_factory=list)
     presence: pb.Signed = field(default_factory=pb.Signed)
     asked_s: float = float("-inf")
-    bringing: asyncio.Task[None] | None = None
+    downloading: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -59,7 +59,7 @@ class HostedPublications:
 
     calls: PeerCalls
     store: SnapshotStore
-    rules: Sequence[Mapping[Section, PublicationRules]]
+    rules: Sequence[Mapping[GroupName, PublicationRules]]
     """Rules of each section, by fragment of the model."""
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
@@ -92,20 +92,20 @@ class HostedPublications:
         if author not in here or request.fragment >= len(self.rules):
             return pb.PublicationReply(away=True)
         try:
-            section = section_untrusted(request, self.rules[request.fragment])
+            group = group_untrusted(request, self.rules[request.fragment])
         except BadBytesError as error:
             self.refused(caller, error)
             return pb.PublicationReply(away=True)
         if not self.store.has_room_for(caller) or not self._may_wait(caller):
             return pb.PublicationReply(busy=True)
-        which = author, section, request.fragment
+        which = author, group, request.fragment
         kept = self._kept.setdefault(which, _Kept())
-        if kept.bringing is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
-            kept.bringing = asyncio.create_task(self._bring(which, kept))
-        if kept.bringing is not None:
+        if kept.downloading is None and swarm_time() >= kept.asked_s + _ASK_AGAIN_S:
+            kept.downloading = asyncio.create_task(self._download(which, kept))
+        if kept.downloading is not None:
             self._waiting[caller] += 1
             try:
-                await asyncio.wait({kept.bringing}, timeout=_WAIT_S)
+                await asyncio.wait({kept.downloading}, timeout=_WAIT_S)
             finally:
                 self._waiting[caller] -= 1
                 if not self._waiting[caller]:
@@ -126,7 +126,7 @@ class HostedPublications:
             return False
         return self._waiting.total() < _MAX_WAITING_CALLERS * self.waits_a_caller
 
-    async def _bring(self, which: _Which, kept: _Kept) -> None:
+    async def _download(self, which: _Which, kept: _Kept) -> None:
         """Ask a guest for a newer publication, and pull it."""
         guest = which[0]
         try:
@@ -136,17 +136,17 @@ class HostedPublications:
             if error.is_incident:
                 self.refused(guest, error)
         finally:
-            kept.asked_s, kept.bringing = swarm_time(), None
+            kept.asked_s, kept.downloading = swarm_time(), None
 
     async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
         """Pull a guest's newest publication of a section, unless it is here already. Raises PeerError."""
-        guest, section, fragment = which
-        rules = self.rules[fragment][section]
+        guest, group, fragment = which
+        rules = self.rules[fragment][group]
         known = None
         if kept.held:
             newest = kept.held[-1].snapshot.manifest
             known = PublicationVersion(newest.round, newest.part, newest.tokens)
-        request = request_of(section, fragment, known, self.presence())
+        request = request_of(group, fragment, known, self.presence())
         reply = await self.calls.publication(guest, request)
         reply.DiscardUnknownFields()  # else the readers that get it would have to accept them too
         if reply.presence.payload:
@@ -173,11 +173,11 @@ class HostedPublications:
     def _forget(self, guest: str) -> None:
         for which in [which for which in self._kept if which[0] == guest]:
             kept = self._kept.pop(which)
-            if kept.bringing is not None:
-                kept.bringing.cancel()
+            if kept.downloading is not None:
+                kept.downloading.cancel()
             while kept.held:  # tasks that wait for `kept` then find nothing
                 self.store.drop(kept.held.pop().snapshot.sha256)
 
     async def stop(self) -> None:
         """Cancel pulls under way."""
-        await end_tasks(kept.bringing for kept in self._kept.values() if kept.bringing is not None)
+        await end_tasks(kept.downloading for kept in self._kept.values() if kept.downloading is not None)

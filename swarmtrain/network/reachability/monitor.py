@@ -33,7 +33,7 @@ from swarmtrain.words import short_peer
 __all__ = ["ReachabilityMonitor", "is_loopback_only"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 1.0
+_POLL_INTERVAL_S = 1.0
 _KEEP_ALIVE_S = 3.0  # between two calls to each host, which keep its connection open (decision 19)
 _CALL_S = 3.0
 _STOOD_STILL_S = 5.0  # a longer gap between two looks means that this process was suspended
@@ -96,7 +96,7 @@ class ReachabilityMonitor:
         try:
             while True:
                 await self.look()
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(_POLL_INTERVAL_S)
         finally:
             if self._asking is not None:
                 await end_tasks([self._asking])

@@ -141,14 +141,14 @@ class Merger:
         UnobtainableError."""
         lacking: list[str] = []
 
-        async def bring(entry: RoundPublication, held: HeldSnapshot) -> None:
+        async def fetch(entry: RoundPublication, held: HeldSnapshot) -> None:
             try:
                 await self.downloads.pull(held, chunks, self._sources(roster, entry.peer))
             except UnreachableError:
                 lacking.append(entry.peer)
 
         pairs = list(zip(roster.entries, entries, strict=True))
-        await run_together(bring(entry, held) for entry, held in self.rotated(pairs))
+        await run_together(fetch(entry, held) for entry, held in self.rotated(pairs))
         if lacking:
             raise UnobtainableError(*lacking)
         total = entries[0].snapshot.manifest.total_bytes

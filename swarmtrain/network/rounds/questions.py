@@ -100,9 +100,9 @@ class RoundQuestions:
             shown = await asyncio.to_thread(chain_untrusted, reply.chain, ours, settings)
         if last is not None and not reply.same_last:
             self._last_signed[peer] = last.roster, last.name
-        told = AdvertisedRound(round=reply.current_round, last=head, participating=reply.participating)
+        advertised = AdvertisedRound(round=reply.current_round, last=head, participating=reply.participating)
         offer = None if published is None else publication_of(published)
-        answer = ev.PeerReply(told, reply.inner_steps_done, reply.away, last, offer, roster, shown)
+        answer = ev.PeerReply(advertised, reply.inner_steps_done, reply.away, last, offer, roster, shown)
         return Said(ev.QuestionAnswered(ask.number, answer), published)
 
     def last_known(self, peer: str) -> bytes:

@@ -63,9 +63,9 @@ class EndedRound:
         """Add a publication that this round may merge; none of its bytes are here yet."""
         self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
 
-    def bring(self, bring: ev.FetchPublication) -> None:
+    def fetch(self, fetch: ev.FetchPublication) -> None:
         """Begin to pull a publication's bytes."""
-        self._begin(self._bring(bring))
+        self._begin(self._fetch(fetch))
 
     def merge(self, one: _SignedRoster) -> None:
         """Begin to average a roster's publications once the previous merge has ended."""
@@ -110,16 +110,16 @@ class EndedRound:
         if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
             _log.error("a round task failed", exc_info=error)
 
-    async def _bring(self, bring: ev.FetchPublication) -> None:
-        sha256 = bring.publication.snapshot
+    async def _fetch(self, fetch: ev.FetchPublication) -> None:
+        sha256 = fetch.publication.snapshot
         held = self._publications[sha256]
         event: _Event = ev.PublicationFetched(sha256)
         try:
-            await self._merger.downloads.pull(held, range(held.snapshot.num_chunks), bring.sources)
+            await self._merger.downloads.pull(held, range(held.snapshot.num_chunks), fetch.sources)
         except UnreachableError:
             event = ev.PublicationNotFetched(sha256)
         except Exception:
-            _log.exception("fetching a publication of %s failed", bring.publication.peer)
+            _log.exception("fetching a publication of %s failed", fetch.publication.peer)
             event = ev.PublicationNotFetched(sha256)
         self._tell(event)
 

@@ -188,13 +188,13 @@ class RoundRunner:
             case ev.RequestState() | ev.DownloadState():
                 self._begin(command.number, self._state(command))
             case ev.PeersSurveyed():
-                self._awaited.found(command.search, dict(command.told))
+                self._awaited.found(command.search, dict(command.advertised))
             case ev.StateSearched():
                 state = None if command.number is None else self._states.pop(command.number)
                 self._awaited.found(command.search, (command.is_ours, state))
             case ev.JoinDecided():
                 state = None if command.number is None else self._states.pop(command.number)
-                joined = JoinedState(begins=command.begins, state=state, told=dict(command.told))
+                joined = JoinedState(begins=command.begins, state=state, advertised=dict(command.advertised))
                 self._awaited.found(command.search, joined)
             case ev.NamePeer():
                 self.downloads.refused(command.peer, BadBytesError(command.detail))
@@ -206,7 +206,7 @@ class RoundRunner:
     def _do_in(self, ended: EndedRound, command: _InEnded) -> None:
         match command:
             case ev.FetchPublication():
-                ended.bring(command)
+                ended.fetch(command)
             case ev.MergeRoster():
                 ended.merge(command.roster)
             case ev.CancelMerge():

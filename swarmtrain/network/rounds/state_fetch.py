@@ -41,7 +41,7 @@ class JoinedState:
 
     begins: ev.JoinsWith
     state: NewState | None
-    told: Mapping[str, AdvertisedRound]
+    advertised: Mapping[str, AdvertisedRound]
     """Rounds advertised by the peers that answered."""
 
 
@@ -147,8 +147,8 @@ class StateSearch:
         """Ask these peers for their rounds now. Peers that do not answer are missing from the result."""
         search = self._awaited.next_number()
         survey = ev.SurveyPeers(search, tuple(peers))
-        told: dict[str, AdvertisedRound] = await self._awaited.result(search, survey, ev.RoundAbandoned(search))
-        return told
+        advertised: dict[str, AdvertisedRound] = await self._awaited.result(search, survey, ev.RoundAbandoned(search))
+        return advertised
 
     async def join(self, peers: Sequence[str]) -> JoinedState:
         """Find out from the peers known here what this peer begins with when it joins or comes back.
@@ -166,27 +166,28 @@ class StateSearch:
         search = self._awaited.next_number()
         await self._awaited.result(search, ev.StateAdopted(search, state.from_peer), ev.RoundAbandoned(search))
 
-    async def holds(self, told: Mapping[str, AdvertisedRound]) -> bool:
-        """Return whether this peer's chain holds against those of the peers in `told`.
+    async def holds(self, advertised: Mapping[str, AdvertisedRound]) -> bool:
+        """Return whether this peer's chain holds against those of the peers in `advertised`.
 
         Each of them is asked for its chain before any is judged.
         """
-        is_ours, _ = await self._seek(ev.SearchState(self._awaited.next_number(), told, fetches=False))
+        is_ours, _ = await self._seek(ev.SearchState(self._awaited.next_number(), advertised, fetches=False))
         return is_ours
 
-    async def fetch_told_state(
-        self, told: Mapping[str, AdvertisedRound], reason: str, above_tokens: int = 0
+    async def fetch_advertised_state(
+        self, advertised: Mapping[str, AdvertisedRound], reason: str, above_tokens: int = 0
     ) -> NewState | None:
-        """Fetch the state that holds among those of the peers in `told`, if it counts more than `above_tokens` tokens.
+        """Fetch the state that holds among those of the peers in `advertised`, if it counts more than `above_tokens`
+        tokens.
 
         Returns None if there is none, or if no peer delivers it.
         """
-        _, state = await self._seek(ev.SearchState(self._awaited.next_number(), told, above_tokens))
+        _, state = await self._seek(ev.SearchState(self._awaited.next_number(), advertised, above_tokens))
         return None if state is None else dataclasses.replace(state, reason=reason)
 
     async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
-        """Ask these peers for their rounds now, then do the same as `fetch_told_state`."""
-        return await self.fetch_told_state(await self.ask_now(peers), reason, above_tokens)
+        """Ask these peers for their rounds now, then do the same as `fetch_advertised_state`."""
+        return await self.fetch_advertised_state(await self.ask_now(peers), reason, above_tokens)
 
     async def _seek(self, seek: ev.SearchState) -> tuple[bool, NewState | None]:
         found: tuple[bool, NewState | None] = await self._awaited.result(

@@ -21,7 +21,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FillManifest", "StateProvider", "state_specs"]
 
-_LOOK_S = 2.0  # between two looks whether a state built on demand is still being read
+_POLL_INTERVAL_S = 2.0  # between two looks whether a state built on demand is still being read
 
 FillManifest = Callable[[pb.Manifest], None]
 """Adds to a manifest the fields that only some merge methods have."""
@@ -83,7 +83,7 @@ class StateProvider:
             return progress, held
 
     def _look_later(self, held: HeldSnapshot) -> None:
-        asyncio.get_running_loop().call_later(_LOOK_S, self._look, held)
+        asyncio.get_running_loop().call_later(_POLL_INTERVAL_S, self._look, held)
 
     def _look(self, held: HeldSnapshot) -> None:
         """Drop a state that nobody reads: it keeps tensors alive that merges have replaced, 8 bytes a parameter."""

@@ -39,7 +39,7 @@ class Archive:
     """Knowledge about the archive of one swarm: a run's, or a stage's."""
 
     swarm: Swarm
-    keeper: CheckpointManager
+    manager: CheckpointManager
     watch: ArchiveSchedule = field(default_factory=ArchiveSchedule)
     holds: Mapping[str, int] = field(default_factory=dict)
     """Tokens of each peer that are in the archived weights."""
@@ -51,7 +51,7 @@ class Archive:
 
     def __post_init__(self) -> None:
         self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
-        self.keeper.extras.update(
+        self.manager.extras.update(
             {
                 _HOLDS: lambda: dict(self.holds),
                 _PLACES: lambda: [dict(of_fragment) for of_fragment in self.places],
@@ -76,7 +76,7 @@ class Archive:
             except (ValueError, TypeError) as error:
                 _log.info("ignored the data coverage in the archive: %s", error)
         # Counts and weights are archived apart: counts never fall, even where the work itself was lost (decision 49).
-        self.keeper.restore_counts()
+        self.manager.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
         """Note that states of some of these volunteers, who are all that train, are being asked for."""
@@ -103,9 +103,9 @@ class Archive:
         self.holds, self.places = dict(present.holds), present.places
         self.watch.archived(self._asked)
         for _, rows in present.shard_rows:
-            self.rows.hear_untrusted(rows)
+            self.rows.receive_untrusted(rows)
         self._served = present.progress
-        return checkpoint_of(present, self.keeper)
+        return checkpoint_of(present, self.manager)
 
     async def serve_counts(self, state: OuterState, progress: Progress) -> None:
         """Serve the archived `state` with the present counts. Runs in the network thread.
@@ -117,17 +117,17 @@ class Archive:
             return
         self._served = dataclasses.replace(progress, run_tokens=sum(counts.values()), peer_tokens=counts)
         kept = Checkpoint(state=state, progress=self._served, roster=None, signed_roster=None)
-        await self.keeper.offer(kept)
+        await self.manager.offer(kept)
 
 
-def checkpoint_of(present: ConsensusState, keeper: CheckpointManager) -> Checkpoint:
-    """Return the swarm's present weights as a checkpoint, with what `keeper` keeps beside them."""
+def checkpoint_of(present: ConsensusState, manager: CheckpointManager) -> Checkpoint:
+    """Return the swarm's present weights as a checkpoint, with what `manager` keeps beside them."""
     return Checkpoint(
         state=present.state,
         progress=present.progress,
         roster=present.roster,
         signed_roster=present.signed_roster,
-        extra=keeper.extra(),
+        extra=manager.extra(),
     )
 
 

@@ -51,4 +51,4 @@ class ArchiveWatch:
         if not self._seen.told(told):
             return None
         search = self._swarm.rounds.search
-        return wait_for(self._network.submit(search.fetch_told_state(told, "the archive is back")), self._stop)
+        return wait_for(self._network.submit(search.fetch_advertised_state(told, "the archive is back")), self._stop)

@@ -133,11 +133,11 @@ class CheckpointManager:
         room = self.checkpointer.room(replica.state.size)
         self.keep(
             Checkpoint(
-                state=replica.state.settled(),
+                state=replica.state.frozen(),
                 progress=replica.progress,
                 roster=None if last is None else last[0],
                 signed_roster=None if last is None else last[1],
-                own=session.own_part(room),
+                own=session.local_checkpoint(room),
                 extra=self.extra(),
             )
         )

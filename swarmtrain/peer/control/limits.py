@@ -38,7 +38,7 @@ from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
 
-__all__ = ["LimitKeeper", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
+__all__ = ["LimitEnforcer", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
 
 LOOK_EVERY_S = 3.0
 
@@ -62,7 +62,7 @@ def local_time() -> datetime.datetime:
     return datetime.datetime.now()
 
 
-class LimitKeeper:
+class LimitEnforcer:
     """Holds a `PauseSwitch` as the limits require. Thread-safe, but `between_steps` is for the trainer's thread."""
 
     def __init__(
@@ -254,15 +254,15 @@ def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
 
 
 @contextmanager
-def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
+def kept_limits(enforcer: LimitEnforcer) -> Iterator[LimitEnforcer]:
     """Keep the limits, by a thread, while inside the context."""
-    keeper.start()
+    enforcer.start()
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(LOOK_EVERY_S):
             try:
-                keeper.tick()
+                enforcer.tick()
             except (psutil.Error, OSError) as error:
                 _log.warning("this machine could not be measured: %s", error)
             except Exception:
@@ -272,7 +272,7 @@ def kept_limits(keeper: LimitKeeper) -> Iterator[LimitKeeper]:
     thread = threading.Thread(target=look, name="limits", daemon=True)
     thread.start()
     try:
-        yield keeper
+        yield enforcer
     finally:
         ended.set()
         thread.join()

@@ -73,7 +73,7 @@ class BootstrapPeer:
     stop: StopFlag = field(init=False)
     node: Node | None = None
     swarm: Swarm | None = None
-    keeper: CheckpointManager | None = None
+    manager: CheckpointManager | None = None
     peers: PeersFile | None = None
     name: str = ""
     loss: float | None = None
@@ -155,13 +155,13 @@ class BootstrapPeer:
                 return
             self.stop.sleep(0.1)
 
-    def count_once_more(self, swarm: Swarm, keepers: Sequence[CheckpointManager]) -> None:
+    def count_once_more(self, swarm: Swarm, managers: Sequence[CheckpointManager]) -> None:
         """Count and keep what others have reported by now, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
             self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
         with contextlib.suppress(OSError):  # the archive's warning says so
-            for keeper in keepers:
-                keeper.keep_counts()
+            for manager in managers:
+                manager.keep_counts()
 
     def leave_stages(self) -> None:
         """Say goodbye to those who hold stages, before the run's swarm is left. Without stages there is nobody."""

@@ -11,7 +11,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.control.limits import LimitKeeper
+from swarmtrain.peer.control.limits import LimitEnforcer
 from swarmtrain.peer.control.session import ControlSession
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, wait_for
@@ -42,7 +42,7 @@ class VolunteerContext:
     control: ControlSession
     emit: Emit
     """Takes events; fills in this peer's PeerID and name."""
-    limits: LimitKeeper
+    limits: LimitEnforcer
     pause: PauseSwitch
     name: str
     fetcher: RunFetcher

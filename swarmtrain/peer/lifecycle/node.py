@@ -70,7 +70,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _GOODBYE_S = 3.0
-_LOOK_S = 0.1
+_POLL_INTERVAL_S = 0.1
 
 _SMALL_PARAMETERS = 10_000_000
 """Below this size a step is so short that a second thread saves little. Where other programs use the processors it
@@ -138,7 +138,7 @@ def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lamb
     Raises as `StopFlag.check` does as soon as an end is asked for; the future is cancelled then.
     """
     while not future.done():
-        concurrent.futures.wait([future], _LOOK_S)
+        concurrent.futures.wait([future], _POLL_INTERVAL_S)
         if not future.done():
             try:
                 stop.check()

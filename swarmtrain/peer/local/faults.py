@@ -68,7 +68,7 @@ class FaultInjection:
     swarm: Processes
     links: Connections | None
     """None if no fault strikes links."""
-    mishaps: Iterator[FaultEvent]
+    faults: Iterator[FaultEvent]
     clock: Callable[[], float] = time.monotonic
     _began_s: float | None = None
     _next: FaultEvent | None = None
@@ -77,7 +77,7 @@ class FaultInjection:
 
     def begin(self) -> None:
         """Start the clock of the faults."""
-        self._began_s, self._next = self.clock(), next(self.mishaps, None)
+        self._began_s, self._next = self.clock(), next(self.faults, None)
 
     def stop(self) -> None:
         """Inject nothing more. What hangs or is cut off continues; killed peers are not started again."""
@@ -95,21 +95,21 @@ class FaultInjection:
         while self._ends and self._ends[0][0] <= now_s:
             heapq.heappop(self._ends)[3]()
         while self._next is not None and self._next.at_s <= now_s:
-            mishap, self._next = self._next, next(self.mishaps, None)
-            self._strike(mishap, now_s)
+            fault, self._next = self._next, next(self.faults, None)
+            self._strike(fault, now_s)
 
-    def _strike(self, mishap: FaultEvent, now_s: float) -> None:
-        self.swarm.tell(f"rehearsal: {' and '.join(mishap.who)}: {_WORDS[mishap.do].format(for_s=mishap.for_s)}")
-        for end in self._do(mishap):
-            heapq.heappush(self._ends, (now_s + mishap.for_s, next(self._number), mishap.do, end))
+    def _strike(self, fault: FaultEvent, now_s: float) -> None:
+        self.swarm.tell(f"rehearsal: {' and '.join(fault.who)}: {_WORDS[fault.do].format(for_s=fault.for_s)}")
+        for end in self._do(fault):
+            heapq.heappush(self._ends, (now_s + fault.for_s, next(self._number), fault.do, end))
 
-    def _do(self, mishap: FaultEvent) -> list[Callable[[], None]]:
+    def _do(self, fault: FaultEvent) -> list[Callable[[], None]]:
         """Inject a fault; return the functions that end it."""
-        swarm, who = self.swarm, mishap.who
-        match mishap.do:
+        swarm, who = self.swarm, fault.who
+        match fault.do:
             case "kill" | "leave":
                 for name in who:
-                    swarm.end(name, cleanly=mishap.do == "leave")
+                    swarm.end(name, cleanly=fault.do == "leave")
                 return [lambda name=name: swarm.begin_again(name) for name in who]  # type: ignore[misc]
             case "hang":
                 for name in who:
@@ -117,11 +117,11 @@ class FaultInjection:
                 return [lambda name=name: swarm.go_on(name) for name in who]  # type: ignore[misc]
             case "stall" | "partition":
                 links = self._links
-                outage = links.part([[name] for name in who] if mishap.do == "stall" else [list(who)])
+                outage = links.part([[name] for name in who] if fault.do == "stall" else [list(who)])
                 return [lambda: links.mend(outage)]
             case "reset" | "half-open":
                 for name in who:
-                    (self._links.reset if mishap.do == "reset" else self._links.forget)(name)
+                    (self._links.reset if fault.do == "reset" else self._links.forget)(name)
                 return []
 
     @property

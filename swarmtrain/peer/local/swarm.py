@@ -40,7 +40,7 @@ _HAND_OVER_LIMIT_S = 40.0
 _GROUP = -1 if sys.platform.startswith("linux") else 0
 """Process group of a child. On Linux each already has a session of its own."""
 _INSIST_S = 3.0
-_LOOK_S = 0.1
+_POLL_INTERVAL_S = 0.1
 _OPEN_LIMIT_S = 10.0
 
 
@@ -270,7 +270,7 @@ class LocalSwarm:
                     child.process.send_signal(signal.SIGTERM)  # not SIGINT: a background job ignores it at first
             give_up_s = time.monotonic() + last_s
             while any(child.process.poll() is None for child in children) and time.monotonic() < give_up_s:
-                for event in self._said(_LOOK_S):
+                for event in self._said(_POLL_INTERVAL_S):
                     show(event)
         for child in children:
             if child.process.poll() is None:

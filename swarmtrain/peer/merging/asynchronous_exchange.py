@@ -25,7 +25,7 @@ from swarmtrain.protocol.tokens.progress import Progress
 __all__ = ["AsynchronousExchange"]
 
 _log = logging.getLogger(__name__)
-_SETTLE_S = 5.0
+_ANNOUNCE_S = 5.0
 _SOURCES = 3
 """States that a newcomer needs to outvote a wrong count, if so many peers are there."""
 _GUESSED_ROUND_S = 1.0
@@ -97,7 +97,7 @@ class AsynchronousExchange(SwarmExchange):
         """
         tallying = self.swarm.tallying
         told = [counts_in_untrusted(state.held.snapshot.manifest) for state in states]
-        tallying.bring([*told, *more], is_server=is_server)
+        tallying.adopt([*told, *more], is_server=is_server)
         for state, counts in zip(states, told, strict=True):
             tallying.hear(state.peer, counts.get(state.peer, 0))
         counts = tallying.contributions()
@@ -116,13 +116,13 @@ class AsynchronousExchange(SwarmExchange):
         asking = self.swarm.states.fetch_manifests(others[:missing])
         return [counts_in_untrusted(each) for each in wait_for(self.network.submit(asking), self.stop)]
 
-    def _settle(self) -> None:
+    def _say_that_it_is_finished(self) -> None:
         """Announce that this peer needs nothing more."""
 
-        async def settle() -> None:
-            self.swarm.presence.change(settled=True)
+        async def say() -> None:
+            self.swarm.presence.change(is_finished=True)
 
-        self.network.run(settle(), _SETTLE_S)
+        self.network.run(say(), _ANNOUNCE_S)
 
     def still_needed(self, last: Progress) -> str:
         """See `SwarmExchange`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
-from swarmtrain.methods import load_part
-from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, SectionBytes, WantedPartners, gradient_format
+from swarmtrain.methods import load_object
+from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, PublicationBytes, WantedPartners, gradient_format
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -49,7 +49,7 @@ class MergeCosts(ABC):
 
 def costs_of(run: RunFile) -> MergeCosts:
     """Return the costs of the run's merge method."""
-    kind: type[MergeCosts] = load_part(run.merge.kind.costs)
+    kind: type[MergeCosts] = load_object(run.merge.kind.costs)
     return kind()
 
 
@@ -128,7 +128,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
 
 def section_bytes(
     run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
-) -> SectionBytes:
+) -> PublicationBytes:
     """Return the sizes of a publication of `num_parameters` parameters.
 
     The gradient format, and so the size, depends on the number of other peers, the length of a round in seconds and the
@@ -138,13 +138,13 @@ def section_bytes(
 
     merge = run.merge
     theta = encoded_size_bytes(merge.theta_format, [num_parameters])
-    sizes = {one: SectionBytes(theta, encoded_size_bytes(one, [num_parameters])) for one in merge.gradient_formats}
+    sizes = {one: PublicationBytes(theta, encoded_size_bytes(one, [num_parameters])) for one in merge.gradient_formats}
     return sizes[
         gradient_format(sizes, others, round_s, bytes_per_s, WantedPartners(merge.num_partners, merge.num_weights))
     ]
 
 
-def pulled_bytes(run: RunFile, sizes: SectionBytes, others: int) -> int:
+def pulled_bytes(run: RunFile, sizes: PublicationBytes, others: int) -> int:
     """Return the bytes that one round of gossip pulls from `others` other peers, if the link can carry them."""
     merge = run.merge
     return min(merge.num_partners, others) * sizes.gradient + min(merge.num_weights, others) * sizes.weights

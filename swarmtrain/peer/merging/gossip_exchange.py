@@ -35,12 +35,12 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.reachability.hosts import HostedPublications
-from swarmtrain.network.sections import SectionSpec, rules_of, sections_of
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec
 from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.network.tensor_groups import TensorGroup, groups_of, rules_of
 from swarmtrain.peer.lifecycle.node import wait_for
 from swarmtrain.peer.merging.asynchronous_exchange import AsynchronousExchange
-from swarmtrain.peer.merging.averaged_section import AveragedSection
+from swarmtrain.peer.merging.averaged_group import AveragedGroup
 from swarmtrain.peer.merging.consensus import (
     SAMPLE,
     consensus_of,
@@ -61,7 +61,7 @@ from swarmtrain.protocol.gossip.fragments import FragmentRound, publishes_every
 from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, TrainersRound
 from swarmtrain.protocol.gossip.messages import DecodePublication, FetchConsensus, PrepareMerge, ReceivedPublication
 from swarmtrain.protocol.gossip.partners import is_too_old
-from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, Section
+from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, GroupName
 from swarmtrain.protocol.membership.hosts import callable_first
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import GradientFormat
@@ -71,7 +71,7 @@ __all__ = ["GossipExchange", "hosting_of"]
 
 _LAST_ROUND_S = 20.0
 """Seconds that a peer that is done waits for others' last round."""
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _TRIES = 3
 _LEDGER = "ledger"
 _CLIPPED = "clipped"
@@ -80,11 +80,11 @@ _COVERAGE = "coverage"
 
 def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     """Return the codec of each fragment."""
-    section = swarm.published.run.merge
-    formats = section.theta_format, section.gradient_formats
+    group = swarm.published.run.merge
+    formats = group.theta_format, group.gradient_formats
     return [
-        PublicationCodec(sections_of(fragment.pick(swarm.specs), *formats, section.publications_per_round))
-        for fragment in fragments_of(layout_of_specs(swarm.specs), section.num_fragments)
+        PublicationCodec(groups_of(fragment.pick(swarm.specs), *formats, group.publications_per_round))
+        for fragment in fragments_of(layout_of_specs(swarm.specs), group.num_fragments)
     ]
 
 
@@ -92,41 +92,38 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
     """Return the run file's settings for merging publications."""
     sizes = [codec.sizes(1 / len(codecs)) for codec in codecs]
     is_large = layout_of_specs(swarm.specs).size >= LARGE_MODEL
-    return GossipSettings.of(swarm.published.run.merge, rules_of(codecs[0].sections), sizes, is_large=is_large)
+    return GossipSettings.of(swarm.published.run.merge, rules_of(codecs[0].groups), sizes, is_large=is_large)
 
 
-def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[Section, PublicationRules]]:
+def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[GroupName, PublicationRules]]:
     """Return the run file's rules for publications: for each fragment, by section."""
     rounds = swarm.rounds.settings
 
-    def rules_of(fragment: int, section: SectionSpec) -> PublicationRules:
+    def rules_of(fragment: int, group: TensorGroup) -> PublicationRules:
         return PublicationRules(
             run_sha256=rounds.run_sha256,
-            tables=section.tables,
+            tables=group.tables,
             max_tokens=rounds.max_tokens,
-            num_parts=section.num_parts,
+            num_parts=group.num_parts,
             # A busy partner is not waited for: another one is asked in its place.
             pull=dataclasses.replace(rounds.pull, busy_limit_s=0.0),
             fragment=fragment,
         )
 
-    return [
-        {section.name: rules_of(fragment, section) for section in codec.sections}
-        for fragment, codec in enumerate(codecs)
-    ]
+    return [{group.name: rules_of(fragment, group) for group in codec.groups} for fragment, codec in enumerate(codecs)]
 
 
 def hosting_of(swarm: Swarm) -> HostedPublications:
     """Return what this peer, which may be a bootstrap, serves on for peers that nobody can dial."""
-    section, codecs = swarm.published.run.merge, codecs_of(swarm)
-    num_pulls = {"mean": section.num_weights, "outer step": section.num_partners}
+    group, codecs = swarm.published.run.merge, codecs_of(swarm)
+    num_pulls = {"mean": group.num_weights, "outer step": group.num_partners}
     return HostedPublications(
         swarm.calls,
         swarm.store,
         publication_rules(swarm, codecs),
         swarm.presence.signed,
         swarm.peers.refused,
-        waits_a_caller=sum(num_pulls[each.rule] for codec in codecs for each in codec.sections),
+        waits_a_caller=sum(num_pulls[each.rule] for codec in codecs for each in codec.groups),
     )
 
 
@@ -136,7 +133,7 @@ class GossipExchange(AsynchronousExchange):
 
     keeps_in_step = True
     gossip: GossipRunner = field(init=False)
-    publishers: dict[tuple[Section, int], Publisher] = field(init=False)
+    publishers: dict[tuple[GroupName, int], Publisher] = field(init=False)
     _codecs: list[PublicationCodec] = field(init=False)
     """Codec of each fragment; the lists below are by fragment too."""
     _layout: Layout = field(init=False)
@@ -146,7 +143,7 @@ class GossipExchange(AsynchronousExchange):
     _states: list[OuterState] = field(default_factory=list, repr=False)
     _planner: MergePlanner = field(init=False)
     _robustness: list[Robustness] = field(init=False)
-    _averaged: dict[tuple[Section, int], AveragedSection] = field(init=False)
+    _averaged: dict[tuple[GroupName, int], AveragedGroup] = field(init=False)
     """Sections averaged beside the weights, by name and fragment."""
     _unmade: LocalUpdate | None = field(default=None, repr=False)
     """Newest update whose gradients nobody has computed yet."""
@@ -160,18 +157,16 @@ class GossipExchange(AsynchronousExchange):
     """True if the next round is the first with weights that this peer did not merge itself."""
 
     def __post_init__(self) -> None:
-        swarm, section = self.swarm, self.run.merge
+        swarm, group = self.swarm, self.run.merge
         self._codecs = codecs_of(swarm)
         settings, rules = gossip_settings(swarm, self._codecs), publication_rules(swarm, self._codecs)
-        self._layout, met = layout_of_specs(swarm.specs), section.init == "common"
-        self._fragments, self._is_large = fragments_of(self._layout, section.num_fragments), settings.is_large
+        self._layout, met = layout_of_specs(swarm.specs), group.init == "common"
+        self._fragments, self._is_large = fragments_of(self._layout, group.num_fragments), settings.is_large
         self._planner = MergePlanner(len(self._fragments), self.sure_share)
         naming = Naming(self._tell_clipped)
-        self._robustness = [
-            Robustness(section.robust, fragment.layout, naming, met=met) for fragment in self._fragments
-        ]
+        self._robustness = [Robustness(group.robust, fragment.layout, naming, met=met) for fragment in self._fragments]
         self._averaged = {
-            (name, fragment): AveragedSection(averaged, section.robust, naming)
+            (name, fragment): AveragedGroup(averaged, group.robust, naming)
             for fragment, codec in enumerate(self._codecs)
             for name, averaged in codec.averaged.items()
             if averaged is not codec.weights
@@ -189,7 +184,9 @@ class GossipExchange(AsynchronousExchange):
             for what, of in of_fragment.items()
         }
         engine: Engine = GossipEngine(swarm.identity.peer_id, settings)
-        puller = Puller(swarm.calls, swarm.membership, rules, swarm.presence.signed, swarm.peers.hear_reply_untrusted)
+        puller = Puller(
+            swarm.calls, swarm.membership, rules, swarm.presence.signed, swarm.peers.receive_reply_untrusted
+        )
         expected_s = swarm.node.traffic.times.expected_s
         self.gossip = GossipRunner(engine, puller, swarm.membership, self, swarm.peers.refused, expected_s)
 
@@ -252,7 +249,7 @@ class GossipExchange(AsynchronousExchange):
     def _publish_weights(self, fragment: int, round: int) -> None:
         """Publish the weights with which a round of that fragment begins."""
         theta, peer_tokens = self._states[fragment].theta, self._progress.peer_tokens
-        self.publishers[self._codecs[fragment].weights.section.name, fragment].newest = OwnPublication(
+        self.publishers[self._codecs[fragment].weights.group.name, fragment].newest = OwnPublication(
             round=round,
             part=0,
             tokens=0,
@@ -287,10 +284,10 @@ class GossipExchange(AsynchronousExchange):
             codec = self._codecs[fragment]
             # Nobody asks for earlier rounds any more: the residuals of their rounding are released, 4 bytes a number.
             codec.gradient.over(of.round - 1)
-            for section in codec.sections:
-                if section.num_parts:
-                    encode, specs = self._encoding(contribution, fragment, section, format)
-                    self.publishers[section.name, fragment].newest = OwnPublication(
+            for group in codec.groups:
+                if group.num_parts:
+                    encode, specs = self._encoding(contribution, fragment, group, format)
+                    self.publishers[group.name, fragment].newest = OwnPublication(
                         round=of.round,
                         part=of.part,
                         tokens=of.tokens,
@@ -340,21 +337,21 @@ class GossipExchange(AsynchronousExchange):
                         self._robustness[fragment].learn(contribution.gradient_of(fragment), of.tokens)
 
     def _accept_untrusted(
-        self, section: Section, fragment: int, held: HeldSnapshot, arrival: PartnerUpdate
+        self, group: GroupName, fragment: int, held: HeldSnapshot, arrival: PartnerUpdate
     ) -> PartnerUpdate:
         """Return what the run's robust rule lets enter a merge, judged by all that this peer has published before."""
         author, round = held.snapshot.author, held.snapshot.manifest.round
-        if (averaged := self._averaged.get((section, fragment))) is not None:
+        if (averaged := self._averaged.get((group, fragment))) is not None:
             return averaged.accept_untrusted(author, arrival, round)
         self._learn()
         return self._robustness[fragment].accept(author, arrival, self._states[fragment].theta, round)
 
-    def _hear_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
+    def _receive_rows_untrusted(self, peer: str, rows: Sequence[pb.Signed]) -> None:
         if self.swarm.coverage is not None:
-            self.swarm.coverage.hear_untrusted(peer, rows)
+            self.swarm.coverage.receive_untrusted(peer, rows)
 
     def _encoding(
-        self, contribution: LocalUpdate, fragment: int, section: SectionSpec, format: GradientFormat
+        self, contribution: LocalUpdate, fragment: int, group: TensorGroup, format: GradientFormat
     ) -> tuple[Callable[[], Body], Sequence[TensorSpec]]:
         """Return a function that makes a section's bytes, and their tensor table.
 
@@ -362,8 +359,8 @@ class GossipExchange(AsynchronousExchange):
         served.
         """
         codec = self._codecs[fragment]
-        if section.rule == "mean":
-            averaged, values = codec.averaged[section.name], contribution.values[section.name, fragment]
+        if group.rule == "mean":
+            averaged, values = codec.averaged[group.name], contribution.values[group.name, fragment]
             return lambda: Body([averaged.encode(values)]), averaged.tensors
         lent, of = contribution.lent[fragment], contribution.fragment_rounds[fragment]
         encode = functools.partial(self._encode_gradient, lent, of, fragment, format)
@@ -408,11 +405,11 @@ class GossipExchange(AsynchronousExchange):
 
     def _means_of(
         self, fragment: int, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]
-    ) -> dict[tuple[Section, int], Tensor]:
+    ) -> dict[tuple[GroupName, int], Tensor]:
         """Return the means of the sections that are averaged beside the weights, where a partner brought one."""
-        found = dict[tuple[Section, int], Tensor]()
+        found = dict[tuple[GroupName, int], Tensor]()
         for which, averaged in self._averaged.items():
-            arrivals = [each.payload.decoded() for each in pulled if (each.section, fragment) == which]
+            arrivals = [each.payload.decoded() for each in pulled if (each.group, fragment) == which]
             if theirs := [arrival.theta for arrival in arrivals if arrival.theta is not None]:
                 found[which] = averaged.mean(theirs)
         return found
@@ -433,29 +430,29 @@ class GossipExchange(AsynchronousExchange):
         return tuple(
             MergeInput(
                 peer=peer,
-                round=(newest := max(each.mark.round for each in sections)),
-                part=max(each.mark.part for each in sections if each.mark.round == newest),
-                tokens=sum(each.payload.tokens for each in sections),
+                round=(newest := max(each.version.round for each in groups)),
+                part=max(each.version.part for each in groups if each.version.round == newest),
+                tokens=sum(each.payload.tokens for each in groups),
                 staleness_rounds=self._progress.round - newest,
-                pull_s=max(each.pull_s for each in sections),
+                pull_s=max(each.pull_s for each in groups),
             )
-            for peer, sections in by_peer.items()
+            for peer, groups in by_peer.items()
         )
 
     def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
         """See `Merging`: decode a publication and limit it by the run's robust rule."""
         codec, held, fragment = self._codecs[command.fragment], command.held, command.fragment
-        decode = functools.partial(codec.arrival_untrusted, command.section, held, command.news, command.earlier)
-        return self._kept_untrusted(command.section, fragment, held, decode)
+        decode = functools.partial(codec.arrival_untrusted, command.group, held, command.news, command.earlier)
+        return self._kept_untrusted(command.group, fragment, held, decode)
 
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
         """See `Merging`."""
         manifest = command.held.snapshot.manifest
         self.swarm.tallying.hear(command.author, manifest.author_tokens)
-        self._hear_rows_untrusted(command.author, manifest.coverage)
+        self._receive_rows_untrusted(command.author, manifest.coverage)
 
     def _kept_untrusted(
-        self, section: Section, fragment: int, held: HeldSnapshot, decode: Callable[[], PartnerUpdate]
+        self, group: GroupName, fragment: int, held: HeldSnapshot, decode: Callable[[], PartnerUpdate]
     ) -> KeptPublication:
         """Judge a pulled publication, one at a time since decoding a large model's takes much memory.
 
@@ -464,7 +461,7 @@ class GossipExchange(AsynchronousExchange):
         """
         with self._decoding:
             arrival = decode()
-            accepted = self._accept_untrusted(section, fragment, held, arrival)
+            accepted = self._accept_untrusted(group, fragment, held, arrival)
             tokens, factor = accepted.tokens, accepted.lengthened
             is_cut = factor is None or accepted.theta is not arrival.theta
             if factor is None or is_cut or not self._is_large or mean_of(self.run.merge.robust) is not None:
@@ -484,7 +481,7 @@ class GossipExchange(AsynchronousExchange):
     def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
         """See `Merging`."""
         plan, fragment = command.plan, command.fragment
-        pulled = [each for each in command.pulled if (each.section, fragment) not in self._averaged]
+        pulled = [each for each in command.pulled if (each.group, fragment) not in self._averaged]
         arrivals = (
             dataclasses.replace(each.payload.decoded(), ahead_rounds=plan.ahead_rounds(fragment, each.began_s))
             for each in pulled
@@ -543,11 +540,11 @@ class GossipExchange(AsynchronousExchange):
             wait_for(self.network.submit(swarm.greeter.greet_everyone()), self.stop)
             if all(info.run_tokens >= total for info in swarm.membership.volunteers()):
                 break
-            self.stop.sleep(_LOOK_S)
+            self.stop.sleep(_POLL_INTERVAL_S)
         volunteers = [info.peer for info in swarm.membership.volunteers() if info.run_tokens >= total]
         sample = random.sample(volunteers, min(SAMPLE, len(volunteers)))
         states = wait_for(self.network.submit(swarm.states.fetch_weights(sample)), self.stop)
-        self._settle()
+        self._say_that_it_is_finished()
         if not states:
             return own
         others = [theta_of(state, own.numel()) for state in states]
@@ -598,7 +595,7 @@ class GossipExchange(AsynchronousExchange):
             states = not_far_behind(states, self.run.merge.max_staleness_rounds)
             progress = self._progress_of(states, own_round, more)
             for found in states:
-                self._hear_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
+                self._receive_rows_untrusted(found.peer, found.held.snapshot.manifest.coverage)
             told = [places_of_untrusted(found.held.snapshot.manifest, self.run.merge) for found in states]
             state = consensus_of(states, self._layout)
             self.gossip.took_states(told, {found.peer: found.round for found in states}, progress.round)

@@ -54,7 +54,7 @@ from swarmtrain.run import GradientFormat
 __all__ = ["Engine", "GossipRunner", "Merging"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25
+_POLL_INTERVAL_S = 0.25
 """Seconds between two looks for new partners while merges are planned."""
 
 Engine: TypeAlias = GossipEngine[HeldSnapshot, KeptPublication, PreparedMerge]
@@ -213,7 +213,7 @@ class GossipRunner:
             wake_s, is_planned = self.engine.wake_at(), self.engine.has_plans
         if not is_planned:
             return
-        wait_s = _LOOK_S if wake_s is None else min(_LOOK_S, max(0.0, wake_s - swarm_time()))
+        wait_s = _POLL_INTERVAL_S if wake_s is None else min(_POLL_INTERVAL_S, max(0.0, wake_s - swarm_time()))
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._look)
 
     def _look(self) -> None:

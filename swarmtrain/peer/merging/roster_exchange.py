@@ -22,7 +22,7 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import round_inner_steps
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
-from swarmtrain.methods import MergeMethod, load_part
+from swarmtrain.methods import MergeMethod, load_object
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
@@ -209,7 +209,7 @@ class SwarmExchange(ABC):
 
 def exchange_of(method: MergeMethod) -> type[SwarmExchange]:
     """Return the exchange class of a merge method."""
-    kind: type[SwarmExchange] = load_part(method.exchange)
+    kind: type[SwarmExchange] = load_object(method.exchange)
     return kind
 
 
@@ -327,7 +327,7 @@ class RosterExchange(SwarmExchange):
         while True:
             joining = self.network.submit(search.join(asked))
             joined = wait_for(joining, self.stop, lambda: self.on_arriving(self.swarm.store.arriving))
-            self.archives.joined(joined.told)
+            self.archives.joined(joined.advertised)
             match joined.begins:
                 case JoinsWith.OTHERS:
                     assert joined.state is not None

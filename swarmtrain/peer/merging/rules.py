@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.robust import flag_mean, trimmed_mean
 from swarmtrain.errors import RunFileError
-from swarmtrain.packages import brought, entry_of, file_sha256
+from swarmtrain.packages import entry_of, file_sha256, find_external
 
 __all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
 
@@ -42,7 +42,7 @@ def mean_of(rule: str) -> Mean | None:
     """
     if ":" not in rule:
         return _OURS.get(rule)
-    mean, place = brought("robust", rule, "rule", GROUP)
+    mean, place = find_external("robust", rule, "rule", GROUP)
     if not callable(mean):
         raise RunFileError(
             f'merge.robust = "{rule}": {place} is no function; ask those who made it', code="merge-package-broken"

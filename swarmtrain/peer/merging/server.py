@@ -22,10 +22,10 @@ from swarmtrain.network.asynchronous.server_link import GradientReceiver, Pulls,
 from swarmtrain.network.codec import PublicationCodec, body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import peer_bytes
-from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness
@@ -51,11 +51,11 @@ class MergeServer:
         self.swarm, self.section = swarm, swarm.published.run.merge
         section, rounds = self.section, swarm.rounds.settings
         self.arrivals = self.refreshes = 0
-        self.marks = UploadVersions()
+        self.versions = UploadVersions()
         self._keep = keep
         self._outer = DelayedNesterov(state, self._constants(), max(1, section.buffer_arrivals), section.momentum_share)
         self._robustness = Robustness(section.robust, layout_of_specs(swarm.specs), Naming(self._tell_clipped))
-        codec = PublicationCodec(sections_of(swarm.specs, section.theta_format, section.gradient_formats))
+        codec = PublicationCodec(groups_of(swarm.specs, section.theta_format, section.gradient_formats))
         self._weights, (self._gradients,) = codec.weights, codec.gradient.of.values()
         self.publisher = Publisher(swarm.identity, rounds.run_sha256, self._weights.tensors, swarm.store)
         pulls = Pulls(
@@ -64,11 +64,11 @@ class MergeServer:
             self._gradients.tensors,
             rounds.pull,
             swarm.presence.signed,
-            swarm.peers.hear_reply_untrusted,
+            swarm.peers.receive_reply_untrusted,
         )
         rules = UploadRules(max_tokens=rounds.max_tokens * section.max_staleness_rounds, refuse=self._too_old)
         self.intake = GradientReceiver(
-            swarm.membership, pulls, self.marks, rules, self.take, self._tell_too_old, swarm.peers.refused
+            swarm.membership, pulls, self.versions, rules, self.take, self._tell_too_old, swarm.peers.refused
         )
         self._taking = asyncio.Lock()
         self._named = NamedOnce()
@@ -97,8 +97,8 @@ class MergeServer:
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError(f"its counts are {counts}")
         arrivals, refreshes, in_buffer = (int(count) for count in counts if count is not None)
-        marks = UploadVersions()
-        marks.load(row.get("marks", []))
+        versions = UploadVersions()
+        versions.load(row.get("marks", []))
         section = self.section
         outer = DelayedNesterov(
             kept.state,
@@ -108,7 +108,7 @@ class MergeServer:
             Buffer(kept.delta, in_buffer),
         )
         self._robustness.restore(row)
-        self.marks.load(marks.rows())
+        self.versions.load(versions.rows())
         self._outer, self.arrivals, self.refreshes = outer, arrivals, refreshes
 
     async def start(self) -> None:
@@ -141,7 +141,7 @@ class MergeServer:
             "arrivals": self.arrivals,
             "refreshes": self.refreshes,
             "buffer_arrivals": buffer.arrivals,
-            "marks": self.marks.rows(),
+            "marks": self.versions.rows(),
             **{name: give() for name, give in self._robustness.kept().items()},
         }
         return Checkpoint(
@@ -153,7 +153,7 @@ class MergeServer:
             extra={**extra, _KEPT: row},
         )
 
-    async def settled(self, extra: Mapping[str, Any]) -> Checkpoint:
+    async def checkpoint_when_idle(self, extra: Mapping[str, Any]) -> Checkpoint:
         """Return `checkpoint`, taken while no gradient is being applied."""
         async with self._taking:
             return self.checkpoint(extra)
@@ -169,10 +169,10 @@ class MergeServer:
         manifest = held.snapshot.manifest
         async with self._taking:
             # Decoding ran outside the lock: the same round may have entered meanwhile.
-            if not self.marks.is_new(peer, manifest.round):
+            if not self.versions.is_new(peer, manifest.round):
                 return
             await asyncio.to_thread(self._apply, gradient)
-            self.marks.enter(peer, manifest.round)
+            self.versions.enter(peer, manifest.round)
             self.swarm.tallying.hear(peer, manifest.author_tokens)
             self._serve()
             if not self._outer.buffer.arrivals:
@@ -225,7 +225,7 @@ class MergeServer:
         state, arrivals, progress = self.state, self.arrivals, self.progress
         if not arrivals:
             return  # everybody has the initial weights already
-        entered = self.marks.newest(_MAX_ENTERED)
+        entered = self.versions.newest(_MAX_ENTERED)
 
         def fill(manifest: pb.Manifest) -> None:
             describe_weights(manifest, arrivals, entered)

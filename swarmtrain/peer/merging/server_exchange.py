@@ -32,9 +32,9 @@ from swarmtrain.network.asynchronous.server_link import (
 from swarmtrain.network.asynchronous.state_fetcher import FetchedState as FetchedState
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots.store import Body
 from swarmtrain.network.swarm import Serving
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.lifecycle.node import wait_for
 from swarmtrain.peer.merging.asynchronous_exchange import AsynchronousExchange
 from swarmtrain.peer.merging.consensus import consensus_of, layout_of_specs, mean_of_near, theta_of
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 _SAMPLE = 16
 _LAST_ROUND_S = 45.0
 """Seconds that a peer that is done waits for the server's last weights."""
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _TRIES = 3
 _SILENT_ROUNDS = 3
 _LEAST_SILENT_S = 10.0
@@ -86,7 +86,7 @@ class ServerExchange(AsynchronousExchange):
         swarm, section, rounds = self.swarm, self.run.merge, self.swarm.rounds.settings
         assert swarm.published.run.published is not None and swarm.published.run.published.server is not None
         server = swarm.published.run.published.server
-        codec = PublicationCodec(sections_of(swarm.specs, section.theta_format, section.gradient_formats))
+        codec = PublicationCodec(groups_of(swarm.specs, section.theta_format, section.gradient_formats))
         weights, gradients = codec.weights, codec.gradient
         (format,) = gradients.of
 
@@ -112,7 +112,7 @@ class ServerExchange(AsynchronousExchange):
                 weights.tensors,
                 rounds.pull,
                 swarm.presence.signed,
-                swarm.peers.hear_reply_untrusted,
+                swarm.peers.receive_reply_untrusted,
             ),
             decode=weights.decode_untrusted,
             counted=swarm.tallying.hear,
@@ -165,7 +165,7 @@ class ServerExchange(AsynchronousExchange):
             gradient=contribution.gradient,
         )
         with self.publisher.lock:
-            self.publisher.hand_ins.add(piece)
+            self.publisher.uploads.add(piece)
 
         async def announce() -> None:
             self.swarm.presence.describe_part(1, contribution.tokens)
@@ -201,9 +201,9 @@ class ServerExchange(AsynchronousExchange):
     def _go_on_from(self, theta: Tensor, arrivals: int, entered_round: int | None) -> tuple[Tensor, int]:
         """Return where to continue given the server's weights, and how many of this peer's rounds they lack."""
         with self.publisher.lock:
-            hand_ins = self.publisher.hand_ins
-            hand_ins.entered(entered_round)
-            pieces = hand_ins.pieces
+            uploads = self.publisher.uploads
+            uploads.entered(entered_round)
+            pieces = uploads.pieces
         self._base_arrivals = arrivals
         return lead(theta, [piece.gradient for piece in pieces]), len(pieces)
 
@@ -276,7 +276,7 @@ class ServerExchange(AsynchronousExchange):
                 states = wait_for(self.network.submit(swarm.states.fetch_weights([server], 1)), self.stop)
             elif swarm.membership.state(server) is not PeerState.LIVE and self._others_are_done(total):
                 break
-            self.stop.sleep(_LOOK_S)
+            self.stop.sleep(_POLL_INTERVAL_S)
         if states:
             theta = theta_of(states[0], own.numel())
         else:
@@ -285,7 +285,7 @@ class ServerExchange(AsynchronousExchange):
             states = wait_for(self.network.submit(swarm.states.fetch_weights(sample, 1)), self.stop)
             thetas = [own, *(theta_of(state, own.numel()) for state in states)]
             theta = mean_of_near(thetas, layout_of_specs(swarm.specs))[0] if states else own
-        self._settle()
+        self._say_that_it_is_finished()
         return theta
 
     def _others_are_done(self, total: int) -> bool:

@@ -22,7 +22,7 @@ from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge, gossip_mer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step
 from swarmtrain.peer.merging.robustness import robust_mean
 from swarmtrain.protocol.gossip.fragments import FragmentRound
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.tokens.progress import Progress
 
 __all__ = [
@@ -94,7 +94,7 @@ class LocalUpdate:
     base: str  # digest of the roster that led to the initial weights of this round, "" before the first
     lent: tuple[LentWeights, ...] = ()
     """Loans from which each fragment's gradient is computed (gossip only)."""
-    values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict, repr=False)
+    values: Mapping[tuple[GroupName, int], Tensor] = field(default_factory=dict, repr=False)
     """Values averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
 
     def gradient_of(self, fragment: int) -> Tensor:
@@ -141,7 +141,7 @@ class OuterUpdate(ABC):
     """
     is_shared: ClassVar[bool] = False
     """True if all peers should hold the weights that it leads to."""
-    values: Mapping[tuple[Section, int], Tensor] = MappingProxyType({})
+    values: Mapping[tuple[GroupName, int], Tensor] = MappingProxyType({})
     """Averages of what is published beside the weights (see `LocalUpdate.values`), where partners brought some."""
 
     @abstractmethod
@@ -231,7 +231,7 @@ class Gathered(_Pulled):
     prepared: PreparedMerge
     apart: tuple[PartnerUpdate, ...] = ()
     """Partners' publications that have tokens, for a robust mean in place of the token-weighted one."""
-    values: Mapping[tuple[Section, int], Tensor] = field(default_factory=dict)
+    values: Mapping[tuple[GroupName, int], Tensor] = field(default_factory=dict)
     """See `OuterUpdate`."""
 
     def next_state(

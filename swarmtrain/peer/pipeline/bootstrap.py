@@ -75,7 +75,7 @@ class StageArchive:
     number: int
     shape: StageShape
     swarm: Swarm
-    keeper: CheckpointManager
+    manager: CheckpointManager
     archived: Archive
     leavers: DepartureQueue
     state: OuterState | None = None
@@ -120,7 +120,7 @@ class PipelineBootstrap(BootstrapPeer):
             self.archives.append(self._enter_stage(number, shape, node, me))
         self._wait(swarm.announce())
         show_invite(swarm, self.folder, self.emit)
-        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), self.archives[0].keeper)
+        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), self.archives[0].manager)
         self.control.serving()
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
@@ -144,14 +144,14 @@ class PipelineBootstrap(BootstrapPeer):
         checkpointer = checkpointer_of(self.folder, published, me.peer, self.emit, number)
         emit = emit_of_stage(self.emit)
         swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=lambda: checkpointer.durable)
-        keeper = CheckpointManager(self.folder, checkpointer, swarm, self.emit, stage=number)
-        archived, leavers = Archive(swarm, keeper), DepartureQueue(swarm.membership)
+        manager = CheckpointManager(self.folder, checkpointer, swarm, self.emit, stage=number)
+        archived, leavers = Archive(swarm, manager), DepartureQueue(swarm.membership)
         archive = StageArchive(
-            number=number, shape=shape, swarm=swarm, keeper=keeper, archived=archived, leavers=leavers
+            number=number, shape=shape, swarm=swarm, manager=manager, archived=archived, leavers=leavers
         )
         kept = checkpointer.load(published.run, shape.num_parameters)
         if kept is not None:
-            self._wait(keeper.restore(kept))
+            self._wait(manager.restore(kept))
             archive.state, archive.progress = kept.state, kept.progress
             self._unjoined.add(number)  # a kill may have come before they were joined
             self._tell(archive)
@@ -165,7 +165,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _tell(self, archive: StageArchive) -> None:
         """Announce what is on the disk. At the end the volunteers leave once the last weights are."""
-        total, durable = self.published.run.run.total_tokens, archive.keeper.checkpointer.durable
+        total, durable = self.published.run.run.total_tokens, archive.manager.checkpointer.durable
         if durable is None:
             return
         run_tokens = total if archive.is_final else min(durable.run_tokens, total - 1)
@@ -282,7 +282,7 @@ class PipelineBootstrap(BootstrapPeer):
         if present is None:
             return False
         self._keep(archive, present)
-        archive.keeper.checkpointer.flush(FLUSH_S)
+        archive.manager.checkpointer.flush(FLUSH_S)
         self._tell(archive)
         return True
 
@@ -313,11 +313,11 @@ class PipelineBootstrap(BootstrapPeer):
             return None
 
     def _keep(self, archive: StageArchive, present: ConsensusState) -> None:
-        keeper = archive.keeper
+        manager = archive.manager
         kept = archive.archived.kept_of(present)
         self.has_news = True
-        keeper.keep(kept)
-        self._wait(keeper.offer(kept))
+        manager.keep(kept)
+        self._wait(manager.offer(kept))
         archive.state, archive.progress = kept.state, kept.progress
         self._unjoined.add(archive.number)
 
@@ -327,7 +327,7 @@ class PipelineBootstrap(BootstrapPeer):
         """
         if not self.archives or all(archive.is_final for archive in self.archives):
             return
-        self.count_once_more(self.archives[0].swarm, [archive.keeper for archive in self.archives])
+        self.count_once_more(self.archives[0].swarm, [archive.manager for archive in self.archives])
         self.stop = self.stop.last_work(LAST_ARCHIVE_S)
         self.control.board.doing(control_pb.PEER_STATE_FINISHING, "leaving: taking one last archive")
         open_ones = [archive for archive in self.archives if not archive.is_final]
@@ -346,7 +346,7 @@ class PipelineBootstrap(BootstrapPeer):
             if time.monotonic() >= self._counts_kept_s + COUNTS_EVERY_S:
                 self._counts_kept_s = time.monotonic()
                 for archive in self.archives:
-                    archive.keeper.keep_counts()
+                    archive.manager.keep_counts()
                     if archive.state is not None:
                         self._wait(archive.archived.serve_counts(archive.state, archive.progress))
 
@@ -382,4 +382,4 @@ class PipelineBootstrap(BootstrapPeer):
                 self.network.run(archive.swarm.withdraw(1.0), 2.0)
             except (TimeoutError, RunTimeError):
                 pass
-            archive.keeper.close()
+            archive.manager.close()

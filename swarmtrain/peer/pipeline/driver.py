@@ -30,11 +30,11 @@ from swarmtrain.protocol.pipeline.messages import (
     MicrobatchDrawn,
     NoMicrobatch,
     NotTold,
-    PartDone,
-    PartFailed,
     PeersSeen,
     Retried,
     Shut,
+    StageCallDone,
+    StageCallFailed,
     Tell,
     TimeCame,
     ToldOf,
@@ -42,7 +42,7 @@ from swarmtrain.protocol.pipeline.messages import (
 )
 from swarmtrain.protocol.pipeline.router import Router
 
-__all__ = ["Driver", "FinishedMicrobatch", "MicrobatchReport", "Part", "StageCalls", "StageResult", "Tail"]
+__all__ = ["Driver", "FinishedMicrobatch", "MicrobatchReport", "StageAttempt", "StageCalls", "StageResult", "Tail"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Part:
+class StageAttempt:
     """One attempt to compute a microbatch at a stage."""
 
     stage: int
@@ -69,19 +69,19 @@ class StageResult:
     """Result of a stage's peer, and its incarnation: a number that is new each time that it takes the stage."""
 
     value: Any
-    life: int
+    incarnation: int
 
 
 class StageCalls(Protocol):
     """Calls to stages. Each may raise a PeerError: BusyError, GoneError, UnreachableError or BadBytesError."""
 
-    async def forward(self, peer: str, part: Part, x: Any) -> StageResult:
+    async def forward(self, peer: str, attempt: StageAttempt, x: Any) -> StageResult:
         """Return the input of the next stage."""
 
-    async def backward(self, peer: str, part: Part, gradient: Any) -> StageResult:
+    async def backward(self, peer: str, attempt: StageAttempt, gradient: Any) -> StageResult:
         """Return the gradient of the stage's input, given that of its output; None from the first stage."""
 
-    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> StageResult:
+    async def tail(self, peer: str, attempt: StageAttempt, x: Any, targets: Any) -> StageResult:
         """Run forward, loss and backward of the last stage; return a `Tail`."""
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
@@ -187,7 +187,7 @@ class Driver:
 
     async def settled(self) -> None:
         """Wait until every peer knows what counts, or is given up."""
-        while not self.engine.is_settled:
+        while not self.engine.has_told_all:
             await self._settled.wait()
 
     async def stop(self) -> None:
@@ -201,7 +201,7 @@ class Driver:
     def _receive(self, event: DrivingEvent, now: float | None = None) -> None:
         for command in self.engine.receive(event, self.now() if now is None else now):
             self._do(command)
-        if self.engine.is_settled:
+        if self.engine.has_told_all:
             self._settled.set()
         else:
             self._settled.clear()
@@ -253,16 +253,16 @@ class Driver:
         self._tasks[call] = logged(asyncio.create_task(run()), what)
 
     async def _ask(self, ask: AskStage, held: _Held) -> DrivingEvent | None:
-        stage, part = ask.stage, Part(ask.stage, ask.key, ask.tokens)
+        stage, attempt = ask.stage, StageAttempt(ask.stage, ask.key, ask.tokens)
         try:
             if ask.kind == "forward":
-                answered = await self.calls.forward(ask.peer, part, held.inputs[stage])
+                answered = await self.calls.forward(ask.peer, attempt, held.inputs[stage])
             elif ask.kind == "tail":
-                answered = await self.calls.tail(ask.peer, part, held.inputs[stage], held.targets)
+                answered = await self.calls.tail(ask.peer, attempt, held.inputs[stage], held.targets)
             else:
-                answered = await self.calls.backward(ask.peer, part, held.gradient)
+                answered = await self.calls.backward(ask.peer, attempt, held.gradient)
         except PeerError as error:
-            return PartFailed(ask.call, _fault(error), str(error))
+            return StageCallFailed(ask.call, _fault(error), str(error))
         except Exception as error:  # an error of this peer: `drive` raises it
             _log.debug("a microbatch ends with %r", error)
             if not held.back.done():
@@ -278,7 +278,7 @@ class Driver:
         else:
             assert isinstance(answered.value, Tail)
             loss, held.gradient = answered.value.loss, answered.value.gradient
-        return PartDone(ask.call, answered.life, loss)
+        return StageCallDone(ask.call, answered.incarnation, loss)
 
     async def _tell(self, tell: Tell) -> DrivingEvent:
         try:

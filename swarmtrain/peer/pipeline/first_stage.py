@@ -61,18 +61,18 @@ class FirstStage:
 
     # ------------------------------------------------------------- driving
 
-    def drive(self, desk: StageRequestQueue) -> None:
-        """Start driving: the first stage is held, and its questions arrive at `desk`."""
-        self._context.wait(self._drive(desk))
+    def drive(self, queue: StageRequestQueue) -> None:
+        """Start driving: the first stage is held, and its questions arrive at `queue`."""
+        self._context.wait(self._drive(queue))
 
-    async def _drive(self, desk: StageRequestQueue) -> None:
+    async def _drive(self, queue: StageRequestQueue) -> None:
         context, swarm = self._context, self._swarm
         assert self._source is not None
         self._driving = MicrobatchScheduler(
             context.me,
             context.run,
             self._source,
-            desk,
+            queue,
             self._calls,
             TellRetries(context.emit, swarm.peers.refused),
             self.peers_of_stages,
@@ -115,7 +115,7 @@ class FirstStage:
         """Return the peers that hold each stage now."""
         peers: dict[int, list[str]] = {stage: [] for stage in range(self._context.run.pipeline.stages)}
         for held in self._stages.all:
-            if held.desk.is_open:
+            if held.queue.is_open:
                 peers[held.number].append(self._context.me)
         for info in self._swarm.membership.volunteers():
             for stage in () if info.place is None else info.place.stages:

@@ -48,7 +48,7 @@ from swarmtrain.run import RunFile
 __all__ = ["PipelineTraining", "prepare_pipeline"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _KEEP_PEERS_EVERY_S = 10.0
 _LINGER_S = 60.0
 _SWITCH_S = 0.0005
@@ -118,7 +118,7 @@ class PipelineTraining:
         )
         wire = wire_of(run)
         client = StageClient(context.node, context.published.sha256, on_failure=swarm.peers.call_failed)
-        calls = WireCalls(me, client, wire, stages.desks)
+        calls = WireCalls(me, client, wire, stages.queues)
         self._first = FirstStage(context, prepared.data, prepared.base, swarm, stages, calls)
         pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=mover)
         self._record = StageRecord(
@@ -133,7 +133,7 @@ class PipelineTraining:
         self._assignment = StageAssignment(pipeline, site, self._first, self._record, self._end)
         self._moves = StageMoves(pipeline, self._assignment, self._record, calls)
         asked_to_stay = self._moves.asked_to_stay
-        server = StageServer(wire, len(shapes), stages.desks, swarm.peers.refused, asked_to_stay)
+        server = StageServer(wire, len(shapes), stages.queues, swarm.peers.refused, asked_to_stay)
         self._host = StageHost(context.node.traffic, server)
         self._next_keep_s = 0.0
 
@@ -165,7 +165,7 @@ class PipelineTraining:
     def train(self) -> bool:
         """See `Training`. Returns True once every stage that is held has its tokens."""
         while not self._stages.are_done:
-            self._context.stop.sleep(_LOOK_S)
+            self._context.stop.sleep(_POLL_INTERVAL_S)
             if self._context.pause.held:
                 return False
             self._look()

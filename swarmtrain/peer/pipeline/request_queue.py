@@ -163,10 +163,10 @@ class StageRequestQueue:
             return self.ledger.close_batch()
 
     @property
-    def has_settled(self) -> bool:
+    def has_nothing_open(self) -> bool:
         """True if no gradient here may still enter a step."""
         with self._lock:
-            return self.ledger.has_settled
+            return self.ledger.has_nothing_open
 
     @property
     def num_waiting(self) -> int:

@@ -30,7 +30,7 @@ from swarmtrain.run import RunFile
 __all__ = ["MicrobatchScheduler", "TellRetries"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 _DRAIN_S = 4.0
 _TELL_EVERY_S = 1.0
 _NUM_LOSSES = 256
@@ -73,7 +73,7 @@ class MicrobatchScheduler:
     me: str
     run: RunFile
     source: MicrobatchSource
-    desk: StageRequestQueue
+    queue: StageRequestQueue
     """Request queue of the first stage on this peer."""
     calls: StageCalls
     told: TellRetries
@@ -125,7 +125,7 @@ class MicrobatchScheduler:
                 await self.driver.settled()
         await end_tasks(self._open)
         with contextlib.suppress(TimeoutError):  # for settlements of what was just given up
-            async with asyncio.timeout(_LOOK_S):
+            async with asyncio.timeout(_POLL_INTERVAL_S):
                 await self.driver.settled()
         await self.driver.stop()
 
@@ -135,11 +135,11 @@ class MicrobatchScheduler:
         """
         while True:
             self.driver.see(self.peers_of(), self.places())
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def _keep_drawing(self) -> None:
         while await self._wanted.acquire():
-            if not self.desk.is_open:
+            if not self.queue.is_open:
                 self.driver.not_drawn()
                 continue
             try:

@@ -18,7 +18,7 @@ from swarmtrain.words import counted
 
 __all__ = ["StageAssignment"]
 
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _COMPANY_S = 1.0
 """Seconds to wait once enough peers are here, so that all have seen each other before anybody chooses."""
 
@@ -67,7 +67,7 @@ class StageAssignment:
             if missing > 0:
                 more = counted(missing, "more volunteer")
                 context.control.starting(f"waiting for {more} before the first round")
-                context.stop.sleep(_LOOK_S)
+                context.stop.sleep(_POLL_INTERVAL_S)
         context.wait(swarm.greeter.greet_everyone())
         context.stop.sleep(_COMPANY_S)
         context.wait(swarm.greeter.greet_everyone())
@@ -90,7 +90,7 @@ class StageAssignment:
         held.begin()
         self._stages.add(held)
         if stage == 0:
-            self._first.drive(held.desk)
+            self._first.drive(held.queue)
 
     def leave(self, stage: int) -> None:
         """Finish the stage's piece of work, and say goodbye to its other peers."""

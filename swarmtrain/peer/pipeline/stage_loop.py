@@ -27,7 +27,7 @@ from swarmtrain.protocol.pipeline.router import WORK_SHARES
 __all__ = ["StageLoop", "WorkMeter"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 _RECENT = 96
 
 
@@ -59,7 +59,7 @@ class WorkMeter:
 class StageLoop:
     """Computes the work that the request queue hands out."""
 
-    desk: StageRequestQueue
+    queue: StageRequestQueue
     work: StageWork
     inner: InnerOptimizer
     batch_tokens: int
@@ -81,14 +81,14 @@ class StageLoop:
         while True:
             if should_stop():
                 raise StopTraining
-            what = self.desk.next()
+            what = self.queue.next()
             if what is None:
                 if self.over():
-                    if self.desk.has_settled:
+                    if self.queue.has_nothing_open:
                         raise RoundOver
-                    if self.desk.close_batch():
+                    if self.queue.close_batch():
                         continue
-                self.desk.wait(_LOOK_S)
+                self.queue.wait(_POLL_INTERVAL_S)
                 continue
             if isinstance(what, TakeStep):
                 self.record(what, None)
@@ -108,9 +108,9 @@ class StageLoop:
         try:
             answer = self._compute(task)
         except BadGradientError as error:
-            self.desk.failed(task, BadBytesError(str(error), code="bad-shape"))
+            self.queue.failed(task, BadBytesError(str(error), code="bad-shape"))
             return None
-        self.desk.done(task, answer)
+        self.queue.done(task, answer)
         return answer
 
     def _step(self, step: TakeStep, progress: float, scale: float) -> InnerStep:

@@ -61,7 +61,7 @@ class StageRecord:
             most_stages=self._most_stages,
             kept=() if stages else tuple(self._kept.items())[:MAX_KEPT],
             move_s=self._move_s,
-            queue=float(sum(held.desk.num_waiting for held in self._stages.all)),
+            queue=float(sum(held.queue.num_waiting for held in self._stages.all)),
             flow_tokens_per_s=self._flow_tokens_per_s,
             seen_s=swarm_time(),
         )

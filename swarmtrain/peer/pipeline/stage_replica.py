@@ -96,7 +96,7 @@ class StageReplica:
     exchange: GossipExchange = field(init=False)
     trainer: StageTrainer = field(init=False)
     session: Session = field(init=False)
-    keeper: CheckpointManager = field(init=False)
+    manager: CheckpointManager = field(init=False)
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     """Pause of this stage alone."""
     training: Future[str] = field(default_factory=Future)
@@ -129,7 +129,7 @@ class StageReplica:
             on_arriving=site.on_arriving,
             sure_share=_SURE_SHARE,
         )
-        self.keeper = CheckpointManager(
+        self.manager = CheckpointManager(
             context.folder,
             checkpointer,
             self.swarm,
@@ -140,12 +140,12 @@ class StageReplica:
         limits = LedgerLimits(batch_tokens=run.tokens_per_step)
         # The incarnation: acknowledgements name it, so that a peer that came back empty does not take one for its
         # earlier self (decision 26).
-        life = time.time_ns() % 2**62
+        incarnation = time.time_ns() % 2**62
         self.trainer = StageTrainer(
             run,
             StageWork(model, site.graph_bytes),
             batches,
-            StageRequestQueue(StageLedger(limits, life), time.monotonic),
+            StageRequestQueue(StageLedger(limits, incarnation), time.monotonic),
             context.slowed_work(),
             self.over,
         )
@@ -156,7 +156,7 @@ class StageReplica:
             exchange=self.exchange,
             report=self._report,
             should_stop=self._should_stop,
-            settled=self._settle,
+            on_new_state=self._keep_round,
             ends=self.trainer.ends_after(math.inf if self.number else run.run.total_tokens),
         )
 
@@ -182,9 +182,9 @@ class StageReplica:
         )
 
     @property
-    def desk(self) -> StageRequestQueue:
+    def queue(self) -> StageRequestQueue:
         """Queue at which drivers' questions to this stage arrive."""
-        return self.trainer.desk
+        return self.trainer.queue
 
     # ------------------------------------------------------------- its life
 
@@ -193,16 +193,16 @@ class StageReplica:
 
         Raises RunTimeError when others have trained the stage and nobody delivers its weights.
         """
-        context, swarm, session, keeper = self.site.context, self.swarm, self.session, self.keeper
+        context, swarm, session, manager = self.site.context, self.swarm, self.session, self.manager
         replica, num_parameters = session.replica, self.shape.num_parameters
         kept, self._kept = self._kept, None  # frees 16 bytes a parameter
-        keeper.checkpointer.prepare(num_parameters)
+        manager.checkpointer.prepare(num_parameters)
         if kept is not None and kept.own is not None:
             own = dataclasses.replace(kept.own, batches=self.trainer.batches.position)  # further, if held before
             session.resume(kept.state, kept.progress, own)
             self.resumed_round = kept.progress.round
             self.exchange.restore(kept.extra)
-            context.wait(keeper.restore(kept))
+            context.wait(manager.restore(kept))
         serving = self.exchange.serving()
         entering = swarm.start(through, serving) if self._is_new else swarm.come_back(serving)
         context.wait(entering)
@@ -236,7 +236,7 @@ class StageReplica:
         self.stop_soon()
         with contextlib.suppress(TimeoutError):
             self.training.exception(_LAST_ROUND_S)  # an error that ended it is raised by `end`
-        self.keeper.checkpointer.flush(_LAST_FLUSH_S)
+        self.manager.checkpointer.flush(_LAST_FLUSH_S)
 
     def end(self) -> None:
         """Finish the piece of work, say goodbye to the stage's other peers, and keep the last round.
@@ -253,7 +253,7 @@ class StageReplica:
             try:
                 self.site.context.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
             finally:
-                self.keeper.close()
+                self.manager.close()
 
     @property
     def is_done(self) -> bool:
@@ -272,7 +272,7 @@ class StageReplica:
 
         async def tell() -> None:
             self.swarm.presence.describe(round=progress.round, steps_per_s=self.session.steps_per_s, run_tokens=total)
-            self.swarm.presence.change(settled=True)
+            self.swarm.presence.change(is_finished=True)
             await self.swarm.greeter.greet_everyone()
 
         self.site.context.wait(tell())
@@ -283,9 +283,9 @@ class StageReplica:
         self.site.context.limits.between_steps()
         return self.site.context.stop.is_set() or self.pause.held
 
-    def _settle(self, session: Session) -> None:
+    def _keep_round(self, session: Session) -> None:
         self.exchange.offer(session.replica.state, session.progress)
-        self.keeper.keep_round(session)
+        self.manager.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
         self.site.context.emit(round_event(report, self.exchange, self.number))

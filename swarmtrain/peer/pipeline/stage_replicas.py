@@ -27,7 +27,7 @@ class StageReplicas:
         """`costs` are the stages' shares of the model's computing."""
         self._me, self._costs = me, costs
         self._held: dict[int, StageReplica] = {}
-        self.desks: dict[int, StageRequestQueue] = {}
+        self.queues: dict[int, StageRequestQueue] = {}
         """Request queue of each stage, by stage."""
         self._own_tokens: dict[int, int] = {}
         self._left_at_tokens = 0
@@ -35,12 +35,12 @@ class StageReplicas:
 
     def add(self, held: StageReplica) -> None:
         """Add a stage that is held from now on."""
-        self._held[held.number], self.desks[held.number] = held, held.desk
+        self._held[held.number], self.queues[held.number] = held, held.queue
 
     def drop(self, number: int) -> StageReplica:
         """Remove a stage; what was trained of it still counts. Returns it."""
         self._left_at_round = max(self._left_at_round, self.round)
-        del self.desks[number]
+        del self.queues[number]
         held = self._held.pop(number)
         self._own_tokens[number] = held.session.replica.own_tokens
         self._left_at_tokens = max(self._left_at_tokens, held.session.progress.run_tokens)
@@ -116,12 +116,12 @@ class StageReplicas:
     def show(self, status: pb.PeerStatus) -> None:
         """See `CheckpointManager.show`, for the stage held longest."""
         for held in self.all[:1]:
-            held.keeper.show(status)
+            held.manager.show(status)
 
     def flushed(self) -> pb.CheckpointReply:
         """See `CheckpointManager.flushed`, for the stage held longest."""
         for held in self.all[:1]:
-            return held.keeper.flushed()
+            return held.manager.flushed()
         raise RunTimeError(
             "there is nothing to write yet: this peer is still starting, try again in a minute", code="no-checkpoint"
         )

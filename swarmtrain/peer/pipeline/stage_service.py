@@ -20,7 +20,7 @@ from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.network.stage_calls import Body, StageClient
-from swarmtrain.peer.pipeline.driver import Part, StageResult, Tail
+from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Kind, Settlement
 from swarmtrain.v1 import pipeline_pb2 as pb
@@ -104,7 +104,7 @@ class StageServer:
 
     shapes: StageShapes
     num_stages: int
-    desks: Mapping[int, StageRequestQueue]
+    queues: Mapping[int, StageRequestQueue]
     """Request queue of each held stage, by stage."""
     on_refused: Callable[[str, PeerError], None]
     stays_s: Callable[[str, int], tuple[float, str]] = lambda mover, stage: (0.0, "nobody moves in this run")
@@ -112,7 +112,7 @@ class StageServer:
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """See `StageAnswers`."""
-        desk = self._desk(question)
+        queue = self._queue(question)
         tensors = list(question.tensors)
         if question.kind == pb.STAGE_KIND_STAY:
             if tensors:
@@ -142,28 +142,28 @@ class StageServer:
                 f"a microbatch of shape {shape} that claims {question.tokens} tokens", code="bad-tokens"
             )
         # BUSY comes before the tensors are read, so that asking again costs a round trip and no transfer (decision 38).
-        desk.check(_key(caller, question.key), kind)
+        queue.check(_key(caller, question.key), kind)
 
     async def answer_untrusted(
         self, caller: str, question: pb.StageQuestion, body: list[bytearray]
     ) -> tuple[pb.StageAnswer, Body]:
         """See `StageAnswers`."""
-        desk = self._desk(question)
+        queue = self._queue(question)
         if question.kind == pb.STAGE_KIND_STAY:
             stays_s, reason = self.stays_s(caller, question.stage)
-            return pb.StageAnswer(stays_s=stays_s, reason=reason, life=desk.ledger.life), ()
+            return pb.StageAnswer(stays_s=stays_s, reason=reason, life=queue.ledger.incarnation), ()
         if question.kind == pb.STAGE_KIND_SETTLE:
             said = question.settlement
-            late = desk.settle(caller, _settlement(caller, said))
-            return pb.StageAnswer(late=[_key_message(key) for key in late], life=desk.ledger.life), ()
+            late = queue.settle(caller, _settlement(caller, said))
+            return pb.StageAnswer(late=[_key_message(key) for key in late], life=queue.ledger.incarnation), ()
         kind, shapes = _OF_KINDS[question.kind], self.shapes
         shape = tuple(question.tensors[0].shape)
         payload: Any = await asyncio.to_thread(shapes.codec.decode_untrusted, body[0], shape)
         if kind == "tail":
             payload = payload, shapes.codec.tokens_untrusted(body[1], shape[:2], shapes.vocabulary_size)
-        answer = await desk.ask(_key(caller, question.key), kind, question.tokens, payload)
+        answer = await queue.ask(_key(caller, question.key), kind, question.tokens, payload)
         tensor = answer.gradient if isinstance(answer, Tail) else answer
-        message = pb.StageAnswer(tensors=[shapes.describe(tensor)], life=desk.ledger.life)
+        message = pb.StageAnswer(tensors=[shapes.describe(tensor)], life=queue.ledger.incarnation)
         if isinstance(answer, Tail):
             message.loss = answer.loss
         try:
@@ -175,11 +175,11 @@ class StageServer:
         """See `StageAnswers`."""
         self.on_refused(peer, error)
 
-    def _desk(self, question: pb.StageQuestion) -> StageRequestQueue:
-        desk = self.desks.get(question.stage)
-        if desk is None:
+    def _queue(self, question: pb.StageQuestion) -> StageRequestQueue:
+        queue = self.queues.get(question.stage)
+        if queue is None:
             raise GoneError(f"this peer does not hold stage {question.stage}")
-        return desk
+        return queue
 
 
 def _key(driver: str, key: pb.MicrobatchKey) -> Key:
@@ -192,7 +192,7 @@ def _key_message(key: Key, loss: float = 0.0) -> pb.MicrobatchKey:
 
 def _settlement(driver: str, said: pb.Settlement) -> Settlement:
     return Settlement(
-        life=said.life,
+        incarnation=said.life,
         acknowledged=tuple(Acknowledged(_key(driver, key), key.loss) for key in said.acknowledged),
         dropped=tuple(_key(driver, key) for key in said.dropped),
         oldest_open=said.oldest_open,
@@ -209,24 +209,24 @@ class WireCalls:
     me: str
     client: StageClient
     shapes: StageShapes
-    desks: Mapping[int, StageRequestQueue]
+    queues: Mapping[int, StageRequestQueue]
     """Request queues of this peer's own stages, by stage."""
 
-    async def forward(self, peer: str, part: Part, x: Tensor) -> StageResult:
+    async def forward(self, peer: str, attempt: StageAttempt, x: Tensor) -> StageResult:
         """Return the input of the next stage (B, T, D)."""
-        return await self._activations(peer, part, "forward", x)
+        return await self._activations(peer, attempt, "forward", x)
 
-    async def backward(self, peer: str, part: Part, gradient: Tensor) -> StageResult:
+    async def backward(self, peer: str, attempt: StageAttempt, gradient: Tensor) -> StageResult:
         """Return the gradient of the input (B, T, D); None from the first stage."""
-        return await self._activations(peer, part, "backward", gradient)
+        return await self._activations(peer, attempt, "backward", gradient)
 
-    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> StageResult:
+    async def tail(self, peer: str, attempt: StageAttempt, x: Tensor, targets: Tensor) -> StageResult:
         """Return a `Tail`. Targets are (B, T)."""
         if peer == self.me:
-            return await self._own(part, "tail", (x, targets))
+            return await self._own(attempt, "tail", (x, targets))
         described = [self.shapes.describe(x), self.shapes.describe_tokens(targets)]
         body = [await self._encoded(x), self.shapes.codec.encode_tokens(targets)]
-        answer, gradient = await self._ask(peer, _question(part, "tail", described), body, tuple(x.shape))
+        answer, gradient = await self._ask(peer, _question(attempt, "tail", described), body, tuple(x.shape))
         if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
             raise BadBytesError("a loss that is none", code="not-finite")
         return StageResult(Tail(answer.loss, gradient), answer.life)
@@ -234,12 +234,12 @@ class WireCalls:
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         """Tell a peer which microbatches count; return the acknowledged ones for which it comes too late."""
         if peer == self.me:
-            return self._desk(stage).settle(self.me, settlement)
+            return self._queue(stage).settle(self.me, settlement)
         said = pb.Settlement(
             acknowledged=[_key_message(key, loss) for key, loss in settlement.acknowledged],
             dropped=[_key_message(key) for key in settlement.dropped],
             oldest_open=settlement.oldest_open,
-            life=settlement.life,
+            life=settlement.incarnation,
         )
         question = pb.StageQuestion(stage=stage, kind=pb.STAGE_KIND_SETTLE, settlement=said)
         answer, _ = await self.client.ask(peer, question, (), _nothing_untrusted)
@@ -257,11 +257,11 @@ class WireCalls:
             raise BadBytesError(f"a promise for {answer.stays_s:g} s", code="bad-number")
         return answer.stays_s, answer.reason[:_MAX_REASON]
 
-    async def _activations(self, peer: str, part: Part, kind: Kind, x: Tensor) -> StageResult:
+    async def _activations(self, peer: str, attempt: StageAttempt, kind: Kind, x: Tensor) -> StageResult:
         if peer == self.me:
-            return await self._own(part, kind, x)
+            return await self._own(attempt, kind, x)
         body = [await self._encoded(x)]
-        question = _question(part, kind, [self.shapes.describe(x)])
+        question = _question(attempt, kind, [self.shapes.describe(x)])
         answer, tensor = await self._ask(peer, question, body, tuple(x.shape))
         return StageResult(tensor, answer.life)
 
@@ -290,20 +290,20 @@ class WireCalls:
         answer, tensors = await self.client.ask(peer, question, body, check_untrusted)
         return answer, await asyncio.to_thread(self.shapes.codec.decode_untrusted, tensors[0], shape)
 
-    async def _own(self, part: Part, kind: Kind, payload: Any) -> StageResult:
-        desk = self._desk(part.stage)
-        return StageResult(await desk.ask(part.key, kind, part.tokens, payload), desk.ledger.life)
+    async def _own(self, attempt: StageAttempt, kind: Kind, payload: Any) -> StageResult:
+        queue = self._queue(attempt.stage)
+        return StageResult(await queue.ask(attempt.key, kind, attempt.tokens, payload), queue.ledger.incarnation)
 
-    def _desk(self, stage: int) -> StageRequestQueue:
-        desk = self.desks.get(stage)
-        if desk is None:
+    def _queue(self, stage: int) -> StageRequestQueue:
+        queue = self.queues.get(stage)
+        if queue is None:
             raise GoneError(f"this peer does not hold stage {stage} any more")
-        return desk
+        return queue
 
 
-def _question(part: Part, kind: Kind, tensors: list[pb.StageTensor]) -> pb.StageQuestion:
+def _question(attempt: StageAttempt, kind: Kind, tensors: list[pb.StageTensor]) -> pb.StageQuestion:
     return pb.StageQuestion(
-        stage=part.stage, kind=_KINDS[kind], key=_key_message(part.key), tokens=part.tokens, tensors=tensors
+        stage=attempt.stage, kind=_KINDS[kind], key=_key_message(attempt.key), tokens=attempt.tokens, tensors=tensors
     )
 
 

@@ -46,7 +46,7 @@ class StageTrainer(InnerLoop):
         run: RunFile,
         work: StageWork,
         batches: BatchSource,
-        desk: StageRequestQueue,
+        queue: StageRequestQueue,
         slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext(),
         over: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -56,8 +56,8 @@ class StageTrainer(InnerLoop):
         stage would wait for ever for the rest of its last batch.
         """
         super().__init__(StageParameters(work), batches, inner_constants(run))
-        self.desk, self._over = desk, over
-        self.loop = StageLoop(desk, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
+        self.queue, self._over = queue, over
+        self.loop = StageLoop(queue, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
 
     def ends_after(self, total_tokens: float) -> Callable[[Progress], bool]:
         """Return the `Session.ends` of a stage: after `total_tokens` by its own count, or when drivers have no more.
@@ -65,18 +65,18 @@ class StageTrainer(InnerLoop):
         A stage after the first gets an infinite total: by its own count it could end while the first one still needs
         it.
         """
-        return lambda progress: progress.run_tokens >= total_tokens or (self._over() and self.desk.has_settled)
+        return lambda progress: progress.run_tokens >= total_tokens or (self._over() and self.queue.has_nothing_open)
 
     def train(self, session: Session) -> str:
         """See `InnerLoop`. The request queue is open only while training, so that nobody waits for an answer in
         vain.
         """
-        self.desk.open()
+        self.queue.open()
         try:
             reason = super().train(session)
             return "total_tokens" if session.finished else reason
         finally:
-            self.desk.close()
+            self.queue.close()
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
         """See `InnerLoop`."""

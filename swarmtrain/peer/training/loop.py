@@ -20,7 +20,7 @@ from swarmtrain.data.batches import BatchSource
 from swarmtrain.model.gpt import GPT
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
-from swarmtrain.peer.training.session import LoopPart, NextStep, Session
+from swarmtrain.peer.training.session import LoopCheckpoint, NextStep, Session
 from swarmtrain.run import RunFile
 
 __all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants"]
@@ -113,12 +113,12 @@ class InnerLoop(ABC):
         """See `LoopState`."""
         return self.inner.waited_s
 
-    def kept(self, room: Tensor | None) -> LoopPart:
+    def kept(self, room: Tensor | None) -> LoopCheckpoint:
         """See `LoopState`."""
         moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
-        return LoopPart(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
+        return LoopCheckpoint(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 
-    def resume(self, part: LoopPart) -> None:
+    def resume(self, part: LoopCheckpoint) -> None:
         """See `LoopState`. `batches` must already stand at the checkpoint's position.
 
         Raises ValueError if it does not, or if the checkpoint's moments are only lent.

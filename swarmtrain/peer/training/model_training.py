@@ -59,7 +59,7 @@ _LAST_READERS_S = 900.0
 _LAST_FLUSH_S = 1.0
 _FIND_AGAIN_S = 5.0
 _ALONE_AFTER_S = 15.0
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 
 
 def prepare_model(context: VolunteerContext) -> ModelTraining:
@@ -118,7 +118,7 @@ class ModelTraining:
             on_first_round=self._tell_started,
             on_arriving=DownloadProgress(context.control.board, emit).look,
         )
-        self.keeper = CheckpointManager(
+        self.manager = CheckpointManager(
             context.folder,
             checkpointer,
             swarm,
@@ -133,7 +133,7 @@ class ModelTraining:
             exchange=exchange,
             report=self._report,
             should_stop=self._should_stop,
-            settled=self._settle,
+            on_new_state=self._keep_round,
         )
         checkpointer.prepare(self.session.replica.state.size)
         self.resumed_round: int | None = None
@@ -155,7 +155,7 @@ class ModelTraining:
             assert kept.own is not None
             self.session.resume(kept.state, kept.progress, kept.own)
             self.resumed_round, self._had_ended = kept.progress.round, self.session.finished
-            self.context.wait(self.keeper.restore(kept))
+            self.context.wait(self.manager.restore(kept))
         self.exchange.restore({} if kept is None else kept.extra)
 
     # ------------------------------------------------------------- joining
@@ -170,7 +170,7 @@ class ModelTraining:
             self._look_for_others()
         control, run = context.control, context.run
         estimates = estimates_of(run, num_parameters(run.model))
-        control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.keeper, estimates)
+        control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.manager, estimates)
 
     def _look_for_others(self) -> None:
         """Search for others for `_ALONE_AFTER_S`, then go on alone. They may just be restarting too, and this peer
@@ -187,7 +187,7 @@ class ModelTraining:
                 _log.debug("no other peer yet: %s", error)
             if self.swarm.membership.live():
                 return
-            context.stop.sleep(_LOOK_S)
+            context.stop.sleep(_POLL_INTERVAL_S)
         if self._had_ended:
             # Nothing to continue alone; `finish` decides what becomes of the model.
             return
@@ -259,10 +259,10 @@ class ModelTraining:
             )
         )
 
-    def _settle(self, session: Session) -> None:
+    def _keep_round(self, session: Session) -> None:
         """Offer the new state to others and hand it to the checkpoint writer. Called after each round."""
         self.exchange.offer(session.replica.state, session.progress)
-        self.keeper.keep_round(session)
+        self.manager.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
         """Emit the round's event, and measure the held-out loss every `evaluation.every_rounds` rounds."""
@@ -360,7 +360,7 @@ class ModelTraining:
     def hand_over(self) -> DoneEvent:
         """See `Training`."""
         if self.has_joined:
-            self.keeper.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
+            self.manager.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
         return self._done(self.context.stop.reason)
 
@@ -378,4 +378,4 @@ class ModelTraining:
     def leave(self) -> None:
         """See `Training`."""
         leave_swarm(self.context.network, self.swarm, self.context.node)
-        self.keeper.close()
+        self.manager.close()

@@ -14,7 +14,7 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.peer.merging.updates import LentWeights
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 
 __all__ = ["HostParameters", "ParameterSource"]
 
@@ -50,11 +50,11 @@ class ParameterSource(ABC):
         The optimizer calls this before each step.
         """
 
-    def values(self) -> Mapping[tuple[Section, int], Tensor]:
+    def values(self) -> Mapping[tuple[GroupName, int], Tensor]:
         """Return what is averaged beside the named tensors (see `LocalUpdate.values`). A source has none by default."""
         return {}
 
-    def write_values(self, values: Mapping[tuple[Section, int], Tensor]) -> None:
+    def write_values(self, values: Mapping[tuple[GroupName, int], Tensor]) -> None:
         """Replace some of those values by their averages."""
         assert not values, "only a source that has some is given any"
 

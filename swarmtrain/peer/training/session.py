@@ -34,7 +34,7 @@ from swarmtrain.run import GradientFormat, RunFile
 __all__ = [
     "Exchange",
     "LocalCheckpoint",
-    "LoopPart",
+    "LoopCheckpoint",
     "LoopState",
     "NextStep",
     "RoundReport",
@@ -92,7 +92,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopPart:
+class LoopCheckpoint:
     """State of a loop that a checkpoint keeps: the data position and AdamW's moments."""
 
     batches: int  # drawn so far
@@ -102,7 +102,7 @@ class LoopPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalCheckpoint(LoopPart):
+class LocalCheckpoint(LoopCheckpoint):
     """State that belongs to this peer alone between two rounds. With the swarm's state it is enough to continue."""
 
     own_tokens: int
@@ -165,14 +165,15 @@ class LoopState(Protocol):
         """Total seconds that steps have waited for other threads to read what they change."""
         ...
 
-    def kept(self, room: Tensor | None) -> LoopPart:
+    def kept(self, room: Tensor | None) -> LoopCheckpoint:
         """Return what a checkpoint keeps. AdamW's moments are copied into `room` (2, P) fp32; without it they are lent
         until the next step.
         """
         ...
 
-    def resume(self, part: LoopPart) -> None:
-        """Continue from a `LoopPart` that `kept` gave. Raises ValueError, changing nothing, if it does not fit."""
+    def resume(self, part: LoopCheckpoint) -> None:
+        """Continue from a `LoopCheckpoint` that `kept` gave. Raises ValueError, changing nothing, if it does not
+        fit."""
 
     def skip(self, num_batches: int) -> None:
         """Skip `num_batches` batches that were trained on before."""
@@ -237,7 +238,7 @@ class Session:
     report: Callable[[RoundReport], None]
     should_stop: Callable[[], bool] = lambda: False
     """Return whether training must end, for good or for a pause. A loop may also ask within a step; asking is cheap."""
-    settled: Callable[[Session], None] = lambda session: None
+    on_new_state: Callable[[Session], None] = lambda session: None
     """Called when a round has led to a new state, merged or taken from another peer, before the round is reported."""
     ends: Callable[[Progress], bool] | None = None
     """Return whether nothing is left to train; asked between two rounds. None: when the run has had all its tokens."""
@@ -398,11 +399,11 @@ class Session:
         replica.own_tokens += own.tokens
         if isinstance(arrived, Replaced):
             self.adopt(arrived)
-            self.settled(self)
+            self.on_new_state(self)
             return
         self._merge(arrived, own, last)
         merged_s = self.clock()
-        self.settled(self)
+        self.on_new_state(self)
         self.report(
             RoundReport(
                 contribution=own,
@@ -427,7 +428,7 @@ class Session:
         self.replica.adopt(replaced)
         self.loop.weights_replaced()
 
-    def own_part(self, room: Tensor | None) -> LocalCheckpoint:
+    def local_checkpoint(self, room: Tensor | None) -> LocalCheckpoint:
         """Return what a checkpoint keeps beside the state; see `LoopState.kept` for `room`."""
         part = self.loop.kept(room)
         return LocalCheckpoint(

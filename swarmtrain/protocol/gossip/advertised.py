@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from swarmtrain.protocol.gossip.fragments import told_mark, told_round
+from swarmtrain.protocol.gossip.fragments import advertised_round, advertised_version
 from swarmtrain.protocol.gossip.partners import Candidate, PublicationVersion
 from swarmtrain.protocol.membership.membership import PeerInfo
 
@@ -33,11 +33,11 @@ class AdvertisedFragments:
                 self._of.clear()
             known = self._of[info.peer] = info, [None] * self._num_fragments
         if (found := known[1][fragment]) is None:  # one at a time, on demand: all fragments of many peers take long
-            told = PublicationVersion(info.round, info.part, info.part_tokens)
+            advertised = PublicationVersion(info.round, info.part, info.part_tokens)
             number, num_parts = self._num_fragments, self._num_parts
-            mark = told_mark(fragment, number, told, num_parts)
-            candidate = Candidate(peer=info.peer, round=mark.round, part=mark.part, tokens=mark.tokens)
-            found = known[1][fragment] = told_round(fragment, number, told, num_parts), candidate
+            version = advertised_version(fragment, number, advertised, num_parts)
+            candidate = Candidate(peer=info.peer, round=version.round, part=version.part, tokens=version.tokens)
+            found = known[1][fragment] = advertised_round(fragment, number, advertised, num_parts), candidate
         return found
 
 

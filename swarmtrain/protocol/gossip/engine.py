@@ -64,9 +64,9 @@ from swarmtrain.protocol.gossip.partners import Ledger, Partners, Place, Publica
 from swarmtrain.protocol.gossip.peers import OtherPeers, PartnerChoice
 from swarmtrain.protocol.gossip.pull_schedule import Due, PullSchedule
 from swarmtrain.protocol.gossip.pulls import (
-    Section,
-    SectionBytes,
-    SectionRule,
+    GroupName,
+    GroupRule,
+    PublicationBytes,
     WantedPartners,
     gradient_format,
     most_pulls,
@@ -83,9 +83,9 @@ __all__ = ["GossipEngine", "GossipSettings"]
 class GossipSettings:
     """Settings of a run's publications and merges."""
 
-    sizes: Sequence[Mapping[GradientFormat, SectionBytes]]
+    sizes: Sequence[Mapping[GradientFormat, PublicationBytes]]
     """Sizes by the format of pseudo-gradients, coarsest first, for each fragment."""
-    sections: Mapping[Section, SectionRule]
+    groups: Mapping[GroupName, GroupRule]
     """Sections to pull, in this order, and how a merge uses each; exactly one has the rule "outer step"."""
     wanted: WantedPartners
     num_parts: int
@@ -100,14 +100,14 @@ class GossipSettings:
     def of(
         cls,
         merge: MergeSection,
-        sections: Mapping[Section, SectionRule],
-        sizes: Sequence[Mapping[GradientFormat, SectionBytes]],
+        groups: Mapping[GroupName, GroupRule],
+        sizes: Sequence[Mapping[GradientFormat, PublicationBytes]],
         *,
         is_large: bool = False,
     ) -> GossipSettings:
         """Build the settings from a run file's `[merge]` section and the fragments' sections and sizes."""
         return cls(
-            sections=sections,
+            groups=groups,
             sizes=sizes,
             wanted=WantedPartners(merge.num_partners, merge.num_weights),
             num_parts=merge.publications_per_round,
@@ -132,23 +132,23 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         tellings = tellings or AdvertisedFragments(len(settings.sizes), settings.num_parts)
         self._commands = CommandList[Held, Payload, Ready]()
         self._others = OtherPeers(me, tellings, host_rng or random.Random())
-        self._schedule = PullSchedule(settings.sections, settings.sizes, settings.wanted)
-        self._lanes = [self._lane(number, rng) for number in range(len(settings.sizes))]
-        self._pulls = GossipPulls(self._lanes, settings.num_parts, self._others, self._schedule, self._commands)
+        self._schedule = PullSchedule(settings.groups, settings.sizes, settings.wanted)
+        self._states = [self._state_of_fragment(number, rng) for number in range(len(settings.sizes))]
+        self._pulls = GossipPulls(self._states, settings.num_parts, self._others, self._schedule, self._commands)
         self._preparation = MergePreparation(
-            self._lanes, self._others, self._schedule, self._commands, is_large=settings.is_large
+            self._states, self._others, self._schedule, self._commands, is_large=settings.is_large
         )
         formats = settings.sizes[0]
         self._whole = {format: total_bytes(each[format] for each in settings.sizes) for format in formats}
 
-    def _lane(self, number: int, rng: random.Random) -> FragmentState[Held, Payload, Ready]:
+    def _state_of_fragment(self, number: int, rng: random.Random) -> FragmentState[Held, Payload, Ready]:
         settings, back_off = self._settings, self._others.back_off
         ledger = Ledger(settings.max_staleness_rounds, settings.num_parts, settings.wanted.gradients)
         opened = OpenPulls(back_off, most_pulls(settings.wanted))
         partners = Partners(ledger, back_off, settings.variant, rng)
-        leading, is_part = next(iter(settings.sections)), len(settings.sizes) > 1
-        choice = PartnerChoice(number, self._others, partners, opened, leading, is_part=is_part)
-        merged = MergedPublications[Held](ledger, settings.sections)
+        leading, is_fragment = next(iter(settings.groups)), len(settings.sizes) > 1
+        choice = PartnerChoice(number, self._others, partners, opened, leading, is_fragment=is_fragment)
+        merged = MergedPublications[Held](ledger, settings.groups)
         return FragmentState(number, opened, ReceivedPublications(), merged, choice)
 
     # ------------------------------------------------------------- what may be asked at any time
@@ -185,30 +185,30 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Return for each fragment up to where this peer's weights contain each peer; `round` is the last that it has
         ended."""
         me, merges = self._others.me, self._schedule.merges
-        return [lane.merged.places(me, max(round, merges[lane.number].merged_round)) for lane in self._lanes]
+        return [state.merged.places(me, max(round, merges[state.number].merged_round)) for state in self._states]
 
     def is_left_alone(self, peer: str) -> bool:
         """Return whether anything is held against `peer`, so that `PeerCalled` could change something."""
         return self._others.back_off.has_banned(peer)
 
-    def merged_mark(self, fragment: int, peer: str) -> PublicationVersion | None:
+    def merged_version(self, fragment: int, peer: str) -> PublicationVersion | None:
         """Return up to where the pseudo-gradients of `peer` were merged; None if none was."""
-        return self._lanes[fragment].merged.ledger.mark(peer)
+        return self._states[fragment].merged.ledger.version(peer)
 
-    def pulled_mark(self, fragment: int, peer: str) -> PublicationVersion | None:
+    def pulled_version(self, fragment: int, peer: str) -> PublicationVersion | None:
         """Return up to where the pseudo-gradients of `peer` that wait to be merged go; None without any."""
-        pulled, rules = self._lanes[fragment].received.pulled, self._settings.sections
-        here = [each.mark for each in pulled if each.peer == peer and rules[each.section] == "outer step"]
+        pulled, rules = self._states[fragment].received.pulled, self._settings.groups
+        here = [each.version for each in pulled if each.peer == peer and rules[each.group] == "outer step"]
         return here[-1] if here else None
 
     def rows(self) -> list[list[list[str | int]]]:
         """Return for each fragment the rows of its ledger, for a checkpoint."""
-        return [lane.merged.rows() for lane in self._lanes]
+        return [state.merged.rows() for state in self._states]
 
     def load(self, rows: Sequence[Iterable[Sequence[object]]]) -> None:
         """Restore the ledgers from `rows`. Raise ValueError for anything else."""
-        for lane, each in zip(self._lanes, rows, strict=True):
-            lane.merged.load(each)
+        for state, each in zip(self._states, rows, strict=True):
+            state.merged.load(each)
 
     # ------------------------------------------------------------- events
 
@@ -260,21 +260,21 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.looks()
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
-                lane = self._lanes[fragment]
-                if lane.may_want(due.section, due.number):
-                    self._ask_due(lane, due, now)
+                state = self._states[fragment]
+                if state.may_want(due.group, due.number):
+                    self._ask_due(state, due, now)
 
-    def _ask_due(self, lane: FragmentState[Held, Payload, Ready], due: Due, now: float) -> None:
+    def _ask_due(self, state: FragmentState[Held, Payload, Ready], due: Due, now: float) -> None:
         """Begin pulls until as many as are due have arrived or are on their way."""
-        section, here = due.section, lane.received.here
-        while lane.open.is_wanted(section, due.number, here, due.slow_after_s, now):
-            peer = lane.choice.choose(section, due.plan.round, here, now)
+        group, here = due.group, state.received.here
+        while state.open.is_wanted(group, due.number, here, due.slow_after_s, now):
+            peer = state.choice.choose(group, due.plan.round, here, now)
             if peer is None:
                 self._schedule.is_short = True
-                self._schedule.look_by(lane.choice.next_free_s(section, now))
+                self._schedule.look_by(state.choice.next_free_s(group, now))
                 break
-            self._pulls.begin(lane, section, peer, self._schedule.begins_pull(lane.number, due.plan), now)
-        self._schedule.look_by(lane.open.next_slow_s(section, due.slow_after_s, now))
+            self._pulls.begin(state, group, peer, self._schedule.begins_pull(state.number, due.plan), now)
+        self._schedule.look_by(state.open.next_slow_s(group, due.slow_after_s, now))
 
     def _look_if_short(self, now: float) -> None:
         """Check soon if pulls were due for which there was nobody to ask: somebody may be there now."""
@@ -285,10 +285,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         """Check at once after a successful pull only if still fewer are here than are due by now."""
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
-                lane = self._lanes[fragment]
-                if not lane.may_want(due.section, due.number):
+                state = self._states[fragment]
+                if not state.may_want(due.group, due.number):
                     continue
-                if lane.open.is_wanted(due.section, due.number, lane.received.here, due.slow_after_s, now):
+                if state.open.is_wanted(due.group, due.number, state.received.here, due.slow_after_s, now):
                     self._schedule.look_by(now)
                     return
 
@@ -297,11 +297,11 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _prepare_more(self, now: float) -> None:
         """Prepare merges until everything here is in one; then all pulls that were decoded have ended."""
         if not self._preparation.more():
-            for pull in self._pulls.take_settling():
-                self._settled(pull, now)
+            for pull in self._pulls.take_decoded():
+                self._end_prepared(pull, now)
 
-    def _settled(self, pull: GossipPull[Held], now: float) -> None:
-        if self._pulls.settled(pull, now):
+    def _end_prepared(self, pull: GossipPull[Held], now: float) -> None:
+        if self._pulls.end_prepared(pull, now):
             self._look_if_moved(now)
 
     def _prepared(self, number: int, merge: Ready | None, now: float) -> None:
@@ -313,12 +313,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     def _planned(self, round: int, plans: Sequence[MergePlan], now: float) -> None:
         self._others.enter_round(round)
         for fragment in self._schedule.planned(plans):
-            self._lanes[fragment].received.ready = None
-            self._lanes[fragment].open.round_begins(now)
+            self._states[fragment].received.ready = None
+            self._states[fragment].open.round_begins(now)
         self._pulls.give_up(self._schedule.old_s(now))
-        for lane in self._lanes:
-            lane.merged.forget_all_but(self._others.infos)
-        if any(lane.received.pulled for lane in self._lanes):
+        for state in self._states:
+            state.merged.forget_all_but(self._others.infos)
+        if any(state.received.pulled for state in self._states):
             self._prepare_more(now)
         self._schedule.look_when_due(len(self._others.infos), now)
 
@@ -327,47 +327,47 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         needed."""
         # This comes before anything counts as merged: otherwise the last fragment's publications would be recorded as
         # merged into weights that are replaced (decision 65).
-        if event.may_catch_up and event.fragment == len(self._lanes) - 1:
-            behind = self._others.left_behind(event.round, self._lanes[-1].merged.ledger)
+        if event.may_catch_up and event.fragment == len(self._states) - 1:
+            behind = self._others.left_behind(event.round, self._states[-1].merged.ledger)
             if behind:
                 self._commands.add(FetchConsensus(behind))
                 return
-        lane = self._lanes[event.fragment]
-        ready = lane.received.take_ready()
+        state = self._states[event.fragment]
+        ready = state.received.take_ready()
         self._schedule.merge_due(event.fragment, event.round, now)
         is_ready = ready is not None and ready.round == event.round
-        self._commands.add(self._merge(lane, ready) if ready is not None and is_ready else MergeFragment(lane.number))
+        self._commands.add(self._merge(state, ready) if ready is not None and is_ready else MergeFragment(state.number))
 
     def _merge(
-        self, lane: FragmentState[Held, Payload, Ready], ready: ReadyMerge[Held, Payload, Ready]
+        self, state: FragmentState[Held, Payload, Ready], ready: ReadyMerge[Held, Payload, Ready]
     ) -> MergeFragment[Held, Payload, Ready]:
         """Record what is ready as merged.
 
         If some of it has become too old, merge this peer's own round alone, and have the rest prepared for the next
         round.
         """
-        reference, received = self._others.reference_round(), lane.received
-        of_use = lane.merged.of_use(received.pulled, reference)
+        reference, received = self._others.reference_round(), state.received
+        of_use = state.merged.of_use(received.pulled, reference)
         if any(pulled not in of_use for pulled in ready.pulled):
             received.hold(of_use)
-            return MergeFragment(lane.number)
+            return MergeFragment(state.number)
         rest = [pulled for pulled in of_use if pulled not in ready.pulled]
-        lane.merged.merged(ready.pulled, reference)
-        received.hold(lane.merged.of_use(rest, reference))
-        lane.choice.ledger_changed()
-        return MergeFragment(lane.number, ready.merge, ready.pulled)
+        state.merged.merged(ready.pulled, reference)
+        received.hold(state.merged.of_use(rest, reference))
+        state.choice.ledger_changed()
+        return MergeFragment(state.number, ready.merge, ready.pulled)
 
     def _took_states(self, event: ConsensusTaken) -> None:
         heard = {info.peer: info.round for info in self._others.infos}
         heard |= {peer: max(round, heard.get(peer, 0)) for peer, round in event.rounds.items()}
-        for lane in self._lanes:
-            lane.received.forget()
-            lane.merged.took_states([each[lane.number] for each in event.told], heard, event.round)
-            lane.choice.ledger_changed()
+        for state in self._states:
+            state.received.forget()
+            state.merged.took_states([each[state.number] for each in event.advertised], heard, event.round)
+            state.choice.ledger_changed()
 
     def _rest(self) -> None:
         self._pulls.stop()
         self._preparation.stop()
         self._schedule.rest()
-        for lane in self._lanes:
-            lane.received.forget()
+        for state in self._states:
+            state.received.forget()

@@ -18,13 +18,13 @@ __all__ = [
     "COPY_S",
     "FragmentRound",
     "FragmentRounds",
+    "advertised_round",
+    "advertised_version",
     "merged_step",
     "merged_with",
     "published",
     "publishes_every",
     "steps_of_fragment",
-    "told_mark",
-    "told_round",
 ]
 
 _FEWEST_PUBLICATIONS = 8
@@ -158,15 +158,18 @@ def merged_with(fragment: int, number: int, num_parts: int) -> int:
     return -(-num_parts * (fragment + 1) // number)
 
 
-def told_mark(fragment: int, number: int, told: PublicationVersion, num_parts: int) -> PublicationVersion:
+def advertised_version(
+    fragment: int, number: int, advertised: PublicationVersion, num_parts: int
+) -> PublicationVersion:
     """Infer a fragment's newest publication from what its author advertises of its round.
 
-    The author is in round `told.round` and has published it up to part `told.part`; `told.tokens` are that part's, or
+    The author is in round `advertised.round` and has published it up to part `advertised.part`; `advertised.tokens`
+    are that part's, or
     with part 0 those of the round before. The tokens that are returned are an estimate.
     """
-    round, part, tokens = told.round, told.part, told.tokens
+    round, part, tokens = advertised.round, advertised.part, advertised.tokens
     if not part and not round:
-        return told
+        return advertised
     merged = merged_with(fragment, number, num_parts)
     if part > merged:
         return PublicationVersion(round + 1, part - merged, max(1, tokens * (part - merged) // part))
@@ -176,10 +179,10 @@ def told_mark(fragment: int, number: int, told: PublicationVersion, num_parts: i
     return PublicationVersion(round, num_parts - merged + part, (tokens if part else 0) + before)
 
 
-def told_round(fragment: int, number: int, told: PublicationVersion, num_parts: int) -> int:
+def advertised_round(fragment: int, number: int, advertised: PublicationVersion, num_parts: int) -> int:
     """Return the fragment's round, whose initial weights its author publishes, from what the author advertises."""
     merged = merged_with(fragment, number, num_parts)
-    return told.round + (told.part >= merged and merged < num_parts)
+    return advertised.round + (advertised.part >= merged and merged < num_parts)
 
 
 def steps_of_fragment(

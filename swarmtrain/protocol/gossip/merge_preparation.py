@@ -60,7 +60,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
 
     def __init__(
         self,
-        lanes: Sequence[FragmentState[Held, Payload, Ready]],
+        states: Sequence[FragmentState[Held, Payload, Ready]],
         others: OtherPeers,
         schedule: PullSchedule,
         commands: CommandList[Held, Payload, Ready],
@@ -69,7 +69,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
     ) -> None:
         """`is_large`: prepare only the fragments that are merged next. A prepared merge takes 8 bytes a parameter, but
         a publication only a few bits."""
-        self._lanes, self._others, self._schedule = lanes, others, schedule
+        self._states, self._others, self._schedule = states, others, schedule
         self._commands, self._is_large = commands, is_large
         self._preparing: _Preparing[Held, Payload] | None = None
 
@@ -79,7 +79,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
             return True
         merges = self._schedule.merges
         for fragment in self._schedule.merged_first() if self._is_large else range(len(merges)):
-            plan, received = merges[fragment].plan, self._lanes[fragment].received
+            plan, received = merges[fragment].plan, self._states[fragment].received
             if plan is not None and received.has_more:
                 self._prepare(_Preparing(plan, fragment, merges[fragment].began_s, tuple(received.pulled)))
                 return True
@@ -105,7 +105,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         # The fragment may have been merged, or its round have begun anew, while this was prepared.
         of, round = self._schedule.merges[preparing.fragment], preparing.plan.round
         if of.plan is not None and of.plan.round == round and of.began_s == preparing.began_s:
-            self._lanes[preparing.fragment].received.ready = ReadyMerge(round, preparing.pulled, merge)
+            self._states[preparing.fragment].received.ready = ReadyMerge(round, preparing.pulled, merge)
         return True
 
     def _sift(self, preparing: _Preparing[Held, Payload], is_good: bool, now: float) -> bool:
@@ -122,13 +122,13 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         if preparing.num_tried < len(preparing.pulled):
             self._prepare(preparing)
             return False
-        lane = self._lanes[preparing.fragment]
+        state = self._states[preparing.fragment]
         for one in preparing.bad:
             follows = self._others.back_off.failed(one.peer, now, "what it published cannot be merged")
             until_s = max(preparing.plan.ends_s, now + _LEFT_OUT_S)
-            lane.open.leave_out(one.section, one.peer, until_s)
+            state.open.leave_out(one.group, one.peer, until_s)
             self._commands.add(PartnerBackedOff(one.peer, follows))
-        lane.received.hold([one for one in lane.received.pulled if one not in preparing.bad])
+        state.received.hold([one for one in state.received.pulled if one not in preparing.bad])
         if preparing.bad:
             self._schedule.look_by(now)
         return True

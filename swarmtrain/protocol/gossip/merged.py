@@ -22,7 +22,7 @@ from swarmtrain.protocol.gossip.partners import (
     WeightsOnly,
     agreed_places,
 )
-from swarmtrain.protocol.gossip.pulls import Section, SectionRule
+from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule
 from swarmtrain.protocol.membership.membership import PeerInfo
 
 __all__ = ["MergedPublications"]
@@ -35,7 +35,7 @@ class MergedPublications(Generic[Held]):
     """Ledger of one fragment's merges, with the handles of the pseudo-gradients and the counters that went
     backwards."""
 
-    def __init__(self, ledger: Ledger, rules: Mapping[Section, SectionRule]) -> None:
+    def __init__(self, ledger: Ledger, rules: Mapping[GroupName, GroupRule]) -> None:
         """`rules`: how a merge uses each section."""
         self.ledger, self._rules = ledger, rules
         self._held: dict[str, Held] = {}
@@ -46,10 +46,10 @@ class MergedPublications(Generic[Held]):
     # ------------------------------------------------------------- what of a publication is new
 
     def news(
-        self, section: Section, peer: str, mark: PublicationVersion, reference: int
+        self, group: GroupName, peer: str, version: PublicationVersion, reference: int
     ) -> tuple[News, Held | None] | None:
         """Return what of a publication can be merged, and the earlier publication to subtract; None if nothing can."""
-        news = self._news(section, peer, mark, reference)
+        news = self._news(group, peer, version, reference)
         if isinstance(news, Stale | WeightsOnly):
             return None
         if not isinstance(news, Delta):
@@ -57,34 +57,36 @@ class MergedPublications(Generic[Held]):
         earlier = self._held.get(peer)
         return None if earlier is None else (news, earlier)
 
-    def _news(self, section: Section, peer: str, mark: PublicationVersion, reference: int) -> News:
-        if self._rules[section] == "mean":
-            return self.ledger.news_of_values(section, peer, (mark.round, mark.part), reference)
-        return self.ledger.news(peer, mark, reference)
+    def _news(self, group: GroupName, peer: str, version: PublicationVersion, reference: int) -> News:
+        if self._rules[group] == "mean":
+            return self.ledger.news_of_values(group, peer, (version.round, version.part), reference)
+        return self.ledger.news(peer, version, reference)
 
-    def wrong_counter(self, section: Section, peer: str, mark: PublicationVersion, reference: int, round: int) -> str:
+    def wrong_counter(
+        self, group: GroupName, peer: str, version: PublicationVersion, reference: int, round: int
+    ) -> str:
         """Say what is wrong with the counters of `peer`'s publication: it is too old, or the counter went backwards for
         good.
 
         "" if nothing is wrong. `round` is this peer's own. A peer that was killed and restarted is a few rounds behind
         its old publications and is past them soon, so it gets that many rounds before it is accused.
         """
-        news = self._news(section, peer, mark, reference)
+        news = self._news(group, peer, version, reference)
         if not isinstance(news, Stale):
             return ""
-        known = self.ledger.mark(peer)
+        known = self.ledger.version(peer)
         if news.turned_back and known is not None:
             most = max(_RESTART_ROUNDS, self.ledger.max_staleness_rounds)
-            since = self._turned_back.setdefault((section, peer), round)
-            if mark.round >= known.round - most and round <= since + most:
+            since = self._turned_back.setdefault((group, peer), round)
+            if version.round >= known.round - most and round <= since + most:
                 return ""
         if news.turned_back or news.too_old:
             return f"a publication of an old round: {news.reason}"
         return ""
 
-    def right_counter(self, section: Section, peer: str) -> None:
+    def right_counter(self, group: GroupName, peer: str) -> None:
         """Record that the counter moves forward again."""
-        self._turned_back.pop((section, peer), None)
+        self._turned_back.pop((group, peer), None)
 
     def forget_all_but(self, live: Iterable[PeerInfo]) -> None:
         """Forget the counters of peers that are not live any more."""
@@ -92,11 +94,11 @@ class MergedPublications(Generic[Held]):
             peers = {info.peer for info in live}
             self._turned_back = {which: since for which, since in self._turned_back.items() if which[1] in peers}
 
-    def last(self, section: Section, peer: str) -> PublicationVersion | None:
+    def last(self, group: GroupName, peer: str) -> PublicationVersion | None:
         """Return up to where a section of the peer's was merged; None if nothing was."""
-        if self._rules[section] != "mean":
-            return self.ledger.mark(peer)
-        place = self.ledger.values_at(section, peer)
+        if self._rules[group] != "mean":
+            return self.ledger.version(peer)
+        place = self.ledger.values_at(group, peer)
         return None if place is None else PublicationVersion(*place, 0)
 
     # ------------------------------------------------------------- merging
@@ -111,11 +113,11 @@ class MergedPublications(Generic[Held]):
         rules, has_new, new_tokens = self._rules, self.ledger.has_new_values, self.ledger.new_tokens
         found = []
         for each in pulled:
-            section, peer, mark = each.section, each.peer, each.mark
-            if rules[section] == "mean":
-                is_new = has_new(section, peer, (mark.round, mark.part), reference)
+            group, peer, version = each.group, each.peer, each.version
+            if rules[group] == "mean":
+                is_new = has_new(group, peer, (version.round, version.part), reference)
             else:
-                is_new = new_tokens(peer, mark, reference) is not None
+                is_new = new_tokens(peer, version, reference) is not None
             if is_new:
                 found.append(each)
         return found
@@ -124,18 +126,18 @@ class MergedPublications(Generic[Held]):
         """Record that these publications enter the weights."""
         ledger, rules = self.ledger, self._rules
         for each in pulled:
-            section, peer, mark = each.section, each.peer, each.mark
-            if rules[section] == "mean":
-                ledger.values_merged(section, peer, (mark.round, mark.part))
+            group, peer, version = each.group, each.peer, each.version
+            if rules[group] == "mean":
+                ledger.values_merged(group, peer, (version.round, version.part))
             else:
-                ledger.merged(peer, mark, reference)
+                ledger.merged(peer, version, reference)
                 self._held[peer] = each.held
         stays = self.ledger.held
         self._held = {peer: held for peer, held in self._held.items() if peer in stays}
 
     def took_states(self, told: Iterable[Mapping[str, Place]], heard: Mapping[str, int], round: int) -> None:
         """Record that others' weights replace this peer's; for the arguments see `agreed_places`."""
-        self.ledger.bring(agreed_places(told, heard, round, self.ledger.max_staleness_rounds))
+        self.ledger.adopt(agreed_places(told, heard, round, self.ledger.max_staleness_rounds))
 
     # ------------------------------------------------------------- for others, and for a checkpoint
 

@@ -15,7 +15,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.partners import News, Place, PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.membership import PeerInfo
 
 __all__ = [
@@ -65,9 +65,9 @@ Ready = TypeVar("Ready")
 class ReceivedPublication(Generic[Held, Payload]):
     """Weights or pseudo-gradient of a partner, decoded and ready to enter a merge."""
 
-    section: Section
+    group: GroupName
     peer: str
-    mark: PublicationVersion
+    version: PublicationVersion
     payload: Payload
     held: Held
     pull_s: float
@@ -128,12 +128,12 @@ class AdvertisedProgress:
 
 @dataclass(slots=True)
 class PartnerReplied(Generic[Held]):
-    """Ends `AskPartner`. `mark` is None if the source has nothing newer than was asked for."""
+    """Ends `AskPartner`. `version` is None if the source has nothing newer than was asked for."""
 
     pull: int
-    mark: PublicationVersion | None = None
+    version: PublicationVersion | None = None
     held: Held | None = None
-    told: AdvertisedProgress | None = None
+    advertised: AdvertisedProgress | None = None
     """Progress that the author advertised; None if unknown."""
 
 
@@ -204,12 +204,13 @@ class MergeDue:
 class ConsensusTaken:
     """This peer continues in `round` from the mean of several peers' states.
 
-    `told` lists, for each of those states and for each fragment, up to where it contains each peer's publications.
+    `advertised` lists, for each of those states and for each fragment, up to where it contains each peer's
+    publications.
     `rounds` maps the authors of the states to the rounds that they are in.
     """
 
     round: int
-    told: Sequence[Sequence[Mapping[str, Place]]]
+    advertised: Sequence[Sequence[Mapping[str, Place]]]
     rounds: Mapping[str, int]
 
 
@@ -261,7 +262,7 @@ class AskPartner:
     pull: int
     source: str
     author: str
-    section: Section
+    group: GroupName
     fragment: int
     known: PublicationVersion | None
 
@@ -281,7 +282,7 @@ class DecodePublication(Generic[Held]):
 
     pull: int
     author: str
-    section: Section
+    group: GroupName
     fragment: int
     held: Held
     news: News

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from swarmtrain.protocol.gossip.partners import BackOff
-from swarmtrain.protocol.gossip.pulls import Section, idle_s
+from swarmtrain.protocol.gossip.pulls import GroupName, idle_s
 
 __all__ = ["OpenPull", "OpenPulls", "Which"]
 
-Which: TypeAlias = tuple[Section, str]
+Which: TypeAlias = tuple[GroupName, str]
 """Section, and the PeerID of its author."""
 
 
@@ -23,7 +23,7 @@ Which: TypeAlias = tuple[Section, str]
 class OpenPull:
     """Pull of one section of one peer."""
 
-    section: Section
+    group: GroupName
     peer: str
     began_s: float
     failed: set[str]
@@ -51,7 +51,7 @@ class OpenPulls:
     # ------------------------------------------------------------- whom to ask
 
     def is_wanted(
-        self, section: Section, num_due: int, here: Collection[Which], slow_after_s: float, now: float
+        self, group: GroupName, num_due: int, here: Collection[Which], slow_after_s: float, now: float
     ) -> bool:
         """Return whether another peer should be asked: until as many as are due have arrived or are on their way.
 
@@ -62,59 +62,59 @@ class OpenPulls:
             return False
         if len(here) + num_begun < num_due:
             return True
-        return len(self.coming(section, here, now - slow_after_s)) < num_due
+        return len(self.coming(group, here, now - slow_after_s)) < num_due
 
-    def has_begun(self, section: Section) -> bool:
+    def has_begun(self, group: GroupName) -> bool:
         """Return whether a pull of that section is open."""
-        return section in [what for what, _ in self.begun]
+        return group in [what for what, _ in self.begun]
 
-    def coming(self, section: Section, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
+    def coming(self, group: GroupName, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
         """Return the peers whose section has arrived, or is on its way since later than `since_s`."""
-        found = {peer for what, peer in here if what == section}
+        found = {peer for what, peer in here if what == group}
         for (what, peer), pull in self.begun.items():
-            if what == section and pull.began_s > since_s:
+            if what == group and pull.began_s > since_s:
                 found.add(peer)
         return found
 
-    def not_now(self, section: Section, here: Collection[Which], now: float) -> set[str]:
+    def not_now(self, group: GroupName, here: Collection[Which], now: float) -> set[str]:
         """Return the peers not to ask for that section: it is here or on its way, they had nothing new lately, or they
         have failed in this round."""
-        found = self.coming(section, here)
+        found = self.coming(group, here)
         if self._failed:
             found |= self._failed
         for (what, peer), until_s in self._idle_until_s.items():
-            if what == section and now < until_s:
+            if what == group and now < until_s:
                 found.add(peer)
         return found
 
-    def next_free_s(self, section: Section, peers: Collection[str], now: float) -> float | None:
+    def next_free_s(self, group: GroupName, peers: Collection[str], now: float) -> float | None:
         """Return when the next of `peers` that may not be asked now may be; None if time alone changes nothing."""
-        idle = [s for (what, peer), s in self._idle_until_s.items() if what == section and s > now and peer in peers]
+        idle = [s for (what, peer), s in self._idle_until_s.items() if what == group and s > now and peer in peers]
         banned_s = self.back_off.next_free_s(peers, now)
         return min(idle if banned_s is None else [*idle, banned_s], default=None)
 
-    def next_slow_s(self, section: Section, slow_after_s: float, now: float) -> float | None:
+    def next_slow_s(self, group: GroupName, slow_after_s: float, now: float) -> float | None:
         """Return when the next open pull of that section becomes slow; None without any."""
         found = None
         for (what, _), pull in self.begun.items():
             slow_s = pull.began_s + slow_after_s
-            if what == section and slow_s > now and (found is None or slow_s < found):
+            if what == group and slow_s > now and (found is None or slow_s < found):
                 found = slow_s
         return found
 
     # ------------------------------------------------------------- what came of it
 
-    def begin(self, section: Section, peer: str, now: float) -> OpenPull:
+    def begin(self, group: GroupName, peer: str, now: float) -> OpenPull:
         """Record that `peer` is asked."""
         # It refers to this round's set, which `round_begins` replaces: the failure of a pull that outlasts its round
         # does not count in the next one.
-        pull = self.begun[section, peer] = OpenPull(section, peer, now, self._failed)
+        pull = self.begun[group, peer] = OpenPull(group, peer, now, self._failed)
         return pull
 
     def end(self, pull: OpenPull) -> None:
         """Remove a pull that succeeded, or that failed without anybody's fault."""
-        if self.begun.get((pull.section, pull.peer)) is pull:
-            del self.begun[pull.section, pull.peer]
+        if self.begun.get((pull.group, pull.peer)) is pull:
+            del self.begun[pull.group, pull.peer]
 
     def answered(self, peer: str) -> None:
         """Clear what is held against `peer`, unless it has failed in this round with its other section."""
@@ -127,12 +127,12 @@ class OpenPulls:
         self.end(pull)
         self.answered(pull.peer)
         again_s = idle_s(round_s)
-        self.leave_out(pull.section, pull.peer, now + again_s)
+        self.leave_out(pull.group, pull.peer, now + again_s)
         return again_s
 
-    def leave_out(self, section: Section, peer: str, until_s: float) -> None:
+    def leave_out(self, group: GroupName, peer: str, until_s: float) -> None:
         """Do not ask `peer` for that section until `until_s`."""
-        self._idle_until_s[section, peer] = until_s
+        self._idle_until_s[group, peer] = until_s
 
     def fail(self, pull: OpenPull, now: float, reason: str, mute: bool = False) -> str:
         """End a pull that has failed; `mute`: without any answer. Return what follows, in words for the log.

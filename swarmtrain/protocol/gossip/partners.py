@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TypeAlias
 
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 
 __all__ = [
     "VARIANTS",
@@ -123,7 +123,7 @@ class Ledger:
     not exactly once. Checkpoints do not contain which values were averaged, so that after a restart the weights of one
     round may enter once more.
 
-    States that were taken from others (`bring`) follow the same rule: what they contain is not merged again, nor is a
+    States that were taken from others (`adopt`) follow the same rule: what they contain is not merged again, nor is a
     later part of a round that they contain in part.
     """
 
@@ -135,128 +135,130 @@ class Ledger:
     max_peers: int = _MAX_PEERS
     forgotten_round: int = -1
     """Highest round of a forgotten entry. Up to this round a peer without an entry may have been merged before."""
-    _marks: dict[str, PublicationVersion] = field(default_factory=dict)
+    _versions: dict[str, PublicationVersion] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
-    _averaged: dict[Section, dict[str, Place]] = field(default_factory=dict)
+    _averaged: dict[GroupName, dict[str, Place]] = field(default_factory=dict)
     """Place of each peer's values that were merged last, for each section that is averaged."""
     _brought: dict[str, Place] = field(default_factory=dict)
     """Place up to which the taken weights contain each peer, if that is further than what was merged here."""
 
-    def news_of_values(self, section: Section, peer: str, place: Place, reference_round: int) -> Full | Stale:
+    def news_of_values(self, group: GroupName, peer: str, place: Place, reference_round: int) -> Full | Stale:
         """Decide whether values that are averaged, such as weights, may be merged: those of each round once.
 
         Without that rule a peer that publishes no more would hold the others back with its old weights.
         """
         round, _ = place
-        if self.has_new_values(section, peer, place, reference_round):
-            return Full(0, f"nothing of the {section} of its round {round} was merged")
-        known = self._marks.get(peer)
+        if self.has_new_values(group, peer, place, reference_round):
+            return Full(0, f"nothing of the {group} of its round {round} was merged")
+        known = self._versions.get(peer)
         if known is not None and round < known.round:
-            return Stale(f"its counter turned back to the {section} of round {round} from round {known.round}", True)
+            return Stale(f"its counter turned back to the {group} of round {round} from round {known.round}", True)
         if round < reference_round - self.max_staleness_rounds:
             return self._too_old(round, reference_round)
-        return Stale(f"its {section} of round {self._averaged[section][peer][0]} were merged")
+        return Stale(f"its {group} of round {self._averaged[group][peer][0]} were merged")
 
-    def has_new_values(self, section: Section, peer: str, place: Place, reference_round: int) -> bool:
+    def has_new_values(self, group: GroupName, peer: str, place: Place, reference_round: int) -> bool:
         """Return whether `news_of_values` is `Full`, without building the answer."""
-        round, averaged = place[0], self._averaged.get(section)
+        round, averaged = place[0], self._averaged.get(group)
         if round < reference_round - self.max_staleness_rounds:
             return False
         if averaged is not None and (before := averaged.get(peer)) is not None and place <= before:
             return False
-        known = self._marks.get(peer)
+        known = self._versions.get(peer)
         return known is None or round >= known.round
 
-    def with_new_values(self, section: Section, rounds: Mapping[str, int], reference_round: int) -> set[str]:
+    def with_new_values(self, group: GroupName, rounds: Mapping[str, int], reference_round: int) -> set[str]:
         """Return the peers whose values of their present round may be merged; faster than asking for each peer."""
-        oldest, marks = reference_round - self.max_staleness_rounds, self._marks
-        averaged = self._averaged.get(section, {})
+        oldest, versions = reference_round - self.max_staleness_rounds, self._versions
+        averaged = self._averaged.get(group, {})
         return {
             peer
             for peer, round in rounds.items()
             if round >= oldest
             and ((before := averaged.get(peer)) is None or (round, 0) > before)
-            and ((known := marks.get(peer)) is None or round >= known.round)
+            and ((known := versions.get(peer)) is None or round >= known.round)
         }
 
     def _too_old(self, round: int, reference_round: int) -> Stale:
         behind = f"{reference_round - round} rounds behind the median"
         return Stale(f"{behind}; at most {self.max_staleness_rounds} are merged", too_old=True)
 
-    def values_merged(self, section: Section, peer: str, place: Place) -> None:
+    def values_merged(self, group: GroupName, peer: str, place: Place) -> None:
         """Record that values of `peer` entered a merge."""
-        averaged = self._averaged.setdefault(section, {})
+        averaged = self._averaged.setdefault(group, {})
         averaged.pop(peer, None)  # the last one merged stands last
         averaged[peer] = place
         while len(averaged) > self.max_peers:
             del averaged[next(iter(averaged))]
 
-    def values_at(self, section: Section, peer: str) -> Place | None:
+    def values_at(self, group: GroupName, peer: str) -> Place | None:
         """Return the place of the values of `peer` that were merged last; None without any."""
-        return self._averaged.get(section, {}).get(peer)
+        return self._averaged.get(group, {}).get(peer)
 
-    def news(self, peer: str, mark: PublicationVersion | Candidate, reference_round: int) -> News:
+    def news(self, peer: str, version: PublicationVersion | Candidate, reference_round: int) -> News:
         """Decide what of a publication may be merged. `reference_round` is the median of the live peers' rounds."""
-        if mark.round < 0 or mark.part < 1 or mark.tokens < 1:
+        if version.round < 0 or version.part < 1 or version.tokens < 1:
             return Stale("it has published nothing yet")
-        known = self._marks.get(peer)
-        if known is not None and (mark.round, mark.part) < (known.round, known.part):
-            here = f"round {mark.round} part {mark.part}"
+        known = self._versions.get(peer)
+        if known is not None and (version.round, version.part) < (known.round, known.part):
+            here = f"round {version.round} part {version.part}"
             return Stale(f"its counter turned back to {here} from {known.round} part {known.part}", True)
-        if mark.round < reference_round - self.max_staleness_rounds:
-            return self._too_old(mark.round, reference_round)
-        if (brought := self._brought.get(peer)) is not None and mark.round <= brought[0]:
+        if version.round < reference_round - self.max_staleness_rounds:
+            return self._too_old(version.round, reference_round)
+        if (brought := self._brought.get(peer)) is not None and version.round <= brought[0]:
             here = f"round {brought[0]} up to part {brought[1]}"
             return Stale(f"it came with the weights that were taken, which have {here}")
-        if known is None and mark.round <= self.forgotten_round:
+        if known is None and version.round <= self.forgotten_round:
             return WeightsOnly(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
-        if known is None or mark.round > known.round:
-            return Full(mark.tokens, f"nothing of its round {mark.round} was merged")
-        return self._later_part(peer, mark, known)
+        if known is None or version.round > known.round:
+            return Full(version.tokens, f"nothing of its round {version.round} was merged")
+        return self._later_part(peer, version, known)
 
-    def new_tokens(self, peer: str, mark: PublicationVersion | Candidate, reference_round: int) -> int | None:
+    def new_tokens(self, peer: str, version: PublicationVersion | Candidate, reference_round: int) -> int | None:
         """Return the tokens of `news`, None for `Stale`.
 
         This is asked of every peer before each choice. Most have a new round or no publication yet, which needs no
         answer with a reason.
         """
-        if mark.part < 1 or mark.tokens < 1:
+        if version.part < 1 or version.tokens < 1:
             return None
-        known = self._marks.get(peer)
-        if peer not in self._brought and mark.round > (self.forgotten_round if known is None else known.round):
-            return mark.tokens if mark.round >= reference_round - self.max_staleness_rounds else None
-        news = self.news(peer, mark, reference_round)
+        known = self._versions.get(peer)
+        if peer not in self._brought and version.round > (self.forgotten_round if known is None else known.round):
+            return version.tokens if version.round >= reference_round - self.max_staleness_rounds else None
+        news = self.news(peer, version, reference_round)
         return None if isinstance(news, Stale) else news.tokens
 
-    def _later_part(self, peer: str, mark: PublicationVersion | Candidate, known: PublicationVersion) -> News:
+    def _later_part(self, peer: str, version: PublicationVersion | Candidate, known: PublicationVersion) -> News:
         """Decide about a part of a round of which another part was merged."""
-        if mark.part == known.part and mark.tokens == known.tokens:
-            return Stale(f"round {mark.round} part {mark.part} was merged")
-        if mark.part == known.part or mark.tokens < known.tokens:
-            here = f"{mark.tokens} tokens at part {mark.part} of round {mark.round}"
+        if version.part == known.part and version.tokens == known.tokens:
+            return Stale(f"round {version.round} part {version.part} was merged")
+        if version.part == known.part or version.tokens < known.tokens:
+            here = f"{version.tokens} tokens at part {version.part} of round {version.round}"
             return Stale(f"its counter turned back: {here}, and {known.tokens} at part {known.part}", True)
-        if mark.tokens == known.tokens:
+        if version.tokens == known.tokens:
             return Stale(f"no token more than at part {known.part}, which was merged")
         if peer not in self._held:
             return WeightsOnly(
                 f"part {known.part} of its round was merged, and its pseudo-gradient is not here any more"
             )
-        return Delta(known, mark.tokens - known.tokens, f"part {known.part} of its round was merged")
+        return Delta(known, version.tokens - known.tokens, f"part {known.part} of its round was merged")
 
-    def merged(self, peer: str, mark: PublicationVersion, reference_round: int) -> None:
-        """Record that `mark` of `peer` entered a merge in the way that `news` allowed. `held` may have changed
+    def merged(self, peer: str, version: PublicationVersion, reference_round: int) -> None:
+        """Record that `version` of `peer` entered a merge in the way that `news` allowed. `held` may have changed
         afterwards."""
-        assert self.new_tokens(peer, mark, reference_round) is not None, f"merged what is not new of {peer}: {mark}"
-        self._marks.pop(peer, None)  # the last one merged stands last
-        self._marks[peer] = mark
+        assert self.new_tokens(peer, version, reference_round) is not None, (
+            f"merged what is not new of {peer}: {version}"
+        )
+        self._versions.pop(peer, None)  # the last one merged stands last
+        self._versions[peer] = version
         self._held.pop(peer, None)
         self._brought.pop(peer, None)
         # otherwise later parts may have been merged before
-        if mark.part < self.num_parts and mark.round > self.forgotten_round:
+        if version.part < self.num_parts and version.round > self.forgotten_round:
             self._held[peer] = None
         while len(self._held) > self.max_held:
             del self._held[next(iter(self._held))]
-        if len(self._marks) > self.max_peers:
+        if len(self._versions) > self.max_peers:
             self._forget()
 
     def _forget(self) -> None:
@@ -266,16 +268,16 @@ class Ledger:
         that claims a huge round could be forgotten too; `forgotten_round` would make strangers of all others.
         """
         num = max(1, self.max_peers // 8)
-        for peer, mark in heapq.nsmallest(num, self._marks.items(), key=lambda item: item[1].round):
-            del self._marks[peer]
+        for peer, version in heapq.nsmallest(num, self._versions.items(), key=lambda item: item[1].round):
+            del self._versions[peer]
             self._held.pop(peer, None)
-            self.forgotten_round = max(self.forgotten_round, mark.round)
+            self.forgotten_round = max(self.forgotten_round, version.round)
 
-    def bring(self, places: Mapping[str, Place]) -> None:
+    def adopt(self, places: Mapping[str, Place]) -> None:
         """Record that others' weights, which contain all peers up to `places` (see `agreed_places`), replace this
         peer's."""
         for peer, place in places.items():
-            known = self._marks.get(peer)
+            known = self._versions.get(peer)
             if place > self._brought.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
                 self._brought[peer] = place
         if len(self._brought) > self.max_peers:
@@ -287,7 +289,7 @@ class Ledger:
 
         If there are more than `most_peers`, those of the latest rounds are returned.
         """
-        merged = {peer: (mark.round, mark.part) for peer, mark in self._marks.items()}
+        merged = {peer: (version.round, version.part) for peer, version in self._versions.items()}
         places = merged | self._brought
         if len(places) <= most_peers:
             return places
@@ -298,13 +300,13 @@ class Ledger:
         """Peers whose pseudo-gradient, as of the last merge, the caller keeps to subtract it from a later part."""
         return frozenset(self._held)
 
-    def mark(self, peer: str) -> PublicationVersion | None:
+    def version(self, peer: str) -> PublicationVersion | None:
         """Return what was last merged of `peer`; None if nothing was, or if it is forgotten."""
-        return self._marks.get(peer)
+        return self._versions.get(peer)
 
     def by_age(self) -> list[str]:
         """Return the peers by the time of their last merge, the oldest first."""
-        return list(self._marks)
+        return list(self._versions)
 
     def rows(self) -> list[list[str | int]]:
         """Return rows for a checkpoint: the forgotten round first, then [PeerID, round, part, tokens] of each peer.
@@ -312,25 +314,25 @@ class Ledger:
         Rows of weights that were taken from others have 0 tokens.
         """
         rows: list[list[str | int]] = [["", self.forgotten_round, 0, 0]]
-        rows.extend([peer, mark.round, mark.part, mark.tokens] for peer, mark in self._marks.items())
+        rows.extend([peer, version.round, version.part, version.tokens] for peer, version in self._versions.items())
         rows.extend([peer, round, part, 0] for peer, (round, part) in self._brought.items())
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
         """Restore the ledger from `rows`; no pseudo-gradient is held then. Raise ValueError, changing nothing, for
         other rows."""
-        marks, brought, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
+        versions, brought, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
         for row in rows:
             match row:
                 case ["", int(round), 0, 0]:
                     forgotten_round = round
                 case [str(peer), int(round), int(part), int(tokens)] if round >= 0 and min(part, tokens) >= 1:
-                    marks[peer] = PublicationVersion(round, part, tokens)
+                    versions[peer] = PublicationVersion(round, part, tokens)
                 case [str(peer), int(round), int(part), 0] if peer and round >= 0 and part >= 1:
                     brought[peer] = round, part
                 case _:
                     raise ValueError(f"not a row of a ledger of merges: {row}")
-        self._marks, self._held, self.forgotten_round, self._brought = marks, {}, forgotten_round, brought
+        self._versions, self._held, self.forgotten_round, self._brought = versions, {}, forgotten_round, brought
 
 
 def agreed_places(

@@ -20,7 +20,7 @@ from swarmtrain.protocol.gossip.partners import (
     left_behind,
     median_round,
 )
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.hosts import HostOrder
 from swarmtrain.protocol.membership.membership import PeerInfo
 
@@ -74,12 +74,12 @@ class OtherPeers:
         # But if neither moves, the one that was suspended stays too old for the other for ever. So what counts is the
         # other's newest publication that this peer has merged, and each publication only once (decision 73).
         ((peer, told),) = rounds.items()
-        mark = ledger.mark(peer)
-        if mark is None or self._moved_by == (peer, mark):
+        version = ledger.version(peer)
+        if version is None or self._moved_by == (peer, version):
             return 0
-        behind = left_behind(round, [min(told, mark.round)], ledger.max_staleness_rounds)
+        behind = left_behind(round, [min(told, version.round)], ledger.max_staleness_rounds)
         if behind:
-            self._moved_by = peer, mark
+            self._moved_by = peer, version
         return behind
 
     def hosts_of(self, peer: str) -> tuple[str, ...] | None:
@@ -117,15 +117,15 @@ class PartnerChoice:
         others: OtherPeers,
         partners: Partners,
         open: OpenPulls,
-        leading: Section,
+        leading: GroupName,
         *,
-        is_part: bool,
+        is_fragment: bool,
     ) -> None:
         """`leading`: the section that is pulled first; the other sections are pulled from the same peers if possible.
-        `is_part`: the model has several fragments, so that what others have of this one is inferred from what they
+        `is_fragment`: the model has several fragments, so that what others have of this one is inferred from what they
         advertise."""
         self.fragment, self._others, self.partners, self._open = fragment, others, partners, open
-        self._leading, self._is_part = leading, is_part
+        self._leading, self._is_fragment = leading, is_fragment
         self._ledger = partners.ledger
         self._view: _View | None = None
 
@@ -133,8 +133,8 @@ class PartnerChoice:
         """Drop the view, because more was merged or others' weights were taken."""
         self._view = None
 
-    def choose(self, section: Section, round: int, here: Sequence[Which], now: float) -> str | None:
-        """Return the next peer to pull `section` from for the merge of `round`; None if there is nobody to ask.
+    def choose(self, group: GroupName, round: int, here: Sequence[Which], now: float) -> str | None:
+        """Return the next peer to pull `group` from for the merge of `round`; None if there is nobody to ask.
 
         `here`: what has arrived for that merge.
         """
@@ -146,15 +146,15 @@ class PartnerChoice:
             view.new_tokens = {one.peer: tokens(one.peer, one, reference) for one in view.candidates}
         first: Collection[str]
         # Prefer the peers whose weights are here or on their way.
-        if section != self._leading:
+        if group != self._leading:
             first = self._open.coming(self._leading, here)
         else:
             if view.new_weights is None:
-                view.new_weights = self._ledger.with_new_values(section, view.rounds, view.reference)
+                view.new_weights = self._ledger.with_new_values(group, view.rounds, view.reference)
             first = view.new_weights
         return self.partners.choose(
             view.candidates,
-            exclude={self._others.me, *self._open.not_now(section, here, now)},
+            exclude={self._others.me, *self._open.not_now(group, here, now)},
             reference_round=view.reference,
             now=now,
             first=first,
@@ -166,14 +166,14 @@ class PartnerChoice:
         view = self._view
         if view is None or view.version != self._others.version:
             view = self._view = _View(self._others.version, [], {})
-            mark = self._ledger.mark
+            version = self._ledger.version
             for round, candidate in self._others.told(self.fragment):
-                if self._is_part and (known := mark(candidate.peer)) is not None:
+                if self._is_fragment and (known := version(candidate.peer)) is not None:
                     candidate = beyond(candidate, known)
                 view.rounds[candidate.peer] = round
                 view.candidates.append(candidate)
         return view
 
-    def next_free_s(self, section: Section, now: float) -> float | None:
+    def next_free_s(self, group: GroupName, now: float) -> float | None:
         """Return when a peer that may not be asked now may be asked again; None if time alone changes nothing."""
-        return self._open.next_free_s(section, [info.peer for info in self._others.infos], now)
+        return self._open.next_free_s(group, [info.peer for info in self._others.infos], now)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.pulls import (
+    GroupName,
+    GroupRule,
+    PublicationBytes,
     PullPlan,
     PullTimes,
-    Section,
-    SectionBytes,
-    SectionRule,
     WantedPartners,
     plan_pulls,
     total_bytes,
@@ -58,7 +58,7 @@ class DuePulls(NamedTuple):
 class Due(NamedTuple):
     """Number of pulls of a section that should have begun by now for each of `fragments`, which share one plan."""
 
-    section: Section
+    group: GroupName
     number: int
     plan: MergePlan
     fragments: Sequence[int]
@@ -70,11 +70,11 @@ class PullSchedule:
 
     def __init__(
         self,
-        sections: Mapping[Section, SectionRule],
-        sizes: Sequence[Mapping[GradientFormat, SectionBytes]],
+        groups: Mapping[GroupName, GroupRule],
+        sizes: Sequence[Mapping[GradientFormat, PublicationBytes]],
         wanted: WantedPartners,
     ) -> None:
-        self._sections, self._sizes, self._wanted = tuple(sections.items()), sizes, wanted
+        self._groups, self._sizes, self._wanted = tuple(groups.items()), sizes, wanted
         self.times = PullTimes()
         self.plans: Sequence[MergePlan] = ()
         self.merges = [NextMerge() for _ in sizes]
@@ -120,9 +120,9 @@ class PullSchedule:
                 continue  # they are merged
             _, pulls, slow_after_s = self._pull_plan(plan, num_others)
             self.look_by(pulls.next_s(now))
-            for section, rule in self._sections:
+            for group, rule in self._groups:
                 if num_due := pulls.num_due(rule, now):
-                    yield Due(section, num_due, plan, fragments, slow_after_s)
+                    yield Due(group, num_due, plan, fragments, slow_after_s)
 
     def _fragments_of(self, plan: MergePlan) -> Sequence[int]:
         """Return the plan's fragments that are not merged yet."""
@@ -141,7 +141,7 @@ class PullSchedule:
             known = self._pull_plans[plan.fragments] = DuePulls(basis, found, times.slow_after_s(sizes, self._wanted))
         return known
 
-    def _sizes_of(self, plan: MergePlan) -> SectionBytes:
+    def _sizes_of(self, plan: MergePlan) -> PublicationBytes:
         """Return the bytes of everything that is pulled of one partner for this plan."""
         if len(plan.fragments) == 1:
             return self._sizes[plan.fragments[0]][plan.gradient_format]

@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 __all__ = [
     "LINK_SHARE",
+    "GroupName",
+    "GroupRule",
+    "PublicationBytes",
     "PullPlan",
     "PullTimes",
-    "Section",
-    "SectionBytes",
-    "SectionRule",
     "WantedPartners",
     "ahead_rounds",
     "expected_step_s",
@@ -32,11 +32,12 @@ __all__ = [
     "total_bytes",
 ]
 
-Section: TypeAlias = str
-"""Kind of values in a publication, by its name in the run's list (`network.sections`): for example the weights at the
+GroupName: TypeAlias = str
+"""Kind of values in a publication, by its name in the run's list (`network.tensor_groups`): for example the weights at
+the
 start of the author's round, or its pseudo-gradient since then. Each kind is pulled by itself."""
 
-SectionRule: TypeAlias = Literal["mean", "outer step"]
+GroupRule: TypeAlias = Literal["mean", "outer step"]
 """Way in which a merge uses the partners' values of a section.
 
 - "mean": average them with this peer's own;
@@ -85,7 +86,7 @@ class PullPlan:
     """Due times for the section whose rule is "outer step"."""
     reason: str
 
-    def num_due(self, rule: SectionRule, now: float) -> int:
+    def num_due(self, rule: GroupRule, now: float) -> int:
         """Return how many pulls of each section with that rule should have begun by now."""
         return bisect_right(self.weights_at_s if rule == "mean" else self.gradients_at_s, now)
 
@@ -99,7 +100,7 @@ class PullPlan:
 
 
 @dataclass(frozen=True)
-class SectionBytes:
+class PublicationBytes:
     """Transfer sizes of one partner's weights and of its pseudo-gradient, in bytes."""
 
     weights: int
@@ -114,11 +115,11 @@ class SectionBytes:
         return self.weights + self.gradient
 
 
-def total_bytes(sizes: Iterable[SectionBytes]) -> SectionBytes:
+def total_bytes(sizes: Iterable[PublicationBytes]) -> PublicationBytes:
     """Add up the sizes of several fragments."""
     sizes = list(sizes)
     weights, gradient = sum(each.weights for each in sizes), sum(each.gradient for each in sizes)
-    return SectionBytes(weights, gradient, sum(each.share for each in sizes))
+    return PublicationBytes(weights, gradient, sum(each.share for each in sizes))
 
 
 class WantedPartners(NamedTuple):
@@ -127,7 +128,7 @@ class WantedPartners(NamedTuple):
     gradients: int
     weights: int
 
-    def bytes_of(self, sizes: SectionBytes) -> int:
+    def bytes_of(self, sizes: PublicationBytes) -> int:
         """Return the bytes of all wanted pulls."""
         return self.gradients * sizes.gradient + self.weights * sizes.weights
 
@@ -136,7 +137,7 @@ _Format = TypeVar("_Format", bound=str)
 
 
 def gradient_format(
-    sizes: Mapping[_Format, SectionBytes],
+    sizes: Mapping[_Format, PublicationBytes],
     num_live_others: int,
     round_s: float,
     bytes_per_s: float | None,
@@ -167,7 +168,7 @@ def plan_pulls(
     num_live_others: int,
     started_s: float,
     ends_s: float,
-    sizes: SectionBytes,
+    sizes: PublicationBytes,
     times: PullTimes,
     configured: WantedPartners,
 ) -> PullPlan:
@@ -313,7 +314,7 @@ class PullTimes:
         """Use a rate that other transfers have measured until pulls are measured."""
         self._rates, self.bytes_per_s = [bytes_per_s], bytes_per_s
 
-    def slow_after_s(self, sizes: SectionBytes, configured: WantedPartners) -> float:
+    def slow_after_s(self, sizes: PublicationBytes, configured: WantedPartners) -> float:
         """Return after how many seconds a pull counts as slow, so that another partner is tried as well."""
         rate = self.bytes_per_s
         expected_s = configured.bytes_of(sizes) / rate if rate else 0.0

@@ -37,7 +37,7 @@ from swarmtrain.protocol.gossip.open_pulls import OpenPull
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.protocol.gossip.peers import OtherPeers
 from swarmtrain.protocol.gossip.pull_schedule import PullSchedule
-from swarmtrain.protocol.gossip.pulls import BytesBegun, Section, round_began_s
+from swarmtrain.protocol.gossip.pulls import BytesBegun, GroupName, round_began_s
 from swarmtrain.protocol.gossip.state import CommandList, FragmentState
 
 __all__ = ["GossipPull", "GossipPulls"]
@@ -56,7 +56,7 @@ class GossipPull(Generic[Held]):
     """Peers to ask, the next one first."""
     source: str = ""
     asked_s: float = 0.0
-    mark: PublicationVersion | None = None
+    version: PublicationVersion | None = None
     held: Held | None = None
     began_s: float | None = None
     """Time at which the author's round of the fragment began, if it advertised that."""
@@ -70,29 +70,29 @@ class GossipPulls(Generic[Held, Payload, Ready]):
 
     def __init__(
         self,
-        lanes: Sequence[FragmentState[Held, Payload, Ready]],
+        states: Sequence[FragmentState[Held, Payload, Ready]],
         num_parts: int,
         others: OtherPeers,
         schedule: PullSchedule,
         commands: CommandList[Held, Payload, Ready],
     ) -> None:
         """`num_parts`: number of parts into which a round's pseudo-gradients are divided."""
-        self._lanes, self._num_parts, self._others = lanes, num_parts, others
+        self._states, self._num_parts, self._others = states, num_parts, others
         self._schedule, self._times, self._commands = schedule, schedule.times, commands
         self.by_number: dict[int, GossipPull[Held]] = {}
-        self._settling: list[GossipPull[Held]] = []
+        self._decoded: list[GossipPull[Held]] = []
         """Pulls whose merge is being prepared."""
 
     # ------------------------------------------------------------- whom to ask for it
 
     def begin(
-        self, lane: FragmentState[Held, Payload, Ready], section: Section, peer: str, round_s: float, now: float
+        self, state: FragmentState[Held, Payload, Ready], group: GroupName, peer: str, round_s: float, now: float
     ) -> None:
         """Pull a section of `peer` for the fragment; a fragment's share of a round lasts `round_s`."""
         number, hosts = self._commands.next_number(), self._others.hosts_of(peer)
-        opened = lane.open.begin(section, peer, now)
+        opened = state.open.begin(group, peer, now)
         sources = [peer] if hosts is None else [*hosts]
-        pull = self.by_number[number] = GossipPull(number, lane.number, opened, round_s, sources)
+        pull = self.by_number[number] = GossipPull(number, state.number, opened, round_s, sources)
         if hosts is None:
             self._ask_next(pull, now)
         else:
@@ -106,13 +106,13 @@ class GossipPulls(Generic[Held, Payload, Ready]):
 
     def _ask_next(self, pull: GossipPull[Held], now: float) -> None:
         """Ask the next source, if one is left."""
-        section, peer = pull.open.section, pull.open.peer
+        group, peer = pull.open.group, pull.open.peer
         if not pull.sources:  # its hosts failed, which is not its fault; they may recover within the round
             self._busy(pull, now)
             return
         pull.source, pull.asked_s = pull.sources.pop(0), now
-        known = self._lanes[pull.fragment].merged.last(section, peer)
-        self._commands.add(AskPartner(pull.number, pull.source, peer, section, pull.fragment, known))
+        known = self._states[pull.fragment].merged.last(group, peer)
+        self._commands.add(AskPartner(pull.number, pull.source, peer, group, pull.fragment, known))
 
     # ------------------------------------------------------------- what it has
 
@@ -120,97 +120,99 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         """Download the publication if anything of it is new."""
         if (pull := self.by_number.get(event.pull)) is None:
             return
-        lane, section, peer, mark = self._lanes[pull.fragment], pull.open.section, pull.open.peer, event.mark
-        if mark is None or event.held is None:
+        state, group, peer, version = self._states[pull.fragment], pull.open.group, pull.open.peer, event.version
+        if version is None or event.held is None:
             self._nothing_new(pull, now)
             return
         reference = self._others.reference_round()
-        if lane.merged.news(section, peer, mark, reference) is None:
+        if state.merged.news(group, peer, version, reference) is None:
             # Only the author itself is accused of an old publication: a host may not have the newest yet.
             is_its_word = pull.source == peer
             own_round = self._others.round
-            wrong = lane.merged.wrong_counter(section, peer, mark, reference, own_round) if is_its_word else ""
+            wrong = state.merged.wrong_counter(group, peer, version, reference, own_round) if is_its_word else ""
             if wrong:
                 self._fail(pull, PullFailure(wrong, is_incident=True), now)
             else:
                 self._nothing_new(pull, now)
             return
-        lane.merged.right_counter(section, peer)
-        pull.mark, pull.held = mark, event.held
-        pull.began_s = self._round_began_s(lane.number, mark, event.told)
+        state.merged.right_counter(group, peer)
+        pull.version, pull.held = version, event.held
+        pull.began_s = self._round_began_s(state.number, version, event.advertised)
         pull.begun = self._times.bytes_begin(now)
         self._commands.add(DownloadPublication(pull.number, pull.source, event.held))
 
-    def _round_began_s(self, fragment: int, mark: PublicationVersion, told: AdvertisedProgress | None) -> float | None:
+    def _round_began_s(
+        self, fragment: int, version: PublicationVersion, advertised: AdvertisedProgress | None
+    ) -> float | None:
         """Return when the author's round of the fragment began.
 
         None if it advertises another round than it publishes, or does not know its speed yet.
         """
-        if told is None:
+        if advertised is None:
             return None
-        done = told.inner_steps_done
-        found = steps_of_fragment(fragment, len(self._lanes), done, told.inner_steps, self._num_parts)
-        if found is None or told.round + found[0] != mark.round:
+        done = advertised.inner_steps_done
+        found = steps_of_fragment(fragment, len(self._states), done, advertised.inner_steps, self._num_parts)
+        if found is None or advertised.round + found[0] != version.round:
             return None
-        return round_began_s(told.since_s, found[1], told.steps_per_s)
+        return round_began_s(advertised.since_s, found[1], advertised.steps_per_s)
 
     def downloaded(self, event: PublicationDownloaded, now: float) -> None:
         """Decode the publication if anything of it is still new."""
         if (pull := self.by_number.get(event.pull)) is None:
             return
-        assert pull.mark is not None
+        assert pull.version is not None
         assert pull.held is not None
         assert pull.begun is not None
         pull.bytes_s = now - pull.begun.at_s
         self._times.bytes_end(pull.begun, now, event.num_bytes)
         if event.wrong is not None and event.wrong.is_incident:
             self._commands.add(ReportFailure(pull.source, event.wrong))
-        section, peer, fragment = pull.open.section, pull.open.peer, pull.fragment
+        group, peer, fragment = pull.open.group, pull.open.peer, pull.fragment
         if pull.source != peer:
             self._others.hosts.back_off.answered(pull.source)
         reference = self._others.reference_round()  # it may have taken long
-        found = self._lanes[fragment].merged.news(section, peer, pull.mark, reference)
+        found = self._states[fragment].merged.news(group, peer, pull.version, reference)
         if found is None:
             self._nothing_new(pull, now)
         else:
             news, earlier = found
-            self._commands.add(DecodePublication(pull.number, peer, section, fragment, pull.held, news, earlier))
+            self._commands.add(DecodePublication(pull.number, peer, group, fragment, pull.held, news, earlier))
 
     def decoded(self, event: PublicationDecoded[Payload], now: float) -> bool:
         """Add the decoded publication to those that wait to be merged. Return False if the pull was given up."""
         if (pull := self.by_number.get(event.pull)) is None:
             return False
-        assert pull.mark is not None
+        assert pull.version is not None
         assert pull.held is not None
-        lane, peer = self._lanes[pull.fragment], pull.open.peer
+        state, peer = self._states[pull.fragment], pull.open.peer
         pulled = ReceivedPublication(
-            section=pull.open.section,
+            group=pull.open.group,
             peer=peer,
-            mark=pull.mark,
+            version=pull.version,
             payload=event.payload,
             held=pull.held,
             pull_s=now - pull.asked_s,
             began_s=pull.began_s,
         )
-        lane.received.add(pulled)
-        lane.open.answered(peer)  # first this, since the preparation may find that it cannot be merged
-        self._settling.append(pull)
+        state.received.add(pulled)
+        state.open.answered(peer)  # first this, since the preparation may find that it cannot be merged
+        self._decoded.append(pull)
         return True
 
     # ------------------------------------------------------------- how it ends
 
-    def take_settling(self) -> Sequence[GossipPull[Held]]:
+    def take_decoded(self) -> Sequence[GossipPull[Held]]:
         """Return the decoded pulls, whose merges are now prepared, and forget them here."""
-        settling, self._settling = self._settling, []
-        return settling
+        decoded, self._decoded = self._decoded, []
+        return decoded
 
-    def settled(self, pull: GossipPull[Held], now: float) -> bool:
+    def end_prepared(self, pull: GossipPull[Held], now: float) -> bool:
         """End a pull whose merge is prepared. Return False if it had ended before."""
         if pull.number not in self.by_number:
             return False
         self._times.merged(now - pull.asked_s - pull.bytes_s)
         del self.by_number[pull.number]
-        self._lanes[pull.fragment].open.end(pull.open)
+        self._states[pull.fragment].open.end(pull.open)
         return True
 
     def _end(self, pull: GossipPull[Held], now: float) -> None:
@@ -220,11 +222,11 @@ class GossipPulls(Generic[Held, Payload, Ready]):
 
     def _nothing_new(self, pull: GossipPull[Held], now: float) -> None:
         self._end(pull, now)
-        self._lanes[pull.fragment].open.nothing_new(pull.open, now, pull.round_s)
+        self._states[pull.fragment].open.nothing_new(pull.open, now, pull.round_s)
 
     def _busy(self, pull: GossipPull[Held], now: float) -> None:
         self._end(pull, now)
-        self._lanes[pull.fragment].open.end(pull.open)
+        self._states[pull.fragment].open.end(pull.open)
         self._commands.add(PartnerBackedOff(pull.open.peer, self._others.back_off.busy(pull.open.peer, now)))
 
     def failed(self, event: PullFailed, now: float) -> None:
@@ -249,7 +251,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             return
         self._end(pull, now)
         is_silent = failure.kind == "silent"
-        if follows := self._lanes[pull.fragment].open.fail(pull.open, now, failure.reason, is_silent):
+        if follows := self._states[pull.fragment].open.fail(pull.open, now, failure.reason, is_silent):
             self._commands.add(PartnerBackedOff(peer, follows))
         if failure.is_incident:
             self._commands.add(ReportFailure(peer, failure))
@@ -258,10 +260,10 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         """Cancel the pulls that began before that time."""
         for pull in [pull for pull in self.by_number.values() if pull.open.began_s < before_s]:
             del self.by_number[pull.number]
-            self._lanes[pull.fragment].open.give_up(pull.open)
+            self._states[pull.fragment].open.give_up(pull.open)
             self._commands.add(CancelPull(pull.number))
 
     def stop(self) -> None:
         """Cancel all pulls."""
         self.give_up(math.inf)
-        self._settling = []
+        self._decoded = []

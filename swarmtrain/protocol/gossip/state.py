@@ -9,7 +9,7 @@ from swarmtrain.protocol.gossip.merged import MergedPublications
 from swarmtrain.protocol.gossip.messages import GossipCommand, Held, Payload, Ready, ReceivedPublication
 from swarmtrain.protocol.gossip.open_pulls import OpenPulls, Which
 from swarmtrain.protocol.gossip.peers import PartnerChoice
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 
 __all__ = ["CommandList", "FragmentState", "ReadyMerge", "ReceivedPublications"]
 
@@ -56,22 +56,22 @@ class ReceivedPublications(Generic[Held, Payload, Ready]):
     here: list[Which] = field(default_factory=list)
     """Section and peer of each item of `pulled`."""
     ready: ReadyMerge[Held, Payload, Ready] | None = None
-    _sections: list[Section] = field(default_factory=list)
+    _groups: list[GroupName] = field(default_factory=list)
 
     def hold(self, pulled: list[ReceivedPublication[Held, Payload]]) -> None:
         """Replace the waiting publications."""
-        self.pulled, self.here = pulled, [(each.section, each.peer) for each in pulled]
-        self._sections = [each.section for each in pulled]
+        self.pulled, self.here = pulled, [(each.group, each.peer) for each in pulled]
+        self._groups = [each.group for each in pulled]
 
     def add(self, pulled: ReceivedPublication[Held, Payload]) -> None:
         """Add a publication."""
         self.pulled.append(pulled)
-        self.here.append((pulled.section, pulled.peer))
-        self._sections.append(pulled.section)
+        self.here.append((pulled.group, pulled.peer))
+        self._groups.append(pulled.group)
 
-    def num_here(self, section: Section) -> int:
+    def num_here(self, group: GroupName) -> int:
         """Return how many publications of that section wait."""
-        return self._sections.count(section)
+        return self._groups.count(group)
 
     @property
     def has_more(self) -> bool:
@@ -102,6 +102,6 @@ class FragmentState(Generic[Held, Payload, Ready]):
     choice: PartnerChoice
     """Choice of the peers to ask."""
 
-    def may_want(self, section: Section, num_due: int) -> bool:
+    def may_want(self, group: GroupName, num_due: int) -> bool:
         """Return whether another pull may be needed: too little is here, or what is on its way may be slow."""
-        return self.received.num_here(section) < num_due or self.open.has_begun(section)
+        return self.received.num_here(group) < num_due or self.open.has_begun(group)

@@ -39,7 +39,7 @@ class PeerInfo:
     - `part`: the newest publication of its round (0: none yet); `part_tokens`: the tokens in it.
     - `steps_per_s`: its inner steps a second.
     - `loss`: mean training loss over its last round, nats per token (0: unknown).
-    - `settled`: the run is over, and the peer needs nothing more from others.
+    - `is_finished`: the run is over, and the peer needs nothing more from others.
     - `hidden`: nobody can dial it. It can be called only over connections that it has opened itself; its publications
       are served by its `hosts`.
     - `place`: in a pipeline, the stages that it holds and its speed there.
@@ -58,7 +58,7 @@ class PeerInfo:
     steps_per_s: float = 0.0
     loss: float = 0.0
     run_tokens: int = 0
-    settled: bool = False
+    is_finished: bool = False
     addresses: tuple[str, ...] = ()
     hidden: bool = False
     hosts: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ def still_needed_apart(membership: Membership, total_tokens: int) -> str:
         if info.is_bootstrap:
             if info.run_tokens < total_tokens:
                 return f"the archive of {info.name or info.peer} does not have the last weights yet"
-        elif live and info.training and not info.settled:
+        elif live and info.training and not info.is_finished:
             return f"{info.name or info.peer} does not have the last weights yet"
     return ""
 

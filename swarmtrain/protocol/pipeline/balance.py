@@ -40,7 +40,7 @@ __all__ = [
     "stages_for_joiner",
 ]
 
-_SETTLE_S = 60.0
+_COOLDOWN_S = 60.0
 """Seconds for which a peer stays after a move: its speed in the new place, and the others' since then, must be measured
 first."""
 
@@ -221,11 +221,11 @@ def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tu
 def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: float) -> tuple[bool, str]:
     """Return whether a peer that moved `since_s` seconds ago may make this change now; with the reason.
 
-    Within `_SETTLE_S` it may only give up a stage, or take one that nobody holds.
+    Within `_COOLDOWN_S` it may only give up a stage, or take one that nobody holds.
     """
     held = {stage for one in peers for stage in one.planned}
     can_wait = bool(change.enters) and held.issuperset(change.enters)
-    if since_s < _SETTLE_S and can_wait:
+    if since_s < _COOLDOWN_S and can_wait:
         return False, f"it has moved lately, and stays for now: {change.reason}"
     return True, change.reason
 

@@ -35,10 +35,10 @@ from swarmtrain.protocol.pipeline.messages import (
     MicrobatchDrawn,
     NoMicrobatch,
     NotTold,
-    PartDone,
-    PartFailed,
     PeersSeen,
     Retried,
+    StageCallDone,
+    StageCallFailed,
     Tell,
     TimeCame,
     ToldOf,
@@ -52,7 +52,7 @@ _BACKWARD_ATTEMPTS = 3
 """Attempts at a backward before the microbatch starts again at that stage."""
 _ALL_FAILED_S = 2.0
 """Pause before a microbatch starts again one stage earlier, after all peers of a stage have failed with its input."""
-_LOOK_S = 0.5
+_POLL_INTERVAL_S = 0.5
 """Seconds between two checks whether a stage has a peer that can be asked."""
 _AGAIN_S, _MOST_AGAIN_S = 0.5, 5.0
 """Pause before a call is repeated; for settlements it doubles each time, up to `_MOST_AGAIN_S`."""
@@ -101,7 +101,7 @@ class _Way(_Due):
     """Peer that computed each stage, and its key there."""
     attempts: list[int]
     """Number of the next attempt at each stage."""
-    lives: list[int]
+    incarnations: list[int]
     """Incarnation of the peer that computed each stage's gradient."""
     stage: int = 0
     goes_back: bool = False
@@ -132,7 +132,7 @@ class _Whom(NamedTuple):
 
     peer: str
     stage: int
-    life: int
+    incarnation: int
 
 
 @dataclass(slots=True, eq=False)
@@ -209,7 +209,7 @@ class DriverEngine:
         return next(iter(self._ways), self.next_sequence)
 
     @property
-    def is_settled(self) -> bool:
+    def has_told_all(self) -> bool:
         """True if every peer has confirmed what counts, or was given up."""
         return not self._settling
 
@@ -226,9 +226,9 @@ class DriverEngine:
 
     def receive(self, event: DrivingEvent, now: float) -> list[DrivingCommand]:
         """Return the commands that follow from an event."""
-        if isinstance(event, PartDone):
+        if isinstance(event, StageCallDone):
             self._done(event, now)
-        elif isinstance(event, PartFailed):
+        elif isinstance(event, StageCallFailed):
             self._failed(event, now)
         elif isinstance(event, TimeCame):
             self._time_came(now)
@@ -354,7 +354,7 @@ class DriverEngine:
             peer, _ = router.choose(now, way.tokens * WORK_SHARES[kind], way.asked)
             if peer is None:
                 next_s = router.next_s(now)
-                self._at(now + _LOOK_S if next_s is None else min(now + _LOOK_S, next_s), way)
+                self._at(now + _POLL_INTERVAL_S if next_s is None else min(now + _POLL_INTERVAL_S, next_s), way)
                 return
         assert peer is not None
         key = Key(self.me, way.sequence, way.attempts[stage])
@@ -390,7 +390,7 @@ class DriverEngine:
             wait.due_s = wait.way.call = None
         return wait
 
-    def _done(self, event: PartDone, now: float) -> None:
+    def _done(self, event: StageCallDone, now: float) -> None:
         """Continue a microbatch after an answer: to the next stage, on the way back, or to its end."""
         if (wait := self._ended(event.call)) is None:
             return
@@ -402,7 +402,7 @@ class DriverEngine:
             way.asked.clear()
             self._ask_there(way, now)
             return
-        way.lives[stage] = event.life
+        way.incarnations[stage] = event.incarnation
         if not way.goes_back:
             way.goes_back, way.loss = True, event.loss
         if not stage:
@@ -420,7 +420,7 @@ class DriverEngine:
             peer, key = place
             # The incarnation that computed the gradient is named: a peer that died, came back and was asked again by a
             # late call once took a repeated acknowledgement for that call's (decision 26).
-            self._settling_of(_Whom(peer, stage, way.lives[stage])).acknowledged[key] = way.loss
+            self._settling_of(_Whom(peer, stage, way.incarnations[stage])).acknowledged[key] = way.loss
         self._out.append(Back(way.sequence, way.loss))
 
     def _timed_out(self, wait: _Wait, now: float) -> None:
@@ -432,7 +432,7 @@ class DriverEngine:
         self.routers[wait.stage - 1].timed_out(wait.peer, now, took_s, wait.work_tokens)
         self._ask_otherwise(wait, "unreachable", f"no answer within {min(took_s, wait.limit_s):.1f} s", now)
 
-    def _failed(self, event: PartFailed, now: float) -> None:
+    def _failed(self, event: StageCallFailed, now: float) -> None:
         """Report a failed call to the stage's router, and ask otherwise."""
         if (wait := self._ended(event.call)) is None:
             return
@@ -462,7 +462,7 @@ class DriverEngine:
             if stage:
                 self._ask_there(way, now)
             else:
-                self._at(now + _LOOK_S, way)
+                self._at(now + _POLL_INTERVAL_S, way)
             return
         if way.goes_back:
             self._ask_back_otherwise(wait, why, reason, now)
@@ -472,7 +472,7 @@ class DriverEngine:
             self._give_up(way)
             rest = _Rest()
             self._rests.add(rest)
-            self._at(now + _LOOK_S, rest)
+            self._at(now + _POLL_INTERVAL_S, rest)
             self._out.append(Back(way.sequence, 0.0, reason))
             return
         way.asked.add(wait.peer)
@@ -531,7 +531,7 @@ class DriverEngine:
         acknowledged = itertools.islice(settling.acknowledged.items(), _MOST_SETTLED)
         said = tuple(Acknowledged(key, loss) for key, loss in acknowledged)
         dropped = tuple(itertools.islice(settling.dropped, _MOST_SETTLED))
-        settling.said = Settlement(whom.life, said, dropped, self._settled_before(whom))
+        settling.said = Settlement(whom.incarnation, said, dropped, self._oldest_unreported(whom))
         settling.call, self._telling[call] = call, settling
         self._said_s[whom.peer, whom.stage] = now
         self._at(now + _SETTLE_LIMIT_S, settling)
@@ -581,7 +581,7 @@ class DriverEngine:
         if self._ways:
             self._at(now + _HERE_S, self._word)
 
-    def _settled_before(self, whom: _Whom) -> int:
+    def _oldest_unreported(self, whom: _Whom) -> int:
         """Return the oldest microbatch of which that peer must keep anything.
 
         An acknowledged one is kept until the peer has confirmed it, because the acknowledgement may have to be

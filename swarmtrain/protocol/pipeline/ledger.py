@@ -107,11 +107,12 @@ class Acknowledged(NamedTuple):
 class Settlement:
     """Message of a driver about its microbatches: which count, which do not, and the first of which it needs anything.
 
-    `life` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and restarted since
+    `incarnation` is the incarnation of the peer that computed the acknowledged gradients. A peer that died and
+    restarted since
     then does not have them, and must not count what it may have computed again for a call that was under way for long.
     """
 
-    life: int
+    incarnation: int
     acknowledged: tuple[Acknowledged, ...]
     dropped: tuple[Key, ...]
     oldest_open: int
@@ -225,8 +226,8 @@ class _Driver:
 class StageLedger:
     """Microbatches of one peer of a stage. Not thread-safe."""
 
-    def __init__(self, limits: LedgerLimits, life: int = 0) -> None:
-        self.limits, self.life = limits, life
+    def __init__(self, limits: LedgerLimits, incarnation: int = 0) -> None:
+        self.limits, self.incarnation = limits, incarnation
         self.version = 0
         """Version of the weights: the number of steps taken."""
         self.counted_tokens = 0
@@ -394,7 +395,7 @@ class StageLedger:
 
     def settle(self, driver: str, settlement: Settlement, now: float) -> set[Key]:
         """Apply a driver's settlement. Return the acknowledged microbatches that cannot count any more."""
-        mine = settlement.life == self.life
+        mine = settlement.incarnation == self.incarnation
         late = {key for key, loss in settlement.acknowledged if not (mine and self.acknowledge(key, loss, now))}
         for key in settlement.dropped:
             self.drop(key)
@@ -435,7 +436,7 @@ class StageLedger:
             if self._closed is None and self._filling.members:
                 self._close(now)
             if self._closed is not None:
-                self._settle(self._closed, now)
+                self._step_if_acknowledged(self._closed, now)
             if now >= self._silent_s:
                 self._forget_silent(now)
         return self._due.popleft() if self._due else None
@@ -446,7 +447,7 @@ class StageLedger:
         return self._pressed and self._closed is None
 
     @property
-    def has_settled(self) -> bool:
+    def has_nothing_open(self) -> bool:
         """True if no batch has a gradient that may enter a step."""
         return self._closed is None and not self._filling.members
 
@@ -460,7 +461,7 @@ class StageLedger:
             self._closed, self._filling = self._filling, _Batch(self._filling.number + 1)
             self._closed.closed_s = now
 
-    def _settle(self, closed: _Batch, now: float) -> None:
+    def _step_if_acknowledged(self, closed: _Batch, now: float) -> None:
         """Take the step of the closed batch if all of it is acknowledged, or take out what is late and step
         without it."""
         if closed.num_waiting and now < closed.closed_s + self.limits.ack_wait_s:

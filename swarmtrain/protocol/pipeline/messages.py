@@ -22,11 +22,11 @@ __all__ = [
     "MicrobatchDrawn",
     "NoMicrobatch",
     "NotTold",
-    "PartDone",
-    "PartFailed",
     "PeersSeen",
     "Retried",
     "Shut",
+    "StageCallDone",
+    "StageCallFailed",
     "Tell",
     "TimeCame",
     "ToldOf",
@@ -68,17 +68,18 @@ class PeersSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class PartDone:
-    """A call was answered by a peer; `life` numbers that peer's process since its last start. `loss`: mean nats per
+class StageCallDone:
+    """A call was answered by a peer; `incarnation` numbers that peer's process since its last start. `loss`: mean nats
+    per
     token, of the last stage."""
 
     call: int
-    life: int
+    incarnation: int
     loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class PartFailed:
+class StageCallFailed:
     """A call has no result."""
 
     call: int
@@ -120,7 +121,16 @@ class TimeCame:
 
 
 DrivingEvent: TypeAlias = (
-    MicrobatchDrawn | NoMicrobatch | PeersSeen | PartDone | PartFailed | GiveUp | ToldOf | NotTold | Shut | TimeCame
+    MicrobatchDrawn
+    | NoMicrobatch
+    | PeersSeen
+    | StageCallDone
+    | StageCallFailed
+    | GiveUp
+    | ToldOf
+    | NotTold
+    | Shut
+    | TimeCame
 )
 
 

@@ -261,8 +261,8 @@ class MoveEngine:
         if not asked.is_known:
             return StayAnswer(asked.stage, 0.0, f"nobody here knows that you hold stage {asked.stage}")
         request = LeaseRequest(stage=asked.stage, mover=asked.mover, anchor=self.me, asked_s=now)
-        promise, reason = self.stays.asked(request, asked.holds, now)
-        return StayAnswer(asked.stage, 0.0 if promise is None else promise.lasts_s, reason)
+        lease, reason = self.stays.asked(request, asked.holds, now)
+        return StayAnswer(asked.stage, 0.0 if lease is None else lease.lasts_s, reason)
 
     def _ask(self, move: _Move, stage: int, now: float) -> list[MoveCommand]:
         """Ask an anchor to stay in this stage, or give up the move."""

@@ -89,21 +89,21 @@ class StageLeases:
         self._leaving.setdefault(stage, None)
         return True, f"nobody was promised that it stays in stage {stage}"
 
-    def promised(self, promise: StageLease) -> None:
+    def promised(self, lease: StageLease) -> None:
         """Record a lease that this peer received."""
-        if promise.request.mover == self.me and promise.request.stage in self._leaving:
-            self._leaving[promise.request.stage] = promise
+        if lease.request.mover == self.me and lease.request.stage in self._leaving:
+            self._leaving[lease.request.stage] = lease
 
     def may_leave(self, stage: int, now: float) -> tuple[bool, str]:
         """Return whether this peer may leave the stage at this moment, with the reason."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage}"
-        promise = self._leaving.get(stage)
-        if promise is None:
+        lease = self._leaving.get(stage)
+        if lease is None:
             return False, f"nobody has promised to stay in stage {stage}"
-        if not promise.holds(now):
+        if not lease.holds(now):
             return False, f"the promise to stay in stage {stage} has ended: it asks again"
-        return True, f"{short_peer(promise.request.anchor)} stays in stage {stage}"
+        return True, f"{short_peer(lease.request.anchor)} stays in stage {stage}"
 
     def over(self, stage: int) -> None:
         """Record that this peer has left the stage or does not want to leave it any more."""

@@ -181,7 +181,7 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 class Stands:
     """Position of each peer on the chains. This peer (`me`) stands on the head of its own."""
 
-    told: Mapping[str, str] = field(default_factory=dict)
+    advertised: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
     me: str = ""
     is_away: bool = False
@@ -189,7 +189,7 @@ class Stands:
     unheard: frozenset[str] = frozenset()
     """Live peers that have not answered yet."""
     known: Mapping[str, Chain] = field(default_factory=dict)
-    """Chains that end with the rosters in `told`, by digest."""
+    """Chains that end with the rosters in `advertised`, by digest."""
 
 
 def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
@@ -219,9 +219,13 @@ def chain_holds(theirs: Chain, ours: Chain, stands: Stands) -> bool:
         return chain is not None and head in chain
 
     gone_on = {
-        peer for peer, digest in stands.told.items() if digest in their_digests or is_beyond(digest, theirs.digest)
+        peer
+        for peer, digest in stands.advertised.items()
+        if digest in their_digests or is_beyond(digest, theirs.digest)
     } - {stands.me}
-    staying = {peer for peer, digest in stands.told.items() if digest in own_digests or is_beyond(digest, ours.digest)}
+    staying = {
+        peer for peer, digest in stands.advertised.items() if digest in own_digests or is_beyond(digest, ours.digest)
+    }
     staying = (staying - gone_on) | (stands.unheard - _authors(their_signed))
     if stands.me:
         is_nowhere = stands.is_away and (not our_branch or common is None)
@@ -308,7 +312,7 @@ class ChainView:
         for digest in chains:
             is_ours = best is self.ours  # otherwise this peer has left its own, and what the unheard do is unknown
             stands = Stands(
-                told=self.stands,
+                advertised=self.stands,
                 me=self.me,
                 is_away=self.is_away,
                 unheard=self.unheard if is_ours else frozenset(),
@@ -322,7 +326,7 @@ class ChainView:
 def chain_view(
     ours: Chain,
     shown: Mapping[str, Chain],
-    told: Mapping[str, tuple[float, AdvertisedRound] | None],
+    advertised: Mapping[str, tuple[float, AdvertisedRound] | None],
     *,
     since_s: float,
     me: str,
@@ -333,7 +337,7 @@ def chain_view(
     An older answer of a peer that was on our chain does not count: the peer may have advanced since.
     """
     heads, stands, unheard = dict[str, Roster](), dict[str, str](), set[str]()
-    for peer, one in told.items():
+    for peer, one in advertised.items():
         last = None if one is None else one[1].last
         digest = "" if last is None else last.digest
         if one is None or (one[0] < since_s and digest in ours):

@@ -385,14 +385,14 @@ class RoundEngine(Generic[Envelope, Link]):
         """Describe the situation for `decide`."""
         heard_at_s = self.membership.heard_at_s()
         distrusted = known.distrusted.intersection(heard_at_s)
-        told = self.hearsay.of_those_who_train(distrusted)
+        advertised = self.hearsay.of_those_who_train(distrusted)
         found = standings(
             None if self.last is None else self.last.roster,
             known.round,
-            told,
+            advertised,
             since_s=known.started_s,
             undeliverable=known.undeliverable,
-            holds=self.hearsay.in_round(told, known.started_s).holds,
+            holds=self.hearsay.in_round(advertised, known.started_s).holds,
         )
         return RoundView(
             me=self.me,
@@ -492,7 +492,7 @@ class RoundEngine(Generic[Envelope, Link]):
         change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
         if asked.of is not None:
-            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.told), self.round, now)
+            went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.advertised), self.round, now)
             return [*commands, *self._caught_up(went_on, now)]
         assert self._ending is not None
         return [*commands, *self._read(self._ending, asked, reply, now)]

@@ -51,7 +51,7 @@ class RoundQuestion:
 class PeerReply(Generic[Envelope, Link]):
     """Answer of another peer, with its signatures checked."""
 
-    told: AdvertisedRound
+    advertised: AdvertisedRound
     inner_steps_done: int = 0
     away: bool = False
     """True if the peer has said goodbye."""
@@ -225,13 +225,13 @@ class SurveyPeers:
 
 @dataclass(frozen=True, slots=True)
 class SearchState:
-    """Find the state that holds against this peer's and all others', among those of the peers in `told`.
+    """Find the state that holds against this peer's and all others', among those of the peers in `advertised`.
 
     Only a state with more than `above_tokens` tokens counts. If not `fetches`, only have the peers show their chains.
     """
 
     search: int
-    told: Mapping[str, AdvertisedRound]
+    advertised: Mapping[str, AdvertisedRound]
     above_tokens: int = 0
     fetches: bool = True
 
@@ -407,7 +407,7 @@ class PeersSurveyed:
     """Ends `SurveyPeers`: what the peers advertise; those that did not answer are missing."""
 
     search: int
-    told: Mapping[str, AdvertisedRound]
+    advertised: Mapping[str, AdvertisedRound]
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,13 +431,13 @@ class JoinsWith(Enum):
 
 @dataclass(frozen=True, slots=True)
 class JoinDecided:
-    """Ends `Join`. `number` is that of the downloaded state, if any; `told` is what the peers advertise that
+    """Ends `Join`. `number` is that of the downloaded state, if any; `advertised` is what the peers advertise that
     answered."""
 
     search: int
     begins: JoinsWith
     number: int | None
-    told: Mapping[str, AdvertisedRound]
+    advertised: Mapping[str, AdvertisedRound]
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,21 +248,21 @@ def worst_roster(rosters: Sequence[Roster]) -> Roster | None:
 
 
 def standing(
-    applied: Roster | None, round: int, told: AdvertisedRound, holds: Callable[[Roster | None], bool]
+    applied: Roster | None, round: int, advertised: AdvertisedRound, holds: Callable[[Roster | None], bool]
 ) -> Standing:
-    """Return how a volunteer that advertises `told` stands to a peer in `round` that applied `applied` last.
+    """Return how a volunteer that advertises `advertised` stands to a peer in `round` that applied `applied` last.
 
     `holds` says whether a roster's weights hold against this peer's (`ChainView.holds`).
     """
     base = "" if applied is None else applied.digest
-    if holds(told.last):
-        assert told.last is not None
-        fits = told.last.round == round and told.last.base == base
+    if holds(advertised.last):
+        assert advertised.last is not None
+        fits = advertised.last.round == round and advertised.last.base == base
         return Standing.AHEAD if fits else Standing.FAR_AHEAD
-    their_base = "" if told.last is None else told.last.digest
+    their_base = "" if advertised.last is None else advertised.last.digest
     if their_base == base:
-        return Standing.WITH_US if told.participating or told.round != round else Standing.GUEST
-    one_behind = applied is not None and their_base == applied.base and told.round == round - 1
+        return Standing.WITH_US if advertised.participating or advertised.round != round else Standing.GUEST
+    one_behind = applied is not None and their_base == applied.base and advertised.round == round - 1
     return Standing.BEHIND if one_behind else Standing.GUEST
 
 
@@ -277,7 +277,7 @@ class Standings:
 def standings(
     applied: Roster | None,
     round: int,
-    told: Mapping[str, tuple[float, AdvertisedRound] | None],
+    advertised: Mapping[str, tuple[float, AdvertisedRound] | None],
     *,
     since_s: float,
     undeliverable: Container[str],
@@ -289,9 +289,9 @@ def standings(
     peer of which nothing is known stands `WITH_US`. Peers whose weights could not be fetched (`undeliverable`) count as
     `GUEST`.
     """
-    with_us, their_last = set(told), set[str]()
+    with_us, their_last = set(advertised), set[str]()
     rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
-    for peer, one in told.items():
+    for peer, one in advertised.items():
         if one is None or (one[0] < since_s and not holds(one[1].last)):
             continue
         last_told = one[1]

@@ -41,7 +41,7 @@ class Hearsay(Generic[Envelope, Link]):
 
     membership: Membership
     chains: Chains[Link]
-    told: dict[str, tuple[float, AdvertisedRound]] = field(default_factory=dict)
+    advertised: dict[str, tuple[float, AdvertisedRound]] = field(default_factory=dict)
     """Each peer's newest advertised round, and when it was received."""
     listening_since_s: float = -math.inf
     """Time since which this process has run without a gap."""
@@ -50,18 +50,18 @@ class Hearsay(Generic[Envelope, Link]):
 
     def last_of(self, peer: str) -> Roster | None:
         """Return the roster that `peer` says it applied last; None if it has applied none, or is unknown."""
-        one = self.told.get(peer)
+        one = self.advertised.get(peer)
         return None if one is None else one[1].last
 
     def forget(self, peer: str) -> None:
         """Forget a peer that has been gone for long."""
-        self.told.pop(peer, None)
+        self.advertised.pop(peer, None)
         self._chain_asked_s.pop(peer, None)
 
     def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> str:
         """Return what is wrong with an answer, in words; "" if nothing."""
-        told, last = reply.told, reply.told.last
-        if told.round != (0 if last is None else last.round + 1):
+        advertised, last = reply.advertised, reply.advertised.last
+        if advertised.round != (0 if last is None else last.round + 1):
             return "a peer in another round than its last roster leads to"
         if reply.last is not None and (found := self.chains.wrong_with(reply.last.roster)):
             return found
@@ -80,13 +80,13 @@ class Hearsay(Generic[Envelope, Link]):
 
         A peer that was asked for its chain and shows none runs an older version, and only its last roster is recorded.
         """
-        told = reply.told
+        advertised = reply.advertised
         done = min(reply.inner_steps_done, _MOST_STEPS)
-        self.membership.heard(peer, now, round=told.round, inner_steps_done=done)
-        self.told[peer] = (now, told)
-        if asked_for_chain and told.last is not None and told.last.digest not in self.chains.chain:
+        self.membership.heard(peer, now, round=advertised.round, inner_steps_done=done)
+        self.advertised[peer] = (now, advertised)
+        if asked_for_chain and advertised.last is not None and advertised.last.digest not in self.chains.chain:
             if reply.shown is None:
-                self.chains.keep_head(told.last)
+                self.chains.keep_head(advertised.last)
             else:
                 self.chains.keep(reply.shown)
         return self.membership.left(peer, now) if reply.away else None
@@ -104,16 +104,16 @@ class Hearsay(Generic[Envelope, Link]):
 
     def of_those_who_train(self, but: Collection[str] = ()) -> dict[str, tuple[float, AdvertisedRound] | None]:
         """Return what each live volunteer has advertised, and when; None for one that has not answered yet."""
-        return {peer: self.told.get(peer) for peer in self.membership.heard_at_s() if peer not in but}
+        return {peer: self.advertised.get(peer) for peer in self.membership.heard_at_s() if peer not in but}
 
-    def in_round(self, told: Mapping[str, tuple[float, AdvertisedRound] | None], since_s: float) -> ChainView:
+    def in_round(self, advertised: Mapping[str, tuple[float, AdvertisedRound] | None], since_s: float) -> ChainView:
         """Compare the chains for a peer in the middle of a round that began at `since_s`."""
         me, is_away = self.membership.me, self.listening_since_s > since_s
-        return chain_view(self.chains.chain, self.chains.shown, told, since_s=since_s, me=me, is_away=is_away)
+        return chain_view(self.chains.chain, self.chains.shown, advertised, since_s=since_s, me=me, is_away=is_away)
 
-    def view(self, told: Mapping[str, AdvertisedRound], me: str) -> ChainView:
+    def view(self, advertised: Mapping[str, AdvertisedRound], me: str) -> ChainView:
         """Compare the chains for a peer that joins or comes back, or for an archive."""
-        now = {peer: (0.0, one) for peer, one in told.items()}
+        now = {peer: (0.0, one) for peer, one in advertised.items()}
         return chain_view(self.chains.chain, self.chains.shown, now, since_s=0.0, me=me, is_away=True)
 
 
@@ -133,7 +133,7 @@ class PeerSurvey:
 
     search: int
     open: set[int] = field(default_factory=set)
-    told: dict[str, AdvertisedRound] = field(default_factory=dict)
+    advertised: dict[str, AdvertisedRound] = field(default_factory=dict)
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Search(Generic[Envelope, Link]):
     """Round of the peer that searches."""
     me: str
     """"" for an archive, whose weights count for no chain."""
-    told: Mapping[str, AdvertisedRound]
+    advertised: Mapping[str, AdvertisedRound]
     above_tokens: int
     """Tokens that a state must exceed."""
     fetches: bool
@@ -202,7 +202,7 @@ class Search(Generic[Envelope, Link]):
 
     def __post_init__(self) -> None:
         standing: dict[str, list[str]] = {}
-        for peer, one in self.told.items():
+        for peer, one in self.advertised.items():
             if one.last is not None:
                 standing.setdefault(one.last.digest, []).append(peer)
         for peers in standing.values():
@@ -221,12 +221,12 @@ class Search(Generic[Envelope, Link]):
 
     def choose(self) -> bool:
         """Choose the chain that holds. Return False if it is this peer's own, or has too few tokens."""
-        now = self.hearsay.told  # peers may have advanced since they were surveyed
-        self.told = {peer: now[peer][1] if peer in now else before for peer, before in self.told.items()}
-        self.best = best = self.hearsay.view(self.told, self.me).best
+        now = self.hearsay.advertised  # peers may have advanced since they were surveyed
+        self.advertised = {peer: now[peer][1] if peer in now else before for peer, before in self.advertised.items()}
+        self.best = best = self.hearsay.view(self.advertised, self.me).best
         if best is None or best.head is None or best.head.total_tokens <= self.above_tokens:
             return False
-        lasts = {peer: one.last.digest for peer, one in self.told.items() if one.last is not None}
+        lasts = {peer: one.last.digest for peer, one in self.advertised.items() if one.last is not None}
         holders = [peer for peer, digest in lasts.items() if digest == best.digest]
         ours = self.hearsay.chains.chain
         # If no holder delivers, a peer further back on the chain may give an older state of it.
@@ -254,7 +254,7 @@ class Search(Generic[Envelope, Link]):
         assert self.best is not None
         if roster.digest not in self.best:
             last = self.hearsay.last_of(source)
-            chain = None if last is None else self.hearsay.view(self.told, self.me).chain_of(last)
+            chain = None if last is None else self.hearsay.view(self.advertised, self.me).chain_of(last)
             if chain is None or self.best.digest not in chain or roster.digest not in chain:
                 return False
         return roster.total_tokens > self.above_tokens
@@ -312,7 +312,7 @@ class StateSearches(Generic[Envelope, Link]):
         self._hearsay, self._questions, self._me, self._rng = hearsay, questions, me, rng
         self._fetching: dict[int, _Fetching[Envelope, Link]] = {}
         self._joining: ev.Join | None = None
-        self._join_told: Mapping[str, AdvertisedRound] = {}
+        self._join_advertised: Mapping[str, AdvertisedRound] = {}
         self._join_tries = 0
 
     def survey(self, event: ev.SurveyPeers, round: int, now: float) -> _Commands[Envelope]:
@@ -330,7 +330,7 @@ class StateSearches(Generic[Envelope, Link]):
     def seek(self, event: ev.SearchState, round: int, now: float) -> _Commands[Envelope]:
         """Search for the state that holds."""
         search = Search(
-            self._hearsay, event.search, round, self._me, event.told, event.above_tokens, event.fetches, self._rng
+            self._hearsay, event.search, round, self._me, event.advertised, event.above_tokens, event.fetches, self._rng
         )
         return self._seek_on(search, now)
 
@@ -356,19 +356,19 @@ class StateSearches(Generic[Envelope, Link]):
         self,
         of: Asker[Envelope, Link],
         number: int,
-        told: tuple[str, AdvertisedRound] | None,
+        advertised: tuple[str, AdvertisedRound] | None,
         round: int,
         now: float,
     ) -> _Commands[Envelope]:
-        """Continue the search or survey that an answered or failed (`told` is None) question belongs to."""
+        """Continue the search or survey that an answered or failed (`advertised` is None) question belongs to."""
         if isinstance(of, PeerSurvey):
             of.open.discard(number)
-            of.told.update([] if told is None else [told])
+            of.advertised.update([] if advertised is None else [advertised])
             return [] if of.open else self._surveyed(of, round, now)
         if of.source is None:
             assert isinstance(of, Search)
             return self._seek_on(of, now)
-        return self._fetch_failed(of) if told is None else self._judge(of)
+        return self._fetch_failed(of) if advertised is None else self._judge(of)
 
     def fetch_went_on(
         self, event: ev.StateOffered[Envelope] | ev.StateNotFetched | ev.StateDownloaded, now: float
@@ -403,11 +403,11 @@ class StateSearches(Generic[Envelope, Link]):
         """End a survey, or continue the join that it belongs to."""
         join = self._joining
         if join is None or join.search != survey.search:
-            return [ev.PeersSurveyed(survey.search, survey.told)]
-        self._join_told = survey.told
-        if join.peers and not survey.told:  # silence of all peers does not show that they have nothing
+            return [ev.PeersSurveyed(survey.search, survey.advertised)]
+        self._join_advertised = survey.advertised
+        if join.peers and not survey.advertised:  # silence of all peers does not show that they have nothing
             return self._joined(join, False, None)
-        return self.seek(ev.SearchState(join.search, survey.told), round, now)
+        return self.seek(ev.SearchState(join.search, survey.advertised), round, now)
 
     def _sought(self, search: int, is_ours: bool, number: int | None) -> _Commands[Envelope]:
         """End a search, or the join that it belongs to."""
@@ -430,7 +430,7 @@ class StateSearches(Generic[Envelope, Link]):
         if begins is not ev.JoinsWith.NOTHING_YET:
             self._join_tries = 0
         self._joining = None
-        return [ev.JoinDecided(join.search, begins, number, self._join_told)]
+        return [ev.JoinDecided(join.search, begins, number, self._join_advertised)]
 
     def _judge(self, of: _Fetching[Envelope, Link]) -> _Commands[Envelope]:
         """Download the offered state, or try the next source."""

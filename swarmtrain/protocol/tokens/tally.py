@@ -207,7 +207,7 @@ class Tally:
         known = sum(max(counts.get(peer, 0), self.tokens(peer)) for peer in (here | counts.keys()) - {ALL_OTHERS})
         return {**counts, ALL_OTHERS: max(0, sum(counts.values()) - known)}
 
-    def bring(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
+    def adopt(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
         """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that were
         taken.
 

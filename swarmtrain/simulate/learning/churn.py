@@ -79,7 +79,7 @@ class Comer(Protocol):
     name: str
     learner: Learner
     trainer: Replica
-    lanes: list[LearningFragment]
+    fragments: list[LearningFragment]
     rng: random.Random
     coverage: Coverage | None
     start: Start
@@ -113,7 +113,7 @@ class Comer(Protocol):
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> object:
         """Schedule a call on the world's clock; it is dropped if the volunteer has gone by then."""
 
-    def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
+    def receive_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
         """Merge another's rows of which data were seen."""
 
 
@@ -167,20 +167,23 @@ def _taken(peer: Comer) -> int:
 
     For each number of the model the most that any other has taken, then the mean of that, in whole steps.
     """
-    sizes = [lane.fragment.layout.size for lane in peer.lanes]
+    sizes = [fragment.fragment.layout.size for fragment in peer.fragments]
     others = [other for other in peer.world.peers if other is not peer]
-    taken = [max((_taken_of(peer, lane, other) for other in others), default=0) for lane in peer.lanes]
+    taken = [max((_taken_of(peer, fragment, other) for other in others), default=0) for fragment in peer.fragments]
     mean = sum(each * size for each, size in zip(taken, sizes, strict=True)) / sum(sizes)
     step_tokens = peer.world.setting.run.tokens_per_step
     return int(mean // step_tokens) * step_tokens
 
 
-def _taken_of(peer: Comer, lane: LearningFragment, by: Comer) -> int:
+def _taken_of(peer: Comer, fragment: LearningFragment, by: Comer) -> int:
     """Return the same for one fragment and one other volunteer."""
     engine = by.gossip.engine
-    marks = [engine.merged_mark(lane.number, peer.name), engine.pulled_mark(lane.number, peer.name)]
+    versions = [engine.merged_version(fragment.number, peer.name), engine.pulled_version(fragment.number, peer.name)]
     of_round = peer.trainer.rounds.of_round
-    return max((of_round(lane.number, mark.round, mark.tokens) for mark in marks if mark is not None), default=0)
+    return max(
+        (of_round(fragment.number, version.round, version.tokens) for version in versions if version is not None),
+        default=0,
+    )
 
 
 def _come(peer: Comer) -> None:
@@ -205,8 +208,8 @@ def takes_state(peer: Comer) -> bool:
         return False
     if peer in peer.world.honest:
         _count(peer)
-    for lane in peer.lanes:
-        lane.newest = lane.weights = None
+    for fragment in peer.fragments:
+        fragment.newest = fragment.weights = None
     _take_state(peer, others)
     return True
 
@@ -248,10 +251,10 @@ def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int
 
 def _begin_with(peer: Comer, taken: _Taken, rows: Mapping[str, Sequence[CoverageRow]]) -> None:
     for name, told in rows.items():
-        peer.hear_rows(name, told)
+        peer.receive_rows(name, told)
     peer.learner.comes_late()
-    for lane in peer.lanes:
-        lane.robustness.comes_back()
+    for fragment in peer.fragments:
+        fragment.robustness.comes_back()
     peer.gossip.tell(taken.event)
     peer.trainer.state = taken.state
     peer.trainer.progress = Progress(round=taken.event.round, run_tokens=peer.world.tokens)

@@ -11,7 +11,7 @@ from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.peer.merging.robustness import Robustness
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, SectionBytes
+from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes
 from swarmtrain.protocol.tokens.shards import CoverageRow
 from swarmtrain.run import GradientFormat
 
@@ -25,7 +25,7 @@ class Published:
     It travels in the format that the run file says.
     """
 
-    mark: PublicationVersion
+    version: PublicationVersion
     vector: Tensor
     num_bytes: int
     format: GradientFormat | None = None
@@ -42,7 +42,7 @@ class LearningFragment:
 
     number: int
     fragment: Fragment
-    sizes: Mapping[GradientFormat, SectionBytes]
+    sizes: Mapping[GradientFormat, PublicationBytes]
     robustness: Robustness
     codec: PublicationCodec
     newest: Published | None = field(default=None, init=False)
@@ -62,13 +62,15 @@ class LearningFragment:
         num_bytes = next(iter(self.sizes.values())).weights
         self.weights = Published(PublicationVersion(round, 0, 0), theta, num_bytes)
 
-    def brought(self, mark: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
+    def brought(self, version: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
         """Set the newest pseudo-gradient (Q,) of its round so far."""
-        self.newest = Published(mark, gradient, self.sizes[format].gradient, format)
+        self.newest = Published(version, gradient, self.sizes[format].gradient, format)
 
-    def newer(self, section: Section, known: PublicationVersion | None) -> Published | None:
+    def newer(self, group: GroupName, known: PublicationVersion | None) -> Published | None:
         """Return the newest publication of a section; None if the reader has it."""
-        found = self.weights if section in self.codec.averaged else self.newest
-        if found is None or (known is not None and (found.mark.round, found.mark.part) <= (known.round, known.part)):
+        found = self.weights if group in self.codec.averaged else self.newest
+        if found is None or (
+            known is not None and (found.version.round, found.version.part) <= (known.round, known.part)
+        ):
             return None
         return found

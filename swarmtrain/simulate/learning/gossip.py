@@ -22,9 +22,9 @@ from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.network.sections import rules_of, sections_of
 from swarmtrain.network.snapshots.download import ATTEMPTS
 from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.network.tensor_groups import groups_of, rules_of
 from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness, apart
 from swarmtrain.peer.merging.updates import Gathered, LocalUpdate
@@ -58,7 +58,7 @@ from swarmtrain.protocol.gossip.messages import (
     ReportFailure,
 )
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.shards import Coverage, CoverageRow
 from swarmtrain.simulate.clock import Clock, Timer
@@ -134,14 +134,14 @@ class VirtualRunner:
                 self._ask(command)
             case DownloadPublication(_, source, held):  # the bytes follow the reply
                 asked_s, author = self.world.clock.now - self.world.setting.rtt_s, self.world.by_name[source]
-                self.bring(command, author.num_lives, held.num_bytes, ATTEMPTS, asked_s)
+                self.download(command, author.num_lives, held.num_bytes, ATTEMPTS, asked_s)
             case DecodePublication(pull, author):
                 try:
                     arrival = self.peer.arrival_untrusted(command)
                 except BadBytesError as error:
                     self.tell(PullFailed(pull, PullFailure(str(error), is_incident=True, is_authors=True)))
                 else:
-                    self.peer.hear_rows(author, command.held.rows)
+                    self.peer.receive_rows(author, command.held.rows)
                     self.tell(PublicationDecoded(pull, arrival))
             case PrepareMerge(number):
                 self.tell(MergePrepared(number, command))
@@ -168,7 +168,7 @@ class VirtualRunner:
         is_gone = author.num_lives != num_lives
         self.tell(PullFailed(event.pull, PullFailure("it has gone")) if is_gone else event)
 
-    def bring(
+    def download(
         self,
         one: DownloadPublication[Published],
         num_lives: int,
@@ -190,7 +190,7 @@ class VirtualRunner:
         asked_s = world.clock.now if asked_s is None else asked_s
         arrives_s = world.wire.arrives_s(asked_s, author.name, self.peer.name, come_bytes, rng)
         if breaks and attempts > 1:
-            self._call_at(arrives_s, self.bring, one, num_lives, left_bytes - come_bytes, attempts - 1)
+            self._call_at(arrives_s, self.download, one, num_lives, left_bytes - come_bytes, attempts - 1)
             return
         if breaks:
             event = PullFailed(one.pull, PullFailure("its transfers break off"))
@@ -225,18 +225,18 @@ class LearningPeer:
         self.info, self.so_far_since_s = PeerInfo(peer=self.name), 0.0
         """Record that it announced last, and when."""
         self.naming = Naming(world.told)
-        self.lanes = [world.lane(fragment, self.naming) for fragment in range(len(world.fragments))]
-        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
+        self.fragments = [world.fragment(fragment, self.naming) for fragment in range(len(world.fragments))]
+        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.fragments))
 
     def forget(self) -> None:
         """Forget all that a process holds and no checkpoint keeps."""
         merged = self.gossip.engine.rows()
-        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.lanes))
+        self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.fragments))
         self.gossip.engine.load(merged)
         # Setting the state gives up what was trained since the last merges, as a kill does.
         self.trainer.state = self.trainer.state
-        for lane in self.lanes:
-            lane.forget(self.world.codec(lane.number))
+        for fragment in self.fragments:
+            fragment.forget(self.world.codec(fragment.number))
 
     @property
     def round(self) -> int:
@@ -246,7 +246,7 @@ class LearningPeer:
     def begin(self) -> None:
         """Begin a round: schedule its publications, merges and end."""
         setting, clock = self.world.setting, self.world.clock
-        self.began_s, is_anew = clock.now, self.lanes[0].weights is None
+        self.began_s, is_anew = clock.now, self.fragments[0].weights is None
         self.enter(self._next_start(), self.world.tokens)
         step_s = setting.step_s[self.number]
         for moment in self.start.publish_after:
@@ -280,9 +280,9 @@ class LearningPeer:
 
     def _next_start(self) -> Start:
         """Return how its next round begins. Before its first round has ended it does not know its speed."""
-        setting, section = self.world.setting, self.world.setting.run.merge
-        others, most = [peer for peer in self.world.live if peer is not self], section.publications_per_round
-        steps, everybodys, round_s = first_inner_steps(section.inner_steps, paced=section.pacing), 0.0, 0.0
+        setting, group = self.world.setting, self.world.setting.run.merge
+        others, most = [peer for peer in self.world.live if peer is not self], group.publications_per_round
+        steps, everybodys, round_s = first_inner_steps(group.inner_steps, paced=group.pacing), 0.0, 0.0
         if self.knows_speed:
             ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
             speeds = [1 / peer.step_s for peer in self.world.peers]
@@ -299,9 +299,9 @@ class LearningPeer:
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
             shard=shard,
             num_parts=most,
-            every=publishes_every(most, len(self.lanes), round_s, self.world.layout.size),
+            every=publishes_every(most, len(self.fragments), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
-            num_fragments=len(self.lanes),
+            num_fragments=len(self.fragments),
             gradient_format=self.gossip.engine.gradient_format(round_s, setting.link_of(self.name)[0]),
         )
 
@@ -322,13 +322,13 @@ class LearningPeer:
         if start.shard is not None:
             self.learner.loop.batches.use_shard(start.shard)
         self.trainer.begin(start.num_parts)
-        for lane in self.lanes:
-            if lane.weights is None or lane is self.lanes[-1]:
-                self.begins(lane, self.round)
+        for fragment in self.fragments:
+            if fragment.weights is None or fragment is self.fragments[-1]:
+                self.begins(fragment, self.round)
 
-    def begins(self, lane: LearningFragment, round: int) -> None:
+    def begins(self, fragment: LearningFragment, round: int) -> None:
         """Begin a round of a fragment by publishing its weights."""
-        lane.begins(round, self.trainer.state_of(lane.number).theta)
+        fragment.begins(round, self.trainer.state_of(fragment.number).theta)
 
     def done_s(self, work_s: float) -> float:
         """Return when work that takes `work_s` at its own speed is done."""
@@ -360,10 +360,10 @@ class LearningPeer:
             self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
         self.own = self.trainer.contribution(self.start.part_after(moment), moment, moment * step_tokens)
-        for lane, of in zip(self.lanes, self.own.fragment_rounds, strict=True):
-            gradient = self.own.gradient_of(lane.number)
-            lane.robustness.learn(gradient, of.tokens)
-            lane.brought(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
+        for fragment, of in zip(self.fragments, self.own.fragment_rounds, strict=True):
+            gradient = self.own.gradient_of(fragment.number)
+            fragment.robustness.learn(gradient, of.tokens)
+            fragment.brought(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
         self.tells(self.own.part, self.own.tokens)
 
     def publish(self, moment: int) -> None:
@@ -377,33 +377,33 @@ class LearningPeer:
 
     def answer(self, ask: AskPartner) -> PartnerReplied[Published]:
         """Return what it has of what is asked for."""
-        lane, info = self.lanes[ask.fragment], self.info
-        if (published := lane.newer(ask.section, ask.known)) is None:
+        fragment, info = self.fragments[ask.fragment], self.info
+        if (published := fragment.newer(ask.group, ask.known)) is None:
             return PartnerReplied(ask.pull)
-        self.serve(lane, ask.section, published)
+        self.serve(fragment, ask.group, published)
         told = AdvertisedProgress(
             info.round, info.inner_steps, info.inner_steps_done, info.steps_per_s, self.so_far_since_s
         )
-        return PartnerReplied(ask.pull, published.mark, published, told)
+        return PartnerReplied(ask.pull, published.version, published, told)
 
-    def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
+    def serve(self, fragment: LearningFragment, group: GroupName, published: Published) -> None:
         """Encode a publication at the first request, for every reader."""
         if published.sent is not None:
             return
         if self.coverage is not None:
             published.rows = self.coverage.rows_to_send()
-        if (averaged := lane.codec.averaged.get(section)) is not None:
+        if (averaged := fragment.codec.averaged.get(group)) is not None:
             published.sent = averaged.decode(averaged.encode(published.vector))
         else:
-            gradients, mark, format = lane.codec.gradient, published.mark, published.format
+            gradients, version, format = fragment.codec.gradient, published.version, published.format
             assert format is not None
-            encoded = gradients.encode_sum(published.vector, format, mark.round, mark.part)
+            encoded = gradients.encode_sum(published.vector, format, version.round, version.part)
             published.sent = gradients.of[format].decode(encoded)
 
-    def hear_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
+    def receive_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
         """Merge another's rows of which data were seen, if both have the same part of the corpus."""
-        part_of, other = self.world.setting.text.part_of, self.world.by_name[name]
-        if self.coverage is not None and part_of(self.number) == part_of(other.number):
+        share_of, other = self.world.setting.text.share_of, self.world.by_name[name]
+        if self.coverage is not None and share_of(self.number) == share_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
 
     def arrival_untrusted(self, decode: DecodePublication[Published]) -> PartnerUpdate:
@@ -411,36 +411,36 @@ class LearningPeer:
 
         Raises BadBytesError if it must not be taken.
         """
-        lane, vector, earlier = self.lanes[decode.fragment], decode.held.sent, decode.earlier
+        fragment, vector, earlier = self.fragments[decode.fragment], decode.held.sent, decode.earlier
         assert vector is not None
         if not bool(vector.isfinite().all()):
             raise BadBytesError("a publication that is not finite", code="not-finite")
-        if decode.section in lane.codec.averaged:
+        if decode.group in fragment.codec.averaged:
             arrival = PartnerUpdate(vector, vector, 0)
         else:
             assert earlier is None or earlier.sent is not None
             new = vector if earlier is None or earlier.sent is None else vector - earlier.sent
             arrival = PartnerUpdate(None, new, decode.news.tokens)
-        theta = self.trainer.state_of(lane.number).theta
-        return lane.robustness.accept(decode.author, arrival, theta, decode.held.mark.round)
+        theta = self.trainer.state_of(fragment.number).theta
+        return fragment.robustness.accept(decode.author, arrival, theta, decode.held.version.round)
 
     # ------------------------------------------------------------- the merge
 
     def end_of_some(self, moment: int) -> bool:
         """Merge the fragments that are due at `moment`; return False if it takes the others' weights instead."""
-        for lane, merged_after in zip(self.lanes, self.start.merge_after, strict=True):
+        for fragment, merged_after in zip(self.fragments, self.start.merge_after, strict=True):
             if merged_after != moment:
                 continue
-            due = self._due(MergeDue(self.round, lane.number))
+            due = self._due(MergeDue(self.round, fragment.number))
             if isinstance(due, FetchConsensus):
                 if takes_state(self):
                     return False
-                due = self._due(MergeDue(self.round, lane.number, may_catch_up=False))
+                due = self._due(MergeDue(self.round, fragment.number, may_catch_up=False))
             assert isinstance(due, MergeFragment)
-            self.merge(lane, _arrivals(due))
-            if lane is not self.lanes[-1]:
-                self.begins(lane, self.round + 1)
-            self._plan(self.planner.merged(lane.number, self.world.clock.now))
+            self.merge(fragment, _arrivals(due))
+            if fragment is not self.fragments[-1]:
+                self.begins(fragment, self.round + 1)
+            self._plan(self.planner.merged(fragment.number, self.world.clock.now))
         return True
 
     def _due(self, event: MergeDue) -> Command:
@@ -466,21 +466,21 @@ class LearningPeer:
             self.gossip.tell(PullsPaused())
             self.world.finished(self)
 
-    def merge(self, lane: LearningFragment, arrivals: Sequence[PartnerUpdate]) -> None:
+    def merge(self, fragment: LearningFragment, arrivals: Sequence[PartnerUpdate]) -> None:
         """Merge what arrived into a fragment, which ends the fragment's round."""
         world, rate = self.world, self.world.setting.run.merge.outer_learning_rate
-        prepared = prepare(self.trainer.state_of(lane.number), arrivals, lane.fragment.layout, rate)
+        prepared = prepare(self.trainer.state_of(fragment.number), arrivals, fragment.fragment.layout, rate)
         if prepared.displacement is not None:
-            lane.robustness.merged(prepared.displacement)
+            fragment.robustness.merged(prepared.displacement)
         gathered = Gathered(
             prepared=prepared,
             merged=(),
             run_tokens=world.tokens,
             peer_tokens={},
-            apart=apart(lane.robustness.rule, arrivals),
+            apart=apart(fragment.robustness.rule, arrivals),
         )
-        self.rounds_fresh += any(each.theta is None for each in arrivals) / len(self.lanes)
-        self.trainer.merge(gathered, self.own, lane.number)
+        self.rounds_fresh += any(each.theta is None for each in arrivals) / len(self.fragments)
+        self.trainer.merge(gathered, self.own, fragment.number)
 
 
 def _arrivals(due: MergeFragment[Published, PartnerUpdate, Unprepared]) -> list[PartnerUpdate]:
@@ -518,17 +518,17 @@ class LearningWorld:
         self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
         num_fragments = len(self.fragments)
         sizes = [self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)]
-        self.gossip = GossipSettings.of(self.setting.run.merge, rules_of(self.codec(0).sections), sizes)
+        self.gossip = GossipSettings.of(self.setting.run.merge, rules_of(self.codec(0).groups), sizes)
         self.peers = [self.peer(number) for number in range(self.setting.num_peers)]
         self.by_name = {peer.name: peer for peer in self.peers}
         self._recorder, self.wire = Recorder(self.setting), Wire(self.setting)
 
     def codec(self, fragment: int) -> PublicationCodec:
         """Return a codec of one peer's own fragment. What one publication loses is added to the next."""
-        section, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
-        return PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
+        group, specs = self.setting.run.merge, tuple(self.fragments[fragment].pick(self.specs))
+        return PublicationCodec(groups_of(specs, group.theta_format, group.gradient_formats))
 
-    def lane(self, fragment: int, naming: Naming) -> LearningFragment:
+    def fragment(self, fragment: int, naming: Naming) -> LearningFragment:
         """Return a fragment of a new peer."""
         rule, met = self.setting.run.merge.robust, not self.setting.own_weights
         robustness = Robustness(rule, self.fragments[fragment].layout, naming, met=met)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section
+from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.simulate.learning.fragment import LearningFragment, Published
 from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld
 from swarmtrain.simulate.learning.setting import RunOutcome, Setting
@@ -41,9 +41,9 @@ class _Hostile(LearningPeer):
         self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
         super().begin()
 
-    def begins(self, lane: LearningFragment, round: int) -> None:
+    def begins(self, fragment: LearningFragment, round: int) -> None:
         """See `LearningPeer`."""
-        lane.begins(round, self.spoilt_weights(lane.number, self.trainer.state_of(lane.number).theta))
+        fragment.begins(round, self.spoilt_weights(fragment.number, self.trainer.state_of(fragment.number).theta))
 
     def train_to(self, moment: int) -> None:
         """See `LearningPeer`. What it trains does not count."""
@@ -51,15 +51,15 @@ class _Hostile(LearningPeer):
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
         world.tokens, world.inner_steps = before, steps_before
-        self.gradients = tuple(self.own.gradient_of(lane.number) for lane in self.lanes)
-        for lane in self.lanes:
-            assert lane.newest is not None
-            lane.newest = self.spoilt(lane, lane.newest)
+        self.gradients = tuple(self.own.gradient_of(fragment.number) for fragment in self.fragments)
+        for fragment in self.fragments:
+            assert fragment.newest is not None
+            fragment.newest = self.spoilt(fragment, fragment.newest)
 
-    def serve(self, lane: LearningFragment, section: Section, published: Published) -> None:
+    def serve(self, fragment: LearningFragment, group: GroupName, published: Published) -> None:
         """See `LearningPeer`. Values that no encoder makes are sent as they are, and no rows of seen data."""
         if bool(torch.isfinite(published.vector).all()):
-            super().serve(lane, section, published)
+            super().serve(fragment, group, published)
         else:
             published.sent = published.vector
         published.rows = ()
@@ -71,19 +71,19 @@ class _Hostile(LearningPeer):
             return torch.full_like(theta, _HUGE)
         return theta + attack.factor * self.gradients[fragment] if attack.kind == "drag" and self.gradients else theta
 
-    def spoilt(self, lane: LearningFragment, honest: Published) -> Published:
+    def spoilt(self, fragment: LearningFragment, honest: Published) -> Published:
         """Return what it publishes in place of its pseudo-gradient."""
-        g, mark, attack = honest.vector, honest.mark, self.world.setting.hostile
+        g, version, attack = honest.vector, honest.version, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
             return dataclasses.replace(
-                honest, mark=PublicationVersion(mark.round, mark.part, self.most_tokens(mark.part))
+                honest, version=PublicationVersion(version.round, version.part, self.most_tokens(version.part))
             )
         made: dict[str, Callable[[], Tensor]] = {
             "sign-flip": lambda: -attack.factor * g,
             "scaled": lambda: attack.factor * g,
-            "noise": lambda: attack.factor * self.noise(lane, honest),
-            "little-is-enough": lambda: self.a_little(lane, honest),
-            "copycat": lambda: self.copy(lane, honest),
+            "noise": lambda: attack.factor * self.noise(fragment, honest),
+            "little-is-enough": lambda: self.a_little(fragment, honest),
+            "copycat": lambda: self.copy(fragment, honest),
             "huge": lambda: torch.full_like(g, _HUGE),
             "nan": lambda: torch.full_like(g, math.nan),
         }
@@ -99,36 +99,36 @@ class _Hostile(LearningPeer):
         lies = part and self.world.setting.hostile.kind == "tokens"
         super().tells(part, self.most_tokens(part) if lies else tokens)
 
-    def noise(self, lane: LearningFragment, honest: Published) -> Tensor:
+    def noise(self, fragment: LearningFragment, honest: Published) -> Tensor:
         """Return random numbers with the same norm in each tensor."""
-        mark, like = honest.mark, honest.vector
-        key = f"{self.world.setting.run.run.seed} {self.number} {mark.round} {mark.part}"
-        seed = random.Random(f"{key} {lane.number}" if lane.number else key).getrandbits(63)
+        version, like = honest.version, honest.vector
+        key = f"{self.world.setting.run.run.seed} {self.number} {version.round} {version.part}"
+        seed = random.Random(f"{key} {fragment.number}" if fragment.number else key).getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         made = torch.randn(like.shape, generator=generator)
-        for place in lane.fragment.layout.slices:
+        for place in fragment.fragment.layout.slices:
             made[place] *= like[place].norm() / made[place].norm()
         return made
 
-    def a_little(self, lane: LearningFragment, own: Published) -> Tensor:
+    def a_little(self, fragment: LearningFragment, own: Published) -> Tensor:
         """Return the mean of the honest volunteers' newest pseudo-gradients less `factor` standard deviations.
 
         Number by number; anybody can pull those publications. Each is scaled as if it had as many tokens as the own
         one.
         """
-        newest = [peer.lanes[lane.number].newest for peer in self.world.honest]
+        newest = [peer.fragments[fragment.number].newest for peer in self.world.honest]
         known = [each for each in newest if each is not None]
         if len(known) < 2:
             return own.vector
-        vectors = torch.stack([one.vector * (own.mark.tokens / one.mark.tokens) for one in known])
+        vectors = torch.stack([one.vector * (own.version.tokens / one.version.tokens) for one in known])
         return vectors.mean(0) - self.world.setting.hostile.factor * vectors.std(0)
 
-    def copy(self, lane: LearningFragment, own: Published) -> Tensor:
+    def copy(self, fragment: LearningFragment, own: Published) -> Tensor:
         """Return the newest pseudo-gradient of an honest volunteer, another one in each round, scaled to the own
         tokens."""
         assert self.copied is not None
-        theirs = self.copied.lanes[lane.number].newest
-        return own.vector if theirs is None else theirs.vector * (own.mark.tokens / theirs.mark.tokens)
+        theirs = self.copied.fragments[fragment.number].newest
+        return own.vector if theirs is None else theirs.vector * (own.version.tokens / theirs.version.tokens)
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Text:
         held_out = published.held_out.text
         return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
 
-    def part_of(self, number: int) -> int:
+    def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
         return number % self.num_parts
 
@@ -47,7 +47,7 @@ class Text:
         """Return the batches of volunteer `number`."""
         # By the seed, not by the run file's hash: all methods of a comparison draw the same batches.
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        part, whole = self.part_of(number), self.data.tokens
+        part, whole = self.share_of(number), self.data.tokens
         begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
         return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swarmtrain.errors import UserError
-from swarmtrain.methods import DILOCO, GOSSIP, SERVER, load_part, method_named
+from swarmtrain.methods import DILOCO, GOSSIP, SERVER, load_object, method_named
 from swarmtrain.packages import NAME
 from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
     ),
     "diloco": Method(
         says="synchronous rounds of H steps, then an outer Nesterov step (arXiv 2311.08105)",
-        run=load_part(DILOCO.learns),
+        run=load_object(DILOCO.learns),
         keys={"merge.method": "diloco", "merge.pacing": False},
         churn=True,
     ),
@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     ),
     "gossip": Method(
         says="publish, pull and merge without waiting: what swarmtrain does",
-        run=load_part(GOSSIP.learns),
+        run=load_object(GOSSIP.learns),
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
         churn=True,
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     ),
     "server": Method(
         says="delayed Nesterov on one peer's weights, which nobody waits for",
-        run=load_part(SERVER.learns),
+        run=load_object(SERVER.learns),
         keys={"merge.method": "server", "merge.pacing": True},
         churn=True,
     ),
@@ -153,4 +153,4 @@ def scenario_method(name: str) -> Method:
             f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it",
             code="no-such-method",
         )
-    return Method(says=kind.says, run=load_part(kind.learns), keys={"merge.method": name})
+    return Method(says=kind.says, run=load_object(kind.learns), keys={"merge.method": name})

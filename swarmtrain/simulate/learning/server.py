@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterState
 from swarmtrain.network.codec import PublicationCodec
-from swarmtrain.network.sections import sections_of
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.merging.server_exchange import lead
 from swarmtrain.protocol.server import GradientUpload, GradientUploads, UploadVersions, too_old
 from swarmtrain.simulate.clock import Clock
@@ -38,10 +38,10 @@ class _Worker:
         self.learner = served.setting.learner(number)
         self.theta = self.learner.reached
         section = served.setting.run.merge
-        sections = sections_of(self.learner.specs, section.theta_format, section.gradient_formats)
+        sections = groups_of(self.learner.specs, section.theta_format, section.gradient_formats)
         self.gradients = PublicationCodec(sections).gradient
         self.round = 0
-        self.hand_ins: GradientUploads[Tensor] = GradientUploads()
+        self.uploads: GradientUploads[Tensor] = GradientUploads()
         self.is_fetched = False
         """True while one of its uploads is on its way: the server asks for one after the other."""
         self.base_arrivals = 0
@@ -92,7 +92,7 @@ class _Worker:
         self.gradients = replace(self.gradients)  # no checkpoint keeps what it is to add to the next gradient
         self.num_lives += 1
         self.is_here, self.began_s, self.came = False, math.inf, None
-        self.hand_ins, self.is_fetched = GradientUploads(), False
+        self.uploads, self.is_fetched = GradientUploads(), False
 
     def come(self) -> None:
         """Arrive, perhaps again, and ask for the server's weights."""
@@ -116,7 +116,7 @@ class _Worker:
     def pull(self) -> None:
         """Pull the server's weights, with the round up to which they have this worker's gradients."""
         served = self.served
-        came = served.weights(), served.marks.round(self.name), served.arrivals
+        came = served.weights(), served.versions.round(self.name), served.arrivals
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
         self.call_at(arrives_s, setattr, self, "came", came)
 
@@ -130,7 +130,7 @@ class _Worker:
         served.tokens += self.steps * step_tokens
         served.inner_steps += self.steps
         reached, tokens = self.learner.reached, self.steps * step_tokens
-        self.hand_ins.add(GradientUpload(
+        self.uploads.add(GradientUpload(
             round=self.round, tokens=tokens, inner_steps=self.steps, arrivals=self.base_arrivals,
             own_tokens=0, gradient=self.theta - reached,
         ))  # fmt: skip
@@ -143,14 +143,14 @@ class _Worker:
         if self.came is not None:
             theta, entered, self.base_arrivals = self.came
             self.came = None
-            self.hand_ins.entered(entered)
-            self.theta = lead(theta, [piece.gradient for piece in self.hand_ins.pieces])
+            self.uploads.entered(entered)
+            self.theta = lead(theta, [piece.gradient for piece in self.uploads.pieces])
         self.go_on()
 
     def hand_in(self) -> None:
         """Send the server what it does not have yet, unless something is on its way."""
         served = self.served
-        piece = None if self.is_fetched else self.hand_ins.after(served.marks.round(self.name))
+        piece = None if self.is_fetched else self.uploads.after(served.versions.round(self.name))
         if piece is not None:
             self.is_fetched = True
             arrives_s = served.arrives_s(self.name, _SERVER, served.gradient_bytes)
@@ -200,14 +200,14 @@ class _Served:
         self.workers = [_Worker(self, number) for number in range(setting.num_peers)]
         theta, section = self.workers[0].theta, setting.run.merge
         specs = self.workers[0].learner.specs
-        self.codec = PublicationCodec(sections_of(specs, section.theta_format, section.gradient_formats))
+        self.codec = PublicationCodec(groups_of(specs, section.theta_format, section.gradient_formats))
         self._format, sizes = next(iter(self.codec.sizes().items()))
         state = OuterState(theta, torch.zeros_like(theta))
         self._delay = delay or section.buffer_arrivals
         self.outer = DelayedNesterov(state, setting.constants(0), self.num_arrivals, section.momentum_share)
         size = min(self.num_arrivals, GROUP)
         self.fedbuff = _FedBuff(state, section.outer_learning_rate, size) if buffered else None
-        self.marks = UploadVersions()
+        self.versions = UploadVersions()
         self.theta_bytes, self.gradient_bytes = sizes.weights, sizes.gradient
         self.wire = Wire(setting)
         self._recorder, self._rng = Recorder(setting), random.Random(f"wire {setting.run.run.seed}")
@@ -230,7 +230,7 @@ class _Served:
         """Take a worker's upload, which has arrived."""
         encoded = worker.gradients.encode_sum(piece.gradient, self._format, piece.round)
         gradient = worker.gradients.of[self._format].decode(encoded)
-        self.marks.enter(worker.name, piece.round)
+        self.versions.enter(worker.name, piece.round)
         worker.is_fetched = False
         worker.on_the_way = {round: tokens for round, tokens in worker.on_the_way.items() if round > piece.round}
         staleness = self.setting.run.merge.max_staleness_rounds
@@ -248,7 +248,7 @@ class _Served:
         self._recorder.see(self.tokens, self.clock.now, lambda: self.theta)
         worker.hand_in()
         if self.waiting:
-            worker.hand_ins.entered(piece.round)
+            worker.uploads.entered(piece.round)
             began_at = self.fedbuff.num_steps if self.fedbuff is not None else 0
             arrives_s = self.arrives_s(_SERVER, worker.name, self.theta_bytes)
             self.clock.call_at(arrives_s, self.answer, worker, self.weights(), began_at)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.peer.pipeline.driver import Driver, Part, StageResult, Tail
+from swarmtrain.peer.pipeline.driver import Driver, StageAttempt, StageResult, Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
 from swarmtrain.protocol.pipeline.ledger import (
     Add,
@@ -63,7 +63,7 @@ class CountingStage:
     buried: Counter[tuple[str, int]] = field(default_factory=Counter)
     """The same, summed over its earlier incarnations."""
     hangs_until_s: float = 0.0
-    life: int = 0
+    incarnation: int = 0
 
     def __post_init__(self) -> None:
         self.born()
@@ -72,8 +72,8 @@ class CountingStage:
         """Begin with nothing, as a new process."""
         self.buried += self.stepped
         self.stepped = Counter()
-        self.life += 1
-        self.desk = StageRequestQueue(StageLedger(LIMITS, self.life), self.now)
+        self.incarnation += 1
+        self.queue = StageRequestQueue(StageLedger(LIMITS, self.incarnation), self.now)
         self.awake = asyncio.Event()
         self.sums: dict[int, Counter[Key]] = {}
         self.kept: set[Key] = set()
@@ -88,13 +88,13 @@ class CountingStage:
             if self.now() < self.hangs_until_s:
                 await asyncio.sleep(self.hangs_until_s - self.now())
             self.mischief()
-            desk = self.desk
-            what = desk.next()
+            queue = self.queue
+            what = queue.next()
             if what is None:
                 await self.idle()
             elif isinstance(what, Task):
                 await asyncio.sleep(self.rng.uniform(0.01, 0.1))
-                if desk is self.desk:
+                if queue is self.queue:
                     self.compute(what)
             else:
                 self.settle(what)
@@ -102,7 +102,7 @@ class CountingStage:
     async def idle(self) -> None:
         """Wait until something is asked, or due by itself."""
         self.awake.clear()
-        next_s = self.desk.ledger.next_s()
+        next_s = self.queue.ledger.next_s()
         try:
             async with asyncio.timeout(20.0 if next_s is None else max(0.001, next_s - self.now())):
                 await self.awake.wait()
@@ -126,7 +126,7 @@ class CountingStage:
             answer = Tail(1.0, ("gradient of", self.stage))
         elif task.kind == "backward":
             answer = ("gradient of", self.stage) if self.stage else None
-        self.desk.done(task, answer)
+        self.queue.done(task, answer)
 
     def settle(self, due: Any) -> None:
         if isinstance(due, TakeStep):
@@ -178,29 +178,29 @@ class StageNetwork:
     def __post_init__(self) -> None:
         self.repeats: list[asyncio.Future[None]] = []
 
-    async def _ask(self, peer: str, part: Part, kind: Kind, payload: Any) -> StageResult:
+    async def _ask(self, peer: str, attempt: StageAttempt, kind: Kind, payload: Any) -> StageResult:
         async def body() -> StageResult:
             self.peers[peer].awake.set()
-            desk = self.peers[peer].desk
-            return StageResult(await desk.ask(part.key, kind, part.tokens, payload), desk.ledger.life)
+            queue = self.peers[peer].queue
+            return StageResult(await queue.ask(attempt.key, kind, attempt.tokens, payload), queue.ledger.incarnation)
 
         answered = await self.call(body)
         assert isinstance(answered, StageResult)
         return answered
 
-    async def forward(self, peer: str, part: Part, x: Any) -> StageResult:
-        return await self._ask(peer, part, "forward", x)
+    async def forward(self, peer: str, attempt: StageAttempt, x: Any) -> StageResult:
+        return await self._ask(peer, attempt, "forward", x)
 
-    async def backward(self, peer: str, part: Part, gradient: Any) -> StageResult:
-        return await self._ask(peer, part, "backward", gradient)
+    async def backward(self, peer: str, attempt: StageAttempt, gradient: Any) -> StageResult:
+        return await self._ask(peer, attempt, "backward", gradient)
 
-    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> StageResult:
-        return await self._ask(peer, part, "tail", (x, targets))
+    async def tail(self, peer: str, attempt: StageAttempt, x: Any, targets: Any) -> StageResult:
+        return await self._ask(peer, attempt, "tail", (x, targets))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
         async def body() -> set[Key]:
             self.peers[peer].awake.set()
-            return self.peers[peer].desk.settle(self.driver, settlement)
+            return self.peers[peer].queue.settle(self.driver, settlement)
 
         late = await self.call(body)
         assert isinstance(late, set)
@@ -317,7 +317,7 @@ class MicrobatchSwarm:
                 for sums in peer.sums.values():
                     assert all(count in (0, 1) for count in sums.values()), sums
                     here = [key for key, count in sums.items() if count]
-                    known = peer.desk.ledger._open
+                    known = peer.queue.ledger._open
                     counts.update((key.driver, key.sequence) for key in here if known[key].acknowledged)
         return counts
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.ledger import Add, LedgerLimits, StageLedger, Subtract
-from swarmtrain.protocol.pipeline.messages import Fault, NotTold, PartDone, PartFailed, ToldOf
+from swarmtrain.protocol.pipeline.messages import Fault, NotTold, StageCallDone, StageCallFailed, ToldOf
 from swarmtrain.protocol.pipeline.router import WORK_SHARES
 from swarmtrain.protocol.pipeline.stage_queue import (
     AnswerStageCalls,
@@ -210,14 +210,16 @@ class StageVolunteer:
             self._say(told.driver, ToldOf(told.call, late.keys))
             self.pump()
 
-    def _say(self, driver: StageDriver, event: NotTold | ToldOf | PartFailed | PartDone, after_s: float = 0.0) -> None:
+    def _say(
+        self, driver: StageDriver, event: NotTold | ToldOf | StageCallFailed | StageCallDone, after_s: float = 0.0
+    ) -> None:
         if driver.peer is self:
             driver.receive(event)
         else:
             self.world.send(self, driver.peer, driver.receive, event, after_s=after_s)
 
     def _fail(self, call: Call, why: Fault, reason: str) -> None:
-        self._say(call.driver, PartFailed(call.ask.call, why, reason))
+        self._say(call.driver, StageCallFailed(call.ask.call, why, reason))
 
     def _receive(self, stage: int, event: QueueEvent) -> None:
         """Give a stage's queue an event, and carry out its commands."""
@@ -230,7 +232,7 @@ class StageVolunteer:
             if isinstance(command, AnswerStageCalls):
                 for asker in command.askers:
                     call = self._calls.pop(asker)
-                    done = PartDone(call.ask.call, queue.ledger.life, 1.0)
+                    done = StageCallDone(call.ask.call, queue.ledger.incarnation, 1.0)
                     self._say(call.driver, done, self.world.settings.tensors_s)
             elif isinstance(command, Refuse):
                 for asker in command.askers:

@@ -47,7 +47,7 @@ class Bottleneck:
 
     what: str
     """Name, in a few words."""
-    strain: float
+    utilization: float
     why: str
     change: str
     """Keys of the run file with values, or what else helps; empty if nothing needs to change."""
@@ -60,8 +60,8 @@ def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
         _rounds, _stall, _freshness, _stragglers, _memory,
     ]  # fmt: skip
     told = (look(run, found) for look in looks)
-    found_here = [one if one.strain >= FELT else replace(one, change="") for one in told if one is not None]
-    return tuple(sorted(found_here, key=lambda one: -one.strain))
+    found_here = [one if one.utilization >= FELT else replace(one, change="") for one in told if one is not None]
+    return tuple(sorted(found_here, key=lambda one: -one.utilization))
 
 
 # ---------------------------------------------------------------- words, and changes that several make
@@ -88,8 +88,8 @@ def _round_up(number: float) -> int:
 
 def _to(run: RunFile, key: str, value: bool | float | str) -> str:
     """Format a key with its new value and its present one, as in a run file."""
-    section, _, name = key.partition(".")
-    return f"{key} = {_toml(value)} (now {_toml(getattr(getattr(run, section), name))})"
+    group, _, name = key.partition(".")
+    return f"{key} = {_toml(value)} (now {_toml(getattr(getattr(run, group), name))})"
 
 
 def _toml(value: bool | float | str) -> str:
@@ -107,9 +107,9 @@ def _by_gossip(run: RunFile) -> str:
     return " and ".join([_to(run, "merge.method", GOSSIP.name), *(f"no merge.{key}" for key in said)])
 
 
-def _longer_rounds(run: RunFile, found: Plan, strain: float) -> str:
+def _longer_rounds(run: RunFile, found: Plan, utilization: float) -> str:
     """Suggest rounds so long that a strain which falls with their length is below 1, and below the present one."""
-    merge, times = run.merge, _MARGIN * max(1.0, strain)
+    merge, times = run.merge, _MARGIN * max(1.0, utilization)
     stalled = min(found.stall_share, 0.99)  # merging takes as long as before
     steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
     if steps > merge.inner_steps:
@@ -155,7 +155,7 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
             changes.append(_to(run, "merge.theta_format", "int4"))
     if not gossips and pulled < wanted * (1 - found.stall_share):  # its rounds do not wait
         changes.insert(0, _by_gossip(run))
-    return Bottleneck(what=name, strain=share / LINK_SHARE, why=why, change=" or ".join(changes))
+    return Bottleneck(what=name, utilization=share / LINK_SHARE, why=why, change=" or ".join(changes))
 
 
 def _whole_uplink(run: RunFile, found: Plan) -> Bottleneck | None:
@@ -186,7 +186,7 @@ def _whole(
     }.get(most, lambda: _RETURNING)()
     return Bottleneck(
         what=name,
-        strain=share,
+        utilization=share,
         why=f"a volunteer {verb} {_mbit(sum(parts.values()))}, {_percent(share)} of its link, "
         f"{parts[most] / sum(parts.values()):.0%} of that for {most}",
         change=change,
@@ -225,7 +225,7 @@ def _readers(run: RunFile, found: Plan) -> Bottleneck | None:
     reading = "a reader of a volunteer gets" if at_once == 1 else f"{at_once} simultaneous readers of a volunteer get"
     return Bottleneck(
         what="uplink shared by readers",
-        strain=least / each,
+        utilization=least / each,
         why=f"{reading} {size(each)} a second{' each' * (at_once > 1)}; a transfer of less than {size(least)} a second "
         f"is given up",
         change=" and ".join(changes) or "volunteers with better links",
@@ -237,20 +237,20 @@ def _archive(run: RunFile, found: Plan) -> Bottleneck | None:
     if not rate or run.merge.kind.has_server or found.run_s < every_s:
         return None
     takes_s, share = found.state_bytes / rate, found.traffic.archive / rate
-    strain = max(takes_s / every_s, share / _ASIDE_SHARE)
+    utilization = max(takes_s / every_s, share / _ASIDE_SHARE)
     return Bottleneck(
         what="archive",
-        strain=strain,
+        utilization=utilization,
         why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, "
         f"{size(found.state_bytes)} for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of "
         f"each uplink in the mean, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
-        change=_archived_less_often(run, found, strain),
+        change=_archived_less_often(run, found, utilization),
     )
 
 
-def _archived_less_often(run: RunFile, found: Plan, strain: float) -> str:
+def _archived_less_often(run: RunFile, found: Plan, utilization: float) -> str:
     every_s = found.archive_every_s
-    return _to(run, "network.archive_every_s", _round_up(max(every_s * strain / FELT, every_s + 1)))
+    return _to(run, "network.archive_every_s", _round_up(max(every_s * utilization / FELT, every_s + 1)))
 
 
 _RETURNING = (
@@ -267,7 +267,7 @@ def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
         return None
     return Bottleneck(
         what="returning volunteers",
-        strain=share / _ASIDE_SHARE,
+        utilization=share / _ASIDE_SHARE,
         why=f"a volunteer that returns as new fetches the others' weights: {_percent(share)} of each link on average",
         change=_RETURNING,
     )
@@ -286,7 +286,7 @@ def _joining(run: RunFile, found: Plan) -> Bottleneck | None:
     behind = takes_s / found.round_s
     return Bottleneck(
         what="late joiners",
-        strain=behind / limit,
+        utilization=behind / limit,
         why=f"a late joiner fetches {size(found.state_bytes)} of weights and momentum, for {_time(takes_s)} at "
         f"{_mbit(rate)}: the others are {behind:.1f} rounds further by then, and a peer more than {limit} behind "
         f"must fetch their weights again",
@@ -301,7 +301,7 @@ def _records(run: RunFile, found: Plan) -> Bottleneck | None:
     share = found.traffic.records / rate
     return Bottleneck(
         what="records of the DHT",
-        strain=share / _ASIDE_SHARE,
+        utilization=share / _ASIDE_SHARE,
         why=f"to know which of {found.num_peers} volunteers are there each sends, and receives, "
         f"{size(found.traffic.records)} a second of records: {_percent(share)} of its uplink",
         change=_read_less_often(run, found, _ASIDE_SHARE * rate),
@@ -332,7 +332,7 @@ def _server(run: RunFile, found: Plan) -> Bottleneck | None:
     share = found.traffic.bootstrap_up / rate
     return Bottleneck(
         what="the server's uplink",
-        strain=share / LINK_SHARE,
+        utilization=share / LINK_SHARE,
         why=f"{found.num_peers} take the bootstrap's weights in each round: {_mbit(found.traffic.bootstrap_up)}, and a "
         f"link such as theirs carries {_mbit(rate)}",
         change=" or ".join(
@@ -347,8 +347,8 @@ def _server(run: RunFile, found: Plan) -> Bottleneck | None:
 def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
     if found.num_peers < 2:
         return None
-    strain = _FEWEST_ROUNDS / found.num_rounds
-    times = strain / FELT
+    utilization = _FEWEST_ROUNDS / found.num_rounds
+    times = utilization / FELT
     tokens = min(_MOST_TOKENS, _round_up(max(run.run.total_tokens * times, run.run.total_tokens + 1)))
     number = f"{found.num_rounds:.1f}" if found.num_rounds < 10 else f"{found.num_rounds:,.0f}"
     changes, steps = [_to(run, "run.total_tokens", tokens)], int(found.full_steps / max(times, 1))
@@ -356,7 +356,7 @@ def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
         changes.insert(0, _to(run, "merge.inner_steps", steps))
     return Bottleneck(
         what="number of rounds",
-        strain=strain,
+        utilization=utilization,
         why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each "
         f"other's work only so often, and who joins late comes when it is nearly over",
         change=" or ".join(changes),
@@ -365,17 +365,17 @@ def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
 
 def _stall(run: RunFile, found: Plan) -> Bottleneck | None:
     waits = not run.merge.kind.asynchronous
-    strain = found.stall_share / (_MOST_WAITING if waits else _MOST_STALL)
+    utilization = found.stall_share / (_MOST_WAITING if waits else _MOST_STALL)
     unequal = found.step_most_s > 1.2 * found.step_least_s
     changes = [_by_gossip(run)] if waits else []
     if waits and unequal and not run.merge.pacing:
         changes.insert(0, _to(run, "merge.pacing", True))
     if not (waits and unequal):
-        changes.append(_longer_rounds(run, found, strain))
+        changes.append(_longer_rounds(run, found, utilization))
     doing = "wait for the slowest and for the wire" if waits else "publish and merge, and do not train,"
     return Bottleneck(
         what="stall",
-        strain=strain,
+        utilization=utilization,
         why=f"volunteers {doing} for {_time(found.stall_share * found.round_s)} of a round of {_time(found.round_s)}: "
         f"{_percent(found.stall_share)}",
         change=" or ".join(changes),
@@ -395,7 +395,7 @@ def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
         rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=math.inf)
         change = _longer_rounds(run, found, max(2.0, found.publication_bytes / rate / found.round_s / LINK_SHARE))
     why = f"{missed:.0%} {why}; a round lasts {_time(found.round_s)}"
-    return Bottleneck(what=what, strain=missed / (1 - _LEAST_FRESH), why=why, change=change)
+    return Bottleneck(what=what, utilization=missed / (1 - _LEAST_FRESH), why=why, change=change)
 
 
 def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
@@ -419,7 +419,7 @@ def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
     behind = merge.max_staleness_rounds / (times - 1)
     return Bottleneck(
         what="stragglers",
-        strain=times - 1,
+        utilization=times - 1,
         why=f"a round of the slowest lasts {_time(found.round_most_s)}, {times:.1f} times the median's: after "
         f"{behind:.0f} of its rounds it is {merge.max_staleness_rounds} behind, gives up what it has and takes the "
         f"others' weights",
@@ -432,7 +432,7 @@ def _memory(run: RunFile, found: Plan) -> Bottleneck | None:
     by_activations = cost.memory_activations_bytes > cost.memory_bytes / 2
     return Bottleneck(
         what="memory",
-        strain=found.memory_bytes / _LAPTOP_BYTES,
+        utilization=found.memory_bytes / _LAPTOP_BYTES,
         why=f"a volunteer needs {size(found.memory_bytes)}; laptops have {size(_LAPTOP_BYTES)} and other things to do",
         change=_fewer_sequences(run) if by_activations else _fewer_parameters(run, found),
     )

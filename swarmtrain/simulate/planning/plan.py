@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate
-from swarmtrain.protocol.gossip.pulls import SectionBytes
+from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.pipeline.world import stage_parameters
@@ -55,7 +55,7 @@ class Plan:
     partners_per_round: float
     fresh_share: float
     """Share of the rounds that merge somebody's pseudo-gradient."""
-    sizes: SectionBytes
+    sizes: PublicationBytes
     """Bytes that one partner takes of a round."""
     state_bytes: int
     """Bytes of weights and momentum: what a late joiner, or the archive, takes of the first peer it asks."""

@@ -18,10 +18,10 @@ from typing import TypeAlias
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
-from swarmtrain.methods import load_part
+from swarmtrain.methods import load_object
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
 from swarmtrain.protocol.gossip.fragments import COPY_S, published, publishes_every
-from swarmtrain.protocol.gossip.pulls import SectionBytes
+from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn, RehearsalFile, SeedSection, fault_events
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.links import latency_s, link_of, rates
@@ -116,7 +116,7 @@ class PlaybackResult:
     """Partners whose pseudo-gradients were merged in a round."""
     fresh_share: float
     """Share of the rounds that merged one."""
-    sizes: SectionBytes
+    sizes: PublicationBytes
     """Bytes that one partner takes of a round: where all average whole pseudo-gradients, no weights."""
     activation_bytes: float = 0.0
     """Part of `down_bytes`, and as much of `up_bytes`, that passes between stages."""
@@ -135,7 +135,7 @@ def lived(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: i
 
 def lives_of(run: RunFile) -> Lives:
     """Return the function that plays the run's method."""
-    lives: Lives = load_part(run.merge.kind.lives)
+    lives: Lives = load_object(run.merge.kind.lives)
     return lives
 
 
@@ -201,7 +201,7 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     )
 
 
-def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: SectionBytes) -> GossipSwarm:
+def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: PublicationBytes) -> GossipSwarm:
     """Return a swarm of this run, without any peer."""
     link = link_of(links, sizes.both, random.Random(seed))
     return GossipSwarm(SimulatedGossipSettings.of(run, sizes, stage_bytes(run)), link=link, seed=seed)
@@ -257,7 +257,7 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
         up_bytes=sent,
         partners=share * (others + 1) - 1,
         fresh_share=share,
-        sizes=SectionBytes(weights=0, gradient=4 * parameters),
+        sizes=PublicationBytes(weights=0, gradient=4 * parameters),
     )
 
 

@@ -36,7 +36,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["draw_gossip", "play_gossip"]
 
-_SETTLE_S = 40.0
+_RECOVERY_S = 40.0
 _SPAN = FaultSpan(2.0, 30.0, 20.0)
 _LEAST_S = 20.0
 _EVER = 10**12
@@ -148,7 +148,7 @@ class CountingPeer(HostedPeer):
         return paced_inner_steps(self.steps_per_s, max(fastest, self.steps_per_s), self.settings.inner_steps)
 
     def _merge(self, command: MergeFragment[Any, Any, Any]) -> None:
-        self.searched.merges += [(self.name, one.peer, one.mark.round) for one in command.pulled if one.mark.part]
+        self.searched.merges += [(self.name, one.peer, one.version.round) for one in command.pulled if one.version.part]
         super()._merge(command)
 
     def _to_tell(self) -> int:
@@ -230,19 +230,19 @@ class GossipLiar(CountingPeer):
         return changed
 
     def _changed(self, found: SimulatedPublication) -> SimulatedPublication:
-        mark = found.mark
+        version = found.version
         if "turned back" in self.lies:
-            mark = dataclasses.replace(mark, round=max(0, mark.round - 3))
+            version = dataclasses.replace(version, round=max(0, version.round - 3))
         if "ahead" in self.lies:
-            mark = dataclasses.replace(mark, round=mark.round + 1000)
+            version = dataclasses.replace(version, round=version.round + 1000)
         if "tokens" in self.lies:
-            mark = dataclasses.replace(mark, tokens=1000 * mark.tokens)
+            version = dataclasses.replace(version, tokens=1000 * version.tokens)
         gradient = found.gradient
         if "no numbers" in self.lies:
             gradient = self.swarm._random.choice((math.nan, math.inf))
         if "two publications" in self.lies:
             gradient += self.swarm._random.uniform(-0.1, 0.1)
-        changed = dataclasses.replace(found, mark=mark, gradient=gradient)
+        changed = dataclasses.replace(found, version=version, gradient=gradient)
         return dataclasses.replace(changed, is_forged=found.peer != self.name and changed != found)
 
 
@@ -340,7 +340,7 @@ def play_gossip(schedule: FaultSchedule) -> Played:
     swarm.run_until(schedule.faults_end_s(_LEAST_S))
     end_faults(swarm, swarm.liars)
     healed_s, reached = swarm.clock.now, {peer.name: peer.round for peer in _honest(swarm)}
-    swarm.run_until(healed_s + _SETTLE_S)
+    swarm.run_until(healed_s + _RECOVERY_S)
     found = [*swarm.broken, *_entered_twice(swarm), *_rounds(swarm, schedule)]
     found += [*_stuck(swarm, healed_s), *_alone(swarm, reached), *_end(swarm)]
     return Played(found, f"{swarm.clock.num_events} events, {[peer.theta for peer in swarm.running()]}")

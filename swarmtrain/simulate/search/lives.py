@@ -41,7 +41,7 @@ __all__ = ["draw_lives", "play_lives"]
 
 _SPAN = FaultSpan(4.0, 60.0, 40.0)
 _LEAST_S = 20.0
-_SETTLE_S = 75.0
+_RECOVERY_S = 75.0
 _ARCHIVED_S = 60.0
 _WAITS_S = 60.0
 """Seconds that the last peer with what nobody else has waits for a bootstrap that does not answer."""
@@ -371,7 +371,7 @@ def play_lives(schedule: FaultSchedule) -> Played:
             process.thaw()
         world.bootstrap()
         world.clock.call_later(5.0, world.come, "z")
-        world.clock.run_until(world.clock.now + _SETTLE_S)
+        world.clock.run_until(world.clock.now + _RECOVERY_S)
         counted = [(one.folder.key, one.progress.round, one.progress.run_tokens) for one in world.living()]
         found = [*world.broken, *_in_the_end(world)]
         return Played(found, f"{world.clock.num_events} events, {counted}")

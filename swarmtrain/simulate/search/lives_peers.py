@@ -657,14 +657,14 @@ class Bootstrap(Process):
         self.leavers: DepartureQueue | None = DepartureQueue(self.membership)
         self._next_s, self._counts_kept_s = -math.inf, -math.inf
         extras: dict[str, Callable[[], Any]] = {}
-        self.keeper = SimpleNamespace(
+        self.manager = SimpleNamespace(
             extras=extras,
             extra=lambda: {name: give() for name, give in extras.items()},
             restore_counts=self._restore_counts,
             offer=self._offer_archived,
         )
-        keeper: Any = self.keeper
-        self.archive = Archive(self.swarm, keeper, watch=_Watch(world.clock))
+        manager: Any = self.manager
+        self.archive = Archive(self.swarm, manager, watch=_Watch(world.clock))
         self.later(_STARTS_S, self._begin)
 
     def _begin(self) -> None:

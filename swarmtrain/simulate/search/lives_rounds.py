@@ -74,9 +74,9 @@ class _Membership:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._of, name)
 
-    def heard(self, peer: str, now: float, **told: int) -> None:
+    def heard(self, peer: str, now: float, **advertised: int) -> None:
         """See `Membership`."""
-        self._of.heard(peer, self._clock.now, **told)
+        self._of.heard(peer, self._clock.now, **advertised)
 
 
 class _Calls:
@@ -220,12 +220,12 @@ class RoundsVolunteer(SearchedVolunteer):
         if (archived := self.exchange.archives.state_that_holds()) is not None:
             self._take(archived)
             return
-        told = self.world.run(self.rounds.search.ask_now([one.me for one in others]))
-        self.world.run(self.rounds.search.holds(told))
-        chains, heard = self.rounds.chains, {peer: (0.0, one) for peer, one in told.items()}
+        advertised = self.world.run(self.rounds.search.ask_now([one.me for one in others]))
+        self.world.run(self.rounds.search.holds(advertised))
+        chains, heard = self.rounds.chains, {peer: (0.0, one) for peer, one in advertised.items()}
         view = chain_view(chains.chain, chains.shown, heard, since_s=0.0, me=self.me, is_away=False)
         if view.best is not None:
-            new = self.world.run(self.rounds.search.fetch_told_state(told, "others are further"))
+            new = self.world.run(self.rounds.search.fetch_advertised_state(advertised, "others are further"))
             if new is not None:
                 self._take(new)
                 return

@@ -51,7 +51,7 @@ class _Exchange(ServerExchange):
     def __init__(self, worker: Worker) -> None:
         world: Any = worker.world
         server = identity_of("b").peer_id
-        publisher: Any = SimpleNamespace(server=server, lock=threading.Lock(), hand_ins=GradientUploads())
+        publisher: Any = SimpleNamespace(server=server, lock=threading.Lock(), uploads=GradientUploads())
         link: Any = SimpleNamespace(take=lambda: None, heard_s=0.0)
         stop: Any = SimpleNamespace(sleep=worker.sleep, check=lambda: None)
         self.swarm, self.run, self.network = worker.swarm, world.run_file, world
@@ -74,9 +74,9 @@ class Worker(SearchedVolunteer):
         """Work that went into weights, by the number of its own round."""
 
     @property
-    def hand_ins(self) -> GradientUploads[Any]:
+    def uploads(self) -> GradientUploads[Any]:
         """Uploads that the server does not have yet."""
-        found: GradientUploads[Any] = self.exchange.publisher.hand_ins
+        found: GradientUploads[Any] = self.exchange.publisher.uploads
         return found
 
     def _merge(self, mine: Round) -> bool:
@@ -90,14 +90,14 @@ class Worker(SearchedVolunteer):
             own_tokens=self.own_tokens,
             gradient=torch.zeros(1),
         )
-        self.hand_ins.add(piece)
+        self.uploads.add(piece)
         self.behind = dataclasses.replace(self.behind, rounds=self.behind.rounds | {mine})
         server = self.world.processes.get("b")
         if isinstance(server, Server) and server in self.neighbours() and server.arrivals:
-            entered = server.marks.round(self.me)
+            entered = server.versions.round(self.me)
             self.exchange._go_on_from(torch.ones(1), server.arrivals, entered)
             for peer, tokens in server.progress_now().peer_tokens.items():
-                if server.marks.round(peer) is not None:
+                if server.versions.round(peer) is not None:
                     self.tallying.hear(peer, tokens)
             own = frozenset(one for at, one in self.rounds.items() if entered is None or at > entered)
             behind = server.state_behind
@@ -110,7 +110,7 @@ class Server(Bootstrap):
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
-        self.marks, self.arrivals, self.refreshes, self.in_buffer = UploadVersions(), 0, 0, 0
+        self.versions, self.arrivals, self.refreshes, self.in_buffer = UploadVersions(), 0, 0, 0
         self.state_behind, self.leavers, self._archived_arrivals = Behind(), None, 0
 
     def restore(self, kept: DiskCheckpoint) -> None:
@@ -118,7 +118,7 @@ class Server(Bootstrap):
         super().restore(kept)
         arrivals, self.refreshes, self.in_buffer, rows = kept.of_server
         self.arrivals, self.state_behind = arrivals, kept.behind
-        self.marks.load(rows)
+        self.versions.load(rows)
         self._archived_arrivals = arrivals
         self._serve()
 
@@ -135,7 +135,7 @@ class Server(Bootstrap):
     def _serve(self) -> None:
         if not self.arrivals:
             return
-        arrivals, entered = self.arrivals, self.marks.newest(4096)
+        arrivals, entered = self.arrivals, self.versions.newest(4096)
         archive, behind, self.progress, self.behind = self.progress, self.behind, self.progress_now(), self.state_behind
         self.set_state()
         self.fill = lambda manifest: describe_weights(manifest, arrivals, entered)
@@ -155,11 +155,11 @@ class Server(Bootstrap):
         self.later(LOOK_EVERY_S, self._look)
 
     def _take_next(self, worker: Worker) -> bool:
-        piece = worker.hand_ins.after(has := self.marks.round(worker.me))
-        if piece is None or not self.marks.is_new(worker.me, piece.round):
+        piece = worker.uploads.after(has := self.versions.round(worker.me))
+        if piece is None or not self.versions.is_new(worker.me, piece.round):
             return False
         size = max(1, len(self.membership.volunteers()))
-        self.marks.enter(worker.me, piece.round)
+        self.versions.enter(worker.me, piece.round)
         if too_old(piece.arrivals, self.arrivals, size, RUN.merge.max_staleness_rounds):
             return True
         new = frozenset(one for at, one in worker.rounds.items() if (has is None or at > has) and at <= piece.round)
@@ -177,9 +177,9 @@ class Server(Bootstrap):
 
     def _keep(self) -> None:
         self.progress, self.behind = self.progress_now(), self.state_behind
-        of_server = self.arrivals, self.refreshes, self.in_buffer, self.marks.rows()
+        of_server = self.arrivals, self.refreshes, self.in_buffer, self.versions.rows()
         self._archived_arrivals = self.arrivals
-        now, extra = self.world.clock.now, self.keeper.extra()
+        now, extra = self.world.clock.now, self.manager.extra()
         self.folder.write(
             DiskCheckpoint(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra, of_server=of_server)
         )

@@ -118,8 +118,8 @@ class RoundLiar(SimulatedVolunteer):
             return None
         if "two publications" in self.lies and what != "state":
             return what
-        if what == "state" and (told := self._invented()) is not None:
-            return told
+        if what == "state" and (advertised := self._invented()) is not None:
+            return advertised
         return super().provide(what)
 
     def _invented(self) -> JoinState | None:
@@ -165,7 +165,7 @@ class RoundLiar(SimulatedVolunteer):
     def _lie(self, reply: Reply, asker: str) -> Reply:
         """Return what this asker is told."""
         first = int(hash_of(asker)[0], 16) % 2 == 0
-        offer, told, shown = reply.publication, reply.told, reply.shown
+        offer, advertised, shown = reply.publication, reply.advertised, reply.shown
         roster = None if reply.roster is None else reply.roster.roster
         if "tokens" in self.lies and offer is not None:
             offer = replace(offer, tokens=1000 * offer.tokens)
@@ -175,17 +175,17 @@ class RoundLiar(SimulatedVolunteer):
             roster = replace(roster, entries=roster.entries[:-1] or roster.entries)
         if "far ahead" in self.lies and first:
             last = Roster(round=self.round + 1000, signer=self.name, entries=(_INVENTED,), base_tokens=10**15)
-            told = AdvertisedRound(round=self.round + 1001, last=last)
+            advertised = AdvertisedRound(round=self.round + 1001, last=last)
         if "behind" in self.lies and len(self.history) > 1:
-            told, offer = AdvertisedRound(round=self.round - 1, last=self.history[-2]), None
+            advertised, offer = AdvertisedRound(round=self.round - 1, last=self.history[-2]), None
         if (state := self._invented()) is not None:
-            told, shown = (
+            advertised, shown = (
                 AdvertisedRound(round=state.round, last=state.last),
                 None if shown is None else ShownChain(state.chain),
             )
         signed = None if roster is None else named(roster)
-        applied = None if told.last is None else named(told.last)
-        return replace(reply, publication=offer, roster=signed, told=told, last=applied, shown=shown)
+        applied = None if advertised.last is None else named(advertised.last)
+        return replace(reply, publication=offer, roster=signed, advertised=advertised, last=applied, shown=shown)
 
 
 _MANY_TOKENS = 10**12
@@ -216,7 +216,7 @@ class SearchedRounds(SynchronousWorld):
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """Waits as (time of its end, peer, seconds)."""
-        self.told: dict[tuple[str, int], tuple[str, float]] = {}
+        self.advertised: dict[tuple[str, int], tuple[str, float]] = {}
         """Own publications reported as merged: (peer, round) -> (snapshot, time), of peers that live on."""
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
@@ -232,7 +232,7 @@ class SearchedRounds(SynchronousWorld):
         if kind == "joined":
             self.pasts.pop(peer.name, None)  # from a checkpoint
             self.heads.pop(peer.name, None)
-            self.told = {key: one for key, one in self.told.items() if key[0] != peer.name}
+            self.advertised = {key: one for key, one in self.advertised.items() if key[0] != peer.name}
         if kind not in ("applied", "adopted") or roster is None or peer.name in self.liars:
             return
         if self.waits_s and self.waits_s[-1][0] == peer.name:
@@ -251,7 +251,7 @@ class SearchedRounds(SynchronousWorld):
         if kind == "applied":
             for entry in roster.entries:
                 if entry.peer == peer.name:
-                    self.told[peer.name, roster.round] = entry.snapshot, self.clock.now
+                    self.advertised[peer.name, roster.round] = entry.snapshot, self.clock.now
 
     def _gave_way(self, past: Sequence[Roster], peer: SimulatedVolunteer) -> bool:
         """Return whether weights with fewer tokens were rightly taken.
@@ -353,14 +353,14 @@ def _may_matter(fault: ScheduledFault, from_s: float, to_s: float) -> bool:
     return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
 
 
-def not_one_model(world: SynchronousWorld, settle_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
+def not_one_model(world: SynchronousWorld, recovery_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
     """Return what keeps the live peers from having one model after the faults.
 
-    Within `settle_rounds` rounds they must have equal weights, and keep them.
+    Within `recovery_rounds` rounds they must have equal weights, and keep them.
     """
     peers = world.running()
     end_s = world.clock.now + limit_s
-    rounds = max(peer.round for peer in peers) + settle_rounds
+    rounds = max(peer.round for peer in peers) + recovery_rounds
     if not (world.run_rounds(rounds, end_s) and world.run_rounds(rounds + 2, end_s + limit_s)):
         return [f"round {rounds + 2} is not reached: {[(p.name, p.round, p.phase.value, p.guest) for p in peers]}"]
     for round in (rounds + 1, rounds + 2):
@@ -398,7 +398,7 @@ def _lost(world: SearchedRounds) -> list[Violation]:
     merged = {(e.peer, roster.round, e.snapshot) for roster in peers[0].history for e in roster.entries}
     return [
         Violation("no token is lost", f"{name} told its round {round} as merged, and it is not in the model")
-        for (name, round), (snapshot, told_s) in world.told.items()
+        for (name, round), (snapshot, told_s) in world.advertised.items()
         if world.peers[name].alive and (name, round, snapshot) not in merged and not _stopped_then(world, name, told_s)
     ]
 

@@ -23,7 +23,7 @@ from swarmtrain.simulate.systems.network import NetworkPlace
 
 __all__ = ["draw_stages", "play_stages"]
 
-_SETTLE_S = 200.0
+_RECOVERY_S = 200.0
 """Seconds until an empty stage is held again.
 
 A record expires (30 s), everyone looks (10 s), promises end (60 s), somebody downloads (10 s each).
@@ -170,12 +170,12 @@ def play_stages(schedule: FaultSchedule) -> Played:
         _declare(world, fault, schedule.name(fault), index)
     world.run_until(schedule.faults_end_s(_LEAST_S))
     end_faults(world, world.liars)
-    world.run_until(world.clock.now + _SETTLE_S)
+    world.run_until(world.clock.now + _RECOVERY_S)
     found: list[Violation] = [*world.broken, *_emptied(world, schedule), *_unserved(world, schedule)]
     world.measure_from_here()
     world.run_until(world.clock.now + _RATE_S)
     if not world.tokens_per_s and not found:
-        world.run_until(world.clock.now + max(0.0, _LONGEST_CALL_S - _SETTLE_S) + _RATE_S)
+        world.run_until(world.clock.now + max(0.0, _LONGEST_CALL_S - _RECOVERY_S) + _RATE_S)
     due_tokens = world.share_of_assignment * world.ideal_per_s * _RATE_S
     if not found and not world.tokens_per_s and due_tokens > 6 * world.settings.microbatch_tokens:
         found.append(Violation("microbatches come through", "none, though every stage is held"))

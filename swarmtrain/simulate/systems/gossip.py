@@ -56,7 +56,7 @@ from swarmtrain.simulate.systems.messages import SimulatedLink
 from swarmtrain.simulate.systems.network import PullRefusal, SimulatedNetwork, kept_until
 from swarmtrain.simulate.systems.publications import (
     GRADIENT,
-    SECTIONS,
+    GROUPS,
     AdvertisedRecord,
     ConsensusSnapshot,
     Entered,
@@ -299,8 +299,8 @@ class GossipPeer:
         self._publish(number)  # its whole round, from the weights that it began with
         reference = median_round([self.round, *(info.round for info in self._others)]) if command.pulled else 0
         for one in command.pulled:
-            r.staleness_rounds = max(r.staleness_rounds, reference - one.mark.round)
-            r.num_merged += one.section == GRADIENT
+            r.staleness_rounds = max(r.staleness_rounds, reference - one.version.round)
+            r.num_merged += one.group == GRADIENT
         self.model.merge(number, command.pulled)
         self._merged(number)
 
@@ -377,7 +377,7 @@ class GossipPeer:
     def provide(self, what: Any) -> Any:
         """Return the state for a joiner, the newest publication's manifest, or the bytes of one of the last two."""
         if isinstance(what, PublicationQuery):
-            if what.section == GRADIENT:
+            if what.group == GRADIENT:
                 return self._publish(what.fragment) or NOTHING
             return self.model.weights(what.fragment) or NOTHING
         if isinstance(what, SimulatedPublication):
@@ -385,7 +385,7 @@ class GossipPeer:
                 return BUSY
             if not self.model.has(what):
                 return None
-            self.bytes_up += self.settings.section_bytes(what.section)
+            self.bytes_up += self.settings.section_bytes(what.group)
             return what
         if what != "state":
             return AWAY
@@ -506,14 +506,14 @@ class GossipPeer:
         is_heard = source is not None and source.engine.is_left_alone(self.name) and source.running
         if source is not None and is_heard and self.swarm.connected(self, source):
             source._tell(PeerCalled(self.name))
-        asked = self.swarm.asked[ask.fragment][ask.section]
+        asked = self.swarm.asked[ask.fragment][ask.group]
         self._fetch(ask.source, ask.author, asked, partial(self._replied, ask))
 
     def _fetch(
         self, source: str, author: str, what: PublicationQuery | SimulatedPublication, done: Callable[[Any], None]
     ) -> None:
         """Fetch a publication or its manifest, from its author or from one of the author's hosts."""
-        num_bytes = self.settings.section_bytes(what.section) if isinstance(what, SimulatedPublication) else 0
+        num_bytes = self.settings.section_bytes(what.group) if isinstance(what, SimulatedPublication) else 0
         self._pull(source, author, what, num_bytes, done)
 
     def _pull(
@@ -530,7 +530,7 @@ class GossipPeer:
         if found is NOTHING:
             self._tell(PartnerReplied(ask.pull))
         elif isinstance(found, SimulatedPublication) and not found.is_forged:
-            self._tell(PartnerReplied(ask.pull, found.mark, found))
+            self._tell(PartnerReplied(ask.pull, found.version, found))
         else:
             self._failed(ask.pull, ask.source, found, is_silent=True)
 
@@ -539,7 +539,7 @@ class GossipPeer:
     ) -> None:
         now, held = self.swarm.clock.now, download.held
         if isinstance(found, SimulatedPublication) and found == held:
-            num_bytes = self.settings.section_bytes(held.section)
+            num_bytes = self.settings.section_bytes(held.group)
             self._now.bytes_down += num_bytes
             self.membership.heard(download.source, now)
             for _ in range(1 + self.swarm.comes_twice()):
@@ -564,7 +564,7 @@ class GossipPeer:
             return
         if self.coverage is not None:
             self.coverage.merge(held.rows, decode.author, lambda _, tokens: tokens)
-        value = held.gradient if decode.section == GRADIENT else held.theta
+        value = held.gradient if decode.group == GRADIENT else held.theta
         value = value if earlier is None else value - earlier.gradient
         self._tell(PublicationDecoded(decode.pull, Value(value, decode.news.tokens)))
 
@@ -581,7 +581,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
         self.engine_settings = _engine_settings(self.settings)
         self.tellings = AdvertisedFragments(self.settings.num_fragments, self.settings.num_parts)
         self.asked = [
-            {section: PublicationQuery(section, fragment) for section in SECTIONS}
+            {group: PublicationQuery(group, fragment) for group in GROUPS}
             for fragment in range(self.settings.num_fragments)
         ]
         """All possible queries, by fragment and section."""
@@ -670,7 +670,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
 
 def _engine_settings(settings: SimulatedGossipSettings) -> EngineSettings:
     return EngineSettings(
-        sections=SECTIONS,
+        groups=GROUPS,
         sizes=[{_FORMAT: settings.fragment_sizes}] * settings.num_fragments,
         wanted=settings.wanted,
         num_parts=settings.num_parts,

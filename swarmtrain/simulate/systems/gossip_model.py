@@ -129,13 +129,13 @@ class GossipModel:
         tokens = own.tokens
         for one in pulled:
             value, new_tokens = one.payload
-            if one.section == WEIGHTS:
+            if one.group == WEIGHTS:
                 thetas.append(value)
                 continue
             weight, tokens = weight + value * new_tokens, tokens + new_tokens
             if s.keeps_past:
-                until = one.mark.tokens
-                self.entered.append(Entered(self._name, one.peer, number, one.mark.round, until - new_tokens, until))
+                until = one.version.tokens
+                self.entered.append(Entered(self._name, one.peer, number, one.version.round, until - new_tokens, until))
         if s.keeps_past:
             self.came.append(Entered(self._name, self._name, number, own.round, 0, own.tokens))
         mean = weight / tokens
@@ -166,18 +166,18 @@ class GossipModel:
         if (passed := self.schedule.passed(steps_done)) is not None:
             done, part = passed
             of = self._rounds.of(number, part, done * self._settings.tokens_per_step, done)
-            mark = PublicationVersion(of.round, of.part, of.tokens)
-            if of.tokens and (newest is None or newest.mark != mark):
+            version = PublicationVersion(of.round, of.part, of.tokens)
+            if of.tokens and (newest is None or newest.version != version):
                 rows = () if coverage is None else tuple(coverage.rows_to_send())
                 gradient = self._gradient(fragment, of.inner_steps)
-                newest = SimulatedPublication(GRADIENT, self._name, mark, fragment.theta, gradient, rows, number)
+                newest = SimulatedPublication(GRADIENT, self._name, version, fragment.theta, gradient, rows, number)
                 fragment.published, fragment.told_steps = [*fragment.published[-1:], newest], done
         return newest
 
     def has(self, publication: SimulatedPublication) -> bool:
         """Return whether the publication is one of the last two."""
         fragment = self.fragments[publication.fragment]
-        return publication in (fragment.published if publication.mark.part else fragment.weights)
+        return publication in (fragment.published if publication.version.part else fragment.weights)
 
     # ------------------------------------------------------------------ states and checkpoints
 

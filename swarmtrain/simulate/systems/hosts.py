@@ -37,7 +37,7 @@ from swarmtrain.simulate.systems.publications import OfGuest, PublicationQuery
 
 __all__ = ["HostedPeer", "HostedSwarm"]
 
-_LOOK_S = 5.0
+_POLL_INTERVAL_S = 5.0
 
 
 class HostedPeer(GossipPeer):
@@ -74,7 +74,7 @@ class HostedPeer(GossipPeer):
                 self._announce(now)
         else:
             self.choice.clear()
-        swarm.clock.call_later(_LOOK_S, self.deliver, self._look)
+        swarm.clock.call_later(_POLL_INTERVAL_S, self.deliver, self._look)
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
         hidden = self.reachability.state is Reach.HIDDEN
@@ -98,7 +98,7 @@ class HostedPeer(GossipPeer):
         if author not in self.guests.current(self.swarm.clock.now):
             return AWAY
         if isinstance(asked, SimulatedPublication):
-            kept = self._kept.get((author, PublicationQuery(asked.section, asked.fragment)), ())
+            kept = self._kept.get((author, PublicationQuery(asked.group, asked.fragment)), ())
             return asked if asked in kept else None
         kept = self._kept.setdefault((author, asked), [])
         if self.brings(author, asked):
@@ -110,7 +110,7 @@ class HostedPeer(GossipPeer):
         """Return whether a guest has something that is not here yet."""
         guest, kept = self.hosted.peers[author], self._kept.get((author, asked))
         newest = guest.provide(asked) if guest.running else None
-        return isinstance(newest, SimulatedPublication) and not (kept and kept[-1].mark == newest.mark)
+        return isinstance(newest, SimulatedPublication) and not (kept and kept[-1].version == newest.version)
 
     # ------------------------------------------------------------------ the reader
 
@@ -126,7 +126,7 @@ class HostedPeer(GossipPeer):
                 self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
                 return
         elif isinstance(what, PublicationQuery) and through.running and through.brings(author, what):
-            size_bytes = self.settings.section_bytes(what.section)
+            size_bytes = self.settings.section_bytes(what.group)
             self.hosted.peers[author].bytes_up += size_bytes
             self._pull(source, author, what, size_bytes, done)  # the host pulls it first
             return

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from swarmtrain.network.sections import rules_of, sections_of
+from swarmtrain.network.tensor_groups import groups_of, rules_of
 from swarmtrain.protocol.gossip.partners import Place, PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, SectionBytes, WantedPartners
+from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes, WantedPartners
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.shards import CoverageRow
 from swarmtrain.run import RunFile
 
 __all__ = [
     "GRADIENT",
-    "SECTIONS",
+    "GROUPS",
     "WEIGHTS",
     "AdvertisedRecord",
     "ConsensusSnapshot",
@@ -29,9 +29,9 @@ __all__ = [
     "SimulatedPublication",
 ]
 
-SECTIONS = rules_of(sections_of((), "fp32", ("fp32",)))
+GROUPS = rules_of(groups_of((), "fp32", ("fp32",)))
 """Sections of a publication and the rule by which each is merged: a number each, in place of tensors."""
-WEIGHTS, GRADIENT = SECTIONS
+WEIGHTS, GRADIENT = GROUPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class SimulatedGossipSettings:
     round_limit_s: float = 1e9
     max_staleness_rounds: int = 8
     max_readers: int = 4
-    sizes: SectionBytes = field(default_factory=lambda: SectionBytes(weights=1_000_000, gradient=1_000_000))
+    sizes: PublicationBytes = field(default_factory=lambda: PublicationBytes(weights=1_000_000, gradient=1_000_000))
     """Bytes of all fragments together."""
     state_bytes: int = 2_000_000
     """Bytes of weights and momentum, as a joiner takes them."""
@@ -65,7 +65,7 @@ class SimulatedGossipSettings:
     """True if peers keep checkpoints to restart from, and `entered`. Off for ten thousand peers, to save memory."""
 
     @classmethod
-    def of(cls, run: RunFile, sizes: SectionBytes, state_bytes: int) -> SimulatedGossipSettings:
+    def of(cls, run: RunFile, sizes: PublicationBytes, state_bytes: int) -> SimulatedGossipSettings:
         """Return the settings of a run file."""
         merge, network = run.merge, run.network
         return cls(
@@ -88,14 +88,14 @@ class SimulatedGossipSettings:
         )
 
     @cached_property
-    def fragment_sizes(self) -> SectionBytes:
+    def fragment_sizes(self) -> PublicationBytes:
         """Bytes of one fragment."""
         num = self.num_fragments
-        return SectionBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
+        return PublicationBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
 
-    def section_bytes(self, section: Section) -> int:
+    def section_bytes(self, group: GroupName) -> int:
         """Return the bytes of one fragment's section."""
-        return self.fragment_sizes.weights if section == WEIGHTS else self.fragment_sizes.gradient
+        return self.fragment_sizes.weights if group == WEIGHTS else self.fragment_sizes.gradient
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,10 @@ class SimulatedPublication:
     Part 0 has the weight alone.
     """
 
-    section: Section
+    group: GroupName
     """Section that is pulled."""
     peer: str
-    mark: PublicationVersion
+    version: PublicationVersion
     theta: float
     gradient: float
     rows: tuple[CoverageRow, ...] = ()
@@ -125,7 +125,7 @@ class SimulatedPublication:
 class PublicationQuery(NamedTuple):
     """Query for a peer's newest publication of a section."""
 
-    section: Section
+    group: GroupName
     fragment: int
 
 

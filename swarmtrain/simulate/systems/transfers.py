@@ -126,7 +126,7 @@ class Transfers:
 
         next_source(None)
 
-    def bring(self, offer: RoundPublication, sources: Iterable[str]) -> None:
+    def fetch(self, offer: RoundPublication, sources: Iterable[str]) -> None:
         """Fetch a publication's bytes, then continue the merge that lacked them."""
         if offer.snapshot in self._pulling or offer.snapshot in self._store:
             return
@@ -165,7 +165,7 @@ class Transfers:
                 self._owner.tell(ev.RosterNotMerged(m.roster.digest, frozenset([offer.peer])))
                 return
             m.looked_for.add(offer.snapshot)
-            self.bring(offer, sources_of(m.roster, offer.peer))
+            self.fetch(offer, sources_of(m.roster, offer.peer))
         if not lacking:
             self._has_merged(m)
 

@@ -226,7 +226,7 @@ class SimulatedVolunteer:
                 if (one := command.roster) is not None and one.roster.signer == self.name:
                     self.world.reached(self, "told_one")
             case ev.FetchPublication():
-                self.transfers.bring(command.publication, command.sources)
+                self.transfers.fetch(command.publication, command.sources)
             case ev.SignRoster():
                 if self.signs:
                     self.world.record("signed", self, command.roster)
@@ -264,7 +264,7 @@ class SimulatedVolunteer:
     def _reply(self, answer: ev.AnswerRoundQuestion[None], asker: str) -> Reply:
         last = None if answer.last is None else answer.last.roster
         return ev.PeerReply(
-            told=AdvertisedRound(round=answer.round, last=last, participating=answer.participating),
+            advertised=AdvertisedRound(round=answer.round, last=last, participating=answer.participating),
             inner_steps_done=self.inner_steps_done,
             last=answer.last,
             publication=answer.publication,

@@ -21,8 +21,8 @@ from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.refusals import rule_of
-from swarmtrain.network.sections import sections_of
 from swarmtrain.network.snapshots.store import Body, PullLimits, TensorSpec
+from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -50,7 +50,7 @@ class Swarm:
         assert swarm_time() == began_s + ROUND_S
         found = self.me.merge(self.round)
         self.round += 1
-        return {pulled.peer for pulled in found.pulled if pulled.section == "gradient"}
+        return {pulled.peer for pulled in found.pulled if pulled.group == "gradient"}
 
     @property
     def refused(self) -> list[tuple[str, str]]:
@@ -73,7 +73,7 @@ def in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Body_], None]:
         ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
         me = Peer(ben, carl, dora, num_partners=2)
         pull = PullLimits(stall_limit_s=STALL_S, busy_limit_s=0.0, clock=clock)
-        rules = {section: replace(rules, pull=pull) for section, rules in me.puller.rules[0].items()}
+        rules = {group: replace(rules, pull=pull) for group, rules in me.puller.rules[0].items()}
         me.gossip._puller = replace(me.puller, rules=[rules])
         await body(Swarm(me, ben, carl, dora))
         await me.gossip.stop()
@@ -98,7 +98,7 @@ def not_finite(ben: Partner) -> None:
 
 
 def wrong_shape(ben: Partner) -> None:
-    codec = PublicationCodec(sections_of((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", ("int8",)))
+    codec = PublicationCodec(groups_of((TensorSpec("w", (50, 40)), TensorSpec("norm", (7,))), "int8", ("int8",)))
     ben.publishers["weights"] = Publisher(ben.identity, RUN, codec.weights.tensors, ben.store)
     ben.publishers["gradient"] = Publisher(ben.identity, RUN, codec.gradient.of["int8"].tensors, ben.store)
     ben.publish(0, 4, 1000)
@@ -311,6 +311,6 @@ def test_a_counter_turned_back_is_merged_by_nobody(
             named.extend([swarm.round - 1] * (bool(swarm.refused) and not named))
         assert named == [named_in_round]
         assert set(swarm.refused) == {(BEN.peer_id, "round")}
-        assert swarm.me.engine.merged_mark(0, BEN.peer_id) == PublicationVersion(30, 4, 1000)
+        assert swarm.me.engine.merged_version(0, BEN.peer_id) == PublicationVersion(30, 4, 1000)
 
     in_virtual_time(body)

@@ -17,26 +17,26 @@ from virtual_loop import virtual_swarm
 
 from swarmtrain.algorithm.gossip import PartnerUpdate
 from swarmtrain.errors import PeerError, UnreachableError
-from swarmtrain.network.asynchronous.publications import OwnPublication, PublicationRules, Publisher, section_untrusted
+from swarmtrain.network.asynchronous.publications import OwnPublication, PublicationRules, Publisher, group_untrusted
 from swarmtrain.network.asynchronous.puller import Puller
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.sections import rules_of, sections_of
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, PullLimits, SnapshotStore, TensorSpec
+from swarmtrain.network.tensor_groups import groups_of, rules_of
 from swarmtrain.peer.merging.gossip_runner import GossipRunner
 from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.messages import DecodePublication, FetchConsensus, MergeFragment, PrepareMerge
 from swarmtrain.protocol.gossip.messages import ReceivedPublication as AnyPulled
 from swarmtrain.protocol.gossip.partners import PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, WantedPartners
+from swarmtrain.protocol.gossip.pulls import GroupName, WantedPartners
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32
 ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32) for i in range(4))
-CODEC = PublicationCodec(sections_of((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", ("int8",)))
+CODEC = PublicationCodec(groups_of((TensorSpec("w", (40, 50)), TensorSpec("norm", (7,))), "int8", ("int8",)))
 SIZE, ROUND_TOKENS = 2007, 1000
 GRADIENTS = PublicationRules(
     run_sha256=RUN,
@@ -45,7 +45,7 @@ GRADIENTS = PublicationRules(
     num_parts=4,
     pull=PullLimits(stall_limit_s=5.0, busy_limit_s=0.0),
 )
-RULES: dict[Section, PublicationRules] = {
+RULES: dict[GroupName, PublicationRules] = {
     "gradient": GRADIENTS,
     "weights": replace(GRADIENTS, tables=(CODEC.weights.tensors,), num_parts=0),
 }
@@ -67,7 +67,7 @@ class Partner:
         self.identity, self.value = identity, value
         self.store = SnapshotStore()
         self.publishers = {
-            section: Publisher(identity, RUN, rules.tables[0], self.store) for section, rules in RULES.items()
+            group: Publisher(identity, RUN, rules.tables[0], self.store) for group, rules in RULES.items()
         }
         self.is_gone = self.is_busy = self.is_silent = False
         self.asked: list[pb.PublicationRequest] = []
@@ -95,7 +95,7 @@ class Partner:
 
     async def held_after(self, request: pb.PublicationRequest) -> HeldSnapshot | None:
         """Its answer to a request."""
-        return await self.publishers[section_untrusted(request, self.publishers)].held_after(request)
+        return await self.publishers[group_untrusted(request, self.publishers)].held_after(request)
 
 
 class Calls:
@@ -134,7 +134,7 @@ class Peer:
         for partner in partners:
             self.saw(partner, now)
         settings = GossipSettings(
-            sections=rules_of(CODEC.sections),
+            groups=rules_of(CODEC.groups),
             sizes=[CODEC.sizes()],
             wanted=WantedPartners(num_partners, num_partners),
             num_parts=4,
@@ -148,7 +148,7 @@ class Peer:
 
     def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> PartnerUpdate:
         """See `Merging`."""
-        return CODEC.arrival_untrusted(command.section, command.held, command.news, command.earlier)
+        return CODEC.arrival_untrusted(command.group, command.held, command.news, command.earlier)
 
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
         """See `Merging`."""
@@ -198,8 +198,8 @@ class Peer:
     async def take(self, number: int, *, weights: bool = True) -> dict[str, PartnerUpdate]:
         """What is merged of whom at the round's end, once gradients of so many are ready, and their weights."""
 
-        def ready_of(section: str) -> dict[str, PartnerUpdate]:
-            return {one.peer: one.payload for one in self.ready() if one.section == section}
+        def ready_of(group: str) -> dict[str, PartnerUpdate]:
+            return {one.peer: one.payload for one in self.ready() if one.group == group}
 
         await until(lambda: len(ready_of("gradient")) >= number)
         await until(lambda: not weights or ready_of("weights").keys() == ready_of("gradient").keys())
@@ -236,7 +236,7 @@ def test_each_inner_step_of_a_partner_is_merged_once() -> None:
         assert first.tokens == 400
         assert torch.equal(first.gradient, torch.full((SIZE,), 200.0))
         assert torch.equal(first.theta, torch.full((SIZE,), 0.5))
-        assert me.engine.merged_mark(0, BEN.peer_id) == PublicationVersion(3, 2, 400)
+        assert me.engine.merged_version(0, BEN.peer_id) == PublicationVersion(3, 2, 400)
         ben.publish(3, 3, 600)
         me.begin(4)
         second = (await me.take(1, weights=False))[BEN.peer_id]
@@ -291,7 +291,7 @@ def test_nothing_is_merged_twice() -> None:
         await until(lambda: len(ben.asked) > asked and not me.num_open())
         assert me.merge(1).merge is None
         assert (True, 0, 4) in [(one.has_any, one.round, one.part) for one in ben.asked[asked:]]
-        assert me.engine.merged_mark(0, BEN.peer_id) == PublicationVersion(0, 4, 1000) and me.refused == []
+        assert me.engine.merged_version(0, BEN.peer_id) == PublicationVersion(0, 4, 1000) and me.refused == []
         await me.gossip.stop()
 
     run(script)
@@ -405,7 +405,7 @@ def test_what_is_wrong_is_named() -> None:
         me.begin(0)
         await until(lambda: me.refused)
         assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
-        assert me.engine.merged_mark(0, BEN.peer_id) is None
+        assert me.engine.merged_version(0, BEN.peer_id) is None
         await me.gossip.stop()
 
     run(script)
@@ -446,7 +446,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
 
         me.begin(1, prepare, lasts_s=60)
         await until(lambda: prepared and me.ready())
-        assert {(pulled.peer, pulled.section) for pulled in me.merge(1).pulled} <= both
+        assert {(pulled.peer, pulled.group) for pulled in me.merge(1).pulled} <= both
         assert me.engine._schedule.times.early_share > 0.2, "it was to last a minute: the next pulls begin earlier"
         await me.gossip.stop()
 

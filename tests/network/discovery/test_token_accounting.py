@@ -197,10 +197,10 @@ def test_a_tally_outlives_its_process() -> None:
 
 def test_counts_come_with_states_and_say_nothing_new_of_this_peer_itself() -> None:
     reading = Reading({})
-    reading.tallying.bring([{BEN: 5000, CARL: 70, ME: 10**8}, {BEN: 6000, ME: 10**8}])
+    reading.tallying.adopt([{BEN: 5000, CARL: 70, ME: 10**8}, {BEN: 6000, ME: 10**8}])
     assert reading.tallying.contributions() == {BEN: 5000, ME: 200}
     reading.now += 100.0
-    reading.tallying.bring([{BEN: 10**6}, {BEN: 9000}, {BEN: 8000}])
+    reading.tallying.adopt([{BEN: 10**6}, {BEN: 9000}, {BEN: 8000}])
     assert reading.tallying.contributions()[BEN] == 9000
 
 
@@ -209,7 +209,7 @@ def test_the_server_that_a_run_names_is_believed_alone() -> None:
     for is_server, counted in ((True, 10_000), (False, 9_800)):
         reading = Reading({})
         reading.tallying._tally.rules = rules
-        reading.tallying.bring([{BEN: 10_000}], is_server=is_server)
+        reading.tallying.adopt([{BEN: 10_000}], is_server=is_server)
         assert reading.tallying.total == counted
 
 
@@ -218,7 +218,7 @@ def test_a_bootstrap_that_has_published_the_run_watches_from_then_on() -> None:
     reading = Reading({})
     reading.tallying.watch()
     reading.now = RULES.began_s + 10
-    reading.tallying.bring([{BEN: 10**6}])
+    reading.tallying.adopt([{BEN: 10**6}])
     assert reading.tallying.total == 3 * (200 + 40 * 10)
     reading.now += 60.0
     reading.tallying.hear(CARL, 10**6)
@@ -236,7 +236,7 @@ def test_what_is_usual_is_looked_up_once_for_all_that_states_tell() -> None:
 
     reading.tallying.speeds = speeds
     told = {f"p{number}": 100 for number in range(50)}
-    reading.tallying.hear_all({**told, CARL: 10**6})
+    reading.tallying.receive_all({**told, CARL: 10**6})
     assert looks == 1 and reading.tallying.contributions() == {**told, CARL: 200}, "no more than was possible"
     assert reading.told == [(CARL, "tokens")]
 

@@ -152,7 +152,7 @@ def test_it_is_merged_through_a_host_which_pulls_it_once_for_all_readers() -> No
             me.begin(3)
             arrival = (await me.take(1))[DORA.peer_id]
             assert arrival.tokens == 400 and torch.equal(arrival.theta, torch.full((SIZE,), 0.5))
-            assert me.engine.merged_mark(0, DORA.peer_id) == PublicationVersion(3, 2, 400) and me.counted == {
+            assert me.engine.merged_version(0, DORA.peer_id) == PublicationVersion(3, 2, 400) and me.counted == {
                 DORA.peer_id: 405
             }
             await me.gossip.stop()
@@ -192,7 +192,7 @@ def test_a_host_keeps_nothing_for_who_asks_for_a_section_that_the_run_does_not_h
         guest = Partner(DORA, 0.5)
         host, dora = Host(CARL, guest), peer_bytes(DORA.peer_id)
         for name in ("buffers", "x" * 33):
-            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, section=name), ME.peer_id)
+            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, group=name), ME.peer_id)
             assert reply == pb.PublicationReply(away=True)
         assert [peer for peer, _ in host.refused] == [ME.peer_id, ME.peer_id]
         assert guest.asked == [] and not host.hosting._kept

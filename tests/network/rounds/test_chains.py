@@ -338,11 +338,11 @@ def test_no_archive_and_no_newcomer_takes_one_volunteers_state(base_tokens: int 
     honest, wrong = common(HONEST), common()
     for _ in range(1 if base_tokens else 30):
         go_on(wrong, (LIAR,), tokens=100, base_tokens=base_tokens)
-    told = peers(b=honest, c=honest, d=honest, liar=wrong)
+    advertised = peers(b=honest, c=honest, d=honest, liar=wrong)
 
     async def fetch(own: ChainStore) -> NewState | None:
-        rounds, _ = rounds_of(A, own, told, trains=False)
-        return await rounds.search.fetch_newest_state(sorted(told.stores), "archive", above_tokens=50)
+        rounds, _ = rounds_of(A, own, advertised, trains=False)
+        return await rounds.search.fetch_newest_state(sorted(advertised.stores), "archive", above_tokens=50)
 
     for own in (ChainStore(), common()):
         state = virtual_swarm(lambda own=own: fetch(own))  # type: ignore[misc]
@@ -367,7 +367,7 @@ def come_back(own: ChainStore, others: Peers) -> tuple[NewState | None, ChainSto
 
     async def run() -> NewState | None:
         rounds, _ = rounds_of(A, own, others)
-        new = await rounds.search.fetch_told_state(await rounds.search.ask_now(sorted(others.stores)), "was away")
+        new = await rounds.search.fetch_advertised_state(await rounds.search.ask_now(sorted(others.stores)), "was away")
         if new is not None:
             own.move_to(new.roster, new.signed_roster)
         return new

@@ -144,11 +144,11 @@ def finish(identities: list[Identity], me: Identity, others: Others) -> tuple[Ro
     refused: list[tuple[str, str]] = []
 
     async def run() -> tuple[RosterMean, float]:
-        rounds, told = driver(identities, me, others)
+        rounds, advertised = driver(identities, me, others)
         began_s = swarm_time()
         outcome = await asyncio.wait_for(rounds.finish(0, publication(me), began_s), 100)
         assert isinstance(outcome, RosterMean)
-        refused.extend(told)
+        refused.extend(advertised)
         return outcome, swarm_time() - began_s
 
     outcome, wait_s = virtual_swarm(run)
@@ -411,8 +411,8 @@ def test_an_error_of_ours_in_one_question_is_a_call_that_failed(
     monkeypatch.setattr(Downloads, "pull", bytes_come)
     outcome, wait_s, refused = finish(identities, me, Others({one.peer_id: one for one in identities}))
     assert set(outcome.roster.peers) == {me.peer_id, good.peer_id, bad.peer_id} and not refused
-    told = [record for record in caplog.records if record.exc_info is not None]
-    assert len(told) == 1 and "a bug" in str(told[0].exc_info), "it was so twice"
+    advertised = [record for record in caplog.records if record.exc_info is not None]
+    assert len(advertised) == 1 and "a bug" in str(advertised[0].exc_info), "it was so twice"
     broken_for[0] = 10**6
     caplog.clear()
     outcome, wait_s, refused = finish(identities, me, Others({one.peer_id: one for one in identities}))
@@ -497,8 +497,8 @@ def test_nothing_is_kept_of_a_state_that_nobody_gets(ends: str) -> None:
         rounds, _ = driver([ahead], me, Others({}), states=Breaking())
         rounds.chains.keep(ShownChain(Chain((ChainLink(roster=last),))))
         with contextlib.suppress(TimeoutError):
-            told = {ahead.peer_id: AdvertisedRound(round=1, last=last)}
-            assert await asyncio.wait_for(rounds.search.fetch_told_state(told, "joined late"), 5) is None
+            advertised = {ahead.peer_id: AdvertisedRound(round=1, last=last)}
+            assert await asyncio.wait_for(rounds.search.fetch_advertised_state(advertised, "joined late"), 5) is None
         await asyncio.sleep(1)
         assert begun and not rounds._states._offered and not rounds._states._taken
 

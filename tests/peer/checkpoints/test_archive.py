@@ -40,13 +40,13 @@ class Boot:
             published=SimpleNamespace(sha256=RUN, run=SimpleNamespace(round_tokens=100)),
         )
         extras: dict[str, Any] = {}
-        keeper: Any = SimpleNamespace(
+        manager: Any = SimpleNamespace(
             extras=extras,
             extra=lambda: {name: give() for name, give in extras.items()},
             restore_counts=lambda: self.tallying.learn(counts_on_disk),
             offer=self._offer,
         )
-        self.archive = Archive(self.swarm, keeper)
+        self.archive = Archive(self.swarm, manager)
 
     async def _offer(self, kept: Checkpoint) -> None:
         self.offered.append(kept)

@@ -130,8 +130,8 @@ def test_only_what_is_on_the_disk_is_told() -> None:
     settings = PeerSettings(directory=Path("/nowhere"), name="bootstrap")
     peer = bootstrap._Bootstrap(anything, settings, anything, network, control)
     checkpointer = SimpleNamespace(durable=None)
-    keeper: Any = SimpleNamespace(checkpointer=checkpointer)
-    peer.keeper = keeper
+    manager: Any = SimpleNamespace(checkpointer=checkpointer)
+    peer.manager = manager
     presence = OwnPresence(new_identity(), "ab" * 32, PeerInfo(peer="P", is_bootstrap=True), lambda: 0)
     swarm: Any = SimpleNamespace(presence=presence, asynchronous=False)
     try:
@@ -171,8 +171,8 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
     )
     checkpointer = SimpleNamespace(flush=lambda limit_s: True, durable=None)
     offered: list[Any] = []  # and nothing is counted again: this peer's own counts are in it
-    keeper = SimpleNamespace(checkpointer=checkpointer, extra=dict, keep=lambda kept: None, offer=offered.append)
-    peer.keeper = cast(Any, keeper)
+    manager = SimpleNamespace(checkpointer=checkpointer, extra=dict, keep=lambda kept: None, offer=offered.append)
+    peer.manager = cast(Any, manager)
     theta = flatten(build_model(run.model, run.run.seed).parameters())
     state = OuterState(theta, torch.zeros_like(theta))
     monkeypatch.setattr(
@@ -214,7 +214,7 @@ class Volunteers:
             await asyncio.Event().wait()
         return {peer: self.tokens[peer] for peer in peers}
 
-    async def fetch_told_state(self, told: Mapping[str, int], reason: str, above_tokens: int) -> Any:
+    async def fetch_advertised_state(self, told: Mapping[str, int], reason: str, above_tokens: int) -> Any:
         self.before_it_delivers()
         if not self.delivers:
             await asyncio.Event().wait()
@@ -256,8 +256,8 @@ def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving
     published = PublishedRun(b"", "ab" * 32, run, b"", b"")
     settings = PeerSettings(directory=tmp_path, name="bootstrap")
     peer = leaving.peer = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), network, control)
-    keeper = SimpleNamespace(extra=dict, keep=leaving.kept.append)
-    peer.keeper = cast(Any, keeper)
+    manager = SimpleNamespace(extra=dict, keep=leaving.kept.append)
+    peer.manager = cast(Any, manager)
     peer.progress = Progress(round=1, run_tokens=500)
     yield leaving
     network.stop()

@@ -131,7 +131,7 @@ class Peer:
             progress=replica.progress,
             roster=self.exchange.last[0],
             signed_roster=self.exchange.last[1],
-            own=self.session.own_part(torch.empty(2, replica.state.size) if room is None else room),
+            own=self.session.local_checkpoint(torch.empty(2, replica.state.size) if room is None else room),
             extra=extra,
         )
 

@@ -82,7 +82,7 @@ def swarm_of(published: PublishedRun, now: float = 50.0, **parts: Any) -> Any:
     )
 
 
-def keeper(path: Path, published: PublishedRun, now: float = 50.0) -> tuple[CheckpointManager, list[Event]]:
+def manager(path: Path, published: PublishedRun, now: float = 50.0) -> tuple[CheckpointManager, list[Event]]:
     events: list[Event] = []
     path.mkdir(exist_ok=True)
     folder = PeerFolder(path)
@@ -116,7 +116,7 @@ def tallying(published: PublishedRun, now: float) -> TokenAccounting:
 def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_nothing_away(
     tmp_path: Path, published: PublishedRun
 ) -> None:
-    kept, events = keeper(tmp_path / "peer", published)
+    kept, events = manager(tmp_path / "peer", published)
     kept.keep_counts()
     path = kept.folder.path / "counts.json"
     assert not path.exists(), "there are none"
@@ -126,17 +126,17 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     kept.keep_counts()
     assert path.read_bytes() == written, "nothing has changed"
 
-    again, _ = keeper(tmp_path / "peer", published, 60.0)
+    again, _ = manager(tmp_path / "peer", published, 60.0)
     again.restore_counts()
     assert again.swarm.tallying.contributions() == {BEN: 5000}
-    newer, of_newer = keeper(tmp_path / "peer", published, 60.0)
+    newer, of_newer = manager(tmp_path / "peer", published, 60.0)
     newer.swarm.tallying.bring([{BEN: 9000}])
     newer.restore_counts()
     assert newer.swarm.tallying.contributions() == {BEN: 9000}
 
     for other in (b'{"run_sha256": "ab"}', b"[]", b"no json"):
         path.write_bytes(other)
-        of_another, told = keeper(tmp_path / "peer", published, 60.0)
+        of_another, told = manager(tmp_path / "peer", published, 60.0)
         of_another.restore_counts()
         assert of_another.swarm.tallying.contributions() == {} and not told
     path.write_text(f'{{"run_sha256": "{published.sha256}", "tally": [[1]]}}')
@@ -147,7 +147,7 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
 
 
 def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) -> None:
-    keeper(tmp_path / "peer", published)
+    manager(tmp_path / "peer", published)
     folder = PeerFolder(tmp_path / "peer")
     first, second = (
         CheckpointManager(
@@ -168,7 +168,7 @@ def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) 
 def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:
     live: list[PeerInfo] = []
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=lambda: live))
-    kept_by, _ = keeper(tmp_path / "peer", published)
+    kept_by, _ = manager(tmp_path / "peer", published)
     kept = PeersFile(kept_by.folder, swarm)
     kept.keep()
     assert kept_by.folder.kept_peers() == ()
@@ -188,7 +188,7 @@ def test_peers_are_written_down_when_they_change(tmp_path: Path, published: Publ
     kept_by.close()
     assert kept_by.folder.kept_peers() == (), "and still nothing, beside a checkpoint"
     live.append(PeerInfo(peer=new_identity().peer_id, addresses=("/ip4/127.0.0.1/tcp/3",), is_bootstrap=True))
-    kept_by, _ = keeper(tmp_path / "peer", published)
+    kept_by, _ = manager(tmp_path / "peer", published)
     kept_by.peers = kept
     kept_by.keep(merged(published, 2.0))
     kept_by.close()
@@ -196,7 +196,7 @@ def test_peers_are_written_down_when_they_change(tmp_path: Path, published: Publ
 
 
 def test_whoever_asks_gets_the_newest_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
-    kept, _ = keeper(tmp_path / "peer", published)
+    kept, _ = manager(tmp_path / "peer", published)
     status = pb.PeerStatus()
     kept.show(status)
     assert not status.HasField("checkpoint")
@@ -218,7 +218,7 @@ def test_whoever_asks_gets_the_newest_checkpoint(tmp_path: Path, published: Publ
 
 def test_a_run_is_resumed_only_with_a_checkpoint_of_it(tmp_path: Path, published: PublishedRun) -> None:
     invite = Invite(published.sha256, (invited(new_identity().peer_id, 4711),))
-    kept, _ = keeper(tmp_path / "peer", published)
+    kept, _ = manager(tmp_path / "peer", published)
     assert run_to_resume(PeerFolder(tmp_path), invite, ME) is None, "no run is here"
     assert run_to_resume(kept.folder, invite, ME) is None, "there is no checkpoint"
     kept.keep(merged(published, 1.0))
@@ -236,7 +236,7 @@ def test_a_run_is_resumed_only_with_a_checkpoint_of_it(tmp_path: Path, published
 
 
 def test_which_stages_of_a_pipeline_were_kept(tmp_path: Path, published: PublishedRun) -> None:
-    first, _ = keeper(tmp_path / "peer", published)
+    first, _ = manager(tmp_path / "peer", published)
     assert kept_stages(first.folder, published, ME, 4) == {}
     for stage, rounds in (0, 1), (2, 3), (3, 3):
         run = published.of_stage(stage)
@@ -254,23 +254,23 @@ def test_which_stages_of_a_pipeline_were_kept(tmp_path: Path, published: Publish
 
 
 def test_a_restart_finds_what_was_kept(tmp_path: Path, published: PublishedRun) -> None:
-    first, _ = keeper(tmp_path / "peer", published)
+    first, _ = manager(tmp_path / "peer", published)
     first.keep(merged(published, 1.0))
     first.keep(merged(published, 2.0))
     first.close()
     newest = max((tmp_path / "peer" / "checkpoints").glob("*.safetensors"))
-    again, events = keeper(tmp_path / "peer", published)
+    again, events = manager(tmp_path / "peer", published)
     kept = again.checkpointer.load(published.run, num_parameters(published.run.model))
     assert kept is not None and float(kept.state.theta[0]) == 2.0 and not events
     assert again.checkpointer.durable == kept.progress and again.checkpointer.last is not None
     newest.write_bytes(b"")
-    again, events = keeper(tmp_path / "peer", published)
+    again, events = manager(tmp_path / "peer", published)
     again.checkpointer.load(published.run, num_parameters(published.run.model))
     assert len(events) == 1 and "is not used: its tensors were torn or altered" in to_plain_line(events[0])
 
 
 def test_a_model_is_exported_from_a_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
-    kept, _ = keeper(tmp_path / "peer", published)
+    kept, _ = manager(tmp_path / "peer", published)
     kept.keep(merged(published, 0.5))
     kept.close()
     assert export_from_folder(tmp_path / "peer", tmp_path / "model") == published.run.tokens_per_step

@@ -19,7 +19,7 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.peer.control import limits as module
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
-from swarmtrain.peer.control.limits import LimitKeeper, check_memory, kept_limits, limit_link
+from swarmtrain.peer.control.limits import LimitEnforcer, check_memory, kept_limits, limit_link
 from swarmtrain.peer.control.usage import Usage
 from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
@@ -48,7 +48,7 @@ class Kept:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
         self.now = datetime.datetime(2026, 11, 25, 12, 0)
         tell, usage = self.events.append, self.usage
-        self.keeper = LimitKeeper(limits or Limits(), self.pause, tell, usage, lambda: self.now, expected=expected)
+        self.enforcer = LimitEnforcer(limits or Limits(), self.pause, tell, usage, lambda: self.now, expected=expected)
 
 
 @pytest.fixture(autouse=True)
@@ -60,48 +60,48 @@ def threads_as_they_were() -> Iterator[None]:
 
 def test_hours_hold_at_once_and_release_when_they_come() -> None:
     kept = Kept(Limits(hours=parse_hours("22-7")))
-    kept.keeper.start()
+    kept.enforcer.start()
     assert kept.pause.held
     assert kept.pause.reason == "outside the hours 22-7; training resumes at 22:00"
     kept.now = kept.now.replace(hour=22)
-    kept.keeper.tick()
+    kept.enforcer.tick()
     assert not kept.pause.held
 
 
 def test_a_change_of_the_hours_brings_it_back() -> None:
     kept = Kept(Limits(hours=parse_hours("22-7")))
-    kept.keeper.start()
-    said = kept.keeper.change(pb.Limits(hours="8-17"))
+    kept.enforcer.start()
+    said = kept.enforcer.change(pb.Limits(hours="8-17"))
     assert said == "trains in the hours 8-17; it trains"
     assert not kept.pause.held
-    said = kept.keeper.change(pb.Limits(hours="0-6"))
+    said = kept.enforcer.change(pb.Limits(hours="0-6"))
     assert said == "trains in the hours 0-6; it is paused: outside the hours 0-6; training resumes at 0:00"
-    assert kept.keeper.change(pb.Limits(hours="any")) == "trains at any hour; it trains"
+    assert kept.enforcer.change(pb.Limits(hours="any")) == "trains at any hour; it trains"
 
 
 def test_what_the_person_asked_for_stays() -> None:
     kept = Kept(Limits(hours=parse_hours("22-7")))
     kept.pause.hold(ASKED, "you asked for it")
-    kept.keeper.start()
-    assert kept.keeper.change(pb.Limits(hours="any")).endswith("it is paused: you asked for it")
-    kept.keeper.tick()
+    kept.enforcer.start()
+    assert kept.enforcer.change(pb.Limits(hours="any")).endswith("it is paused: you asked for it")
+    kept.enforcer.tick()
     assert kept.pause.held
 
 
 def test_memory_warns_by_an_event_and_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, now_s = Kept(Limits(memory_bytes=2 * 10**9)), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
-    kept.keeper.tick()
+    kept.enforcer.tick()
     assert not kept.events
     kept.usage.used_bytes = 3 * 10**9
-    kept.keeper.tick()
+    kept.enforcer.tick()
     (warning,) = kept.events
     assert isinstance(warning, WarningEvent) and warning.code == "too-little-memory"
     assert "3 GB" in warning.message and "2 GB" in warning.message
     now_s[0] += 60
-    kept.keeper.tick()
+    kept.enforcer.tick()
     assert "`swarmtrain limits --memory` allows more" in kept.pause.reason
-    assert kept.keeper.change(pb.Limits(memory_bytes=4 * 10**9)) == "memory 4GB; it trains"
+    assert kept.enforcer.change(pb.Limits(memory_bytes=4 * 10**9)) == "memory 4GB; it trains"
     assert len(kept.events) == 1
 
 
@@ -110,17 +110,17 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     run, board, now_s = parse_run("[run]\ntotal_tokens = 50_000_000", "r"), StatusBoard("volunteer", 0.0), [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now_s[0])
     kept = Kept(expected=lambda: board.estimate_now(board.status()))
-    board.add_looker(lambda status: status.limits.CopyFrom(kept.keeper.limits()))
+    board.add_looker(lambda status: status.limits.CopyFrom(kept.enforcer.limits()))
     board.add_looker(lambda status: [status.peers.add(peer=f"{n}", present=True) for n in range(3)] and None)
-    assert kept.keeper.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
+    assert kept.enforcer.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
     pulse = Pulse(state=pb.PEER_STATE_TRAINING, doing="")
     board.watch(Watched(pulse=lambda: pulse, estimates=estimates_of(run, 14 * 10**6)))
     needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
-    said = kept.keeper.change(pb.Limits(memory_bytes=10**9))
+    said = kept.enforcer.change(pb.Limits(memory_bytes=10**9))
     assert said == f"memory 1GB, and {needs}: training pauses once it uses more than allowed; it trains"
-    assert kept.keeper.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
+    assert kept.enforcer.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"
     kept.usage.used_bytes = 3 * 10**9
-    kept.keeper.tick()
+    kept.enforcer.tick()
     (warning,) = kept.events
     assert isinstance(warning, WarningEvent) and warning.message.endswith(f"; {needs}")
 
@@ -133,47 +133,49 @@ def test_other_programs_hold_it_only_if_asked_for(monkeypatch: pytest.MonkeyPatc
         for _ in range(seconds // 3):
             now_s[0] += 3.0
             kept.usage.others += 3.0  # one of two processors
-            kept.keeper.tick()
+            kept.enforcer.tick()
 
     work(60)
     assert not kept.pause.held
-    assert kept.keeper.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    assert (
+        kept.enforcer.change(pb.Limits(only_when_idle=True)) == "trains only while other programs are idle; it trains"
+    )
     work(30)
     assert kept.pause.reason == "other programs use 50% of the processors; training resumes after a quiet minute"
-    assert kept.keeper.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
+    assert kept.enforcer.change(pb.Limits(only_when_idle=False)) == "trains at any load; it trains"
 
 
 def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
     all_threads = torch.get_num_threads()
     kept = Kept(Limits(threads=1))
-    kept.keeper.start()
+    kept.enforcer.start()
     assert torch.get_num_threads() == 1
-    thread = threading.Thread(target=kept.keeper.change, args=[pb.Limits(threads=all_threads + 1)])
+    thread = threading.Thread(target=kept.enforcer.change, args=[pb.Limits(threads=all_threads + 1)])
     thread.start()
     thread.join()
     assert torch.get_num_threads() == 1
-    kept.keeper.between_steps()
+    kept.enforcer.between_steps()
     assert torch.get_num_threads() == all_threads + 1
     assert (
-        kept.keeper.change(pb.Limits(threads=0))
+        kept.enforcer.change(pb.Limits(threads=0))
         == f"{counted(all_threads, 'thread')} from the next inner step on; it trains"
     )
-    kept.keeper.between_steps()
+    kept.enforcer.between_steps()
     assert torch.get_num_threads() == all_threads
 
 
 def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
-    keeper = Kept().keeper
-    assert keeper.change(pb.Limits(threads=99)) == (
+    enforcer = Kept().enforcer
+    assert enforcer.change(pb.Limits(threads=99)) == (
         "99 threads from the next inner step on, more than the 2 cores here: that only slows it down; it trains"
     )
-    assert keeper.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
+    assert enforcer.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
 
 
 def test_limits_are_told_and_what_is_absent_stays() -> None:
     kept = Kept(Limits(threads=3, memory_bytes=2 * 10**9, hours=parse_hours("8-17"), only_when_idle=True))
-    kept.keeper.change(pb.Limits(threads=2))
-    told = kept.keeper.limits()
+    kept.enforcer.change(pb.Limits(threads=2))
+    told = kept.enforcer.limits()
     assert (told.threads, told.memory_bytes, told.hours, told.only_when_idle) == (2, 2 * 10**9, "8-17", True)
     assert told.nice == os.getpriority(os.PRIO_PROCESS, 0)
 
@@ -181,18 +183,18 @@ def test_limits_are_told_and_what_is_absent_stays() -> None:
 def test_the_link_is_limited_as_given_or_as_the_run_says_and_changes_at_once() -> None:
     kept, traffic = Kept(Limits(up_mbit=4.0)), TrafficCount()
     network = NetworkSection(up_mbit=8.0, down_mbit=16.0)
-    assert not kept.keeper.limits().HasField("up_mbit"), "before there is a link"
-    assert kept.keeper.change(pb.Limits(up_mbit=2.0)) == "sends at most 2 Mbit/s; it trains"
-    kept.keeper.limit_link(traffic, network)
+    assert not kept.enforcer.limits().HasField("up_mbit"), "before there is a link"
+    assert kept.enforcer.change(pb.Limits(up_mbit=2.0)) == "sends at most 2 Mbit/s; it trains"
+    kept.enforcer.limit_link(traffic, network)
     assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (250_000, 2_000_000)
-    said = kept.keeper.change(pb.Limits(up_mbit=0, down_mbit=1.5))
+    said = kept.enforcer.change(pb.Limits(up_mbit=0, down_mbit=1.5))
     assert said == "sends as fast as the link; receives at most 1.5 Mbit/s; it trains"
     assert (traffic.up.bytes_per_s, traffic.down.bytes_per_s) == (0, 187_500)
-    told = kept.keeper.limits()
+    told = kept.enforcer.limits()
     assert (told.up_mbit, told.down_mbit) == (0.0, 1.5)
     with raises_code("too-little-bandwidth", UserError, "up: 0.5 ", "32.8 kB/s", "0.53"):
-        kept.keeper.change(pb.Limits(up_mbit=0.5))
-    assert kept.keeper.limits() == told
+        kept.enforcer.change(pb.Limits(up_mbit=0.5))
+    assert kept.enforcer.limits() == told
     with raises_code("too-little-bandwidth", UserError, "down: 0.2 "):
         limit_link(traffic, Limits(down_mbit=0.2), network)
     limit_link(traffic, Limits(down_mbit=0.2), NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=60))
@@ -211,10 +213,10 @@ def test_the_link_is_limited_as_given_or_as_the_run_says_and_changes_at_once() -
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(wanted: pb.Limits, says: str) -> None:
     kept = Kept()
-    before = kept.keeper.limits()
+    before = kept.enforcer.limits()
     with raises_code("bad-limit", UserError, says):
-        kept.keeper.change(wanted)
-    assert kept.keeper.limits() == before
+        kept.enforcer.change(wanted)
+    assert kept.enforcer.limits() == before
 
 
 NICE = """
@@ -251,16 +253,16 @@ def test_a_niceness_that_is_not_allowed_says_what_to_do(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(module, "set_niceness", refuse)
     with raises_code("nice-not-lowered", UserError):
-        Kept().keeper.change(pb.Limits(nice=0))
+        Kept().enforcer.change(pb.Limits(nice=0))
     with raises_code("nice-not-lowered", UserError, "--nice 3"):
-        Kept(Limits(nice=3)).keeper.start()
+        Kept(Limits(nice=3)).enforcer.start()
 
 
 def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
     kept, ticks = Kept(), threading.Semaphore(0)
-    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
-    with kept_limits(kept.keeper):
+    monkeypatch.setattr(kept.enforcer, "tick", ticks.release)
+    with kept_limits(kept.enforcer):
         for _ in range(3):
             assert ticks.acquire(timeout=10)
     assert "limits" not in [thread.name for thread in threading.enumerate()]
@@ -275,9 +277,9 @@ def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatc
         ticks.release()
         raise RuntimeError("dictionary changed size during iteration")
 
-    monkeypatch.setattr(kept.keeper, "tick", ticks.release)
-    with kept_limits(kept.keeper):
-        monkeypatch.setattr(kept.keeper, "tick", tick)
+    monkeypatch.setattr(kept.enforcer, "tick", ticks.release)
+    with kept_limits(kept.enforcer):
+        monkeypatch.setattr(kept.enforcer, "tick", tick)
         for _ in range(4):
             assert ticks.acquire(timeout=1)
 
@@ -312,26 +314,26 @@ def test_a_change_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(module, "set_niceness", refuse)
     kept, traffic = Kept(Limits(up_mbit=4.0)), TrafficCount()
-    kept.keeper.limit_link(traffic, NetworkSection())
-    before = kept.keeper.limits()
+    kept.enforcer.limit_link(traffic, NetworkSection())
+    before = kept.enforcer.limits()
     with raises_code("nice-not-lowered", UserError):
-        kept.keeper.change(pb.Limits(up_mbit=2.0, nice=0))
+        kept.enforcer.change(pb.Limits(up_mbit=2.0, nice=0))
     with raises_code("too-little-bandwidth", UserError, "up: 0.01 "):
-        kept.keeper.change(pb.Limits(up_mbit=0.01, nice=5))
+        kept.enforcer.change(pb.Limits(up_mbit=0.01, nice=5))
     assert tried == [0], "what is refused anyway is not tried"
-    assert kept.keeper.limits() == before and before.up_mbit == 4.0
+    assert kept.enforcer.limits() == before and before.up_mbit == 4.0
 
 
 def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Kept()
-    other = threading.Thread(target=lambda: kept.keeper.change(pb.Limits(threads=1)))
+    other = threading.Thread(target=lambda: kept.enforcer.change(pb.Limits(threads=1)))
 
     def meanwhile(nice: int) -> None:
         other.start()
         other.join(0.1)  # where it is not kept out
 
     monkeypatch.setattr(module, "set_niceness", meanwhile)
-    kept.keeper.change(pb.Limits(nice=5))
+    kept.enforcer.change(pb.Limits(nice=5))
     other.join(10.0)
-    assert (kept.keeper.limits().threads, kept.keeper.limits().nice) == (1, 5)
-    assert kept.keeper._limits.nice == 5
+    assert (kept.enforcer.limits().threads, kept.enforcer.limits().nice) == (1, 5)
+    assert kept.enforcer._limits.nice == 5

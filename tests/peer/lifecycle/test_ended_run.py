@@ -152,7 +152,7 @@ class Life:
             store=SimpleNamespace(num_readers=0),
             membership=SimpleNamespace(live=list),
         )
-        training.keeper = SimpleNamespace(restore=lambda kept: None)
+        training.manager = SimpleNamespace(restore=lambda kept: None)
         training.session = Session(
             run=run, parameters=training.loop.parameters, loop=training.loop, exchange=training.exchange, report=print
         )
@@ -163,8 +163,8 @@ class Life:
         )
         state = OuterState(self.own.clone(), torch.zeros_like(self.own))
         progress = Progress(round=round, run_tokens=run_tokens)
-        own_part: Any = SimpleNamespace(own_tokens=2048, steps_per_s=1.0)
-        training.resume(SimpleNamespace(state=state, progress=progress, own=own_part, extra={}))
+        local_checkpoint: Any = SimpleNamespace(own_tokens=2048, steps_per_s=1.0)
+        training.resume(SimpleNamespace(state=state, progress=progress, own=local_checkpoint, extra={}))
 
     def leave(self, theta: Tensor) -> None:
         leave_model(self.folder, self.published, theta)
@@ -310,10 +310,10 @@ def test_a_bootstrap_writes_what_it_has_archived_since(
     consensus, archived = (weights_of(peer.published, seed) for seed in (2, 4))
     leave_model(peer.folder, peer.published, consensus)
     kept: Any = SimpleNamespace(state=None, progress=None)
-    keeper = SimpleNamespace(
+    manager = SimpleNamespace(
         keep=lambda kept: None, offer=lambda kept: None, checkpointer=SimpleNamespace(flush=lambda seconds: True)
     )
-    peer.keeper = keeper
+    peer.manager = manager
     peer._have = peer._write_kept = lambda *what: None
     if source == "volunteers":
         present: Future[object] = Future()
@@ -327,7 +327,7 @@ def test_a_bootstrap_writes_what_it_has_archived_since(
         assert peer._archive_own(None, False)
     else:
         peer._wait = lambda work: None
-        archive = SimpleNamespace(number=0, keeper=keeper, archived=SimpleNamespace(kept_of=lambda present: kept))
+        archive = SimpleNamespace(number=0, manager=manager, archived=SimpleNamespace(kept_of=lambda present: kept))
         peer._keep(archive, None)
     has(peer, archived)
     peer._measure_and_save()
@@ -378,7 +378,7 @@ def test_who_is_to_end_hands_over_what_is_on_its_disk_once_it_has_joined(
     monkeypatch.setattr("swarmtrain.peer.training.model_training.hand_over", lambda *given: done.append("hand over"))
     training: Any = ModelTraining.__new__(ModelTraining)
     checkpointer = SimpleNamespace(flush=lambda limit_s: done.append("flush"))
-    training.keeper, training.swarm = SimpleNamespace(checkpointer=checkpointer), None
+    training.manager, training.swarm = SimpleNamespace(checkpointer=checkpointer), None
     training.context = SimpleNamespace(
         control=None, network=None, folder=SimpleNamespace(path=None), stop=SimpleNamespace(reason="interrupted")
     )

@@ -49,9 +49,9 @@ class Noted:
         self.said.append(message)
 
 
-def played(*mishaps: FaultEvent, until_s: float) -> Noted:
+def played(*faults: FaultEvent, until_s: float) -> Noted:
     swarm = Noted()
-    rehearsing = FaultInjection(swarm, swarm, iter(mishaps), lambda: swarm.now_s)
+    rehearsing = FaultInjection(swarm, swarm, iter(faults), lambda: swarm.now_s)
     rehearsing.tick()
     rehearsing.begin()
     for _ in range(int(until_s)):

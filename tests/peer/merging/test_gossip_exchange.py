@@ -45,7 +45,7 @@ from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.messages import PrepareMerge
 from swarmtrain.protocol.gossip.partners import Delta, Full, PublicationVersion
 from swarmtrain.protocol.gossip.pull_schedule import DuePulls
-from swarmtrain.protocol.gossip.pulls import PullPlan, Section
+from swarmtrain.protocol.gossip.pulls import GroupName, PullPlan
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import GradientFormat, RunFile
@@ -157,9 +157,9 @@ class _Calls:
         return Replies(self._other(peer).store.serve(request))
 
 
-def _num_ready(engine: Engine, fragment: int, section: Section) -> int:
+def _num_ready(engine: Engine, fragment: int, group: GroupName) -> int:
     ready = engine._lanes[fragment].received.ready
-    return sum(one.section == section for one in ready.pulled) if ready else 0
+    return sum(one.group == group for one in ready.pulled) if ready else 0
 
 
 class NoSlots:
@@ -190,10 +190,9 @@ class World:
         def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
             give_up_s = time.monotonic() + 30
             while any(
-                _num_ready(engine, fragment, section) < self.wants.get(peer.id, 0)
-                for section in engine._settings.sections
+                _num_ready(engine, fragment, group) < self.wants.get(peer.id, 0) for group in engine._settings.groups
             ):
-                came = [(one.peer, one.section) for one in engine._lanes[fragment].received.pulled]
+                came = [(one.peer, one.group) for one in engine._lanes[fragment].received.pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
@@ -488,10 +487,10 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
         ledger = peer.exchange.gossip.engine._lanes[last].merged.ledger
-        marks = {
+        versions = {
             who: PublicationVersion(one.round, one.part, one.tokens) for who, one in told.items() if one is not None
         }
-        return {who for who, mark in marks.items() if isinstance(ledger.news(who, mark, 3), Full | Delta)}
+        return {who for who, version in versions.items() if isinstance(ledger.news(who, version, 3), Full | Delta)}
 
     assert found_by(late) == {other.id for other in others}
     replaced = late.exchange.present_state(late.trainer.progress)
@@ -699,7 +698,9 @@ def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
     kept = {name: give() for name, give in ben.exchange.kept().items()}
     again = world_of(worlds, 2).everyone()[1]
     again.exchange.restore(kept)
-    assert again.exchange.gossip.engine.merged_mark(0, anna.id) == ben.exchange.gossip.engine.merged_mark(0, anna.id)
+    assert again.exchange.gossip.engine.merged_version(0, anna.id) == ben.exchange.gossip.engine.merged_version(
+        0, anna.id
+    )
     again.exchange.restore({"ledger": [["nonsense"]]})
     warning = again.events[-1]
     assert isinstance(warning, WarningEvent) and warning.code == "checkpoint-partly-used"

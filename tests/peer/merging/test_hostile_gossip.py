@@ -90,7 +90,7 @@ def gradients_taken(peer: Peer) -> list[set[str]]:
     def noted(round: int, fragment: int, **how: Any) -> Any:
         due = merge_due(round, fragment, **how)
         assert isinstance(due, MergeFragment)
-        found.append({one.peer for one in due.pulled if one.section == "gradient"})
+        found.append({one.peer for one in due.pulled if one.group == "gradient"})
         return due
 
     peer.exchange.gossip.merge_due = noted  # type: ignore[method-assign]

@@ -73,7 +73,7 @@ class World:
         self.network, self.gone = network, set[str]()
         self.swarms: dict[str, Swarm] = {}
         self.events: dict[str, list[Event]] = {}
-        section = PublishedSection(
+        group = PublishedSection(
             created="2030-01-02T03:04:05+00:00",
             swarmtrain="0.1.0",
             held_out_sha256="ab" * 32,
@@ -81,7 +81,7 @@ class World:
             server=SERVER.peer_id,
         )
         table = {"run": {"total_tokens": 10**9}, "merge": {"method": "server", **merge}}
-        self.run = RunFile.model_validate(table).model_copy(update={"published": section})
+        self.run = RunFile.model_validate(table).model_copy(update={"published": group})
         self.kept: list[Checkpoint] = []
         self.theta = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
         self.server = self.new_server()
@@ -202,7 +202,7 @@ def test_the_arithmetic_is_delayed_nesterov_on_the_same_arrivals(world: Callable
             for each in (anna, ben):
                 it.do(each.swarm.greeter.greet(SERVER.peer_id))
     assert (it.server.arrivals, it.server.refreshes, it.server.progress.round) == (8, 2, 3)
-    assert it.server.marks.rows() == [[ANNA.peer_id, 3], [BEN.peer_id, 3]]
+    assert it.server.versions.rows() == [[ANNA.peer_id, 3], [BEN.peer_id, 3]]
     assert [kept.progress.round for kept in it.kept] == [1, 2]
 
 
@@ -244,12 +244,12 @@ def test_a_worker_goes_on_from_the_servers_weights(world: Callable[..., World]) 
     assert (merged.peer, merged.round, merged.staleness_rounds) == (SERVER.peer_id, 1, 1)
     expected = lead(it.server.state.theta, [second])
     assert torch.allclose(served.theta, expected, atol=0.02), "int8"
-    assert [piece.arrivals for piece in anna.publisher.hand_ins.pieces] == [0], "it began before those weights"
+    assert [piece.arrivals for piece in anna.publisher.uploads.pieces] == [0], "it began before those weights"
     train(anna, 2, served.theta, random_gradient(3))
     assert not it.bring_weights(anna), "it has those"
     it.take_in(anna)
     assert it.bring_weights(anna)
-    assert anna.link.take() is not None and it.server.marks.round(ANNA.peer_id) == 2
+    assert anna.link.take() is not None and it.server.versions.round(ANNA.peer_id) == 2
 
 
 def test_only_the_server_may_take_what_is_handed_in(world: Callable[..., World]) -> None:

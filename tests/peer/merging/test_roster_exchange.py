@@ -119,7 +119,7 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
         return sorted(told)
 
     monkeypatch.setattr(rounds.search, "ask_now", ask_now)
-    monkeypatch.setattr(rounds.search, "fetch_told_state", fetch)
+    monkeypatch.setattr(rounds.search, "fetch_advertised_state", fetch)
 
     def a_round() -> object:
         exchange.archives.ask()

@@ -19,17 +19,17 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.events import RefusedEvent
 from swarmtrain.network.asynchronous.publications import request_of
 from swarmtrain.network.codec import VectorCodec
-from swarmtrain.network.sections import SectionSpec, rules_of, sections_of
 from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.network.tensor_groups import TensorGroup, groups_of, rules_of
 from swarmtrain.peer.merging import gossip_exchange
-from swarmtrain.peer.merging.averaged_section import AveragedSection
+from swarmtrain.peer.merging.averaged_group import AveragedGroup
 from swarmtrain.peer.merging.robustness import Naming
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.slow
 
-BUFFERS = SectionSpec(
+BUFFERS = TensorGroup(
     name="buffers",
     prefix="buffer",
     tensors=(TensorSpec("running_mean", (5,)), TensorSpec("running_var", (2,))),
@@ -39,9 +39,9 @@ BUFFERS = SectionSpec(
 )
 
 
-def with_buffers(*given: Any) -> tuple[SectionSpec, ...]:
+def with_buffers(*given: Any) -> tuple[TensorGroup, ...]:
     """The run's list, with one more."""
-    return (*sections_of(*given), BUFFERS)
+    return (*groups_of(*given), BUFFERS)
 
 
 def give_buffers(peer: Peer, value: float) -> dict[tuple[str, int], Tensor]:
@@ -54,7 +54,7 @@ def give_buffers(peer: Peer, value: float) -> dict[tuple[str, int], Tensor]:
 
 @pytest.fixture
 def with_a_third(monkeypatch: pytest.MonkeyPatch, worlds: list[World]) -> Iterator[World]:  # noqa: F811
-    monkeypatch.setattr(gossip_exchange, "sections_of", with_buffers)
+    monkeypatch.setattr(gossip_exchange, "groups_of", with_buffers)
     worlds.append(World(run_file(fragments=2), 2))
     yield worlds[-1]
 
@@ -70,8 +70,8 @@ def test_a_section_that_the_list_has_is_published_pulled_and_averaged(with_a_thi
     assert all(torch.equal(one, torch.full((7,), 2.0)) for one in own.values()), "the mean of its own and its partner's"
     for lane in ours.exchange.gossip.engine._lanes:
         place = lane.merged.ledger.values_at("buffers", theirs.id)
-        mark = lane.merged.ledger.mark(theirs.id)
-        assert place is not None and mark is not None and place == (mark.round, mark.part)
+        version = lane.merged.ledger.version(theirs.id)
+        assert place is not None and version is not None and place == (version.round, version.part)
     before = [one.clone() for one in own.values()]
     ours.round()
     assert all(torch.equal(one, was) for one, was in zip(own.values(), before, strict=True)), "they are merged once"
@@ -101,17 +101,17 @@ def test_who_asks_for_what_the_run_does_not_have_gets_nothing_and_is_named(with_
         (IDENTITIES[2], "x" * 33, "more than 32 bytes"),
         (IDENTITIES[3], "adapters", "'adapters'"),
     ):
-        assert asks(identity.peer_id, pb.PublicationRequest(section=name)) == pb.PublicationReply()
+        assert asks(identity.peer_id, pb.PublicationRequest(group=name)) == pb.PublicationReply()
         *_, told = [event for event in ours.events if isinstance(event, RefusedEvent)]
         assert told.from_peer == identity.peer_id and words in told.detail
 
 
 @pytest.mark.parametrize("section", ["weights", "gradient"])
-def test_peers_of_before_are_asked_as_ever(section: str) -> None:
+def test_peers_of_before_are_asked_as_ever(group: str) -> None:
     """The two sections that there have always been are asked for by a flag, to the byte."""
-    request = request_of(section, 3, PublicationVersion(4, 5, 6), pb.Signed(payload=b"p"))
+    request = request_of(group, 3, PublicationVersion(4, 5, 6), pb.Signed(payload=b"p"))
     before = pb.PublicationRequest(has_any=True, round=4, part=5, fragment=3, presence=pb.Signed(payload=b"p"))
-    before.weights = section == "weights"
+    before.weights = group == "weights"
     assert request.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
 
 
@@ -127,17 +127,17 @@ def test_partners_pull_what_is_averaged_by_the_usual_distance_at_most() -> None:
     def arrival(value: float) -> PartnerUpdate:
         return PartnerUpdate(torch.full((7,), value), torch.zeros(7), 0)
 
-    def accepted(values: Sequence[float], rule: str = "clip") -> AveragedSection:
-        section = AveragedSection(VectorCodec(BUFFERS, "fp32"), rule, Naming(lambda peer, incident: None))
-        assert section.accept_untrusted("p", arrival(9e9), 0).theta is not None, "nothing is usual yet"
-        section.published(torch.full((7,), 1.0))
+    def accepted(values: Sequence[float], rule: str = "clip") -> AveragedGroup:
+        group = AveragedGroup(VectorCodec(BUFFERS, "fp32"), rule, Naming(lambda peer, incident: None))
+        assert group.accept_untrusted("p", arrival(9e9), 0).theta is not None, "nothing is usual yet"
+        group.published(torch.full((7,), 1.0))
         for value in values:
-            section.accept_untrusted("p", arrival(value), 0)
-        return section
+            group.accept_untrusted("p", arrival(value), 0)
+        return group
 
-    section = accepted([2.0, 2.0, 2.0])
-    drawn_in = section.accept_untrusted("mallory", arrival(11.0), 1).theta
+    group = accepted([2.0, 2.0, 2.0])
+    drawn_in = group.accept_untrusted("mallory", arrival(11.0), 1).theta
     assert drawn_in is not None and torch.allclose(drawn_in, torch.full((7,), 4.0)), "three times as far as usual"
     with pytest.raises(BadBytesError, match="far beyond what is usual"):
         accepted([2.0, 2.0, 2.0]).accept_untrusted("mallory", arrival(1e9), 1)
-    assert torch.allclose(section.mean([torch.full((7,), 3.0)]), torch.full((7,), 2.0))
+    assert torch.allclose(group.mean([torch.full((7,), 3.0)]), torch.full((7,), 2.0))

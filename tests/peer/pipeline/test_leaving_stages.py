@@ -47,13 +47,13 @@ class StageStandIn(StageReplica):
                 raise RunTimeError("nobody hears it")
 
         self.number, self.training, self.pause = number, training, PauseSwitch()
-        self.trainer: Any = SimpleNamespace(desk=None)
+        self.trainer: Any = SimpleNamespace(queue=None)
         self.session: Any = SimpleNamespace(
             progress=Progress(round=5, run_tokens=counted), replica=SimpleNamespace(own_tokens=900)
         )
         self.swarm: Any = SimpleNamespace(withdraw=lambda limit_s: None)
         self.site: Any = SimpleNamespace(context=SimpleNamespace(network=SimpleNamespace(run=run)))
-        self.keeper: Any = SimpleNamespace(close=lambda: done.append("close"))
+        self.manager: Any = SimpleNamespace(close=lambda: done.append("close"))
 
 
 def ended(how: str | Exception) -> Future[str]:
@@ -337,7 +337,7 @@ def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pyt
     done: list[Any] = []
     stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
     for stage in stages:
-        stage.keeper = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))
+        stage.manager = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))
     monkeypatch.setattr(departure, "hand_over", lambda *what: done.append(what))
     one = training_of(*stages)
     one._first.stop_soon = lambda: done.append("drives no more")

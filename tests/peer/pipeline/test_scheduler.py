@@ -17,7 +17,7 @@ from virtual_loop import virtually
 from swarmtrain.errors import BadBytesError, GoneError, PeerError, Problem, RunTimeError, UnreachableError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.peer.pipeline import scheduler
-from swarmtrain.peer.pipeline.driver import Part, StageResult, Tail
+from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
 from swarmtrain.peer.pipeline.scheduler import MicrobatchScheduler, TellRetries
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.ledger import Key, Settlement
@@ -103,21 +103,21 @@ class Stages:
         await asyncio.sleep(self.took_s if peer not in self.hanging else 1e6)
         return StageResult(value, 1)
 
-    async def forward(self, peer: str, part: Part, x: Tensor) -> StageResult:
-        if part.stage == 0:
+    async def forward(self, peer: str, attempt: StageAttempt, x: Tensor) -> StageResult:
+        if attempt.stage == 0:
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         return await self._answer(peer, x)
 
-    async def backward(self, peer: str, part: Part, gradient: Tensor) -> StageResult:
+    async def backward(self, peer: str, attempt: StageAttempt, gradient: Tensor) -> StageResult:
         if peer in self.hanging_backward:
             await asyncio.sleep(1e6)
         answered = await self._answer(peer, gradient)
-        if part.stage == 0:
+        if attempt.stage == 0:
             self.under_way -= 1
         return answered
 
-    async def tail(self, peer: str, part: Part, x: Tensor, targets: Tensor) -> StageResult:
+    async def tail(self, peer: str, attempt: StageAttempt, x: Tensor, targets: Tensor) -> StageResult:
         return await self._answer(peer, Tail(2.5, x))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
@@ -136,7 +136,7 @@ class Site:
     run: RunFile = field(default_factory=run_file)
     stages: Stages = field(default_factory=Stages)
     peers: dict[int, list[str]] = field(default_factory=lambda: {0: ["d"], 1: ["p"], 2: ["q"]})
-    desk: Any = field(default_factory=lambda: SimpleNamespace(is_open=True))
+    queue: Any = field(default_factory=lambda: SimpleNamespace(is_open=True))
     failures: list[Problem] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     drawn: int = 0
@@ -150,7 +150,7 @@ class Site:
         told = TellRetries(self.events.append, lambda peer, error: None)
         failed, source = self.failures.append, self
         return MicrobatchScheduler(
-            "d", self.run, source, self.desk, self.stages, told, lambda: self.peers, failed, self.places
+            "d", self.run, source, self.queue, self.stages, told, lambda: self.peers, failed, self.places
         )  # type: ignore[arg-type]
 
     def places(self) -> list[StagePeer]:
@@ -242,12 +242,12 @@ def test_while_a_stage_is_empty_none_begins_and_the_others_come_back(empty: int)
 
 def test_while_the_first_stage_is_merged_none_begins() -> None:
     async def body(site: Site) -> None:
-        site.desk.is_open = False
+        site.queue.is_open = False
         driver = site.driving()
         await driver.start()
         await asyncio.sleep(5.0)
         assert driver.num_in_flight == site.drawn == 0
-        site.desk.is_open = True
+        site.queue.is_open = True
         await asyncio.sleep(SOON_S)
         assert driver.num_in_flight == 4
         await driver.stop()

@@ -61,10 +61,10 @@ class Bench:
     stops: bool = False
 
     def __post_init__(self) -> None:
-        self.desk = StageRequestQueue(StageLedger(self.limits), lambda: self.now)
-        self.desk.wait = self.wait  # type: ignore[method-assign]
+        self.queue = StageRequestQueue(StageLedger(self.limits), lambda: self.now)
+        self.queue.wait = self.wait  # type: ignore[method-assign]
         self.loop = StageLoop(
-            self.desk,
+            self.queue,
             Work(),  # type: ignore[arg-type]
             Inner(),  # type: ignore[arg-type]
             self.limits.batch_tokens,
@@ -88,7 +88,7 @@ class Bench:
 
     def acknowledge(self, *sequences: int, driver: str = "d") -> None:
         said = tuple(Acknowledged(key(number, driver), loss_of(number)) for number in sequences)
-        self.desk.settle(driver, Settlement(0, said, (), 0))
+        self.queue.settle(driver, Settlement(0, said, (), 0))
 
     def of(self, kind: type) -> list[Any]:
         return [what for what in self.done if isinstance(what, kind)]
@@ -151,7 +151,7 @@ class Work:
 def _at(bench: Bench, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
         await body()
-        bench.desk.close()
+        bench.queue.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
@@ -161,7 +161,7 @@ def _at(bench: Bench, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 async def _tails(bench: Bench, *sequences: int, driver: str = "d") -> list[asyncio.Task[Any]]:
     """The last stage is asked for these; each is computed when the loop comes to it."""
     asking = [
-        asyncio.create_task(bench.desk.ask(key(number, driver), "tail", TOKENS, ("x", "y"))) for number in sequences
+        asyncio.create_task(bench.queue.ask(key(number, driver), "tail", TOKENS, ("x", "y"))) for number in sequences
     ]
     await asyncio.sleep(0)
     return asking
@@ -180,7 +180,7 @@ def test_what_there_is_when_drivers_end_is_one_smaller_step_and_then_the_round_i
         assert bench.step() == InnerStep(2 * TOKENS, 5.5, 7.0), "the mean of the last two"
         with pytest.raises(RoundOver):
             bench.step()
-        assert bench.desk.has_settled and bench.now == 0.0, "nothing was waited for"
+        assert bench.queue.has_nothing_open and bench.now == 0.0, "nothing was waited for"
         work: Any = bench.loop.work
         assert work.stepped == [({key(n) for n in range(4)}, 1.0), ({key(4), key(5)}, 2.0)]
         assert work.num_versions == 3
@@ -237,7 +237,7 @@ def test_what_is_acknowledged_after_it_was_taken_out_is_one_more_step() -> None:
         bench.script = [bench.end, lambda: bench.acknowledge(0)]
         assert bench.step().tokens == TOKENS
         bench.acknowledge(1)
-        assert not bench.desk.has_settled
+        assert not bench.queue.has_nothing_open
         assert bench.step() == InnerStep(TOKENS, 2.0, 7.0)
         with pytest.raises(RoundOver):
             bench.step()
@@ -258,12 +258,12 @@ def test_the_round_is_not_over_while_drivers_are_there() -> None:
                 bench.stops = True
 
         bench.acknowledge(0, 1, 2)
-        bench.desk.wait = patiently  # type: ignore[method-assign]
+        bench.queue.wait = patiently  # type: ignore[method-assign]
         with pytest.raises(StopTraining):
             bench.step()
         assert not bench.of(TakeStep), "a batch that is not full waits for more"
         bench.stops, bench.ended = False, True
-        bench.desk.wait = bench.wait  # type: ignore[method-assign]
+        bench.queue.wait = bench.wait  # type: ignore[method-assign]
         bench.acknowledge(0, 1, 2)
         assert bench.step().tokens == 3 * TOKENS, "nothing was lost by the interruption"
 
@@ -274,7 +274,7 @@ def test_who_has_nothing_when_drivers_end_is_over_at_once() -> None:
     bench = Bench(ended=True)
     with pytest.raises(RoundOver):
         bench.step()
-    assert bench.desk.has_settled and bench.now == 0.0
+    assert bench.queue.has_nothing_open and bench.now == 0.0
     bench.stops = True
     with pytest.raises(StopTraining):
         bench.step()
@@ -300,11 +300,11 @@ def test_a_forward_without_its_backward_does_not_hold_up_the_end() -> None:
     bench = Bench(ended=True)
 
     async def body() -> None:
-        asking = asyncio.create_task(bench.desk.ask(key(0), "forward", TOKENS, "x"))
+        asking = asyncio.create_task(bench.queue.ask(key(0), "forward", TOKENS, "x"))
         await asyncio.sleep(0)
         with pytest.raises(RoundOver):
             bench.step()
-        assert await asking == "x" and bench.desk.has_settled and bench.desk.ledger.num_open == 1
+        assert await asking == "x" and bench.queue.has_nothing_open and bench.queue.ledger.num_open == 1
 
     _at(bench, body)
 
@@ -345,7 +345,7 @@ def test_the_gradient_of_a_smaller_step_is_the_mean_over_what_it_has() -> None:
 
     async def body() -> None:
         for number, (x, targets) in enumerate(inputs):
-            task = asyncio.create_task(bench.desk.ask(key(number), "tail", TOKENS, (x, targets)))
+            task = asyncio.create_task(bench.queue.ask(key(number), "tail", TOKENS, (x, targets)))
             await asyncio.sleep(0)
             assert not task.done()
         bench.script = [bench.end, lambda: bench.acknowledge(0, 2)]  # the second one is taken out again
@@ -390,15 +390,15 @@ def test_a_closed_batch_is_closed_once_and_later_ones_fill_again() -> None:
             found += [due.tokens] if isinstance(due, TakeStep) else []
         return found
 
-    assert ledger.has_settled
+    assert ledger.has_nothing_open
     computed(0)
-    assert not ledger.has_settled and not steps()
+    assert not ledger.has_nothing_open and not steps()
     ledger.close_batch()
-    assert steps() == [TOKENS] and ledger.has_settled
+    assert steps() == [TOKENS] and ledger.has_nothing_open
     computed(1, 2)
     assert not steps(), "what is said once holds for one batch"
     computed(3, 4)
-    assert steps() == [4 * TOKENS] and ledger.has_settled
+    assert steps() == [4 * TOKENS] and ledger.has_nothing_open
 
 
 # ---------------------------------------------------------------- how fast

@@ -71,7 +71,7 @@ def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
     nothing: Any = None
     stages, rule, end = StageReplicas(context.me, (0.5, 0.5)), Rule(costs=(0.5, 0.5)), FirstStageWatch(10**6)
     first = FirstStage(context, data, folder, swarm, stages, nothing)
-    first.drive = lambda desk: None  # type: ignore[method-assign]
+    first.drive = lambda queue: None  # type: ignore[method-assign]
     shapes = stage_shapes(RUN.model, (1,))
     pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=nothing)
     return StageAssignment(pipeline, StageSite(context=context), first, nothing, end), stages
@@ -95,7 +95,7 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert RUN.num_shards(len(TEXT)) > 0 and held.swarm.coverage.shards.num_shards == RUN.num_shards(len(TEXT))
     one.enter(1)
     assert stages.all[1].swarm.coverage is None, "only the first stage draws data"
-    held.keeper.checkpointer.durable = Progress(round=4)
+    held.manager.checkpointer.durable = Progress(round=4)
     assert (held.swarm.records.safe(), stages.all[1].swarm.records.safe()) == (Progress(round=4), None)
     held.trainer.batches.next_batch()
     one.enter(0)

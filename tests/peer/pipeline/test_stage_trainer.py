@@ -24,7 +24,7 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate
-from swarmtrain.peer.pipeline.driver import Driver, Part, StageResult
+from swarmtrain.peer.pipeline.driver import Driver, StageAttempt, StageResult
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.peer.pipeline.stage_trainer import StageParameters, StageTrainer
 from swarmtrain.peer.training.loop import inner_constants
@@ -79,22 +79,22 @@ class Alone:
 class Direct:
     """Calls to desks in this process."""
 
-    desks: Sequence[StageRequestQueue]
+    queues: Sequence[StageRequestQueue]
 
-    async def _ask(self, part: Part, kind: Kind, payload: Any) -> StageResult:
-        return StageResult(await self.desks[part.stage].ask(part.key, kind, part.tokens, payload), 0)
+    async def _ask(self, attempt: StageAttempt, kind: Kind, payload: Any) -> StageResult:
+        return StageResult(await self.queues[attempt.stage].ask(attempt.key, kind, attempt.tokens, payload), 0)
 
-    async def forward(self, peer: str, part: Part, x: Any) -> StageResult:
-        return await self._ask(part, "forward", x)
+    async def forward(self, peer: str, attempt: StageAttempt, x: Any) -> StageResult:
+        return await self._ask(attempt, "forward", x)
 
-    async def backward(self, peer: str, part: Part, gradient: Any) -> StageResult:
-        return await self._ask(part, "backward", gradient)
+    async def backward(self, peer: str, attempt: StageAttempt, gradient: Any) -> StageResult:
+        return await self._ask(attempt, "backward", gradient)
 
-    async def tail(self, peer: str, part: Part, x: Any, targets: Any) -> StageResult:
-        return await self._ask(part, "tail", (x, targets))
+    async def tail(self, peer: str, attempt: StageAttempt, x: Any, targets: Any) -> StageResult:
+        return await self._ask(attempt, "tail", (x, targets))
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
-        return self.desks[stage].settle("d", settlement)
+        return self.queues[stage].settle("d", settlement)
 
 
 class Told:
@@ -116,8 +116,8 @@ class Trained:
     session: Session
 
     @property
-    def desk(self) -> StageRequestQueue:
-        return self.loop.desk
+    def queue(self) -> StageRequestQueue:
+        return self.loop.queue
 
     def train(self) -> str:
         return self.loop.train(self.session)
@@ -131,9 +131,9 @@ def _trainer(
     over: Callable[[], bool] = lambda: False,
     ends_by_count: bool = True,
 ) -> Trained:
-    desk = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step)), time.monotonic)
+    queue = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step)), time.monotonic)
     batches: Any = SimpleNamespace()
-    loop = StageTrainer(RUN, StageWork(stage, graph_bytes), batches, desk, over=over)
+    loop = StageTrainer(RUN, StageWork(stage, graph_bytes), batches, queue, over=over)
     session = Session(
         run=RUN,
         parameters=loop.parameters,
@@ -150,7 +150,7 @@ async def _drive(trainers: Sequence[Trained], num_batches: int) -> list[float]:
     routers = [Router(random.Random(0)) for _ in trainers[1:]]
     for stage, router in enumerate(routers, 1):
         router.set_peers([f"peer of stage {stage}"])
-    driver = Driver("d", routers, Direct([each.desk for each in trainers]), Told(), time.monotonic, 0)
+    driver = Driver("d", routers, Direct([each.queue for each in trainers]), Told(), time.monotonic, 0)
     losses = []
     for number in range(4 * num_batches):
         sequences = _microbatch(number)
@@ -223,16 +223,16 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
     thread.start()
 
     async def ask() -> None:
-        part = Part(1, Key("d", 0, 0), 32)
-        asking = asyncio.ensure_future(Direct([trainer.desk] * 2).forward("p", part, torch.zeros(2, 16, 16)))
+        attempt = StageAttempt(1, Key("d", 0, 0), 32)
+        asking = asyncio.ensure_future(Direct([trainer.queue] * 2).forward("p", attempt, torch.zeros(2, 16, 16)))
         assert (await asyncio.wait_for(asking, 10.0)).value.shape == (2, 16, 16)
-        waiting = asyncio.ensure_future(trainer.desk.ask(Key("d", 1, 0), "backward", 32, None))
+        waiting = asyncio.ensure_future(trainer.queue.ask(Key("d", 1, 0), "backward", 32, None))
         with pytest.raises(GoneError):
             await waiting
         stop.set()
         await asyncio.to_thread(thread.join, 10.0)
         with raises_code("gone", GoneError):
-            await trainer.desk.ask(Key("d", 2, 0), "forward", 32, None)
+            await trainer.queue.ask(Key("d", 2, 0), "forward", 32, None)
 
     asyncio.run(ask())
     assert ended == ["interrupted"]
@@ -261,7 +261,7 @@ def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_o
         routers = [Router(random.Random(0)) for _ in trainers[1:]]
         for stage, router in enumerate(routers, 1):
             router.set_peers([f"peer of stage {stage}"])
-        driver = Driver("d", routers, Direct([each.desk for each in trainers]), Told(), time.monotonic, 0)
+        driver = Driver("d", routers, Direct([each.queue for each in trainers]), Told(), time.monotonic, 0)
         losses = []
         for number in range(6):
             sequences = _microbatch(number)
@@ -285,7 +285,7 @@ def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_o
         stop.set()
     for trainer, each in zip(trainers, reports, strict=True):
         (report,) = each
-        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
+        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.attempt) == (192, 2, 2)
         assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
         session = trainer.session
         assert session.finished and session.progress.run_tokens == 192
@@ -307,7 +307,7 @@ def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:
     stage = build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5)
     trainer = _trainer(stage, reports, threading.Event(), 0.0, lambda: next(over))
     assert trainer.train() == "total_tokens"
-    assert not reports and trainer.session.progress.round == 0 and not trainer.desk.is_open
+    assert not reports and trainer.session.progress.round == 0 and not trainer.queue.is_open
 
 
 def test_what_is_under_way_keeps_the_weights_that_a_merge_replaces() -> None:

@@ -23,7 +23,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.updates import Averaged, Gathered, LentWeights, LocalUpdate, Replaced
 from swarmtrain.peer.training.parameters import HostParameters
-from swarmtrain.peer.training.session import LoopPart, RoundReport, Session, Start
+from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
@@ -87,10 +87,12 @@ class NoLoop:
     waited_s: float = 0.0
     told: list[str] = field(default_factory=list)
 
-    def kept(self, room: Tensor | None) -> LoopPart:
-        return LoopPart(batches=7, young_steps=None, moments=Moments(vectors=torch.zeros(2, 6), steps=torch.zeros(2)))
+    def kept(self, room: Tensor | None) -> LoopCheckpoint:
+        return LoopCheckpoint(
+            batches=7, young_steps=None, moments=Moments(vectors=torch.zeros(2, 6), steps=torch.zeros(2))
+        )
 
-    def resume(self, part: LoopPart) -> None:
+    def resume(self, part: LoopCheckpoint) -> None:
         self.told.append(f"resume at {part.batches}")
 
     def skip(self, num_batches: int) -> None:
@@ -304,7 +306,7 @@ class Lived:
             loop=self.loop,
             exchange=self.exchange,
             report=lambda report: (self.reports.append(report), self.exchange.calls.append("report"))[0],
-            settled=lambda session: self.exchange.calls.append(f"settled {session.progress.round}"),
+            on_new_state=lambda session: self.exchange.calls.append(f"settled {session.progress.round}"),
             should_stop=lambda: self.stops,
             clock=self.exchange.clock,
         )
@@ -391,8 +393,8 @@ def test_who_is_stopped_anywhere_goes_on_as_if_it_had_been_killed_then(stops_at:
     one.exchange.stops_at = stops_at
     assert one.train() == "interrupted" and not one.session.is_in_round
     assert one.session.progress.round == 1 and one.session.replica.own_tokens == 4 * STEP
-    own = one.session.own_part(None)
-    killed.session.resume(one.session.replica.state.settled(), one.session.progress, own)
+    own = one.session.local_checkpoint(None)
+    killed.session.resume(one.session.replica.state.on_new_state(), one.session.progress, own)
     killed.exchange.clock.now_s = one.exchange.clock.now_s
     one.exchange.stops_at = ""
     for each in (one, killed):
@@ -468,10 +470,10 @@ def test_training_that_diverged_is_told_in_one_line() -> None:
 def test_a_checkpoint_is_the_replica_the_counters_and_what_the_loop_keeps() -> None:
     one = Lived(Fragments(4))
     one.train(4)
-    own = one.session.own_part(None)
+    own = one.session.local_checkpoint(None)
     assert (own.batches, own.own_tokens, own.steps_per_s) == (7, 4 * STEP, 1.0)
     again = Lived(Fragments(4))
-    again.session.resume(one.session.replica.state.settled(), one.session.progress, own)
+    again.session.resume(one.session.replica.state.on_new_state(), one.session.progress, own)
     assert again.loop.told == ["resume at 7"] and again.session.steps_per_s == 1.0
     for each in (one, again):
         each.session.replica.restart()  # one of them was not killed

@@ -7,7 +7,7 @@ from typing import Any
 from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.messages import LinkRateAssumed, MergesPlanned, PartnersChanged, PullTimerFired
-from swarmtrain.protocol.gossip.pulls import SectionBytes, WantedPartners
+from swarmtrain.protocol.gossip.pulls import PublicationBytes, WantedPartners
 from swarmtrain.protocol.membership.membership import PeerInfo
 
 PLAN = MergePlan(round=3, began_s=(100.0,), ends_s=160.0, gradient_format="int2")
@@ -15,8 +15,8 @@ PLAN = MergePlan(round=3, began_s=(100.0,), ends_s=160.0, gradient_format="int2"
 
 def engine_with_others() -> GossipEngine[Any, Any, Any]:
     settings = GossipSettings(
-        sections={"weights": "mean", "gradient": "outer step"},
-        sizes=[{"int2": SectionBytes(weights=1_000_000, gradient=500_000)}],
+        groups={"weights": "mean", "gradient": "outer step"},
+        sizes=[{"int2": PublicationBytes(weights=1_000_000, gradient=500_000)}],
         wanted=WantedPartners(2, 1),
         num_parts=4,
         max_staleness_rounds=4,

@@ -10,10 +10,10 @@ import pytest
 from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip.fragments import (
     FragmentRounds,
+    advertised_round,
+    advertised_version,
     publishes_every,
     steps_of_fragment,
-    told_mark,
-    told_round,
 )
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 
@@ -53,9 +53,9 @@ def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> li
 def test_parts_and_tokens_rise_and_a_round_of_a_fragment_goes_from_merge_to_merge(number: int, num_parts: int) -> None:
     for seed in range(20):
         for fragment, published in enumerate(play(random.Random(seed), number, num_parts, 12)):
-            marks = [(round, part) for round, part, _, _ in published]
-            assert marks == sorted(set(marks)), "the ledger takes a part that turned back for a lie"
-            assert {1 <= part <= num_parts for _, part in marks} == {True}
+            versions = [(round, part) for round, part, _, _ in published]
+            assert versions == sorted(set(versions)), "the ledger takes a part that turned back for a lie"
+            assert {1 <= part <= num_parts for _, part in versions} == {True}
             for (round, _, tokens, step), (next_round, _, next_tokens, next_step) in pairwise(published):
                 new = next_tokens - (tokens if next_round == round else 0)
                 assert new == (next_step - step) * TOKENS, "each step is published once"
@@ -67,8 +67,10 @@ def test_parts_and_tokens_rise_and_a_round_of_a_fragment_goes_from_merge_to_merg
 def test_of_one_fragment_it_is_the_round_itself() -> None:
     rounds = FragmentRounds(1)
     rounds.begin(3, 4)
-    told = [(each.round, each.part, each.tokens) for part in range(1, 5) for each in rounds.at(part, 5 * part, part)]
-    assert told == [(3, 1, 5), (3, 2, 10), (3, 3, 15), (3, 4, 20)]
+    advertised = [
+        (each.round, each.part, each.tokens) for part in range(1, 5) for each in rounds.at(part, 5 * part, part)
+    ]
+    assert advertised == [(3, 1, 5), (3, 2, 10), (3, 3, 15), (3, 4, 20)]
     rounds.merged(0, 4, 20, 4)
     rounds.begin(4, 4)
     assert rounds.at(1, 5, 1)[0].tokens == 5
@@ -107,28 +109,28 @@ def test_what_a_peer_tells_of_itself_gives_each_fragments_round_and_part(
     for round in range(3):
         rounds.begin(round, most)
         for moment in start.publish_after:
-            told = PublicationVersion(round, start.part_after(moment), moment * TOKENS)
-            for fragment, each in enumerate(rounds.at(told.part, told.tokens, moment)):
+            advertised = PublicationVersion(round, start.part_after(moment), moment * TOKENS)
+            for fragment, each in enumerate(rounds.at(advertised.part, advertised.tokens, moment)):
                 if round == 0 and ends[fragment] < inner_steps:
                     continue  # the first round of a fragment is a shorter one
-                mark = told_mark(fragment, number, told, most)
+                version = advertised_version(fragment, number, advertised, most)
                 assert (
-                    mark == PublicationVersion(each.round, each.part, mark.tokens)
-                    and abs(mark.tokens - each.tokens) <= guessed
+                    version == PublicationVersion(each.round, each.part, version.tokens)
+                    and abs(version.tokens - each.tokens) <= guessed
                 )
                 since = steps_of_fragment(fragment, number, moment, inner_steps, most)
                 if moment not in ends:  # told after the merge, and this is before it
                     assert since == (each.round - round, each.inner_steps)
             for fragment, merged_after in enumerate(ends):
                 if merged_after == moment:
-                    rounds.merged(fragment, told.part, told.tokens, moment)
-                    assert told_round(fragment, number, told, most) == round + (merged_after < inner_steps)
-    assert told_mark(0, number, PublicationVersion(0, 0, 0), most) == PublicationVersion(0, 0, 0), (
+                    rounds.merged(fragment, advertised.part, advertised.tokens, moment)
+                    assert advertised_round(fragment, number, advertised, most) == round + (merged_after < inner_steps)
+    assert advertised_version(0, number, PublicationVersion(0, 0, 0), most) == PublicationVersion(0, 0, 0), (
         "it has published nothing"
     )
-    assert told_mark(number - 1, number, PublicationVersion(4, 0, 160), most) == PublicationVersion(3, most, 160), (
-        "all of the round before"
-    )
+    assert advertised_version(number - 1, number, PublicationVersion(4, 0, 160), most) == PublicationVersion(
+        3, most, 160
+    ), "all of the round before"
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ from swarmtrain.protocol.gossip.messages import (
     RouteFound,
 )
 from swarmtrain.protocol.gossip.partners import Delta, Full, PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, SectionBytes, SectionRule, WantedPartners
+from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule, PublicationBytes, WantedPartners
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-SECTIONS: dict[Section, SectionRule] = {"weights": "mean", "gradient": "outer step"}
-SIZES = {"int2": SectionBytes(1000, 250), "int4": SectionBytes(1000, 500)}
+GROUPS: dict[GroupName, GroupRule] = {"weights": "mean", "gradient": "outer step"}
+SIZES = {"int2": PublicationBytes(1000, 250), "int4": PublicationBytes(1000, 500)}
 
 
 class Driven:
@@ -56,10 +56,10 @@ class Driven:
         fragments: int = 1,
         wanted: int = 2,
         is_large: bool = False,
-        sections: Mapping[Section, SectionRule] = SECTIONS,
+        groups: Mapping[GroupName, GroupRule] = GROUPS,
     ) -> None:
         settings = GossipSettings(
-            sections=sections,
+            groups=groups,
             sizes=[SIZES] * fragments,  # type: ignore[list-item]
             wanted=WantedPartners(wanted, wanted),
             num_parts=4,
@@ -91,9 +91,9 @@ class Driven:
         assert all(isinstance(command, AskPartner) for command in found)
         return found
 
-    def pulls(self, ask: AskPartner, mark: PublicationVersion, held: str) -> list[Any]:
+    def pulls(self, ask: AskPartner, version: PublicationVersion, held: str) -> list[Any]:
         """That pull's bytes come and are decoded."""
-        (download,) = self.tells(PartnerReplied(ask.pull, mark, held))
+        (download,) = self.tells(PartnerReplied(ask.pull, version, held))
         assert download == DownloadPublication(ask.pull, ask.source, held)
         self.now += 0.1
         (decode,) = self.tells(PublicationDownloaded(ask.pull, 1000))
@@ -101,9 +101,9 @@ class Driven:
         return self.tells(PublicationDecoded(ask.pull, f"decoded {held}"))
 
 
-def of(asks: Sequence[AskPartner], section: Section, peer: str = "") -> AskPartner:
+def of(asks: Sequence[AskPartner], group: GroupName, peer: str = "") -> AskPartner:
     """The one of that section."""
-    return next(ask for ask in asks if ask.section == section and peer in ("", ask.author))
+    return next(ask for ask in asks if ask.group == group and peer in ("", ask.author))
 
 
 WEIGHTS, WHOLE = PublicationVersion(0, 0, 0), PublicationVersion(0, 4, 400)
@@ -114,43 +114,43 @@ def test_a_round_from_the_question_to_the_merge() -> None:
     assert me.engine.wake_at() is None
     assert me.plan() == [] and me.engine.wake_at() == 0.0
     asks = me.asks()
-    assert [(ask.source, ask.author, ask.section, ask.fragment, ask.known) for ask in asks] == [
+    assert [(ask.source, ask.author, ask.group, ask.fragment, ask.known) for ask in asks] == [
         ("ben", "ben", "weights", 0, None),
         ("ben", "ben", "gradient", 0, None),
     ]
     (first,) = me.pulls(asks[0], WEIGHTS, "w")
     assert isinstance(first, PrepareMerge) and [one.payload for one in first.pulled] == ["decoded w"]
-    assert me.engine.pulled_mark(0, "ben") is None
+    assert me.engine.pulled_version(0, "ben") is None
     assert me.pulls(asks[1], WHOLE, "g") == [], "one merge is prepared after the other"
-    assert (me.engine.pulled_mark(0, "ben"), me.engine.merged_mark(0, "ben")) == (WHOLE, None)
+    assert (me.engine.pulled_version(0, "ben"), me.engine.merged_version(0, "ben")) == (WHOLE, None)
     (second,) = me.tells(MergePrepared(first.number, "merge of w"))
     assert [one.held for one in second.pulled] == ["w", "g"]
     assert me.tells(MergePrepared(second.number, "merge of both")) == []
     (merge,) = me.tells(MergeDue(0))
     assert isinstance(merge, MergeFragment) and merge.merge == "merge of both"
-    assert [(one.section, one.mark) for one in merge.pulled] == [("weights", WEIGHTS), ("gradient", WHOLE)]
-    assert (me.engine.pulled_mark(0, "ben"), me.engine.merged_mark(0, "ben")) == (None, WHOLE)
+    assert [(one.group, one.version) for one in merge.pulled] == [("weights", WEIGHTS), ("gradient", WHOLE)]
+    assert (me.engine.pulled_version(0, "ben"), me.engine.merged_version(0, "ben")) == (None, WHOLE)
     assert me.engine.places(-1) == [{"ben": (0, 4), "me": (0, 4)}]
     me.plan(round=1)
     assert [ask.known for ask in me.asks()] == [WEIGHTS, WHOLE], "only what is newer is asked for"
 
 
 def test_what_else_the_run_averages_is_pulled_and_merged_as_its_author_gets_on() -> None:
-    me = Driven("ben", sections={"weights": "mean", "buffers": "mean", "gradient": "outer step"})
+    me = Driven("ben", groups={"weights": "mean", "buffers": "mean", "gradient": "outer step"})
     me.plan()
     asks = me.asks()
-    assert [ask.section for ask in asks] == ["weights", "buffers", "gradient"]
-    for ask, mark in zip(asks, (WEIGHTS, PublicationVersion(0, 2, 200), WHOLE), strict=True):
-        for prepare in me.pulls(ask, mark, ask.section):
+    assert [ask.group for ask in asks] == ["weights", "buffers", "gradient"]
+    for ask, version in zip(asks, (WEIGHTS, PublicationVersion(0, 2, 200), WHOLE), strict=True):
+        for prepare in me.pulls(ask, version, ask.group):
             me.tells(MergePrepared(prepare.number, "merge"))
     (merge,) = me.tells(MergeDue(0))
-    assert [one.section for one in merge.pulled] == ["weights", "buffers", "gradient"]
+    assert [one.group for one in merge.pulled] == ["weights", "buffers", "gradient"]
     me.plan(round=1)
     asks = me.asks()
     assert [ask.known for ask in asks] == [WEIGHTS, PublicationVersion(0, 2, 0), WHOLE]
     assert me.tells(PartnerReplied(asks[1].pull, PublicationVersion(0, 2, 200), "the same")) == [], "it was merged"
     me.now += 99.0
-    (again,) = (ask for ask in me.asks() if ask.section == "buffers")
+    (again,) = (ask for ask in me.asks() if ask.group == "buffers")
     (download,) = me.tells(PartnerReplied(again.pull, PublicationVersion(0, 3, 300), "later ones of that round"))
     assert download.held == "later ones of that round"
     (decode,) = me.tells(PublicationDownloaded(again.pull, 10))
@@ -177,7 +177,7 @@ def test_nothing_newer_costs_an_eighth_of_the_round_and_another_is_asked() -> No
     me.plan(began_s=-80.0)
     weights, ask = me.asks()
     assert me.tells(PartnerReplied(weights.pull)) == me.tells(PartnerReplied(ask.pull)) == []
-    assert [one.section for one in me.asks()] == []
+    assert [one.group for one in me.asks()] == []
     assert me.engine.wake_at() == 10.0
     me.see("ben", "carl")
     assert me.engine.wake_at() == 0.0, "somebody else has come"
@@ -316,10 +316,10 @@ def test_what_became_too_old_while_it_came_is_not_decoded() -> None:
 def test_what_is_ready_and_too_old_by_now_is_not_merged_and_the_rest_is_prepared_anew() -> None:
     me = Driven("ben", "carl")
     me.plan()
-    asks = [ask for ask in me.asks() if ask.section == "gradient"]
-    marks = {ask.author: PublicationVersion(round, 4, 400) for ask, round in zip(asks, (0, 3), strict=True)}
-    (prepare,) = me.pulls(asks[0], marks[asks[0].author], "old")
-    me.pulls(asks[1], marks[asks[1].author], "new")
+    asks = [ask for ask in me.asks() if ask.group == "gradient"]
+    versions = {ask.author: PublicationVersion(round, 4, 400) for ask, round in zip(asks, (0, 3), strict=True)}
+    (prepare,) = me.pulls(asks[0], versions[asks[0].author], "old")
+    me.pulls(asks[1], versions[asks[1].author], "new")
     (both,) = me.tells(MergePrepared(prepare.number, "one"))
     me.tells(MergePrepared(both.number, "both"))
     me.see("ben", "carl", round=3)
@@ -356,8 +356,8 @@ def test_what_cannot_be_merged_with_those_before_it_costs_its_author() -> None:
     me.plan()
     asks = me.asks()
     (prepare,) = me.pulls(of(asks, "weights", "ben"), WEIGHTS, "ben")
-    for section, peer in (("weights", "carl"), ("gradient", "carl"), ("gradient", "ben")):
-        assert me.pulls(of(asks, section, peer), WEIGHTS if section == "weights" else WHOLE, peer) == []  # type: ignore[arg-type]
+    for group, peer in (("weights", "carl"), ("gradient", "carl"), ("gradient", "ben")):
+        assert me.pulls(of(asks, group, peer), WEIGHTS if group == "weights" else WHOLE, peer) == []  # type: ignore[arg-type]
     (prepare,) = me.tells(MergePrepared(prepare.number, "ben's weights"))
     tried = []
     commands: list[Any] = me.tells(MergePrepared(prepare.number, None))
@@ -380,11 +380,11 @@ def test_another_is_asked_at_once_in_place_of_what_came_a_round_ago_and_cannot_b
     me.tells(MergeDue(0))
     me.pulls(late, WHOLE, "g")
     (prepare,) = me.plan(round=1)
-    assert [ask.section for ask in me.asks()] == [], "its weights are on their way, its gradient is here"
+    assert [ask.group for ask in me.asks()] == [], "its weights are on their way, its gradient is here"
     (prepare,) = me.tells(MergePrepared(prepare.number, None))
     me.tells(MergePrepared(prepare.number, None))
     assert me.engine.wake_at() == me.now
-    assert {ask.section for ask in me.asks() if ask.author != late.author} >= {"gradient"}
+    assert {ask.group for ask in me.asks() if ask.author != late.author} >= {"gradient"}
 
 
 def test_what_is_merged_is_held_no_longer_by_the_engine() -> None:
@@ -433,7 +433,7 @@ def test_a_large_model_has_one_merge_prepared_at_a_time() -> None:
         me.tells(MergesPlanned(0, plans))
         me.now = 0.05
         asks = me.asks()
-        gradients = [ask for ask in asks if ask.section == "gradient"]
+        gradients = [ask for ask in asks if ask.group == "gradient"]
         assert [ask.fragment for ask in gradients] == [0, 1]
         (prepare,) = me.pulls(gradients[0], WHOLE, "g0")
         me.pulls(gradients[1], WHOLE, "g1")

@@ -26,10 +26,10 @@ from swarmtrain.protocol.gossip.partners import (
 )
 
 
-def ledger_with(*marks: tuple[str, int, int, int], max_staleness_rounds: int = 8) -> Ledger:
+def ledger_with(*versions: tuple[str, int, int, int], max_staleness_rounds: int = 8) -> Ledger:
     ledger = Ledger(max_staleness_rounds=max_staleness_rounds)
-    for peer, *mark in marks:
-        ledger.merged(peer, PublicationVersion(*mark), 0)
+    for peer, *version in versions:
+        ledger.merged(peer, PublicationVersion(*version), 0)
     return ledger
 
 
@@ -62,9 +62,9 @@ def test_a_new_round_enters_whole_and_a_later_part_with_the_differences() -> Non
     ],
 )
 def test_nothing_new_says_why_and_a_counter_that_turned_back_is_an_incident(
-    mark: PublicationVersion, turned_back: bool, words: str
+    version: PublicationVersion, turned_back: bool, words: str
 ) -> None:
-    new = ledger_with(("a", 3, 2, 200)).news("a", mark, 3)
+    new = ledger_with(("a", 3, 2, 200)).news("a", version, 3)
     assert isinstance(new, Stale) and words in new.reason, new
     assert (new.turned_back, new.too_old) == (turned_back, False)
 
@@ -158,7 +158,7 @@ def test_memory_is_bounded_the_lowest_rounds_are_forgotten_and_nothing_enters_tw
     ledger.merged("liar", PublicationVersion(2**60, 1, 5), 0)
     for i in range(1000):
         ledger.merged(f"p{i}", PublicationVersion(i // 10, 1, 5), i // 10)
-    assert len(ledger.by_age()) <= 64 and ledger.mark("p0") is None and ledger.mark("liar") is not None
+    assert len(ledger.by_age()) <= 64 and ledger.version("p0") is None and ledger.version("liar") is not None
     assert 90 <= ledger.forgotten_round < 99
     assert isinstance(ledger.news("p910", PublicationVersion(91, 2, 9), 91), WeightsOnly), (
         "part 1 of that round was merged"
@@ -216,18 +216,18 @@ def test_each_inner_step_enters_at_most_once_whatever_the_order_the_losses_and_t
     while at < len(history) * 4:
         at += 1
         # roughly in order, with repetitions, omissions and old ones
-        peer, mark = history[min(len(history) - 1, max(0, int(rng.gauss(at % len(history), 40))))]
+        peer, version = history[min(len(history) - 1, max(0, int(rng.gauss(at % len(history), 40))))]
         reference_round = at % len(history) // 20
-        new = ledger.news(peer, mark, reference_round)
+        new = ledger.news(peer, version, reference_round)
         if not isinstance(new, Stale):
             since = new.since.tokens if isinstance(new, Delta) else 0
-            steps = set() if isinstance(new, WeightsOnly) else set(range(since, mark.tokens))
+            steps = set() if isinstance(new, WeightsOnly) else set(range(since, version.tokens))
             assert len(steps) == new.tokens
-            before = entered.setdefault((peer, mark.round), set())
-            assert not before & steps, (peer, mark, new)
+            before = entered.setdefault((peer, version.round), set())
+            assert not before & steps, (peer, version, new)
             before |= steps
             num_merged += 1
-            ledger.merged(peer, mark, reference_round)
+            ledger.merged(peer, version, reference_round)
             assert len(ledger.held) <= 2 and len(ledger.by_age()) <= ledger.max_peers
         if rng.random() < 0.02:
             saved = (json.loads(json.dumps(ledger.rows())), {key: set(steps) for key, steps in entered.items()})
@@ -240,16 +240,18 @@ def test_each_inner_step_enters_at_most_once_whatever_the_order_the_losses_and_t
 def test_what_came_with_others_weights_is_not_merged_again() -> None:
     giver = ledger_with(("a", 3, 4, 400), ("b", 4, 2, 200))
     newcomer = Ledger(num_parts=4)
-    newcomer.bring(giver.places())
-    for peer, mark in (
+    newcomer.adopt(giver.places())
+    for peer, version in (
         ("a", PublicationVersion(3, 4, 400)),
         ("a", PublicationVersion(2, 4, 400)),
         ("b", PublicationVersion(4, 2, 200)),
         ("b", PublicationVersion(4, 3, 300)),
     ):
-        new = newcomer.news(peer, mark, 4)
+        new = newcomer.news(peer, version, 4)
         assert isinstance(new, Stale) and "came with the weights" in new.reason and not new.turned_back
-        assert newcomer.new_tokens(peer, mark, 4) is None, "nobody is asked for it first, nor is it merged if it came"
+        assert newcomer.new_tokens(peer, version, 4) is None, (
+            "nobody is asked for it first, nor is it merged if it came"
+        )
     assert (
         newcomer.news("a", PublicationVersion(4, 1, 90), 4).tokens
         == newcomer.new_tokens("a", PublicationVersion(4, 1, 90), 4)
@@ -259,7 +261,7 @@ def test_what_came_with_others_weights_is_not_merged_again() -> None:
     newcomer.merged("a", PublicationVersion(4, 1, 90), 4)
     assert newcomer.news("a", PublicationVersion(4, 2, 190), 4).tokens == 100
     third = Ledger(num_parts=4)
-    third.bring(newcomer.places())
+    third.adopt(newcomer.places())
     assert isinstance(third.news("b", PublicationVersion(4, 4, 400), 4), Stale), (
         "it goes on to whoever takes its weights in turn"
     )
@@ -267,9 +269,9 @@ def test_what_came_with_others_weights_is_not_merged_again() -> None:
 
 def test_what_was_merged_here_up_to_further_is_merged_on() -> None:
     ledger = ledger_with(("a", 4, 3, 300))
-    ledger.bring({"a": (4, 2)})
+    ledger.adopt({"a": (4, 2)})
     assert ledger.news("a", PublicationVersion(4, 4, 400), 4).tokens == 100
-    ledger.bring({"a": (4, 4)})
+    ledger.adopt({"a": (4, 4)})
     assert isinstance(ledger.news("a", PublicationVersion(4, 4, 400), 4), Stale), (
         "others' weights have more than is held here"
     )
@@ -278,11 +280,11 @@ def test_what_was_merged_here_up_to_further_is_merged_on() -> None:
 
 def test_what_came_with_weights_goes_into_the_checkpoint_with_them() -> None:
     ledger, again = ledger_with(("b", 5, 4, 400)), Ledger()
-    ledger.bring({"a": (4, 2), "b": (4, 2)})
+    ledger.adopt({"a": (4, 2), "b": (4, 2)})
     again.load(json.loads(json.dumps(ledger.rows())))
     assert again.rows() == ledger.rows() and again.places() == {"a": (4, 2), "b": (5, 4)}
     few = Ledger(max_peers=2)
-    few.bring({f"p{i}": (i, 1) for i in range(5)})
+    few.adopt({f"p{i}": (i, 1) for i in range(5)})
     assert few.places() == {"p3": (3, 1), "p4": (4, 1)} and few.places(1) == {"p4": (4, 1)}
 
 
@@ -299,9 +301,9 @@ def test_in_order_and_without_losses_every_step_enters() -> None:
     ledger, total = Ledger(), 0
     for round in range(5):
         for part in range(1, 5):
-            mark = PublicationVersion(round, part, 25 * part)
-            total += ledger.news("a", mark, round).tokens
-            ledger.merged("a", mark, round)
+            version = PublicationVersion(round, part, 25 * part)
+            total += ledger.news("a", version, round).tokens
+            ledger.merged("a", version, round)
     assert total == 5 * 100
 
 

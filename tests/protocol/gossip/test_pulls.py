@@ -8,8 +8,8 @@ import random
 import pytest
 
 from swarmtrain.protocol.gossip.pulls import (
+    PublicationBytes,
     PullTimes,
-    SectionBytes,
     WantedPartners,
     ahead_rounds,
     expected_step_s,
@@ -25,7 +25,7 @@ from swarmtrain.protocol.gossip.pulls import (
 )
 
 THREE = WantedPartners(gradients=3, weights=3)
-SIZES = SectionBytes(weights=200, gradient=100)
+SIZES = PublicationBytes(weights=200, gradient=100)
 
 
 def known(bytes_per_s: float, overhead_s: float = 0.0) -> PullTimes:
@@ -38,13 +38,13 @@ def known(bytes_per_s: float, overhead_s: float = 0.0) -> PullTimes:
 def test_a_fragment_has_its_share_of_the_links_time_and_may_be_pulled_before_others_are_merged() -> None:
     """Of four: a quarter of the bytes, of the time that links carry and of what is kept in reserve; but calls last as
     long as they do."""
-    fragment = SectionBytes(weights=50, gradient=25, share=0.25)
+    fragment = PublicationBytes(weights=50, gradient=25, share=0.25)
     for rate, carried in ((900 / 65, (3, 3)), (499 / 65, (1, 2))):
         plan = plan_pulls(9, 1000.0, 1100.0, fragment, known(rate), THREE)
         assert (len(plan.weights_at_s), len(plan.gradients_at_s)) == carried
     plan = plan_pulls(3, 1000.0, 1100.0, fragment, known(20.0, overhead_s=40.0), THREE)
     assert plan.gradients_at_s == tuple(1100 - 1.5 - 1.5 * (40 + 25 * left / 20) for left in (3, 2, 1))
-    assert total_bytes([fragment] * 4) == SectionBytes(200, 100, 1.0)
+    assert total_bytes([fragment] * 4) == PublicationBytes(200, 100, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_gradients_of_many_and_the_weights_of_one(others: int, rate: float, weig
     assert wanted.bytes_of(SIZES) == 1000
 
 
-FORMATS = {"int2": SectionBytes(weights=800, gradient=225), "int4": SectionBytes(weights=800, gradient=450)}
+FORMATS = {"int2": PublicationBytes(weights=800, gradient=225), "int4": PublicationBytes(weights=800, gradient=450)}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_is_learnt_is_a_middle_rate_and_a_long_overhead_of_the_last_few() -
 
 
 def test_a_pull_is_slow_after_thrice_what_is_expected_and_who_has_nothing_new_rests_an_eighth_of_a_round() -> None:
-    times, sizes = PullTimes(), SectionBytes(weights=600, gradient=400)
+    times, sizes = PullTimes(), PublicationBytes(weights=600, gradient=400)
     assert times.slow_after_s(sizes, THREE) == 1.0
     times.assume(1000.0)
     times.merged(0.5)

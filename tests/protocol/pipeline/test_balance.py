@@ -412,11 +412,11 @@ def test_a_promise_is_given_once_asked_and_holds_for_a_minute() -> None:
     a, b = StageLeases("a"), StageLeases("b")
     assert a.wants_to_leave(0, 10.0)[0]
     assert a.may_leave(0, 10.0) == (False, "nobody has promised to stay in stage 0")
-    promise, reason = b.asked(request("a", "b", 10.0), (0,), 110.0)  # its clock is another
-    assert promise is not None and reason == "it stays for 60 s"
+    lease, reason = b.asked(request("a", "b", 10.0), (0,), 110.0)  # its clock is another
+    assert lease is not None and reason == "it stays for 60 s"
     assert b.bound(169.9) == (0,) and b.bound(170.0) == ()
     assert b.wants_to_leave(0, 150.0) == (False, "it has promised to stay in stage 0 for 20 s more")
-    a.promised(promise)
+    a.promised(lease)
     assert a.may_leave(0, 69.9) == (True, "b stays in stage 0")
     assert a.may_leave(0, 70.0) == (False, "the promise to stay in stage 0 has ended: it asks again")
     a.over(0)
@@ -429,9 +429,9 @@ def test_two_that_would_leave_at_once_both_stay() -> None:
     assert a.asked(request("b", "a", 0.0), (0,), 0.1) == (None, "a wants to leave stage 0 itself")
     assert b.asked(request("a", "b", 0.0), (0,), 0.1) == (None, "b wants to leave stage 0 itself")
     b.over(0)
-    promise, _ = b.asked(request("a", "b", 10.0), (0,), 10.1)
-    assert promise is not None
-    a.promised(promise)
+    lease, _ = b.asked(request("a", "b", 10.0), (0,), 10.1)
+    assert lease is not None
+    a.promised(lease)
     assert a.may_leave(0, 11.0)[0] and not b.wants_to_leave(0, 11.0)[0]
 
 
@@ -485,14 +485,14 @@ class Everyone:
     def deliver(self, index: int) -> None:
         if not self.letters:
             return
-        asked, promise, session = self.letters.pop(index % len(self.letters))
-        if promise is None and asked.anchor in self.holds:
+        asked, lease, session = self.letters.pop(index % len(self.letters))
+        if lease is None and asked.anchor in self.holds:
             holds, now = (self.holds[asked.anchor],), self.now(asked.anchor)
-            promise, _ = self.stays[asked.anchor].asked(asked, holds, now)
-            if promise is not None:
-                self.letters.append((asked, promise, self.sessions[asked.anchor]))
-        elif promise is not None and asked.mover in self.holds:
-            self.stays[asked.mover].promised(promise)
+            lease, _ = self.stays[asked.anchor].asked(asked, holds, now)
+            if lease is not None:
+                self.letters.append((asked, lease, self.sessions[asked.anchor]))
+        elif lease is not None and asked.mover in self.holds:
+            self.stays[asked.mover].promised(lease)
             self.given[asked.mover, asked.stage] = (asked.anchor, session)
 
     def give_up(self, mover: str) -> None:

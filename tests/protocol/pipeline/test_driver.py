@@ -23,11 +23,11 @@ from swarmtrain.protocol.pipeline.messages import (
     MicrobatchDrawn,
     NoMicrobatch,
     NotTold,
-    PartDone,
-    PartFailed,
     PeersSeen,
     Retried,
     Shut,
+    StageCallDone,
+    StageCallFailed,
     Tell,
     TimeCame,
     ToldOf,
@@ -60,12 +60,12 @@ def until(engine: DriverEngine, kind: str, stage: int, now: float = 1.0) -> AskS
     """A microbatch begins, and everything is answered until this is asked."""
     ask = only(engine.receive(MicrobatchDrawn(32), now), AskStage)
     while (ask.kind, ask.stage) != (kind, stage):
-        ask = only(engine.receive(PartDone(ask.call, 5, 2.5), now), AskStage)
+        ask = only(engine.receive(StageCallDone(ask.call, 5, 2.5), now), AskStage)
     return ask
 
 
 def fail(engine: DriverEngine, ask: AskStage, why: Fault, now: float = 2.0) -> list[DrivingCommand]:
-    return engine.receive(PartFailed(ask.call, why, "a reason"), now)
+    return engine.receive(StageCallFailed(ask.call, why, "a reason"), now)
 
 
 def wake(engine: DriverEngine) -> list[DrivingCommand]:
@@ -82,7 +82,7 @@ def test_a_microbatch_goes_there_and_back_and_everyone_is_told() -> None:
     ask = only(engine.receive(MicrobatchDrawn(32), 1.0), AskStage)
     asked = [(ask.kind, ask.stage, ask.peer)]
     lives = {"d": 1, "p": 2, "r": 3}
-    while of(commands := engine.receive(PartDone(ask.call, lives[ask.peer], 2.5), 3.0), AskStage):
+    while of(commands := engine.receive(StageCallDone(ask.call, lives[ask.peer], 2.5), 3.0), AskStage):
         ask = only(commands, AskStage)
         asked.append((ask.kind, ask.stage, ask.peer))
         assert ask.key == Key("d", 7, 0) and ask.tokens == 32
@@ -95,19 +95,26 @@ def test_a_microbatch_goes_there_and_back_and_everyone_is_told() -> None:
     ]
     assert only(commands, Back) == Back(7, 2.5)
     said = (Acknowledged(Key("d", 7, 0), 2.5),)
-    told = [(tell.peer, tell.stage, tell.settlement.life, tell.settlement.acknowledged) for tell in of(commands, Tell)]
+    told = [
+        (tell.peer, tell.stage, tell.settlement.incarnation, tell.settlement.acknowledged)
+        for tell in of(commands, Tell)
+    ]
     assert told == [("d", 0, 1, said), ("p", 1, 2, said), ("r", 2, 3, said)]
-    assert engine.quickest_s == 2.0 and engine.num_under_way == 0 and not engine.is_settled
+    assert engine.quickest_s == 2.0 and engine.num_under_way == 0 and not engine.has_told_all
     for tell in of(commands, Tell):
         assert engine.receive(ToldOf(tell.call, ()), 4.0) == []
-    assert engine.is_settled
+    assert engine.has_told_all
 
 
 def test_an_answer_that_nobody_waits_for_changes_nothing() -> None:
     engine = make()
     ask = until(engine, "forward", 1)
-    engine.receive(PartDone(ask.call, 1), 2.0)
-    assert engine.receive(PartDone(ask.call, 1), 3.0) == [] == engine.receive(PartFailed(99, "wrong", "what"), 3.0)
+    engine.receive(StageCallDone(ask.call, 1), 2.0)
+    assert (
+        engine.receive(StageCallDone(ask.call, 1), 3.0)
+        == []
+        == engine.receive(StageCallFailed(99, "wrong", "what"), 3.0)
+    )
 
 
 # ---------------------------------------------------------------- another peer
@@ -167,7 +174,7 @@ def test_who_is_lost_has_the_least_time_only() -> None:
 def test_an_empty_stage_is_looked_at_until_somebody_is_there() -> None:
     engine = make({0: ["d"], 1: ["p"], 2: []})
     ask = until(engine, "forward", 1)
-    assert engine.receive(PartDone(ask.call, 1), 2.0) == []
+    assert engine.receive(StageCallDone(ask.call, 1), 2.0) == []
     assert engine.wake_at() == 2.5 and wake(engine) == []
     engine.receive(PeersSeen(PEERS), 2.6)
     assert only(wake(engine), AskStage).peer == "r"
@@ -262,7 +269,7 @@ def test_how_many_follows_from_what_everybody_says() -> None:
 def back(engine: DriverEngine, now: float = 1.0) -> list[Tell]:
     """A microbatch is back; the words about it to the later stages."""
     ask = until(engine, "backward", 0, now)
-    commands = engine.receive(PartDone(ask.call, 5), now)
+    commands = engine.receive(StageCallDone(ask.call, 5), now)
     for tell in of(commands, Tell):
         if not tell.stage:
             engine.receive(ToldOf(tell.call, ()), now)
@@ -291,7 +298,7 @@ def test_who_cannot_be_told_for_a_minute_is_given_up_and_it_is_said() -> None:
     while not lost:
         lost = of(wake(engine), Lost)
     assert lost == [Lost(1, "p", Key("d", 7, 0), "it does not answer (no answer within 5 s)")]
-    assert engine.is_settled
+    assert engine.has_told_all
 
 
 def test_what_is_acknowledged_too_late_is_said() -> None:
@@ -318,7 +325,7 @@ def test_who_has_a_part_of_what_takes_long_hears_that_the_driver_is_there() -> N
     assert only(commands[:1], Tell).settlement == Settlement(0, (), (), 7)
     for tell in of(commands, Tell):
         assert engine.receive(ToldOf(tell.call, ()), 32.0) == []
-    assert engine.is_settled
+    assert engine.has_told_all
 
 
 def test_who_is_given_up_in_the_moment_in_which_it_would_hear_of_the_driver_does_no_harm() -> None:
@@ -327,7 +334,7 @@ def test_who_is_given_up_in_the_moment_in_which_it_would_hear_of_the_driver_does
     until(engine, "tail", 2)
     while engine.wake_at() != 61.0:
         wake(engine)
-    assert not engine.is_settled
+    assert not engine.has_told_all
     engine.receive(TimeCame(), 100.0)
-    assert engine.is_settled
+    assert engine.has_told_all
     assert of(wake(engine), Tell), "it goes on"

@@ -120,10 +120,10 @@ def test_no_schedule_of_joint_moves_empties_a_stage() -> None:
             elif action < 0.7 and waiting:
                 mover, asked, asked_s = waiting.pop(rng.randrange(len(waiting)))
                 request = LeaseRequest(stage=0, mover=mover, anchor=asked, asked_s=asked_s)
-                promise, reason = stays[asked].asked(request, (0,) if asked in there else (), now)
+                lease, reason = stays[asked].asked(request, (0,) if asked in there else (), now)
                 assert reason
-                if promise is not None:
-                    stays[mover].promised(promise)
+                if lease is not None:
+                    stays[mover].promised(lease)
             elif stays[me].may_leave(0, now)[0]:
                 there.discard(me)
                 stays[me].over(0)

@@ -34,16 +34,16 @@ FINISHED = "this microbatch is finished, or was given up"
 
 
 def make(**limits: int) -> StageQueue:
-    return StageQueue(StageLedger(LedgerLimits(batch_tokens=4, **limits), life=3))
+    return StageQueue(StageLedger(LedgerLimits(batch_tokens=4, **limits), incarnation=3))
 
 
 def key(sequence: int, attempt: int = 0) -> Key:
     return Key("d", sequence, attempt)
 
 
-def acknowledge(queue: StageQueue, *sequences: int, life: int = 3) -> list[object]:
+def acknowledge(queue: StageQueue, *sequences: int, incarnation: int = 3) -> list[object]:
     said = tuple(Acknowledged(key(sequence), 1.0) for sequence in sequences)
-    return list(queue.receive(Settles("d", Settlement(life, said, (), 0)), 0.0))
+    return list(queue.receive(Settles("d", Settlement(incarnation, said, (), 0)), 0.0))
 
 
 def compute(queue: StageQueue, sequence: int, kind: Kind) -> None:
@@ -93,7 +93,7 @@ def test_a_step_comes_before_what_is_asked_and_what_is_acknowledged_is_forgotten
     assert acknowledge(queue, 0, 1) == [Late(set())]
     assert queue.receive(Free(), 0.0) == [Forget(key(0)), Forget(key(1)), TakeStep(0, 4, 1.0, (key(0), key(1)))]
     assert queue.receive(Free(), 0.0) == [Compute(2, key(2), "tail", 2, Work(1, 1))]
-    assert acknowledge(queue, 0, life=2) == [Late({key(0)})], "another life computed it"
+    assert acknowledge(queue, 0, incarnation=2) == [Late({key(0)})], "another life computed it"
 
 
 def test_who_waits_for_what_is_given_up_waits_in_vain() -> None:

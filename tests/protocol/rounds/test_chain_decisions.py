@@ -54,8 +54,8 @@ def at(chain: Chain, peers: Iterable[str]) -> dict[str, str]:
 COMMON = grown(Chain(), ["abcde", "abcde"])
 
 
-def holds(theirs: Chain, ours: Chain, told: dict[str, str], me: str, **more: Any) -> bool:
-    return chain_holds(theirs, ours, Stands(told=told, me=me, **more))
+def holds(theirs: Chain, ours: Chain, advertised: dict[str, str], me: str, **more: Any) -> bool:
+    return chain_holds(theirs, ours, Stands(advertised=advertised, me=me, **more))
 
 
 def moves(theirs: Chain, ours: Chain, stands: dict[str, str], me: str) -> bool:
@@ -181,12 +181,15 @@ def test_everybody_moves_the_same_way() -> None:
 def test_of_many_chains_the_same_one_holds_for_who_comes_and_who_is_there() -> None:
     honest, ahead = grown(COMMON, ["abcd"] * 3), grown(COMMON, ["abcd"] * 4)
     lie = grown(COMMON, ["e"] * 30, tokens=10**6)
-    told = {p: (1.0, AdvertisedRound(round=9, last=honest.head)) for p in "bcd"}
-    told |= {"a": (1.0, AdvertisedRound(round=9, last=ahead.head)), "e": (1.0, AdvertisedRound(round=9, last=lie.head))}
+    advertised = {p: (1.0, AdvertisedRound(round=9, last=honest.head)) for p in "bcd"}
+    advertised |= {
+        "a": (1.0, AdvertisedRound(round=9, last=ahead.head)),
+        "e": (1.0, AdvertisedRound(round=9, last=lie.head)),
+    }
     shown = {chain.digest: chain for chain in (honest, ahead, lie)}
 
     def best(ours: Chain, me: str, is_away: bool) -> Chain | None:
-        view = chain_view(ours, shown, told, since_s=0.0, me=me, is_away=is_away)
+        view = chain_view(ours, shown, advertised, since_s=0.0, me=me, is_away=is_away)
         assert view.holds(lie.head) is False and not view.lacks(lie.head)
         return view.best
 
@@ -207,21 +210,21 @@ def test_of_any_number_of_heads_those_are_judged_on_which_most_stand(monkeypatch
     monkeypatch.setattr("swarmtrain.protocol.rounds.chains.chain_holds", noted)
     ours, theirs = grown(COMMON, ["ab"], tag="x"), grown(COMMON, ["cde"], tag="y")
     invented = [ours.extended(link(ours, "z", tag=str(number))) for number in range(300)]
-    told = {f"z{number}": AdvertisedRound(round=4, last=chain.head) for number, chain in enumerate(invented)}
-    told |= {peer: AdvertisedRound(round=3, last=theirs.head) for peer in "de"}
+    advertised = {f"z{number}": AdvertisedRound(round=4, last=chain.head) for number, chain in enumerate(invented)}
+    advertised |= {peer: AdvertisedRound(round=3, last=theirs.head) for peer in "de"}
     shown = {theirs.digest: theirs}
-    since = {peer: (1.0, one) for peer, one in told.items()}
+    since = {peer: (1.0, one) for peer, one in advertised.items()}
     view = chain_view(ours, shown, since, since_s=0.0, me="a", is_away=False)
     assert view.best == theirs and judged[0] == theirs.digest and len(judged) == 64
 
 
 def test_what_was_told_before_the_round_says_nothing_of_who_was_with_us() -> None:
     ahead = grown(COMMON, ["abcd"] * 2)
-    told = {
+    advertised = {
         "a": (1.0, AdvertisedRound(round=2, last=COMMON.head)),
         "b": (1.0, AdvertisedRound(round=4, last=ahead.head)),
     }
-    view = chain_view(COMMON, {}, {**told, "c": None}, since_s=2.0, me="e", is_away=False)
+    view = chain_view(COMMON, {}, {**advertised, "c": None}, since_s=2.0, me="e", is_away=False)
     assert view.unheard == {"a", "c"} and view.stands == {"b": ahead.digest}
     assert view.lacks(ahead.head) and not view.holds(ahead.head), "first its chain must be shown"
     assert not view.lacks(COMMON.head) and not view.lacks(None)

@@ -76,11 +76,11 @@ def test_the_lowest_waits_for_the_others_then_signs() -> None:
 
 
 def test_an_answer_renews_the_wait_until_the_time_limit() -> None:
-    told = {"heard_at_s": {"b": 150.0}}
-    assert decide(view("a", "b", **told), 152) == WaitDecision(until_s=155, reason="waiting for b")
-    told = {"heard_at_s": {"b": 198.0}}
-    assert decide(view("a", "b", **told), 199) == WaitDecision(until_s=200, reason="waiting for b")
-    decision = decide(view("a", "b", **told), 200)
+    advertised = {"heard_at_s": {"b": 150.0}}
+    assert decide(view("a", "b", **advertised), 152) == WaitDecision(until_s=155, reason="waiting for b")
+    advertised = {"heard_at_s": {"b": 198.0}}
+    assert decide(view("a", "b", **advertised), 199) == WaitDecision(until_s=200, reason="waiting for b")
+    decision = decide(view("a", "b", **advertised), 200)
     assert signed(decision) == "a"
     assert decision.reason == "time limit; without b"
 
@@ -359,11 +359,11 @@ def test_standings() -> None:
     mine, round = ours[3], 4
 
     def of(last: Roster | None, their_round: int, participating: bool = True) -> Standing:
-        told = AdvertisedRound(round=their_round, last=last, participating=participating)
-        return standing(mine, round, told, lambda heard: heard in (*ours[4:], *others[4:]))
+        advertised = AdvertisedRound(round=their_round, last=last, participating=participating)
+        return standing(mine, round, advertised, lambda heard: heard in (*ours[4:], *others[4:]))
 
-    def at_the_start(told: AdvertisedRound) -> Standing:
-        return standing(None, 0, told, lambda heard: heard is not None)
+    def at_the_start(advertised: AdvertisedRound) -> Standing:
+        return standing(None, 0, advertised, lambda heard: heard is not None)
 
     assert at_the_start(AdvertisedRound(round=0, last=None)) is Standing.WITH_US
     assert at_the_start(AdvertisedRound(round=1, last=ours[0])) is Standing.AHEAD
@@ -393,7 +393,7 @@ def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> Non
 
 def test_the_standings_of_all() -> None:
     mine, theirs = chain(2)[-1], chain(3)
-    told = {
+    advertised = {
         "with": (5.0, AdvertisedRound(round=3, last=mine)),
         "ahead": (5.0, AdvertisedRound(round=3, last=theirs[2])),
         "refused": (5.0, AdvertisedRound(round=3, last=theirs[2])),
@@ -402,9 +402,9 @@ def test_the_standings_of_all() -> None:
         "old-ahead": (1.0, AdvertisedRound(round=3, last=theirs[2])),
         "gone": (5.0, AdvertisedRound(round=2, last=None)),
     }
-    peers = [*told.keys() - {"gone"}, "unknown"]
+    peers = [*advertised.keys() - {"gone"}, "unknown"]
     since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "guest", "with"}}
-    of_all = {peer: told.get(peer) for peer in peers}
+    of_all = {peer: advertised.get(peer) for peer in peers}
     found = standings(mine, 2, of_all, holds=lambda heard: heard == theirs[2], **since)
     assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
     assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"

@@ -53,7 +53,7 @@ def reply(
     away: bool = False,
 ) -> ev.PeerReply[str, str]:
     return ev.PeerReply(
-        told=AdvertisedRound(round=0 if last is None else last.round + 1, last=last),
+        advertised=AdvertisedRound(round=0 if last is None else last.round + 1, last=last),
         last=None if last is None else signed(last),
         publication=publication,
         roster=None if roster is None else signed(roster),
@@ -211,7 +211,7 @@ def test_who_sends_what_is_malformed_is_asked_again_and_not_waited_for() -> None
     ]
     other = engine_of("a", "b")
     [number] = asked(ends(other)).values()
-    wrong: ev.PeerReply[str, str] = ev.PeerReply(told=AdvertisedRound(round=7, last=None))
+    wrong: ev.PeerReply[str, str] = ev.PeerReply(advertised=AdvertisedRound(round=7, last=None))
     said = "a peer in another round than its last roster leads to"
     assert other.receive(ev.QuestionAnswered(number, wrong), 10.0) == [ev.NamePeer("b", said)]
     assert of_kind(wakes(other, 10.0), ev.SignRoster)
@@ -238,7 +238,7 @@ def test_what_comes_late_is_dropped() -> None:
         ev.RoundAbandoned(3), ev.StateOffered(7, signed(roster_of("b"))),
     ]  # fmt: skip
     assert [engine.receive(event, 10.2) for event in late] == [[]] * len(late)
-    assert engine.hearsay.told == {} and engine.wake_at() is None
+    assert engine.hearsay.advertised == {} and engine.wake_at() is None
 
 
 # ---------------------------------------------------------------- what is not delivered
@@ -422,7 +422,7 @@ def test_nothing_is_signed_for_a_while_before_chains_are_shown() -> None:
         engine.membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=now), now + 999, now)
         base = roster_of(peer)
         head = Roster(round=9, signer=peer, entries=base.entries, base=f"{peer:0>64}", base_tokens=0)
-        engine.hearsay.told[peer] = now, AdvertisedRound(round=10, last=head)
+        engine.hearsay.advertised[peer] = now, AdvertisedRound(round=10, last=head)
         engine.receive(ev.MembersChanged(), now)
         signs += [now for one in wakes(engine, now) if isinstance(one, ev.SignRoster)]
         if not signs:
@@ -454,9 +454,9 @@ def test_a_joiner_surveys_has_a_chain_shown_and_takes_the_state_that_holds() -> 
     numbers = asked(engine.receive(ev.SurveyPeers(1, ("b", "c", "d")), 1.0))
     assert engine.receive(ev.QuestionFailed(numbers["d"]), 1.0) == []
     assert engine.receive(ev.QuestionAnswered(numbers["b"], reply(TWO)), 1.0) == []
-    told = {"b": AdvertisedRound(round=3, last=TWO), "c": AdvertisedRound(round=0, last=None)}
-    assert engine.receive(ev.QuestionAnswered(numbers["c"], reply()), 1.0) == [ev.PeersSurveyed(1, told)]
-    [ask] = engine.receive(ev.SearchState(2, told), 1.1)
+    advertised = {"b": AdvertisedRound(round=3, last=TWO), "c": AdvertisedRound(round=0, last=None)}
+    assert engine.receive(ev.QuestionAnswered(numbers["c"], reply()), 1.0) == [ev.PeersSurveyed(1, advertised)]
+    [ask] = engine.receive(ev.SearchState(2, advertised), 1.1)
     assert ask == ev.AskRoundQuestion(4, "b", ev.RoundQuestion(round=0, wants_chain=True))
     [fetch] = engine.receive(ev.QuestionAnswered(4, reply(TWO, chain=chain_of(BEGAN, ONE, TWO))), 1.2)
     assert fetch == ev.RequestState(5, "b", 3)
@@ -468,17 +468,17 @@ def test_a_search_ends_also_where_nobody_has_what_is_sought() -> None:
     engine = engine_of("z", "b")
     assert engine.receive(ev.SurveyPeers(1, ()), 1.0) == [ev.PeersSurveyed(1, {})]
     assert engine.receive(ev.SearchState(2, {}), 1.0) == [ev.StateSearched(2, True, None)]
-    told = {"b": AdvertisedRound(round=3, last=TWO)}
-    numbers = asked(engine.receive(ev.SearchState(3, told), 1.0))
+    advertised = {"b": AdvertisedRound(round=3, last=TWO)}
+    numbers = asked(engine.receive(ev.SearchState(3, advertised), 1.0))
     assert engine.receive(ev.QuestionFailed(numbers["b"]), 1.0) == [ev.StateSearched(3, True, None)], (
         "it shows no chain"
     )
-    numbers = asked(engine.receive(ev.SearchState(4, told), 1.0))
+    numbers = asked(engine.receive(ev.SearchState(4, advertised), 1.0))
     [fetch] = engine.receive(ev.QuestionAnswered(numbers["b"], reply(TWO, chain=chain_of(BEGAN, ONE, TWO))), 1.0)
     assert isinstance(fetch, ev.RequestState)
     assert engine.receive(ev.StateNotFetched(fetch.number), 1.0) == [ev.StateSearched(4, False, None)]
-    assert engine.receive(ev.SearchState(5, told, fetches=False), 1.0) == [ev.StateSearched(5, False, None)]
-    assert engine.receive(ev.SearchState(6, told, above_tokens=10**6), 1.0) == [ev.StateSearched(6, True, None)]
+    assert engine.receive(ev.SearchState(5, advertised, fetches=False), 1.0) == [ev.StateSearched(5, False, None)]
+    assert engine.receive(ev.SearchState(6, advertised, above_tokens=10**6), 1.0) == [ev.StateSearched(6, True, None)]
 
 
 def test_a_search_that_is_given_up_asks_nobody_any_more() -> None:
@@ -488,7 +488,7 @@ def test_a_search_that_is_given_up_asks_nobody_any_more() -> None:
     assert engine.receive(ev.RoundAbandoned(1), 1.1) == [
         ev.DropRoundQuestion(number, peer) for peer, number in numbers.items()
     ]
-    assert engine.receive(ev.QuestionAnswered(numbers["b"], reply(TWO)), 1.1) == [] and engine.hearsay.told == {}
+    assert engine.receive(ev.QuestionAnswered(numbers["b"], reply(TWO)), 1.1) == [] and engine.hearsay.advertised == {}
 
 
 # ---------------------------------------------------------------- joining
@@ -518,13 +518,13 @@ def test_who_joins_asks_three_times_before_it_goes_on_without_an_answer(applied:
 def test_who_joins_a_swarm_in_which_nobody_is_or_has_merged_a_round_begins_with_its_own() -> None:
     engine = engine_of("z", "b")
     assert engine.receive(ev.Join(1, ()), 1.0) == [ev.JoinDecided(1, ev.JoinsWith.OWN, None, {})]
-    told = {"b": AdvertisedRound(round=0, last=None)}
-    assert joined(engine, reply(), search=2) == [ev.JoinDecided(2, ev.JoinsWith.OWN, None, told)]
+    advertised = {"b": AdvertisedRound(round=0, last=None)}
+    assert joined(engine, reply(), search=2) == [ev.JoinDecided(2, ev.JoinsWith.OWN, None, advertised)]
 
 
 def test_who_joins_takes_the_state_that_holds_or_tries_again() -> None:
     engine = engine_of("z", "b")
-    told = {"b": AdvertisedRound(round=3, last=TWO)}
+    advertised = {"b": AdvertisedRound(round=3, last=TWO)}
     for begins in (ev.JoinsWith.NOTHING_YET, ev.JoinsWith.NOTHING_YET, ev.JoinsWith.OTHERS):
         commands = joined(engine, reply(TWO))
         if (ask := asked(commands)).keys():  # B's chain is known after the first time
@@ -532,10 +532,12 @@ def test_who_joins_takes_the_state_that_holds_or_tries_again() -> None:
         [fetch] = commands
         assert isinstance(fetch, ev.RequestState)
         if begins is ev.JoinsWith.NOTHING_YET:
-            assert engine.receive(ev.StateNotFetched(fetch.number), 1.1) == [ev.JoinDecided(1, begins, None, told)]
+            assert engine.receive(ev.StateNotFetched(fetch.number), 1.1) == [
+                ev.JoinDecided(1, begins, None, advertised)
+            ]
     assert engine.receive(ev.StateOffered(fetch.number, signed(TWO)), 1.2) == [ev.DownloadState(fetch.number)]
     assert engine.receive(ev.StateDownloaded(fetch.number), 1.3) == [
-        ev.JoinDecided(1, ev.JoinsWith.OTHERS, fetch.number, told)
+        ev.JoinDecided(1, ev.JoinsWith.OTHERS, fetch.number, advertised)
     ]
 
 
@@ -548,8 +550,8 @@ def test_who_takes_a_state_is_a_guest_and_asks_its_source_how_far_its_round_is()
         and isinstance(ask, ev.AskRoundQuestion)
         and (ask.peer, ask.question) == ("b", ev.RoundQuestion(round=1))
     )
-    told = {"b": AdvertisedRound(round=3, last=TWO)}
-    assert engine.receive(ev.QuestionAnswered(ask.number, reply(TWO)), 1.1) == [ev.PeersSurveyed(7, told)]
+    advertised = {"b": AdvertisedRound(round=3, last=TWO)}
+    assert engine.receive(ev.QuestionAnswered(ask.number, reply(TWO)), 1.1) == [ev.PeersSurveyed(7, advertised)]
 
 
 def test_who_does_not_want_to_join_any_more_asks_nobody() -> None:

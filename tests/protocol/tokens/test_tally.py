@@ -228,9 +228,9 @@ def test_a_newcomer_has_the_counts_that_belong_to_the_state() -> None:
     """Also those of volunteers who have left and whom it never meets, and without a speed of anybody."""
     rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
     tally = Tally(rules)
-    tally.bring(ARCHIVED, 1, DAY_S)
+    tally.adopt(ARCHIVED, 1, DAY_S)
     assert tally.contributions() == ARCHIVED and tally.told() == {}
-    tally.bring({"ada": 5}, 3, DAY_S + 1)
+    tally.adopt({"ada": 5}, 3, DAY_S + 1)
     assert tally.contributions() == ARCHIVED, "counts never fall"
     assert tally.observe("ada", 0, 10**9, DAY_S + 2, 3.0)[0] == 210_000, "no speed is known yet"
     tally.know_speeds({"ada": 3.0, "me": 3.0})
@@ -250,13 +250,13 @@ def test_those_who_are_told_in_one_sum_are_counted_once() -> None:
     ours.learn({"ada": 500, "ben": 20, "cleo": 10}, 2000.0)
     told = {"ada": 500, ALL_OTHERS: 30}
     for again in range(3):
-        ours.bring(ours.with_rest(told), 3, 1e6 + 3600 * again)
+        ours.adopt(ours.with_rest(told), 3, 1e6 + 3600 * again)
     assert ours.total == 530, "ben and cleo are those"
     late = Tally(RULES, typical_per_s=TYPICAL)
     for again in range(3):
-        late.bring(late.with_rest(told), 3, 1e6 + 3600 * again)
+        late.adopt(late.with_rest(told), 3, 1e6 + 3600 * again)
     assert late.total == 530 and late.tokens(ALL_OTHERS) == 30, "who knows none of them counts them all the same"
-    late.bring(late.with_rest({"ada": 500, "ben": 20, ALL_OTHERS: 30}), 3, 2e6)
+    late.adopt(late.with_rest({"ada": 500, "ben": 20, ALL_OTHERS: 30}), 3, 2e6)
     assert late.total == 550, "what was counted does not fall"
 
 
@@ -264,26 +264,26 @@ def test_those_who_are_told_in_one_sum_are_counted_once() -> None:
 def test_one_or_two_sources_never_end_a_run(num_sources: int) -> None:
     rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=3_000_100, total_tokens=3_000_000)
     new, three = Tally(rules), Tally(rules)
-    new.bring({"x": 2_000_000, "y": 2_000_000}, num_sources, DAY_S)
+    new.adopt({"x": 2_000_000, "y": 2_000_000}, num_sources, DAY_S)
     assert new.contributions() == {"x": 1_499_900, "y": 1_499_900}
-    three.bring({"x": 2_000_000, "y": 2_000_000}, 3, DAY_S)
+    three.adopt({"x": 2_000_000, "y": 2_000_000}, 3, DAY_S)
     assert three.total == 4_000_000
     most = Tally(rules)
-    most.bring({"z": 10**15}, 3, DAY_S)
+    most.adopt({"z": 10**15}, 3, DAY_S)
     assert most.total == rules.most_tokens, "nobody has more than the run"
 
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 9])
 def test_what_is_brought_to_a_peer_that_watched_is_what_everybody_can_have_done_since(num_sources: int) -> None:
     tally, now = honest_run()
-    tally.bring({}, 3, now)
-    tally.bring({"ada": 210_000 + 100, "stranger": 80}, num_sources, now + 10)
+    tally.adopt({}, 3, now)
+    tally.adopt({"ada": 210_000 + 100, "stranger": 80}, num_sources, now + 10)
     assert tally.total == 420_180, "a few rounds need no time"
-    tally.bring({"x": 2_000_000}, num_sources, now + 20)
+    tally.adopt({"x": 2_000_000}, num_sources, now + 20)
     assert 420_180 < tally.total <= 420_180 + 3 * (200 + 4 * 3 * 10)
     before = tally.total
     for second in range(30, 3600, 10):
-        tally.bring({"x": 5000}, num_sources, now + second)
+        tally.adopt({"x": 5000}, num_sources, now + second)
     assert tally.tokens("x") == 5000 and tally.total > before, "brought again it is believed as time passes"
 
 
@@ -291,11 +291,11 @@ def test_what_is_brought_before_any_speed_is_known_waits_for_one() -> None:
     """A bootstrap that was started again, whose volunteers have not told how fast they are."""
     tally, now = honest_run()
     again = Tally(tally.rules)
-    again.bring({"ada": 210_000, "ben": 210_000}, 3, now)
-    again.bring({"ada": 300_000}, 1, now + 10_000)
+    again.adopt({"ada": 210_000, "ben": 210_000}, 3, now)
+    again.adopt({"ada": 300_000}, 1, now + 10_000)
     assert again.tokens("ada") == 210_000 + 2 * 200
     again.know_speeds({"ada": 3.0})
-    again.bring({"ada": 300_000}, 1, now + 10_005)
+    again.adopt({"ada": 300_000}, 1, now + 10_005)
     assert again.tokens("ada") == 300_000
 
 
@@ -305,13 +305,13 @@ def test_an_old_folder_put_back_has_watched_until_then() -> None:
     again = Tally(tally.rules)
     again.merge_rows(json.loads(json.dumps(tally.rows())))
     again.know_speeds({"ada": 3.0})
-    again.bring({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 7 * DAY_S)
+    again.adopt({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 7 * DAY_S)
     assert again.total == 1_200_000
     soon = Tally(tally.rules)
     soon.merge_rows(tally.rows())
     soon.watched_s = now  # as a checkpoint of now says
     soon.know_speeds({"ada": 3.0})
-    soon.bring({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 60)
+    soon.adopt({"ada": 500_000, "ben": 400_000, "carl": 300_000}, 1, now + 60)
     assert soon.total <= 420_000 + 2 * (200 + 12 * 60)
 
 

@@ -46,44 +46,46 @@ def published(tmp_path: Path, attack: str) -> tuple[HostileWorld, Any]:
 def test_what_is_published_in_place_of_what_was_learnt(tmp_path: Path) -> None:
     for attack, factor in (("sign-flip", -1.0), ("sign-flip x3", -3.0), ("scaled x1000", 1000.0)):
         _, one = published(tmp_path, attack)
-        assert torch.equal(one.lanes[0].newest.vector, factor * one.gradients[0])
+        assert torch.equal(one.fragments[0].newest.vector, factor * one.gradients[0])
     for attack, number in (("huge", 1e30), ("nan", math.nan)):
         _, one = published(tmp_path, attack)
         assert torch.equal(
-            one.lanes[0].newest.vector.nan_to_num(7), torch.full_like(one.gradients[0], number).nan_to_num(7)
+            one.fragments[0].newest.vector.nan_to_num(7), torch.full_like(one.gradients[0], number).nan_to_num(7)
         )
     world, one = published(tmp_path, "noise x3")
     for place in world.layout.slices:
-        assert float(one.lanes[0].newest.vector[place].norm()) == pytest.approx(
+        assert float(one.fragments[0].newest.vector[place].norm()) == pytest.approx(
             3 * float(one.gradients[0][place].norm()), rel=1e-4
         )
-    assert abs(float(torch.nn.functional.cosine_similarity(one.lanes[0].newest.vector, one.gradients[0], dim=0))) < 0.2
+    assert (
+        abs(float(torch.nn.functional.cosine_similarity(one.fragments[0].newest.vector, one.gradients[0], dim=0))) < 0.2
+    )
 
 
 def test_weights_are_dragged_back_by_what_was_learnt(tmp_path: Path) -> None:
     _, one = published(tmp_path, "drag x3")
-    assert torch.equal(one.lanes[0].newest.vector, one.gradients[0]), "which is honest"
+    assert torch.equal(one.fragments[0].newest.vector, one.gradients[0]), "which is honest"
     before, theta = one.gradients[0], one.trainer.state.theta
     assert torch.equal(one.spoilt_weights(0, theta), theta + 3 * before)
 
 
 def test_a_little_is_the_honest_mean_less_so_many_deviations(tmp_path: Path) -> None:
     world, one = published(tmp_path, "little-is-enough x1.5")
-    tokens = one.lanes[0].newest.mark.tokens
+    tokens = one.fragments[0].newest.version.tokens
     each = torch.stack(
-        [new.vector * (tokens / new.mark.tokens) for peer in world.honest if (new := peer.lanes[0].newest)]
+        [new.vector * (tokens / new.version.tokens) for peer in world.honest if (new := peer.fragments[0].newest)]
     )
     assert len(each) == 3
     expected = each.mean(0) - 1.5 * each.std(0)
-    assert torch.equal(one.lanes[0].newest.vector, expected) and not torch.equal(expected, one.gradients[0])
+    assert torch.equal(one.fragments[0].newest.vector, expected) and not torch.equal(expected, one.gradients[0])
 
 
 def test_a_copycat_publishes_what_an_honest_one_has(tmp_path: Path) -> None:
     world, one = published(tmp_path, "copycat")
-    theirs = one.copied.lanes[0].newest
+    theirs = one.copied.fragments[0].newest
     assert one.copied in world.honest and theirs is not None
     assert torch.equal(
-        one.lanes[0].newest.vector, theirs.vector * (one.lanes[0].newest.mark.tokens / theirs.mark.tokens)
+        one.fragments[0].newest.vector, theirs.vector * (one.fragments[0].newest.version.tokens / theirs.version.tokens)
     )
 
 
@@ -92,7 +94,7 @@ def test_liars_say_more_than_they_do(tmp_path: Path) -> None:
     steps, full = one.start.inner_steps, world.setting.run.merge.inner_steps
     assert steps == fewest_inner_steps(full) == 1 and world.setting.step_s == (0.01, 0.01, 0.01, 0.08)
     assert (
-        one.lanes[0].newest.mark.tokens
+        one.fragments[0].newest.version.tokens
         == world.setting.run.max_round_tokens
         == 1.5 * full * world.setting.run.tokens_per_step
     )

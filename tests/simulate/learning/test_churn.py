@@ -29,9 +29,9 @@ LATE = {"peer": 2, "at_s": 0.0, "for_s": 0.15}
 CRASH = {"peer": 0, "at_s": 0.23, "for_s": 0.1}
 
 
-def churned(tmp_path: Path, method: str, *away: dict[str, float], **sections: Any) -> Setting:
+def churned(tmp_path: Path, method: str, *away: dict[str, float], **groups: Any) -> Setting:
     keys = {key.replace(".", "__"): value for key, value in METHODS[method].keys.items()}
-    return setting(tiny(tmp_path, away=list(away), **sections), **keys)
+    return setting(tiny(tmp_path, away=list(away), **groups), **keys)
 
 
 @pytest.mark.parametrize("method", ["gossip", "diloco-paced", "server"])
@@ -75,8 +75,10 @@ def test_what_another_has_taken_counts_and_the_rest_does_not(tmp_path: Path) -> 
         finished = finished_tokens(world)
         world.run()
         gone = world.peers[0]
-        marks = [peer.gossip.engine.merged_mark(0, gone.name) for peer in world.peers[1:]]
-        taken.append(max((mark.tokens for mark in marks if mark and mark.round == gone.round), default=0))
+        versions = [peer.gossip.engine.merged_version(0, gone.name) for peer in world.peers[1:]]
+        taken.append(
+            max((version.tokens for version in versions if version and version.round == gone.round), default=0)
+        )
         assert world.tokens == finished.total() + taken[-1] >= world.setting.total_tokens
         assert not gone.is_over and all(peer.is_over for peer in world.peers[1:])
     assert max(taken) > 0 == min(taken)
@@ -87,12 +89,12 @@ def test_each_step_enters_each_fragment_of_another_once_at_most(
 ) -> None:
     entered, merged = dict[tuple[int, str, int], list[tuple[int, int]]](), Ledger.merged
 
-    def noted(self: Ledger, name: str, mark: PublicationVersion, reference: int) -> None:
-        news = self.news(name, mark, reference)
+    def noted(self: Ledger, name: str, version: PublicationVersion, reference: int) -> None:
+        news = self.news(name, version, reference)
         since = news.since.tokens if isinstance(news, Delta) else 0
-        assert mark.tokens - since == news.tokens > 0
-        entered.setdefault((id(self), name, mark.round), []).append((since, mark.tokens))
-        merged(self, name, mark, reference)
+        assert version.tokens - since == news.tokens > 0
+        entered.setdefault((id(self), name, version.round), []).append((since, version.tokens))
+        merged(self, name, version, reference)
 
     monkeypatch.setattr(Ledger, "merged", noted)
     churn, hang = {"stays_s": 0.4, "away_s": 0.05}, {"peer": 1, "at_s": 0.3, "for_s": 0.1}
@@ -131,14 +133,14 @@ def test_who_was_away_shortly_goes_on_with_its_own(tmp_path: Path) -> None:
     world = LearningWorld(churned(tmp_path, "gossip", CRASH))
     one = world.peers[0]
     before: list[Any] = []
-    codec, gossip = one.lanes[0].codec, one.gossip
+    codec, gossip = one.fragments[0].codec, one.gossip
     for at_s in (0.3, 0.331):
         world.clock.call_at(at_s, lambda: before.append((one.trainer.state.theta, one.round, one.is_here)))
     world.run()
     (away, away_round, away_is_here), (back, back_round, back_is_here) = before
     assert torch.equal(away, back) and away_round == back_round and (away_is_here, back_is_here) == (False, True)
     assert one.learner.loop.young_steps is None and one.knows_speed
-    assert one.lanes[0].codec is not codec and one.gossip is not gossip, "no checkpoint keeps these"
+    assert one.fragments[0].codec is not codec and one.gossip is not gossip, "no checkpoint keeps these"
 
 
 def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
@@ -146,12 +148,12 @@ def test_who_goes_while_it_is_pulled_from_is_left_alone(tmp_path: Path) -> None:
     for peer in calm.peers:
 
         def noted(
-            one: Any, *args: Any, number: int = peer.number, bring: Callable[..., None] = peer.gossip.bring
+            one: Any, *args: Any, number: int = peer.number, download: Callable[..., None] = peer.gossip.download
         ) -> None:
             begun.append((calm.clock.now, number, one.source))
-            bring(one, *args)
+            download(one, *args)
 
-        peer.gossip.bring = noted  # type: ignore[method-assign]
+        peer.gossip.download = noted  # type: ignore[method-assign]
     calm.run()
     at_s, reader, name = next(each for each in begun if each[0] > 0.15)
     gone = LearningWorld(churned(tmp_path, "gossip", {"peer": int(name[1:]), "at_s": at_s + 0.001, "for_s": 99.0}))
@@ -212,9 +214,9 @@ def test_who_goes_on_is_asked_again_as_soon_as_it_calls(
     at_once = list[int]()
     world.clock.call_at(1.1, lambda: at_once.append(world.peers[1].round))
     world.run()
-    merged = [world.peers[number].gossip.engine.merged_mark(0, "p1") for number in (0, 2)]
+    merged = [world.peers[number].gossip.engine.merged_version(0, "p1") for number in (0, 2)]
     first = at_once[0] + 1  # the first fragment is a round further than the trainer
-    again = [mark is not None and mark.round > first for mark in merged]
+    again = [version is not None and version.round > first for version in merged]
     assert again == [calls, calls], "else it is left alone for 10 s, and the run is over"
 
 

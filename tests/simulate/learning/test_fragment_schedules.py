@@ -24,7 +24,7 @@ NUM_IN_EVIDENCE = 64
 """What `make evidence` plays, those eight not again."""
 SEEDS = [
     *range(NUM_SCHEDULES),
-    *(pytest.param(seed, marks=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
+    *(pytest.param(seed, versions=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
 ]
 
 
@@ -32,7 +32,7 @@ def drawn(folder: Path, seed: int) -> LearningWorld:
     """The swarm of a seed."""
     rng = random.Random(seed)
     number = rng.randint(2, 6)
-    sections: dict[str, Any] = {
+    groups: dict[str, Any] = {
         "peers": {
             "number": number,
             "step_ms": rng.choice((10, 20, 100)),
@@ -43,16 +43,16 @@ def drawn(folder: Path, seed: int) -> LearningWorld:
         "links": {"up_mbit": rng.choice((2.0, 10.0, 100.0)), "failing_percent": rng.choice((0.0, 0.0, 20.0, 60.0))},
         "set": {"run.total_tokens": 128 * rng.randint(100, 240)},
     }
-    step_s = sections["peers"]["step_ms"] / 1000
+    step_s = groups["peers"]["step_ms"] / 1000
     if rng.random() < 0.5:
-        sections["churn"] = {"stays_s": rng.uniform(20, 60) * step_s, "away_s": rng.uniform(2, 10) * step_s}
+        groups["churn"] = {"stays_s": rng.uniform(20, 60) * step_s, "away_s": rng.uniform(2, 10) * step_s}
     if rng.random() < 0.5:
         hang = {
             "peer": rng.randrange(number),
             "at_s": rng.uniform(1, 40) * step_s,
             "for_s": rng.uniform(1, 60) * step_s,
         }
-        sections["hangs"] = [hang]
+        groups["hangs"] = [hang]
     merge = {
         "merge__inner_steps": rng.choice((4, 7, 16, 24, 40)),
         "merge__fragments": rng.choice((1, 2, 3, 4, 4, 5, 8)),
@@ -61,7 +61,7 @@ def drawn(folder: Path, seed: int) -> LearningWorld:
         "merge__pacing": rng.random() < 0.8,
         "merge__robust": rng.choice(("none", "direction", "trimmed")),
     }
-    return LearningWorld(setting(tiny(folder, **sections), **merge))
+    return LearningWorld(setting(tiny(folder, **groups), **merge))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -74,20 +74,20 @@ def test_each_step_enters_each_fragment_once_whatever_happens(
 
     def noted(peer: LearningPeer, due: MergeFragment[Any, Any, Any]) -> None:
         for each in due.pulled:
-            mark, which = each.mark, (peer.name, due.fragment, each.peer)
-            if each.section == "gradient":
-                tokens = new[*which, mark]
-                assert 0 < tokens <= mark.tokens
-                entered[*which, mark.round].append((mark.tokens - tokens, mark.tokens))
+            version, which = each.version, (peer.name, due.fragment, each.peer)
+            if each.group == "gradient":
+                tokens = new[*which, version]
+                assert 0 < tokens <= version.tokens
+                entered[*which, version.round].append((version.tokens - tokens, version.tokens))
             else:
                 which = peer.num_lives, *which  # no checkpoint keeps which weights were merged
-                assert weights.get(which, -1) < mark.round, "those of one round count once"
-                weights[which] = mark.round
+                assert weights.get(which, -1) < version.round, "those of one round count once"
+                weights[which] = version.round
 
     arrival_untrusted, tell = LearningPeer.arrival_untrusted, VirtualRunner.tell
 
     def looked_at(peer: LearningPeer, decode: Any) -> Any:
-        new[peer.name, decode.fragment, decode.author, decode.held.mark] = decode.news.tokens
+        new[peer.name, decode.fragment, decode.author, decode.held.version] = decode.news.tokens
         return arrival_untrusted(peer, decode)
 
     def told(driver: VirtualRunner, event: Any) -> Any:

@@ -120,13 +120,13 @@ def mean_age(one: Setting) -> tuple[float, RunOutcome]:
 
         def noted(moment: int, peer: LearningPeer = peer, train_to: Any = train_to) -> None:
             train_to(moment)
-            made.update({id(lane.newest): world.clock.now for lane in peer.lanes})
+            made.update({id(fragment.newest): world.clock.now for fragment in peer.fragments})
 
         def told(event: Any, peer: LearningPeer = peer, tell: Any = tell) -> Any:
             commands = tell(event)
             if isinstance(event, MergeDue) and peer.round > 2:
                 pulled = [each for due in commands if isinstance(due, MergeFragment) for each in due.pulled]
-                ages.extend(world.clock.now - made[id(each.held)] for each in pulled if each.section != "weights")
+                ages.extend(world.clock.now - made[id(each.held)] for each in pulled if each.group != "weights")
             return commands
 
         peer.train_to, peer.gossip.tell = noted, told  # type: ignore[method-assign]
@@ -195,8 +195,8 @@ def test_who_hangs_and_is_slow_works_that_much_later(tmp_path: Path) -> None:
     assert one.due_s(0, 0.0, 1.0) == 1.0 and one.due_s(0, 0.0, 3.0) == 6.0, "clocks are not slower"
 
 
-def hung(tmp_path: Path, *hangs: dict[str, float], **sections: object) -> Setting:
-    return setting(tiny(tmp_path, hangs=list(hangs), **sections), merge__pacing=True, merge__silence_s=0.5)
+def hung(tmp_path: Path, *hangs: dict[str, float], **groups: object) -> Setting:
+    return setting(tiny(tmp_path, hangs=list(hangs), **groups), merge__pacing=True, merge__silence_s=0.5)
 
 
 def test_who_hangs_works_that_much_later(tmp_path: Path) -> None:
@@ -264,12 +264,12 @@ def test_gradients_of_few_bits_feed_their_errors_back(tmp_path: Path) -> None:
     peer = LearningWorld(setting(tiny(tmp_path))).peers[0]
     peer.begin()
     peer.train_to(1)
-    lane = peer.lanes[1]
-    first = lane.newest
+    fragment = peer.fragments[1]
+    first = fragment.newest
     assert first is not None
-    peer.serve(lane, "gradient", first)
-    second = dataclasses.replace(first, mark=PublicationVersion(1, 1, first.mark.tokens), sent=None)
-    peer.serve(lane, "gradient", second)
+    peer.serve(fragment, "gradient", first)
+    second = dataclasses.replace(first, version=PublicationVersion(1, 1, first.version.tokens), sent=None)
+    peer.serve(fragment, "gradient", second)
     assert first.sent is not None and second.sent is not None
     one, both = (first.vector - first.sent).norm(), (2 * first.vector - first.sent - second.sent).norm()
     assert both < 1.5 * one, "without, it would be twice as much"
@@ -282,7 +282,7 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
     world = LearningWorld(setting(tiny(tmp_path, peers={"number": number, "step_ms": 200}, links={"up_mbit": up_mbit})))
     begun: dict[str, list[str]] = {peer.name: [] for peer in world.peers}
     num_pulls = 0
-    bring, all_sizes = VirtualRunner.bring, world.gossip.sizes
+    download, all_sizes = VirtualRunner.download, world.gossip.sizes
 
     def brought(
         driver: VirtualRunner, one: DownloadPublication[Any], num_lives: int, size_bytes: int, *rest: Any
@@ -291,9 +291,9 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
         weighs = [sizes[one.held.format or "int2"] for sizes in all_sizes]
         assert size_bytes in [each.gradient if one.held.format else each.weights for each in weighs]
         num_pulls += 1
-        bring(driver, one, num_lives, size_bytes, *rest)
+        download(driver, one, num_lives, size_bytes, *rest)
 
-    monkeypatch.setattr(VirtualRunner, "bring", brought)
+    monkeypatch.setattr(VirtualRunner, "download", brought)
     for peer in world.peers:
 
         def entered(start: Start, tokens: int, peer: LearningPeer = peer, enter: Any = peer.enter) -> None:
@@ -305,7 +305,7 @@ def test_gradients_are_finer_where_they_are_few_and_pulls_are_short(
     for formats in begun.values():
         assert formats[0] == "int2", "it does not know how long its rounds last"
         assert set(formats[1:]) == ({"int4"} if finer else {"int2"})
-    sizes = world.peers[0].lanes[0].sizes
+    sizes = world.peers[0].fragments[0].sizes
     assert sizes["int4"].gradient > 1.8 * sizes["int2"].gradient and num_pulls > 4 * number
 
 
@@ -363,7 +363,7 @@ def test_what_a_worker_hands_in_enters_once_also_where_rounds_are_shorter_than_t
         served = _Served(one, waiting=False, delay=1)
         outcome = served.run()
         rounds = [worker.round for worker in served.workers]
-        assert [served.marks.round(worker.name) for worker in served.workers] == [number - 1 for number in rounds]
+        assert [served.versions.round(worker.name) for worker in served.workers] == [number - 1 for number in rounds]
         assert 0 < served.arrivals < sum(rounds) and (outcome.tokens_lost > 0) == is_lost
         assert outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
 
@@ -399,7 +399,7 @@ def test_who_has_a_text_of_its_own_learns_from_no_other(tmp_path: Path) -> None:
         one, other = LearningWorld(setting_of(scenario, text)).peers
         assert one.coverage is not None and other.coverage is not None
         other.coverage.trained(0, 128)
-        one.hear_rows(other.name, other.coverage.rows_to_send())
+        one.receive_rows(other.name, other.coverage.rows_to_send())
         assert (sum(one.coverage.seen) > 0) is told, "shards of another text are others"
 
 

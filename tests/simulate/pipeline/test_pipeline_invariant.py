@@ -38,7 +38,7 @@ def test_a_driver_may_say_that_it_is_there_and_nothing_else() -> None:
         swarm = MicrobatchSwarm(now, 0, Faults())
         for driver in swarm.drivers:
             assert await driver.calls.settle("s1p0", 1, Settlement(0, (), (), 0)) == set()
-        return [set(peer.desk.ledger._drivers) for peer in swarm.peers.values() if peer.name in ("s1p0", "s1p1")]
+        return [set(peer.queue.ledger._drivers) for peer in swarm.peers.values() if peer.name in ("s1p0", "s1p1")]
 
     assert virtually(body) == [{"d0", "d1"}, set()]
 

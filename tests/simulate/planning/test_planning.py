@@ -109,7 +109,7 @@ def test_a_slower_link_makes_nothing_quicker(merge: str) -> None:
 def test_where_pseudo_gradients_do_not_arrive_rosters_are_short() -> None:
     run, links = a_run('inner_steps = 10\nmethod = "diloco"'), LinksSection(up_mbit=1, down_mbit=1)
     found = {one.what: one for one in bottlenecks(run, planned(run, 4, links, 0.05))}
-    assert found["short rosters"].strain > 1 and found["uplink"].strain > 1
+    assert found["short rosters"].utilization > 1 and found["uplink"].utilization > 1
 
 
 def test_synchronous_rounds_wait_for_the_slowest_and_for_the_wire() -> None:
@@ -165,15 +165,15 @@ def test_one_alone_and_ten_thousand_are_planned_too(method: str) -> None:
         assert set(single) == {"the server's uplink", "stall", "memory"}
         # A third each take 10 steps of 0.5 s, 6 of 0.75 and 3 of 1.5, and merge for 7 ms; 462,412 bytes to each.
         rounds_per_s = 10_000 / 3 * (1 / 5.007 + 2 / 4.507)
-        assert many["the server's uplink"].strain == pytest.approx(
+        assert many["the server's uplink"].utilization == pytest.approx(
             1.01 * 462_412 * rounds_per_s / 2.5e6 / 0.65, rel=0.01
         )
     else:
         assert set(single) == {"archive", "stall", "memory"}
-        assert single["archive"].strain == pytest.approx(1.01 * 8 * PARAMETERS / 60 / 2.5e6 / 0.1), (
+        assert single["archive"].utilization == pytest.approx(1.01 * 8 * PARAMETERS / 60 / 2.5e6 / 0.1), (
             "its own state, whole"
         )
-        assert many["records of the DHT"].strain == pytest.approx(dht_bytes_per_s(10_001, 30.0) / 2.5e6 / 0.1)
+        assert many["records of the DHT"].utilization == pytest.approx(dht_bytes_per_s(10_001, 30.0) / 2.5e6 / 0.1)
         assert "late joiners" in many if method == "gossip" else "late joiners" not in many
 
 
@@ -204,7 +204,7 @@ def test_the_archive_is_told_apart_from_those_who_come_back() -> None:
 
 def test_a_link_that_is_too_slow_hurts_first() -> None:
     thin = worst(a_run("inner_steps = 4"), links=LinksSection(up_mbit=1, down_mbit=100), step_s=0.1)
-    assert thin.what == "uplink" and thin.strain > 1 and "1 Mbit/s" in thin.why
+    assert thin.what == "uplink" and thin.utilization > 1 and "1 Mbit/s" in thin.why
     assert "merge.inner_steps = " in thin.change and 'merge.theta_format = "int4"' in thin.change
     narrow = worst(a_run("inner_steps = 4"), links=LinksSection(up_mbit=100, down_mbit=1), step_s=0.1)
     assert narrow.what == "downlink"
@@ -271,10 +271,10 @@ def test_what_is_changed_as_advised_hurts_less(
 ) -> None:
     them, run = machines(number, step_s, factors), parse_run(text, "r")
     before = by_name(run, plan(run, them, links))[what]
-    assert before.strain >= FELT
+    assert before.utilization >= FELT
     changed = parse_run(advised(text, before.change), "r")
     after = by_name(changed, plan(changed, them, links))
-    assert what not in after or after[what].strain < 0.95 * before.strain, before.change
+    assert what not in after or after[what].utilization < 0.95 * before.utilization, before.change
 
 
 def test_where_no_key_helps_none_is_advised() -> None:
@@ -300,17 +300,19 @@ def test_each_thing_that_can_hurt_is_named() -> None:
     assert thin["uplink shared by readers"].change == "network.max_readers = 1 (now 4)"
     stragglers = plan(a_run("inner_steps = 16"), machines(6, 1.0, (1, 1, 1, 1, 1, 60)), SLOW)
     found = {one.what: one for one in bottlenecks(a_run("inner_steps = 16"), stragglers)}
-    assert found["stragglers"].strain > 1
+    assert found["stragglers"].utilization > 1
 
 
 def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:
     model = "[model]\nnum_layers = 24\nwidth = 1024\nnum_heads = 16\n"
     big = parse_run(f"[run]\ntotal_tokens = 10_000_000_000\n{model}[merge]\ninner_steps = 500\n", "r")
     found = {one.what: one for one in bottlenecks(big, planned(big, 6, SLOW, 2.0))}
-    assert found["archive"].strain > 1 and "network.archive_every_s = " in found["archive"].change
-    assert found["memory"].strain > 1 and found["memory"].change == "pipeline.stages = 2 (now 1) or a smaller model"
+    assert found["archive"].utilization > 1 and "network.archive_every_s = " in found["archive"].change
+    assert (
+        found["memory"].utilization > 1 and found["memory"].change == "pipeline.stages = 2 (now 1) or a smaller model"
+    )
     quick = {one.what: one for one in bottlenecks(big, planned(big, 6, SLOW, 0.01))}
-    assert quick["late joiners"].strain > 1 and "a peer more than 8 behind" in quick["late joiners"].why
+    assert quick["late joiners"].utilization > 1 and "a peer more than 8 behind" in quick["late joiners"].why
 
 
 def test_records_grow_with_those_who_are_read() -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 
 from swarmtrain.protocol.gossip.partners import VARIANTS
-from swarmtrain.protocol.gossip.pulls import SectionBytes, WantedPartners
+from swarmtrain.protocol.gossip.pulls import PublicationBytes, WantedPartners
 from swarmtrain.simulate.systems.gossip import GossipSwarm, RoundRecord, SimulatedGossipSettings
 from swarmtrain.simulate.systems.messages import SimulatedLink
 
@@ -141,7 +141,7 @@ def test_traffic_of_a_peer_is_the_same_with_four_and_with_sixteen() -> None:
 
 
 def test_a_slower_link_carries_fewer_partners_and_nobody_waits_for_it() -> None:
-    sizes = SectionBytes(weights=2_000_000, gradient=2_000_000)
+    sizes = PublicationBytes(weights=2_000_000, gradient=2_000_000)
     swarm = GossipSwarm(SimulatedGossipSettings(sizes=sizes), link=SimulatedLink(bytes_per_s=1e6))
     for i in range(5):
         swarm.found(f"p{i}", theta=float(i))

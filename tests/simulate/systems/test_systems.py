@@ -11,7 +11,7 @@ import pytest
 from codes import raises_code
 
 from swarmtrain.errors import UserError
-from swarmtrain.protocol.gossip.pulls import SectionBytes
+from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.simulate.comparison import compare, document
 from swarmtrain.simulate.scenario import ScenarioChurn, load_scenario
 from swarmtrain.simulate.systems.gossip import SimulatedGossipSettings
@@ -21,7 +21,7 @@ from swarmtrain.simulate.systems.play import MachineDistribution, SystemsSwarm, 
 pytestmark = pytest.mark.slow
 
 SETTINGS = SimulatedGossipSettings(
-    inner_steps=16, keeps_past=False, sizes=SectionBytes(weights=2_000_000, gradient=1_000_000), presence_ttl_s=12.0
+    inner_steps=16, keeps_past=False, sizes=PublicationBytes(weights=2_000_000, gradient=1_000_000), presence_ttl_s=12.0
 )
 HOME = SimulatedLink(latency_s=0.02, bytes_per_s=2.5e6, down_bytes_per_s=12.5e6)
 NOBODY_GOES = ScenarioChurn()
@@ -99,7 +99,7 @@ def test_traffic_of_a_volunteer_does_not_grow_with_the_swarm() -> None:
 def test_the_cheap_rule_for_links_agrees_with_max_min_fair_ones() -> None:
     """Of those who pull all the time: of their uplinks they plan to use two thirds. `test_shared_links.py` has fuller
     ones."""
-    busy = replace(SETTINGS, sizes=SectionBytes(weights=8_000_000, gradient=4_000_000))
+    busy = replace(SETTINGS, sizes=PublicationBytes(weights=8_000_000, gradient=4_000_000))
 
     def figures(exact: bool) -> list[float]:
         swarm = SystemsSwarm(busy, unequal(60), NOBODY_GOES)

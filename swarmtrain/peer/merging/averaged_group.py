@@ -15,16 +15,16 @@ from swarmtrain.network.codec import VectorCodec
 from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness
 
-__all__ = ["AveragedSection"]
+__all__ = ["AveragedGroup"]
 
 
-class AveragedSection:
+class AveragedGroup:
     """One such section of one fragment. Legend: S numbers in it."""
 
     def __init__(self, codec: VectorCodec, rule: str, naming: Naming) -> None:
         """`rule` is `merge.robust`; with clipping, partners' values may pull by three times the usual distance."""
         self._own: Tensor | None = None
-        self._layout = layout_of_specs(codec.section.tensors)
+        self._layout = layout_of_specs(codec.group.tensors)
         self._robustness = Robustness(rule, self._layout, naming)
 
     def published(self, values: Tensor) -> None:

@@ -12,9 +12,9 @@ from functools import cached_property
 
 from swarmtrain.methods import GradientFormat
 from swarmtrain.network.snapshots.store import TensorSpec
-from swarmtrain.protocol.gossip.pulls import Section, SectionRule
+from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule
 
-__all__ = ["SectionRule", "SectionSpec", "rules_of", "sections_of"]
+__all__ = ["GroupRule", "TensorGroup", "groups_of", "rules_of"]
 
 _DTYPES: dict[GradientFormat, str] = {
     "fp32": "float32",
@@ -26,14 +26,14 @@ _DTYPES: dict[GradientFormat, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SectionSpec:
+class TensorGroup:
     """Section that each fragment has, over the fragment's own tensors.
 
     Two sections make a fragment's outer step: the one with that rule, and the weights, which are averaged and have no
     parts.
     """
 
-    name: Section
+    name: GroupName
     """Name in requests, at most 32 bytes."""
     prefix: str
     """Prefix of its tensors' names in a publication."""
@@ -41,7 +41,7 @@ class SectionSpec:
     """Names and shapes of the parameters."""
     formats: tuple[GradientFormat, ...]
     """Formats that a publication may have, the coarsest first; one if it is averaged."""
-    rule: SectionRule
+    rule: GroupRule
     num_parts: int
     """Number of parts of a round with whose ends it may be published; 0: only as the round begins, as weights."""
 
@@ -59,14 +59,14 @@ class SectionSpec:
         return next(format for format in self.formats if _DTYPES[format] == dtype)
 
 
-def sections_of(
+def groups_of(
     tensors: Sequence[TensorSpec],
     weights_format: GradientFormat,
     gradient_formats: tuple[GradientFormat, ...],
     num_parts: int = 1,
-) -> tuple[SectionSpec, ...]:
+) -> tuple[TensorGroup, ...]:
     """Return the sections for asynchronous merging: a round's pseudo-gradient so far, and the weights it began with."""
-    gradient = SectionSpec(
+    gradient = TensorGroup(
         name="gradient",
         prefix="gradient",
         tensors=tuple(tensors),
@@ -74,16 +74,16 @@ def sections_of(
         rule="outer step",
         num_parts=num_parts,
     )
-    weights = SectionSpec(
+    weights = TensorGroup(
         name="weights", prefix="theta", tensors=tuple(tensors), formats=(weights_format,), rule="mean", num_parts=0
     )
     return gradient, weights
 
 
-def rules_of(sections: Sequence[SectionSpec]) -> dict[Section, SectionRule]:
+def rules_of(groups: Sequence[TensorGroup]) -> dict[GroupName, GroupRule]:
     """Return the rule of each section, in the order in which they are pulled of a partner.
 
     Averaged sections come first, since they stay valid longest, and the weights first among those.
     """
-    ordered = sorted(sections, key=lambda section: (section.rule != "mean", section.num_parts))
-    return {section.name: section.rule for section in ordered}
+    ordered = sorted(groups, key=lambda group: (group.rule != "mean", group.num_parts))
+    return {group.name: group.rule for group in ordered}
