@@ -3,14 +3,14 @@
 #   docker build -t swarmtrain .
 #   docker run -it -v swarmtrain:/data swarmtrain join INVITE
 #
-# Everything a peer keeps is in /data. Ctrl-C and `docker stop` let it leave cleanly; give it time: --stop-timeout 30.
-# What changes seldom comes first: after a change of our code only the last layer is built again.
+# A peer keeps everything in /data. Ctrl-C and `docker stop` let it leave cleanly; give it time: --stop-timeout 30.
+# Stable layers come first: after a change of our code only the last layer is built again.
 
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS dependencies
-# PyTorch's own index has builds without CUDA, which volunteers do not use: gigabytes less. Where it cannot be reached,
-# or has none for this machine, the usual one is taken.
+# PyTorch's own index has builds without CUDA, which volunteers do not use: this saves gigabytes. If that index cannot
+# be reached, or has no build for this machine, pip's usual index is used.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/swarmtrain
 ENV PATH=/opt/swarmtrain/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -33,7 +33,7 @@ FROM ${PYTHON_IMAGE} AS peer
 LABEL org.opencontainers.image.title="swarmtrain" \
       org.opencontainers.image.description="Decentralized low-communication training of one model by ordinary machines" \
       org.opencontainers.image.licenses="Apache-2.0"
-# A volume that is made for one of these folders belongs to the same user as it.
+# A volume created for one of these folders inherits its owner.
 RUN useradd --create-home --uid 1000 swarmtrain && install -d -o swarmtrain -g swarmtrain /data /invite
 COPY --from=dependencies /opt/swarmtrain /opt/swarmtrain
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
@@ -46,7 +46,7 @@ HEALTHCHECK --interval=10s --timeout=10s --start-period=2m --start-interval=2s C
 ENTRYPOINT ["swarmtrain"]
 CMD ["--help"]
 
-# For rehearsals: a peer behind a link of ours (peers/wan.yaml).
+# For rehearsals: a peer behind an emulated link (peers/wan.yaml).
 FROM peer AS wan
 USER root
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends nftables && rm -rf /var/lib/apt/lists/* \

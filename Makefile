@@ -21,10 +21,10 @@ unexport PYTHONDONTWRITEBYTECODE
 PROTOC := .venv-protoc/.installed-$(GRPCIO_TOOLS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-virtual test-unit test-long test-containers evidence chaos lint format protos demo search soak long-soak results docs site clean
+.PHONY: help venv test check test-virtual test-processes test-unit test-long test-containers image evidence chaos lint format protos demo search soak long-soak results docs site clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-16s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -40,25 +40,34 @@ $(DEV): pyproject.toml | $(BIN)/python
 
 venv: $(DEV)  ## make .venv with everything a developer needs
 
-# mypy takes one core for a minute: tests in virtual time may run beside it, those with real processes need the cores.
 test: $(DEV)  ## style, types, units, whole runs in virtual time, swarms of real processes: eight minutes on two cores
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory test-processes
+
+# mypy takes one core for a minute: tests in virtual time may run beside it, those with real processes need the cores.
+check: $(DEV)  ## style, types and the tests in virtual time: whatever starts no real processes
 	@said=$$(mktemp); (nice $(MAKE) --no-print-directory lint >$$said 2>&1; code=$$?; cat $$said; rm $$said; exit $$code) & lint=$$!; \
 	$(MAKE) --no-print-directory test-virtual; code=$$?; wait $$lint && exit $$code
-	$(BIN)/python -m pytest -m "processes and not long and not evidence"
 
 # In a fresh clone each process that shares the tests would compile all of them: once is enough.
-test-virtual: $(DEV)  ## the tests without real processes: units, and whole runs in virtual time
+test-virtual: $(DEV)  ## units, and whole runs in virtual time
 	@$(BIN)/python -m pytest --collect-only --quiet >/dev/null 2>&1 || true
 	$(BIN)/python -m pytest $(VIRTUAL)
 
 test-unit: $(DEV)  ## the tests that play no whole run: a minute
 	$(BIN)/python -m pytest $(UNIT)
 
+test-processes: $(DEV)  ## swarms of real processes, those that take long left out
+	$(BIN)/python -m pytest -m "processes and not long and not evidence"
+
 test-long: $(DEV)  ## the rest of what continuous integration checks: what takes more than twenty seconds each
 	$(BIN)/python -m pytest -m "long and not evidence"
 
 test-containers: $(DEV)  ## a swarm in real containers: needs a Docker engine with compose
 	$(BIN)/python -m pytest -m containers
+
+image: $(DEV)  ## the image that those tests run, built before them
+	PYTHONPATH=tests $(BIN)/python -c 'import docker_engine; docker_engine.build()'
 
 evidence: $(DEV)  ## what plays long what the tests show in short, by hand: docs/testing.md says where it is recorded
 	$(BIN)/python -m pytest -m evidence -rA --durations=0

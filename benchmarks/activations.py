@@ -1,10 +1,10 @@
-"""What it costs to send activations between stages in fewer bytes: the held-out loss, in one process.
+"""Measure what it costs to send activations between stages in fewer bytes: the held-out loss, in one process.
 
     python benchmarks/activations.py examples/stdlib-gpt.toml --seeds 0,1,2
 
-The model is cut into stages, and every activation and every gradient that passes a cut is encoded and decoded as it is
-between peers (`[pipeline] activations`). One peer a stage, an inner step after each batch, no merging: what is compared
-is the same training with other formats, seed by seed. Ratios are to fp32, with the standard error of their mean.
+The model is cut into stages, and every activation and gradient that passes a cut is encoded and decoded as between
+peers (`[pipeline] activations`). One peer per stage, an inner step after each batch, no merging: the same training is
+compared with other formats, seed by seed. Ratios are to fp32, with the standard error of their mean.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
 
 
 def train(text: Text, boundaries: tuple[int, ...], form: Format) -> float:
-    """The held-out loss in the end, nats per byte."""
+    """Train; return the final held-out loss in nats per byte."""
     run = text.run
     constants = InnerConstants(**run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"}))
     stages = [build_stage(shape, run.run.seed) for shape in stage_shapes(run.model, boundaries)]

@@ -1,18 +1,18 @@
-"""How long does the trainer stand still for a checkpoint, and how much slower are its steps while it is written?
+"""Measure how long a checkpoint stalls the trainer, and how much slower its steps are while it is written.
 
     python benchmarks/checkpoint_stall.py
     python benchmarks/checkpoint_stall.py --parameters 20 --threads 2
 
-A set of matrices with 100 M parameters takes AdamW steps in a loop, with the optimizer a volunteer uses and real
-matrix products. Stretches of steps without a checkpoint alternate with stretches during which one is being written,
-by the writer a volunteer uses. Three things are told apart:
+Matrices with 100 M parameters take AdamW steps in a loop, with a volunteer's optimizer and real matrix products.
+Stretches of steps without a checkpoint alternate with stretches during which a volunteer's writer writes one. Three
+costs are told apart:
 
-- the pause: copying the moments (`copy`), and what handing the checkpoint over takes beside that;
-- the stall: how long the trainer's thread stood still for the writer, such as for Python's lock. Linux says of each
-  thread how long it ran and how long it was ready and waited for a processor; the rest of the time it stood still.
-  With one thread that does not depend on what else runs on the machine; several wait for one another as well;
-- slower steps: the writer's own processor time, which is nobody's loss while a core is free, and what the steps took
-  longer by the clock, in which other work on the machine ends up too.
+- the pause: copying the moments (`copy`), and the rest of handing the checkpoint over;
+- the stall: how long the trainer's thread was blocked by the writer, for example on Python's lock. Linux reports how
+  long each thread ran and how long it was ready and waited for a processor; the rest of the time it was blocked. With
+  one thread this does not depend on other programs on the machine; several threads also wait for one another;
+- slower steps: the writer's own processor time, which costs nothing while a core is free, and how much longer the steps
+  took by the clock, which includes other work on the machine.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Took:
-    """By the clock, and the part of it in which this thread neither ran nor waited for a processor; seconds."""
+    """Time by the clock, and the part of it in which this thread neither ran nor waited for a processor, in seconds."""
 
     wall_s: float
     still_s: float
 
 
 def busy_or_queued_s(thread: int | None = None, fields: int = 2) -> float:
-    """Seconds that a thread of this process, this one if none is named, has run, and waited for a processor."""
+    """Return the seconds that a thread (default: this one) has run and waited for a processor."""
     path = Path(f"/proc/self/task/{thread or threading.get_native_id()}/schedstat")
     return 1e-9 * sum(int(word) for word in path.read_text().split()[:fields])
 
@@ -79,7 +79,7 @@ class Steps:
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self) -> Took:
-        """One inner step."""
+        """Take one inner step."""
         began_s, busy_s = time.perf_counter(), busy_or_queued_s()
         (self.model(self.batch) - self.batch).square().mean().backward()
         self.inner.step(0.5)
@@ -89,7 +89,7 @@ class Steps:
 
 @dataclass
 class Cost:
-    """One checkpoint: seconds, and the steps that were taken while it was written."""
+    """Cost of one checkpoint: seconds, and the steps taken while it was written."""
 
     copy_s: float
     rest_s: float
@@ -102,7 +102,7 @@ class Cost:
 
 
 def checkpoint(steps: Steps, state: OuterState, writer: Checkpointer, number: int, template: Checkpoint) -> Cost:
-    """Offer one as the trainer does, and train on until it is on the disk."""
+    """Offer a checkpoint as the trainer does, and train on until it is on the disk."""
     assert writer._thread is not None and writer._thread.native_id is not None
     processor_s = busy_or_queued_s(writer._thread.native_id, 1)
     began_s = time.perf_counter()
@@ -140,7 +140,7 @@ def checkpoint(steps: Steps, state: OuterState, writer: Checkpointer, number: in
 
 
 def a_template(state: OuterState) -> Checkpoint:
-    """A checkpoint with a roster as good as any."""
+    """Return a checkpoint with some roster."""
     identity = new_identity()
     entry = RoundPublication(peer=identity.peer_id, snapshot="11" * 32, tokens=1, inner_steps=1)
     roster = Roster(round=0, signer=identity.peer_id, entries=(entry,))
@@ -150,13 +150,13 @@ def a_template(state: OuterState) -> Checkpoint:
 
 
 def stretch(steps: Steps, num_steps: int) -> Took:
-    """A step without a checkpoint, on the average."""
+    """Measure the average step without a checkpoint."""
     taken = [steps.step() for _ in range(num_steps)]
     return Took(statistics.mean(took.wall_s for took in taken), statistics.mean(took.still_s for took in taken))
 
 
 def run(steps: Steps, folder: Path, repeats: int, num_steps: int) -> None:
-    """Alternate, and print."""
+    """Alternate stretches, and print the results."""
     theta: Tensor = flatten(steps.model.parameters())
     state = OuterState(theta, torch.zeros_like(theta))
     template = a_template(state)
@@ -172,7 +172,7 @@ def run(steps: Steps, folder: Path, repeats: int, num_steps: int) -> None:
 
 
 def report(plain: list[Took], costs: list[Cost]) -> None:
-    """A line for each checkpoint, and what comes of them."""
+    """Print a line for each checkpoint, and their summary."""
     print(f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
     print("step alone  copy  hand over  steps meanwhile   stall  slower in all  written in  writer's processor time")
     stalls, slower = [], []

@@ -1,10 +1,10 @@
-"""How well does a run file learn from a cold start: alone, as a swarm, and with gradients averaged at every step?
+"""Compare how a run file learns from a cold start: alone, as a swarm, and with gradients averaged at every step.
 
     python benchmarks/cold_start.py examples/diloco.toml --set merge.min_peers=3
     python benchmarks/cold_start.py examples/diloco.toml --set merge.min_peers=3 --set merge.inner_steps=10
 
-One process takes the volunteers' inner steps one after the other, with the functions a real volunteer uses, so the
-losses are those of a synchronous swarm without its network. Three ways, each volunteer taking as many inner steps:
+One process takes the volunteers' inner steps one after the other, with a real volunteer's functions, so the losses are
+those of a synchronous swarm without its network. Three ways, with equally many inner steps of each volunteer:
 
 - lone: one volunteer, nobody else;
 - swarm: DiLoCo as the run file says, `min_peers` volunteers that share `total_tokens`;
@@ -44,7 +44,7 @@ from swarmtrain.simulate.learning.learner import Learner, Text
 
 
 def cut(volunteers: list[Learner], num_shards: int) -> list[Coverage]:
-    """Cut the volunteers' data into shards; what each knows of all, which is everything here."""
+    """Cut the volunteers' data into shards; return each one's view of their coverage, which is complete here."""
     names = [f"volunteer {number}" for number in range(len(volunteers))]
     for volunteer in volunteers:
         assert isinstance(volunteer.loop.batches, Batches)
@@ -60,7 +60,7 @@ def train_lone(text: Text, num_steps: int) -> GPT:
 
 
 def train_parallel(text: Text, num_steps: int) -> GPT:
-    """Large-batch training: one step on the mean gradient of all volunteers' batches."""
+    """Train with large batches: each step on the mean gradient of all volunteers' batches."""
     num_peers = text.run.merge.min_peers
     first = Learner(text, 0)
     sources = [first.loop.batches, *(text.batches(number) for number in range(1, num_peers))]
@@ -72,7 +72,7 @@ def train_parallel(text: Text, num_steps: int) -> GPT:
 
 
 def take_shards(volunteers: list[Learner], coverages: list[Coverage], round: int, tokens: int) -> None:
-    """The volunteers choose shards for a round of so many tokens, and tell each other."""
+    """Let the volunteers choose shards for a round of `tokens`, and tell each other."""
     names = [coverage.me for coverage in coverages]
     for volunteer, coverage in zip(volunteers, coverages, strict=True):
         shard, _ = coverage.choose(round, 0, busy=coverage.busy(names), round_tokens=tokens)
@@ -84,7 +84,7 @@ def take_shards(volunteers: list[Learner], coverages: list[Coverage], round: int
 
 
 def train_swarm(text: Text, num_steps: int, num_shards: int = 0) -> GPT:
-    """Synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
+    """Train by synchronous DiLoCo: rounds of H inner steps, then one outer step on the mean pseudo-gradient."""
     merge = text.run.merge
     volunteers = [Learner(text, number) for number in range(merge.min_peers)]
     coverages = cut(volunteers, num_shards) if num_shards else []
@@ -111,7 +111,7 @@ WAYS = {"lone": train_lone, "swarm": train_swarm, "parallel": train_parallel}
 
 
 def read_run(path: Path, changes: list[str], seed: int) -> RunFile:
-    """The run file with `section.key=value` changes, values as TOML writes them."""
+    """Read the run file with `section.key=value` changes, values as in TOML."""
     values = tomllib.loads(path.read_text())
     for change in [*changes, f"run.seed={seed}"]:
         key, _, value = change.partition("=")

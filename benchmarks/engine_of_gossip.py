@@ -1,9 +1,9 @@
-"""How long the engine of gossip holds its lock: the time of each event, with eight partners and four fragments.
+"""Measure how long the gossip engine holds its lock: the time of each event, with eight partners and four fragments.
 
     python benchmarks/engine_of_gossip.py [--partners 8] [--fragments 4] [--others 64] [--rounds 200]
 
-Every pull is answered; rounds follow one another. Prints the median, the 99th of 100 and the longest of each event, in
-microseconds of the processor. Garbage is not collected while an event is timed, as that may fall into any of them.
+Every pull is answered; rounds follow one another. Prints the median, the 99th percentile and the longest of each event,
+in microseconds of processor time. Garbage collection is off while an event is timed, as it could fall into any of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS, STEP_S = 100, 0.5
 
 
 class Peer:
-    """A peer whose partners answer at once."""
+    """Peer whose partners answer at once."""
 
     def __init__(self, partners: int, fragments: int, others: int) -> None:
         sizes: Any = {"int2": PublicationBytes(10**6, 250_000, 1 / fragments)}
@@ -66,7 +66,7 @@ class Peer:
         return commands
 
     def does(self, commands: list[Any], round: int) -> None:
-        """All of it, and what follows."""
+        """Carry out all commands, and those that follow from them."""
         left = deque(commands)
         while left:
             match left.popleft():
@@ -86,7 +86,7 @@ class Peer:
                     pass
 
     def round(self, round: int) -> None:
-        """One round."""
+        """Play one round."""
         infos = [
             PeerInfo(peer=peer, training=True, round=round, part=16, part_tokens=3200, inner_steps=STEPS)
             for peer in self.others

@@ -1,20 +1,19 @@
-"""How much slower are inner steps while the peer sends and receives at a given rate?
+"""Measure how much slower inner steps are while the peer sends and receives at a given rate.
 
     python benchmarks/link_cost.py
     python benchmarks/link_cost.py --mbit 100 --model medium
     python benchmarks/link_cost.py --one-core
 
-One process is a peer: the trainer takes a run file's inner steps in its thread, and in the network thread the peer
-serves its snapshot and pulls another's, checked by its hashes, over and over, held to `--mbit` each way by the limits
-that `--up` and `--down` set. A second process is the one that it pulls from and that pulls from it; it and its daemon
-have the last core to themselves as far as they are concerned. The peer may use all cores, that one too; with
-`--one-core` it, its network thread and its daemon share the first one. Rounds with and without traffic alternate, the
-first of each is left out.
+One process is a peer: the trainer takes a run file's inner steps in its thread, and the network thread serves a
+snapshot and pulls another one, checked by its hashes, over and over, limited to `--mbit` each way as by `--up` and
+`--down`. A second process serves and pulls the other way; it and its daemon are pinned to the last core. The peer may
+use all cores, that one too; with `--one-core` it, its network thread and its daemon share the first one. Rounds with
+and without traffic alternate; the first of each is left out.
 
-Prints the median step with and without traffic and their ratio in neighbouring rounds; the same of the processor time
-that the trainer's own thread took, in which caches show and other programs hardly; how long that thread stood still
-(neither ran nor waited for a processor: Python's lock); the rates that were reached; and what processor time the
-network took. What becomes of a publication when it is here (decoding, merging) is not counted. Linux only.
+Prints the median step with and without traffic and their ratio in neighbouring rounds; the same of the trainer thread's
+processor time, which shows caches and hardly any other program; how long that thread was blocked (neither ran nor
+waited for a processor: Python's lock); the rates reached; and the network's processor time. Work after a publication
+has arrived (decoding, merging) is not counted. Linux only.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ RUN = "ab" * 32
 MIB = 1024 * 1024
 SETTLE_S = 0.5
 SPECS = (TensorSpec("theta", (32 * 256 * 1024,)),)
-"""A snapshot of 32 MiB: over in under three seconds at 100 Mbit/s, and begun again."""
+"""Snapshot of 32 MiB: a transfer takes under three seconds at 100 Mbit/s, and begins again."""
 SIZES = {
     "example": {},
     "medium": {"num_layers": 6, "width": 384, "num_heads": 6, "context_tokens": 256},
@@ -77,7 +76,7 @@ SIZES = {
 
 @dataclass
 class Peer:
-    """A node, a snapshot that it serves, and its calls."""
+    """Node, the snapshot that it serves, and its calls."""
 
     node: Node
     sha256: str
@@ -85,7 +84,7 @@ class Peer:
 
     @classmethod
     async def start(cls, directory: Path, mbit: float) -> Peer:
-        """On loopback, held to `mbit` each way; 0: not held."""
+        """Start on loopback, limited to `mbit` each way; 0: no limit."""
         directory.mkdir(exist_ok=True)
         key_path = directory / "identity.key"
         settings = NodeSettings(directory=directory, listen=("/ip4/127.0.0.1/tcp/0",))
@@ -99,7 +98,7 @@ class Peer:
         return cls(node, held.snapshot.sha256, PeerCalls(node, RUN))
 
     async def pull_for_ever(self, source: str, sha256: str) -> None:
-        """Pull a snapshot, and again."""
+        """Pull a snapshot again and again."""
         signed = await pull_manifest(source, sha256, self.calls.open_pull, PullLimits())
         held = empty_held(manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, SPECS))
         while True:
@@ -108,18 +107,18 @@ class Peer:
             await pull_chunks(held, chunks, [source], self.calls.open_pull, PullLimits(), lambda *_: None)
 
     async def where(self) -> str:
-        """For the other process: PeerID, address, the snapshot's name."""
+        """Return what the other process needs: PeerID, address, the snapshot's name."""
         return f"{self.node.identity.peer_id} {(await self.node.addresses())[0]} {self.sha256}"
 
     async def know(self, where: str) -> tuple[str, str]:
-        """Dial who says this; its PeerID and its snapshot's name."""
+        """Dial the peer described by `where`; return its PeerID and its snapshot's name."""
         peer, address, sha256 = where.split()
         await self.node.connect(peer, [address])
         return peer, sha256
 
 
 async def be_the_other(directory: Path) -> None:
-    """Serve; pull what is named on the input's first line between each two lines after it."""
+    """Serve, and pull what the first input line names between each two lines after it."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     peer = await Peer.start(directory, 0)
     print(await peer.where(), flush=True)
@@ -137,25 +136,25 @@ async def be_the_other(directory: Path) -> None:
 
 
 class Other:
-    """The other process."""
+    """Handle of the other process."""
 
     def __init__(self, directory: Path) -> None:
         command = owned_process_args([sys.executable, __file__, "--other", str(directory)])
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def line(self) -> str:
-        """What it says next."""
+        """Read its next line."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def tell(self, words: str) -> None:
-        """A line for it."""
+        """Send it a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(words + "\n")
         self._process.stdin.flush()
 
     def end(self) -> None:
-        """Close its input, and wait."""
+        """Close its input, and wait for its end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -163,7 +162,7 @@ class Other:
 
 @dataclass(frozen=True)
 class Took:
-    """One step of the trainer's thread: by the clock, running, and neither running nor waiting for a processor."""
+    """Time of one step of the trainer's thread: by the clock, running, and blocked (neither running nor ready)."""
 
     wall_s: float
     ran_s: float
@@ -171,19 +170,19 @@ class Took:
 
 
 def schedule_s() -> tuple[float, float]:
-    """Seconds that this thread has run, and has waited for a processor."""
+    """Return the seconds that this thread has run, and has waited for a processor."""
     words = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
     return 1e-9 * int(words[0]), 1e-9 * int(words[1])
 
 
 def processor_s(processes: list[psutil.Process]) -> float:
-    """Processor seconds of these so far."""
+    """Return the processor seconds of `processes` so far."""
     return sum(time.clock_gettime((~process.pid << 3) | 2) for process in processes)
 
 
 @dataclass
 class Link:
-    """Begins and ends the traffic, from the trainer's thread."""
+    """Switch of the traffic, used from the trainer's thread."""
 
     network: NetworkThread
     peer: Peer
@@ -193,7 +192,7 @@ class Link:
 
     @classmethod
     def start(cls, network: NetworkThread, folder: Path, mbit: float) -> Link:
-        """Both ends, and they know each other."""
+        """Start both ends and introduce them to each other."""
         peer, other = network.run(Peer.start(folder / "peer", mbit), 60), Other(folder / "other")
         source = network.run(peer.know(other.line()), 20)
         other.tell(network.run(peer.where(), 5))
@@ -201,18 +200,18 @@ class Link:
         return cls(network, peer, other, source)
 
     def begin(self) -> None:
-        """Traffic both ways."""
+        """Begin traffic both ways."""
         self.other.tell("go")
         self._pulling = self.network.submit(self.peer.pull_for_ever(*self.source))
 
     def end(self) -> None:
-        """No traffic."""
+        """End the traffic."""
         self._pulling.cancel()
         self.other.tell("stop")
         assert self.other.line() == "stopped"
 
     def counted(self) -> tuple[float, float, float, float, float]:
-        """So far: seconds, bytes sent and received, processor seconds of this process's threads, and of its daemon."""
+        """Return counts so far: seconds, bytes sent and received, processor seconds of this process and its daemon."""
         daemon = [psutil.Process(self.peer.node._p2p._child.pid)]
         traffic = self.peer.node.traffic
         sent, received = float(traffic.sent_bytes), float(traffic.received_bytes)
@@ -221,19 +220,19 @@ class Link:
 
 @dataclass
 class Rounds:
-    """The trainer's exchange: every other round has traffic. Nobody to merge with."""
+    """Exchange of the trainer without partners; every other round has traffic."""
 
     link: Link
     num_steps: int
     rounds: list[list[Took]] = field(default_factory=list)
     costs: list[tuple[float, ...]] = field(default_factory=list)
-    """Of each round with traffic: what `Link.counted` counted, and what this thread ran, as differences."""
+    """Differences over each round with traffic: of `Link.counted`, and of this thread's running time."""
     _before: tuple[float, ...] = ()
     _own: LocalUpdate | None = None
 
     @property
     def has_traffic(self) -> bool:
-        """Whether the round that runs has."""
+        """True if the current round has traffic."""
         return len(self.rounds) % 2 == 0
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
@@ -246,7 +245,7 @@ class Rounds:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Around a step."""
+        """Time the step inside."""
         began_s, (ran_s, queued_s) = time.perf_counter(), schedule_s()
         yield
         wall_s, (ran_then_s, queued_then_s) = time.perf_counter() - began_s, schedule_s()
@@ -270,7 +269,7 @@ class Rounds:
 
 
 def session_of(arguments: argparse.Namespace, exchange: Rounds) -> tuple[ModelLoop, Session]:
-    """The loop of the run file, with a model of the size asked for, and its session."""
+    """Return the loop of the run file, with a model of the size asked for, and its session."""
     values = tomllib.loads(arguments.run_file.read_text())
     values["model"].update(SIZES[arguments.model])
     values["run"]["total_tokens"] = 10**12
@@ -293,7 +292,7 @@ def session_of(arguments: argparse.Namespace, exchange: Rounds) -> tuple[ModelLo
 
 
 def median_ratio(rounds: list[list[Took]], what: str) -> tuple[float, float, float]:
-    """Median with and without traffic in ms, and the median of the neighbours' ratios."""
+    """Return the medians with and without traffic in ms, and the median ratio of neighbouring rounds."""
     medians = [1e3 * statistics.median(getattr(took, what) for took in steps) for steps in rounds]
     without, with_traffic = medians[0::2], medians[1::2]
     ratio = statistics.median(a / b for a, b in zip(with_traffic, without, strict=True))
@@ -301,7 +300,7 @@ def median_ratio(rounds: list[list[Took]], what: str) -> tuple[float, float, flo
 
 
 def tell(exchange: Rounds, num_pairs: int, mbit: float) -> None:
-    """Print it all."""
+    """Print the results."""
     rounds = exchange.rounds[2 : 2 * num_pairs + 2]
     for what, words in (("wall_s", "by the clock"), ("ran_s", "processor time of the trainer's thread")):
         busy, quiet, ratio = median_ratio(rounds, what)
@@ -318,7 +317,7 @@ def tell(exchange: Rounds, num_pairs: int, mbit: float) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Train, with the traffic coming and going."""
+    """Train with alternating traffic."""
     torch.set_num_threads(1)
     if arguments.one_core:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -338,7 +337,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Start the other process, measure here."""
+    """Start the other process, and measure here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_file", type=Path, nargs="?", default=Path("examples/stdlib-gpt.toml"))
     parser.add_argument("--model", choices=SIZES, default="example", help="the run file's, or a bigger one")

@@ -1,4 +1,4 @@
-"""Gossip in lockstep, without clock or wire: what means over few partners cost, and what pulls that miss a round's end.
+"""Gossip in lockstep, without clock or wire: the cost of means over few partners, and of pulls that miss a round's end.
 
     python benchmarks/lockstep.py --partners 3                   # DiLoCo is --partners 15, of sixteen
     python benchmarks/lockstep.py --partners 11 --weights 1
@@ -6,9 +6,9 @@
     python benchmarks/lockstep.py --partners 15 --share 0.75 --late    # ... or merged a round later
     python benchmarks/lockstep.py --partners 15 --share 0.75 --fragments 2
 
-With fragments (Streaming DiLoCo, arXiv 2501.18512) the tensors are in so many groups, which are merged one after the
-other, each once a round: its transfers take a part of the time, so that it loses as much less. Three to five minutes of
-a core each. The tables are in docs/decisions/0043-rounds-in-step.md and docs/lab-log.md.
+With fragments (Streaming DiLoCo, arXiv 2501.18512) the tensors are in groups that are merged one after the other, each
+once a round: a fragment's transfers take a part of the time, so that it loses less. Three to five minutes of a core
+each. The tables are in docs/decisions/0043-rounds-in-step.md and docs/lab-log.md.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "stdlib-gpt.toml"
 
 
 def where(fragment: Fragment) -> Tensor:
-    """Where its numbers are in the flat vector."""
+    """Return the indices of its numbers in the flat vector."""
     return torch.cat([torch.arange(place.start, place.stop) for place in fragment.places])
 
 
 def reached(learner: Learner, steps: range, pulled: int, done: float, share: float, a_round: int) -> tuple[Tensor, ...]:
-    """(P,) each: the weights before the first of these of a round's steps that is not in what others get, the one
-    numbered `pulled`, and after all of them. The run is at `done`, from 0 to 1, and goes on by `share` in the round."""
+    """Take `steps` of a round; return weights (P,) before step `pulled`, from which others get no work, and at the end.
+
+    The run is at `done`, from 0 to 1, and advances by `share` in the round.
+    """
     early = learner.reached if pulled == steps.start else None
     for step in steps:
         learner.step(done + share * step / a_round)
@@ -50,7 +52,7 @@ def reached(learner: Learner, steps: range, pulled: int, done: float, share: flo
 
 
 def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
-    """The held-out loss of everybody's mean, and the mean of their own."""
+    """Play the run; return the held-out loss of the mean of all weights, and the mean of the individual losses."""
     everyone, steps_of = range(setting.num_peers), [setting.steps_of_round(n) for n in range(setting.num_peers)]
     learners = [setting.learner(n) for n in everyone]
     layout, rng = layout_of_specs(learners[0].specs), random.Random(args.seed)
@@ -67,7 +69,7 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
                 steps = range(steps_of[n] * k // len(fragments), steps_of[n] * (k + 1) // len(fragments))
                 lost = math.ceil((1 - args.share) / len(fragments) * steps_of[n])
                 pulled = max(steps.start + (k == 0), steps.stop - lost)
-                # as far as it knows all do the same
+                # to its knowledge, all do the same
                 ahead = setting.num_peers * steps_of[n] * setting.run.tokens_per_step
                 done = tokens / setting.total_tokens, ahead / setting.total_tokens
                 early, whole = reached(learners[n], steps, pulled, *done, steps_of[n])
@@ -93,7 +95,7 @@ def play(args: argparse.Namespace, setting: Setting) -> tuple[float, float]:
 
 
 def main() -> None:
-    """See the module's text."""
+    """Run the command line described in the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=int, default=16, help="of two speeds, 1 and 2")
     parser.add_argument("--partners", type=int, default=3, help="whose pseudo-gradients each merges")

@@ -1,16 +1,15 @@
-"""An hour of six volunteers with churn, behind links: does anything grow, and is every error in the logs explained?
+"""Run six volunteers with churn behind links for an hour: does anything grow, and is every logged error explained?
 
     python benchmarks/long_soak.py
     python benchmarks/long_soak.py --minutes 10 --warm-up-minutes 2 --json samples.jsonl
 
-Starts `swarmtrain local` with links of the internet's kind and, once a minute, one of volunteers 3 to 6 that is killed,
-leaves or hangs, and comes back; the bootstrap and volunteers 1 and 2 live through all of it. Of these, and of the
-process that carries the links, memory (with its daemon, and without), threads, open files, files kept on the disk and
-the DHT's records are sampled, and after the warm-up a straight line is laid through each: what it rises by in an hour,
-and how sure that is (two standard errors, of means over two minutes). At the end the swarm is told to end, as by
-Ctrl-C.
+Starts `swarmtrain local` with links like the internet's. Once a minute, one of volunteers 3 to 6 is killed, leaves or
+hangs, and comes back; the bootstrap and volunteers 1 and 2 run throughout. Of these, and of the process that emulates
+the links, it samples memory (with the daemon, and without), threads, open files, files kept on the disk and DHT
+records. After the warm-up it fits a straight line to each: the rise per hour and its uncertainty (two standard errors,
+of means over two minutes). At the end it ends the swarm, as by Ctrl-C.
 
-Warnings and errors of all log files are listed with their numbers, numbers within them left out.
+Warnings and errors of all log files are listed with their counts; numbers within them are masked.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ Sample = tuple[float, ...]
 
 
 def rehearsal(minutes: float) -> str:
-    """What happens when."""
+    """Return the rehearsal file."""
     turns = zip(itertools.cycle(STRUCK), itertools.cycle(DEEDS), range(1, int(minutes)))
     faults = [{"at_s": number * EVERY_S, "do": do, "who": [who], "for_s": AWAY_S} for who, do, number in turns]
     return tomli_w.dumps({"links": LINKS, "faults": faults})
 
 
 def of_processes(*family: psutil.Process) -> tuple[float, float, float]:
-    """MiB, threads and open files of all of these."""
+    """Return the MiB, threads and open files of all `family` processes."""
     return (
         sum(one.memory_info().rss for one in family) / 2**20,
         float(sum(one.num_threads() for one in family)),
@@ -63,7 +62,7 @@ def of_processes(*family: psutil.Process) -> tuple[float, float, float]:
 
 
 def sample(folder: Path) -> Sample:
-    """Of one peer and its daemon."""
+    """Sample one peer and its daemon."""
     kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     process = psutil.Process(int((folder / "peer.pid").read_text()))
     seen = look(LocalPeer(folder=folder))
@@ -74,7 +73,7 @@ def sample(folder: Path) -> Sample:
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """Of the means over `MEAN_S`: what they rise by in an hour, and two standard errors of that."""
+    """Fit a line to means over `MEAN_S`; return the rise per hour, and two standard errors of it."""
     bins = [
         list(group) for _, group in itertools.groupby(zip(times, values, strict=True), lambda one: one[0] // MEAN_S)
     ]
@@ -86,7 +85,7 @@ def slope(times: Sequence[float], values: Sequence[float]) -> tuple[float, float
 
 
 def complaints(folder: Path) -> collections.Counter[str]:
-    """Warnings, errors and tracebacks of the log files, and how often."""
+    """Count warnings, errors and tracebacks in the log files."""
     found: collections.Counter[str] = collections.Counter()
     for path in sorted([*folder.glob("*/peer.log*"), *folder.glob("*.log")]):
         for line in path.read_text(errors="replace").splitlines():
@@ -97,7 +96,7 @@ def complaints(folder: Path) -> collections.Counter[str]:
 
 
 def watch(swarm: Path, process: subprocess.Popen[bytes], seconds: float, into: Path | None) -> dict[str, list[Sample]]:
-    """Samples of those that live through it: (time in s, what `COLUMNS` say)."""
+    """Sample the peers that run throughout: (time in s, the values of `COLUMNS`)."""
     found: dict[str, list[Sample]] = {name: [] for name in (*STEADY, "links")}
     began_s = time.monotonic()
     while (now_s := time.monotonic() - began_s) < seconds:
@@ -117,7 +116,7 @@ def watch(swarm: Path, process: subprocess.Popen[bytes], seconds: float, into: P
 
 
 def rows(found: dict[str, list[Sample]], warm_up_s: float) -> Iterator[str]:
-    """The table."""
+    """Yield the rows of the table."""
     yield f"| | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
     for name, samples in found.items():

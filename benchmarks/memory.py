@@ -1,20 +1,19 @@
-"""What does a volunteer take of memory and of its link, beside a plain loop, and beside what `check` says?
+"""Compare a volunteer's memory and traffic with a plain loop's, and with what `check` estimates.
 
     python benchmarks/memory.py                  # 0.5, 10 and 57 million parameters
     python benchmarks/memory.py --size 57 --rounds 4 --peers 2
 
 Starts `swarmtrain local`, a bootstrap and volunteers as real processes on this machine, with small batches, so that
-rounds are short, and samples the memory of each volunteer together with its network daemon: proportional set size, what
-is shared counting in proportion. Beside it a plain loop of the same model, batch and AdamW (torch.optim.AdamW, fused)
-in a process of its own. Estimates are those of `swarmtrain check`.
+rounds are short, and samples the memory of each volunteer together with its network daemon, as proportional set size
+(shared memory counts in proportion). Beside it runs a plain loop of the same model, batch and AdamW (torch.optim.AdamW,
+fused) in its own process. Estimates are those of `swarmtrain check`.
 
 Columns, in MB: `plain`, the loop's peak; `median` and `peak` of the worst volunteer; `estimate`; and the same as
-multiples of the fp32 weights. Of each volunteer's round: the most bytes sent and received, the means, and what is
-estimated, archive included. Bars: the estimate is never below the peak, at most 10 % above it, and the peak at 57
+multiples of the fp32 weights. For each volunteer's rounds: the most bytes sent and received, the means, and the
+estimate, archive included. Bars: the estimate is never below the peak, at most 10 % above it, and the peak at 57
 million parameters at most 12 times the fp32 weights.
 
-`--timeline` prints the samples of the first volunteer: with what it does at each moment one finds what a peak is made
-of.
+`--timeline` prints the first volunteer's samples with its activity at each moment, to find out what a peak consists of.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ batch_sequences = 4
 
 
 def write_text(path: Path) -> None:
-    """Of Python's own library, as much as is needed."""
+    """Write as much text of Python's own library as is needed."""
     size = 0
     with path.open("wb") as out:
         for source in sorted(Path(os.__file__).parent.glob("*.py")):
@@ -103,7 +102,7 @@ def write_text(path: Path) -> None:
 
 
 def plain(run_file: Path, num_steps: int = 6) -> None:
-    """The loop itself; prints its peak in bytes."""
+    """Run the plain loop; prints its peak in bytes."""
     import torch
 
     run = load_run(run_file)
@@ -120,7 +119,7 @@ def plain(run_file: Path, num_steps: int = 6) -> None:
 
 
 def peak_of(pid: int) -> int:
-    """The largest resident set that a process has had, in bytes."""
+    """Return the largest resident set that a process has had, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -132,10 +131,10 @@ def peak_of(pid: int) -> int:
 
 @dataclass
 class Peer:
-    """What one has used, and told."""
+    """Memory that one peer has used, and what it has reported."""
 
     samples: list[tuple[float, int, int]] = field(default_factory=list)
-    """When, the process's memory, its daemon's."""
+    """Samples: time, memory of the process, memory of its daemon."""
     rounds: list[RoundEvent] = field(default_factory=list)
 
     @property
@@ -147,8 +146,7 @@ _files: dict[int, tuple[float, int]] = {}
 
 
 def pss_of(pid: int) -> int:
-    """What it has alone, and its share of the files that it maps; those are looked at now and then, for that takes
-    long."""
+    """Return its private memory and its share of mapped files, which are read only now and then, as that takes long."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     own = sum(int(status[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem") if key in status)
     looked_s, shared = _files.get(pid, (0.0, 0))
@@ -160,7 +158,7 @@ def pss_of(pid: int) -> int:
 
 
 def sample(root: psutil.Process, peers: dict[str, Peer]) -> None:
-    """Every peer below `root`, with its daemon."""
+    """Sample every peer below `root`, with its daemon."""
     for process in root.children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):
             words = process.cmdline()
@@ -180,7 +178,7 @@ def watch(process: subprocess.Popen[bytes], peers: dict[str, Peer], ended: threa
 
 
 def swarm(run_file: Path, options: argparse.Namespace) -> dict[str, Peer]:
-    """Let it train to its end."""
+    """Train a swarm to its end."""
     peers: dict[str, Peer] = {}
     measured: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="memory-", dir=options.dir) as folder:
@@ -205,7 +203,7 @@ def swarm(run_file: Path, options: argparse.Namespace) -> dict[str, Peer]:
                         peers.setdefault(event.name, Peer()).rounds.append(event)
                     elif isinstance(event, EvalEvent) and event.own_loss is not None:
                         measured.add(event.name)
-                        if len(measured) == options.peers:  # what follows is waiting for goodbyes
+                        if len(measured) == options.peers:  # the rest is only waiting for the peers to leave
                             time.sleep(AFTER_S)
                             break
                     elif isinstance(event, WarningEvent):

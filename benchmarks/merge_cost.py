@@ -1,11 +1,11 @@
-"""What do the merges of a large model cost its trainer?
+"""Measure what the merges of a large model cost its trainer.
 
     python benchmarks/merge_cost.py                # 57 million parameters, four fragments, one thread
 
-In one process and without a network, with what was prepared beforehand: the difference to the weights reached, the
-merge, and the new weights into the model, of each fragment. Told are milliseconds of the thread's processor time, which
-other programs do not stretch as they stretch the time by the clock, and the share of a round of 50 s that all fragments
-take; the bar is 0.5 %, by the clock, of which this is the part that does not depend on what else runs.
+Runs in one process without a network, for each fragment: the difference to the weights reached, the merge of what was
+prepared beforehand, and the new weights copied into the model. Prints milliseconds of the thread's processor time,
+which other programs do not stretch, and the share of a round of 50 s that all fragments take. The bar is 0.5 % by the
+clock; this is the part of it that does not depend on other programs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROUND_S = 50.0
 
 
 class Merges:
-    """One fragment's merges, one after the other, each with a partner's weights and another's gradient."""
+    """Merges of one fragment, one after the other, each with a partner's weights and another's gradient."""
 
     def __init__(self, fragment: Fragment, parameters: Sequence[Tensor]) -> None:
         self.fragment, self.model = fragment, fragment.pick(parameters)
@@ -44,7 +44,7 @@ class Merges:
         ]
 
     def costs_ms(self) -> tuple[list[float], float]:
-        """Of the processor by each part, and all of them by the clock."""
+        """Return the processor time of each part, and the clock time of all, in ms."""
         prepared = prepare(self.state, self.arrivals, self.fragment.layout, CONSTANTS.learning_rate)
         lent, began_s, moments = LentWeights(self.state.theta, self.model), time.perf_counter(), [time.thread_time()]
         gradient = lent.gradient()

@@ -1,11 +1,11 @@
-"""The stages of a run's model as experts of `hivemind.moe.Server`: tokens per second, to compare a pipeline with.
+"""Run the stages of a model as experts of `hivemind.moe.Server`: tokens per second, to compare a pipeline with.
 
     python benchmarks/moe_stages.py examples/pipeline.toml --seconds 30 --set pipeline.stages=2
 
-One server process a stage with one thread, each microbatch forward through all of them and back by hivemind's
-`RemoteExpert` under autograd, `--in-flight` at a time from one driver process. As hivemind has it, a server keeps no
-graph: its backward computes the forward again. Its experts step after each backward; here after as many as a batch
-has, which is less work. The last expert computes the loss, so that no logits travel.
+One server process per stage, with one thread. Each microbatch goes forward through all of them and back by hivemind's
+`RemoteExpert` under autograd, `--in-flight` at a time from one driver process. In hivemind, a server keeps no graph:
+its backward computes the forward again. Its experts step after each backward; here they step after a whole batch, which
+is less work. The last expert computes the loss, so that no logits travel.
 `benchmarks/pipeline_throughput.py --beside-moe` runs it beside ours.
 """
 
@@ -42,14 +42,14 @@ _WARM_S = 10.0
 
 
 class Expert(nn.Module):
-    """A stage; with the head, of hidden numbers and targets: the loss of each sequence, so that a batch can be cut."""
+    """Stage as an expert. With the head it returns the loss of each sequence, so that hivemind can cut a batch."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T, D), or nats per token (B,)."""
+        """Return hidden states (B, T, D), or with the head nats per token (B,)."""
         given: Tensor = self.stage(x)
         if targets is None:
             return given
@@ -58,7 +58,7 @@ class Expert(nn.Module):
 
 
 class Backend(ModuleBackend):
-    """Takes an inner step after the sequences of a batch."""
+    """Backend that takes an inner step after the sequences of a batch."""
 
     def __init__(self, name: str, module: Expert, run: RunFile, **schema: Any) -> None:
         super().__init__(name, module, **schema)
@@ -74,12 +74,12 @@ class Backend(ModuleBackend):
 
 
 def uid_of(number: int) -> str:
-    """What the expert of a stage is called."""
+    """Return the name of a stage's expert."""
     return f"stage.{number}"
 
 
 def serve(run: RunFile, number: int, boundaries: Sequence[int], initial_peers: Sequence[str]) -> None:
-    """One stage, until it is killed."""
+    """Serve one stage until killed."""
     torch.set_num_threads(1)
     shape = stage_shapes(run.model, boundaries)[number]
     microbatch = (run.microbatch_sequences, run.model.context_tokens)
@@ -95,7 +95,7 @@ def serve(run: RunFile, number: int, boundaries: Sequence[int], initial_peers: S
 
 
 def drive(experts: Sequence[RemoteExpert], run: RunFile, seconds: float, in_flight: int) -> float:
-    """Tokens per second that went through all of them and back."""
+    """Drive microbatches through all experts and back; return tokens per second."""
     torch.set_num_threads(1)
     shape = (run.microbatch_sequences, run.model.context_tokens + 1)
     began_s = time.monotonic() + _WARM_S
@@ -119,7 +119,7 @@ def drive(experts: Sequence[RemoteExpert], run: RunFile, seconds: float, in_flig
 
 
 def moe_tokens_per_s(run_file: Path, changes: Sequence[str], seconds: float, in_flight: int) -> float:
-    """Start the servers, drive them, stop them."""
+    """Start the servers, drive them and stop them; return tokens per second."""
     run = read_run(run_file, list(changes), 0)
     boundaries, _ = cut_and_measure(run)
     servers: list[subprocess.Popen[str]] = []
@@ -139,7 +139,7 @@ def moe_tokens_per_s(run_file: Path, changes: Sequence[str], seconds: float, in_
         finally:
             dht.shutdown()
     finally:
-        for server in servers:  # each with the processes that hivemind forks, which outlive it
+        for server in servers:  # with the processes that hivemind forks, which outlive their server
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 

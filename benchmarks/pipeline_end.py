@@ -1,10 +1,10 @@
-"""A pipeline to its end, volunteers killed and one late, against the same model without a pipeline on equal tokens.
+"""Train a pipeline with kills and a late joiner, and the same model without a pipeline, on equal tokens.
 
     python benchmarks/pipeline_end.py examples/pipeline.toml --seeds 0,1,2
 
-Both are real swarms of real processes. The pipeline has six volunteers, of whom two are killed, one after a quarter
-of the run's tokens and one after half of them, and a seventh joins after a third. Without a pipeline the model is
-trained by two volunteers, as many as a stage has. Bar: a held-out loss within 3 %.
+Both are swarms of real processes. The pipeline has six volunteers: one is killed after a quarter of the run's tokens,
+one after half of them, and a seventh joins after a third. Without a pipeline two volunteers train the model, as many as
+a stage has. Bar: a held-out loss within 3 %.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KILLED_AT, LATE_AT = (0.25, 0.5), 1 / 3
 
 
 def trained(run: RunFile, num_peers: int, *, dies: bool) -> tuple[float, float]:
-    """(held-out loss, seconds) of a swarm; prints what happened in it."""
+    """Train a swarm, and print what happens in it; return (held-out loss, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.toml"
         path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True)))
@@ -71,7 +71,7 @@ def trained(run: RunFile, num_peers: int, *, dies: bool) -> tuple[float, float]:
 
 
 def ended(event: Event, loss: float) -> float:
-    """The bootstrap's loss once it has told it."""
+    """Return the bootstrap's loss once its event has it, else `loss`."""
     if isinstance(event, DoneEvent) and event.name == "bootstrap" and event.held_out_loss is not None:
         return event.held_out_loss
     return loss

@@ -1,12 +1,12 @@
-"""One of two peers of a stage fails: does training go on within 30 s, at the rate of those that remain?
+"""Fail one of two peers of a stage: does training continue within 30 s, at the rate of the remaining peers?
 
     python benchmarks/pipeline_faults.py examples/pipeline.toml --seconds 40 --slowdown 8 \\
         --set model.width=256 --set model.num_layers=6
 
-Six real volunteers of three stages, two a stage, nobody moves (`benchmarks/pipeline_swarm.py`). Of the second stage
-one is killed (SIGKILL), stopped (SIGSTOP), ten times slower than the others, or answers every question with random
-bytes of the right size. What passes through the last stage is measured from 30 s after the fault on, and compared with
-what passes without one: half of it is what the other peer of the stage can do, 0.55 beside a slow one.
+Six real volunteers hold three stages, two each, and nobody moves (`benchmarks/pipeline_swarm.py`). One peer of the
+second stage is killed (SIGKILL), stopped (SIGSTOP), ten times slower than the others, or answers every request with
+random bytes of the right size. The throughput of the last stage is measured from 30 s after the fault on, and compared
+with the throughput without a fault: the stage's other peer can do half of it, and 0.55 beside a slow one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IDEAL = {"even": 1.0, "killed": 0.5, "stopped": 0.5, "slow": 0.55, "garbage": 0.
 
 @contextmanager
 def with_fault(given: argparse.Namespace, fault: str) -> Iterator[tuple[Watched, float]]:
-    """A swarm that has settled, and when its fault began."""
+    """Yield a swarm in its steady state, and the time at which its fault began."""
     changes = ["run.total_tokens=1_000_000_000", *given.set, 'pipeline.balance="none"']
     with started(given.run_file, EVEN, given.slowdown, changes, ODD.get(fault)) as watched:
         names = [f"volunteer-{number}" for number in range(len(EVEN))]

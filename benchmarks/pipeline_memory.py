@@ -1,15 +1,14 @@
-"""How much memory a volunteer of a pipeline takes, by how many stages the model is cut into; and under a limit.
+"""Measure the memory of a pipeline's volunteers by the number of stages, and training under a memory limit.
 
     python benchmarks/pipeline_memory.py examples/pipeline.toml
 
-Real volunteers, one a stage, each with one thread, of a model that is large beside the program (25 M parameters):
-cut into 2, 4 and 8 stages, and not cut at all, until each has merged or ended two rounds. What is measured is the most
-that a volunteer's process had in memory (`VmHWM`), of the stages that hold blocks only where there are such. The
-constant is the same with a model of hardly any parameters. Bar: what is beyond it falls as one over the number of
-stages, within 15 %.
+Real volunteers, one per stage with one thread each, train a model that is large compared with the program (25 M
+parameters), cut into 2, 4 and 8 stages and uncut, until each has merged or ended two rounds. Measured is the peak
+memory of a volunteer's process (`VmHWM`), of stages with blocks only, if there are any. The constant part is measured
+with a model of hardly any parameters. Bar: the rest falls as one over the number of stages, within 15 %.
 
-Then every volunteer's data (`RLIMIT_DATA`: what it may write to) is limited to halfway between what four stages and the
-whole model were seen to take: the four train on, and the whole model is not trained.
+Then every volunteer's data memory (`RLIMIT_DATA`: writable memory) is limited to halfway between the peaks of four
+stages and of the whole model: the four stages train, and the whole model does not.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ MIB = 1 << 20
 
 @dataclass
 class Seen:
-    """What volunteers took, in bytes, and the rounds that they ended."""
+    """Peak memory of volunteers, in bytes, and the rounds that they ended."""
 
     resident: dict[str, int] = field(default_factory=dict)
     data: dict[str, int] = field(default_factory=dict)
@@ -55,7 +54,7 @@ class Seen:
     problem: str = ""
 
     def look(self, name: str, pid: int) -> None:
-        """At its process, if it is there."""
+        """Read its process's memory, if the process exists."""
         try:
             text = Path(f"/proc/{pid}/status").read_text()
         except OSError:
@@ -71,7 +70,7 @@ class Seen:
 
 
 def trained(run_file: Path, changes: Sequence[str], num_stages: int, data_bytes: int = 0) -> Seen:
-    """One volunteer a stage until each has ended two rounds, or nobody goes on."""
+    """Train with one volunteer per stage until each has ended two rounds, or all have stopped."""
     seen = Seen()
     with tempfile.TemporaryDirectory() as folder:
         run = read_run(run_file, [*changes, f"pipeline.stages={num_stages}", 'pipeline.balance="none"'], 0)
@@ -112,7 +111,7 @@ def trained(run_file: Path, changes: Sequence[str], num_stages: int, data_bytes:
 
 
 def of_blocks(values: dict[str, int], num_stages: int) -> float:
-    """Of the stages between the first and the last, whose parameters are exactly blocks; else of all."""
+    """Return the mean over the inner stages, whose parameters are exactly blocks; without inner stages, over all."""
     chosen = [
         values[f"volunteer-{number}"] for number in range(num_stages) if num_stages < 3 or 0 < number < num_stages - 1
     ]

@@ -1,15 +1,15 @@
-"""A pipeline of real volunteers that begins out of balance, and loses some of them: how much of the even one's speed?
+"""Measure a pipeline that starts unbalanced and loses volunteers, relative to a balanced one's speed.
 
     python benchmarks/pipeline_swarm.py examples/pipeline.toml
     python benchmarks/pipeline_swarm.py examples/pipeline.toml --scenarios even,uneven
 
 Starts a bootstrap and six volunteers of three stages as real processes, each `--slowdown` times slower than this
-machine could, so that six of them do not fight for two cores, and reads what passes through the last stage from their
-`stage_throughput` events. Choose a slowdown and a model (`--set model.width=256`) for which computing is what takes
-time. Scenarios:
+machine could be, so that six of them do not compete for two cores, and reads the throughput of the last stage from
+their `stage_throughput` events. Choose a slowdown and a model (`--set model.width=256`) for which computing dominates.
+Scenarios:
 
-- even: two volunteers a stage, nobody moves: what the others are compared with;
-- uneven: 4-1-1, nobody moves: the test is void unless this is at most 60 % of it;
+- even: two volunteers per stage, nobody moves: the baseline;
+- uneven: 4-1-1, nobody moves: the test is void unless this is at most 60 % of the baseline;
 - balanced: 4-1-1 with the rule of the run file: at least 80 % within a minute of the first move being possible;
 - killed: after that two volunteers of one stage are killed: at least 75 % of the ideal for those four, who then share
   three stages (two thirds of the even speed).
@@ -39,7 +39,7 @@ EVERY_S = 10.0
 
 
 class Rate(NamedTuple):
-    """What passed through a stage of a volunteer in some seconds, told at their end."""
+    """Throughput of a volunteer's stage over some seconds, reported at their end."""
 
     since_s: float
     at_s: float
@@ -49,7 +49,7 @@ class Rate(NamedTuple):
 
 
 class Watched:
-    """A swarm of volunteers of stages, and what they tell."""
+    """Swarm of volunteers that hold stages, and their reports."""
 
     def __init__(self, swarm: LocalSwarm) -> None:
         self.swarm = swarm
@@ -58,7 +58,7 @@ class Watched:
         self.moves: list[MovedEvent] = []
 
     def watch(self, seconds: float) -> None:
-        """Read events for so long."""
+        """Read events for `seconds`."""
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
             for event in self.swarm.events(min(1.0, until_s - time.monotonic())):
@@ -67,7 +67,7 @@ class Watched:
                     return
 
     def watch_until_trained(self, num_peers: int) -> None:
-        """Until everybody has told what passes through it."""
+        """Read events until all peers have reported a throughput."""
         while len({told.name for told in self.rates}) < num_peers:
             self.watch(1.0)
 
@@ -84,8 +84,10 @@ class Watched:
                 self.rates.append(Rate(since_s, event.time, event.name, stage, event.tokens_per_s))
 
     def tokens_per_s(self, stage: int, since_s: float, until_s: float) -> float:
-        """What passed through a stage in that time, which ended `EVERY_S` ago: of what each peer tells of the last ten
-        seconds, the part that lies within."""
+        """Return a stage's throughput in a time that ended at least `EVERY_S` ago.
+
+        Each peer reports the last ten seconds; only the part within the time counts.
+        """
         within = [
             told.tokens_per_s * max(0.0, min(told.at_s, until_s) - max(told.since_s, since_s))
             for told in self.rates
@@ -94,7 +96,7 @@ class Watched:
         return sum(within) / (until_s - since_s)
 
     def measure(self, stage: int, seconds: float) -> float:
-        """What passes through a stage from now on."""
+        """Measure a stage's throughput from now on."""
         since_s = time.time()
         self.watch(seconds + EVERY_S + 1.0)
         return self.tokens_per_s(stage, since_s, since_s + seconds)
@@ -102,20 +104,20 @@ class Watched:
 
 @dataclass(frozen=True, kw_only=True)
 class Odd:
-    """One of the volunteers is not like the others."""
+    """Volunteer that differs from the others."""
 
     number: int
     slower: float = 1.0
-    """So many times."""
+    """Factor by which it is slower."""
     program: tuple[str, ...] = ("-m", "swarmtrain.cli")
-    """What it runs."""
+    """Program that it runs."""
 
 
 @contextmanager
 def started(
     run_file: Path, stages: Sequence[int], slowdown: float, changes: list[str], odd: Odd | None = None
 ) -> Iterator[Watched]:
-    """Volunteers that hold these stages at first."""
+    """Start volunteers that hold these stages at first."""
     with tempfile.TemporaryDirectory() as folder:
         run = read_run(run_file, changes, 0)
         path = Path(folder) / "run.toml"
@@ -142,8 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_file", type=Path)
     parser.add_argument("--slowdown", type=float, default=4.0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long each is measured, after it has settled")
-    parser.add_argument("--settle", type=float, default=20.0, help="... and how long that is given")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of measurement, after the settling time")
+    parser.add_argument("--settle", type=float, default=20.0, help="seconds of settling time")
     parser.add_argument("--scenarios", default="even,uneven,balanced")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run file")
     given = parser.parse_args()
@@ -163,7 +165,7 @@ def main() -> None:
 
 
 def kill_two(watched: Watched) -> None:
-    """Of the first stage after the driver's that two hold."""
+    """Kill the two volunteers of the first stage after the driver's that two hold."""
     stage = next(s for s in (1, 2) if sum(s in held for held in watched.holds.values()) >= 2)
     names = [name for name, held in watched.holds.items() if stage in held][:2]
     print(f"    killing {', '.join(names)} of stage {stage}")
@@ -173,7 +175,7 @@ def kill_two(watched: Watched) -> None:
 
 
 def report(watched: Watched, scenario: str, seconds: float, last: int, even: float) -> float:
-    """Measure for so long; the even one's speed, which this is if it is the first."""
+    """Measure for `seconds` and print; return the even scenario's speed, which is this one's if it comes first."""
     rate = watched.measure(last, seconds)
     held = " ".join(",".join(map(str, stages)) for stages in sorted(watched.holds.values()))
     print(f"{scenario:>9}: {rate:7.0f} tokens/s, {rate / (even or rate):.2f} of the ideal; held: {held}", flush=True)

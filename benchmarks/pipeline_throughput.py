@@ -1,12 +1,12 @@
-r"""Two stages on two cores against one process that trains the whole model on one: how much of twice its tokens/s?
+r"""Compare two stages on two cores with one process that trains the whole model on one core.
 
     python benchmarks/pipeline_throughput.py examples/pipeline.toml --beside-moe \
         --set model.width=384 --set model.num_layers=6
 
-Two real volunteers, one a stage, each with one thread, a bootstrap beside them, and what passes through the last
-stage by their `stage_throughput` events; before and after it one process with one thread that takes inner steps of
-the same batches in the same microbatches. Bar: 0.8 of twice that one's tokens/s, on a model large enough that
-computing dominates (aim: 0.9).
+Two real volunteers hold one stage each, with one thread each, beside a bootstrap; their `stage_throughput` events give
+the throughput of the last stage. Before and after, one process with one thread takes inner steps on the same batches in
+the same microbatches. Bar: 0.8 of twice that process's tokens/s, on a model large enough that computing dominates
+(aim: 0.9).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from swarmtrain.run import RunFile
 
 
 def alone(run: RunFile, seconds: float) -> float:
-    """Tokens per second of one process with one thread."""
+    """Measure the tokens per second of one process with one thread."""
     torch.set_num_threads(1)
     model = build_model(run.model, 0)
     inner = InnerOptimizer(model.named_parameters(), inner_constants(run))
@@ -41,14 +41,14 @@ def alone(run: RunFile, seconds: float) -> float:
         inner.step(0.1)
         if began_s:
             tokens += run.tokens_per_step
-        else:  # the first step is for caches
+        else:  # the first step warms caches
             began_s = time.monotonic()
             until_s = began_s + seconds
     return tokens / (time.monotonic() - began_s)
 
 
 def beside_moe(given: argparse.Namespace, changes: list[str]) -> float:
-    """Tokens per second of hivemind's servers: `moe_stages.py`."""
+    """Measure the tokens per second of hivemind's servers, by `moe_stages.py`."""
     command = [sys.executable, str(Path(__file__).with_name("moe_stages.py")), str(given.run_file)]
     command += [f"--seconds={given.seconds:g}", *(f"--set={change}" for change in changes)]
     told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)

@@ -1,11 +1,11 @@
-"""What `plan` predicts beside what `local` measured: rounds, time, what links carried, stall.
+"""Compare what `plan` predicts with what `local` measured: rounds, time, traffic of links, stall.
 
     O="--slowdown 16,24,32,48 --rtt 40 --link-up 20 --link-down 100"
     swarmtrain local RUN.toml --peers 4 $O --json > run.jsonl
     python benchmarks/plan_beside_local.py RUN.toml run.jsonl $O
 
-The options after the two files are those of `plan`; the seconds of a step are the run's own. What links carried is
-known only with links. Slowdowns have to leave the volunteers enough of this machine's cores: a plan is for a machine
+The options after the two files are those of `plan`; the seconds of a step are taken from the run. Traffic of links is
+known only with links. Slowdowns must leave the volunteers enough of this machine's cores: a plan assumes a machine for
 each.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def main() -> None:
-    """See the module's text."""
+    """Run the command line described in the module's docstring."""
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     run, events, options = sys.argv[1], sys.argv[2], sys.argv[3:]

@@ -1,10 +1,10 @@
-"""Make all published comparisons again, and write their tables into docs/results/scenarios.md: `make results`.
+"""Run all published comparisons again, and write their tables into docs/results/scenarios.md: `make results`.
 
     python benchmarks/results.py                 # each scenario of examples/scenarios
     python benchmarks/results.py equal churn     # these
 
-Each is `swarmtrain simulate` with the file as it is, which goes on where it was interrupted. The page is written
-after each: of the others it keeps what it says.
+Each is `swarmtrain simulate` with the file as it is, which continues where it was interrupted. The page is written
+after each scenario; the text of the others stays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def parts_of(page: str) -> tuple[str, dict[str, str], str]:
-    """(what is before, what each scenario has, what is after). SystemExit for a page without the two markers."""
+    """Split the page into (head, text by scenario, tail). Raises SystemExit if the two markers are missing."""
     before, begin, rest = page.partition(BEGIN)
     between, end, after = rest.partition(END)
     if not begin or not end:
@@ -40,7 +40,7 @@ def parts_of(page: str) -> tuple[str, dict[str, str], str]:
 
 
 def with_scenario(page: str, name: str, text: str) -> str:
-    """The page with that of a scenario, by name among the others."""
+    """Return the page with a scenario's text, sorted by name among the others."""
     before, scenarios, after = parts_of(page)
     scenarios[name] = text
     between = "".join(f"## {name}\n\n{text}\n\n" for name, text in sorted(scenarios.items()))
@@ -48,7 +48,7 @@ def with_scenario(page: str, name: str, text: str) -> str:
 
 
 def made_by() -> str:
-    """What it was made by."""
+    """Return the versions that made the results."""
     commit = subprocess.run(
         ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     paths = {path.stem: path for path in sorted(asked.scenarios.glob("*.toml"))}
     if missing := [name for name in asked.only if name not in paths]:
         parser.error(f"there is no scenario {missing[0]}; there are {', '.join(paths)}")
-    parts_of(asked.page.read_text(encoding="utf-8"))  # before hours of work
+    parts_of(asked.page.read_text(encoding="utf-8"))  # fail before hours of work
     options = [*(["--jobs", asked.jobs] if asked.jobs else []), *(["--fresh"] if asked.fresh else [])]
     names = asked.only or list(paths)
     for number, name in enumerate(names, 1):
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         if code:
             return code
         page, table = asked.page.read_text(encoding="utf-8"), f"```text\n{printed.getvalue().rstrip()}\n```"
-        if not parts_of(page)[1].get(name, "").endswith(table):  # else it is as old as it says
+        if not parts_of(page)[1].get(name, "").endswith(table):  # otherwise the text keeps the versions that made it
             write_atomically(asked.page, with_scenario(page, name, f"{made_by()}:\n\n{table}").encode())
     return 0
 

@@ -1,12 +1,12 @@
-"""How fast a snapshot is pulled over loopback, and what it costs whoever sends it.
+"""Measure how fast a snapshot is pulled over loopback, and what it costs the sender.
 
     python benchmarks/snapshot_transfer.py [--mebibytes 128] [--repeats 5] [--memory-mebibytes 400]
 
-Against a bare stream of hivemind's with messages of the same size, and against its `load_state_from_peers`. Each way is
-a pair of processes; they alternate in one run, so that the machine's load falls on all. Room for the snapshot is made
-beforehand. Prints MB/s and ratios, and the processor time a MiB takes in both processes and their daemons, which other
-programs disturb less. Then, with the bigger snapshot, how much the sender and its daemon grow while one reads and while
-four read. Linux only.
+Compares with a bare hivemind stream with messages of the same size, and with hivemind's `load_state_from_peers`. Each
+way is a pair of processes; they alternate in one run, so that the machine's load affects all. Memory for the snapshot
+is allocated beforehand. Prints MB/s and ratios, and the processor time per MiB in both processes and their daemons,
+which other programs disturb less. Then, with the bigger snapshot, prints how much the sender and its daemon grow while
+one peer reads and while four read. Linux only.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ MIB = 1024 * 1024
 
 
 def specs(mebibytes: int) -> tuple[TensorSpec, ...]:
-    """One tensor of so many MiB."""
+    """Return the specs of one tensor of `mebibytes`."""
     return (TensorSpec("theta", (mebibytes * 256 * 1024,)),)
 
 
 async def start(directory: Path) -> Node:
-    """A node on loopback."""
+    """Start a node on loopback."""
     directory.mkdir(exist_ok=True)
     key_path = directory / "identity.key"
     settings = NodeSettings(directory=directory, listen=("/ip4/127.0.0.1/tcp/0",))
@@ -70,7 +70,7 @@ async def start(directory: Path) -> Node:
 
 
 async def serve(directory: Path, mebibytes: int) -> None:
-    """Ours: says PeerID, address and the snapshot's name, then serves until its input closes."""
+    """Run our sender: print PeerID, address and the snapshot's name, then serve until the input closes."""
     node = await start(directory)
     content = bytearray(os.urandom(MIB)) * mebibytes
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE)
@@ -83,7 +83,7 @@ async def serve(directory: Path, mebibytes: int) -> None:
         data = bytes(CHUNK_BYTES)
         for chunk in range(request.num_chunks):
             yield pb.PullReply(chunk=chunk, data=data)
-        await asyncio.sleep(2)  # the reader hangs up first, or the last bytes may be lost
+        await asyncio.sleep(2)  # let the reader hang up first: otherwise the last bytes may be lost
 
     await node._p2p.add_protobuf_handler(BARE, bare, pb.PullRequest, stream_output=True)
     print(node.identity.peer_id, (await node.addresses())[0], held.snapshot.sha256, flush=True)
@@ -92,7 +92,7 @@ async def serve(directory: Path, mebibytes: int) -> None:
 
 
 def hivemind_averager(mebibytes: int, peers: list[str]) -> tuple[Any, Any]:
-    """An averager of hivemind's that holds one tensor, and its DHT."""
+    """Return a hivemind averager that holds one tensor, and its DHT."""
     import hivemind
     import torch
 
@@ -103,7 +103,7 @@ def hivemind_averager(mebibytes: int, peers: list[str]) -> tuple[Any, Any]:
 
 
 def serve_averager(mebibytes: int) -> None:
-    """hivemind's: says its address, then serves until its input closes."""
+    """Run hivemind's sender: print its address, then serve until the input closes."""
     averager, dht = hivemind_averager(mebibytes, [])
     print(dht.get_visible_maddrs()[0], flush=True)
     sys.stdin.read()
@@ -112,7 +112,7 @@ def serve_averager(mebibytes: int) -> None:
 
 
 def load_averager(mebibytes: int, peer: str) -> None:
-    """Loads a state by hivemind for each line of its input, and says how many seconds that took."""
+    """Load a state by hivemind for each line of the input, and print how many seconds it took."""
     averager, dht = hivemind_averager(mebibytes, [peer])
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -128,7 +128,7 @@ def load_averager(mebibytes: int, peer: str) -> None:
 
 
 class Child:
-    """One of the processes above; it ends with this one."""
+    """Handle of one of the processes above, which ends with this one."""
 
     def __init__(self, arguments: list[str], stack: ExitStack) -> None:
         command = owned_process_args([sys.executable, __file__, *arguments])
@@ -144,7 +144,7 @@ class Child:
         self.process.stdin.close()
 
     def line(self, said: str = "") -> str:
-        """What it says next, after it was told `said`."""
+        """Send it `said`, and read its next line."""
         assert self.process.stdout is not None and self.process.stdin is not None
         if said:
             self.process.stdin.write(said + "\n")
@@ -152,18 +152,18 @@ class Child:
         return self.process.stdout.readline().strip()
 
     def family(self) -> list[psutil.Process]:
-        """It and what it started."""
+        """Return the process and those it started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
 
 def used_s(processes: list[psutil.Process]) -> float:
-    """Processor seconds of these so far; by the kernel's clock of each, which counts finer than `/proc`."""
+    """Return the processor seconds of these so far, by each one's kernel clock, which is finer than `/proc`."""
     return sum(time.clock_gettime((~process.pid << 3) | 2) for process in processes)
 
 
 def status_bytes(process: psutil.Process, key: str) -> int:
-    """A figure of `/proc/PID/status`."""
+    """Read a size from `/proc/PID/status`, in bytes."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -172,7 +172,7 @@ def status_bytes(process: psutil.Process, key: str) -> int:
 
 @dataclass
 class Receiver:
-    """Our end."""
+    """Receiver of our own snapshots."""
 
     node: Node
     peer: str
@@ -190,7 +190,7 @@ class Receiver:
         return cls(node, peer, manifest_untrusted(signed, RUN, pb.SNAPSHOT_KIND_STATE, specs(mebibytes)), calls)
 
     def room(self) -> Callable[[], Awaitable[None]]:
-        """Pulls the snapshot, into the same room each time."""
+        """Return a function that pulls the snapshot into the same memory each time."""
         held = empty_held(self.snapshot)
 
         async def pull() -> None:
@@ -202,7 +202,7 @@ class Receiver:
         return pull
 
     async def bare(self) -> None:
-        """The same bytes as a bare stream."""
+        """Pull the same bytes as a bare stream."""
         peer_id = hivemind_module("p2p.p2p_daemon_bindings.datastructures").PeerID.from_base58(self.peer)
         request, size = pb.PullRequest(num_chunks=self.snapshot.num_chunks), 0
         replies = await self.node._p2p.iterate_protobuf_handler(peer_id, BARE, request, pb.PullReply)
@@ -212,7 +212,7 @@ class Receiver:
 
 
 async def measure_speed(folder: Path, mebibytes: int, repeats: int, stack: ExitStack) -> None:
-    """All three ways, one after the other, and that again."""
+    """Measure all three ways in turn, repeatedly."""
     sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
     receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
     averager = Child(["--serve-averager", "--mebibytes", str(mebibytes)], stack)
@@ -246,14 +246,14 @@ async def measure_speed(folder: Path, mebibytes: int, repeats: int, stack: ExitS
 
 
 async def measure_memory(folder: Path, mebibytes: int, stack: ExitStack) -> None:
-    """How much the sender and its daemon grow while others read."""
+    """Measure how much the sender and its daemon grow while others read."""
     sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
     receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
     family = sender.family()
     before_bytes = [status_bytes(process, "VmRSS") for process in family]
     for number in (1, 4):
         for process in family:
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the peak
         await asyncio.gather(*(receiver.room()() for _ in range(number)))
         peaks = [status_bytes(process, "VmHWM") for process in family]
         grown = [(peak - before) / 1e6 for peak, before in zip(peaks, before_bytes, strict=True)]
@@ -263,7 +263,7 @@ async def measure_memory(folder: Path, mebibytes: int, stack: ExitStack) -> None
 
 
 async def measure(arguments: argparse.Namespace) -> None:
-    """Everything."""
+    """Measure speed, then memory."""
     with tempfile.TemporaryDirectory(prefix="st-") as folder, ExitStack() as stack:
         await measure_speed(Path(folder), arguments.mebibytes, arguments.repeats, stack)
     with tempfile.TemporaryDirectory(prefix="st-") as folder, ExitStack() as stack:
@@ -271,7 +271,7 @@ async def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Start the senders, measure here."""
+    """Start the senders, and measure here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mebibytes", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)

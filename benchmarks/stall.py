@@ -1,31 +1,31 @@
-"""How long do the trainers of a real swarm stand still, how fresh is what they merge, and how much travels?
+"""Measure the stall of a real swarm's trainers, the freshness of what they merge, and the traffic.
 
     python benchmarks/stall.py examples/stdlib-gpt.toml
     python benchmarks/stall.py examples/stdlib-gpt.toml --rtt 100 --link 10 --fail-pulls 5
     python benchmarks/stall.py examples/stdlib-gpt.toml --methods gossip --swarm 4x24 --swarm 16x24
 
 Starts `swarmtrain local`: a bootstrap and volunteers as real processes over real sockets, unequal (`--swarm`, the
-factor of each; `NxF` for N of factor F) and behind links of ours (`--link` in Mbit/s each way), and reads what their
-events tell. So that the factors hold, 1/F summed over the volunteers must leave something of the processor cores for
-their network threads and daemons; a volunteer whose factor did not hold is named. Methods, on equal tokens:
+factor of each; `NxF` for N of factor F) and behind emulated links (`--link` in Mbit/s each way), and reads their
+events. For the factors to hold, the sum of 1/F over the volunteers must leave some of the cores for their network
+threads and daemons; a volunteer whose factor did not hold is named. Methods, on equal tokens:
 
 - gossip: nobody waits (bars below);
 - diloco-paced: synchronous rounds with H_i by speed, in which all wait for the slowest link: the baseline.
 
-Of each volunteer, over its rounds after the first, which is a short one in which nobody has published yet:
+For each volunteer, over its rounds after the first, which is short and in which nobody has published yet:
 
 - stall: the sum of `stall_s` (the trainer not computing because of network or merge: measured around its two calls and
-  the merge) over the time by the clock, and the worst round's; `between` is what is in no round at all (telling of it);
+  the merge) over the time by the clock, and the worst round's; `between` is the time outside all rounds (reporting);
 - fresh: the share of rounds that merged a partner's pseudo-gradient, or a part of one, that had not been merged before;
 - bytes received a parameter, partner (of whom weights or pseudo-gradient were merged) and round. Counted is
   `bytes_received`: every message as it is serialised, so manifests, presence and progress records, greetings, and pulls
-  that came too late to be merged. What libp2p adds to a message is not in it;
-- what the volunteers' links carried, all told: libp2p's own talk, the DHT's records and the first weights included;
+  that came too late to be merged. It excludes what libp2p adds to a message;
+- all bytes on the volunteers' links, including libp2p's own traffic, DHT records and the first weights;
 - received and sent in a round. Sent includes the whole states that the bootstrap archives once in
   `network.archive_every_s`, and last weights.
 
-Bars: stall at most 1 % of the time of every volunteer (aim 0.1 %), fresh in 95 % of every one's rounds, 2.1 bytes with
-both formats int8.
+Bars, for every volunteer: stall at most 1 % of its time (aim 0.1 %), fresh in 95 % of its rounds, 2.1 bytes with both
+formats int8.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ END_S = 30.0
 
 @dataclass
 class Volunteer:
-    """What one has told."""
+    """Reports of one volunteer."""
 
     name: str
     factor: float
@@ -71,12 +71,12 @@ class Volunteer:
 
     @property
     def merged(self) -> list[RoundEvent]:
-        """The rounds after the first."""
+        """Rounds after the first."""
         return self.rounds[1:]
 
     @property
     def wall_s(self) -> float:
-        """Of these rounds, and what is between them."""
+        """Seconds of these rounds, and between them."""
         return self.rounds[-1].time - self.rounds[0].time
 
     @property
@@ -110,25 +110,25 @@ class Volunteer:
 
 @dataclass(frozen=True)
 class Result:
-    """Of a swarm."""
+    """Result of a swarm."""
 
     volunteers: list[Volunteer]
     num_parameters: int
     run_tokens: int
     held_out_loss: float
     wall_s: float
-    """From the first inner step to the last merge."""
+    """Seconds from the first inner step to the last merge."""
 
     @property
     def bytes_of_a_publication(self) -> float:
-        """A parameter, merged partner and round."""
+        """Bytes received per parameter, merged partner and round."""
         partners = sum(len(event.partners) for one in self.volunteers for event in one.merged)
         return (
             sum(one.received_bytes for one in self.volunteers) / (partners * self.num_parameters) if partners else 0.0
         )
 
     def a_round(self, bytes_of: str) -> float:
-        """Mean over the volunteers' rounds, bytes."""
+        """Return the mean over the volunteers' rounds, in bytes."""
         rounds = sum(len(one.merged) for one in self.volunteers)
         return float(sum(getattr(one, bytes_of) for one in self.volunteers) / rounds)
 
@@ -137,7 +137,7 @@ class Result:
 
 
 def factors_of(text: str) -> tuple[float, ...]:
-    """ "2,2.6,5.2" or "16x24"."""
+    """Parse factors such as "2,2.6,5.2" or "16x24"."""
     number, times, factor = text.partition("x")
     if times:
         return int(number) * (parse_slowdown(factor),)
@@ -145,7 +145,7 @@ def factors_of(text: str) -> tuple[float, ...]:
 
 
 def train(run: RunFile, factors: Sequence[float], links: Sequence[str], data: Path) -> Result:
-    """A swarm to its end."""
+    """Train a swarm to its end."""
     with tempfile.TemporaryDirectory(prefix="stall-") as folder:
         run_file = Path(folder) / "run.toml"
         run_file.write_text(tomli_w.dumps(run.model_dump(exclude_unset=True, exclude_none=True)))
@@ -177,7 +177,7 @@ def train(run: RunFile, factors: Sequence[float], links: Sequence[str], data: Pa
 
 
 def told_by(command: Sequence[str], errors: Path) -> Iterator[Event]:
-    """A command's events, to its end. It ends with this process."""
+    """Yield a command's events until it ends. It ends with this process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with errors.open("wb") as said:
         process = subprocess.Popen(
@@ -200,7 +200,7 @@ def told_by(command: Sequence[str], errors: Path) -> Iterator[Event]:
 
 
 def show(title: str, result: Result) -> None:
-    """A row for each volunteer."""
+    """Print a row for each volunteer."""
     print(f"\n{title}: {result.run_tokens:,} tokens in {result.wall_s:.1f} s, {result.held_out_loss:.4f} nats/byte")
     print(
         "volunteer     factor  rounds  seconds   stall  worst round  between  fresh  pulled  received/round  sent/round"
@@ -230,7 +230,7 @@ def show(title: str, result: Result) -> None:
 
 
 def judge(result: Result, is_int8: bool) -> None:
-    """Whether the bars hold."""
+    """Print whether the bars hold."""
     stall, fresh = max(one.stall for one in result.volunteers), min(one.fresh for one in result.volunteers)
     held = {True: "holds", False: "DOES NOT HOLD"}
     aim = "reached" if stall <= AIM_STALL else "not reached"

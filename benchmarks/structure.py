@@ -1,13 +1,13 @@
-"""Measures of the package's structure, by reading its source: nothing of it is imported or run; seconds.
+"""Measure the package's structure by reading its source, in seconds; nothing of it is imported or run.
 
     python benchmarks/structure.py                        # this checkout
     python benchmarks/structure.py --at 6d65395 --at HEAD # commits side by side, without a checkout of them
-    python benchmarks/structure.py --list                 # the places too, of the last column
+    python benchmarks/structure.py --list                 # also the places, of the last column
     python benchmarks/structure.py --json
 
-What each row counts stands in docs/results/structure.md, and here at the function that counts it. Three follow names:
-`PATHS`, `MARKERS` and `METHODS_LIVE_IN`. When the code they name is replaced, its successor is added there; until then
-the row says what it no longer finds.
+docs/results/structure.md says what each row counts, and so does the function here that counts it. `PATHS`, `MARKERS`
+and `METHODS_LIVE_IN` follow names: if the code they name is replaced, add its successor there; until then the row says
+what it no longer finds.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ PACKAGE, GENERATED = "swarmtrain/", "swarmtrain/v1/"
 TESTS = "tests/"
 
 METHODS = frozenset({"gossip", "diloco", "server"})
-"""The values of `merge.method`."""
+"""Values of `merge.method`."""
 METHODS_LIVE_IN = ("swarmtrain/methods/", "swarmtrain/methods.py")
-"""Where a method's own object may say its name."""
+"""Files in which a method's own object may say its name."""
 MERGES = frozenset({"Averaged", "Gathered", "Served", "Replaced"})
-"""The types of what a merge brings: asking which one it is, is asking for the method."""
+"""Types of a merge's result: to ask which one it is, is to ask for the method."""
 PROTOCOL = ("swarmtrain/protocol/", "swarmtrain/membership/")
+"""Folders of the decisions; the first that exists counts."""
 MOVED = re.compile("^membership/")
-"""What the protocol's folder was called before: paths below have its present name."""
-"""The decisions; the first that there is."""
+"""Former name of the protocol's folder: the paths below have its present name."""
 MOST_METHODS, MOST_FIELDS, MOST_LINES = 25, 10, 600
 
 MARKERS = {
@@ -50,7 +50,7 @@ MARKERS = {
     "stages, microbatches": ["routing:Router.choose", "router:Router.choose"],
     "stages, moves": ["balance:my_change"],
 }
-"""A protocol's deciding function, `module:name`, of which each that orchestrates it must make use."""
+"""Each protocol's deciding function, as `module:name`: whatever orchestrates the protocol must use it."""
 
 PATHS = {
     "pseudo-gradient, gossip": """
@@ -202,10 +202,11 @@ PATHS = {
         model/stages.py Stage.loss
     """,  # noqa: E501 - a step and its successors are one line
 }
-"""The functions that a payload is given to, and the types that hold it, in the order in which it passes them (not those
-that a call of theirs returns to, unless they give it on to one that is not listed); with a `+`,
-those of what goes with it: its manifest, signature and place. `A | B`: the first of them that there is, `B` with its
-file where that is another. A step that is left out shows: what stood around it is no longer joined by a name."""
+"""Functions that a payload is passed to, and types that hold it, in the order in which it passes them.
+
+Functions that a call returns to are left out, unless they pass it to a function that is not listed. A `+` marks steps
+of what accompanies the payload: its manifest, signature and place. `A | B` is the first that exists, `B` with its file
+if that differs. A missing step shows: its neighbours are no longer joined by a name."""
 
 
 # ---------------------------------------------------------------- the source
@@ -213,35 +214,35 @@ file where that is another. A step that is left out shows: what stood around it 
 
 @dataclass(frozen=True)
 class Module:
-    """One file."""
+    """Source file."""
 
     path: str
     text: str
 
     @functools.cached_property
     def tree(self) -> ast.Module:
-        """Parsed."""
+        """Syntax tree."""
         return ast.parse(self.text, self.path)
 
     @functools.cached_property
     def nodes(self) -> list[ast.AST]:
-        """All of it."""
+        """All nodes of the syntax tree."""
         return list(ast.walk(self.tree))
 
     @property
     def name(self) -> str:
-        """As it is imported."""
+        """Module name, as it is imported."""
         return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
     @property
     def folder(self) -> str:
-        """Of the package: "peer", "network"; "" at its top."""
+        """Folder within the package, such as "peer"; "" at its top."""
         parts = self.path.split("/")
         return parts[1] if len(parts) > 2 else ""
 
     @functools.cached_property
     def definitions(self) -> dict[str, ast.AST]:
-        """Functions and classes by their qualified names, inner ones too."""
+        """Functions and classes by qualified name, nested ones too."""
         found: dict[str, ast.AST] = {}
 
         def look(node: ast.AST, before: str) -> None:
@@ -257,7 +258,7 @@ class Module:
 
     @functools.cached_property
     def imported(self) -> dict[str, tuple[str, str]]:
-        """Local names of what is imported: (module, name there; "" for the module itself)."""
+        """Imports by local name: (module, name there; "" for the module itself)."""
         found = {}
         for node in self.nodes:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -271,13 +272,13 @@ class Module:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was found."""
+    """Place of a finding."""
 
     where: str
     what: str
 
     def order(self) -> tuple[str, int]:
-        """By file and line."""
+        """Sort key: file and line."""
         path, _, line = self.where.partition(":")
         return path, int(line or 0)
 
@@ -286,24 +287,24 @@ class Place:
 
 
 def place(module: Module, node: ast.AST, what: str = "") -> Place:
-    """Of a node, with its source unless something else is said."""
+    """Return the place of a node, with its source unless `what` is given."""
     text = what or " ".join((ast.get_source_segment(module.text, node) or "").split())
     return Place(f"{module.path}:{getattr(node, 'lineno', 0)}", text[:110])
 
 
 def is_counted(path: str) -> bool:
-    """Whether a file is the package's own, or a test."""
+    """Return whether a file is the package's own, or a test."""
     return path.startswith((PACKAGE, TESTS)) and path.endswith(".py") and not path.startswith(GENERATED)
 
 
 def of_folder(root: Path, folder: str = PACKAGE) -> list[Module]:
-    """The source that stands in a checkout."""
+    """Read the source of a folder of a checkout."""
     paths = sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("*.py"))
     return [Module(path, (root / path).read_text(encoding="utf-8")) for path in paths if is_counted(path)]
 
 
 def of_commit(root: Path, commit: str, folder: str = PACKAGE) -> list[Module]:
-    """The source of a commit."""
+    """Read the source of a folder of a commit."""
     done = subprocess.run(["git", "-C", root, "archive", commit, folder], capture_output=True, check=False)
     if done.returncode:
         sys.exit(f"structure.py: {commit} cannot be read: {done.stderr.decode().strip()}")
@@ -319,12 +320,12 @@ def of_commit(root: Path, commit: str, folder: str = PACKAGE) -> list[Module]:
 
 
 def num_lines(module: Module) -> int:
-    """As `wc -l` counts."""
+    """Count lines as `wc -l` does."""
     return module.text.count("\n")
 
 
 def num_code_lines(module: Module) -> int:
-    """Without blank lines and comments; docstrings count."""
+    """Count lines without blank lines and comments; docstrings count."""
     passed = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
@@ -339,16 +340,16 @@ def num_code_lines(module: Module) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """A function or a type."""
+    """Function or type on a path."""
 
     file: str
     name: str
     is_payload: bool = True
-    """It passes the payload itself, and not only what goes with it."""
+    """True if it passes the payload itself, not only what accompanies it."""
 
     @property
     def short(self) -> str:
-        """As others name it."""
+        """Name by which other code refers to it."""
         return self.name.split(".")[-1]
 
     def __str__(self) -> str:
@@ -357,28 +358,30 @@ class Step:
 
 @dataclass
 class Trip:
-    """What a payload passes."""
+    """Way of a payload through the code."""
 
     steps: list[Step] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """What the path names and the code has not."""
+    """Names of the path that the code does not have."""
     gaps: list[str] = field(default_factory=list)
-    """Steps of the payload that no name in the code joins: a callable in a field, a queue, the wire."""
+    """Steps of the payload not joined by a name in the code: a callable in a field, a queue, the wire."""
 
     @property
     def files(self) -> list[str]:
-        """In the order in which it comes to them."""
+        """Files in the order in which the payload reaches them."""
         return list(dict.fromkeys(step.file for step in self.steps))
 
     @property
     def payload_files(self) -> list[str]:
-        """Those that the payload itself comes to."""
+        """Files that the payload itself reaches."""
         return list(dict.fromkeys(step.file for step in self.steps if step.is_payload))
 
     @property
     def crossings(self) -> list[tuple[str, str]]:
-        """(to where, from what to what) each time that the payload goes from `network/` to `peer/` or back; what lies
-        in other folders between is passed over."""
+        """Crossings of the payload from `network/` to `peer/` or back, as (destination, step to step).
+
+        Steps in other folders are skipped.
+        """
         steps = [step for step in self.steps if step.is_payload and step.file.split("/")[0] in ("peer", "network")]
         sides = [step.file.split("/")[0] for step in steps]
         return [
@@ -389,14 +392,16 @@ class Trip:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """All names and attributes that are used inside."""
+    """Return all names and attributes used inside a node."""
     found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
     return found | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
 
 
 def follow(modules: Sequence[Module], path: str) -> Trip:
-    """A path of `PATHS` through this source. Two steps of the payload are joined where one names the other, or one that
-    came before names both."""
+    """Follow a path of `PATHS` through the source.
+
+    Two steps of the payload are joined if one names the other, or if an earlier step names both.
+    """
     by_path = {module.path.removeprefix(PACKAGE): module for module in modules}
     by_path |= {MOVED.sub("protocol/", file): module for file, module in by_path.items()}
     trip, passed = Trip(), list[tuple[Step, set[str]]]()
@@ -426,7 +431,7 @@ def follow(modules: Sequence[Module], path: str) -> Trip:
 
 
 def orchestrators(modules: Sequence[Module], markers: Sequence[str]) -> list[Place] | None:
-    """The classes, or functions outside of any, that use a protocol's deciding function; None where there is none."""
+    """Find classes and top-level functions that use a protocol's deciding function; None if no such function exists."""
     found, is_there = [], False
     for marker in markers:
         home, name = marker.split(":")
@@ -463,7 +468,7 @@ def orchestrators(modules: Sequence[Module], markers: Sequence[str]) -> list[Pla
 
 
 def method_constants(module: Module) -> set[str]:
-    """Names of the module's constants that are a method or several: `_SERVER = ("server",)`."""
+    """Return names of the module's constants that hold methods' names: `_SERVER = ("server",)`."""
     return {
         target.id
         for node in module.tree.body
@@ -474,7 +479,7 @@ def method_constants(module: Module) -> set[str]:
 
 
 def says_method(node: ast.AST, constants: set[str]) -> bool:
-    """Whether an expression is a method's name, or several of them."""
+    """Return whether an expression is one or several methods' names."""
     if isinstance(node, ast.Constant):
         return node.value in METHODS if isinstance(node.value, str) else False
     if isinstance(node, ast.Name):
@@ -487,13 +492,13 @@ def says_method(node: ast.AST, constants: set[str]) -> bool:
 
 
 def is_method_value(node: ast.AST) -> bool:
-    """Whether an expression holds a method's name, by its own: `run.merge.method`, `method`."""
+    """Return whether an expression holds a method's name, judged by its own name: `run.merge.method`, `method`."""
     name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
     return name == "method" or name.endswith("_method")
 
 
 def is_comparison(node: ast.AST, constants: set[str]) -> bool:
-    """`merge.method == "gossip"`, `method in ("diloco", "server")`."""
+    """Match `merge.method == "gossip"` and `method in ("diloco", "server")`."""
     if not isinstance(node, ast.Compare):
         return False
     sides = [node.left, *node.comparators]
@@ -501,7 +506,7 @@ def is_comparison(node: ast.AST, constants: set[str]) -> bool:
 
 
 def is_table(node: ast.AST, constants: set[str]) -> bool:
-    """A dict with an entry for each of several methods, or which says of several keys which methods have them."""
+    """Match a dict keyed by several methods, or that maps several keys to methods."""
     if not isinstance(node, ast.Dict):
         return False
 
@@ -515,7 +520,7 @@ def is_table(node: ast.AST, constants: set[str]) -> bool:
 
 
 def asks_for_type(node: ast.AST, types: frozenset[str]) -> bool:
-    """`isinstance(arrived, Averaged)`."""
+    """Match `isinstance(arrived, Averaged)`."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
         return False
     return len(node.args) == 2 and bool(names_in(node.args[1]) & types)
@@ -523,20 +528,20 @@ def asks_for_type(node: ast.AST, types: frozenset[str]) -> bool:
 
 @dataclass
 class MethodUse:
-    """Where code outside of a method's object asks which one it is."""
+    """Places outside a method's own object that ask which method it is."""
 
     comparisons: list[Place] = field(default_factory=list)
-    """With a string."""
+    """Comparisons with a string."""
     tables: list[Place] = field(default_factory=list)
-    """By its name."""
+    """Tables keyed by its name."""
     flags: list[Place] = field(default_factory=list)
     """Reads of a property that is such a comparison: `swarm.asynchronous`."""
     types: list[Place] = field(default_factory=list)
-    """By the type of what a merge brought."""
+    """Checks of the type of a merge's result."""
 
 
 def method_use(modules: Sequence[Module]) -> MethodUse:
-    """All that is there of each kind."""
+    """Find all uses of each kind."""
     found, flags = MethodUse(), set[str]()
     outside = [module for module in modules if not module.path.startswith(METHODS_LIVE_IN)]
     for module in outside:
@@ -572,7 +577,7 @@ def method_use(modules: Sequence[Module]) -> MethodUse:
 
 
 def imports_of(module: Module, known: set[str]) -> Iterator[tuple[str, str]]:
-    """(module, "running" or "type") of each import of ours; inside a function it runs too, only later."""
+    """Yield (module, "running" or "type") of each import of ours. An import inside a function runs too, only later."""
 
     def look(node: ast.AST, kind: str) -> Iterator[tuple[str, str]]:
         for child in ast.iter_child_nodes(node):
@@ -602,7 +607,7 @@ def imports_of(module: Module, known: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def circles(arrows: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
-    """The sets of modules that reach each other (Tarjan's strongly connected components of more than one)."""
+    """Find sets of modules that reach each other (Tarjan's strongly connected components of more than one)."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -631,7 +636,7 @@ def circles(arrows: Mapping[str, Iterable[str]]) -> list[tuple[str, ...]]:
 
 
 def cycles(modules: Sequence[Module]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[Place]]:
-    """(those of imports that run, those that only imports for types close, the pairs that import each other so)."""
+    """Find import cycles: (of running imports, closed only by imports for types, pairs of the latter)."""
     known = {module.name for module in modules}
     running: dict[str, set[str]] = defaultdict(set)
     both: dict[str, set[str]] = defaultdict(set)
@@ -661,19 +666,19 @@ def cycles(modules: Sequence[Module]) -> tuple[list[tuple[str, ...]], list[tuple
 
 @dataclass
 class Class:
-    """One class, as its source says."""
+    """Class, as its source says."""
 
     module: Module
     node: ast.ClassDef
 
     @property
     def name(self) -> str:
-        """Its own."""
+        """Name of the class."""
         return self.node.name
 
     @property
     def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-        """In its body: methods, properties, `__init__`; a property with a setter is two."""
+        """Functions in its body: methods, properties, `__init__`; a property with a setter counts twice."""
         return [each for each in self.node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
 
     @property
@@ -684,12 +689,12 @@ class Class:
         ]
 
     def dataclass_call(self) -> ast.expr | None:
-        """Its decorator."""
+        """Decorator that makes it a dataclass; None without one."""
         return next((each for each in self.node.decorator_list if "dataclass" in names_in(each)), None)
 
 
 class Classes:
-    """All of the package's."""
+    """All classes of the package."""
 
     def __init__(self, modules: Sequence[Module]) -> None:
         self.modules = modules
@@ -702,13 +707,13 @@ class Classes:
             self.by_name[each.name].append(each)
 
     def find(self, module: Module, name: str) -> Class | None:
-        """What `name` is in a module; None if it is no class of ours."""
+        """Find the class that `name` means in a module; None if it is not ours."""
         if (module.name, name) in self.by_place:
             return self.by_place[module.name, name]
         return self.by_place.get(module.imported.get(name, ("", "")))
 
     def bases(self, one: Class) -> list[Class]:
-        """Of ours, the nearest first."""
+        """Return its bases among our classes, the nearest first."""
         found: list[Class] = []
         for base in one.node.bases:
             of = base.value if isinstance(base, ast.Subscript) else base
@@ -718,11 +723,11 @@ class Classes:
         return found
 
     def base_names(self, one: Class) -> set[str]:
-        """Of all its bases, others' too."""
+        """Return the names of all its bases, including those of other packages."""
         return {name for each in [one, *self.bases(one)] for base in each.node.bases for name in names_in(base)}
 
     def is_record(self, one: Class) -> bool:
-        """Values and no behaviour that changes: a frozen dataclass, a NamedTuple, a pydantic model, no methods."""
+        """Return whether it is a record: a frozen dataclass, a NamedTuple, a pydantic model, or without methods."""
         call = one.dataclass_call()
         frozen = isinstance(call, ast.Call) and any(
             key.arg == "frozen" and isinstance(key.value, ast.Constant) and key.value.value is True
@@ -731,7 +736,7 @@ class Classes:
         return frozen or not one.functions or bool(self.base_names(one) & {"NamedTuple", "BaseModel", "TypedDict"})
 
     def constructor_fields(self, one: Class) -> int:
-        """What its constructor takes: `__init__`'s parameters, or a dataclass' fields with those it inherits."""
+        """Count what its constructor takes: parameters of `__init__`, or fields of a dataclass with inherited ones."""
         for each in [one, *self.bases(one)]:
             init = next((of for of in each.functions if of.name == "__init__"), None)
             if init is not None:
@@ -752,14 +757,14 @@ class Classes:
         return sum(names.values())
 
     def large(self) -> tuple[list[tuple[Class, int, int]], list[tuple[Class, int, int]]]:
-        """Classes over a limit with their methods and constructor's fields: those that do something, and records."""
+        """Find classes over a limit, with their methods and constructor fields: (behaviour, records)."""
         counted = [(each, len(each.functions), self.constructor_fields(each)) for each in self.all]
         over = [one for one in counted if one[1] > MOST_METHODS or one[2] > MOST_FIELDS]
         over.sort(key=lambda one: (-one[1], -one[2], one[0].name))
         return [one for one in over if not self.is_record(one[0])], [one for one in over if self.is_record(one[0])]
 
     def twice(self) -> dict[str, list[str]]:
-        """Public names of classes, not of inner ones, that stand in more than one module."""
+        """Find public names of top-level classes that occur in more than one module."""
         found: dict[str, list[str]] = defaultdict(list)
         for module in self.modules:
             for node in module.tree.body:
@@ -769,7 +774,7 @@ class Classes:
 
 
 def anys(modules: Iterable[Module]) -> list[Place]:
-    """Each use of typing's `Any`; its imports are none."""
+    """Find each use of typing's `Any`, imports excluded."""
     return [
         place(module, node, "Any")
         for module in modules
@@ -783,7 +788,7 @@ def anys(modules: Iterable[Module]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Declared:
-    """An attribute of a class: what is said of it, and what it is set to where nothing is."""
+    """Attribute of a class: its annotation, or else the value that it is set to."""
 
     owner: Class
     annotation: ast.expr | None
@@ -791,14 +796,14 @@ class Declared:
 
 
 class Types:
-    """A guess of what an expression is, from annotations and constructors: a class of ours, "other", or None."""
+    """Type guesses from annotations and constructors: a class of ours, "other", or None."""
 
     def __init__(self, classes: Classes) -> None:
         self.classes = classes
         self.declared: dict[str, list[Declared]] = defaultdict(list)
-        """By attribute."""
+        """Declarations by attribute."""
         self.returns: dict[str, list[tuple[Module, ast.expr | None]]] = defaultdict(list)
-        """By function."""
+        """Return annotations by function."""
         for one in classes.all:
             for of in one.fields:
                 assert isinstance(of.target, ast.Name)
@@ -820,7 +825,7 @@ class Types:
                     self.returns[name.split(".")[-1]].append((module, node.returns))
 
     def of_annotation(self, module: Module, annotation: ast.expr | None) -> Class | str | None:
-        """What an annotation says."""
+        """Return the type that an annotation names."""
         if annotation is None:
             return None
         found = [self.classes.find(module, name) for name in sorted(names_in(annotation))]
@@ -830,7 +835,7 @@ class Types:
         return None if ours or "Any" in names_in(annotation) else "other"
 
     def of(self, module: Module, node: ast.expr, inside: ast.ClassDef | None, local: Mapping[str, Any]) -> Any:
-        """What an expression is."""
+        """Guess the type of an expression."""
         if isinstance(node, ast.Name):
             if node.id in local:
                 return local[node.id]
@@ -862,7 +867,7 @@ class Types:
         return None
 
     def options(self, owner: Class | str | None, attribute: str) -> list[Declared]:
-        """Who may be meant by an attribute of `owner`."""
+        """Return the declarations that an attribute of `owner` may mean."""
         options = self.declared.get(attribute, [])
         if isinstance(owner, Class):
             family = [owner, *self.classes.bases(owner)]
@@ -875,17 +880,17 @@ class Types:
 
 
 def is_self(node: ast.AST) -> bool:
-    """`self`, `cls`."""
+    """Match `self` and `cls`."""
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
 def arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    """All but `*args`."""
+    """Return all arguments but `*args` and `**kwargs`."""
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
 
 
 def targets_of(node: ast.AST) -> Iterator[tuple[ast.Attribute, ast.expr | None]]:
-    """The attributes that a statement assigns, each with its value where it has one of its own."""
+    """Yield the attributes that a statement assigns, each with its own value, if it has one."""
     if isinstance(node, ast.Assign):
         pairs = [(target, node.value) for target in node.targets]
     elif isinstance(node, ast.AnnAssign | ast.AugAssign):
@@ -904,23 +909,23 @@ def targets_of(node: ast.AST) -> Iterator[tuple[ast.Attribute, ast.expr | None]]
 
 @dataclass
 class FromOutside:
-    """Assignments `other.attribute = …`, in which `other` is not `self` and is an object of ours."""
+    """Assignments `other.attribute = …` where `other` is not `self` and is an object of ours."""
 
     near: list[Place] = field(default_factory=list)
-    """Where its class stands in the same module."""
+    """Assignments to objects whose class is in the same module."""
     far: list[Place] = field(default_factory=list)
-    """Where it stands in another."""
+    """Assignments to objects whose class is in another module."""
     wiring: list[Place] = field(default_factory=list)
-    """Of these, where a collaborator or a callable is put in."""
+    """Assignments among these of a collaborator or a callable."""
 
 
 def set_from_outside(modules: Sequence[Module], classes: Classes) -> FromOutside:
-    """All that is there.
+    """Find all such assignments.
 
-    `other` is taken for ours where annotations or a constructor say so, and where they say nothing but a class of ours
-    has such an attribute; protobuf messages, tensors and others' objects are known by their annotations and modules.
-    What is put in is a collaborator or a callable where it is a lambda or a bound method, or where the attribute is
-    declared as a callable, or as a class of ours that is no record. The rest is state.
+    `other` counts as ours if annotations or a constructor say so, or if they say nothing but a class of ours has such
+    an attribute. Protobuf messages, tensors and objects of other packages are recognised by annotations and modules. A
+    value counts as wiring if it is a lambda or a bound method, or if the attribute is declared as a callable or as a
+    class of ours that is no record; everything else is state.
     """
     types, found = Types(classes), FromOutside()
     for module in modules:
@@ -949,7 +954,7 @@ def set_from_outside(modules: Sequence[Module], classes: Classes) -> FromOutside
 def functions_of(
     tree: ast.AST, inside: ast.ClassDef | None = None
 ) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, ast.ClassDef | None]]:
-    """Every function with the class that it is in."""
+    """Yield every function with the class that it is in."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child, inside
@@ -959,7 +964,7 @@ def functions_of(
 
 
 def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
-    """What is in a function and in none inside it."""
+    """Yield the nodes of a function without those of nested functions."""
     left = deque(ast.iter_child_nodes(function))
     while left:
         node = left.popleft()
@@ -971,7 +976,7 @@ def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
 def local_types(
     types: Types, module: Module, function: ast.FunctionDef | ast.AsyncFunctionDef, inside: ast.ClassDef | None
 ) -> dict[str, Any]:
-    """Of parameters by their annotations, of names by what is assigned to them."""
+    """Guess types of parameters by annotation, and of names by assignment."""
     local: dict[str, Any] = {each.arg: types.of_annotation(module, each.annotation) for each in arguments_of(function)}
     for node in own_nodes(function):
         pairs: list[tuple[ast.expr, ast.expr]] = []
@@ -995,7 +1000,7 @@ def local_types(
 def is_wiring(
     classes: Classes, inside: ast.ClassDef | None, value: ast.expr | None, options: Sequence[Declared]
 ) -> bool:
-    """Whether a collaborator or a callable is put in, and not a value."""
+    """Return whether an assignment sets a collaborator or a callable, not a value."""
     if isinstance(value, ast.Lambda):
         return True
     if isinstance(value, ast.Attribute) and is_self(value.value) and inside is not None:
@@ -1007,7 +1012,7 @@ def is_wiring(
 
 
 def is_collaborator(classes: Classes, declared: Declared) -> bool:
-    """A callable, or an object of ours that is no record; in a collection too."""
+    """Return whether it is a callable or an object of ours that is no record, also in a collection."""
     assert declared.annotation is not None
     names = names_in(declared.annotation)
     known = [classes.find(declared.owner.module, name) for name in names]
@@ -1055,7 +1060,7 @@ def without_strings(tree: ast.AST) -> str:
 
 @dataclass
 class Row:
-    """One measure: its value, and where it comes from."""
+    """Measure: its value, and the places it comes from."""
 
     name: str
     value: str
@@ -1063,7 +1068,7 @@ class Row:
 
 
 def measure(modules: Sequence[Module]) -> list[Row]:
-    """All of them."""
+    """Compute all measures."""
     rows = [
         Row("lines of the package", f"{sum(map(num_lines, modules)):,}"),
         Row("of them no blank line and no comment", f"{sum(map(num_code_lines, modules)):,}"),
@@ -1134,13 +1139,13 @@ def measure(modules: Sequence[Module]) -> list[Row]:
 
 
 def quoted(tests: Iterable[Module]) -> Row:
-    """The row of what tests quote."""
+    """Return the row of assertions that quote text."""
     found = quotes(tests)
     return Row("assertions of tests that quote what a person is told", str(len(found)), [str(each) for each in found])
 
 
 def as_table(columns: Mapping[str, Sequence[Row]]) -> str:
-    """Markdown."""
+    """Format the measures as a Markdown table."""
     first = next(iter(columns.values()))
     lines = [f"| | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for index, row in enumerate(first):
@@ -1149,7 +1154,7 @@ def as_table(columns: Mapping[str, Sequence[Row]]) -> str:
 
 
 def as_list(rows: Iterable[Row]) -> str:
-    """The places of each row."""
+    """List the places of each row."""
     return "\n".join(
         f"\n{row.name}: {row.value}\n" + "\n".join(f"  {at}" for at in row.places) for row in rows if row.places
     )

@@ -1,9 +1,9 @@
-"""How long the event loop stands still while it reads the largest messages that another peer may send.
+"""Measure how long the event loop is blocked by the largest messages that another peer may send.
 
     .venv/bin/python benchmarks/untrusted_parsers.py
 
-Each is made as a hostile peer would make it, signed with its own key, and read three times; the longest counts, in
-processor time, since others may want the processor too.
+Each message is made as a hostile peer would make it, signed with its own key, and read three times. The longest time
+counts, in processor time, which other programs do not stretch.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ MOST_BYTES = 2 * 1024 * 1024 - 8192
 
 
 def ids(number: int, salt: int) -> list[bytes]:
-    """Bytes of PeerIDs that nobody has met."""
+    """Return bytes of unknown PeerIDs."""
     return [b"\x00\x24\x08\x01\x12\x20" + hashlib.sha256(b"%d %d" % (salt, each)).digest() for each in range(number)]
 
 
 def state(fill: Callable[[pb.Manifest], None], specs: Any = None) -> pb.Signed:
-    """A hostile peer's manifest of a state."""
+    """Return a hostile peer's manifest of a state."""
     table = state_specs(SPECS) if specs is None else specs
     manifest = pb.Manifest(run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_STATE, round=3)
     body = Body([bytes(sum(spec.size_bytes for spec in table))])
@@ -65,13 +65,13 @@ def state(fill: Callable[[pb.Manifest], None], specs: Any = None) -> pb.Signed:
 
 
 def fetcher() -> StateFetcher:
-    """What reads states."""
+    """Return the fetcher that reads states."""
     settings: Any = SimpleNamespace(run_sha256=RUN, specs=SPECS, state_specs=state_specs(SPECS))
     return StateFetcher(SimpleNamespace(), SnapshotStore(), settings, lambda peer, error: None)  # type: ignore[arg-type]
 
 
 def token_rows(number: int, salt: int) -> pb.Signed:
-    """A state with so many rows of tokens."""
+    """Return a state with `number` rows of tokens."""
 
     def fill(manifest: pb.Manifest) -> None:
         for peer in ids(number, salt):
@@ -129,7 +129,7 @@ def roster(number: int, salt: int) -> pb.Signed:
 
 
 def presences(salt: int) -> Any:
-    """All that a greeting may name."""
+    """Return all presences that a greeting may name."""
     address = "/ip6/2001:db8:1234:5678:9abc:def0:1234:5678/tcp/31337"
     found = []
     for _ in range(64):
@@ -145,7 +145,7 @@ def read_presences(message: Any) -> None:
 
 
 def bucket(salt: int) -> Any:
-    """A bucket of the DHT that is full, of records as large as may be: (key, subkey, value, expiry) of each."""
+    """Return a full bucket of the DHT, of the largest allowed records: (key, subkey, value, expiry) of each."""
     key, found, expiry_s = hashed_key(bucket_key(bytes.fromhex(RUN), PRESENCE, "")), [], swarm_time() + 30
     for _ in range(MAX_BUCKET_RECORDS):
         identity = new_identity()
@@ -157,14 +157,14 @@ def bucket(salt: int) -> Any:
 
 
 def read_bucket(message: Any) -> None:
-    """As a node does that stores it."""
+    """Read a bucket as a node that stores it does."""
     rules = RecordRules(EVE)
     for item in message.found:
         rules.check_untrusted(*item)
 
 
 def settlement(salt: int) -> stages.StageQuestion:
-    """Of as many microbatches as a question may name."""
+    """Return a question that settles as many microbatches as it may name."""
     keys = [stages.MicrobatchKey(sequence=number, attempt=0, loss=1.0) for number in range(4096)]
     return stages.StageQuestion(
         kind=stages.STAGE_KIND_SETTLE, settlement=stages.Settlement(acknowledged=keys, oldest_open=1)
@@ -172,7 +172,7 @@ def settlement(salt: int) -> stages.StageQuestion:
 
 
 def settle(question: stages.StageQuestion) -> None:
-    """As a stage's peer does."""
+    """Read the question as a stage's peer does."""
     ledger = StageLedger(LedgerLimits(batch_tokens=1000))
     said = question.settlement
     keys = tuple(Acknowledged(Key("eve", key.sequence, key.attempt), key.loss) for key in said.acknowledged)

@@ -1,13 +1,13 @@
-"""What does a flood of Watch clients cost the trainer?
+"""Measure what a flood of Watch clients costs the trainer.
 
     python benchmarks/watch_flood.py
     python benchmarks/watch_flood.py --blocks 50 --retry-s 0.2
 
-A trainer takes inner steps of a real model in the main thread, as a volunteer does, with a status board of fifty peers
-and a full loss curve, and a control server. Blocks alternate: nobody asks; then 32 clients watch, and 200 more want
-to, are refused, and ask again after `--retry-s`. A step's time is taken less what it waited for a processor (Linux:
-schedstat), so that neighbours on the same machine do not count, but waits for Python's lock do; what the server's own
-threads took of a processor is told beside it. Together they are what the flood costs.
+A trainer takes inner steps of a real model in the main thread, as a volunteer does, beside a status board of fifty
+peers with a full loss curve, and a control server. Blocks alternate: no clients; then 32 clients watch, and 200 more
+are refused and ask again after `--retry-s`. A step's time excludes its waits for a processor (Linux: schedstat), so
+that other programs do not count but waits for Python's lock do. The processor time of the server's threads is printed
+beside it; together they are the cost of the flood.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Trainer:
-    """Inner steps of the example's model, over made-up tokens."""
+    """Trainer that takes inner steps of the example's model, over made-up tokens."""
 
     def __init__(self) -> None:
         run = load_run(ROOT / "examples" / "stdlib-gpt.toml")
@@ -52,7 +52,7 @@ class Trainer:
         self.num_steps = 0
 
     def step(self) -> None:
-        """One inner step."""
+        """Take one inner step."""
         loss = self.model.loss(self.batch)
         loss.backward()
         float(loss.detach())
@@ -60,7 +60,7 @@ class Trainer:
         self.num_steps += 1
 
     def steps_for(self, seconds: float) -> list[float]:
-        """Step after step; how long each took, in seconds, less what it waited for a processor."""
+        """Take steps for `seconds`; return each one's seconds, without its waits for a processor."""
         times, ends_s = [], time.monotonic() + seconds
         while time.monotonic() < ends_s:
             before_s = _time_less_queueing_s()
@@ -70,12 +70,12 @@ class Trainer:
 
 
 def _time_less_queueing_s() -> float:
-    """A clock that stands still while this thread could run and has no processor."""
+    """Read a clock that stops while this thread is ready but has no processor."""
     return time.monotonic() - int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def board_of(trainer: Trainer) -> StatusBoard:
-    """A board in the middle of a run of fifty peers."""
+    """Return a board in the middle of a run of fifty peers."""
     board = StatusBoard("volunteer", time.time())
     peers = [f"12D3KooW{number:044d}" for number in range(NUM_PEERS)]
     board.take(StartedEvent(inner_steps_per_round=64, num_parameters=10**6, total_tokens=10**9, startup_s=1.0))
@@ -103,7 +103,7 @@ def board_of(trainer: Trainer) -> StatusBoard:
 
 
 def main() -> None:
-    """Alternate, and print the ratio."""
+    """Alternate blocks, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     parser.add_argument("--block-s", type=float, default=4.0)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
-    """Blocks without and with the flood, in turn."""
+    """Measure blocks without and with the flood, in turn."""
     trainer.steps_for(2.0)
     command = [sys.executable, __file__, "--flood", address, "--retry-s", str(given.retry_s)]
     pipe = subprocess.PIPE
@@ -167,12 +167,12 @@ def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
 
 
 def _others_s() -> float:
-    """Processor time of this process's threads but this one."""
+    """Return the processor time of this process's other threads."""
     return time.process_time() - time.thread_time()
 
 
 class Flood:
-    """The clients: those who watch, and those who are refused."""
+    """Clients: those that watch, and those that are refused."""
 
     def __init__(self, address: str, retry_s: float) -> None:
         self.address, self.retry_s = address, retry_s
@@ -180,7 +180,7 @@ class Flood:
         self.all_told = asyncio.Event()
 
     async def watch(self) -> None:
-        """One that watches."""
+        """Watch, as one client."""
         async with grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             async for _ in pb_grpc.ControlStub(channel).Watch(pb.WatchRequest()):
                 self.num_told += 1
@@ -188,7 +188,7 @@ class Flood:
                     self.all_told.set()
 
     async def knock(self) -> None:
-        """One that is refused, again and again."""
+        """Ask again and again, as a client that is refused."""
         async with grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             while True:
                 try:
@@ -201,7 +201,7 @@ class Flood:
                 await asyncio.sleep(self.retry_s)
 
     async def obey(self) -> None:
-        """Come and go as standard input says."""
+        """Start and stop the clients as standard input says."""
         loop, tasks = asyncio.get_running_loop(), []
         while (word := (await loop.run_in_executor(None, sys.stdin.readline)).strip()) != "end":
             if word == "on":

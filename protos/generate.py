@@ -1,7 +1,7 @@
 """Generate `swarmtrain/v1/*_pb2.py` and `.pyi` (and `_pb2_grpc.py` where a service is declared) from the protos.
 
-Run it by `make protos`, which has the right protoc. It also writes `swarmtrain/v1/SHA256SUMS`, the digests of
-what was read and of what was written: a test compares them, so an edited proto cannot be committed with old code.
+Run it by `make protos`, which installs the right protoc. It also writes `swarmtrain/v1/SHA256SUMS`, the digests of its
+inputs and outputs: a test compares them, so that an edited proto cannot be committed with old code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PACKAGE = Path("swarmtrain/v1")
 
 
 def sums(root: Path) -> str:
-    """Digests of every proto and of every generated file, in the format of `sha256sum`."""
+    """Return digests of every proto and of every generated file, in the format of `sha256sum`."""
     generated = [path for path in (root / PACKAGE).glob("*_pb2*") if path.suffix in (".py", ".pyi")]
     sources = (root / "protos" / PACKAGE).glob("*.proto")
     names = sorted(path.relative_to(root).as_posix() for path in [*sources, *generated])

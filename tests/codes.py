@@ -1,4 +1,4 @@
-"""Errors by their codes: tests compare those, and leave the sentences free to change."""
+"""Assertions on error codes: tests compare codes, so that sentences may change."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def raises_code(
 
 
 def codes_of(error: SwarmtrainError) -> list[str]:
-    """The code of each problem that an error has."""
+    """Return the code of each problem of an error."""
     return [problem.code for problem in error.problems]
 
 
 def codes_in(text: str) -> list[str]:
-    """The codes in what was printed: in brackets at the ends of lines."""
+    """Return the codes in printed text: in brackets at the ends of lines."""
     return re.findall(r" \[([a-z0-9-]+)\]$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What holds for every test: it computes in one thread, as do the processes that it starts, and hang-ups end those."""
+"""Settings of every test: tests and the processes that they start compute in one thread, and SIGHUP ends processes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 
 from hypothesis import settings
 
-# Before torch is imported. The tensors of the tests are small: two threads wait for each other in a loop most of the
-# time, and where something else runs on the same cores they wait for it too.
+# Before torch is imported. The tests' tensors are small: two threads would mostly spin waiting for each other, and for
+# whatever else runs on the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Started under nohup, or by something else that ignores a hang-up, the processes of the tests would inherit that. One

@@ -1,4 +1,4 @@
-"""Which TCP connections there are on this machine."""
+"""TCP connections on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ESTABLISHED = "01"
 
 
 def connected_ports() -> list[tuple[int, int]]:
-    """(this end's port, the other's) of each end of an IPv4 connection."""
+    """List (own port, remote port) for each end of an IPv4 connection."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [(_port(row[1]), _port(row[2])) for row in rows if row[3] == _ESTABLISHED]
 
@@ -19,6 +19,6 @@ def _port(address: str) -> int:
 
 
 def between(ports: Iterable[int]) -> list[tuple[int, int]]:
-    """Connections whose both ends are among `ports`."""
+    """List connections with both ends among `ports`."""
     ports = set(ports)
     return [pair for pair in connected_ports() if ports.issuperset(pair)]

@@ -1,4 +1,4 @@
-"""Docker for the tests: commands, compose projects of their own, and waiting for them."""
+"""Docker for the tests: commands, separate compose projects, and waiting for them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any
 
 import pytest
 
-__all__ = ["IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
+__all__ = ["BUILD_S", "IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
 
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
+BUILD_S = 1200.0
+"""Time limit for building an image with torch on a slow link; two minutes on a quick one."""
+_COMMAND_S = 120.0
+"""Time limit for other commands, which take a second unless the machine is busy."""
+_LOOK_EVERY_S = 1.0
+"""Seconds between checks: each starts several interpreters in containers."""
 _SETTINGS = {"SWARMTRAIN_IMAGE": IMAGE, "SWARMTRAIN_PORT": "0", "PROMETHEUS_PORT": "0"}
 
 
-def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **settings: str) -> str:
-    """What a docker command writes, to which `given` is read; AssertionError with its error output when it fails."""
+def docker(*arguments: str, limit_s: float = _COMMAND_S, given: str | None = None, **settings: str) -> str:
+    """Run a docker command with input `given`; returns its output. AssertionError with its error output if it fails."""
     done = subprocess.run(
         ["docker", *arguments],
         cwd=ROOT,
@@ -36,76 +42,76 @@ def docker(*arguments: str, limit_s: float = 120.0, given: str | None = None, **
 
 
 def docker_logs(container: str) -> str:
-    """All that a container has written to both of its outputs."""
+    """Return all that a container has written to standard output and error."""
     done = subprocess.run(
-        ["docker", "logs", container], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120.0
+        ["docker", "logs", container], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_COMMAND_S
     )
     return done.stdout
 
 
 def build() -> None:
-    """The image of the code that is tested."""
-    docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=1200.0)
+    """Build the image of the code under test."""
+    docker("build", "--quiet", "--tag", IMAGE, ".", limit_s=BUILD_S)
 
 
 def status(container: str) -> dict[str, Any]:
-    """What `swarmtrain status --json` says there."""
+    """Return what `swarmtrain status --json` says in a container."""
     told: dict[str, Any] = json.loads(docker("exec", container, "swarmtrain", "status", "--json"))
     return told
 
 
 @dataclass
 class Project:
-    """A compose project."""
+    """Compose project."""
 
     files: tuple[str, ...] = ("compose.yaml",)
     settings: dict[str, str] = field(default_factory=dict)
     name: str = f"swarmtrain-test-{os.getpid()}"
 
     def compose(self, *arguments: str, limit_s: float = 180.0) -> str:
-        """What a compose command writes."""
+        """Run a compose command; returns its output."""
         files = [f"--file={name}" for name in self.files]
         return docker("compose", f"--project-name={self.name}", *files, *arguments, limit_s=limit_s, **self.settings)
 
     def up(self, *arguments: str) -> None:
-        """Start it, and wait until everybody is healthy."""
+        """Start it, and wait until all containers are healthy."""
         self.compose("up", "--detach", "--no-build", *arguments, "--wait", "--wait-timeout", "150")
 
     def down(self, timeout_s: int = 5) -> None:
-        """With everything that it kept."""
+        """Remove it with all its data."""
         self.compose("down", "--volumes", "--timeout", str(timeout_s))
 
     def containers(self) -> dict[str, dict[str, str]]:
-        """By name, what compose says of each."""
+        """Map each container's name to what compose says of it."""
         rows = [json.loads(line) for line in self.compose("ps", "--all", "--format", "json").splitlines()]
         return {row["Name"]: row for row in rows}
 
     def of_service(self, service: str) -> list[str]:
-        """The names of its containers."""
+        """List the containers of a service."""
         return sorted(name for name, row in self.containers().items() if row["Service"] == service)
 
     def num_healthy(self) -> int:
-        """Containers whose health check says so."""
+        """Count the healthy containers."""
         return sum(row["Health"] == "healthy" for row in self.containers().values())
 
     def leftovers(self) -> list[str]:
-        """What there is of it."""
+        """List what is left of it."""
         label = f"label=com.docker.compose.project={self.name}"
         kinds = (("ps", "--all"), ("volume", "ls"), ("network", "ls"))
         return [line for kind in kinds for line in docker(*kind, "--quiet", "--filter", label).split()]
 
     def wait_until(self, holds: Callable[[], bool], what: str, limit_s: float) -> float:
-        """Seconds until it does; fails with the logs when it does not in time."""
+        """Wait until `holds`; returns the seconds it took. Fails with the logs if it takes too long."""
         began_s = time.monotonic()
         while not holds():
             if time.monotonic() - began_s > limit_s:
                 logs = self.compose("logs", "--tail", "30")[-6000:]
                 pytest.fail(f"not in {limit_s:g} s: {what}\n{self.health()}\n{logs}\n{self.told()}")
-            time.sleep(1.0)
+            time.sleep(_LOOK_EVERY_S)
         return time.monotonic() - began_s
 
     def health(self) -> str:
-        """What each one's state is, and what its last health checks found, a line for each."""
+        """Describe each container's state and last health checks, one line each."""
         lines = []
         for name in self.containers():
             state = json.loads(docker("inspect", "--format", "{{json .State}}", name))
@@ -116,10 +122,10 @@ class Project:
         return "\n".join(lines)
 
     def told(self) -> str:
-        """The ends of the log files of those that run, for whoever reads why a test failed."""
+        """Return the ends of the running containers' logs, for the message of a failed test."""
         ends = []
         for name in (name for name, row in self.containers().items() if row["State"] == "running"):
             show = ["docker", "exec", name, "sh", "-c", "tail -n 40 /data/swarmtrain/*/peer.log"]
-            done = subprocess.run(show, capture_output=True, text=True, timeout=60.0)
+            done = subprocess.run(show, capture_output=True, text=True, timeout=_COMMAND_S)
             ends.append(f"{name}:\n{done.stdout[-4000:]}")
         return "\n".join(ends)

@@ -1,4 +1,4 @@
-"""The package's own modules, read, parsed and walked once for all tests that look at them."""
+"""Modules of the package, read, parsed and walked once for all tests that inspect them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = ROOT / "swarmtrain"
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """The text of each module by its path below the root; not of those that are generated."""
+    """Map each module's path below the root to its text, without generated modules."""
     return {
         path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -22,11 +22,11 @@ def sources() -> dict[str, str]:
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Each of them, parsed by whoever tests it first: every process that shares out the tests collects the tests."""
+    """Map each module's path to its syntax tree. Parsed on first use, since every test process collects all tests."""
     return {name: ast.parse(text) for name, text in sources().items()}
 
 
 @functools.cache
 def nodes() -> list[tuple[str, ast.AST]]:
-    """Everything in them, as (module, node)."""
+    """List all syntax nodes, as (module, node)."""
     return [(name, node) for name, tree in modules().items() for node in ast.walk(tree)]

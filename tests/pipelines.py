@@ -1,6 +1,6 @@
-"""Thousands of schedules of each kind of fault in a pipeline.
+"""Play thousands of schedules of each kind of fault in a pipeline.
 
-PYTHONPATH=tests python tests/pipelines.py 10000    # so many of each kind
+PYTHONPATH=tests python tests/pipelines.py 10000    # schedules of each kind
 """
 
 from __future__ import annotations

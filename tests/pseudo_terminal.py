@@ -1,4 +1,4 @@
-"""A command in a terminal of its own: what stands on its screen, the keys pressed, how it ends."""
+"""Command in its own pseudo-terminal: its screen, key presses, and how it ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT_S = 60.0
 
 
 class PseudoTerminal:
-    """Runs a command in a terminal of `columns` by `lines`; a context manager that kills what is left of it."""
+    """Command in a terminal of `columns` by `lines`; a context manager that kills what is left of it."""
 
     def __init__(
         self, command: Sequence[str], *, columns: int = 80, lines: int = 24, environment: Mapping[str, str]
@@ -40,7 +40,7 @@ class PseudoTerminal:
             env={**own, "TERM": environment.get("TERM", "xterm-256color")},
             start_new_session=True,
         )
-        self._slave = slave  # kept open: what was written last can be read when the command has ended
+        self._slave = slave  # kept open, so that the last output can be read after the command has ended
         self._reader = threading.Thread(target=self._read, name="terminal", daemon=True)
         self._reader.start()
 
@@ -65,7 +65,7 @@ class PseudoTerminal:
         with self._news:
             self.screen.resize(lines, columns)
         self._set_size(columns, lines)
-        os.kill(self.process.pid, 28)  # SIGWINCH: the terminal is not its controlling one
+        os.kill(self.process.pid, 28)  # SIGWINCH, which the kernel does not send: it is not the controlling terminal
 
     def _read(self) -> None:
         while True:
@@ -81,20 +81,20 @@ class PseudoTerminal:
                 self._news.notify_all()
 
     def press(self, keys: bytes) -> None:
-        """Type."""
+        """Type keys."""
         os.write(self._master, keys)
 
     def lines(self) -> list[str]:
-        """What stands on the screen, without the blanks at the ends."""
+        """Return the lines of the screen, without trailing blanks."""
         with self._news:
             return [line.rstrip() for line in self.screen.display]
 
     def text(self) -> str:
-        """The screen as one text, a line wrapped by the program or the terminal not made whole again."""
+        """Return the screen as one text; wrapped lines stay wrapped."""
         return "\n".join(self.lines())
 
     def wait_for(self, condition: Callable[[str], object], what: str) -> str:
-        """The screen, once `condition` holds for it."""
+        """Wait until `condition` holds for the screen; returns the screen."""
         give_up_s = time.monotonic() + LIMIT_S
         while True:
             text = self.text()
@@ -107,13 +107,13 @@ class PseudoTerminal:
                 self._news.wait(0.1)
 
     def wait_text(self, expected: str) -> str:
-        """The screen, once it has `expected`."""
+        """Wait until the screen has `expected`; returns the screen."""
         return self.wait_for(lambda text: expected in text, repr(expected))
 
     def wait(self) -> int:
-        """The exit code."""
+        """Wait for the end; returns the exit code."""
         return self.process.wait(LIMIT_S)
 
     def modes_now(self) -> list[object]:
-        """The terminal's modes."""
+        """Return the terminal's modes."""
         return termios.tcgetattr(self._slave)

@@ -1,4 +1,4 @@
-"""A pull's stream without a network: the replies of whoever serves it, one after the other."""
+"""Stream of a pull without a network: the sender's replies, one after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 
 
 class Replies:
-    """Stands in for a `PullStream` over what `SnapshotStore.serve` gives."""
+    """Fake `PullStream` over the replies of `SnapshotStore.serve`."""
 
     def __init__(self, replies: Any) -> None:
         self._replies = replies
@@ -20,12 +20,12 @@ class Replies:
         return reply
 
     async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
-        """The next one's chunk."""
+        """Take the chunk of the next reply."""
         put_untrusted(await self.__anext__(), chunks.start, room_of(chunks.start))
         came(chunks.start)
 
     async def count(self, size_bytes: int) -> None:
-        """Nobody counts."""
+        """Count nothing."""
 
     async def aclose(self) -> None:
         """Hang up."""

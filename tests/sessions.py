@@ -9,7 +9,7 @@ __all__ = ["train_round"]
 
 
 def train_round(loop: InnerLoop, session: Session) -> None:
-    """One round, to its end or until it is interrupted."""
+    """Train one round, to its end or until it is interrupted."""
     while (ahead := session.next_step()) is not None:
         loop.train_step(session, ahead)
         if not session.is_in_round:

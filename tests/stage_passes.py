@@ -1,4 +1,4 @@
-"""A batch through a model that is cut into stages, in one process."""
+"""Pass of a batch through a model that is cut into stages, in one process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def there_and_back(stages: Sequence[Any], batch: Tensor) -> float:
-    """The loss of a forward and backward as peers do it: each stage by itself, what is between them detached."""
+    """Run a forward and a backward as peers do, with detached tensors between stages; returns the loss."""
     x = batch[:, :-1]
-    between: list[tuple[Tensor, Tensor]] = []  # what a stage gave, and what the next one took
+    between: list[tuple[Tensor, Tensor]] = []  # (output of a stage, detached input of the next)
     for stage in stages[:-1]:
         left = stage(x)
         x = left.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The simulator's virtual event loop, and what of the product has a clock of its own."""
+"""Virtual event loop of the simulator, with the product's clocks set to its time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def virtual_swarm(body: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Run `body`, within which `swarm_time` is the loop's time."""
+    """Run `body` with the loop's time as `swarm_time`."""
 
     async def in_swarm_time(now: Callable[[], float]) -> _T:
         with pytest.MonkeyPatch.context() as patch:

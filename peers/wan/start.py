@@ -1,8 +1,8 @@
-"""What begins in a container of wan.yaml: its link, the firewall that leads everything through it, and then the peer.
+"""Start a container of wan.yaml: its emulated link, the firewall that leads all traffic through it, and then the peer.
 
-The link runs as a user of its own, which alone may send to others; if it ends, nothing passes any more. Nothing that
-the peer does can go round it: it has not the right to change the firewall, and what it says without TCP is dropped,
-such as questions to a router for a port. Names are looked up at an address of the container itself.
+The link runs as a separate user, the only one that may send to others; if it ends, nothing passes. The peer cannot
+bypass it: it may not change the firewall, and its non-TCP traffic, such as requests to a router for a port, is dropped.
+Names are resolved at an address of the container itself.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ table ip6 wan {{
 
 
 def settings() -> LinksSection:
-    """Of the environment; those that are not given are not in the way."""
+    """Read the link's settings from the environment; a missing one adds no impairment."""
     try:
         given = {key: float(os.environ[name]) for name, key in SETTINGS.items() if os.environ.get(name)}
         return LinksSection(**given)
@@ -70,7 +70,7 @@ def settings() -> LinksSection:
 
 
 def become(user: str) -> None:
-    """That user, for good."""
+    """Become `user`, irrevocably."""
     entry = pwd.getpwnam(user)
     os.initgroups(user, entry.pw_gid)
     os.setgid(entry.pw_gid)
@@ -84,7 +84,7 @@ def main() -> None:
     rules = RULES.format(user=LINK_USER, dialling=link.dialling_port, dialled=link.dialled_port)
     subprocess.run(["nft", "--file", "-"], input=rules, text=True, check=True)
     if (child := os.fork()) == 0:
-        if os.fork() == 0:  # no child of the peer, which takes its children for its own
+        if os.fork() == 0:  # not a child of the peer, which regards all its children as its own
             become(LINK_USER)
             logging.basicConfig(level=logging.WARNING, format="link: %(message)s")
             asyncio.run(link.serve())

@@ -11,6 +11,6 @@ from fake_peer import FakePeer, living
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[FakePeer]:
-    """One that can be watched and asked, in this process."""
+    """Start a fake peer in this process that can be watched and asked."""
     with living(FakePeer(tmp_path / "anna").start()) as peer:
         yield peer

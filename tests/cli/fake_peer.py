@@ -1,4 +1,4 @@
-"""A peer as the commands see it: its folder, its lock, its control service; without any training."""
+"""Fake peer as the commands see it: folder, lock and control service, without training."""
 
 # ruff: noqa: N802
 
@@ -22,7 +22,7 @@ from swarmtrain.v1 import control_pb2_grpc as wire_grpc
 
 
 def make_status(**changes: Any) -> wire.PeerStatus:
-    """A volunteer in the middle of a run, with three others."""
+    """Return the status of a volunteer in the middle of a run, with three others."""
     now = time.time()
     status = wire.PeerStatus(
         peer="12D3KooWexampleAnna01",
@@ -75,7 +75,7 @@ def make_status(**changes: Any) -> wire.PeerStatus:
 
 
 class FakePeer(wire_grpc.ControlServicer):
-    """Lives in `folder` from `start` on; everything that is asked of it is kept in `asked`."""
+    """Fake peer that lives in `folder` from `start` on and records requests in `asked`."""
 
     def __init__(self, folder: Path, status: wire.PeerStatus | None = None) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class FakePeer(wire_grpc.ControlServicer):
         self.watches = 0
         self.on_leave = threading.Event()
         self.hanging = threading.Event()
-        """While set it takes calls and does not answer, as when it was stopped."""
+        """While set, it takes calls and does not answer, like a stopped process."""
         self.refusal = ""
         self._news = threading.Condition()
         self._version = 0
@@ -104,7 +104,7 @@ class FakePeer(wire_grpc.ControlServicer):
         return self
 
     def serve(self, *, tcp: bool = False) -> str:
-        """Answer from now on; returns the TCP address if that was asked for."""
+        """Answer from now on; returns the TCP address if `tcp`."""
         self._gone = False
         self._server = grpc.server(ThreadPoolExecutor(16))
         wire_grpc.add_ControlServicer_to_server(self, self._server)
@@ -125,11 +125,11 @@ class FakePeer(wire_grpc.ControlServicer):
         return self
 
     def save(self) -> None:
-        """Leave the status in the folder."""
+        """Write the status into the folder."""
         (self.folder / "status.json").write_text(json_format.MessageToJson(self.status))
 
     def tell(self, **changes: Any) -> None:
-        """Something has changed: watchers hear it."""
+        """Change the status, and notify watchers."""
         with self._news:
             for name, value in changes.items():
                 setattr(self.status, name, value)
@@ -138,7 +138,7 @@ class FakePeer(wire_grpc.ControlServicer):
             self._news.notify_all()
 
     def hang_up(self) -> None:
-        """End every call and answer no more."""
+        """End every call and stop answering."""
         with self._news:
             self._gone = True
             self._news.notify_all()
@@ -147,14 +147,14 @@ class FakePeer(wire_grpc.ControlServicer):
             self._server = None
 
     def die(self) -> None:
-        """As by SIGKILL: the socket and the address stay behind, nothing is said."""
+        """Die as by SIGKILL: the socket and the address stay behind, without a last status."""
         self.hang_up()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def end(self, state: int = wire.PEER_STATE_DONE, reason: str = "total_tokens", exit_code: int = 0) -> None:
-        """End with a last word."""
+        """End with a last status."""
         self.tell(state=state, end_reason=reason, exit_code=exit_code)
         self.save()
         (self.folder / "control.address").unlink()
@@ -204,7 +204,7 @@ class FakePeer(wire_grpc.ControlServicer):
 
 @contextlib.contextmanager
 def living(peer: FakePeer) -> Iterator[FakePeer]:
-    """A peer that is gone when the block is left."""
+    """Run a peer that is gone when the block is left."""
     try:
         yield peer
     finally:

@@ -9,6 +9,10 @@ from docker_engine import Project, build, docker, status
 
 pytestmark = pytest.mark.containers
 
+RESTARTED_S = 30.0
+"""The engine waits for longer with each start; the first time it is at once."""
+LEAVES_S = 30
+"""For a goodbye, before the engine kills it."""
 HEALTHY_S = 120.0
 """However busy the machine is: four peers that start at once."""
 
@@ -40,16 +44,16 @@ def test_a_swarm_of_containers_lives_through_a_kill_and_leaves_nothing(swarm: Pr
     assert docker("exec", first, "id", "-u").strip() != "0"
 
     docker("exec", second, "python", "-c", f"import os; os.kill({status(second)['pid']}, 9)")
-    swarm.wait_until(lambda: restarts(second) == ["1", "true"], "it is started again", 30.0)
+    swarm.wait_until(lambda: restarts(second) == ["1", "true"], "it is started again", RESTARTED_S)
     # Health alone would not do: for a moment after it was started again, it is still that of the life before.
     swarm.wait_until(
         lambda: status(second)["state"] == "training" and swarm.num_healthy() == 4, "all four are healthy", HEALTHY_S
     )
     assert status(first)["round"] > before["round"], "the others went on"
 
-    docker("stop", "--time", "30", third)
+    docker("stop", "--time", str(LEAVES_S), third)
     row = swarm.containers()[third]
     assert (row["State"], row["ExitCode"]) == ("exited", 0), "SIGTERM is Ctrl-C"
 
-    swarm.down(30)
+    swarm.down(LEAVES_S)
     assert not swarm.leftovers()

@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docker_engine import ROOT, Project, build, docker, status
+from docker_engine import BUILD_S, ROOT, Project, build, docker, status
 
 pytestmark = pytest.mark.containers
 
 FIREWALL = "swarmtrain-test-firewall"
 FOUND_S = 90.0
+"""Presence of a host that died lasts for half a minute, and a new one is asked for after that."""
 STDLIB = ROOT / "examples" / "stdlib-gpt.toml"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def images() -> None:
     build()
-    docker("build", "--quiet", "--tag", FIREWALL, "peers/firewall", limit_s=600.0)
+    docker("build", "--quiet", "--tag", FIREWALL, "peers/firewall", limit_s=BUILD_S)
 
 
 @pytest.fixture

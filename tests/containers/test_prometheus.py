@@ -9,12 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from docker_engine import ROOT, Project, build, docker
+from docker_engine import BUILD_S, ROOT, Project, build, docker
 
 pytestmark = pytest.mark.containers
 
 PROMETHEUS = "swarmtrain-test-prometheus"
 FOUND_S = 90.0
+"""Prometheus looks for peers and reads them every ten seconds or so, and rules are worked out as often."""
+ANSWER_S = 10.0
+"""Of Prometheus, which is on this machine."""
+LEAVES_S = "20"
+"""For the goodbye of a bootstrap, before it is killed."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,7 +27,7 @@ def images() -> None:
     build()
     try:
         recipe = "--file=tests/containers/prometheus.Dockerfile"
-        docker("build", "--quiet", "--tag", PROMETHEUS, recipe, "tests", limit_s=600.0)
+        docker("build", "--quiet", "--tag", PROMETHEUS, recipe, "tests", limit_s=BUILD_S)
     except AssertionError as error:
         pytest.skip(f"Prometheus is not to be had here: {str(error)[-300:]}")
 
@@ -48,7 +53,7 @@ def test_prometheus_has_everybodys_values_and_notices_that_the_bootstrap_is_gone
     address = swarm.compose("port", "prometheus", "9090").strip()
 
     def ask(path: str) -> Any:
-        with urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/api/v1/{path}", timeout=ANSWER_S) as answer:
             return json.load(answer)["data"]
 
     def values(query: str) -> list[float]:
@@ -68,5 +73,5 @@ def test_prometheus_has_everybodys_values_and_notices_that_the_bootstrap_is_gone
     assert not [alert for alert in ask("alerts")["alerts"] if alert["state"] == "firing"], "all is well"
     swarm.wait_until(lambda: "BootstrapGone" not in alerts(), "the bootstrap is known to be there", FOUND_S)
 
-    swarm.compose("stop", "--timeout", "20", "bootstrap")
+    swarm.compose("stop", "--timeout", LEAVES_S, "bootstrap")
     swarm.wait_until(lambda: "BootstrapGone" in alerts(), "it is noticed", FOUND_S)

@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from docker_engine import Project, build, docker, status
+from docker_engine import BUILD_S, Project, build, docker, status
 
 pytestmark = pytest.mark.containers
 
 WAN = "swarmtrain-test-wan"
 PORT = 5000
+ROUNDS_S = 60.0
+"""Until three rounds have ended behind links of 100 ms."""
+RATE_BITS_PER_S, ROUND_TRIP_S = 20e6, 0.1
+"""Of a line up, in `peers/wan.yaml`."""
 SIZE_BYTES = 2_000_000
 
 LISTEN = f"""
@@ -41,7 +45,7 @@ AS_PEER = ("exec", "--user", "swarmtrain")
 @pytest.fixture(scope="module", autouse=True)
 def images() -> None:
     build()
-    docker("build", "--quiet", "--target", "wan", "--tag", WAN, ".", limit_s=600.0)
+    docker("build", "--quiet", "--target", "wan", "--tag", WAN, ".", limit_s=BUILD_S)
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def test_a_swarm_behind_links_trains_and_nothing_goes_round_them(swarm: Project)
     first, second = swarm.of_service("volunteer")
     (bootstrap,) = swarm.of_service("bootstrap")
     assert [status(name)["state"] for name in (first, second)] == ["training", "training"]
-    swarm.wait_until(lambda: status(first)["round"] > 2, "rounds end", 60.0)
+    swarm.wait_until(lambda: status(first)["round"] > 2, "rounds end", ROUNDS_S)
 
     for name in (first, second):
         peer = status(name)["pid"]
@@ -80,5 +84,5 @@ def test_a_swarm_behind_links_trains_and_nothing_goes_round_them(swarm: Project)
 
     docker("exec", "--detach", second, "python", "-c", LISTEN)
     took_s = float(docker(*AS_PEER, first, "python", "-c", ASK, address(second)))
-    assert took_s >= SIZE_BYTES * 8 / 20e6 + 0.1, "the rate of the second's line up, and a round trip"
+    assert took_s >= SIZE_BYTES * 8 / RATE_BITS_PER_S + ROUND_TRIP_S, "as its line up, and a round trip"
     assert docker(*AS_PEER, first, "python", "-c", WITHOUT_TCP, address(second)).strip() == "refused"

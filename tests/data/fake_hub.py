@@ -1,4 +1,4 @@
-"""A hub of data sets on this machine's loopback: as much of its protocol as the libraries ask for."""
+"""Fake Hugging Face hub on loopback, with as much of its protocol as the libraries use."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import pytest
 
 @dataclass
 class FakeHub:
-    """Data sets by name, each a list of commits from the oldest: (its hash, its files)."""
+    """Fake hub: data sets by name, each a list of commits (hash, files), oldest first."""
 
     datasets: dict[str, list[tuple[str, Mapping[str, bytes]]]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    """Paths, and with which login."""
+    """Requested paths, and the login of each request."""
     endpoint: str = ""
     sent_bytes: int = 0
 
     def push(self, name: str, files: Mapping[str, bytes]) -> str:
-        """A new commit; its hash."""
+        """Add a commit; returns its hash."""
         commits = self.datasets.setdefault(name, [])
         sha = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
         commits.append((sha, files))
@@ -40,7 +40,7 @@ class FakeHub:
 
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[FakeHub]:
-    """The libraries ask this one, and keep what it says in `cache`."""
+    """Point the libraries to a fake hub, with their cache in `cache`."""
     import datasets
     import huggingface_hub
 

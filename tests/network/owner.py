@@ -1,6 +1,6 @@
-"""A process that owns a node: prints the daemon's process and its sockets' folder, then waits to be killed.
+"""Process that owns a node: prints its daemon's process id and socket folder, then waits to be killed.
 
-After SIGINT it says whether the daemon is still there, says goodbye, and ends.
+After SIGINT it prints whether the daemon is still there, leaves, and ends.
 """
 
 from __future__ import annotations

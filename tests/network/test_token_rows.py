@@ -100,7 +100,7 @@ def test_two_that_exchange_states_of_very_many_count_nobody_twice() -> None:
         manifest = pb.Manifest()
         add_token_rows(manifest, giver.contributions())
         now += 3600
-        taker.bring([counts_in_untrusted(manifest)] * 3)
+        taker.adopt([counts_in_untrusted(manifest)] * 3)
         assert taker.total == sum(counts.values())
 
 

@@ -13,14 +13,14 @@ from swarm import Swarm
 
 @pytest.fixture(scope="session", autouse=True)
 def interrupts_are_heard() -> None:
-    """A shell starts what runs in the background deaf to Ctrl-C, and children inherit that."""
+    """Restore SIGINT: a shell starts background jobs with it ignored, and children inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def preloaded() -> Iterator[Preloaded]:
-    """Starts peers that need not import anything."""
+    """Provide peers that start without importing anything."""
     preloaded = Preloaded()
     yield preloaded
     preloaded.close()
@@ -28,6 +28,6 @@ def preloaded() -> Iterator[Preloaded]:
 
 @pytest.fixture
 def swarm(tmp_path: Path, preloaded: Preloaded) -> Iterator[Swarm]:
-    """Processes below the test's folder; all have ended when the test has."""
+    """Provide processes below the test's folder; all have ended when the test has."""
     with Swarm(tmp_path, preloaded=preloaded) as swarm:
         yield swarm

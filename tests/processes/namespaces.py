@@ -1,8 +1,8 @@
-"""Machines of their own for peers: network namespaces on one bridge, some of which nobody can dial.
+"""Separate machines for peers: network namespaces on one bridge, some of which nobody can dial.
 
-Needs root and `ip`. A hidden machine throws away what arrives for the port that its peer listens at, as a router does
-that lets nothing in; what it opens itself works both ways. libp2p would dial *from* that port too, and hear no answer,
-so there it is told not to.
+Needs root and `ip`. A hidden machine drops what arrives for the port that its peer listens at, like a router that lets
+nothing in; connections that it opens work both ways. libp2p would also dial *from* that port and get no answer, so
+there port reuse is switched off.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 PORT = 31337
+_COMMAND_S = 30.0
+"""Time limit for `ip`, which takes milliseconds."""
 _TAG = f"st{os.getpid() % 100_000}"
 
 
 def why_not() -> str:
-    """Why there can be none here; empty if there can."""
+    """Say why namespaces cannot be made here; empty if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -31,13 +33,13 @@ def why_not() -> str:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=_COMMAND_S)
 
 
 @contextmanager
 def machines(names: Sequence[str], *, hidden: Sequence[str] = ()) -> Iterator[dict[str, list[str]]]:
-    """For each name the words that run a command on its machine."""
-    hub = f"{_TAG}-hub"  # a space too: where Docker runs, its firewall drops what passes bridges outside
+    """Make a machine for each name; yields the words that run a command on it."""
+    hub = f"{_TAG}-hub"  # also a namespace: with Docker, its firewall drops traffic over bridges outside
     spaces = {name: f"{_TAG}-{name}" for name in names}
     try:
         _ip("netns", "add", hub)

@@ -1,12 +1,12 @@
-"""Processes of a swarm that start in milliseconds: a process that has imported what a peer imports forks for each.
+"""Processes of a swarm that start in milliseconds: forked from a process that has imported all that a peer imports.
 
-To import torch, hivemind and this package takes two seconds of a core, and the tests start hundreds of peers: that was
-more than a third of their time. What a peer does, and that it is a process of its own with a daemon of its own, stays
-as it is. Sets of words have another order in each interpreter, which must not matter to a swarm: so there are several
-forking processes, and the peers of a swarm come from them in turn.
+Importing torch, hivemind and this package takes two seconds of a core, and the tests start hundreds of peers: that was
+more than a third of their time. Each peer is still a separate process with its own daemon. Each interpreter orders sets
+of strings differently, which must not matter to a swarm: so there are several forking processes, and the peers of a
+swarm come from them in turn.
 
-Other processes are started anew, with the interpreter: those of `local` and of the background, those that a test
-changes, and wherever memory, machines of their own or kills in the middle of a start are what is tested.
+Other processes start a new interpreter: those of `local` and of the background, those that a test changes, and those of
+tests of memory, of separate machines, or of kills during the start.
 
 Run as a program, this is the process that forks. It reads requests from the socket that is its standard input.
 """
@@ -37,7 +37,7 @@ _WORDS_ORDERS = 3
 
 
 class ForkedProcess:
-    """What the tests use of `subprocess.Popen`, of a process that another one forked and waits for."""
+    """Part of `subprocess.Popen`'s interface for a process that another process forked and waits for."""
 
     def __init__(self, pid: int, stdout: int, status: int) -> None:
         self.pid = pid
@@ -47,11 +47,11 @@ class ForkedProcess:
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """Its exit code, minus the signal's number if one ended it; None while it runs."""
+        """Return its exit code, or minus the signal that ended it; None while it runs."""
         return self._look(0.0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for its end; returns its exit code."""
         give_up_s = None if timeout is None else time.monotonic() + timeout
         while True:
             left_s = 1.0 if give_up_s is None else min(1.0, give_up_s - time.monotonic())
@@ -75,16 +75,16 @@ class ForkedProcess:
                 os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
 class _Forker:
-    """One process that forks; it ends with this one."""
+    """Handle of a process that forks and ends with this one."""
 
     def __init__(self) -> None:
         from swarmtrain.network.daemon import owned_process_args
@@ -119,7 +119,7 @@ class _Forker:
 
 
 class Preloaded:
-    """Starts `swarmtrain ARGUMENTS` in processes that need not import it."""
+    """Starter of `swarmtrain ARGUMENTS` in processes that need not import it."""
 
     def __init__(self) -> None:
         self._forkers: list[_Forker] = []
@@ -204,18 +204,18 @@ def _fork_for_requests(requests: socket.socket) -> dict[str, Any]:
 
 
 def _become(wanted: Mapping[str, Any]) -> None:
-    """As if this process had been started with these arguments."""
+    """Set up this process as if it had been started with these arguments."""
     os.chdir(wanted["cwd"])
     os.environ.clear()
     os.environ.update(wanted["env"])
     sys.argv = ["swarmtrain", *wanted["arguments"]]
     sys.orig_argv[:] = [sys.executable, "-m", "swarmtrain.cli", *wanted["arguments"]]
-    # Made anew: a stream remembers what its file was, such as one in which one can seek.
+    # New objects: a stream remembers properties of its file, such as whether it can seek.
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # Python's own is seeded at each fork
+        sys.modules["numpy"].random.seed()  # Python seeds its own generator at each fork
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Runs inside a volunteer: writes down what it trained and published, and what entered its weights.
+"""Recorder inside a volunteer: writes down what it trained and published, and what entered its weights.
 
-One JSON object a line; `at_s` is when it happened by the machine's steady clock, which is the same in all processes.
-Nothing of the volunteer is changed, but that its choices are drawn from a generator with a known seed.
+One JSON object per line; `at_s` is the time by the machine's monotonic clock, which is the same in all processes. The
+volunteer is unchanged, except that its choices come from a generator with a known seed.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ __all__ = [
 
 
 def prelude(path: Path) -> str:
-    """Python that has a volunteer write its record to `path`, for `Swarm.join`."""
+    """Return Python code that makes a volunteer write its record to `path`, for `Swarm.join`."""
     here = str(Path(__file__).parent)
     return f"import sys; sys.path.insert(0, {here!r}); import recording; recording.record({str(path)!r})"
 
 
 def generator(peer: str) -> random.Random:
-    """What a recorded volunteer's choices are drawn from."""
+    """Return the generator of a recorded volunteer's choices."""
     return random.Random(f"choices of {peer}")
 
 
 class Record:
-    """The file, and what one thread has just been told.
+    """Record file.
 
-    Lines that one thread writes within a `block` have its number, and no other thread's are between them.
+    Lines that a thread writes within a `block` have its number, and no other thread's lines are between them.
     """
 
     def __init__(self, path: str) -> None:
@@ -67,13 +67,13 @@ class Record:
         self.lock = threading.RLock()
         self.thread = threading.local()
         self.before_block: Callable[[list[dict[str, Any]]], None] = lambda lines: None
-        """Told of the lines of each block before they are written; it may put others before them."""
+        """Called with the lines of each block before they are written; it may insert others before them."""
         self._num_blocks = self._num_lines = 0
         self._last: dict[str, Any] = {}
 
     def write(self, kind: str, **what: Any) -> None:
         with self.lock:
-            # As text now: what it tells of may change before the block ends.
+            # Serialised now: the values may change before the block ends.
             line = json.loads(json.dumps({"kind": kind, "at_s": time.monotonic(), **what}, default=plain))
             if (lines := getattr(self.thread, "lines", None)) is None:
                 self._put([line])
@@ -90,7 +90,7 @@ class Record:
 
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
-        """What this thread does now happens in one moment; one within another is part of it."""
+        """Treat what this thread does inside as one moment; a nested block is part of the outer one."""
         with self.lock:
             if getattr(self.thread, "lines", None) is not None:
                 yield
@@ -105,7 +105,7 @@ class Record:
                     self._put(lines)
 
     def write_news(self, kind: str, **what: Any) -> None:
-        """Unless it is what was written of this kind last."""
+        """Write a line unless it equals the last one of its kind."""
         with self.lock:
             text = json.dumps(what, default=plain)
             if self._last.get(kind) != text:
@@ -114,7 +114,7 @@ class Record:
 
 
 def plain(value: Any) -> Any:
-    """What JSON holds of it."""
+    """Convert a value to what JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
@@ -149,28 +149,28 @@ _IN_PLACE_OF: list[tuple[Any, str, Any]] = []
 
 
 def put(owner: Any, name: str, value: Any) -> None:
-    """Put `value` in place of what a module or a class has under that name, until `take_out`."""
+    """Replace a module's or class's attribute by `value`, until `take_out`."""
     _IN_PLACE_OF.append((owner, name, getattr(owner, name)))
     setattr(owner, name, value)
 
 
 def take_out() -> None:
-    """Everything is again what it was."""
+    """Restore all replaced attributes."""
     while _IN_PLACE_OF:
         setattr(*_IN_PLACE_OF.pop())
 
 
 def _rounds(record: Record) -> None:
-    """How rounds begin, and what is published in them."""
+    """Record how rounds begin, and what is published in them."""
 
     def start_round(original: Any, self: GossipExchange, progress: Any, steps_per_s: float) -> Any:
         told = record.thread
         told.began_s, told.done = time.monotonic(), 0
-        told.steps = 0.0, (), ()  # until it knows its speed, they are not asked for
+        told.steps = 0.0, (), ()  # not asked for until it knows its speed
         start = original(self, progress, steps_per_s)
         record.write(
             "round",
-            at_s=told.began_s,  # its weights may be asked for before it returns
+            at_s=told.began_s,  # its weights may be requested before it returns
             round=progress.round,
             run_tokens=progress.run_tokens,
             steps_of=told.steps,
@@ -213,7 +213,7 @@ def _rounds(record: Record) -> None:
 
 
 def _choices(record: Record) -> None:
-    """Drawn from a known generator."""
+    """Draw choices from a known generator."""
 
     def init(original: Any, self: GossipEngine[Any, Any, Any], me: str, settings: Any) -> None:
         original(self, me, settings, generator(me))
@@ -222,7 +222,7 @@ def _choices(record: Record) -> None:
 
 
 def _pulls(record: Record) -> None:
-    """What the run's rule made of what came."""
+    """Record what the run's rule made of each pulled publication."""
 
     def decode(original: Any, self: GossipExchange, command: Any) -> Any:
         manifest = command.held.snapshot.manifest
@@ -260,7 +260,7 @@ def _pulls(record: Record) -> None:
 
 
 def _merges(record: Record) -> None:
-    """What entered each merge, and what weights came of it."""
+    """Record what entered each merge, and the resulting weights."""
 
     prepared_for: dict[int, tuple[float, float]] = {}
 
@@ -272,7 +272,7 @@ def _merges(record: Record) -> None:
     def merge_due(original: Any, self: GossipRunner, round: int, fragment: int, **how: Any) -> Any:
         due = original(self, round, fragment, **how)
         if isinstance(due, MergeFragment):
-            pulled = [[one.section, one.peer, one.version, one.began_s] for one in due.pulled]
+            pulled = [[one.group, one.peer, one.version, one.began_s] for one in due.pulled]
             of_s = None if due.merge is None else prepared_for[id(due.merge)]
             reference = self.engine._others.reference_round()
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)

@@ -1,5 +1,7 @@
-"""What recorded volunteers did, done again by the simulator's peers (`simulate.learning.gossip`): the record says what
-happened, when, and what gossip decided; the simulator trains, publishes, decodes and merges."""
+"""Replay of recorded volunteers by the simulator's peers (`simulate.learning.gossip`).
+
+The record says what happened, when, and what gossip decided; the simulator trains, publishes, decodes and merges.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip.fragments import publishes_every
 from swarmtrain.protocol.gossip.messages import DecodePublication
 from swarmtrain.protocol.gossip.partners import Delta, Full, News, PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, ahead_rounds
+from swarmtrain.protocol.gossip.pulls import GroupName, ahead_rounds
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.fragment import LearningFragment, Published
@@ -44,7 +46,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RecordedText(Text):
-    """The data as real peers draw them: each its own, by the run's identity and its PeerID."""
+    """Data as real peers draw them, by the run's identity and the PeerID."""
 
     sha256: str = ""
     peers: tuple[str, ...] = ()
@@ -56,13 +58,13 @@ class RecordedText(Text):
 
 
 def text_of(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> RecordedText:
-    """From the files of the run that a volunteer kept, and the folder that its data are below."""
+    """Make the text from the run's files in a volunteer's folder, and the folder of its data."""
     published, held_out = (run_folder / "run.toml").read_bytes(), (run_folder / "held-out.txt").read_bytes()
     return text_from(published, held_out, text_folder, peers)
 
 
 def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Sequence[str]) -> RecordedText:
-    """From the run file as it was published, the held-out text, and the folder that the data are below."""
+    """Make the text from the published run file, the held-out text, and the folder of the data."""
     sha256 = run_sha256(published)
     run = parse_published_untrusted(published, sha256)
     data = training_data(run, text_folder, held_out, b"", None)
@@ -70,10 +72,10 @@ def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Seque
 
 
 class ReplayedPeer(LearningPeer):
-    """A peer of the simulator to which happens what happened to a real one; each kind of event has a method.
+    """Peer of the simulator that replays a real one's events, with one method per kind of event.
 
-    It trains, publishes, decodes, cuts and merges as the real one did; an assertion fails where what comes of that is
-    something else. What gossip decided is what was recorded: `tests/recordings/drive.py` decides that again.
+    It trains, publishes, decodes, clips and merges as the real one did; an assertion fails if a result differs.
+    Gossip's decisions are taken from the record: `tests/recordings/drive.py` checks those.
     """
 
     world: Replayed
@@ -81,14 +83,14 @@ class ReplayedPeer(LearningPeer):
     def __init__(self, world: Replayed, number: int) -> None:
         super().__init__(world, number)
         self.name = world.names[number]
-        self.published: dict[tuple[int, Section, PublicationVersion], Published] = {}
-        self.new: dict[tuple[int, Section, str], News] = {}
-        self.here: dict[tuple[int, Section, str], tuple[Published, PartnerUpdate]] = {}
+        self.published: dict[tuple[int, GroupName, PublicationVersion], Published] = {}
+        self.new: dict[tuple[int, GroupName, str], News] = {}
+        self.here: dict[tuple[int, GroupName, str], tuple[Published, PartnerUpdate]] = {}
         self.before: dict[tuple[int, str], Published] = {}
-        """Whose gradients of each fragment were merged last."""
+        """Gradients of each fragment that were merged last, by author."""
         self.unlearned: deque[tuple[Callable[[Tensor, int], None], Tensor, int]] = deque()
-        for lane in self.lanes:
-            lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
+        for fragment in self.fragments:
+            fragment.robustness.learn = partial(self._learns, fragment.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -97,8 +99,8 @@ class ReplayedPeer(LearningPeer):
         self.unlearned.append((learn, gradient, tokens))
 
     def play(self, event: Event) -> None:
-        """One event of the record."""
-        if (does := getattr(self, f"_on_{event['kind']}", None)) is not None:  # else it is gossip's
+        """Play one event of the record."""
+        if (does := getattr(self, f"_on_{event['kind']}", None)) is not None:  # other kinds are gossip's
             does(event)
 
     def _same(self, event: Event, what: str, decided: Any, found: str = "found") -> None:
@@ -123,37 +125,37 @@ class ReplayedPeer(LearningPeer):
             )
             round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        every = publishes_every(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
+        every = publishes_every(section.publications_per_round, len(self.fragments), round_s, self.world.layout.size)
         decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every)
         self.world.formats[start.gradient_format] += 1
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
-        for lane in self.lanes:
-            self._has(lane)
+        for fragment in self.fragments:
+            self._has(fragment)
 
-    def _has(self, lane: LearningFragment) -> None:
-        assert lane.weights is not None
-        self.published.setdefault((lane.number, "weights", lane.weights.version), lane.weights)
+    def _has(self, fragment: LearningFragment) -> None:
+        assert fragment.weights is not None
+        self.published.setdefault((fragment.number, "weights", fragment.weights.version), fragment.weights)
 
     def _on_restarts(self, event: Event) -> None:
-        """It rests: what was trained since each fragment's merge is given up."""
+        """Pause: drop what was trained since each fragment's merge."""
         step_tokens, total_tokens = self.world.setting.run.tokens_per_step, self.world.setting.total_tokens
         for step in range(self.done, event["done"]):
             self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / total_tokens)
         self.trainer.restart()
-        for lane in self.lanes:
-            lane.newest = lane.weights = None
-            self.published.pop((lane.number, "weights", PublicationVersion(self.round, 0, 0)), None)
+        for fragment in self.fragments:
+            fragment.newest = fragment.weights = None
+            self.published.pop((fragment.number, "weights", PublicationVersion(self.round, 0, 0)), None)
 
     def _on_published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
         self.train_to(moments[0])
-        newest = [lane.newest for lane in self.lanes if lane.newest is not None]
+        newest = [fragment.newest for fragment in self.fragments if fragment.newest is not None]
         told = [[each.version.round, each.version.part, each.version.tokens] for each in newest]
         self._same(event, "publication", told)
-        for lane, each in zip(self.lanes, newest, strict=True):
-            self.published[lane.number, "gradient", each.version] = each
+        for fragment, each in zip(self.fragments, newest, strict=True):
+            self.published[fragment.number, "gradient", each.version] = each
 
     def _on_learned(self, event: Event) -> None:
         learn, gradient, tokens = self.unlearned.popleft()
@@ -161,12 +163,12 @@ class ReplayedPeer(LearningPeer):
         learn(gradient, tokens)
 
     def _on_asked_for(self, event: Event) -> None:
-        mark, lane = PublicationVersion(**event["mark"]), self._lane_of(event)
-        section: Section = "gradient" if mark.part else "weights"
-        self.serve(lane, section, self.published[lane.number, section, mark])
+        mark, fragment = PublicationVersion(**event["mark"]), self._fragment_of(event)
+        section: GroupName = "gradient" if mark.part else "weights"
+        self.serve(fragment, section, self.published[fragment.number, section, mark])
 
-    def _lane_of(self, event: Event) -> LearningFragment:
-        return self.lanes[event["fragment"]]
+    def _fragment_of(self, event: Event) -> LearningFragment:
+        return self.fragments[event["fragment"]]
 
     # ------------------------------------------------------------- what was pulled
 
@@ -193,31 +195,31 @@ class ReplayedPeer(LearningPeer):
         except BadBytesError as error:
             decided = [0, str(error)]
         if not self.world.is_to_the_bit and bool(decided[1]) == bool(event["found"][1]):
-            decided = event["found"]  # what counts less than it says, and the rule's words, are of what is computed
+            decided = event["found"]  # reduced weights and the rule's words depend on computed values
         self._same(event, "rule", decided)
         self.incidents += [(author, each.rule, each.detail) for each in told]
 
     # ------------------------------------------------------------- the merge
 
     def _on_taken(self, event: Event) -> None:
-        lane, is_last = self._lane_of(event), event["fragment"] == len(self.lanes) - 1
+        fragment, is_last = self._fragment_of(event), event["fragment"] == len(self.fragments) - 1
         arrivals, tokens = list[PartnerUpdate](), dict[str, float]()
         for section, author, mark, began_s in event["pulled"]:
-            published, arrival = self.here.pop((lane.number, section, author))
+            published, arrival = self.here.pop((fragment.number, section, author))
             assert published.version == PublicationVersion(**mark)
             ahead = ahead_rounds(began_s, *(event["of_s"] or (0.0, 0.0)))
             arrivals.append(replace(arrival, ahead_rounds=ahead))
             tokens[author] = tokens.get(author, 0) + arrival.tokens
             if section == "gradient":
-                self.before[lane.number, author] = published
+                self.before[fragment.number, author] = published
         self.entered = [list(each) for each in tokens.items()]
-        assert self.done == self.start.merge_after[lane.number]
-        if event.get("is_replaced"):  # by the others' weights: what was taken counts as merged all the same
+        assert self.done == self.start.merge_after[fragment.number]
+        if event.get("is_replaced"):  # replaced by others' weights: what was taken counts as merged anyway
             return
-        self.merge(lane, arrivals)
+        self.merge(fragment, arrivals)
         if not is_last:
-            self.begins(lane, self.round + 1)
-            self._has(lane)
+            self.begins(fragment, self.round + 1)
+            self._has(fragment)
 
     def _on_merged(self, event: Event) -> None:
         entered, recorded = self.entered, event["found"]
@@ -234,15 +236,15 @@ class ReplayedPeer(LearningPeer):
     # ------------------------------------------------------------- others' weights
 
     def _on_took_states(self, _: Event) -> None:
-        for lane in self.lanes:
-            lane.robustness.comes_back()
+        for fragment in self.fragments:
+            fragment.robustness.comes_back()
 
     def _on_adopted(self, event: Event) -> None:
         self.learner.comes_late()
         self.trainer.state = OuterState(_vector(event["theta"]), _vector(event["momentum"]))
         self.trainer.progress = Progress(round=event["round"], run_tokens=event["run_tokens"])
-        for lane in self.lanes:
-            lane.newest = lane.weights = None
+        for fragment in self.fragments:
+            fragment.newest = fragment.weights = None
 
 
 def _vector(text: str) -> Tensor:
@@ -251,7 +253,7 @@ def _vector(text: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedSetting(Setting):
-    """Each begins with the weights that the real one began with."""
+    """Setting in which each peer starts with the real one's initial weights."""
 
     text: RecordedText
 
@@ -262,15 +264,15 @@ class RecordedSetting(Setting):
 
 @dataclass
 class Replayed(LearningWorld):
-    """The simulator's peers under the names of real ones, and as far as each of those knew."""
+    """World of the simulator's peers under the names of real ones, with what each of those knew."""
 
     names: tuple[str, ...] = ()
     is_to_the_bit: bool = True
-    """Whether what is computed here is what was computed there; else it is nearly that."""
+    """True if results must be bitwise equal to the recorded ones; else nearly equal."""
     decisions: Counter[str] = field(default_factory=Counter)
-    """How many of each kind were the same."""
+    """Counts of equal decisions, by kind."""
     formats: Counter[str] = field(default_factory=Counter)
-    """Of pseudo-gradients: in so many rounds."""
+    """Counts of rounds, by format of their pseudo-gradients."""
     told_now: list[ClipIncident] = field(default_factory=list)
 
     def peer(self, number: int) -> LearningPeer:
@@ -281,15 +283,15 @@ class Replayed(LearningWorld):
         """See `LearningWorld`."""
         self.told_now.append(incident)
 
-    def published(self, fragment: int, section: Section, author: str, mark: PublicationVersion) -> Published:
-        """What that peer has published."""
+    def published(self, fragment: int, section: GroupName, author: str, mark: PublicationVersion) -> Published:
+        """Return what that peer has published."""
         peer = self.by_name[author]
         assert isinstance(peer, ReplayedPeer)
         return peer.published[fragment, section, mark]
 
 
 def replay(text: RecordedText, records: Sequence[Path]) -> Replayed:
-    """The records of the peers of `text`, in the same order, replayed."""
+    """Replay the records of the peers of `text`, given in the same order."""
     return replay_lines(
         text,
         [
@@ -301,7 +303,7 @@ def replay(text: RecordedText, records: Sequence[Path]) -> Replayed:
 
 
 def replay_lines(text: RecordedText, lines: Sequence[Event], *, is_to_the_bit: bool = True) -> Replayed:
-    """The same of their lines, each with the number of its peer."""
+    """Replay lines of the records, each with the number of its peer."""
     setting = RecordedSetting(text=text, step_s=(1.0,) * len(text.peers))
     world = Replayed(setting, names=text.peers, is_to_the_bit=is_to_the_bit)
     ordered = sorted(lines, key=lambda line: (line["at_s"], line["peer"]))
@@ -314,7 +316,7 @@ def replay_lines(text: RecordedText, lines: Sequence[Event], *, is_to_the_bit: b
 
 
 def _replaced(lines: Sequence[Event]) -> set[int]:
-    """The ends of rounds after which others' weights came in place of a merge."""
+    """Return the ends of rounds after which others' weights replaced a merge."""
     taken, found = dict[int, Event](), set[int]()
     for line in lines:
         if line["kind"] == "taken":

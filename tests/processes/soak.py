@@ -1,11 +1,11 @@
-"""A swarm under a random schedule of kills, stops and restarts, held against the same run without faults.
+"""Run a swarm under a random schedule of kills, stops and restarts, and compare with the same run without faults.
 
     make soak                                    ten runs of ten minutes
     python tests/processes/soak.py --runs 1 --minutes 2 --seed 7
 
-Each run: a bootstrap and four volunteers train a tiny model. For as long as the run lasts, every second or so one of
-them is killed (SIGKILL), asked to end (SIGTERM) or stopped for a while (SIGSTOP), and started again with its folder
-and the invite of the first day. Then what must hold is checked; each run prints a line of figures.
+In each run a bootstrap and four volunteers train a tiny model. Throughout the run, about every second one of them is
+killed (SIGKILL), asked to end (SIGTERM) or stopped for a while (SIGSTOP), and started again with its folder and the
+first invite. At the end the invariants are checked; each run prints a line of figures.
 
 A token is *acknowledged* when another peer has read the progress record that counts it.
 """
@@ -37,34 +37,36 @@ VOLUNTEERS = ("anna", "ben", "carl", "dora")
 BOOTSTRAP = "bootstrap"
 EVERYONE = (BOOTSTRAP, *VOLUNTEERS)
 ROUND_STEPS = 20
-ROUNDS = 80
-"""Rounds of a short run."""
 BATCH_TOKENS = 8 * 64
 ROUND_TOKENS = ROUND_STEPS * BATCH_TOKENS
 LOSS_TOLERANCE = 0.02
+MIN_FAULTS = 5
+"""Least number of faults for a meaningful run."""
+PROBE_ROUNDS = 40
+"""Rounds that suffice to measure how many tokens this machine trains in a minute."""
 FAULTY_SHARE = 0.7
-"""What a run with faults trains in the time, against one without: about, for the size of the runs."""
+"""Rough share of tokens that a run with faults trains in the same time, to size the runs."""
 NUM_TEXTS = 400
-"""6.4 MB: on a few files, a run of ten minutes would learn them by heart, and the held-out loss would rise."""
+"""Number of texts, 6.4 MB: on fewer, a run of ten minutes would overfit, and the held-out loss would rise."""
 LIMIT_S = 90.0
-"""How long the run may need to end after the last fault, beyond what training takes."""
+"""Seconds that the run may need to end after the last fault, beyond training."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule: how many tokens, a fault about every `fault_every_s`, and the seed of all choices."""
+    """Schedule: number of tokens, a fault about every `fault_every_s`, and the seed of all choices."""
 
     seed: int
     total_tokens: int
     fault_every_s: float = 5.0
     max_down: int = 3
     slowdown: float = 1.0
-    """Volunteers train so many times slower than they could, so that what else the machine does changes little."""
+    """Factor by which volunteers train slower than they could, so that other load on the machine changes little."""
 
 
 @dataclass
 class Peer:
-    """One participant over all its lives."""
+    """Participant over all its processes."""
 
     name: str
     arguments: tuple[str, ...]
@@ -87,7 +89,7 @@ class Peer:
 
 @dataclass
 class Outcome:
-    """What came of a run. Losses in nats per byte."""
+    """Outcome of a run. Losses are in nats per byte."""
 
     loss: float
     seconds: float
@@ -116,7 +118,7 @@ def run_file(folder: Path, total_tokens: int) -> Path:
 
 
 class Soak:
-    """One run with its faults."""
+    """Run with its faults."""
 
     def __init__(self, swarm: Swarm, plan: Plan) -> None:
         self.swarm, self.plan = swarm, plan
@@ -167,7 +169,7 @@ class Soak:
         return self._outcome(time.monotonic() - began_s)
 
     def _over(self) -> bool:
-        """Whether the run has had its tokens, by what its peers told."""
+        """Return whether the run has all its tokens, by its peers' reports."""
         return self._run_tokens() >= self.plan.total_tokens
 
     def _run_tokens(self) -> int:
@@ -212,18 +214,18 @@ class Soak:
         peer.stopped, peer.back_at_s = [], None
 
     def _check_exit(self, peer: Peer) -> None:
-        """It was killed, or it ended cleanly as it was asked to, unless that came before it could hear of it."""
+        """Check that it was killed or ended cleanly as asked, unless the signal came before it could handle it."""
         code = peer.child.wait()
         if code == -signal.SIGTERM and not peer.child.events:
             return
         if code == 1 and "nobody answers" in peer.child.error_line():
-            return  # all the others were down, and it had not yet been with them
+            return  # all others were down, and it had not joined them yet
         assert code in (0, -signal.SIGKILL), f"code {code}: {peer.child.story()}"
 
     # ------------------------------------------------------------- the end
 
     def _end(self) -> None:
-        """Everyone is up again, ends by itself, and nothing is left."""
+        """Restart all, let them end by themselves, and check that nothing is left."""
         for peer in self.peers.values():
             if peer.stopped:
                 self._wake(peer)
@@ -232,7 +234,7 @@ class Soak:
             ):
                 self._start(peer)
         for peer in self.peers.values():
-            if not peer.up:  # it was asked to end: it does, and comes back for the end of the run
+            if not peer.up:  # it was asked to end: it ends, and comes back for the end of the run
                 self._check_exit(peer)
                 if not self._finished(peer):
                     self._start(peer)
@@ -252,7 +254,7 @@ class Soak:
     # ------------------------------------------------------------- what was counted
 
     def _status(self, peer: Peer) -> dict[str, Any]:
-        """The status it has left last."""
+        """Return the last status that it left."""
         try:
             loaded: dict[str, Any] = json.loads((self.swarm.folder / peer.name / "status.json").read_text())
         except (OSError, ValueError):
@@ -260,7 +262,7 @@ class Soak:
         return loaded
 
     def _counts(self, peer: Peer, field: str) -> dict[str, int]:
-        """What it counts of everybody: `tokens`, or `acknowledged_tokens`."""
+        """Return its counts of all peers: `tokens`, or `acknowledged_tokens`."""
         rows = self._status(peer).get("peers", [])
         return {row["peer"]: int(row.get(field, 0)) for row in rows}
 
@@ -274,7 +276,7 @@ class Soak:
     def _outcome(self, seconds: float) -> Outcome:
         counted = [self._counts(peer, "tokens") for peer in self.peers.values()]
         assert all(counted), "every peer leaves a status"
-        totals = self._counts(self.peers[BOOTSTRAP], "tokens")  # it ends last: others cannot count what is told later
+        totals = self._counts(self.peers[BOOTSTRAP], "tokens")  # it ends last: others cannot count later reports
         assert sum(self.acknowledged.values()) > 0, "nothing was acknowledged"
         for peer, tokens in self.acknowledged.items():
             assert totals[peer] >= tokens, f"{tokens} tokens of {peer} were acknowledged, {totals[peer]} are counted"
@@ -304,10 +306,15 @@ def one_run(folder: Path, plan: Plan, with_faults: bool) -> Outcome:
         return Soak(swarm, plan).run(with_faults)
 
 
+def assert_enough_faults(outcome: Outcome) -> None:
+    """Check that enough faults happened."""
+    assert sum(outcome.faults[kind] for kind in ("SIGKILL", "SIGTERM", "SIGSTOP")) >= MIN_FAULTS, outcome
+
+
 def compare(folder: Path, plan: Plan, baseline: Outcome) -> Outcome:
-    """A run with faults, within `LOSS_TOLERANCE` of the loss of the one without."""
+    """Play a run with faults; its loss must be within `LOSS_TOLERANCE` of the baseline's."""
     outcome = one_run(folder, plan, with_faults=True)
-    assert sum(outcome.faults[kind] for kind in ("SIGKILL", "SIGTERM", "SIGSTOP")) >= 5, outcome
+    assert_enough_faults(outcome)
     assert outcome.loss <= baseline.loss * (1 + LOSS_TOLERANCE), f"{outcome.loss} against {baseline.loss} without"
     return outcome
 
@@ -321,7 +328,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"in {folder}, which a run that fails leaves behind", flush=True)
-    probed = Plan(seed=0, total_tokens=40 * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
+    probed = Plan(seed=0, total_tokens=PROBE_ROUNDS * ROUND_TOKENS * len(VOLUNTEERS), slowdown=options.slowdown)
     probe = one_run(folder / "probe", probed, False)
     total = round(probed.total_tokens / probe.seconds * options.minutes * 60 * FAULTY_SHARE)
     sized = replace(probed, total_tokens=total)

@@ -1,4 +1,4 @@
-"""A process that holds one stage of a small model; the first stage's drives, and prints each batch's loss.
+"""Process that holds one stage of a small model; that of the first stage drives, and prints each batch's loss.
 
     python tests/processes/stage_peer.py FOLDER '{"stage": 0, ...}'
 
@@ -53,19 +53,19 @@ BATCH_TOKENS = MICROBATCHES * MICROBATCH_TOKENS
 
 
 def microbatch(number: int) -> torch.Tensor:
-    """(B, T + 1): sequences that count upwards by one or two."""
+    """Return sequences (B, T + 1) that count upwards by one or two."""
     generator = torch.Generator().manual_seed(number)
     starts, steps = torch.randint(0, 100, (2, SEQUENCES, 1), generator=generator)
     return (starts + (1 + steps % 2) * torch.arange(MODEL.context_tokens + 1)) % 256
 
 
 def digest(tensor: torch.Tensor | None) -> str:
-    """What a tensor is known by in logs."""
+    """Return the digest by which logs name a tensor."""
     return "" if tensor is None else hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
 class Told:
-    """On stderr."""
+    """Log on standard error."""
 
     def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
         print(f"retried {sequence} at stage {stage} by {peer}: {reason}", file=sys.stderr)
@@ -78,7 +78,7 @@ class Told:
 
 
 class StagePeer:
-    """One process."""
+    """Peer of one stage."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.settings, boundaries = settings, tuple(settings["boundaries"])

@@ -1,7 +1,7 @@
-"""What stages' peers did, computed again in one process from their logs, by nothing of what computed it the first time.
+"""Recompute what peers of stages did, in one process, from their logs, and without the code that computed it first.
 
-Each step makes a copy of the weights; a backward is the gradient of a forward by the copy that the forward had. What a
-peer took is found by its digest among what the others gave.
+Each step copies the weights; a backward is the gradient of a forward with the copy that the forward had. A peer's
+inputs are found by their digests among the others' outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Weights = dict[str, Tensor]
 
 
 class Peer:
-    """One peer's log, as far as it is computed again."""
+    """Log of one peer, as far as it is recomputed."""
 
     def __init__(self, folder: Path, boundaries: tuple[int, ...], num_batches: int) -> None:
         recorded = json.loads((folder / "log.json").read_text())
@@ -44,7 +44,7 @@ class Peer:
         return {name: p.detach().clone() for name, p in self.module.named_parameters()}
 
     def go_on(self, made: dict[str, Tensor], numbers: dict[str, int]) -> bool:
-        """As far as what it takes is made; whether that was anything."""
+        """Recompute as far as inputs exist; returns whether anything was recomputed."""
         began = self.next
         while self.next < len(self.log):
             entry = self.log[self.next]
@@ -104,7 +104,7 @@ class Peer:
         self.weights = self._copy()
 
     def weights_difference(self) -> float:
-        """The largest between these weights and the peer's own at its end."""
+        """Return the largest difference from the peer's own final weights."""
         own = load_file(self.folder / "weights.safetensors")
         return max(float((own[name] - weight).abs().max()) for name, weight in self.weights.items())
 
@@ -118,7 +118,7 @@ def _leaves(weights: Weights) -> Weights:
 
 
 def replay(folders: list[Path], boundaries: tuple[int, ...], num_batches: int) -> list[Peer]:
-    """The peers whose logs are in these folders, all computed again; drivers come first, in the order of their data."""
+    """Recompute all peers whose logs are in these folders; returns them, drivers first, in the order of their data."""
     peers = [Peer(folder, boundaries, num_batches) for folder in folders]
     numbers = {peer.name: 1000 * index for index, peer in enumerate(peers) if peer.stage == 0}
     data = [microbatch(start + n)[:, :-1] for start in numbers.values() for n in range(MICROBATCHES * num_batches)]

@@ -1,8 +1,7 @@
 """Real processes of a swarm for tests: starts them, reads their events, ends them, and finds what they leave behind.
 
-Every process gets a variable in its environment that nobody else has, and so does whatever it starts: what is left
-of a swarm is what still has it. Tests wait for events, never for a time: limits are generous, since they are only
-reached when something is wrong.
+Every process and its children have a unique variable in their environment, by which leftovers of a swarm are found.
+Tests wait for events, never for a time. Limits are generous, since they are reached only when something is wrong.
 """
 
 from __future__ import annotations
@@ -41,23 +40,29 @@ from swarmtrain.network.daemon import owned_process_args
 PATIENCE_S = 120.0
 """How long to wait for what must happen, on a machine that others use too."""
 
+_READ_S = 10.0
+"""Until what an ended process had written is read."""
+
 EXIT_S = 5.0
 """How long a peer may take to end after Ctrl-C, and its processes to be gone, if it has a core to itself."""
+
+_LOOK_EVERY_S = 0.02
+"""Seconds between checks of files and processes, which do not notify of changes."""
 
 _E = TypeVar("_E")
 
 
 def wait_until(condition: Callable[[], Any], what: str, limit_s: float = PATIENCE_S) -> Any:
-    """What `condition` returns once that is true; fails with `what` after `limit_s`."""
+    """Wait until `condition` returns something true, and return it; fails with `what` after `limit_s`."""
     give_up_s = time.monotonic() + limit_s
     while not (value := condition()):
         assert time.monotonic() < give_up_s, f"not within {limit_s:g} s: {what() if callable(what) else what}"
-        time.sleep(0.02)
+        time.sleep(_LOOK_EVERY_S)
     return value
 
 
 def exit_limit_s() -> float:
-    """`EXIT_S`, and longer on a machine that is busy with more than it has cores for."""
+    """Return `EXIT_S`, or longer on a machine with more load than cores."""
     return EXIT_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -74,7 +79,7 @@ _TINY: dict[str, dict[str, Any]] = {
 
 
 def write_run(folder: Path, num_texts: int = 12, **sections: Mapping[str, Any]) -> Path:
-    """A run file of seconds, with `sections` over what it says; its text, `num_texts` files of 16 kB, is beside it."""
+    """Write a run file for a run of seconds, changed by `sections`, and `num_texts` text files of 16 kB beside it."""
     texts = folder / "texts"
     if not texts.exists():
         texts.mkdir(parents=True)
@@ -87,7 +92,7 @@ def write_run(folder: Path, num_texts: int = 12, **sections: Mapping[str, Any]) 
 
 
 def _text(seed: int) -> str:
-    """Some 16 kB of made-up sentences: a model is soon at the same loss on any of them."""
+    """Return about 16 kB of made-up sentences, on which a model soon reaches the same loss for any seed."""
     words = ["".join(random.Random(n).choices("abcdefghiklmnoprstuvw", k=2 + n % 7)) for n in range(150)]
     chance = random.Random(1000 + seed)
     return "\n".join(" ".join(chance.choices(words, k=10)) for _ in range(300)) + "\n"
@@ -98,7 +103,7 @@ def _text(seed: int) -> str:
 
 @dataclass(eq=False)
 class Child:
-    """One process of a swarm, and the events it has told."""
+    """Process of a swarm, and its events."""
 
     name: str
     folder: Path
@@ -130,7 +135,7 @@ class Child:
     def wait_event(
         self, kind: type[_E], where: Callable[[_E], bool] = lambda event: True, limit_s: float = PATIENCE_S
     ) -> _E:
-        """The first event of this kind that `where` accepts, of those told already too."""
+        """Wait for the first event of this kind that `where` accepts, past events included."""
         give_up_s = time.monotonic() + limit_s
         seen = 0
         with self._news:
@@ -142,25 +147,25 @@ class Child:
                 assert self._reader.is_alive(), f"{self.name} ended without {kind.__name__}; {self.story()}"
                 left_s = give_up_s - time.monotonic()
                 assert left_s > 0, f"no {kind.__name__} of {self.name} within {limit_s:g} s; {self.story()}"
-                self._news.wait(min(left_s, 0.2))
+                self._news.wait(min(left_s, 0.2))  # its end is no news
 
     def all(self, kind: type[_E]) -> list[_E]:
-        """Its events of one kind so far."""
+        """Return its events of one kind so far."""
         return [event for event in list(self.events) if isinstance(event, kind)]
 
     def rounds(self) -> dict[int, RoundEvent]:
-        """Its rounds so far, by number."""
+        """Return its rounds so far, by number."""
         return {event.round: event for event in self.all(RoundEvent)}
 
     def settled_rounds(self) -> dict[int, RoundEvent]:
-        """Its rounds since it last took another's state, by number."""
+        """Return its rounds since it last took another peer's state, by number."""
         events = list(self.events)
         caught_up = [index for index, event in enumerate(events) if isinstance(event, CaughtUpEvent)]
         settled = events[max(caught_up, default=-1) + 1 :]
         return {event.round: event for event in settled if isinstance(event, RoundEvent)}
 
     def history(self, round: int) -> str:
-        """What it merged around `round`, for a failed assertion."""
+        """Describe what it merged around `round`, for a failed assertion."""
         lines = []
         for event in list(self.events):
             if isinstance(event, CaughtUpEvent):
@@ -174,20 +179,20 @@ class Child:
 
     @property
     def last_round(self) -> int:
-        """The last round it merged; -1 before the first."""
+        """Return the last round it merged; -1 before the first."""
         return max(self.rounds(), default=-1)
 
     def wait_round(self, round: int, limit_s: float = PATIENCE_S) -> RoundEvent:
-        """Its first round with this number or a later one."""
+        """Wait for its first round with this or a later number."""
         return self.wait_event(RoundEvent, lambda event: event.round >= round, limit_s)
 
     def wait_more_rounds(self, number: int, limit_s: float = PATIENCE_S) -> RoundEvent:
-        """So many more rounds than it has had."""
+        """Wait for `number` more rounds than it has had."""
         return self.wait_round(self.last_round + number, limit_s)
 
     @property
     def id(self) -> str:
-        """Its PeerID, from the first event that tells it."""
+        """Return its PeerID, from the first event that has it."""
         wait_until(
             lambda: any(event.peer for event in list(self.events)) or self.process.poll() is not None,
             lambda: f"an event of {self.name}; {self.story()}",
@@ -196,11 +201,11 @@ class Child:
 
     @property
     def invite(self) -> InviteEvent:
-        """The invite it tells."""
+        """Wait for its invite."""
         return self.wait_event(InviteEvent)
 
     def story(self) -> str:
-        """What is known of it, for a failed assertion."""
+        """Describe what is known of it, for a failed assertion."""
         log = self.log.read_text(errors="replace") if self.log.exists() else ""
         told = "\n  ".join(f"{type(event).__name__} {event}"[:400] for event in self.events[-8:])
         return f"{self.name}: exit code {self.process.poll()}\n  {told}\nstandard error:\n{log[-3000:]}"
@@ -208,41 +213,41 @@ class Child:
     # ------------------------------------------------------------- its end
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Send SIGINT, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
     def insist_if_it_waits(self, give_up_s: float) -> None:
-        """Ask the last one that trained again, if it waits for a bootstrap that is gone. Ctrl-C would end it."""
+        """Ask again if it is the last volunteer and waits for a bootstrap that is gone. Ctrl-C would end it."""
         while self.process.poll() is None and time.monotonic() < give_up_s:
             if any("no bootstrap answers" in warning.message for warning in self.all(WarningEvent)):
                 self.process.terminate()
-                time.sleep(0.1)  # of two at one moment one is heard
+                time.sleep(0.1)  # of two signals at one moment, only one is delivered
                 self.process.terminate()
                 return
-            time.sleep(0.02)
+            time.sleep(_LOOK_EVERY_S)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL, and wait until it is gone."""
         self.process.kill()
         self.process.wait()
 
     def wait(self, limit_s: float = PATIENCE_S) -> int:
-        """Its exit code, once it has ended and everything it told was read."""
+        """Wait for its end, and until all its events are read; returns its exit code."""
         try:
             code = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end within {limit_s:g} s; {self.story()}") from None
-        self._reader.join(10)
+        self._reader.join(_READ_S)
         return code
 
     def error_line(self) -> str:
-        """The last line of its standard error."""
+        """Return the last line of its standard error."""
         return (self.log.read_text(errors="replace").strip().splitlines() or [""])[-1]
 
     # ------------------------------------------------------------- its processes
 
     def daemon(self) -> int:
-        """Its daemon's process."""
+        """Return its daemon's process id."""
         return wait_until(lambda: next(iter(self._daemons()), 0), f"the daemon of {self.name}")
 
     def _daemons(self) -> list[int]:
@@ -253,13 +258,13 @@ class Child:
         ]
 
     def sockets(self) -> Path:
-        """The folder of its daemon's sockets, as the daemon was told it."""
+        """Return the folder of its daemon's sockets, from the daemon's arguments."""
         words = Path(f"/proc/{self.daemon()}/cmdline").read_bytes().split(b"\0")
         path = next(word for word in words if word.startswith((b"-listen=/unix", b"--listen=/unix")))
         return Path(os.fsdecode(path.partition(b"/unix")[2])).parent
 
     def pss_bytes(self) -> int:
-        """Memory of all its processes: what is shared counts in proportion."""
+        """Return the memory of all its processes; shared memory counts in proportion."""
         total = 0
         for pid in (self.process.pid, *self._daemons()):
             for line in _text_of(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
@@ -283,12 +288,12 @@ class Swarm:
     children: list[Child] = field(default_factory=list)
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     inside: dict[str, list[str]] = field(default_factory=dict)
-    """Commands that put the peers of these names elsewhere: into a network namespace, say."""
+    """Commands, by peer name, that run a peer elsewhere, such as in a network namespace."""
     listen: str = "127.0.0.1:0"
     temporary: Path | None = None
-    """Where its processes put what is temporary; None: where the system does."""
+    """Folder for temporary files of its processes; None: the system's."""
     preloaded: Preloaded | None = None
-    """Starts most of its processes quicker."""
+    """Forking processes, which start most of its processes quicker."""
 
     def __enter__(self) -> Swarm:
         return self
@@ -301,18 +306,18 @@ class Swarm:
             child.process.wait()
         give_up_s = time.monotonic() + EXIT_S
         while (left := self.leftovers()) and time.monotonic() < give_up_s:
-            time.sleep(0.05)
+            time.sleep(_LOOK_EVERY_S)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for child in self.children:
-            child._reader.join(10)
+            child._reader.join(_READ_S)
             assert child.process.stdout is not None
             child.process.stdout.close()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its processes see; their caches and default folders are below its folder."""
+        """Return the environment of its processes; their caches and default folders are below its folder."""
         own = {
             "OMP_NUM_THREADS": "1",
             "SWARMTRAIN_TEST": self.tag,
@@ -382,7 +387,7 @@ class Swarm:
     # ------------------------------------------------------------- what is left
 
     def leftovers(self) -> dict[int, str]:
-        """Processes of this swarm that live: ours and daemons, with their command lines."""
+        """Map live processes of this swarm, daemons included, to their command lines."""
         mark = f"SWARMTRAIN_TEST={self.tag}".encode()
         own = {child.process.pid for child in self.children if child.process.poll() is None}
         found = {}
@@ -394,16 +399,16 @@ class Swarm:
         return found
 
     def assert_nothing_left(self) -> None:
-        """No process of ours nor of a daemon is there, at the latest after 5 s."""
+        """Check that no process of the swarm, daemons included, is left after at most 5 s."""
         wait_until(lambda: not self.leftovers(), lambda: f"still there: {self.leftovers()}", exit_limit_s())
 
     def interrupt_all(self, children: Sequence[Child]) -> None:
-        """Ctrl-C for each that is left: a clean end of all of them in time, and nothing left."""
+        """Send SIGINT to the remaining ones; check that all end cleanly and in time, and that nothing is left."""
         self.interrupt_some(children)
         self.assert_nothing_left()
 
     def interrupt_some(self, children: Sequence[Child]) -> None:
-        """Ctrl-C for each: a clean end of all of them in time."""
+        """Send SIGINT to each; check that all end cleanly and in time."""
         sockets = [child.sockets() for child in children]
         for child in children:
             child.interrupt()
@@ -422,7 +427,7 @@ class Swarm:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended."""
+    """Command that has ended."""
 
     code: int
     lines: list[bytes]
@@ -431,15 +436,15 @@ class Finished:
 
     @property
     def stdout(self) -> str:
-        """What it wrote that is no event."""
+        """Output that is no event."""
         return b"".join(self.lines).decode()
 
 
 def assert_same_states(children: Sequence[Child]) -> int:
-    """Whoever merged a round has the weights of all who did; returns how many rounds several of them merged.
+    """Check that all peers that merged a round have equal weights; returns how many rounds several of them merged.
 
-    What a child merged before it last caught up does not count: that is how two rosters of one round are resolved.
-    While they train, the newest two rounds may still be about to be.
+    Rounds before a child last caught up do not count: catching up resolves two rosters of one round. While they train,
+    the newest two rounds may still be unresolved.
     """
     by_round: dict[int, dict[str, RoundEvent]] = {}
     for child in children:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from swarm import Child, Swarm, wait_until, write_run
+from swarm import PATIENCE_S, Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite, parse_invite
@@ -42,7 +42,7 @@ def in_session(swarm: Swarm, *arguments: str) -> subprocess.CompletedProcess[str
         env=swarm.environment,
         cwd=swarm.folder,
         start_new_session=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

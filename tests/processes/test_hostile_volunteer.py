@@ -31,6 +31,10 @@ pytestmark = pytest.mark.processes
 
 ROUND_LIMIT_S = 3.0
 SILENCE_S = 1.0
+ENTERS_S, LEAVES_S = 60.0, 20.0
+"""To start a daemon and be announced, and to take it back, on a busy machine."""
+GROWTH_BYTES = 64_000_000
+"""What a volunteer may keep of four kinds of refused publications: of an endless one, nothing."""
 COSTS_S = ROUND_LIMIT_S + 3 * SILENCE_S + 9.0
 """The longest round, mallory's silences and stalls included; the rest is for a busy machine."""
 
@@ -124,11 +128,11 @@ def mallory_among(bootstrap: Child, identity: Identity, folder: Path) -> Iterato
     published = PeerFolder(bootstrap.folder).kept_run()
     assert published is not None
     network = NetworkThread()
-    mallory = network.run(enter(published, parse_invite(bootstrap.invite.invite), identity, folder), 60)
+    mallory = network.run(enter(published, parse_invite(bootstrap.invite.invite), identity, folder), ENTERS_S)
     try:
         yield mallory
     finally:
-        network.run(mallory.leave(), 20)
+        network.run(mallory.leave(), LEAVES_S)
         network.stop()
 
 
@@ -172,7 +176,7 @@ def test_what_it_publishes_is_refused_and_the_others_train_on(
     for child, size_bytes in zip(children, before_bytes, strict=True):
         assert {event.from_peer for event in child.all(RefusedEvent)} == {me}
         assert max(event.seconds for event in child.rounds().values()) < COSTS_S
-        assert rss_bytes(child) < size_bytes + 64_000_000
+        assert rss_bytes(child) < size_bytes + GROWTH_BYTES
     assert_same_states(children)
     swarm.interrupt_all([bootstrap, *children])
 

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from codes import raises_code
 from learnt import tiny, write_scenario
+from patience import PATIENCE_S
 
 from swarmtrain.cli.main import cli, run
 from swarmtrain.cli.simulate import table_lines
@@ -199,7 +200,7 @@ def test_a_pipe_is_told_that_it_goes_on_and_its_end_is_in_order(
 
     def play(*_: Any) -> RunOutcome:
         try:
-            assert said.wait(30)
+            assert said.wait(PATIENCE_S)
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("it goes on")
         finally:

@@ -229,7 +229,7 @@ def test_other_names_are_none(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     def nothing(*args: object) -> None:
         raise AssertionError("no package is looked for")
 
-    monkeypatch.setattr("swarmtrain.methods.brought", nothing)
+    monkeypatch.setattr("swarmtrain.methods.find_external", nothing)
     with raises_code("bad-value", RunFileError, "merge.method", "PACKAGE:METHOD"):
         run_by(name)
     data = f'[merge]\nmethod = "{name}"\n[published]\n'.encode()

@@ -1,6 +1,6 @@
-"""The traces of this folder, the same each time: python examples/scenarios/traces/generate.py
+"""Generate the traces of this folder, the same ones each time: python examples/scenarios/traces/generate.py
 
-Seconds are those of a run of a minute or two: a day lasts 40 of them.
+Times are scaled to a run of a minute or two: a day lasts 40 seconds.
 """
 
 import random

@@ -653,7 +653,7 @@ def test_what_is_replaced_of_a_state_goes_when_it_is_written_and_not_when_it_is_
     states = [
         OuterState(watched(one.of(whole.state.theta)), watched(one.of(whole.state.momentum))) for one in fragments
     ]
-    checkpoint = dataclasses.replace(whole, state=FragmentedState(fragments, states).settled())
+    checkpoint = dataclasses.replace(whole, state=FragmentedState(fragments, states).frozen())
     del states
     assert len(gone) == 4 and all(ref() is not None for ref in gone)
     alive: list[bool] = []

@@ -22,6 +22,8 @@ from swarmtrain.peer.checkpoints.files import CheckpointFolder, DamagedError, St
 
 RUN, PEER = "ab" * 32, "somebody"
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink")
+KILLED_WITHIN_S = 120.0
+"""An interpreter, and thirty that are killed at one call each."""
 
 
 @functools.cache
@@ -284,7 +286,7 @@ def test_killed_at_every_call_that_writes(tmp_path: Path) -> None:
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=KILLED_WITHIN_S,
     )
     assert done.returncode == 0, done.stderr
     hit = json.loads(done.stdout)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
@@ -68,15 +69,15 @@ def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Pat
         c.emit(FetchedEvent(run_sha256="ab" * 32, run_name="tiny", held_out_bytes=1, from_peer=BEN))
         with grpc.insecure_channel((tmp_path / "control.address").read_text().splitlines()[0]) as channel:
             stub = pb_grpc.ControlStub(channel)
-            status = stub.Status(pb.StatusRequest(), timeout=30)
+            status = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S)
             assert (status.state, status.run_name) == (pb.PEER_STATE_STARTING, "tiny")
             with pytest.raises(grpc.RpcError) as refused:
-                stub.Checkpoint(pb.CheckpointRequest(), timeout=30)
+                stub.Checkpoint(pb.CheckpointRequest(), timeout=PATIENCE_S)
             assert dict(refused.value.trailing_metadata()) == {CODE_KEY: "no-checkpoint"}
-            assert stub.Leave(pb.LeaveRequest(), timeout=30).message.startswith("leaving")
+            assert stub.Leave(pb.LeaveRequest(), timeout=PATIENCE_S).message.startswith("leaving")
             last = stop.last_work(3600.0)
             assert not last.is_set()
-            stub.Leave(pb.LeaveRequest(), timeout=30)
+            stub.Leave(pb.LeaveRequest(), timeout=PATIENCE_S)
             assert last.is_set(), "asked twice"
         assert stop.is_set() and stop.reason == "asked"
         assert c.ended(DONE) is DONE

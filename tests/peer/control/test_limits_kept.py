@@ -1,4 +1,4 @@
-"""The keeper of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+"""The enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
@@ -42,7 +43,7 @@ class FakeUsage:
 
 
 class Kept:
-    """A keeper at noon, with a made-up machine."""
+    """An enforcer at noon, with a made-up machine."""
 
     def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
@@ -264,7 +265,7 @@ def test_a_thread_keeps_them_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kept.enforcer, "tick", ticks.release)
     with kept_limits(kept.enforcer):
         for _ in range(3):
-            assert ticks.acquire(timeout=10)
+            assert ticks.acquire(timeout=PATIENCE_S)
     assert "limits" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -281,7 +282,7 @@ def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatc
     with kept_limits(kept.enforcer):
         monkeypatch.setattr(kept.enforcer, "tick", tick)
         for _ in range(4):
-            assert ticks.acquire(timeout=1)
+            assert ticks.acquire(timeout=PATIENCE_S)
 
 
 def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
@@ -334,6 +335,6 @@ def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(module, "set_niceness", meanwhile)
     kept.enforcer.change(pb.Limits(nice=5))
-    other.join(10.0)
+    other.join(PATIENCE_S)
     assert (kept.enforcer.limits().threads, kept.enforcer.limits().nice) == (1, 5)
     assert kept.enforcer._limits.nice == 5

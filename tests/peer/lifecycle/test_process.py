@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 HEAPS = """
 import ctypes, sys, threading
@@ -41,7 +42,7 @@ def num_heaps(tmp_path: Path, how: str, **environment: str) -> int:
     told.unlink(missing_ok=True)
     known = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
     command = [sys.executable, "-c", HEAPS, how, str(told)]
-    subprocess.run(command, check=True, timeout=60, env={**known, **environment})
+    subprocess.run(command, check=True, timeout=PATIENCE_S, env={**known, **environment})
     return told.read_text().count("<heap ")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.cli.stop_signals import stop_on_signals
 from swarmtrain.errors import Problem, RunTimeError
@@ -114,7 +115,7 @@ def test_sigusr1_explains() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)  # nobody explains anything yet, and nothing ends
         with explained_on_signal(explained.set):
             os.kill(os.getpid(), signal.SIGUSR1)
-            assert explained.wait(5)
+            assert explained.wait(PATIENCE_S)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.is_set()
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from replies import Replies
 from sessions import train_round
 from torch import Tensor
@@ -108,7 +109,7 @@ class Peer:
             loop=self.loop,
             exchange=self.exchange,
             report=self.reports.append,
-            settled=lambda session: self.exchange.offer(session.replica.state, session.progress),
+            on_new_state=lambda session: self.exchange.offer(session.replica.state, session.progress),
         )
         self.trainer = self.session.replica
         self.exchange.offer(self.trainer.state, self.trainer.progress)
@@ -158,7 +159,7 @@ class _Calls:
 
 
 def _num_ready(engine: Engine, fragment: int, group: GroupName) -> int:
-    ready = engine._lanes[fragment].received.ready
+    ready = engine._states[fragment].received.ready
     return sum(one.group == group for one in ready.pulled) if ready else 0
 
 
@@ -188,11 +189,11 @@ class World:
         merge_due = gossip.merge_due
 
         def merge_when_there(round: int, fragment: int, **how: Any) -> Any:
-            give_up_s = time.monotonic() + 30
+            give_up_s = time.monotonic() + PATIENCE_S
             while any(
                 _num_ready(engine, fragment, group) < self.wants.get(peer.id, 0) for group in engine._settings.groups
             ):
-                came = [(one.peer, one.group) for one in engine._lanes[fragment].received.pulled]
+                came = [(one.peer, one.group) for one in engine._states[fragment].received.pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
@@ -290,7 +291,7 @@ def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
 
     def prepared(self: GossipExchange, command: PrepareMerge[Any, Any]) -> PreparedMerge:
         nonlocal seen, others_ready, differ
-        lanes = self.gossip.engine._lanes
+        lanes = self.gossip.engine._states
         others_ready += any(lane.received.ready is not None for lane in lanes if lane.number != command.fragment)
         for each in command.pulled:
             made = each.payload.decoded()
@@ -353,7 +354,7 @@ def test_a_round_is_published_in_parts(worlds: list[World]) -> None:
     whole = STEPS * STEP_TOKENS
     first = [(1, 3 * STEP_TOKENS, 3 * STEP_TOKENS), (2, 6 * STEP_TOKENS, 6 * STEP_TOKENS), (3, whole, whole)]
     assert seen == [*first, *((part, tokens, tokens + whole) for part, tokens, _ in first)]
-    give_up_s = time.monotonic() + 10
+    give_up_s = time.monotonic() + PATIENCE_S
     while (peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) != (3, whole):
         assert time.monotonic() < give_up_s, "what it publishes is told soon"
         time.sleep(0.01)
@@ -398,7 +399,7 @@ def test_a_round_that_begins_does_not_say_that_it_is_where_the_one_before_ended(
         done.set()
 
     peer.exchange.network.submit_unhurried(last())
-    assert done.wait(10)
+    assert done.wait(PATIENCE_S)
     assert (peer.swarm.presence.me.round, peer.swarm.presence.me.part, peer.swarm.presence.me.part_tokens) == (
         1,
         0,
@@ -486,7 +487,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
-        ledger = peer.exchange.gossip.engine._lanes[last].merged.ledger
+        ledger = peer.exchange.gossip.engine._states[last].merged.ledger
         versions = {
             who: PublicationVersion(one.round, one.part, one.tokens) for who, one in told.items() if one is not None
         }
@@ -618,7 +619,7 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
         return adds_to_archive(holds, authors, bootstrap.trainer.progress.peer_tokens)
 
     fetching = fetch_consensus_state(bootstrap.swarm, [newcomer.id], "archive", 0, is_wanted)
-    present = world.network.run(fetching, 30)
+    present = world.network.run(fetching, PATIENCE_S)
     assert present is not None and present.holds == {
         **bootstrap.trainer.progress.peer_tokens,
         newcomer.id: STEPS * STEP_TOKENS,
@@ -626,7 +627,7 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
     assert asked[0][1] == {newcomer.id}
     assert present.progress.run_tokens == 50_000 + 1900 + STEPS * STEP_TOKENS, "newcomers are told all that is counted"
     fetching = fetch_consensus_state(bootstrap.swarm, [newcomer.id], "archive", 0, lambda holds, authors: False)
-    assert world.network.run(fetching, 30) is None
+    assert world.network.run(fetching, PATIENCE_S) is None
 
 
 def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
@@ -643,7 +644,7 @@ def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
     finals = [peer.exchange.final_theta(peer.theta) for peer in world.everyone()]
     for final, peer in zip(finals, world.everyone(), strict=True):
         assert torch.allclose(final, finals[0], atol=1e-6) and not torch.equal(final, peer.theta)
-        assert peer.swarm.presence.me.settled
+        assert peer.swarm.presence.me.is_finished
     archived = world.network.run(
         fetch_consensus_state(peer.swarm, [p.id for p in world.everyone() if p is not peer], "x"), 30
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from replies import Replies
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class World:
 
     def do(self, work: Any) -> Any:
         """Run a coroutine in the network thread."""
-        return self.network.run(work, 20)
+        return self.network.run(work, PATIENCE_S)
 
     def take_in(self, worker: ServerExchange) -> None:
         """The server asks this worker for all it has."""
@@ -198,7 +199,7 @@ def test_the_arithmetic_is_delayed_nesterov_on_the_same_arrivals(world: Callable
         assert torch.equal(it.server.state.theta, plain.state.theta)
         assert torch.equal(it.server.state.momentum, plain.state.momentum)
         if number == 3:
-            it.new_server(it.do(it.server.settled({"other": 1})))
+            it.new_server(it.do(it.server.checkpoint_when_idle({"other": 1})))
             for each in (anna, ben):
                 it.do(each.swarm.greeter.greet(SERVER.peer_id))
     assert (it.server.arrivals, it.server.refreshes, it.server.progress.round) == (8, 2, 3)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from codes import raises_code
+from patience import PATIENCE_S
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError, UnreachableError
@@ -79,7 +80,7 @@ def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[
     starting.join(0.3)
     assert starting.is_alive()
     assert ask(exchange, round=0).participating
-    starting.join(10)
+    starting.join(PATIENCE_S)
     assert not starting.is_alive()
     assert not exchange.swarm.rounds.engine.guest
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
@@ -77,7 +78,7 @@ def test_several_threads_draw_each_microbatch_once() -> None:
     together = threading.Barrier(len(drawn))
 
     def draw(mine: list[tuple[int, ...]]) -> None:
-        together.wait(10.0)
+        together.wait(PATIENCE_S)
         for _ in range(150):
             mine.append(tuple(firsts(source.next_microbatch()[0])))
 
@@ -85,7 +86,7 @@ def test_several_threads_draw_each_microbatch_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60.0)
+        thread.join(2 * PATIENCE_S)
     everything = sorted(number for mine in drawn for microbatch in mine for number in microbatch)
     assert everything == list(range(1000)), "200 batches of three microbatches"
     assert source.position == 200

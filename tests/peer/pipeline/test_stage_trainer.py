@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from codes import raises_code
+from patience import PATIENCE_S
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
@@ -194,9 +195,9 @@ def test_rounds_of_stages_are_those_of_the_whole_model(graph_bytes: float) -> No
     for thread in threads:
         thread.start()
     try:
-        losses = asyncio.run(asyncio.wait_for(_drive(trainers, 8), 60.0))
+        losses = asyncio.run(asyncio.wait_for(_drive(trainers, 8), 2 * PATIENCE_S))
         for thread in threads:
-            thread.join(10.0)
+            thread.join(PATIENCE_S)
     finally:
         stop.set()
     expected, theta = _whole(8)
@@ -276,10 +277,10 @@ def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_o
         assert not ended, "a batch that is not full waits for more"
         over.set()
         for thread in threads[1:]:
-            thread.join(10.0)
+            thread.join(PATIENCE_S)
         assert ended == {1: "total_tokens", 2: "total_tokens"}, "the first one ends by its tokens"
         is_late.set()
-        threads[0].join(10.0)
+        threads[0].join(PATIENCE_S)
         assert ended[0] == "total_tokens"
     finally:
         stop.set()
