@@ -72,7 +72,7 @@ class ScenarioSection(Section):
     name: str = Field(min_length=1, max_length=64, description="Name of the scenario.")
     work: Literal["learning", "systems", "pipeline"] = Field(
         "learning",
-        description="Kind of work: real models that learn; or, without tensors, sizes and times of a whole swarm or of a pipeline.",
+        description="Real models that learn; or, without tensors, sizes and times of a swarm or of a pipeline.",
     )
     rounds: int = Field(100, ge=1, le=1_000_000, description="Systems work: rounds of each volunteer.")
     lasts_s: float = Field(
@@ -93,7 +93,7 @@ class ScenarioSection(Section):
         0,
         ge=0,
         le=10**12,
-        description="Tokens that one machine trains alone beforehand, in no time: all start from its weights. 0: cold start.",
+        description="Tokens that one machine trains alone beforehand, in no time; all start from its weights.",
     )
 
     @field_validator("methods", "seeds", "tuning_seeds")
