@@ -96,7 +96,7 @@ class RoundEngine(Generic[Envelope, Link]):
         self.me, self.membership, self.chains, self.rules = membership.me, membership, chains, rules
         self.round = 0
         self.last: SignedRoster[Envelope] | None = None
-        self.guest = True
+        self.is_late_joiner = True
         """True if nobody waits for this peer's round: before and in its first one, and after catching up."""
         self.away = False
         """True if this peer has said goodbye; a peer that missed that and asks is told."""
@@ -142,9 +142,9 @@ class RoundEngine(Generic[Envelope, Link]):
                 self._ending.merge_went_on(event)
                 self._look_s = now
             case ev.RoundBegun():
-                self.guest = event.guest
+                self.is_late_joiner = event.is_late_joiner
             case ev.Left():
-                self.away = self.guest = True
+                self.away = self.is_late_joiner = True
                 self._seeker.join_anew()
                 return self._tell()
             case ev.CameBack():
@@ -174,7 +174,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.Join():
                 return self._seeker.join(event, self.round, now)
             case ev.StateAdopted():
-                self.guest = True
+                self.is_late_joiner = True
                 return self._seeker.survey(ev.SurveyPeers(event.search, (event.source,)), self.round, now)
             case ev.StateOffered() | ev.StateNotFetched() | ev.StateDownloaded():
                 return self._caught_up(self._seeker.fetch_went_on(event, now), now)
@@ -249,7 +249,7 @@ class RoundEngine(Generic[Envelope, Link]):
             call=call,
             question=question,
             round=self.round,
-            participating=not (self.guest or self.away),
+            participating=not (self.is_late_joiner or self.away),
             away=self.away,
             last=self.last,
             publication=None if known is None or question.has_publication else known.own,
@@ -404,8 +404,8 @@ class RoundEngine(Generic[Envelope, Link]):
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
             behind=found.of[Standing.BEHIND],
             base=self.base,
-            guest=self.guest,
-            guests=found.of[Standing.GUEST] | distrusted,
+            is_late_joiner=self.is_late_joiner,
+            late_joiners=found.of[Standing.LATE_JOINER] | distrusted,
             ahead=found.of[Standing.AHEAD],
             applied=found.applied,
             far_ahead=found.of[Standing.FAR_AHEAD],

@@ -126,7 +126,7 @@ class HostedPeer(GossipPeer):
                 self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
                 return
         elif isinstance(what, PublicationQuery) and through.running and through.brings(author, what):
-            size_bytes = self.settings.section_bytes(what.group)
+            size_bytes = self.settings.group_bytes(what.group)
             self.hosted.peers[author].bytes_up += size_bytes
             self._pull(source, author, what, size_bytes, done)  # the host pulls it first
             return
