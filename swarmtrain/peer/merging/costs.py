@@ -20,8 +20,8 @@ __all__ = [
     "ServerCosts",
     "copies",
     "costs_of",
-    "pulled_bytes",
     "publication_sizes",
+    "pulled_bytes",
 ]
 
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy

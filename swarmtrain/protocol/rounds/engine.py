@@ -130,7 +130,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.QuestionReceived():
                 return self._asked(event, now)
             case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
-                self._ending.was_brought(event)
+                self._ending.was_fetched(event)
                 self._look_s = now
             case ev.ReplyRefused():
                 return self._got_nothing(event.number, now, is_malformed=True)
@@ -446,9 +446,9 @@ class RoundEngine(Generic[Envelope, Link]):
         if not pulls_whole(view):
             return commands
         for peer, offer in known.announced.items():
-            is_here = offer.snapshot in known.held or offer.snapshot in known.brought
+            is_here = offer.snapshot in known.held or offer.snapshot in known.fetched
             if offer.base == view.base and not is_here and peer not in known.unobtainable:
-                known.brought.add(offer.snapshot)
+                known.fetched.add(offer.snapshot)
                 others = (info.peer for info in self.membership.volunteers() if info.peer != peer)
                 commands.append(ev.FetchPublication(offer, (peer, *others)))
         return commands
@@ -489,7 +489,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if found:
             return [ev.NamePeer(asked.peer, found), *self._got_nothing(number, now, is_malformed=True)]
         del self._questions.open[number]
-        change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
+        change = self.hearsay.receive(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
         if asked.of is not None:
             went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.advertised), self.round, now)

@@ -15,7 +15,7 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.methods import GOSSIP
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
-from swarmtrain.peer.estimate import estimate, pulled_bytes, publication_sizes
+from swarmtrain.peer.estimate import estimate, publication_sizes, pulled_bytes
 from swarmtrain.protocol.gossip.pulls import LINK_SHARE
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
 from swarmtrain.simulate.pipeline.world import stage_parameters
