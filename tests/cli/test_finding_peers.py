@@ -330,7 +330,7 @@ def test_a_peer_of_another_user(lives: Made) -> None:
 def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0)
-    with pytest.raises(UserError, match="it belongs to another user"):
+    with raises_code("other-user", UserError):
         find(WhichPeer(directory=folder))
     folder.chmod(stat.S_IRWXU)
 

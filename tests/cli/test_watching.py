@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from codes import raises_code
 from fake_peer import FakePeer, living
 
 from swarmtrain.cli import peers
@@ -129,7 +130,7 @@ def test_one_that_hangs_is_said_to(peer: FakePeer, monkeypatch: pytest.MonkeyPat
 def test_one_that_refuses_is_not_asked_again(peer: FakePeer) -> None:
     peer.refusal = "64 watch this peer already; end one of them"
     view = look(LocalPeer(folder=peer.folder))
-    with pytest.raises(RefusedError, match="anna: 64 watch this peer already; end one of them"):
+    with raises_code("peer-refused", RefusedError, "anna: 64 "):
         follow(LocalPeer(folder=peer.folder), view, lambda view: None, SimpleQueue(), QUICK)
     assert peer.watches == 1
 
