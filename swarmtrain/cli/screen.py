@@ -114,7 +114,7 @@ def sentence(view: View) -> str:
         case Phase.DIED if not status.time or status.state in _OVER:
             text = "died while it was starting, without an error message"
         case Phase.DIED:
-            text = f"died about {_clock(status.time, view.now)} without leaving the swarm ({_was(status)})"
+            text = f"died about {_clock(status.time, view.now)} ({_was(status)})"
     return "; ".join([text, *then, _start_again(view)])
 
 

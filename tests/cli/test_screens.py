@@ -239,7 +239,7 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     status = make_status(time=noon)
     seen = View(status=status, phase=Phase.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
-        "died about 12:00 without leaving the swarm (it was training round 12); "
+        "died about 12:00 (it was training round 12); "
         "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'` and the other options it had"
     )
     later = View(
@@ -248,7 +248,7 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
         now=noon + 5 * 86400,
     )
     assert sentence(later) == (
-        "died about 2027-01-15 12:00 without leaving the swarm (it was serving); "
+        "died about 2027-01-15 12:00 (it was serving); "
         "start it again with `swarmtrain bootstrap RUN.toml` and the other options it had"
     )
     told = "\n".join(on_screen(draw_watch(seen, 80, 24), 80, 24))
