@@ -132,10 +132,10 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
     stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
     idle_s, quoted = began_s + _IDLE_S, shlex.quote(str(folder))
 
-    def say(message: str) -> None:
+    def say(message: str, code: str) -> None:
         if message not in told:
             told.add(message)
-            control.emit(WarningEvent(message=message, code="last-volunteer"))
+            control.emit(WarningEvent(message=message, code=code))
 
     control.board.doing(
         control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
@@ -161,7 +161,8 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 say(
                     "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
                     f"back; it is kept in {folder} too: `swarmtrain join --dir {quoted}` brings it back. Ctrl-C again "
-                    "does not wait"
+                    "does not wait",
+                    code="no-bootstrap",
                 )
                 idle_s = now + _IDLE_S
             else:
@@ -172,7 +173,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 if now > idle_s:
                     break
                 if now > began_s + _SAY_S:
-                    say(_WAITS)
+                    say(_WAITS, code="last-volunteer")
             stop.sleep(_SOON_S if now < began_s + 1.0 else _AGAIN_S)
     except Interrupted:
         pass
