@@ -271,9 +271,9 @@ class RoundRunner:
 
     # ------------------------------------------------------------- moving on
 
-    def begin(self, *, guest: bool) -> None:
-        """Begin a round. Nobody waits for the round of a `guest`, a late joiner."""
-        self._tell(ev.RoundBegun(guest))
+    def begin(self, *, is_late_joiner: bool) -> None:
+        """Begin a round. Nobody waits for the round of a late joiner."""
+        self._tell(ev.RoundBegun(is_late_joiner))
 
     def leave(self) -> None:
         """Tell the engine that this peer has said goodbye."""

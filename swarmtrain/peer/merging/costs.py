@@ -20,8 +20,8 @@ __all__ = [
     "ServerCosts",
     "copies",
     "costs_of",
+    "publication_sizes",
     "pulled_bytes",
-    "section_bytes",
 ]
 
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
@@ -58,7 +58,7 @@ class GossipCosts(MergeCosts):
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
         """See `MergeCosts`."""
-        merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters, others)
+        merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, publication_sizes(run, num_parameters, others)
         num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
         num += min(merge.num_weights, others)
         # bytes and decoded vector of each; the prepared merge; bytes of pulls that may be resumed
@@ -88,7 +88,7 @@ class ServerCosts(MergeCosts):
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
         """See `MergeCosts`."""
-        sizes = section_bytes(run, num_parameters, others)
+        sizes = publication_sizes(run, num_parameters, others)
         return sizes.gradient, sizes.both + 3 * 4 * num_parameters
 
 
@@ -96,7 +96,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     """Return what a gossiping volunteer with `others` others holds at its worst moment, in bytes per parameter, by
     purpose.
     """
-    merge, sizes = run.merge, section_bytes(run, num_parameters, others)
+    merge, sizes = run.merge, publication_sizes(run, num_parameters, others)
     partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
     weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters
     fragment = 4 / merge.num_fragments
@@ -126,7 +126,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     }
 
 
-def section_bytes(
+def publication_sizes(
     run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
 ) -> PublicationBytes:
     """Return the sizes of a publication of `num_parameters` parameters.

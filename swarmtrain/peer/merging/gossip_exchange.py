@@ -448,7 +448,7 @@ class GossipExchange(AsynchronousExchange):
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
         """See `Merging`."""
         manifest = command.held.snapshot.manifest
-        self.swarm.tallying.hear(command.author, manifest.author_tokens)
+        self.swarm.tallying.receive(command.author, manifest.author_tokens)
         self._receive_rows_untrusted(command.author, manifest.coverage)
 
     def _kept_untrusted(

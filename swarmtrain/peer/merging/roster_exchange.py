@@ -229,13 +229,13 @@ class RosterExchange(SwarmExchange):
         if self._fresh and progress.round == 0:
             self._wait_for_company()
         self._check()
-        inner_steps, guest = self._inner_steps(progress.round, steps_per_s)
-        self._skipped_steps = self.run.merge.inner_steps - inner_steps if guest else 0
+        inner_steps, is_late_joiner = self._inner_steps(progress.round, steps_per_s)
+        self._skipped_steps = self.run.merge.inner_steps - inner_steps if is_late_joiner else 0
         self.round_steps = self._skipped_steps + inner_steps
         self._started_s = swarm_time()
 
         async def begin() -> int:
-            self.swarm.rounds.begin(guest=guest)
+            self.swarm.rounds.begin(is_late_joiner=is_late_joiner)
             self.swarm.rounds.inner_steps_done = self._skipped_steps
             self.swarm.presence.describe(round=progress.round, steps_per_s=steps_per_s, run_tokens=progress.run_tokens)
             # Counts this peer too.
@@ -316,7 +316,9 @@ class RosterExchange(SwarmExchange):
         """See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:
-            self.swarm.rounds.begin(guest=False)  # it will train this round whole: peers that begin sooner wait for it
+            self.swarm.rounds.begin(
+                is_late_joiner=False
+            )  # it will train this round whole: peers that begin sooner wait for it
 
     def present_state(self, progress: Progress) -> Replaced | None:
         """See `SwarmExchange`. The next round is then one that this peer comes into late."""

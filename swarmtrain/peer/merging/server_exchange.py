@@ -115,7 +115,7 @@ class ServerExchange(AsynchronousExchange):
                 swarm.peers.receive_reply_untrusted,
             ),
             decode=weights.decode_untrusted,
-            counted=swarm.tallying.hear,
+            counted=swarm.tallying.receive,
             refused=swarm.peers.refused,
         )
 

@@ -89,7 +89,7 @@ class StageLeases:
         self._leaving.setdefault(stage, None)
         return True, f"nobody was promised that it stays in stage {stage}"
 
-    def promised(self, lease: StageLease) -> None:
+    def granted(self, lease: StageLease) -> None:
         """Record a lease that this peer received."""
         if lease.request.mover == self.me and lease.request.stage in self._leaving:
             self._leaving[lease.request.stage] = lease

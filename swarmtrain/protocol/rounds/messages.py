@@ -89,9 +89,9 @@ class ProcessSuspended:
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun:
-    """The next round begins. Nobody waits for this peer in it if it is a late joiner (`guest`)."""
+    """The next round begins. Nobody waits for this peer in it if it is a late joiner."""
 
-    guest: bool
+    is_late_joiner: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ def rounds_of(me: Identity, own: ChainStore, peers: Peers, *, trains: bool = Tru
     refuse = lambda peer, error: refused.append(f"{peer} {error}")  # noqa: E731 - as short as it can be
     downloads = Downloads(me.peer_id, calls, SnapshotStore(), SETTINGS.pull, refuse)
     rounds = RoundRunner(me, downloads, membership, SETTINGS, average_bytes_untrusted, trains=trains, chains=own)
-    rounds.begin(guest=False)
+    rounds.begin(is_late_joiner=False)
     if (head := own.chain.head) is not None:
         rounds.know_roster(head, own._signed[head.digest].roster)
         rounds.advance(Progress(round=head.round + 1, roster_sha256=head.digest))
