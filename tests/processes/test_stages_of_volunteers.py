@@ -32,6 +32,10 @@ from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
+TOTAL_TOKENS = 50_000
+"""Some hundred steps: time enough for one to be killed and for another to come."""
+LEARNT = 0.8
+"""Of the loss that knows nothing, at most, after so many."""
 ROUNDS_S = 30.0
 """For some rounds of a stage, or until one that lies is named, whoever hangs meanwhile."""
 RESCUED_S = 60.0
@@ -102,7 +106,7 @@ def _wait_more_rounds(children: Sequence[Child], stage: int, number: int) -> Non
 
 def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm) -> None:
     """Nobody says who holds what; at the end the bootstrap has the whole model, which nobody else ever had."""
-    bootstrap = swarm.bootstrap(_run(swarm, 90_000, "none"), "--wait-for", "4")
+    bootstrap = swarm.bootstrap(_run(swarm, TOTAL_TOKENS, "none"), "--wait-for", "4")
     invite = bootstrap.invite.invite
     first = [swarm.join(f"v{number}", invite) for number in range(4)]
     held = [child.wait_event(AssignedEvent).stages for child in first]
@@ -121,9 +125,9 @@ def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm)
         assert child.wait() == 0, child.story()
     (done,) = bootstrap.all(DoneEvent)
     assert done.reason == "total_tokens"
-    assert done.held_out_loss is not None and done.held_out_loss < 0.75 * math.log(256)
+    assert done.held_out_loss is not None and done.held_out_loss < LEARNT * math.log(256)
     told = [child.all(DoneEvent)[0] for child in first if child is not victim]
-    assert all(0 < event.tokens < 90_000 for event in told), "a part of the model's work each"
+    assert all(0 < event.tokens < TOTAL_TOKENS for event in told), "a part of the model's work each"
     model = bootstrap.folder / "model"
     measured = swarm.run("eval", str(model), "--json")
     assert json.loads(measured.stdout)["held_out_loss"] == pytest.approx(done.held_out_loss, rel=1e-4)
