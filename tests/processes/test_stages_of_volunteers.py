@@ -32,6 +32,8 @@ from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
+SHORT_END = "import swarmtrain.peer.lifecycle.bootstrap_peer as module; module.LINGER_S = 3.0"
+"""At the end a bootstrap waits a minute for one that was killed: it may come back."""
 TOTAL_TOKENS = 50_000
 """Some hundred steps: time enough for one to be killed and for another to come."""
 LEARNT = 0.8
@@ -106,7 +108,7 @@ def _wait_more_rounds(children: Sequence[Child], stage: int, number: int) -> Non
 
 def test_a_model_in_stages_to_its_end_with_one_killed_and_one_late(swarm: Swarm) -> None:
     """Nobody says who holds what; at the end the bootstrap has the whole model, which nobody else ever had."""
-    bootstrap = swarm.bootstrap(_run(swarm, TOTAL_TOKENS, "none"), "--wait-for", "4")
+    bootstrap = swarm.bootstrap(_run(swarm, TOTAL_TOKENS, "none"), "--wait-for", "4", prelude=SHORT_END)
     invite = bootstrap.invite.invite
     first = [swarm.join(f"v{number}", invite) for number in range(4)]
     held = [child.wait_event(AssignedEvent).stages for child in first]
