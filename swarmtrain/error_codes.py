@@ -1,8 +1,8 @@
-"""What the codes of errors, refusals and warnings mean, and what to do: for `swarmtrain explain` and the page of them.
+"""Explanations of the codes of errors, refusals and warnings, for `swarmtrain explain` and docs/troubleshooting.md.
 
-A code is a promise: people search for it and programs compare it. One that is here keeps its name and its meaning;
-`tests/test_error_codes.py` has the list. A new error takes the code of those that have the same remedy, or a new one.
-`docs/generate.py` writes the tables of docs/troubleshooting.md from here.
+A code is a promise: people search for it and programs compare it, so it keeps its name and its meaning;
+`tests/test_error_codes.py` has the list. A new error takes the code of errors with the same remedy, or a new one.
+`docs/generate.py` writes the tables of docs/troubleshooting.md from this file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["CODES", "Explanation"]
 
 
 class Explanation(NamedTuple):
-    """What a person who met a code needs."""
+    """Explanation of a code."""
 
     topic: str
-    """The table of docs/troubleshooting.md that it is in."""
+    """Table of docs/troubleshooting.md that lists it."""
     says: tuple[str, ...]
-    """Messages that have the code, by their words; `…` stands for what differs."""
+    """Messages that have the code; `…` stands for what varies."""
     do: str
-    """What it means, and what to do; Markdown."""
+    """Meaning, and what to do, as Markdown."""
 
 
 CODES: Mapping[str, Explanation] = {
@@ -144,7 +144,7 @@ CODES: Mapping[str, Explanation] = {
     "peer-refused": Explanation("control", ("…: …",), "The peer answered and will not do it; the rest of the line is what it says."),
     # limits
     "limits-fixed": Explanation("limits", ("the limits of this peer cannot be changed while it runs",), "Stop it, and start it with other limits."),
-    "too-little-memory": Explanation("limits", ("this run needs about … with … (…), and --memory allows …", "a stage of this run needs about … of memory, and --memory allows …", "it uses … of memory, and may use …"), "Allow more, or join a run with a smaller model, or one that is cut into more stages ([pipelines](pipelines.md)). `swarmtrain doctor` says what is free. A running peer that uses more than it may pauses until `swarmtrain limits --memory` allows more; the line may say what the run needs with as many volunteers as are there."),
+    "too-little-memory": Explanation("limits", ("this run needs about … with … (…), and --memory allows …", "a stage of this run needs about … of memory, and --memory allows …", "it uses … of memory, and may use …", "there is not enough memory here for this peer's part of the run: …"), "Allow more, or join a run with a smaller model, or one that is cut into more stages ([pipelines](pipelines.md)). `swarmtrain doctor` says what is free. A running peer that uses more than it may pauses until `swarmtrain limits --memory` allows more; the line may say what the run needs with as many volunteers as are there."),
     "too-little-bandwidth": Explanation("limits", ("…: … Mbit/s is too little for this run, in which transfers slower than …/s are given up",), "Give `--up` or `--down` more. What a run gives up as too slow is in its run file, `network.min_pull_bytes_per_s`."),
     "nice-not-lowered": Explanation("limits", ("nice: only an administrator may go back from … to …",), "Systems let a program step back, not forward again: end the peer, and join again with the `--nice` you want."),
     "all-volunteers-run": Explanation("limits", ("every volunteer of this user runs already (…): give an invite to start one more",), "`join` without an invite goes on where a volunteer was stopped, and none is: `swarmtrain status --all` lists them."),

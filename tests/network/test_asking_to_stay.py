@@ -189,7 +189,7 @@ def test_what_else_is_said_with_it_changes_nothing() -> None:
 
     async def body(wire: Wire) -> None:
         answer = await wire.raw(question)
-        assert (answer.status, answer.stays_s, answer.incarnation) == (pb.StageAnswer.STATUS_OK, 60.0, 7)
+        assert (answer.status, answer.stays_s, answer.life) == (pb.StageAnswer.STATUS_OK, 60.0, 7)
         assert wire.server.queues[1].ledger.num_open == 0
 
     _on_wire(body)

@@ -272,7 +272,7 @@ def _merges(record: Record) -> None:
     def merge_due(original: Any, self: GossipRunner, round: int, fragment: int, **how: Any) -> Any:
         due = original(self, round, fragment, **how)
         if isinstance(due, MergeFragment):
-            pulled = [[one.section, one.peer, one.version, one.began_s] for one in due.pulled]
+            pulled = [[one.group, one.peer, one.version, one.began_s] for one in due.pulled]
             of_s = None if due.merge is None else prepared_for[id(due.merge)]
             reference = self.engine._others.reference_round()
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)

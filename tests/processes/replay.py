@@ -31,7 +31,7 @@ from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip.fragments import publishes_every
 from swarmtrain.protocol.gossip.messages import DecodePublication
 from swarmtrain.protocol.gossip.partners import Delta, Full, News, PublicationVersion
-from swarmtrain.protocol.gossip.pulls import Section, ahead_rounds
+from swarmtrain.protocol.gossip.pulls import GroupName, ahead_rounds
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.fragment import LearningFragment, Published
@@ -83,14 +83,14 @@ class ReplayedPeer(LearningPeer):
     def __init__(self, world: Replayed, number: int) -> None:
         super().__init__(world, number)
         self.name = world.names[number]
-        self.published: dict[tuple[int, Section, PublicationVersion], Published] = {}
-        self.new: dict[tuple[int, Section, str], News] = {}
-        self.here: dict[tuple[int, Section, str], tuple[Published, PartnerUpdate]] = {}
+        self.published: dict[tuple[int, GroupName, PublicationVersion], Published] = {}
+        self.new: dict[tuple[int, GroupName, str], News] = {}
+        self.here: dict[tuple[int, GroupName, str], tuple[Published, PartnerUpdate]] = {}
         self.before: dict[tuple[int, str], Published] = {}
         """Gradients of each fragment that were merged last, by author."""
         self.unlearned: deque[tuple[Callable[[Tensor, int], None], Tensor, int]] = deque()
-        for lane in self.lanes:
-            lane.robustness.learn = partial(self._learns, lane.robustness.learn)  # type: ignore[method-assign]
+        for fragment in self.fragments:
+            fragment.robustness.learn = partial(self._learns, fragment.robustness.learn)  # type: ignore[method-assign]
         self.entered: list[list[Any]] = []
         self.incidents: list[tuple[str, str, str]] = []
         self.num_rounds = self.num_equal = 0
@@ -125,18 +125,18 @@ class ReplayedPeer(LearningPeer):
             )
             round_s = steps / own
         everybodys = steps_of_everybody(*event["everybodys_of"])
-        every = publishes_every(section.publications_per_round, len(self.lanes), round_s, self.world.layout.size)
+        every = publishes_every(section.publications_per_round, len(self.fragments), round_s, self.world.layout.size)
         decided = replace(start, inner_steps=steps, run_steps_a_step=everybodys, every=every)
         self.world.formats[start.gradient_format] += 1
         self._same(event, "inner steps", decided, "start")
         assert event["round"] == self.round
         self.enter(start, event["run_tokens"])
-        for lane in self.lanes:
-            self._has(lane)
+        for fragment in self.fragments:
+            self._has(fragment)
 
-    def _has(self, lane: LearningFragment) -> None:
-        assert lane.weights is not None
-        self.published.setdefault((lane.number, "weights", lane.weights.version), lane.weights)
+    def _has(self, fragment: LearningFragment) -> None:
+        assert fragment.weights is not None
+        self.published.setdefault((fragment.number, "weights", fragment.weights.version), fragment.weights)
 
     def _on_restarts(self, event: Event) -> None:
         """Pause: drop what was trained since each fragment's merge."""
@@ -144,18 +144,18 @@ class ReplayedPeer(LearningPeer):
         for step in range(self.done, event["done"]):
             self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / total_tokens)
         self.trainer.restart()
-        for lane in self.lanes:
-            lane.newest = lane.weights = None
-            self.published.pop((lane.number, "weights", PublicationVersion(self.round, 0, 0)), None)
+        for fragment in self.fragments:
+            fragment.newest = fragment.weights = None
+            self.published.pop((fragment.number, "weights", PublicationVersion(self.round, 0, 0)), None)
 
     def _on_published(self, event: Event) -> None:
         moments = [moment for moment in self.start.publish_after if moment > self.done]
         self.train_to(moments[0])
-        newest = [lane.newest for lane in self.lanes if lane.newest is not None]
+        newest = [fragment.newest for fragment in self.fragments if fragment.newest is not None]
         told = [[each.version.round, each.version.part, each.version.tokens] for each in newest]
         self._same(event, "publication", told)
-        for lane, each in zip(self.lanes, newest, strict=True):
-            self.published[lane.number, "gradient", each.version] = each
+        for fragment, each in zip(self.fragments, newest, strict=True):
+            self.published[fragment.number, "gradient", each.version] = each
 
     def _on_learned(self, event: Event) -> None:
         learn, gradient, tokens = self.unlearned.popleft()
@@ -163,12 +163,12 @@ class ReplayedPeer(LearningPeer):
         learn(gradient, tokens)
 
     def _on_asked_for(self, event: Event) -> None:
-        mark, lane = PublicationVersion(**event["mark"]), self._lane_of(event)
-        section: Section = "gradient" if mark.part else "weights"
-        self.serve(lane, section, self.published[lane.number, section, mark])
+        mark, fragment = PublicationVersion(**event["mark"]), self._fragment_of(event)
+        section: GroupName = "gradient" if mark.part else "weights"
+        self.serve(fragment, section, self.published[fragment.number, section, mark])
 
-    def _lane_of(self, event: Event) -> LearningFragment:
-        return self.lanes[event["fragment"]]
+    def _fragment_of(self, event: Event) -> LearningFragment:
+        return self.fragments[event["fragment"]]
 
     # ------------------------------------------------------------- what was pulled
 
@@ -202,24 +202,24 @@ class ReplayedPeer(LearningPeer):
     # ------------------------------------------------------------- the merge
 
     def _on_taken(self, event: Event) -> None:
-        lane, is_last = self._lane_of(event), event["fragment"] == len(self.lanes) - 1
+        fragment, is_last = self._fragment_of(event), event["fragment"] == len(self.fragments) - 1
         arrivals, tokens = list[PartnerUpdate](), dict[str, float]()
         for section, author, mark, began_s in event["pulled"]:
-            published, arrival = self.here.pop((lane.number, section, author))
+            published, arrival = self.here.pop((fragment.number, section, author))
             assert published.version == PublicationVersion(**mark)
             ahead = ahead_rounds(began_s, *(event["of_s"] or (0.0, 0.0)))
             arrivals.append(replace(arrival, ahead_rounds=ahead))
             tokens[author] = tokens.get(author, 0) + arrival.tokens
             if section == "gradient":
-                self.before[lane.number, author] = published
+                self.before[fragment.number, author] = published
         self.entered = [list(each) for each in tokens.items()]
-        assert self.done == self.start.merge_after[lane.number]
+        assert self.done == self.start.merge_after[fragment.number]
         if event.get("is_replaced"):  # replaced by others' weights: what was taken counts as merged anyway
             return
-        self.merge(lane, arrivals)
+        self.merge(fragment, arrivals)
         if not is_last:
-            self.begins(lane, self.round + 1)
-            self._has(lane)
+            self.begins(fragment, self.round + 1)
+            self._has(fragment)
 
     def _on_merged(self, event: Event) -> None:
         entered, recorded = self.entered, event["found"]
@@ -236,15 +236,15 @@ class ReplayedPeer(LearningPeer):
     # ------------------------------------------------------------- others' weights
 
     def _on_took_states(self, _: Event) -> None:
-        for lane in self.lanes:
-            lane.robustness.comes_back()
+        for fragment in self.fragments:
+            fragment.robustness.comes_back()
 
     def _on_adopted(self, event: Event) -> None:
         self.learner.comes_late()
         self.trainer.state = OuterState(_vector(event["theta"]), _vector(event["momentum"]))
         self.trainer.progress = Progress(round=event["round"], run_tokens=event["run_tokens"])
-        for lane in self.lanes:
-            lane.newest = lane.weights = None
+        for fragment in self.fragments:
+            fragment.newest = fragment.weights = None
 
 
 def _vector(text: str) -> Tensor:
@@ -283,7 +283,7 @@ class Replayed(LearningWorld):
         """See `LearningWorld`."""
         self.told_now.append(incident)
 
-    def published(self, fragment: int, section: Section, author: str, mark: PublicationVersion) -> Published:
+    def published(self, fragment: int, section: GroupName, author: str, mark: PublicationVersion) -> Published:
         """Return what that peer has published."""
         peer = self.by_name[author]
         assert isinstance(peer, ReplayedPeer)

@@ -47,7 +47,7 @@ def restored_ledger_is_empty(patch: Patch) -> None:
 
 def states_say_not_what_entered_them(patch: Patch) -> None:
     """Who takes a state merges what it finds."""
-    patch.setattr(partners.Ledger, "bring", lambda self, places: None)
+    patch.setattr(partners.Ledger, "adopt", lambda self, places: None)
 
 
 def old_rounds_are_merged(patch: Patch) -> None:
@@ -226,7 +226,7 @@ def gradients_count_at_once(patch: Patch) -> None:
 
 def states_bring_no_counts(patch: Patch) -> None:
     """Who takes a state counts what it has seen itself."""
-    patch.setattr(tally.Tally, "bring", lambda self, counts, num_sources, now: None)
+    patch.setattr(tally.Tally, "adopt", lambda self, counts, num_sources, now: None)
 
 
 def archives_by_who_counts_higher(patch: Patch) -> None:

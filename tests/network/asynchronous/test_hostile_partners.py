@@ -208,8 +208,8 @@ def test_what_is_wrong_with_weights_costs_these_and_is_named(
         fault(swarm.ben)
         await swarm.a_round()
         assert swarm.refused == [(BEN.peer_id, rule)]
-        assert swarm.me.engine._lanes[0].merged.ledger.values_at("weights", BEN.peer_id) is None
-        assert swarm.me.engine._lanes[0].merged.ledger.values_at("weights", CARL.peer_id) == (0, 0)
+        assert swarm.me.engine._states[0].merged.ledger.values_at("weights", BEN.peer_id) is None
+        assert swarm.me.engine._states[0].merged.ledger.values_at("weights", CARL.peer_id) == (0, 0)
 
     in_virtual_time(body)
 

@@ -182,11 +182,11 @@ class Peer:
 
     def num_open(self) -> int:
         """How many pulls go on."""
-        return len(self.engine._lanes[0].open.begun)
+        return len(self.engine._states[0].open.begun)
 
     def ready(self) -> Sequence[Pulled]:
         """What is in the merge that is prepared."""
-        ready = self.engine._lanes[0].received.ready
+        ready = self.engine._states[0].received.ready
         return () if ready is None else ready.pulled
 
     def merge(self, round: int) -> MergeFragment[Any, Any, Any]:
@@ -309,7 +309,7 @@ def test_the_trainer_never_waits_for_one_that_does_not_answer_nor_do_the_others(
             me.begin(round)
             assert set(await me.take(1)) == {CARL.peer_id}
         still = {("weights", BEN.peer_id), ("gradient", BEN.peer_id)}
-        await until(lambda: set(me.engine._lanes[0].open.begun) == still)  # what Carl was asked for has come
+        await until(lambda: set(me.engine._states[0].open.begun) == still)  # what Carl was asked for has come
         assert len(ben.asked) == 2, "he is still being asked"
         me.begin(3)
         assert me.merge(3).merge is None, "at once, with nothing"
@@ -438,7 +438,7 @@ def test_what_comes_too_late_for_a_round_is_there_for_the_next() -> None:
         ben.publish(0, 4, 1000)
         me.begin(0)
         both = {(BEN.peer_id, "weights"), (BEN.peer_id, "gradient")}
-        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2)
+        await until(lambda: len(me.engine._states[0].received.pulled) == 2)
 
         def prepare(pulled: Sequence[Pulled]) -> Sequence[Pulled]:
             prepared.append(pulled)
@@ -475,7 +475,7 @@ def test_what_is_ended_before_it_has_begun_leaves_no_warning_on_the_terminal() -
         preparation = me.engine._preparation
         ben.publish(0, 4, 1000)
         me.begin(0)
-        await until(lambda: len(me.engine._lanes[0].received.pulled) == 2 and preparation._preparing is None)
+        await until(lambda: len(me.engine._states[0].received.pulled) == 2 and preparation._preparing is None)
         now = swarm_time()
         plan = MergePlan(round=1, began_s=(now,), ends_s=now + 60, gradient_format="int8")
         with warnings.catch_warnings(record=True) as told:

@@ -323,13 +323,13 @@ def test_what_is_pulled_of_a_guest_that_leaves_and_returns_meanwhile_is_not_kept
             await until(lambda: hosting._kept)
             await until(lambda: guest.asked)
             guest.asked.clear()
-            bringing = hosting._kept[DORA.peer_id, "gradient", 0].bringing
-            assert bringing is not None
+            downloading = hosting._kept[DORA.peer_id, "gradient", 0].downloading
+            assert downloading is not None
             hosting.left(DORA.peer_id)
             assert hosting.ask(DORA.peer_id)
             host.calls.gate.set()
             assert (await asking).busy
-            await asyncio.wait([bringing])
+            await asyncio.wait([downloading])
             assert not hosting._kept and not host.store._held
         assert (await hosting.answer(request)).HasField("manifest")
 

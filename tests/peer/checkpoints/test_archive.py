@@ -113,5 +113,5 @@ def test_who_brings_nothing_new_is_not_asked_again_before_it_has_more() -> None:
 def test_a_bootstrap_without_an_archive_watches_since_the_run_began() -> None:
     boot = Boot()
     boot.archive.restore(None)
-    boot.tallying.bring([{ANNA.peer_id: 10**6}])
+    boot.tallying.adopt([{ANNA.peer_id: 10**6}])
     assert boot.tallying.total == 200, "one volunteer alone brings what its time explains"

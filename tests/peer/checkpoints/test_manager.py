@@ -120,7 +120,7 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     kept.keep_counts()
     path = kept.folder.path / "counts.json"
     assert not path.exists(), "there are none"
-    kept.swarm.tallying.bring([{BEN: 5000}])
+    kept.swarm.tallying.adopt([{BEN: 5000}])
     kept.keep_counts()
     written = path.read_bytes()
     kept.keep_counts()
@@ -130,7 +130,7 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     again.restore_counts()
     assert again.swarm.tallying.contributions() == {BEN: 5000}
     newer, of_newer = manager(tmp_path / "peer", published, 60.0)
-    newer.swarm.tallying.bring([{BEN: 9000}])
+    newer.swarm.tallying.adopt([{BEN: 9000}])
     newer.restore_counts()
     assert newer.swarm.tallying.contributions() == {BEN: 9000}
 
@@ -159,7 +159,7 @@ def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) 
         )
         for stage in (0, 1)
     )
-    first.swarm.tallying.bring([{BEN: 5000}])
+    first.swarm.tallying.adopt([{BEN: 5000}])
     first.keep_counts()
     second.restore_counts()
     assert second.swarm.tallying.contributions() == {} and (folder.path / "counts-stage-0.json").exists()

@@ -24,7 +24,7 @@ from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge
 from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
-from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
+from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent, WarningEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -109,7 +109,7 @@ class Peer:
             loop=self.loop,
             exchange=self.exchange,
             report=self.reports.append,
-            settled=lambda session: self.exchange.offer(session.replica.state, session.progress),
+            on_new_state=lambda session: self.exchange.offer(session.replica.state, session.progress),
         )
         self.trainer = self.session.replica
         self.exchange.offer(self.trainer.state, self.trainer.progress)
@@ -159,7 +159,7 @@ class _Calls:
 
 
 def _num_ready(engine: Engine, fragment: int, group: GroupName) -> int:
-    ready = engine._lanes[fragment].received.ready
+    ready = engine._states[fragment].received.ready
     return sum(one.group == group for one in ready.pulled) if ready else 0
 
 
@@ -193,7 +193,7 @@ class World:
             while any(
                 _num_ready(engine, fragment, group) < self.wants.get(peer.id, 0) for group in engine._settings.groups
             ):
-                came = [(one.peer, one.group) for one in engine._lanes[fragment].received.pulled]
+                came = [(one.peer, one.group) for one in engine._states[fragment].received.pulled]
                 assert time.monotonic() < give_up_s, f"only this came: {came}"
                 time.sleep(0.002)
             return merge_due(round, fragment, **how)
@@ -291,7 +291,7 @@ def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(
 
     def prepared(self: GossipExchange, command: PrepareMerge[Any, Any]) -> PreparedMerge:
         nonlocal seen, others_ready, differ
-        lanes = self.gossip.engine._lanes
+        lanes = self.gossip.engine._states
         others_ready += any(lane.received.ready is not None for lane in lanes if lane.number != command.fragment)
         for each in command.pulled:
             made = each.payload.decoded()
@@ -487,7 +487,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
         """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
-        ledger = peer.exchange.gossip.engine._lanes[last].merged.ledger
+        ledger = peer.exchange.gossip.engine._states[last].merged.ledger
         versions = {
             who: PublicationVersion(one.round, one.part, one.tokens) for who, one in told.items() if one is not None
         }
@@ -644,7 +644,7 @@ def test_the_model_at_the_end_is_the_same_for_all(worlds: list[World]) -> None:
     finals = [peer.exchange.final_theta(peer.theta) for peer in world.everyone()]
     for final, peer in zip(finals, world.everyone(), strict=True):
         assert torch.allclose(final, finals[0], atol=1e-6) and not torch.equal(final, peer.theta)
-        assert peer.swarm.presence.me.settled
+        assert peer.swarm.presence.me.is_finished
     archived = world.network.run(
         fetch_consensus_state(peer.swarm, [p.id for p in world.everyone() if p is not peer], "x"), 30
     )
@@ -703,4 +703,5 @@ def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
         0, anna.id
     )
     again.exchange.restore({"ledger": [["nonsense"]]})
-    assert "what the checkpoint says of merges is not used" in str(again.events[-1])
+    warning = again.events[-1]
+    assert isinstance(warning, WarningEvent) and warning.code == "checkpoint-partly-used"

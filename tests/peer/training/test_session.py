@@ -394,7 +394,7 @@ def test_who_is_stopped_anywhere_goes_on_as_if_it_had_been_killed_then(stops_at:
     assert one.train() == "interrupted" and not one.session.is_in_round
     assert one.session.progress.round == 1 and one.session.replica.own_tokens == 4 * STEP
     own = one.session.local_checkpoint(None)
-    killed.session.resume(one.session.replica.state.on_new_state(), one.session.progress, own)
+    killed.session.resume(one.session.replica.state.frozen(), one.session.progress, own)
     killed.exchange.clock.now_s = one.exchange.clock.now_s
     one.exchange.stops_at = ""
     for each in (one, killed):
@@ -473,7 +473,7 @@ def test_a_checkpoint_is_the_replica_the_counters_and_what_the_loop_keeps() -> N
     own = one.session.local_checkpoint(None)
     assert (own.batches, own.own_tokens, own.steps_per_s) == (7, 4 * STEP, 1.0)
     again = Lived(Fragments(4))
-    again.session.resume(one.session.replica.state.on_new_state(), one.session.progress, own)
+    again.session.resume(one.session.replica.state.frozen(), one.session.progress, own)
     assert again.loop.told == ["resume at 7"] and again.session.steps_per_s == 1.0
     for each in (one, again):
         each.session.replica.restart()  # one of them was not killed

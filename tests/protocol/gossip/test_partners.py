@@ -47,7 +47,7 @@ def test_a_new_round_enters_whole_and_a_later_part_with_the_differences() -> Non
 
 
 @pytest.mark.parametrize(
-    ("mark", "turned_back", "words"),
+    ("version", "turned_back", "words"),
     [
         (PublicationVersion(3, 2, 200), False, "round 3 part 2 was merged"),
         (PublicationVersion(3, 3, 200), False, "no token more"),

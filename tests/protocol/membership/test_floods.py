@@ -83,7 +83,7 @@ def of_a_ledger() -> tuple[Callable[[str, float], Any], Callable[[], int]]:
         ledger.merged(peer, PublicationVersion(int(now) + 1, 1, 10), int(now))
         ledger.values_merged("weights", peer, (int(now), 0))
 
-    return call, lambda: max(len(ledger._marks), len(ledger._averaged["weights"]), len(ledger._held))
+    return call, lambda: max(len(ledger._versions), len(ledger._averaged["weights"]), len(ledger._held))
 
 
 def a_tally() -> tuple[Callable[[str, float], Any], Callable[[], int]]:

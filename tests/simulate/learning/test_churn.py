@@ -251,7 +251,7 @@ def test_a_silent_majority_has_so_many_pulls_at_most(tmp_path: Path) -> None:
     )
     numbers = list[int]()
     for at_s in range(1, 7):
-        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].gossip.engine._lanes[0].open.begun)))
+        world.clock.call_at(at_s, lambda: numbers.append(len(world.peers[0].gossip.engine._states[0].open.begun)))
     world.run()
     assert numbers == sorted(numbers) and numbers[0] == 2 and max(numbers) == 4, "others are tried after a second"
 

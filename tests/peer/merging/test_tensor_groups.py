@@ -47,7 +47,8 @@ def with_buffers(*given: Any) -> tuple[TensorGroup, ...]:
 
 def give_buffers(peer: Peer, value: float) -> dict[tuple[str, int], Tensor]:
     """To its model, for each fragment. What its contributions carry of them changes when a merge does."""
-    buffers = {("buffers", fragment.number): torch.full((7,), value) for fragment in peer.exchange.gossip.engine._lanes}
+    fragments = peer.exchange.gossip.engine._states
+    buffers = {("buffers", fragment.number): torch.full((7,), value) for fragment in fragments}
     peer.loop.parameters.values = lambda: {which: one.clone() for which, one in buffers.items()}  # type: ignore[method-assign]
     peer.loop.parameters.write_values = buffers.update  # type: ignore[method-assign, assignment]
     return buffers
@@ -69,7 +70,7 @@ def test_a_section_that_the_list_has_is_published_pulled_and_averaged(with_a_thi
     report = ours.round(partners=1)
     assert report is not None
     assert all(torch.equal(one, torch.full((7,), 2.0)) for one in own.values()), "the mean of its own and its partner's"
-    for lane in ours.exchange.gossip.engine._lanes:
+    for lane in ours.exchange.gossip.engine._states:
         place = lane.merged.ledger.values_at("buffers", theirs.id)
         version = lane.merged.ledger.version(theirs.id)
         assert place is not None and version is not None and place == (version.round, version.part)
@@ -107,7 +108,7 @@ def test_who_asks_for_what_the_run_does_not_have_gets_nothing_and_is_named(with_
         assert told.from_peer == identity.peer_id and words in told.detail
 
 
-@pytest.mark.parametrize("section", ["weights", "gradient"])
+@pytest.mark.parametrize("group", ["weights", "gradient"])
 def test_peers_of_before_are_asked_as_ever(group: str) -> None:
     """The two sections that there have always been are asked for by a flag, to the byte."""
     request = request_of(group, 3, PublicationVersion(4, 5, 6), pb.Signed(payload=b"p"))
