@@ -1,8 +1,8 @@
-"""What the codes of errors, refusals and warnings mean, and what to do: for `swarmtrain explain` and the page of them.
+"""Explanations of the codes of errors, refusals and warnings, for `swarmtrain explain` and docs/troubleshooting.md.
 
-A code is a promise: people search for it and programs compare it. One that is here keeps its name and its meaning;
-`tests/test_error_codes.py` has the list. A new error takes the code of those that have the same remedy, or a new one.
-`docs/generate.py` writes the tables of docs/troubleshooting.md from here.
+A code is a promise: people search for it and programs compare it, so it keeps its name and its meaning;
+`tests/test_error_codes.py` has the list. A new error takes the code of errors with the same remedy, or a new one.
+`docs/generate.py` writes the tables of docs/troubleshooting.md from this file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["CODES", "Explanation"]
 
 
 class Explanation(NamedTuple):
-    """What a person who met a code needs."""
+    """Explanation of a code."""
 
     topic: str
-    """The table of docs/troubleshooting.md that it is in."""
+    """Table of docs/troubleshooting.md that lists it."""
     says: tuple[str, ...]
-    """Messages that have the code, by their words; `…` stands for what differs."""
+    """Messages that have the code; `…` stands for what varies."""
     do: str
-    """What it means, and what to do; Markdown."""
+    """Meaning, and what to do, as Markdown."""
 
 
 CODES: Mapping[str, Explanation] = {

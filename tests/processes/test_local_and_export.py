@@ -90,7 +90,7 @@ def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals)
     if number is not signal.SIGKILL:
         assert code == 0, local.story()
         assert "rounds-not-archived" not in [event.code for event in local.all(WarningEvent)]
-        assert f"to continue:\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
+        assert f"\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
         assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
 
