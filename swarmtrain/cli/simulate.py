@@ -195,7 +195,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
 
 
 def table_lines(found: Comparison) -> list[str]:
-    """Return a table of methods with their constants and results: means over the seeds, ratios within seeds."""
+    """Return the lines of a table with one row per method and its constants. Values are means over the seeds; a ratio
+    to `diloco` is the mean of the ratios of equal seeds."""
     if "hostile.attack" in found.scenario.grid:
         return _attack_lines(found)
     if found.scenario.scenario.work == "systems":

@@ -120,13 +120,13 @@ class ServerExchange(AsynchronousExchange):
         )
 
     def serving(self) -> Serving:
-        """See `SwarmExchange`."""
+        """Return the gradient's publisher and the link that pulls the server's weights."""
         return Serving(publishers={("gradient", 0): self.publisher}, pulling=self.link)
 
     # ------------------------------------------------------------- the trainer's calls
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """See `Exchange`."""
+        """Return the plan of the next round. See `Exchange`."""
         start = self._enter_round(progress, steps_per_s)
         now = swarm_time()
         self._lasts_s = self._round_s(start.inner_steps, steps_per_s)
@@ -151,7 +151,7 @@ class ServerExchange(AsynchronousExchange):
         self._told_silent = is_silent
 
     def publish(self, contribution: LocalUpdate) -> None:
-        """See `Exchange`."""
+        """Hand over the round's update so far, for others to pull. See `Exchange`."""
         self._contribution = contribution
         if not bool(torch.isfinite(contribution.gradient).all()):
             _log.warning("round %d is not uploaded: its gradient is not finite", contribution.round)
