@@ -363,9 +363,9 @@ class Swarm:
         own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", self.listen]
         return self.start(name, [*arguments, *own], prelude=prelude)
 
-    def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap") -> Child:
+    def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap", prelude: str = "") -> Child:
         """Start a bootstrap of `run_file`."""
-        return self._peer(name, ["bootstrap", str(run_file), *extra])
+        return self._peer(name, ["bootstrap", str(run_file), *extra], prelude)
 
     def join(self, name: str, invite: str, *extra: str, prelude: str = "") -> Child:
         """Start a volunteer; its text is beside the run files that `write_run` wrote into this folder."""

@@ -90,7 +90,7 @@ def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals)
         assert code == 0, local.story()
         warnings = [event.message for event in local.all(WarningEvent)]
         assert not any("in no archive" in message for message in warnings), warnings
-        assert f"to continue:\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
+        assert f"\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
         assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
 
