@@ -180,7 +180,7 @@ def test_leave_of_one_that_does_not_answer_yet(tmp_path: Path, capsys: pytest.Ca
 
 def test_limits_are_shown(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["limits", "--dir", str(peer.folder)]) == 0
-    assert capsys.readouterr().out == ("anna takes 2 threads, any memory, nice 10, at any load, in the hours 22-7\n")
+    assert capsys.readouterr().out == ("anna may use 2 threads, any memory, nice 10, at any load, in the hours 22-7\n")
     assert not peer.asked
 
 

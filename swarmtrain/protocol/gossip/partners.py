@@ -319,8 +319,8 @@ class Ledger:
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the ledger from `rows`; no pseudo-gradient is held then. Raise ValueError, changing nothing, for
-        other rows."""
+        """Restore the ledger from rows that `rows` returned. No pseudo-gradients are held afterwards, since a
+        checkpoint does not keep them. Raise ValueError, changing nothing, if a row is malformed."""
         versions, adopted, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
         for row in rows:
             match row:

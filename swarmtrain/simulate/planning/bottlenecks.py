@@ -357,8 +357,8 @@ def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="number of rounds",
         utilization=utilization,
-        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each "
-        f"other's work only so often, and who joins late comes when it is nearly over",
+        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they seldom "
+        f"average each other's work, and a late joiner arrives near the end",
         change=" or ".join(changes),
     )
 
