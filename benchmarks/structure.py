@@ -1019,6 +1019,58 @@ def is_collaborator(classes: Classes, declared: Declared) -> bool:
     return "Callable" in names or any(each is not None and not classes.is_record(each) for each in known)
 
 
+# ---------------------------------------------------------------- prose and names
+
+OPENERS = re.compile(
+    r"(The|A|An|What|Whether|Who|Whose|Whom|Of|How|That|Those|With|As|So|Where|When|Which|For|From|In|By|To|On|At|Its|One|If"
+    r"|This|These|It|All|Such)\b"
+)
+"""First words after which a docstring says neither what a thing is nor what it does, yet."""
+ENDS_IN_ING = re.compile(r"[a-z]{3,}ing$")
+
+
+def openers(modules: Iterable[Module]) -> tuple[list[Place], int]:
+    """Return the docstrings, of attributes too, that begin with one of `OPENERS`, and how many docstrings there are."""
+    found, number = [], 0
+    for module in modules:
+        for node in module.nodes:
+            for each in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
+                if (
+                    isinstance(each, ast.Expr)
+                    and isinstance(each.value, ast.Constant)
+                    and isinstance(each.value.value, str)
+                ):
+                    number += 1
+                    if OPENERS.match(each.value.value.strip()):
+                        found.append(place(module, each, each.value.value.strip().splitlines()[0]))
+    return found, number
+
+
+def comment_share(modules: Iterable[Module]) -> str:
+    """Return which share of lines are comments with a line of their own, in per cent."""
+    lines = [line.strip() for module in modules for line in module.text.splitlines()]
+    return f"{100 * sum(line.startswith('#') for line in lines) / max(1, len(lines)):.1f} %"
+
+
+def prose(modules: Sequence[Module]) -> list[Row]:
+    """Compute the rows about docstrings, comments and names of modules."""
+    found, number = openers(modules)
+    protocol = [module for module in modules if module.path.startswith(PROTOCOL)]
+    stems = [module.name.split(".")[-1] for module in modules]
+    flat = [module.path for module in modules if re.fullmatch(r"swarmtrain/peer/\w+\.py", module.path)]
+    return [
+        Row(
+            'docstrings that open with "The", "What", "Whether", "Of" ...',
+            f"{len(found)} of {number}",
+            [*map(str, found)],
+        ),
+        Row("lines that are a comment", comment_share(modules)),
+        Row("lines that are a comment, in the protocol's folder", comment_share(protocol)),
+        Row("modules whose name ends in -ing", str(sum(ENDS_IN_ING.search(stem) is not None for stem in stems))),
+        Row("modules of peer/ that are in none of its folders", str(len(flat)), flat),
+    ]
+
+
 # ---------------------------------------------------------------- what tests quote
 
 SENTENCE = re.compile(r"[A-Za-z']{2,} [A-Za-z'-]{2,}")
@@ -1135,7 +1187,7 @@ def measure(modules: Sequence[Module]) -> list[Row]:
     long = sorted(((num_lines(module), module.path) for module in modules), reverse=True)
     listed = [f"{path}: {lines}" for lines, path in long if lines > MOST_LINES]
     rows.append(Row(f"modules of more than {MOST_LINES} lines", str(len(listed)), listed))
-    return rows
+    return rows + prose(modules)
 
 
 def quoted(tests: Iterable[Module]) -> Row:

@@ -80,18 +80,18 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     time: float = Field(0.0, description="When it happened, in Unix seconds by this machine's clock.")
-    peer: str = Field("", description="The PeerID (base58) of the peer that tells it; empty before it is known.")
-    name: str = Field("", description="That peer's name, as given by `--name`.")
+    peer: str = Field("", description="PeerID (base58) of the peer that reports it; empty before it is known.")
+    name: str = Field("", description="Name of that peer, as given by `--name`.")
 
 
 class InviteEvent(_Event):
     """Others can join from now on, with this line."""
 
     event: Literal["invite"] = "invite"
-    line: str = Field(description="The command to hand out: `swarmtrain join INVITE`.")
-    invite: str = Field(description="The invite alone: one word that holds the run's hash and addresses.")
+    line: str = Field(description="Command to hand out: `swarmtrain join INVITE`.")
+    invite: str = Field(description="The invite alone: one word with the run's hash and addresses.")
     run_sha256: str = Field(description="The run's identity: the SHA-256 of its published bytes.")
-    addresses: tuple[str, ...] = Field(description="The addresses in the invite, as multiaddresses.")
+    addresses: tuple[str, ...] = Field(description="Addresses in the invite, as multiaddresses.")
 
 
 class FetchedEvent(_Event):
@@ -99,20 +99,20 @@ class FetchedEvent(_Event):
 
     event: Literal["fetched"] = "fetched"
     run_sha256: str = Field(description="The run's identity: the SHA-256 of its published bytes.")
-    run_name: str = Field(description="The run's name, from its run file.")
-    total_tokens: int = Field(0, description="The run ends at this many tokens; 0 when it is not told here.")
+    run_name: str = Field(description="Name of the run, from its run file.")
+    total_tokens: int = Field(0, description="Tokens at which the run ends; 0 if not given here.")
     held_out_bytes: int = Field(description="Size of the held-out text, in bytes.")
-    from_peer: str = Field(description="The PeerID that served them.")
-    summary: str = Field("", description="What is about to be trained, in one sentence.")
+    from_peer: str = Field(description="PeerID of the peer that served them.")
+    summary: str = Field("", description="One sentence on what is about to be trained.")
 
 
 class ArrivingEvent(_Event):
     """The swarm's current weights are arriving; repeated every few seconds until they are here."""
 
     event: Literal["arriving"] = "arriving"
-    received_bytes: int = Field(description="Bytes of them that are here and match their hashes.")
-    total_bytes: int = Field(gt=0, description="Bytes of the whole.")
-    seconds: float = Field(description="How long they have been on their way.")
+    received_bytes: int = Field(description="Bytes that have arrived and match their hashes.")
+    total_bytes: int = Field(gt=0, description="Bytes in all.")
+    seconds: float = Field(description="Seconds since the transfer began.")
 
     @property
     def share(self) -> float:
@@ -129,67 +129,67 @@ class JoinedEvent(_Event):
     """The peer has the swarm's current state and belongs to the swarm."""
 
     event: Literal["joined"] = "joined"
-    round: int = Field(description="The round it takes part in first.")
+    round: int = Field(description="First round in which it takes part.")
     run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
     num_peers: int = Field(description="Volunteers present, this one included.")
-    state_from: str = Field(description="The PeerID whose state it took; empty when it began with the initial weights or its own checkpoint.")  # fmt: skip
-    state_from_name: str = Field("", description="The name of that peer, if this one knows it.")
-    resumed_round: int | None = Field(None, description="The round of the checkpoint it went on from; null when it had none.")  # fmt: skip
-    wall_s: float = Field(description="From the start of the process to here, in seconds.")
+    state_from: str = Field(description="PeerID whose state it took; empty if it began with the initial weights or its own checkpoint.")  # fmt: skip
+    state_from_name: str = Field("", description="Name of that peer, if known.")
+    resumed_round: int | None = Field(None, description="Round of the checkpoint that it resumed from; null without one.")  # fmt: skip
+    wall_s: float = Field(description="Seconds since the process began.")
 
 
 class StartedEvent(_Event):
     """The first inner step begins."""
 
     event: Literal["started"] = "started"
-    inner_steps_per_round: int = Field(description="Inner steps this peer takes in its first round.")
+    inner_steps_per_round: int = Field(description="Inner steps that this peer takes in its first round.")
     num_parameters: int = Field(description="Parameters of the model.")
     total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.")
-    startup_s: float = Field(description="From the start of the process to the first inner step, in seconds.")
+    startup_s: float = Field(description="Seconds from the start of the process to the first inner step.")
 
 
 class RoundEvent(_Event):
     """A round is over and merged."""
 
     event: Literal["round"] = "round"
-    round: int = Field(description="The round's number, from 0.")
-    stage: int | None = Field(None, description="In a pipeline: the stage whose round it is; null where everybody holds the whole model.")  # fmt: skip
-    inner_steps: int = Field(description="Inner steps this peer took in it.")
-    tokens: int = Field(description="Tokens this peer trained on in it.")
+    round: int = Field(description="Number of the round, from 0.")
+    stage: int | None = Field(None, description="In a pipeline: the stage whose round it is; null if every peer holds the whole model.")  # fmt: skip
+    inner_steps: int = Field(description="Inner steps that this peer took in it.")
+    tokens: int = Field(description="Tokens that this peer trained on in it.")
     run_tokens: int = Field(description="Tokens the whole run has been trained on, this round included.")
-    num_peers: int = Field(1, description="Volunteers it believed present when the round began, itself included; the schedule advances by their tokens.")  # fmt: skip
+    num_peers: int = Field(1, description="Volunteers that it believed present when the round began, itself included; the schedule advances by their tokens.")  # fmt: skip
     loss: float = Field(description="This peer's mean training loss over the round, in nats per token.")
     first_loss: float = Field(description="Its training loss at the round's first inner step, in nats per token.")
     learning_rate: float = Field(description="Learning rate of the round's last inner step.")
     grad_norm: float | None = Field(None, description="Mean norm of the gradient over the round's inner steps, before the clip (`inner.gradient_clip`); null when none was finite.")  # fmt: skip
-    seconds: float = Field(description="The whole round, merge and waiting included, in seconds.")
-    merge_s: float = Field(description="From the end of its own inner steps to the merged weights, in seconds.")
-    stall_s: float = Field(description="How long the trainer did not compute because of network or merge, in seconds: publishing and merging within the round, and `merge_s`.")  # fmt: skip
-    bytes_sent: int = Field(description="Payload bytes this peer sent to others in the round.")
-    bytes_received: int = Field(description="Payload bytes this peer received from others in the round.")
-    times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null when it was alone or sent none.")  # fmt: skip
-    partners: tuple[str, ...] = Field(description="The PeerIDs on the round's roster, in its order, this peer's own included; with `gossip`, those whose pseudo-gradient or weights were merged; with `server`, the server, if newer weights of its had come.")  # fmt: skip
-    weights: tuple[int, ...] = Field(description="Tokens of each of them in the round, in the same order: the weights of the average; with `gossip`, those of its pseudo-gradient that had not been merged before, of the fragments on average, 0 if only its weights were; with `server`, what all have trained since its weights before.")  # fmt: skip
-    signer: str = Field("", description="The PeerID that signed the roster; empty with `gossip` and `server`.")
-    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds behind this peer's each of them was. With `server`: how many of this peer's hand-ins its weights had yet to take in.")  # fmt: skip
-    pull_s: float | None = Field(None, description="With `gossip` and `server`: the longest of the pulls, in seconds; null without any.")  # fmt: skip
-    variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction, of any fragment.")  # fmt: skip
-    consensus_spread: float | None = Field(None, description="With `gossip`: how far the merged weights were apart, relative to their size: 0 when all agree; null when no weights were merged. The largest of the fragments.")  # fmt: skip
-    displacement: float | None = Field(None, description="With `gossip`: how far the farthest partner's weights were from this peer's, relative to their size; the largest of the fragments.")  # fmt: skip
-    shard: int | None = Field(None, description="The shard of the data that the round was drawn from; null where data have no shards.")  # fmt: skip
+    seconds: float = Field(description="Seconds of the whole round, merge and waiting included.")
+    merge_s: float = Field(description="Seconds from the end of its own inner steps to the merged weights.")
+    stall_s: float = Field(description="Seconds in which the trainer did not compute because of network or merge: publishing and merging within the round, and `merge_s`.")  # fmt: skip
+    bytes_sent: int = Field(description="Payload bytes that this peer sent to others in the round.")
+    bytes_received: int = Field(description="Payload bytes that this peer received from others in the round.")
+    times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null if it was alone or sent none.")  # fmt: skip
+    partners: tuple[str, ...] = Field(description="PeerIDs on the round's roster, in its order, this peer included; with `gossip`, those whose pseudo-gradient or weights were merged; with `server`, the server, if newer weights of it had arrived.")  # fmt: skip
+    weights: tuple[int, ...] = Field(description="Tokens of each partner in the round, in the same order: the weights of the average. With `gossip`: tokens of its pseudo-gradient that had not been merged before, averaged over the fragments; 0 if only its weights were merged. With `server`: tokens that all have trained since its previous weights.")  # fmt: skip
+    signer: str = Field("", description="PeerID that signed the roster; empty with `gossip` and `server`.")
+    staleness_rounds: tuple[int, ...] = Field((), description="With `gossip`: how many rounds each partner was behind this peer. With `server`: how many of this peer's uploads its weights did not contain yet.")  # fmt: skip
+    pull_s: float | None = Field(None, description="With `gossip` and `server`: seconds of the longest pull; null without any.")  # fmt: skip
+    variance_factor: float | None = Field(None, description="With `gossip`: the largest factor of the variance correction in any fragment.")  # fmt: skip
+    consensus_spread: float | None = Field(None, description="With `gossip`: spread of the merged weights relative to their size, the largest of the fragments; 0 if all agree, null if no weights were merged.")  # fmt: skip
+    displacement: float | None = Field(None, description="With `gossip`: distance of the farthest partner's weights from this peer's, relative to their size, the largest of the fragments.")  # fmt: skip
+    shard: int | None = Field(None, description="Shard of the data that the round read; null if the data have no shards.")  # fmt: skip
     unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip
-    state_sha256: str = Field("", description="With `diloco`: SHA-256 of the weights after the merge, equal on all who merged the round; empty with `gossip` and `server`, where each has its own.")  # fmt: skip
+    state_sha256: str = Field("", description="With `diloco`: SHA-256 of the weights after the merge, equal on all peers that merged the round; empty with `gossip` and `server`, where each peer has its own.")  # fmt: skip
 
 
 class EvalEvent(_Event):
     """The held-out loss was measured."""
 
     event: Literal["eval"] = "eval"
-    round: int = Field(description="The last round merged into the weights that were measured.")
+    round: int = Field(description="Last round merged into the measured weights.")
     held_out_loss: float = Field(description="Loss on the run's held-out text, in nats per byte.")
-    bits_per_byte: float | None = Field(None, description="The same in bits per byte.")
-    perplexity: float | None = Field(None, description="exp of the loss in nats per token; null if that is too large a number.")  # fmt: skip
-    own_loss: float | None = Field(None, description="At the end with `gossip` and `server`: the loss of this peer's own weights, beside the consensus' or the server's in `held_out_loss`.")  # fmt: skip
+    bits_per_byte: float | None = Field(None, description="The same loss in bits per byte.")
+    perplexity: float | None = Field(None, description="exp of the loss in nats per token; null if it is too large to represent.")  # fmt: skip
+    own_loss: float | None = Field(None, description="At the end with `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
 
 
 class PeerJoinedEvent(_Event):
@@ -197,7 +197,7 @@ class PeerJoinedEvent(_Event):
 
     event: Literal["peer_joined"] = "peer_joined"
     joined: str = Field(description="Its PeerID.")
-    joined_name: str = Field("", description="Its name, as it tells it.")
+    joined_name: str = Field("", description="Its name, as it states it.")
 
 
 class PeerLostEvent(_Event):
@@ -206,7 +206,7 @@ class PeerLostEvent(_Event):
     event: Literal["peer_lost"] = "peer_lost"
     lost: str = Field(description="Its PeerID.")
     lost_name: str = Field("", description="Its name, as it told it.")
-    reason: str = Field(description="How that was noticed.")
+    reason: str = Field(description="How the loss was noticed.")
 
 
 class PeerLeftEvent(_Event):
@@ -221,10 +221,10 @@ class RefusedEvent(_Event):
     """Data from a peer was refused; it costs that peer, and nobody else."""
 
     event: Literal["refused"] = "refused"
-    from_peer: str = Field(description="The PeerID that sent it.")
+    from_peer: str = Field(description="PeerID of the sender.")
     from_name: str = Field("", description="Its name, if this peer knows it.")
-    rule: str = Field(description="The rule it broke, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `huge`, `direction`, `round` (too old), `stall`, `flood`.")  # fmt: skip
-    detail: str = Field(description="What was expected and what came.")
+    rule: str = Field(description="Broken rule, in one or two words, such as `hash`, `shape`, `finite`, `signature`, `size`, `huge`, `direction`, `round` (too old), `stall`, `flood`.")  # fmt: skip
+    detail: str = Field(description="What was expected and what was received.")
 
 
 class ClippedEvent(_Event):
@@ -233,18 +233,18 @@ class ClippedEvent(_Event):
     subtracts one; with gossip not before this peer has published 40 times since it joined."""
 
     event: Literal["clipped"] = "clipped"
-    from_peer: str = Field(description="The PeerID that published it.")
+    from_peer: str = Field(description="PeerID of the publisher.")
     from_name: str = Field("", description="Its name, if this peer knows it.")
-    rule: str = Field(description="The rule: `gradient`, `displacement` or, where a gradient was too short for its tokens, `length`.")  # fmt: skip
-    detail: str = Field(description="What was cut, and to what.")
+    rule: str = Field(description="Rule: `gradient`, `displacement`, or `length` (the gradient was too short for its tokens).")  # fmt: skip
+    detail: str = Field(description="What was clipped, and to what.")
 
 
 class CaughtUpEvent(_Event):
     """This peer had missed a merge and took the resulting state from another peer."""
 
     event: Literal["caught_up"] = "caught_up"
-    round: int = Field(description="The round it is at now.")
-    from_peer: str = Field(description="The PeerID whose state it took.")
+    round: int = Field(description="Round that it is in now.")
+    from_peer: str = Field(description="PeerID whose state it took.")
     from_name: str = Field("", description="Its name, if this peer knows it.")
     reason: str = Field(description="What it had missed.")
 
@@ -253,18 +253,18 @@ class AssignedEvent(_Event):
     """In a pipeline: the stages that this peer will hold; it fetches them now."""
 
     event: Literal["assigned"] = "assigned"
-    stages: tuple[int, ...] = Field(description="Their numbers, from 0.")
-    reason: str = Field(description="Why these, in a sentence for a person.")
+    stages: tuple[int, ...] = Field(description="Numbers of the stages, from 0.")
+    reason: str = Field(description="Why these stages, in a sentence for a person.")
 
 
 class MovedEvent(_Event):
     """In a pipeline: this peer holds other stages now."""
 
     event: Literal["moved"] = "moved"
-    before: tuple[int, ...] = Field(description="The stages that it held.")
-    after: tuple[int, ...] = Field(description="Those that it holds now.")
+    before: tuple[int, ...] = Field(description="Stages that it held before.")
+    after: tuple[int, ...] = Field(description="Stages that it holds now.")
     reason: str = Field(description="Why, in a sentence for a person.")
-    seconds: float = Field(description="From the decision to here, the new stages' weights included.")
+    seconds: float = Field(description="Seconds since the decision, including the transfer of the new stages' weights.")
 
 
 class MicrobatchRetryEvent(_Event):
@@ -272,23 +272,23 @@ class MicrobatchRetryEvent(_Event):
     Reported at most once a second per peer and stage."""
 
     event: Literal["microbatch_retry"] = "microbatch_retry"
-    stage: int = Field(description="The stage that was asked.")
-    asked: str = Field(description="The PeerID that was asked.")
+    stage: int = Field(description="Stage that was asked.")
+    asked: str = Field(description="PeerID that was asked.")
     asked_name: str = Field("", description="Its name, if this peer knows it.")
     reason: str = Field(description="What went wrong.")
-    count: int = Field(1, description="How many such there were since the last event of this peer and stage.")
+    count: int = Field(1, description="Number of failures since the last event of this peer and stage.")
 
 
 class StageThroughputEvent(_Event):
     """In a pipeline: throughput of the stages that this peer holds; reported every ten seconds."""
 
     event: Literal["stage_throughput"] = "stage_throughput"
-    stages: tuple[int, ...] = Field(description="The stages that it holds.")
-    tokens_per_s: float = Field(description="Tokens whose gradient it has computed, per second, since the last event.")
-    most_tokens_per_s: float = Field(description="What it could do if it never waited, as measured.")
-    waiting: int = Field(description="Questions of drivers that wait here.")
-    in_flight: int = Field(description="Microbatches that it has under way as a driver; 0 if it is none.")
-    loss: float | None = Field(None, description="Of a driver: mean loss of the microbatches that came back, in nats per token; null without any.")  # fmt: skip
+    stages: tuple[int, ...] = Field(description="Stages that it holds.")
+    tokens_per_s: float = Field(description="Tokens per second whose gradient it has computed since the last event.")
+    most_tokens_per_s: float = Field(description="Measured tokens per second that it could do if it never waited.")
+    waiting: int = Field(description="Requests of drivers that wait here.")
+    in_flight: int = Field(description="Microbatches in flight that it drives; 0 if it is no driver.")
+    loss: float | None = Field(None, description="Of a driver: mean loss of the returned microbatches, in nats per token; null without any.")  # fmt: skip
 
 
 class PausedEvent(_Event):
@@ -302,17 +302,17 @@ class ResumedEvent(_Event):
     """The pause is over: this peer is back among the others."""
 
     event: Literal["resumed"] = "resumed"
-    round: int = Field(description="The round it takes part in next.")
-    paused_s: float = Field(description="How long it rested, in seconds.")
+    round: int = Field(description="Next round in which it takes part.")
+    paused_s: float = Field(description="Seconds of the pause.")
 
 
 class ArchivedEvent(_Event):
     """The bootstrap saved the run's state."""
 
     event: Literal["archived"] = "archived"
-    round: int = Field(description="The round that begins with the state: so many were merged into it.")
+    round: int = Field(description="Round that begins with the state: the number of rounds merged into it.")
     run_tokens: int = Field(description="Tokens the whole run had been trained on by then.")
-    path: str = Field(description="The folder it was saved in.")
+    path: str = Field(description="Folder in which it was saved.")
 
 
 class WarningEvent(_Event):
@@ -320,7 +320,7 @@ class WarningEvent(_Event):
 
     event: Literal["warning"] = "warning"
     message: str = Field(description="One line for a person.")
-    code: str = Field("", description="Which warning it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
+    code: str = Field("", description="Stable code of the warning: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
 
 
 class ErrorEvent(_Event):
@@ -328,9 +328,9 @@ class ErrorEvent(_Event):
 
     event: Literal["error"] = "error"
     message: str = Field(description="One line for a person.")
-    hint: str = Field("", description="What to try, when the message does not say it.")
-    code: str = Field("", description="Which error it is, in a word that stays: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
-    exit_code: int = Field(description="The code the process ends with: 2 for the person's input, 1 for the rest.")
+    hint: str = Field("", description="What to try, if the message does not say it.")
+    code: str = Field("", description="Stable code of the error: `swarmtrain explain CODE` and [troubleshooting](troubleshooting.md) say what to do.")  # fmt: skip
+    exit_code: int = Field(description="Exit code of the process: 2 for unusable input of a person, 1 otherwise.")
 
 
 class FinishingEvent(_Event):
@@ -344,38 +344,38 @@ class AloneEvent(_Event):
     """One volunteer alone has trained for as many inner steps as the swarm's fastest, for comparison."""
 
     event: Literal["alone"] = "alone"
-    held_out_loss: float = Field(description="Its loss on the held-out text, in nats per byte.")
-    inner_steps: int = Field(description="Inner steps it took.")
-    wall_s: float = Field(description="How long it trained, in seconds.")
+    held_out_loss: float = Field(description="Loss on the held-out text, in nats per byte.")
+    inner_steps: int = Field(description="Inner steps that it took.")
+    wall_s: float = Field(description="Seconds of training.")
 
 
 class LinkEvent(_Event):
     """A rehearsal is over: all that this peer's link carried. Only from `swarmtrain local`."""
 
     event: Literal["link"] = "link"
-    up_bytes: int = Field(description="Bytes that the peer sent, libp2p's own talk and the DHT's included.")
-    down_bytes: int = Field(description="Bytes that it was sent.")
+    up_bytes: int = Field(description="Bytes that the peer sent, including traffic of libp2p and the DHT.")
+    down_bytes: int = Field(description="Bytes that the peer received.")
 
 
 class CheckEvent(_Event):
     """`swarmtrain doctor` has finished a check."""
 
     event: Literal["check"] = "check"
-    check: str = Field(description="What it looked at: one of the names in docs/troubleshooting.md.")
+    check: str = Field(description="Name of the check: one of those in docs/troubleshooting.md.")
     level: Literal["ok", "warning", "problem"] = Field(description="`problem` if a peer could not take part like this, `warning` if it could, but not well.")  # fmt: skip
-    found: str = Field(description="What it found, in one line for a person.")
-    advice: str = Field("", description="What to do about it; empty when it is ok.")
+    found: str = Field(description="Result, in one line for a person.")
+    advice: str = Field("", description="What to do about it; empty if the level is `ok`.")
 
 
 class DoneEvent(_Event):
     """The peer's work is over: the run has ended, or the peer leaves it."""
 
     event: Literal["done"] = "done"
-    held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null when it was not measured.")  # fmt: skip
+    held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null if it was not measured.")  # fmt: skip
     own_loss: float | None = Field(None, description="With `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
-    tokens: int = Field(description="Tokens this peer trained on.")
+    tokens: int = Field(description="Tokens that this peer trained on.")
     run_tokens: int = Field(description="Tokens the whole run was trained on.")
-    wall_s: float = Field(description="How long the process ran, in seconds.")
+    wall_s: float = Field(description="Seconds that the process ran.")
     reason: str = Field(description="Why it ends: `total_tokens`, `interrupted`, `asked` (by the control socket) or a sentence.")  # fmt: skip
 
 

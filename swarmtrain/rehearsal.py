@@ -38,38 +38,40 @@ _EXAMPLE = "examples/rehearsals/bad-internet.toml"
 class SeedSection(Section):
     """Section `[rehearsal]`."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="Whom it strikes, and when, follows from it.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of random victims and times.")
 
 
 class LinksSection(Section):
     """Section `[links]`: the link of each volunteer. Delays and losses are those from one volunteer to another."""
 
-    rtt_ms: float = Field(0.0, ge=0, le=2000, description="From a volunteer to another and back, in milliseconds.")
-    up_mbit: float = Field(0.0, ge=0, le=100_000, description="What a volunteer can send, in Mbit/s; 0: no limit.")
-    down_mbit: float = Field(0.0, ge=0, le=100_000, description="... and receive.")
-    jitter_ms: float = Field(0.0, ge=0, le=2000, description="So much later at most, each way, in milliseconds.")
+    rtt_ms: float = Field(0.0, ge=0, le=2000, description="Round-trip time between two volunteers, in milliseconds.")
+    up_mbit: float = Field(
+        0.0, ge=0, le=100_000, description="Upload bandwidth of a volunteer, in Mbit/s; 0: no limit."
+    )
+    down_mbit: float = Field(
+        0.0, ge=0, le=100_000, description="Download bandwidth of a volunteer, in Mbit/s; 0: no limit."
+    )
+    jitter_ms: float = Field(0.0, ge=0, le=2000, description="Largest random delay, each way, in milliseconds.")
     loss_percent: float = Field(
-        0.0, ge=0, le=50, description="Packets lost each way, in per cent, as a stream notices it."
+        0.0, ge=0, le=50, description="Percentage of packets lost each way; a stream sees them as delays."
     )
 
 
 class RehearsalChurn(Section):
     """Section `[churn]`: volunteers that are killed or leave, and come back."""
 
-    every_s: float = Field(0.0, ge=0, description="About so often, in seconds; 0: never.")
-    away_s: float = Field(10.0, ge=0, description="For how long, in seconds.")
+    every_s: float = Field(0.0, ge=0, description="Mean seconds between departures; 0: never.")
+    away_s: float = Field(10.0, ge=0, description="Seconds until a volunteer comes back.")
 
 
 class FaultSection(Section):
     """One entry of `[[faults]]`."""
 
-    at_s: float = Field(ge=0, description="When, in seconds since the last volunteer was started.")
-    do: Deed = Field(description="What.")
-    who: tuple[str, ...] = Field(
-        (), strict=False, description="To whom, by name; empty: to `number` of them, by chance."
-    )
-    number: int = Field(1, ge=1, description="... to so many.")
-    for_s: float = Field(20.0, ge=0, description="For how long, in seconds.")
+    at_s: float = Field(ge=0, description="Time of the fault, in seconds since the last volunteer was started.")
+    do: Deed = Field(description="Kind of fault.")
+    who: tuple[str, ...] = Field((), strict=False, description="Victims by name; empty: `number` random ones.")
+    number: int = Field(1, ge=1, description="Number of random victims.")
+    for_s: float = Field(20.0, ge=0, description="Duration, in seconds.")
 
     @field_validator("who")
     @classmethod
@@ -147,7 +149,7 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
             raise UserError(
-                f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}",
+                f"faults.who: no volunteer is called {unknown[0]}; there are {', '.join(names)}",
                 code="no-such-volunteer",
             )
         if not fault.who and fault.number > len(names):

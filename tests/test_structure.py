@@ -416,3 +416,26 @@ def test_what_is_followed_by_name_is_there(structure: ModuleType) -> None:
     homes = [module for module in modules if module.path.split("/")[-1].removesuffix(".py") in named]
     for markers in structure.MARKERS.values():
         assert structure.orchestrators(homes, markers) is not None, f"none of {markers}"
+
+
+# ---------------------------------------------------------------- prose and names
+
+
+def test_docstrings_comments_and_names_are_counted(structure: ModuleType) -> None:
+    modules = sources(
+        structure,
+        protocol__merging='''
+            """What is merged."""
+            # a reason
+            WAIT_S = 1.0
+            """Seconds between two looks."""
+            def merge():
+                """Theirs, and ours."""
+            class Merge:
+                """The merge."""
+            ''',
+        peer__alone="x = 1\n",
+        peer__training__loop="x = 1  # beside code, not a line of its own\n",
+    )
+    rows = {row.name: row for row in structure.prose(modules)}
+    assert [row.value for row in rows.values()] == ["2 of 4", "10.0 %", "12.5 %", "1", "1"]

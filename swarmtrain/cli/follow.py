@@ -16,9 +16,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from swarmtrain.cli.peers import (
-    Life,
     LocalPeer,
     NoAnswerError,
+    Phase,
     RefusedError,
     View,
     ask,
@@ -122,15 +122,15 @@ class _Following:
         """Take what has arrived (None: nothing); returns whether the peer is over."""
         match item:
             case wire.PeerStatus():
-                self._hear(item)
+                self._receive(item)
             case _Probed() if item.stream is self._stream:
                 self._probing = False
                 if item.status is not None:
-                    self._hear(item.status)
+                    self._receive(item.status)
                 elif not self._may_be_there(item):  # a call made at the moment of its death may stay open
                     self._hang_up()
                 else:
-                    self._be(self._life_of_one_that_is_there(timed_out=not item.nobody_answers))
+                    self._be(self._phase_of_one_that_is_there(timed_out=not item.nobody_answers))
             case _Broken() if item.stream is self._stream:
                 self._hang_up()
                 if isinstance(item.error, RefusedError):
@@ -144,49 +144,49 @@ class _Following:
             self._stream.probe()
         return False
 
-    def _hear(self, status: Any) -> None:
+    def _receive(self, status: Any) -> None:
         self._heard_s, self._gone_s = time.monotonic(), None
-        self._view = View(status=status, life=Life.RUNNING, folder=self._peer.folder)
+        self._view = View(status=status, phase=Phase.RUNNING, folder=self._peer.folder)
 
-    def _be(self, life: Life, note: str = "") -> None:
-        self._view = dataclasses.replace(self._view, life=life, note=note)
+    def _be(self, phase: Phase, note: str = "") -> None:
+        self._view = dataclasses.replace(self._view, phase=phase, note=note)
 
     def _reach(self) -> bool:
         """Without a stream: find out what happened to the peer, and call it again if it may answer."""
-        if self._is_held() and not (there := self._life_of_one_that_is_there()).over:
+        if self._is_held() and not (there := self._phase_of_one_that_is_there()).over:
             self._gone_s = None
             self._be(there)
         else:
-            life = self._after_its_end()
+            phase = self._after_its_end()
             now = time.monotonic()
             self._gone_s = now if self._gone_s is None else self._gone_s
             left_s = self._patience.come_back_s - (now - self._gone_s)
-            if life in (Life.ENDED, Life.FAILED) or left_s <= 0:
-                self._be(life)
+            if phase in (Phase.ENDED, Phase.FAILED) or left_s <= 0:
+                self._be(phase)
                 return True
-            self._be(life, f"waiting for it to come back, {left_s:.0f} s at most")
+            self._be(phase, f"waiting for it to come back, {left_s:.0f} s at most")
             if self._peer.folder is not None:
                 return False
         self._stream, self._probing, self._heard_s = _Stream(self._peer, self._news), False, time.monotonic()
         return False
 
-    def _life_of_one_that_is_there(self, *, timed_out: bool = False) -> Life:
+    def _phase_of_one_that_is_there(self, *, timed_out: bool = False) -> Phase:
         """Decide whether a peer that does not answer starts, ends or hangs."""
         if self._peer.folder is None:
-            return Life.SILENT
+            return Phase.SILENT
         problem = NoAnswerError("", timed_out=timed_out)  # no text: no person reads it
-        return look_without_asking(self._peer, problem=problem, heard=self._view.status).life
+        return look_without_asking(self._peer, problem=problem, heard=self._view.status).phase
 
-    def _after_its_end(self) -> Life:
+    def _after_its_end(self) -> Phase:
         """Decide how the peer ended, by its last status: the one in its folder, or the last that arrived."""
         heard = self._view.status
         if self._peer.folder is not None:
             left = look_without_asking(self._peer)
             if left.status.time >= heard.time:
                 self._view = dataclasses.replace(self._view, status=left.status)
-                return left.life
-        ends = {wire.PEER_STATE_DONE: Life.ENDED, wire.PEER_STATE_FAILED: Life.FAILED}
-        return ends.get(heard.state, Life.DIED if self._peer.folder is not None else Life.LOST)
+                return left.phase
+        ends = {wire.PEER_STATE_DONE: Phase.ENDED, wire.PEER_STATE_FAILED: Phase.FAILED}
+        return ends.get(heard.state, Phase.DIED if self._peer.folder is not None else Phase.LOST)
 
 
 class _Stream:

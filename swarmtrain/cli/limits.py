@@ -73,4 +73,4 @@ def command(
         click.echo(tell(peer, "Limit", limits))
         return
     status = ask(peer, "Status", wire.StatusRequest())
-    click.echo(f"{title(status, peer.folder)} takes {limits_in_words(status.limits)}")
+    click.echo(f"{title(status, peer.folder)} may use {limits_in_words(status.limits)}")

@@ -18,7 +18,7 @@ import click
 
 from swarmtrain import __version__
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.errors import SwarmtrainError, with_code
+from swarmtrain.errors import Problem, SwarmtrainError, with_code
 
 __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
@@ -130,12 +130,13 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # a bug
-        click.echo(with_code(f"error: {' '.join(_logged_bug(error).split())}", "bug"), err=True)
+        problem = _logged_bug(error)
+        click.echo(with_code(f"error: {' '.join(problem.split())}", problem.code), err=True)
         return 1
     return returned if isinstance(returned, int) else 0
 
 
-def _logged_bug(error: Exception) -> str:
+def _logged_bug(error: Exception) -> Problem:
     """Write the traceback of a bug outside a peer's log to a file; returns one line about it."""
     import tempfile
     import traceback

@@ -92,7 +92,10 @@ def command(
     worst = bottlenecks(run, found)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
-        click.echo(json.dumps({**table, "hurts": [dataclasses.asdict(one) for one in worst]}, allow_nan=False))
+        hurts = [dataclasses.asdict(one) for one in worst]
+        for row in hurts:  # the field keeps the name that programs know
+            row["strain"] = row.pop("utilization")
+        click.echo(json.dumps({**table, "hurts": hurts}, allow_nan=False))
         return
     for line in (*report(run, found, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
         click.echo(line)
@@ -135,9 +138,9 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     if found.round_most_s > 1.05 * found.round_least_s:
         rounds += f" (the median; {time(found.round_least_s)} to {time(found.round_most_s)})"
     partners = f"{found.partners_per_round:.3g}"
-    merging = f"a round takes in the work of {partners} other{'' if partners == '1' else 's'}"
+    merging = f"a round merges the work of {partners} other peer{'' if partners == '1' else 's'}"
     if run.merge.kind.own_weights:
-        merging += f"; {found.fresh_share:.0%} of the rounds take in somebody's"
+        merging += f"; {found.fresh_share:.0%} of the rounds merge somebody's"
     rows = {
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",

@@ -16,7 +16,7 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
-from swarmtrain.cli.peers import Life, View, title
+from swarmtrain.cli.peers import Phase, View, title
 from swarmtrain.cli.plot import plot
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
@@ -86,9 +86,9 @@ _COLOURS = {"training": "green", "serving": "green", "waiting": "yellow", "pause
 
 def state_in_words(view: View) -> str:
     """Say in a word what the peer is doing."""
-    if view.life is Life.RUNNING and view.status.state in _OVER:
-        return Life.ENDING.value
-    return _STATES.get(view.status.state, "running") if view.life is Life.RUNNING else view.life.value
+    if view.phase is Phase.RUNNING and view.status.state in _OVER:
+        return Phase.ENDING.value
+    return _STATES.get(view.status.state, "running") if view.phase is Phase.RUNNING else view.phase.value
 
 
 def sentence(view: View) -> str:
@@ -97,24 +97,24 @@ def sentence(view: View) -> str:
     ago = _ago(status.time, view)
     told = _REASONS.get(status.end_reason, one_line(status.end_reason))
     then = [one_line(view.note)] if view.note else []
-    match view.life:
-        case Life.RUNNING | Life.ENDING:
+    match view.phase:
+        case Phase.RUNNING | Phase.ENDING:
             text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, no details"
             return f"ending: {told or text}" if status.state in _OVER else text
-        case Life.STARTING:
+        case Phase.STARTING:
             return "it is starting, and does not answer yet"
-        case Life.SILENT:
+        case Phase.SILENT:
             return f"it runs but does not answer; its last status, {ago}: {one_line(status.doing) or 'none'}"
-        case Life.ENDED:
+        case Phase.ENDED:
             return "; ".join([f"ended {ago}" + (f": {told}" if told else ""), *then])
-        case Life.LOST:
+        case Phase.LOST:
             return "; ".join([f"no answer since {_clock(status.time, view.now)} ({_was(status)})", *then])
-        case Life.FAILED:
+        case Phase.FAILED:
             text = f"failed {ago}: {told or 'it did not say why'} (exit code {status.exit_code})"
-        case Life.DIED if not status.time or status.state in _OVER:
+        case Phase.DIED if not status.time or status.state in _OVER:
             text = "died while it was starting, without an error message"
-        case Life.DIED:
-            text = f"died about {_clock(status.time, view.now)} without leaving the swarm ({_was(status)})"
+        case Phase.DIED:
+            text = f"died about {_clock(status.time, view.now)} ({_was(status)})"
     return "; ".join([text, *then, _start_again(view)])
 
 
@@ -177,7 +177,7 @@ def _left(view: View) -> str:
         return ""
     if status.run_tokens >= status.total_tokens:
         return f"reached at {_clock(end_time, view.now)}" if end_time > 0 else "reached"
-    if view.life is not Life.RUNNING or status.state not in _WORKING or end_time <= 0:
+    if view.phase is not Phase.RUNNING or status.state not in _WORKING or end_time <= 0:
         return ""
     left_s = _finite(end_time - view.now)
     if left_s < 1:
@@ -284,7 +284,7 @@ def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
     )
     shown = order if len(order) <= most else order[: max(0, most - 1)]
     cells, columns = _NAME_CELLS, {"name", "peer", "tokens", "share", "now", "here", "doing", "speed"}
-    if view.life.over:
+    if view.phase.over:
         columns -= {"now", "here", "doing", "speed"}
     for less in ("", "peer", "here", "doing", "share", "cells"):
         columns -= {less}
@@ -292,10 +292,10 @@ def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
         lines = aligned([_peer_row(status, peer, share, columns, cells) for peer, share in shown], right=(2, 3))
         if all(cell_len(line) <= width for line in lines):
             break
-    found = [(line, peer.present or view.life.over) for line, (peer, _) in zip(lines, shown, strict=True)]
+    found = [(line, peer.present or view.phase.over) for line, (peer, _) in zip(lines, shown, strict=True)]
     if rest := [peer for peer, _ in order[len(shown) :]]:
         here, tokens = sum(peer.present for peer in rest), sum(peer.tokens for peer in rest)
-        now = "" if view.life.over else f"{here} here, {len(rest) - here} away, "
+        now = "" if view.phase.over else f"{here} here, {len(rest) - here} away, "
         words = f"and {len(rest)} more: {now}{count_in_words(tokens)} tokens"
         found.append((words, False))
     return found if most > 0 else []
@@ -373,7 +373,10 @@ def _title_line(view: View, width: int) -> Text:
     status, word = view.status, state_in_words(view)
     name, short = title(status, view.folder), short_peer(one_line(status.peer)) if status.peer else ""
     role = one_line(status.role) or "peer"
-    colour = _COLOURS.get(word, "red" if view.life in (Life.DIED, Life.FAILED, Life.LOST, Life.SILENT) else "")
+    colour = _COLOURS.get(
+        word,
+        "red" if view.phase in (Phase.DIED, Phase.FAILED, Phase.LOST, Phase.SILENT) else "",
+    )
     styled = (word, f"bold {colour}".strip())
     peer = f" ({short})" if short and short != name else ""
     for cells in (32, 24, _NAME_CELLS):  # of the peer's name, and of the run's
@@ -415,7 +418,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "checkpoint": "" if status.HasField("archive") else _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
-    if view.life is Life.RUNNING:
+    if view.phase is Phase.RUNNING:
         up = time_in_words(max(0.0, _finite(view.now - status.started_time)))
         facts["process"] = f"{status.pid}, for {up}, version {one_line(status.version)}"
     if status.role == "bootstrap":
@@ -446,7 +449,7 @@ def serving_lines(view: View, width: int) -> list[Text]:
 def _here(view: View) -> str:
     status = view.status
     volunteers = [peer for peer in status.peers if not peer.bootstrap]
-    if view.life.over:  # the others may have left long ago
+    if view.phase.over:  # the others may have left long ago
         return f"{len(volunteers)} volunteer{'s' if len(volunteers) != 1 else ''} in all"
     here = sum(peer.present for peer in volunteers)
     bootstrap = any(peer.bootstrap and peer.present for peer in status.peers)
@@ -462,7 +465,7 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
             short_peer(one_line(view.status.peer)) if view.status.peer else "",
             one_line(view.status.role),
             state_in_words(view),
-            "" if view.life is Life.RUNNING or not view.status.time else _ago(view.status.time, view),
+            "" if view.phase is Phase.RUNNING or not view.status.time else _ago(view.status.time, view),
             clipped(view.status.run_name, _NAME_CELLS),
             percent_in_words(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
             one_line(str(view.folder)),
@@ -486,10 +489,10 @@ def plain_line(view: View) -> str:
     status = view.status
     clock = time.strftime("%H:%M:%S", time.localtime(view.now))
     state, said = state_in_words(view), sentence(view)
-    said = said.removeprefix(f"{Life.ENDING.value}: ")
+    said = said.removeprefix(f"{Phase.ENDING.value}: ")
     parts = [f"{clock} {title(status, view.folder)} {state}: {said}"]
     is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # figures only once it has some
-    if status.time and is_known and not view.life.over:
+    if status.time and is_known and not view.phase.over:
         parts += [f"round {status.round}", f"loss {_losses(status)}", _progress(view), _left(view)]
         parts.append(f"own {contribution_in_words(status)}")
     return "; ".join(part for part in parts if part)
@@ -501,9 +504,12 @@ def plain_line(view: View) -> str:
 def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
     """Draw a screen of at most `height` lines; the least important blocks are dropped first."""
     status = view.status
-    top = [_title_line(view, width), *wrapped_lines(sentence(view), width, 3 if view.life is Life.RUNNING else 5)]
-    leave = "" if view.life.over and not view.note else "q closes this screen"
-    foot = cut_line(width, (leave if view.life.over else f"{leave}; the peer keeps running", "dim"))
+    top = [
+        _title_line(view, width),
+        *wrapped_lines(sentence(view), width, 3 if view.phase is Phase.RUNNING else 5),
+    ]
+    leave = "" if view.phase.over and not view.note else "q closes this screen"
+    foot = cut_line(width, (leave if view.phase.over else f"{leave}; the peer keeps running", "dim"))
     room = height - len(top) - 1
     blocks = {}
     for name, variants in _blocks(view, width, height, ascii_only).items():

@@ -77,7 +77,7 @@ def _keys(news: SimpleQueue[Any]) -> Iterator[None]:
     ours[tty.LFLAG] &= ~(termios.ECHO | termios.ICANON)
     ours[tty.CC][termios.VSUSP] = b"\0"  # no Ctrl-Z: it would leave a shell on our screen
     ended, end = os.pipe()
-    thread = threading.Thread(target=_hear, args=(terminal, ended, news), name="keys", daemon=True)
+    thread = threading.Thread(target=_receive, args=(terminal, ended, news), name="keys", daemon=True)
     try:
         termios.tcsetattr(terminal, termios.TCSANOW, ours)
         thread.start()
@@ -89,7 +89,7 @@ def _keys(news: SimpleQueue[Any]) -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, modes)
 
 
-def _hear(terminal: int, ended: int, news: SimpleQueue[Any]) -> None:
+def _receive(terminal: int, ended: int, news: SimpleQueue[Any]) -> None:
     while True:
         ready, _, _ = select.select([terminal, ended], [], [])
         if ended in ready:

@@ -27,16 +27,16 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
     """
     import sys
 
-    from swarmtrain.cli.peers import Life, find, look
+    from swarmtrain.cli.peers import Phase, find, look
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     peer = find(which)
     view = look(peer)
-    last = view if view.life.over else _watched(peer, view, as_json)
+    last = view if view.phase.over else _watched(peer, view, as_json)
     if last is None:
         return
     _print_last(last, as_json)
-    if last.life is not Life.ENDED or last.status.exit_code:
+    if last.phase is not Phase.ENDED or last.status.exit_code:
         ctx.exit(1)
 
 
@@ -100,7 +100,7 @@ class _JsonLines:
 
         from swarmtrain.cli.peers import view_as_json
 
-        news = (view.life, view.status.time)
+        news = (view.phase, view.status.time)
         if news != self._told:
             self._told = news
             click.echo(json.dumps(view_as_json(view), ensure_ascii=False, allow_nan=False))

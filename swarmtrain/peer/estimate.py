@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
 from swarmtrain.peer.checkpoints.files import KEPT
-from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, pulled_bytes, section_bytes
+from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "estimate",
     "estimates_of",
     "merge_bytes",
+    "publication_sizes",
     "pulled_bytes",
-    "section_bytes",
 ]
 
 # Proportional set sizes: torch, hivemind and swarmtrain's imports; the network daemon.

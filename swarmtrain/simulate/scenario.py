@@ -69,27 +69,31 @@ _WITH_FACTOR = ("sign-flip", "scaled", "noise", "little-is-enough", "drag")
 class ScenarioSection(Section):
     """Section `[scenario]`."""
 
-    name: str = Field(min_length=1, max_length=64, description="What people call it.")
+    name: str = Field(min_length=1, max_length=64, description="Name of the scenario.")
     work: Literal["learning", "systems", "pipeline"] = Field(
         "learning",
-        description="Real models that learn; or without tensors, by sizes and times: whole swarms, or a pipeline.",
+        description="Real models that learn; or, without tensors, sizes and times of a swarm or of a pipeline.",
     )
-    rounds: int = Field(100, ge=1, le=1_000_000, description="Of systems work: how many a volunteer takes.")
+    rounds: int = Field(100, ge=1, le=1_000_000, description="Systems work: rounds of each volunteer.")
     lasts_s: float = Field(
-        3600.0, gt=0, le=1e7, description="Of pipeline work: what is measured, after ten minutes that are not."
+        3600.0, gt=0, le=1e7, description="Pipeline work: measured seconds, after ten unmeasured minutes."
     )
-    run: str = Field(min_length=1, description="The run file, relative to the scenario's folder.")
-    methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Which are compared.")
-    seeds: tuple[int, ...] = Field((0,), strict=False, min_length=1, description="Of the runs, each method with each.")
+    run: str = Field(min_length=1, description="Run file, relative to the scenario's folder.")
+    methods: tuple[str, ...] = Field(strict=False, min_length=1, description="Methods to compare.")
+    seeds: tuple[int, ...] = Field(
+        (0,), strict=False, min_length=1, description="Seeds of the runs; each method runs with each."
+    )
     tuning_seeds: tuple[int, ...] = Field(
-        (), strict=False, description="On which each method's constants are chosen from `[grid]`; none: all are shown."
+        (),
+        strict=False,
+        description="Seeds on which each method's constants are chosen from `[grid]`; none: all are shown.",
     )
-    curve_points: int = Field(0, ge=0, le=1000, description="How often the held-out loss is measured on the way.")
+    curve_points: int = Field(0, ge=0, le=1000, description="Number of measurements of the held-out loss during a run.")
     warm_tokens: int = Field(
         0,
         ge=0,
         le=10**12,
-        description="One machine alone trains with so many before, in no time: all begin with its weights. 0: cold.",
+        description="Tokens that one machine trains alone beforehand, in no time; all start from its weights.",
     )
 
     @field_validator("methods", "seeds", "tuning_seeds")
@@ -103,37 +107,40 @@ class ScenarioSection(Section):
 class PeersSection(Section):
     """Section `[peers]`."""
 
-    number: int = Field(4, ge=1, le=100_000, description="How many volunteers; of learning, at most 1024.")
-    step_ms: float = Field(10.0, gt=0, le=3_600_000, description="An inner step of one that is not slowed.")
+    number: int = Field(4, ge=1, le=100_000, description="Number of volunteers; with learning, at most 1024.")
+    step_ms: float = Field(10.0, gt=0, le=3_600_000, description="Milliseconds of an inner step without slowdown.")
     slowdowns: tuple[float, ...] = Field(
-        (), strict=False, description="Times that, for each; fewer of them are gone through again; none: all alike."
+        (), strict=False, description="Slowdown factor of each volunteer; repeated if there are fewer; none: all equal."
     )
     spread: float = Field(
-        0.0, ge=0, le=3, description="Without tensors: speeds are lognormal around these; the logarithm's deviation."
+        0.0,
+        ge=0,
+        le=3,
+        description="Without tensors: speeds are lognormal around these; standard deviation of the logarithm.",
     )
     noise: float = Field(
         0.0,
         ge=0,
         le=3,
-        description="Of learning: speeds change from time to time, lognormal around those; the logarithm's deviation.",
+        description="Learning: speeds change over time, lognormal around those; standard deviation of the logarithm.",
     )
-    noise_lasts_s: float = Field(30.0, gt=0, le=1e7, description="How long, in virtual seconds, each of them stays so.")
+    noise_lasts_s: float = Field(30.0, gt=0, le=1e7, description="Virtual seconds between two changes of speed.")
     most_stages: int = Field(
         2,
         ge=1,
         le=1024,
-        description="Of pipeline work: so many fit into a volunteer's memory.",
+        description="Pipeline work: stages that fit into a volunteer's memory.",
     )
     round_steps: int = Field(
         0,
         ge=0,
-        description="Inner steps of a round of all together: merge.inner_steps is a share. 0: it is not.",
+        description="Total inner steps of a round, of which merge.inner_steps becomes a share; 0: it is given.",
     )
     trace: str = Field(
-        "", description="A file, relative to the scenario's folder, that says who comes, goes and hangs when."
+        "", description="Trace file, relative to the scenario's folder, of who comes, goes and hangs when."
     )
     own_text: bool = Field(
-        False, description="Each learns from a part of the corpus that is its own: documents that follow each other."
+        False, description="Each volunteer learns from its own part of the corpus, of consecutive documents."
     )
 
     @field_validator("slowdowns")
@@ -153,18 +160,21 @@ class PeersSection(Section):
 class ScenarioLinks(LinksSection):
     """Section `[links]`, as in a rehearsal."""
 
-    failing_percent: float = Field(0.0, ge=0, le=100, description="Transfers that break off.")
+    failing_percent: float = Field(0.0, ge=0, le=100, description="Percentage of transfers that break off.")
     spread: float = Field(
-        0.0, ge=0, le=3, description="Without tensors: rates are lognormal around these; the logarithm's deviation."
+        0.0,
+        ge=0,
+        le=3,
+        description="Without tensors: rates are lognormal around these; standard deviation of the logarithm.",
     )
 
 
 class Hang(Section):
     """Entry of `[[hangs]]`: a volunteer hangs for a while."""
 
-    peer: int = Field(ge=0, description="Its number, from 0.")
-    at_s: float = Field(ge=0, description="When, in virtual seconds.")
-    for_s: float = Field(gt=0, description="For how long.")
+    peer: int = Field(ge=0, description="Number of the volunteer, from 0.")
+    at_s: float = Field(ge=0, description="Time, in virtual seconds.")
+    for_s: float = Field(gt=0, description="Duration, in virtual seconds.")
 
     def is_on(self, number: int, now_s: float) -> bool:
         """Return whether volunteer `number` is in it now."""
@@ -178,13 +188,15 @@ class Away(Hang):
 class ScenarioChurn(Section):
     """Section `[churn]`: all come and go by chance, by the run's seed. Both times are means of exponential ones."""
 
-    stays_s: float = Field(0.0, ge=0, description="How long a volunteer stays; 0: nobody goes.")
-    away_s: float = Field(60.0, gt=0, description="How long it is away then.")
+    stays_s: float = Field(0.0, ge=0, description="Mean seconds that a volunteer stays; 0: nobody leaves.")
+    away_s: float = Field(60.0, gt=0, description="Mean seconds that it is away.")
     crash_share: float = Field(
-        0.5, ge=0, le=1, description="Without tensors: of those who go, who crash; the others say goodbye."
+        0.5, ge=0, le=1, description="Without tensors: share of departures that are crashes; the others leave cleanly."
     )
-    hangs_after_s: float = Field(0.0, ge=0, description="Without tensors: when it stands still next; 0: nobody does.")
-    hangs_for_s: float = Field(60.0, gt=0, description="Without tensors: how long then.")
+    hangs_after_s: float = Field(
+        0.0, ge=0, description="Without tensors: mean seconds until a volunteer hangs; 0: none does."
+    )
+    hangs_for_s: float = Field(60.0, gt=0, description="Without tensors: mean seconds of a hang.")
 
     def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
         """Draw who is away when."""
@@ -214,8 +226,8 @@ def _spans(key: str, num_peers: int, means_s: tuple[float, float], until_s: floa
 class HostileSection(Section):
     """Section `[hostile]`: volunteers that train and merge like the others, and publish or say something else."""
 
-    percent: float = Field(0.0, ge=0, lt=100, description="Of the volunteers so many, rounded: the last ones.")
-    attack: str = Field("absent", description='What they do, with a factor where it has one: "noise", "noise x3".')
+    percent: float = Field(0.0, ge=0, lt=100, description="Percentage of hostile volunteers, rounded: the last ones.")
+    attack: str = Field("absent", description='Attack, with its factor if it has one: "noise", "noise x3".')
 
     @field_validator("attack")
     @classmethod
@@ -465,7 +477,7 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
         return scenario
     if scenario.hangs or scenario.away:
         raise UserError(
-            f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace",
+            f"{origin}: peers.trace: cannot be combined with [[hangs]] and [[away]]; write those into the trace",
             code="keys-disagree",
         )
     trace = load_trace(scenario.folder / name, scenario.peers.number)
@@ -484,7 +496,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
             raise UserError(
-                f"{origin}: {key}: there is no such thing in {work} work (scenario.work)", code="keys-disagree"
+                f"{origin}: {key}: {work} work (scenario.work) has no such key; leave it out", code="keys-disagree"
             )
     if work == "learning" and number > _MOST_LEARNERS:
         raise UserError(
@@ -493,7 +505,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
         )
     if work == "systems" and (scenario.hangs or scenario.away):
         raise UserError(
-            f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]", code="keys-disagree"
+            f"{origin}: [[hangs]] and [[away]]: systems work draws them; say how often in [churn]", code="keys-disagree"
         )
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
@@ -507,7 +519,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
             )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
         raise UserError(
-            f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?",
+            f"{origin}: churn.stays_s: cannot be combined with [[away]] or peers.trace; leave one of them out",
             code="keys-disagree",
         )
     if scenario.hostile.number(number) >= number:

@@ -1,4 +1,4 @@
-"""What can be done to the containers of a swarm: each takes the swarm and its victims."""
+"""Faults for the containers of a swarm: each takes the swarm and its victims."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _NEXT = "swarmtrain-test-next"
 _CLOCKED = "swarmtrain-test-clock"
 _NEXT_VERSION = "99.0.0"
 _UPGRADED_S = 400.0
-"""All containers, one after the other, each until it is healthy: half a minute each."""
+"""Time limit for restarting all containers in turn until healthy: half a minute each."""
 _ATTEMPTS = 5
-"""To freeze a container; the second one is enough as a rule."""
+"""Attempts to freeze a container; the second one usually works."""
 _MOST_LOOKS, _FREED_S = 20, 0.2
-"""A killed process's memory is free again within four seconds."""
+"""Checks, and seconds between them: a killed process's memory is free within four seconds."""
 _NEXT_DOCKERFILE = f"""
 FROM {IMAGE}
 USER root
@@ -34,14 +34,14 @@ USER swarmtrain
 
 @dataclass
 class Swarm(Project):
-    """The project, and the volunteers that it began with."""
+    """Compose project, and the volunteers that it began with."""
 
     all: list[str] = field(default_factory=list)
     logs: list[tuple[str, str]] = field(default_factory=list)
-    """(container, what it wrote)."""
+    """(container, its output) of deleted containers."""
 
     def keep_logs(self, *names: str) -> None:
-        """Before they are deleted."""
+        """Keep the logs of containers before they are deleted."""
         self.logs += [(name, seen.said(name)) for name in names]
 
 
@@ -50,7 +50,7 @@ Action = Callable[[Swarm, Victims], object]
 
 
 def build_images(wanted: frozenset[str]) -> None:
-    """Those beside the one that is tested."""
+    """Build the images needed besides the one under test."""
     docker("build", "--quiet", "--tag", _FIREWALL, "peers/firewall", limit_s=BUILD_S)
     if "upgrade" in wanted:
         docker("build", "--quiet", "--tag", _NEXT, "-", given=_NEXT_DOCKERFILE)
@@ -60,7 +60,7 @@ def build_images(wanted: frozenset[str]) -> None:
 
 
 def _each(do: Callable[[str], object]) -> Action:
-    """To all victims at once."""
+    """Return an action that does `do` to all victims at once."""
 
     def action(swarm: Swarm, victims: Victims) -> None:
         with ThreadPoolExecutor(8) as pool:
@@ -70,8 +70,11 @@ def _each(do: Callable[[str], object]) -> Action:
 
 
 def _pause(victim: str) -> None:
-    """The freezer of version 1 control groups gives up ("unable to freeze") where a process is just being born or waits
-    for a disk, which on a busy machine happens: then once more."""
+    """Freeze a container, repeatedly if necessary.
+
+    The freezer of version 1 control groups fails ("unable to freeze") while a process is being created or waits for a
+    disk, which happens on a busy machine.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             docker("pause", victim)
@@ -100,7 +103,7 @@ def _replace(swarm: Swarm, victims: Victims) -> None:
 
 
 def _upgrade(swarm: Swarm, victims: Victims) -> None:
-    """As a coordinator would: everybody is started anew from the new image, one after the other, on its old volume."""
+    """Upgrade as a coordinator would: restart all from the new image, one after the other, on their volumes."""
     swarm.keep_logs(*swarm.containers())
     swarm.settings["SWARMTRAIN_IMAGE"] = _NEXT
     scale = f"--scale=volunteer={len(swarm.all)}"
@@ -113,14 +116,14 @@ def _all_are_upgraded(swarm: Swarm) -> str:
 
 
 def hidden_reach(swarm: Swarm) -> str:
-    """What the volunteer behind the firewall says of itself."""
+    """Return what the hidden volunteer says about its reachability."""
     (hidden,) = swarm.of_service("unreachable")
     reach: str = status(hidden)["reach"]
     return reach
 
 
 def hosts(swarm: Swarm) -> list[str]:
-    """Volunteers through which the work of the one behind the firewall goes."""
+    """List the volunteers that host the hidden one."""
     reach = hidden_reach(swarm)
     found = [name for name in swarm.all if status(name)["peer"][-6:] in reach]
     assert found, f"the volunteer behind the firewall has no volunteer as its host: {reach}"
@@ -133,13 +136,13 @@ _CHAINS = "add table inet chaos; add chain inet chaos {way} {{ type filter hook 
 
 
 def _rule(way: str, what: str) -> Callable[[str], object]:
-    """Add a rule to a container's packets of that way."""
+    """Return an action that adds a rule to a container's packets of one direction."""
     chains = _CHAINS.format(way=way)
     return lambda victim: _nft(victim, f"{chains} add rule inet chaos {way} {what}")
 
 
 def _nft(container: str, commands: str) -> None:
-    """In the network of a container, which has not the right itself."""
+    """Run nft in a container's network, from outside, since the container lacks the privilege."""
     network = f"--network=container:{container}"
     docker("run", "--rm", network, "--cap-add=NET_ADMIN", "--entrypoint=nft", _FIREWALL, commands)
 
@@ -149,7 +152,7 @@ def _address(container: str) -> str:
 
 
 def _halve(swarm: Swarm, victims: Victims) -> None:
-    """The victims are one half, everybody else with the bootstrap is the other: nothing passes between them."""
+    """Partition the swarm: the victims on one side, all others and the bootstrap on the other."""
     others = [*(name for name in swarm.all if name not in victims), *swarm.of_service("bootstrap")]
     addresses = ", ".join(map(_address, others))
     for way, end in (("input", "saddr"), ("output", "daddr")):
@@ -174,9 +177,9 @@ except OSError:
 
 
 def _squeeze(victim: str) -> None:
-    """Less memory than it needs, from its next start on, which is now: the system kills it as often as it starts."""
+    """Restart it with less memory than it needs: the system kills it at each start."""
     _kill(victim)
-    for _ in range(_MOST_LOOKS):  # what the process had must be free first
+    for _ in range(_MOST_LOOKS):  # the killed process's memory must be free first
         with contextlib.suppress(AssertionError):
             docker("update", "--memory=64m", "--memory-swap=64m", victim)
             return
@@ -194,7 +197,7 @@ for path in paths:
 
 
 def _corrupt(victim: str) -> None:
-    """Noise in all of its checkpoints, and it is killed."""
+    """Kill it, with noise in all its checkpoints."""
     _python(victim, _SPOIL)
     _kill(victim)
 
@@ -232,4 +235,4 @@ ACTIONS: dict[str, Action] = {
 }
 
 CHECKS: dict[str, Callable[[Swarm], str]] = {"upgrade": _all_are_upgraded}
-"""What must be so some time after it was done: a problem in words, empty if there is none."""
+"""Checks some time after a fault; each returns a problem in words, or an empty string."""

@@ -1,23 +1,24 @@
-r"""Chaos on real containers: scenarios as files, what happens when, and what must hold.
+r"""Chaos tests on real containers: scenario files say what happens when, and what must hold.
 
     make chaos                                            # every file of tests/chaos, once
     python tests/chaos/run.py tests/chaos/kill.toml --times 5
-    python tests/chaos/run.py --times 5 --json runs.jsonl # stopped and begun again, it goes on where it was
+    python tests/chaos/run.py --times 5 --json runs.jsonl # continues where it was stopped
 
-A scenario starts a swarm by `docker compose` (`chaos.yaml` lies over it), lets it train for `settle_s`, takes its steps
-against `victims` of its volunteers, looks at the others from the first step until `watch_s` after the last, and waits
+A scenario starts a swarm by `docker compose` (extended by `chaos.yaml`), lets it train for `settle_s`, applies its
+steps to `victims` of its volunteers, observes the others from the first step until `watch_s` after the last, and waits
 for the run's end. Times are from the volunteers' own `round` events. What must hold:
 
-- each victim merges with one that was no victim within `return_within_s` of the last step (0: it is not to come back);
-- the others end their rounds meanwhile: none of them stands still for more than `gap_s` (or half a round, if that is
-  more), besides its usual round;
+- each victim merges with a volunteer that was no victim within `return_within_s` of the last step (0: it need not come
+  back);
+- the others end their rounds meanwhile: none is delayed by more than `gap_s` (or half a round, if that is more) beyond
+  its usual round;
 - their trainers' stall is at most `stall_share` of the time;
 - no contribution that the swarm knew is lost from the totals;
 - memory, threads and file handles of the others do not grow;
 - the run ends by itself, its held-out loss is at most `worse_share` above that of the same run (the same seed, as many
-  tokens) to which nothing happened, which is run as well; in the mean over `--times`, one alone at most twice that;
-- nobody's output or log file, not even of the deleted, has a traceback or a bug that was told; nothing is left behind;
-- with `spread_rounds`: after so many rounds at most the weights of all are as near to each other as before.
+  tokens) without faults, which is played too; this holds for the mean over `--times`, and twice as much for each run;
+- no output or log file, not even of deleted containers, has a traceback or a reported bug; nothing is left behind;
+- with `spread_rounds`: after at most this many rounds all weights are as close to each other as before.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from docker_engine import ROOT, build, status
 
 FILES = ("peers/compose.yaml", "tests/chaos/chaos.yaml")
 END_S = 1500.0
-"""Until a run that has been through its scenario has its tokens, on a machine with other work."""
+"""Time limit until a run has all its tokens after its scenario, on a busy machine."""
 _NOT_PLAYED = "the scenario could not be played"
 _OF_A_ROUND = 0.5
-"""Rounds differ: one that takes so much longer than usual is no standing still."""
+"""Share of a round by which rounds may vary without counting as a delay."""
 _NOISE = 2.0
-"""Two runs to which nothing happens differ too: one alone may be so many times further off than the mean."""
+"""Factor by which a single run may be further off than the mean: runs without faults differ too."""
 HEADER = "| what happens | victims merge again | others stand still | stall | tokens lost | loss | to that without | |"
 
 
 @dataclass
 class Found:
-    """Of one run."""
+    """Results of one run."""
 
     return_s: float | None = None
     gap_s: float = 0.0
@@ -67,9 +68,9 @@ class Found:
     held_out_loss: float = math.nan
     ratio: float | None = None
     spread_rounds: float | None = None
-    """How many rounds it took the weights to be as near to each other as before."""
+    """Rounds until the weights were as close to each other as before."""
     spreads: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
-    """(seconds since the first step, how far apart the merged weights were), of each."""
+    """(seconds since the first step, spread of the merged weights), by volunteer."""
     commit: str = ""
     failed: list[str] = field(default_factory=list)
 
@@ -82,7 +83,7 @@ class Found:
 
 
 def run_file(scenario: Scenario, seed: int, folder: Path) -> Path:
-    """`examples/stdlib-gpt.toml` with the scenario's length."""
+    """Write `examples/stdlib-gpt.toml` with the scenario's length."""
     text = (ROOT / "examples" / "stdlib-gpt.toml").read_text(encoding="utf-8")
     for key, value in (("total_tokens", scenario.total_tokens), ("seed", seed)):
         text = re.sub(rf"(?m)^{key} = \S+", f"{key} = {value}", text)
@@ -92,7 +93,7 @@ def run_file(scenario: Scenario, seed: int, folder: Path) -> Path:
 
 
 def run(scenario: Scenario, seed: int) -> Found:
-    """Start a swarm, do it, look, wait for the end, and clean up."""
+    """Start a swarm, apply the scenario, observe, wait for the end, and clean up."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"SWARMTRAIN_RUN_FILE": str(run_file(scenario, seed, Path(folder)))}
         swarm = Swarm((*FILES, *scenario.files), settings)
@@ -111,7 +112,7 @@ def run(scenario: Scenario, seed: int) -> Found:
 
 
 def _act(scenario: Scenario, swarm: Swarm, found: Found) -> list[str]:
-    """Returns who is gone for good."""
+    """Apply the steps and observe; returns the volunteers that are gone for good."""
     victims = hosts(swarm)[:1] if scenario.victim == "host" else swarm.all[: scenario.victims]
     others = [name for name in swarm.all if name not in victims] or swarm.all
     others += swarm.of_service("unreachable")
@@ -162,7 +163,7 @@ def _fine(swarm: Swarm) -> str:
 
 
 def _end(swarm: Swarm, gone: list[str], found: Found) -> None:
-    """Wait for the end of the run, and see how well it ended."""
+    """Wait for the end of the run, and check how it ended."""
     give_up_s = time.monotonic() + END_S
     survivors = [name for name in swarm.of_service("volunteer") if name not in gone]
     while not all(swarm.containers()[name]["State"] == "exited" for name in survivors):
@@ -186,7 +187,7 @@ def _found(row: dict[str, Any]) -> Found:
 
 
 class Kept:
-    """What was found, by scenario and seed, as lines of a JSON file."""
+    """Results by scenario and seed, kept as lines of a JSON file."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -197,7 +198,7 @@ class Kept:
         self._found = {(row.pop("scenario"), row.pop("seed")): _found(row) for row in map(json.loads, lines)}
 
     def once(self, scenario: Scenario, seed: int, play: Callable[[Scenario, int], Found]) -> Found:
-        """As it was found before, or played now."""
+        """Return an earlier result, or play now."""
         key = scenario.name, seed
         if key not in self._found:
             found = self._found[key] = play(scenario, seed)
@@ -209,7 +210,7 @@ class Kept:
 
 
 def _compared(scenario: Scenario, seed: int, kept: Kept) -> Found:
-    """Play it, and the same run without it."""
+    """Play a scenario, and the same run without it."""
     found = Found()
     try:
         base = kept.once(scenario.without, seed, run)
@@ -219,14 +220,14 @@ def _compared(scenario: Scenario, seed: int, kept: Kept) -> Found:
             found.failed.append(f"the loss is {found.ratio:.3f} of that without")
         if base is not found and base.failed:
             found.failed.append(f"the run without: {'; '.join(base.failed)}")
-    except (AssertionError, subprocess.SubprocessError, ValueError, KeyError) as error:  # of docker, mostly
+    except (AssertionError, subprocess.SubprocessError, ValueError, KeyError) as error:  # mostly docker's
         print(error, file=sys.stderr)
         found.failed.append(_NOT_PLAYED)
     return found
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinities, which JSON does not have."""
     return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in row.items()}
 
 

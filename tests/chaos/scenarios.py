@@ -1,4 +1,4 @@
-"""Scenario files: what happens when, and what must hold."""
+"""Scenario files of the chaos tests: what happens when, and what must hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Scenario", "Step", "read"]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Something done to the victims, so long after the step before it."""
+    """Fault applied to the victims, some time after the previous step."""
 
     do: str
     after_s: float = 0.0
@@ -22,11 +22,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A swarm, what is done to it, and what must hold. `files` lie over the others in `docker compose`; the run is of
-    `total_tokens`, which take it so long that it ends by itself some time after `watch_s` are over. The first `victims`
-    are they; or the `victim` is "host", one through which the work of the volunteer behind the firewall goes.
-    `return_within_s` 0: the victims are not to come back. `victims_train`: nor do they stand still meanwhile.
-    `spread_rounds` 0: how near all weights are is not looked at."""
+    """Swarm, its faults, and what must hold.
+
+    - `files` extend the others in `docker compose`;
+    - `total_tokens` must last until some time after `watch_s`, when the run ends by itself;
+    - the first `victims` volunteers are the victims; or `victim` is "host", a host of the hidden volunteer;
+    - `return_within_s` 0: the victims need not come back; `victims_train`: they too must not be delayed meanwhile;
+    - `spread_rounds` 0: the spread of the weights is not checked.
+    """
 
     name: str
     says: str
@@ -47,7 +50,7 @@ class Scenario:
 
     @property
     def without(self) -> Scenario:
-        """The same swarm, to which nothing happens."""
+        """Return the same swarm without faults."""
         files = self.files if self.victim else ()
         return Scenario(
             name=" ".join(["none", str(self.volunteers), str(self.total_tokens), *files]),
@@ -59,7 +62,7 @@ class Scenario:
 
 
 def read(path: Path) -> Scenario:
-    """A scenario file; ValueError for what is not known."""
+    """Read a scenario file. Raises ValueError for unknown keys and values."""
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     _check(path, set(data), {each.name for each in fields(Scenario)} - {"name"})
     steps = tuple(Step(**step) for step in data.pop("steps", ()))

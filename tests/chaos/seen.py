@@ -1,4 +1,4 @@
-"""What is seen of a swarm: its volunteers' events, its totals, and what its processes hold."""
+"""Observations of a swarm: its volunteers' events, its totals, and resources of its processes."""
 
 from __future__ import annotations
 
@@ -50,24 +50,26 @@ print(json.dumps([rss, threads, files]))
 
 
 def events(container: str, kind: str) -> list[dict[str, Any]]:
-    """Its events of that kind, those of its lives before included."""
+    """Return its events of one kind, including those of earlier processes."""
     told = (json.loads(line) for line in docker("logs", container).splitlines() if line.startswith("{"))
     return [event for event in told if event["event"] == kind]
 
 
 def said(container: str) -> str:
-    """All that a container has written, to its outputs and to the log files in its folder."""
+    """Return all that a container has written, to its outputs and to the log files in its folder."""
     told = [docker_logs(container)]
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(AssertionError):  # one that never was a peer has no folder; what is in memory goes
+        with contextlib.suppress(AssertionError):  # a container that was never a peer has no folder
             docker("cp", "--quiet", f"{container}:/data/swarmtrain", folder)
         told += [path.read_text(errors="replace") for path in sorted(Path(folder).rglob("*.log*"))]
     return "\n".join(told)
 
 
 def usual_s(rounds: Events, before_s: float) -> float:
-    """How long a round of as many inner steps as its longest takes it, by the rounds before `before_s`; 0 without any
-    then. The first ones are short."""
+    """Return how long its largest round takes, scaled by inner steps from rounds before `before_s`; 0 without any.
+
+    The first rounds are short.
+    """
     return max((event["inner_steps"] for event in rounds), default=0) * _step_s(rounds, before_s)
 
 
@@ -77,7 +79,7 @@ def _step_s(rounds: Events, before_s: float) -> float:
 
 
 def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
-    """The longest time without a round's end, less what its inner steps took it before."""
+    """Return the longest time without a round's end, minus the usual time of its inner steps."""
     step_s = _step_s(rounds, since_s)
     last_s = max((event["time"] for event in rounds if event["time"] <= since_s), default=since_s)
     gap_s = 0.0
@@ -89,26 +91,28 @@ def gap_s(rounds: Events, since_s: float, until_s: float) -> float:
 
 
 def in_short(rounds: Events) -> str:
-    """When its rounds ended and what took how long, for whoever looks for a cause."""
+    """Describe when its rounds ended and what took how long, to find a cause."""
     keys = ("time", "seconds", "stall_s", "merge_s", "pull_s")
     return "\n".join(" ".join(f"{event[key] or 0.0:.1f}" for key in keys) for event in rounds)
 
 
 def stall_share(rounds: Iterable[Events], since_s: float, until_s: float) -> float:
-    """Of all rounds that ended in that time: how much of it their trainers stood still for the network."""
+    """Return the share of stalled time, over all rounds that ended in that time."""
     late = [event for each in rounds for event in each if since_s < event["time"] < until_s]
     return sum(event["stall_s"] for event in late) / max(1e-9, sum(event["seconds"] for event in late))
 
 
 def returned_s(rounds: Events, partners: frozenset[str], after_s: float) -> float:
-    """How long after `after_s` it ended a round that merged one of `partners`; infinite if it did not."""
+    """Return how long after `after_s` it merged one of `partners`; infinite if it did not."""
     ends = (event["time"] for event in rounds if event["time"] > after_s and partners & set(event["partners"]))
     return min(ends, default=math.inf) - after_s
 
 
 def spread_returned(rounds: Events, since_s: float, after_s: float) -> float:
-    """How many rounds after `after_s` it is until those merged are as near to each other as in the median of its
-    rounds before `since_s`; infinite if none of them that are there is."""
+    """Return the rounds after `after_s` until merged weights are as close as in the median round before `since_s`.
+
+    Infinite if no round is.
+    """
     before = [event["consensus_spread"] for event in rounds if event["time"] < since_s]
     usual = statistics.median([spread for spread in before if spread is not None])
     late = [event["consensus_spread"] for event in rounds if event["time"] > after_s]
@@ -117,29 +121,29 @@ def spread_returned(rounds: Events, since_s: float, after_s: float) -> float:
 
 
 def spreads(rounds: Events, since_s: float) -> list[tuple[float, float | None]]:
-    """(seconds since `since_s`, how far apart those merged were) of each round."""
+    """Return (seconds since `since_s`, spread of the merged weights) for each round."""
     return [(round(event["time"] - since_s, 1), event["consensus_spread"]) for event in rounds]
 
 
 def contributions(peers: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Tokens of each peer, by what `status` lists."""
+    """Return the tokens of each peer listed by `status`."""
     return {each["peer"]: each["tokens"] for each in peers}
 
 
 def tokens_lost(before: Mapping[str, int], after: Mapping[str, int]) -> int:
-    """What was counted once and is not any more."""
+    """Return tokens that were counted before and no longer are."""
     return sum(max(0, tokens - after.get(peer, 0)) for peer, tokens in before.items())
 
 
 def held_out_loss(done: Iterable[Mapping[str, Any]]) -> float:
-    """The mean over those that ended; NaN if none measured it."""
+    """Return the mean over ended volunteers; NaN if none measured it."""
     losses = [event["held_out_loss"] for event in done if event["held_out_loss"] is not None]
     return statistics.fmean(losses) if losses else math.nan
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a container's processes have."""
+    """Resources of a container's processes."""
 
     rss_bytes: int
     threads: int
@@ -147,16 +151,16 @@ class Held:
 
 
 def held(container: str) -> Held:
-    """Its Python and its libp2p daemon together."""
+    """Measure its Python process and its libp2p daemon together."""
     return Held(*json.loads(docker("exec", container, "/opt/swarmtrain/bin/python", "-c", _PROCESSES)))
 
 
 _MEMORY_SHARE, _MEMORY_MIB, _MORE_THREADS, _MORE_FILES = 0.15, 48, 12, 24
-"""What comes and goes within a minute: arenas, pulls under way and their threads, connections, checkpoints."""
+"""Normal variation within a minute: arenas, open pulls and their threads, connections, checkpoints."""
 
 
 def grown(before: Held, after: Held) -> str:
-    """In words, what has grown by more than a minute's noise; empty if nothing has."""
+    """Say what has grown beyond normal variation; empty if nothing has."""
     mib = 2**20
     was_mib = before.rss_bytes // mib
     rows = (

@@ -21,14 +21,14 @@ from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
-    whole = to_json_line(ErrorEvent(message="no room", exit_code=1))
+    whole = to_json_line(ErrorEvent(message="full", code="folder-not-writable", exit_code=1))
     folder = f'{{"folder": "{tmp_path}"}}'
     process: Any = None
     peer, shown = _Started(process, by_folder=True), list[Event]()
     pipe = io.BytesIO("\n".join([folder[:-9], folder, whole[:40], whole, whole[:-3]]).encode())
     peer.listen(pipe, shown.append)
     assert peer.folder == tmp_path
-    assert peer.error == "no room"
+    assert peer.error == "full [folder-not-writable]"
     assert len(shown) == 1 and peer.up is None
 
 
@@ -50,9 +50,8 @@ def test_why_it_ended_is_said_once(
         pid = 1
 
         def __init__(self, arguments: list[str], pass_fds: tuple[int], **_: Any) -> None:
-            os.write(
-                pass_fds[0], to_json_line(ErrorEvent(message="the invite is garbled", exit_code=2)).encode() + b"\n"
-            )
+            error = ErrorEvent(message="garbled", code="invite-garbled", exit_code=2)
+            os.write(pass_fds[0], to_json_line(error).encode() + b"\n")
 
         def wait(self) -> int:
             return 2
@@ -61,8 +60,8 @@ def test_why_it_ended_is_said_once(
     assert not background.is_the_background()
     assert run(["join", "st1abc", "--background", "--dir", str(tmp_path), *["--json"] * as_json]) == 2
     said = capsys.readouterr()
-    assert said.err == "error: the invite is garbled\n"
-    assert said.out.count("the invite is garbled") == as_json
+    assert said.err == "error: garbled [invite-garbled]\n"
+    assert said.out.count('"garbled"') == as_json
 
 
 def test_what_is_taken_from_the_folder_reaches_who_waits(

@@ -92,7 +92,7 @@ def test_a_death_and_a_return_on_the_screen(peer: FakePeer) -> None:
         peer.die()
         waiting = "waiting for it to come back"
         text = terminal.wait_for(lambda text: waiting in text.replace("\n", " "), waiting).replace("\n", " ")
-        assert "without leaving the swarm" in text
+        assert "died about" in text
         assert "(it was training round 12); waiting for it to come back" in text
         assert "s at most; start it again with `swarmtrain join --name anna --dir" in text
         peer.status.doing = "training round 13: 1 of 25 steps"
@@ -107,7 +107,7 @@ def test_one_that_is_over_is_shown_once(tmp_path: Path) -> None:
     peer.die()
     with watched(peer) as terminal:
         assert terminal.wait() == 1
-        terminal.wait_text("without leaving the swarm")
+        terminal.wait_text("died about")
     peer.start()
     peer.end()
     with watched(peer) as terminal:

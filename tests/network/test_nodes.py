@@ -567,14 +567,11 @@ def test_one_that_answers_cannot_move_a_clock_by_31_years(here: Here) -> None:
     invited = InvitedPeer(here.a.id, here.run(here.a.node.addresses()))
     here.a.clock_ahead_s = 31 * 365.25 * 86_400
     try:
-        with pytest.raises(ClockError) as caught:
+        with raises_code("clock-differs", ClockError, "--accept-clock") as caught:
             here.run(find_run(here.b.node, RUN, [invited]))
         assert abs(swarm_time() - time.time()) < 0.1, "nothing is corrected unasked"
         year = time.gmtime().tm_year
-        assert f"it is {year}-" in str(caught.value) and f"by that of {here.a.id[-6:]} {year + 31}-" in str(
-            caught.value
-        )
-        assert "set it right" in str(caught.value) and "--accept-clock" in str(caught.value)
+        assert all(each in str(caught.value) for each in (f" {year}-", here.a.id[-6:], f" {year + 31}-"))
         assert caught.value.exit_code == 1
         found = here.run(find_run(here.b.node, RUN, [invited], accept_clock=True))
         assert swarm_time() - time.time() == pytest.approx(here.a.clock_ahead_s, abs=1) == found.clock_correction_s
@@ -603,8 +600,8 @@ def test_who_does_not_answer_is_said_in_a_few_addresses(here: Here) -> None:
         for _ in range(5)
     ]
     myself = InvitedPeer(here.b.id, ("/ip4/127.0.0.1/tcp/8",))
-    said = "nobody answers at /ip4/127.0.0.1/tcp/9, /ip4/127.0.0.1/tcp/8, /ip4/127.0.0.1/tcp/9 and 7 more: is"
-    with pytest.raises(RunTimeError, match=said):
+    said = "/ip4/127.0.0.1/tcp/9, /ip4/127.0.0.1/tcp/8, /ip4/127.0.0.1/tcp/9 and 7 more"
+    with raises_code("nobody-answers", RunTimeError, said):
         here.run(find_run(here.b.node, RUN, [myself, *known], 3.0))
     with raises_code("nobody-known", RunTimeError):
         here.run(find_run(here.b.node, RUN, [myself]))
@@ -644,22 +641,21 @@ def test_an_address_of_the_router_is_not_said_to_be_taken(here: Here, monkeypatc
     identity = load_or_create_identity(key_path)
     monkeypatch.setattr(listen, "own_addresses", lambda: ["127.0.0.1", "fe80::1%eth0", "10.1.2.3"])
     settings = NodeSettings(directory=folder, listen=("/ip4/192.0.2.77/tcp/31337",))
-    with pytest.raises(RunTimeError) as told:
+    typed = "--listen :31337 --announce 192.0.2.77:31337"
+    with raises_code("address-elsewhere", RunTimeError, "/ip4/192.0.2.77/tcp/31337", "10.1.2.3, 127.0.0.1", typed):
         here.run(Node.start(settings, identity, key_path))
-    assert str(told.value) == (
-        "cannot listen at /ip4/192.0.2.77/tcp/31337: 192.0.2.77 does not belong to this machine, which has 10.1.2.3, "
-        "127.0.0.1; if it is the router's, give --listen :31337 --announce 192.0.2.77:31337"
-    )
     assert "--announce [2001:db8::7]:31337" in str(cannot_listen(["/ip6/2001:db8::7/tcp/31337"]))
 
 
 def test_a_port_for_administrators_is_not_said_to_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "_errno_of", lambda address: errno.EACCES)
-    assert "does not allow it; choose a port above 1023" in str(cannot_listen(["/ip4/0.0.0.0/tcp/80"]))
+    told = cannot_listen(["/ip4/0.0.0.0/tcp/80"])
+    assert told is not None and told.code == "port-forbidden" and "1023" in str(told)
 
 
 def test_a_hosts_name_is_not_said_to_be_a_taken_port() -> None:
-    assert "a host's name is no IP address" in str(cannot_listen(["/dns/localhost/tcp/41337"]))
+    told = cannot_listen(["/dns/localhost/tcp/41337"])
+    assert told is not None and told.code == "address-not-an-ip"
 
 
 def test_it_may_announce_just_where_it_listens(here: Here) -> None:

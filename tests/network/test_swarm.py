@@ -379,7 +379,7 @@ def test_who_is_seen_is_believed_from_then_on() -> None:
         swarm.peers.saw(BEN.peer_id, presence_to_proto(ben))
         swarm.tallying.clock = lambda: began_s + 60.0
         for peer in (BEN, CARL):
-            swarm.tallying.hear(peer.peer_id, 10**9)
+            swarm.tallying.receive(peer.peer_id, 10**9)
         counts = swarm.tallying.contributions()
         burst = swarm.tallying.rules.burst_tokens
         assert counts[CARL.peer_id] == burst

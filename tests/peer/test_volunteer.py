@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from codes import raises_code
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent, Event, PausedEvent, ResumedEvent
@@ -166,9 +167,9 @@ def test_an_end_before_there_is_anything_to_train(life: Life) -> None:
 @pytest.mark.parametrize("step", ["start the node", "join", "train", "finish"])
 def test_what_fails_it_is_raised_after_its_goodbye(life: Life, step: str) -> None:
     def fail() -> None:
-        raise RunTimeError("no room")
+        raise RunTimeError("no room", code="folder-not-writable")
 
     life.during[step] = [fail]
-    with pytest.raises(RunTimeError, match="no room"):
+    with raises_code("folder-not-writable", RunTimeError):
         life.live()
     assert life.steps[-2:] == [step, "end the network" if step == "start the node" else "leave"]

@@ -99,6 +99,6 @@ def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_roun
     os.killpg(local.process.pid, signal.SIGINT)  # as a terminal does
     assert local.wait(2 * exit_limit_s()) == 0, local.story()
     assert [event.reason for event in local.all(DoneEvent)] == 4 * ["interrupted"], "each had its goodbye"
-    assert f"to go on:\n  swarmtrain {shlex.join(words)}" in local.log.read_text()
+    assert f"\n  swarmtrain {shlex.join(words)}" in local.log.read_text()
     swarm.assert_nothing_left()
     assert "Traceback" not in local.log.read_text()

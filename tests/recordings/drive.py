@@ -1,8 +1,7 @@
-"""The engine of gossip, fed with a real peer's recorded events alone; what it decides is written as when it was
-recorded, to be compared line by line.
+"""Drive the gossip engine with a real peer's recorded events only, and compare its decisions line by line.
 
-When it was recorded a pull was begun, a merge prepared and a pull ended one callback after what they follow from: at
-`starts`, `prepares` and `settled`. `_Deferred` waits for these too.
+When the runs were recorded, starting a pull, preparing a merge and ending a pull happened one callback after their
+cause, at `starts`, `prepares` and `settled`. `_Deferred` waits for these too.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ _TOLD = (
 
 @dataclass(frozen=True)
 class Difference:
-    """What came of a block of events, and what was recorded."""
+    """Decisions on a block of events that differ from the recorded ones."""
 
     block: int
     found: Sequence[Line]
@@ -93,7 +92,7 @@ class Difference:
 
 
 def drive(recorded: Recording, peer: int) -> Iterator[tuple[int, Difference | None]]:
-    """Each block of the record of that peer: how many decisions were the same, or where they differ."""
+    """Yield for each block of that peer's record the number of equal decisions, or the difference."""
     driver = _Driver(recorded, peer)
     try:
         driver.put_in()
@@ -104,18 +103,18 @@ def drive(recorded: Recording, peer: int) -> Iterator[tuple[int, Difference | No
 
 @dataclass
 class _Others:
-    """What is known of them."""
+    """Known facts of the other peers."""
 
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def tell(self, line: Line) -> None:
-        """It has changed."""
+        """Apply a change."""
         self.known |= line["known"]
         for peer in line["forgotten"]:
             del self.known[peer]
 
     def volunteers(self) -> list[PeerInfo]:
-        """Those who are there and train."""
+        """List the peers that are present and train."""
         found = []
         for peer, told in sorted(self.known.items()):
             if told["is_live"] and told["training"] and not told["is_bootstrap"]:
@@ -124,7 +123,7 @@ class _Others:
         return found
 
     def told(self, peer: str) -> AdvertisedProgress | None:
-        """How far it is."""
+        """Return the progress that a peer reports."""
         if (told := self.known.get(peer)) is None:
             return None
         names = ("round", "inner_steps", "inner_steps_done", "steps_per_s")
@@ -132,18 +131,18 @@ class _Others:
 
 
 class _Deferred(GossipEngine[Any, Any, Any]):
-    """Prepares and settles when the recorded peer did."""
+    """Engine that prepares and settles when the recorded peer did."""
 
     now = 0.0
     is_prepared = False
-    """A merge has just been: what follows does at once."""
+    """True just after a merge, whose consequences follow at once."""
 
     def _prepare_more(self, now: float) -> None:
         if self.is_prepared:
             super()._prepare_more(now)
 
     def prepares(self, now: float) -> list[Any]:
-        """What is prepared by now."""
+        """Return what is prepared by now."""
         self.is_prepared = True
         self._prepare_more(now)
         self.is_prepared = False
@@ -158,7 +157,7 @@ class _Deferred(GossipEngine[Any, Any, Any]):
         """Later."""
 
     def settles(self, number: int, now: float) -> None:
-        """The pull of that number."""
+        """Settle the pull of that number."""
         if (pull := self._pulls.by_number.get(number)) is not None:
             super()._end_prepared(pull, now)
 
@@ -179,22 +178,22 @@ class _Driver:
         settings = gossip_settings(swarm, codecs_of(swarm))
         self.engine = _Deferred(self.me, settings, recording.generator(self.me))
         self.asks: dict[int, int] = {}
-        """Of each pull's number, what it is called in the record."""
+        """Map a pull's number to its number in the record."""
         self.pulls: dict[int, int] = {}
         self.of: dict[OpenPull, int] = {}
         self.source: dict[int, tuple[str, str]] = {}
-        """Of each: who was asked for it last, and whose it is."""
+        """Map a pull to the peer asked last and the author."""
         self.asked: dict[int, AskPartner] = {}
-        """Not yet written."""
+        """Requests not yet written."""
         self.preparing: dict[int, int] = {}
-        """The number of the merge that is prepared, by fragment."""
+        """Map a fragment to the number of its prepared merge."""
         self.wake_s: float | None = None
-        """When the engine wanted to look."""
+        """Time at which the engine wanted to wake."""
 
     # ------------------------------------------------------------- what is written
 
     def put_in(self) -> None:
-        """Write what is decided within."""
+        """Hook into the engine to write its inner decisions."""
         around, engine = recording.around, self.engine
 
         def choose(original: Any, choice: PartnerChoice, section: Any, round: int, here: Any, now: float) -> Any:
@@ -281,11 +280,11 @@ class _Driver:
             around(OpenPulls, name, ended(name))
 
     def write(self, kind: str, **what: Any) -> None:
-        """As it was written then."""
+        """Write a line in the recorded form."""
         self.written.append({"kind": kind, **what})
 
     def does(self, commands: Sequence[Any]) -> None:
-        """What is decided."""
+        """Write the engine's commands."""
         for command in commands:
             match command:
                 case FindRoute() | CancelPull() | PartnerBackedOff():
@@ -314,18 +313,18 @@ class _Driver:
                     raise AssertionError(command)
 
     def requests(self, ask: AskPartner) -> None:
-        """It is asked now."""
+        """Write a request."""
         known = None if ask.known is None else [ask.known.round, ask.known.part]
         self.write("requests", ask=self.asks[ask.pull], source=ask.source, known=known)
 
     # ------------------------------------------------------------- what happens
 
     def play(self) -> Iterator[tuple[int, Difference | None]]:
-        """All blocks."""
+        """Play all blocks."""
         blocks = iter(self.blocks)
         for number, block in blocks:
             stops = any(line["kind"] == "stops" for line in block)
-            if stops:  # others' ends come between, in any order
+            if stops:  # ends of other pulls come between, in any order
                 while not any(line["kind"] == "forgets" for line in block):
                     block += next(blocks)[1]
             for line in block:
@@ -345,10 +344,10 @@ class _Driver:
                 is_same = written == expected
                 yield len(expected), None if is_same else Difference(number, written, expected)
                 if not is_same:
-                    return  # what follows would differ for that
+                    return  # later lines would differ because of this one
 
     def happens(self, line: Line) -> None:
-        """One recorded event."""
+        """Feed one recorded event to the engine."""
         engine, kind, now = self.engine, line["kind"], line.get("now", self.engine.now)
         engine.now, self.is_here, self.is_looking = now, kind == "came", kind == "looks"
         if "ask" in line:
@@ -403,7 +402,7 @@ class _Driver:
             self.does(engine.receive(event, now))
 
     def sources(self, line: Line) -> None:
-        """Whom it can be had from; hosts are drawn by lot."""
+        """Feed the sources of a pull; hosts are drawn at random."""
         number, found = self.current, list(line["found"])
         author = self.engine._pulls.by_number[number].open.peer
         if (ask := self.asked.pop(number, None)) is None:
@@ -417,7 +416,7 @@ class _Driver:
             self.requests(ask)
 
     def replied(self, line: Line) -> Any:
-        """By the author, or a host of its."""
+        """Return the reply of the author or of one of its hosts."""
         source, author = self.source[self.current]
         if source != author and line["away"]:
             return PullFailed(self.current, PullFailure("", "away"))
@@ -430,13 +429,13 @@ class _Driver:
 
 
 class _Lot:
-    """Draws the hosts in their recorded order."""
+    """Random source that draws hosts in their recorded order."""
 
     def __init__(self, order: Sequence[str]) -> None:
         self.order = order
 
     def sample(self, among: Sequence[str], number: int) -> list[str]:
-        """All of them."""
+        """Return all of them in the recorded order."""
         assert sorted(among) == sorted(self.order)
         return list(self.order)
 
@@ -468,7 +467,7 @@ def _named(pulled: Sequence[Any]) -> list[Any]:
 
 
 def _as_written(line: Line) -> Line:
-    """A choice was recorded with more than it goes by."""
+    """Drop fields of a recorded choice that the decision does not use."""
     if line["kind"] != "choice":
         return line
     view = line["view"]

@@ -1,4 +1,4 @@
-"""Recordings of gossip: reads and writes the files, and has a type for each kind of line (README.md describes them)."""
+"""Recordings of gossip: reading and writing the files, and a type for each kind of line (see README.md)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent
 Line: TypeAlias = Mapping[str, Any]
-"""As it is in the file: `kind`, `peer` (the number of whose it is), and what the kind has."""
+"""Line of the file: `kind`, `peer` (the number of its peer), and the fields of the kind."""
 
 
 # ---------------------------------------------------------------- the files
@@ -50,7 +50,7 @@ Line: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Header:
-    """A file's first line."""
+    """First line of a file."""
 
     what: str
     """ "real", "learning" or "systems"."""
@@ -59,35 +59,35 @@ class Header:
     protocol: int
     torch_version: str
     cpu_capability: str
-    """As torch has it."""
+    """CPU capability as torch reports it."""
     probe_sha256: str
-    """Of what some steps of training lead to by torch alone, with one thread: processors of one capability may differ,
-    and do not compute the same bits."""
+    """Digest of some training steps by torch alone, with one thread. Processors of equal capability may still compute
+    different bits."""
     peers: Sequence[Mapping[str, Any]]
-    """Their names, and what else is known of each."""
+    """Names of the peers, and other facts of each."""
     how: Mapping[str, Any]
-    """All that is needed to play it."""
+    """Parameters needed to play it."""
 
     @property
     def is_to_the_bit(self) -> bool:
-        """Whether weights are the recorded ones bit by bit, computed here with one thread."""
+        """True if weights computed here with one thread are bitwise equal to the recorded ones."""
         recorded = self.torch_version, self.cpu_capability, self.probe_sha256
         return recorded == (torch.__version__, _capability(), probe_sha256())
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A file."""
+    """Recording: one file."""
 
     header: Header
     lines: Sequence[Line]
 
     def of(self, peer: int) -> list[Line]:
-        """What one peer wrote, in the order in which it did."""
+        """Return one peer's lines in order."""
         return sorted((line for line in self.lines if line["peer"] == peer), key=lambda line: line["number"])
 
     def blocks(self, peer: int) -> Iterator[Block]:
-        """One peer's events, each with the decisions that follow from it at once."""
+        """Yield one peer's events, each with the decisions that follow from it at once."""
         for _, lines in groupby(self.of(peer), key=lambda line: line["block"]):
             found = list(lines)
             known = [typed(line) for line in found if kind_of(line) is not None]
@@ -98,14 +98,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Block:
-    """What reached a peer in one moment, and what it decided on that."""
+    """Events that reached a peer in one moment, and its decisions on them."""
 
     events: Sequence[Event]
     decisions: Sequence[Decision]
 
 
 def header_of(what: str, name: str, peers: Sequence[Mapping[str, Any]], how: Mapping[str, Any]) -> Header:
-    """Of what is recorded by this process's versions."""
+    """Make a header with the versions of this process."""
     computes = torch.__version__, _capability(), probe_sha256()
     return Header(what, name, __version__, PROTOCOL, *computes, peers, how)
 
@@ -116,7 +116,7 @@ def _capability() -> str:
 
 @functools.cache
 def probe_sha256() -> str:
-    """See `Header`. Nothing of the product is in it, so that a mistake there does not count as another processor."""
+    """Compute the probe of `Header`. It uses no product code, so that a bug there cannot pass for another processor."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -147,12 +147,12 @@ def _probe() -> str:
 
 
 def all_files(what: str) -> list[Path]:
-    """The recordings of that sort."""
+    """List the recordings of a sort."""
     return sorted(FOLDER.glob(f"{what}-*.jsonl.xz"))
 
 
 def save(recording: Recording, folder: Path = FOLDER) -> Path:
-    """Write it, under its name."""
+    """Write a recording under its name; returns the path."""
     header = recording.header
     path = folder / f"{header.what}-{header.name}.jsonl.xz"
     rows = [json.dumps(dataclasses.asdict(header)), *(json.dumps(line) for line in recording.lines)]
@@ -161,20 +161,20 @@ def save(recording: Recording, folder: Path = FOLDER) -> Path:
 
 
 def load(path: Path) -> Recording:
-    """Read it."""
+    """Read a recording."""
     header, *lines = lzma.decompress(path.read_bytes()).decode().split("\n")
     return Recording(Header(**json.loads(header)), [json.loads(line) for line in lines])
 
 
 def typed(line: Line) -> Any:
-    """An event or a decision as its type."""
+    """Return a line as its event or decision type."""
     kind = kind_of(line)
     names = [each.name for each in dataclasses.fields(kind)]
     return kind(**{name: line[name] for name in names if name in line})
 
 
 def kind_of(line: Line) -> Any:
-    """Its type; None of what is neither an event nor a decision."""
+    """Return a line's type; None if it is neither an event nor a decision."""
     name = line["kind"]
     return Plan if name.startswith("plan of ") else EVENTS.get(name) or DECISIONS.get(name)
 
@@ -185,21 +185,23 @@ def kind_of(line: Line) -> Any:
 Mark: TypeAlias = Mapping[str, int]
 """`round`, `part` and `tokens` of a publication; part 0 is of weights."""
 Named: TypeAlias = Sequence[Any]
-"""What was pulled: section, author, mark."""
+"""Pulled publication: section, author, mark."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Reached a peer at `now`: swarm time of a real one, the virtual clock's of a simulated one."""
+    """Event that reached a peer at `now`: swarm time for a real peer, virtual time for a simulated one."""
 
     now: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peers(Event):
-    """What a real peer knows of the others, before the event that follows: those of whom that has changed (`is_live`,
-    `answers`: the last call to it did not fail, `so_far_since_s`, and what gossip reads of a presence), and who is
-    not in the table any more."""
+    """What a real peer knows of the others before the next event: peers whose entry changed, and those removed.
+
+    An entry has `is_live`, `answers` (the last call to it did not fail), `so_far_since_s`, and the fields of the
+    presence that gossip reads.
+    """
 
     known: Mapping[str, Mapping[str, Any]]
     forgotten: Sequence[str]
@@ -207,8 +209,8 @@ class Peers(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Others(Event):
-    """The same of a simulated one. Learning: each one's round, part and tokens as it tells. Systems: of those it
-    has read what gossip goes by, and when their rounds end."""
+    """What a simulated peer knows of the others. Learning: the round, part and tokens that each reports. Systems: for
+    peers whose presence it has read, the fields that gossip uses and when their rounds end."""
 
     known: Mapping[str, Sequence[Any]]
     forgotten: Sequence[str]
@@ -216,7 +218,7 @@ class Others(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Expects(Event):
-    """Before the first pull: how long so many bytes would take, in seconds, as other transfers have shown."""
+    """Before the first pull: expected seconds for `num_bytes`, from other transfers."""
 
     num_bytes: int
     found: float | None
@@ -224,8 +226,8 @@ class Expects(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Round(Event):
-    """The trainer begins a round: `start` is what it is told, decided on `steps_of` (its speed, the others', in how
-    many seconds those end), `everybodys_of` and `format_of` (others, seconds, and the sizes' rest)."""
+    """The trainer begins a round. `start` is what it is told, decided from `steps_of` (its speed, the others' speeds,
+    and the seconds until their rounds end), `everybodys_of` and `format_of` (others, seconds, and other sizes)."""
 
     round: int
     run_tokens: int = 0
@@ -234,14 +236,14 @@ class Round(Event):
     everybodys_of: Sequence[Any] = ()
     format_of: Sequence[Any] = ()
     steps: int = 0
-    """Of systems work: what was decided, with `every` and `shard`."""
+    """Systems work: the decided number of steps, with `every` and `shard`."""
     every: int = 0
     shard: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paces(Event):
-    """Learning: what the next round's length is decided on."""
+    """Learning: inputs of the decision on the next round's length."""
 
     round: int
     knows_speed: bool
@@ -254,7 +256,7 @@ class Paces(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Published(Event):
-    """The trainer has published: the mark of each fragment (round, part, tokens), after so many steps of its round."""
+    """The trainer has published: the mark of each fragment (round, part, tokens), after `done` steps of its round."""
 
     found: Sequence[Any]
     done: int = 0
@@ -262,8 +264,8 @@ class Published(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Begins(Event):
-    """The trainer's plans reach gossip: each with `round`, `began_s` of its `fragments`, `ends_s`, `gradient_format`
-    and `is_sure`. They replace all those before."""
+    """The trainer's plans reach gossip, each with `round`, `began_s` of its `fragments`, `ends_s`, `gradient_format`
+    and `is_sure`. They replace all earlier plans."""
 
     round: int
     plans: Sequence[Mapping[str, Any]]
@@ -271,8 +273,8 @@ class Begins(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Format(Event):
-    """The trainer asks in which format it publishes, beside so many others, in a round that lasts so long; `up` is
-    what it sends at most, in bytes per second."""
+    """The trainer asks in which format to publish, with `others` peers and a round of `round_s`. `up` is its upload
+    limit in bytes per second."""
 
     others: int
     round_s: float
@@ -281,8 +283,8 @@ class Format(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Looks(Event):
-    """The pulling loop looks whether a pull is due: at its first, when it is time, or since something has ended.
-    Of simulated peers: of which fragment and section."""
+    """The pulling loop checks whether a pull is due: at its start, at a set time, or because something has ended.
+    Simulated peers: for which fragment and section."""
 
     fragment: int | None = None
     section: str | None = None
@@ -290,14 +292,14 @@ class Looks(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Starts(Event):
-    """The driver begins with what was asked for."""
+    """The driver starts a requested pull."""
 
     ask: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources(Event):
-    """Whom it can be had from, in order: the author, or hosts of one that nobody can dial."""
+    """Sources in order: the author, or the hosts of a hidden peer."""
 
     ask: int
     found: Sequence[str]
@@ -306,7 +308,7 @@ class Sources(Event):
 @dataclass(frozen=True, kw_only=True)
 class Replied(Event):
     """A source answered: with a manifest at `mark`, with nothing newer (None), busy, or that it is no host.
-    Systems: `author`, `section`, and in `found` the mark, the words of a refusal, or None where nobody answered."""
+    Systems: `author`, `section`, and in `found` the mark, the text of a refusal, or None without an answer."""
 
     ask: int = -1
     mark: Mark | None = None
@@ -320,7 +322,7 @@ class Replied(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure(Event):
-    """It did not: which error of `swarmtrain.errors`, its words, and whether it is an incident."""
+    """Failure: the error class of `swarmtrain.errors`, its text, and whether it is an incident."""
 
     ask: int
     error: str
@@ -330,22 +332,22 @@ class Failure(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Unanswered(Failure):
-    """The question of what it has was not answered."""
+    """The request for a publication was not answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broke(Failure):
-    """Its bytes did not come."""
+    """The transfer of its bytes failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused(Failure):
-    """What came is no publication, or one that the run's rule lets not in."""
+    """The received data are no publication, or one that the run's rule refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Breaks(Event):
-    """Learning: nothing comes of it, without any answer if `mute`."""
+    """Learning: the pull fails, without any answer if `mute`."""
 
     ask: int
     reason: str
@@ -354,7 +356,7 @@ class Breaks(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfers(Event):
-    """Learning: so many bytes are asked for, for the last but `attempts` - 1 time."""
+    """Learning: a transfer of `left` bytes begins, with `attempts` attempts left."""
 
     ask: int
     left: int
@@ -363,7 +365,7 @@ class Transfers(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Came(Event):
-    """All bytes are here; `wrong`: what else its source has done. Systems: as `Replied`."""
+    """All bytes have arrived; `wrong`: other misbehaviour of the source. Systems: as `Replied`."""
 
     ask: int = -1
     num_bytes: int = 0
@@ -376,7 +378,7 @@ class Came(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded(Event):
-    """It may enter a merge, with so many tokens."""
+    """The publication may enter a merge, with `tokens`."""
 
     ask: int
     tokens: float
@@ -384,12 +386,12 @@ class Decoded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepares(Event):
-    """The driver looks whether a merge is to be prepared."""
+    """The driver checks whether to prepare a merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Event):
-    """A fragment's merge is prepared, or cannot be."""
+    """A fragment's merge has been prepared, or could not be."""
 
     fragment: int
     is_good: bool
@@ -397,14 +399,14 @@ class Prepared(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Settled(Event):
-    """The pull whose merge that was goes on to its end."""
+    """The pull of a prepared merge continues to its end."""
 
     ask: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Due(Event):
-    """A fragment is merged now."""
+    """A fragment is due to be merged."""
 
     fragment: int = -1
     round: int = -1
@@ -412,39 +414,39 @@ class Due(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Calls(Event):
-    """That peer has called this one."""
+    """Another peer has called this one."""
 
     author: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restarts(Event):
-    """The trainer stops after so many steps of its round, and gives up what it trained since each fragment's merge."""
+    """The trainer stops after `done` steps of its round, and drops what it trained since each fragment's merge."""
 
     done: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shows(Event):
-    """A state is offered, of the round after `round`: up to where each peer is in it goes with it."""
+    """A state of the round after `round` is offered, with each peer's progress in it."""
 
     round: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keeps(Event):
-    """A checkpoint is written: the ledger goes with it."""
+    """A checkpoint is written, with the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forgets(Event):
-    """What was pulled is in the weights by now, or too old."""
+    """Pulled publications are dropped: merged by now, or too old."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TookStates(Event):
-    """This peer goes on in `round` from others' weights. `told`: up to where each peer is in each state, by fragments;
-    `rounds`: in which their authors are; `heard`: in which everybody is."""
+    """This peer continues in `round` from others' weights. `told`: progress of each peer in each state, by fragment;
+    `rounds`: rounds of their authors; `heard`: rounds of all peers."""
 
     round: int
     told: Sequence[Any] = ()
@@ -456,12 +458,12 @@ class TookStates(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stops(Event):
-    """This peer rests, or is done."""
+    """This peer pauses, or is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adopted(Event):
-    """The trainer goes on with these weights (fp32 in base64) of others."""
+    """The trainer continues with these weights (fp32 in base64) of others."""
 
     round: int
     run_tokens: int
@@ -472,7 +474,7 @@ class Adopted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Lives(Event):
-    """A simulated machine comes, goes, stands still, or goes on; what of it is known then."""
+    """A simulated machine comes, goes, hangs or continues; with what is known of it then."""
 
     speed: float | None = None
     theta: float | None = None
@@ -485,7 +487,7 @@ class Lives(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Follows at once from the events of its block. `now` is written where it is used or of a simulated peer."""
+    """Decision that follows at once from the events of its block. `now` is recorded if used, or for simulated peers."""
 
     now: float = 0.0
 
@@ -499,7 +501,7 @@ class StartsWith(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Plans(Decision):
-    """What the trainer tells gossip of the next merges, after so many steps of its round, and all it goes by."""
+    """What the trainer tells gossip of the next merges after `done` steps of its round, with all inputs."""
 
     done: int
     round: int = 0
@@ -514,7 +516,7 @@ class Plans(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Decision):
-    """When pulls are due: `inputs` are the number of others, when it began and when it ends; of these `fragments`."""
+    """Times of pulls for `fragments`. `inputs`: the number of others, the start and the end."""
 
     inputs: Sequence[float]
     found: Mapping[str, Any]
@@ -525,7 +527,7 @@ class Plan(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Decision):
-    """Whom to ask for that section, or None, with the reason; `view` is what it was chosen from."""
+    """Peer to ask for a section, or None, with the reason; `view` is what it was chosen from."""
 
     found: Sequence[str | None]
     section: str = ""
@@ -539,7 +541,7 @@ class Choice(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Asks(Decision):
-    """Somebody is asked: `ask` is what else is said of it in later lines."""
+    """A partner is asked; later lines refer to the pull by `ask`."""
 
     ask: int
     section: str
@@ -550,7 +552,7 @@ class Asks(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Requests(Decision):
-    """A source is asked for what is newer than `known`: round and part, or None."""
+    """A source is asked for a publication newer than `known` (round and part, or None)."""
 
     ask: int
     source: str
@@ -559,8 +561,8 @@ class Requests(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class News(Decision):
-    """What of a publication is new, measured from the median round `reference`: the name of its type and the tokens;
-    learning: whether anything is. `is_own`: its author itself has just told; `is_here`: its bytes have come."""
+    """What is new in a publication, relative to the median round `reference`: its type's name and the tokens; learning:
+    whether anything is new. `is_own`: its author has just reported it; `is_here`: its bytes have arrived."""
 
     author: str
     section: str
@@ -574,7 +576,7 @@ class News(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Downloads(Decision):
-    """Its bytes are pulled from that source."""
+    """The bytes are pulled from a source."""
 
     ask: int
     source: str
@@ -583,7 +585,7 @@ class Downloads(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Decodes(Decision):
-    """It is decoded: a gradient with what is new of it, and whether what that is the difference to is here."""
+    """A publication is decoded: a gradient with what is new in it, and whether the base of that difference is here."""
 
     ask: int
     fragment: int
@@ -601,8 +603,8 @@ class Readies(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Ended(Decision):
-    """A pull has ended as one of `OpenPulls`' methods says: "end", "nothing_new" (in `found` for how long that one is
-    not asked again), "fail" (what follows, in words) or "give_up"."""
+    """A pull has ended by one of `OpenPulls`' methods: "end", "nothing_new" (`found`: how long that peer is not asked
+    again), "fail" (`found`: the consequence in words) or "give_up"."""
 
     ask: int
     how: str
@@ -611,7 +613,7 @@ class Ended(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Incident(Decision):
-    """The person is told."""
+    """An incident is reported to the person."""
 
     author: str
     reason: str
@@ -619,7 +621,7 @@ class Incident(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class HostFailed(Decision):
-    """A host is left alone; the next source is tried."""
+    """A host failed; the next source is tried."""
 
     ask: int
     host: str
@@ -628,7 +630,7 @@ class HostFailed(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted(Decision):
-    """The run's rule: tokens, or why it is refused."""
+    """Verdict of the run's rule: tokens, or why it is refused."""
 
     author: str
     section: str
@@ -639,7 +641,7 @@ class Accepted(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Merges(Decision):
-    """What enters the merge; None where nothing is ready. Systems: the weights after it, `theta` and `momentum`, in
+    """Inputs of the merge; None if nothing is ready. Systems: the resulting weights, `theta` and `momentum`, in
     hexadecimal."""
 
     round: int
@@ -654,7 +656,7 @@ class Merges(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(Decision):
-    """The weights that came of it: a real peer's whole, a simulated one's fragment; `found`: tokens by author."""
+    """Resulting weights: all of a real peer, one fragment of a simulated one; `found`: tokens by author."""
 
     fragment: int
     theta_sha256: str
@@ -664,35 +666,35 @@ class Merged(Decision):
 
 @dataclass(frozen=True, kw_only=True)
 class CatchesUp(Decision):
-    """Learning: it takes the others' weights, since it is too far behind."""
+    """Learning: the peer takes the others' weights, since it is too far behind."""
 
     found: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishesAs(Decision):
-    """In which format."""
+    """Format in which it publishes."""
 
     found: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places(Decision):
-    """Up to where each peer is in the weights, by fragments: round and part."""
+    """Progress of each peer in the weights, by fragment: round and part."""
 
     found: Sequence[Mapping[str, Sequence[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Decision):
-    """The ledger of each fragment, as a checkpoint has it."""
+    """Ledger of each fragment, as a checkpoint has it."""
 
     found: Sequence[Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Announces(Decision):
-    """The others are told of this part of its round."""
+    """The peer announces this part of its round."""
 
     part: int
     tokens: int
@@ -703,7 +705,7 @@ NEWS = {"Full": "Whole", "Delta": "Difference", "WeightsOnly": "Theta", "Stale":
 
 
 def news_name(found: object) -> str:
-    """The recordings' name of what is new in a publication."""
+    """Return the recordings' name of what is new in a publication."""
     return NEWS[type(found).__name__]
 
 

@@ -1,8 +1,9 @@
-"""Records what is simulated anew, by today's code: `PYTHONPATH=. python tests/recordings/make.py [learning] [systems]
-[NAME...]`.
+"""Record the simulated runs again with today's code.
 
-It is the same at each time. The real runs stay as they are: they were recorded by the code before the engine, which had
-a recorder of its own.
+    PYTHONPATH=. python tests/recordings/make.py [learning] [systems] [NAME...]
+
+The result is deterministic. The real runs stay: they were recorded by the code before the engine, which had its own
+recorder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from simulated import LEARNING, SYSTEMS, record_learning, record_systems  # noqa
 
 
 def text_sha256(folder: Path) -> str:
-    """Of the texts that a run trains on."""
+    """Return the digest of the texts that a run trains on."""
     found = sha256()
     for path in sorted((folder / "texts").glob("*.txt")):
         found.update(path.read_bytes())
@@ -38,7 +39,7 @@ def _learnt(name: str) -> Recording:
 
 
 def main(wanted: Sequence[str]) -> None:
-    """Record what is wanted."""
+    """Record the wanted runs."""
     torch.set_num_threads(1)
     runs: list[tuple[str, str, Callable[[], Recording]]] = []
     runs += [("learning", name, partial(_learnt, name)) for name in LEARNING]

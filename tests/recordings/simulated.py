@@ -1,4 +1,4 @@
-"""Runs of both simulators, with everything that their peers were told and decided, line by line; the same each time."""
+"""Recorded runs of both simulators: all that their peers were told and decided, line by line; deterministic."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ LEARNING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-"""Sections of the scenario, and changes of the run file's keys, over what tests/simulate/learnt.py has."""
+"""Sections of the scenario, and changes of run-file keys, on top of tests/simulate/learnt.py."""
 
 SYSTEMS = {"faults": 1942, "hidden-and-liars": 2638}
-"""What the schedules are drawn with, as `make search` draws them."""
+"""Seeds of the schedules, drawn as by `make search`."""
 
 
 def _sorted(value: Any) -> Any:
@@ -96,15 +96,15 @@ def _sorted(value: Any) -> Any:
 
 @dataclass
 class _Lines:
-    """What is written, in the order in which it happens."""
+    """Recorder of lines in the order in which they happen."""
 
     clock: Clock | None = None
     lines: list[Line] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
-    """Of which peer an object is, by its id; it lives as long as the run."""
+    """Map the id of an object to its peer's number; the objects live as long as the run."""
     kept: list[Any] = field(default_factory=list)
     current: int = -1
-    """Whose engine is asked."""
+    """Peer whose engine is being asked."""
     told: dict[Any, Any] = field(default_factory=dict)
 
     def write(self, peer: int, kind: str, **what: Any) -> None:
@@ -113,16 +113,16 @@ class _Lines:
         self.lines.append(json.loads(json.dumps({"number": len(self.lines), **line}, default=plain)))
 
     def is_of(self, thing: Any, peer: int) -> None:
-        """Whatever is told to `thing`, is of that peer."""
+        """Attribute what is told to `thing` to that peer."""
         self.numbers[id(thing)] = peer
         self.kept.append(thing)
 
     def of(self, thing: Any) -> int:
-        """Whose it is; -1 if nobody's that is known."""
+        """Return the peer of an object; -1 if not known."""
         return self.numbers.get(id(thing), -1)
 
     def news(self, peer: int, kind: str, key: Any, told: Mapping[str, Any], **what: Any) -> None:
-        """What has changed of `told` since the last time."""
+        """Write what has changed in `told` since the last time."""
         before = self.advertised.get((peer, key), {})
         changed = {name: value for name, value in told.items() if before.get(name) != value}
         gone = [name for name in before if name not in told]
@@ -131,7 +131,7 @@ class _Lines:
         self.advertised[peer, key] = dict(told)
 
     def inner(self) -> None:
-        """What back-off and times were told."""
+        """Record what back-off and transfer times were told."""
         for owner, names, before in (
             (BackOff, ("busy", "failed", "answered", "called"), ""),
             (PullTimes, ("bytes_begin", "bytes_end", "merged", "round_ended"), "times."),
@@ -150,7 +150,7 @@ class _Lines:
 
 
 def record_learning(name: str, folder: Path) -> Recording:
-    """One of `LEARNING`, played in `folder`."""
+    """Play and record one of `LEARNING` in `folder`."""
     sections, changes = LEARNING[name]
     one = setting(tiny(folder, **sections), **changes)
     lines = _Learning(Clock())
@@ -175,10 +175,10 @@ def _text(vector: Any) -> str:
 
 
 class _Learning(_Lines):
-    """What each engine is told and answers, and what its peer trains, decodes and merges; not how often it looks."""
+    """Recorder of what each engine is told and answers, and of what its peer trains, decodes and merges."""
 
     due: int = -1
-    """The round that is merged now."""
+    """Round that is being merged."""
     num_blocks: int = 0
 
     def write(self, peer: int, kind: str, **what: Any) -> None:
@@ -271,7 +271,7 @@ class _Learning(_Lines):
                 self.write(peer, "incident", author=author, reason=failure.reason)
 
     def _mine(self, name: str, before: Callable[..., None], after: Callable[..., None] | None = None) -> None:
-        """Around a method of a peer: `before(peer, *args)`, and with what it returned `after(peer, found, *args)`."""
+        """Wrap a method of a peer: call `before(peer, *args)`, and afterwards `after(peer, result, *args)`."""
 
         def call(original: Any, peer: LearningPeer, *args: Any) -> Any:
             before(peer, *args)
@@ -356,7 +356,7 @@ def _named(pulled: Any) -> list[Any]:
 
 
 def record_systems(name: str, schedule: FaultSchedule | None = None) -> Recording:
-    """One of `SYSTEMS`, or a schedule that was recorded, played."""
+    """Play and record one of `SYSTEMS`, or a recorded schedule."""
     schedule = schedule or draw_gossip(random.Random(SYSTEMS[name]))
     lines = _Systems()
     try:
@@ -370,7 +370,7 @@ def record_systems(name: str, schedule: FaultSchedule | None = None) -> Recordin
 
 
 def recorded_schedule(told: Mapping[str, Any]) -> FaultSchedule:
-    """As it was recorded."""
+    """Read a recorded schedule."""
     faults = tuple(ScheduledFault(**each) for each in told["faults"])
     options = tuple((name, value) for name, value in told["options"])
     return FaultSchedule(**{**told, "speeds": tuple(told["speeds"]), "faults": faults, "options": options})
@@ -381,7 +381,7 @@ class _Systems(_Lines):
         super().__init__(clock=Clock())
         self.names: list[str] = []
         self.pulled: Sequence[Any] = ()
-        """What enters the merge."""
+        """Inputs of the merge."""
 
     def put_in(self) -> None:
         self.inner()
@@ -460,7 +460,7 @@ class _Systems(_Lines):
 
 
 _READ = ("round", "part", "part_tokens", "inner_steps", "inner_steps_done", "steps_per_s", "hidden", "hosts")
-"""What gossip goes by of a presence."""
+"""Fields of a presence that gossip uses."""
 
 
 def _told(found: Any) -> Any:

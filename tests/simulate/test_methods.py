@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from codes import raises_code
+from codes import codes_in, raises_code
 from learnt import tiny
 
 from swarmtrain.cli.main import run as run_command
@@ -197,9 +197,8 @@ def test_a_run_by_it_is_published_and_joined_where_it_is_installed(
     path = tmp_path / "run.toml"
     path.write_text(f'[run]\ntotal_tokens = 3_000_000\n[merge]\nmethod = "{METHOD}"\n')
     assert run_command(["check", str(path)]) == 2
-    assert (
-        f'merge.method = "{METHOD}" is a method of the package swarm-hermits, which is not' in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert codes_in(said) == ["merge-package-missing"] and "swarm-hermits" in said
     install()
     assert run_command(["check", str(path)]) == 0
     published = publish_run(parse_run(path.read_text(), "r"), tmp_path, datetime.datetime.now(datetime.UTC))
@@ -212,16 +211,16 @@ def test_a_run_by_it_is_published_and_joined_where_it_is_installed(
 
 
 @pytest.mark.parametrize(
-    ("entry", "problem"),
+    ("entry", "code", "says"),
     [
-        ("hermit = swarm_hermits:ALONE", "there is no method alone in swarm-hermits 0.1.0; it has hermit; install the"),
-        ("alone = swarm_hermits:Nobody", "swarm_hermits:Nobody cannot be loaded: .*Nobody"),
-        ("alone = swarm_hermits:Alone", "swarm_hermits:Alone is no MergeMethod; ask those who made it"),
+        ("hermit = swarm_hermits:ALONE", "merge-package-version", "it has hermit"),
+        ("alone = swarm_hermits:Nobody", "merge-package-broken", "swarm_hermits:Nobody "),
+        ("alone = swarm_hermits:Alone", "merge-package-broken", "swarm_hermits:Alone "),
     ],
 )
-def test_what_is_wrong_with_a_package_is_said(install: Callable[..., None], entry: str, problem: str) -> None:
+def test_what_is_wrong_with_a_package_is_said(install: Callable[..., None], entry: str, code: str, says: str) -> None:
     install(entry)
-    with pytest.raises(RunFileError, match=f'merge.method = "{METHOD}": .*{problem}'):
+    with raises_code(code, RunFileError, f'merge.method = "{METHOD}": ', says):
         run_by(METHOD)
 
 

@@ -146,7 +146,7 @@ class TokenAccounting:
             if own:
                 self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
 
-    def hear(self, peer: str, tokens: int) -> None:
+    def receive(self, peer: str, tokens: int) -> None:
         """Count what a publication or a state says of `peer`, as far as its speed explains it."""
         self.receive_all({peer: tokens})
 

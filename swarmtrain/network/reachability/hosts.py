@@ -130,7 +130,7 @@ class HostedPublications:
         """Ask a guest for a newer publication, and pull it."""
         guest = which[0]
         try:
-            await self._bring_untrusted(which, kept)
+            await self._download_untrusted(which, kept)
         except PeerError as error:
             _log.debug("hidden peer %s: %s", guest, error)
             if error.is_incident:
@@ -138,7 +138,7 @@ class HostedPublications:
         finally:
             kept.asked_s, kept.downloading = swarm_time(), None
 
-    async def _bring_untrusted(self, which: _Which, kept: _Kept) -> None:
+    async def _download_untrusted(self, which: _Which, kept: _Kept) -> None:
         """Pull a guest's newest publication of a section, unless it is here already. Raises PeerError."""
         guest, group, fragment = which
         rules = self.rules[fragment][group]

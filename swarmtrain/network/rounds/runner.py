@@ -111,17 +111,17 @@ class RoundRunner:
 
     @property
     def away(self) -> bool:
-        """See `RoundEngine.away`."""
+        """True if this peer has said goodbye. See `RoundEngine`."""
         return self.engine.away
 
     @property
     def wanted(self) -> bool:
-        """See `RoundEngine.wanted`."""
+        """True if another peer has ended this peer's present round and asked for its publication. See `RoundEngine`."""
         return self.engine.wanted
 
     @property
     def waiting_for(self) -> str:
-        """See `RoundEngine.waiting_for`."""
+        """What the engine waits for, in words; empty if for nothing. See `RoundEngine`."""
         return self.engine.waiting_for
 
     @property
@@ -271,9 +271,9 @@ class RoundRunner:
 
     # ------------------------------------------------------------- moving on
 
-    def begin(self, *, guest: bool) -> None:
-        """Begin a round. Nobody waits for the round of a `guest`, a late joiner."""
-        self._tell(ev.RoundBegun(guest))
+    def begin(self, *, is_late_joiner: bool) -> None:
+        """Begin a round. Nobody waits for the round of a late joiner."""
+        self._tell(ev.RoundBegun(is_late_joiner))
 
     def leave(self) -> None:
         """Tell the engine that this peer has said goodbye."""

@@ -191,7 +191,7 @@ class LimitEnforcer:
             set_niceness(nice)
         except PermissionError:
             raise UserError(
-                f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
+                f"nice: only an administrator may lower it from {self._nice} to {nice}; end this peer, and join again "
                 f"with --nice {nice}",
                 code="nice-not-lowered",
             ) from None

@@ -20,7 +20,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from swarmtrain.errors import RunTimeError, SwarmtrainError
+from swarmtrain.errors import Problem, RunTimeError, SwarmtrainError
 from swarmtrain.events import Event, WarningEvent, in_words
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.words import one_line
@@ -171,23 +171,25 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
         raise
     except Exception as error:
         _events.critical("a bug", exc_info=error)
-        raise RunTimeError(bug_in_words(error, folder / LOG_NAME), code="bug") from error
+        raise RunTimeError(bug_in_words(error, folder / LOG_NAME)) from error
     finally:
         threading.excepthook = hook
         logging.root.removeHandler(handler)
         handler.close()
 
 
-def bug_in_words(error: Exception, path: Path | str) -> str:
+def bug_in_words(error: Exception, path: Path | str) -> Problem:
     """Return one line for a person who met a bug with its traceback in `path`, or whose machine lacks memory."""
     if isinstance(error, MemoryError) or _TORCH_HAS_NO_MEMORY in str(error):
-        return (
+        return Problem(
             "there is not enough memory here for this peer's part of the run: `swarmtrain check RUN.toml` says what it "
-            f"takes; close other programs, or join a run with more stages; what happened is in {path}"
+            f"takes; close other programs, or join a run with more stages; what happened is in {path}",
+            "too-little-memory",
         )
-    return (
+    return Problem(
         f"a bug in swarmtrain, not yours ({type(error).__name__}: {str(error)[:200]}); what happened is in {path}: "
-        "please report it with that file"
+        "please report it with that file",
+        "bug",
     )
 
 

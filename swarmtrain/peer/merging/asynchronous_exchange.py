@@ -99,7 +99,7 @@ class AsynchronousExchange(SwarmExchange):
         told = [counts_in_untrusted(state.held.snapshot.manifest) for state in states]
         tallying.adopt([*told, *more], is_server=is_server)
         for state, counts in zip(states, told, strict=True):
-            tallying.hear(state.peer, counts.get(state.peer, 0))
+            tallying.receive(state.peer, counts.get(state.peer, 0))
         counts = tallying.contributions()
         round = max(round_of(states), own_round)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
@@ -125,7 +125,7 @@ class AsynchronousExchange(SwarmExchange):
         self.network.run(say(), _ANNOUNCE_S)
 
     def still_needed(self, last: Progress) -> str:
-        """See `SwarmExchange`."""
+        """Return why this peer should stay after the run's end; empty if nobody needs it. See `SwarmExchange`."""
         return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
 
 

@@ -20,8 +20,8 @@ __all__ = [
     "ServerCosts",
     "copies",
     "costs_of",
+    "publication_sizes",
     "pulled_bytes",
-    "section_bytes",
 ]
 
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
@@ -57,8 +57,9 @@ class GossipCosts(MergeCosts):
     """Costs of gossip: publications of the partners, fragment by fragment."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
-        merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, section_bytes(run, num_parameters, others)
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
+        merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, publication_sizes(run, num_parameters, others)
         num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
         num += min(merge.num_weights, others)
         # bytes and decoded vector of each; the prepared merge; bytes of pulls that may be resumed
@@ -67,7 +68,8 @@ class GossipCosts(MergeCosts):
         return sent, 2 * sent + (num + 2) * gradient_bytes // pieces + whole
 
     def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
-        """See `MergeCosts`."""
+        """Return the bytes that a volunteer holds of a whole model, without autograd graphs and the program. See
+        `MergeCosts`."""
         return math.ceil(sum(copies(run, num_parameters, others).values()) * num_parameters)
 
 
@@ -75,7 +77,8 @@ class DilocoCosts(MergeCosts):
     """Costs of synchronous rounds: whole pseudo-gradients, or in larger swarms shares of them."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
         gradient_bytes = 4 * num_parameters
         if others + 1 <= run.merge.share_above:
             return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
@@ -87,8 +90,9 @@ class ServerCosts(MergeCosts):
     """Costs of a volunteer with a server: it sends pseudo-gradients and pulls the server's weights."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
-        sizes = section_bytes(run, num_parameters, others)
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
+        sizes = publication_sizes(run, num_parameters, others)
         return sizes.gradient, sizes.both + 3 * 4 * num_parameters
 
 
@@ -96,7 +100,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     """Return what a gossiping volunteer with `others` others holds at its worst moment, in bytes per parameter, by
     purpose.
     """
-    merge, sizes = run.merge, section_bytes(run, num_parameters, others)
+    merge, sizes = run.merge, publication_sizes(run, num_parameters, others)
     partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
     weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters
     fragment = 4 / merge.num_fragments
@@ -126,7 +130,7 @@ def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
     }
 
 
-def section_bytes(
+def publication_sizes(
     run: RunFile, num_parameters: int, others: int, round_s: float = math.inf, bytes_per_s: float = math.inf
 ) -> PublicationBytes:
     """Return the sizes of a publication of `num_parameters` parameters.

@@ -173,7 +173,7 @@ class MergeServer:
                 return
             await asyncio.to_thread(self._apply, gradient)
             self.versions.enter(peer, manifest.round)
-            self.swarm.tallying.hear(peer, manifest.author_tokens)
+            self.swarm.tallying.receive(peer, manifest.author_tokens)
             self._serve()
             if not self._outer.buffer.arrivals:
                 self._keep(self.checkpoint({}))

@@ -139,7 +139,7 @@ class Ledger:
     _held: dict[str, None] = field(default_factory=dict)
     _averaged: dict[GroupName, dict[str, Place]] = field(default_factory=dict)
     """Place of each peer's values that were merged last, for each section that is averaged."""
-    _brought: dict[str, Place] = field(default_factory=dict)
+    _adopted: dict[str, Place] = field(default_factory=dict)
     """Place up to which the taken weights contain each peer, if that is further than what was merged here."""
 
     def news_of_values(self, group: GroupName, peer: str, place: Place, reference_round: int) -> Full | Stale:
@@ -205,8 +205,8 @@ class Ledger:
             return Stale(f"its counter turned back to {here} from {known.round} part {known.part}", True)
         if version.round < reference_round - self.max_staleness_rounds:
             return self._too_old(version.round, reference_round)
-        if (brought := self._brought.get(peer)) is not None and version.round <= brought[0]:
-            here = f"round {brought[0]} up to part {brought[1]}"
+        if (adopted := self._adopted.get(peer)) is not None and version.round <= adopted[0]:
+            here = f"round {adopted[0]} up to part {adopted[1]}"
             return Stale(f"it came with the weights that were taken, which have {here}")
         if known is None and version.round <= self.forgotten_round:
             return WeightsOnly(f"parts of rounds up to {self.forgotten_round} may have been merged and forgotten")
@@ -223,7 +223,7 @@ class Ledger:
         if version.part < 1 or version.tokens < 1:
             return None
         known = self._versions.get(peer)
-        if peer not in self._brought and version.round > (self.forgotten_round if known is None else known.round):
+        if peer not in self._adopted and version.round > (self.forgotten_round if known is None else known.round):
             return version.tokens if version.round >= reference_round - self.max_staleness_rounds else None
         news = self.news(peer, version, reference_round)
         return None if isinstance(news, Stale) else news.tokens
@@ -252,7 +252,7 @@ class Ledger:
         self._versions.pop(peer, None)  # the last one merged stands last
         self._versions[peer] = version
         self._held.pop(peer, None)
-        self._brought.pop(peer, None)
+        self._adopted.pop(peer, None)
         # otherwise later parts may have been merged before
         if version.part < self.num_parts and version.round > self.forgotten_round:
             self._held[peer] = None
@@ -278,11 +278,11 @@ class Ledger:
         peer's."""
         for peer, place in places.items():
             known = self._versions.get(peer)
-            if place > self._brought.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
-                self._brought[peer] = place
-        if len(self._brought) > self.max_peers:
-            furthest = heapq.nlargest(self.max_peers, self._brought.items(), key=lambda item: item[1])
-            self._brought = dict(furthest)
+            if place > self._adopted.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
+                self._adopted[peer] = place
+        if len(self._adopted) > self.max_peers:
+            furthest = heapq.nlargest(self.max_peers, self._adopted.items(), key=lambda item: item[1])
+            self._adopted = dict(furthest)
 
     def places(self, most_peers: int = _MAX_PEERS) -> dict[str, Place]:
         """Return up to where the weights contain each peer: by merges here and by weights that were taken.
@@ -290,7 +290,7 @@ class Ledger:
         If there are more than `most_peers`, those of the latest rounds are returned.
         """
         merged = {peer: (version.round, version.part) for peer, version in self._versions.items()}
-        places = merged | self._brought
+        places = merged | self._adopted
         if len(places) <= most_peers:
             return places
         return dict(heapq.nlargest(most_peers, places.items(), key=lambda item: (item[1], item[0])))
@@ -315,13 +315,13 @@ class Ledger:
         """
         rows: list[list[str | int]] = [["", self.forgotten_round, 0, 0]]
         rows.extend([peer, version.round, version.part, version.tokens] for peer, version in self._versions.items())
-        rows.extend([peer, round, part, 0] for peer, (round, part) in self._brought.items())
+        rows.extend([peer, round, part, 0] for peer, (round, part) in self._adopted.items())
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the ledger from `rows`; no pseudo-gradient is held then. Raise ValueError, changing nothing, for
-        other rows."""
-        versions, brought, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
+        """Restore the ledger from rows that `rows` returned. No pseudo-gradients are held afterwards, since a
+        checkpoint does not keep them. Raise ValueError, changing nothing, if a row is malformed."""
+        versions, adopted, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
         for row in rows:
             match row:
                 case ["", int(round), 0, 0]:
@@ -329,10 +329,10 @@ class Ledger:
                 case [str(peer), int(round), int(part), int(tokens)] if round >= 0 and min(part, tokens) >= 1:
                     versions[peer] = PublicationVersion(round, part, tokens)
                 case [str(peer), int(round), int(part), 0] if peer and round >= 0 and part >= 1:
-                    brought[peer] = round, part
+                    adopted[peer] = round, part
                 case _:
                     raise ValueError(f"not a row of a ledger of merges: {row}")
-        self._versions, self._held, self.forgotten_round, self._brought = versions, {}, forgotten_round, brought
+        self._versions, self._held, self.forgotten_round, self._adopted = versions, {}, forgotten_round, adopted
 
 
 def agreed_places(
@@ -548,7 +548,8 @@ class Partners:
     ) -> tuple[str | None, str]:
         """Choose the next peer to ask, or None, and return it with the reason.
 
-        `candidates`: all live others, without this peer; `exclude`: those already asked in this round; `first`: those
+        `candidates`: all live others, without this peer; `exclude`: those not to ask now (see `OpenPulls.not_now`:
+        what they have is here or on its way, they had nothing new lately, or they failed in this round); `first`: those
         to prefer; `new_tokens`: the ledger's answer for each candidate, if it has been asked already. Bans count while
         at least one of all `candidates` is free of them.
         """

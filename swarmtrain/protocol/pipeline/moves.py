@@ -281,7 +281,7 @@ class MoveEngine:
         (_, request), move.request = move.request, None
         if not event.lasts_s:
             return self._stay(move, f"does not leave stage {request.stage}: {event.reason}")
-        self.stays.promised(StageLease(request=request, lasts_s=event.lasts_s))
+        self.stays.granted(StageLease(request=request, lasts_s=event.lasts_s))
         return self._go_on(move, now)
 
     def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:

@@ -89,7 +89,7 @@ class StageLeases:
         self._leaving.setdefault(stage, None)
         return True, f"nobody was promised that it stays in stage {stage}"
 
-    def promised(self, lease: StageLease) -> None:
+    def granted(self, lease: StageLease) -> None:
         """Record a lease that this peer received."""
         if lease.request.mover == self.me and lease.request.stage in self._leaving:
             self._leaving[lease.request.stage] = lease
@@ -106,5 +106,5 @@ class StageLeases:
         return True, f"{short_peer(lease.request.anchor)} stays in stage {stage}"
 
     def over(self, stage: int) -> None:
-        """Record that this peer has left the stage or does not want to leave it any more."""
+        """End the attempt to leave `stage`: this peer has left it, or wants to stay after all."""
         self._leaving.pop(stage, None)

@@ -96,7 +96,7 @@ class RoundEngine(Generic[Envelope, Link]):
         self.me, self.membership, self.chains, self.rules = membership.me, membership, chains, rules
         self.round = 0
         self.last: SignedRoster[Envelope] | None = None
-        self.guest = True
+        self.is_late_joiner = True
         """True if nobody waits for this peer's round: before and in its first one, and after catching up."""
         self.away = False
         """True if this peer has said goodbye; a peer that missed that and asks is told."""
@@ -130,7 +130,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.QuestionReceived():
                 return self._asked(event, now)
             case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
-                self._ending.was_brought(event)
+                self._ending.was_fetched(event)
                 self._look_s = now
             case ev.ReplyRefused():
                 return self._got_nothing(event.number, now, is_malformed=True)
@@ -142,9 +142,9 @@ class RoundEngine(Generic[Envelope, Link]):
                 self._ending.merge_went_on(event)
                 self._look_s = now
             case ev.RoundBegun():
-                self.guest = event.guest
+                self.is_late_joiner = event.is_late_joiner
             case ev.Left():
-                self.away = self.guest = True
+                self.away = self.is_late_joiner = True
                 self._seeker.join_anew()
                 return self._tell()
             case ev.CameBack():
@@ -174,7 +174,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.Join():
                 return self._seeker.join(event, self.round, now)
             case ev.StateAdopted():
-                self.guest = True
+                self.is_late_joiner = True
                 return self._seeker.survey(ev.SurveyPeers(event.search, (event.source,)), self.round, now)
             case ev.StateOffered() | ev.StateNotFetched() | ev.StateDownloaded():
                 return self._caught_up(self._seeker.fetch_went_on(event, now), now)
@@ -249,7 +249,7 @@ class RoundEngine(Generic[Envelope, Link]):
             call=call,
             question=question,
             round=self.round,
-            participating=not (self.guest or self.away),
+            participating=not (self.is_late_joiner or self.away),
             away=self.away,
             last=self.last,
             publication=None if known is None or question.has_publication else known.own,
@@ -404,8 +404,8 @@ class RoundEngine(Generic[Envelope, Link]):
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
             behind=found.of[Standing.BEHIND],
             base=self.base,
-            guest=self.guest,
-            guests=found.of[Standing.GUEST] | distrusted,
+            is_late_joiner=self.is_late_joiner,
+            late_joiners=found.of[Standing.LATE_JOINER] | distrusted,
             ahead=found.of[Standing.AHEAD],
             applied=found.applied,
             far_ahead=found.of[Standing.FAR_AHEAD],
@@ -446,9 +446,9 @@ class RoundEngine(Generic[Envelope, Link]):
         if not pulls_whole(view):
             return commands
         for peer, offer in known.announced.items():
-            is_here = offer.snapshot in known.held or offer.snapshot in known.brought
+            is_here = offer.snapshot in known.held or offer.snapshot in known.fetched
             if offer.base == view.base and not is_here and peer not in known.unobtainable:
-                known.brought.add(offer.snapshot)
+                known.fetched.add(offer.snapshot)
                 others = (info.peer for info in self.membership.volunteers() if info.peer != peer)
                 commands.append(ev.FetchPublication(offer, (peer, *others)))
         return commands
@@ -489,7 +489,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if found:
             return [ev.NamePeer(asked.peer, found), *self._got_nothing(number, now, is_malformed=True)]
         del self._questions.open[number]
-        change = self.hearsay.hear(asked.peer, reply, wants_chain, now)
+        change = self.hearsay.receive(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
         if asked.of is not None:
             went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.advertised), self.round, now)

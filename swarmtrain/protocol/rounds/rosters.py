@@ -126,7 +126,7 @@ class Standing(Enum):
     """Same weights and round: it is waited for while it answers, and it may sign."""
     BEHIND = "behind"
     """One roster behind: it may be about to advance, and is waited for as if it were silent."""
-    GUEST = "guest"
+    LATE_JOINER = "late joiner"
     """Late joiner: it is asked, it counts if it publishes in time, and is waited for only while its published bytes
     arrive."""
     AHEAD = "ahead"
@@ -154,10 +154,10 @@ class RoundView:
     """Members of `live` that stand `BEHIND`."""
     base: str = ""
     """Digest of the roster applied last. Rosters and publications with another base do not fit."""
-    guest: bool = False
+    is_late_joiner: bool = False
     """True if this peer is a late joiner in this round: it signs only if nobody else is left."""
-    guests: frozenset[str] = frozenset()
-    """Volunteers that stand as `GUEST`, which are late joiners."""
+    late_joiners: frozenset[str] = frozenset()
+    """Volunteers that stand as `LATE_JOINER`."""
     ahead: frozenset[str] = frozenset()
     """Volunteers that stand `AHEAD`: they hold the roster, or its result."""
     applied: frozenset[str] = frozenset()
@@ -189,7 +189,7 @@ class RoundView:
     def candidates(self) -> list[str]:
         """Peers that may sign, in the order of their turns; cached, because two decisions need it."""
         others = self.live - self.idle
-        return sorted(others if self.guest else others | {self.me})
+        return sorted(others if self.is_late_joiner else others | {self.me})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +261,9 @@ def standing(
         return Standing.AHEAD if fits else Standing.FAR_AHEAD
     their_base = "" if advertised.last is None else advertised.last.digest
     if their_base == base:
-        return Standing.WITH_US if advertised.participating or advertised.round != round else Standing.GUEST
+        return Standing.WITH_US if advertised.participating or advertised.round != round else Standing.LATE_JOINER
     one_behind = applied is not None and their_base == applied.base and advertised.round == round - 1
-    return Standing.BEHIND if one_behind else Standing.GUEST
+    return Standing.BEHIND if one_behind else Standing.LATE_JOINER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,7 @@ def standings(
 
     What a peer said before `since_s`, the start of the round, is out of date unless its roster holds against ours. A
     peer of which nothing is known stands `WITH_US`. Peers whose weights could not be fetched (`undeliverable`) count as
-    `GUEST`.
+    `LATE_JOINER`.
     """
     with_us, their_last = set(advertised), set[str]()
     rest: dict[Standing, set[str]] = {kind: set() for kind in Standing}
@@ -299,7 +299,7 @@ def standings(
         if kind is Standing.WITH_US:
             continue
         if peer in undeliverable and kind in (Standing.AHEAD, Standing.FAR_AHEAD):
-            kind = Standing.GUEST
+            kind = Standing.LATE_JOINER
         with_us.discard(peer)
         rest[kind].add(peer)
         if kind is Standing.AHEAD and last_told.last is not None:
@@ -310,7 +310,7 @@ def standings(
 
 def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
     """Return when `peer` will have been silent for long enough if it says nothing more."""
-    deaf = peer in view.behind or peer in view.guests  # their answers do not extend the wait
+    deaf = peer in view.behind or peer in view.late_joiners  # their answers do not extend the wait
     heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
     return _silence_after_s(view, peer, heard_at_s, unasked_s=now)
 
@@ -390,7 +390,7 @@ def _unheard(view: RoundView, now: float) -> frozenset[str]:
     if not since_s <= now < since_s + view.silence_s:
         return frozenset()
     heard = {peer for peer, asked_s in view.answered_at_s.items() if asked_s >= since_s}
-    return (view.live | view.guests).intersection(peers_to_ask(view, now)) - heard
+    return (view.live | view.late_joiners).intersection(peers_to_ask(view, now)) - heard
 
 
 def idled(view: RoundView, now: float) -> frozenset[str]:
@@ -431,7 +431,7 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
     if attempts:
         lacking = ", ".join(sorted(view.unobtainable))
         return SignDecision(entries=entries, attempt=1 + max(attempts), reason=f"nobody could deliver {lacking}")
-    coming = frozenset(p for p in view.guests if p in view.announced and view.announced[p].base == view.base)
+    coming = frozenset(p for p in view.late_joiners if p in view.announced and view.announced[p].base == view.base)
     wanted = (view.live | coming) - ready - passed_over - view.unobtainable
     ends_s = {peer: _silence_ends_s(view, peer, now) for peer in wanted}
     missing = sorted(peer for peer, end_s in ends_s.items() if now < end_s)
@@ -453,7 +453,7 @@ def _ready(view: RoundView) -> frozenset[str]:
     if pulls_whole(view):
         announced &= view.held
     else:
-        announced &= view.held | view.live | view.guests
+        announced &= view.held | view.live | view.late_joiners
     return announced - view.unobtainable
 
 
@@ -476,7 +476,7 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     asks everyone, and the others ask only the two lowest that may sign and two of those ahead.
     """
     ahead = view.ahead | view.far_ahead
-    everyone = view.live | view.guests | ahead
+    everyone = view.live | view.late_joiners | ahead
     turn = _turn(view, now)
     if len(everyone) + 1 <= view.share_above or turn.signer == view.me:
         return sorted(everyone)

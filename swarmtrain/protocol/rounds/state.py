@@ -53,7 +53,7 @@ class KnownRound(Generic[Envelope, Link]):
     """Time when each peer was first asked about this round."""
     answered_at_s: dict[str, float] = field(default_factory=dict)
     """Time at which each peer's last answered question was asked."""
-    brought: set[str] = field(default_factory=set)
+    fetched: set[str] = field(default_factory=set)
     """Hashes of the publications whose download was ordered."""
     held: set[str] = field(default_factory=set)
     """Hashes of the publications whose bytes are here."""
@@ -101,7 +101,7 @@ class KnownRound(Generic[Envelope, Link]):
         self.unobtainable.difference_update(roster.peers)
         return True
 
-    def was_brought(self, event: ev.PublicationFetched | ev.PublicationNotFetched) -> None:
+    def was_fetched(self, event: ev.PublicationFetched | ev.PublicationNotFetched) -> None:
         """Record that a publication's bytes are here, or that nobody delivers them."""
         if isinstance(event, ev.PublicationFetched):
             self.held.add(event.snapshot)

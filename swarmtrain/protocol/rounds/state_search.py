@@ -72,7 +72,7 @@ class Hearsay(Generic[Envelope, Link]):
             return "a chain of rosters that does not lead to its last one"
         return flaw(shown.chain, self.chains.chain)
 
-    def hear(
+    def receive(
         self, peer: str, reply: PeerReply[Envelope, Link], asked_for_chain: bool, now: float
     ) -> MembershipChange | None:
         """Record an answer, and the chain that it shows. Return the change of membership if the peer says that it is

@@ -94,14 +94,14 @@ class VirtualRunner:
 
         Whoever reports that a merge is due carries out the merge itself.
         """
-        self.hear()
+        self.receive()
         commands = self.engine.receive(event, self.world.clock.now)
         for command in commands:
             self._do(command)
         self._wake()
         return commands
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Give the engine all that the others have announced by now."""
         world = self.world
         if self._num_told == world.num_told and not world.setting.hangs:
@@ -293,7 +293,7 @@ class LearningPeer:
         if self.coverage is not None:
             names = [peer.name for peer in others]
             shard, _ = self.coverage.begin(self.round, setting.run.run.seed, names, setting.run.round_tokens)
-        self.gossip.hear()
+        self.gossip.receive()
         return Start(
             inner_steps=steps,
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),

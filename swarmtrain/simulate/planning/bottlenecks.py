@@ -15,7 +15,7 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.methods import GOSSIP
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
-from swarmtrain.peer.estimate import estimate, pulled_bytes, section_bytes
+from swarmtrain.peer.estimate import estimate, publication_sizes, pulled_bytes
 from swarmtrain.protocol.gossip.pulls import LINK_SHARE
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
 from swarmtrain.simulate.pipeline.world import stage_parameters
@@ -138,7 +138,7 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     if not rate or others < 1 or merge.kind.has_server:
         return None
     gossips, parameters = merge.kind.own_weights, stage_parameters(run)
-    sizes = found.sizes if gossips else section_bytes(run, parameters, others)
+    sizes = found.sizes if gossips else publication_sizes(run, parameters, others)
     pulled = pulled_bytes(run, sizes, others)
     wanted = pulled if gossips else payload
     share = wanted / rate / found.round_s
@@ -357,8 +357,8 @@ def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="number of rounds",
         utilization=utilization,
-        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they average each "
-        f"other's work only so often, and who joins late comes when it is nearly over",
+        why=f"a volunteer takes {number} rounds in the whole run of {found.num_peers} volunteers: they seldom "
+        f"average each other's work, and a late joiner arrives near the end",
         change=" or ".join(changes),
     )
 

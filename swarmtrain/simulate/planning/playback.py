@@ -19,7 +19,7 @@ from typing import TypeAlias
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.errors import UserError
 from swarmtrain.methods import load_object
-from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, section_bytes
+from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, publication_sizes
 from swarmtrain.protocol.gossip.fragments import COPY_S, published, publishes_every
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn, RehearsalFile, SeedSection, fault_events
@@ -166,7 +166,7 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     some = machines.at_most(_MOST_GOSSIPING)
     steps = _steps(run, some.step_s)
     longest_s = max(number * one for number, one in zip(steps, some.step_s, strict=True))
-    sizes = section_bytes(run, stage_parameters(run), machines.num - 1, longest_s, min(rates(links)))
+    sizes = publication_sizes(run, stage_parameters(run), machines.num - 1, longest_s, min(rates(links)))
     swarm = _gossiping(run, links, seed, sizes)
     draw = random.Random(f"begins {seed}")  # nobody's rounds begin together; the slow see others, and are paced
     begins_s = sorted(draw.uniform(0.0, longest_s) for _ in some.step_s)
@@ -179,7 +179,7 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
     if not kept:
         raise UserError(
-            f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
+            f"--churn: no volunteer stays for a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
             code="too-much-churn",
         )
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
@@ -312,7 +312,7 @@ def _applied(world: SynchronousWorld, end_s: float) -> tuple[float, float]:
 def by_server(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
     """Compute the rounds of a server's workers."""
     steps, merge_s = _steps(run, machines.step_s), _merge_s(run)
-    sizes = section_bytes(run, stage_parameters(run), machines.num - 1)
+    sizes = publication_sizes(run, stage_parameters(run), machines.num - 1)
     return PlaybackResult(
         by="arithmetic: nobody waits for anybody, and the server's link carries what it must",
         round_s=tuple(merge_s + one * step_s for one, step_s in zip(steps, machines.step_s, strict=True)),

@@ -559,7 +559,7 @@ class SearchedVolunteer(Process):
             partner = self.world.rng.choice(partners)
             assert partner.offered is not None
             if self.progress.round - partner.offered[0].round <= RUN.merge.max_staleness_rounds:
-                self.tallying.hear(partner.me, partner.own_tokens)
+                self.tallying.receive(partner.me, partner.own_tokens)
                 self.behind = self.behind.with_weights_of(partner.offered[1])
                 self._merged[partner.me] = partner.offered[0].round
         return False
@@ -643,7 +643,7 @@ class _Watch(ArchiveSchedule):
         self.clock = clock
 
     def refuse(self, now: float) -> bool:
-        """See `ArchiveSchedule`."""
+        """Return whether to refuse such a state now, by the simulated clock. See `ArchiveSchedule`."""
         return super().refuse(self.clock.now)
 
 

@@ -98,7 +98,7 @@ class Worker(SearchedVolunteer):
             self.exchange._go_on_from(torch.ones(1), server.arrivals, entered)
             for peer, tokens in server.progress_now().peer_tokens.items():
                 if server.versions.round(peer) is not None:
-                    self.tallying.hear(peer, tokens)
+                    self.tallying.receive(peer, tokens)
             own = frozenset(one for at, one in self.rounds.items() if entered is None or at > entered)
             behind = server.state_behind
             self.behind = dataclasses.replace(behind, rounds=behind.rounds | own)
@@ -167,7 +167,7 @@ class Server(Bootstrap):
         self.state_behind = Behind(before.rounds | new, max(before.at_tokens, worker.behind.at_tokens))
         self.arrivals += 1
         self.in_buffer += 1
-        self.tallying.hear(worker.me, piece.own_tokens)
+        self.tallying.receive(worker.me, piece.own_tokens)
         if self.in_buffer >= size:
             self.in_buffer, self.refreshes = 0, self.refreshes + 1
         self._serve()

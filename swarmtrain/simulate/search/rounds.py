@@ -362,7 +362,9 @@ def not_one_model(world: SynchronousWorld, recovery_rounds: int = 2, limit_s: fl
     end_s = world.clock.now + limit_s
     rounds = max(peer.round for peer in peers) + recovery_rounds
     if not (world.run_rounds(rounds, end_s) and world.run_rounds(rounds + 2, end_s + limit_s)):
-        return [f"round {rounds + 2} is not reached: {[(p.name, p.round, p.phase.value, p.guest) for p in peers]}"]
+        return [
+            f"round {rounds + 2} is not reached: {[(p.name, p.round, p.phase.value, p.is_late_joiner) for p in peers]}"
+        ]
     for round in (rounds + 1, rounds + 2):
         digests = world.digests(round)
         if len(digests) != len(peers) or len(set(digests.values())) != 1:

@@ -385,7 +385,7 @@ class GossipPeer:
                 return BUSY
             if not self.model.has(what):
                 return None
-            self.bytes_up += self.settings.section_bytes(what.group)
+            self.bytes_up += self.settings.group_bytes(what.group)
             return what
         if what != "state":
             return AWAY
@@ -513,7 +513,7 @@ class GossipPeer:
         self, source: str, author: str, what: PublicationQuery | SimulatedPublication, done: Callable[[Any], None]
     ) -> None:
         """Fetch a publication or its manifest, from its author or from one of the author's hosts."""
-        num_bytes = self.settings.section_bytes(what.group) if isinstance(what, SimulatedPublication) else 0
+        num_bytes = self.settings.group_bytes(what.group) if isinstance(what, SimulatedPublication) else 0
         self._pull(source, author, what, num_bytes, done)
 
     def _pull(
@@ -539,7 +539,7 @@ class GossipPeer:
     ) -> None:
         now, held = self.swarm.clock.now, download.held
         if isinstance(found, SimulatedPublication) and found == held:
-            num_bytes = self.settings.section_bytes(held.group)
+            num_bytes = self.settings.group_bytes(held.group)
             self._now.bytes_down += num_bytes
             self.membership.heard(download.source, now)
             for _ in range(1 + self.swarm.comes_twice()):

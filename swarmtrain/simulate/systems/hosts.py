@@ -101,12 +101,12 @@ class HostedPeer(GossipPeer):
             kept = self._kept.get((author, PublicationQuery(asked.group, asked.fragment)), ())
             return asked if asked in kept else None
         kept = self._kept.setdefault((author, asked), [])
-        if self.brings(author, asked):
+        if self.is_missing(author, asked):
             kept.append(self.hosted.peers[author].provide(asked))
             del kept[:-KEPT_OF_A_GUEST]
         return kept[-1] if kept else NOTHING
 
-    def brings(self, author: str, asked: PublicationQuery) -> bool:
+    def is_missing(self, author: str, asked: PublicationQuery) -> bool:
         """Return whether a guest has something that is not here yet."""
         guest, kept = self.hosted.peers[author], self._kept.get((author, asked))
         newest = guest.provide(asked) if guest.running else None
@@ -125,8 +125,8 @@ class HostedPeer(GossipPeer):
             if not self.hosted.can_call(self.name, through):  # one that has not found out yet
                 self.swarm.clock.call_later(self.settings.stall_limit_s, self.deliver, done, None)
                 return
-        elif isinstance(what, PublicationQuery) and through.running and through.brings(author, what):
-            size_bytes = self.settings.section_bytes(what.group)
+        elif isinstance(what, PublicationQuery) and through.running and through.is_missing(author, what):
+            size_bytes = self.settings.group_bytes(what.group)
             self.hosted.peers[author].bytes_up += size_bytes
             self._pull(source, author, what, size_bytes, done)  # the host pulls it first
             return

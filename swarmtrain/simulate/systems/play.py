@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from swarmtrain.model.gpt import num_parameters
-from swarmtrain.peer.estimate import section_bytes
+from swarmtrain.peer.estimate import publication_sizes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import RunOutcome
 from swarmtrain.simulate.links import EXACT_UP_TO, link_of, rates
@@ -201,7 +201,7 @@ def play_scenario(scenario: Scenario, run: RunFile) -> RunOutcome:
     links, peers, seed = scenario.links, scenario.peers, run.run.seed
     parameters, step_s = num_parameters(run.model), peers.step_ms / 1000
     round_s = run.merge.inner_steps * step_s
-    sizes = section_bytes(run, parameters, peers.number - 1, round_s, min(rates(links)))
+    sizes = publication_sizes(run, parameters, peers.number - 1, round_s, min(rates(links)))
     machines = MachineDistribution(
         number=peers.number,
         step_s=step_s,

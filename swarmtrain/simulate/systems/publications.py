@@ -93,7 +93,7 @@ class SimulatedGossipSettings:
         num = self.num_fragments
         return PublicationBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
 
-    def section_bytes(self, group: GroupName) -> int:
+    def group_bytes(self, group: GroupName) -> int:
         """Return the bytes of one fragment's section."""
         return self.fragment_sizes.weights if group == WEIGHTS else self.fragment_sizes.gradient
 

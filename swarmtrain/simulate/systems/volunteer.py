@@ -132,9 +132,9 @@ class SimulatedVolunteer:
         return self.engine.chains.chain
 
     @property
-    def guest(self) -> bool:
+    def is_late_joiner(self) -> bool:
         """True if nobody waits for its round, because it joined late."""
-        return self.engine.guest
+        return self.engine.is_late_joiner
 
     @property
     def inner_steps_done(self) -> int:
@@ -144,7 +144,7 @@ class SimulatedVolunteer:
         """
         if self.phase not in (Phase.TRAINING, Phase.MERGING):
             return 0
-        skipped = self.settings.inner_steps - self.steps if self.guest else 0
+        skipped = self.settings.inner_steps - self.steps if self.is_late_joiner else 0
         left_s = max(0.0, self._training_ends_s - self.world.clock.now) if self.phase is Phase.TRAINING else 0.0
         return skipped + max(0, self.steps - math.ceil(left_s * self.steps_per_s))
 
@@ -327,7 +327,7 @@ class SimulatedVolunteer:
         self.digest_at[self.round] = self.digest
         self._started_s, self._training_ends_s = now, now + self.steps / self.steps_per_s
         self.later(self._training_ends_s - now, self._trained)
-        self.tell(ev.RoundBegun(guest=steps < s.inner_steps))
+        self.tell(ev.RoundBegun(is_late_joiner=steps < s.inner_steps))
         self.world.reached(self, "started")
 
     def _trained(self) -> None:

@@ -381,7 +381,7 @@ _NUMBERS = ("tokens_per_s", "move_s", "queue", "flow_tokens_per_s")
 )
 def test_a_place_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     message = pb.Place(**{"most_stages": 1} | fields)
-    with pytest.raises(BadBytesError, match="a presence with "):
+    with pytest.raises(BadBytesError):
         place_from_proto_untrusted(ME.peer_id, message, 1.0)
     with pytest.raises(BadBytesError):
         presence_from_proto_untrusted(ME.peer_id, pb.Presence(place=message))

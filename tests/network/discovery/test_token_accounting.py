@@ -221,7 +221,7 @@ def test_a_bootstrap_that_has_published_the_run_watches_from_then_on() -> None:
     reading.tallying.adopt([{BEN: 10**6}])
     assert reading.tallying.total == 3 * (200 + 40 * 10)
     reading.now += 60.0
-    reading.tallying.hear(CARL, 10**6)
+    reading.tallying.receive(CARL, 10**6)
     assert reading.tallying.contributions()[CARL] == 200 + 40 * 60, "a minute, in which it was here"
 
 

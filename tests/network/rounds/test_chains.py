@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from codes import raises_code
 from virtual_loop import virtual_swarm
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
@@ -143,22 +144,22 @@ def test_what_is_kept_and_shown_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_chain_that_is_not_signed_so_is_refused() -> None:
     ours, theirs = common(), common(HONEST)
 
-    def refused(message: pb.RosterChain, said: str) -> None:
-        with pytest.raises(BadBytesError, match=said):
+    def refused(message: pb.RosterChain, code: str, *says: str) -> None:
+        with raises_code(code, BadBytesError, *says):
             chain_untrusted(message, ours.chain, SETTINGS)
 
     message = theirs.shows(ours.known())
     message.links[0].manifests[0].CopyFrom(publication(LIAR, ours.chain.head).snapshot.signed)
-    refused(message, "other entries")
+    refused(message, "bad-chain")
     message.links[0].manifests[0].CopyFrom(theirs.shows([]).links[0].manifests[0])
-    refused(message, "another peer or round")
+    refused(message, "not-asked-for")
     forged = theirs.shows(ours.known())
     forged.links[0].roster.author = peer_bytes(LIAR.peer_id)
-    refused(forged, "signature")
-    refused(pb.RosterChain(), "size")
+    refused(forged, "bad-signature")
+    refused(pb.RosterChain(), "bad-size")
     lie = common()
     go_on(lie, (LIAR,), base_tokens=40_000)
-    refused(lie.shows(ours.known()), "counts 40000 tokens behind it where its chain has 100")
+    refused(lie.shows(ours.known()), "bad-chain", "40000 tokens", "100")
 
 
 # ---------------------------------------------------------------- what moves a peer
@@ -267,7 +268,7 @@ def rounds_of(me: Identity, own: ChainStore, peers: Peers, *, trains: bool = Tru
     refuse = lambda peer, error: refused.append(f"{peer} {error}")  # noqa: E731 - as short as it can be
     downloads = Downloads(me.peer_id, calls, SnapshotStore(), SETTINGS.pull, refuse)
     rounds = RoundRunner(me, downloads, membership, SETTINGS, average_bytes_untrusted, trains=trains, chains=own)
-    rounds.begin(guest=False)
+    rounds.begin(is_late_joiner=False)
     if (head := own.chain.head) is not None:
         rounds.know_roster(head, own._signed[head.digest].roster)
         rounds.advance(Progress(round=head.round + 1, roster_sha256=head.digest))

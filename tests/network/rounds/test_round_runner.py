@@ -135,7 +135,7 @@ def driver(
     calls: Any = others
     downloads = Downloads(me.peer_id, calls, SnapshotStore(), settings.pull, refuse)
     rounds = RoundRunner(me, downloads, membership, settings, average, states=states)
-    rounds.begin(guest=False)
+    rounds.begin(is_late_joiner=False)
     return rounds, refused
 
 

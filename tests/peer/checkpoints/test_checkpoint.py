@@ -546,23 +546,25 @@ def test_a_full_disk_is_said_now_and_then_and_training_goes_on(
         checkpointer.offer(numbered(trained, checkpointer, n))
         return checkpointer.flush(LIMIT_S)
 
-    def said() -> list[str]:
-        messages = [event.message for event in events if isinstance(event, WarningEvent)]
+    def said() -> list[tuple[str, str]]:
+        told = [(event.code, event.message) for event in events if isinstance(event, WarningEvent)]
         events.clear()
-        return messages
+        return told
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert write(0, None) and not said()
     assert not write(1, full)
-    (message,) = said()
-    assert message.startswith("the disk is full") and "training goes on" in message and message.endswith("make room")
+    ((code, message),) = said()
+    assert code == "checkpoint-not-written" and message.startswith("the disk is full") and "make room" in message
     clock.now_s += 299
     assert not write(2, full) and not said()
     clock.now_s += 1
     assert not write(3, OSError(errno.EROFS, os.strerror(errno.EROFS)))
-    assert "read-only" in said()[0]
+    ((code, message),) = said()
+    assert code == "checkpoint-not-written" and "read-only" in message
     assert write(4, None)
-    assert said() == [f"checkpoints are written to {tmp_path / 'checkpoints'} again"]
+    ((code, message),) = said()
+    assert code == "checkpoints-again" and str(tmp_path / "checkpoints") in message
     assert write(5, None) and not said()
     assert not write(6, full) and len(said()) == 1, "after it worked, the next failure is news"
     kept = load(checkpoints(tmp_path, identity))

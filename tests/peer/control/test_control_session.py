@@ -13,7 +13,7 @@ import pytest
 from codes import raises_code
 from patience import PATIENCE_S
 
-from swarmtrain.errors import RunTimeError, UserError
+from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.daemon import swarm_time
@@ -71,8 +71,9 @@ def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Pat
             stub = pb_grpc.ControlStub(channel)
             status = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S)
             assert (status.state, status.run_name) == (pb.PEER_STATE_STARTING, "tiny")
-            with pytest.raises(grpc.RpcError, match="still starting, try again"):
+            with pytest.raises(grpc.RpcError) as refused:
                 stub.Checkpoint(pb.CheckpointRequest(), timeout=PATIENCE_S)
+            assert dict(refused.value.trailing_metadata()) == {CODE_KEY: "no-checkpoint"}
             assert stub.Leave(pb.LeaveRequest(), timeout=PATIENCE_S).message.startswith("leaving")
             last = stop.last_work(3600.0)
             assert not last.is_set()
@@ -220,8 +221,7 @@ def test_a_peer_without_a_socket_runs_all_the_same(tmp_path: Path, monkeypatch: 
     ):
         control.ended(DONE)
     (warning,) = events
-    assert isinstance(warning, WarningEvent)
-    assert "cannot be asked for its status" in warning.message
+    assert isinstance(warning, WarningEvent) and warning.code == "no-control"
     assert left_by(tmp_path).state == pb.PEER_STATE_DONE
 
 

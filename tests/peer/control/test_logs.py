@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codes import raises_code
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, PausedEvent, WarningEvent
@@ -176,8 +177,7 @@ def test_a_bug_is_one_line_for_the_person_and_a_traceback_in_the_file(tmp_path: 
     ],
 )
 def test_too_little_memory_is_no_bug(tmp_path: Path, error: Exception) -> None:
-    words = r"there is not enough memory here .*`swarmtrain check RUN\.toml`"
-    with pytest.raises(RunTimeError, match=words), peer_log(tmp_path):
+    with raises_code("too-little-memory", RunTimeError, "memory", "`swarmtrain check RUN.toml`"), peer_log(tmp_path):
         raise error
 
 

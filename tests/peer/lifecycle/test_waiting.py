@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from codes import raises_code
 from patience import PATIENCE_S
 
 from swarmtrain.cli.stop_signals import stop_on_signals
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.events import DoneEvent, parse_event
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
@@ -47,8 +48,8 @@ def test_an_end_cancels_what_is_waited_for() -> None:
 
 def test_a_failure_ends_the_wait_with_its_reason() -> None:
     stop = StopFlag()
-    stop.fail("the network daemon ended")
-    with pytest.raises(RunTimeError, match="daemon ended"):
+    stop.fail(Problem("it ended", "daemon-died"))
+    with raises_code("daemon-died", RunTimeError, "it ended"):
         stop.sleep(10)
 
 

@@ -24,7 +24,7 @@ from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge
 from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
-from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent
+from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent, WarningEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -703,4 +703,5 @@ def test_what_was_merged_is_kept_over_a_restart(worlds: list[World]) -> None:
         0, anna.id
     )
     again.exchange.restore({"ledger": [["nonsense"]]})
-    assert "what the checkpoint says of merges is not used" in str(again.events[-1])
+    warning = again.events[-1]
+    assert isinstance(warning, WarningEvent) and warning.code == "checkpoint-partly-used"

@@ -82,7 +82,7 @@ def test_a_question_about_round_0_says_that_it_has_begun(exchange_for: Callable[
     assert ask(exchange, round=0).participating
     starting.join(PATIENCE_S)
     assert not starting.is_alive()
-    assert not exchange.swarm.rounds.engine.guest
+    assert not exchange.swarm.rounds.engine.is_late_joiner
 
 
 def test_that_nobody_answers_does_not_mean_that_nobody_has_trained(

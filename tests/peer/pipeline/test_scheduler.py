@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from virtual_loop import virtually
 
-from swarmtrain.errors import BadBytesError, GoneError, PeerError, RunTimeError, UnreachableError
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, Problem, RunTimeError, UnreachableError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.peer.pipeline import scheduler
 from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
@@ -137,7 +137,7 @@ class Site:
     stages: Stages = field(default_factory=Stages)
     peers: dict[int, list[str]] = field(default_factory=lambda: {0: ["d"], 1: ["p"], 2: ["q"]})
     queue: Any = field(default_factory=lambda: SimpleNamespace(is_open=True))
-    failures: list[str] = field(default_factory=list)
+    failures: list[Problem] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     drawn: int = 0
 
@@ -437,6 +437,7 @@ def test_a_driver_that_ends_by_a_fault_of_ours_says_so() -> None:
         await driver.start()
         await asyncio.sleep(SOON_S)
         await driver.stop()
-        assert len(site.failures) == 1 and "does not drive any more" in site.failures[0]
+        (failure,) = site.failures
+        assert failure.code == "bug" and "KeyError" in failure
 
     _driving(body)

@@ -416,7 +416,7 @@ def test_a_promise_is_given_once_asked_and_holds_for_a_minute() -> None:
     assert lease is not None and reason == "it stays for 60 s"
     assert b.bound(169.9) == (0,) and b.bound(170.0) == ()
     assert b.wants_to_leave(0, 150.0) == (False, "it has promised to stay in stage 0 for 20 s more")
-    a.promised(lease)
+    a.granted(lease)
     assert a.may_leave(0, 69.9) == (True, "b stays in stage 0")
     assert a.may_leave(0, 70.0) == (False, "the promise to stay in stage 0 has ended: it asks again")
     a.over(0)
@@ -431,7 +431,7 @@ def test_two_that_would_leave_at_once_both_stay() -> None:
     b.over(0)
     lease, _ = b.asked(request("a", "b", 10.0), (0,), 10.1)
     assert lease is not None
-    a.promised(lease)
+    a.granted(lease)
     assert a.may_leave(0, 11.0)[0] and not b.wants_to_leave(0, 11.0)[0]
 
 
@@ -442,8 +442,8 @@ def test_who_does_not_serve_the_stage_or_was_not_asked_promises_nothing() -> Non
         b.asked(request("a", "c", 0.0), (0,), 0.0)[0] is None and b.asked(request("b", "b", 0.0), (0,), 0.0)[0] is None
     )
     stray = StageLease(request=request("a", "b", 0.0), lasts_s=60.0)
-    b.promised(stray)
-    StageLeases("a").promised(stray)
+    b.granted(stray)
+    StageLeases("a").granted(stray)
     assert not b.may_leave(0, 1.0)[0]
 
 
@@ -492,7 +492,7 @@ class Everyone:
             if lease is not None:
                 self.letters.append((asked, lease, self.sessions[asked.anchor]))
         elif lease is not None and asked.mover in self.holds:
-            self.stays[asked.mover].promised(lease)
+            self.stays[asked.mover].granted(lease)
             self.given[asked.mover, asked.stage] = (asked.anchor, session)
 
     def give_up(self, mover: str) -> None:

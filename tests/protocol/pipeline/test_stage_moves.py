@@ -123,7 +123,7 @@ def test_no_schedule_of_joint_moves_empties_a_stage() -> None:
                 lease, reason = stays[asked].asked(request, (0,) if asked in there else (), now)
                 assert reason
                 if lease is not None:
-                    stays[mover].promised(lease)
+                    stays[mover].granted(lease)
             elif stays[me].may_leave(0, now)[0]:
                 there.discard(me)
                 stays[me].over(0)

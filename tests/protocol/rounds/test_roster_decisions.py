@@ -127,7 +127,7 @@ def test_an_idle_signer_is_passed_over_and_stays_a_member() -> None:
         roster=its, reason="signed by a"
     )
     assert peers_to_ask(view("z", "abcdefg", **idle), 101) == ["b", "c"]
-    assert signed(decide(view("b", "a", "ab", **idle, guest=True), 101)) == "ab"
+    assert signed(decide(view("b", "a", "ab", **idle, is_late_joiner=True), 101)) == "ab"
 
 
 def test_nobody_is_silent_who_was_not_asked() -> None:
@@ -160,7 +160,7 @@ def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others
     assert decide(view("a", "bc", "abc", **stood_still, rosters=[roster("a")]), 181) == WaitDecision(
         until_s=185, reason=reason
     )
-    assert decide(view("a", "b", "ab", **stood_still, guests=frozenset("c")), 181) == WaitDecision(
+    assert decide(view("a", "b", "ab", **stood_still, late_joiners=frozenset("c")), 181) == WaitDecision(
         until_s=185, reason=reason
     )
     assert isinstance(decide(view("a", "bc", "abc", **stood_still, ahead=frozenset("d")), 181), WaitDecision)
@@ -201,18 +201,20 @@ def test_one_a_roster_behind_is_waited_for_as_if_silent() -> None:
 
 
 def test_guests_count_and_are_waited_for_only_while_their_bytes_come() -> None:
-    guests = {"guests": frozenset("z")}
-    assert signed(decide(view("a", "b", "ab", **guests), 101)) == "ab"
-    assert signed(decide(view("a", "b", "abz", **guests), 101)) == "abz"
+    late_joiners = {"late_joiners": frozenset("z")}
+    assert signed(decide(view("a", "b", "ab", **late_joiners), 101)) == "ab"
+    assert signed(decide(view("a", "b", "abz", **late_joiners), 101)) == "abz"
     coming = {"announced": {p: offer(p) for p in "abz"}, "held": frozenset("ab"), "heard_at_s": {"z": 104.0}}
-    assert decide(view("a", "b", **guests, **coming), 104) == WaitDecision(until_s=105, reason="waiting for z")
-    assert signed(decide(view("a", "b", **guests, **coming), 105)) == "ab"
+    assert decide(view("a", "b", **late_joiners, **coming), 104) == WaitDecision(until_s=105, reason="waiting for z")
+    assert signed(decide(view("a", "b", **late_joiners, **coming), 105)) == "ab"
 
 
 def test_a_guest_signs_last_though_it_be_the_lowest() -> None:
-    assert decide(view("a", "bc", "abc", guest=True), 101) == WaitDecision(until_s=105, reason="b signs the roster")
-    assert signed(decide(view("a", "bc", "abc", guest=True), 105)) == "abc"
-    assert signed(decide(view("a", guest=True), 100)) == "a"
+    assert decide(view("a", "bc", "abc", is_late_joiner=True), 101) == WaitDecision(
+        until_s=105, reason="b signs the roster"
+    )
+    assert signed(decide(view("a", "bc", "abc", is_late_joiner=True), 105)) == "abc"
+    assert signed(decide(view("a", is_late_joiner=True), 100)) == "a"
 
 
 def test_in_a_small_group_the_signer_lists_what_it_holds() -> None:
@@ -288,20 +290,20 @@ def test_a_decision_is_total_and_a_wait_ends(data: st.DataObject) -> None:
     names = st.frozensets(st.sampled_from("bcdefgh"))
     me, live = data.draw(st.sampled_from("adz")), data.draw(names)
     published = data.draw(names) | {me}
-    guests = data.draw(names) - live - {me}
+    late_joiners = data.draw(names) - live - {me}
     live -= {me}
     the_view = view(
         me,
         "".join(live),
         "".join(published),
-        guest=data.draw(st.booleans()),
-        guests=guests,
+        is_late_joiner=data.draw(st.booleans()),
+        late_joiners=late_joiners,
         behind=data.draw(names) & live,
         held=data.draw(names) | {me},
         heard_at_s={p: data.draw(st.floats(0, 300)) for p in live},
         unobtainable=data.draw(names) - {me},
         idle=data.draw(names),
-        asked_at_s=dict.fromkeys(live | guests, 100.0),
+        asked_at_s=dict.fromkeys(live | late_joiners, 100.0),
     )
     now, turns = 100.0, 0
     while isinstance(decision := decide(the_view, now), WaitDecision):
@@ -369,14 +371,14 @@ def test_standings() -> None:
     assert at_the_start(AdvertisedRound(round=1, last=ours[0])) is Standing.AHEAD
     assert at_the_start(AdvertisedRound(round=2, last=ours[1])) is Standing.FAR_AHEAD
     assert of(ours[3], 4) is Standing.WITH_US
-    assert of(ours[3], 4, participating=False) is Standing.GUEST
+    assert of(ours[3], 4, participating=False) is Standing.LATE_JOINER
     assert of(ours[2], 3) is Standing.BEHIND
-    assert of(ours[1], 2) is Standing.GUEST
-    assert of(None, 0) is Standing.GUEST
+    assert of(ours[1], 2) is Standing.LATE_JOINER
+    assert of(None, 0) is Standing.LATE_JOINER
     assert of(ours[4], 5) is Standing.AHEAD
     assert of(ours[5], 6) is Standing.FAR_AHEAD
-    assert of(others[3], 4) is Standing.GUEST, "other weights, which lose"
-    assert of(others[2], 3) is Standing.GUEST
+    assert of(others[3], 4) is Standing.LATE_JOINER, "other weights, which lose"
+    assert of(others[2], 3) is Standing.LATE_JOINER
     assert of(others[5], 6) is Standing.FAR_AHEAD
 
 
@@ -385,9 +387,9 @@ def test_standings() -> None:
 
 def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
     """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
-    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, guests=frozenset("gh"))
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, late_joiners=frozenset("gh"))
     assert isinstance(decide(small, 101), WaitDecision) and pulls_whole(small)
-    assert not pulls_whole(view("a", "b", published="abg", share_above=2, guests=frozenset("g")))
+    assert not pulls_whole(view("a", "b", published="abg", share_above=2, late_joiners=frozenset("g")))
     assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
 
 
@@ -397,25 +399,25 @@ def test_the_standings_of_all() -> None:
         "with": (5.0, AdvertisedRound(round=3, last=mine)),
         "ahead": (5.0, AdvertisedRound(round=3, last=theirs[2])),
         "refused": (5.0, AdvertisedRound(round=3, last=theirs[2])),
-        "guest": (5.0, AdvertisedRound(round=2, last=None)),
+        "late joiner": (5.0, AdvertisedRound(round=2, last=None)),
         "old": (1.0, AdvertisedRound(round=2, last=None)),
         "old-ahead": (1.0, AdvertisedRound(round=3, last=theirs[2])),
         "gone": (5.0, AdvertisedRound(round=2, last=None)),
     }
     peers = [*advertised.keys() - {"gone"}, "unknown"]
-    since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "guest", "with"}}
+    since: dict[str, Any] = {"since_s": 2.0, "undeliverable": {"refused", "late joiner", "with"}}
     of_all = {peer: advertised.get(peer) for peer in peers}
     found = standings(mine, 2, of_all, holds=lambda heard: heard == theirs[2], **since)
     assert found.of[Standing.WITH_US] == {"with", "unknown", "old"}, "what was told before the round is forgotten"
     assert found.of[Standing.AHEAD] == {"ahead", "old-ahead"}, "but for a roster that holds against ours"
-    assert found.of[Standing.GUEST] == {"guest", "refused"}, "what nobody can have is nobody's to wait for"
+    assert found.of[Standing.LATE_JOINER] == {"late joiner", "refused"}, "what nobody can have is nobody's to wait for"
     assert found.applied == {theirs[2].digest}
     assert sorted(itertools.chain(*found.of.values())) == sorted(peers), "each has one standing"
 
 
 def test_whom_to_ask() -> None:
     assert peers_to_ask(view("c", "ab"), 101) == ["a", "b"]
-    small = view("c", "ab", ahead=frozenset("d"), guests=frozenset("z"))
+    small = view("c", "ab", ahead=frozenset("d"), late_joiners=frozenset("z"))
     assert peers_to_ask(small, 101) == ["a", "b", "d", "z"]
     assert peers_to_ask(view("z", "abcdefg"), 101) == ["a", "b"]
     assert peers_to_ask(view("a", "bcdefgh"), 101) == list("bcdefgh")

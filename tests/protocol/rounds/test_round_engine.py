@@ -69,7 +69,7 @@ def engine_of(me: str, *others: str, applied: Sequence[Roster] = (), rules: Roun
         membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=0.0), 999.0, 0.0)
     chains: Chains[str] = Chains()
     engine: Engine = RoundEngine(membership, chains, rules, random.Random(0))
-    assert engine.receive(ev.RoundBegun(guest=False), 0.0) == []
+    assert engine.receive(ev.RoundBegun(is_late_joiner=False), 0.0) == []
     for roster in applied:
         chains.move(ChainLink(roster=roster, shown={entry.peer: entry.tokens for entry in roster.entries}))
         assert engine.receive(ev.RoundAdvanced(roster.round + 1, signed(roster)), 0.0) == []
@@ -386,7 +386,7 @@ def test_who_is_rounds_behind_asks_for_the_chain_and_takes_the_state() -> None:
     commands = engine.receive(ev.StateDownloaded(fetch.number), 10.4)
     assert commands[-1] == ev.AdoptState(fetch.number, "weights that hold are beyond this round")
     assert engine.wake_at() is None
-    engine.receive(ev.RoundBegun(guest=True), 10.5)
+    engine.receive(ev.RoundBegun(is_late_joiner=True), 10.5)
     engine.chains.move(ChainLink(roster=TWO))
     assert engine.receive(ev.RoundAdvanced(3, signed(TWO)), 10.5) == [] and engine.chains.chain == shown
 
@@ -543,10 +543,10 @@ def test_who_joins_takes_the_state_that_holds_or_tries_again() -> None:
 
 def test_who_takes_a_state_is_a_guest_and_asks_its_source_how_far_its_round_is() -> None:
     engine = engine_of("z", "b", "c", applied=(BEGAN,))
-    assert not engine.guest
+    assert not engine.is_late_joiner
     [ask] = engine.receive(ev.StateAdopted(7, "b"), 1.0)
     assert (
-        engine.guest
+        engine.is_late_joiner
         and isinstance(ask, ev.AskRoundQuestion)
         and (ask.peer, ask.question) == ("b", ev.RoundQuestion(round=1))
     )

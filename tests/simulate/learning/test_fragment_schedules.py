@@ -24,7 +24,7 @@ NUM_IN_EVIDENCE = 64
 """What `make evidence` plays, those eight not again."""
 SEEDS = [
     *range(NUM_SCHEDULES),
-    *(pytest.param(seed, versions=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
+    *(pytest.param(seed, marks=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
 ]
 
 

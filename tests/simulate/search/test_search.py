@@ -168,7 +168,7 @@ def test_a_host_that_changes_what_it_serves_on_costs_its_guest_nothing() -> None
 
 
 def test_who_stood_still_asks_those_too_who_came_while_it_did() -> None:
-    """The other one was started anew just before, and is a guest: it has gone on alone."""
+    """The other one was started anew just before, and is a late joiner: it has gone on alone."""
     schedule = FaultSchedule(
         world="rounds",
         speeds=(16.0, 16.0),

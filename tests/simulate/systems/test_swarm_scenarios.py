@@ -324,7 +324,7 @@ def test_lost_messages_cost_time_and_nothing_else() -> None:
     assert_one_model(world)
 
 
-@pytest.mark.parametrize("num_peers", [100, pytest.param(300, versions=pytest.mark.evidence)])
+@pytest.mark.parametrize("num_peers", [100, pytest.param(300, marks=pytest.mark.evidence)])
 def test_a_large_swarm_whose_signer_dies(num_peers: int) -> None:
     world = swarm(num_peers)
     world.fail_at("p000", 1, "signed")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from codes import raises_code
 
 from swarmtrain.errors import UserError
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
@@ -164,28 +165,28 @@ def test_a_run_is_played_in_its_own_fragments(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "key"),
     [
-        ("[hostile]\npercent = 20\n", "hostile.percent: there is no such thing in systems work"),
-        ("curve_points = 3\n", "scenario.curve_points: there is no such thing in systems work"),
-        ("[[hangs]]\npeer = 0\nat_s = 1\nfor_s = 1\n", "say how often, in"),
+        ("[hostile]\npercent = 20\n", "hostile.percent: "),
+        ("curve_points = 3\n", "scenario.curve_points: "),
+        ("[[hangs]]\npeer = 0\nat_s = 1\nfor_s = 1\n", "[[hangs]]"),
     ],
 )
-def test_what_systems_work_cannot_do_is_said(text: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words):
+def test_what_systems_work_cannot_do_is_said(text: str, key: str, tmp_path: Path) -> None:
+    with raises_code("keys-disagree", UserError, key):
         load_scenario(scenario_file(tmp_path, text))
 
 
 def test_what_only_systems_work_can_do_is_said(tmp_path: Path) -> None:
     path = scenario_file(tmp_path, "[peers]\nnumber = 2000\n")
     load_scenario(path)
-    with pytest.raises(UserError, match="at most 1024 learn"):
+    with raises_code("keys-disagree", UserError, "1024"):
         load_scenario(path).with_changes(changes={"scenario.work": "learning"})
-    with pytest.raises(UserError, match=r"churn.hangs_after_s: there is no such thing in learning work"):
+    with raises_code("keys-disagree", UserError, "churn.hangs_after_s", "learning"):
         load_scenario(scenario_file(tmp_path, "[churn]\nhangs_after_s = 5\n")).with_changes(
             changes={"scenario.work": "learning"}
         )
-    with pytest.raises(UserError, match=r"method diloco: not for systems work \(scenario.work\), which gossip can do"):
+    with raises_code("keys-disagree", UserError, "method diloco: ", "scenario.work", "gossip"):
         compare(load_scenario(path).with_changes(methods=("diloco",)), jobs=1, kept=None)
 
 
