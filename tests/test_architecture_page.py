@@ -65,6 +65,11 @@ def test_each_folder_of_the_package_is_named() -> None:
     assert not folders - set(FOLDERS), f"docs/architecture.md says nothing of {sorted(folders - set(FOLDERS))}"
 
 
+def test_rows_of_tables_stay_short() -> None:
+    """Longer ones are hard to read: split them into rows, or write a list."""
+    assert not [line for line in PAGE.splitlines() if line.startswith("|") and len(line) > 200]
+
+
 def test_enough_is_looked_at() -> None:
     assert len(FILES) > 150
     assert sum(bool(name) for _, name in FILES) > 120

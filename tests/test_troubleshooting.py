@@ -74,9 +74,9 @@ def test_what_is_said_is_in_the_page() -> None:
 
 
 NEXT_STEP = re.compile(
-    r"\b(allow|allowed|ask|choose|convert|correct|delete|end (it|this)|export|fetch|give|install|join|leave|let|look|"
-    r"lower|make|move|name|possible|raise|remove|restart|save|say|see|set|start|take|tell|there are|try|update|use|"
-    r"write)\b|`swarmtrain|its name must"
+    r"\b(allow|allowed|ask|check|choose|convert|correct|create|delete|end (it|this)|export|fetch|give|install|"
+    r"join|leave|let|look|lower|make|move|name|possible|raise|remove|restart|save|say|see|set|start|take|"
+    r"tell|there are|try|update|use|write)\b|`swarmtrain|its name must"
 )
 """Words by which a message names what to do, or what would do."""
 OTHERS = ("the published run: ", "a Hugging Face model needs ")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from codes import codes_in
 from swarm import PATIENCE_S, Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
@@ -102,13 +103,16 @@ def test_a_volunteer_in_the_background_that_cannot_join_says_why_with_its_code(s
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     run_sha256 = parse_invite(bootstrap.invite.invite).run_sha256
     nobody = format_invite(Invite(run_sha256, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),)))
-    for invite, code, words in [("st1nonsense", 2, "the invite is garbled"), (nobody, 1, "nobody answers at")]:
-        folder = swarm.folder / f"failed-{code}"
+    for invite, exit_code, code in [("st1nonsense", 2, "invite-garbled"), (nobody, 1, "nobody-answers")]:
+        folder = swarm.folder / f"failed-{exit_code}"
         failed = in_session(swarm, "join", invite, "--dir", str(folder), "--background", "--json")
-        assert failed.returncode == code, failed.stderr
-        assert failed.stderr.startswith(f"error: {words}") and failed.stderr.count("\n") == 1
-        assert words in failed.stdout.splitlines()[-1] and '"event": "error"' in failed.stdout
-    assert "event: error: nobody answers at" in (swarm.folder / "failed-1" / "peer.log").read_text()
+        assert failed.returncode == exit_code, failed.stderr
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert codes_in(failed.stderr) == [code]
+        assert f'"code": "{code}"' in failed.stdout.splitlines()[-1] and '"event": "error"' in failed.stdout
+    assert re.search(
+        r"event: error: .* \[nobody-answers\]$", (swarm.folder / "failed-1" / "peer.log").read_text(), re.MULTILINE
+    )
     missing = in_session(swarm, "join", nobody, "--dir", "x", "--background", "--nonsense")
     assert missing.returncode == 2 and "--nonsense" in missing.stderr
     swarm.interrupt_all([bootstrap])

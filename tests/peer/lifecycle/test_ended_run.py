@@ -44,12 +44,6 @@ from swarmtrain.run import RunFile, published_bytes, run_sha256
 
 TOTAL = 10_000
 TEXT = bytes(range(256))
-ENDED = "this run had ended: its model is in {0}, and stays as it is"
-MADE = (
-    "this run had ended, and nobody gives the model that it ended with: the one in {0} is made of this peer's own last "
-    "weights"
-)
-ALONE = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
 Spoil = Callable[[Path], object]
 
 
@@ -175,10 +169,7 @@ class Life:
         return self.training.finish()
 
     def said(self) -> list[str]:
-        return [event.message for event in self.events if isinstance(event, WarningEvent)]
-
-    def text(self, message: str) -> str:
-        return message.format(self.folder.model_path)
+        return [event.code for event in self.events if isinstance(event, WarningEvent)]
 
 
 @pytest.mark.parametrize("method", ["gossip", "server", "diloco"])
@@ -188,7 +179,7 @@ def test_the_model_of_the_runs_end_stays_where_nobody_gives_another(tmp_path: Pa
     life.leave(life.consensus)
     done = life.live()
     assert is_untouched(life.folder) and torch.equal(model_in(life.folder), life.consensus)
-    assert life.said() == [life.text(ENDED)]
+    assert life.said() == ["run-had-ended"]
     (measured,) = (event for event in life.events if isinstance(event, EvalEvent))
     assert measured.bits_per_byte == pytest.approx(measured.held_out_loss / math.log(2))
     assert measured.perplexity == pytest.approx(math.exp(measured.held_out_loss)), "a token is a byte here"
@@ -200,7 +191,7 @@ def test_weights_that_are_the_models_are_measured_once(tmp_path: Path) -> None:
     life = Life(tmp_path, "diloco")
     life.leave(life.own)
     assert life.live().own_loss is None
-    assert is_untouched(life.folder) and life.said() == [life.text(ENDED)]
+    assert is_untouched(life.folder) and life.said() == ["run-had-ended"]
 
 
 def test_a_checkpoint_that_lacks_the_last_round_changes_nothing(tmp_path: Path) -> None:
@@ -208,7 +199,7 @@ def test_a_checkpoint_that_lacks_the_last_round_changes_nothing(tmp_path: Path) 
     life = Life(tmp_path, run_tokens=TOTAL - 1)
     life.leave(life.consensus)
     life.live()
-    assert is_untouched(life.folder) and life.said() == [life.text(ENDED)]
+    assert is_untouched(life.folder) and life.said() == ["run-had-ended"]
 
 
 @pytest.mark.parametrize("when", ["joining", "at the end"])
@@ -234,10 +225,10 @@ def test_a_model_that_is_missing_broken_or_another_is_written(tmp_path: Path, sp
     spoil(life.folder.model_path)
     life.live()
     assert torch.equal(model_in(life.folder), life.own)
-    assert life.said() == ([life.text(MADE)] if method == "gossip" else []), "in rounds its state is the run's"
+    assert life.said() == (["no-final-model"] if method == "gossip" else []), "in rounds its state is the run's"
 
 
-@pytest.mark.parametrize(("run_tokens", "said"), [(TOTAL, []), (TOTAL - 1, [ALONE])])
+@pytest.mark.parametrize(("run_tokens", "said"), [(TOTAL, []), (TOTAL - 1, ["going-on-alone"])])
 def test_it_does_not_say_that_it_goes_on_where_nothing_is_left_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tokens: int, said: list[str]
 ) -> None:
@@ -296,8 +287,8 @@ def test_a_bootstrap_that_is_started_again_leaves_its_model_as_it_is(tmp_path: P
     has(peer, archived)
     peer._measure_and_save()
     assert is_untouched(peer.folder)
-    said = [event.message for event in events if isinstance(event, WarningEvent)]
-    assert said == [ENDED.format(peer.folder.model_path)]
+    (said,) = [event for event in events if isinstance(event, WarningEvent)]
+    assert said.code == "run-had-ended" and str(peer.folder.model_path) in said.message
     kept = load_exported(peer.folder.model_path).model
     assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer()).nats_per_byte
 
