@@ -1,4 +1,4 @@
-"""The invite by a file, the health by one word, options by the environment."""
+"""Invites by file, health in one word, options by the environment."""
 
 from __future__ import annotations
 
