@@ -172,7 +172,7 @@ def test_no_peer_at_all(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "life"),
+    ("state", "phase"),
     [
         (wire.PEER_STATE_DONE, Phase.ENDED),
         (wire.PEER_STATE_FAILED, Phase.FAILED),

@@ -88,7 +88,7 @@ def test_while_it_is_waited_for_the_screen_can_be_left() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
 @pytest.mark.parametrize("height", [1, 2, 5, 9, 12, 23, 24, 60])
-@pytest.mark.parametrize("life", Phase)
+@pytest.mark.parametrize("phase", Phase)
 def test_watch_fits_any_terminal(width: int, height: int, phase: Phase) -> None:
     lines = draw_watch(view(phase, note="waiting for it to come back, 3 s at most"), width, height)
     assert len(lines) <= height

@@ -77,7 +77,7 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "code", "life"),
+    ("state", "reason", "code", "phase"),
     [
         (wire.PEER_STATE_DONE, "total_tokens", 0, Phase.ENDED),
         (wire.PEER_STATE_FAILED, "nobody answers", 1, Phase.FAILED),
