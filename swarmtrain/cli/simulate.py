@@ -70,7 +70,7 @@ def command(
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
         raise OptionsError(
-            f"--json {json_file}: there is no folder {json_file.parent}; make it first", code="no-such-folder"
+            f"--json {json_file}: there is no folder {json_file.parent}; create it first", code="no-such-folder"
         )
     from swarmtrain.simulate.comparison import (
         compare,
@@ -130,7 +130,7 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     if path.suffix not in (".png", ".svg"):
         raise OptionsError(f"--plot {path}: its name must end with .png or .svg", code="bad-plot-name")
     if not path.parent.is_dir():
-        raise OptionsError(f"--plot {path}: there is no folder {path.parent}; make it first", code="no-such-folder")
+        raise OptionsError(f"--plot {path}: there is no folder {path.parent}; create it first", code="no-such-folder")
     if not scenario.scenario.curve_points:
         raise OptionsError("--plot needs curves: set scenario.curve_points in the scenario, 20 say", code="no-curves")
     if importlib.util.find_spec("matplotlib") is None:
@@ -195,7 +195,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
 
 
 def table_lines(found: Comparison) -> list[str]:
-    """Return a table of methods with their constants and results: means over the seeds, ratios within seeds."""
+    """Return the lines of a table with one row per method and its constants. Values are means over the seeds; a ratio
+    to `diloco` is the mean of the ratios of equal seeds."""
     if "hostile.attack" in found.scenario.grid:
         return _attack_lines(found)
     if found.scenario.scenario.work == "systems":

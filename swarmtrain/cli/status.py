@@ -45,7 +45,7 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
     if healthy:
         if everyone or as_json:
             raise OptionsError(
-                "--healthy stands alone: it says one word of one peer; leave out --all and --json",
+                "--healthy answers for one peer in one word; leave out --all and --json",
                 code="options-conflict",
             )
         check_health(find_running(which))
@@ -72,7 +72,7 @@ def print_page(view: View) -> None:
 
     from rich.console import Console
 
-    from swarmtrain.cli.peers import Phase
+    from swarmtrain.cli.peers import PeerPhase
     from swarmtrain.cli.screen import UNCUT, draw_status
     from swarmtrain.words import one_line
 
@@ -80,7 +80,7 @@ def print_page(view: View) -> None:
     width, height = console.size if sys.stdout.isatty() else (UNCUT, UNCUT)
     for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
         console.print(line, soft_wrap=True)
-    if view.status.invite_line and view.phase is Phase.RUNNING:
+    if view.status.invite_line and view.phase is PeerPhase.RUNNING:
         click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # uncut: it is meant to be copied
 
 

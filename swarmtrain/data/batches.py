@@ -116,7 +116,7 @@ class Batches:
 
     @property
     def num_shards(self) -> int:
-        """See `BatchSource`."""
+        """Number of shards that `use_shard` can choose from; 0 if there are none. See `BatchSource`."""
         return 0 if self._shards is None else self._shards.num_shards
 
     def cut(self, num_shards: int) -> None:
@@ -124,7 +124,7 @@ class Batches:
         self._shards = Shards(len(self._tokens), num_shards, len(self._offsets) - 1)
 
     def use_shard(self, shard: int) -> None:
-        """See `BatchSource`."""
+        """Draw from this shard from now on. See `BatchSource`."""
         if not 0 <= shard < self.num_shards:
             raise ValueError(f"shard {shard} of a corpus of {self.num_shards}")
         self._shard = shard

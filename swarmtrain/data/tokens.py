@@ -210,7 +210,8 @@ def _encoder(merges: npt.NDArray[np.uint32], spellings: Sequence[bytes]) -> Any:
 
 
 def _letters() -> list[str]:
-    """Return the printable letter that byte-level BPE writes for each byte (GPT-2's table, and the library's)."""
+    """Return the 256 printable characters with which byte-level BPE writes the bytes 0 to 255: the table of GPT-2 and
+    of the `tokenizers` library."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]

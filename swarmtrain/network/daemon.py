@@ -228,7 +228,8 @@ class _PendingCalls(dict[Any, Any]):
 
 
 class _HandlerTasks(dict[Any, Any]):
-    """hivemind's running handlers; hivemind itself forgets to drop cancelled ones."""
+    """hivemind's running handler tasks, by call. A task is removed when it ends, because hivemind does not remove
+    cancelled ones."""
 
     def __setitem__(self, call: Any, task: asyncio.Task[Any]) -> None:
         super().__setitem__(call, task)

@@ -191,7 +191,8 @@ class Publisher:
         return newest
 
     async def held_after(self, request: pb.PublicationRequest, caller: str = "") -> HeldSnapshot | None:
-        """Return the snapshot of the publication that `wanted` returns, or None."""
+        """Return the snapshot of the newest publication, building it if necessary; None if the caller has it
+        already."""
         async with self._building:
             wanted = self.wanted(request, caller)
             if wanted is None:

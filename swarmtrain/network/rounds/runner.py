@@ -111,17 +111,17 @@ class RoundRunner:
 
     @property
     def away(self) -> bool:
-        """See `RoundEngine.away`."""
+        """True if this peer has said goodbye. See `RoundEngine`."""
         return self.engine.away
 
     @property
     def wanted(self) -> bool:
-        """See `RoundEngine.wanted`."""
+        """True if another peer has ended this peer's present round and asked for its publication. See `RoundEngine`."""
         return self.engine.wanted
 
     @property
     def waiting_for(self) -> str:
-        """See `RoundEngine.waiting_for`."""
+        """What the engine waits for, in words; empty if for nothing. See `RoundEngine`."""
         return self.engine.waiting_for
 
     @property

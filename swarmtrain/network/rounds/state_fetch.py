@@ -65,7 +65,7 @@ class PeerStates:
         self._downloads, self._settings, self._rosters = downloads, settings, rosters
 
     async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
-        """See `StateSource`."""
+        """Ask a peer for its state; pull none of its bytes yet. See `StateSource`."""
         reply = await self._downloads.calls.state(source, min_round)
         if not reply.HasField("manifest"):
             return None
@@ -82,14 +82,14 @@ class PeerStates:
         return NewState(held=empty_held(snapshot), roster=roster, signed_roster=reply.roster, from_peer=source)
 
     async def take(self, state: NewState) -> None:
-        """See `StateSource`."""
+        """Pull the state's bytes. See `StateSource`."""
         snapshot = state.held.snapshot
         with self._downloads.store.showing(state.held):
             await self._downloads.pull(state.held, range(snapshot.num_chunks), [state.from_peer])
             await check_finite(state.held.part(0, snapshot.manifest.total_bytes))
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """See `StateSource`."""
+        """Blame this peer for a state that did not come. See `StateSource`."""
         self._downloads.blame(peer, error)
 
 

@@ -28,7 +28,7 @@ class SnapshotCalls(Protocol):
         """Held while something is pulled."""
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> PullStream:
-        """See `PeerCalls`."""
+        """Open a pull's stream. See `PeerCalls`."""
 
 
 async def download_snapshot(

@@ -125,7 +125,7 @@ class AsynchronousExchange(SwarmExchange):
         self.network.run(say(), _ANNOUNCE_S)
 
     def still_needed(self, last: Progress) -> str:
-        """See `SwarmExchange`."""
+        """Return why this peer should stay after the run's end; empty if nobody needs it. See `SwarmExchange`."""
         return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
 
 

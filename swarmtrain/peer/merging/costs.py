@@ -57,7 +57,8 @@ class GossipCosts(MergeCosts):
     """Costs of gossip: publications of the partners, fragment by fragment."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
         merge, gradient_bytes, sizes = run.merge, 4 * num_parameters, publication_sizes(run, num_parameters, others)
         num, sent = min(merge.num_partners, others), pulled_bytes(run, sizes, others)
         num += min(merge.num_weights, others)
@@ -67,7 +68,8 @@ class GossipCosts(MergeCosts):
         return sent, 2 * sent + (num + 2) * gradient_bytes // pieces + whole
 
     def memory_bytes(self, run: RunFile, num_parameters: int, others: int) -> int:
-        """See `MergeCosts`."""
+        """Return the bytes that a volunteer holds of a whole model, without autograd graphs and the program. See
+        `MergeCosts`."""
         return math.ceil(sum(copies(run, num_parameters, others).values()) * num_parameters)
 
 
@@ -75,7 +77,8 @@ class DilocoCosts(MergeCosts):
     """Costs of synchronous rounds: whole pseudo-gradients, or in larger swarms shares of them."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
         gradient_bytes = 4 * num_parameters
         if others + 1 <= run.merge.share_above:
             return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
@@ -87,7 +90,8 @@ class ServerCosts(MergeCosts):
     """Costs of a volunteer with a server: it sends pseudo-gradients and pulls the server's weights."""
 
     def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
-        """See `MergeCosts`."""
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
         sizes = publication_sizes(run, num_parameters, others)
         return sizes.gradient, sizes.both + 3 * 4 * num_parameters
 

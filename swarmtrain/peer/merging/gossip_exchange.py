@@ -191,7 +191,7 @@ class GossipExchange(AsynchronousExchange):
         self.gossip = GossipRunner(engine, puller, swarm.membership, self, swarm.peers.refused, expected_s)
 
     def serving(self) -> Serving:
-        """See `SwarmExchange`."""
+        """Return what this peer serves to others from the moment it enters the swarm. See `SwarmExchange`."""
         gossip = self.gossip
         return Serving(
             publishers=self.publishers,
@@ -204,11 +204,12 @@ class GossipExchange(AsynchronousExchange):
     # ------------------------------------------------------------- the trainer's calls
 
     def hold(self, states: Sequence[OuterState]) -> None:
-        """See `Exchange`."""
+        """Receive each fragment's state before the first round, and again after the weights were taken from others. See
+        `Exchange`."""
         self._states, self._is_held = list(states), True
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """See `Exchange`."""
+        """Return the plan of the next round. See `Exchange`."""
         start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
         self._progress = progress
         others = [info.peer for info in self.swarm.membership.volunteers()]
@@ -259,7 +260,7 @@ class GossipExchange(AsynchronousExchange):
         )
 
     def merged(self, fragment: int, state: OuterState) -> None:
-        """See `Exchange`."""
+        """Receive a fragment's state after its merge. See `Exchange`."""
         self._states[fragment] = state
         self._make_gradients()
         if fragment < len(self._fragments) - 1:
@@ -272,7 +273,7 @@ class GossipExchange(AsynchronousExchange):
             self.network.submit_unhurried(self.gossip.plan(self._progress.round, plans))
 
     def publish(self, contribution: LocalUpdate) -> None:
-        """See `Exchange`."""
+        """Hand over the round's update so far, for others to pull. See `Exchange`."""
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
@@ -446,7 +447,7 @@ class GossipExchange(AsynchronousExchange):
         return self._kept_untrusted(command.group, fragment, held, decode)
 
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
-        """See `Merging`."""
+        """Count what was decoded. See `Merging`."""
         manifest = command.held.snapshot.manifest
         self.swarm.accounting.receive(command.author, manifest.author_tokens)
         self._receive_rows_untrusted(command.author, manifest.coverage)
@@ -479,7 +480,7 @@ class GossipExchange(AsynchronousExchange):
         self.swarm.emit(ClippedEvent(from_peer=peer, rule=incident.rule, detail=incident.detail))
 
     def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
-        """See `Merging`."""
+        """Compute everything of a merge that does not need this peer's own gradient. See `Merging`."""
         plan, fragment = command.plan, command.fragment
         pulled = [each for each in command.pulled if (each.group, fragment) not in self._averaged]
         arrivals = (
@@ -528,7 +529,7 @@ class GossipExchange(AsynchronousExchange):
         if has_own:
             return None  # it keeps its own state; its first merges bring the others' weights
         raise RunTimeError(
-            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+            "no peer delivered the run's current weights; try again in a minute", code="state-not-delivered"
         )
 
     def final_theta(self, own: Tensor) -> Tensor:
@@ -561,20 +562,20 @@ class GossipExchange(AsynchronousExchange):
         return [{name: give() for name, give in each.kept().items()} for each in self._robustness]
 
     def restore(self, extra: Mapping[str, Any]) -> None:
-        """See `SwarmExchange`."""
+        """Restore what a checkpoint kept. See `SwarmExchange`."""
         try:
             if _LEDGER in extra:
                 self.gossip.load(extra[_LEDGER])
             for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:
-            message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
+            message = f"cannot use the checkpoint's record of merges ({error}); some updates may be merged twice"
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
         try:
             if self.swarm.coverage is not None:
                 self.swarm.coverage.restore(extra.get(_COVERAGE))
         except (ValueError, TypeError) as error:
-            message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
+            message = f"cannot use the checkpoint's record of the data ({error}); other peers send it again"
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:

@@ -82,24 +82,25 @@ class SwarmExchange(ABC):
 
     @abstractmethod
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """See `Exchange`."""
+        """Return the plan of the next round. See `Exchange`."""
 
     @abstractmethod
     def publish(self, contribution: LocalUpdate) -> None:
-        """See `Exchange`."""
+        """Hand over the round's update so far, for others to pull. See `Exchange`."""
 
     @abstractmethod
     def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
-        """See `Exchange`."""
+        """Return what arrived for that fragment; wait as long as the merge method says. See `Exchange`."""
 
     def hold(self, states: Sequence[OuterState]) -> None:  # noqa: B027 - most have nothing to do
-        """See `Exchange`."""
+        """Receive each fragment's state before the first round, and again after the weights were taken from others. See
+        `Exchange`."""
 
     def merged(self, fragment: int, state: OuterState) -> None:  # noqa: B027 - most have nothing to do
-        """See `Exchange`."""
+        """Receive a fragment's state after its merge. See `Exchange`."""
 
     def step_done(self, inner_steps_done: int) -> None:
-        """See `Exchange`."""
+        """Note that an inner step is done, so that others can ask for it. See `Exchange`."""
         self.num_steps += 1
         self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
 
@@ -225,7 +226,7 @@ class RosterExchange(SwarmExchange):
         self.archives = ArchiveWatch(self.network, self.swarm, self.stop)
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """See `Exchange`."""
+        """Return the plan of the next round. See `Exchange`."""
         if self._fresh and progress.round == 0:
             self._wait_for_company()
         self._check()
@@ -262,7 +263,7 @@ class RosterExchange(SwarmExchange):
         return min(steps, self._paced(steps_per_s)), is_late
 
     def publish(self, contribution: LocalUpdate) -> None:
-        """See `Exchange`."""
+        """Hand over the round's update so far, for others to pull. See `Exchange`."""
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self.swarm.published.sha256),
             kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT,
@@ -277,7 +278,7 @@ class RosterExchange(SwarmExchange):
         self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
-        """See `Exchange`."""
+        """Return what arrived for that fragment; wait as long as the merge method says. See `Exchange`."""
         assert self._merge is not None
         outcome = wait_for(self._merge, self.stop)
         if not isinstance(outcome, RosterMean):
@@ -313,7 +314,7 @@ class RosterExchange(SwarmExchange):
         return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
 
     async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
-        """See `SwarmExchange`."""
+        """Serve the state and announce it. See `SwarmExchange`."""
         await super()._offer(progress, body)
         if progress.round == 0 and self.run.merge.min_peers > 1:
             self.swarm.rounds.begin(
@@ -339,7 +340,7 @@ class RosterExchange(SwarmExchange):
                     return None
                 case JoinsWith.NOTHING:
                     raise RunTimeError(
-                        "nobody could deliver the run's present state; try again in a minute",
+                        "no peer delivered the run's current weights; try again in a minute",
                         code="state-not-delivered",
                     )
             self.stop.sleep(_TRY_AGAIN_S)

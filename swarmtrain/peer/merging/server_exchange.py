@@ -120,13 +120,13 @@ class ServerExchange(AsynchronousExchange):
         )
 
     def serving(self) -> Serving:
-        """See `SwarmExchange`."""
+        """Return the gradient's publisher and the link that pulls the server's weights."""
         return Serving(publishers={("gradient", 0): self.publisher}, pulling=self.link)
 
     # ------------------------------------------------------------- the trainer's calls
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        """See `Exchange`."""
+        """Return the plan of the next round. See `Exchange`."""
         start = self._enter_round(progress, steps_per_s)
         now = swarm_time()
         self._lasts_s = self._round_s(start.inner_steps, steps_per_s)
@@ -144,14 +144,12 @@ class ServerExchange(AsynchronousExchange):
         silent_s = now - self.link.heard_s
         is_silent = silent_s > max(_LEAST_SILENT_S, _SILENT_ROUNDS * self._lasts_s)
         if is_silent and not self._told_silent:
-            message = (
-                "the server does not answer: going on alone; what is learnt meanwhile is handed in when it is back"
-            )
+            message = "the server does not answer: training on alone; updates are handed in when it is back"
             self.swarm.emit(WarningEvent(message=message, code="server-silent"))
         self._told_silent = is_silent
 
     def publish(self, contribution: LocalUpdate) -> None:
-        """See `Exchange`."""
+        """Hand over the round's update so far, for others to pull. See `Exchange`."""
         self._contribution = contribution
         if not bool(torch.isfinite(contribution.gradient).all()):
             _log.warning("round %d is not uploaded: its gradient is not finite", contribution.round)
@@ -231,7 +229,7 @@ class ServerExchange(AsynchronousExchange):
         if has_own:
             return None
         raise RunTimeError(
-            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+            "no peer delivered the run's current weights; try again in a minute", code="state-not-delivered"
         )
 
     def _fetch(self, peers: Sequence[str], progress: Progress, reason: str) -> Replaced | None:

@@ -177,15 +177,16 @@ class Averaged(OuterUpdate):
     def next_state(
         self, state: OuterState, own: LocalUpdate, fragment: int, constants: OuterConstants, rule: str
     ) -> OuterState:
-        """See `OuterUpdate`."""
+        """Return the state after `state`, given this peer's own update; `rule` is `merge.robust`. See `OuterUpdate`."""
         return outer_step(state, self.gradient, constants)
 
     def next_progress(self, progress: Progress) -> Progress:
-        """See `OuterUpdate`."""
+        """Return the counters after the round that ends with this update. See `OuterUpdate`."""
         return progress.after(self.partners, self.weights, self.roster_sha256)
 
     def told(self, before: Sequence[Self]) -> MergeFields:
-        """See `OuterUpdate`."""
+        """Return the fields of a round's event for this update and for the fragments merged before it in the round. See
+        `OuterUpdate`."""
         return {"partners": self.partners, "weights": self.weights, "signer": self.signer}
 
 
@@ -219,7 +220,7 @@ class _Pulled(OuterUpdate):
     peer_tokens: Mapping[str, int]
 
     def next_progress(self, progress: Progress) -> Progress:
-        """See `OuterUpdate`."""
+        """Return the counters after the round that ends with this update. See `OuterUpdate`."""
         return Progress(round=progress.round + 1, run_tokens=self.run_tokens, peer_tokens=self.peer_tokens)
 
 
@@ -237,7 +238,7 @@ class Gathered(_Pulled):
     def next_state(
         self, state: OuterState, own: LocalUpdate, fragment: int, constants: OuterConstants, rule: str
     ) -> OuterState:
-        """See `OuterUpdate`."""
+        """Return the state after `state`, given this peer's own update; `rule` is `merge.robust`. See `OuterUpdate`."""
         gradient, tokens = own.gradient_of(fragment), own.fragment_rounds[fragment].tokens
         gradients = [gradient, *(arrival.gradient for arrival in self.apart)]
         mean = robust_mean(rule, gradients, [tokens, *(arrival.tokens for arrival in self.apart)])
@@ -246,7 +247,8 @@ class Gathered(_Pulled):
         return gossip_merge(state, self.prepared, gradient, tokens, constants)
 
     def told(self, before: Sequence[Self]) -> MergeFields:
-        """See `OuterUpdate`."""
+        """Return the fields of a round's event for this update and for the fragments merged before it in the round. See
+        `OuterUpdate`."""
         gathered = [*before, self]
         prepared = [each.prepared for each in gathered]
         return {
@@ -301,7 +303,8 @@ class Served(_Pulled):
         return OuterState(self.theta, state.momentum)
 
     def told(self, before: Sequence[Self]) -> MergeFields:
-        """See `OuterUpdate`."""
+        """Return the fields of a round's event for this update and for the fragments merged before it in the round. See
+        `OuterUpdate`."""
         return _pulled(self.merged)
 
 

@@ -196,7 +196,7 @@ class PipelineBootstrap(BootstrapPeer):
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(
                         WarningEvent(
-                            message="the run is over, but nobody delivered its last state", code="last-state-lost"
+                            message="the run is over, but no volunteer delivered its last state", code="last-state-lost"
                         )
                     )
                     return
@@ -376,7 +376,7 @@ class PipelineBootstrap(BootstrapPeer):
             self._tell(archive)
 
     def leave_stages(self) -> None:
-        """See `BootstrapPeer`."""
+        """Say goodbye to those who hold stages, before the run's swarm is left. See `BootstrapPeer`."""
         for archive in self.archives:
             try:
                 self.network.run(archive.swarm.withdraw(1.0), 2.0)

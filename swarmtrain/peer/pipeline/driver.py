@@ -66,7 +66,8 @@ class StageAttempt:
 
 @dataclass(frozen=True)
 class StageResult:
-    """Result of a stage's peer, and its incarnation: a number that is new each time that it takes the stage."""
+    """Value that the peer of a stage computed, and that peer's incarnation in the stage: a number that changes whenever
+    the peer takes the stage anew."""
 
     value: Any
     incarnation: int

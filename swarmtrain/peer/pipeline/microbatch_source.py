@@ -23,21 +23,21 @@ class MicrobatchSource:
 
     @property
     def position(self) -> int:
-        """See `BatchSource`."""
+        """Number of batches drawn since the peer's first one in this run. See `BatchSource`."""
         return self._batches.position
 
     @property
     def num_shards(self) -> int:
-        """See `BatchSource`."""
+        """Number of shards that `use_shard` can choose from; 0 if there are none. See `BatchSource`."""
         return self._batches.num_shards
 
     def use_shard(self, shard: int) -> None:
-        """See `BatchSource`."""
+        """Draw from this shard from now on. See `BatchSource`."""
         with self._lock:
             self._batches.use_shard(shard)
 
     def next_batch(self) -> Tensor:
-        """See `BatchSource`."""
+        """Return the next batch, int64 (B, T + 1). See `BatchSource`."""
         with self._lock:
             return self._batches.next_batch()
 
@@ -56,8 +56,8 @@ class NoBatches:
     position = num_shards = 0
 
     def use_shard(self, shard: int) -> None:
-        """See `BatchSource`."""
+        """Do nothing, since this source has no batches. See `BatchSource`."""
 
     def next_batch(self) -> Tensor:
-        """See `BatchSource`."""
+        """Raise AssertionError, since this source has no batches. See `BatchSource`."""
         raise AssertionError("only the first stage draws batches")

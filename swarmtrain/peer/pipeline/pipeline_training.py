@@ -139,13 +139,13 @@ class PipelineTraining:
 
     @property
     def round(self) -> int:
-        """See `Training`."""
+        """Round that the peer takes part in next. See `Training`."""
         return self._stages.round
 
     # ------------------------------------------------------------- joining
 
     def enter(self) -> None:
-        """See `Training`."""
+        """Answer others and learn who is here; announce nothing of this peer yet. See `Training`."""
         context, swarm = self._context, self.swarm
         swarm.presence.change(place=self._record.place())
         context.control.starting("looking for other peers")
@@ -155,7 +155,8 @@ class PipelineTraining:
         context.control.watch(swarm, stages_pulse(swarm, self._stages), self._stages)
 
     def join(self) -> None:
-        """See `Training`."""
+        """Take the swarm's present weights, if they are preferred to this peer's, and announce this peer. See
+        `Training`."""
         self._context.wait(self.swarm.announce())
         show_invite(self.swarm, self._context.folder, self._context.emit)
         self._assignment.choose()
@@ -205,7 +206,7 @@ class PipelineTraining:
     # ------------------------------------------------------------- the end
 
     def finish(self) -> DoneEvent:
-        """See `Training`."""
+        """Serve on, at the run's end, for those who still need this peer; return the final event. See `Training`."""
         context, give_up_s = self._context, time.monotonic() + _LINGER_S
         context.control.finishing("serving on until the archive has the last weights")
         self._first.stop()
@@ -223,7 +224,8 @@ class PipelineTraining:
         return self._done("total_tokens")
 
     def hand_over(self) -> DoneEvent:
-        """See `Training`."""
+        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final event.
+        See `Training`."""
         context = self._context
         self._first.stop_soon()
         hand_over_stages(context.control, context.network, self._stages.all, context.folder.path)

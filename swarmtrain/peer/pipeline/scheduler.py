@@ -47,7 +47,7 @@ class TellRetries:
     _untold: dict[tuple[int, str], int] = field(default_factory=dict)
 
     def retried(self, sequence: int, stage: int, peer: str, reason: str) -> None:
-        """See `MicrobatchReport`."""
+        """Report that part of a microbatch is asked for again, of the same or another peer. See `MicrobatchReport`."""
         whom, now = (stage, peer), time.monotonic()
         self._untold[whom] = self._untold.get(whom, 0) + 1
         if now >= self._told_s.get(whom, float("-inf")) + _TELL_EVERY_S:
@@ -55,11 +55,11 @@ class TellRetries:
             self.emit(MicrobatchRetryEvent(stage=stage, asked=peer, reason=reason, count=self._untold.pop(whom)))
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """See `MicrobatchReport`."""
+        """Report that a peer gave a wrong answer. See `MicrobatchReport`."""
         self.on_refused(peer, error)
 
     def lost(self, stage: int, peer: str, key: Key, reason: str) -> None:
-        """See `MicrobatchReport`."""
+        """Report that a computed gradient does not count at this stage. See `MicrobatchReport`."""
         self.num_lost += 1
         _log.info(
             "the gradient of microbatch %d does not count at stage %d of %s: %s", key.sequence, stage, peer, reason
@@ -166,13 +166,11 @@ class MicrobatchScheduler:
         """
         if not work.cancelled() and (error := work.exception()) is not None:
             self.failed(
-                Problem(
-                    f"this peer drives no microbatches any more, by a bug of its own: {error!r}; start it again", "bug"
-                )
+                Problem(f"an error of this peer stopped its microbatches: {error!r}; start the peer again", "bug")
             )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(Problem(f"a microbatch failed by an error of this peer: {error!r}; start it again", "bug"))
+            self.failed(Problem(f"an error of this peer lost a microbatch: {error!r}; start the peer again", "bug"))

@@ -111,7 +111,7 @@ class StageServer:
     """Return the seconds that this peer promises `mover` to stay in a stage (0 if it does not), and the reason."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
-        """See `StageAnswers`."""
+        """Check a question before its tensors are read. See `StageAnswers`."""
         queue = self._queue(question)
         tensors = list(question.tensors)
         if question.kind == pb.STAGE_KIND_STAY:
@@ -147,7 +147,7 @@ class StageServer:
     async def answer_untrusted(
         self, caller: str, question: pb.StageQuestion, body: list[bytearray]
     ) -> tuple[pb.StageAnswer, Body]:
-        """See `StageAnswers`."""
+        """Return the answer and its tensors. See `StageAnswers`."""
         queue = self._queue(question)
         if question.kind == pb.STAGE_KIND_STAY:
             stays_s, reason = self.stays_s(caller, question.stage)
@@ -172,7 +172,7 @@ class StageServer:
             raise GoneError("what was computed of it is not finite") from None
 
     def refused(self, peer: str, error: PeerError) -> None:
-        """See `StageAnswers`."""
+        """Report a peer that asks what it must not. See `StageAnswers`."""
         self.on_refused(peer, error)
 
     def _queue(self, question: pb.StageQuestion) -> StageRequestQueue:

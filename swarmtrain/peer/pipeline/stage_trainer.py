@@ -30,7 +30,7 @@ class StageParameters(HostParameters):
         self._work = work
 
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
-        """See `ParameterSource`."""
+        """Set the values from `theta`: a fragment's (Q,), or all (P,). See `ParameterSource`."""
         # Graphs of microbatches under way refer to the present weights, so the merge is written into copies (decision
         # 26).
         self._work.let_go()
@@ -79,5 +79,5 @@ class StageTrainer(InnerLoop):
             self.queue.close()
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """See `InnerLoop`."""
+        """Take one inner step. See `InnerLoop`."""
         return self.loop.step(progress, scale, should_stop)

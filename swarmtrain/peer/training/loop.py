@@ -110,11 +110,11 @@ class InnerLoop(ABC):
 
     @property
     def waited_s(self) -> float:
-        """See `LoopState`."""
+        """Total seconds that steps have waited for other threads to read what they change. See `LoopState`."""
         return self.inner.waited_s
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
-        """See `LoopState`."""
+        """Return what a checkpoint keeps. See `LoopState`."""
         moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
         return LoopCheckpoint(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 
@@ -131,7 +131,7 @@ class InnerLoop(ABC):
         self._has_moments, self.young_steps = True, part.young_steps
 
     def skip(self, num_batches: int) -> None:
-        """See `LoopState`."""
+        """Skip `num_batches` batches that were trained on before. See `LoopState`."""
         for _ in range(num_batches):
             self.batches.next_batch()
 
@@ -141,7 +141,7 @@ class InnerLoop(ABC):
             self.young_steps = 0
 
     def end(self) -> None:
-        """See `LoopState`."""
+        """Release the optimizer's memory: no step follows. See `LoopState`."""
         self.inner.end()
 
 

@@ -146,7 +146,7 @@ class ModelTraining:
 
     @property
     def round(self) -> int:
-        """See `Training`."""
+        """Round that the peer takes part in next. See `Training`."""
         return self.session.progress.round
 
     def resume(self, kept: Checkpoint | None) -> None:
@@ -161,7 +161,7 @@ class ModelTraining:
     # ------------------------------------------------------------- joining
 
     def enter(self) -> None:
-        """See `Training`."""
+        """Answer others and learn who is here; announce nothing of this peer yet. See `Training`."""
         context, swarm = self.context, self.swarm
         context.control.starting("looking for other peers")
         context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
@@ -191,11 +191,12 @@ class ModelTraining:
         if self._had_ended:
             # Nothing to continue alone; `finish` decides what becomes of the model.
             return
-        message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
+        message = "no other peer of this run answers: training on alone from this folder's checkpoint, and trying again"
         context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
-        """See `Training`."""
+        """Take the swarm's present weights, if they are preferred to this peer's, and announce this peer. See
+        `Training`."""
         context, swarm, replica = self.context, self.swarm, self.session.replica
         context.control.starting("fetching the swarm's current weights")
         new = self._take_present()
@@ -236,7 +237,7 @@ class ModelTraining:
     # ------------------------------------------------------------- training
 
     def train(self) -> bool:
-        """See `Training`."""
+        """Train until the run has its tokens (returns True) or this peer must pause (returns False). See `Training`."""
         has_tokens = self.loop.train(self.session) == "total_tokens"
         if not has_tokens or self.context.stop.failure is not None:
             self.context.stop.check()
@@ -280,11 +281,11 @@ class ModelTraining:
     # ------------------------------------------------------------- a pause
 
     def withdraw(self) -> None:
-        """See `Training`."""
+        """Say goodbye to the others for the time of a pause. See `Training`."""
         self.context.wait(self.swarm.withdraw())
 
     def come_back(self) -> None:
-        """See `Training`."""
+        """Rejoin after a pause, as `join` does; it is known by then who is here. See `Training`."""
         self.context.control.starting("resuming after a pause: fetching the swarm's current weights")
         replica = self.session.replica
         if self._take_present() is not None:
@@ -346,10 +347,10 @@ class ModelTraining:
         # In synchronous rounds this peer's state is the run's, so the model is right.
         if self._had_ended and self.swarm.asynchronous:
             message = (
-                "this run had ended, and nobody gives the model that it ended with: the one in "
+                "this run has ended, and no peer gives its final model: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
-            context.emit(WarningEvent(message=message, code="run-had-ended"))
+            context.emit(WarningEvent(message=message, code="no-final-model"))
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:
@@ -358,7 +359,8 @@ class ModelTraining:
         return held_out_loss_of(self.loop.model, self.context.published, self.data.tokenizer, self.context.stop.check)
 
     def hand_over(self) -> DoneEvent:
-        """See `Training`."""
+        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final event.
+        See `Training`."""
         if self.has_joined:
             self.manager.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
@@ -376,6 +378,7 @@ class ModelTraining:
         )
 
     def leave(self) -> None:
-        """See `Training`."""
+        """Say goodbye, end the network, and finish what is being written; within some seconds, whatever happens. See
+        `Training`."""
         leave_swarm(self.context.network, self.swarm, self.context.node)
         self.manager.close()

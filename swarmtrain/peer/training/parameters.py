@@ -81,22 +81,24 @@ class HostParameters(ParameterSource):
         return list(self.named.values())
 
     def read(self) -> Tensor:
-        """See `ParameterSource`."""
+        """Return the values as a new vector (P,) fp32 in main memory. See `ParameterSource`."""
         return flatten(self._tensors)
 
     def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
-        """See `ParameterSource`."""
+        """Lend a fragment's present values, from which other threads compute the pseudo-gradient: `theta` (Q,) minus
+        the values. See `ParameterSource`."""
         lent = self._lent[fragment.tensors] = LentWeights(theta, fragment.pick(self._tensors))
         return lent
 
     def take_back(self) -> None:
-        """See `ParameterSource`."""
+        """End all loans before the values change: compute each difference that nobody has computed yet. See
+        `ParameterSource`."""
         for one in self._lent.values():
             one.gradient()
         self._lent = {}
 
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
-        """See `ParameterSource`."""
+        """Set the values from `theta`: a fragment's (Q,), or all (P,). See `ParameterSource`."""
         tensors = self._tensors
         if fragment is None:
             self.take_back()

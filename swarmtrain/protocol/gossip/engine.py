@@ -192,11 +192,12 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return self._others.back_off.has_banned(peer)
 
     def merged_version(self, fragment: int, peer: str) -> PublicationVersion | None:
-        """Return up to where the pseudo-gradients of `peer` were merged; None if none was."""
+        """Return the version up to which the pseudo-gradients of `peer` are merged; None if none is."""
         return self._states[fragment].merged.ledger.version(peer)
 
     def pulled_version(self, fragment: int, peer: str) -> PublicationVersion | None:
-        """Return up to where the pseudo-gradients of `peer` that wait to be merged go; None without any."""
+        """Return the version of the newest pulled pseudo-gradient of `peer` that waits to be merged; None if there is
+        none."""
         pulled, rules = self._states[fragment].received.pulled, self._settings.groups
         here = [each.version for each in pulled if each.peer == peer and rules[each.group] == "outer step"]
         return here[-1] if here else None

@@ -319,8 +319,8 @@ class Ledger:
         return rows
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the ledger from `rows`; no pseudo-gradient is held then. Raise ValueError, changing nothing, for
-        other rows."""
+        """Restore the ledger from rows that `rows` returned. No pseudo-gradients are held afterwards, since a
+        checkpoint does not keep them. Raise ValueError, changing nothing, if a row is malformed."""
         versions, adopted, forgotten_round = dict[str, PublicationVersion](), dict[str, Place](), -1
         for row in rows:
             match row:
@@ -548,7 +548,8 @@ class Partners:
     ) -> tuple[str | None, str]:
         """Choose the next peer to ask, or None, and return it with the reason.
 
-        `candidates`: all live others, without this peer; `exclude`: those already asked in this round; `first`: those
+        `candidates`: all live others, without this peer; `exclude`: those not to ask now (see `OpenPulls.not_now`:
+        what they have is here or on its way, they had nothing new lately, or they failed in this round); `first`: those
         to prefer; `new_tokens`: the ledger's answer for each candidate, if it has been asked already. Bans count while
         at least one of all `candidates` is free of them.
         """

@@ -210,7 +210,7 @@ def anchor(mover: str, peers: Iterable[StagePeer], stage: int, now: float, rule:
 
 
 def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
-    """Return what this peer should do by the records that it sees; with the reason."""
+    """Return (the change that peer `me` should make, or None; the reason), judged by the records in `peers`."""
     found, reason = changes(peers, now, rule)
     mine = next((change for change in found if change.peer == me), None)
     if mine is not None:

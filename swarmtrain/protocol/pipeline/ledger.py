@@ -168,7 +168,7 @@ class Forget:
 
 
 Due: TypeAlias = TakeStep | Subtract | Add | Discard | Forget
-"""Work that the peer must do besides the parts that drivers ask for."""
+"""Work that the ledger asks the peer to do, besides the forwards, backwards and tails that drivers ask for."""
 
 
 @dataclass

@@ -304,12 +304,13 @@ class Router:
                 self._load(peer, each, 0.0)
 
     def failed(self, peer: str, now: float, took_s: float, tokens: float, reason: str) -> str:
-        """Record that a peer was unreachable or sent something wrong. Return what follows, in words."""
+        """Record that a peer was unreachable or sent something wrong. Return the consequence in words, for the log."""
         known = self._ended(peer, tokens)
         return "it is not in the stage any more" if known is None else self._ban(known, now, took_s, reason)
 
     def refused_busy(self, peer: str, now: float, tokens: float) -> str:
-        """Record that a peer's queue is full: no failure, but a short pause. Return what follows, in words."""
+        """Record that a peer's queue is full, which pauses the peer briefly and is no failure. Return the consequence
+        in words, for the log."""
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"

@@ -106,5 +106,5 @@ class StageLeases:
         return True, f"{short_peer(lease.request.anchor)} stays in stage {stage}"
 
     def over(self, stage: int) -> None:
-        """Record that this peer has left the stage or does not want to leave it any more."""
+        """End the attempt to leave `stage`: this peer has left it, or wants to stay after all."""
         self._leaving.pop(stage, None)

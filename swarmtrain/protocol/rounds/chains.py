@@ -396,7 +396,7 @@ class Chains(Generic[Link]):
 
     @property
     def shown(self) -> dict[str, Chain]:
-        """Chains that others have shown, by the digest of the head."""
+        """Chains that other peers have sent, keyed by the digest of the chain's last roster."""
         return {digest: one.chain for digest, one in self._shown.items()}
 
     def lacks(self, roster: Roster | None) -> bool:

@@ -56,7 +56,7 @@ class PeerReply(Generic[Envelope, Link]):
     away: bool = False
     """True if the peer has said goodbye."""
     last: SignedRoster[Envelope] | None = None
-    """Roster that it applied last; None if this peer has it already."""
+    """Roster that the replying peer applied last; None if the asking peer has it already."""
     publication: RoundPublication | None = None
     roster: SignedRoster[Envelope] | None = None
     shown: ShownChain[Link] | None = None

@@ -37,12 +37,12 @@ class _Hostile(LearningPeer):
     copied: LearningPeer | None = None
 
     def begin(self) -> None:
-        """See `LearningPeer`."""
+        """Begin a round: schedule its publications, merges and end. See `LearningPeer`."""
         self.copied = random.Random(f"{self.name} {self.round}").choice(self.world.honest)
         super().begin()
 
     def begins(self, fragment: LearningFragment, round: int) -> None:
-        """See `LearningPeer`."""
+        """Begin a round of a fragment by publishing its weights. See `LearningPeer`."""
         fragment.begins(round, self.spoilt_weights(fragment.number, self.trainer.state_of(fragment.number).theta))
 
     def train_to(self, moment: int) -> None:
@@ -95,7 +95,7 @@ class _Hostile(LearningPeer):
         return self.world.setting.run.max_round_tokens - self.start.num_parts + part
 
     def tells(self, part: int, tokens: int) -> None:
-        """See `LearningPeer`."""
+        """Announce the last part published and its tokens; with the attack "tokens", claim more. See `LearningPeer`."""
         lies = part and self.world.setting.hostile.kind == "tokens"
         super().tells(part, self.most_tokens(part) if lies else tokens)
 
@@ -139,20 +139,20 @@ class HostileWorld(LearningWorld):
     """Number of incidents, by whether the named peer is hostile."""
 
     def peer(self, number: int) -> LearningPeer:
-        """See `LearningWorld`."""
+        """Return a new volunteer. See `LearningWorld`."""
         return _Hostile(self, number) if number >= self.setting.num_honest else LearningPeer(self, number)
 
     def told(self, peer: str, incident: ClipIncident) -> None:
-        """See `LearningWorld`."""
+        """Hook, called when a publication of `peer` was cut or refused. See `LearningWorld`."""
         self.named[self.by_name[peer].number >= self.setting.num_honest] += 1
 
     def finished(self, peer: LearningPeer) -> None:
-        """See `LearningWorld`."""
+        """Note that the last round of `peer` is over. See `LearningWorld`."""
         if peer.number < self.setting.num_honest:
             super().finished(peer)
 
     def outcome(self) -> RunOutcome:
-        """See `LearningWorld`."""
+        """Return the results. See `LearningWorld`."""
         return dataclasses.replace(super().outcome(), named_hostile=self.named[True], named_honest=self.named[False])
 
 

@@ -32,7 +32,7 @@ __all__ = ["Call", "DrivenPeer", "DriverReport", "DrivingGround", "StageDriver"]
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """Question of a driver on its way."""
+    """Driver's call to a stage, under way in the simulated network."""
 
     driver: StageDriver
     ask: AskStage
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class DriverReport:
-    """Settlement of a driver on its way: which of its microbatches count."""
+    """Driver's settlement, under way in the simulated network: which of its microbatches count."""
 
     driver: StageDriver
     call: int
@@ -49,39 +49,39 @@ class DriverReport:
 
 
 class DrivenPeer(NetworkPlace, Protocol):
-    """Peer that drivers ask."""
+    """Simulated peer of a stage, as drivers see it: it receives their calls and settlements."""
 
     def arrive(self, call: Call) -> None:
-        """Take a question."""
+        """Receive a driver's call."""
 
     def settle(self, told: DriverReport) -> None:
-        """Take a driver's settlement."""
+        """Receive a driver's settlement."""
 
 
 class DrivingGround(Ground, Protocol):
-    """World around a driver."""
+    """Simulated world, as a driver sees it."""
 
     num_late: int
 
     def whom(self, name: str) -> DrivenPeer:
-        """Return the peer of this name as calls find it, also if it is gone."""
+        """Return the peer of this name, also if it has left the swarm."""
 
     def finished(self, tokens: float) -> None:
-        """Count a microbatch that has passed all stages and is back."""
+        """Count the tokens of a microbatch that has passed all stages and is back."""
 
 
 class Drives(DrivenPeer, Protocol):
-    """Peer that drives."""
+    """Simulated peer that can be a driver itself."""
 
     rng: random.Random
 
     @property
     def world(self) -> DrivingGround:
-        """World around it."""
+        """Simulated world that the peer belongs to."""
 
     @property
     def works(self) -> bool:
-        """True unless it is off or hangs."""
+        """True unless the peer is switched off or hangs."""
 
 
 class StageDriver:

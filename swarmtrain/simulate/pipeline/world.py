@@ -169,7 +169,7 @@ class PipelineWorld(MessageFaults):
             self.peers[name].link = SimulatedLink(latency_s=at_first_s if latency_s is None else latency_s)
 
     def whom(self, name: str) -> StageVolunteer:
-        """Return the peer of this name as calls find it, also if it is gone."""
+        """Return the peer of this name, also if it has left the swarm."""
         return self.peers.get(name) or self.ghosts[name]
 
     # ------------------------------------------------------------------ records

@@ -643,7 +643,7 @@ class _Watch(ArchiveSchedule):
         self.clock = clock
 
     def refuse(self, now: float) -> bool:
-        """See `ArchiveSchedule`."""
+        """Return whether to refuse such a state now, by the simulated clock. See `ArchiveSchedule`."""
         return super().refuse(self.clock.now)
 
 

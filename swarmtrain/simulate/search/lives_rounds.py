@@ -75,7 +75,7 @@ class _Membership:
         return getattr(self._of, name)
 
     def heard(self, peer: str, now: float, **advertised: int) -> None:
-        """See `Membership`."""
+        """Record that `peer` answered a call: it is alive, and may have said how far it is. See `Membership`."""
         self._of.heard(peer, self._clock.now, **advertised)
 
 
@@ -102,7 +102,7 @@ class _States:
         self._process = process
 
     async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
-        """See `StateSource`."""
+        """Ask a peer for its state; pull none of its bytes yet. See `StateSource`."""
         there = self._process.world.by_id(source)
         if there not in self._process.neighbours() or there.offered is None:
             return None

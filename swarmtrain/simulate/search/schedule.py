@@ -30,7 +30,8 @@ class ScheduledFault:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultSchedule:
-    """Schedule that `play` runs: `speeds` has a number per peer, `options` what differs from the usual settings."""
+    """Small swarm with faults at given times, as `play` runs it. `speeds` has one number per peer; `options` has the
+    settings that differ from their defaults."""
 
     world: WorldKind
     speeds: tuple[float, ...]
