@@ -67,7 +67,7 @@ class LearningFragment:
         self.newest = Published(version, gradient, self.sizes[format].gradient, format)
 
     def newer(self, group: GroupName, known: PublicationVersion | None) -> Published | None:
-        """Return the newest publication of a section; None if the reader has it."""
+        """Return the newest publication of a tensor group; None if the reader has it."""
         found = self.weights if group in self.codec.averaged else self.newest
         if found is None or (
             known is not None and (found.version.round, found.version.part) <= (known.round, known.part)

@@ -584,7 +584,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
             {group: PublicationQuery(group, fragment) for group in GROUPS}
             for fragment in range(self.settings.num_fragments)
         ]
-        """All possible queries, by fragment and section."""
+        """All possible queries, by fragment and tensor group."""
         self.board: dict[str, AdvertisedRecord] = {}
         """Records stored in the DHT."""
         self.names: list[str] = []

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 GROUPS = rules_of(groups_of((), "fp32", ("fp32",)))
-"""Sections of a publication and the rule by which each is merged: a number each, in place of tensors."""
+"""Tensor groups of a publication and the rule by which each is merged: a number each, in place of tensors."""
 WEIGHTS, GRADIENT = GROUPS
 
 
@@ -94,7 +94,7 @@ class SimulatedGossipSettings:
         return PublicationBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
 
     def group_bytes(self, group: GroupName) -> int:
-        """Return the bytes of one fragment's section."""
+        """Return the bytes of one fragment's tensor group."""
         return self.fragment_sizes.weights if group == WEIGHTS else self.fragment_sizes.gradient
 
 
@@ -106,7 +106,7 @@ class SimulatedPublication:
     """
 
     group: GroupName
-    """Section that is pulled."""
+    """Tensor group that is pulled."""
     peer: str
     version: PublicationVersion
     theta: float
@@ -123,7 +123,7 @@ class SimulatedPublication:
 
 
 class PublicationQuery(NamedTuple):
-    """Query for a peer's newest publication of a section."""
+    """Query for a peer's newest publication of a tensor group."""
 
     group: GroupName
     fragment: int
