@@ -77,7 +77,7 @@ class DataCoverage:
     spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
     """Returns whether a refusal must not be reported yet."""
     shard: int | None = None
-    """Shard that this peer trains on now; None before the first round."""
+    """Shard that this peer trains on now; None if none was chosen yet."""
     _counted: int = 0
     _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _coverage: Coverage = field(init=False)

@@ -121,7 +121,7 @@ class RoundRunner:
 
     @property
     def waiting_for(self) -> str:
-        """What the engine waits for, in words; empty if for nothing. See `RoundEngine`."""
+        """Reason why the engine waits; empty if it does not. See `RoundEngine`."""
         return self.engine.waiting_for
 
     @property

@@ -255,8 +255,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- looking whether a pull is due
 
     def _look(self, now: float) -> None:
-        """Begin the pulls that are due: as many as should have begun by now, counting those that failed as not
-        begun."""
+        """Begin the pulls that are due, and others in place of pulls that failed."""
         self._schedule.looks()
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:

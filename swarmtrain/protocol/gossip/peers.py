@@ -55,7 +55,7 @@ class OtherPeers:
         return is_other_number
 
     def enter_round(self, round: int) -> None:
-        """Record that this peer is in that round."""
+        """Record the round that this peer is in."""
         if round != self.round:
             self.round, self._reference = round, None
 

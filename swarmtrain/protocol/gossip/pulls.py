@@ -238,9 +238,9 @@ def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_p
 
 
 def ahead_rounds(theirs_began_s: float | None, began_s: float, ends_s: float) -> float:
-    """Return how much later than this peer's another's round began, in rounds of this peer, from 0 to 1.
+    """Return by how much another peer's round began later than this peer's, in rounds of this peer, from 0 to 1.
 
-    0 if the other's beginning is unknown.
+    0 if the other's start is unknown.
     """
     if theirs_began_s is None:
         return 0.0

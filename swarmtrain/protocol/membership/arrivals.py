@@ -40,7 +40,7 @@ class Arrivals:
         self._own_s = now
 
     def spares(self, peer: str, rule: str, detail: str, now: float) -> bool:
-        """Return whether nobody is named yet for breaking `rule`.
+        """Return whether breaking `rule` is not reported yet.
 
         That is so if this peer, `peer`, or a peer that `detail` mentions has arrived recently.
         """
