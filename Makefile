@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # Two stamps: what a run needs, and what a developer needs on top of it.
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+COMPILED := $(VENV)/.compiled
 GRPCIO_TOOLS := 1.67.1
 # Tests without processes are shared out to a process a core. Those with processes of a swarm need the cores themselves.
 SHARED := --numprocesses logical --maxprocesses 4 --dist worksteal
@@ -49,12 +50,15 @@ check: $(DEV)  ## style, types and the tests in virtual time: whatever starts no
 	@said=$$(mktemp); (nice $(MAKE) --no-print-directory lint >$$said 2>&1; code=$$?; cat $$said; rm $$said; exit $$code) & lint=$$!; \
 	$(MAKE) --no-print-directory test-virtual; code=$$?; wait $$lint && exit $$code
 
-# In a fresh clone each process that shares the tests would compile all of them: once is enough.
-test-virtual: $(DEV)  ## units, and whole runs in virtual time
+# In a fresh clone each process that shares the tests would compile all of them, and torch: once is enough.
+$(COMPILED): $(DEV)
 	@$(BIN)/python -m pytest --collect-only --quiet >/dev/null 2>&1 || true
+	@touch $@
+
+test-virtual: $(COMPILED)  ## units, and whole runs in virtual time
 	$(BIN)/python -m pytest $(VIRTUAL)
 
-test-unit: $(DEV)  ## the tests that play no whole run: a minute
+test-unit: $(COMPILED)  ## the tests that play no whole run: a minute
 	$(BIN)/python -m pytest $(UNIT)
 
 test-processes: $(DEV)  ## swarms of real processes, those that take long left out

@@ -149,7 +149,7 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
             raise UserError(
-                f"faults.who: {unknown[0]} is nobody's name here; there are {', '.join(names)}",
+                f"faults.who: no volunteer is called {unknown[0]}; there are {', '.join(names)}",
                 code="no-such-volunteer",
             )
         if not fault.who and fault.number > len(names):

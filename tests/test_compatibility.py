@@ -1,4 +1,4 @@
-"""The protocol's number: whoever changes the wire looks at it, and who is too old or too new is told which version."""
+"""Protocol number: changes of the wire must consider it, and a peer too old or too new is told which version to use."""
 
 from __future__ import annotations
 
@@ -51,6 +51,41 @@ def test_whoever_changes_the_wire_looks_at_the_number() -> None:
         "swarmtrain/compatibility.py whether a number rises and whether a key goes into KEYS_SINCE; then set "
         f'WIRE_SHA256 = "{digest.hexdigest()}"'
     )
+
+
+VALUES_OF_PROTOCOL_1 = {
+    "model.tokenizer": "bytes bpe",
+    "data.source": "python-stdlib text jsonl datasets",
+    "merge.method": "gossip diloco server PACKAGE:METHOD",
+    "merge.init": "common own",
+    "merge.partners": "uniform freshest longest-unmerged random-permutation",
+    "merge.theta_format": "fp32 bf16 int8 int4",
+    "merge.gradient_format": "auto fp32 bf16 int8 int4 int2",
+    "merge.robust": "none clip direction trimmed flag PACKAGE:RULE",
+    "pipeline.activations": "fp32 bf16 int8",
+    "pipeline.wiring": "round-robin least-completion",
+    "pipeline.balance": "rates queues none",
+}
+"""Values of each key that takes one of a few. This never grows: later values go into `KEYS_SINCE`."""
+
+
+def test_each_value_of_a_key_has_the_protocol_that_it_came_with() -> None:
+    """Older peers refuse a value that they do not know: a run that uses it must ask them to update.
+
+    That the description of a key lists all its values is checked in `test_docs.py`.
+    """
+    for name, section in RunFile.model_fields.items():
+        for key, field in section_fields(section.annotation).items():
+            where, (_, *items) = f"{name}.{key}", (field.description or "").split("\n")
+            first = VALUES_OF_PROTOCOL_1.get(where, "").split()
+            values = [item.split('"')[1] for item in items]
+            assert where in KEYS_SINCE or set(first) <= set(values), f"{where} has lost a value of protocol 1"
+            for value in values:
+                since = {where, f"{where}={value}"} & set(KEYS_SINCE)
+                assert (value in first) != bool(since), (
+                    f'{where} = "{value}": add "{where}={value}" to KEYS_SINCE in swarmtrain/compatibility.py, with '
+                    "the protocol that it came with"
+                )
 
 
 def test_the_numbers_fit_each_other() -> None:
@@ -129,7 +164,7 @@ class _Node:
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Callable[[], Any]:
-    """A newcomer that greets two peers: BOB, who answers with `fields`, and nobody else."""
+    """Let a newcomer look up the run; the only peer, BOB, answers with `fields`."""
 
     class Calls:
         def __init__(self, node: object, run_sha256: str) -> None: ...

@@ -1,4 +1,4 @@
-"""The generated pages are what their generator writes, and links between pages lead somewhere."""
+"""Generated pages are what their generator writes, and links between pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def test_each_value_of_a_key_is_an_item_of_a_list(section: str) -> None:
         assert len(listed) == len(items), f"{section}.{key}"
         if get_origin(field.annotation) is Literal:
             assert sorted(listed) == sorted(get_args(field.annotation)), f"{section}.{key}"
+        elif isinstance(field.json_schema_extra, dict) and (allowed := field.json_schema_extra.get("allowed")):
+            assert sorted(listed) == sorted(re.findall(r'"([^"]+)"', str(allowed))), f"{section}.{key}"
 
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -34,7 +34,7 @@ import click
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.cli.option_errors import OptionError, OptionsError
-from swarmtrain.errors import ClockError, SwarmtrainError
+from swarmtrain.errors import ClockError, SwarmtrainError, with_code
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _wrong_with_address(text: str) -> str:
             return f"has no port; write [{text.strip('[]')}]:31337"
     if re.fullmatch(r"[0-9A-Za-z_.-]+", host if colon and not port else text):
         return f"has no port; write HOST:PORT, such as {host if colon else text}:31337"
-    return f"is no address; {forms}"
+    return f"is not an address; {forms}"
 
 
 def limit(parser: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -182,7 +182,7 @@ def _tcp_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z_.-]*):(\d{1,5})", value)
     if match is None or int(match[2]) > _MAX_PORT:
         raise OptionError(
-            f"{value!r} is no address; write HOST:PORT, [IPv6]:PORT or :PORT (this machine only), such as :7000",
+            f"{value!r} is not an address; write HOST:PORT, [IPv6]:PORT or :PORT (this machine only), such as :7000",
             ctx,
             param,
             code="bad-address",
@@ -200,7 +200,7 @@ def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
         near = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:32]
         such = f"; write {near}, say" if near else ""
         raise OptionError(
-            f"{value!r} is no name; allowed: up to 32 letters a to z, digits, dots, hyphens and underscores, a letter or "
+            f"{value!r} is not a name; allowed: up to 32 letters a to z, digits, dots, hyphens and underscores, a letter or "
             f"digit first{such}",
             ctx,
             param,
@@ -212,7 +212,7 @@ def peer_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
     """Reject nan, which click's ranges let pass."""
     if value is not None and value != value:
-        raise OptionError("nan is no number; write one, such as 10", ctx, param, code="not-a-number")
+        raise OptionError("nan is not a number; write one, such as 10", ctx, param, code="not-a-number")
     return value
 
 
@@ -366,7 +366,7 @@ def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
     except ClockError as error:
         if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
-        click.echo(f"warning: {error}", err=True)
+        click.echo(with_code(f"warning: {error}", error.code), err=True)
         with options.stop.before_it_begins():
             goes_by_theirs = click.confirm("Go by their clock?", default=False, err=True)
         if not goes_by_theirs:

@@ -48,7 +48,9 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
             f"{text}: {error.strerror}; give a file that can be read with --text", code="file-unreadable"
         ) from None
     if len(data) < 2:
-        raise UserError(f"{text or model}: no text to measure on; give one with --text FILE", code="no-text")
+        raise UserError(
+            f"{text or model}: has no text to measure the loss on; give one with --text FILE", code="no-text"
+        )
     section = exported.model.section
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
     use_threads(threads or useful_threads(exported.model))

@@ -52,7 +52,7 @@ def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text
 
     if not prompt:
-        raise UserError("an empty prompt: give at least one character with --prompt", code="empty-prompt")
+        raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
     with long_work("writing", tokens, "tokens") as advance:
         text = sample_text(model, prompt, Sampling(tokens, temperature, seed, threads or 0), advance)
     click.echo(text)

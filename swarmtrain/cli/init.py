@@ -38,7 +38,7 @@ def command(path: Path, name: str) -> None:
             file.write(text)
     except FileExistsError:
         raise UserError(
-            f"{path}: is there already, and stays as it is; give another PATH", code="file-exists"
+            f"{path}: already exists, and is not overwritten; give another PATH", code="file-exists"
         ) from None
     except OSError as error:
         raise UserError(

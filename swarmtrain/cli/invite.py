@@ -41,10 +41,12 @@ def command(directory: Path | None, as_json: bool) -> None:
     if not found:
         if directory is not None:
             raise UserError(
-                f"no running peer in {directory}; start it again, or give the folder of one that runs",
+                f"no peer runs in {directory}; start it again, or give the folder of one that runs",
                 code="peer-not-running",
             )
-        raise UserError("no running peer of this user in the usual folders; give its --dir", code="peer-not-running")
+        raise UserError(
+            "no peer of this user runs in the usual folders; give its folder with --dir", code="peer-not-running"
+        )
     for folder, line in found.items():
         status, words = LocalPeer(folder=folder).last(), ""
         with contextlib.suppress(InviteError):  # of a peer of another version

@@ -47,7 +47,7 @@ def _stages(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
         return tuple(sorted({int(part) for part in value.split(",") if part}))
     except ValueError:
         raise OptionError(
-            f"{value} is no list of stages; write their numbers, such as 0,1", ctx, param, code="bad-stages"
+            f"{value} is not a list of stages; write their numbers, such as 0,1", ctx, param, code="bad-stages"
         ) from None
 
 
@@ -229,7 +229,7 @@ def _of_folder(directory: Path) -> Invite:
     kept = folder.kept_run()
     if kept is None:
         raise UserError(
-            f"there is no run in {directory} to go on with: give the invite, or its folder with --dir",
+            f"{directory} has no run to continue; give the invite, or the run's folder with --dir",
             code="nothing-to-resume",
         )
     return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
@@ -282,7 +282,7 @@ def _stopped(folder: Path) -> Path | None:
     if ours and not free:
         running = ", ".join(str(path) for path in ours)
         raise UserError(
-            f"every volunteer of this user runs already ({running}): give an invite to start one more",
+            f"all volunteers of this user are running ({running}); give an invite to start another",
             code="all-volunteers-run",
         )
     if free and (len(ours) > 1 or free[0] != folder):

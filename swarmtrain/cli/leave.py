@@ -110,7 +110,7 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
     while _lives(peer, process):
         if time.monotonic() > give_up_s:
             raise RunTimeError(
-                f"it was told to end and has not after {END_LIMIT_S:.0f} s; `swarmtrain status` shows what it does",
+                f"the peer has not ended {END_LIMIT_S:.0f} s after it was told to; `swarmtrain status` shows what it does",
                 code="still-ending",
             )
         pause.wait(_LOOK_EVERY_S)

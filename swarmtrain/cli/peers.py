@@ -259,7 +259,7 @@ def _candidates(which: WhichPeer) -> tuple[list[LocalPeer], str]:
     try:
         if which.directory is not None and not home.is_dir():
             raise UserError(
-                f"{home} is no folder; give a peer's, or one with several of them, with --dir", code="no-such-folder"
+                f"{home} is not a folder; give a peer's, or one with several of them, with --dir", code="no-such-folder"
             )
         peers = [LocalPeer(folder=home)] if _is_peer_folder(home) else known_peers(home)
         peers = _once([*peers, *_listed_running()]) if which.directory is None else peers
@@ -360,9 +360,7 @@ def in_words(error: Any, peer: LocalPeer) -> SwarmtrainError:
         )
     if code in ("UNAVAILABLE", "CANCELLED"):
         if "permission denied" in details.lower():
-            return ForeignError(
-                f"{name} may not be asked: it runs as another user; ask as that user", code="other-user"
-            )
+            return ForeignError(f"{name} runs as another user; ask as that user", code="other-user")
         if peer.folder is None:
             reason = details or "the connection broke"
             return NoAnswerError(

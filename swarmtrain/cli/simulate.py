@@ -70,7 +70,7 @@ def command(
         _check_plot(plot, loaded)
     if json_file is not None and not json_file.parent.is_dir():
         raise OptionsError(
-            f"--json {json_file}: there is no folder {json_file.parent}; make it first", code="no-such-folder"
+            f"--json {json_file}: there is no folder {json_file.parent}; create it first", code="no-such-folder"
         )
     from swarmtrain.simulate.comparison import (
         compare,
@@ -130,7 +130,7 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
     if path.suffix not in (".png", ".svg"):
         raise OptionsError(f"--plot {path}: its name must end with .png or .svg", code="bad-plot-name")
     if not path.parent.is_dir():
-        raise OptionsError(f"--plot {path}: there is no folder {path.parent}; make it first", code="no-such-folder")
+        raise OptionsError(f"--plot {path}: there is no folder {path.parent}; create it first", code="no-such-folder")
     if not scenario.scenario.curve_points:
         raise OptionsError("--plot needs curves: set scenario.curve_points in the scenario, 20 say", code="no-curves")
     if importlib.util.find_spec("matplotlib") is None:

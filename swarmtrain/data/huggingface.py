@@ -220,7 +220,7 @@ def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file that is not its own ({named[:200]!r}); it is not '
+                f'data.dataset: "{section.dataset}" names a file outside itself ({named[:200]!r}); it is not '
                 "read: take another, and tell who invited you",
                 code="dataset-foreign-file",
             )
@@ -244,15 +244,15 @@ def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path)
     if not formats or formats[0] not in _FORMATS:
         found = formats[0] if formats else "code of its own"
         raise RunFileError(
-            f'data.dataset: "{section.dataset}" could not be had as text files from where it is (the library would '
-            f"read it by: {found}); allowed: {', '.join(_FORMATS)}",
+            f'data.dataset: "{section.dataset}" cannot be read as text files of its own (the library would read '
+            f"it by: {found}); allowed: {', '.join(_FORMATS)}",
             code="dataset-format",
         )
     files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
     for file in files:
         if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file that is not its own ({file[:200]!r}); it is not read: '
+                f'data.dataset: "{section.dataset}" names a file outside itself ({file[:200]!r}); it is not read: '
                 "take another, and tell who invited you",
                 code="dataset-foreign-file",
             )

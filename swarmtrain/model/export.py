@@ -129,7 +129,7 @@ def _read(folder: Path) -> dict[str, bytes]:
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise UserError(
-            f"{folder}: no exported model here ({missing} is missing); {_instead(folder)}", code="no-model"
+            f"{folder}: has no exported model ({missing} is missing); {_instead(folder)}", code="no-model"
         ) from None
     except OSError as error:
         raise UserError(

@@ -373,7 +373,7 @@ def export_stages(
     others = sorted(path.name for path in _in_folder(folder) if path.name not in written)
     if others:  # such as the tokenizer of the checkpoint that it comes from
         raise UserError(
-            f"{_shown(folder)} holds {one_line(others[0])} too, which would be lost; give a new folder",
+            f"{_shown(folder)} holds {one_line(others[0])} too, which the export would delete; give a new folder",
             code="folder-not-empty",
         )
     write_whole(folder, written)

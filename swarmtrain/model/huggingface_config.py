@@ -309,7 +309,7 @@ def _parsed(path: Path) -> dict[str, Any]:
             f"{origin}: not JSON: {one_line(str(error))}; give a model's config.json", code="not-a-config"
         ) from None
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: no JSON object; give a model's config.json", code="not-a-config")
+        raise UserError(f"{origin}: not a JSON object; give a model's config.json", code="not-a-config")
     return data
 
 

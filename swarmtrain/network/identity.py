@@ -91,9 +91,7 @@ def load_or_create_identity(path: Path) -> Identity:
         ) from None
     seed = data[len(_KEY_PREFIX) :][:32]
     if len(seed) != 32 or new_identity(seed).key_file() != data:
-        raise UserError(
-            f"{path} is not an identity of swarmtrain; move it away to get a new one", code="not-an-identity"
-        )
+        raise UserError(f"{path} is not a swarmtrain identity; move it away to get a new one", code="not-an-identity")
     return new_identity(seed)
 
 

@@ -274,8 +274,8 @@ class _Bootstrap(BootstrapPeer):
                 server.restore(kept)
             except (ValueError, TypeError) as error:
                 raise RunTimeError(
-                    f"the newest checkpoint in {self.folder.path} cannot be gone on from: {error}; remove it, and the "
-                    "one before it is taken",
+                    f"cannot continue from the newest checkpoint in {self.folder.path}: {error}; remove it to take the "
+                    "one before",
                     code="checkpoint-unusable",
                 ) from None
         return server
@@ -325,7 +325,9 @@ class _Bootstrap(BootstrapPeer):
                 end_seen_s = min(end_seen_s, time.monotonic()) if min(told) >= total else math.inf
             if time.monotonic() > end_seen_s + LINGER_S:
                 self.emit(
-                    WarningEvent(message="the run is over, but nobody delivered its last state", code="last-state-lost")
+                    WarningEvent(
+                        message="the run is over, but no volunteer delivered its last state", code="last-state-lost"
+                    )
                 )
                 return
             last = newest >= total

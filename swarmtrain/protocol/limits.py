@@ -120,10 +120,16 @@ def parse_size(text: str) -> int:
     says what is allowed."""
     if text.strip().lower() in ("none", "0"):
         return 0
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
+    match = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,12}))?\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    num_bytes = 0
+    if match is not None:
+        decimals = match[2] or ""
+        unit = (1024 if match[4] else 1000) ** ("kmgt".index(match[3].lower()) + 1)
+        # In integers: by a float's product every hundredth size would lose a byte.
+        num_bytes = int(match[1] + decimals) * unit // 10 ** len(decimals)
+    if not num_bytes:
         raise ValueError(f"{text!r} is no size; write it like 4GB, 500MB or 1.5GiB, or none")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1))
+    return num_bytes
 
 
 def size_of_limit(num_bytes: int) -> str:
@@ -132,12 +138,13 @@ def size_of_limit(num_bytes: int) -> str:
 
 
 def exact_size(num_bytes: int) -> str:
-    """Return a limit that `parse_size` reads back to within a byte below a terabyte, and approximately above."""
+    """Return a limit that `parse_size` reads back to the byte."""
     short = size_of_limit(num_bytes)
     with contextlib.suppress(ValueError):  # "500B", "2PB"
         if parse_size(short) == num_bytes:
             return short
-    return f"{num_bytes / 1e3:.3f}kB" if num_bytes < 10**12 else f"{num_bytes / 1e12:.3f}TB"
+    unit, name, decimals = (10**3, "kB", 3) if num_bytes < 10**12 else (10**12, "TB", 12)
+    return f"{num_bytes // unit}.{num_bytes % unit:0{decimals}}{name}"
 
 
 def parse_hours(text: str) -> Hours:

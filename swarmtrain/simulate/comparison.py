@@ -235,11 +235,12 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     if work not in method.works:
         able = ", ".join(name for name, one in METHODS.items() if work in one.works)
         raise UserError(
-            f"method {play.method}: not for {work} work (scenario.work), which {able} can do", code="keys-disagree"
+            f"method {play.method}: cannot do {work} work (scenario.work); {able} can", code="keys-disagree"
         )
     if here.hostile.percent and not method.hostile:
         raise UserError(
-            f"method {play.method}: hostile.percent: nobody is hostile in it; take gossip", code="keys-disagree"
+            f"method {play.method}: hostile.percent: this method has no hostile volunteers; take gossip",
+            code="keys-disagree",
         )
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
@@ -249,7 +250,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         )
     if (here.away or here.churn.stays_s) and not method.churn:
         raise UserError(
-            f"method {play.method}: churn.stays_s, [[away]] and peers.trace: nobody comes or goes in it",
+            f"method {play.method}: churn.stays_s, [[away]] and peers.trace: this method has no churn; leave them out",
             code="keys-disagree",
         )
     try:
@@ -261,7 +262,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         raise UserError(*(each.found_in(f"method {play.method}") for each in error.problems)) from None
     if here.scenario.warm_tokens and run.merge.init == "own":
         raise UserError(
-            'scenario.warm_tokens: all begin with the same weights; set merge.init = "common", or 0',
+            'scenario.warm_tokens: all volunteers must begin with the same weights; set merge.init = "common", or 0',
             code="keys-disagree",
         )
     if 0 < here.scenario.warm_tokens < run.tokens_per_step:

@@ -480,7 +480,7 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
         return scenario
     if scenario.hangs or scenario.away:
         raise UserError(
-            f"{origin}: peers.trace: not beside [[hangs]] and [[away]]: write those into the trace",
+            f"{origin}: peers.trace: cannot be combined with [[hangs]] and [[away]]; write those into the trace",
             code="keys-disagree",
         )
     trace = load_trace(scenario.folder / name, scenario.peers.number)
@@ -499,7 +499,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
             raise UserError(
-                f"{origin}: {key}: there is no such thing in {work} work (scenario.work)", code="keys-disagree"
+                f"{origin}: {key}: {work} work (scenario.work) has no such key; leave it out", code="keys-disagree"
             )
     if work == "learning" and number > _MOST_LEARNERS:
         raise UserError(
@@ -508,7 +508,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
         )
     if work == "systems" and (scenario.hangs or scenario.away):
         raise UserError(
-            f"{origin}: [[hangs]] and [[away]]: of systems work say how often, in [churn]", code="keys-disagree"
+            f"{origin}: [[hangs]] and [[away]]: systems work draws them; say how often in [churn]", code="keys-disagree"
         )
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
@@ -522,7 +522,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
             )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
         raise UserError(
-            f"{origin}: churn.stays_s: not beside [[away]] or peers.trace: who is away twice at a time?",
+            f"{origin}: churn.stays_s: cannot be combined with [[away]] or peers.trace; leave one of them out",
             code="keys-disagree",
         )
     if scenario.hostile.number(number) >= number:

@@ -69,14 +69,17 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
     for row in _rows(text, origin, num_peers):
         if row.time_s < now_s:
             raise UserError(
-                f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines are in the order of time", code="bad-trace"
+                f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines must be in the order of time",
+                code="bad-trace",
             )
         now_s = row.time_s
         lives.setdefault(row.peer, _Life(row.peer, is_away=row.event == "join")).goes_on(row)
         for name, value in row.figures.items():
             if (before := figures[name].setdefault(row.peer, value)) != value:
                 raise UserError(
-                    f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g}: it has one", code="bad-trace"
+                    f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g} before; give one "
+                    "value for each peer",
+                    code="bad-trace",
                 )
     away, hangs = ([span for life in lives.values() for span in life.spans(kind)] for kind in ("away", "hangs"))
     return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
@@ -139,7 +142,7 @@ def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
         yield _row(dict(zip(columns, cells, strict=True)), where, num_peers)
     if not columns:
         raise UserError(
-            f"{origin}: nothing in it; its first line names the columns: {','.join(_COLUMNS)}", code="bad-trace"
+            f"{origin}: is empty; its first line must name the columns: {','.join(_COLUMNS)}", code="bad-trace"
         )
 
 
@@ -148,8 +151,8 @@ def _columns(cells: list[str], where: str) -> list[str]:
     others = [name for name in cells if name not in (*_COLUMNS, *_FIGURES)]
     if missing or others or len(set(cells)) < len(cells):
         raise UserError(
-            f"{where}: the first line names the columns, each once: {', '.join(_COLUMNS)}, and where there are some "
-            f"{', '.join(_FIGURES)}",
+            f"{where}: the first line must name the columns, each once: {', '.join(_COLUMNS)}, and where there are "
+            f"some {', '.join(_FIGURES)}",
             code="bad-trace",
         )
     return cells

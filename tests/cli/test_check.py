@@ -235,7 +235,7 @@ def test_it_and_plan_judge_a_number_of_volunteers_alike(tmp_path: Path, capsys: 
 
 
 def checked(path: Path, data: str, capsys: pytest.CaptureFixture[str], *more: str, code: int = 0) -> str:
-    """What `check` prints of a run on `data`, without its estimate."""
+    """Return what `check` prints for a run on `data`, without its estimate."""
     (path / "run.toml").write_text(f"[run]\ntotal_tokens = 50_000_000\n{data}")
     assert run_command(["check", str(path / "run.toml"), *more]) == code
     lines = capsys.readouterr().out.splitlines()

@@ -218,7 +218,7 @@ class Soak:
         code = peer.child.wait()
         if code == -signal.SIGTERM and not peer.child.events:
             return
-        if code == 1 and "nobody answers" in peer.child.error_line():
+        if code == 1 and peer.child.error_line().endswith("[nobody-answers]"):
             return  # all others were down, and it had not joined them yet
         assert code in (0, -signal.SIGKILL), f"code {code}: {peer.child.story()}"
 

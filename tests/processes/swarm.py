@@ -219,7 +219,7 @@ class Child:
     def insist_if_it_waits(self, give_up_s: float) -> None:
         """Ask again if it is the last volunteer and waits for a bootstrap that is gone. Ctrl-C would end it."""
         while self.process.poll() is None and time.monotonic() < give_up_s:
-            if any("no bootstrap answers" in warning.message for warning in self.all(WarningEvent)):
+            if any(warning.code == "no-bootstrap" for warning in self.all(WarningEvent)):
                 self.process.terminate()
                 time.sleep(0.1)  # of two signals at one moment, only one is delivered
                 self.process.terminate()
@@ -363,9 +363,9 @@ class Swarm:
         own = ["--json", "--name", name, "--dir", str(self.folder / name), "--listen", self.listen]
         return self.start(name, [*arguments, *own], prelude=prelude)
 
-    def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap") -> Child:
+    def bootstrap(self, run_file: Path, *extra: str, name: str = "bootstrap", prelude: str = "") -> Child:
         """Start a bootstrap of `run_file`."""
-        return self._peer(name, ["bootstrap", str(run_file), *extra])
+        return self._peer(name, ["bootstrap", str(run_file), *extra], prelude)
 
     def join(self, name: str, invite: str, *extra: str, prelude: str = "") -> Child:
         """Start a volunteer; its text is beside the run files that `write_run` wrote into this folder."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from codes import codes_in
 from swarm import PATIENCE_S, Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import JoinedEvent, PeerLeftEvent, RoundEvent
@@ -54,7 +55,7 @@ def join(swarm: Swarm, bootstrap: Child, *extra: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def adopts() -> Iterator[None]:
-    """Who outlives its parent is this process's child, so that its exit code can be had."""
+    """Adopt processes that outlive their parent, so that their exit codes can be read."""
     set_child_subreaper = 36
     ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
     yield
@@ -102,13 +103,16 @@ def test_a_volunteer_in_the_background_that_cannot_join_says_why_with_its_code(s
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     run_sha256 = parse_invite(bootstrap.invite.invite).run_sha256
     nobody = format_invite(Invite(run_sha256, (InvitedPeer(new_identity().peer_id, ("/ip4/127.0.0.1/tcp/1",)),)))
-    for invite, code, words in [("st1nonsense", 2, "the invite is garbled"), (nobody, 1, "nobody answers at")]:
-        folder = swarm.folder / f"failed-{code}"
+    for invite, exit_code, code in [("st1nonsense", 2, "invite-garbled"), (nobody, 1, "nobody-answers")]:
+        folder = swarm.folder / f"failed-{exit_code}"
         failed = in_session(swarm, "join", invite, "--dir", str(folder), "--background", "--json")
-        assert failed.returncode == code, failed.stderr
-        assert failed.stderr.startswith(f"error: {words}") and failed.stderr.count("\n") == 1
-        assert words in failed.stdout.splitlines()[-1] and '"event": "error"' in failed.stdout
-    assert "event: error: nobody answers at" in (swarm.folder / "failed-1" / "peer.log").read_text()
+        assert failed.returncode == exit_code, failed.stderr
+        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+        assert codes_in(failed.stderr) == [code]
+        assert f'"code": "{code}"' in failed.stdout.splitlines()[-1] and '"event": "error"' in failed.stdout
+    assert re.search(
+        r"event: error: .* \[nobody-answers\]$", (swarm.folder / "failed-1" / "peer.log").read_text(), re.MULTILINE
+    )
     missing = in_session(swarm, "join", nobody, "--dir", "x", "--background", "--nonsense")
     assert missing.returncode == 2 and "--nonsense" in missing.stderr
     swarm.interrupt_all([bootstrap])
@@ -117,7 +121,7 @@ def test_a_volunteer_in_the_background_that_cannot_join_says_why_with_its_code(s
 def test_a_process_that_dies_before_it_can_say_why(swarm: Swarm) -> None:
     child = swarm.start("join", ["join", "st1x", "--background"], prelude=DIES)
     assert child.wait() == 7
-    assert child.error_line() == "error: the process in the background ended with code 7: last words"
+    assert child.error_line() == "error: the process in the background ended with code 7: last words [background-ended]"
 
 
 def test_ctrl_c_while_waiting_leaves_it_running(swarm: Swarm) -> None:

@@ -1,4 +1,4 @@
-"""What a person can get wrong: one line that says what to do, an `error` event with --json, and nothing lost."""
+"""Mistakes of a person: one line that says what to do, an `error` event with --json, and nothing lost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from codes import codes_in
 from preloaded import Preloaded
 from swarm import Child, Finished, Swarm, write_run
 
@@ -31,21 +32,22 @@ HERE = ("--listen", "127.0.0.1:0", "--json")
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> Iterator[tuple[Swarm, Child]]:
-    """A bootstrap that runs, and processes beside it."""
+    """Run a bootstrap, and processes beside it."""
     with Swarm(tmp_path_factory.mktemp("live"), preloaded=preloaded) as swarm:
         yield swarm, swarm.bootstrap(write_run(swarm.folder))
 
 
-def assert_one_line(finished: Finished, code: int, *words: str) -> None:
-    """It failed with this exit code, one line that has these words, and the same as an event."""
-    assert finished.code == code, finished.stderr
+def assert_one_line(finished: Finished, exit_code: int, code: str, *words: str) -> None:
+    """It failed with this exit code, one line that has this code and these words, and the same as an event."""
+    assert finished.code == exit_code, finished.stderr
     lines = finished.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
     for word in words:
         assert word in lines[0]
     assert not finished.lines, "standard output is for events"
     (event,) = finished.errors
-    assert (f"error: {event.message} [{event.code}]", event.exit_code) == (lines[0], code)
+    assert (f"error: {event.message} [{event.code}]", event.exit_code) == (lines[0], exit_code)
+    assert event.code == code
 
 
 # ---------------------------------------------------------------- the run file and its data
@@ -54,11 +56,11 @@ def assert_one_line(finished: Finished, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"merge": {"inner_stps": 10}}, ["merge.inner_stps", "did you mean merge.inner_steps?"]),
-        ({"merge": {"inner_steps": "ten"}}, ["merge.inner_steps", '"ten" is refused', "an integer from 1"]),
-        ({"data": {"paths": ["nothing/*.txt"]}}, ["data.paths", "nothing/*.txt"]),
-        ({"data": {"paths": ["empty.txt"]}}, ["empty.txt"]),
-        ({"data": {"held_out_bytes": 1_000_000}}, ["data.held_out_bytes", "lower"]),
+        ({"merge": {"inner_stps": 10}}, ["unknown-key", "merge.inner_stps", "did you mean merge.inner_steps?"]),
+        ({"merge": {"inner_steps": "ten"}}, ["wrong-type", "merge.inner_steps", '"ten"', "an integer from 1"]),
+        ({"data": {"paths": ["nothing/*.txt"]}}, ["no-such-data", "data.paths", "nothing/*.txt"]),
+        ({"data": {"paths": ["empty.txt"]}}, ["no-text", "empty.txt"]),
+        ({"data": {"held_out_bytes": 1_000_000}}, ["too-little-text", "data.held_out_bytes", "lower"]),
     ],
 )
 def test_run_files(live: tuple[Swarm, Child], sections: dict[str, dict[str, object]], words: list[str]) -> None:
@@ -72,16 +74,16 @@ def test_run_files(live: tuple[Swarm, Child], sections: dict[str, dict[str, obje
 
 def test_a_run_file_that_is_not_there(live: tuple[Swarm, Child]) -> None:
     finished = live[0].run("bootstrap", "nothing.toml", *HERE)
-    assert_one_line(finished, UserError.exit_code, "nothing.toml: no such run file", "stdlib-gpt")
+    assert_one_line(finished, UserError.exit_code, "no-run-file", "nothing.toml: ", "stdlib-gpt")
 
 
 def test_a_volunteer_without_the_run_s_text(live: tuple[Swarm, Child]) -> None:
     swarm, bootstrap = live
     join = ("join", bootstrap.invite.invite, "--dir", str(swarm.folder / "textless"), *HERE)
-    assert_one_line(swarm.run(*join), UserError.exit_code, "give their folder with --data FOLDER")
+    assert_one_line(swarm.run(*join), UserError.exit_code, "data-folder-needed", "--data FOLDER")
     (swarm.folder / "elsewhere").mkdir()
     finished = swarm.run(*join, "--data", str(swarm.folder / "elsewhere"))
-    assert_one_line(finished, UserError.exit_code, "texts/*.txt")
+    assert_one_line(finished, UserError.exit_code, "no-such-data", "texts/*.txt")
 
 
 # ---------------------------------------------------------------- invites
@@ -91,15 +93,15 @@ def test_invites_that_cannot_be_read(live: tuple[Swarm, Child]) -> None:
     swarm, bootstrap = live
     word = bootstrap.invite.invite
     middle = "2" if word[60] != "2" else "3"
-    for bad, said in [
-        (word[:60] + middle + word[61:], "garbled or cut off"),
-        (word[:-5], "garbled or cut off"),
-        ("st9" + word[3:], "another version (st9, not st2): update it"),
-        (word[:40] + "0" + word[41:], "a character that no invite has"),
-        ("swarmtrain", "one begins with st1"),
+    for bad, code in [
+        (word[:60] + middle + word[61:], "invite-garbled"),
+        (word[:-5], "invite-garbled"),
+        ("st9" + word[3:], "run-needs-newer"),
+        (word[:40] + "0" + word[41:], "invite-garbled"),
+        ("swarmtrain", "not-an-invite"),
     ]:
         finished = swarm.run("join", bad, "--dir", str(swarm.folder / "unread"), *HERE)
-        assert_one_line(finished, UserError.exit_code, said)
+        assert_one_line(finished, UserError.exit_code, code)
     assert not (swarm.folder / "unread").exists(), "nothing was begun"
 
 
@@ -116,7 +118,7 @@ def test_nobody_answers(live: tuple[Swarm, Child]) -> None:
             began_s = time.monotonic()
             finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
             assert time.monotonic() - began_s < limit_s
-            assert_one_line(finished, RunTimeError.exit_code, f"nobody answers at {address}", "ask for a new invite")
+            assert_one_line(finished, RunTimeError.exit_code, "nobody-answers", address)
 
 
 def test_another_peer_answers_than_the_one_invited_to(live: tuple[Swarm, Child]) -> None:
@@ -125,7 +127,7 @@ def test_another_peer_answers_than_the_one_invited_to(live: tuple[Swarm, Child])
     addresses = real.peers[0].addresses
     invite = format_invite(Invite(real.run_sha256, (InvitedPeer(new_identity().peer_id, addresses),)))
     finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
-    assert_one_line(finished, RunTimeError.exit_code, f"nobody answers at {addresses[0]}", "ask for a new invite")
+    assert_one_line(finished, RunTimeError.exit_code, "nobody-answers", addresses[0])
 
 
 class Liar:
@@ -136,7 +138,7 @@ class Liar:
 
 
 async def lie(folder: Path, run_sha256: str) -> Node:
-    """A node that serves another run under the hash of one."""
+    """Start a node that serves another run under the hash of this one."""
     key_path = folder / "identity.key"
     settings = NodeSettings(directory=folder, listen=("/ip4/127.0.0.1/tcp/0",))
     node = await Node.start(settings, load_or_create_identity(key_path), key_path)
@@ -157,8 +159,7 @@ def test_a_run_that_does_not_match_the_invite_s_hash(live: tuple[Swarm, Child], 
     finally:
         network.run(node.stop(), 10)
         network.stop()
-    words = (node.identity.peer_id, "does not match its hash", "ask for a new invite")
-    assert_one_line(finished, RunTimeError.exit_code, *words)
+    assert_one_line(finished, RunTimeError.exit_code, "run-not-delivered", node.identity.peer_id, "hash")
     assert not (swarm.folder / "deceived" / "run.toml").exists(), "nothing of it was kept"
 
 
@@ -170,7 +171,7 @@ def test_a_taken_port(live: tuple[Swarm, Child]) -> None:
     port = bootstrap.invite.addresses[0].split("/")[4]
     join = ("join", bootstrap.invite.invite, "--dir", str(swarm.folder / "portless"), "--json")
     finished = swarm.run(*join, "--listen", f"127.0.0.1:{port}", "--data", str(swarm.folder))
-    assert_one_line(finished, RunTimeError.exit_code, f"/tcp/{port}: the port is taken", "--listen")
+    assert_one_line(finished, RunTimeError.exit_code, "port-taken", f"/tcp/{port}", "--listen")
 
 
 def test_a_folder_in_use(live: tuple[Swarm, Child]) -> None:
@@ -178,7 +179,7 @@ def test_a_folder_in_use(live: tuple[Swarm, Child]) -> None:
     run_file = swarm.folder / "tiny.toml"
     for command in (["bootstrap", str(run_file)], ["join", bootstrap.invite.invite]):
         finished = swarm.run(*command, "--dir", str(bootstrap.folder), *HERE)
-        words = (str(bootstrap.folder), f"in use by a running peer (process {bootstrap.process.pid})", "--dir")
+        words = ("folder-in-use", str(bootstrap.folder), f"(process {bootstrap.process.pid})", "--dir")
         assert_one_line(finished, UserError.exit_code, *words)
     printed = swarm.run("invite", "--dir", str(bootstrap.folder))
     assert printed.stdout.strip() == bootstrap.invite.line, "the owner's invite is still there"
@@ -190,9 +191,9 @@ def test_a_folder_that_cannot_be_written(live: tuple[Swarm, Child]) -> None:
     (swarm.folder / "file").write_text("not a folder")
     run_file = str(swarm.folder / "tiny.toml")
     finished = swarm.run("bootstrap", run_file, "--dir", str(swarm.folder / "file" / "below"), *HERE)
-    assert_one_line(finished, UserError.exit_code, f"cannot write to {swarm.folder}/file/below", "--dir")
+    assert_one_line(finished, UserError.exit_code, "folder-not-writable", f"{swarm.folder}/file/below", "--dir")
     finished = swarm.run("bootstrap", run_file, "--dir", "/proc/swarmtrain", *HERE)
-    assert_one_line(finished, UserError.exit_code, "cannot write to /proc/swarmtrain", "--dir")
+    assert_one_line(finished, UserError.exit_code, "folder-not-writable", "/proc/swarmtrain", "--dir")
     assert (swarm.folder / "file").read_text() == "not a folder"
 
 
@@ -205,7 +206,7 @@ def test_a_folder_of_another_run(live: tuple[Swarm, Child]) -> None:
     assert first.wait() == 0
     other = write_run(swarm.folder, run={"name": "other"})
     finished = swarm.run("bootstrap", str(other), "--dir", str(folder), *HERE)
-    assert_one_line(finished, UserError.exit_code, "holds another run (tiny)", "--dir")
+    assert_one_line(finished, UserError.exit_code, "folder-of-another-run", "(tiny)", "--dir")
 
 
 def test_a_relative_folder(live: tuple[Swarm, Child], tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_a_relative_folder(live: tuple[Swarm, Child], tmp_path: Path) -> None:
 def test_no_running_peer_to_invite(live: tuple[Swarm, Child]) -> None:
     swarm, _ = live
     finished = swarm.run("invite", "--dir", str(swarm.folder / "nobody"))
-    assert finished.code == UserError.exit_code and "no running peer in" in finished.stderr
+    assert finished.code == UserError.exit_code and codes_in(finished.stderr) == ["peer-not-running"]
 
 
 # ---------------------------------------------------------------- the clock
@@ -240,7 +241,8 @@ def test_a_clock_that_is_off_is_corrected(live: tuple[Swarm, Child], off_s: int)
     if further:  # nobody is there to be asked
         asked = swarm.join(f"{name}-asked", bootstrap.invite.invite, prelude=prelude)
         assert asked.wait() == 1
-        assert re.search("more than 10 minutes apart.*--accept-clock", asked.all(ErrorEvent)[0].message)
+        (error,) = asked.all(ErrorEvent)
+        assert error.code == "clock-differs" and "--accept-clock" in error.message
     ben = swarm.join(name, bootstrap.invite.invite, *(["--accept-clock"] if further else []), prelude=prelude)
     try:
         assert abs(ben.wait_event(JoinedEvent).time - anna.wait_event(JoinedEvent).time - off_s) < 60
@@ -248,7 +250,7 @@ def test_a_clock_that_is_off_is_corrected(live: tuple[Swarm, Child], off_s: int)
             child.wait_event(RoundEvent, lambda event: set(event.partners) == {anna.id, ben.id})
         (warning,) = ben.all(WarningEvent)
         direction = "ahead of" if off_s > 0 else "behind"
-        assert re.match(f"this machine's clock is [0-9.]+ s {direction} the others'; corrected", warning.message)
+        assert warning.code == "clock-skew" and re.search(rf"[0-9.]+ s {direction} ", warning.message)
         assert not anna.all(WarningEvent)
         assert not ben.all(ErrorEvent)
     finally:

@@ -32,7 +32,7 @@ def test_whoever_fails_all_pulls_is_merged_by_nobody_and_all_train_on(swarm: Swa
 
 
 def private_ports(swarm: Swarm) -> set[int]:
-    """Where the peers of `local` listen, by their command lines."""
+    """Return the ports at which the peers of `local` listen, from their command lines."""
     ports = set()
     for pid in swarm.leftovers():
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -99,6 +99,6 @@ def test_a_local_swarm_through_faults_comes_together_again_and_nothing_goes_roun
     os.killpg(local.process.pid, signal.SIGINT)  # as a terminal does
     assert local.wait(2 * exit_limit_s()) == 0, local.story()
     assert [event.reason for event in local.all(DoneEvent)] == 4 * ["interrupted"], "each had its goodbye"
-    assert f"to go on:\n  swarmtrain {shlex.join(words)}" in local.log.read_text()
+    assert f"\n  swarmtrain {shlex.join(words)}" in local.log.read_text()
     swarm.assert_nothing_left()
     assert "Traceback" not in local.log.read_text()

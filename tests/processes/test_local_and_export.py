@@ -1,4 +1,4 @@
-"""A whole swarm by one command, and the model that comes out of it."""
+"""Whole swarm by one command, and the resulting model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from codes import codes_in
 from preloaded import Preloaded
 from safetensors import safe_open
 from swarm import Finished, Swarm, exit_limit_s, write_run
@@ -24,12 +25,12 @@ from swarmtrain.model.export import load_exported
 pytestmark = pytest.mark.processes
 
 TOTAL_TOKENS = 160 * 8 * 64
-"""Of 160 inner steps."""
+"""Tokens of 160 inner steps."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What `swarmtrain local` left and said."""
+    """Files and output of `swarmtrain local`."""
 
     swarm: Swarm
     folder: Path
@@ -41,7 +42,7 @@ class Trained:
 
     @property
     def run_tokens(self) -> int:
-        """What the run was trained on: somewhat more than it wants, since each hears a little late of the others."""
+        """Return the tokens that the run was trained on: slightly more than it wants, since reports arrive late."""
         tokens = json.loads((self.model / "config.json").read_text())["run_tokens"]
         assert TOTAL_TOKENS <= tokens < 2 * TOTAL_TOKENS
         return int(tokens)
@@ -88,9 +89,8 @@ def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals)
     swarm.assert_nothing_left()
     if number is not signal.SIGKILL:
         assert code == 0, local.story()
-        warnings = [event.message for event in local.all(WarningEvent)]
-        assert not any("in no archive" in message for message in warnings), warnings
-        assert f"to continue:\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
+        assert "rounds-not-archived" not in [event.code for event in local.all(WarningEvent)]
+        assert f"\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
         assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
 
@@ -153,16 +153,16 @@ def test_export_of_a_folder(trained: Trained) -> None:
         assert (target / name).read_bytes() == (kept / name).read_bytes()
     assert (kept / "run.toml").read_bytes() == (trained.model / "run.toml").read_bytes()
     again = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
-    assert again.code == UserError.exit_code and "--to" in again.stderr
+    assert again.code == UserError.exit_code and codes_in(again.stderr) == ["folder-not-empty"]
     none = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "none"))
-    assert none.code == UserError.exit_code and "no model here yet" in none.stderr
+    assert none.code == UserError.exit_code and codes_in(none.stderr) == ["no-model"]
 
 
 def test_export_from_a_live_swarm(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder, network={"archive_every_s": 2.0}))
     invite = bootstrap.invite.invite
     early = swarm.run("export", invite, "--to", str(swarm.folder / "early"))
-    assert early.code == RunTimeError.exit_code and "nobody has a model to give yet" in early.stderr
+    assert early.code == RunTimeError.exit_code and codes_in(early.stderr) == ["no-model"]
     assert not (swarm.folder / "early").exists()
 
     (anna,) = swarm.join_all(["anna"], invite)

@@ -136,7 +136,7 @@ def test_volunteers_find_each_other_again_without_the_bootstrap(swarm: Swarm) ->
         child.wait()
 
     alone = again(swarm, ben, invite)
-    alone.wait_event(WarningEvent, lambda event: "going on alone" in event.message)
+    alone.wait_event(WarningEvent, lambda event: event.code == "going-on-alone")
     assert_resumed(ben, alone)
     alone.wait_more_rounds(2)
     second = again(swarm, anna, invite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from codes import codes_in
 from swarm import Swarm, write_run
 
 from swarmtrain.errors import RunTimeError
@@ -33,7 +34,7 @@ def test_runs_do_not_mix(swarm: Swarm) -> None:
 
     assert lost.wait() == RunTimeError.exit_code, lost.story()
     assert time.monotonic() - began_s < REFUSED_WITHIN_S
-    assert "serves another run; ask for a new invite" in lost.error_line()
+    assert codes_in(lost.error_line()) == ["another-run"]
     assert not lost.all(JoinedEvent)
 
     for child in (anna, ben):

@@ -1,4 +1,4 @@
-"""When a peer has to rest: hours, other programs, memory; and what people write."""
+"""Pauses by limits: hours, other programs, memory; and how people write limits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from zoneinfo import ZoneInfo
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swarmtrain.protocol.limits import (
     ALWAYS,
@@ -17,6 +19,7 @@ from swarmtrain.protocol.limits import (
     IdleWatch,
     Limits,
     MemoryWatch,
+    exact_size,
     parse_hours,
     parse_size,
     size_of_limit,
@@ -97,6 +100,11 @@ def test_hours_are_the_wall_clocks_when_the_clocks_change(day: datetime.date, mi
 # ---------------------------------------------------------------- sizes and the rest
 
 
+@given(st.integers(0, 2**64 - 1) | st.integers(0, 2 * 10**12))
+def test_a_size_is_written_and_read_back_to_the_byte(num_bytes: int) -> None:
+    assert parse_size(exact_size(num_bytes)) == num_bytes
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
@@ -106,6 +114,9 @@ def test_hours_are_the_wall_clocks_when_the_clocks_change(day: datetime.date, mi
         ("2g", 2_000_000_000),
         ("900k", 900_000),
         ("1TiB", 2**40),
+        ("1.001kB", 1001),
+        ("4.35kB", 4350),
+        ("0.123456789012TB", 123_456_789_012),
         ("none", 0),
         ("0", 0),
     ],
@@ -114,7 +125,9 @@ def test_sizes(text: str, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "4", "4096", "GB", "-1GB", "4 GiBs", "1e9", "0GB", "4,5GB", "4EB"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "4096", "GB", "-1GB", "4 GiBs", "1e9", "0GB", "4,5GB", "4EB", "4.GB", "0.0001kB"]
+)
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is no size; write it like 4GB"):
         parse_size(text)
@@ -150,7 +163,7 @@ class Machine:
         self.now_s, self.others_s = 100.0, 5000.0
 
     def run(self, share: float, seconds: float) -> list[str]:
-        """What the watch says, each `STEP_S`."""
+        """Return what the watch says, each `STEP_S`."""
         said = []
         for _ in range(round(seconds / STEP_S)):
             self.now_s += STEP_S

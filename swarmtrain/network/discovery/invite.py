@@ -160,7 +160,7 @@ def parse_invite(text: str) -> Invite:
             raise InviteError(refusal)
         return _parse_body(rest, needs)
     except (BadBytesError, IndexError, KeyError, ValueError) as error:
-        raise InviteError(f"the invite makes no sense ({error}); {_NEXT_STEP}", code="invite-garbled") from None
+        raise InviteError(f"the invite cannot be read ({error}); {_NEXT_STEP}", code="invite-garbled") from None
 
 
 def _whole_body(words: str) -> tuple[str, bytes]:
@@ -181,18 +181,16 @@ def _checked(word: str) -> tuple[str, bytes]:
     prefix = word[:3]
     if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
         raise InviteError(
-            f"this invite is of another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}", code="run-needs-newer"
+            f"this invite has another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}", code="run-needs-newer"
         )
     if prefix not in (_PREFIX, _PREFIX_OF_LATER):
-        raise InviteError(f"not an invite: one begins with {_PREFIX}; {_NEXT_STEP}", code="not-an-invite")
+        raise InviteError(f"not an invite: an invite begins with {_PREFIX}; {_NEXT_STEP}", code="not-an-invite")
     if len(word) > _MAX_WORD:
-        raise InviteError(f"too long for an invite ({len(word)} characters); {_NEXT_STEP}", code="invite-too-long")
+        raise InviteError(f"the invite is too long ({len(word)} characters); {_NEXT_STEP}", code="invite-too-long")
     try:
         data = base58_decode(word[len(prefix) :])
     except ValueError:
-        raise InviteError(
-            f"the invite holds a character that no invite has; {_NEXT_STEP}", code="invite-garbled"
-        ) from None
+        raise InviteError(f"the invite has a wrong character; {_NEXT_STEP}", code="invite-garbled") from None
     body, checksum = data[1:-4], data[-4:]
     if len(data) < 38 or data[:1] != bytes([int(prefix[-1])]) or hashlib.sha256(body).digest()[:4] != checksum:
         raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}", code="invite-garbled")

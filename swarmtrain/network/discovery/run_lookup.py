@@ -123,7 +123,7 @@ async def find_run(
     others = [peer for peer in peers if peer.peer != node.identity.peer_id]
     if not others:
         raise RunTimeError(
-            "nobody of this run is known but this peer itself; ask someone else of it for an invite",
+            "this folder knows no other peer of this run; ask somebody in the run for an invite",
             code="nobody-known",
         )
     tasks = [asyncio.create_task(knock(peer)) for peer in others]

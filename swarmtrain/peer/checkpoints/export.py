@@ -145,7 +145,7 @@ def _pulled(
             present = wait_for(network.submit(fetch_consensus_state(swarm, live[:_SAMPLE], "export")), stop)
             if present is None:
                 raise RunTimeError(
-                    "nobody has a model to give yet: the first round is not over, or all have left; try "
+                    "no peer has a model yet: the first round is not over, or all have left; try "
                     "again in a minute, or export from a peer's folder with --dir",
                     code="no-model",
                 )

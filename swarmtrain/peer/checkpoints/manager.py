@@ -97,7 +97,7 @@ class CheckpointManager:
         except (ValueError, TypeError) as error:
             self.emit(
                 WarningEvent(
-                    message=f"the counts in the checkpoint are not used ({error}); they are read anew",
+                    message=f"cannot use the counts in the checkpoint ({error}); reading them from the swarm again",
                     code="checkpoint-partly-used",
                 )
             )
@@ -149,7 +149,7 @@ class CheckpointManager:
         done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
         if not done:
             raise RunTimeError(
-                f"the newest checkpoint is not on the disk yet; look whether {self.folder.path} has room",
+                f"the newest checkpoint is not on the disk yet; check that {self.folder.path} has room",
                 code="checkpoint-not-written",
             )
         if last is None:

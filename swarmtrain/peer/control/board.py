@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from swarmtrain import __version__
+from swarmtrain.errors import with_code
 from swarmtrain.events import (
     ArchivedEvent,
     CaughtUpEvent,
@@ -238,7 +239,7 @@ class StatusBoard:
             case PeerJoinedEvent():
                 self.know_name(event.joined, event.joined_name)
             case WarningEvent() | ErrorEvent():
-                self._notice(event.time, event.message)
+                self._notice(event.time, with_code(event.message, event.code))
             case RefusedEvent():
                 self._notice(event.time, f"refused what {self._short_name(event.from_peer)} sent: {event.detail}")
             case ArchivedEvent():

@@ -1,7 +1,8 @@
 """Keep a volunteer within what it may take of its machine: pause it, slow it, and accept changes while it runs.
 
 A thread of its own measures and decides every few seconds (decisions: `protocol/limits.py`). Only the number of threads
-is set by the trainer, between two steps, since it belongs to the thread that trains.
+is set by the trainers, between two steps: torch keeps it for each thread by itself, and a volunteer of a pipeline
+trains each of its stages on a thread of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def local_time() -> datetime.datetime:
 
 
 class LimitEnforcer:
-    """Holds a `PauseSwitch` as the limits require. Thread-safe, but `between_steps` is for the trainer's thread."""
+    """Holds a `PauseSwitch` as the limits require. Thread-safe; each thread that trains calls `between_steps`."""
 
     def __init__(
         self,
@@ -87,7 +88,6 @@ class LimitEnforcer:
         self._network = NetworkSection()
         self._expected = expected
         self._all_threads = torch.get_num_threads()
-        self._threads = self._all_threads
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
 
     # ------------------------------------------------------------- what is in force
@@ -178,11 +178,10 @@ class LimitEnforcer:
             self._traffic, self._network = traffic, network
 
     def between_steps(self) -> None:
-        """Set the number of torch's threads if it has changed; costs nothing otherwise."""
+        """Set the number of torch's threads for the calling thread if it has changed; costs nothing otherwise."""
         wanted = self._limits.threads or self._all_threads
-        if wanted != self._threads:
+        if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
-            self._threads = wanted
 
     def _set_nice(self, nice: int | None) -> None:
         if nice is None:
@@ -191,7 +190,7 @@ class LimitEnforcer:
             set_niceness(nice)
         except PermissionError:
             raise UserError(
-                f"nice: only an administrator may go back from {self._nice} to {nice}; end this peer, and join again "
+                f"nice: only an administrator may lower it from {self._nice} to {nice}; end this peer, and join again "
                 f"with --nice {nice}",
                 code="nice-not-lowered",
             ) from None

@@ -184,7 +184,7 @@ class ControlServer:
             return _listen_privately(server, self._private / "control.sock")
         except (OSError, RuntimeError) as error:
             raise RunTimeError(
-                f"no control socket can be made: {error}; give another folder with --dir", code="no-control"
+                f"cannot create the control socket: {error}; give another folder with --dir", code="no-control"
             ) from None
 
     def _bind_tcp(self, server: Any) -> str:

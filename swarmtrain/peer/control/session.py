@@ -191,7 +191,7 @@ class ControlSession:
     def _checkpoint(self) -> pb.CheckpointReply:
         if self._checkpoints is None:
             raise RunTimeError(
-                "there is nothing to write yet: this peer is still starting, try again in a minute",
+                "this peer has nothing to write yet, since it is still starting; try again in a minute",
                 code="no-checkpoint",
             )
         return self._checkpoints.flushed()

@@ -40,7 +40,7 @@ _SOON_S = 0.1  # at first: most may leave as soon as the bootstrap has heard of 
 _CALL_S = 1.0  # the user waits for this process, also if the daemon hangs
 _GOODBYE_S = 1.0
 _MOST_ASKED = 32
-_WAITS = "nobody else trains: the bootstrap is archiving what only this peer has; Ctrl-C again does not wait for that"
+_WAITS = "this is the last volunteer: the bootstrap is archiving its last rounds; Ctrl-C again does not wait for that"
 
 
 async def _answers(swarm: Swarm) -> list[bool | None]:
@@ -131,10 +131,10 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
     stop, began_s, told = control.stop.last_work(_MOST_S), time.monotonic(), set[str]()
     idle_s, quoted = began_s + _IDLE_S, shlex.quote(str(folder))
 
-    def say(message: str) -> None:
+    def say(message: str, code: str) -> None:
         if message not in told:
             told.add(message)
-            control.emit(WarningEvent(message=message, code="last-volunteer"))
+            control.emit(WarningEvent(message=message, code=code))
 
     control.board.doing(
         control_pb2.PEER_STATE_FINISHING, "leaving: asking whether another peer has this peer's last rounds"
@@ -158,9 +158,10 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 doing = "leaving: waiting for a bootstrap, since no other peer has this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 say(
-                    "nobody else has what this peer has, and no bootstrap answers: waiting a minute for one to come "
-                    f"back; it is kept in {folder} too: `swarmtrain join --dir {quoted}` brings it back. Ctrl-C again "
-                    "does not wait"
+                    "no other peer has this peer's last rounds, and no bootstrap answers: waiting a minute for one; "
+                    f"they are kept in {folder} too: `swarmtrain join --dir {quoted}` brings them back; Ctrl-C again "
+                    "does not wait",
+                    code="no-bootstrap",
                 )
                 idle_s = now + _IDLE_S
             else:
@@ -171,12 +172,12 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 if now > idle_s:
                     break
                 if now > began_s + _SAY_S:
-                    say(_WAITS)
+                    say(_WAITS, code="last-volunteer")
             stop.sleep(_SOON_S if now < began_s + 1.0 else _AGAIN_S)
     except Interrupted:
         pass
     message = (
-        f"this peer's last rounds are in no archive, and nobody else has them; they are kept in {folder}: "
+        f"no archive and no other peer has this peer's last rounds; they are kept in {folder}: "
         f"`swarmtrain join --dir {quoted}` brings them back"
     )
     control.emit(WarningEvent(message=message, code="rounds-not-archived"))

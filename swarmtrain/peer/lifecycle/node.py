@@ -115,8 +115,8 @@ def clock_warning(correction_s: float) -> WarningEvent:
     """Return the warning that the swarm's time is not this machine's."""
     direction = "behind" if correction_s > 0 else "ahead of"
     return WarningEvent(
-        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; corrected for this run, "
-        "set it right when you can",
+        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; it is corrected for this "
+        "run, set it right when you can",
         code="clock-skew",
     )
 
@@ -127,7 +127,7 @@ def clock_warnings(found: FoundRun) -> list[WarningEvent]:
     for peer, ahead_s in found.clock_outliers:
         direction = "ahead of" if ahead_s > 0 else "behind"
         apart = f"{time_in_words(abs(ahead_s))} {direction}"
-        message = f"the clock of {short_peer(peer)} is {apart} the one that this peer goes by; it is not followed"
+        message = f"the clock of {short_peer(peer)} is {apart} this peer's time, and is not followed"
         told.append(WarningEvent(message=message, code="clock-outlier"))
     return told
 
@@ -303,7 +303,7 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
 def had_ended(folder: PeerFolder) -> WarningEvent:
     """Return the warning that a kept final model stays as it is."""
     return WarningEvent(
-        message=f"this run had ended: its model is in {folder.model_path}, and stays as it is", code="run-had-ended"
+        message=f"this run has ended; its model in {folder.model_path} stays as it is", code="run-had-ended"
     )
 
 

@@ -529,7 +529,7 @@ class GossipExchange(AsynchronousExchange):
         if has_own:
             return None  # it keeps its own state; its first merges bring the others' weights
         raise RunTimeError(
-            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+            "no peer delivered the run's current weights; try again in a minute", code="state-not-delivered"
         )
 
     def final_theta(self, own: Tensor) -> Tensor:
@@ -569,13 +569,13 @@ class GossipExchange(AsynchronousExchange):
             for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:
-            message = f"what the checkpoint says of merges is not used ({error}); parts may be merged twice"
+            message = f"cannot use the checkpoint's record of merges ({error}); some updates may be merged twice"
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
         try:
             if self.swarm.coverage is not None:
                 self.swarm.coverage.restore(extra.get(_COVERAGE))
         except (ValueError, TypeError) as error:
-            message = f"what the checkpoint says of the data is not used ({error}); it comes back from others"
+            message = f"cannot use the checkpoint's record of the data ({error}); other peers send it again"
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:

@@ -225,12 +225,13 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
         return own
     if versions != [gradient._version for gradient in gradients]:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule writes into what it is given; ask those who made it',
+            f'merge.robust = "{rule}": the rule modifies its arguments; ask those who made it',
             code="merge-package-broken",
         )
     if not isinstance(mean, Tensor) or mean.shape != own.shape or mean.dtype is not own.dtype:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule gave no fp32 vector of {own.numel()} numbers; ask those who made it',
+            f'merge.robust = "{rule}": the rule returned no fp32 vector of {own.numel()} numbers; '
+            "ask those who made it",
             code="merge-package-broken",
         )
     if not mean.isfinite().all():

@@ -340,7 +340,7 @@ class RosterExchange(SwarmExchange):
                     return None
                 case JoinsWith.NOTHING:
                     raise RunTimeError(
-                        "nobody could deliver the run's present state; try again in a minute",
+                        "no peer delivered the run's current weights; try again in a minute",
                         code="state-not-delivered",
                     )
             self.stop.sleep(_TRY_AGAIN_S)

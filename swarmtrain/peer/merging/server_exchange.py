@@ -144,9 +144,7 @@ class ServerExchange(AsynchronousExchange):
         silent_s = now - self.link.heard_s
         is_silent = silent_s > max(_LEAST_SILENT_S, _SILENT_ROUNDS * self._lasts_s)
         if is_silent and not self._told_silent:
-            message = (
-                "the server does not answer: going on alone; what is learnt meanwhile is handed in when it is back"
-            )
+            message = "the server does not answer: training on alone; updates are handed in when it is back"
             self.swarm.emit(WarningEvent(message=message, code="server-silent"))
         self._told_silent = is_silent
 
@@ -231,7 +229,7 @@ class ServerExchange(AsynchronousExchange):
         if has_own:
             return None
         raise RunTimeError(
-            "nobody could deliver the run's present state; try again in a minute", code="state-not-delivered"
+            "no peer delivered the run's current weights; try again in a minute", code="state-not-delivered"
         )
 
     def _fetch(self, peers: Sequence[str], progress: Progress, reason: str) -> Replaced | None:

@@ -196,7 +196,7 @@ class PipelineBootstrap(BootstrapPeer):
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(
                         WarningEvent(
-                            message="the run is over, but nobody delivered its last state", code="last-state-lost"
+                            message="the run is over, but no volunteer delivered its last state", code="last-state-lost"
                         )
                     )
                     return

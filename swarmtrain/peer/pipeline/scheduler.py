@@ -166,13 +166,11 @@ class MicrobatchScheduler:
         """
         if not work.cancelled() and (error := work.exception()) is not None:
             self.failed(
-                Problem(
-                    f"this peer drives no microbatches any more, by a bug of its own: {error!r}; start it again", "bug"
-                )
+                Problem(f"an error of this peer stopped its microbatches: {error!r}; start the peer again", "bug")
             )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
-            self.failed(Problem(f"a microbatch failed by an error of this peer: {error!r}; start it again", "bug"))
+            self.failed(Problem(f"an error of this peer lost a microbatch: {error!r}; start the peer again", "bug"))

@@ -54,7 +54,7 @@ class StageMoves:
                 except RunTimeError as error:
                     if context.stop.failure is not None:
                         raise
-                    message = f"{stages_in_words(command.stages)} could not be taken: {error}"
+                    message = f"cannot take {stages_in_words(command.stages)}: {error}"
                     context.emit(WarningEvent(message=message, code="stage-not-taken"))
                     return moves.FetchFailed(str(error))
                 return moves.StagesFetched(record.places(), swarm_time())

@@ -123,7 +123,8 @@ class StageReplicas:
         for held in self.all[:1]:
             return held.manager.flushed()
         raise RunTimeError(
-            "there is nothing to write yet: this peer is still starting, try again in a minute", code="no-checkpoint"
+            "this peer has nothing to write yet, since it is still starting; try again in a minute",
+            code="no-checkpoint",
         )
 
 

@@ -191,7 +191,7 @@ class ModelTraining:
         if self._had_ended:
             # Nothing to continue alone; `finish` decides what becomes of the model.
             return
-        message = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
+        message = "no other peer of this run answers: training on alone from this folder's checkpoint, and trying again"
         context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
@@ -347,10 +347,10 @@ class ModelTraining:
         # In synchronous rounds this peer's state is the run's, so the model is right.
         if self._had_ended and self.swarm.asynchronous:
             message = (
-                "this run had ended, and nobody gives the model that it ended with: the one in "
+                "this run has ended, and no peer gives its final model: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
-            context.emit(WarningEvent(message=message, code="run-had-ended"))
+            context.emit(WarningEvent(message=message, code="no-final-model"))
         return own, False
 
     def _measure(self, theta: Tensor) -> TextLoss:

@@ -551,7 +551,8 @@ class Partners:
     ) -> tuple[str | None, str]:
         """Choose the next peer to ask, or None, and return it with the reason.
 
-        `candidates`: all live others, without this peer; `exclude`: those already asked in this round; `first`: those
+        `candidates`: all live others, without this peer; `exclude`: those not to ask now (see `OpenPulls.not_now`:
+        what they have is here or on its way, they had nothing new lately, or they failed in this round); `first`: those
         to prefer; `new_tokens`: the ledger's answer for each candidate, if it has been asked already. Bans count while
         at least one of all `candidates` is free of them.
         """

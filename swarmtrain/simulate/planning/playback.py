@@ -180,7 +180,7 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
     if not kept:
         raise UserError(
-            f"--churn: nobody ends a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
+            f"--churn: no volunteer stays for a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
             code="too-much-churn",
         )
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)

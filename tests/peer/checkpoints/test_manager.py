@@ -1,4 +1,4 @@
-"""What a peer keeps in its folder while it runs: whom it knew, its newest checkpoint for who asks, its run."""
+"""Files that a peer keeps in its folder while it runs: known peers, its newest checkpoint on request, its run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from codes import raises_code
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
-from swarmtrain.events import Event, JoinedEvent, to_plain_line
+from swarmtrain.events import Event, JoinedEvent, WarningEvent, to_plain_line
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
@@ -63,7 +63,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
 
 
 def merged(published: PublishedRun, value: float) -> Checkpoint:
-    """A state after one round, all weights `value`."""
+    """Return a state after one round, with all weights `value`."""
     entry = RoundPublication(peer=ME, snapshot="11" * 32, tokens=published.run.tokens_per_step, inner_steps=1)
     roster = Roster(round=0, signer=ME, entries=(entry,))
     theta = torch.full((num_parameters(published.run.model),), value)
@@ -76,7 +76,7 @@ def merged(published: PublishedRun, value: float) -> Checkpoint:
 
 
 def swarm_of(published: PublishedRun, now: float = 50.0, **parts: Any) -> Any:
-    """As much of a swarm as a keeper looks at."""
+    """Make the parts of a swarm that a checkpoint manager uses."""
     return SimpleNamespace(
         published=published, asynchronous=True, tallying=tallying(published, now), membership=None, **parts
     )
@@ -142,7 +142,8 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     path.write_text(f'{{"run_sha256": "{published.sha256}", "tally": [[1]]}}')
     newer.restore_counts()
     (warning,) = of_newer
-    assert "not used" in to_plain_line(warning) and newer.swarm.tallying.contributions() == {BEN: 9000}
+    assert isinstance(warning, WarningEvent) and warning.code == "checkpoint-partly-used"
+    assert newer.swarm.tallying.contributions() == {BEN: 9000}
     assert not events
 
 

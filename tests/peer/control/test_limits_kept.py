@@ -1,4 +1,4 @@
-"""The enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+"""Enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeUsage:
 
 
 class Kept:
-    """An enforcer at noon, with a made-up machine."""
+    """Enforcer at noon, with a fake machine."""
 
     def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()
@@ -163,6 +163,31 @@ def test_threads_change_between_two_steps_in_the_trainers_thread() -> None:
     )
     kept.enforcer.between_steps()
     assert torch.get_num_threads() == all_threads
+
+
+def test_a_changed_number_of_threads_reaches_each_thread_that_trains() -> None:
+    kept, changed = Kept(Limits(threads=2)), threading.Event()
+    kept.enforcer.start()
+    begun, ended, one_at_a_time = threading.Barrier(3), list[int](), threading.Lock()
+
+    def train() -> None:
+        kept.enforcer.between_steps()
+        torch.ones(100_000).exp()  # from here on torch keeps this thread's number apart
+        begun.wait(PATIENCE_S)
+        assert changed.wait(PATIENCE_S)
+        with one_at_a_time:
+            kept.enforcer.between_steps()
+        ended.append(torch.get_num_threads())
+
+    stages = [threading.Thread(target=train) for _ in range(2)]
+    for stage in stages:
+        stage.start()
+    begun.wait(PATIENCE_S)
+    kept.enforcer.change(pb.Limits(threads=1))
+    changed.set()
+    for stage in stages:
+        stage.join()
+    assert ended == [1, 1]
 
 
 def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:

@@ -120,7 +120,7 @@ def test_it_asks_until_it_may_go(here: Here) -> None:
 
 
 class Minute:
-    """A clock that moves whenever somebody looks."""
+    """Clock that moves whenever it is read."""
 
     def __init__(self, step_s: float) -> None:
         self.now, self.step_s = 0.0, step_s
@@ -139,7 +139,7 @@ def test_the_last_holder_waits_a_minute_for_a_bootstrap_and_says_where_the_work_
     here.stay = [UnreachableError("nobody")] * 100
     here.leave()
     waits, kept = here.events
-    assert isinstance(waits, WarningEvent) and waits.code == "last-volunteer"
+    assert isinstance(waits, WarningEvent) and waits.code == "no-bootstrap"
     assert isinstance(kept, WarningEvent) and kept.code == "rounds-not-archived"
     assert "`swarmtrain join --dir '/home/ada/my run'`" in kept.message
     assert 60 <= clock.now <= 90
@@ -152,7 +152,7 @@ def test_of_two_that_leave_in_the_same_moment_one_waits(here: Here, monkeypatch:
     here.saw("ben", stamp=3.0)
     here.leave()
     assert [event.code for event in here.events if isinstance(event, WarningEvent)] == [
-        "last-volunteer",
+        "no-bootstrap",
         "rounds-not-archived",
     ]
     assert not here.fellows.is_going and here.fellows.leaving == {"ben"}
@@ -262,7 +262,7 @@ def test_an_end_that_is_asked_for_again_is_obeyed(here: Here, monkeypatch: pytes
 
 
 def leave_stages(*stages: Here) -> None:
-    """What ends the process is the first one's."""
+    """Leave several stages; the first one's error ends the process."""
     first = cast(Any, stages[0])
     first.stop.stop()
     hand_over(first, cast(Any, stages), first.network, Path("/home/ada/my run"))

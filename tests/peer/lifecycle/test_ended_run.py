@@ -44,12 +44,6 @@ from swarmtrain.run import RunFile, published_bytes, run_sha256
 
 TOTAL = 10_000
 TEXT = bytes(range(256))
-ENDED = "this run had ended: its model is in {0}, and stays as it is"
-MADE = (
-    "this run had ended, and nobody gives the model that it ended with: the one in {0} is made of this peer's own last "
-    "weights"
-)
-ALONE = "nobody else of this run answers: going on alone from this folder's checkpoint, and knocking again"
 Spoil = Callable[[Path], object]
 
 
@@ -72,7 +66,7 @@ def weights_of(published: PublishedRun, seed: int) -> Tensor:
 
 
 def leave_model(folder: PeerFolder, published: PublishedRun, theta: Tensor, run_tokens: int = TOTAL + 512) -> None:
-    """As a peer does at the end of its life; long ago, so that a file that is written anew is known by its time."""
+    """Leave a model as a peer does at its end; with an old time, so that a rewritten file is recognised."""
     progress = Progress(round=9, run_tokens=run_tokens)
     save_model(folder.model_path, build_model(published.run.model, 0), theta, published, progress)
     os.utime(folder.model_path / "model.safetensors", (1000, 1000))
@@ -110,7 +104,7 @@ SPOILT: list[Spoil] = [
 
 
 class Life:
-    """A volunteer in a folder, from its checkpoint on; its swarm gives what a test says, by default nothing."""
+    """Volunteer in a folder, from its checkpoint on; its swarm delivers what a test says, by default nothing."""
 
     def __init__(self, path: Path, method: str = "gossip", round: int = 9, run_tokens: int = TOTAL + 512) -> None:
         self.published, self.folder = published_run(method), PeerFolder(path)
@@ -170,15 +164,12 @@ class Life:
         leave_model(self.folder, self.published, theta)
 
     def live(self) -> DoneEvent:
-        """What is left of its life where the run has its tokens."""
+        """Play what is left of its life if the run has all its tokens."""
         self.training._take_present()
         return self.training.finish()
 
     def said(self) -> list[str]:
-        return [event.message for event in self.events if isinstance(event, WarningEvent)]
-
-    def text(self, message: str) -> str:
-        return message.format(self.folder.model_path)
+        return [event.code for event in self.events if isinstance(event, WarningEvent)]
 
 
 @pytest.mark.parametrize("method", ["gossip", "server", "diloco"])
@@ -188,7 +179,7 @@ def test_the_model_of_the_runs_end_stays_where_nobody_gives_another(tmp_path: Pa
     life.leave(life.consensus)
     done = life.live()
     assert is_untouched(life.folder) and torch.equal(model_in(life.folder), life.consensus)
-    assert life.said() == [life.text(ENDED)]
+    assert life.said() == ["run-had-ended"]
     (measured,) = (event for event in life.events if isinstance(event, EvalEvent))
     assert measured.bits_per_byte == pytest.approx(measured.held_out_loss / math.log(2))
     assert measured.perplexity == pytest.approx(math.exp(measured.held_out_loss)), "a token is a byte here"
@@ -200,7 +191,7 @@ def test_weights_that_are_the_models_are_measured_once(tmp_path: Path) -> None:
     life = Life(tmp_path, "diloco")
     life.leave(life.own)
     assert life.live().own_loss is None
-    assert is_untouched(life.folder) and life.said() == [life.text(ENDED)]
+    assert is_untouched(life.folder) and life.said() == ["run-had-ended"]
 
 
 def test_a_checkpoint_that_lacks_the_last_round_changes_nothing(tmp_path: Path) -> None:
@@ -208,7 +199,7 @@ def test_a_checkpoint_that_lacks_the_last_round_changes_nothing(tmp_path: Path) 
     life = Life(tmp_path, run_tokens=TOTAL - 1)
     life.leave(life.consensus)
     life.live()
-    assert is_untouched(life.folder) and life.said() == [life.text(ENDED)]
+    assert is_untouched(life.folder) and life.said() == ["run-had-ended"]
 
 
 @pytest.mark.parametrize("when", ["joining", "at the end"])
@@ -234,10 +225,10 @@ def test_a_model_that_is_missing_broken_or_another_is_written(tmp_path: Path, sp
     spoil(life.folder.model_path)
     life.live()
     assert torch.equal(model_in(life.folder), life.own)
-    assert life.said() == ([life.text(MADE)] if method == "gossip" else []), "in rounds its state is the run's"
+    assert life.said() == (["no-final-model"] if method == "gossip" else []), "in rounds its state is the run's"
 
 
-@pytest.mark.parametrize(("run_tokens", "said"), [(TOTAL, []), (TOTAL - 1, [ALONE])])
+@pytest.mark.parametrize(("run_tokens", "said"), [(TOTAL, []), (TOTAL - 1, ["going-on-alone"])])
 def test_it_does_not_say_that_it_goes_on_where_nothing_is_left_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_tokens: int, said: list[str]
 ) -> None:
@@ -266,7 +257,7 @@ def test_a_model_of_another_run_is_not_taken_for_this_ones(tmp_path: Path) -> No
 
 
 def boot(path: Path, kind: type[Any] = bootstrap._Bootstrap) -> tuple[Any, list[Event]]:
-    """A bootstrap that was started again in `path`, with the run's last state."""
+    """Restart a bootstrap in `path`, with the run's last state."""
     events: list[Event] = []
     control: Any = SimpleNamespace(emit=events.append, stop=StopFlag())
     published, anything = published_run(), None
@@ -278,7 +269,7 @@ KINDS = {"whole": bootstrap._Bootstrap, "pipeline": pipeline_bootstrap.PipelineB
 
 
 def has(peer: Any, theta: Tensor) -> None:
-    """It has these weights of the run."""
+    """Check that the folder has these weights of the run."""
     progress = Progress(round=9, run_tokens=TOTAL)
     if isinstance(peer, bootstrap._Bootstrap):
         peer.state, peer.progress = OuterState(theta, theta), progress
@@ -296,8 +287,8 @@ def test_a_bootstrap_that_is_started_again_leaves_its_model_as_it_is(tmp_path: P
     has(peer, archived)
     peer._measure_and_save()
     assert is_untouched(peer.folder)
-    said = [event.message for event in events if isinstance(event, WarningEvent)]
-    assert said == [ENDED.format(peer.folder.model_path)]
+    (said,) = [event for event in events if isinstance(event, WarningEvent)]
+    assert said.code == "run-had-ended" and str(peer.folder.model_path) in said.message
     kept = load_exported(peer.folder.model_path).model
     assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer()).nats_per_byte
 
