@@ -54,8 +54,10 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def raised() -> list[tuple[str, ast.Call, str]]:
-    """Where errors and warnings are made: the place, the call and the code given there or by the class; empty if the
-    code comes with what is passed on."""
+    """List where errors and warnings are made: the place, the call, and the code given there or by the class.
+
+    The code is empty if it comes with what is passed on.
+    """
     found = []
     for name, node in nodes():
         if isinstance(node, ast.Call) and (kind := ast.unparse(node.func).split(".")[-1]) in ERRORS | {"Problem"}:

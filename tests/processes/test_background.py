@@ -55,7 +55,7 @@ def join(swarm: Swarm, bootstrap: Child, *extra: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def adopts() -> Iterator[None]:
-    """Who outlives its parent is this process's child, so that its exit code can be had."""
+    """Adopt processes that outlive their parent, so that their exit codes can be read."""
     set_child_subreaper = 36
     ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
     yield

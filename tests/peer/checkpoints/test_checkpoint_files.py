@@ -217,9 +217,9 @@ def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.M
 
 
 def write_killed(path: Path, call: int, half: bool) -> list[str]:
-    """A process writes round 4 and is killed before its call number `call`, or halfway through it if that writes.
+    """Fork a process that writes round 4 and is killed before its call number `call`, or halfway through a write.
 
-    Returns the calls it came to. In a process of its own, without threads: it forks.
+    Returns the calls that it reached. Run in a separate process without threads, since it forks.
     """
     reader, writer = os.pipe()
     child = os.fork()
