@@ -1,4 +1,4 @@
-"""What `docs/architecture.md` names is there: each file, each function or class in one, each folder of the package."""
+"""Names in `docs/architecture.md` exist: each file, each function or class in one, each folder of the package."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FOLDERS = sorted(set(re.findall(r"`([\w/]+/)`", PAGE)))
 
 
 def path_of(name: str) -> str | None:
-    """A file or folder below the package, or below the root; from the root. None if it is nowhere."""
+    """Find a file or folder below the package or the root; returns its path from the root, or None."""
     found = next((path for path in (PACKAGE / name, ROOT / name, ROOT / "docs" / name) if path.exists()), None)
     return None if found is None else found.relative_to(ROOT).as_posix()
 
 
 @functools.cache
 def names_of(path: str) -> frozenset[str]:
-    """What a module defines: `name`, and `Class.name` of methods and attributes, those too that `__init__` sets."""
+    """Return what a module defines: `name`, and `Class.name` of methods and attributes, those of `__init__` too."""
     found = set[str]()
 
     def look(body: list[ast.stmt], within: str) -> None:
@@ -42,7 +42,7 @@ def names_of(path: str) -> frozenset[str]:
 
 
 def is_own(node: ast.AST) -> bool:
-    """It is `self.x` that is set."""
+    """Return whether `self.x` is set."""
     is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     return is_set and isinstance(node.value, ast.Name) and node.value.id == "self"
 

@@ -1,4 +1,4 @@
-"""The chaos scenarios' files, and what is made of what they show; they are played by `make chaos`."""
+"""Scenario files of the chaos tests, and the evaluation of their results; `make chaos` plays them."""
 
 from __future__ import annotations
 

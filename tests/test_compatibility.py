@@ -1,4 +1,4 @@
-"""The protocol's number: whoever changes the wire looks at it, and who is too old or too new is told which version."""
+"""Protocol number: changes of the wire must consider it, and a peer too old or too new is told which version to use."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class _Node:
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Callable[[], Any]:
-    """A newcomer that greets two peers: BOB, who answers with `fields`, and nobody else."""
+    """Let a newcomer look up the run; the only peer, BOB, answers with `fields`."""
 
     class Calls:
         def __init__(self, node: object, run_sha256: str) -> None: ...

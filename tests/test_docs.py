@@ -1,4 +1,4 @@
-"""The generated pages are what their generator writes, and links between pages lead somewhere."""
+"""Generated pages are what their generator writes, and links between pages lead somewhere."""
 
 from __future__ import annotations
 

@@ -20,13 +20,13 @@ from swarmtrain.errors import Problem, UserError, with_code
 from swarmtrain.events import ErrorEvent, WarningEvent, parse_event, to_json_line, to_plain_line
 
 FROZEN = """
-address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written bad-address
-bad-assignment bad-bytes bad-chain bad-format bad-hash bad-limit bad-name bad-number bad-plot-name bad-sender
-bad-shape bad-signature bad-size bad-stages bad-time bad-tokens bad-trace bad-value broken-off bug busy
+address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
+bad-address bad-assignment bad-bytes bad-chain bad-format bad-hash bad-limit bad-name bad-number bad-plot-name
+bad-sender bad-shape bad-signature bad-size bad-stages bad-time bad-tokens bad-trace bad-value broken-off bug busy
 checkpoint-mismatch checkpoint-not-finite checkpoint-not-written checkpoint-partly-used checkpoint-unusable
-checkpoints-again clock-differs clock-outlier clock-skew daemon-died daemon-not-started data-folder-needed
-dataset-foreign-file dataset-format dataset-name dataset-not-loaded dht-not-joined empty-prompt far-from-usual
-field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
+checkpoints-again clock-differs clock-outlier clock-skew crowded-machine daemon-died daemon-not-started
+data-folder-needed dataset-foreign-file dataset-format dataset-name dataset-not-loaded dht-not-joined empty-prompt
+far-from-usual field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone invite-garbled invite-local-only
 invite-not-written invite-too-long kept-option key-given-twice key-not-changeable keys-disagree last-state-lost
 last-volunteer limits-fixed loss-not-measured merge-package-broken merge-package-missing merge-package-version
@@ -54,8 +54,10 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def raised() -> list[tuple[str, ast.Call, str]]:
-    """Where errors and warnings are made: the place, the call and the code given there or by the class; empty if the
-    code comes with what is passed on."""
+    """List where errors and warnings are made: the place, the call, and the code given there or by the class.
+
+    The code is empty if it comes with what is passed on.
+    """
     found = []
     for name, node in nodes():
         if isinstance(node, ast.Call) and (kind := ast.unparse(node.func).split(".")[-1]) in ERRORS | {"Problem"}:

@@ -1,4 +1,4 @@
-"""One word for a thing and one thing for a word: the glossary against the names in the package."""
+"""Each thing has one word and each word one thing: the glossary against the names in the package."""
 
 from __future__ import annotations
 

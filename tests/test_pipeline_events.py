@@ -1,4 +1,4 @@
-"""What is told of a pipeline, in words and as JSON."""
+"""Events of a pipeline, in words and as JSON."""
 
 from __future__ import annotations
 

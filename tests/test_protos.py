@@ -1,4 +1,4 @@
-"""The generated protobuf code belongs to the protos that are in the tree."""
+"""Generated protobuf code belongs to the protos in the tree."""
 
 from __future__ import annotations
 

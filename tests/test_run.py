@@ -1,4 +1,4 @@
-"""The run file: what is accepted, how every problem is said, and the identity of a published run."""
+"""Run file: what is accepted, how each problem is reported, and the identity of a published run."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_publishing_twice_gives_the_same_bytes_and_round_trips() -> None:
 
 
 def refused(data: bytes, sha256: str = "") -> str:
-    """The line that a person sees, with the code at its end."""
+    """Return the line that a person sees, with the code at its end."""
     with pytest.raises(BadBytesError) as caught:
         parse_published_untrusted(data, sha256 or run_sha256(data))
     assert "\n" not in str(caught.value)
@@ -401,7 +401,7 @@ def test_a_round_may_end_when_those_of_others_do_and_that_of_a_stage_with_a_larg
 
 
 def pipeline_bytes(stages: int = 3, **fields: object) -> bytes:
-    """A published run of so many stages, as anybody could write it."""
+    """Return a published run of so many stages, as anybody could write it."""
     run = published(MINIMAL + f"[pipeline]\nstages = {stages}\n")
     table = run.model_dump(mode="json", exclude_none=True)
     table["published"] |= {"boundaries": [1, 3], "stage_costs": [0.25, 0.5, 0.25]} | fields

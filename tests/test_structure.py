@@ -55,6 +55,24 @@ def test_lines_of_code_are_no_comments_and_not_blank(structure: ModuleType) -> N
     assert (structure.num_lines(module), structure.num_code_lines(module)) == (10, 5)
 
 
+def test_assertions_that_quote_what_a_person_is_told(structure: ModuleType) -> None:
+    text = """
+    def test_one():
+        with pytest.raises(UserError, match="the port is taken"):
+            listen()
+        with pytest.raises(UserError, match="--listen"), raises_code("port-taken", UserError, "two words"):
+            listen()
+        assert "is taken" in capsys.readouterr().err
+        assert told == ["two words"]
+        assert codes_in(done.stderr) == ["port-taken"]
+        with pytest.raises(UserError, match=f"{where} is taken"):
+            listen()
+    """
+    module = structure.Module("tests/test_one.py", textwrap.dedent(text))
+    quoted = sorted(structure.quotes([module]), key=structure.Place.order)
+    assert [place.where for place in quoted] == [f"tests/test_one.py:{line}" for line in (3, 7, 10)]
+
+
 # ---------------------------------------------------------------- data paths
 
 CHAIN = {

@@ -1,4 +1,4 @@
-"""The page of messages: each it lists is one of ours, and none of ours is missing."""
+"""Page of messages: each message that it lists exists, and none is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swarmtrain.error_codes import CODES
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 GAP = "…"
 END = "\0"
-"""Of a string, in what is searched."""
+"""End mark of a string in the searched text."""
 RAISED = {
     "ClockError", "ForeignError", "InviteError", "NoAnswerError", "OptionsError", "RefusedError", "RunFileError",
     "RunTimeError", "UserError", "WarningEvent",
@@ -23,7 +23,7 @@ SHORTEST = 8
 
 
 def literal(node: ast.expr) -> str:
-    """A string as it is written, with a gap for what is filled in; a gap alone for what is no string."""
+    """Return a string as it is written, with a gap for each filled-in value; a gap alone if it is no string."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -35,7 +35,7 @@ def literal(node: ast.expr) -> str:
 
 @cache
 def written() -> tuple[str, dict[str, str]]:
-    """All strings of the package, in one; and of what is raised or warned of, the message by where it is."""
+    """Return all strings of the package in one, and messages of errors and warnings by place."""
     strings, messages = [], {}
     for name, node in nodes():
         if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
@@ -49,15 +49,15 @@ def written() -> tuple[str, dict[str, str]]:
 
 
 def stems() -> list[str]:
-    """What the page lists: the words in backticks of the first cells of its tables, but for the checks' names; of codes
-    the second cells."""
+    """List the page's messages: words in backticks in the first cells of its tables, without the checks' names; in
+    tables of codes, the second cells."""
     rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     written = [stem for row in rows for stem in re.findall(r"`([^`]+)`", row) if not re.fullmatch("[a-z]+", stem)]
     return [*written, *(stem for each in CODES.values() for stem in each.says)]
 
 
 def says(stem: str, text: str) -> bool:
-    """Whether one of the strings of `text` has the parts of `stem` between its gaps, in that order."""
+    """Return whether a string of `text` has the parts of `stem` between its gaps, in that order."""
     parts = (re.escape(part.strip()) for part in stem.strip(GAP).split(GAP))
     return re.search(f"[^{END}]*".join(parts), text) is not None
 
@@ -80,7 +80,7 @@ NEXT_STEP = re.compile(
 )
 """Words by which a message names what to do, or what would do."""
 OTHERS = ("the published run: ", "a Hugging Face model needs ")
-"""Of another peer's bytes, of which the caller says what to do; and with the command to install it."""
+"""Prefixes of messages about another peer's bytes, where the caller says what to do; and with an install command."""
 
 
 def test_every_error_names_a_next_step() -> None:

@@ -200,5 +200,6 @@ class _Started:
             words = " ".join(early.read().decode(errors="replace").split())
             ended = f"signal {-code}" if code < 0 else f"code {code}"
             said = f": {words}" if words else ""
-            click.echo(f"error: the process in the background ended with {ended}{said}{self.log_words()}", err=True)
+            line = f"error: the process in the background ended with {ended}{said}{self.log_words()}"
+            click.echo(with_code(line, "background-ended"), err=True)
         return 1 if code < 0 else code

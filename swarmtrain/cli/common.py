@@ -34,7 +34,7 @@ import click
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.cli.option_errors import OptionError, OptionsError
-from swarmtrain.errors import ClockError, SwarmtrainError
+from swarmtrain.errors import ClockError, SwarmtrainError, with_code
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
     except ClockError as error:
         if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
-        click.echo(f"warning: {error}", err=True)
+        click.echo(with_code(f"warning: {error}", error.code), err=True)
         with options.stop.before_it_begins():
             goes_by_theirs = click.confirm("Go by their clock?", default=False, err=True)
         if not goes_by_theirs:

@@ -19,7 +19,7 @@ from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, with_code
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
@@ -127,7 +127,7 @@ def command(
             links = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         if crowded := crowded_in_words(peers, threads, slowdowns, _num_cores()):
-            click.echo(f"warning: {crowded}", err=True)
+            click.echo(with_code(f"warning: {crowded}", "crowded-machine"), err=True)
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The whole model's state over its fragments', and moments and weights that are lent to other threads."""
+"""State of the whole model made of its fragments' states, and moments and weights that are lent to other threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gossip merge against plain references: delayed Nesterov, the variance correction written out in fp64."""
+"""Gossip merge against plain references: delayed Nesterov, the variance correction written out in fp64."""
 
 from __future__ import annotations
 
@@ -385,12 +385,12 @@ _SMALL = layout_of([(16, 12), (12,)])
 
 
 def _norms(thetas: Tensor) -> Tensor:
-    """The largest norm of each tensor (T,), of weights (peers, P)."""
+    """Return the largest norm of each tensor (T,) over weights (peers, P)."""
     return torch.stack([thetas[:, place].norm(dim=1).max() for place in _SMALL.slices])
 
 
 def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The largest norm of each tensor in any round, of peers that gossip and of the same peers each alone.
+    """Return the largest norm of each tensor in any round, for peers that gossip and for the same peers alone.
 
     Noisy descent with decoupled weight decay, three inner steps a round; a peer has the same noise in both
     worlds, and its own initial weights. Partners' theta and g are those of their last finished round, as over a

@@ -1,4 +1,4 @@
-"""The inner loop against torch.optim.AdamW, its schedule, and checkpoints that continue to the bit."""
+"""Inner loop against torch.optim.AdamW, its schedule, and checkpoints that continue to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model in fragments, and put together again."""
+"""Cutting a model into fragments, and joining them again."""
 
 from __future__ import annotations
 

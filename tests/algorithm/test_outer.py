@@ -1,4 +1,4 @@
-"""The outer loop against plain references: torch.optim.SGD to the bit, fp64 means, large-batch SGD."""
+"""Outer loop against plain references: torch.optim.SGD to the bit, fp64 means, large-batch SGD."""
 
 from __future__ import annotations
 

@@ -148,8 +148,9 @@ def test_who_is_faster_or_slower_than_pacing_reaches_is_in_step_with_nobody() ->
 def lived(
     speeds: Sequence[float], steps: int, num_rounds: int, *, limit_s: float = 1e9, noise: float = 0.0
 ) -> list[list[tuple[float, int]]]:
-    """Of each of those who see each other: when its rounds began and how many steps they took. Its measured speed is
-    its real one but for so much noise."""
+    """Return for each of several peers that see each other when its rounds began and how many steps they took.
+
+    Its measured speed is its real one with `noise`."""
     rng, now = random.Random(0), 0.0
     ends_s = [rng.random() * min(steps / max(speeds), limit_s) for _ in speeds]
     told = list(speeds)
@@ -168,7 +169,7 @@ def lived(
 
 
 def apart_s(rounds: list[list[tuple[float, int]]], which: int) -> float:
-    """How far apart they began that round."""
+    """Return how far apart they began that round."""
     began_s = [of[which][0] for of in rounds]
     return max(began_s) - min(began_s)
 

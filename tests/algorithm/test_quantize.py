@@ -19,7 +19,7 @@ from swarmtrain.algorithm.quantize import FORMATS, ErrorFeedback, Format, decode
 INTEGER: tuple[Format, ...] = ("int8", "int4")
 BLOCK = {"int8": 256, "int4": 64, "int2": 128}
 SETTLED: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
-"""What was decoded is encoded as the same bytes again."""
+"""Formats in which decoded values encode to the same bytes again."""
 LEVELS = {"int8": 127, "int4": 7}
 # Whole blocks, neighbours that are one run, short and odd last blocks, single numbers, a tensor without any, and
 # more whole blocks than are worked on at once.
@@ -44,7 +44,7 @@ def _blocks(format: Format, sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _plain_step(block: npt.NDArray[np.float32]) -> np.float32:
-    """Of int2: 1.2 times the mean magnitude, which is halved sums of neighbours again and again."""
+    """Return the step of int2: 1.2 times the mean magnitude, computed as repeatedly halved sums of neighbours."""
     padded = 1 << (len(block) - 1).bit_length()
     halves = np.zeros(padded, dtype=np.float32)
     halves[: len(block)] = np.abs(block)

@@ -1,4 +1,4 @@
-"""The robustness rules against plain references, at their limits, and with one bad peer of eight in a descent."""
+"""Robustness rules against plain references, at their limits, and with one bad peer of eight in a descent."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_group_may_be_several_slices() -> None:
 
 
 def _pseudo_gradient(x: Tensor, inner_steps: int, generator: torch.Generator) -> Tensor:
-    """What a round of Adam's steps with noisy gradients moves on a quadratic; the noise is as large as the slope."""
+    """Return how far a round of Adam's steps moves on a quadratic, with gradient noise as large as the slope."""
     curvature = torch.logspace(0, -2, len(x))
     weights, first, second = x, torch.zeros(len(x)), torch.zeros(len(x))
     for step in range(1, inner_steps + 1):
@@ -283,7 +283,7 @@ def test_trimmed_mean_equals_a_plain_loop(num: int) -> None:
 
 
 def _plain_flag(vectors: Sequence[Tensor], rank: int) -> Tensor:
-    """The section's formula with a singular value decomposition of the P x K matrix itself."""
+    """Compute the paper's formula with a singular value decomposition of the P x K matrix itself."""
     G = np.stack([vector.double().numpy() for vector in vectors], axis=1)
     norms = np.linalg.norm(G, axis=0)
     X = G[:, norms > 0] / norms[norms > 0]

@@ -1,4 +1,4 @@
-"""What the command that waits for a peer in the background makes of its words."""
+"""Output of the command that waits for a peer in the background."""
 
 from __future__ import annotations
 

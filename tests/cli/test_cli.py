@@ -1,4 +1,4 @@
-"""The command line: what it offers, how fast it answers, and how it says that something is wrong."""
+"""Command line: what it offers, how fast it answers, and how it says that something is wrong."""
 
 from __future__ import annotations
 
@@ -486,7 +486,7 @@ def test_events_of_many_threads_stay_whole() -> None:
 
 
 class Doubted:
-    """A peer that finds the others' clock far from this machine's, unless it is accepted."""
+    """Peer that finds the others' clock far from this machine's, unless it is accepted."""
 
     def __init__(self) -> None:
         self.lived: list[bool] = []
@@ -498,7 +498,7 @@ class Doubted:
 
 
 class Keyboard(io.StringIO):
-    """What is typed at a terminal."""
+    """Fake standard input of a terminal."""
 
     def isatty(self) -> bool:
         return True

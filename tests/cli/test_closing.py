@@ -1,4 +1,4 @@
-"""The last line of a peer."""
+"""Last line that a peer's command prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The live displays, drawn without a terminal."""
+"""Live displays, drawn without a terminal."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ Made = contextlib.ExitStack
 
 @pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this user's peers live: no folder with the test's name in it, for a socket's path has 107 bytes at most."""
+    """Make the folder of this user's peers, with a short path: a socket's path has at most 107 bytes."""
     data = tmp_path_factory.mktemp("data")
     monkeypatch.setenv("XDG_DATA_HOME", str(data))
     return data / "swarmtrain"
@@ -172,7 +172,7 @@ def test_no_peer_at_all(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "life"),
+    ("state", "phase"),
     [
         (wire.PEER_STATE_DONE, Phase.ENDED),
         (wire.PEER_STATE_FAILED, Phase.FAILED),
@@ -380,7 +380,7 @@ def test_the_command(home: Path, lives: Made) -> None:
 
 
 def processor_s(arguments: list[str]) -> float:
-    """What a command takes of the processor: on a busy machine, that and not the time is its own doing."""
+    """Return a command's processor time, which does not depend on other load, unlike the time by the clock."""
     code = (
         f"import sys; from swarmtrain.cli.main import run; code = run({arguments!r})\n"
         "heavy = {'torch', 'hivemind', 'numpy', 'pydantic'} & set(sys.modules)\n"

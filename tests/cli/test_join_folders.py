@@ -1,4 +1,4 @@
-"""Where a volunteer's folder is: one folder, one run."""
+"""Folders of volunteers: one folder, one run."""
 
 from __future__ import annotations
 

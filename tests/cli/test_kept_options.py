@@ -1,4 +1,4 @@
-"""What a peer's folder remembers: options given once, limits changed since, and a pause."""
+"""Memory of a peer's folder: options given once, limits changed since, and a pause."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DONE = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=0.0, reason=
 
 @pytest.fixture
 def lives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PeerSettings]:
-    """The settings of each volunteer or bootstrap that is started; none of them does more than remember."""
+    """Collect the settings of each volunteer or bootstrap that is started, without running it."""
     found: list[PeerSettings] = []
 
     def live(*args: Any) -> DoneEvent:

@@ -21,7 +21,7 @@ def write(folder: Path, name: str, first: int, end: int) -> None:
 
 
 def followed(path: Path, steps: list[Callable[[], object]]) -> list[str]:
-    """What is read while `steps` happen one after the other; after the last one the peer is gone."""
+    """Return what is read while `steps` happen in turn; after the last one the peer is gone."""
     left = iter(steps)
 
     def lives() -> bool:

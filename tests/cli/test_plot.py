@@ -1,4 +1,4 @@
-"""The loss curve in characters."""
+"""Loss curve in characters."""
 
 from __future__ import annotations
 

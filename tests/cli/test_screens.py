@@ -1,4 +1,4 @@
-"""What a person sees of a peer, drawn into screens of 80x24 and 120x40."""
+"""Screens about a peer, of 80x24 and 120x40."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from swarmtrain.words import shares_in_words
 FOLDER = Path("/home/anna/swarm")
 SIZES = [(80, 24), (120, 40)]
 NOON = 1_795_953_600.0
-"""In UTC, of some day."""
+"""Noon in UTC of some day, in Unix seconds."""
 
 
 def view(phase: Phase = Phase.RUNNING, note: str = "", **changes: Any) -> View:
@@ -34,7 +34,7 @@ def view(phase: Phase = Phase.RUNNING, note: str = "", **changes: Any) -> View:
 
 
 def on_screen(lines: list[Text], width: int, height: int) -> list[str]:
-    """The lines as a terminal shows them; fails if one does not fit."""
+    """Return the lines as a terminal shows them; fails if one does not fit."""
     assert len(lines) <= height
     out = io.StringIO()
     console = Console(
@@ -88,7 +88,7 @@ def test_while_it_is_waited_for_the_screen_can_be_left() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
 @pytest.mark.parametrize("height", [1, 2, 5, 9, 12, 23, 24, 60])
-@pytest.mark.parametrize("life", Phase)
+@pytest.mark.parametrize("phase", Phase)
 def test_watch_fits_any_terminal(width: int, height: int, phase: Phase) -> None:
     lines = draw_watch(view(phase, note="waiting for it to come back, 3 s at most"), width, height)
     assert len(lines) <= height
@@ -448,7 +448,7 @@ WIDE = "宽" * 40
 
 
 def crowd(name: str, **changes: Any) -> View:
-    """A run of many, with names as long as they may be."""
+    """Return the status of a run of many peers, with names of the maximum length."""
     seen = view(name=name, run_name=name, **changes)
     for number in range(12):
         peer, tokens = f"12D3KooWexample{number:06}", 10**9 + number

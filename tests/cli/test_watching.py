@@ -1,4 +1,4 @@
-"""What `swarmtrain watch` shows beside a peer that answers, hangs, ends, dies and comes back."""
+"""`swarmtrain watch` of a peer that answers, hangs, ends, dies and comes back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # they wait by the real clock, as who watches doe
 QUICK = Patience(tick_s=0.02, come_back_s=0.5, probe_s=0.2)
 LASTING = Patience(tick_s=0.02, come_back_s=60.0, probe_s=60.0)
 PROBING = replace(LASTING, probe_s=0.5)
-"""A call made in the very moment of a peer's death may stay open, and the silence is what tells."""
+"""Patience with early probes: a call made at the moment of a peer's death may stay open, and only silence tells."""
 
 
 class Following:
@@ -77,7 +77,7 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "code", "life"),
+    ("state", "reason", "code", "phase"),
     [
         (wire.PEER_STATE_DONE, "total_tokens", 0, Phase.ENDED),
         (wire.PEER_STATE_FAILED, "nobody answers", 1, Phase.FAILED),

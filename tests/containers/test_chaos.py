@@ -1,4 +1,4 @@
-"""One of the chaos scenarios; all of them, compared with runs without a fault, are `make chaos`.
+"""Run of one chaos scenario; `make chaos` plays all of them and compares with runs without a fault.
 
 A kill is in `test_compose.py`, and a volunteer behind a firewall whose host dies in `test_firewall.py`.
 """
@@ -21,10 +21,10 @@ from swarmtrain.run import load_run
 pytestmark = pytest.mark.containers
 
 GAP_S = 15.0
-"""This machine may have other work; whether anybody stands still for as little as 3 s, `make chaos` asks."""
+"""Seconds of delay allowed on a busy machine; `make chaos` checks for delays of 3 s."""
 STALL_SHARE = 0.05
 ASKING_S = 30.0
-"""What is asked of containers takes so long."""
+"""Seconds that requests to containers may take."""
 MARGIN = 1.3
 """Over the most that the volunteers of `chaos.yaml` could train; a machine with other work trains less."""
 

@@ -1,4 +1,4 @@
-"""A swarm by `docker compose up`, in real containers: needs an engine (`make test-containers`)."""
+"""Swarm by `docker compose up`, in real containers: needs an engine (`make test-containers`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from docker_engine import Project, build, docker, status
 pytestmark = pytest.mark.containers
 
 RESTARTED_S = 30.0
-"""The engine waits for longer with each start; the first time it is at once."""
+"""Time limit of a restart; the engine waits longer with each restart, and not before the first."""
 LEAVES_S = 30
-"""For a goodbye, before the engine kills it."""
+"""Seconds to leave before the engine kills it."""
 HEALTHY_S = 120.0
 """However busy the machine is: four peers that start at once."""
 
@@ -24,7 +24,7 @@ def image() -> None:
 
 @pytest.fixture
 def swarm() -> Iterator[Project]:
-    """A bootstrap and three volunteers, healthy."""
+    """Start a bootstrap and three volunteers, all healthy."""
     project = Project()
     try:
         project.up("--scale", "volunteer=3")

@@ -1,4 +1,4 @@
-"""A volunteer behind a firewall that drops what others begin trains, counts, and finds another host when one dies."""
+"""Hidden peer behind a firewall: it trains, counts, and finds another host when one dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images() -> None:
 
 @pytest.fixture
 def swarm(tmp_path: Path) -> Iterator[Project]:
-    """Its run is longer than the test could ever last."""
+    """Start a swarm whose run outlasts the test."""
     files = ("peers/compose.yaml", "peers/unreachable.yaml")
     run_file = tmp_path / "run.toml"
     run_file.write_text(re.sub(r"(?m)^total_tokens = .*$", "total_tokens = 1_000_000_000", STDLIB.read_text()))

@@ -1,4 +1,4 @@
-"""The metrics overlay: Prometheus finds everybody, has real values, and calls when something is wrong."""
+"""Metrics overlay: Prometheus finds all peers, has real values, and raises alerts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROMETHEUS = "swarmtrain-test-prometheus"
 FOUND_S = 90.0
 """Prometheus looks for peers and reads them every ten seconds or so, and rules are worked out as often."""
 ANSWER_S = 10.0
-"""Of Prometheus, which is on this machine."""
+"""Time limit for Prometheus, which is on this machine."""
 LEAVES_S = "20"
-"""For the goodbye of a bootstrap, before it is killed."""
+"""Seconds for the bootstrap to leave before it is killed."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,7 @@ PORT = 5000
 ROUNDS_S = 60.0
 """Until three rounds have ended behind links of 100 ms."""
 RATE_BITS_PER_S, ROUND_TRIP_S = 20e6, 0.1
-"""Of a line up, in `peers/wan.yaml`."""
+"""Upload rate and round-trip time of the links in `peers/wan.yaml`."""
 SIZE_BYTES = 2_000_000
 
 LISTEN = f"""

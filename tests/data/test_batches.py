@@ -1,4 +1,4 @@
-"""A batch depends on the run, the peer and its number alone; held-out windows cover every token once."""
+"""Batches depend on the run, the peer and its number alone; held-out windows cover every token once."""
 
 from __future__ import annotations
 

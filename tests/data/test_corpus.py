@@ -1,4 +1,4 @@
-"""The held-out text is cut once and deterministically; nothing of it is trained on; the cache is checked."""
+"""Held-out text is cut once and deterministically; nothing of it is trained on; the cache is checked."""
 
 from __future__ import annotations
 

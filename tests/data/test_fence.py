@@ -1,4 +1,4 @@
-"""A run file comes from a stranger: it cannot make a volunteer read what is not below `--data`.
+"""Run files come from strangers: none can make a volunteer read what is not below `--data`.
 
 Each attack is prepared as a volunteer prepares its run, with a diary where the volunteer stands. The kernel tells
 whether anybody has opened it: the libraries open files in C++, too.
@@ -71,14 +71,14 @@ class Watched:
 
 @dataclass
 class Home:
-    """Where the volunteer stands, and the folder that it gives."""
+    """Working directory of the volunteer, and the folder that it gives."""
 
     here: Path
     data: Path
     watched: Watched
 
     def prepare(self, run: RunFile, data_folder: Path | None) -> bytes:
-        """What a volunteer that joins this run would train on."""
+        """Prepare what a volunteer of this run would train on."""
         base = data_base(run, data_folder)
         data = training_data(run, base, b"", b"", None)
         if not run.data.streaming or run.data.source != "datasets":
@@ -386,7 +386,7 @@ def test_a_saved_data_set_has_its_files_in_its_folder(home: Home) -> None:
 
 
 def published(run: RunFile, base: Path) -> RunFile:
-    """As a volunteer gets it: the bytes that a bootstrap hands out, read."""
+    """Return the run as a volunteer gets it: parsed from the bytes that a bootstrap hands out."""
     data = publish_run(run, base, datetime.datetime.now(datetime.UTC)).data
     return parse_published_untrusted(data, run_sha256(data))
 

@@ -1,4 +1,4 @@
-"""From a run file to batches, with a byte tokenizer and a learnt one."""
+"""Way from a run file to batches, with a byte tokenizer and a learnt one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported model on the disk: replaced whole, and never taken when it is not."""
+"""Exported model on the disk: replaced as a whole, and never loaded if incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in GPT: causality, initial weights pinned to the bit, counting, evaluating, sampling, learning."""
+"""Built-in GPT: causality, initial weights pinned to the bit, counting, evaluating, sampling, learning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = ModelSection(feed_forward_ratio=4.0, context_tokens=16, num_layers=2, wid
 
 
 def _trained(seed: int = 0, num_steps: int = 30) -> GPT:
-    """A tiny model that has learnt something."""
+    """Train a tiny model."""
     model = build_model(TINY, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(num_steps):

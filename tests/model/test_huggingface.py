@@ -72,7 +72,7 @@ def _joined(stages: list[HuggingFaceStage]) -> dict[str, Tensor]:
 
 
 def _whole(model: HuggingFaceModel, weights: dict[str, Tensor], attention: str = "sdpa") -> Any:
-    """The model that transformers builds, with these weights."""
+    """Build the model by transformers, with these weights."""
     import transformers
 
     config = transformers.AutoConfig.for_model(**model.as_json())
@@ -86,7 +86,7 @@ def _batch() -> Tensor:
 
 
 def _moved_stages(model: HuggingFaceModel, boundaries: tuple[int, ...]) -> list[HuggingFaceStage]:
-    """With other norms than 1 and other biases than 0, the same ones however it is cut."""
+    """Build stages with norms other than 1 and biases other than 0, equal for every cut."""
     stages = _stages(model, boundaries)
     for stage in stages:
         for name, parameter in stage.named_parameters():
@@ -96,7 +96,7 @@ def _moved_stages(model: HuggingFaceModel, boundaries: tuple[int, ...]) -> list[
 
 @functools.cache
 def _expected(config: str, attention: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss and the gradients of the whole model."""
+    """Return the loss and the gradients of the whole model."""
     model, batch = read_config(json.loads(config)), _batch()
     whole = _whole(model, _joined(_moved_stages(model, ())), attention)
     logits = whole(input_ids=batch[:, :-1]).logits
@@ -240,7 +240,7 @@ def test_parameters_are_counted_without_building_them(family: str, boundaries: t
 
 
 def _checkpoint(folder: Path, config: dict[str, Any], **options: Any) -> Any:
-    """A checkpoint as transformers writes it; the model that it is of."""
+    """Write a checkpoint by transformers; returns its model."""
     import transformers
 
     torch.manual_seed(5)
@@ -321,7 +321,7 @@ def test_a_checkpoint_without_a_head_is_not_untied_unasked(tmp_path: Path) -> No
 
 
 def _small(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint in one file, written without transformers; its file, and what is in it."""
+    """Write a one-file checkpoint without transformers; returns the file and its content."""
     weights = _joined(_stages(read_config(CONFIGS["qwen3"]), ()))
     save_file(weights, folder / "model.safetensors")
     return folder / "model.safetensors", weights

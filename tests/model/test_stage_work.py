@@ -1,4 +1,4 @@
-"""A stage's computing: equal to the whole model to the bit, versions, sums, recomputing, taking out and putting in."""
+"""Computation of a stage: bitwise equal to the whole model, versions, sums, recomputing, taking out and putting in."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _batch(number: int) -> Tensor:
 
 
 class _Pipeline:
-    """One peer a stage, in one process."""
+    """Pipeline with one peer per stage, in one process."""
 
     def __init__(self, boundaries: tuple[int, ...], graph_bytes: float = float("inf")) -> None:
         self.stages = [build_stage(shape, 5) for shape in stage_shapes(SECTION, boundaries)]
@@ -108,7 +108,7 @@ def _x(seed: int) -> Tensor:
 
 
 def _reference(seed: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of `_x(seed)` with output gradient `_x(seed + 100)`, by these weights."""
+    """Return the gradient of `_x(seed)` with output gradient `_x(seed + 100)`, by these weights."""
     stage = Stage(stage_shapes(SECTION, (1, 2))[1])
     stage.load_state_dict(weights)
     stage(_x(seed)).backward(_x(seed + 100))

@@ -1,4 +1,4 @@
-"""The model cut into stages: bit-identical to the whole, built by itself, balanced."""
+"""Model cut into stages: bit-identical to the whole, built by itself, balanced."""
 
 from __future__ import annotations
 

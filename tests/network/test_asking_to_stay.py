@@ -36,7 +36,7 @@ class Wire:
     asked: list[tuple[str, int]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     raw_answer: bytes | None = None
-    """What "p" says, whatever it is asked."""
+    """Connection to "p", which answers every request alike."""
     hangs: bool = False
     """"p" takes streams, and neither reads nor answers."""
     streams: list[asyncio.StreamWriter] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Wire:
         return self.promised
 
     async def open_pipe(self, peer: str, handler: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """As a node does."""
+        """Open a pipe as a node does."""
         if peer != "p":
             raise UnreachableError("nobody")
         ours, theirs = socket.socketpair()
@@ -76,7 +76,7 @@ class Wire:
     traffic = TrafficCount()
 
     async def raw(self, question: pb.StageQuestion, body: bytes = b"") -> pb.StageAnswer:
-        """What is answered to this question."""
+        """Return the answer to a request."""
         question.sha256 = hashlib.sha256(body).digest()
         reader, writer = await self.open_pipe("p", "")
         data = question.SerializeToString()

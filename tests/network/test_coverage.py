@@ -1,4 +1,4 @@
-"""Which data has been seen, over real manifests and signatures: nothing stays unseen, and what a liar's row costs."""
+"""Coverage of the data, over real manifests and signatures: nothing stays unseen, and what a liar's row costs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shards_of_corpus(corpus: str = CORPUS, num_shards: int = NUM_SHARDS) -> Shar
 
 
 class Reader:
-    """A peer's coverage, believing all; what it refused, and of whom."""
+    """Coverage of a peer that believes all; with its refusals by peer."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ def counts(**tokens: int) -> list[int]:
 
 
 class Peer(Reader):
-    """One of four: draws real batches, publishes real manifests, and reads those of others."""
+    """Peer, one of four: draws real batches, publishes real manifests, and reads the others'."""
 
     def __init__(self, identity: Identity, number: int) -> None:
         super().__init__(identity)
@@ -82,7 +82,7 @@ class Peer(Reader):
         rows = self.coverage.rows_to_send
         self.publisher = Publisher(identity, RUN, CODEC.gradient.of["fp32"].tensors, SnapshotStore(), shard_rows=rows)
         self.read: set[int] = set()
-        """The places in the corpus that its sequences were of,"""
+        """Places in the corpus that its sequences were read from,"""
         self.begun: set[int] = set()
         """and those that they began at."""
 

@@ -1,4 +1,4 @@
-"""The daemon's end, without a daemon: what is said of it, and what is let go of when it hangs."""
+"""End of the daemon, without a daemon: what is reported, and what is released if it hangs."""
 
 from __future__ import annotations
 

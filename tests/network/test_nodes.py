@@ -62,7 +62,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class Peer:
-    """A node, what it serves, and its calls to others. Also what its service asks it (`Answers`)."""
+    """Node, what it serves, and its calls to others; also the answers for its service (`Answers`)."""
 
     node: Node
     run: str
@@ -105,7 +105,7 @@ async def start(directory: Path, run: str) -> Peer:
 
 @dataclass
 class Here:
-    """The network thread and the peers of this module: a and b are of one run, c of another."""
+    """Network thread and peers of this module: a and b are of one run, c of another."""
 
     network: NetworkThread
     folder: Path
@@ -738,7 +738,7 @@ def test_a_long_folder_gets_its_sockets_elsewhere(tmp_path: Path, monkeypatch: p
 
 @dataclass
 class Owner:
-    """A process with a node, and a descriptor of its daemon."""
+    """Process with a node, and a descriptor of its daemon."""
 
     process: subprocess.Popen[str]
     daemon_fd: int

@@ -1,4 +1,4 @@
-"""The calls that a peer answers, without a network: a flood gets short answers and is named, others are served."""
+"""Calls that a peer answers, without a network: a flood gets short answers and is named, others are served."""
 
 from __future__ import annotations
 

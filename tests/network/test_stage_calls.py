@@ -67,7 +67,7 @@ class Wire:
         self.named.append((peer, str(error)))
 
     async def open_pipe(self, peer: str, handler: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """As a node does."""
+        """Open a pipe as a node does."""
         if peer not in self.hosts:
             raise UnreachableError("nobody")
         ours, theirs = socket.socketpair()
@@ -88,7 +88,7 @@ class Wire:
             await asyncio.sleep(0.01)
 
     async def raw(self, peer: str, data: bytes) -> pb.StageAnswer:
-        """What is answered to these bytes."""
+        """Return the answer to these bytes."""
         reader, writer = await self.open_pipe(peer, "")
         writer.write(data)
         answer = pb.StageAnswer.FromString(await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big")))
@@ -389,7 +389,7 @@ def test_numbers_that_cannot_be_sent_are_nobody_elses_fault() -> None:
 
 
 def _answers(*answers: bytes) -> Callable[[Wire], Coroutine[Any, Any, PeerError]]:
-    """The error that a driver gets from a peer that answers so."""
+    """Return the error that a driver gets from a peer that answers so."""
 
     async def run(wire: Wire) -> PeerError:
         wire.silent = True

@@ -1,4 +1,4 @@
-"""Who is known to whom: those who meet in a round greet each other, whatever the DHT has told them so far."""
+"""Knowledge of other peers: peers that meet in a round greet each other, whatever the DHT has said so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has trained on how many tokens, as a manifest tells it: few rows, and read for little."""
+"""Tokens by peer in a manifest: few rows, and cheap to read."""
 
 from __future__ import annotations
 

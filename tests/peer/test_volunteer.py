@@ -1,4 +1,4 @@
-"""A volunteer's life: which step follows which, whatever ends or pauses it, and that it always says goodbye."""
+"""Lifecycle of a volunteer: the order of its steps, whatever ends or pauses it, and that it always leaves cleanly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swarmtrain.peer.volunteer import Volunteer
 
 
 class Life:
-    """A volunteer whose training writes down its steps, and does in each what a test says."""
+    """Volunteer whose training records its steps, and does in each what a test says."""
 
     round = 7
 
@@ -72,7 +72,7 @@ class Life:
         self.take("leave")
 
     def look(self, what: str) -> None:
-        """The network thread does it."""
+        """Look, in the network thread."""
         self.take("look who is here" if what == "come back" else what)
 
 
@@ -95,7 +95,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
 
 
 def resume_soon(life: Life) -> None:
-    """A person resumes it as soon as it rests."""
+    """Resume it as soon as it is paused."""
     sleep = life.volunteer.stop.sleep
 
     def resume(seconds: float) -> None:

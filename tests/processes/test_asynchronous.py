@@ -28,19 +28,19 @@ pytestmark = [pytest.mark.processes, pytest.mark.long]
 ROUND_STEPS = 40
 ROUND_TOKENS = ROUND_STEPS * 8 * 64
 NUM_SHARDS = 9
-"""Of some 190 kB: as many as each has a round's tokens."""
+"""Shards of some 190 kB: as many as give each a round's tokens."""
 FRESH_SHARE = 0.5
-"""The share of rounds that merge somebody, at the least, on a machine with more to do than it has cores for."""
+"""Least share of rounds that merge somebody, on a machine with more load than cores."""
 LOSSES_APART = 0.02
-"""Of the same consensus, measured by each on its own; a share of the loss."""
+"""Relative difference allowed between losses of the same consensus, measured by each peer."""
 BETTER_ALONE = 1.05
-"""One that a busy machine let take twice as many steps as the others may be better than their mean."""
+"""Factor by which one peer may be better than the mean, if a busy machine let it take twice as many steps."""
 LATE_S = 1.0
-"""What a busy machine may add to a round; a call that nobody answers takes 3 s (`write_run`)."""
+"""Seconds that a busy machine may add to a round; an unanswered call takes 3 s (`write_run`)."""
 SLOWED = ("--slowdown", "2")
-"""So that the run lasts until a late joiner is there, and its machine has room for that."""
+"""Slowdown, so that the run lasts until a late joiner is there, and its machine has room for that."""
 SHORT_END = "import swarmtrain.peer.training.model_training as module; module._LINGER_S = 3.0"
-"""At the end a volunteer waits a minute for an archive that may come back."""
+"""Code that shortens the minute for which a volunteer waits at its end for an archive."""
 SOON_ALONE = """
 import swarmtrain.peer.lifecycle.run_fetch as run_fetch, swarmtrain.peer.training.model_training as training
 run_fetch._FIND_S = training._ALONE_AFTER_S = 1.0
@@ -67,12 +67,12 @@ def meets(child: Child, *others: Child) -> None:
 
 
 def rounds_of(child: Child) -> list[RoundEvent]:
-    """Its rounds after the first, which is a short one."""
+    """Return its rounds after the first, which is short."""
     return child.all(RoundEvent)[1:]
 
 
 def loss_of(folder: Path) -> float:
-    """Of the model in a folder, on the held-out text beside it."""
+    """Return the loss of the model in a folder, on the held-out text beside it."""
     exported = load_exported(folder)
     tokens = ByteTokenizer().encode(exported.held_out)
     batches = held_out_batches(tokens, exported.model.section.context_tokens, 16)
@@ -80,7 +80,7 @@ def loss_of(folder: Path) -> float:
 
 
 def usual_s(child: Child) -> float:
-    """How long its rounds take, the median."""
+    """Return the median duration of its rounds."""
     return statistics.median(event.seconds for event in rounds_of(child))
 
 

@@ -55,7 +55,7 @@ def join(swarm: Swarm, bootstrap: Child, *extra: str) -> subprocess.CompletedPro
 
 @pytest.fixture
 def adopts() -> Iterator[None]:
-    """Who outlives its parent is this process's child, so that its exit code can be had."""
+    """Adopt processes that outlive their parent, so that their exit codes can be read."""
     set_child_subreaper = 36
     ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
     yield
@@ -121,7 +121,7 @@ def test_a_volunteer_in_the_background_that_cannot_join_says_why_with_its_code(s
 def test_a_process_that_dies_before_it_can_say_why(swarm: Swarm) -> None:
     child = swarm.start("join", ["join", "st1x", "--background"], prelude=DIES)
     assert child.wait() == 7
-    assert child.error_line() == "error: the process in the background ended with code 7: last words"
+    assert child.error_line() == "error: the process in the background ended with code 7: last words [background-ended]"
 
 
 def test_ctrl_c_while_waiting_leaves_it_running(swarm: Swarm) -> None:

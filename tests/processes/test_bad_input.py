@@ -1,4 +1,4 @@
-"""What a person can get wrong: one line that says what to do, an `error` event with --json, and nothing lost."""
+"""Mistakes of a person: one line that says what to do, an `error` event with --json, and nothing lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HERE = ("--listen", "127.0.0.1:0", "--json")
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> Iterator[tuple[Swarm, Child]]:
-    """A bootstrap that runs, and processes beside it."""
+    """Run a bootstrap, and processes beside it."""
     with Swarm(tmp_path_factory.mktemp("live"), preloaded=preloaded) as swarm:
         yield swarm, swarm.bootstrap(write_run(swarm.folder))
 
@@ -139,7 +139,7 @@ class Liar:
 
 
 async def lie(folder: Path, run_sha256: str) -> Node:
-    """A node that serves another run under the hash of one."""
+    """Start a node that serves another run under the hash of this one."""
     key_path = folder / "identity.key"
     settings = NodeSettings(directory=folder, listen=("/ip4/127.0.0.1/tcp/0",))
     node = await Node.start(settings, load_or_create_identity(key_path), key_path)

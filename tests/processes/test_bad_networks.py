@@ -32,7 +32,7 @@ def test_whoever_fails_all_pulls_is_merged_by_nobody_and_all_train_on(swarm: Swa
 
 
 def private_ports(swarm: Swarm) -> set[int]:
-    """Where the peers of `local` listen, by their command lines."""
+    """Return the ports at which the peers of `local` listen, from their command lines."""
     ports = set()
     for pid in swarm.leftovers():
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")

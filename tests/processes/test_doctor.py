@@ -27,7 +27,7 @@ Doctor._start = held
 
 
 def doctor(swarm: Swarm, *arguments: str, prelude: str = "") -> Child:
-    """An examination with JSON, with its temporary files below the swarm's folder."""
+    """Run `doctor` with JSON, with its temporary files below the swarm's folder."""
     own = ["--json", "--dir", str(swarm.folder / "patient"), "--data", str(swarm.folder)]
     swarm.temporary = swarm.folder / "temporary"
     swarm.temporary.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ INNER_STEPS = 20
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the processes compute."""
+    """Compute in one thread, as the processes do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass
 class Worker:
-    """One peer of the reference: its model, optimizer and batches; nothing is shared."""
+    """Peer of the reference: its model, optimizer and batches; nothing is shared."""
 
     model: GPT
     inner: InnerOptimizer
@@ -66,7 +66,7 @@ class Worker:
 
 
 def reference(run: RunFile, workers: dict[str, Worker], rounds: Sequence[dict[str, RoundEvent]]) -> list[Tensor]:
-    """The weights (P,) after each round."""
+    """Return the weights (P,) after each round."""
     start = build_model(run.model, run.run.seed)
     theta = nn.Parameter(nn.utils.parameters_to_vector(start.parameters()).detach())
     outer = torch.optim.SGD([theta], lr=run.merge.outer_learning_rate, momentum=run.merge.outer_momentum, nesterov=True)
@@ -89,7 +89,7 @@ def reference(run: RunFile, workers: dict[str, Worker], rounds: Sequence[dict[st
 
 
 def simulated(text: RecordedText, rounds: Sequence[dict[str, RoundEvent]]) -> list[Tensor]:
-    """The same by the simulator."""
+    """Return the weights (P,) after each round, by the simulator."""
     setting = Setting(text=text, step_s=(1.0,) * len(text.peers))
     learners = {peer: setting.learner(number) for number, peer in enumerate(text.peers)}
     theta = learners[text.peers[0]].reached
@@ -104,7 +104,7 @@ def simulated(text: RecordedText, rounds: Sequence[dict[str, RoundEvent]]) -> li
 
 
 def make_workers(text: RecordedText) -> dict[str, Worker]:
-    """A worker a peer."""
+    """Make a worker for each peer."""
     run = text.run
     section = run.inner
     constants = InnerConstants(
@@ -126,7 +126,7 @@ def make_workers(text: RecordedText) -> dict[str, Worker]:
 
 
 def exported(child: Child) -> Tensor:
-    """The weights (P,) that a volunteer left in its folder, in the model's order."""
+    """Return the weights (P,) that a volunteer left in its folder, in the model's order."""
     weights = load_file(child.folder / "model" / "model.safetensors")
     run = parse_published_untrusted(
         (child.folder / "run.toml").read_bytes(), run_sha256((child.folder / "run.toml").read_bytes())

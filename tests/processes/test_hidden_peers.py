@@ -1,4 +1,4 @@
-"""A swarm of real processes on machines of their own, half of whose volunteers nobody can dial."""
+"""Swarm of real processes on separate machines, of which half are hidden peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
 
 
 def hosts_of(child: Child, children: list[Child]) -> list[Child]:
-    """The hosts it told of last."""
+    """Return the hosts that it reported last."""
     told = [event.message for event in child.all(WarningEvent) if event.code == HIDDEN_CODE]
     told = [message for message in told if " through " in message]
     names = told[-1].split(" through ")[1].split(" and ") if told else []

@@ -1,4 +1,4 @@
-"""A volunteer that follows the protocol and publishes what must not be used: named, refused, and trained without.
+"""Volunteer that follows the protocol and publishes what must not be used: it is reported and refused.
 
 Mallory lives in the test's process and is a `Swarm` like any other, but for what it publishes.
 """
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.processes
 ROUND_LIMIT_S = 3.0
 SILENCE_S = 1.0
 ENTERS_S, LEAVES_S = 60.0, 20.0
-"""To start a daemon and be announced, and to take it back, on a busy machine."""
+"""Time limits to start a daemon and be announced, and to withdraw, on a busy machine."""
 GROWTH_BYTES = 64_000_000
-"""What a volunteer may keep of four kinds of refused publications: of an endless one, nothing."""
+"""Memory that a volunteer may keep of four kinds of refused publications; nothing of an endless one."""
 COSTS_S = ROUND_LIMIT_S + 3 * SILENCE_S + 9.0
-"""The longest round, mallory's silences and stalls included; the rest is for a busy machine."""
+"""Time limit of a round, mallory's silences and stalls included; the rest is for a busy machine."""
 
 
 class EndlessStore(SnapshotStore):
@@ -66,7 +66,7 @@ class Mallory(Membership):
         self._published: dict[tuple[str, int], HeldSnapshot] = {}
 
     async def _round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
-        """As the caller is, so are we; and here is our share of it."""
+        """Answer with the caller's round, and our share of it."""
         asked = pb.RoundRequest(round=request.round, has_publication=True, has_share=True)
         theirs = await self.calls.round(caller, asked)
         reply = pb.RoundReply(current_round=theirs.current_round, participating=True)
@@ -137,13 +137,13 @@ def mallory_among(bootstrap: Child, identity: Identity, folder: Path) -> Iterato
 
 
 def an_identity(fits: Callable[[str], bool]) -> Identity:
-    """One whose PeerID `fits`."""
+    """Return an identity whose PeerID `fits`."""
     return wait_until(lambda: identity if fits((identity := new_identity()).peer_id) else None, "a PeerID that fits")
 
 
 @pytest.fixture
 def honest(swarm: Swarm) -> tuple[Child, list[Child]]:
-    """A bootstrap and two volunteers that train."""
+    """Start a bootstrap and two volunteers that train."""
     run_file = write_run(swarm.folder, merge={"round_limit_s": ROUND_LIMIT_S, "silence_s": SILENCE_S})
     bootstrap = swarm.bootstrap(run_file)
     return bootstrap, swarm.join_all(["anna", "ben"], bootstrap.invite.invite)

@@ -15,7 +15,7 @@ from swarmtrain.events import ErrorEvent, JoinedEvent, PeerLostEvent, RoundEvent
 pytestmark = pytest.mark.processes
 
 DEATH_COSTS_S = 20.0
-"""A refused call is noticed after a second, silence after two (`write_run`); the rest is for a busy machine."""
+"""Time limit of a death: a refused call is noticed after a second, silence after two (`write_run`)."""
 
 NAP_S = 12.0
 """Longer than silence and every call's time limit together, so that who wakes has missed whole rounds."""
@@ -24,7 +24,7 @@ LOSS_APART = 0.3
 
 
 def go_on(survivors: list[Child], num_rounds: int = 3, limit_s: float = DEATH_COSTS_S) -> None:
-    """The next rounds of all of them, without anybody else."""
+    """Wait for the next rounds of all of them, without anybody else."""
     peers = {child.id for child in survivors}
     for child in survivors:
         child.wait_more_rounds(num_rounds, limit_s)

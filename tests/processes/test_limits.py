@@ -1,4 +1,4 @@
-"""What a volunteer may take of its machine, kept and changed in real processes; joining again without an invite."""
+"""Limits of a volunteer, kept and changed in real processes; joining again without an invite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def not_now() -> str:
 
 
 def niceness(child: Child) -> set[int]:
-    """Of its main thread and its daemon's threads; the one that writes checkpoints yields even more."""
+    """Return the niceness of its main thread and its daemon's threads; the checkpoint writer's is higher."""
     tasks = [child.process.pid, *(int(path.name) for path in Path(f"/proc/{child.daemon()}/task").iterdir())]
     return {os.getpriority(os.PRIO_PROCESS, task) for task in tasks}
 

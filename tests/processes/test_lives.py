@@ -27,22 +27,22 @@ def run_file(folder: Path) -> Path:
 
 
 def counted(child: Child) -> int:
-    """The tokens that the run had, by what a volunteer told last."""
+    """Return the run's tokens in a volunteer's last report."""
     return max((event.run_tokens for event in child.all(RoundEvent)), default=0)
 
 
 def archived(bootstrap: Child) -> int:
-    """The tokens that its newest archive counts."""
+    """Return the tokens in its newest archive."""
     return max((event.run_tokens for event in bootstrap.all(ArchivedEvent)), default=0)
 
 
 def late_rate(*children: Child) -> float:
-    """The rate before the last round: within one it goes by what all are thought to train meanwhile, left or not."""
+    """Return the rate before the last round: within a round it depends on what all are expected to train meanwhile."""
     return sorted(event.learning_rate for child in children for event in child.all(RoundEvent))[1]
 
 
 def goes_on(back: Child, tokens: int, rate: float) -> None:
-    """A volunteer that has joined counts on from there, and its learning rate does not rise."""
+    """Check that a volunteer continues counting from there, and that its learning rate does not rise."""
     joined, first = back.wait_event(JoinedEvent), back.wait_event(RoundEvent)
     assert joined.run_tokens >= tokens, back.story()
     assert first.run_tokens > tokens and first.learning_rate <= rate, back.story()
@@ -105,7 +105,7 @@ def test_an_old_folder_put_back_takes_nothing_away(swarm: Swarm) -> None:
 
 
 def archived_stages(bootstrap: Child) -> dict[int, tuple[int, int]]:
-    """Of each stage the round and the tokens of the newest checkpoint in the bootstrap's folder."""
+    """Return the round and the tokens of each stage's newest checkpoint in the bootstrap's folder."""
     found = {}
     for folder in (bootstrap.folder / "checkpoints").glob("stage-*"):
         manifest = json.loads(max(folder.glob("*.json")).read_text())["manifest"]
@@ -114,7 +114,7 @@ def archived_stages(bootstrap: Child) -> dict[int, tuple[int, int]]:
 
 
 def rounds_of_stages(*children: Child) -> dict[int, RoundEvent]:
-    """The last round of each stage."""
+    """Return the last round of each stage."""
     return {event.stage: event for child in children for event in child.all(RoundEvent) if event.stage is not None}
 
 

@@ -1,4 +1,4 @@
-"""A whole swarm by one command, and the model that comes out of it."""
+"""Whole swarm by one command, and the resulting model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from swarmtrain.model.export import load_exported
 pytestmark = pytest.mark.processes
 
 TOTAL_TOKENS = 160 * 8 * 64
-"""Of 160 inner steps."""
+"""Tokens of 160 inner steps."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What `swarmtrain local` left and said."""
+    """Files and output of `swarmtrain local`."""
 
     swarm: Swarm
     folder: Path
@@ -42,7 +42,7 @@ class Trained:
 
     @property
     def run_tokens(self) -> int:
-        """What the run was trained on: somewhat more than it wants, since each hears a little late of the others."""
+        """Return the tokens that the run was trained on: slightly more than it wants, since reports arrive late."""
         tokens = json.loads((self.model / "config.json").read_text())["run_tokens"]
         assert TOTAL_TOKENS <= tokens < 2 * TOTAL_TOKENS
         return int(tokens)

@@ -1,4 +1,4 @@
-"""The small example in a swarm of four, merged by gossip and in step: a volunteer's memory, and what it sends."""
+"""Small example in a swarm of four, merged by gossip and in step: a volunteer's memory, and what it sends."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def adds_up(told: dict[str, Any]) -> bool:
 
 
 def wait_for_sum(swarm: Swarm, child: Child, contributors: set[str]) -> dict[str, Any]:
-    """Its status once it knows of the tokens of all, and they are those of the run: it may hear of one peer later."""
+    """Wait for the status in which the tokens of all peers add up to the run's: one peer's may arrive later."""
 
     def complete() -> dict[str, Any] | None:
         nonlocal told

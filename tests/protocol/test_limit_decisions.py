@@ -1,4 +1,4 @@
-"""When a peer has to rest: hours, other programs, memory; and what people write."""
+"""Pauses by limits: hours, other programs, memory; and how people write limits."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Machine:
         self.now_s, self.others_s = 100.0, 5000.0
 
     def run(self, share: float, seconds: float) -> list[str]:
-        """What the watch says, each `STEP_S`."""
+        """Return what the watch says, each `STEP_S`."""
         said = []
         for _ in range(round(seconds / STEP_S)):
             self.now_s += STEP_S

@@ -26,15 +26,15 @@ from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, Trai
 pytestmark = pytest.mark.slow
 
 APART_SHARE = 0.01
-"""Of what is computed where bits are others: rounding to two bits makes much of little. It was 0.0016 at most, where a
-processor with AVX2 played what one with AVX-512 had recorded."""
+"""Relative difference allowed if bits may differ: rounding to two bits amplifies differences. It was 0.0016 at most
+when a processor with AVX2 played what one with AVX-512 had recorded."""
 MOST_BYTES = 5_000_000
 REAL, LEARNING, SYSTEMS = all_files("real"), all_files("learning"), all_files("systems")
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As whoever recorded computed."""
+    """Compute in one thread, as when it was recorded."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +83,7 @@ def test_the_trainer_tells_gossip_of_the_same_merges(path: Path) -> None:
 
 
 def plans_of(line: Line) -> list[MergePlan]:
-    """What the planner says after so many steps."""
+    """Return the planner's plans after so many steps."""
     planner = MergePlanner(len(line["began_s"]))
     names = ("inner_steps", "merge_after", "gradient_format", "steps_per_s")
     of = TrainersRound(number=line["round"], **{name: line[name] for name in names})
@@ -154,7 +154,7 @@ def without_arithmetic(line: Line) -> Line:
 
 
 def assert_same_weights(recorded: Recording, theta: torch.Tensor, told: str) -> None:
-    """The last ones of a peer."""
+    """Check the last weights of a peer."""
     expected = vector(told)
     if recorded.header.is_to_the_bit:
         assert torch.equal(theta, expected)
@@ -163,7 +163,7 @@ def assert_same_weights(recorded: Recording, theta: torch.Tensor, told: str) -> 
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Convert a value as JSON does."""
     return json.loads(json.dumps(value if isinstance(value, dict) else list(value)))
 
 

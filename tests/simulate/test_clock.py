@@ -1,4 +1,4 @@
-"""The virtual clock: order, ties, cancelling."""
+"""Virtual clock: order, ties, cancelling."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def outcome(loss: float, **more: Any) -> RunOutcome:
 
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> list[Play]:
-    """What was run; the best momentum is 0.5 for gossip and 0.9 for diloco, whatever the seed."""
+    """Record what is run; the best momentum is 0.5 for gossip and 0.9 for diloco, whatever the seed."""
     plays: list[Play] = []
 
     def play(scenario: Any, one: Play) -> RunOutcome:

@@ -1,4 +1,4 @@
-"""A merge rule of another package: the one of docs/simulating.md, as pip would install it."""
+"""Merge rule of another package: the one of docs/simulating.md, as pip would install it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from swarmtrain.simulate import comparison
 from swarmtrain.simulate.comparison import Play, compare, plays_of
 
 __all__ = ["worlds"]
-"""A fixture of other tests, used here too."""
+"""Fixture of other tests, used here too."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "simulating.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## A merge rule of your own")[2].partition("\n## ")[0]

@@ -1,4 +1,4 @@
-"""The merge methods' objects fit the run file that they are named in, and a package can bring one."""
+"""Merge methods' objects fit the run file that they are named in, and a package can bring one."""
 
 from __future__ import annotations
 

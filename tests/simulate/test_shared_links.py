@@ -26,7 +26,7 @@ def transfer(src: Machine, dst: Machine) -> Transfer:
 
 
 def timed(links: SharedLinks, clock: Clock, *wanted: tuple[Machine, Machine, float, float]) -> list[float]:
-    """When each of (from, to, bytes, begun at) has come."""
+    """Return when each transfer (from, to, bytes, start) has arrived."""
     ends_s = [0.0] * len(wanted)
     for number, (src, dst, num_bytes, at_s) in enumerate(wanted):
 

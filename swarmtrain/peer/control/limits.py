@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class Measured(Protocol):
-    """What is measured; see `Usage`."""
+    """Measurements on which the limits are decided; see `Usage`."""
 
     @property
     def num_processors(self) -> int: ...
@@ -152,12 +152,12 @@ class LimitEnforcer:
         return "; ".join(said)
 
     def _too_many(self, threads: int) -> str:
-        """Return a remark on more threads than processors; else empty."""
+        """Return a remark if `threads` are more than the processors; else empty."""
         cores = self._measured.num_processors
         return f"more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
 
     def _too_little(self, limit_bytes: int) -> str:
-        """Return a remark on a limit that the run is expected to exceed; else empty."""
+        """Return a remark if the run is expected to need more memory than `limit_bytes`; else empty."""
         expected = self._expected() if limit_bytes else None
         if expected is None or expected.memory_bytes <= limit_bytes:
             return ""
@@ -175,9 +175,8 @@ class LimitEnforcer:
         self.tick()
 
     def limit_link(self, traffic: TrafficCount, network: NetworkSection) -> None:
-        """Limit this peer's link by the limits, or by the run's where they say nothing; see the function
-        `limit_link`.
-        """
+        """Limit this peer's link as its own limits say, or as the run does where these say nothing; see the function
+        `limit_link`."""
         with self._lock:
             limit_link(traffic, self._limits, network)
             self._traffic, self._network = traffic, network

@@ -20,7 +20,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from swarmtrain.errors import Problem, RunTimeError, SwarmtrainError
+from swarmtrain.errors import Problem, RunTimeError, SwarmtrainError, with_code
 from swarmtrain.events import Event, WarningEvent, in_words
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.words import one_line
@@ -165,7 +165,7 @@ def peer_log(folder: Path, descriptors: Sequence[int] = ()) -> Iterator[None]:
     try:
         yield
     except SwarmtrainError as error:
-        _events.error("error: %s", error)
+        _events.error("error: %s", with_code(str(error), error.code))
         raise
     except StopTraining:
         raise

@@ -70,7 +70,7 @@ class PeerFolder:
         self.started = StartedFile(path)
 
     def kept_files(self) -> Mapping[str, bytes]:
-        """Return the run's files that are here already, by their hash."""
+        """Return the run's files that are in the folder already, by their hash."""
         kept = {}
         for name in _FILES:
             with contextlib.suppress(OSError):
@@ -86,9 +86,8 @@ class PeerFolder:
             return None
 
     def kept_run(self) -> PublishedRun | None:
-        """Return the run in the folder with all its files; None without one. Raises UserError if its files are not
-        whole.
-        """
+        """Return the run in the folder with all its files; None without one. Raises UserError if its files are
+        incomplete or altered."""
         path = self.path / "run.toml"
         if not path.exists():
             return None
@@ -137,9 +136,7 @@ class PeerFolder:
             return None
 
     def keep_port(self, addresses: Sequence[str]) -> None:
-        """Remember the port in the last of `addresses` (multiaddresses). A full disk only means that it is
-        forgotten.
-        """
+        """Remember the port in the last of `addresses` (multiaddresses). If the disk is full, the port is forgotten."""
         match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
         if match is not None:
             with contextlib.suppress(OSError):

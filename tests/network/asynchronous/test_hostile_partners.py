@@ -32,7 +32,7 @@ STALL_S = 10.0
 
 @dataclass
 class Swarm:
-    """This peer among its partners, in rounds of a minute."""
+    """Swarm of this peer and its partners, in rounds of a minute."""
 
     me: Peer
     ben: Partner
@@ -54,7 +54,7 @@ class Swarm:
 
     @property
     def refused(self) -> list[tuple[str, str]]:
-        """Who was named, and by which rule."""
+        """Return which peers were reported, and by which rule."""
         return [(peer, rule_of(detail)) for peer, detail in self.me.refused]
 
 

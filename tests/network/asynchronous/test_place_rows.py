@@ -1,4 +1,4 @@
-"""What a state says of the publications in its weights."""
+"""Publications in a state's weights, as the state lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver of asynchronous pulls, with partners that answer from memory: what is merged, and what costs nothing."""
+"""Driver of asynchronous pulls, with partners that answer from memory: what is merged, and what costs nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class BenFirst(random.Random):
     """Chooses Ben wherever he can be chosen."""
 
     def choice(self, seq: Any) -> Any:
-        """Of (candidate, tokens) pairs."""
+        """Return a choice of (candidate, tokens) pairs."""
         return next((one for one in seq if one[0].peer == BEN.peer_id), None) or super().choice(seq)
 
 
@@ -79,7 +79,7 @@ class Partner:
     def publish_bytes(
         self, round: int, part: int, tokens: int, weights: memoryview, gradient: memoryview, author_tokens: int = 0
     ) -> None:
-        """A publication of such bytes, and the weights that its round began with."""
+        """Publish such bytes, and the weights at the start of the round."""
         author_tokens = author_tokens or tokens + 5
         self.publishers["weights"].newest = OwnPublication(
             round=round, part=0, tokens=0, inner_steps=0, author_tokens=author_tokens, encode=lambda: Body([weights])
@@ -94,7 +94,7 @@ class Partner:
         )
 
     async def held_after(self, request: pb.PublicationRequest) -> HeldSnapshot | None:
-        """Its answer to a request."""
+        """Return its answer to a request."""
         return await self.publishers[group_untrusted(request, self.publishers)].held_after(request)
 
 
@@ -123,7 +123,7 @@ class Calls:
 
 
 class Peer:
-    """This peer's side of it, and what it was told."""
+    """Side of this peer, and the incidents reported to it."""
 
     def __init__(self, *partners: Partner, num_partners: int = 3) -> None:
         self.refused: list[tuple[str, str]] = []
@@ -174,29 +174,29 @@ class Peer:
         self.refused.append((peer, str(error)))
 
     def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list, lasts_s: float = 0.0) -> None:
-        """A round that began a minute ago, or now if it is to last."""
+        """Begin a round, a minute ago, or now if it is to last."""
         now, self._prepares = swarm_time(), prepare
         began_s = now if lasts_s else now - 60
         plan = MergePlan(round=round, began_s=(began_s,), ends_s=now + lasts_s, gradient_format="int8")
         asyncio.get_running_loop().create_task(self.gossip.plan(round, [plan]))
 
     def num_open(self) -> int:
-        """How many pulls go on."""
+        """Count the open pulls."""
         return len(self.engine._states[0].open.begun)
 
     def ready(self) -> Sequence[Pulled]:
-        """What is in the merge that is prepared."""
+        """Return what is in the prepared merge."""
         ready = self.engine._states[0].received.ready
         return () if ready is None else ready.pulled
 
     def merge(self, round: int) -> MergeFragment[Any, Any, Any]:
-        """What is merged at that round's end."""
+        """Merge at the end of a round; returns what is merged."""
         found = self.gossip.merge_due(round, 0, may_catch_up=False)
         assert not isinstance(found, FetchConsensus)
         return found
 
     async def take(self, number: int, *, weights: bool = True) -> dict[str, PartnerUpdate]:
-        """What is merged of whom at the round's end, once gradients of so many are ready, and their weights."""
+        """Return what is merged at the round's end, by author, once `number` gradients and the weights are ready."""
 
         def ready_of(group: str) -> dict[str, PartnerUpdate]:
             return {one.peer: one.payload for one in self.ready() if one.group == group}
@@ -274,7 +274,7 @@ def test_when_the_round_began_that_weights_are_of_is_what_their_author_told(
 
 
 async def _that_has_merged_ben() -> tuple[Peer, Partner]:
-    """A peer after its first round, in which it has merged all that its partner has published."""
+    """Return a peer after its first round, in which it has merged all that its partner has published."""
     ben = Partner(BEN, 0.5)
     me = Peer(ben)
     ben.publish(0, 4, 1000)
@@ -490,7 +490,7 @@ def test_what_is_ended_before_it_has_begun_leaves_no_warning_on_the_terminal() -
 
 
 def _with_one_that_fails(fault: str) -> tuple[Peer, tuple[Partner, Partner, Partner]]:
-    """A peer that begins a round with two of three partners, of whom the first to be asked fails."""
+    """Return a peer that begins a round with two of three partners, of which the first asked fails."""
     ben, carl, dora = Partner(BEN, 0.5), Partner(CARL, 0.25), Partner(DORA, 0.125)
     me = Peer(ben, carl, dora, num_partners=2)
     for partner in (ben, carl, dora):

@@ -26,7 +26,7 @@ RUN = "ab" * 32
 SPECS = (TensorSpec("w", (4, 5)),)
 BEN, CARL, DORA, EVE = (new_identity(bytes([number]) * 32) for number in range(4))
 CALL_S, MAKE_S = 5.0, 60.0
-"""How long a call to a peer that hangs takes, and one whose answer may have to be made first."""
+"""Time limits of a call to a hanging peer, and of one whose answer may have to be made first."""
 
 
 class Calls:
@@ -60,7 +60,7 @@ class Calls:
 
 
 def fetched(*hanging: Identity, of: Sequence[Identity] = (BEN, CARL, DORA, EVE)) -> tuple[list[FetchedState], float]:
-    """What comes of some while these hang, and how long it took."""
+    """Fetch states while some peers hang; returns the states and the time taken."""
 
     async def body() -> tuple[list[FetchedState], float]:
         calls: Any = Calls(*hanging)

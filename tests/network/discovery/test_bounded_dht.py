@@ -1,4 +1,4 @@
-"""What another node of the DHT can make this one do: by asking, handing over, answering, and by what it says it is."""
+"""Limits to what another DHT node can make this one do: by requests, transfers, answers and claimed identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What storing and reading records costs: whom a peer asks, and how often."""
+"""Cost of storing and reading records: whom a peer asks, and how often."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeDht:
     node_id: int = 1
     peer_id: str = "peer 1"
     twice: bool = False
-    """A peer that was started again has two nodes."""
+    """Fake DHT, in which a restarted peer has two nodes."""
     silent: set[str] = field(default_factory=set)
     searches: int = 0
     stored_at: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class FakeDht:
         self.asked: list[str] = []
 
     def keep(self, node: int, name: str, expiry_s: float) -> None:
-        """A node keeps a record of `name`, among others."""
+        """Let a node keep a record of `name`, among others."""
         value = bytes(msgpack.packb(name.encode(), use_bin_type=True)) + bytes(64)
         bucket = self.kept.setdefault(node, SimpleNamespace(value={})).value
         bucket[name] = SimpleNamespace(value=value, expiration_time=expiry_s)
@@ -95,7 +95,7 @@ class FakeDht:
 
 @dataclass
 class Here:
-    """A peer with such a DHT, and a clock."""
+    """Peer with such a DHT, and a clock."""
 
     dht: FakeDht
     now_s: float = 0.0
@@ -104,7 +104,7 @@ class Here:
         self.buckets = Buckets(self.dht, RecordRules(ME), clock=lambda: self.now_s)
 
     def store(self) -> list[str]:
-        """Where a record was stored."""
+        """Store a record; returns where."""
         self.dht.stored_at.clear()
         assert asyncio.run(self.buckets.store("a key", ME.peer_id, b"a record", 1000.0))
         return self.dht.stored_at

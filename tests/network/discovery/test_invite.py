@@ -27,7 +27,7 @@ LETTERS = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 def sealed(body: bytes, version: bytes = b"\x01") -> str:
-    """A word with the right checksum, whatever is in it."""
+    """Make an invite with the right checksum, whatever its content."""
     return "st1" + base58_encode(version + body + hashlib.sha256(body).digest()[:4])
 
 

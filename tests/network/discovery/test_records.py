@@ -64,7 +64,7 @@ def stored(
 
 
 def refused(*record: Any) -> str:
-    """The reason for which another peer refuses this record."""
+    """Return the reason why another peer refuses this record."""
     rules = RecordRules(OTHER)
     assert not rules.allows(*record)
     assert sum(rules.refused.values()) == 1

@@ -30,7 +30,7 @@ def _own_clock() -> Iterator[None]:
 
 
 def find(monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, tuple[float, float]], **more: Any) -> FoundRun:
-    """Who and what is found, where peers answer after so many seconds, with a clock so far from this machine's."""
+    """Return what is found if peers answer after so many seconds, with clocks so far from this machine's."""
 
     async def body(now: Any) -> FoundRun:
         class Calls:

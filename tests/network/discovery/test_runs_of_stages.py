@@ -1,4 +1,4 @@
-"""A run as the peers of one stage see it: a swarm of their own."""
+"""Run as the peers of one stage see it: as a separate swarm."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def record(tokens: int, stage: int = 0) -> tuple[pb.Record, float]:
 
 
 class Reading:
-    """A tally over scripted buckets; every peer claims ten tokens a second."""
+    """Tally over scripted buckets; every peer claims ten tokens a second."""
 
     def __init__(self, buckets: dict[str, Bucket]) -> None:
         self.buckets, self.reads, self.told = buckets, list[str](), list[tuple[str, str]]()

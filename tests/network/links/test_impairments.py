@@ -153,7 +153,7 @@ Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def dial(source: PeerLink, target: PeerLink) -> Ends:
-    """As libp2p does, from the port that the peer listens at."""
+    """Dial as libp2p does, from the port that the peer listens at."""
     end = socket.socket()
     end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     end.setblocking(False)

@@ -1,4 +1,4 @@
-"""A peer's own link: what it dials and what others dial passes the link's lines, and ends where it was to go."""
+"""Link of a peer: what it dials and what others dial passes the link's lines, and ends where it was to go."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMITED_S = SIZE_BYTES / 3e5
 
 @contextlib.asynccontextmanager
 async def link_before_a_server(shape: LinkShape) -> AsyncIterator[tuple[OwnLink, list[bytes]]]:
-    """The server keeps what it hears, and says "thanks"."""
+    """Run a link in front of a server that keeps what it receives and answers "thanks"."""
     heard: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -42,7 +42,7 @@ async def link_before_a_server(shape: LinkShape) -> AsyncIterator[tuple[OwnLink,
 
 
 async def said(port: int, data: bytes) -> tuple[bytes, float]:
-    """The answer, and how long all of it took."""
+    """Send and receive; returns the answer, and the time taken."""
     began_s = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)

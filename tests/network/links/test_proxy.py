@@ -51,7 +51,7 @@ def test_a_line_without_a_limit_is_passed_at_once() -> None:
 
 @dataclass
 class End:
-    """What one end says, and when the other heard it. `takes_s`: how long the other takes over each piece."""
+    """End of a connection: what it sends, and when it was received. `takes_s`: time of the receiver per piece."""
 
     clock: Callable[[], float]
     said: bytes = b""
@@ -167,7 +167,7 @@ SIZE_BYTES = 5 * CHUNK_BYTES
 
 
 class Answering:
-    """What a service asks of its peer: nothing, here."""
+    """Answers of a peer to its service: none here."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         return pb.HelloReply()

@@ -324,7 +324,7 @@ def test_files_take_no_readers_place_and_have_few_of_their_own() -> None:
 
 
 class Sender:
-    """The inner stream of a pull: chunks as fast as they are read."""
+    """Inner stream of a pull: chunks as fast as they are read."""
 
     def __init__(self, *messages: pb.PullReply) -> None:
         self._messages = iter(messages)

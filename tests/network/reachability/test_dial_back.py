@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class Answering:
-    """What the helper's service asks; only greetings come."""
+    """Answers for the helper's service; only greetings come."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         return pb.HelloReply(swarmtrain_version="0.1.0", time=time.time() + 5.0)
@@ -46,7 +46,7 @@ class Answering:
 
 @dataclass
 class Here:
-    """A helper that serves a run, one who asks it, and one who listens and whom nobody knows."""
+    """Helper that serves a run, a peer that asks it, and an unknown peer that listens."""
 
     network: NetworkThread
     folder: Path

@@ -29,7 +29,7 @@ ELSE = new_identity(b"e" * 32)
 
 
 class GuestCalls:
-    """A host's calls, over the connection that the guest has opened."""
+    """Calls of a host, over the connection that the hidden peer has opened."""
 
     def __init__(self, guest: Partner) -> None:
         self.guest = guest
@@ -54,7 +54,7 @@ class GuestCalls:
 
 
 class Host:
-    """A host, and what is wrong with it."""
+    """Host, and its faults."""
 
     def __init__(self, identity: Identity, guest: Partner, fault: str = "") -> None:
         self.identity, self.fault = identity, fault
@@ -104,7 +104,7 @@ async def _spoiled(replies: Any) -> Any:
 
 
 class ReaderCalls:
-    """A reader's calls: it can call the hosts; the hidden peer only if that one has connected to it."""
+    """Calls of a reader: to the hosts, and to the hidden peer only if that one has connected to it."""
 
     def __init__(self, guest: Partner, *hosts: Host) -> None:
         self.guest, self.hosts = guest, {host.identity.peer_id: host for host in hosts}
@@ -462,7 +462,7 @@ def test_one_that_asks_for_a_guest_that_stalls_leaves_places_for_others() -> Non
 
 
 class Around:
-    """Those around a peer: who of them reaches it, and who is a host."""
+    """Other peers: which of them reach the peer, and which are hosts."""
 
     def __init__(self) -> None:
         self.now = 100.0

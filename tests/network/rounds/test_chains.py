@@ -46,7 +46,7 @@ A, B, C, D, LIAR = sorted(
 )
 HONEST = (A, B, C, D)
 PUBLISHED: dict[str, HeldSnapshot] = {}
-"""The liar's PeerID is the lowest: by that order alone it would be the one that holds."""
+"""Publications by author. The liar's PeerID is the lowest, so that order alone would favour it."""
 
 
 def publication(author: Identity, before: Roster | None, tokens: int = 10) -> HeldSnapshot:
@@ -67,7 +67,7 @@ def publication(author: Identity, before: Roster | None, tokens: int = 10) -> He
 def go_on(
     store: ChainStore, authors: Sequence[Identity], tokens: int = 10, base_tokens: int | None = None
 ) -> tuple[Roster, pb.Signed]:
-    """A round of these; the first signs."""
+    """Play a round of these peers; the first one signs."""
     before = store.chain.head
     published = sorted((publication(author, before, tokens) for author in authors), key=lambda p: p.snapshot.author)
     counted = 0 if before is None else before.total_tokens
@@ -84,7 +84,7 @@ def go_on(
 
 
 def common(*more: Sequence[Identity], tokens: int = 10) -> ChainStore:
-    """A chain that all began together, and what some went on with."""
+    """Make a chain that all began together, and its continuation by some."""
     store = ChainStore()
     for authors in ((*HONEST, LIAR), (*HONEST, LIAR), *more):
         go_on(store, authors, tokens)
@@ -236,7 +236,7 @@ class Peers:
 
 @pytest.fixture(autouse=True)
 def bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All bytes but those of what the liar publishes."""
+    """Deliver all bytes but those of the liar's publications."""
 
     async def pull(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
         manifest = held.snapshot.manifest
@@ -282,7 +282,7 @@ def peers(**stores: ChainStore) -> Peers:
 
 
 def finish(own: ChainStore, others: Peers, *, slept: bool = False) -> tuple[Outcome, list[str]]:
-    """A ends its round among them."""
+    """Let A end its round among them."""
 
     async def run() -> tuple[Outcome, list[str]]:
         rounds, refused = rounds_of(A, own, others)
@@ -363,7 +363,7 @@ def test_both_chains_are_there_before_a_state_is_given_up() -> None:
 
 
 def come_back(own: ChainStore, others: Peers) -> tuple[NewState | None, ChainStore]:
-    """A is started again, and asks them all."""
+    """Start A again, and let it ask all others."""
 
     async def run() -> NewState | None:
         rounds, _ = rounds_of(A, own, others)
@@ -410,7 +410,7 @@ def test_who_slept_takes_the_state_of_peers_of_before(rounds: int) -> None:
 
 
 async def answers(rounds: RoundRunner, reply: pb.RoundReply) -> list[ev.Command[pb.Signed]]:
-    """What follows of B's answer to the first question about the round that A has just ended."""
+    """Return what follows from B's answer to the first question about the round that A has just ended."""
     held = publication(A, rounds.chains.chain.head)
     ended = ev.InnerStepsDone(rounds.current_round, publication_of(held.snapshot), swarm_time())
     rounds.engine.receive(ended, swarm_time())

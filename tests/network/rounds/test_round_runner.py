@@ -1,4 +1,4 @@
-"""The driver of rounds against scripted peers: lies and failures that must cost a bounded wait and nothing else."""
+"""Driver of rounds against scripted peers: lies and failures that must cost a bounded wait and nothing else."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class Others:
 
 
 class States:
-    """A source of states that has none."""
+    """Source of states that has none."""
 
     async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
         return None
 
     async def take(self, state: NewState) -> None:
-        """It is here."""
+        """Deliver the publication."""
 
     def blame(self, peer: str, error: PeerError) -> None:
         """Nobody asks."""
@@ -121,7 +121,7 @@ def driver(
     average: Average = average_bytes_untrusted,
     states: StateSource | None = None,
 ) -> tuple[RoundRunner, list[tuple[str, str]]]:
-    """The rounds of `me` among `identities`; what is refused of whom."""
+    """Run the rounds of `me` among `identities`; returns refusals by peer."""
     refused: list[tuple[str, str]] = []
 
     def refuse(peer: str, error: PeerError) -> None:

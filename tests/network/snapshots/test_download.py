@@ -1,4 +1,4 @@
-"""What is pulled from one peer: a stream that breaks off is asked for again, from where it broke; nothing else is."""
+"""Pull from one peer: only a stream that breaks off is requested again, from where it broke."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OK = pb.PullReply(status=pb.PullReply.STATUS_OK)
 def brought(
     serve: Any, asked: list[int], chunks: range | None = None, wrong: list[PeerError | None] | None = None
 ) -> HeldSnapshot:
-    """What came from a peer that serves so; `asked` gets the first chunk of each pull."""
+    """Pull from a peer that serves so; `asked` receives the first chunk of each pull."""
     held, slots = empty_held(WHOLE.snapshot), asyncio.Semaphore(1)
 
     async def open_pull(peer: str, request: pb.PullRequest) -> Replies:
@@ -58,7 +58,7 @@ def brought(
 
 
 def serving(*num_served: int) -> Any:
-    """A store that serves so many chunks of each pull."""
+    """Return a store that serves so many chunks of each pull."""
     served = iter(num_served)
     store = SnapshotStore(num_served=lambda num_chunks: min(num_chunks, next(served)))
     store.add(WHOLE)

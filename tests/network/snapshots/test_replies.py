@@ -1,4 +1,4 @@
-"""The streams of pulls, both ends over a pair of sockets: what goes out is what hivemind reads, and the other way."""
+"""Streams of pulls, with both ends over a pair of sockets: compatible with hivemind's in both directions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = [300_000, 300_000, 5]
 BODY = [bytes([7 * index + 1]) * size for index, size in enumerate(SIZES)]
 REQUEST = pb.PullRequest(snapshot_sha256=b"a name", num_chunks=3)
 LONG = pb.PullRequest.FromString(REQUEST.SerializeToString() + b"\xfa\x3f\x88\x27" + bytes(5000))
-"""With a field that nobody knows."""
+"""Request with an unknown field."""
 FRAME_OF_AN_ERROR = b"\1" + bytes(8)
 
 
@@ -34,7 +34,7 @@ def frame(message: Any) -> bytes:
 
 
 class Pair:
-    """The two ends of a daemon's stream: ours, and a plain socket."""
+    """Two ends of a daemon's stream: ours, and a plain socket."""
 
     ours: tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

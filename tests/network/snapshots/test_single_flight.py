@@ -1,4 +1,4 @@
-"""What is made when somebody asks, a publication or a state: once for all, also when those who asked have gone."""
+"""Publications and states made on request: once for all callers, also if the first caller has gone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ME, RUN, SPECS = new_identity(b"m" * 32), "ab" * 32, (TensorSpec("w", (2,)),)
 
 
 class Maker:
-    """A peer whose work takes until `gate` opens, and what it made of which round."""
+    """Peer whose work takes until `gate` opens, and what it made of which round."""
 
     def __init__(self, kind: str) -> None:
         self.store = SnapshotStore()

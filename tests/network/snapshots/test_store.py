@@ -79,7 +79,7 @@ def test_a_body_that_does_not_fit_its_table_is_our_mistake() -> None:
 
 
 def altered(change: Callable[[pb.Manifest], object]) -> pb.Signed:
-    """A manifest with a right signature and something wrong in it."""
+    """Return a manifest with a valid signature and a wrong field."""
     manifest = pb.Manifest.FromString(WHOLE.snapshot.signed.payload)
     change(manifest)
     return sign(ME, "manifest", RUN, manifest)
@@ -177,7 +177,7 @@ Behaviour = Callable[[pb.PullRequest], AsyncIterator[pb.PullReply]]
 
 
 class Stream(Replies):
-    """The reader's end of an answer."""
+    """Reader's end of an answer."""
 
     def __init__(self, network: Network, answer: AsyncIterator[pb.PullReply]) -> None:
         super().__init__(answer)
@@ -703,7 +703,7 @@ ATTACK_BYTES_PER_S = 54_000.0
 
 
 class SlowReplies(Replies):
-    """A reader that takes so many bytes a second, as a slow link does."""
+    """Reader that takes so many bytes a second, like a slow link."""
 
     def __init__(self, replies: Any, bytes_per_s: float) -> None:
         super().__init__(replies)
@@ -716,7 +716,7 @@ class SlowReplies(Replies):
 
 @dataclass
 class Crowded:
-    """A peer that serves four at once, in virtual time; `big` has 256 chunks that are read over and over."""
+    """Peer that serves four readers at once, in virtual time; `big` has 256 chunks that are read repeatedly."""
 
     clock: Callable[[], float]
     store: SnapshotStore = field(init=False)
@@ -741,7 +741,7 @@ class Crowded:
                     await asyncio.sleep(CHUNK_BYTES / ATTACK_BYTES_PER_S)
 
     async def pull(self, bytes_per_s: float, peer: str = "anna", busy_limit_s: float = 30.0) -> float:
-        """How long `WHOLE` takes an honest reader; UnreachableError if it is given up."""
+        """Pull `WHOLE` as an honest reader; returns the time. UnreachableError if it is given up."""
         began_s, held = self.clock(), empty_held(WHOLE.snapshot)
         limits = PullLimits(clock=self.clock, busy_limit_s=busy_limit_s)
 

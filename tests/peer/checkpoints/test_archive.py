@@ -1,4 +1,4 @@
-"""What a bootstrap knows with its archive: whose tokens it holds, what was counted since, which data was seen."""
+"""Knowledge of a bootstrap with its archive: whose tokens it holds, what was counted since, which data were seen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATE = OuterState(torch.zeros(4), torch.zeros(4))
 
 
 class Boot:
-    """A bootstrap's archive, its folder's counts and what it offers, without a network."""
+    """Archive of a bootstrap, its folder's counts and its offered state, without a network."""
 
     def __init__(self, **counts_on_disk: int) -> None:
         rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=10**9)

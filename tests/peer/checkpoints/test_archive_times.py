@@ -1,4 +1,4 @@
-"""When the bootstrap archives: soon after there is something to archive, then every so often."""
+"""Times at which the bootstrap archives: soon after there is something to archive, then periodically."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_who_asks_to_leave_need_not_wait_for_the_next_look_however_often_somebod
     peer = bootstrap._Bootstrap(anything, settings, anything, anything, control)
 
     def rest(*news: bool) -> float:
-        """How long it rests, where somebody begins to ask in these of its naps."""
+        """Return how long it pauses, if somebody begins to ask during these of its waits."""
         told = [*news, *([False] * 10)]
         naps.clear()
         peer.rest([cast(Any, SimpleNamespace(take_news=lambda: told.pop(0)))])
@@ -227,7 +227,7 @@ class Volunteers:
 
 @dataclass
 class Leaving:
-    """A bootstrap that was asked to leave, its archive at 500 tokens."""
+    """Bootstrap that was asked to leave, with its archive at 500 tokens."""
 
     peer: Any
     stop: StopFlag

@@ -57,7 +57,7 @@ def run_file() -> RunFile:
 
 @dataclass
 class Lone:
-    """The exchange of a peer alone, which signs its rosters as it would in a swarm."""
+    """Exchange of a peer alone, which signs its rosters as in a swarm."""
 
     identity: Identity
     run: RunFile
@@ -109,7 +109,7 @@ class Lone:
 
 @dataclass
 class Peer:
-    """A lone trainer, with what a checkpoint of it needs."""
+    """Trainer alone, with what its checkpoints need."""
 
     loop: ModelLoop
     session: Session
@@ -136,7 +136,7 @@ class Peer:
         )
 
     def bytes(self) -> dict[str, bytes]:
-        """All that training goes on from."""
+        """Return all that training continues from."""
         state = self.replica.state
         moments = self.loop.inner.copy_moments(torch.empty(2, state.size))
         tensors = {
@@ -177,7 +177,7 @@ def identity() -> Identity:
 
 @pytest.fixture(scope="module")
 def trained(identity: Identity) -> Peer:
-    """A lone volunteer after two rounds."""
+    """Return a volunteer alone, after two rounds."""
     one = peer(identity, 2)
     assert one.train() == "interrupted" and one.replica.progress.round == 2
     return one
@@ -410,7 +410,7 @@ def writer(path: Path, identity: Identity) -> tuple[Checkpointer, list[Event], C
 
 
 def numbered(trained: Peer, checkpointer: Checkpointer, n: int) -> Checkpoint:
-    """A checkpoint told by its number, in `extra` and in its moments."""
+    """Return a checkpoint that is recognised by its number, in `extra` and in its moments."""
     room = checkpointer.room(trained.replica.state.theta.numel())
     checkpoint = trained.checkpoint(room, n=n)
     room.fill_(n)
@@ -440,7 +440,7 @@ def test_the_newest_replaces_the_one_that_waits(tmp_path: Path, identity: Identi
 
 
 def flushing(checkpointer: Checkpointer) -> tuple[threading.Thread, list[bool]]:
-    """A thread that flushes, and what it is told; it has begun to wait."""
+    """Start a thread that flushes and has begun to wait; returns it and its results."""
     told: list[bool] = []
     thread = threading.Thread(target=lambda: told.append(checkpointer.flush(LIMIT_S)))
     wait_for, waits = checkpointer._change.wait_for, threading.Event()
@@ -602,7 +602,7 @@ def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(ident
 
 
 def in_shards(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Peer:
-    """A peer that takes each round from the least seen of eight shards."""
+    """Return a peer that takes each round from the least seen of eight shards."""
     one = peer(identity, rounds, kept)
     assert isinstance(one.loop.batches, Batches)
     one.loop.batches.cut(8)

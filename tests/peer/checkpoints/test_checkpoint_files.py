@@ -23,7 +23,7 @@ from swarmtrain.peer.checkpoints.files import CheckpointFolder, DamagedError, St
 RUN, PEER = "ab" * 32, "somebody"
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink")
 KILLED_WITHIN_S = 120.0
-"""An interpreter, and thirty that are killed at one call each."""
+"""Time limit for an interpreter, and for thirty that are killed at one call each."""
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def put(folder: CheckpointFolder, round: int) -> None:
 
 
 def usable(folder: CheckpointFolder) -> list[int]:
-    """The rounds of the checkpoints that are whole, newest first; their bytes are what was written."""
+    """List the rounds of intact checkpoints, newest first, and check their bytes."""
     rounds = []
     for entry in folder.newest_first():
         if isinstance(entry, StoredCheckpoint):
@@ -155,7 +155,7 @@ def test_others_checkpoints_are_left_alone(tmp_path: Path) -> None:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> list[str]:
-    """The `call`-th writing call of `os` from now on fails with `number`; the names of the calls, as they are made."""
+    """Make the `call`-th writing call of `os` fail with `number`; yields the names of the calls made."""
     made: list[str] = []
 
     def patched(name: str) -> Callable[..., Any]:
@@ -217,9 +217,9 @@ def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.M
 
 
 def write_killed(path: Path, call: int, half: bool) -> list[str]:
-    """A process writes round 4 and is killed before its call number `call`, or halfway through it if that writes.
+    """Fork a process that writes round 4 and is killed before its call number `call`, or halfway through a write.
 
-    Returns the calls it came to. In a process of its own, without threads: it forks.
+    Returns the calls that it reached. Run in a separate process without threads, since it forks.
     """
     reader, writer = os.pipe()
     child = os.fork()

@@ -1,4 +1,4 @@
-"""What a peer keeps in its folder while it runs: whom it knew, its newest checkpoint for who asks, its run."""
+"""Files that a peer keeps in its folder while it runs: known peers, its newest checkpoint on request, its run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
 
 
 def merged(published: PublishedRun, value: float) -> Checkpoint:
-    """A state after one round, all weights `value`."""
+    """Return a state after one round, with all weights `value`."""
     entry = RoundPublication(peer=ME, snapshot="11" * 32, tokens=published.run.tokens_per_step, inner_steps=1)
     roster = Roster(round=0, signer=ME, entries=(entry,))
     theta = torch.full((num_parameters(published.run.model),), value)
@@ -76,7 +76,7 @@ def merged(published: PublishedRun, value: float) -> Checkpoint:
 
 
 def swarm_of(published: PublishedRun, now: float = 50.0, **parts: Any) -> Any:
-    """As much of a swarm as a keeper looks at."""
+    """Make the parts of a swarm that a checkpoint manager uses."""
     return SimpleNamespace(
         published=published, asynchronous=True, tallying=tallying(published, now), membership=None, **parts
     )

@@ -1,4 +1,4 @@
-"""What is told while the swarm's present weights arrive."""
+"""Reports while the swarm's current weights arrive."""
 
 from __future__ import annotations
 

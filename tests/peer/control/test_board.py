@@ -1,4 +1,4 @@
-"""The status board: what a peer's events and pulses add up to, and when it counts as healthy."""
+"""Status board: the status that follows from a peer's events and pulses, and when it counts as healthy."""
 
 from __future__ import annotations
 

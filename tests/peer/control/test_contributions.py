@@ -1,4 +1,4 @@
-"""What a status says of the swarm: who is here, who contributed what, and how far the run is."""
+"""Status of the swarm: who is present, who contributed what, and how far the run is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swarmtrain.v1 import control_pb2 as pb
 
 
 class Clock:
-    """A clock that is set."""
+    """Clock that a test sets."""
 
     def __init__(self) -> None:
         self.now_s = 100.0

@@ -1,4 +1,4 @@
-"""The control server over a real socket, with a peer that is made up: what it answers, refuses and survives."""
+"""Control server over a real socket, with a fake peer: what it answers, refuses and survives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TICK_S = 0.05
 
 @dataclass
 class FakePeer:
-    """A peer that does as it is told, and remembers what that was."""
+    """Fake peer that obeys and records its orders."""
 
     round: int = 1
     serving: bool = True

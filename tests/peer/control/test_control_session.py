@@ -1,4 +1,4 @@
-"""A peer under control: what is said of each way to end, what its powers do, and what its rounds look like."""
+"""Peer under control: what is said of each way to end, what the handlers do, and how its rounds are shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
+"""Enforcer of a peer's limits: it holds and releases the switch, and changes threads and niceness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeUsage:
 
 
 class Kept:
-    """An enforcer at noon, with a made-up machine."""
+    """Enforcer at noon, with a fake machine."""
 
     def __init__(self, limits: Limits | None = None, expected: Callable[[], Estimate | None] = lambda: None) -> None:
         self.pause, self.events, self.usage = PauseSwitch(), list[Event](), FakeUsage()

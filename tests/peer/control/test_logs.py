@@ -1,4 +1,4 @@
-"""The log of a peer: what is in the file and on the terminal, and what a full disk costs."""
+"""Log of a peer: what goes to the file and to the terminal, and what a full disk costs."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def round_event(number: int = 6, **changes: Any) -> RoundEvent:
 
 
 class Peer:
-    """A board whose clock the test moves, and its metrics."""
+    """Status board whose clock the test moves, and its metrics."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -84,7 +84,7 @@ class Peer:
         self.where = ""
 
     def train(self) -> None:
-        """To the middle of round 7."""
+        """Train to the middle of round 7."""
         board = self.board
         board.take(
             FetchedEvent(run_sha256="ab" * 32, run_name="tiny", held_out_bytes=1, from_peer="B", total_tokens=9000)

@@ -120,7 +120,7 @@ def test_it_asks_until_it_may_go(here: Here) -> None:
 
 
 class Minute:
-    """A clock that moves whenever somebody looks."""
+    """Clock that moves whenever it is read."""
 
     def __init__(self, step_s: float) -> None:
         self.now, self.step_s = 0.0, step_s
@@ -262,7 +262,7 @@ def test_an_end_that_is_asked_for_again_is_obeyed(here: Here, monkeypatch: pytes
 
 
 def leave_stages(*stages: Here) -> None:
-    """What ends the process is the first one's."""
+    """Leave several stages; the first one's error ends the process."""
     first = cast(Any, stages[0])
     first.stop.stop()
     hand_over(first, cast(Any, stages), first.network, Path("/home/ada/my run"))

@@ -66,7 +66,7 @@ def weights_of(published: PublishedRun, seed: int) -> Tensor:
 
 
 def leave_model(folder: PeerFolder, published: PublishedRun, theta: Tensor, run_tokens: int = TOTAL + 512) -> None:
-    """As a peer does at the end of its life; long ago, so that a file that is written anew is known by its time."""
+    """Leave a model as a peer does at its end; with an old time, so that a rewritten file is recognised."""
     progress = Progress(round=9, run_tokens=run_tokens)
     save_model(folder.model_path, build_model(published.run.model, 0), theta, published, progress)
     os.utime(folder.model_path / "model.safetensors", (1000, 1000))
@@ -104,7 +104,7 @@ SPOILT: list[Spoil] = [
 
 
 class Life:
-    """A volunteer in a folder, from its checkpoint on; its swarm gives what a test says, by default nothing."""
+    """Volunteer in a folder, from its checkpoint on; its swarm delivers what a test says, by default nothing."""
 
     def __init__(self, path: Path, method: str = "gossip", round: int = 9, run_tokens: int = TOTAL + 512) -> None:
         self.published, self.folder = published_run(method), PeerFolder(path)
@@ -164,7 +164,7 @@ class Life:
         leave_model(self.folder, self.published, theta)
 
     def live(self) -> DoneEvent:
-        """What is left of its life where the run has its tokens."""
+        """Play what is left of its life if the run has all its tokens."""
         self.training._take_present()
         return self.training.finish()
 
@@ -257,7 +257,7 @@ def test_a_model_of_another_run_is_not_taken_for_this_ones(tmp_path: Path) -> No
 
 
 def boot(path: Path, kind: type[Any] = bootstrap._Bootstrap) -> tuple[Any, list[Event]]:
-    """A bootstrap that was started again in `path`, with the run's last state."""
+    """Restart a bootstrap in `path`, with the run's last state."""
     events: list[Event] = []
     control: Any = SimpleNamespace(emit=events.append, stop=StopFlag())
     published, anything = published_run(), None
@@ -269,7 +269,7 @@ KINDS = {"whole": bootstrap._Bootstrap, "pipeline": pipeline_bootstrap.PipelineB
 
 
 def has(peer: Any, theta: Tensor) -> None:
-    """It has these weights of the run."""
+    """Check that the folder has these weights of the run."""
     progress = Progress(round=9, run_tokens=TOTAL)
     if isinstance(peer, bootstrap._Bootstrap):
         peer.state, peer.progress = OuterState(theta, theta), progress

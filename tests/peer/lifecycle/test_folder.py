@@ -1,4 +1,4 @@
-"""A peer's folder: what it keeps, and how it refuses to be shared or altered."""
+"""Folder of a peer: what it keeps, and how it refuses to be shared or altered."""
 
 from __future__ import annotations
 

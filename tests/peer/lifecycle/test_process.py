@@ -1,4 +1,4 @@
-"""What a peer does about its process."""
+"""Settings of a peer's process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ libc.fclose(file)
 
 
 def num_heaps(tmp_path: Path, how: str, **environment: str) -> int:
-    """Of a process in which eight threads have taken memory."""
+    """Count the heaps of a process in which eight threads have allocated memory."""
     told = tmp_path / "heaps.xml"
     told.unlink(missing_ok=True)
     known = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}

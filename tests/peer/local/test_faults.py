@@ -11,7 +11,7 @@ from swarmtrain.rehearsal import FaultEvent
 
 @dataclass
 class Noted:
-    """All that was done."""
+    """Record of all that was done."""
 
     now_s: float = 100.0
     done: list[tuple[float, str]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How a swarm on one machine ends: by processes that only say when they do."""
+"""End of a swarm on one machine, with processes that only report when they end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def swarm_of(folder: Path, **needed: int) -> LocalSwarm:
 
 
 def _when(event: Event) -> float:
-    """When it was said: of two processes' last words, either may be read first."""
+    """Return the time of a line: the last lines of two processes may be read in either order."""
     return event.wall_s if isinstance(event, DoneEvent) else 0.0
 
 

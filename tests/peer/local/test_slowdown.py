@@ -1,4 +1,4 @@
-"""A peer that is slower than it could be: its schedule by a made-up clock, exactly."""
+"""Slowdown of a peer: its schedule by a fake clock, exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swarmtrain.run import parse_run
 
 
 def begun(factor: float, alone_s: float = 2.0) -> Slowdown:
-    """One that has seen its first step, and a second that lasted as long as it should."""
+    """Return a slowdown after two steps, of which the second lasted as long as it should."""
     slowdown = Slowdown(factor)
     assert slowdown.hold_s(100.0, 100.0) == 0.0, "the first step allocates: it says nothing of those to come"
     slowdown.held(slowdown.hold_s(alone_s, alone_s))
@@ -92,7 +92,7 @@ def test_one_odd_measurement_changes_nothing_and_lasting_change_does() -> None:
 
 
 class Machine:
-    """A clock that only steps and sleeps move; a step takes `share` times its processor time."""
+    """Clock that only steps and sleeps move; a step takes `share` times its processor time."""
 
     def __init__(self, factor: float, share: float = 1.0) -> None:
         self.now_s = self.processor_s = 0.0

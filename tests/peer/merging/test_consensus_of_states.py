@@ -1,4 +1,4 @@
-"""The consensus of several peers' states, with a liar among them."""
+"""Consensus of several peers' states, with a liar among them."""
 
 from __future__ import annotations
 

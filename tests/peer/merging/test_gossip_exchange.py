@@ -77,7 +77,7 @@ async def _no_records(*_: object) -> dict[str, Any]:
 
 
 class Peer:
-    """A volunteer whose calls go straight to the others'."""
+    """Volunteer whose calls go straight to the others."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world, self.identity = world, IDENTITIES[number]
@@ -127,7 +127,7 @@ class Peer:
         self.swarm.membership.saw_presence(dataclasses.replace(other.swarm.presence.me, stamp=now), now + 9999, now)
 
     def round(self, partners: int = 0) -> RoundReport | None:
-        """One round, merging what `partners` of the others have published; None if it took others' weights instead."""
+        """Play a round that merges publications of `partners`; None if it took others' weights instead."""
         had = len(self.reports)
         self.world.wants[self.id] = partners
         train_round(self.loop, self.session)
@@ -167,7 +167,7 @@ class NoSlots:
     """Pulls without a limit: the network thread's loop is not there yet when these are made."""
 
     async def __aenter__(self) -> None:
-        """At once."""
+        """Enter at once."""
 
     async def __aexit__(self, *_: object) -> None:
         """Nothing to give back."""
@@ -484,7 +484,7 @@ def test_who_comes_late_merges_nothing_of_what_is_in_the_weights_that_it_took(wo
     late, later = world.add(3), world.add(4)
 
     def found_by(peer: Peer) -> set[str]:
-        """Whose gradients it could merge now, of the fragment that is merged at a round's end."""
+        """Return whose gradients it could merge now, for the fragment that is merged at a round's end."""
         last = len(peer.trainer.fragments) - 1
         told = {other.id: other.exchange.publishers["gradient", last].newest for other in others}
         ledger = peer.exchange.gossip.engine._states[last].merged.ledger
@@ -558,7 +558,7 @@ def test_who_trains_beside_one_that_is_far_ahead_goes_on_with_its_own_weights(wo
 
 
 def archive_of(world: World, number: int, round: int, **counts: int) -> Peer:
-    """A bootstrap with an archive of so many tokens of strangers, whom nobody meets any more."""
+    """Return a bootstrap with an archive of so many tokens of peers that are gone."""
     peer = world.add(number)
     told = {new_identity(name.encode() * 8).peer_id: tokens for name, tokens in counts.items()}
     peer.trainer.progress = Progress(round=round, run_tokens=sum(told.values()), peer_tokens=told)

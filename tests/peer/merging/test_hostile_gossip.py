@@ -1,4 +1,4 @@
-"""A hostile peer among real trainers and exchanges: what it costs the others, and who is named."""
+"""Hostile peer among real trainers and exchanges: what it costs the others, and who is reported."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def train(honest: list[Peer], mallory: Peer, *, partners: int) -> None:
 
 
 def partners_of(peer: Peer) -> list[set[str]]:
-    """Whose gradient it merged in each round."""
+    """Return whose gradients it merged in each round."""
     return [
         {one.peer for one in each.merged if one.tokens}
         for report in peer.reports
@@ -83,8 +83,10 @@ def partners_of(peer: Peer) -> list[set[str]]:
 
 
 def gradients_taken(peer: Peer) -> list[set[str]]:
-    """Whose gradient enters each of its merges from now on, for however little a rule lets it count: what an honest one
-    learns in a few steps may go another way than the own."""
+    """Record whose gradients enter its merges from now on, however little a rule lets them count.
+
+    An honest gradient of a few steps may point away from its own.
+    """
     found, merge_due = list[set[str]](), peer.exchange.gossip.merge_due
 
     def noted(round: int, fragment: int, **how: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A server and its workers in memory: the real exchange, publisher, intake and arithmetic."""
+"""Server and its workers in memory, with the real exchange, publisher, uploads and arithmetic."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Calls:
 
 
 class World:
-    """One server and its workers in one network thread."""
+    """Server and its workers in one network thread."""
 
     def __init__(self, network: NetworkThread, **merge: Any) -> None:
         self.network, self.gone = network, set[str]()
@@ -110,7 +110,7 @@ class World:
         return swarm
 
     def new_server(self, kept: Checkpoint | None = None) -> MergeServer:
-        """A server that begins, or that goes on from a checkpoint."""
+        """Make a server that begins, or that continues from a checkpoint."""
 
         async def make() -> MergeServer:
             server = MergeServer(
@@ -126,7 +126,7 @@ class World:
         return server
 
     def join(self, identity: Identity) -> ServerExchange:
-        """A worker; it and the server know each other."""
+        """Add a worker; it and the server know each other."""
         worker = ServerExchange(self.network, self.swarm(identity), self.run, StopFlag())
         worker.swarm.serving = worker.serving()
         self.workers[identity.peer_id] = worker
@@ -142,11 +142,11 @@ class World:
         return self.network.run(work, PATIENCE_S)
 
     def take_in(self, worker: ServerExchange) -> None:
-        """The server asks this worker for all it has."""
+        """Let the server ask this worker for all it has."""
         self.do(self.server.intake.empty(worker.swarm.identity.peer_id))
 
     def bring_weights(self, worker: ServerExchange) -> bool:
-        """The worker pulls the server's weights, as it does late in a round."""
+        """Let the worker pull the server's weights, as it does late in a round."""
         return bool(self.do(worker.link._pull()))
 
 
@@ -161,7 +161,7 @@ EXACT: dict[str, Any] = {"theta_format": "fp32", "gradient_format": "fp32", "rob
 
 
 def train(worker: ServerExchange, round: int, theta: Tensor, gradient: Tensor, steps: int = 2) -> Served:
-    """A round of `worker` from `theta`, that brings `gradient`: it hands it in and goes on."""
+    """Train a round of `worker` from `theta` that results in `gradient`; it uploads it and continues."""
     tokens = steps * STEP_TOKENS
     contribution = LocalUpdate(
         round=round,

@@ -41,12 +41,12 @@ BUFFERS = TensorGroup(
 
 
 def with_buffers(*given: Any) -> tuple[TensorGroup, ...]:
-    """The run's list, with one more."""
+    """Return the run's list with one more group."""
     return (*groups_of(*given), BUFFERS)
 
 
 def give_buffers(peer: Peer, value: float) -> dict[tuple[str, int], Tensor]:
-    """To its model, for each fragment. What its contributions carry of them changes when a merge does."""
+    """Add the group to its model, for each fragment; its contributions change when a merge does."""
     fragments = peer.exchange.gossip.engine._states
     buffers = {("buffers", fragment.number): torch.full((7,), value) for fragment in fragments}
     peer.loop.parameters.values = lambda: {which: one.clone() for which, one in buffers.items()}  # type: ignore[method-assign]

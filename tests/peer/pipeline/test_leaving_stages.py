@@ -1,4 +1,4 @@
-"""A volunteer of several stages: what ended one of them is heard behind the others, and each is left by itself."""
+"""Volunteer of several stages: an error that ended one of them surfaces after the others; each is left separately."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from swarmtrain.protocol.tokens.progress import Progress
 
 
 class StageStandIn(StageReplica):
-    """A stage without a model or a network: what is done with its parts is written down."""
+    """Stage without a model or a network, which records what is done with its parts."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ def holding(*stages: StageReplica) -> StageReplicas:
 
 
 def training_of(*stages: StageReplica) -> Any:
-    """As much of a pipeline's training as ends: it drives, and trains these stages."""
+    """Make the parts of a pipeline's training that end: it drives, and trains these stages."""
     one: Any = PipelineTraining.__new__(PipelineTraining)
     run = SimpleNamespace(run=SimpleNamespace(total_tokens=10_000))
     stop, folder = StopFlag(), SimpleNamespace(path=Path("/home/ada/run"))
@@ -143,7 +143,7 @@ def test_one_stage_that_cannot_be_left_keeps_no_other(monkeypatch: pytest.Monkey
 
 def test_one_that_drives_says_that_the_first_stage_is_done_before_its_others_are() -> None:
     def says(**stages: str) -> bool:
-        """Of the stages s0, s1 and s2 whether each trains or is done."""
+        """Return whether each of the stages s0, s1 and s2 trains or is done."""
         held = StageReplicas("me", [0.5, 0.5, 0.5])
         for name, how in stages.items():
             training = ended("total_tokens") if how == "done" else Future[str]()

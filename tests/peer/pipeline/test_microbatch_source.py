@@ -1,4 +1,4 @@
-"""A driver's data: batches cut into microbatches, in order and each once, from any thread."""
+"""Data of a driver: batches cut into microbatches, in order and each once, from any thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Counted:
 
 
 def firsts(x: Tensor) -> list[int]:
-    """Which sequences these are."""
+    """Return which sequences these are."""
     return [int(value) // 10 for value in x[:, 0]]
 
 

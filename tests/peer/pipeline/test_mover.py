@@ -1,4 +1,4 @@
-"""A volunteer that decides to move: when it looks, whom it asks to stay, and that no two leave each other."""
+"""Volunteer that decides to move: when it looks, whom it asks to stay, and that no two leave together."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Clock:
 
 @dataclass
 class Site:
-    """One mover, its clock, those whom it asks, and what it does."""
+    """Mover, its clock, the peers that it asks, and what it does."""
 
     asked: Callable[[str, int], tuple[float, str]] = field(default_factory=Asked)
     clock: Clock = field(default_factory=Clock)
@@ -95,7 +95,7 @@ class Site:
         return None
 
     def look(self, peers: Sequence[StagePeer] = PILED) -> list[MoveCommand]:
-        """When it is time for sure; what it does."""
+        """Look at a time when a move is due; returns what it does."""
         self.clock.now += 1.2 * EVERY_S
         assert self.mover.is_due or self.balance == "none"
         self.sees, self.done = list(peers), []
@@ -123,7 +123,7 @@ def stayed(done: Sequence[MoveCommand]) -> str:
 
 @contextmanager
 def decided(change: StageChange) -> Iterator[None]:
-    """That is what the peer of the change should do, whatever is there."""
+    """Make this change the decision of its peer, whatever the state."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moves, "my_change", lambda me, *others: (change if me == change.peer else None, "by hand"))
         yield

@@ -1,4 +1,4 @@
-"""The desk of a stage: what it keeps of questions and answers, and for how long."""
+"""Request queue of a stage: what it keeps of requests and answers, and for how long."""
 
 from __future__ import annotations
 

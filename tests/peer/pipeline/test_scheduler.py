@@ -93,7 +93,7 @@ class Stages:
     under_way: int = 0
     most_under_way: int = 0
     acknowledged: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """By (stage, sequence)."""
+    """Scripted stages, by (stage, sequence)."""
     dropped: set[tuple[int, int]] = field(default_factory=set)
 
     async def _answer(self, peer: str, value: Any) -> StageResult:
@@ -130,7 +130,7 @@ class Stages:
 
 @dataclass
 class Site:
-    """A driver "d" of three stages, which holds the first one."""
+    """Driver "d" of three stages, which holds the first one."""
 
     now: Callable[[], float]
     run: RunFile = field(default_factory=run_file)
@@ -154,14 +154,14 @@ class Site:
         )  # type: ignore[arg-type]
 
     def places(self) -> list[StagePeer]:
-        """All of them equal."""
+        """Return equal places for all."""
         names = {name for of in self.peers.values() for name in of}
         stages = {name: tuple(stage for stage, of in self.peers.items() if name in of) for name in sorted(names)}
         return [StagePeer(peer=name, stages=held, tokens_per_s=100.0) for name, held in stages.items()]
 
 
 def _driving(body: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
-    """In virtual time, the driver's clock included."""
+    """Run in virtual time, the driver's clock included."""
 
     async def run(now: Callable[[], float]) -> None:
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""One who computes a stage: what a step is made of when drivers end, and how fast that is said to be."""
+"""Loop that computes a stage: what a step consists of when drivers end, and its reported speed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def loss_of(sequence: int) -> float:
 
 @dataclass
 class Bench:
-    """A desk whose time passes only while the loop waits; what is done then is the script's next line."""
+    """Request queue whose time passes only while the loop waits; then the script's next line is played."""
 
     limits: LedgerLimits = LIMITS
     script: list[Callable[[], object]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Bench:
         )
 
     def wait(self, most_s: float) -> None:
-        """The next line of the script, or time passes."""
+        """Play the next line of the script, or let time pass."""
         if self.script:
             self.script.pop(0)()
         else:
@@ -159,7 +159,7 @@ def _at(bench: Bench, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def _tails(bench: Bench, *sequences: int, driver: str = "d") -> list[asyncio.Task[Any]]:
-    """The last stage is asked for these; each is computed when the loop comes to it."""
+    """Ask the last stage for these; each is computed when the loop comes to it."""
     asking = [
         asyncio.create_task(bench.queue.ask(key(number, driver), "tail", TOKENS, ("x", "y"))) for number in sequences
     ]

@@ -1,4 +1,4 @@
-"""A stage that a volunteer of a pipeline comes back to, from its checkpoint."""
+"""Stage to which a volunteer of a pipeline comes back, from its checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEXT = np.arange(10**6, dtype=np.uint8)
 
 
 def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
-    """As much of a volunteer as takes a stage."""
+    """Make the parts of a volunteer that take a stage."""
     context: Any = SimpleNamespace(
         published=PUBLISHED,
         run=RUN,

@@ -1,4 +1,4 @@
-"""What stages take of a machine: how many fit into its memory, and what each costs of the whole."""
+"""Costs of stages: how many fit into a machine's memory, and each one's share of the whole."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_graph_grows_with_blocks_microbatch_and_head() -> None:
 
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What is measured of this machine."""
+    """Return costs measured on this machine."""
     told = {"embedding": 1.0, "block": 2.0, "head": 3.0}
     monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, sequences: Costs(**told))
     return told

@@ -52,7 +52,7 @@ def _microbatch(number: int) -> Tensor:
 
 @dataclass
 class Alone:
-    """An exchange without partners, which keeps what is published."""
+    """Exchange without partners, which keeps what is published."""
 
     published: list[LocalUpdate] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ class Told:
 
 @dataclass
 class Trained:
-    """A stage with its session."""
+    """Stage with its session."""
 
     loop: StageTrainer
     session: Session

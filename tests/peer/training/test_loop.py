@@ -1,4 +1,4 @@
-"""The loop that trains: alone, without a session; and with one, held against plain PyTorch to the bit."""
+"""Training loop, without a session and with one, compared bitwise with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def plain(run: RunFile) -> tuple[GPT, torch.optim.AdamW]:
 def plain_step(
     run: RunFile, model: GPT, optimizer: torch.optim.AdamW, batch: Tensor, progress: float, scale: float = 1.0
 ) -> tuple[float, float]:
-    """One batch in microbatches of two sequences; loss, and the gradient's norm."""
+    """Train one batch in microbatches of two sequences; returns the loss and the gradient's norm."""
     loss_sum = 0.0
     for part in torch.split(batch, 2):
         loss = model.loss(part) * 0.5

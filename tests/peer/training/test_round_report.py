@@ -1,4 +1,4 @@
-"""What a peer tells: everything carries its PeerID, the error that ends it too; what a round says of its merge."""
+"""Reports of a peer: all carry its PeerID, the error that ends it too; what a round says of its merge."""
 
 from __future__ import annotations
 

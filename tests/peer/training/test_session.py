@@ -1,4 +1,4 @@
-"""A session without a model: which steps of which sizes publish, merge and end rounds, and what is told of them.
+"""Session without a model: which steps of which sizes publish, merge and end rounds, and what is reported.
 
 Rounds are counted in tokens: a stage's inner steps are not all of one size.
 """
@@ -53,7 +53,7 @@ class Clock:
 
 @dataclass
 class Alone:
-    """An exchange without partners, which keeps what it is told."""
+    """Exchange without partners, which keeps what it is told."""
 
     inner_steps: int
     num_parts: int
@@ -82,7 +82,7 @@ class Alone:
 
 @dataclass
 class NoLoop:
-    """What a loop without anything of its own tells its session."""
+    """Loop without a model, as its session sees it."""
 
     waited_s: float = 0.0
     told: list[str] = field(default_factory=list)
@@ -113,8 +113,8 @@ def parameters() -> HostParameters:
 def rounds(
     sizes: list[int], inner_steps: int, num_parts: int = 1, clock: Clock | None = None
 ) -> tuple[Session, Alone, list[RoundReport], list[float]]:
-    """What becomes of steps of these sizes, each of which takes a second; 0: no further step comes in the round. And
-    what the schedule went by."""
+    """Play steps of these sizes, each of a second (0: no further step in the round); returns rounds, and the schedule's
+    inputs."""
     run, exchange, reports = run_file(inner_steps), Alone(inner_steps, num_parts), list[RoundReport]()
     clock = clock or Clock()
     session = Session(
@@ -281,13 +281,13 @@ GOSSIP = RunFile.model_validate(
 
 
 def four_tensors() -> dict[str, Tensor]:
-    """Of one size: two fragments."""
+    """Return four tensors of equal size: two fragments."""
     return {name: torch.arange(4.0).reshape(2, 2) + number for number, name in enumerate("abcd")}
 
 
 @dataclass
 class Lived:
-    """A session without a model, and all that was told of it."""
+    """Session without a model, and all that it reported."""
 
     exchange: Fragments
     tensors: dict[str, Tensor] = field(default_factory=four_tensors)
@@ -312,7 +312,7 @@ class Lived:
         )
 
     def train(self, most_steps: int = 1000) -> str:
-        """As a loop would, by steps that take a second each and add to every number."""
+        """Train as a loop would, by steps of a second each that add to every number."""
         while most_steps and self.session.next_step() is not None:
             most_steps -= 1
             self.step()
@@ -511,7 +511,7 @@ def test_at_the_end_what_is_lent_is_taken_back_and_the_loop_lets_go() -> None:
 
 
 class BFloat16(HostParameters):
-    """As on a device: bf16, of which fp32 copies are published; a merge enters as a difference."""
+    """Weights as on a device: bf16, of which fp32 copies are published; a merge enters as a difference."""
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__(named)

@@ -1,4 +1,4 @@
-"""Who leaves before the end stays until the archive has what nobody who goes on has."""
+"""Departure before the end: a peer stays until the archive has what no remaining peer has."""
 
 from __future__ import annotations
 

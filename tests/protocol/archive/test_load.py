@@ -1,4 +1,4 @@
-"""How much the archive asks of whom, and how often."""
+"""Load of the archive: how much it asks of which peer, and how often."""
 
 from __future__ import annotations
 

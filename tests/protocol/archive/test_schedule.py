@@ -1,4 +1,4 @@
-"""A bootstrap archives by what states hold, and not by who counts more tokens."""
+"""Bootstraps archive by what states hold, and not by who counts more tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which bootstraps a volunteer asks, beside its rounds, how far their archives are."""
+"""Bootstraps that a volunteer asks, beside its rounds, how far their archives are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is named for publications that were cut."""
+"""Reports of peers whose publications were clipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swarmtrain.protocol.gossip.cut_history import NAMED_AT, CutHistory
 
 
 def named_at(*cut: bool, kind: str = "gradient") -> list[int]:
-    """In which rounds one is named, of rounds each of which is looked at once."""
+    """Return the rounds in which a peer is reported, each checked once."""
     history = CutHistory()
     return [round for round, is_cut in enumerate(cut) if history.look("ben", kind, round, is_cut=is_cut)]
 

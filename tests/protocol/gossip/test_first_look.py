@@ -1,4 +1,4 @@
-"""When the engine of gossip looks first whom to ask."""
+"""First time at which the gossip engine chooses whom to ask."""
 
 from __future__ import annotations
 

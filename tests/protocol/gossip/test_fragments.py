@@ -18,7 +18,7 @@ from swarmtrain.protocol.gossip.fragments import (
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 
 TOKENS = 10
-"""Of a step."""
+"""Tokens of a step."""
 
 
 def play(rng: random.Random, number: int, num_parts: int, num_rounds: int) -> list[list[tuple[int, int, int, int]]]:

@@ -1,4 +1,4 @@
-"""The engine of gossip by its events and commands alone: lists of data, no thread, clock or network."""
+"""Gossip engine by its events and commands alone: plain data, without threads, clock or network."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SIZES = {"int2": PublicationBytes(1000, 250), "int4": PublicationBytes(1000, 500
 
 
 class Driven:
-    """An engine with two fragments at most, whose partners and times a test tells."""
+    """Engine with at most two fragments, whose partners and times a test sets."""
 
     def __init__(
         self,
@@ -71,28 +71,28 @@ class Driven:
         self.see(*others)
 
     def see(self, *others: str, **told: Any) -> None:
-        """These are here."""
+        """Make these peers present."""
         volunteers = [PeerInfo(peer=peer, training=True, **told) for peer in sorted(others)]
         assert self.tells(PartnersChanged(volunteers)) == []
 
     def tells(self, event: Any) -> list[Any]:
-        """What follows from it."""
+        """Return the commands that follow from an event."""
         return list(self.engine.receive(event, self.now))
 
     def plan(self, round: int = 0, *, lasts_s: float = 0.0, began_s: float | None = None) -> list[Any]:
-        """A round that begins now; all its pulls are due at its end."""
+        """Plan a round that begins now; all its pulls are due at its end."""
         began_s = self.now if began_s is None else began_s
         plan = MergePlan(round=round, began_s=(began_s,), ends_s=self.now + lasts_s, gradient_format="int2")
         return self.tells(MergesPlanned(round, [plan]))
 
     def asks(self) -> list[AskPartner]:
-        """Whom it asks now."""
+        """Return whom it asks now."""
         found = self.tells(PullTimerFired())
         assert all(isinstance(command, AskPartner) for command in found)
         return found
 
     def pulls(self, ask: AskPartner, version: PublicationVersion, held: str) -> list[Any]:
-        """That pull's bytes come and are decoded."""
+        """Let that pull's bytes arrive and be decoded."""
         (download,) = self.tells(PartnerReplied(ask.pull, version, held))
         assert download == DownloadPublication(ask.pull, ask.source, held)
         self.now += 0.1
@@ -102,7 +102,7 @@ class Driven:
 
 
 def of(asks: Sequence[AskPartner], group: GroupName, peer: str = "") -> AskPartner:
-    """The one of that section."""
+    """Return the pull of that group."""
     return next(ask for ask in asks if ask.group == group and peer in ("", ask.author))
 
 

@@ -1,4 +1,4 @@
-"""What a gossiping peer has asked for: how many more, whom not, and what a failure costs."""
+"""Open pulls of a gossiping peer: how many more, whom not to ask, and what a failure costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom to pull from, when, and what is new of it: each inner step of a peer enters a merge at most once."""
+"""Partners, times of pulls, and what is new in a publication: each inner step of a peer enters a merge at most once."""
 
 from __future__ import annotations
 

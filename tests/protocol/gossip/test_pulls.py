@@ -1,4 +1,4 @@
-"""How much a round pulls and when, and what is learnt from what pulls took."""
+"""Number and times of pulls in a round, and what is learnt from their durations."""
 
 from __future__ import annotations
 

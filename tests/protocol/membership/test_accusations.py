@@ -1,4 +1,4 @@
-"""Whom to name for what, where strangers decide how much there is to tell."""
+"""Reports of misbehaving peers, bounded although strangers decide how much there is to report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who came lately is not named for what may be old."""
+"""Late joiners are not reported for what may be old."""
 
 from __future__ import annotations
 

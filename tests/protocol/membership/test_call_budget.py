@@ -1,4 +1,4 @@
-"""Who calls too often is told so; everyone has a budget of its own."""
+"""Budget of calls: a peer that calls too often is told so; each has its own budget."""
 
 from __future__ import annotations
 

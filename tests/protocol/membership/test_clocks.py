@@ -1,4 +1,4 @@
-"""By which clock a peer goes."""
+"""Choice of the clock that a peer uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom a peer dials when it is asked to, and how often."""
+"""Addresses that a peer dials on request, and how often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is hidden, which hosts it chooses and replaces, and whom a host serves."""
+"""Hidden peers: who is hidden, which hosts it chooses and replaces, and whom a host serves."""
 
 from __future__ import annotations
 

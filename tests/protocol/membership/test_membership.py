@@ -1,4 +1,4 @@
-"""Who is believed alive, from presences, answers, failures and goodbyes."""
+"""Membership: who is believed alive, from presences, answers, failures and goodbyes."""
 
 from __future__ import annotations
 

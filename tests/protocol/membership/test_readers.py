@@ -1,4 +1,4 @@
-"""Who may read from a peer now, and who gives way to whom."""
+"""Readers of a peer: who may read now, and who gives way to whom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: who is waited for."""
+"""End of a run: which peers are waited for."""
 
 from __future__ import annotations
 

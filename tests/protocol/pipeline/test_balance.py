@@ -1,4 +1,4 @@
-"""Who moves to which stage, that everyone sees it alike, and that no move empties a stage."""
+"""Moves between stages: who moves where, that all decide alike, and that no move empties a stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peer(name: str, *stages: int, rate: float = 100.0, **more: object) -> StageP
 
 
 def pile(*counts: int) -> list[StagePeer]:
-    """So many equal peers a stage, named p00, p01, ... in the order of the stages."""
+    """Return so many equal peers per stage, named p00, p01, ... in the order of the stages."""
     stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
     return [peer(f"p{i:02d}", stage) for i, stage in enumerate(stages)]
 

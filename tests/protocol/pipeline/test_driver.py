@@ -1,4 +1,4 @@
-"""A driver of microbatches by events and commands alone: whom it asks, how long it waits, who is told what counts."""
+"""Driver of microbatches by events and commands alone: whom it asks, how long it waits, whom it tells what counts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PEERS = {0: ["d"], 1: ["p"], 2: ["r"]}
 
 
 def make(peers: dict[int, list[str]] = PEERS, pace: DriverPace | None = None) -> DriverEngine:
-    """Of "d", which holds the first of three stages."""
+    """Make the driver "d", which holds the first of three stages."""
     engine = DriverEngine("d", [Router(random.Random(0)) for _ in range(2)], 7, pace)
     assert not of(engine.receive(PeersSeen(peers), 0.0), AskStage)
     return engine
@@ -51,13 +51,13 @@ def of(commands: Sequence[DrivingCommand], kind: type[_C]) -> list[_C]:
 
 
 def only(commands: Sequence[DrivingCommand], kind: type[_C]) -> _C:
-    """The one of that kind."""
+    """Return the only command of that kind."""
     (command,) = of(commands, kind)
     return command
 
 
 def until(engine: DriverEngine, kind: str, stage: int, now: float = 1.0) -> AskStage:
-    """A microbatch begins, and everything is answered until this is asked."""
+    """Begin a microbatch, and answer everything until this is asked."""
     ask = only(engine.receive(MicrobatchDrawn(32), now), AskStage)
     while (ask.kind, ask.stage) != (kind, stage):
         ask = only(engine.receive(StageCallDone(ask.call, 5, 2.5), now), AskStage)
@@ -267,7 +267,7 @@ def test_how_many_follows_from_what_everybody_says() -> None:
 
 
 def back(engine: DriverEngine, now: float = 1.0) -> list[Tell]:
-    """A microbatch is back; the words about it to the later stages."""
+    """Bring a microbatch back; returns the messages about it to the later stages."""
     ask = until(engine, "backward", 0, now)
     commands = engine.receive(StageCallDone(ask.call, 5), now)
     for tell in of(commands, Tell):

@@ -1,4 +1,4 @@
-"""A step of a stage is bounded: or a round would count more than others accept of one."""
+"""Steps of a stage are bounded: otherwise a round would count more than others accept."""
 
 from swarmtrain.protocol.pipeline.ledger import Key, LedgerLimits, StageLedger, TakeStep
 from swarmtrain.run import RunFile

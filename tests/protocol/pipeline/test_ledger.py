@@ -1,4 +1,4 @@
-"""A stage's ledger: each microbatch's gradient enters one step, once."""
+"""Ledger of a stage: each microbatch's gradient enters one step, once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A driver's choice among a stage's peers, against plain references."""
+"""Choice of a driver among a stage's peers, against plain references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom a driver sends a stage's microbatch to: in proportion to what each peer does, and past those that fail."""
+"""Routing of microbatches: in proportion to what each peer does, and past those that fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def router(*peers: str, variant: str = "round-robin", seed: int = 0) -> Router:
 
 
 def measured(rates: dict[str, float], variant: str = "round-robin", seed: int = 0) -> Router:
-    """One that has seen each peer do a task of 100 tokens at its rate."""
+    """Return a router that has seen each peer do a task of 100 tokens at its rate."""
     made = router(*rates, variant=variant, seed=seed)
     for peer, rate in rates.items():
         done(made, peer, now=0.0, took_s=100 / rate)
@@ -316,7 +316,7 @@ def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> No
 
 
 def stages(*rates: list[float]) -> list[list[StagePeer]]:
-    """Of each stage a peer of each of these rates; the first stage's are d0, d1, ..."""
+    """Return for each stage a peer of each of these rates; those of the first stage are d0, d1, ..."""
     return [
         [
             StagePeer(peer=f"{'d' if stage == 0 else stage}{i}", stages=(stage,), tokens_per_s=rate)

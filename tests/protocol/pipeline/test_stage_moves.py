@@ -1,4 +1,4 @@
-"""Who moves between stages: unequal stages become equal, and no move empties one."""
+"""Moves between stages: unequal stages become equal, and no move empties one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLeases
 
 
 def _peers(*counts: int, rate: float = 100.0, most_stages: int = 1) -> dict[str, StagePeer]:
-    """So many equal peers at each stage."""
+    """Return so many equal peers at each stage."""
     stages = [stage for stage, count in enumerate(counts) for _ in range(count)]
     return {
         f"p{number:02}": StagePeer(peer=f"p{number:02}", stages=(stage,), tokens_per_s=rate, most_stages=most_stages)

@@ -1,4 +1,4 @@
-"""A stage's queue by events and commands alone: what is done next, who is answered, and who in vain."""
+"""Queue of a stage by events and commands alone: what is done next, and who is answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pipeline's records say together: who holds what, and whether the first stage has had the run's tokens."""
+"""Records of a pipeline together: who holds what, and whether the first stage has trained the run's tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_who_comes_to_drive_counts_and_who_leaves_for_another_stage_does_not() -
 
 
 SILENT = info("z", 0)
-"""It says that it drives, and never that it is done."""
+"""Peer that says that it drives, and never that it is done."""
 
 
 def test_one_that_never_says_so_keeps_nobody_once_most_do_or_the_tokens_were_counted() -> None:

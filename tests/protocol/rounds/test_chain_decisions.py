@@ -1,4 +1,4 @@
-"""Which of two chains of rosters holds: every rule, and the attacks that it is there for."""
+"""Choice between two chains of rosters: every rule, and the attacks that it defends against."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPub
 def link(
     before: Chain, peers: str, *, signer: str = "", tokens: int = 100, tag: str = "", base_tokens: int | None = None
 ) -> ChainLink:
-    """A roster of these peers on that chain, and all their manifests."""
+    """Return a roster of these peers on that chain, with all their manifests."""
     base, head = before.digest, before.head
     entries = tuple(
         RoundPublication(peer=p, snapshot=f"{p} {base[:6]} {tag}", tokens=tokens, inner_steps=1, base=base)

@@ -1,4 +1,4 @@
-"""The engine of synchronous rounds, by its events and commands alone."""
+"""Engine of synchronous rounds, by its events and commands alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def reply(
 
 
 def engine_of(me: str, *others: str, applied: Sequence[Roster] = (), rules: RoundRules = RULES) -> Engine:
-    """One that has applied these rosters, among these others."""
+    """Return an engine that has applied these rosters, among these others."""
     membership = Membership(me)
     for peer in others:
         membership.saw_presence(PeerInfo(peer=peer, training=True, stamp=0.0), 999.0, 0.0)
@@ -77,7 +77,7 @@ def engine_of(me: str, *others: str, applied: Sequence[Roster] = (), rules: Roun
 
 
 def ends(engine: Engine, now: float = 10.0) -> list[Command]:
-    """Its inner steps are done: it looks."""
+    """End its inner steps, and let it look."""
     own = published(engine.me, engine.round, engine.base)
     assert engine.receive(ev.InnerStepsDone(engine.round, own, 0.0), now) == []
     return wakes(engine, now)
@@ -90,7 +90,7 @@ def wakes(engine: Engine, now: float) -> list[Command]:
 
 
 def asked(commands: Sequence[Command]) -> dict[str, int]:
-    """The numbers of the questions, by peer."""
+    """Return the numbers of the questions, by peer."""
     return {one.peer: one.number for one in commands if isinstance(one, ev.AskRoundQuestion)}
 
 
@@ -495,7 +495,7 @@ def test_a_search_that_is_given_up_asks_nobody_any_more() -> None:
 
 
 def joined(engine: Engine, answers: ev.PeerReply[str, str] | None, search: int = 1) -> list[Command]:
-    """It asks B, which says this, or nothing."""
+    """Let it ask B, which answers this, or nothing."""
     numbers = asked(engine.receive(ev.Join(search, ("b",)), 1.0))
     return engine.receive(
         ev.QuestionFailed(numbers["b"]) if answers is None else ev.QuestionAnswered(numbers["b"], answers), 1.0

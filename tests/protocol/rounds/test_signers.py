@@ -8,7 +8,7 @@ from swarmtrain.protocol.rounds.signers import Signers
 
 
 def rounds_with_a_turn(signers: Signers, rounds: range) -> list[int]:
-    """In which of `rounds` "a", who never signs, has its turn."""
+    """Return in which of `rounds` "a", which never signs, has its turn."""
     turns = []
     for round in rounds:
         has_turn = "a" not in signers.idle(round)

@@ -29,7 +29,7 @@ def pull(reader: Coverage, author: Coverage) -> None:
 
 
 def train(peer: Coverage, others: list[Coverage], round: int, rng: random.Random) -> int:
-    """A round: choose a shard, train on it, pull what some others know. Peers differ in speed."""
+    """Play a round: choose a shard, train on it, pull what some others know. Peers differ in speed."""
     busy = peer.busy([other.me for other in others])
     shard, _ = peer.choose(round, seed=7, busy=busy, round_tokens=ROUND_TOKENS)
     peer.trained(shard, ROUND_TOKENS - 200 * NAMES.index(peer.me))

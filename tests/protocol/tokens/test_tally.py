@@ -382,7 +382,7 @@ def test_the_typical_speed_is_the_lower_median_of_those_known() -> None:
 
 @dataclass
 class Worker:
-    """A peer that trains `per_s` tokens a second while it is there, and says `lies` times as much."""
+    """Peer that trains `per_s` tokens a second while it is present, and claims `lies` times as much."""
 
     name: str
     per_s: float
@@ -400,7 +400,7 @@ class Worker:
 
 @dataclass
 class Reader:
-    """A peer that reads the others' records, and is killed and started again from its last checkpoint."""
+    """Peer that reads the others' records, and is killed and restarted from its last checkpoint."""
 
     tally: Tally
     named: NamedOnce = field(default_factory=NamedOnce)

@@ -26,7 +26,7 @@ def hostile(tmp_path: Path, attack: str, percent: float = 25, **changes: Any) ->
 
 
 def published(tmp_path: Path, attack: str) -> tuple[HostileWorld, Any]:
-    """A world in which the hostile one has just published, in its third round; and that one."""
+    """Return a world in which the hostile peer has just published, in its third round; and that peer."""
     world = HostileWorld(hostile(tmp_path, attack, merge__fragments=1))
     one: Any = world.peers[-1]
     train_to, stopped = one.train_to, []
@@ -130,7 +130,7 @@ def test_absent_ones_are_not_there(tmp_path: Path) -> None:
 
 
 def named_in(world: HostileWorld) -> list[tuple[bool, int]]:
-    """Whether each one named is hostile, and how many rounds whoever is farthest had behind it; after the run."""
+    """Run, and return whether each reported peer is hostile, and the rounds of the farthest peer."""
     found, told = list[tuple[bool, int]](), world.told
 
     def noted(peer: str, incident: Any) -> None:

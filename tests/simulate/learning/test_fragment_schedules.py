@@ -19,9 +19,9 @@ from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld, Vir
 pytestmark = pytest.mark.slow
 
 NUM_SCHEDULES = 8
-"""What continuous integration plays: about two seconds of a core each."""
+"""Schedules that continuous integration plays: about two seconds of a core each."""
 NUM_IN_EVIDENCE = 64
-"""What `make evidence` plays, those eight not again."""
+"""Schedules that `make evidence` plays, without those eight."""
 SEEDS = [
     *range(NUM_SCHEDULES),
     *(pytest.param(seed, marks=pytest.mark.evidence) for seed in range(NUM_SCHEDULES, NUM_IN_EVIDENCE)),
@@ -29,7 +29,7 @@ SEEDS = [
 
 
 def drawn(folder: Path, seed: int) -> LearningWorld:
-    """The swarm of a seed."""
+    """Return the swarm of a seed."""
     rng = random.Random(seed)
     number = rng.randint(2, 6)
     groups: dict[str, Any] = {

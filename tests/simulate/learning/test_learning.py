@@ -1,4 +1,4 @@
-"""What is learnt in virtual time: each method against a plain loop or against what it must equal."""
+"""Learning in virtual time: each method against a plain loop or against what it must equal."""
 
 from __future__ import annotations
 
@@ -112,8 +112,7 @@ def test_fragments_lose_nothing_even_where_they_follow_each_other_within_the_tim
 
 
 def mean_age(one: Setting) -> tuple[float, RunOutcome]:
-    """Of the pseudo-gradients that are merged, in seconds since they were made, once rounds are in step; what came of
-    the run."""
+    """Return the mean age in seconds of merged pseudo-gradients, once rounds are in step; and the run's outcome."""
     world, made, ages = LearningWorld(one), dict[int, float](), list[float]()
     for peer in world.peers:
         train_to, tell = peer.train_to, peer.gossip.tell

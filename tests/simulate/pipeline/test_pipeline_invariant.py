@@ -11,7 +11,7 @@ from swarmtrain.simulate.pipeline.microbatches import FAULTS, Faults, Microbatch
 from swarmtrain.simulate.virtual_loop import virtually
 
 SCHEDULES_OF_A_PART = 60
-"""Of all faults at once: about three seconds of a core."""
+"""Schedules of all faults at once: about three seconds of a core."""
 PARTS = [0, 1, *(pytest.param(part, marks=pytest.mark.evidence) for part in range(2, 40))]
 """120 schedules in continuous integration, 2,400 with `make evidence`."""
 

@@ -27,7 +27,7 @@ STILL = PipelineSettings(rule=THREE, balance="none")
 
 
 def best_assignment(speeds: Sequence[float], costs: Sequence[float]) -> float:
-    """The best assignment's slowest stage, by trying all: for a few peers."""
+    """Return the slowest stage of the best assignment, by trying all; for a few peers."""
     best = 0.0
     for held in itertools.product(range(len(costs)), repeat=len(speeds)):
         rates = [0.0] * len(costs)
@@ -52,7 +52,7 @@ def settings_for(num_stages: int, **more: object) -> PipelineSettings:
 
 
 def rate(world: PipelineWorld, passed_s: float) -> float:
-    """What passes through in the next so many seconds, in tokens per second."""
+    """Return the throughput of the next seconds, in tokens per second."""
     world.measure_from_here()
     world.run_until(world.clock.now + passed_s)
     return world.tokens_per_s
@@ -70,7 +70,7 @@ def test_equal_peers_reach_nearly_what_they_could() -> None:
 
 
 class Plain(Router):
-    """The round robin that learns nothing from a timeout: no long sample, no ban."""
+    """Round robin that learns nothing from a timeout: no long sample, no ban."""
 
     def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
         self._ended(peer, tokens)
@@ -78,8 +78,10 @@ class Plain(Router):
 
 
 def with_hung(router: type[Router], variant: str = VARIANTS[0]) -> float:
-    """Of four peers a stage, one hangs in each of two stages: what passes through, of what did before. A driver has six
-    microbatches in flight, and waits for two minutes."""
+    """Hang one of four peers in each of two stages; returns the throughput relative to before.
+
+    A driver has six microbatches in flight, and waits for two minutes.
+    """
 
     def patient(rng: random.Random) -> Router:
         return router(rng, variant, least_limit_s=120.0, most_limit_s=120.0)

@@ -1,4 +1,4 @@
-"""What `swarmtrain plan` says: bounds, what grows with what, what hurts first, and the words and the JSON."""
+"""Output of `swarmtrain plan`: bounds, what grows with what, the first bottleneck, text and JSON."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.slow
 SLOW = LinksSection(up_mbit=20, down_mbit=100, rtt_ms=40)
 MODEL = "[model]\ncontext_tokens = 64\nnum_layers = 2\n"
 PARAMETERS = 455_296
-"""Of that: two of 256 x 128, and two layers of 4 x 128 x 128, 3 x 128 x 336 and 2 x 128; and 128."""
+"""Parameters of that model: two of 256 x 128, and two layers of 4 x 128 x 128, 3 x 128 x 336 and 2 x 128; and 128."""
 
 
 @pytest.fixture(autouse=True)
 def few_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that these tests are quick."""
+    """Play back few peers, so that these tests are quick."""
     monkeypatch.setattr("swarmtrain.simulate.planning.playback._MOST_GOSSIPING", 16)
 
 
@@ -211,7 +211,7 @@ def test_a_link_that_is_too_slow_hurts_first() -> None:
 
 
 def advised(text: str, change: str) -> str:
-    """The run file with the first alternative of what is advised."""
+    """Return the run file with the first advised alternative."""
     table = tomllib.loads(text)
     for part in change.partition(" or ")[0].split(" and "):
         said = re.fullmatch(r"(?:no (\w+)\.(\w+)|(\w+)\.(\w+) = (.+) \(now .+\)(?::.*)?)", part)

@@ -1,4 +1,4 @@
-"""The search for faults: nothing in the product, every broken rule, and the shortest schedule that shows it."""
+"""Search for faults: finds nothing in the product, every broken rule, and the shortest schedule that shows it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MOST_SCHEDULES = 200
 AT_ONCE = 20
 """Schedules of a test: about a second of a core."""
 NUM_SCHEDULES = 160
-"""What continuous integration plays of the search; `make search` goes on for as long as it is let."""
+"""Schedules of the search that continuous integration plays; `make search` runs until stopped."""
 NUM_IN_EVIDENCE = 2000
-"""What `make evidence` plays, by the command that a person types."""
+"""Schedules that `make evidence` plays, by the command that a person types."""
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, AT_ONCE))

@@ -35,8 +35,10 @@ def by_peer(swarm: GossipSwarm) -> dict[str, list[RoundRecord]]:
 
 
 def assert_nobody_waits(swarm: GossipSwarm) -> None:
-    """A round takes its inner steps and nothing else, and the next one begins at the same moment, unless its peer has
-    fallen behind and takes another's weights."""
+    """Check that a round takes only its inner steps, and that the next begins at the same moment.
+
+    Except for a peer that has fallen behind and takes another's weights.
+    """
     for name, rounds in by_peer(swarm).items():
         for one in rounds:
             assert one.ended_s - one.started_s == pytest.approx(one.steps / swarm.peers[name].steps_per_s)
@@ -53,7 +55,7 @@ def assert_steps_enter_at_most_once(swarm: GossipSwarm) -> None:
 
 
 def fresh_share(records: list[RoundRecord]) -> float:
-    """Of the rounds but each peer's first, in which others have published nothing yet."""
+    """Return the share of fresh rounds, without each peer's first, in which others have published nothing yet."""
     merging = [record.partners > 0 for record in records if record.round > 0]
     return sum(merging) / len(merging)
 

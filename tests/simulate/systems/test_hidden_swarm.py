@@ -1,4 +1,4 @@
-"""A simulated swarm in which nobody can dial half of the peers."""
+"""Simulated swarm in which half of the peers are hidden."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hidden_peers(swarm: HostedSwarm) -> list[HostedPeer]:
 
 
 def tokens_entered(swarm: HostedSwarm, since_s: float = 0.0) -> Counter[str]:
-    """By author, the tokens of it that entered anybody's merge."""
+    """Return by author the tokens that entered any peer's merge."""
     tokens: Counter[str] = Counter()
     for _, whose, _, _, since, until in swarm.entered:
         tokens[whose] += until - since

@@ -1,4 +1,4 @@
-"""One fault at a time, each with the wait it may cost."""
+"""Single faults, each with the wait that it may cost."""
 
 from __future__ import annotations
 

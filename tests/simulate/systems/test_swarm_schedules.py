@@ -19,7 +19,7 @@ FAULTS_END_S = 60.0
 BASE_WAIT_S = 5.0
 """Without a fault: the slowest peer's round less the fastest one's, and the transfers."""
 FAULT_WAIT_S = 22.0
-"""One fault: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
+"""Longest wait by one fault: a call's time limit and hold (7 s), a stalled transfer (10 s), a silence (5 s)."""
 
 
 @dataclass(frozen=True)
