@@ -267,7 +267,7 @@ class Node:
         return [address for address in found if "/tcp/" in address]
 
     async def wait_until_dead(self) -> str:
-        """Wait until the daemon has ended or its connection to us has, and return which in words.
+        """Wait until the daemon has ended or its connection to us has, and return in words which of the two.
 
         hivemind itself never notices: calls would hang (measured).
         """
@@ -315,8 +315,8 @@ class Node:
             await asyncio.wait_for(self._p2p._client.disconnect(self._peer_id(peer)), self.settings.call_limit_s)
 
     def remember_addresses(self, peer: str, addresses: Iterable[str], given: Collection[str] = ()) -> None:
-        """Remember the addresses that `peer` advertises; a call without a connection dials them. The user gave those in
-        `given`.
+        """Remember the addresses that `peer` advertises; a call without a connection dials them. Addresses in `given`
+        come from the user.
 
         A stranger chooses whom we dial, so only a few addresses are kept: TCP, no names, and no group, any or
         link-local address. Private addresses must be allowed, since swarms live in local networks; what the daemon

@@ -56,7 +56,7 @@ _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
+    """Place of this peer in the swarm of one run. It owns the objects that do the work, and callers use these directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.
@@ -205,11 +205,11 @@ class Swarm:
             self.greeter.meet(self.rounds.last[0].peers)
 
     def would_leave(self) -> None:
-        """Prepare to leave: from now on answer others that ask whether they may leave too."""
+        """Prepare to leave: from now on answer other volunteers that ask whether this one leaves too."""
         self.fellows = FellowDepartures(self.identity.peer_id)
 
     async def count_once_more(self) -> None:
-        """Store our own counts and read those of others a last time, at the end of the run."""
+        """Store this peer's own counts and read those of others a last time, at the end of the run."""
         await self.records.store()
         await self.tallying.read_all()
 
@@ -301,7 +301,8 @@ class Swarm:
             await asyncio.sleep(records.read_every_s(len(self.membership.live()), least_s, most_s))
 
     async def _notice_gaps(self) -> None:
-        """Tell the rounds when this process was stopped, or its machine slept: others were not silent in that time."""
+        """Notify the rounds when this process was stopped or its machine slept: the other peers were not silent in that
+        time."""
         while True:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
@@ -309,7 +310,8 @@ class Swarm:
                 self.rounds.stood_still()
 
     async def _look_where_we_are(self) -> None:
-        """Update our addresses, which change: a router opens a port late, a home connection gets another address."""
+        """Update this peer's addresses, which change: a router opens a port late, a home connection gets another
+        address."""
         self.presence.describe_place(await self.node.addresses(), self.reaching.hidden, self.reaching.hosts)
 
     async def _say_where_we_are(self) -> None:

@@ -278,7 +278,8 @@ class RecordRules:
         return value + self.identity.sign(_message(key, subkey, value, expiry_s))
 
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
-        """Return the record if it may be stored and believed. Raises BadBytesError ("reason: detail") otherwise."""
+        """Return the record if it is valid for this key, subkey and expiry. Raises BadBytesError ("reason: detail")
+        otherwise."""
         if not isinstance(value, bytes):
             raise BadBytesError("malformed: its value is not bytes", code="bad-format")
         if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:

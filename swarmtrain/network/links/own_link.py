@@ -62,12 +62,12 @@ class OwnLink:
 
     @property
     def dialled_port(self) -> int:
-        """Port to which the firewall has to redirect what others dial."""
+        """Local port to which the firewall has to redirect connections that others open to the peer."""
         return int(self._dialled.getsockname()[1])
 
     @property
     def dialling_port(self) -> int:
-        """Port to which the firewall has to redirect what the peer dials."""
+        """Local port to which the firewall has to redirect connections that the peer opens."""
         return int(self._dialling.getsockname()[1])
 
     async def serve(self) -> None:

@@ -45,7 +45,7 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """Reply of a peer to a greeting."""
+    """Reply of a peer to a greeting, and what the connection to it was like."""
 
     peer: str
     name: str

@@ -73,7 +73,7 @@ class EndedRound:
         self._merging = self._begin(self._merge(one, self._merging))
 
     def give_up_merge(self) -> None:
-        """Cancel the running merge."""
+        """Cancel the merge under way."""
         if self._merging is not None:
             self._merging.cancel()
 

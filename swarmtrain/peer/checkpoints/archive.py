@@ -1,4 +1,4 @@
-"""Knowledge of a bootstrap about its archive: whose tokens the weights contain, what was merged, which data was seen.
+"""A bootstrap's record of its archive: whose tokens the weights contain, what was merged, which data was seen.
 
 The bootstrap gives all of that, with everyone's counts, to whoever takes the archive: by then all who trained may be
 gone.
@@ -36,7 +36,7 @@ _SLACK_ROUNDS = 4
 
 @dataclass
 class Archive:
-    """Knowledge about the archive of one swarm: a run's, or a stage's."""
+    """Record of what the archive of one swarm contains: a run's swarm, or a stage's."""
 
     swarm: Swarm
     manager: CheckpointManager
@@ -79,11 +79,11 @@ class Archive:
         self.manager.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
-        """Note that states of some of these volunteers, who are all that train, are being asked for."""
+        """Record that the states of some of these volunteers, which are all that train, are being asked for."""
         self._asked = infos
 
     def is_wanted(self, counts: Mapping[str, int], authors: Collection[str]) -> bool:
-        """Return whether pulled weights belong into the archive.
+        """Return whether pulled weights of `authors` should replace those in the archive.
 
         If the archive contains them already, their authors are not asked again before they have more.
         """

@@ -72,7 +72,7 @@ def _writing(target: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _in_words(what: str, advice: str) -> Iterator[None]:
-    """Turn a full or read-only disk into an error of one line that ends the command."""
+    """Turn an error of a full or read-only disk into an error of one line that ends the command."""
     try:
         yield
     except OSError as error:

@@ -344,7 +344,7 @@ class Doctor:
     # ------------------------------------------------------------- what the run costs
 
     def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
-        """Return what `bytes_of` says of the run and its parameters; None without a run."""
+        """Return `bytes_of` for the run and its number of parameters; None without a run."""
         if self.run is None or not self.has_torch:
             return None
         from swarmtrain.model.gpt import num_parameters
@@ -426,8 +426,7 @@ def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
 @dataclass(frozen=True)
 class DialBackPeer:
     """Peer that was asked to dial this machine: its name and address, the outcome, and the address at which it reached
-    us.
-    """
+    this machine."""
 
     name: str
     address: str

@@ -238,7 +238,7 @@ class LocalSwarm:
         return []
 
     def tell(self, message: str) -> None:
-        """Show a person a message, as a warning event."""
+        """Show a message to the person, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:

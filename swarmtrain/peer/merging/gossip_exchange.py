@@ -96,7 +96,7 @@ def gossip_settings(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> GossipS
 
 
 def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[Mapping[GroupName, PublicationRules]]:
-    """Return the run file's rules for publications: for each fragment, by section."""
+    """Return the run file's rules for publications: for each fragment, by tensor group."""
     rounds = swarm.rounds.settings
 
     def rules_of(fragment: int, group: TensorGroup) -> PublicationRules:
@@ -144,7 +144,7 @@ class GossipExchange(AsynchronousExchange):
     _planner: MergePlanner = field(init=False)
     _robustness: list[Robustness] = field(init=False)
     _averaged: dict[tuple[GroupName, int], AveragedGroup] = field(init=False)
-    """Sections averaged beside the weights, by name and fragment."""
+    """Tensor groups averaged beside the weights, by name and fragment."""
     _unmade: LocalUpdate | None = field(default=None, repr=False)
     """Newest update whose gradients nobody has computed yet."""
     _unlearned: deque[LocalUpdate] = field(default_factory=deque, repr=False)
@@ -354,7 +354,7 @@ class GossipExchange(AsynchronousExchange):
     def _encoding(
         self, contribution: LocalUpdate, fragment: int, group: TensorGroup, format: GradientFormat
     ) -> tuple[Callable[[], Body], Sequence[TensorSpec]]:
-        """Return a function that makes a section's bytes, and their tensor table.
+        """Return a function that makes a tensor group's bytes, and their tensor table.
 
         The function refers to nothing else of the update, so that the rest can be freed while the publication is
         served.
@@ -407,7 +407,7 @@ class GossipExchange(AsynchronousExchange):
     def _means_of(
         self, fragment: int, pulled: Sequence[ReceivedPublication[HeldSnapshot, KeptPublication]]
     ) -> dict[tuple[GroupName, int], Tensor]:
-        """Return the means of the sections that are averaged beside the weights, where a partner brought one."""
+        """Return the means of the tensor groups that are averaged beside the weights, where a partner brought one."""
         found = dict[tuple[GroupName, int], Tensor]()
         for which, averaged in self._averaged.items():
             arrivals = [each.payload.decoded() for each in pulled if (each.group, fragment) == which]

@@ -95,7 +95,7 @@ class LocalUpdate:
     lent: tuple[LentWeights, ...] = ()
     """Loans from which each fragment's gradient is computed (gossip only)."""
     values: Mapping[tuple[GroupName, int], Tensor] = field(default_factory=dict, repr=False)
-    """Values averaged beside the weights, by section and fragment, flat fp32; not written into afterwards."""
+    """Values averaged beside the weights, by tensor group and fragment, flat fp32; not written into afterwards."""
 
     def gradient_of(self, fragment: int) -> Tensor:
         """Return the pseudo-gradient (Q,) fp32 of a fragment. The first call computes it."""

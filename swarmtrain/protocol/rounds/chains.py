@@ -70,12 +70,12 @@ class Chain:
 
     @property
     def head(self) -> Roster | None:
-        """Last roster, which names the weights."""
+        """Last roster, which identifies the weights."""
         return self.links[-1].roster if self.links else None
 
     @property
     def digest(self) -> str:
-        """Digest of the head; "" before the first roster."""
+        """Digest of the last roster; "" before the first roster."""
         return self.links[-1].roster.digest if self.links else ""
 
     @cached_property
@@ -102,7 +102,7 @@ class Chain:
         return self.links[0].roster.base_tokens if digest in self else None
 
     def after(self, digest: str | None) -> tuple[ChainLink, ...]:
-        """Return the links after that roster; all links if it is None."""
+        """Return the links after the roster with this digest; all links if it is None."""
         return self.links[0 if digest is None else self._places[digest] :]
 
     def __repr__(self) -> str:
@@ -129,7 +129,8 @@ class Chain:
 def flaw(chain: Chain, ours: Chain) -> str:
     """Return what is wrong with a chain that a peer shows, in words; "" if nothing.
 
-    Each roster must count the same tokens as those before it, as far as they are shown or on this peer's own chain.
+    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as they are shown or on this
+    peer's own chain.
     """
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
@@ -179,7 +180,8 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stands:
-    """Position of each peer on the chains. This peer (`me`) stands on the head of its own."""
+    """Roster that each peer has applied last (where it "stands"). This peer (`me`) stands on the head of its own
+    chain."""
 
     advertised: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
@@ -254,9 +256,10 @@ class ChainView:
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)
-    """Chains that others have shown, by the digest of the head. A peer that can show nothing has its head alone."""
+    """Chains that other peers have sent, keyed by the digest of the last roster. For a peer that cannot send its chain,
+    the chain has its last roster alone."""
     heads: Mapping[str, Roster] = field(default_factory=dict)
-    """Rosters that others say they applied last, by digest."""
+    """Rosters that other peers say they applied last, by digest."""
     stands: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
     unheard: frozenset[str] = frozenset()
@@ -266,7 +269,7 @@ class ChainView:
     """True if this peer was suspended or absent, so that it does not count itself."""
 
     def chain_of(self, heard: Roster) -> Chain | None:
-        """Return the chain that ends with this roster; None if it must be asked for first.
+        """Return the chain that ends with the roster `heard`; None if the chain must be asked for first.
 
         The entries of the next roster after ours are believed for now: whoever applies it has their manifests, and its
         chain is asked for before a state is taken.
@@ -280,7 +283,7 @@ class ChainView:
         return None if before is None else before.extended(ChainLink(roster=heard))
 
     def lacks(self, heard: Roster | None) -> bool:
-        """Return whether this roster cannot be judged before somebody has shown its chain."""
+        """Return whether the roster `heard` cannot be judged until some peer has sent its chain."""
         return heard is not None and heard.digest not in self.ours and self.chain_of(heard) is None
 
     def holds(self, heard: Roster | None) -> bool:
@@ -353,7 +356,7 @@ def chain_view(
 
 @dataclass(frozen=True)
 class ShownChain(Generic[Link]):
-    """Chain with the signed forms of its links, as far as they came with it, by their rosters' digests."""
+    """Chain, with its links in their signed form as far as the sender provided it, by the digest of their rosters."""
 
     chain: Chain
     signed: Mapping[str, Link] = field(default_factory=dict)
@@ -361,7 +364,7 @@ class ShownChain(Generic[Link]):
 
 @dataclass
 class Chains(Generic[Link]):
-    """Own chain of this peer, and those that other peers have shown."""
+    """This peer's own chain, and those that other peers have sent."""
 
     chain: Chain = field(default_factory=Chain)
     _signed: dict[str, Link] = field(default_factory=dict)
@@ -391,7 +394,7 @@ class Chains(Generic[Link]):
         self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
 
     def _bounded(self, signed: dict[str, Link]) -> dict[str, Link]:
-        """Return the signed links of our chain that are kept; subclasses may keep fewer."""
+        """Return the signed links of this peer's chain that are kept; subclasses may keep fewer."""
         return signed
 
     @property
@@ -400,7 +403,8 @@ class Chains(Generic[Link]):
         return {digest: one.chain for digest, one in self._shown.items()}
 
     def lacks(self, roster: Roster | None) -> bool:
-        """Return whether somebody must show the chain of this roster: it is neither on ours nor the next one."""
+        """Return whether some peer must send the chain of this roster: it is neither on this peer's chain nor the next
+        one after it."""
         if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
             return False
         return roster.digest not in self._shown and roster.base not in self._shown
@@ -413,7 +417,7 @@ class Chains(Generic[Link]):
             del self._shown[next(iter(self._shown))]
 
     def keep_head(self, roster: Roster) -> None:
-        """Remember that a peer at this roster can show nothing, because it runs an older version."""
+        """Remember the last roster of a peer that cannot send its chain, because it runs an older version."""
         if self.lacks(roster):
             self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
 

@@ -40,7 +40,7 @@ class KnownRound(Generic[Envelope, Link]):
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
     """Rosters of this round that fit this peer's weights, by name."""
     best: SignedRoster[Envelope] | None = None
-    """Roster that holds, of `rosters`."""
+    """Roster among `rosters` that holds against the others."""
     shared: str = ""
     """Digest of the roster whose share this peer has averaged."""
     asking: dict[str, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class KnownRound(Generic[Envelope, Link]):
     ask_again_s: dict[str, float] = field(default_factory=dict)
     """Time before which each peer is not asked again."""
     told_of: dict[str, str] = field(default_factory=dict)
-    """Name of the roster that each peer sent last."""
+    """Name of the roster that each peer sent last, for the next question to it."""
     asked_at_s: dict[str, float] = field(default_factory=dict)
     """Time when each peer was first asked about this round."""
     answered_at_s: dict[str, float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class KnownRound(Generic[Envelope, Link]):
             self.unobtainable.update(p for p, offer in self.announced.items() if offer.snapshot == event.snapshot)
 
     def merge_went_on(self, event: ev.PublicationFound | ev.RosterMerged | ev.RosterNotMerged) -> None:
-        """Record the progress of the present merge; events of an earlier merge are ignored."""
+        """Record the progress of the merge under way; events of an earlier merge are ignored."""
         match event:
             case ev.PublicationFound(publication=offer):
                 self.announced[offer.peer] = self.own if offer.peer == self.own.peer else offer

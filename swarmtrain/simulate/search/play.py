@@ -141,7 +141,7 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
 
 
 def _written(schedule: FaultSchedule) -> str:
-    """Return the schedule as Python source, without what is as usual."""
+    """Return the schedule as Python source, leaving out default values."""
     lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
     faults = [f"            {_call(fault)}," for fault in schedule.faults]
     if faults:
