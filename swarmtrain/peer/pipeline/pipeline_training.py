@@ -208,7 +208,7 @@ class PipelineTraining:
     def finish(self) -> DoneEvent:
         """Serve on, at the run's end, for those who still need this peer; return the final event. See `Training`."""
         context, give_up_s = self._context, time.monotonic() + _LINGER_S
-        context.control.finishing("serving on until the archive has the last weights")
+        context.control.finishing("serving until the archive has the last weights")
         self._first.stop()
         self._record.tell(now=True)
         held = self._stages.all
