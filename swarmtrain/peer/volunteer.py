@@ -48,7 +48,8 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     Raises UserError and RunTimeError with one line for a person.
     """
     with (
-        peer_folder(settings.directory) as folder,
+        # In the background its log is all that a person has to look at: it stays.
+        peer_folder(settings.directory, removes_unused=not settings.log_descriptors) as folder,
         peer_log(folder.path, settings.log_descriptors),
         control_session("volunteer", folder, settings, logged(emit), stop) as control,
     ):

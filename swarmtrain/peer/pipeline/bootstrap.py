@@ -125,7 +125,7 @@ class PipelineBootstrap(BootstrapPeer):
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
-        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self.control.finishing("serving until all volunteers have left, including those that may come back")
         self.wait_for_goodbyes(swarm, self.progress, self.published.run.run.total_tokens, self._tell_all)
         complete = all(archive.is_final for archive in self.archives)
         return self.done("total_tokens" if complete else "the volunteers left without the last state")

@@ -210,7 +210,7 @@ class PipelineTraining:
         """Continue to serve, at the run's end, for peers that still need this one; return the final event. See
         `Training`."""
         context, give_up_s = self._context, time.monotonic() + _LINGER_S
-        context.control.finishing("serving on until the archive has the last weights")
+        context.control.finishing("serving until the archive has the last weights")
         self._first.stop()
         self._record.tell(now=True)
         held = self._stages.all

@@ -74,7 +74,7 @@ class StageAssignment:
 
     def enter(self, stage: int) -> None:
         """Fetch a stage's present weights and train it from now on."""
-        self._context.control.starting(f"taking stage {stage}: its present weights")
+        self._context.control.starting(f"fetching the weights of stage {stage}")
         held = StageReplica(
             self._site,
             stage,

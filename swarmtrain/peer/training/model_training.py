@@ -317,7 +317,7 @@ class ModelTraining:
                 weights = weights_in(self.loop.model, theta)
                 if warning := save_final_weights(context.folder, weights, context.published, progress):
                     context.emit(warning)
-            context.control.finishing("serving on until others have them")
+            context.control.finishing("serving the last weights until others have them")
             while time.monotonic() < give_up_s or (
                 swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
             ):

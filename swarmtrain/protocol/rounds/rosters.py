@@ -403,10 +403,10 @@ def idled(view: RoundView, now: float) -> frozenset[str]:
 def decide(view: RoundView, now: float) -> Decision:
     """Decide what to do now about a round whose inner steps this peer has done."""
     if view.far_ahead:
-        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
+        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="the agreed weights are beyond this round")
     if unheard := _unheard(view, now):
-        why = "has stood still" if view.listening_since_s > view.ended_at_s else "is later than the time limit"
-        reason = f"this process {why}: it asks {', '.join(sorted(unheard))} what happened meanwhile"
+        why = "was suspended" if view.listening_since_s > view.ended_at_s else "is past the time limit"
+        reason = f"this process {why}: asking {', '.join(sorted(unheard))} what happened meanwhile"
         return WaitDecision(until_s=_asks_since_s(view) + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
