@@ -181,7 +181,8 @@ class Volunteer:
         )
 
     def _rest(self, context: VolunteerContext, swarm: Swarm) -> float:
-        """Wait until the pause is over, then look who is here; return how long the pause was, in seconds."""
+        """Wait until the pause is over, then look which peers are present; return how long the pause was, in
+        seconds."""
         self.emit(PausedEvent(reason=self.pause.reason))
         paused_s = self.pause.wait_released(self.stop.sleep)
         self.control.starting("resuming after a pause")

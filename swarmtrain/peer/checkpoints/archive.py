@@ -1,7 +1,7 @@
 """A bootstrap's record of its archive: whose tokens the weights contain, what was merged, which data was seen.
 
-The bootstrap gives all of that, with everyone's counts, to whoever takes the archive: by then all who trained may be
-gone.
+The bootstrap gives all of that, with all peers' counts, to each peer that takes the archive: by then all volunteers may
+be gone.
 """
 
 from __future__ import annotations

@@ -501,9 +501,9 @@ class GossipExchange(AsynchronousExchange):
     # ------------------------------------------------------------- present weights
 
     def _is_old(self, round: int) -> bool:
-        """Return whether this peer's own state is to be given up.
+        """Return whether this peer must take the swarm's state in place of its own.
 
-        It is if it is too many rounds behind. Where nobody else who answers has trained, it must not be behind the
+        It must if it is too many rounds behind. Where nobody else who answers has trained, it must not be behind the
         archive at all: no merge would bring what the archive has. A volunteer that trained and does not answer may have
         been killed.
         """

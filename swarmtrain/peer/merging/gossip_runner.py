@@ -205,7 +205,7 @@ class GossipRunner:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        """Set the timer for the engine's next wake-up, and for a look at who has joined."""
+        """Set the timer for the engine's next wake-up, and for a check which peers have joined."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -377,7 +377,7 @@ class PipelineBootstrap(BootstrapPeer):
             self._tell(archive)
 
     def leave_stages(self) -> None:
-        """Say goodbye to those who hold stages, before the run's swarm is left. See `BootstrapPeer`."""
+        """Say goodbye to the peers that hold stages, before the run's swarm is left. See `BootstrapPeer`."""
         for archive in self.archives:
             try:
                 self.network.run(archive.swarm.withdraw(1.0), 2.0)

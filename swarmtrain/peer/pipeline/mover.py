@@ -36,9 +36,8 @@ class StageMover:
         self.engine = MoveEngine(me, policy, random.Random(), clock())
 
     def asked(self, mover: str, stage: int, holds: Sequence[int], is_known: bool) -> tuple[float, str]:
-        """Answer `mover`, who wants to leave `stage`: the seconds that this peer, holding `holds`, stays; and the
-        reason.
-        """
+        """Answer peer `mover`, which wants to leave `stage`: return (seconds for which this peer, which holds `holds`,
+        promises to stay in the stage; reason)."""
         (answer,) = self._receive(StayAsked(mover, stage, holds, is_known))
         assert isinstance(answer, StayAnswer)
         return answer.lasts_s, answer.reason

@@ -20,7 +20,7 @@ __all__ = ["StageAssignment"]
 
 _POLL_INTERVAL_S = 0.2
 _COMPANY_S = 1.0
-"""Seconds to wait once enough peers are here, so that all have seen each other before anybody chooses."""
+"""Seconds to wait once enough peers are present, so that all have seen each other before any of them chooses."""
 
 
 class StageAssignment:

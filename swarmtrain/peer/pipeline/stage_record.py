@@ -46,7 +46,7 @@ class StageRecord:
     # ------------------------------------------------------------- its place
 
     def places(self) -> list[StagePeer]:
-        """Return the records of all peers that are here, this one included."""
+        """Return the records of all peers that are present, this one included."""
         return [*places_of(self._swarm.membership.volunteers()), self.place()]
 
     def place(self) -> StagePeer:

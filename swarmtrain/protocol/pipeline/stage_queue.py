@@ -199,7 +199,7 @@ class StageQueue:
         return [refused for key in list(self._asked) for refused in self._forget(key)]
 
     def first_asker(self, key: Key, kind: Kind) -> int | None:
-        """Return the call whose question brought the input of this part; None if the part is unknown."""
+        """Return the number of the call that delivered the input of this part; None if the part is unknown."""
         known = self._asked.get(key, {}).get(kind)
         return None if known is None else known.asker
 

@@ -271,8 +271,8 @@ class ChainView:
     def chain_of(self, heard: Roster) -> Chain | None:
         """Return the chain that ends with the roster `heard`; None if the chain must be asked for first.
 
-        The entries of the next roster after ours are believed for now: whoever applies it has their manifests, and its
-        chain is asked for before a state is taken.
+        The entries of a roster that follows this peer's own are believed for now: a peer that applies the roster has
+        their manifests, and its chain is asked for before a state is taken.
         """
         if heard.digest in self.shown:
             return self.shown[heard.digest]
@@ -287,9 +287,10 @@ class ChainView:
         return heard is not None and heard.digest not in self.ours and self.chain_of(heard) is None
 
     def holds(self, heard: Roster | None) -> bool:
-        """Return whether the weights after `heard` hold against ours and all others'; False if its chain is unknown.
+        """Return whether the weights after the roster `heard` hold against this peer's and all others'; False if its
+        chain is unknown.
 
-        If a chain holds, so do all of its rosters after ours.
+        If a chain holds, so do all of its rosters after the last one that it shares with this peer's.
         """
         if heard is None or heard.digest in self.ours:
             return False

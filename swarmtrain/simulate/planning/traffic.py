@@ -41,7 +41,7 @@ __all__ = [
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
 """Names, for a person, of the kinds of traffic on a link."""
 RECORD_BYTES = 500
-"""Bytes of a signed record, as an answer of the DHT brings it."""
+"""Bytes of a signed record in an answer of the DHT."""
 PULL_BYTES = 1200
 """Bytes of a pull's question and answer without the pulled bytes: manifest, presence, coverage."""
 _OVERHEAD = 1.01
