@@ -346,7 +346,7 @@ class Swarm:
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
     async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
-        """Call `died` with a sentence if the network daemon ends before we leave."""
+        """Call `died` with a sentence if the network daemon ends before this peer leaves."""
 
         async def watch() -> None:
             how = await self.node.wait_until_dead()

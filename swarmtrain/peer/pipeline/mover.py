@@ -56,9 +56,10 @@ class StageMover:
         return when_s is not None and self.clock() >= when_s
 
     def look(self, event: MoveEvent, do: Callable[[MoveCommand], MoveEvent | None]) -> None:
-        """Feed an event to the engine and execute its commands by `do`, until none follow.
+        """Pass an event to the engine and execute its commands by `do`, until none follow.
 
-        `do` returns the event that came of a command. A PeerError of the peer to be asked counts as its refusal.
+        `do` returns the event in which a command results, or None. A PeerError of the peer to be asked counts as its
+        refusal.
         """
         events = deque([event])
         while events:

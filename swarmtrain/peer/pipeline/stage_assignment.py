@@ -42,7 +42,7 @@ class StageAssignment:
         self._given = tuple(stage for stage in given if stage < len(self._shapes))
 
     def choose(self) -> None:
-        """Take the stages that need this peer most, once enough peers are here."""
+        """Take the stages that need this peer most, once enough peers are present."""
         context, record = self._context, self._record
         # before the others choose, since their choice depends on it
         record.chooses(kept_stages(context.folder, context.published, context.me, len(self._shapes)))

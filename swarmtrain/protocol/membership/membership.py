@@ -284,7 +284,7 @@ class Membership:
         return gone
 
     def state(self, peer: str) -> PeerState | None:
-        """Return what is believed of `peer`; None if it is unknown."""
+        """Return the state that this peer believes `peer` to be in; None if `peer` is unknown."""
         entry = self._entries.get(peer)
         return None if entry is None else entry.state
 
@@ -294,7 +294,7 @@ class Membership:
         return None if entry is None else entry.info
 
     def heard_s(self, peer: str) -> float:
-        """Return when `peer` was last heard from; -inf if never."""
+        """Return the time at which `peer` was last heard from; -inf if never."""
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 

@@ -219,7 +219,7 @@ class DriverEngine:
         return list(self._ways)
 
     def wake_at(self) -> float | None:
-        """Return when to send `TimeCame`; None: not before another event."""
+        """Return the time at which to send `TimeCame`; None: not before another event."""
         due = self._due
         while due and due[0][2].due_s != due[0][0]:
             heappop(due)

@@ -183,7 +183,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return []
 
     def wake_at(self) -> float | None:
-        """Return when to send `RoundTimerFired`; None: not before another event."""
+        """Return the time at which to send `RoundTimerFired`; None: not before another event."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
             wake_s = min(wake_s, self._held_until_s)

@@ -47,7 +47,7 @@ PULL_BYTES = 1200
 _OVERHEAD = 1.01
 """Factor for libp2p's frames around payload."""
 _READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
-"""Mean number of nodes that are asked for a bucket whose keepers are known."""
+"""Mean number of nodes that are asked for a bucket, if it is known which nodes keep it."""
 
 
 @dataclass(frozen=True, kw_only=True)
