@@ -372,7 +372,7 @@ def _keep(path: Path | None, outcome: RunOutcome) -> RunOutcome:
 
 
 def document(found: Comparison) -> dict[str, Any]:
-    """Return what `swarmtrain simulate --json` writes. Figures that do not exist are null."""
+    """Return the document that `swarmtrain simulate --json` writes. Figures that do not exist are null."""
     section, best = found.scenario.scenario, found.best()
     rows = found.rows()
     return {

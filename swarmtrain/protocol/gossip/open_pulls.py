@@ -95,7 +95,7 @@ class OpenPulls:
         return min(idle if banned_s is None else [*idle, banned_s], default=None)
 
     def next_slow_s(self, group: GroupName, slow_after_s: float, now: float) -> float | None:
-        """Return when the next open pull of that tensor group becomes slow; None without any."""
+        """Return the time at which the next open pull of that tensor group becomes slow; None without any."""
         found = None
         for (what, _), pull in self.begun.items():
             slow_s = pull.began_s + slow_after_s

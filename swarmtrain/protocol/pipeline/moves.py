@@ -212,7 +212,7 @@ class MoveEngine:
         return self.stays.bound(now)
 
     def wake_at(self) -> float | None:
-        """Return when to send `PlacesSeen`; None during a move, or if peers never move."""
+        """Return the time at which to send `PlacesSeen`; None during a move, or if peers never move."""
         return None if self._move is not None or self.policy.balance == "none" else self._next_s
 
     def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:

@@ -183,7 +183,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return []
 
     def wake_at(self) -> float | None:
-        """Return when to send `RoundTimerFired`; None: not before another event."""
+        """Return the time at which to send `RoundTimerFired`; None: not before another event."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
             wake_s = min(wake_s, self._held_until_s)
@@ -326,7 +326,7 @@ class RoundEngine(Generic[Envelope, Link]):
             lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
             if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
                 until_s = min(until_s, now + self.rules.retry_s)
-                decision = WaitDecision(until_s=until_s, reason="others are asked how they came to where they are")
+                decision = WaitDecision(until_s=until_s, reason="asking others for the rosters behind their weights")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, WaitDecision) else 0.0
         merging = decision.roster.digest if isinstance(decision, ApplyDecision) else ""
