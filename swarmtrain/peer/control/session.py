@@ -225,7 +225,7 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}", code="no-control"))
+            control.emit(WarningEvent(message=f"this peer cannot answer status questions: {error}", code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
