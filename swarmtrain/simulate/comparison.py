@@ -396,7 +396,7 @@ _WITHOUT_TENSORS = (
     "spread",
     "received_bytes_a_round",
 )
-"""Figures of work without tensors; a row has those of its kind of work."""
+"""Names of the results of kinds of work without tensors. A row has those that its kind of work produces."""
 
 
 def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class OpenPulls:
         return found
 
     def not_now(self, group: GroupName, here: Collection[Which], now: float) -> set[str]:
-        """Return the peers not to ask for that tensor group: it is here or on its way, they had nothing new lately, or
-        they have failed in this round."""
+        """Return the peers not to ask for that tensor group now: those whose publication has arrived or is on its way,
+        those that had nothing new recently, and those that have failed in this round."""
         found = self.coming(group, here)
         if self._failed:
             found |= self._failed

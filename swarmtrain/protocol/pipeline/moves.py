@@ -285,7 +285,7 @@ class MoveEngine:
         return self._go_on(move, now)
 
     def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:
-        """Give up the move, and leave what was fetched for it."""
+        """Give up the move, and leave the stages that were fetched for it."""
         self._over(move)
         stays = StaysHere(move.change, reason, move.has_begun)
         return [LeaveStages(move.change.enters), stays] if move.has_fetched and move.change.enters else [stays]

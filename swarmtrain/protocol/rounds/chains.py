@@ -127,10 +127,10 @@ class Chain:
 
 
 def flaw(chain: Chain, ours: Chain) -> str:
-    """Return a sentence about what is wrong with a chain that a peer shows; "" if nothing is.
+    """Return a sentence about what is wrong with a chain that a peer has sent; "" if nothing is.
 
-    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as they are shown or on this
-    peer's own chain.
+    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as these are in the message
+    or on this peer's own chain.
     """
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
@@ -411,7 +411,7 @@ class Chains(Generic[Link]):
         return roster.digest not in self._shown and roster.base not in self._shown
 
     def keep(self, shown: ShownChain[Link]) -> None:
-        """Remember a chain that a peer has shown."""
+        """Remember a chain that a peer has sent."""
         self._shown.pop(shown.chain.digest, None)
         self._shown[shown.chain.digest] = shown
         while len(self._shown) > _MAX_SHOWN:

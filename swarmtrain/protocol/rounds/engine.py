@@ -297,7 +297,8 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
-        """Name the peers that claim more tokens than this peer has, but show no chain and do not prevail."""
+        """Return commands that report peers whose last roster claims more tokens than this peer has, which send no
+        chain as proof and whose weights do not hold."""
         commands: _Commands[Envelope] = []
         view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
         for peer, digest in view.stands.items():
