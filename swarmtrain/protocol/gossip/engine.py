@@ -154,7 +154,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- what may be asked at any time
 
     def wake_at(self) -> float | None:
-        """Return when to send `PullTimerFired`; None: not before another event."""
+        """Return the time at which to send `PullTimerFired`; None: not before another event."""
         return self._schedule.wake_s
 
     @property

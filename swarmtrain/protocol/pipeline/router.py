@@ -178,7 +178,7 @@ class Router:
         return peer, f"{reason}; {about}" if about else reason
 
     def next_s(self, now: float) -> float | None:
-        """Return when a peer can be chosen that cannot be now; None if time alone changes nothing."""
+        """Return the time at which a peer can be chosen that cannot be now; None if time alone changes nothing."""
         ends = [end for known in self._peers.values() if (end := self._kept_until_s(known)) > now]
         return min(ends, default=None)
 

@@ -493,8 +493,8 @@ def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
 
 
 def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
-    """Return until when to wait for the shares of owners that answer; after that they are averaged here from the
-    hashes.
+    """Return the time until which to wait for the shares of owners that answer. After it, this peer averages these
+    shares itself, from the publications that the roster names.
 
     `roster_at_s` is when the roster came, `own_share_at_s` when this peer's share was averaged. An owner may lack bytes
     that nobody can give it; it then never has a share although it lives.
