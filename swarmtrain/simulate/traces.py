@@ -89,7 +89,7 @@ def _in_order(spans: Sequence[TraceSpan]) -> tuple[TraceSpan, ...]:
     return tuple(sorted(spans, key=lambda span: (span.at_s, span.peer)))
 
 
-class _Life:
+class _TracedPeer:
     """Present state of one peer, the time since which it lasts, and the peer's earlier states."""
 
     def __init__(self, peer: int, *, is_away: bool) -> None:

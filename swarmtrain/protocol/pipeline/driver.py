@@ -63,7 +63,7 @@ _MOST_SETTLED = 1024
 _GIVE_UP_S = 60.0
 """Seconds after which a settlement that cannot be delivered is given up: the peer is dead, or subtracts what is not
 acknowledged."""
-_ANY_LIFE = 0
+_ANY_INCARNATION = 0
 """Incarnation to put into a settlement that acknowledges nothing, so that it applies to any incarnation."""
 _HERE_S = 30.0
 """Longest silence towards a peer that computes for this driver, in seconds: stages forget the microbatches of a silent
