@@ -18,7 +18,7 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["JoinedState", "NewState", "PeerStates", "StateSearch", "StateServer", "StateSource"]
+__all__ = ["JoinedState", "NewState", "PeerStates", "RequestedStates", "StateSearch", "StateSource"]
 
 _MAX_OFFERED = 8
 """Offered states kept, the latest: most are never taken, and none of their bytes are here."""
@@ -93,7 +93,7 @@ class PeerStates:
         self._downloads.blame(peer, error)
 
 
-class StateServer:
+class RequestedStates:
     """Requested states, by the numbers that the engine gave them."""
 
     def __init__(self, source: StateSource) -> None:
