@@ -41,8 +41,8 @@ peer-needs-newer peer-not-running peer-of-another-version peer-refused peer-sile
 port-taken published-section question-refused rehearsal rounds-not-archived run-had-ended run-needs-newer
 run-not-delivered seed-used-twice server-silent several-peers slowdown-count stage-not-taken stages-only stalled
 state-not-delivered stdlib-missing still-ending tied-embeddings too-busy too-few-peers too-little-bandwidth
-too-little-memory too-little-text too-much-churn too-often training-diverged unknown-key unreachable update-too-old
-wrong-type
+too-little-memory too-little-text too-many-threads too-much-churn too-often training-diverged unknown-key
+unreachable update-too-old wrong-type
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

@@ -54,7 +54,8 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     found = doubts(run, cost, look.num_bytes, _machine_bytes())
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
-        click.echo(json.dumps({**table, "errors": refused, "doubts": found, "not_looked_at": look.unseen}))
+        table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
+        click.echo(json.dumps({**table, "not_looked_at": look.unseen}))
     else:
         lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
             f"  warning: {text}" for text in found

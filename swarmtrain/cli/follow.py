@@ -152,7 +152,7 @@ class _Following:
         self._view = dataclasses.replace(self._view, phase=phase, note=note)
 
     def _reach(self) -> bool:
-        """Without a stream: find out what happened to the peer, and call it again if it may answer."""
+        """Find out what happened to a peer without a stream, and call it again if it may answer."""
         if self._is_held() and not (there := self._phase_of_one_that_is_there()).over:
             self._gone_s = None
             self._be(there)
@@ -190,7 +190,7 @@ class _Following:
 
 
 class _Stream:
-    """Call of Watch in its own thread, which puts statuses into `news`, and at the end a `_Broken`."""
+    """Call of `Watch` in a thread of its own, which puts statuses into `news`, and a `_Broken` at the end."""
 
     def __init__(self, peer: LocalPeer, news: News) -> None:
         self._peer, self._news = peer, news

@@ -75,7 +75,7 @@ class _Warnings:
         self._told: set[str] = set()
 
     def look(self, peer: LocalPeer) -> None:
-        """Print new warnings, if it answers."""
+        """Print the peer's new warnings, if it answers."""
         from swarmtrain.cli.peers import ask, wire
         from swarmtrain.errors import SwarmtrainError
 
@@ -134,7 +134,7 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
 
 
 def _lives(peer: LocalPeer, process: int) -> bool:
-    """Return whether it holds its folder or its process still exists; over TCP, whether it answers."""
+    """Return whether the peer holds its folder or its process still exists; over TCP, whether it answers."""
     from swarmtrain.cli.peers import NoAnswerError, ask, wire
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 

@@ -98,7 +98,7 @@ class LocalPeer:
     address: str = ""
 
     def last(self) -> Any:
-        """Read the status in its folder; an empty one if there is none."""
+        """Read the status in the peer's folder; an empty one if there is none."""
         status = wire.PeerStatus()
         if self.folder is not None:
             with contextlib.suppress(OSError, json_format.ParseError, UnicodeDecodeError):
@@ -107,7 +107,7 @@ class LocalPeer:
         return wire.PeerStatus()
 
     def target(self) -> str:
-        """Return the gRPC target at which it answers; empty while it has not written one."""
+        """Return the gRPC target at which the peer answers; empty while the peer has not written one."""
         if self.folder is None:
             return self.address
         try:
@@ -127,7 +127,7 @@ class NoAnswerError(RunTimeError):
 
 
 class RefusedError(RunTimeError):
-    """Answer of a peer that it refuses."""
+    """Refusal with which a peer answered."""
 
 
 class ForeignError(RefusedError):
@@ -184,7 +184,7 @@ def find(which: WhichPeer) -> LocalPeer:
 
 
 def _failed_before_it_had_a_run(peer: LocalPeer) -> bool:
-    """Return whether its folder holds only the message that it failed."""
+    """Return whether the peer's folder holds only the message that the peer failed."""
     assert peer.folder is not None
     return not (peer.folder / "run.toml").exists() and peer.last().state == wire.PEER_STATE_FAILED
 
@@ -324,7 +324,7 @@ def ask(peer: LocalPeer, method: str, request: Any, limit_s: float = CALL_LIMIT_
 
 
 def check_health(peer: LocalPeer) -> None:
-    """Ask its health service. Raises RunTimeError, which says what the peer does, if it is not healthy."""
+    """Ask a peer's health service. Raises RunTimeError, which says what the peer does, if it is not healthy."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with channel(peer, health_pb2_grpc.HealthStub) as stub:
@@ -389,10 +389,8 @@ def _name(peer: LocalPeer) -> str:
 
 
 def look(peer: LocalPeer) -> View:
-    """Return what is known of `peer` now.
-
-    Raises NoAnswerError if it does not answer and has no folder here, ForeignError if it belongs to another user.
-    """
+    """Return what is known of `peer` now, by its answer or from its folder. Raises NoAnswerError if it does not answer
+    and has no folder here, ForeignError if it belongs to another user."""
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         return look_without_asking(peer)
     try:
@@ -407,7 +405,7 @@ def look(peer: LocalPeer) -> View:
 def look_without_asking(
     peer: LocalPeer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
 ) -> View:
-    """Return what a peer's folder tells of it.
+    """Return what a peer's folder says of the peer.
 
     `problem`: why it did not answer, if it was asked; `heard`: the last status that it sent itself.
     """

@@ -157,7 +157,7 @@ def _speed(tokens_per_s: float) -> str:
 
 
 def _speeds(status: Any) -> str:
-    """Format its own speed and the swarm's, which is the sum of all peers'."""
+    """Format the peer's own speed and the swarm's, which is the sum of all peers' speeds."""
     swarm = f"swarm {_speed(status.swarm_tokens_per_s)}"
     return swarm if status.role == "bootstrap" else f"own {_speed(status.own_tokens_per_s)}, {swarm}"
 
@@ -170,7 +170,7 @@ def _progress(view: View) -> str:
 
 
 def _left(view: View) -> str:
-    """Say how long the run still takes at its measured speed, or when it was complete; empty if that is not known."""
+    """Say how long the run still takes at its measured speed, or when it was completed; empty if neither is known."""
     status = view.status
     end_time = _finite(status.end_time)
     if not status.total_tokens:
@@ -208,7 +208,7 @@ def _shares(peers: Sequence[Any]) -> list[str]:
 
 
 def contribution_in_words(status: Any) -> str:
-    """Format its tokens and its share, the same one as in the list of contributions."""
+    """Format the peer's tokens and its share, the same one as in the list of contributions."""
     shares = dict(zip((peer.peer for peer in status.peers), _shares(status.peers), strict=True))
     if status.peer in shares and any(peer.tokens for peer in status.peers):
         share = f", {shares[status.peer]} of all"
@@ -302,7 +302,7 @@ def _peer_rows(view: View, width: int, most: int) -> list[tuple[str, bool]]:
 
 
 def _peer_row(status: Any, peer: Any, share: str, columns: Container[str], cells: int) -> list[str]:
-    """Return the cells of its row; unwanted columns are empty."""
+    """Return the cells of a peer's row; unwanted columns are empty."""
     own, is_role = peer.peer == status.peer, peer.bootstrap and not peer.tokens
     short, name = short_peer(one_line(peer.peer)), clipped(peer.name, cells)
     doing = _round_of(peer) if peer.present and not peer.bootstrap else ""
@@ -458,7 +458,7 @@ def _here(view: View) -> str:
 
 
 def list_peers(views: Sequence[View], width: int) -> list[Text]:
-    """Return one line per peer; if that is too wide, its folder has its own line."""
+    """Return one line per peer; if that is too wide, the peer's folder has a line of its own."""
     rows = [
         [
             clipped(title(view.status, view.folder), _NAME_CELLS),

@@ -34,7 +34,7 @@ class Serving:
     """Services of a peer besides its rounds. Given when it enters the swarm, since its exchange exists only then."""
 
     publishers: Mapping[tuple[GroupName, int], Publisher] = field(default_factory=dict)
-    """Publishers of each section and fragment, if rounds are asynchronous."""
+    """Publishers of each tensor group and fragment, if rounds are asynchronous."""
     pulling: Pulling | None = None
     """Background pulls to stop at the goodbye."""
     called: Callable[[str], None] = lambda peer: None
@@ -46,7 +46,7 @@ class Serving:
     hosting: HostedPublications | None = None
     """Publications hosted for hidden peers."""
     leavers: DepartureQueue | None = None
-    """Peers that want to leave with work that is in no archive; on a bootstrap only."""
+    """Volunteers that want to leave with work that is in no archive yet; only on a bootstrap, else None."""
 
 
 @dataclass
@@ -66,7 +66,8 @@ class SwarmAnswers:
     refused: Callable[[str, PeerError], None]
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        """Say who we are and whom we know. A caller that introduces itself is known from then on."""
+        """Answer a greeting with this peer's presence and those of other peers it knows. A caller that introduces
+        itself is known from then on."""
         serving, away, run_sha256 = self.serving(), self.rounds.away, bytes.fromhex(self.published.sha256)
         with contextlib.suppress(BadBytesError):
             if request.HasField("presence"):
@@ -91,15 +92,13 @@ class SwarmAnswers:
         )
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
-        """Say what we know of a round, and greet the caller if it is unknown."""
+        """Answer what this peer knows of a round, and greet the caller if it is unknown."""
         self.greeter.meet([caller])
         return await self.rounds.answer(request)
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
-        """Return our newest publication, or that of a guest; takes in the caller's presence.
-
-        The publication becomes a snapshot at the first request.
-        """
+        """Return this peer's newest publication, or that of a guest, and record the caller's presence. The publication
+        becomes a snapshot at the first request."""
         serving = self.serving()
         serving.called(caller)
         with contextlib.suppress(BadBytesError):
@@ -124,9 +123,10 @@ class SwarmAnswers:
         return reply
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """Return the manifest of our newest state, built at the first request.
+        """Return the manifest of this peer's newest state, built at the first request.
 
-        Empty if there is none, and in asynchronous rounds while we are away, since each peer then has its own state.
+        Empty if there is none, and in asynchronous rounds while this peer is away, since each peer then has its own
+        state.
         """
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last

@@ -101,7 +101,7 @@ _PIECE = 1 << 18  # numbers checked at once
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """Codec of one vector of the model in one of its section's formats."""
+    """Codec of one vector of the model in one of its tensor group's formats."""
 
     group: TensorGroup
     format: Format
@@ -153,7 +153,7 @@ class GradientCodec:
         return ErrorFeedback(_sizes_of(self.group.tensors))
 
     def encode_sum(self, vector: Tensor, format: Format, round: int, part: int = 1) -> memoryview:
-        """Return the bytes of a vector (P,) of many whose sum counts, as of a part of a round.
+        """Encode a vector (P,), as of a part of a round, of which the sum over rounds matters.
 
         What int4 or int2 loses in a round is added to a later round's vector. Not thread-safe.
         """
@@ -162,7 +162,7 @@ class GradientCodec:
         return _bytes_of(self._feedback.encode(vector, format, round, part))
 
     def over(self, round: int) -> None:
-        """Forget what is kept to encode this round and earlier ones: nobody will request them any more."""
+        """Forget what is kept to encode `round` and earlier rounds: nobody will request them any more."""
         self._feedback.over(round)
 
     def decode_untrusted(self, held: HeldSnapshot) -> Tensor:
@@ -182,14 +182,14 @@ class GradientCodec:
 
 @dataclass(frozen=True)
 class PublicationCodec:
-    """Codec of publications: the pseudo-gradient in several formats, and the averaged sections, the weights
-    among them."""
+    """Codec of publications: the pseudo-gradient in several formats, and the averaged tensor groups, the weights among
+    them."""
 
     groups: tuple[TensorGroup, ...]
 
     @cached_property
     def averaged(self) -> dict[GroupName, VectorCodec]:
-        """Codec of each averaged section."""
+        """Codec of each averaged tensor group."""
         return {one.name: VectorCodec(one, one.formats[0]) for one in self.groups if one.rule == "mean"}
 
     @cached_property
@@ -215,7 +215,8 @@ class PublicationCodec:
     def arrival_untrusted(
         self, name: GroupName, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None
     ) -> PartnerUpdate:
-        """Return what a downloaded publication of a section adds to a merge. Raises BadBytesError if it is not finite.
+        """Return what a downloaded publication of a tensor group adds to a merge. Raises BadBytesError if it is not
+        finite.
 
         `earlier` is the publication to which `news` is the difference.
         """
@@ -225,7 +226,7 @@ class PublicationCodec:
         return PartnerUpdate(values, values, 0)  # without tokens the gradient is not used
 
     def gradient_untrusted(self, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None) -> PartnerUpdate:
-        """Return what is new of a downloaded pseudo-gradient (P,); see `arrival_untrusted`."""
+        """Return the new part of a downloaded pseudo-gradient (P,); see `arrival_untrusted`."""
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)

@@ -77,7 +77,7 @@ class DataCoverage:
     spares: Callable[[str, str, str], bool] = lambda peer, rule, detail: False
     """Returns whether a refusal must not be reported yet."""
     shard: int | None = None
-    """Shard that this peer trains on."""
+    """Shard that this peer trains on now; None if none was chosen yet."""
     _counted: int = 0
     _named: NamedOnce = field(default_factory=lambda: NamedOnce(again_s=_REFUSED_AGAIN_S))
     _coverage: Coverage = field(init=False)
@@ -117,7 +117,8 @@ class DataCoverage:
     # ------------------------------------------------------------- the wire
 
     def rows_to_send(self) -> list[pb.Signed]:
-        """Return rows for a manifest: our own, signed now, and some of other peers' as they signed them."""
+        """Return rows for a manifest: this peer's own, signed now, and some rows of other peers as those signed
+        them."""
         with self._lock:
             own, *others = self._coverage.rows_to_send()
         return [self._sign(own), *(pb.Signed.FromString(row.signed) for row in others)]
@@ -158,10 +159,8 @@ class DataCoverage:
             self.refused(peer, _RULE, detail)
 
     def _row_untrusted(self, signed: pb.Signed) -> CoverageRow | None:
-        """Return a row whose signature is valid, or None if it is known already or of another corpus.
-
-        Raises BadBytesError for any other row.
-        """
+        """Return the row if its signature is valid; None if the row is known already or of another corpus. Raises
+        BadBytesError for any other row."""
         # Without unknown fields, which nobody has signed and which would be stored and passed on.
         envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
         as_signed = envelope.SerializeToString(deterministic=True)
@@ -179,7 +178,7 @@ class DataCoverage:
     # ------------------------------------------------------------- keeping
 
     def kept(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the part of the coverage that a checkpoint keeps."""
         with self._lock:
             return {"corpus_sha256": self.shards.corpus_sha256, "rows": self._coverage.rows()}
 
@@ -201,13 +200,14 @@ class DataCoverage:
 class CarriedRows:
     """Other peers' signed rows, kept by a peer that has no data itself.
 
-    An archive passes them on to peers that come when all that trained are gone; those check them like any others. Its
-    methods may be called from any thread.
+    An archive passes them on to peers that join after all authors have left; the joiners check them like any other
+    rows. Its methods may be called from any thread.
     """
 
     run_sha256: str
     counted: Callable[[], Mapping[str, int]]
-    """Returns each peer's counted tokens; what a row claims beyond them does not make it worth keeping."""
+    """Returns the counted tokens by PeerID. A row is worth keeping only up to its author's count, whatever it
+    claims."""
     _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """(tokens, signed row) by author."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -244,7 +244,7 @@ class CarriedRows:
             return [pb.Signed.FromString(self._rows[author][1]) for author in authors]
 
     def kept(self) -> list[str]:
-        """Return what a checkpoint keeps."""
+        """Return the rows, as text, that a checkpoint keeps."""
         with self._lock:
             return [base64.b64encode(signed).decode() for _, (_, signed) in sorted(self._rows.items())]
 

@@ -34,7 +34,7 @@ _PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{ty
 
 
 _MAX_KNOWN = 16_384
-"""PeerIDs whose text is remembered: 4 MB."""
+"""Limit of PeerIDs whose base58 text is cached: 4 MB."""
 
 
 def base58_encode(data: bytes) -> str:

@@ -36,7 +36,7 @@ class Refusals:
 
 
 def rule_of(detail: str) -> str:
-    """Return the rule behind an error's sentence: that of the first word found in it."""
+    """Return the rule that a refusal's sentence belongs to: the rule of the first known word in it."""
     words = {
         "sent nothing": "stall",
         "it delivers": "stall",

@@ -51,13 +51,13 @@ class Answers(Protocol):
     """Peer behind the service. `caller` is a PeerID in base58."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        """Say who we are and whom we know; the caller may introduce itself or say goodbye."""
+        """Answer a greeting; the caller may introduce itself or say goodbye."""
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         """Return the manifest of the newest state, if it is new enough."""
 
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
-        """Say what is known about a round; may take `request.wait_s`."""
+        """Answer what is known about a round; may take up to `request.wait_s` seconds."""
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """Return the newest publication, if the caller does not have it."""
@@ -92,8 +92,8 @@ def service_type() -> Any:
             self._dial_back = DialBack(node)
 
         def _is_too_often(self, caller: str, budget: CallBudget | None = None) -> bool:
-            """Return whether a call exceeds its budget. It then gets the shortest reply, for which nothing is read or
-            computed."""
+            """Return whether a call exceeds its budget. If so, the caller gets the shortest reply, for which nothing is
+            read or computed."""
             budget = budget or self._budget
             if budget.allows(caller, time.monotonic()):
                 return False
@@ -232,29 +232,29 @@ class PeerCalls:
         return reply
 
     async def hello(self, peer: str, request: pb.HelloRequest, limit_s: float | None = None) -> pb.HelloReply:
-        """Ask a peer who it is; introduce ourselves or say goodbye."""
+        """Greet a peer and ask for its presence; introduce this peer or say goodbye."""
         reply: pb.HelloReply = await self._call(peer, "rpc_hello", request, limit_s)
         return reply
 
     async def state(self, peer: str, min_round: int) -> pb.StateReply:
-        """Ask for the manifest of its newest state."""
+        """Ask a peer for the manifest of its newest state."""
         request = pb.StateRequest(min_round=min_round)
         reply: pb.StateReply = await self._call(peer, "rpc_state", request, _MAKE_LIMIT_S)
         return reply
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
-        """Ask what it knows about a round."""
+        """Ask a peer what it knows about a round."""
         limit_s = request.wait_s + self.node.settings.call_limit_s
         reply: pb.RoundReply = await self._call(peer, "rpc_round", request, limit_s)
         return reply
 
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
-        """Ask for its newest publication, which it may have to build first."""
+        """Ask a peer for its newest publication, which the peer may have to build first."""
         reply: pb.PublicationReply = await self._call(peer, "rpc_publication", request, _MAKE_LIMIT_S)
         return reply
 
     async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:
-        """Ask whether it can reach the peer in the request."""
+        """Ask a peer whether it can dial the peer named in the request."""
         reply: pb.DialReply = await self._call(peer, "rpc_dial", request, limit_s)
         return reply
 

@@ -36,8 +36,8 @@ _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024
 _MAX_QUESTIONS = 32
-"""Questions of one peer at once, besides those that release something, and as many backwards: libp2p resets streams
-beyond about 120."""
+"""Calls that one peer may have open at once, apart from those that free memory, and as many backward calls: libp2p
+resets streams beyond about 120."""
 _HANG_UP_S = 2.0  # for the other end to hang up first
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
@@ -207,7 +207,7 @@ def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
 
 
 class StageAnswers(Protocol):
-    """Peer behind a host of stages. `caller` is a PeerID in base58."""
+    """Answering side of a peer's stages. `caller` is a PeerID in base58."""
 
     def check_untrusted(self, caller: str, question: pb.StageQuestion) -> None:
         """Check a question before its tensors are read.
@@ -227,7 +227,7 @@ class StageAnswers(Protocol):
 
 @dataclass
 class StageHost:
-    """Answers questions to this peer's stages."""
+    """Receives the calls to this peer's stages and sends their answers."""
 
     traffic: TrafficCount
     answers: StageAnswers

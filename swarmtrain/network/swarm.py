@@ -56,7 +56,7 @@ _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
 @dataclass(eq=False, repr=False)
 class Swarm:
-    """Place of this peer in the swarm of one run. Owns the parts that do the work; callers use those directly.
+    """Place of this peer in the swarm of one run. It owns the objects that do the work, and callers use these directly.
 
     `shards` are those of the training data, if it has any. `durable` returns the progress that is safe on this peer's
     disk, for its progress record; None means the present progress.
@@ -169,7 +169,7 @@ class Swarm:
     # ------------------------------------------------------------- life
 
     async def start(self, through: Sequence[InvitedPeer], serving: Serving | None = None) -> None:
-        """Answer calls, enter the DHT through `through`, and learn which peers are here. Advertises nothing yet."""
+        """Answer calls, enter the DHT through `through`, and learn which peers are present. Advertises nothing yet."""
         self.serving = serving or self.serving
         service = service_type()(self.answers, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
@@ -205,11 +205,11 @@ class Swarm:
             self.greeter.meet(self.rounds.last[0].peers)
 
     def would_leave(self) -> None:
-        """Prepare to leave: from now on answer others that ask whether they may leave too."""
+        """Prepare to leave: from now on answer other volunteers that ask whether this one leaves too."""
         self.fellows = FellowDepartures(self.identity.peer_id)
 
     async def count_once_more(self) -> None:
-        """Store our own counts and read those of others a last time, at the end of the run."""
+        """Store this peer's own counts and read those of others a last time, at the end of the run."""
         await self.records.store()
         await self.tallying.read_all()
 
@@ -238,11 +238,11 @@ class Swarm:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self, serving: Serving | None = None) -> None:
-        """Return after `withdraw`: find out who is here now. `serving`, if given, replaces what is served; call
+        """Return after `withdraw`: find out which peers are present. `serving`, if given, replaces what is served; call
         `announce` next.
 
-        Peers that neither answer nor have renewed their presence are gone. Older failures do not count: this peer was
-        deaf.
+        Peers that neither answer nor have renewed their presence are gone. Older failures do not count: this peer did
+        not listen.
         """
         self.serving = serving or self.serving
         self.peers.greeted.clear()
@@ -301,7 +301,8 @@ class Swarm:
             await asyncio.sleep(records.read_every_s(len(self.membership.live()), least_s, most_s))
 
     async def _notice_gaps(self) -> None:
-        """Tell the rounds when this process was stopped, or its machine slept: others were not silent in that time."""
+        """Notify the rounds when this process was stopped or its machine slept: the other peers were not silent in that
+        time."""
         while True:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
@@ -309,7 +310,8 @@ class Swarm:
                 self.rounds.stood_still()
 
     async def _look_where_we_are(self) -> None:
-        """Update our addresses, which change: a router opens a port late, a home connection gets another address."""
+        """Update this peer's addresses, which change: a router opens a port late, a home connection gets another
+        address."""
         self.presence.describe_place(await self.node.addresses(), self.reaching.hidden, self.reaching.hosts)
 
     async def _say_where_we_are(self) -> None:
@@ -344,7 +346,7 @@ class Swarm:
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
     async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
-        """Call `died` with a sentence if the network daemon ends before we leave."""
+        """Call `died` with a sentence if the network daemon ends before this peer leaves."""
 
         async def watch() -> None:
             how = await self.node.wait_until_dead()

@@ -52,7 +52,7 @@ async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 class Awaited(Generic[_T]):
-    """Results of events passed to an engine, for tasks that wait for them."""
+    """Results of events passed to an engine, delivered to the tasks that wait for them."""
 
     def __init__(self, tell: Callable[[_T], None]) -> None:
         self._tell = tell
@@ -64,7 +64,8 @@ class Awaited(Generic[_T]):
         return next(self._numbers)
 
     async def result(self, number: int, event: _T, given_up: _T) -> Any:
-        """Pass `event` with this number on and return its result; pass `given_up` on in the end."""
+        """Pass `event`, which has this number, to the engine and return its result. Afterwards, also if the wait is
+        cancelled, pass `given_up`."""
         future = self._futures[number] = asyncio.get_running_loop().create_future()
         try:
             self._tell(event)
@@ -79,7 +80,7 @@ class Awaited(Generic[_T]):
             future.set_result(result)
 
     def fail(self, error: BaseException) -> bool:
-        """Pass an error to all waiting tasks. Returns False if there are none."""
+        """Raise an error in all waiting tasks. Returns False if there are none."""
         waiting = [future for future in self._futures.values() if not future.done()]
         for future in waiting:
             future.set_exception(error)

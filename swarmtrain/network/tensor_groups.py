@@ -1,7 +1,7 @@
-"""Define the sections of a model that a peer publishes: tensors that travel together, and how a merge uses them.
+"""Define the tensor groups of a model that a peer publishes: tensors that travel together, and how a merge uses them.
 
-Codecs, rules for other peers' publications, publishers and pulls are all built from a run's list of sections: adding
-one to the list has it published, pulled and merged. Pure.
+Codecs, rules for other peers' publications, publishers and pulls are all built from a run's list of tensor groups:
+adding one to the list has it published, pulled and merged. Pure.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _DTYPES: dict[GradientFormat, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Section that each fragment has, over the fragment's own tensors.
+    """Tensor group that each fragment has, over the fragment's own tensors.
 
-    Two sections make a fragment's outer step: the one with that rule, and the weights, which are averaged and have no
-    parts.
+    Two tensor groups make a fragment's outer step: the one whose rule is "outer step", and the weights, which are
+    averaged and have no parts.
     """
 
     name: GroupName
@@ -43,7 +43,8 @@ class TensorGroup:
     """Formats that a publication may have, the coarsest first; one if it is averaged."""
     rule: GroupRule
     num_parts: int
-    """Number of parts of a round with whose ends it may be published; 0: only as the round begins, as weights."""
+    """Number of parts of a round at whose ends the group may be published; 0: only at the round's start, as weights
+    are."""
 
     @cached_property
     def tables(self) -> tuple[tuple[TensorSpec, ...], ...]:
@@ -65,7 +66,8 @@ def groups_of(
     gradient_formats: tuple[GradientFormat, ...],
     num_parts: int = 1,
 ) -> tuple[TensorGroup, ...]:
-    """Return the sections for asynchronous merging: a round's pseudo-gradient so far, and the weights it began with."""
+    """Return the tensor groups for asynchronous merging: a round's pseudo-gradient so far, and the weights it began
+    with."""
     gradient = TensorGroup(
         name="gradient",
         prefix="gradient",
@@ -81,9 +83,9 @@ def groups_of(
 
 
 def rules_of(groups: Sequence[TensorGroup]) -> dict[GroupName, GroupRule]:
-    """Return the rule of each section, in the order in which they are pulled of a partner.
+    """Return the rule of each tensor group, in the order in which they are pulled of a partner.
 
-    Averaged sections come first, since they stay valid longest, and the weights first among those.
+    Averaged tensor groups come first, since they stay valid longest, and the weights first among those.
     """
     ordered = sorted(groups, key=lambda group: (group.rule != "mean", group.num_parts))
     return {group.name: group.rule for group in ordered}

@@ -20,7 +20,7 @@ __all__ = ["MAX_ROWS_READ", "MAX_ROWS_TOLD", "add_token_rows", "check_token_rows
 MAX_ROWS_READ = 16_384
 """Rows accepted: as many as a tally counts (`protocol.tokens.tally`)."""
 MAX_ROWS_TOLD = 4096
-"""Rows written; so many make a state 180 KB larger."""
+"""Rows written at most; they make a state 180 KB larger."""
 _NOBODY = peer_bytes(ALL_OTHERS)
 """PeerID whose key nobody has: its public half is the SHA-256 of "swarmtrain: all others"."""
 

@@ -24,7 +24,7 @@ ALONE = "alone"
 
 @dataclass
 class _Nobody:
-    """Exchange of a peer without partners: its own round is the mean."""
+    """Exchange of a peer that trains alone: the mean is its own round."""
 
     inner_steps: int
     left: int

@@ -86,7 +86,7 @@ _LAST_ANSWER_S = 2.0
 
 
 def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = "") -> PublishedRun:
-    """Return the run with its held-out text cut, its tokenizer learned, and every default written out.
+    """Prepare a run for publishing: cut its held-out text, learn its tokenizer, and write out every default.
 
     `me` is the PeerID of the publisher, which is the server if the run has one. Raises RunFileError.
     """
@@ -171,7 +171,7 @@ class _Bootstrap(BootstrapPeer):
     progress: Progress = field(default_factory=Progress)
     state: OuterState | None = None
     archived: Archive | None = None
-    """What is known about the archive, where peers merge asynchronously."""
+    """Knowledge of what the archive contains, where peers merge asynchronously; else None."""
     leavers: DepartureQueue | None = None
     """Volunteers that would leave with work that is in no archive; None if the run has a server."""
     _counts_kept_s: float = -math.inf
@@ -217,7 +217,7 @@ class _Bootstrap(BootstrapPeer):
             self.leavers.release()
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
-        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self.control.finishing("serving until all volunteers have left, including those that may come back")
         total = self.published.run.run.total_tokens if swarm.asynchronous else None
         self.wait_for_goodbyes(swarm, self.progress, total, lambda: self._tell_archived(swarm))
         wait_for(self.network.submit(swarm.tallying.read_all()), self.stop)
@@ -229,9 +229,8 @@ class _Bootstrap(BootstrapPeer):
         return self.ended(reason, self.progress.run_tokens)
 
     def _reachable(self, node: Node) -> tuple[InvitedPeer, ...]:
-        """Return the peers known from last time, to go back to the same swarm after a restart; look first whether one
-        answers.
-        """
+        """Return the peers known from last time, so that a restarted bootstrap finds the same swarm; check first
+        whether one answers."""
         known = self.folder.kept_peers()
         if not known:
             return known
@@ -282,12 +281,12 @@ class _Bootstrap(BootstrapPeer):
         return server
 
     def _have(self, swarm: Swarm, kept: Checkpoint) -> None:
-        """Adopt a state that is served to joiners."""
+        """Make the state of a checkpoint the one that is served to joiners."""
         self.state, self.progress = kept.state, kept.progress
         self._tell_archived(swarm)
 
     def _tell_archived(self, swarm: Swarm) -> None:
-        """Announce what is on the disk. At the end the volunteers leave once the last state is."""
+        """Announce which state is on the disk. At the end, volunteers leave once the last state is."""
         assert self.manager is not None
         durable = self.manager.checkpointer.durable
         if durable is None:
@@ -355,9 +354,9 @@ class _Bootstrap(BootstrapPeer):
         self._tell_archived(swarm)
 
     def _is_new(self, swarm: Swarm, newest_tokens: int) -> bool:
-        """Return whether somebody may have what the archive lacks.
+        """Return whether some volunteer may have work that the archive lacks.
 
-        Where each peer has its own weights and counts, the number of tokens that it counts says nothing about that.
+        Where each peer has its own weights and counts, the number of tokens that a peer counts says nothing about that.
         """
         if self.server is not None:
             return self.server.arrivals != self._archived_arrivals
@@ -366,7 +365,7 @@ class _Bootstrap(BootstrapPeer):
         return newest_tokens > self.progress.run_tokens
 
     def _ask_how_far(self, swarm: Swarm) -> None:
-        """Look how far the volunteers are; keep the known peers and the counts for a restart."""
+        """Ask the volunteers for their progress; keep the known peers and the counts for a restart."""
         self._tell_archived(swarm)
         wait_for(self.network.submit(swarm.greeter.greet_some()), self.stop)
         assert self.manager is not None and self.peers is not None
@@ -412,7 +411,7 @@ class _Bootstrap(BootstrapPeer):
         return None if new is None else self._kept(new)
 
     async def _pull_from_the_quick(self, swarm: Swarm, peers: list[str]) -> ConsensusState | None:
-        """Pull the newest state from peers that answer soon; None if none does."""
+        """Pull the newest state from peers that answer soon; None if none of them does."""
         if not peers:
             return None
         if self.archived is not None:

@@ -68,7 +68,7 @@ class Hours:
     ranges: tuple[tuple[int, int], ...]
 
     def rest(self, now: datetime.datetime) -> str:
-        """Return why the peer pauses at `now`, local time; "" if it may train."""
+        """Return the reason why the peer pauses at `now`, local time; "" if it may train."""
         minute = now.hour * 60 + now.minute
         if not self.ranges or any((minute - start) % _DAY_MINUTES < _length(start, end) for start, end in self.ranges):
             return ""
@@ -108,7 +108,7 @@ class Limits:
                 raise ValueError(f"{name}: {mbit:g} Mbit/s is refused; allowed: 0 (no limit) to {_MAX_MBIT}")
 
     def with_changes(self, **changes: object) -> Limits:
-        """Return these limits with some changed. ValueError says what is allowed."""
+        """Return these limits with some changed. Raises ValueError, which says what is allowed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -116,8 +116,8 @@ class Limits:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. ValueError says what is
-    allowed."""
+    """Return the bytes of a size such as `4GB`, `500 MB` or `1.5GiB`; `none` and `0` are 0. Raises ValueError, which
+    says what is allowed."""
     if text.strip().lower() in ("none", "0"):
         return 0
     match = re.fullmatch(r"(\d{1,9})(?:\.(\d{1,12}))?\s*([kMGT])(i?)B?", text.strip(), re.IGNORECASE)
@@ -148,7 +148,8 @@ def exact_size(num_bytes: int) -> str:
 
 
 def parse_hours(text: str) -> Hours:
-    """Parse hours such as `22-7`, `22:30-7:15` or `12-13,18-8`; `any` is always. ValueError says what is allowed."""
+    """Parse hours such as `22-7`, `22:30-7:15` or `12-13,18-8`; `any` is always. Raises ValueError, which says what is
+    allowed."""
     if text.strip().lower() == "any":
         return ALWAYS
     ranges = []
@@ -164,7 +165,7 @@ def parse_hours(text: str) -> Hours:
 
 
 def parse_slowdown(text: str) -> float:
-    """Parse how many times slower to be, such as `2.6`. ValueError says what is allowed."""
+    """Parse a slowdown, such as `2.6`: how many times slower to be. Raises ValueError, which says what is allowed."""
     try:
         factor = float(text)
     except ValueError:
@@ -194,7 +195,8 @@ class IdleWatch:
     _quiet_since_s: float | None = None
 
     def rest(self, now_s: float, others_s: float) -> str:
-        """Return why the peer pauses. `others_s`: processor seconds of other programs since any fixed moment."""
+        """Return the reason why the peer pauses; "" if it may train. `others_s` is the processor time of other programs
+        since any fixed moment, in seconds."""
         if self._seen and not 0 <= now_s - self._seen[-1][0] <= ASLEEP_S:
             self._seen.clear()
             self._quiet_since_s = None
@@ -216,7 +218,7 @@ class IdleWatch:
         return self.resting
 
     def _share(self) -> float | None:
-        """Return their share of all processors over the window; None before it is full."""
+        """Return the other programs' share of all processors over the window; None before it is full."""
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         if last_s - first_s < AVERAGE_S:
             return None
@@ -228,7 +230,7 @@ class IdleWatch:
 
 @dataclass
 class MemoryWatch:
-    """Watches whether the peer keeps to its memory limit."""
+    """Watches whether the peer stays below its memory limit."""
 
     resting: str = ""
     _warned: bool = False
@@ -236,7 +238,7 @@ class MemoryWatch:
     _most_bytes: int = 0  # when it had to rest
 
     def rest(self, now_s: float, used_bytes: int, limit_bytes: int) -> tuple[str, str]:
-        """Return (why the peer pauses, a warning to show now)."""
+        """Return (the reason why the peer pauses, a warning to show now); each is "" if there is none."""
         if not limit_bytes or (self.resting and limit_bytes > self._most_bytes):
             self.resting, self._warned, self._above_since_s = "", False, None
         if self.resting or not limit_bytes:

@@ -80,7 +80,7 @@ class GradientUploads(Generic[G]):
         return tuple(self._pieces)
 
     def add(self, one: GradientUpload[G]) -> None:
-        """Add a finished round. Raise ValueError if it is not later than those before."""
+        """Add a finished round. Raise ValueError if its number is not greater than those of earlier rounds."""
         last = self._pieces[-1] if self._pieces else None
         if one.round <= max(self._asked_round, -1 if last is None else last.round):
             raise ValueError(f"round {one.round} was handed in before")
@@ -118,7 +118,7 @@ class UploadVersions:
     _rounds: dict[str, int] = field(default_factory=dict)
 
     def round(self, peer: str) -> int | None:
-        """Return the last round of `peer`; None without any."""
+        """Return the last round of `peer` that entered or was refused; None without any."""
         return self._rounds.get(peer)
 
     def is_new(self, peer: str, round: int) -> bool:
@@ -126,7 +126,8 @@ class UploadVersions:
         return round > self._rounds.get(peer, -1)
 
     def enter(self, peer: str, round: int) -> None:
-        """Record that it enters now. Raise ValueError, changing nothing, if it did before."""
+        """Record that `round` of `peer` enters the weights now. Raise ValueError, changing nothing, if it did
+        before."""
         if not self.is_new(peer, round):
             raise ValueError(f"round {round} of {peer} has entered before")
         self._rounds.pop(peer, None)  # the most recent worker is last
@@ -143,7 +144,7 @@ class UploadVersions:
         return [[peer, round] for peer, round in self._rounds.items()]
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the record from `rows`. Raise ValueError, changing nothing, for other rows."""
+        """Restore the record from `rows`. Raise ValueError, changing nothing, if they are malformed."""
         rounds: dict[str, int] = {}
         for row in rows:
             match row:
@@ -155,11 +156,11 @@ class UploadVersions:
 
 
 def too_old(base_arrivals: int, arrivals: int, buffer_arrivals: int, max_staleness_rounds: int) -> str:
-    """Return why work that began from weights with `base_arrivals` is refused by those with `arrivals`; "" if it is
-    taken.
+    """Return the reason to refuse a gradient that began from weights with `base_arrivals` gradients, when the server's
+    weights have `arrivals`; "" to accept it.
 
-    A round here is what refreshes the momentum: `buffer_arrivals`. A server that continued from an older checkpoint may
-    be behind its workers; their work is then as new as can be.
+    A round here is `buffer_arrivals` gradients, after which the momentum is refreshed. A server that continued from an
+    older checkpoint may be behind its workers; their work is then as new as can be.
     """
     behind = (arrivals - base_arrivals) / buffer_arrivals
     if behind <= max_staleness_rounds:

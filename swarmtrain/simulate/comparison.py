@@ -1,4 +1,4 @@
-"""Play a scenario: each method with each seed, on all cores, and its results as one document.
+"""Play a scenario (each method with each seed, on all cores) and collect the results in one document.
 
 Constants first: where a scenario has a grid and tuning seeds, each method takes the point of the grid that is best on
 those seeds, and is compared with that on the other seeds. Runs are deterministic, so results are kept in a folder and
@@ -42,7 +42,8 @@ __all__ = ["Comparison", "ComparisonRow", "Play", "compare", "document", "num_pl
 
 @dataclass(frozen=True)
 class Play:
-    """One run: a method with its constants and a seed. `tuning`: made only to choose constants."""
+    """Play to make: a method with its constants, and a seed. `tuning` is True if it is made only to choose
+    constants."""
 
     method: str
     point: GridPoint
@@ -70,7 +71,7 @@ class ComparisonRow:
         return self.mean("held_out_loss")
 
     def mean(self, name: str) -> float:
-        """Return the mean of a figure of its outcomes; NaN if they have none."""
+        """Return the mean of a figure over the outcomes; NaN if they do not have it."""
         values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
         return statistics.fmean(values) if values else math.nan
 
@@ -79,8 +80,8 @@ class ComparisonRow:
         return standard_error([value for one in self.outcomes.values() if (value := getattr(one, name)) is not None])
 
     def ratio(self, other: ComparisonRow | None) -> tuple[float, float]:
-        """Return the ratio of the losses to another's with the same seeds: mean and standard error; NaN without
-        them."""
+        """Return (mean, standard error) of the ratios of this row's losses to those of `other` with the same seeds; NaN
+        if `other` lacks one of the seeds."""
         if other is None or set(self.outcomes) - set(other.outcomes):
             return math.nan, math.nan
         ratios = [one.held_out_loss / other.outcomes[seed].held_out_loss for seed, one in self.outcomes.items()]
@@ -96,7 +97,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 @dataclass
 class Comparison:
-    """Outcomes of a scenario so far."""
+    """Outcomes of a scenario's plays so far."""
 
     scenario: Scenario
     outcomes: dict[Play, RunOutcome] = field(default_factory=dict)
@@ -222,12 +223,13 @@ def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int,
 
 
 def _begin() -> None:
-    """Prepare a worker process: only the process that started it ends it."""
+    """Prepare a worker process: ignore Ctrl-C, because the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(scenario: Scenario, play: Play) -> RunFile:
-    """Return the run file of a play. Raises UserError, which names the method, for what it cannot be told."""
+    """Return the run file of a play. Raises UserError, which names the method, if the method and the scenario do not
+    fit."""
     method, here = scenario_method(play.method), scenario.at(play.point)
     work = here.scenario.work
     if work not in method.works:
@@ -305,10 +307,8 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
 
 
 def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
-    """Return where a result is kept, named by everything that it follows from.
-
-    Of the code, the version stands for it.
-    """
+    """Return the path at which a play's result is kept. Its name is a hash of everything that the result follows from;
+    the version stands for the code."""
     if folder is None:
         return None
     run, scenario = _run(scenario, play), scenario.at(play.point)
@@ -372,7 +372,7 @@ def _keep(path: Path | None, outcome: RunOutcome) -> RunOutcome:
 
 
 def document(found: Comparison) -> dict[str, Any]:
-    """Return what `swarmtrain simulate --json` writes. Figures that do not exist are null."""
+    """Return the document that `swarmtrain simulate --json` writes. Figures that do not exist are null."""
     section, best = found.scenario.scenario, found.best()
     rows = found.rows()
     return {
@@ -396,7 +396,7 @@ _WITHOUT_TENSORS = (
     "spread",
     "received_bytes_a_round",
 )
-"""Figures of work without tensors; a row has those of its kind of work."""
+"""Names of the results of kinds of work without tensors. A row has those that its kind of work produces."""
 
 
 def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, Any]:
@@ -426,7 +426,7 @@ def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, 
 
 
 def _attacked(found: Comparison, row: ComparisonRow) -> dict[str, Any]:
-    """Return the ratios of the losses to those without hostile volunteers, where there are some."""
+    """Return the ratios of the losses to those without hostile volunteers, if the scenario has hostile volunteers."""
     if "hostile.attack" not in dict(row.point):
         return {}
     same, no_rule = (row.ratio(found.without_attack(row, rule)) for rule in (None, "none"))

@@ -37,7 +37,7 @@ def rates(links: LinksSection) -> tuple[float, float]:
 
 
 def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> SimulatedLink:
-    """Return a volunteer's link, as transfers of so many bytes find it."""
+    """Return a volunteer's link, with the latency that transfers of `size_bytes` find."""
     up, down = rates(links)
     return SimulatedLink(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
 
@@ -67,25 +67,25 @@ class Transfer:
     def __init__(self, src: _End, dst: _End, num_bytes: float, begins_s: float, done: Callable[[bool], None]) -> None:
         self.src, self.dst, self.left_bytes, self.begins_s, self.done = src, dst, num_bytes, begins_s, done
         self.up_per_s, self.down_per_s = src.link.bytes_per_s, dst.link.down_per_s
-        """Rates that its ends carry."""
+        """Rates in bytes per second that the sender's uplink and the receiver's downlink carry."""
         self.rate = 0.0
         """Present rate in bytes per second."""
         self.timer: Timer | None = None
 
 
 class SharedLinks:
-    """All transfers of a network. `exact`: True if their rates are max-min fair, which is decided once."""
+    """All transfers of a network. `exact` is True if their rates are max-min fair, which is decided once."""
 
     def __init__(self, clock: Clock, *, exact: bool | None = None) -> None:
         self._clock = clock
         self.exact = exact
-        """None until it is decided; then rates are max-min fair."""
+        """True for max-min fair rates, False for equal shares; None until it is decided."""
         self._out: dict[str, dict[Transfer, None]] = {}
         self._in: dict[str, dict[Transfer, None]] = {}
         self._changed: list[Transfer] = []
 
     def num_out(self, name: str) -> int:
-        """Return how many transfers this machine sends."""
+        """Return how many transfers this machine sends now."""
         return len(self._out.get(name, ()))
 
     def begin(self, src: _End, dst: _End, num_bytes: float, after_s: float, done: Callable[[bool], None]) -> Transfer:
@@ -158,7 +158,7 @@ class SharedLinks:
         return None
 
     def _share_one(self, per_s: float, transfers: Iterable[Transfer]) -> None:
-        """Share one end among its transfers, each limited at its other end too: the one that can have least first."""
+        """Share the rate of one end among its transfers, starting with the one that its other end limits most."""
         ascending = sorted((min(one.up_per_s, one.down_per_s), number, one) for number, one in enumerate(transfers))
         for number, (most, _, one) in enumerate(ascending):
             rate = min(most, per_s / (len(ascending) - number))
@@ -180,7 +180,7 @@ class SharedLinks:
         return found
 
     def _set(self, transfer: Transfer, rate: float) -> None:
-        """Continue a transfer at this rate."""
+        """Set a transfer's rate from now on."""
         if rate == transfer.rate:
             return
         now = self._clock.now
@@ -234,7 +234,7 @@ def max_min_rates(transfers: Iterable[Transfer]) -> dict[Transfer, float]:
 
 
 class _Shared:
-    """Uplink or downlink, less what was given away."""
+    """Uplink or downlink, and the rate of it that is still to be shared."""
 
     __slots__ = ("left", "per_s")
 

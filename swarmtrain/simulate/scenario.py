@@ -177,12 +177,13 @@ class Hang(Section):
     for_s: float = Field(gt=0, description="Duration, in virtual seconds.")
 
     def is_on(self, number: int, now_s: float) -> bool:
-        """Return whether volunteer `number` is in it now."""
+        """Return whether volunteer `number` hangs (or, for `Away`, is away) because of this entry at `now_s`."""
         return number == self.peer and self.at_s <= now_s < self.at_s + self.for_s
 
 
 class Away(Hang):
-    """Entry of `[[away]]`: a volunteer has crashed or left and comes back; from time 0 on, it comes late."""
+    """Entry of `[[away]]`: a volunteer has crashed or left, and comes back; an absence that begins at time 0 makes it a
+    late joiner."""
 
 
 class ScenarioChurn(Section):
@@ -199,12 +200,12 @@ class ScenarioChurn(Section):
     hangs_for_s: float = Field(60.0, gt=0, description="Without tensors: mean seconds of a hang.")
 
     def away(self, num_peers: int, seed: int, until_s: float) -> list[Away]:
-        """Draw who is away when."""
+        """Draw the volunteers' absences."""
         means_s = self.stays_s, self.away_s
         return [Away(**span._asdict()) for span in _spans(f"churn {seed}", num_peers, means_s, until_s)]
 
     def hangs(self, num_peers: int, seed: int, until_s: float) -> list[Hang]:
-        """Draw who hangs when, whether it is present or not."""
+        """Draw the times at which volunteers hang, whether they are present or not."""
         means_s = self.hangs_after_s, self.hangs_for_s
         return [Hang(**span._asdict()) for span in _spans(f"hangs {seed}", num_peers, means_s, until_s)]
 
@@ -250,7 +251,7 @@ class HostileSection(Section):
         return float(self.attack.partition(" x")[2] or 1)
 
     def number(self, num_peers: int) -> int:
-        """Return how many of so many volunteers are hostile."""
+        """Return how many of `num_peers` volunteers are hostile."""
         return round(num_peers * self.percent / 100)
 
 
@@ -328,10 +329,11 @@ class Scenario:
         changes: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> Scenario:
-        """Return the scenario with what a person asks for instead.
+        """Return the scenario with the changes that a person asks for on the command line.
 
         A `grid` replaces the file's, and all of it is compared. Keys in `changes` are removed from the grid. `tell`
-        receives the lines about words of the field, as in `load_run`. Raises UserError for what a run file cannot say.
+        receives the lines about words of the field, as in `load_run`. Raises UserError if a run file cannot have the
+        changes.
         """
         grid = None if grid is None else _with_our_keys(grid, tell)
         own, changes = _apart(_with_our_keys(changes or {}, tell))
@@ -368,7 +370,7 @@ class Scenario:
     def at(self, point: GridPoint) -> Scenario:
         """Return the scenario with the keys of its own sections as at `point`.
 
-        Raises UserError for what they cannot say.
+        Raises UserError if the sections cannot have these values.
         """
         own, _ = _apart(dict(point))
         if not own:
@@ -384,7 +386,7 @@ class Scenario:
         return _checked(new, origin)
 
     def run(self, seed: int, *changes: GridPoint) -> RunFile:
-        """Return the run file with the seed and these changes. Raises UserError for what a run file cannot say."""
+        """Return the run file with the seed and these changes. Raises UserError if a run file cannot have them."""
         told = [*(pair for point in changes for pair in _apart(dict(point))[1].items()), ("run.seed", seed)]
         if self.peers.round_steps:
             told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
@@ -471,7 +473,8 @@ def _rows(rows: Any, name: str, model: type[_Row], origin: str) -> list[_Row]:
 
 
 def _traced(scenario: Scenario, origin: str) -> Scenario:
-    """Return the scenario with what its trace says, if it has one. Raises UserError if something else says that too."""
+    """Return the scenario with the values of its trace, if it has one. Raises UserError if the scenario sets one of
+    them as well."""
     name = scenario.peers.trace
     if not name:
         return scenario
@@ -490,7 +493,7 @@ def _traced(scenario: Scenario, origin: str) -> Scenario:
 
 
 def _checked(scenario: Scenario, origin: str) -> Scenario:
-    """Check what sections say of each other. Raises UserError if they do not agree."""
+    """Check that the scenario's sections agree with each other. Raises UserError if they do not."""
     number, work = scenario.peers.number, scenario.scenario.work
     for key in _ABSENT[work]:
         section, _, name = key.partition(".")

@@ -90,7 +90,7 @@ def _in_order(spans: Sequence[TraceSpan]) -> tuple[TraceSpan, ...]:
 
 
 class _Life:
-    """Present state of one peer since when, and its past states."""
+    """Present state of one peer, the time since which it lasts, and the peer's earlier states."""
 
     def __init__(self, peer: int, *, is_away: bool) -> None:
         self.peer, self.since_s, self.last_s = peer, 0.0, -math.inf
@@ -98,7 +98,7 @@ class _Life:
         self._past: list[tuple[str, TraceSpan]] = []
 
     def goes_on(self, row: _Row) -> None:
-        """Take the next event."""
+        """Process the peer's next event."""
         allowed = {"here": ("leave", "crash", "hang"), "hangs": ("leave", "crash", "wake"), "away": ("join",)}
         if row.event not in allowed[self.state]:
             is_what = {"here": "is there", "hangs": "hangs", "away": "is away"}[self.state]
@@ -120,7 +120,7 @@ class _Life:
             self._past.append((self.state, TraceSpan(self.peer, self.since_s, now_s - self.since_s)))
 
     def spans(self, state: str) -> list[TraceSpan]:
-        """Return the spans of a state, once the last event is known."""
+        """Return the spans of time in which the peer was in `state`, once all events are processed."""
         last = (self.state, TraceSpan(self.peer, self.since_s, _FOREVER_S))
         return [span for each, span in (*self._past, last) if each == state]
 

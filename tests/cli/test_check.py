@@ -177,7 +177,7 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     assert table["num_parameters"] == 844_928
     assert table["num_peers"] == 3
     assert table["corpus_bytes"] == 5000
-    assert table["doubts"] and len(table["errors"]) == 1
+    assert table["doubts"] and len(table["errors"]) == 1 and table["error_codes"] == ["too-little-text"]
 
 
 def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(
@@ -204,7 +204,11 @@ def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(
     path.write_text(section % "'y.jsonl'" + "[run]\ntotal_tokens = 50_000_000\n[merge]\nmin_peers = 9")
     assert run_command(["check", str(path), "--json"]) == 2
     table = json.loads(capsys.readouterr().out)
-    assert "there is no file y.jsonl" in table["errors"][0] and "min_peers = 9" in table["doubts"][0]
+    assert (
+        table["error_codes"][:1] == ["no-such-data"]
+        and "y.jsonl" in table["errors"][0]
+        and "min_peers = 9" in table["doubts"][0]
+    )
 
 
 def test_of_many_bad_files_the_first_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

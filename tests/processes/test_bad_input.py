@@ -119,6 +119,7 @@ def test_nobody_answers(live: tuple[Swarm, Child]) -> None:
             finished = swarm.run("join", invite, "--dir", str(swarm.folder / "alone"), *HERE)
             assert time.monotonic() - began_s < limit_s
             assert_one_line(finished, RunTimeError.exit_code, "nobody-answers", address)
+            assert not (swarm.folder / "alone").exists(), "a new folder in which there is nothing yet"
 
 
 def test_another_peer_answers_than_the_one_invited_to(live: tuple[Swarm, Child]) -> None:

@@ -1,7 +1,8 @@
 """Publish this peer's weights and pseudo-gradients to peers that merge asynchronously.
 
-The trainer hands over a publication and trains on; nothing is computed until a peer requests it. The first request has
-it quantised, hashed and signed in a thread. From then on it is that snapshot, so every reader decodes the same bytes.
+The trainer hands over a publication and continues to train; nothing is computed until a peer requests it. The first
+request has it quantised, hashed and signed in a thread. From then on it is that snapshot, so every reader decodes the
+same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _WEIGHTS, _GRADIENT = "weights", "gradient"
-"""Sections requested by a boolean flag instead of by name: the wire format is older than other sections."""
+"""Tensor groups requested by a boolean flag instead of by name: the wire format is older than other tensor groups."""
 _MAX_NAME_BYTES = 32
 
 _KEPT = 1
@@ -60,7 +61,7 @@ class Pulling(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PublicationRules:
-    """Limits and tensor tables that the run file prescribes for publications of one section of a fragment.
+    """Limits and tensor tables that the run file prescribes for publications of one tensor group of a fragment.
 
     `max_tokens` is the most that a round can have, and `num_parts` its number of parts; 0 parts mean publications of
     the weights at a round's beginning.
@@ -68,7 +69,7 @@ class PublicationRules:
 
     run_sha256: str
     tables: tuple[tuple[TensorSpec, ...], ...]
-    """Tensor tables, one for each format that the section may have."""
+    """Tensor tables, one for each format that the tensor group may have."""
     max_tokens: int
     num_parts: int
     pull: PullLimits
@@ -84,8 +85,8 @@ class PublicationRules:
 def request_of(
     group: GroupName, fragment: int, known: PublicationVersion | None, presence: pb.Signed
 ) -> pb.PublicationRequest:
-    """Return a request for a peer's newest publication of a section of a fragment, unless that is the one
-    at `known`."""
+    """Return a request for a peer's newest publication of a tensor group of a fragment, unless that is the one at
+    `known`."""
     named = "" if group in (_WEIGHTS, _GRADIENT) else group
     request = pb.PublicationRequest(weights=group == _WEIGHTS, section=named, fragment=fragment, presence=presence)
     if known is not None:
@@ -94,7 +95,7 @@ def request_of(
 
 
 def group_untrusted(request: pb.PublicationRequest, groups: Collection[GroupName]) -> GroupName:
-    """Return the requested section. Raises BadBytesError if it is named, and not one of the run's `groups`."""
+    """Return the requested tensor group. Raises BadBytesError if it is named, and not one of the run's `groups`."""
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
@@ -148,7 +149,8 @@ def publication_untrusted(
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPublication:
-    """Publication of a section: part number `part` of a round, or as part 0 the weights with which the round begins.
+    """Publication of a tensor group: part number `part` of a round, or as part 0 the weights with which the round
+    begins.
 
     The publisher calls `encode` for the bytes when a peer requests them.
     """
@@ -160,15 +162,15 @@ class OwnPublication:
     author_tokens: int
     encode: Callable[[], Body]
     specs: Sequence[TensorSpec] | None = None
-    """Tensor table, if it is another than the publisher's."""
+    """Tensor table, if it differs from the publisher's."""
     token: object = field(default_factory=object)
-    """Identifies this publication without keeping its vectors alive."""
+    """Identity of this publication for comparison, so that nobody has to keep its vectors alive."""
     fill: FillManifest = lambda manifest: None
 
 
 @dataclass
 class Publisher:
-    """Keeps the newest publication of a section, and builds its snapshot when a peer requests it."""
+    """Keeps the newest publication of a tensor group, and builds its snapshot when a peer requests it."""
 
     identity: Identity
     run_sha256: str
@@ -176,7 +178,7 @@ class Publisher:
     store: SnapshotStore
     fragment: int = 0
     newest: OwnPublication | None = None
-    """Set by the trainer's thread, read by the network's."""
+    """Newest publication; set by the trainer's thread, read by the network's."""
     shard_rows: Callable[[], Iterable[pb.Signed]] = tuple
     """Returns the signed rows of seen data for the manifest."""
     _built: deque[tuple[object, HeldSnapshot]] = field(default_factory=deque)

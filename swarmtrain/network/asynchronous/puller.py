@@ -38,7 +38,7 @@ __all__ = ["Puller", "failure_of"]
 def failure_of(
     error: PeerError, kind: Literal["busy", "away", "silent", "failed"] | None = None, *, is_authors: bool = False
 ) -> PullFailure:
-    """Return the failure that the gossip engine is given for an error."""
+    """Return the failure to report to the gossip engine for a peer's error."""
     found = kind or ("busy" if isinstance(error, BusyError) else "failed")
     return PullFailure(str(error), found, error.is_incident, is_authors)
 
@@ -51,10 +51,10 @@ class Puller:
     calls: PeerCalls
     membership: Membership
     rules: Sequence[Mapping[GroupName, PublicationRules]]
-    """Rules of each section, by fragment."""
+    """Rules of each tensor group, by fragment."""
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
-    """Called with a peer's reply before it is used for anything else."""
+    """Called with (peer, reply) before the reply is used for anything else."""
 
     async def route(self, command: FindRoute) -> RouteFound:
         """Find out whether this peer has a connection to a peer; a hidden peer may have opened one."""
@@ -83,7 +83,7 @@ class Puller:
         return PartnerReplied(number, version, held, self._told(command.author))
 
     async def _reply_untrusted(self, command: AskPartner) -> pb.PublicationReply:
-        """Ask the author or a host, and take in what the reply says of the author.
+        """Ask the author or a host, and record what the reply says of the author.
 
         Raises _NoAnswerError when the author gives no answer, and PeerError for any other failure.
         """
@@ -120,7 +120,7 @@ class Puller:
         """Pull the bytes of a publication."""
         held, number = command.held, command.pull
         try:
-            # Every section and fragment has the same limits.
+            # Every tensor group and fragment has the same limits.
             limits = next(iter(self.rules[0].values())).pull
             wrong = await download_snapshot(self.calls, command.source, held, limits)
         except PeerError as error:
@@ -130,4 +130,4 @@ class Puller:
 
 
 class _NoAnswerError(Exception):
-    """Raised when an author gives no reply to a request."""
+    """Raised when an author gives no reply to a request for a publication."""

@@ -67,7 +67,7 @@ class Pulls:
     limits: PullLimits
     presence: Callable[[], pb.Signed]
     heard_untrusted: Callable[[str, pb.PublicationReply], None]
-    """Called with a peer's reply before it is used for anything else."""
+    """Called with (peer, reply) before the reply is used for anything else."""
 
     async def ask(self, peer: str, has_round: int | None) -> Snapshot | None:
         """Return the manifest of `peer`'s first publication after `has_round`, or None if there is none. Raises
@@ -117,13 +117,14 @@ class GradientReceiver:
     versions: UploadVersions
     rules: UploadRules
     take: Callable[[str, HeldSnapshot], Awaitable[None]]
-    """Takes an upload in and enters its version. Raises BadBytesError if that is impossible."""
+    """Enters an upload into the server's weights and records its version. Raises BadBytesError if that is
+    impossible."""
     told_too_old: Callable[[str, str], None]
     refused: Callable[[str, PeerError], None]
     _back_off: BackOff = field(default_factory=BackOff)
     _asking: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _found_empty: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Last round that a peer had published when it had nothing new, and the time of that request."""
+    """By peer: the last round it had published when it had nothing new, and the time of that request."""
 
     async def run(self) -> None:
         """Ask workers until cancelled."""
@@ -135,7 +136,7 @@ class GradientReceiver:
             await end_tasks(list(self._asking.values()))
 
     def look(self) -> None:
-        """Ask each worker that may have a new round."""
+        """Ask each worker that may have a new round, and take in what it has."""
         now = swarm_time()
         workers = self.membership.volunteers()
         ready, _ = self._back_off.ready({info.peer for info in workers}, now)
@@ -148,7 +149,7 @@ class GradientReceiver:
         return found is None or _published_round(info) > found[0] or now > found[1] + _ASK_AGAIN_S
 
     async def drain(self, limit_s: float) -> None:
-        """Take in what all reachable workers still have, for `limit_s` at most."""
+        """Take in the rounds that reachable workers still have, for `limit_s` seconds at most."""
 
         async def empty(peer: str) -> None:
             if (running := self._asking.get(peer)) is not None:
@@ -214,7 +215,7 @@ class GradientReceiver:
 
 
 def _published_round(info: PeerInfo) -> int:
-    """Return the last round that a worker has uploaded or is about to, as its presence says; -1 for none."""
+    """Return the last round that a worker has uploaded or is about to upload, by its presence; -1 for none."""
     return info.round - (info.part == 0)
 
 
@@ -238,7 +239,7 @@ class GradientUploader(Publisher):
     server: str = ""
     encode: Callable[[GradientUpload[Any]], Body] = field(kw_only=True)
     max_rounds_tokens: tuple[int, int] = field(kw_only=True)
-    """(steps, tokens): the most that one upload may claim."""
+    """(inner steps, tokens): the most that one upload may claim."""
     uploads: GradientUploads[Any] = field(default_factory=GradientUploads)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Guards `uploads`, to which the trainer's thread adds."""
@@ -285,7 +286,7 @@ class ServedWeights:
     arrivals: int
     entered_round: int | None
     run_tokens: int
-    """Tokens of the run at that time, as the server counts them."""
+    """Tokens of the run when these weights were published, as the server counts them."""
     pull_s: float
 
 
@@ -310,7 +311,7 @@ class ServerLink:
     decode: Callable[[HeldSnapshot], Any]
     """Decodes a snapshot. Raises BadBytesError if it is no vector of the model."""
     counted: Callable[[str, int], None]
-    """Called with the tokens that the server has counted for each peer."""
+    """Called with (PeerID, tokens) for each peer that the server has counted."""
     refused: Callable[[str, PeerError], None]
     heard_s: float = field(default_factory=swarm_time)
     """Time of the server's last reply."""

@@ -38,12 +38,12 @@ _LEAST_LIMIT_S = 20.0  # for one state, or a reply with its manifest, however sm
 # A limit is this many times the time that a transfer is expected to take.
 _PATIENCE = 4.0
 MOMENTA = 3
-"""States fetched with their momentum: of three, one that lies is outvoted (decision 54)."""
+"""Number of states that are fetched with their momentum: among three, one that lies is outvoted (decision 54)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedState:
-    """State of a peer after its last merge. `whole` says that the momentum is here too, not only the weights."""
+    """State of a peer after its last merge. `whole` is True if its momentum was fetched too, not only the weights."""
 
     peer: str
     held: HeldSnapshot
@@ -51,7 +51,7 @@ class FetchedState:
 
     @property
     def round(self) -> int:
-        """Round that the author was in."""
+        """Round that the state's author was in."""
         return self.held.snapshot.manifest.round
 
     @property
@@ -90,7 +90,7 @@ class StateFetcher:
         return [whole, *await self._fetch_all(rest, min_round, limit_s, num_whole=MOMENTA - 1)]
 
     async def _who_answers(self, peers: Sequence[str]) -> list[str]:
-        """Return those of `peers` that answer a greeting, in their order.
+        """Return those of `peers` that answer a greeting, in the given order.
 
         A peer that hangs would otherwise be waited for as long as building a state may take, while the caller could ask
         others.
@@ -161,7 +161,8 @@ class StateFetcher:
         return max(_LEAST_LIMIT_S, _PATIENCE * (size_bytes / least_per_s / 8 if expected_s is None else expected_s))
 
     async def _fetch_one(self, peer: str, min_round: int, *, whole: bool) -> FetchedState | None:
-        """Fetch one peer's state, or without `whole` only its weights. Returns None if it has none or fails."""
+        """Fetch one peer's state, or without `whole` only its weights. Returns None if the peer has none, or if the
+        transfer fails."""
         try:
             reply = await self.calls.state(peer, min_round)
             if not reply.HasField("manifest"):

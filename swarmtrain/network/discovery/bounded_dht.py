@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 _MAX_FOUND = 8
 """Buckets that one call may ask for. A peer asks for one."""
 _MAX_STORED = 64
-"""Buckets taken from one call. A newcomer gets everything that it should keep in one; the rest is refused."""
+"""Buckets accepted in one call. A newcomer receives all that it should keep in one call; anything beyond this number is
+refused."""
 _COLUMNS = ("keys", "subkeys", "values", "expiration_time", "in_cache")
 _MAX_PEER_ID_BYTES = 64  # a PeerID of ours has 38
 _DICTIONARY = 0x50

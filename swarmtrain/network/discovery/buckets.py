@@ -30,12 +30,14 @@ _MAX_KEYS = 256
 """Keys whose nodes are remembered. Peers that fill buckets determine which are read: four times as many as are read at
 once."""
 _KNOWN_FOR_S, _DOUBTED_FOR_S = 120.0, 30.0
-"""Seconds for which the nodes nearest to a key are remembered; the second if one of them did not answer."""
+"""Seconds for which the nodes nearest to a key are remembered; the second value applies if one of them did not
+answer."""
 
 
 @dataclass
 class _Nearest:
-    """Nodes nearest to a key with their PeerIDs, one per peer, the nearest first, and until when they are believed.
+    """Nodes nearest to a key with their PeerIDs, one per peer, the nearest first, and the time until which they are
+    used.
 
     `seen` are all nodes that the search met: a peer that was restarted may have two.
     """
@@ -80,7 +82,8 @@ class Buckets:
     async def _store_at(
         self, node: Any, peer: Any, key_id: Any, subkey: str, signed: bytes, expiry_s: float
     ) -> bool | None:
-        """Store at one node. Returns whether it took the record; None if it gives no valid answer."""
+        """Store at one node. Return True if the node took the record, False if it refused, None if it gave no valid
+        answer."""
         if node == self.dht.node_id:
             return bool(self.dht.protocol.storage.store(key_id, signed, expiry_s, subkey=subkey))
         try:
@@ -115,7 +118,7 @@ class Buckets:
         return known if fresh else None
 
     def _has_nearer(self, known: _Nearest, key_id: Any) -> bool:
-        """Return whether a node nearer to the key than its keepers has come, by the routing table; makes no call."""
+        """Return whether the routing table has a node nearer to the key than the nodes that keep it; makes no call."""
         farthest = key_id.xor_distance(known.nodes[REPLICAS - 1][0])
         near = self.dht.protocol.routing_table.get_nearest_neighbors(key_id, REPLICAS, exclude=self.dht.node_id)
         return any(node not in known.seen and key_id.xor_distance(node) < farthest for node, _ in near)
@@ -123,7 +126,8 @@ class Buckets:
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
         """Return the value and expiry of each subkey of a key.
 
-        Asks a few of its keepers, and all of them every fourth time: one may have missed a record, or withhold it.
+        Asks a few of the nodes that keep the key, and all of them every fourth time: a node may have missed a record,
+        or withhold it.
         """
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
         nearest = self._known(key, key_id)  # the nodes at which this peer stores its own

@@ -31,7 +31,7 @@ _MAX_MEETINGS, _MAX_MET, _MEET_AGAIN_S = 16, 1024, 5.0
 
 @dataclass
 class Greeter:
-    """Calls peers that are, may be or were here, and introduces this one."""
+    """Calls peers that are, may be or were present, and introduces this one."""
 
     node: Node
     calls: PeerCalls
@@ -66,7 +66,8 @@ class Greeter:
         await self.greet_all(random.sample(new, min(_NEW_AT_ONCE, len(new))), self.presence.signed())
 
     async def redial(self) -> None:
-        """Dial a few peers that seem gone: after an outage nobody else would, and the swarm would stay parted."""
+        """Dial a few peers that seem gone. Otherwise two parts of a swarm that an outage has separated would never find
+        each other again."""
         membership = self.peers.membership
         known = {*(peer.peer for peer in self.peers.through), *self.node.known_peers()} - {membership.me}
         away = [peer for peer in known if membership.state(peer) is not PeerState.LIVE]
@@ -83,14 +84,14 @@ class Greeter:
             await asyncio.wait(tasks, timeout=_GREETING_S)
 
     def start(self) -> None:
-        """Meet strangers from now on."""
+        """Begin to greet unknown peers."""
         self._meets = True
 
     def meet(self, peers: Iterable[str]) -> None:
-        """Greet peers that take part and are unknown here, or seemed gone.
+        """Greet those of `peers` that take part in the run and are unknown here, or seemed gone.
 
         Peers that join at the same moment may each have been told of everyone but each other. A peer that does not know
-        that another trains would close the round without it.
+        of another volunteer would close the round without it.
         """
         now, membership = swarm_time(), self.peers.membership
         self._met_s = {peer: met_s for peer, met_s in self._met_s.items() if now < met_s + _MEET_AGAIN_S}
@@ -106,12 +107,12 @@ class Greeter:
             meeting.add_done_callback(self._meetings.discard)
 
     async def stop(self) -> None:
-        """Meet nobody any more, and cancel greetings under way."""
+        """Stop greeting unknown peers, and cancel greetings under way."""
         self._meets = False
         await end_tasks(self._meetings)
 
     async def _greet(self, peer: str, presence: pb.Signed | None) -> None:
-        """Greet a peer. Without `presence` only ask for its own."""
+        """Greet a peer. Without `presence`, only ask for the peer's own presence."""
         peers = self.peers
         request = pb.HelloRequest(run_sha256=bytes.fromhex(self.presence.run_sha256), presence=presence)
         try:

@@ -35,19 +35,17 @@ class KnownPeers:
     tallying: TokenAccounting
     emit: Callable[[Event], None]
     changed: Callable[[], None]
-    """Called when a peer has come or gone."""
+    """Called when a peer has joined or gone."""
     through: tuple[InvitedPeer, ...] = field(default=(), init=False)
     """Peers that the user named."""
     arrivals: Arrivals = field(default_factory=Arrivals, init=False)
     greeted: set[str] = field(default_factory=set, init=False)
-    """Peers that have our presence and are still here."""
+    """Peers that have received this peer's presence and have not gone since."""
     _signed: dict[str, pb.Signed] = field(default_factory=dict, init=False)
-    """Newest signed presence of each peer, to hand on."""
+    """Newest signed presence of each peer, to pass on to others."""
     _untold: dict[str, float] = field(default_factory=dict, init=False)
-    """Peers known only by hearsay and records, with the stamp of these.
-
-    They may just have gone, so no event has announced them yet.
-    """
+    """Peers known only from records and from other peers, with the stamp of that information. They may have gone since,
+    so no event has announced them yet."""
     _refusals: Refusals = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +59,7 @@ class KnownPeers:
         return [peer.peer for peer in self.through]
 
     def is_hidden(self, peer: str) -> bool:
-        """Return whether a peer says that nobody can dial it."""
+        """Return whether `peer` advertises that nobody can dial it."""
         info = self.membership.info(peer)
         return info is not None and info.hidden
 
@@ -106,13 +104,13 @@ class KnownPeers:
             self._signed[author] = signed
 
     def receive_reply_untrusted(self, peer: str, reply: pb.PublicationReply) -> None:
-        """Take in what a partner says of itself with its publication."""
+        """Record what a partner advertises of itself with its publication."""
         self.receive_untrusted(reply.presence, peer, answered=True)
         if reply.away:
             self.left(peer)
 
     def saw(self, peer: str, presence: pb.Presence, *, answered: bool = False, first_hand: bool = False) -> None:
-        """Take in a presence. `first_hand` says that `peer` itself has just sent it, and is here."""
+        """Record a presence. `first_hand` is True if `peer` itself has just sent it, and so is alive."""
         try:
             given = next((known.addresses for known in self.through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
@@ -136,15 +134,15 @@ class KnownPeers:
     # ------------------------------------------------------------- what becomes of them
 
     def answered(self, peer: str) -> None:
-        """Note that a call to `peer` was answered."""
+        """Record that a call to `peer` was answered."""
         self.membership.heard(peer, swarm_time())
 
     def call_failed(self, peer: str, error: PeerError) -> None:
-        """Note that a call to `peer` failed."""
+        """Record that a call to `peer` failed."""
         self.report(self.membership.call_failed(peer, swarm_time(), str(error)))
 
     def left(self, peer: str) -> None:
-        """Note that `peer` says it has left."""
+        """Record that `peer` says it has left."""
         self.report(self.membership.left(peer, swarm_time()))
 
     def expire(self) -> None:
@@ -153,7 +151,7 @@ class KnownPeers:
             self.report(change)
 
     def forget(self, before_s: float) -> list[str]:
-        """Forget peers that went before `before_s`, and return them."""
+        """Forget peers that went before `before_s`, and return their PeerIDs."""
         gone = list(self.membership.forget(before_s))
         for peer in gone:
             self._signed.pop(peer, None)
@@ -164,7 +162,8 @@ class KnownPeers:
     def report(self, change: MembershipChange | None, is_here: bool = False) -> None:
         """Pass on a change of membership, and emit its event.
 
-        An arrival is announced now if the peer certainly `is_here`, else once that is known.
+        An arrival is announced at once if `is_here` (the peer is certainly alive), else as soon as the peer is known to
+        be alive.
         """
         if change is None:
             return
@@ -187,7 +186,8 @@ class KnownPeers:
                 self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
 
     def spares(self, peer: str, rule: str, detail: str) -> bool:
-        """Return whether a refusal is not announced yet, because a peer came lately."""
+        """Return whether a refusal is not announced yet, because this peer, `peer` or a peer that `detail` mentions has
+        arrived recently."""
         return self.arrivals.spares(peer, rule, detail, swarm_time())
 
     def refused(self, peer: str, error: PeerError) -> None:

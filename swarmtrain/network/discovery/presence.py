@@ -77,7 +77,7 @@ class OwnPresence:
         return presence_to_proto(self.me)
 
     def signed(self) -> pb.Signed:
-        """Return a new presence, signed, for peers that get it from us or from others."""
+        """Return a new presence, signed. Peers that receive it may pass it on to others."""
         return sign(self.identity, PRESENCE, self.run_sha256, self.renewed())
 
 
@@ -90,11 +90,12 @@ class OwnRecords:
     tallying: TokenAccounting
     presence_ttl_s: float
     safe: Callable[[], Progress | None]
-    """Returns the progress that no kill can take back any more."""
+    """Returns the progress that is safe on this peer's disk, so that no kill can take it back."""
     _buckets: dict[str, str] = field(default_factory=dict, init=False)
 
     async def store(self) -> None:
-        """Store our presence, which expires soon, and if we train, our progress, which is kept for a day."""
+        """Store this peer's presence record, which expires soon, and if it trains, its progress record, which is kept
+        for a day."""
         run_sha256 = bytes.fromhex(self.presence.run_sha256)
         presence = pb.Record(run_sha256=run_sha256, presence=self.presence.renewed())
         await self._store(presence, self.presence_ttl_s)

@@ -278,7 +278,8 @@ class RecordRules:
         return value + self.identity.sign(_message(key, subkey, value, expiry_s))
 
     def check_untrusted(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> pb.Record:
-        """Return the record if it may be stored and believed. Raises BadBytesError ("reason: detail") otherwise."""
+        """Return the record if it is valid for this key, subkey and expiry. Raises BadBytesError ("reason: detail")
+        otherwise."""
         if not isinstance(value, bytes):
             raise BadBytesError("malformed: its value is not bytes", code="bad-format")
         if len(value) > MAX_RECORD_BYTES + _SIGNATURE_BYTES:
@@ -357,7 +358,7 @@ def bound_storage(storage: Any, always: Container[bytes]) -> None:
     """Bound hivemind's dictionary storage: number of buckets, records in each, and how often a record is renewed.
 
     A renewal that hardly extends the expiry is refused, because each one leaves an entry in hivemind's heap until it
-    expires. Buckets whose keys are in `always`, those of our own run, are kept however full the storage is.
+    expires. Buckets whose keys are in `always`, those of this peer's run, are kept however full the storage is.
     """
     plain = storage.store_subkey
 

@@ -36,7 +36,7 @@ __all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_u
 
 _OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
-"""Seconds to wait for more peers when those that answered first say that the clock is far off."""
+"""Seconds to wait for more peers if those that answered first report that the clock is far off."""
 _MAX_SHOWN = 3
 _STARTING_LOOKS = 5  # a peer that listens but does not serve the run yet is asked so often
 _STARTING_S = 1.0
@@ -44,7 +44,7 @@ _STARTING_S = 1.0
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """Run as it is served: its exact bytes, their hash, and the files that travel with it."""
+    """Run as it is served: the exact bytes of the run file, their hash, and the files that belong to it."""
 
     data: bytes
     sha256: str
@@ -53,7 +53,7 @@ class PublishedRun:
     tokenizer: bytes
 
     def blobs(self) -> dict[str, bytes]:
-        """Return the run's files by their hash."""
+        """Return the contents of the run's files by their SHA-256."""
         published = self.run.published
         assert published is not None
         blobs = {run_sha256(self.data): self.data, published.held_out_sha256: self.held_out}
@@ -190,7 +190,7 @@ def _time_in_words(unix_s: float) -> str:
 
 
 def version_fields(needs: Needs) -> dict[str, Any]:
-    """Return the fields of a greeting's reply that give this version, and what the run `needs`."""
+    """Return the fields of a greeting's reply that give this version, and the protocol that the run `needs`."""
     told = {"needs_protocol": needs.protocol, "needs_version": needs.version}
     return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
 

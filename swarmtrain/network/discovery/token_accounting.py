@@ -41,10 +41,10 @@ class TokenAccounting:
     rules: CountingRules
     read_bucket: _ReadBucket
     speeds: Callable[[], Mapping[str, float]]
-    """Returns the tokens per second that each live peer claims, this one included, by PeerID."""
+    """Returns the tokens per second that each live peer claims, by PeerID, this peer included."""
     clock: Callable[[], float]
     refused: Callable[[str, str, str], None]
-    """Called with (peer, rule, detail) of a refused count, once per peer and a few hours."""
+    """Called with (peer, rule, detail) of a refused count, once per peer and rule in a few hours."""
     _tally: Tally = field(init=False)
     _named: NamedOnce = field(default_factory=NamedOnce)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -121,22 +121,23 @@ class TokenAccounting:
                 self._tally.watched_s = now
 
     def meet(self, peer: str) -> None:
-        """Note that `peer` is here: this peer has seen itself what that one trains from now on."""
+        """Record that `peer` is present: from now on this peer sees for itself how much `peer` trains."""
         with self._lock:
             self._tally.meet([peer], self.clock())
 
     def watch(self) -> None:
-        """Note that this peer has been here since the run was published, which bounds what one or two
-        states can bring."""
+        """Record that this peer has been present since the run was published, which bounds how much one or two states
+        can add."""
         with self._lock:
             if self._tally.watched_s is None:
                 self._tally.watched_s = self.rules.began_s
 
     def adopt(self, told: Sequence[Mapping[str, int]], *, is_server: bool = False) -> None:
-        """Count what fetched states say: one mapping of tokens by PeerID for each. See `Tally.adopt`.
+        """Count the tokens that fetched states report: `told` has one mapping from PeerID to tokens for each state. See
+        `Tally.adopt`.
 
-        The server that a run names is believed alone. Tokens of this peer itself are believed as its speed explains
-        them.
+        The server that a run names is believed alone. Tokens of this peer itself are believed as far as its speed
+        explains them.
         """
         agreed, speeds = agreed_counts(told), self._know_speeds()
         with self._lock:
@@ -147,11 +148,13 @@ class TokenAccounting:
                 self._tally.observe(self.me, 0, own, self.clock(), speeds.get(self.me, 0.0))
 
     def receive(self, peer: str, tokens: int) -> None:
-        """Count what a publication or a state says of `peer`, as far as its speed explains it."""
+        """Count the tokens that a publication or a state reports of `peer`, as far as the peer's speed explains
+        them."""
         self.receive_all({peer: tokens})
 
     def receive_all(self, counts: Mapping[str, int]) -> None:
-        """Do the same for many peers, with one look-up of usual speeds, which may go through everybody ever counted."""
+        """Count the tokens of many peers, as `receive` does, with a single look-up of usual speeds, which may go
+        through every peer ever counted."""
         speeds, now = self._know_speeds(), self.clock()
         with self._lock:
             found = [
@@ -162,10 +165,8 @@ class TokenAccounting:
                 self._name(incident.peer, incident.rule, incident.detail)
 
     def explained(self, peer: str, tokens: int) -> int | None:
-        """Return how many of `tokens` that somebody advertises of `peer` are believed; counts nothing.
-
-        Returns None while neither speeds nor counts are known.
-        """
+        """Return how many of the `tokens` that somebody advertises of `peer` are believed, without counting them.
+        Returns None while neither speeds nor counts are known."""
         speeds = self._know_speeds()
         with self._lock:
             if self._tally.typical_per_s <= 0 and not self._tally.total:
@@ -173,8 +174,8 @@ class TokenAccounting:
             return self._tally.believes(peer, tokens, self.clock(), speeds.get(peer, 0.0))
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """Return the tokens for this peer's next record: the most that were ever safe on its disk, now
-        `durable_tokens`.
+        """Return the tokens for this peer's next record: the most that were ever safe on its disk, where
+        `durable_tokens` are now.
 
         Others may count what a record says, so a kill must not take it back.
         """
@@ -208,8 +209,8 @@ class TokenAccounting:
             return self._tally.rows()
 
     def restore(self, rows: Iterable[Sequence[object]], until_s: float | None = None) -> None:
-        """Load the rows of a checkpoint, taken at `until_s` if known. Raises ValueError, counting nothing, if they are
-        invalid."""
+        """Load the rows of a checkpoint that was taken at time `until_s`, if known. Raises ValueError, counting
+        nothing, if they are invalid."""
         with self._lock:
             self._tally.merge_rows(rows)
             if until_s is not None and math.isfinite(until_s):
@@ -219,7 +220,7 @@ class TokenAccounting:
 
 
 def counting_rules(run: RunFile, now: float) -> CountingRules:
-    """Return the counting rules of a run; `now` stands in for its beginning if it was never published."""
+    """Return the run's counting rules. `now` stands in for the run's beginning if the run was never published."""
     began_s = now if run.published is None else datetime.fromisoformat(run.published.created).timestamp()
     return CountingRules(
         began_s=min(began_s, now),

@@ -62,12 +62,12 @@ class Lateness:
 
 @dataclass(frozen=True, eq=False)
 class Outage:
-    """Time in which nothing passes between some sides. Names in none of them are one more side."""
+    """Time in which nothing passes between the given sides. Peers named in none of them form one more side."""
 
     sides: tuple[frozenset[str], ...]
 
     def parts(self, one: str, other: str) -> bool:
-        """Return whether these two are on different sides."""
+        """Return whether peers `one` and `other` are on different sides."""
         return self._side(one) != self._side(other)
 
     def _side(self, name: str) -> int:
@@ -95,11 +95,11 @@ class Outages:
         self._changed = asyncio.Event()
 
     def parts(self, one: str, other: str) -> bool:
-        """Return whether nothing passes between these two now."""
+        """Return whether an outage separates peers `one` and `other` now."""
         return any(outage.parts(one, other) for outage in self._now)
 
     async def passable(self, one: str, other: str) -> bool:
-        """Wait until what is sent between these two arrives; return whether an outage had delayed it."""
+        """Wait until something sent between these peers arrives; return whether an outage had delayed it."""
         clock, was_held_up = asyncio.get_running_loop().time, False
         while self.parts(one, other):
             since_s, was_held_up = clock(), True

@@ -42,7 +42,7 @@ Address = tuple[str, int]
 
 
 def was_to_go(connection: socket.socket) -> Address:
-    """Return the original target of a connection that this network's firewall redirected to us."""
+    """Return the original target of a connection that this network's firewall redirected to this process."""
     port, packed = struct.unpack("!2xH4s8x", connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16))
     return socket.inet_ntoa(packed), port
 
@@ -62,12 +62,12 @@ class OwnLink:
 
     @property
     def dialled_port(self) -> int:
-        """Port to which the firewall has to redirect what others dial."""
+        """Local port to which the firewall has to redirect connections that others open to the peer."""
         return int(self._dialled.getsockname()[1])
 
     @property
     def dialling_port(self) -> int:
-        """Port to which the firewall has to redirect what the peer dials."""
+        """Local port to which the firewall has to redirect connections that the peer opens."""
         return int(self._dialling.getsockname()[1])
 
     async def serve(self) -> None:

@@ -93,11 +93,12 @@ class Line:
 
     bytes_per_s: float = 0.0
     passed_bytes: int = 0
-    """Bytes that have passed, or are about to."""
+    """Bytes that have passed the line, or are about to."""
     _free_s: float = 0.0
 
     def passed_s(self, size_bytes: int, now_s: float) -> float:
-        """Return when bytes that arrive at `now_s` have passed, behind all earlier ones."""
+        """Let bytes that arrive at `now_s` pass, behind all earlier ones, and return the time at which they have
+        passed."""
         self.passed_bytes += size_bytes
         if self.bytes_per_s <= 0:
             return now_s
@@ -134,7 +135,7 @@ class Way:
 
     @property
     def flight_bytes(self) -> int:
-        """Bytes that a connection may have under way: those that fit on the line, and a small buffer."""
+        """Bytes that a connection may have under way: as many as fit on the line, and a small buffer."""
         rate = self._bytes_per_s
         return int(rate * self.delay_s) + _BUFFER_BYTES if rate else _FREE_BYTES
 
@@ -231,7 +232,7 @@ _OUTSIDE = PeerLink("outside", 0, 0, LinkShape(), Line(), Line())
 
 @dataclass(eq=False)
 class _Connection:
-    """Open connection. If it is `forgotten`, its ends get nothing from each other, without notice."""
+    """Open connection. If it is `forgotten`, nothing passes between its ends, and neither end learns of it."""
 
     source: PeerLink
     target: PeerLink
@@ -285,7 +286,7 @@ class PeerLinks:
             connection.cut.set()
 
     async def forget(self, name: str) -> None:
-        """Leave a link's connections half open: nothing passes, and no end is told. New ones work."""
+        """Leave a link's connections half open: nothing passes, and neither end learns of it. New connections work."""
         for connection in self._of(name):
             connection.forgotten = True
 
@@ -315,7 +316,8 @@ class PeerLinks:
             self._start(self._connect(near, self._whose(port, link), link))
 
     def _whose(self, port: int, target: PeerLink) -> PeerLink:
-        """Return the link through which a connection from `port` to `target` leaves."""
+        """Return the link through which a connection from `port` to `target` leaves: that of the peer which uses the
+        port."""
         if port in self._by_port:
             return self._by_port[port]
         self.num_strangers += 1
@@ -439,7 +441,7 @@ def _is_free(port: int) -> bool:
 
 
 class FailingPulls:
-    """Makes pulls from a peer break off midway at random; the same seed gives the same ones."""
+    """Makes pulls from a peer break off midway at random; with the same seed, the same pulls fail."""
 
     def __init__(self, share: float, seed: str) -> None:
         self.share = share

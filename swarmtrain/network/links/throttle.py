@@ -50,7 +50,8 @@ class TokenBucket:
     _at_s: float = 0.0
 
     def wait_s(self, size_bytes: int, now_s: float) -> float:
-        """Return the seconds until `size_bytes` may pass, if nothing else does; 0 if they may now."""
+        """Return the seconds until `size_bytes` may pass, provided that nothing else passes before; 0 if they may
+        now."""
         if self.bytes_per_s <= 0:
             return 0.0
         self._fill(now_s)
@@ -108,7 +109,7 @@ class Throttle:
         self._bucket.take(size_bytes, self._clock())
 
     async def turn(self, size_bytes: int) -> None:
-        """Wait until these bytes may pass, after everyone who waits already, and count them."""
+        """Wait until these bytes may pass, after all transfers that wait already, and count them."""
         if self.bytes_per_s <= 0 and not self._turn.locked():
             return
         async with self._turn:
@@ -149,18 +150,19 @@ class Places:
 
 @dataclass
 class TransferTimes:
-    """Duration of recent transfers, a moving mean per byte. `link` is their direction."""
+    """Durations of recent transfers in one direction, as a moving mean per byte. `link` is the throttle of that
+    direction."""
 
     link: Throttle = field(default_factory=Throttle)
     _s_per_byte: float | None = None
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Rate that one transfer gets beside others; None before the first."""
+        """Rate that one transfer gets while others share the link; None before the first."""
         return None if self._s_per_byte is None else 1.0 / self._s_per_byte
 
     def finished(self, size_bytes: int, seconds: float) -> None:
-        """Add a completed transfer."""
+        """Record a completed transfer."""
         if size_bytes <= 0 or seconds <= 0:
             return
         newest = seconds / size_bytes

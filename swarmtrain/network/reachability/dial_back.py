@@ -37,13 +37,13 @@ _MAX_TARGET_BYTES = 256
 
 
 class Dialler(Protocol):
-    """Node that dials: this peer's own, or a stranger's."""
+    """Node that dials: this peer's own node, or a temporary node that nobody knows (a stranger)."""
 
     async def dial_once(self, peer: str, addresses: tuple[str, ...], limit_s: float) -> None:
         """Dial a peer. Raises UnreachableError if nobody with that PeerID answers there."""
 
     async def seen_at(self, peer: str) -> tuple[str, ...]:
-        """Return the addresses of its connections to `peer`."""
+        """Return the addresses of the node's connections to `peer`."""
 
     async def hang_up(self, peer: str) -> None:
         """Close its connections to `peer`."""
@@ -73,8 +73,8 @@ class DialBack:
     _at_once: int = 0
 
     async def answer(self, request: pb.DialRequest, caller: str) -> pb.DialReply:
-        """Dial, if that is allowed. A failure is always reported after the same time, so that it reveals
-        nothing more."""
+        """Dial the peer of the request, if that is allowed. A failure is always reported after the same time, so that
+        the reply's timing reveals nothing."""
         peer, ports = caller, list(request.own_ports)
         if not ports:
             try:
@@ -96,7 +96,8 @@ class DialBack:
             self._at_once -= 1
 
     async def _answer(self, peer: str, caller: str, ports: list[int]) -> pb.DialReply:
-        """Dial `peer`; with a stranger's node if it is the caller itself, which this node knows."""
+        """Dial `peer`. If the caller asks for itself, a stranger's node dials, because this node knows the caller
+        already."""
         targets = dial_targets(await self.node.seen_at(caller), ports)
         # Told to connect to a connected peer, the daemon says yes without dialling (decision 10).
         if not targets or (peer != caller and await self.node.seen_at(peer)):

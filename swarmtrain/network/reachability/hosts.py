@@ -36,16 +36,16 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["HostedPublications"]
 
 _log = logging.getLogger(__name__)
-_ASK_AGAIN_S = 1.0  # between two questions to a guest about one section
+_ASK_AGAIN_S = 1.0  # between two questions to a guest about one tensor group
 _WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here
 _MAX_WAITING_CALLERS = 4  # callers that may all wait for as many replies as they are allowed
 _Which: TypeAlias = tuple[str, GroupName, int]
-"""(guest, section, fragment of the model)"""
+"""(guest, tensor group, fragment of the model)"""
 
 
 @dataclass
 class _Kept:
-    """Latest publications of one section of a guest, newest last, and its signed presence."""
+    """Latest publications of one tensor group of a guest, newest last, and its signed presence."""
 
     held: list[HeldSnapshot] = field(default_factory=list)
     presence: pb.Signed = field(default_factory=pb.Signed)
@@ -60,12 +60,12 @@ class HostedPublications:
     calls: PeerCalls
     store: SnapshotStore
     rules: Sequence[Mapping[GroupName, PublicationRules]]
-    """Rules of each section, by fragment of the model."""
+    """Rules of each tensor group, by fragment of the model."""
     presence: Callable[[], pb.Signed]
     refused: Callable[[str, PeerError], None]
     waits_a_caller: int
-    """Replies that one caller may wait for: a round of gossip pulls as many, and all its partners may be
-    guests here."""
+    """Replies that one caller may wait for at once: as many as it pulls in a round of gossip, since all its partners
+    may be guests of this host."""
     guests: Guests = field(init=False)
     _kept: dict[_Which, _Kept] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -139,7 +139,7 @@ class HostedPublications:
             kept.asked_s, kept.downloading = swarm_time(), None
 
     async def _download_untrusted(self, which: _Which, kept: _Kept) -> None:
-        """Pull a guest's newest publication of a section, unless it is here already. Raises PeerError."""
+        """Pull a guest's newest publication of a tensor group, unless this host has it already. Raises PeerError."""
         guest, group, fragment = which
         rules = self.rules[fragment][group]
         known = None

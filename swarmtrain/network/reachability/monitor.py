@@ -55,7 +55,7 @@ class ReachabilityMonitor:
     calls: PeerCalls
     membership: Membership
     greeting: Callable[[], pb.HelloRequest]
-    """Returns the greeting for its hosts."""
+    """Returns the greeting to send to this peer's hosts."""
     listens_at: Callable[[], Sequence[str]]
     changed: Callable[[], None]
     rng: random.Random = field(default_factory=random.Random)
@@ -80,7 +80,8 @@ class ReachabilityMonitor:
         return self.choice.serving if self.hidden else ()
 
     def in_words(self) -> str:
-        """Describe the reachability to a person; "" if there is nothing to say."""
+        """Describe to a person that nobody can dial this peer, and which hosts serve its publications; "" if it can be
+        dialled."""
         if not self.hidden:
             return ""
         through = " and ".join(self._name(host) for host in self.hosts)
@@ -92,7 +93,7 @@ class ReachabilityMonitor:
         return (info.name if info is not None else "") or short_peer(peer)
 
     async def keep(self) -> None:
-        """Look every second until cancelled."""
+        """Call `look` every second until cancelled."""
         try:
             while True:
                 await self.look()
@@ -102,7 +103,7 @@ class ReachabilityMonitor:
                 await end_tasks([self._asking])
 
     async def look(self) -> None:
-        """Ask other peers to dial this one when that is due, and call its hosts if it has or needs any."""
+        """Ask other peers to dial this one if that is due, and call this peer's hosts if it has or needs any."""
         now = swarm_time()
         if now > self._looked_s + _STOOD_STILL_S:  # this process was suspended: its hosts were not silent
             self.choice.clear()
@@ -128,7 +129,7 @@ class ReachabilityMonitor:
         _log.info("reach: %s", self.reachability.told(answers, swarm_time(), self.rng))
 
     async def _keep_hosts(self) -> None:
-        """Choose new hosts where needed, and call each: that keeps its connection, or opens another."""
+        """Choose new hosts where needed, and call each host: the call keeps the connection to it, or opens another."""
         for change in self.choice.choose(host_candidates(self.membership.live()), swarm_time()):
             _log.info("hosts: %s", change)
         await asyncio.gather(*(self._call(host) for host in self.choice.chosen))

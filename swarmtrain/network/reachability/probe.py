@@ -33,7 +33,7 @@ _STRANGER_S = 16.0
 
 
 class DialOutcome(Enum):
-    """Outcome of asking a peer to dial us."""
+    """Outcome of asking a peer to dial this machine."""
 
     REACHED = "reached"
     NOT_REACHED = "not reached"
@@ -45,7 +45,7 @@ class DialOutcome(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GreetingAnswer:
-    """Reply of a peer to a greeting."""
+    """Reply of a peer to a greeting, and what the connection to it was like."""
 
     peer: str
     name: str
@@ -108,7 +108,7 @@ async def ask_to_dial(
 
 
 async def ask_to_be_dialled(calls: PeerCalls, peer: str, ports: Sequence[int]) -> DialOutcome:
-    """Ask `peer` to dial us at `ports` of this machine, as a stranger would."""
+    """Ask `peer` to dial this machine at `ports`, as a peer that does not know it would."""
     return (await _ask(calls, peer, pb.DialRequest(own_ports=list(ports)), DIAL_S + _STRANGER_S))[0]
 
 

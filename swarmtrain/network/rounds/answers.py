@@ -25,10 +25,8 @@ def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
 
 
 class RoundAnswers:
-    """Writes the engine's answers as messages, with the snapshots that they hand out.
-
-    Those are this peer's publications of the last rounds, and the shares that it averaged.
-    """
+    """Converts the engine's answers to messages, and keeps the snapshots that they refer to: this peer's publications
+    of the last rounds, and the shares that it averaged."""
 
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
@@ -36,15 +34,15 @@ class RoundAnswers:
         self._shares: dict[int, HeldSnapshot] = {}
 
     def published(self, round: int, publication: HeldSnapshot) -> None:
-        """Let other peers ask for this publication."""
+        """Let other peers ask for this peer's publication of `round`."""
         self._publications[round] = publication
 
     def shared(self, round: int, share: HeldSnapshot) -> None:
-        """Let other peers ask for this share."""
+        """Let other peers ask for the share that this peer averaged in `round`."""
         self._shares[round] = share
 
     def forget(self, knows: Callable[[int], bool]) -> None:
-        """Forget the snapshots of rounds that the engine no longer knows."""
+        """Forget the snapshots of rounds for which `knows` returns False: the engine no longer knows them."""
         self._publications = {round: held for round, held in self._publications.items() if knows(round)}
         self._shares = {round: held for round, held in self._shares.items() if knows(round)}
 

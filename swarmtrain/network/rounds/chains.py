@@ -32,9 +32,9 @@ _MAX_KNOWN = 64  # digests that one message names
 
 
 def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:
-    """Return a chain that a peer shows, every signature verified, joined to `ours`.
+    """Return the chain in a peer's message, joined to `ours`, after verifying every signature.
 
-    Takes as long as up to a thousand signatures: call it in a thread. Raises BadBytesError if anything does not fit.
+    Takes as long as up to a thousand signatures: call it in a thread. Raises BadBytesError if the chain is invalid.
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
@@ -61,7 +61,7 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
 
 
 class ChainStore(Chains[pb.ChainLink]):
-    """Chain of this peer, and those that others have shown, as signed messages."""
+    """Chain of this peer, and chains that other peers have sent, as signed messages."""
 
     def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
         """Append `roster`, which led to the present weights: merged here from `manifests`, or taken from
@@ -72,7 +72,8 @@ class ChainStore(Chains[pb.ChainLink]):
         self.move(ChainLink(roster=roster, shown=shown), pb.ChainLink(roster=signed, manifests=manifests))
 
     def _bounded(self, signed: dict[str, pb.ChainLink]) -> dict[str, pb.ChainLink]:
-        """Return the signed links of our chain that fit into the limit, latest first; older ones without manifests."""
+        """Return the signed links of this peer's chain that fit into the limit, latest first; older ones are kept
+        without their manifests."""
         kept, room_bytes = dict[str, pb.ChainLink](), _MAX_BYTES
         for link in reversed(self.chain.links):
             if (one := signed.get(link.roster.digest)) is None:
@@ -87,8 +88,8 @@ class ChainStore(Chains[pb.ChainLink]):
         return kept
 
     def known(self) -> list[bytes]:
-        """Return digests of our chain, ever fewer the farther back, by which another peer finds where its own parts
-        from it."""
+        """Return digests of rosters on this peer's chain, spaced wider the older they are. Another peer finds by them
+        where its own chain departs from this one."""
         links = self.chain.links
         back = itertools.takewhile(lambda i: i <= len(links), (2**i for i in range(_MAX_KNOWN - 2)))
         digests = [links[-i].roster.digest for i in back]
@@ -99,8 +100,8 @@ class ChainStore(Chains[pb.ChainLink]):
         return [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
 
     def shows(self, known: Iterable[bytes], most_bytes: int | None = None) -> pb.RosterChain:
-        """Return the links from the last roster in `known` to our head, as many as a message holds, the
-        latest first."""
+        """Return the links from the last roster in `known` to this peer's head, the latest first, as many as fit into a
+        message."""
         asker = {digest.hex() for digest in itertools.islice(known, _MAX_KNOWN)}
         parts, room_bytes, num_manifests = [], _MAX_BYTES if most_bytes is None else most_bytes, 0
         for link in reversed(self.chain.links):
@@ -117,11 +118,12 @@ class ChainStore(Chains[pb.ChainLink]):
         return pb.RosterChain(links=reversed(parts))
 
     def kept(self) -> str:
-        """Return what a checkpoint keeps of our chain, base64. May be called from any thread."""
+        """Return what a checkpoint keeps of this peer's chain, in base64. May be called from any thread."""
         return base64.b64encode(self.shows((), _KEPT_BYTES).SerializeToString()).decode()
 
     def restore_untrusted(self, kept: str, settings: RoundSettings) -> None:
-        """Load what a checkpoint kept, before `move_to` appends its roster. Raises BadBytesError if it is damaged."""
+        """Load what `kept` returned, before `move_to` appends the checkpoint's roster. Raises BadBytesError if it is
+        damaged."""
         try:
             message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
         except (DecodeError, ValueError, TypeError) as error:
@@ -131,15 +133,15 @@ class ChainStore(Chains[pb.ChainLink]):
 
 
 class NextRosters:
-    """Rosters that this peer may apply next: of each it has the mean, or took the state."""
+    """Rosters that this peer may apply next: it has averaged them, or has taken the state that they lead to."""
 
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
         self._known: dict[str, tuple[SignedRoster[pb.Signed], Sequence[pb.Signed]]] = {}
-        """Rosters by digest, with the manifests that were merged."""
+        """Rosters by digest, each with the manifests that were merged."""
 
     def merged(self, one: SignedRoster[pb.Signed], manifests: Sequence[pb.Signed]) -> None:
-        """Add a roster whose mean was made here from `manifests`."""
+        """Add a roster that was averaged here from `manifests`."""
         self._known[one.roster.digest] = one, manifests
 
     def taken(self, roster: Roster, signed: pb.Signed) -> None:
@@ -148,8 +150,8 @@ class NextRosters:
         self._known[roster.digest] = named(roster, signed), manifests
 
     def apply(self, digest: str, last: SignedRoster[pb.Signed] | None) -> SignedRoster[pb.Signed]:
-        """Append the roster of this digest to our chain and return it. `last` is the roster applied before; it may be
-        the same."""
+        """Append the roster with this digest to this peer's chain, and return it. `last` is the roster applied before;
+        it may be the same."""
         one, manifests = self._known.get(digest, (last, ()))
         assert one is not None and one.roster.digest == digest, "a state without its roster"
         self._chains.move_to(one.roster, one.signed, manifests)

@@ -46,7 +46,8 @@ Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """Settings of rounds from the run file: seconds, tokens, and the tensor tables of gradient and state."""
+    """Settings of rounds from the run file: times in seconds, token limits, and the tensor tables of gradient and
+    state."""
 
     run_sha256: str
     specs: tuple[TensorSpec, ...]
@@ -69,8 +70,8 @@ class UnobtainableError(Exception):
 class Merger:
     """Averages the publications of rosters.
 
-    A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the reply
-    then need not repeat that roster.
+    A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the owner
+    then need not repeat that roster in its reply.
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class Merger:
     ) -> bytearray:
         """Return the mean of a roster's publications that are finite, as bytes.
 
-        `publications` holds the known publications of the round by peer; those that had to be looked for are added.
-        `name` is the name that others give to the signed roster. `share_ready` is called with this peer's share, if the
-        merge has shares. Raises UnobtainableError.
+        `publications` holds the known publications of the round by peer; publications that this merge had to fetch are
+        added to it. `name` is the name that others give to the signed roster. `share_ready` is called with this peer's
+        share, if the merge has shares. Raises UnobtainableError.
         """
         entries: list[HeldSnapshot] = []
         for entry in roster.entries:
@@ -131,8 +132,8 @@ class Merger:
         return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
     def rotated(self, items: list[_T]) -> list[_T]:
-        """Return the same items from a start that depends on the peer, so that not all peers pull from the first one at
-        once."""
+        """Return the same items, starting from an item that depends on this peer, so that not all peers pull from the
+        same source first."""
         start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
         return items[start:] + items[:start]
 
@@ -218,7 +219,7 @@ class _MergeInShares:
         self._share_ready(held)
 
     async def _pull(self, index: int, size_bytes: int) -> bytearray | None:
-        """Pull the share that its owner averaged. Returns None when it is lost or overdue."""
+        """Pull the share of the peer number `index` on the roster. Returns None if the share is lost or overdue."""
         merger, roster, downloads = self._merger, self._roster, self._merger.downloads
         owner = roster.peers[index]
         specs = [TensorSpec("share", (size_bytes // 4,))]
@@ -254,7 +255,7 @@ class _MergeInShares:
         return None
 
     def _is_of_untrusted(self, signed: pb.Signed) -> bool:
-        """Return whether a share belongs to this roster: its owner may be merging another one."""
+        """Return whether a share belongs to this roster: its owner may be merging a different one."""
         _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
         return manifest.roster_sha256.hex() == self._roster.digest
 

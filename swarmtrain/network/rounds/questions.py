@@ -24,7 +24,7 @@ _log = logging.getLogger("swarmtrain.network.rounds.runner")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Event that comes of a question, and the publication that its reply announced."""
+    """Engine event that results from a question, and the publication that the reply announced."""
 
     event: ev.QuestionAnswered[pb.Signed, pb.ChainLink] | ev.ReplyRefused | ev.QuestionFailed
     publication: Snapshot | None = None
@@ -50,10 +50,10 @@ class RoundQuestions:
         self._last_signed: dict[str, tuple[Roster, str]] = {}
         """Roster that each peer last said it had applied, with its name."""
         self._broken: set[str] = set()
-        """Peers whose last reply led to an error of our own."""
+        """Peers whose last reply caused an error in this program itself."""
 
     async def ask(self, ask: ev.AskRoundQuestion) -> Said:
-        """Send one question and return what came of it. Never raises for a bad or missing reply."""
+        """Send one question and return its result. Never raises for a bad or missing reply."""
         question = ask.question
         request = pb.RoundRequest(
             round=question.round,
@@ -83,7 +83,7 @@ class RoundQuestions:
             return Said(ev.QuestionFailed(ask.number))
 
     async def read_untrusted(self, ask: ev.AskRoundQuestion, reply: pb.RoundReply) -> Said:
-        """Check the signatures of a peer's reply and return what it says. Raises BadBytesError."""
+        """Check the signatures of a peer's reply and return its contents. Raises BadBytesError."""
         peer, question, settings = ask.peer, ask.question, self._settings
         last, published, shown = None, None, None
         if reply.HasField("last_roster"):

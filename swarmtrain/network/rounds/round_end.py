@@ -60,7 +60,7 @@ class EndedRound:
         self._mean: RosterMean | None = None
 
     def announced(self, snapshot: Snapshot) -> None:
-        """Add a publication that this round may merge; none of its bytes are here yet."""
+        """Add a publication that this round may merge; none of its bytes have been pulled yet."""
         self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
 
     def fetch(self, fetch: ev.FetchPublication) -> None:
@@ -73,7 +73,7 @@ class EndedRound:
         self._merging = self._begin(self._merge(one, self._merging))
 
     def give_up_merge(self) -> None:
-        """Cancel the running merge."""
+        """Cancel the merge under way."""
         if self._merging is not None:
             self._merging.cancel()
 

@@ -88,7 +88,7 @@ class RoundRunner:
         self._states = StateServer(states or PeerStates(downloads, settings, rosters))
         self._next = NextRosters(chains)
         self._ended: EndedRound | None = None
-        """Round that is being ended."""
+        """Round whose end is under way."""
         self._requests: dict[int, pb.RoundRequest] = {}
         """Requests of other peers, by the numbers of `_awaited`."""
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -121,7 +121,7 @@ class RoundRunner:
 
     @property
     def waiting_for(self) -> str:
-        """What the engine waits for, in words; empty if for nothing. See `RoundEngine`."""
+        """Reason why the engine waits; empty if it does not. See `RoundEngine`."""
         return self.engine.waiting_for
 
     @property
@@ -248,7 +248,7 @@ class RoundRunner:
             self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
-        """Pass an error on to every task that waits for a result that will not come now."""
+        """Pass an error on to every task that waits for a result, because no result will come."""
         is_told = self._awaited.fail(error)
         if self._ended is not None:
             is_told = self._ended.fail(error) or is_told
@@ -258,8 +258,8 @@ class RoundRunner:
     # ------------------------------------------------------------- others' questions
 
     async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
-        """Answer a question about a round; hold it for up to `request.wait_s` until there is something new to the
-        caller."""
+        """Answer a question about a round; hold the answer for up to `request.wait_s` seconds until it has something
+        new for the caller."""
         call = self._awaited.next_number()
         self._requests[call] = request
         try:
@@ -276,19 +276,19 @@ class RoundRunner:
         self._tell(ev.RoundBegun(is_late_joiner))
 
     def leave(self) -> None:
-        """Tell the engine that this peer has said goodbye."""
+        """Report to the engine that this peer has said goodbye."""
         self._tell(ev.Left())
 
     def come_back(self) -> None:
-        """Tell the engine that this peer is back."""
+        """Report to the engine that this peer is back."""
         self._tell(ev.CameBack())
 
     def peers_changed(self) -> None:
-        """Tell the engine that a peer came, left or was lost."""
+        """Report to the engine that a peer joined, left or was lost."""
         self._tell(ev.MembersChanged())
 
     def stood_still(self, *, forgives: bool = True) -> None:
-        """Tell the engine that this process did not run until now. See `ProcessSuspended`."""
+        """Report to the engine that this process was suspended until now. See `ProcessSuspended`."""
         self._tell(ev.ProcessSuspended(forgives))
 
     def forget_peer(self, peer: str) -> None:
@@ -304,9 +304,9 @@ class RoundRunner:
                 await asyncio.wait_for(self._moved.wait(), ends_s - swarm_time())
 
     async def finish(self, round: int, publication: HeldSnapshot, started_s: float) -> Outcome:
-        """Publish, agree on a roster and merge it.
+        """Publish this peer's pseudo-gradient of `round`, agree on a roster and merge it.
 
-        Returns the mean, or the state of the peers that went on without this one.
+        Returns the mean, or the state of the other peers if they merged without this one.
         """
         ended = self._ended = EndedRound(publication, self._merger, self._answers, self._next, self._tell)
         self._answers.published(round, publication)

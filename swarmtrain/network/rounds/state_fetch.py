@@ -21,7 +21,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["JoinedState", "NewState", "PeerStates", "StateSearch", "StateServer", "StateSource"]
 
 _MAX_OFFERED = 8
-"""Offered states kept, the latest: most are never taken, and none of their bytes are here."""
+"""Limit of offered states that are kept, the latest ones: most are never pulled, and none of their bytes have
+arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class NewState:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedState:
-    """State and reason with which a peer begins that joins or comes back."""
+    """State with which a peer begins that joins or comes back, and the reason for the choice."""
 
     begins: ev.JoinsWith
     state: NewState | None
@@ -55,7 +56,7 @@ class StateSource(Protocol):
         """Pull the state's bytes. Raises PeerError."""
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """Blame this peer for a state that did not come."""
+        """Report this peer for offering a state that it did not deliver correctly."""
 
 
 class PeerStates:
@@ -100,7 +101,7 @@ class StateServer:
         self._source = source
         self._offered: dict[int, NewState] = {}
         self._taken: dict[int, NewState] = {}
-        """States whose bytes are being pulled, or are here."""
+        """States whose bytes are being pulled, or have been pulled."""
 
     async def fetch(self, fetch: ev.RequestState) -> ev.StateOffered[pb.Signed] | ev.StateNotFetched:
         """Ask a peer to offer its state."""
@@ -128,11 +129,11 @@ class StateServer:
         return ev.StateDownloaded(number)
 
     def pop(self, number: int) -> NewState:
-        """Return and forget a state that is here completely."""
+        """Return and forget a state that has been pulled completely."""
         return self._taken.pop(number)
 
     def drop(self, number: int) -> None:
-        """Drop this number's state, if it is one. A task that still runs for it leaves nothing behind."""
+        """Drop the state with this number, if there is one. A task that still pulls it leaves nothing behind."""
         self._offered.pop(number, None)
         self._taken.pop(number, None)
 
@@ -144,17 +145,15 @@ class StateSearch:
         self._awaited = awaited
 
     async def ask_now(self, peers: Sequence[str]) -> dict[str, AdvertisedRound]:
-        """Ask these peers for their rounds now. Peers that do not answer are missing from the result."""
+        """Ask `peers` for their rounds now. The result lacks the peers that do not answer."""
         search = self._awaited.next_number()
         survey = ev.SurveyPeers(search, tuple(peers))
         advertised: dict[str, AdvertisedRound] = await self._awaited.result(search, survey, ev.RoundAbandoned(search))
         return advertised
 
     async def join(self, peers: Sequence[str]) -> JoinedState:
-        """Find out from the peers known here what this peer begins with when it joins or comes back.
-
-        No peer is asked twice in this search.
-        """
+        """Find out what this peer begins with when it joins or comes back: the state that holds among `peers`, or its
+        own. No peer is asked twice in this search."""
         search = self._awaited.next_number()
         joined: JoinedState = await self._awaited.result(
             search, ev.Join(search, tuple(peers)), ev.RoundAbandoned(search)
@@ -162,7 +161,8 @@ class StateSearch:
         return joined
 
     async def took(self, state: NewState) -> None:
-        """Adopt this state: ask its source once more about the round under way, which this peer enters late."""
+        """Record that this peer adopts `state`: ask its source once more about the round under way, which this peer
+        enters late."""
         search = self._awaited.next_number()
         await self._awaited.result(search, ev.StateAdopted(search, state.from_peer), ev.RoundAbandoned(search))
 
@@ -186,7 +186,7 @@ class StateSearch:
         return None if state is None else dataclasses.replace(state, reason=reason)
 
     async def fetch_newest_state(self, peers: Sequence[str], reason: str, above_tokens: int = 0) -> NewState | None:
-        """Ask these peers for their rounds now, then do the same as `fetch_advertised_state`."""
+        """Ask `peers` for their rounds now, then fetch their newest state as `fetch_advertised_state` does."""
         return await self.fetch_advertised_state(await self.ask_now(peers), reason, above_tokens)
 
     async def _seek(self, seek: ev.SearchState) -> tuple[bool, NewState | None]:

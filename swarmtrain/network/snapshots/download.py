@@ -25,7 +25,7 @@ class SnapshotCalls(Protocol):
 
     @property
     def pull_slots(self) -> AbstractAsyncContextManager[Any]:
-        """Held while something is pulled."""
+        """Context held while something is pulled; it limits the number of pulls at once."""
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> PullStream:
         """Open a pull's stream. See `PeerCalls`."""

@@ -288,7 +288,7 @@ class SnapshotStore:
         return self._held.get(sha256)
 
     def drop(self, sha256: str) -> None:
-        """Stop serving this snapshot. If somebody is reading it, it goes at a later `add` or `drop`."""
+        """Stop serving this snapshot. If somebody is reading it, a later `add` or `drop` removes it."""
         self._unwanted.add(sha256)
         self._sweep()
 
@@ -308,12 +308,12 @@ class SnapshotStore:
             self.arriving = None
 
     def touch(self, sha256: str) -> None:
-        """Keep this snapshot for a while: its name was given to a peer that will read it."""
+        """Keep this snapshot for a while, because a peer has just learned its name and will read it."""
         if sha256 in self._held:
             self._read_s[sha256] = self.clock()
 
     def is_being_read(self, sha256: str) -> bool:
-        """Return whether a peer reads it, or is about to."""
+        """Return whether a peer reads the snapshot, or is about to."""
         return self._read_s.get(sha256, -math.inf) >= self.clock() - self.reader_stall_s
 
     def forget_before(self, round: int) -> None:
@@ -613,8 +613,8 @@ class _Check:
         self._checking: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
-        """Start to check the chunks that came since the last call. Raises BadBytesError when an earlier one proves
-        wrong."""
+        """Start to check the chunks that arrived since the last call. Raises BadBytesError if a chunk checked earlier
+        is wrong."""
         if self._checking is not None:
             await self._checking
         chunks = self.came[self._num_begun :]

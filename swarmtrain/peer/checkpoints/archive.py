@@ -1,7 +1,7 @@
-"""Knowledge of a bootstrap about its archive: whose tokens the weights contain, what was merged, which data was seen.
+"""A bootstrap's record of its archive: whose tokens the weights contain, what was merged, which data was seen.
 
-The bootstrap gives all of that, with everyone's counts, to whoever takes the archive: by then all who trained may be
-gone.
+The bootstrap gives all of that, with all peers' counts, to each peer that takes the archive: by then all volunteers may
+be gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SLACK_ROUNDS = 4
 
 @dataclass
 class Archive:
-    """Knowledge about the archive of one swarm: a run's, or a stage's."""
+    """Record of what the archive of one swarm contains: a run's swarm, or a stage's."""
 
     swarm: Swarm
     manager: CheckpointManager
@@ -60,7 +60,8 @@ class Archive:
         )
 
     def serving(self) -> Serving:
-        """Return what is served with the archive to those who take it."""
+        """Return what is served with the archive's state: rows of seen data, and the places of publications in its
+        weights."""
         return Serving(rows=self.rows.rows_to_send, places=lambda: self.places)
 
     def restore(self, kept: Checkpoint | None) -> None:
@@ -79,11 +80,11 @@ class Archive:
         self.manager.restore_counts()
 
     def asks(self, infos: Sequence[PeerInfo]) -> None:
-        """Note that states of some of these volunteers, who are all that train, are being asked for."""
+        """Record that the states of some of these volunteers, which are all that train, are being asked for."""
         self._asked = infos
 
     def is_wanted(self, counts: Mapping[str, int], authors: Collection[str]) -> bool:
-        """Return whether pulled weights belong into the archive.
+        """Return whether pulled weights of `authors` should replace those in the archive.
 
         If the archive contains them already, their authors are not asked again before they have more.
         """
@@ -132,7 +133,8 @@ def checkpoint_of(present: ConsensusState, manager: CheckpointManager) -> Checkp
 
 
 def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
-    """Return what a checkpoint says its weights contain; older checkpoints say it by their counts."""
+    """Return each peer's tokens in a checkpoint's weights, as the checkpoint says; older checkpoints say it by their
+    counts."""
     if not isinstance(kept, Mapping):
         return progress.peer_tokens
     pairs = [(peer, tokens) for peer, tokens in kept.items() if isinstance(peer, str) and isinstance(tokens, int)]

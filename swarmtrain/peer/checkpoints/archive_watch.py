@@ -19,7 +19,8 @@ _SAMPLE = 16
 
 
 class ArchiveWatch:
-    """Asks at a round's start, beside the training, and knows at its end whether an archive's state is preferred."""
+    """Asks the bootstraps that appear, at a round's start and beside the training, for their rounds; knows at the
+    round's end whether an archive's state is preferred."""
 
     def __init__(self, network: NetworkThread, swarm: Swarm, stop: StopFlag) -> None:
         self._network, self._swarm, self._stop = network, swarm, stop
@@ -28,12 +29,12 @@ class ArchiveWatch:
         """Answers of the bootstraps that appeared in this round, and of some volunteers."""
 
     def joined(self, told: Collection[str]) -> None:
-        """Note which peers were asked when this peer came, or came back."""
+        """Record which peers were asked when this peer joined or came back."""
         self._seen.forget()
         self._seen.told(told)
 
     def ask(self) -> None:
-        """Ask the peers that `ArchivesSeen` names; does not wait."""
+        """Begin to ask the peers that `ArchivesSeen` names; does not wait for the answers."""
         rounds, self._told = self._swarm.rounds, None
         if came := self._seen.to_ask(rounds.listening_since_s):
             volunteers = [info.peer for info in self._swarm.membership.volunteers()]

@@ -44,7 +44,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """State with its counters and the roster that led to it. `own` is None in a bootstrap's.
+    """State with its counters and the roster that led to it. `own` is the volunteer's own part, None in a bootstrap's
+    checkpoint.
 
     Where peers merge asynchronously there are no rosters: both fields are None.
     """
@@ -92,7 +93,8 @@ def save(folder: CheckpointFolder, checkpoint: Checkpoint, moments_read: Callabl
 
 
 def _bytes_of(name: str, pieces: list[Tensor]) -> TensorBytes:
-    """Return a vector, stored in these pieces, as bytes; each piece is freed when the next one is asked for."""
+    """Return a vector, stored in these pieces, as the bytes of a tensor; each piece is freed when the next one is asked
+    for."""
     left = pieces[::-1]
 
     def views() -> Iterator[memoryview]:
@@ -124,9 +126,8 @@ def _view(tensor: Tensor) -> memoryview:
 def load_newest(
     folder: CheckpointFolder, run: RunFile, num_parameters: int, warn: Callable[[str], None]
 ) -> tuple[Checkpoint, Written] | None:
-    """Return the newest checkpoint that is whole, and where it is; call `warn` with a sentence for each unusable
-    one.
-    """
+    """Return (the newest whole checkpoint, its file); None if there is none. Call `warn` with a sentence for each
+    unusable one."""
     try:
         entries = list(folder.newest_first())
     except OSError as error:

@@ -99,7 +99,7 @@ class Unused(NamedTuple):
 
 @dataclass
 class CheckpointFolder:
-    """Checkpoints of one peer in one run; those of others in the same folder are left alone.
+    """Folder with the checkpoints of one peer in one run; checkpoints of other peers in it are left alone.
 
     With `peer` None it reads checkpoints of any peer and must not write.
     """
@@ -161,7 +161,7 @@ class CheckpointFolder:
         return path
 
     def written(self, kept: StoredCheckpoint) -> Written:
-        """Return what `write` returned for it, without the seconds."""
+        """Return what `write` returned for the checkpoint, except for the seconds that it took."""
         path = self.path / f"{kept.stem}.json"
         size = path.stat().st_size + kept.manifest["tensors"]["size_bytes"]
         return Written(path=path, round=kept.manifest["round"], time=path.stat().st_mtime, size_bytes=size, seconds=0.0)

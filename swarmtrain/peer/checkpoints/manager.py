@@ -57,20 +57,19 @@ def checkpointer_of(
 
 @dataclass
 class CheckpointManager:
-    """Keeps what one peer has of one run: checkpoints, and its swarm's counts."""
+    """Keeps the files of one peer in one run: checkpoints, and the counts of its swarm."""
 
     folder: PeerFolder
     checkpointer: Checkpointer
     swarm: Swarm
     emit: Emit
     stage: int | None = None
-    """Stage of a pipeline, whose counts have a file of their own; None for the run."""
+    """Stage of a pipeline whose counts these are, in a file of their own; None for the whole run."""
     peers: PeersFile | None = None
     """File of known peers, written with each checkpoint. A pipeline has one for the whole run."""
     extras: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """Functions, by name, that give what other parts keep in each checkpoint. Called in the trainer's thread by
-    `extra`.
-    """
+    """Functions, by name, that return what other parts keep in each checkpoint. `extra` calls them in the trainer's
+    thread."""
     _kept_rows: list[list[str | int | float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -113,7 +112,7 @@ class CheckpointManager:
     # ------------------------------------------------------------- while it runs
 
     def extra(self) -> dict[str, Any]:
-        """Return what other parts keep in a checkpoint taken now."""
+        """Return, by name, the data that other parts keep in a checkpoint taken now."""
         return {name: give() for name, give in self.extras.items()}
 
     def keep(self, checkpoint: Checkpoint) -> None:
@@ -145,10 +144,8 @@ class CheckpointManager:
     # ------------------------------------------------------------- for who asks
 
     def flushed(self) -> control_pb.CheckpointReply:
-        """Return the newest checkpoint once it is on the disk; it is of the last round's end.
-
-        Raises RunTimeError if there is none or it cannot be written.
-        """
+        """Wait until the last round's checkpoint is on the disk, and return it. Raises RunTimeError if there is none or
+        it cannot be written."""
         done, last = self.checkpointer.flush(_ASKED_FLUSH_S), self.checkpointer.last
         if not done:
             raise RunTimeError(
@@ -163,7 +160,7 @@ class CheckpointManager:
         return control_pb.CheckpointReply(round=last.round, path=str(last.path))
 
     def show(self, status: control_pb.PeerStatus) -> None:
-        """Fill in the newest checkpoint on the disk."""
+        """Fill into `status` the newest checkpoint on the disk."""
         if (last := self.checkpointer.last) is not None:
             kept = control_pb.KeptCheckpoint(round=last.round, time=last.time, size_bytes=last.size_bytes)
             status.checkpoint.CopyFrom(kept)
@@ -213,7 +210,7 @@ class PeersFile:
 
 
 def known_peers(newest: list[InvitedPeer], before: tuple[InvitedPeer, ...]) -> tuple[InvitedPeer, ...]:
-    """Return the present peers, then some of the former ones, 16 in all.
+    """Return the present peers, then some of the former ones, 16 in all at most.
 
     A few places are kept for peers that are away: one of them may be the only one to come back.
     """

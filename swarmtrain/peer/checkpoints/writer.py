@@ -57,9 +57,9 @@ class Checkpointer:
     _beside: Callable[[], None] | None = None
     _num_offered: int = 0
     _done: int = 0
-    """Number of the newest offer whose writing has ended, successfully or not."""
+    """Number of the newest `offer` whose writing has ended, successfully or not."""
     _written: int = 0
-    """Number of the newest offer that is on the disk."""
+    """Number of the newest `offer` that is on the disk."""
     _closed: bool = False
     _thread: threading.Thread | None = None
     _rooms: list[Tensor] = field(default_factory=list)

@@ -61,7 +61,7 @@ _PATIENCE_S = 60.0
 _PROGRESS_BYTES = 65_536
 _NAMED = 3
 _NAME_CHARACTERS = 16
-"""Characters of a name shown in a sentence; a name may have 64."""
+"""Limit of a name's length in a sentence, in characters; a name itself may have 64."""
 _REASONS = {
     "total_tokens": "the run has trained all its tokens",
     "interrupted": "it was interrupted",
@@ -82,7 +82,7 @@ class Pulse:
     state: pb.PeerState
     doing: str
     about: str = ""
-    """The part of `doing` that does not count down: a change of it is progress."""
+    """Part of `doing` that does not count down: if it changes, there is progress."""
     round: int = 0
     inner_steps_done: int = 0
     inner_steps: int = 0
@@ -178,9 +178,8 @@ class StatusBoard:
         self._sums = _Sums()
 
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
-        """Return what this peer is expected to use with as many volunteers as `status` shows present; None if
-        unknown.
-        """
+        """Return the expected memory and traffic of this peer, with as many volunteers as `status` shows present; None
+        if unknown."""
         present = sum(peer.present and not peer.bootstrap for peer in status.peers)
         estimates = None if self._watched is None else self._watched.estimates
         return estimates(present) if estimates is not None and present else None
@@ -204,7 +203,7 @@ class StatusBoard:
         return _Listening(self, emit)
 
     def take(self, event: Event) -> None:
-        """Note an event of this peer."""
+        """Record an event of this peer."""
         with self._lock:
             self._take(event)
         for listener in self._listeners:
@@ -282,7 +281,8 @@ class StatusBoard:
                 base.archive.CopyFrom(before.archive)
 
     def remember(self, before: pb.PeerStatus) -> None:
-        """Take over losses and names from the last status of this folder's earlier process, if the run is the same."""
+        """Take over losses and names from the last status of the process that used this folder before, if the run is
+        the same."""
         self._before = before
         self.called(before.name)
 
@@ -292,7 +292,7 @@ class StatusBoard:
             self._base.name = name or self._base.name
 
     def doing(self, state: pb.PeerState, sentence: str) -> None:
-        """Set what the peer does from now on, where no event says so."""
+        """Set the activity that the status shows from now on, where no event says it."""
         with self._lock:
             self._do(state, sentence)
 
@@ -303,9 +303,8 @@ class StatusBoard:
         self._beats += 1
 
     def arriving(self, sentence: str) -> None:
-        """Report that the swarm's present weights are arriving. A peer that trains has fallen behind, and trains on
-        afterwards.
-        """
+        """Report that the swarm's present weights are arriving. A peer that was training has fallen behind, and
+        continues to train afterwards."""
         with self._lock:
             # A training peer stays in its state: as STARTING it would have no pulse, and count as unhealthy for good.
             if self._base.state != pb.PEER_STATE_TRAINING:
@@ -315,7 +314,7 @@ class StatusBoard:
                 self._beats += 1
 
     def arrived(self) -> None:
-        """Report that nothing arrives any more: all of it is here, or nobody delivers it."""
+        """Report that the download has ended, complete or not."""
         with self._lock:
             self._arriving = ""
 
@@ -331,7 +330,7 @@ class StatusBoard:
             self._beats += 1
 
     def beat(self) -> None:
-        """Note progress that the pulse does not show; costs nothing."""
+        """Record progress that the pulse does not show; costs nothing."""
         self._beats += 1
 
     def ended(self, state: pb.PeerState, reason: str, exit_code: int) -> None:
@@ -407,7 +406,8 @@ class StatusBoard:
     # ------------------------------------------------------------- what it tells
 
     def tick(self) -> Vitals:
-        """Take the pulse, for rates and health. Called about twice a second."""
+        """Read the pulse, update the rates, and return the inputs of the health decision. Called about twice a
+        second."""
         now, pulse = self._now(), self._look()
         with self._lock:
             before = self._samples[-1][1] if self._samples else None
@@ -424,14 +424,14 @@ class StatusBoard:
             )
 
     def _look(self) -> Pulse | None:
-        """Return the pulse, if the peer is in its rounds or serves."""
+        """Return the pulse, if the peer is in its rounds or serves; else None."""
         watched = self._watched
         if watched is None or self._base.state not in _IN_ROUNDS:
             return None
         return watched.pulse()
 
     def status(self) -> pb.PeerStatus:
-        """Return everything that is known now."""
+        """Return the status with everything that is known now."""
         pulse, now = self._look(), self._now()
         status = pb.PeerStatus()
         with self._lock:
@@ -468,8 +468,8 @@ class StatusBoard:
         status.received_bytes_per_s = _rounded((last.received_bytes - first.received_bytes) / over_s)
 
     def _fill_speeds(self, status: pb.PeerStatus, now: float) -> None:
-        """Fill in the speeds: this peer's by its steps, the others' by their counts, or by their word before those are
-        known.
+        """Fill in the speeds: this peer's by its steps, the others' by their counts, or by the speeds that they
+        advertise before counts are known.
 
         The swarm's is the sum. In a pipeline all speeds are by counts, since a step of one stage is only a part of a
         step.

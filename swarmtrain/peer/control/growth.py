@@ -24,7 +24,7 @@ class Growth:
     _changes: deque[tuple[float, int]] = field(default_factory=deque)
 
     def take(self, count: int, now: float) -> None:
-        """Record the present value. The first value is no change, since it is unknown when it was reached."""
+        """Record the count at `now`. The first value is no change, since it is unknown when it was reached."""
         if count > self._count >= 0:
             self._changes.append((now, count))
             while len(self._changes) > 2 and self._changes[1][0] <= now - _WINDOW_S:

@@ -26,7 +26,7 @@ class Vitals:
 
 
 def health(vitals: Vitals, now: float) -> tuple[bool, str]:
-    """Return whether this peer does what it is there for, and why."""
+    """Return (True if this peer trains or serves as it should, the reason)."""
     if vitals.state == pb.PEER_STATE_FINISHING:
         return True, "it serves on for the others"  # for a minute at most, perhaps measuring meanwhile
     if vitals.state not in _AT_WORK:

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class Measured(Protocol):
-    """What is measured; see `Usage`."""
+    """Measurements on which the limits are decided; see `Usage`."""
 
     @property
     def num_processors(self) -> int: ...
@@ -133,7 +133,8 @@ class LimitEnforcer:
         limits, said = self._limits, []
         if "threads" in given:
             threads = f"{counted(limits.threads or self._all_threads, 'thread')} from the next inner step on"
-            said.append(threads + self._too_many(limits.threads))
+            too_many = self._too_many(limits.threads)
+            said.append(threads + (f", {too_many}" if too_many else ""))
         if "memory_bytes" in given:
             said.append(f"memory {size_of_limit(limits.memory_bytes)}{self._too_little(limits.memory_bytes)}")
         if "nice" in given:
@@ -151,12 +152,12 @@ class LimitEnforcer:
         return "; ".join(said)
 
     def _too_many(self, threads: int) -> str:
-        """Return a remark on more threads than processors; else empty."""
+        """Return a remark if `threads` are more than the processors; else empty."""
         cores = self._measured.num_processors
-        return f", more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
+        return f"more than the {counted(cores, 'core')} here: that only slows it down" if threads > cores else ""
 
     def _too_little(self, limit_bytes: int) -> str:
-        """Return a remark on a limit that the run is expected to exceed; else empty."""
+        """Return a remark if the run is expected to need more memory than `limit_bytes`; else empty."""
         expected = self._expected() if limit_bytes else None
         if expected is None or expected.memory_bytes <= limit_bytes:
             return ""
@@ -168,12 +169,14 @@ class LimitEnforcer:
         """Apply the limits for the first time, in the trainer's thread. Raises UserError if one cannot be applied."""
         self._set_nice(self._limits.nice)
         self.between_steps()
+        if too_many := self._too_many(self._limits.threads):
+            warning = f"--threads {self._limits.threads}: {too_many}"
+            self._emit(WarningEvent(message=warning, code="too-many-threads"))
         self.tick()
 
     def limit_link(self, traffic: TrafficCount, network: NetworkSection) -> None:
-        """Limit this peer's link by the limits, or by the run's where they say nothing; see the function
-        `limit_link`.
-        """
+        """Limit this peer's link as its own limits say, or as the run does where these say nothing; see the function
+        `limit_link`."""
         with self._lock:
             limit_link(traffic, self._limits, network)
             self._traffic, self._network = traffic, network

@@ -87,7 +87,7 @@ class EventCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """Input of one scrape."""
+    """Peer's status and counts, as one scrape reads them."""
 
     status: pb.PeerStatus
     counts: EventCounts
@@ -95,7 +95,7 @@ class _Look:
     tokens_per_step: int
     memory_bytes: int
     expected: Estimate | None
-    """Cost of the run for a volunteer, with as many volunteers as are present."""
+    """Expected cost of the run for a volunteer, with as many volunteers as are present; None if unknown."""
 
     @property
     def joined(self) -> bool:
@@ -125,7 +125,7 @@ class _Metric:
 
     @property
     def exposed(self) -> str:
-        """Name that Prometheus knows it by."""
+        """Metric's name as Prometheus knows it."""
         return f"swarmtrain_{self.name}" + ("_total" if self.family is CounterMetricFamily else "")
 
 
@@ -239,7 +239,7 @@ class PeerCollector(Collector):
         return family
 
     def _grown(self, which: tuple[str, str], value: float) -> float:
-        """Return the highest value so far.
+        """Return the highest value of a counter so far.
 
         Without a pulse the traffic is that of the last pulse, which was a little less; Prometheus would take a drop for
         a restart.

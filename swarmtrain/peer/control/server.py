@@ -280,7 +280,8 @@ class _Calls(pb_grpc.ControlServicer):
             await self.health.set(service, kinds.SERVING if serving else kinds.NOT_SERVING)
 
     def are_due(self, tick: int) -> bool:
-        """Return whether watchers are to be updated in this tick; the more they are, the less often."""
+        """Return whether watchers are to be updated in this tick. The more watchers there are, the fewer updates each
+        gets."""
         return self._num_watchers > 0 and tick % (1 + (self._num_watchers - 1) // _WATCHERS_A_TICK) == 0
 
     def tell(self, status: pb.PeerStatus) -> None:
@@ -365,7 +366,8 @@ class _Calls(pb_grpc.ControlServicer):
         return pb.ControlReply(message=await self._use(context, work, "change its limits"))
 
     async def _use(self, context: Any, power: Callable[[], _T] | None, what: str) -> _T:
-        """Run a handler on the pool and return its answer; abort the call with a sentence if it fails or is missing."""
+        """Run the handler `power` on the pool and return its answer; abort the call with a sentence if the handler
+        fails or is missing."""
         told: tuple[tuple[str, str], ...] = ()
         if power is None:
             status, message = grpc.StatusCode.UNIMPLEMENTED, f"this peer cannot {what}"

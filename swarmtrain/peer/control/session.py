@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError, with_code
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
@@ -101,9 +101,8 @@ class ControlSession:
     def takes_orders(
         self, pause: PauseSwitch, pause_asked: Callable[[bool], None], limit: Callable[[pb.Limits], str]
     ) -> None:
-        """Register what lets a person pause the peer (`pause_asked` is called then) and change its limits. For
-        volunteers.
-        """
+        """Register the pause switch and the function that changes limits, so that a person can use them; `pause_asked`
+        is called with each request to pause or resume. For volunteers."""
         self._pause_asked, self._limit = pause_asked, limit
         self._pause = pause  # last: whoever finds the switch also finds `pause_asked`
 
@@ -226,7 +225,7 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}", code="no-control"))
+            control.emit(WarningEvent(message=f"this peer cannot answer status questions: {error}", code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
@@ -234,7 +233,7 @@ def control_session(
         board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
         raise
     except SwarmtrainError as error:
-        board.ended(pb.PEER_STATE_FAILED, str(error), error.exit_code)
+        board.ended(pb.PEER_STATE_FAILED, with_code(str(error), error.code), error.exit_code)
         raise
     except BaseException as error:
         board.ended(pb.PEER_STATE_FAILED, f"an error of swarmtrain itself: {error!r}", 1)
@@ -345,7 +344,7 @@ def reach_in_words(swarm: Swarm) -> str:
 
 
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
-    """Return a looker that fills into a status who is here and who contributed what."""
+    """Return a looker: a function that fills into a status which peers are present and how much each contributed."""
     tokens_per_step, gone, growth = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
 
     def look(status: pb.PeerStatus) -> None:
@@ -393,7 +392,8 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
 
 
 def _told_per_s(live: Iterable[PeerInfo], tokens_per_step: int) -> float:
-    """Return all peers' tokens per second as most of them claim; used before it is measured."""
+    """Return the swarm's tokens per second: the number of peers times the median of their advertised speeds. Used
+    before it is measured."""
     speeds = [info.steps_per_s for info in live if info.training and info.steps_per_s > 0]
     return tokens_per_step * len(speeds) * statistics.median_low(speeds) if speeds else 0.0
 

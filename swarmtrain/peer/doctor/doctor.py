@@ -344,7 +344,7 @@ class Doctor:
     # ------------------------------------------------------------- what the run costs
 
     def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
-        """Return what `bytes_of` says of the run and its parameters; None without a run."""
+        """Return `bytes_of` for the run and its number of parameters; None without a run."""
         if self.run is None or not self.has_torch:
             return None
         from swarmtrain.model.gpt import num_parameters
@@ -356,7 +356,7 @@ class Doctor:
         return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
     def look_at_data(self) -> Iterator[Finding]:
-        """Check whether the text that the run trains on is here."""
+        """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
@@ -426,8 +426,7 @@ def _silent(peer: InvitedPeer, reason: str, *, alone: bool) -> Finding:
 @dataclass(frozen=True)
 class DialBackPeer:
     """Peer that was asked to dial this machine: its name and address, the outcome, and the address at which it reached
-    us.
-    """
+    this machine."""
 
     name: str
     address: str
@@ -451,8 +450,8 @@ def check_reachable(
 ) -> Finding:
     """Judge whether the asked peers could dial this machine.
 
-    `fixed` is True if the person chose the port, `hosted` if other peers serve on the work of those that nobody can
-    dial.
+    `fixed` is True if the person chose the port, `hosted` is True if other peers serve the publications of those that
+    nobody can dial.
     """
     for one in asked:
         if one.outcome is not DialOutcome.REACHED:

@@ -78,9 +78,8 @@ class BootstrapPeer:
     name: str = ""
     loss: float | None = None
     has_news: bool = False
-    """True if anything was archived since this process started: then its weights are newer than a model left in the
-    folder.
-    """
+    """True if anything was archived since this process started. Then the archived weights are newer than a model left
+    in the folder."""
     since_s: float = field(default_factory=swarm_time)
     _early_looks: int = field(init=False, default=0)
 
@@ -97,7 +96,8 @@ class BootstrapPeer:
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
 
     def write_archive(self, weights: Mapping[str, Tensor], progress: Progress) -> None:
-        """Write the model's weights, by name, for readers; emit a warning if the folder does not take them."""
+        """Write the model's weights, by name, so that other programs can read them; emit a warning if the folder cannot
+        be written."""
         path = self.folder.archive_path
         try:
             save_weights(path, weights, self.published, progress)
@@ -147,7 +147,7 @@ class BootstrapPeer:
     def wait_for_goodbyes(
         self, swarm: Swarm, progress: Progress, total_tokens: int | None, tell: Callable[[], None]
     ) -> None:
-        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
+        """Continue to serve until the volunteers have left, and for those that may come back; a minute at most."""
         give_up_s = time.monotonic() + LINGER_S
         while time.monotonic() < give_up_s:
             tell()
@@ -156,7 +156,7 @@ class BootstrapPeer:
             self.stop.sleep(0.1)
 
     def count_once_more(self, swarm: Swarm, managers: Sequence[CheckpointManager]) -> None:
-        """Count and keep what others have reported by now, because this peer was asked to leave."""
+        """Count and store what the volunteers have reported so far, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
             self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
         with contextlib.suppress(OSError):  # the archive's warning says so
@@ -164,7 +164,7 @@ class BootstrapPeer:
                 manager.keep_counts()
 
     def leave_stages(self) -> None:
-        """Say goodbye to those who hold stages, before the run's swarm is left. Without stages there is nobody."""
+        """Say goodbye to the peers that hold stages, before the run's swarm is left. A run without stages has none."""
 
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
         """Return the final event."""

@@ -73,7 +73,7 @@ async def _answers(swarm: Swarm) -> list[bool | None]:
 
 
 async def _decide(swarms: Sequence[Swarm], waited_s: float) -> list[Leave]:
-    """Return what to do about each swarm.
+    """Return the next step of leaving for each of `swarms`, in order.
 
     No call is answered between the decision to go and its taking effect, since no `await` lies between. Swarms that may
     be left before others are left at once: a bootstrap that was asked again would archive them again, and peers that
@@ -98,9 +98,8 @@ async def _would_leave(swarms: Sequence[Swarm]) -> None:
 
 
 async def _tell_progress(swarm: Swarm) -> None:
-    """Publish this peer's progress, so that its last rounds count: the run's tokens never fall, whoever holds the
-    weights.
-    """
+    """Publish this peer's progress record, so that its last rounds count: the run's tokens never fall, whoever holds
+    the weights."""
     with contextlib.suppress(TimeoutError, PeerError, RunTimeError):
         async with asyncio.timeout(_CALL_S):
             await swarm.count_once_more()

@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.errors import BadBytesError, NewerRunError, UserError
+from swarmtrain.errors import BadBytesError, NewerRunError, SwarmtrainError, UserError
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.swarm import PublishedRun
@@ -52,6 +52,8 @@ _FILES = ("held-out.txt", "tokenizer.bin", "run.toml")
 """Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was
 killed.
 """
+_OF_ANY_START = {"identity.key", "lock", "peer.log", "port.txt", "started.json", "status.json"}
+"""Files that every start leaves, even if it fails before it has fetched a run."""
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
 
 
@@ -68,7 +70,7 @@ class PeerFolder:
         self.started = StartedFile(path)
 
     def kept_files(self) -> Mapping[str, bytes]:
-        """Return the run's files that are here already, by their hash."""
+        """Return the run's files that are in the folder already, by their hash."""
         kept = {}
         for name in _FILES:
             with contextlib.suppress(OSError):
@@ -84,9 +86,8 @@ class PeerFolder:
             return None
 
     def kept_run(self) -> PublishedRun | None:
-        """Return the run in the folder with all its files; None without one. Raises UserError if its files are not
-        whole.
-        """
+        """Return the run in the folder with all its files; None without one. Raises UserError if its files are
+        incomplete or altered."""
         path = self.path / "run.toml"
         if not path.exists():
             return None
@@ -135,9 +136,7 @@ class PeerFolder:
             return None
 
     def keep_port(self, addresses: Sequence[str]) -> None:
-        """Remember the port in the last of `addresses` (multiaddresses). A full disk only means that it is
-        forgotten.
-        """
+        """Remember the port in the last of `addresses` (multiaddresses). If the disk is full, the port is forgotten."""
         match = re.search(r"/tcp/(\d+)", addresses[-1] if addresses else "")
         if match is not None:
             with contextlib.suppress(OSError):
@@ -188,14 +187,16 @@ def _dialled(addresses: Sequence[str], given: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def peer_folder(path: Path) -> Iterator[PeerFolder]:
+def peer_folder(path: Path, *, removes_unused: bool = False) -> Iterator[PeerFolder]:
     """Open the folder at `path`, creating it if needed, and hold its lock.
 
-    Raises UserError if it is in use or cannot be written.
+    If `removes_unused`, an error removes a folder that was created here and has no more than any start leaves, unless
+    the error's message names it. Raises UserError if the folder is in use or cannot be written.
     """
     path = path.absolute()  # the daemon has another working directory
+    is_unused = False
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        is_new = _create(path)
         descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise UserError(
@@ -219,12 +220,37 @@ def peer_folder(path: Path) -> Iterator[PeerFolder]:
                 write_atomically(path / "peer.pid", f"{os.getpid()}\n".encode())
             _remove_half_exported(path)
             yield PeerFolder(path)
+        except SwarmtrainError as error:
+            is_unused = removes_unused and is_new and str(path) not in str(error)
+            raise
         finally:
             for name in ("invite.txt", "peer.pid"):
                 with contextlib.suppress(OSError):
                     (path / name).unlink()
+            if is_unused:
+                _remove_unused(path)
     finally:
         os.close(descriptor)
+
+
+def _create(path: Path) -> bool:
+    """Create the folder if it is missing; return whether it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove the folder, unless it has anything that not every start leaves."""
+    with contextlib.suppress(OSError):
+        names = {child.name for child in path.iterdir()}
+        if names <= _OF_ANY_START:
+            for name in sorted(names, key="lock".__eq__):  # the lock last: nobody may take the folder before
+                (path / name).unlink()
+            path.rmdir()
 
 
 def _remove_half_exported(path: Path) -> None:

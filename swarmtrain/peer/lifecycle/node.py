@@ -100,13 +100,13 @@ class PeerSettings:
     accept_clock: bool = False
     """True to follow the others' clock however far it is from this machine's."""
     only_announced: bool = False
-    """Announce the addresses in `announce` and no others (for a rehearsal)."""
+    """True to announce the addresses in `announce` and no others (for a rehearsal)."""
     num_served_by: Callable[[str], NumServed] = lambda name: all_chunks
     """Return, for a peer's name, how many of a pull's chunks it serves, so that pulls can fail (for a rehearsal)."""
     started: Started | None = None
     """Command line by which the peer is started, to be kept in its folder."""
     show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
-    """Called with a function that returns the status, once there is one: for a screen of its own."""
+    """Called with a function that returns the status, as soon as there is one; for a display of the command's own."""
     first_stages: tuple[int, ...] = ()
     """Stages of a pipeline to take first (for a rehearsal); empty: those that need this peer most."""
 
@@ -205,7 +205,7 @@ def leave_swarm(network: NetworkThread, swarm: Swarm | None, node: Node | None) 
 
 
 def state_of(new: NewState) -> tuple[OuterState, Progress]:
-    """Return weights, momentum and counters of a pulled state, which was checked when it was pulled."""
+    """Return weights, momentum and counters of a pulled state. The state was checked when it was pulled."""
     assert new.held.buffer is not None
     manifest = new.held.snapshot.manifest
     vector = torch.frombuffer(new.held.buffer, dtype=torch.float32)
@@ -365,5 +365,6 @@ def use_threads(threads: int) -> None:
 
 
 def useful_threads(model: nn.Module) -> int:
-    """Return the threads to use for measuring this model or generating with it, unless specified; 0: torch's choice."""
+    """Return the number of threads for measuring this model or generating with it, if the person named none; 0: torch's
+    choice."""
     return 1 if sum(parameter.numel() for parameter in model.parameters()) < _SMALL_PARAMETERS else 0

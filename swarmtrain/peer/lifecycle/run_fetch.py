@@ -45,9 +45,9 @@ class RunFetcher:
         self.through = known_peers(list(self.invite.peers), self.folder.kept_peers())
 
     def fetch(self) -> tuple[PublishedRun, RunTimeError | None]:
-        """Return the run; and if nobody answers, the error that says so.
+        """Return (the run, None), or if nobody answers (the run kept in the folder, the error that says so).
 
-        Then the run kept in the folder is used, to continue from its checkpoint. Raises RunTimeError if there is none.
+        A kept run lets the peer continue from its checkpoint. Raises RunTimeError if there is none.
         """
         nobody: RunTimeError | None = None
         try:

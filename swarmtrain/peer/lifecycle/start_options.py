@@ -35,7 +35,7 @@ class Started:
     paused: bool = False
 
     def line(self, folder: Path | None = None) -> str:
-        """Return the command line that starts it again, in `folder` if given."""
+        """Return the command line that starts the peer again, in `folder` if given."""
         words = ["swarmtrain", *self.command, *option_words(self.options)]
         return shlex.join([*words, "--dir", str(folder)] if folder is not None else words)
 

@@ -80,12 +80,12 @@ class StopFlag:
         return flag
 
     def fail(self, problem: Problem) -> None:
-        """Note that the peer cannot continue: `check` raises RunTimeError from then on."""
+        """Record that the peer cannot continue: `check` raises RunTimeError from then on."""
         self.failure = problem
         self.insist()
 
     def is_set(self) -> bool:
-        """Return whether an end was asked for, or the time is over."""
+        """Return whether an end was asked for, or the time limit of `last_work` has passed."""
         return self._set or time.monotonic() >= self._until_s
 
     def check(self) -> None:

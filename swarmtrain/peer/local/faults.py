@@ -16,7 +16,7 @@ __all__ = ["Connections", "FaultInjection", "Processes"]
 
 
 class Processes(Protocol):
-    """Peers that faults strike."""
+    """Processes of a rehearsal, as faults strike them."""
 
     def end(self, name: str, cleanly: bool) -> None:
         """End a process, by a signal to leave or by a kill."""
@@ -31,11 +31,11 @@ class Processes(Protocol):
         """Let a process that hangs continue."""
 
     def tell(self, message: str) -> None:
-        """Show a person a message."""
+        """Show a message to the person."""
 
 
 class Connections(Protocol):
-    """Links that faults strike."""
+    """Links of a rehearsal, as faults strike them."""
 
     def part(self, sides: list[list[str]]) -> Outage:
         """Cut these peers off from all others."""
@@ -80,7 +80,7 @@ class FaultInjection:
         self._began_s, self._next = self.clock(), next(self.faults, None)
 
     def stop(self) -> None:
-        """Inject nothing more. What hangs or is cut off continues; killed peers are not started again."""
+        """Inject no more faults. Resume suspended peers and mend links; killed peers are not started again."""
         self._began_s = self._next = None
         for _, _, do, end in self._ends:
             if do not in ("kill", "leave"):

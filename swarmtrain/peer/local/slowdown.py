@@ -40,7 +40,8 @@ class Slowdown:
     _gave_up: deque[bool] = field(default_factory=lambda: deque(maxlen=TOO_BUSY_STEPS))
 
     def hold_s(self, took_s: float, alone_s: float) -> float:
-        """Return how long to wait after a step that took `took_s`, and `alone_s` of processor time.
+        """Return how long to wait, in seconds, after a step that took `took_s` seconds and `alone_s` seconds of
+        processor time.
 
         The first step is neither slowed nor measured: it allocates what later ones use again.
         """
@@ -56,7 +57,8 @@ class Slowdown:
         return max(0.0, -self.late_s)
 
     def held(self, held_s: float) -> None:
-        """Record that the wait lasted `held_s`: too long a wait is made up for, one cut short by a pause is not."""
+        """Record that the wait lasted `held_s` seconds. A longer wait than planned shortens later ones; a wait cut
+        short by a pause is not made up for."""
         self.late_s = max(0.0, self.late_s + held_s)
 
 

@@ -183,7 +183,7 @@ class LocalSwarm:
             yield event
 
     def _problem(self, child: _Child) -> Problem | None:
-        """Return why a child ended, if not as it should.
+        """Return the reason why a child ended, if not as it should.
 
         Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
         bootstrap's before others have joined.
@@ -238,7 +238,7 @@ class LocalSwarm:
         return []
 
     def tell(self, message: str) -> None:
-        """Show a person a message, as a warning event."""
+        """Show a message to the person, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
     def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:

@@ -1,4 +1,5 @@
-"""Sections averaged beside the weights, such as a model's buffers: the mean of this peer's values and its partners'.
+"""Tensor groups averaged beside the weights, such as a model's buffers: the mean of this peer's values and its
+partners'.
 
 A merge uses this peer's present values. For weights it uses those of the round's start, since a pseudo-gradient carries
 what came later; here no gradient does.
@@ -19,7 +20,7 @@ __all__ = ["AveragedGroup"]
 
 
 class AveragedGroup:
-    """One such section of one fragment. Legend: S numbers in it."""
+    """One such tensor group of one fragment. Legend: S numbers in it."""
 
     def __init__(self, codec: VectorCodec, rule: str, naming: Naming) -> None:
         """`rule` is `merge.robust`; with clipping, partners' values may pull by three times the usual distance."""
@@ -32,7 +33,7 @@ class AveragedGroup:
         self._own = values
 
     def accept_untrusted(self, author: str, arrival: PartnerUpdate, round: int) -> PartnerUpdate:
-        """Return what of a partner's values, published in `round`, may enter the mean.
+        """Return the part of a partner's values, published in `round`, that may enter the mean.
 
         Raises BadBytesError if nothing may. Before this peer has published values there is nothing to compare with, and
         all may.

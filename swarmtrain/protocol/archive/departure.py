@@ -1,4 +1,4 @@
-"""Leaving before the end of a run: a bootstrap first archives what no peer that trains on has.
+"""Rules for leaving before the end of a run: a bootstrap first archives work that none of the remaining volunteers has.
 
 Everything here is pure: `now` is an argument, in seconds of the swarm's time.
 """
@@ -19,7 +19,8 @@ LAST_HOLDER_S = 60.0
 _MAX_LET_GO = 1024
 """Limit of peers that are remembered as leaving."""
 _ASKED_S = 5.0
-"""A peer that wants to leave asks repeatedly; one that has not asked for this long is gone, or trains on."""
+"""Seconds after which a request to leave has lapsed. A peer that wants to leave repeats its request; one that does not
+has gone, or trains on."""
 _TAKEN_EVERY_S = 5.0
 """Seconds between two archives for leavers on average, so that a peer that asks only to annoy costs no more."""
 _TAKEN_AT_ONCE = 3
@@ -38,11 +39,12 @@ class Leave(Enum):
 def before_leaving(
     membership: Membership, answers: Sequence[bool | None], round: int, waited_s: float, leaving: Container[str] = ()
 ) -> Leave:
-    """Decide what a peer does that wants to leave and has waited `waited_s` seconds.
+    """Decide the next step of a peer that wants to leave and has waited `waited_s` seconds.
 
-    `answers`: for each bootstrap whether this peer is to stay, None without an answer. If none answered, the other
-    peers were asked how far they are, so that it is known who is there; `leaving` are those that leave too. `round`:
-    rounds that this peer has merged, compared with what bootstraps last advertised of their archive.
+    `answers` has for each bootstrap True if this peer must stay, False if it may go, None without an answer. If none
+    answered, the other peers were asked how far they are, so that it is known who is there; `leaving` are those that
+    leave too. `round`: rounds that this peer has merged, compared with what bootstraps last advertised of their
+    archive.
     """
     if any(answers):
         return Leave.HAND_OVER
@@ -59,7 +61,7 @@ def before_leaving(
 class FellowDepartures:
     """Agreement among volunteers that leave at the same moment, while no bootstrap answers: the lowest PeerID stays.
 
-    Each asks the others. Without an agreement each would take the others for peers that train on, and nobody would wait
+    Each asks the others. Without an agreement each would assume that the others continue to train, and none would wait
     for the bootstrap.
     """
 
@@ -67,7 +69,7 @@ class FellowDepartures:
         self._me = me
         self._let_go: set[str] = set()
         self.told: set[str] = set()
-        """Peers that said that they go."""
+        """Peers that said that they leave."""
         self.is_going = False
 
     def ask(self, peer: str, now: float) -> bool:
@@ -80,12 +82,12 @@ class FellowDepartures:
 
     @property
     def leaving(self) -> frozenset[str]:
-        """Peers that leave too: they said so, or were told that this peer stays."""
+        """Peers that leave too: they said so, or this peer has told them that it stays."""
         return frozenset(self.told | self._let_go)
 
 
 class DepartureQueue:
-    """Peers that asked this bootstrap whether they may leave."""
+    """Requests to leave that a bootstrap has received, and which of these peers must wait for an archive."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
@@ -96,19 +98,20 @@ class DepartureQueue:
         self._has_news = self._is_over = False
 
     def release(self) -> None:
-        """Let everybody go: the last archive is made."""
+        """Let every peer leave: the last archive is made."""
         self._is_over = True
 
     def take_news(self) -> bool:
-        """Return whether a peer has begun to ask since the last call."""
+        """Return whether a peer has asked to leave for the first time since the last call."""
         had, self._has_news = self._has_news, False
         return had
 
     def ask(self, peer: str, now: float) -> bool:
-        """Return whether `peer`, which wants to leave, should stay because no other peer that trains on has its work.
+        """Return whether `peer`, which wants to leave, must stay because no volunteer that remains has its work.
 
-        Another peer trains on if it was heard from since the first question: one that was just killed is still believed
-        alive. Once the archive has the peer's work, the next answer is False, once, since the peer may come back later.
+        A volunteer counts as remaining if anything was received from it since the peer first asked: one that was just
+        killed is still believed alive. Once the archive has the peer's work, the next answer is False, once, since the
+        peer may come back later.
         """
         info = self._membership.info(peer)
         if self._is_over or info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
@@ -126,17 +129,18 @@ class DepartureQueue:
         return not any(self._membership.heard_s(other) > began_s for other in others)
 
     def is_asked(self, now: float) -> bool:
-        """Return whether a peer wants to leave, so that the others should be asked whether they train on."""
+        """Return whether any peer wants to leave now. If so, the bootstrap asks the others whether they stay."""
         return any(self._asks(peer, now) for peer in tuple(self._asked_s))
 
     def waiting(self, now: float) -> tuple[str, ...]:
-        """Return the peers that stay until an archive has their work; none if another peer trains on."""
+        """Return the peers whose work must be archived before they leave; none if a volunteer remains that continues to
+        train."""
         asked = {peer: asked_s for peer, asked_s in tuple(self._asked_s.items()) if now < asked_s + _ASKED_S}
         self._asked_s, self._began_s = asked, {peer: self._began_s.get(peer, asked[peer]) for peer in asked}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()
 
     def taken(self, peers: tuple[str, ...], now: float) -> None:
-        """Record that an archive made since has the work of these peers: they may leave."""
+        """Record that an archive with the work of these peers was made: they may leave."""
         self._taken_s = dict.fromkeys(peers, now)
         for peer in peers:
             self._asked_s.pop(peer, None)

@@ -16,15 +16,16 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 __all__ = ["ArchiveSchedule", "adds_to_archive", "tokens_gained"]
 
 _REFUSED_S = 60.0
-"""Seconds after which a state is archived even though it lacks more than it brings."""
+"""Seconds after which a state is archived even though it lacks more tokens of the archive than it adds."""
 
 
 @dataclass
 class ArchiveSchedule:
-    """Tracks which volunteers have merged a round since the last archive, so that only then states are asked for."""
+    """Tracks which volunteers have merged a round since the last archive; only then the bootstrap asks for states."""
 
     refused_s: float | None = None
-    """Time since which states are refused that lack more than they bring; None if none is."""
+    """Time since which states are refused because they lack more tokens of the archive than they add; None if none
+    is."""
     _refused_again_s: float = 0.0
     _archived: dict[str, int] = field(default_factory=dict)
     """Round that each volunteer had advertised at the last archive."""
@@ -34,15 +35,15 @@ class ArchiveSchedule:
         return any(info.round > 0 and info.round != self._archived.get(info.peer) for info in infos)
 
     def archived(self, infos: Iterable[PeerInfo]) -> None:
-        """Record that these volunteers' states were asked for, and that the archive now lacks nothing of them."""
+        """Record that the states of these volunteers were asked for. The archive lacks nothing of them now."""
         self.refused_s = None
         self._archived = {info.peer: info.round for info in infos}
 
     def refuse(self, now: float) -> bool:
-        """Return whether to refuse a state that lacks more of the archive's tokens than it brings.
+        """Return whether to refuse a state that lacks more of the archive's tokens than it adds.
 
-        After a minute it is accepted: the peers that train on are the run, whatever the archive holds. Otherwise an
-        archive made from a liar, or of peers that nobody knows any more, would keep their work out for ever.
+        After a minute it is accepted: the run is what its volunteers train, whatever the archive holds. Otherwise an
+        archive made from a liar, or of peers that have left long ago, would keep the volunteers' work out for ever.
         """
         before_s, self._refused_again_s = self._refused_again_s, now
         # another state's, or the clock was set back

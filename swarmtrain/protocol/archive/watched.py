@@ -15,16 +15,17 @@ __all__ = ["ArchivesSeen"]
 
 
 class ArchivesSeen:
-    """Bootstraps that have said how far they are, and have been here since."""
+    """Bootstraps that have reported their progress to this peer, and have been present since."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
         self._seen: frozenset[str] = frozenset()
         self._listening_since_s = -math.inf
-        """Value of this process's `listening_since_s` when they were asked."""
+        """Value of this process's `listening_since_s` when the bootstraps were asked."""
 
     def to_ask(self, listening_since_s: float) -> list[str]:
-        """Return the bootstraps that have come or come back; all if this process was suspended or is alone."""
+        """Return the bootstraps to ask for their progress: those that have come or come back; all if this process was
+        suspended or is alone."""
         if not self._membership.volunteers() or listening_since_s != self._listening_since_s:
             self._seen, self._listening_since_s = frozenset(), listening_since_s
         here = self._here()
@@ -32,7 +33,8 @@ class ArchivesSeen:
         return sorted(came)
 
     def told(self, told: Collection[str]) -> bool:
-        """Record that these peers have said how far they are. Return whether a bootstrap that is here is among them."""
+        """Record that these peers have reported their progress. Return whether a bootstrap that is present is among
+        them."""
         came = self._here().intersection(told)
         self._seen |= came
         return bool(came)

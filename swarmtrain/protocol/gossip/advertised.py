@@ -19,14 +19,15 @@ _MOST = 16384
 
 
 class AdvertisedFragments:
-    """Cache of the round and the newest publication of each fragment, inferred from presence records."""
+    """Cache of the round and newest publication of each fragment, as inferred from presence records."""
 
     def __init__(self, num_fragments: int, num_parts: int) -> None:
         self._num_fragments, self._num_parts = num_fragments, num_parts
         self._of: dict[str, tuple[PeerInfo, list[tuple[int, Candidate] | None]]] = {}
 
     def of(self, info: PeerInfo, fragment: int) -> tuple[int, Candidate]:
-        """Return the round of that fragment, and what is published of it."""
+        """Return (round of that fragment at the peer, candidate with its newest publication), inferred from the
+        presence record `info`."""
         known = self._of.get(info.peer)
         if known is None or known[0] is not info:
             if len(self._of) > _MOST:

@@ -86,7 +86,7 @@ class GossipSettings:
     sizes: Sequence[Mapping[GradientFormat, PublicationBytes]]
     """Sizes by the format of pseudo-gradients, coarsest first, for each fragment."""
     groups: Mapping[GroupName, GroupRule]
-    """Sections to pull, in this order, and how a merge uses each; exactly one has the rule "outer step"."""
+    """Tensor groups to pull, in this order, and how a merge uses each; exactly one has the rule "outer step"."""
     wanted: WantedPartners
     num_parts: int
     """Number of parts into which a round's pseudo-gradients are divided."""
@@ -154,7 +154,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- what may be asked at any time
 
     def wake_at(self) -> float | None:
-        """Return when to send `PullTimerFired`; None: not before another event."""
+        """Return the time at which to send `PullTimerFired`; None: not before another event."""
         return self._schedule.wake_s
 
     @property
@@ -182,13 +182,14 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return gradient_format(self._whole, len(self._others.infos), round_s, slower, self._settings.wanted)
 
     def places(self, round: int) -> list[dict[str, Place]]:
-        """Return for each fragment up to where this peer's weights contain each peer; `round` is the last that it has
-        ended."""
+        """For each fragment, map each peer to the place up to which this peer's weights contain its publications.
+        `round` is the last round that this peer has ended."""
         me, merges = self._others.me, self._schedule.merges
         return [state.merged.places(me, max(round, merges[state.number].merged_round)) for state in self._states]
 
     def is_left_alone(self, peer: str) -> bool:
-        """Return whether anything is held against `peer`, so that `PeerCalled` could change something."""
+        """Return whether the engine avoids `peer` because of busy answers or failures, which `PeerCalled` could
+        change."""
         return self._others.back_off.has_banned(peer)
 
     def merged_version(self, fragment: int, peer: str) -> PublicationVersion | None:
@@ -207,7 +208,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return [state.merged.rows() for state in self._states]
 
     def load(self, rows: Sequence[Iterable[Sequence[object]]]) -> None:
-        """Restore the ledgers from `rows`. Raise ValueError for anything else."""
+        """Restore the ledgers from `rows`. Raise ValueError if they are malformed."""
         for state, each in zip(self._states, rows, strict=True):
             state.merged.load(each)
 
@@ -257,7 +258,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- looking whether a pull is due
 
     def _look(self, now: float) -> None:
-        """Begin the pulls that are due: as many as there should be by now, and others in place of those that failed."""
+        """Begin the pulls that are due, and others in place of pulls that failed."""
         self._schedule.looks()
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
@@ -278,12 +279,13 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.look_by(state.open.next_slow_s(group, due.slow_after_s, now))
 
     def _look_if_short(self, now: float) -> None:
-        """Check soon if pulls were due for which there was nobody to ask: somebody may be there now."""
+        """Schedule a check soon if pulls were due for which no peer could be asked: one may be available then."""
         if self._schedule.is_short:
             self._schedule.look_by(now)
 
     def _look_if_moved(self, now: float) -> None:
-        """Check at once after a successful pull only if still fewer are here than are due by now."""
+        """Check at once after a successful pull only if the fragment still has fewer publications than are due by
+        now."""
         for due in self._schedule.due(len(self._others.infos), now):
             for fragment in due.fragments:
                 state = self._states[fragment]
@@ -296,7 +298,7 @@ class GossipEngine(Generic[Held, Payload, Ready]):
     # ------------------------------------------------------------- preparing
 
     def _prepare_more(self, now: float) -> None:
-        """Prepare merges until everything here is in one; then all pulls that were decoded have ended."""
+        """Prepare merges until every received publication is in one; then all pulls that were decoded have ended."""
         if not self._preparation.more():
             for pull in self._pulls.take_decoded():
                 self._end_prepared(pull, now)
@@ -324,8 +326,8 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         self._schedule.look_when_due(len(self._others.infos), now)
 
     def _merge_due(self, event: MergeDue, now: float) -> None:
-        """Merge a fragment with what is ready for its round, or alone; at a round's end, catch up first if it is
-        needed."""
+        """Merge a fragment with the prepared merge of its round, or with nothing. At a round's end, catch up first if
+        that is necessary."""
         # This comes before anything counts as merged: otherwise the last fragment's publications would be recorded as
         # merged into weights that are replaced (decision 65).
         if event.may_catch_up and event.fragment == len(self._states) - 1:

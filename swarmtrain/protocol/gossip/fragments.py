@@ -69,19 +69,19 @@ class FragmentRounds:
         self.restart()
 
     def restart(self) -> None:
-        """Start anew with weights of other peers or of a checkpoint: nothing was trained since."""
+        """Start anew, because the weights now come from other peers or a checkpoint: nothing was trained since."""
         self._before, self._merged = [(0, 0)] * self.number, {}
 
     def begin(self, round: int, num_parts: int) -> None:
-        """Begin a round of that many parts."""
+        """Begin a round of `num_parts` parts."""
         self._round, self._num_parts, self._merged = round, num_parts, {}
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
-        """Return each fragment's round at publication `part` of this round."""
+        """Return the position of each fragment's round at publication `part` of this round."""
         return tuple(self.of(fragment, part, tokens, inner_steps) for fragment in range(self.number))
 
     def of(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
-        """Return one fragment's round at publication `part` of this round."""
+        """Return the position of one fragment's round at publication `part` of this round."""
         if fragment in self._merged:
             then, its_tokens, its_steps = self._merged[fragment]
             return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)

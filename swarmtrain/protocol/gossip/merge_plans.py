@@ -36,11 +36,12 @@ class MergePlan:
 
     @property
     def started_s(self) -> float:
-        """Start of the earliest of these rounds."""
+        """Start of the earliest of the fragments' rounds."""
         return min(self.began_s)
 
     def ahead_rounds(self, fragment: int, theirs_began_s: float | None) -> float:
-        """Return how much later than this peer's another's round of the fragment began; see `pulls.ahead_rounds`."""
+        """Return by how many rounds another peer's round of the fragment began later than this peer's; see
+        `pulls.ahead_rounds`."""
         return ahead_rounds(theirs_began_s, self.began_s[self.fragments.index(fragment)], self.ends_s)
 
 

@@ -27,7 +27,7 @@ from swarmtrain.protocol.gossip.state import CommandList, FragmentState, ReadyMe
 __all__ = ["MergePreparation"]
 
 _LEFT_OUT_S = 0.25
-"""Seconds, at least, for which a section that could not be merged is not asked for again."""
+"""Seconds, at least, for which a tensor group that could not be merged is not asked for again."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class _Preparing(Generic[Held, Payload]):
     pulled: tuple[ReceivedPublication[Held, Payload], ...]
     number: int = -1
     is_sifted: bool = False
-    """True once the whole could not be prepared, so that publications are tried one by one."""
+    """True once a merge of all publications could not be prepared, so that they are tried one by one."""
     stays: tuple[ReceivedPublication[Held, Payload], ...] = ()
     bad: tuple[ReceivedPublication[Held, Payload], ...] = ()
 
@@ -74,7 +74,7 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         self._preparing: _Preparing[Held, Payload] | None = None
 
     def more(self) -> bool:
-        """Have the next merge prepared. Return False if there is nothing to prepare."""
+        """Start to prepare the next merge. Return False if there is nothing to prepare."""
         if self._preparing is not None:
             return True
         merges = self._schedule.merges
@@ -90,8 +90,8 @@ class MergePreparation(Generic[Held, Payload, Ready]):
         self._commands.add(PrepareMerge(preparing.number, preparing.plan, preparing.fragment, preparing.tried))
 
     def prepared(self, number: int, merge: Ready | None, now: float) -> bool:
-        """Record that a merge was prepared or, if None, cannot be. Return whether it has ended, so that another may
-        follow."""
+        """Record that a merge was prepared, or cannot be prepared if `merge` is None. Return True if the preparation
+        has ended, so that another may follow."""
         preparing = self._preparing
         if preparing is None or preparing.number != number:
             return False

@@ -36,19 +36,20 @@ class MergedPublications(Generic[Held]):
     backwards."""
 
     def __init__(self, ledger: Ledger, rules: Mapping[GroupName, GroupRule]) -> None:
-        """`rules`: how a merge uses each section."""
+        """`rules`: how a merge uses each tensor group."""
         self.ledger, self._rules = ledger, rules
         self._held: dict[str, Held] = {}
         """Handle of each peer's pseudo-gradient that a later part of the round will be compared with."""
         self._turned_back: dict[Which, int] = {}
-        """(section, peer) whose counter went backwards, with this peer's round when that was first seen."""
+        """(tensor group, peer) whose counter went backwards, with this peer's round when that was first seen."""
 
     # ------------------------------------------------------------- what of a publication is new
 
     def news(
         self, group: GroupName, peer: str, version: PublicationVersion, reference: int
     ) -> tuple[News, Held | None] | None:
-        """Return what of a publication can be merged, and the earlier publication to subtract; None if nothing can."""
+        """Return (the part of a publication that is new to this peer, the earlier publication to subtract from it or
+        None); None if nothing can be merged."""
         news = self._news(group, peer, version, reference)
         if isinstance(news, Stale | WeightsOnly):
             return None
@@ -85,7 +86,7 @@ class MergedPublications(Generic[Held]):
         return ""
 
     def right_counter(self, group: GroupName, peer: str) -> None:
-        """Record that the counter moves forward again."""
+        """Record that the counter of `peer`'s tensor group moves forward again."""
         self._turned_back.pop((group, peer), None)
 
     def forget_all_but(self, live: Iterable[PeerInfo]) -> None:
@@ -95,7 +96,7 @@ class MergedPublications(Generic[Held]):
             self._turned_back = {which: since for which, since in self._turned_back.items() if which[1] in peers}
 
     def last(self, group: GroupName, peer: str) -> PublicationVersion | None:
-        """Return up to where a section of the peer's was merged; None if nothing was."""
+        """Return the version of the last publication of a tensor group of `peer` that was merged; None if none was."""
         if self._rules[group] != "mean":
             return self.ledger.version(peer)
         place = self.ledger.values_at(group, peer)
@@ -106,7 +107,8 @@ class MergedPublications(Generic[Held]):
     def of_use(
         self, pulled: Iterable[ReceivedPublication[Held, Payload]], reference: int
     ) -> list[ReceivedPublication[Held, Payload]]:
-        """Return those publications that may still be merged.
+        """Return those of the `pulled` publications that may still be merged. `reference` is the round from which
+        staleness is measured.
 
         A difference needs no check: its earlier publication was there when it was decoded.
         """
@@ -123,7 +125,8 @@ class MergedPublications(Generic[Held]):
         return found
 
     def merged(self, pulled: Iterable[ReceivedPublication[Held, Payload]], reference: int) -> None:
-        """Record that these publications enter the weights."""
+        """Record that the `pulled` publications enter the weights. `reference` is the round from which staleness is
+        measured."""
         ledger, rules = self.ledger, self._rules
         for each in pulled:
             group, peer, version = each.group, each.peer, each.version
@@ -136,13 +139,14 @@ class MergedPublications(Generic[Held]):
         self._held = {peer: held for peer, held in self._held.items() if peer in stays}
 
     def took_states(self, told: Iterable[Mapping[str, Place]], heard: Mapping[str, int], round: int) -> None:
-        """Record that others' weights replace this peer's; for the arguments see `agreed_places`."""
+        """Record that this peer continues from other peers' weights; for the arguments see `agreed_places`."""
         self.ledger.adopt(agreed_places(told, heard, round, self.ledger.max_staleness_rounds))
 
     # ------------------------------------------------------------- for others, and for a checkpoint
 
     def places(self, me: str, round: int) -> dict[str, Place]:
-        """Return up to where these weights contain each peer. `me` has ended `round`; below 0: none."""
+        """Map each peer to the place up to which these weights contain its publications. `me` has ended `round`; below
+        0: none."""
         places = self.ledger.places()
         if round >= 0:
             places[me] = max(places.get(me, (-1, 0)), (round, self.ledger.num_parts))
@@ -153,5 +157,5 @@ class MergedPublications(Generic[Held]):
         return self.ledger.rows()
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the ledger from `rows`. Raise ValueError for anything else."""
+        """Restore the ledger from `rows`. Raise ValueError if they are malformed."""
         self.ledger.load(rows)

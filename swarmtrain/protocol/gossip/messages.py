@@ -71,7 +71,7 @@ class ReceivedPublication(Generic[Held, Payload]):
     payload: Payload
     held: Held
     pull_s: float
-    """Seconds from the question to the decoded values."""
+    """Seconds from the request to the decoded values."""
     began_s: float | None
     """Time at which the author's round of the fragment began; None if the author did not say."""
 
@@ -139,9 +139,10 @@ class PartnerReplied(Generic[Held]):
 
 @dataclass(slots=True)
 class PullFailure:
-    """Reason why a pull brought nothing.
+    """Reason why a pull failed.
 
     Values of `kind`:
+
     - "busy": the source serves as many readers as it may;
     - "away": the source does not serve as a host of that author;
     - "silent": the source gave no answer;
@@ -151,9 +152,9 @@ class PullFailure:
     reason: str
     kind: Literal["busy", "away", "silent", "failed"] = "failed"
     is_incident: bool = False
-    """True if the user is told which peer did it."""
+    """True if the user is told which peer is at fault."""
     is_authors: bool = False
-    """True if the author is at fault, whichever source was asked."""
+    """True if the author is at fault, whichever peer served the publication."""
 
 
 @dataclass(slots=True)
@@ -204,9 +205,8 @@ class MergeDue:
 class ConsensusTaken:
     """This peer continues in `round` from the mean of several peers' states.
 
-    `advertised` lists, for each of those states and for each fragment, up to where it contains each peer's
-    publications.
-    `rounds` maps the authors of the states to the rounds that they are in.
+    `advertised` lists, for each of those states and for each fragment, the place up to which it contains each peer's
+    publications. `rounds` maps the authors of the states to the rounds that they are in.
     """
 
     round: int
@@ -257,7 +257,7 @@ class FindRoute:
 
 @dataclass(slots=True)
 class AskPartner:
-    """Ask `source`, which is the author or one of its hosts, for anything newer than `known` of a section."""
+    """Ask `source`, which is the author or one of its hosts, for anything newer than `known` of a tensor group."""
 
     pull: int
     source: str

@@ -16,12 +16,12 @@ from swarmtrain.protocol.gossip.pulls import GroupName, idle_s
 __all__ = ["OpenPull", "OpenPulls", "Which"]
 
 Which: TypeAlias = tuple[GroupName, str]
-"""Section, and the PeerID of its author."""
+"""Tensor group, and the PeerID of its author."""
 
 
 @dataclass(eq=False, slots=True)
 class OpenPull:
-    """Pull of one section of one peer."""
+    """Pull of one tensor group of one peer."""
 
     group: GroupName
     peer: str
@@ -44,7 +44,7 @@ class OpenPulls:
     _failed: set[str] = field(default_factory=set)
 
     def round_begins(self, now: float) -> None:
-        """Let everybody be asked again that failed in the last round. Open pulls continue."""
+        """Allow peers that failed in the last round to be asked again. Open pulls continue."""
         self._failed = set()
         self._idle_until_s = {which: until_s for which, until_s in self._idle_until_s.items() if now < until_s}
 
@@ -65,11 +65,11 @@ class OpenPulls:
         return len(self.coming(group, here, now - slow_after_s)) < num_due
 
     def has_begun(self, group: GroupName) -> bool:
-        """Return whether a pull of that section is open."""
+        """Return whether a pull of that tensor group is open."""
         return group in [what for what, _ in self.begun]
 
     def coming(self, group: GroupName, here: Collection[Which], since_s: float = -math.inf) -> set[str]:
-        """Return the peers whose section has arrived, or is on its way since later than `since_s`."""
+        """Return the peers whose tensor group has arrived, or is on its way since later than `since_s`."""
         found = {peer for what, peer in here if what == group}
         for (what, peer), pull in self.begun.items():
             if what == group and pull.began_s > since_s:
@@ -77,8 +77,8 @@ class OpenPulls:
         return found
 
     def not_now(self, group: GroupName, here: Collection[Which], now: float) -> set[str]:
-        """Return the peers not to ask for that section: it is here or on its way, they had nothing new lately, or they
-        have failed in this round."""
+        """Return the peers not to ask for that tensor group now: those whose publication has arrived or is on its way,
+        those that had nothing new recently, and those that have failed in this round."""
         found = self.coming(group, here)
         if self._failed:
             found |= self._failed
@@ -88,13 +88,14 @@ class OpenPulls:
         return found
 
     def next_free_s(self, group: GroupName, peers: Collection[str], now: float) -> float | None:
-        """Return when the next of `peers` that may not be asked now may be; None if time alone changes nothing."""
+        """Return the time at which the first of `peers` that may not be asked now may be asked; None if waiting changes
+        nothing."""
         idle = [s for (what, peer), s in self._idle_until_s.items() if what == group and s > now and peer in peers]
         banned_s = self.back_off.next_free_s(peers, now)
         return min(idle if banned_s is None else [*idle, banned_s], default=None)
 
     def next_slow_s(self, group: GroupName, slow_after_s: float, now: float) -> float | None:
-        """Return when the next open pull of that section becomes slow; None without any."""
+        """Return the time at which the next open pull of that tensor group becomes slow; None without any."""
         found = None
         for (what, _), pull in self.begun.items():
             slow_s = pull.began_s + slow_after_s
@@ -105,7 +106,7 @@ class OpenPulls:
     # ------------------------------------------------------------- what came of it
 
     def begin(self, group: GroupName, peer: str, now: float) -> OpenPull:
-        """Record that `peer` is asked."""
+        """Record that a pull from `peer` begins."""
         # It refers to this round's set, which `round_begins` replaces: the failure of a pull that outlasts its round
         # does not count in the next one.
         pull = self.begun[group, peer] = OpenPull(group, peer, now, self._failed)
@@ -117,12 +118,12 @@ class OpenPulls:
             del self.begun[pull.group, pull.peer]
 
     def answered(self, peer: str) -> None:
-        """Clear what is held against `peer`, unless it has failed in this round with its other section."""
+        """Clear what is held against `peer`, unless it has failed in this round with its other tensor group."""
         if peer not in self._failed:
             self.back_off.answered(peer)
 
     def nothing_new(self, pull: OpenPull, now: float, round_s: float) -> float:
-        """End a pull whose peer has nothing to merge. Return for how many seconds it is not asked for that section
+        """End a pull whose peer has nothing to merge. Return for how many seconds it is not asked for that tensor group
         again."""
         self.end(pull)
         self.answered(pull.peer)
@@ -131,14 +132,14 @@ class OpenPulls:
         return again_s
 
     def leave_out(self, group: GroupName, peer: str, until_s: float) -> None:
-        """Do not ask `peer` for that section until `until_s`."""
+        """Do not ask `peer` for that tensor group until `until_s`."""
         self._idle_until_s[group, peer] = until_s
 
     def fail(self, pull: OpenPull, now: float, reason: str, mute: bool = False) -> str:
-        """End a pull that has failed; `mute`: without any answer. Return what follows, in words for the log.
+        """End a pull that has failed; `mute`: without any answer. Return the consequence in words, for the log.
 
-        The peer is left alone for a while, for all its sections. A second failure in the same round changes nothing
-        ("").
+        The peer is left alone for a while, for all its tensor groups. A second failure in the same round changes
+        nothing ("").
         """
         self.end(pull)
         if pull.peer in pull.failed:

@@ -110,12 +110,12 @@ class Stale:
 
 
 News: TypeAlias = Full | Delta | WeightsOnly | Stale
-"""What of a publication may be merged."""
+"""Kinds of an answer to the question which part of a publication may be merged."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Record of what was last merged of each peer.
+    """Record of the last publication of each peer that was merged.
 
     For the peers in `held`, and for no others, the caller keeps the decoded pseudo-gradients: those merged last, of
     rounds that may have later parts. Without the earlier pseudo-gradient a later part of the round cannot enter. After
@@ -138,7 +138,7 @@ class Ledger:
     _versions: dict[str, PublicationVersion] = field(default_factory=dict)
     _held: dict[str, None] = field(default_factory=dict)
     _averaged: dict[GroupName, dict[str, Place]] = field(default_factory=dict)
-    """Place of each peer's values that were merged last, for each section that is averaged."""
+    """Place of each peer's values that were merged last, for each tensor group that is averaged."""
     _adopted: dict[str, Place] = field(default_factory=dict)
     """Place up to which the taken weights contain each peer, if that is further than what was merged here."""
 
@@ -196,7 +196,8 @@ class Ledger:
         return self._averaged.get(group, {}).get(peer)
 
     def news(self, peer: str, version: PublicationVersion | Candidate, reference_round: int) -> News:
-        """Decide what of a publication may be merged. `reference_round` is the median of the live peers' rounds."""
+        """Decide which part of a publication may be merged. `reference_round` is the median of the live peers'
+        rounds."""
         if version.round < 0 or version.part < 1 or version.tokens < 1:
             return Stale("it has published nothing yet")
         known = self._versions.get(peer)
@@ -215,7 +216,7 @@ class Ledger:
         return self._later_part(peer, version, known)
 
     def new_tokens(self, peer: str, version: PublicationVersion | Candidate, reference_round: int) -> int | None:
-        """Return the tokens of `news`, None for `Stale`.
+        """Return the tokens that `news` would let into a merge, None for `Stale`.
 
         This is asked of every peer before each choice. Most have a new round or no publication yet, which needs no
         answer with a reason.
@@ -274,8 +275,8 @@ class Ledger:
             self.forgotten_round = max(self.forgotten_round, version.round)
 
     def adopt(self, places: Mapping[str, Place]) -> None:
-        """Record that others' weights, which contain all peers up to `places` (see `agreed_places`), replace this
-        peer's."""
+        """Record that this peer continues from others' weights, which contain the publications of all peers up to
+        `places` (see `agreed_places`)."""
         for peer, place in places.items():
             known = self._versions.get(peer)
             if place > self._adopted.get(peer, (-1, 0)) and (known is None or place > (known.round, known.part)):
@@ -285,7 +286,8 @@ class Ledger:
             self._adopted = dict(furthest)
 
     def places(self, most_peers: int = _MAX_PEERS) -> dict[str, Place]:
-        """Return up to where the weights contain each peer: by merges here and by weights that were taken.
+        """Map each peer to the place up to which the weights contain its publications, by merges here or because the
+        weights came from others.
 
         If there are more than `most_peers`, those of the latest rounds are returned.
         """
@@ -301,7 +303,7 @@ class Ledger:
         return frozenset(self._held)
 
     def version(self, peer: str) -> PublicationVersion | None:
-        """Return what was last merged of `peer`; None if nothing was, or if it is forgotten."""
+        """Return the version of `peer` that was last merged; None if none was, or if it is forgotten."""
         return self._versions.get(peer)
 
     def by_age(self) -> list[str]:
@@ -338,7 +340,8 @@ class Ledger:
 def agreed_places(
     told: Iterable[Mapping[str, Place]], rounds: Mapping[str, int], round: int, max_staleness_rounds: int
 ) -> dict[str, Place]:
-    """Return up to where the mean of several states contains each peer's publications; the mean is of `round`.
+    """Map each peer to the place up to which the mean of several states contains its publications; the mean is of
+    `round`.
 
     `told` has the places of each state, as its giver claims; `rounds` the round that each peer advertises itself. A
     publication that is in one of the states is in the mean, though with less weight, so the furthest place counts.
@@ -424,8 +427,8 @@ class _Ban:
 
 
 _MUTE_FACTOR = 1.5
-"""Growth of the wait after each failure to answer. After a network outage a peer is left alone for at most half the
-outage's duration plus `mute_first_s` (decision 39)."""
+"""Factor by which the wait grows after each failure to answer. After a network outage a peer is left alone for at most
+half the outage's duration plus `mute_first_s` (decision 39)."""
 
 
 @dataclass(slots=True)
@@ -448,13 +451,13 @@ class BackOff:
     _bans: dict[str, _Ban] = field(default_factory=dict)
 
     def busy(self, peer: str, now: float) -> str:
-        """Record that `peer` serves as many readers as it may. Return what follows, in words for the log."""
+        """Record that `peer` serves as many readers as it may. Return the consequence in words, for the log."""
         ban = self._ban(peer, now)
         ban.until_s = max(ban.until_s, now + self.busy_s)
         return f"busy: asked again after {self.busy_s:g} s"
 
     def failed(self, peer: str, now: float, reason: str, mute: bool = False) -> str:
-        """Record that `peer` was unreachable, stalled or sent something wrong. Return what follows, in words for the
+        """Record that `peer` was unreachable, stalled or sent something wrong. Return the consequence in words, for the
         log.
 
         `mute`: it gave no answer at all. A failure during a ban does not lengthen the ban: several pulls run at once,
@@ -484,7 +487,7 @@ class BackOff:
         self._bans.pop(peer, None)
 
     def has_banned(self, peer: str) -> bool:
-        """Return whether anything is held against `peer`."""
+        """Return whether `peer` is being left alone, or has failures on record."""
         return peer in self._bans
 
     def called(self, peer: str, now: float) -> None:
@@ -510,7 +513,8 @@ class BackOff:
         return rested, f"everyone was tried within the last {self.busy_s:g} s"
 
     def next_free_s(self, peers: Collection[str], now: float) -> float | None:
-        """Return when `ready` will next return one of `peers` that is left alone now; None if nobody is."""
+        """Return the time at which `ready` will next return one of `peers` that is left alone now; None if nobody
+        is."""
         bans = [ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s]
         free_s = [ban.until_s for ban in bans] + [ban.tried_s + self.busy_s for ban in bans]
         return min((s for s in free_s if s > now), default=None)

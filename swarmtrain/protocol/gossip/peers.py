@@ -28,22 +28,22 @@ __all__ = ["OtherPeers", "PartnerChoice"]
 
 
 class OtherPeers:
-    """Live others that train, as they advertised last, and the round from which staleness is measured."""
+    """Other live volunteers, as they advertised themselves last, and the round from which staleness is measured."""
 
     def __init__(self, me: str, tellings: AdvertisedFragments, host_rng: random.Random) -> None:
         self.me, self._tellings = me, tellings
         self.back_off = BackOff()
-        """Peers that are left alone for a while."""
+        """Peers to avoid for a while."""
         self.hosts = HostOrder(me, host_rng)
-        """Order in which the hosts of hidden peers are asked."""
+        """Order in which to ask the hosts of a hidden peer."""
         self.round = 0
         """Round that this peer is in."""
         self.infos: Sequence[PeerInfo] = ()
         self.version = 0
-        """Changes with each update, so that views can notice it."""
+        """Number that changes with each update of the list, so that caches notice it."""
         self._reference: int | None = None
         self._moved_by: tuple[str, PublicationVersion] | None = None
-        """Peer and publication that last made this peer catch up when only one other was there."""
+        """Peer and publication that last made this peer catch up while only one other volunteer was present."""
         self._hidden: dict[str, tuple[str, ...]] | None = None
         """Hosts of each hidden peer; None until they are needed."""
 
@@ -55,7 +55,7 @@ class OtherPeers:
         return is_other_number
 
     def enter_round(self, round: int) -> None:
-        """Record that this peer is in that round."""
+        """Record the round that this peer is in."""
         if round != self.round:
             self.round, self._reference = round, None
 
@@ -96,7 +96,8 @@ class OtherPeers:
 
 @dataclass(slots=True)
 class _View:
-    """View of the others from one fragment, cached until they advertise more or something is merged."""
+    """Cache of what the other peers have of one fragment. It is valid until they advertise more or something is
+    merged."""
 
     version: int
     candidates: list[Candidate]
@@ -109,7 +110,7 @@ class _View:
 
 
 class PartnerChoice:
-    """Choice of the peer to ask next, for one fragment."""
+    """Chooses the peer to ask next, for one fragment."""
 
     def __init__(
         self,
@@ -121,22 +122,22 @@ class PartnerChoice:
         *,
         is_fragment: bool,
     ) -> None:
-        """`leading`: the section that is pulled first; the other sections are pulled from the same peers if possible.
-        `is_fragment`: the model has several fragments, so that what others have of this one is inferred from what they
-        advertise."""
+        """`leading`: the tensor group that is pulled first; the other tensor groups are pulled from the same peers if
+        possible. `is_fragment`: the model has several fragments, so that what others have of this one is inferred from
+        what they advertise."""
         self.fragment, self._others, self.partners, self._open = fragment, others, partners, open
         self._leading, self._is_fragment = leading, is_fragment
         self._ledger = partners.ledger
         self._view: _View | None = None
 
     def ledger_changed(self) -> None:
-        """Drop the view, because more was merged or others' weights were taken."""
+        """Drop the cached view, because more was merged or the weights came from other peers."""
         self._view = None
 
     def choose(self, group: GroupName, round: int, here: Sequence[Which], now: float) -> str | None:
         """Return the next peer to pull `group` from for the merge of `round`; None if there is nobody to ask.
 
-        `here`: what has arrived for that merge.
+        `here` lists what has already arrived for that merge.
         """
         view = self.view()
         if view.from_round != round:
@@ -162,7 +163,7 @@ class PartnerChoice:
         )[0]
 
     def view(self) -> _View:
-        """Return what the others have of this fragment."""
+        """Return the cached view of what the other peers have of this fragment, renewed if necessary."""
         view = self._view
         if view is None or view.version != self._others.version:
             view = self._view = _View(self._others.version, [], {})
@@ -175,5 +176,6 @@ class PartnerChoice:
         return view
 
     def next_free_s(self, group: GroupName, now: float) -> float | None:
-        """Return when a peer that may not be asked now may be asked again; None if time alone changes nothing."""
+        """Return the time at which a peer that may not be asked now may be asked again; None if time alone changes
+        nothing."""
         return self._open.next_free_s(group, [info.peer for info in self._others.infos], now)

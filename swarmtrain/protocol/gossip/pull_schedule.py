@@ -42,21 +42,21 @@ class NextMerge:
     """Expected time of the present round's merge at the moment when its first pull began; None before that."""
     merged_round: int = -1
     begins_anew: bool = True
-    """True if pulls have been paused since the last merge. The round was given up then, and has all its merges
-    again."""
+    """True if pulls have been paused since the last merge. The round was given up then, and the next round has all its
+    merges."""
 
 
 class DuePulls(NamedTuple):
     """Pulls of one plan, with the values that they were computed from."""
 
     basis: object
-    """Inputs of the computation; if they change, it is done again."""
+    """Inputs of the computation; if they change, the pulls are planned again."""
     pulls: PullPlan
     slow_after_s: float
 
 
 class Due(NamedTuple):
-    """Number of pulls of a section that should have begun by now for each of `fragments`, which share one plan."""
+    """Number of pulls of a tensor group that should have begun by now for each of `fragments`, which share one plan."""
 
     group: GroupName
     number: int
@@ -89,12 +89,12 @@ class PullSchedule:
     # ------------------------------------------------------------- when to look
 
     def look_by(self, at_s: float | None) -> None:
-        """Check at that time at the latest; None changes nothing."""
+        """Schedule the next check for `at_s` at the latest; None changes nothing."""
         if at_s is not None and (self.wake_s is None or at_s < self.wake_s):
             self.wake_s = at_s
 
     def looks(self) -> None:
-        """Record that the check takes place now."""
+        """Record that the scheduled check takes place now."""
         self.wake_s, self.is_short = None, False
 
     def look_when_due(self, num_others: int, now: float) -> None:
@@ -104,7 +104,7 @@ class PullSchedule:
             self.look_by(now)
 
     def assume(self, bytes_per_s: float, now: float) -> None:
-        """Use this link rate until a pull is measured."""
+        """Use this link rate, measured by other transfers, until a pull is measured."""
         if self.times.bytes_per_s is None:
             self.times.assume(bytes_per_s)
             if self.plans:
@@ -113,7 +113,8 @@ class PullSchedule:
     # ------------------------------------------------------------- what is due
 
     def due(self, num_others: int, now: float) -> Iterator[Due]:
-        """Yield the pulls that should have begun by now, and schedule the next check for when more are due."""
+        """Yield how many pulls of each tensor group should have begun by now, and schedule the next check for the time
+        when more are due."""
         for plan in self.plans:
             fragments = self._fragments_of(plan)
             if not fragments:
@@ -142,7 +143,7 @@ class PullSchedule:
         return known
 
     def _sizes_of(self, plan: MergePlan) -> PublicationBytes:
-        """Return the bytes of everything that is pulled of one partner for this plan."""
+        """Return the bytes that one partner's publications for this plan take together."""
         if len(plan.fragments) == 1:
             return self._sizes[plan.fragments[0]][plan.gradient_format]
         return total_bytes(self._sizes[each][plan.gradient_format] for each in plan.fragments)

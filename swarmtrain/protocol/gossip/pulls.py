@@ -38,7 +38,7 @@ the
 start of the author's round, or its pseudo-gradient since then. Each kind is pulled by itself."""
 
 GroupRule: TypeAlias = Literal["mean", "outer step"]
-"""Way in which a merge uses the partners' values of a section.
+"""Way in which a merge uses the partners' values of a tensor group.
 
 - "mean": average them with this peer's own;
 - "outer step": weight them by tokens, and use the mean as the gradient of one outer step.
@@ -81,17 +81,17 @@ class PullPlan:
     """Times at which the pulls of a round are due, for each rule in ascending order, and the reason for the log."""
 
     weights_at_s: tuple[float, ...]
-    """Due times for each section whose rule is "mean"."""
+    """Due times for each tensor group whose rule is "mean"."""
     gradients_at_s: tuple[float, ...]
-    """Due times for the section whose rule is "outer step"."""
+    """Due times for the tensor group whose rule is "outer step"."""
     reason: str
 
     def num_due(self, rule: GroupRule, now: float) -> int:
-        """Return how many pulls of each section with that rule should have begun by now."""
+        """Return how many pulls of each tensor group with that rule should have begun by now."""
         return bisect_right(self.weights_at_s if rule == "mean" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
-        """Return when the next pull is due; None if all are."""
+        """Return the time at which the next pull is due; None if all are."""
         found = None
         for at_s in self.weights_at_s, self.gradients_at_s:
             if (passed := bisect_right(at_s, now)) < len(at_s) and (found is None or at_s[passed] < found):
@@ -104,7 +104,7 @@ class PublicationBytes:
     """Transfer sizes of one partner's weights and of its pseudo-gradient, in bytes."""
 
     weights: int
-    """Bytes of all sections that are averaged."""
+    """Bytes of all tensor groups that are averaged."""
     gradient: int
     share: float = 1.0
     """Share of the model: 1 / number of fragments if these are the sizes of one fragment."""
@@ -224,12 +224,14 @@ def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """Return when a peer's round began that had done that many steps at `told_s`; None if its speed is unknown (0)."""
+    """Return the time at which a peer's round began, given that the peer had done `inner_steps_done` steps at `told_s`;
+    None if its speed is unknown (0)."""
     return told_s - inner_steps_done / steps_per_s if steps_per_s > 0 else None
 
 
 def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """Return when a peer's round ends that had done that many of its steps at `told_s`.
+    """Return the time at which a peer's round ends, given that the peer had done `inner_steps_done` of its steps at
+    `told_s`.
 
     None if its speed or its number of steps is unknown (0).
     """
@@ -237,9 +239,9 @@ def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_p
 
 
 def ahead_rounds(theirs_began_s: float | None, began_s: float, ends_s: float) -> float:
-    """Return how much later than this peer's another's round began, in rounds of this peer, from 0 to 1.
+    """Return by how much another peer's round began later than this peer's, in rounds of this peer, from 0 to 1.
 
-    0 if the other's beginning is unknown.
+    0 if the other's start is unknown.
     """
     if theirs_began_s is None:
         return 0.0
@@ -252,7 +254,7 @@ def idle_s(round_s: float) -> float:
 
 
 def most_pulls(configured: WantedPartners) -> int:
-    """Return how many pulls of a fragment may be open at once, of all sections and including slow ones."""
+    """Return how many pulls of a fragment may be open at once, of all tensor groups and including slow ones."""
     return _PULLS_A_PARTNER * max(configured)
 
 
@@ -262,7 +264,7 @@ class BytesBegun:
 
     at_s: float
     ended_bytes: int
-    """Bytes of all downloads that had ended by then."""
+    """Bytes of all downloads that had ended when this download began."""
 
 
 @dataclass(slots=True)

@@ -88,7 +88,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
     def begin(
         self, state: FragmentState[Held, Payload, Ready], group: GroupName, peer: str, round_s: float, now: float
     ) -> None:
-        """Pull a section of `peer` for the fragment; a fragment's share of a round lasts `round_s`."""
+        """Pull a tensor group of `peer` for the fragment; a fragment's share of a round lasts `round_s`."""
         number, hosts = self._commands.next_number(), self._others.hosts_of(peer)
         opened = state.open.begin(group, peer, now)
         sources = [peer] if hosts is None else [*hosts]
@@ -144,9 +144,9 @@ class GossipPulls(Generic[Held, Payload, Ready]):
     def _round_began_s(
         self, fragment: int, version: PublicationVersion, advertised: AdvertisedProgress | None
     ) -> float | None:
-        """Return when the author's round of the fragment began.
+        """Return the time at which the author's round of the fragment began.
 
-        None if it advertises another round than it publishes, or does not know its speed yet.
+        None if the author advertises another round than it publishes, or does not know its speed yet.
         """
         if advertised is None:
             return None
@@ -216,7 +216,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         return True
 
     def _end(self, pull: GossipPull[Held], now: float) -> None:
-        """Remove a pull that brought nothing, and check at once whether another partner should be asked."""
+        """Remove a pull that ended without a publication, and check at once whether another partner should be asked."""
         del self.by_number[pull.number]
         self._schedule.look_by(now)
 
@@ -235,8 +235,8 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             self._fail(pull, event.failure, now)
 
     def _fail(self, pull: GossipPull[Held], failure: PullFailure, now: float) -> None:
-        """After a host's fault ask the next source; after the author's, end the pull and leave the author alone for a
-        while."""
+        """Handle a failed pull: after a host's fault ask the next source; after the author's, end the pull and leave
+        the author alone for a while."""
         peer, source = pull.open.peer, pull.source
         # A host's fault counts against the host; the author's publication may be had from the next one.
         if source != peer and not failure.is_authors:

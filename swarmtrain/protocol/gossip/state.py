@@ -54,7 +54,7 @@ class ReceivedPublications(Generic[Held, Payload, Ready]):
 
     pulled: list[ReceivedPublication[Held, Payload]] = field(default_factory=list)
     here: list[Which] = field(default_factory=list)
-    """Section and peer of each item of `pulled`."""
+    """Tensor group and peer of each item of `pulled`."""
     ready: ReadyMerge[Held, Payload, Ready] | None = None
     _groups: list[GroupName] = field(default_factory=list)
 
@@ -70,7 +70,7 @@ class ReceivedPublications(Generic[Held, Payload, Ready]):
         self._groups.append(pulled.group)
 
     def num_here(self, group: GroupName) -> int:
-        """Return how many publications of that section wait."""
+        """Return how many publications of that tensor group wait."""
         return self._groups.count(group)
 
     @property

@@ -16,7 +16,8 @@ __all__ = ["LATELY_S", "Arrivals"]
 LATELY_S = 30.0
 """Seconds for which an arrival counts as recent."""
 _OLD = (("round", "rounds behind"), ("shards", ""))
-"""Rules that an honest newcomer may break, with words of the message; for every other rule a peer is named at once."""
+"""Rules that an honest newcomer may break, each with words of the refusal's message; a peer that breaks any other rule
+is named at once."""
 _MAX_PEERS = 1024
 
 
@@ -39,7 +40,7 @@ class Arrivals:
         self._own_s = now
 
     def spares(self, peer: str, rule: str, detail: str, now: float) -> bool:
-        """Return whether nobody is named yet for breaking `rule`.
+        """Return whether breaking `rule` is not reported yet.
 
         That is so if this peer, `peer`, or a peer that `detail` mentions has arrived recently.
         """

@@ -23,11 +23,11 @@ class CallBudget:
     burst: float = 256.0
     max_callers: int = _MAX_CALLERS
     _left: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Calls left to each caller, and the time of that count; the least recent caller first."""
+    """Calls left to each caller and the time of that count, the caller with the oldest call first."""
 
     @property
     def in_words(self) -> str:
-        """Fault of a caller that exceeds the budget, for the report."""
+        """Sentence about the fault of a caller that exceeds the budget, for the report."""
         return f"more than {self.per_s:g} calls a second"
 
     def allows(self, caller: str, now: float) -> bool:

@@ -50,7 +50,7 @@ NUM_ASKED = 3
 _NUM_HOSTS = 2
 """Hosts that a hidden peer keeps."""
 _HOST_MEMORY_BYTES = 2 * 1024**3
-"""Memory that a host uses for its guests' publications."""
+"""Memory in bytes that a host uses for its guests' publications."""
 KEPT_OF_A_GUEST = 2
 """Publications that a host keeps of each guest."""
 
@@ -85,11 +85,12 @@ class Reachability:
     _due_s: float = 0.0
 
     def is_due(self, now: float) -> bool:
-        """Return whether to ask now."""
+        """Return whether it is time to ask peers to dial this one."""
         return now >= self._due_s
 
     def told(self, answers: Sequence[bool | None], now: float, rng: random.Random) -> str:
-        """Record the answers: reached (True), not reached (False), or unknown (None). Return what follows, in words."""
+        """Record the answers: reached (True), not reached (False), or unknown (None). Return the consequence in words,
+        for the log."""
         tried, reached = [answer for answer in answers if answer is not None], any(answers)
         wait_s = self.again_s
         if reached:
@@ -148,7 +149,7 @@ def callable_first(infos: Iterable[PeerInfo]) -> list[PeerInfo]:
 
 @dataclass
 class _Host:
-    """Host of this peer, and when it last answered."""
+    """Host of this peer, and the time of its last answer."""
 
     since_s: float
     answered_s: float
@@ -180,7 +181,7 @@ class HostChoice:
         return tuple(peer for peer, host in self._hosts.items() if host.hosting)
 
     def answered(self, peer: str, hosting: bool, now: float) -> str:
-        """Record whether a host serves this peer. Return what follows, in words."""
+        """Record whether a host serves this peer. Return the consequence in words, for the log."""
         host = self._hosts.get(peer)
         if host is None:
             return "it is no host of this peer any more"
@@ -240,7 +241,7 @@ class Guests:
     _heard_s: dict[str, float] = field(default_factory=dict)
 
     def ask(self, peer: str, now: float) -> tuple[bool, str]:
-        """Return whether `peer`, which asks now, is a guest from now on; with the reason."""
+        """Decide whether `peer`, which asks now, is a guest from now on. Return (True if so, reason)."""
         here = self.current(now)
         if peer not in here and len(here) >= self.most:
             return False, f"{len(here)} hidden peers are served already"
@@ -254,7 +255,7 @@ class Guests:
         self._heard_s.pop(peer, None)
 
     def current(self, now: float) -> tuple[str, ...]:
-        """Return the guests."""
+        """Return the PeerIDs of the present guests."""
         here = {peer: heard_s for peer, heard_s in dict(self._heard_s).items() if now < heard_s + self.silent_s}
         return tuple(here)
 

@@ -82,17 +82,17 @@ class _Entry:
     info: PeerInfo
     state: PeerState
     expires_s: float
-    """End of its newest presence."""
+    """Time at which its newest presence expires."""
     heard_s: float
     """Time when it last said anything, by a call or a record."""
     so_far_since_s: float
-    """Time since which it is known to be at its present step."""
+    """Time since which the peer is known to be at its present inner step."""
     told_s: float = float("-inf")
-    """Time of the last call in which it said how far it is."""
+    """Time of the last call in which the peer reported its progress."""
     away_since_s: float = float("-inf")
-    """Time of its last loss or goodbye; an older presence does not bring it back."""
+    """Time of the peer's last loss or goodbye; an older presence does not bring it back."""
     losses: int = 0
-    """Losses by failed calls since it last answered one."""
+    """Number of times that the peer was lost by failed calls since it last answered one."""
     failures: int = 0
     """Failed calls in a row."""
     failing_since_s: float = 0.0
@@ -116,12 +116,12 @@ class Membership:
     version: int = field(default=0, init=False)
     """Grows whenever a peer comes, goes or advertises something new, so that readers can skip an unchanged table."""
     told_for_s: float = 10.0
-    """Seconds for which a round learned from a call is believed against a presence record that says less."""
+    """Seconds for which a round learned from a call counts, even if a presence record says less."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _live: dict[str, _Entry] = field(default_factory=dict)
     """Entries of peers believed alive."""
     _displaced: list[str] = field(default_factory=list)
-    """Peers that made room for others and that `forget` has not returned yet."""
+    """Peers that made room for others, to be returned by the next `forget`."""
 
     def saw_presence(
         self, info: PeerInfo, expires_s: float, now: float, *, answered: bool = False
@@ -209,7 +209,7 @@ class Membership:
         self.version += 1
 
     def forgive(self) -> None:
-        """Forget all failed calls so far: they were not the other peers' fault."""
+        """Forget all failed calls so far, because they were not the other peers' fault."""
         for entry in self._entries.values():
             entry.failures = 0
 
@@ -235,7 +235,7 @@ class Membership:
         return MembershipChange(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[MembershipChange]:
-        """Mark as LOST all peers whose presence has expired and that have not been heard from since."""
+        """Mark as LOST all peers whose presence has expired and from which nothing was received since."""
         changes = []
         for peer, entry in list(self._live.items()):
             # A peer that has just answered is alive, although its next record is late in the DHT.
@@ -245,7 +245,7 @@ class Membership:
         return changes
 
     def has_room_for(self, peer: str) -> bool:
-        """Return whether `peer` is in the table or would fit; it is limited because identities cost nothing."""
+        """Return whether `peer` is in the table or would fit. The table is limited, because identities cost nothing."""
         return peer in self._entries or len(self._entries) < MAX_PEERS
 
     def _make_room(self, answered: bool) -> bool:
@@ -284,7 +284,7 @@ class Membership:
         return gone
 
     def state(self, peer: str) -> PeerState | None:
-        """Return what is believed of `peer`; None if it is unknown."""
+        """Return the state that this peer believes `peer` to be in; None if `peer` is unknown."""
         entry = self._entries.get(peer)
         return None if entry is None else entry.state
 
@@ -294,12 +294,12 @@ class Membership:
         return None if entry is None else entry.info
 
     def heard_s(self, peer: str) -> float:
-        """Return when `peer` was last heard from; -inf if never."""
+        """Return the time at which anything was last received from `peer`; -inf if never."""
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 
     def heard_at_s(self) -> dict[str, float]:
-        """Map each of `volunteers` to the time when it was last heard from."""
+        """Map each of `volunteers` to the time at which anything was last received from it."""
         return {peer: entry.heard_s for peer, entry in self._training()}
 
     def known(self) -> list[PeerInfo]:

@@ -23,7 +23,8 @@ long."""
 
 @dataclass(eq=False)
 class Reader:
-    """Reader that has a place. `took_s` is when it was given its last piece, infinite while it waits for this peer."""
+    """Reader that has a place. `took_s` is the time at which it was given its last piece, infinite while it waits for
+    this peer."""
 
     peer: str
     took_s: float
@@ -31,17 +32,17 @@ class Reader:
     earlier_s: float = 0.0
 
     def own_s(self, now: float) -> float:
-        """Return for how long it has had its place, without the time that it waited for this peer."""
+        """Return for how long the reader has had its place, without the time that it waited for this peer."""
         return self.earlier_s + (max(0.0, now - self.took_s) if math.isfinite(self.took_s) else 0.0)
 
     def bytes_per_s(self, now: float) -> float:
-        """Return its speed in that time."""
+        """Return the reader's speed in that time."""
         return self.took_bytes / max(self.own_s(now), 1e-9)
 
 
 @dataclass
 class Readers:
-    """Readers that have places. Their number, `most`, is an argument each time, because it may change."""
+    """Readers that have places. The number of places, `most`, is an argument of each call, because it may change."""
 
     stall_s: float
     gives_way_s: float = GIVES_WAY_S
@@ -54,7 +55,7 @@ class Readers:
         return reader in self._inside
 
     def has_room_for(self, peer: str, most: int, now: float) -> bool:
-        """Return whether `peer` ("": unknown) would get a place. One peer has at most half of them."""
+        """Return whether `peer` ("": unknown) would get a place. One peer has at most half of the places."""
         if peer and self._num_moving(peer, now) >= -(-most // 2):
             return False
         return len(self._inside) < most or self._to_give_way(peer, now) is not None
@@ -81,12 +82,12 @@ class Readers:
         reader.took_s = math.inf
 
     def takes(self, reader: Reader, size_bytes: int, now: float) -> None:
-        """Record that its next piece is sent."""
+        """Record that the reader's next piece is sent."""
         reader.earlier_s = reader.own_s(now)
         reader.took_s, reader.took_bytes = now, reader.took_bytes + size_bytes
 
     def leaves(self, reader: Reader) -> None:
-        """Free its place, if it still has one."""
+        """Free the reader's place, if it still has one."""
         self._inside.pop(reader, None)
 
     def _num_moving(self, peer: str, now: float) -> int:

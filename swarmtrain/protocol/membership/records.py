@@ -75,7 +75,7 @@ def bucket_of(peer: str, depth: int) -> str:
 
 
 def choose_bucket(peer: str, depth: int, occupants: Collection[str]) -> tuple[bool, str]:
-    """Return whether `peer` may store in its bucket at `depth`, given the peers in it; with the reason.
+    """Return (True if `peer` may store in its bucket at `depth`, given the peers in it; reason).
 
     Try depths from 0 on, and take the first that is allowed. A peer's own record does not count against it, so that it
     stays where it is.

@@ -1,4 +1,4 @@
-"""End of a run: for whom a peer that is done continues to serve.
+"""Rules for the end of a run: for which peers one that is done continues to serve.
 
 Everything here is pure: `now` is an argument, and the answer carries its reason.
 """
@@ -15,7 +15,7 @@ _RETURNS_S = 120.0
 
 
 def still_needed(membership: Membership, last: Progress) -> str:
-    """Return why a peer with the run's `last` state should stay; "" if nobody needs it.
+    """Return the reason why a peer with the run's `last` state should stay; "" if nobody needs it.
 
     The archive must have that state; a bootstrap that is gone may be on its way back. Live volunteers that have not
     merged the last round may need its bytes.
@@ -49,7 +49,7 @@ def still_needed_apart(membership: Membership, total_tokens: int) -> str:
 def may_come_back(
     membership: Membership, last: Progress, since_s: float, now: float, total_tokens: int | None = None
 ) -> str:
-    """Return why the archive with the run's `last` state should stay; "" if nobody needs it.
+    """Return the reason why the archive with the run's `last` state should stay; "" if nobody needs it.
 
     Volunteers must have said goodbye. One that went away recently without that state may be on its way back; it would
     find nobody, and train the rest of the run once more, alone. An archive that has been here only since `since_s` may

@@ -51,30 +51,30 @@ class StagePeer:
 
     peer: str
     stages: tuple[int, ...]
-    """Stages that it serves, ascending; none while it fetches its first one."""
+    """Stages that the peer serves, ascending; empty while it fetches its first one."""
     tokens_per_s: float
-    """Measured throughput through all of `stages` when fully fed; before it has any, through those that it fetches, and
-    before it knows these, through the whole model."""
+    """Measured throughput through all of `stages` when the peer always has work; before it has stages, through those
+    that it fetches, and before it knows these, through the whole model."""
     moving_to: tuple[int, ...] = ()
-    """Stages that it will serve soon; empty if it does not move."""
+    """Stages that the peer will serve soon; empty if it does not move."""
     bound: tuple[int, ...] = ()
-    """Stages that it has promised not to leave."""
+    """Stages that the peer has promised not to leave."""
     most_stages: int = 1
-    """Stages that fit into its memory."""
+    """Number of stages that fit into the peer's memory."""
     kept: tuple[tuple[int, int], ...] = ()
-    """(stage, round) of the checkpoints in its folder, while it holds nothing."""
+    """(stage, round) of the checkpoints in the peer's folder, while it holds no stage."""
     move_s: float = 60.0
-    """Seconds that it takes to fetch a stage."""
+    """Seconds that the peer takes to fetch a stage."""
     queue: float = 0.0
-    """Tasks that wait; used only by `change_by_queues`."""
+    """Number of tasks that wait at the peer; used only by `change_by_queues`."""
     flow_tokens_per_s: float = 0.0
-    """Tokens per second that pass through it now."""
+    """Tokens per second that pass through the peer now."""
     seen_s: float = 0.0
-    """Time of its record."""
+    """Time of the peer's record."""
 
     @property
     def planned(self) -> tuple[int, ...]:
-        """Stages that it will serve soon, or serves if it does not move."""
+        """Stages that the peer will serve soon, or serves if it does not move."""
         return self.moving_to or self.stages
 
 
@@ -91,7 +91,7 @@ class Rule:
     live_s: float = 60.0
     """Seconds after which a peer that was not seen does not count."""
     most_changes: int = 1
-    """Peers that may be named at once."""
+    """Number of peers that may be told to move at once."""
 
     def __post_init__(self) -> None:
         if not self.costs or min(self.costs) <= 0:
@@ -118,12 +118,12 @@ class StageChange:
 
     @property
     def leaves(self) -> tuple[int, ...]:
-        """Stages that it gives up; in each another peer must promise to stay."""
+        """Stages that the peer gives up; in each another peer must promise to stay."""
         return tuple(stage for stage in self.before if stage not in self.after)
 
     @property
     def enters(self) -> tuple[int, ...]:
-        """Stages that it must fetch."""
+        """Stages that the peer must fetch."""
         return tuple(stage for stage in self.after if stage not in self.before)
 
 
@@ -157,7 +157,7 @@ class _Table:
         self.speeds = {one.peer: compute_speed(one, rule) for one in self.peers.values()}
         self.holding = {one.peer: one.planned for one in self.peers.values()}
         self.holders: list[set[str]] = [set() for _ in rule.costs]
-        """Peers that serve each stage now and stay."""
+        """Peers that serve each stage now and will not leave it."""
         self.rates = [0.0] * rule.num_stages
         for one in self.peers.values():
             rate = self.rate(one.peer, one.planned)
@@ -171,7 +171,7 @@ class _Table:
         return self.speeds[peer] / self.rule.cost(stages) if stages else 0.0
 
     def effect(self, peer: str, after: Sequence[int]) -> dict[int, float]:
-        """Return the changed rates if the peer held `after`."""
+        """Map each stage whose rate would change to its new rate, if the peer held the stages `after`."""
         before = self.holding[peer]
         was, will = self.rate(peer, before), self.rate(peer, after)
         return {
@@ -180,11 +180,11 @@ class _Table:
         }
 
     def with_effect(self, effect: Mapping[int, float]) -> list[float]:
-        """Return all rates after that effect, slowest first."""
+        """Return the rates of all stages after an `effect`, slowest first."""
         return sorted(effect.get(stage, rate) for stage, rate in enumerate(self.rates))
 
     def keeps(self, stage: int, peer: str) -> int:
-        """Return how many peers besides `peer` serve the stage and stay."""
+        """Return how many peers besides `peer` serve the stage and will not leave it."""
         return len(self.holders[stage]) - (peer in self.holders[stage])
 
     def make(self, change: StageChange) -> None:
@@ -219,7 +219,7 @@ def my_change(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tu
 
 
 def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: float) -> tuple[bool, str]:
-    """Return whether a peer that moved `since_s` seconds ago may make this change now; with the reason.
+    """Return (True if a peer that moved `since_s` seconds ago may make this change now; reason).
 
     Within `_COOLDOWN_S` it may only give up a stage, or take one that nobody holds.
     """
@@ -231,8 +231,8 @@ def may_move_again(change: StageChange, peers: Iterable[StagePeer], since_s: flo
 
 
 def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[StageChange], str]:
-    """Return the changes that help most, each on top of those before it, no peer twice; with the reason if there are
-    none.
+    """Return (the changes that help most, the reason if there are none). Each change assumes those before it, and no
+    peer changes twice.
 
     Only the slowest stage is helped, since it limits the pipeline. A change is worthwhile if the slowest of the stages
     that it touches becomes faster by `Rule.improvement`; then the rates, slowest first, grow lexicographically. The
@@ -253,7 +253,7 @@ def changes(peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[list[St
 
 
 def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, str]:
-    """Return the best change for the slowest stage, by peers not in `moved`, or None; with the reason."""
+    """Return (the best change for the slowest stage by a peer not in `moved`, or None; reason)."""
     if not table.peers:
         return None, "nobody is there"
     slowest = min(range(table.rule.num_stages), key=lambda stage: (table.rates[stage], stage))
@@ -280,8 +280,8 @@ def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, st
 
 
 def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
-    """Return what `peer` could hold instead: another stage, one more, or one less. Each stage that it leaves keeps a
-    peer."""
+    """Return the sets of stages that `peer` could hold instead: another stage, one more, or one less. Each stage that
+    it leaves keeps a peer."""
     one, before = table.peers[peer], table.holding[peer]
     if before == (slowest,):
         return []
@@ -360,7 +360,7 @@ class Joiner:
 def stages_for_joiner(
     joiner: Joiner, peers: Iterable[StagePeer], now: float, rule: Rule
 ) -> tuple[tuple[int, ...], str]:
-    """Return the stages that a joiner serves, where it is needed most; with the reason.
+    """Return (the stages that a joiner serves, because it is needed most there; reason).
 
     That is the slowest stage. Of several equal ones, as when all come at once and see nobody, each joiner takes one by
     the hash of its PeerID. While there are fewer peers than stages it takes several if they fit, also those that other
@@ -387,7 +387,7 @@ def stages_for_joiner(
 
 
 def first_stages(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[tuple[int, ...], str]:
-    """Return the stages that a peer without any takes when others come at the same moment; with the reason.
+    """Return (the stages that a peer without stages takes while others choose at the same moment; reason).
 
     They choose one after the other: first the peers with the newest checkpoint of a stage that nothing passes through
     yet, then by PeerID. Each computes from the same records what those before it have chosen, so that nobody needs to
@@ -446,7 +446,7 @@ def _hash(peer: str, stage: int) -> bytes:
 
 
 def change_by_queues(me: str, peers: Iterable[StagePeer], now: float, rule: Rule) -> tuple[StageChange | None, str]:
-    """Return the change by SWARM's own rule (arXiv 2301.11913, algorithm 2), for comparison; with the reason.
+    """Return (the change by SWARM's own rule, or None; reason), for comparison (arXiv 2301.11913, algorithm 2).
 
     Every T seconds the peer with the shortest queue in the stage with the shortest queues in total moves to the stage
     with the longest. As published, the rule would empty stages and stop for ever. Here nobody leaves a stage with one

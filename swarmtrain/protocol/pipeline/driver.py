@@ -64,10 +64,10 @@ _GIVE_UP_S = 60.0
 """Seconds after which a settlement that cannot be delivered is given up: the peer is dead, or subtracts what is not
 acknowledged."""
 _ANY_LIFE = 0
-"""Incarnation in a settlement that acknowledges nothing, so that it applies to any."""
+"""Incarnation to put into a settlement that acknowledges nothing, so that it applies to any incarnation."""
 _HERE_S = 30.0
-"""Seconds after which a peer with an open part hears from this driver, even without news: stages forget the
-microbatches of a silent driver."""
+"""Longest silence towards a peer that computes for this driver, in seconds: stages forget the microbatches of a silent
+driver."""
 
 
 # ---------------------------------------------------------------- state
@@ -85,14 +85,14 @@ class DriverPace:
 
 @dataclass(slots=True, eq=False)
 class _Due:
-    """Base of everything that has a timer."""
+    """Base of the objects that have a timer, due at `due_s`."""
 
     due_s: float | None = field(default=None, init=False)
 
 
 @dataclass(slots=True, eq=False)
 class _Way(_Due):
-    """Microbatch on its way. It waits for a call, or until `due_s`."""
+    """Microbatch under way. It waits for a call, or until `due_s`."""
 
     sequence: int
     tokens: int
@@ -117,7 +117,7 @@ class _Way(_Due):
 
 @dataclass(slots=True, eq=False)
 class _Wait(_Due):
-    """Call that waits for an answer; for a later stage until `due_s`."""
+    """Call that waits for an answer; calls to later stages are given up at `due_s`."""
 
     way: _Way
     stage: int
@@ -139,7 +139,7 @@ class _Whom(NamedTuple):
 class _Settling(_Due):
     """News for one incarnation of a peer about one stage.
 
-    It is being told while it has a `call`, and is told again at `due_s`.
+    The news are being sent while there is a `call`, and are sent again at `due_s`.
     """
 
     whom: _Whom
@@ -154,24 +154,25 @@ class _Settling(_Due):
 
 
 class _Rest(_Due):
-    """Place of a microbatch that this peer's own stage gave up; another starts when its timer fires."""
+    """Vacant place of a microbatch that this peer's own stage gave up; another microbatch starts when the timer
+    fires."""
 
 
 class _Word(_Due):
-    """Timer of the regular sign of life to the peers that have open parts."""
+    """Timer of the regular settlement to peers that compute for this driver, by which they know that it lives."""
 
 
 class DriverEngine:
-    """Microbatches of one driver."""
+    """Decisions about the microbatches of one driver."""
 
     def __init__(self, me: str, routers: Sequence[Router], next_sequence: int, pace: DriverPace | None = None) -> None:
         self.me, self.routers, self.pace = me, routers, pace
-        """Routers of all stages but the first, which is this peer's own."""
+        """PeerID of this driver; routers of all stages but the first, which is this peer's own; inputs for `most`."""
         self.next_sequence = next_sequence
         """Number of the next microbatch. It must exceed all that earlier processes of this peer have used, since others
         remember those."""
         self.most = 0
-        """Microbatches that may be under way."""
+        """Number of microbatches that may be under way."""
         self.quickest_s: float | None = None
         """Shortest time of a microbatch so far, forward and back; None before the first."""
         self._ways: dict[int, _Way] = {}
@@ -179,11 +180,11 @@ class DriverEngine:
         self._settling: dict[_Whom, _Settling] = {}
         self._telling: dict[int, _Settling] = {}
         self._touched: dict[_Whom, None] = {}
-        """Peers for which there is something new to tell."""
+        """Peers that this driver has news for."""
         self._rests: set[_Rest] = set()
         self._word = _Word()
         self._said_s: dict[tuple[str, int], float] = {}
-        """Time when each peer of a stage last heard from this driver."""
+        """Time when this driver last sent anything to each peer of a stage."""
         self._drawing = 0
         """Microbatches that were ordered and not drawn yet."""
         self._is_shut = False
@@ -218,7 +219,7 @@ class DriverEngine:
         return list(self._ways)
 
     def wake_at(self) -> float | None:
-        """Return when to send `TimeCame`; None: not before another event."""
+        """Return the time at which to send `TimeCame`; None: not before another event."""
         due = self._due
         while due and due[0][2].due_s != due[0][0]:
             heappop(due)
@@ -329,7 +330,7 @@ class DriverEngine:
             self._ask_there(way, now)
 
     def _begin_again(self, way: _Way, stage: int, now: float) -> None:
-        """Start again from the input of this stage; what was computed from there on must not count."""
+        """Start a microbatch again from the input of `stage`; results of that and later stages must not count."""
         for later in range(stage, self.num_stages):
             self._drop_place(way, later)
         way.stage, way.goes_back, way.all_failed = stage, False, False
@@ -449,7 +450,7 @@ class DriverEngine:
         self._ask_otherwise(wait, event.why, event.reason, now)
 
     def _ask_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
-        """After a failed call, ask another peer, or the same one again.
+        """Continue after a failed call: ask another peer, or the same one again.
 
         If this peer's own stage is being merged or left ("gone" at stage 0), the microbatch is given up.
         """
@@ -494,7 +495,7 @@ class DriverEngine:
             self._at(now + _AGAIN_S, way)
 
     def _give_up(self, way: _Way) -> None:
-        """End a microbatch of which nothing may count."""
+        """End a microbatch that must not count at any stage."""
         del self._ways[way.sequence]
         way.due_s = None
         if (call := way.call) is not None and (wait := self._ended(call)) is not None:
@@ -507,7 +508,7 @@ class DriverEngine:
     # ------------------------------------------------------------- what counts
 
     def _drop_place(self, way: _Way, stage: int) -> None:
-        """Record that what was computed of this stage must not count."""
+        """Record that the result of `stage` for this microbatch must not count."""
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
@@ -520,7 +521,7 @@ class DriverEngine:
         return settling
 
     def _tell(self, settling: _Settling, now: float) -> None:
-        """Start to tell a peer what counts and what does not, until it confirms or is given up."""
+        """Start to send a settlement to a peer. It is repeated until the peer confirms it or is given up."""
         if settling.call is not None or settling.due_s is not None:
             return
         settling.give_up_s, settling.again_s = now + _GIVE_UP_S, _AGAIN_S
@@ -557,7 +558,8 @@ class DriverEngine:
         settling.again_s = min(2 * settling.again_s, _MOST_AGAIN_S)
 
     def _settled(self, settling: _Settling, late: Collection[Key], reason: str, now: float) -> None:
-        """Forget what a peer knows now, report acknowledged gradients in `late` as lost, and tell what is new since."""
+        """Forget the news that a peer has confirmed, report acknowledged gradients in `late` as lost, and send what is
+        new since."""
         said, whom = settling.said, settling.whom
         assert said is not None
         settling.call = settling.due_s = settling.said = None

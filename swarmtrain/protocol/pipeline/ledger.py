@@ -120,7 +120,7 @@ class Settlement:
 
 @dataclass(frozen=True)
 class Work:
-    """Weights by which to compute (`version`), and the batch that the gradient enters."""
+    """Weights by which a part is computed (`version`), and the batch that its gradient enters."""
 
     version: int
     batch: int
@@ -128,7 +128,7 @@ class Work:
 
 @dataclass(frozen=True)
 class TakeStep:
-    """Take an inner step with the gradient of `batch`. Gradient and loss are means over `tokens`."""
+    """Command to take an inner step with the gradient of `batch`. Gradient and loss are means over `tokens`."""
 
     batch: int
     tokens: int
@@ -138,7 +138,7 @@ class TakeStep:
 
 @dataclass(frozen=True)
 class Subtract:
-    """Compute the gradient of `key` again by the same weights, and subtract it from `batch`."""
+    """Command to compute the gradient of `key` again, by the same weights, and subtract it from `batch`."""
 
     key: Key
     batch: int
@@ -147,7 +147,7 @@ class Subtract:
 
 @dataclass(frozen=True)
 class Add:
-    """Compute the gradient of `key` again by the present weights, and add it to `batch`."""
+    """Command to compute the gradient of `key` again, by the present weights, and add it to `batch`."""
 
     key: Key
     batch: int
@@ -155,14 +155,14 @@ class Add:
 
 @dataclass(frozen=True)
 class Discard:
-    """Discard `batch`: none of it counts."""
+    """Command to discard `batch`: none of it counts."""
 
     batch: int
 
 
 @dataclass(frozen=True)
 class Forget:
-    """Drop everything that is kept for `key`."""
+    """Command to drop everything that is kept for `key`."""
 
     key: Key
 
@@ -178,7 +178,7 @@ class _Microbatch:
     tokens: int
     version: int
     heard_s: float
-    """Time when its driver last said anything about it."""
+    """Time when the microbatch's driver last said anything about it."""
     asked: set[Kind]
     running: bool = False
     has_forward: bool = False
@@ -301,7 +301,7 @@ class StageLedger:
         del self._drivers[key.driver].places[key]
 
     def full(self, key: Key) -> str | None:
-        """Return why there is no place for a new microbatch `key`; None if there is one."""
+        """Return the reason why there is no place for a new microbatch `key`; None if there is one."""
         if key[:2] in self._attempts:
             return None  # it takes the place of an older attempt
         if self._closed is not None:
@@ -351,13 +351,13 @@ class StageLedger:
             self._drop(key, "dropped while it was computed")
 
     def failed(self, key: Key) -> None:
-        """Give up a microbatch that could not be computed by its driver's fault; the driver gets fewer places."""
+        """Give up a microbatch that could not be computed because of its driver; the driver gets fewer places."""
         self._open[key].running = False
         self._drivers[key.driver].strikes += 1
         self._drop(key, "it could not be computed")
 
     def stopped(self) -> None:
-        """Give up every microbatch without a gradient, because nobody computes any more. That is not its driver's
+        """Give up every microbatch without a gradient, because this peer stops computing, which is no driver's
         fault."""
         for key in [key for key, known in self._open.items() if not known.has_gradient]:
             self._drop(key, "this peer stopped training")
@@ -371,7 +371,7 @@ class StageLedger:
     # ------------------------------------------------------------- what drivers say
 
     def acknowledge(self, key: Key, loss: float, now: float) -> bool:
-        """Record that the microbatch is all the way back. Return False if its gradient cannot count."""
+        """Record that the microbatch has passed all stages. Return False if its gradient cannot count."""
         if (driver := self._drivers.get(key.driver)) is not None:
             driver.heard_s = now
             if driver.finished.get(key.sequence) == (key.attempt, True):
@@ -431,7 +431,7 @@ class StageLedger:
     # ------------------------------------------------------------- what is to be done
 
     def due(self, now: float) -> Due | None:
-        """Return what the peer must do next besides the parts that were asked for; None: nothing at present."""
+        """Return the next work for the peer besides the parts that drivers asked for; None: nothing at present."""
         if not self._due:
             if self._closed is None and self._filling.members:
                 self._close(now)
@@ -452,7 +452,7 @@ class StageLedger:
         return self._closed is None and not self._filling.members
 
     def next_s(self) -> float | None:
-        """Return when `due` may have something although no event came; None: not before another event."""
+        """Return the time at which `due` may have something although no event came; None: not before another event."""
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
 
     def _close(self, now: float) -> None:

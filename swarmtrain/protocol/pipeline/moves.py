@@ -81,7 +81,7 @@ class StayAnswered:
 
 @dataclass(frozen=True, slots=True)
 class StagesFetched:
-    """The new stages are here and served; with what all peers advertise now."""
+    """The new stages are here and served. The event has the records of all peers at that moment."""
 
     peers: Sequence[StagePeer]
     records_s: float
@@ -89,7 +89,7 @@ class StagesFetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
-    """The new stages cannot be had."""
+    """The new stages cannot be fetched."""
 
     reason: str
 
@@ -125,7 +125,7 @@ class StayAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """Advertise where this peer is going."""
+    """Advertise the stages that this peer is moving to."""
 
     change: StageChange
 
@@ -168,7 +168,7 @@ MoveCommand: TypeAlias = AskToStay | StayAnswer | Moves | FetchStages | LeaveSta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MovePolicy:
-    """Conditions under which a peer moves. `balance` is the run file's value."""
+    """Conditions under which a peer moves. `balance` is the value of the run file."""
 
     rule: Rule
     balance: Literal["none", "queues", "rates"]
@@ -193,7 +193,7 @@ class _Move:
 
 
 class MoveEngine:
-    """Decides whether one peer should hold other stages, and takes it there."""
+    """Decides whether one peer should hold other stages, and orders the steps of the move."""
 
     def __init__(self, me: str, policy: MovePolicy, rng: random.Random, now: float) -> None:
         self.me, self.policy, self.rng, self.stays = me, policy, rng, StageLeases(me)
@@ -212,7 +212,7 @@ class MoveEngine:
         return self.stays.bound(now)
 
     def wake_at(self) -> float | None:
-        """Return when to send `PlacesSeen`; None during a move, or if peers never move."""
+        """Return the time at which to send `PlacesSeen`; None during a move, or if peers never move."""
         return None if self._move is not None or self.policy.balance == "none" else self._next_s
 
     def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:
@@ -285,7 +285,7 @@ class MoveEngine:
         return self._go_on(move, now)
 
     def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:
-        """Give up the move, and leave what was fetched for it."""
+        """Give up the move, and leave the stages that were fetched for it."""
         self._over(move)
         stays = StaysHere(move.change, reason, move.has_begun)
         return [LeaveStages(move.change.enters), stays] if move.has_fetched and move.change.enters else [stays]

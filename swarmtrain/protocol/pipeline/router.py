@@ -66,13 +66,13 @@ class _Peer:
     ended_s: float = float("-inf")
     load_s: float = 0.0
     charged_s: float = 0.0
-    """Seconds that its last choice added to its load."""
+    """Seconds by which the last task given to the peer raised its load."""
     paused_until_s: float = float("-inf")
     banned_until_s: float = float("-inf")
     failures: int = 0
-    """Failures in a row; those during one ban count once."""
+    """Failures in a row; failures during one ban count once."""
     away: bool = True
-    """True while it cannot be chosen; afterwards it enters at the least load of the others."""
+    """True while the peer cannot be chosen; afterwards it enters with the least load of the others."""
 
     tokens_per_s: float | None = None
     """Measured throughput; None before the first sample."""
@@ -159,8 +159,8 @@ class Router:
     # ------------------------------------------------------------------ the choice
 
     def choose(self, now: float, tokens: float, exclude: Collection[str] = ()) -> tuple[str | None, str]:
-        """Choose a peer for a task of that size, or None; with the reason. `exclude`: peers that have failed with this
-        task."""
+        """Choose a peer for a task of `tokens`. Return (peer or None, reason). `exclude`: peers that have failed with
+        this task."""
         ready, about = self._ready(now)
         free = ready - set(exclude)
         if not free:
@@ -178,12 +178,12 @@ class Router:
         return peer, f"{reason}; {about}" if about else reason
 
     def next_s(self, now: float) -> float | None:
-        """Return when a peer can be chosen that cannot be now; None if time alone changes nothing."""
+        """Return the time at which a peer can be chosen that cannot be now; None if time alone changes nothing."""
         ends = [end for known in self._peers.values() if (end := self._kept_until_s(known)) > now]
         return min(ends, default=None)
 
     def _ready(self, now: float) -> tuple[set[str], str]:
-        """Return the peers that may be chosen now; with the reason if some are left out."""
+        """Return (the peers that may be chosen now, the reason if some are left out)."""
         if not self._peers:
             return set(), "the stage has no peer"
         banned = {peer for peer, known in self._peers.items() if self._is_banned(known, now)}
@@ -209,7 +209,8 @@ class Router:
         return max(known.paused_until_s, known.banned_until_s)
 
     def _enter(self, ready: set[str]) -> None:
-        """Let peers that were away start at the least load of the others; what they missed is not made up for."""
+        """Let peers that were unavailable start with the least load of the others, so that they do not get all tasks
+        until they have caught up."""
         back = [peer for peer in sorted(ready) if self._peers[peer].away]
         if not back:
             return
@@ -269,7 +270,7 @@ class Router:
             known.num_in_flight += 1
 
     def finished(self, peer: str, now: float, took_s: float, tokens: float) -> None:
-        """Record that a task was done, `took_s` after its start. All failures are cleared."""
+        """Record that a task was done, `took_s` seconds after its start. All failures of the peer are cleared."""
         known = self._ended(peer, tokens)
         if known is not None:
             self._sample(known, min(took_s, now - known.ended_s), tokens)
@@ -279,8 +280,8 @@ class Router:
             known.banned_until_s = float("-inf")
 
     def timed_out(self, peer: str, now: float, took_s: float, tokens: float) -> str:
-        """Record that a task had no answer for `took_s`, as a long sample and a failure. Return what follows,
-        in words."""
+        """Record that a task had no answer for `took_s`, as a long sample and a failure. Return the consequence in
+        words, for the log."""
         known = self._ended(peer, tokens)
         if known is None:
             return "it is not in the stage any more"
@@ -321,7 +322,7 @@ class Router:
         return f"busy: asked again after {pause_s:.1f} s"
 
     def given_up(self, peer: str, tokens: float) -> None:
-        """Record the end of a task that says nothing about the peer."""
+        """Record the end of a task whose outcome says nothing about the peer."""
         self._ended(peer, tokens)
 
     def _ban(self, known: _Peer, now: float, took_s: float, reason: str) -> str:

@@ -58,8 +58,8 @@ class StageLeases:
     # ------------------------------------------------------------------ who is asked
 
     def asked(self, request: LeaseRequest, stages: Collection[int], now: float) -> tuple[StageLease | None, str]:
-        """Decide whether to give a lease, and return it with the reason. `stages` are those that this peer
-        serves now."""
+        """Decide whether to give a lease, and record it if so. Return (lease or None, reason). `stages` are those that
+        this peer serves now."""
         if request.anchor != self.me or request.mover == self.me:
             return None, "it was not this peer that was asked"
         if request.stage not in stages:
@@ -72,7 +72,7 @@ class StageLeases:
         return StageLease(request=request, lasts_s=self.lasts_s), f"it stays for {self.lasts_s:g} s"
 
     def bound(self, now: float) -> tuple[int, ...]:
-        """Return the stages that this peer must not leave, for its presence record."""
+        """Return the stages that this peer has promised not to leave, for its presence record."""
         return tuple(sorted(stage for stage, until_s in self._bound_until_s.items() if now < until_s))
 
     def bound_s(self, stage: int, now: float) -> float:
@@ -82,8 +82,8 @@ class StageLeases:
     # ------------------------------------------------------------------ who leaves
 
     def wants_to_leave(self, stage: int, now: float) -> tuple[bool, str]:
-        """Return whether this peer may ask others to stay, with the reason. If so it gives no more leases for that
-        stage."""
+        """Record that this peer wants to leave `stage`, unless it has promised to stay. Return (True if it may ask
+        others to stay there, reason). If so, it gives no more leases for that stage."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage} for {self.bound_s(stage, now):.0f} s more"
         self._leaving.setdefault(stage, None)
@@ -95,7 +95,7 @@ class StageLeases:
             self._leaving[lease.request.stage] = lease
 
     def may_leave(self, stage: int, now: float) -> tuple[bool, str]:
-        """Return whether this peer may leave the stage at this moment, with the reason."""
+        """Return (True if this peer may leave the stage at this moment; reason)."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage}"
         lease = self._leaving.get(stage)

@@ -27,7 +27,7 @@ def stage_costs(measured: Sequence[float]) -> tuple[float, ...]:
 
 
 def places_of(infos: Iterable[PeerInfo]) -> list[StagePeer]:
-    """Return what these peers hold, as far as they advertise it."""
+    """Return the stages and speeds that these peers advertise, of those that do."""
     return [info.place for info in infos if info.place is not None]
 
 
@@ -45,8 +45,8 @@ class FirstStageWatch:
     total_tokens: int
     is_over: bool = False
     _claimed_s: float = math.inf
-    """Time since which most drivers have said so, or one has and this peer has counted nearly as many, without
-    a break."""
+    """Time since which most drivers have said so, or one has while this peer has counted nearly as many tokens; without
+    interruption."""
 
     def look(self, here: Iterable[PeerInfo], known: Iterable[PeerInfo], counted_tokens: int, now: float) -> bool:
         """Return whether the first stage is done; once True it remains so. `counted_tokens` is the run's total by this

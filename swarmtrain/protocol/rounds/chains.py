@@ -70,12 +70,12 @@ class Chain:
 
     @property
     def head(self) -> Roster | None:
-        """Last roster, which names the weights."""
+        """Last roster, which identifies the weights."""
         return self.links[-1].roster if self.links else None
 
     @property
     def digest(self) -> str:
-        """Digest of the head; "" before the first roster."""
+        """Digest of the last roster; "" before the first roster."""
         return self.links[-1].roster.digest if self.links else ""
 
     @cached_property
@@ -102,7 +102,7 @@ class Chain:
         return self.links[0].roster.base_tokens if digest in self else None
 
     def after(self, digest: str | None) -> tuple[ChainLink, ...]:
-        """Return the links after that roster; all links if it is None."""
+        """Return the links after the roster with this digest; all links if it is None."""
         return self.links[0 if digest is None else self._places[digest] :]
 
     def __repr__(self) -> str:
@@ -127,9 +127,10 @@ class Chain:
 
 
 def flaw(chain: Chain, ours: Chain) -> str:
-    """Return what is wrong with a chain that a peer shows, in words; "" if nothing.
+    """Return a sentence about what is wrong with a chain that a peer has sent; "" if nothing is.
 
-    Each roster must count the same tokens as those before it, as far as they are shown or on this peer's own chain.
+    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as these are in the message
+    or on this peer's own chain.
     """
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
@@ -179,7 +180,8 @@ def _tokens(branch: Sequence[ChainLink], electors: frozenset[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stands:
-    """Position of each peer on the chains. This peer (`me`) stands on the head of its own."""
+    """Roster that each peer has applied last (where it "stands"). This peer (`me`) stands on the head of its own
+    chain."""
 
     advertised: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
@@ -254,9 +256,10 @@ class ChainView:
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)
-    """Chains that others have shown, by the digest of the head. A peer that can show nothing has its head alone."""
+    """Chains that other peers have sent, keyed by the digest of the last roster. For a peer that cannot send its chain,
+    the chain has its last roster alone."""
     heads: Mapping[str, Roster] = field(default_factory=dict)
-    """Rosters that others say they applied last, by digest."""
+    """Rosters that other peers say they applied last, by digest."""
     stands: Mapping[str, str] = field(default_factory=dict)
     """Digest of the roster that each other peer says it applied last."""
     unheard: frozenset[str] = frozenset()
@@ -266,10 +269,10 @@ class ChainView:
     """True if this peer was suspended or absent, so that it does not count itself."""
 
     def chain_of(self, heard: Roster) -> Chain | None:
-        """Return the chain that ends with this roster; None if it must be asked for first.
+        """Return the chain that ends with the roster `heard`; None if the chain must be asked for first.
 
-        The entries of the next roster after ours are believed for now: whoever applies it has their manifests, and its
-        chain is asked for before a state is taken.
+        The entries of a roster that follows this peer's own are believed for now: a peer that applies the roster has
+        their manifests, and its chain is asked for before a state is taken.
         """
         if heard.digest in self.shown:
             return self.shown[heard.digest]
@@ -280,13 +283,14 @@ class ChainView:
         return None if before is None else before.extended(ChainLink(roster=heard))
 
     def lacks(self, heard: Roster | None) -> bool:
-        """Return whether this roster cannot be judged before somebody has shown its chain."""
+        """Return whether the roster `heard` cannot be judged until some peer has sent its chain."""
         return heard is not None and heard.digest not in self.ours and self.chain_of(heard) is None
 
     def holds(self, heard: Roster | None) -> bool:
-        """Return whether the weights after `heard` hold against ours and all others'; False if its chain is unknown.
+        """Return whether the weights after the roster `heard` hold against this peer's and all others'; False if its
+        chain is unknown.
 
-        If a chain holds, so do all of its rosters after ours.
+        If a chain holds, so do all of its rosters after the last one that it shares with this peer's.
         """
         if heard is None or heard.digest in self.ours:
             return False
@@ -295,11 +299,11 @@ class ChainView:
 
     @cached_property
     def best(self) -> Chain | None:
-        """Chain that holds among all that peers stand on; None if it is ours."""
+        """Chain that holds among all chains that peers stand on; None if it is this peer's own."""
         return self.best_of(self.heads.values())
 
     def best_of(self, heads: Iterable[Roster]) -> Chain | None:
-        """Return the chain that holds among those with these heads and ours; None if it is ours.
+        """Return the chain that holds among those with these heads and ours; None if it is this peer's own.
 
         Chains on which most peers stand are compared first, so that all peers with the same evidence choose the same
         one.
@@ -353,7 +357,7 @@ def chain_view(
 
 @dataclass(frozen=True)
 class ShownChain(Generic[Link]):
-    """Chain with the signed forms of its links, as far as they came with it, by their rosters' digests."""
+    """Chain, with its links in their signed form as far as the sender provided it, by the digest of their rosters."""
 
     chain: Chain
     signed: Mapping[str, Link] = field(default_factory=dict)
@@ -361,7 +365,7 @@ class ShownChain(Generic[Link]):
 
 @dataclass
 class Chains(Generic[Link]):
-    """Own chain of this peer, and those that other peers have shown."""
+    """This peer's own chain, and those that other peers have sent."""
 
     chain: Chain = field(default_factory=Chain)
     _signed: dict[str, Link] = field(default_factory=dict)
@@ -391,7 +395,7 @@ class Chains(Generic[Link]):
         self._shown = {digest: one for digest, one in self._shown.items() if digest not in self.chain}
 
     def _bounded(self, signed: dict[str, Link]) -> dict[str, Link]:
-        """Return the signed links of our chain that are kept; subclasses may keep fewer."""
+        """Return the signed links of this peer's chain that are kept; subclasses may keep fewer."""
         return signed
 
     @property
@@ -400,28 +404,29 @@ class Chains(Generic[Link]):
         return {digest: one.chain for digest, one in self._shown.items()}
 
     def lacks(self, roster: Roster | None) -> bool:
-        """Return whether somebody must show the chain of this roster: it is neither on ours nor the next one."""
+        """Return whether some peer must send the chain of this roster: it is neither on this peer's chain nor the next
+        one after it."""
         if roster is None or roster.digest in self.chain or roster.base == self.chain.digest:
             return False
         return roster.digest not in self._shown and roster.base not in self._shown
 
     def keep(self, shown: ShownChain[Link]) -> None:
-        """Remember a chain that a peer has shown."""
+        """Remember a chain that a peer has sent."""
         self._shown.pop(shown.chain.digest, None)
         self._shown[shown.chain.digest] = shown
         while len(self._shown) > _MAX_SHOWN:
             del self._shown[next(iter(self._shown))]
 
     def keep_head(self, roster: Roster) -> None:
-        """Remember that a peer at this roster can show nothing, because it runs an older version."""
+        """Remember the last roster of a peer that cannot send its chain, because it runs an older version."""
         if self.lacks(roster):
             self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
 
     def tokens_behind(self, base: str) -> int | None:
         """Return the run's tokens after the roster `base`, as far as this peer has evidence; None without any.
 
-        Of others' chains only those count that begin with the run or with a roster of ours. What came before the oldest
-        roster that is shown is only claimed.
+        Of other peers' chains only those count that begin with the run or with a roster of this peer's chain. Tokens
+        before the oldest known roster of a chain are only a claim.
         """
         oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
         whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
@@ -429,8 +434,8 @@ class Chains(Generic[Link]):
         return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
 
     def wrong_with(self, roster: Roster) -> str:
-        """Return what is wrong with a roster's round or `base_tokens` compared with the rosters before it; "" if
-        nothing."""
+        """Return a sentence about what is wrong with a roster's round or `base_tokens` compared with the rosters before
+        it; "" if nothing is."""
         tokens = self.tokens_behind(roster.base)
         if tokens is not None and roster.base_tokens != tokens:
             return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"

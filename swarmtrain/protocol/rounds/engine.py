@@ -73,7 +73,7 @@ class RoundRules:
 
     @property
     def gap_s(self) -> float:
-        """Delay of a timer that shows that the process was suspended."""
+        """Delay after which a late timer shows that the process was suspended."""
         return max(1.0, self.silence_s / 4)
 
 
@@ -99,11 +99,13 @@ class RoundEngine(Generic[Envelope, Link]):
         self.is_late_joiner = True
         """True if nobody waits for this peer's round: before and in its first one, and after catching up."""
         self.away = False
-        """True if this peer has said goodbye; a peer that missed that and asks is told."""
+        """True if this peer has said goodbye. A peer that missed the goodbye and asks about a round learns it from the
+        answer."""
         self.wanted = False
         """True if another peer has ended this peer's present round and asked for its publication."""
         self.waiting_for, self.waiting_until_s = "", 0.0
-        """Time until which it waits at most; 0 without a limit."""
+        """Reason why this peer waits, "" if it does not; and the time until which it waits at most, 0 without a
+        limit."""
         self.signers = Signers()
         self.hearsay: Hearsay[Envelope, Link] = Hearsay(membership, chains)
         self._rng = rng
@@ -114,9 +116,9 @@ class RoundEngine(Generic[Envelope, Link]):
         """Round whose end is being agreed on."""
         self._look_s = math.inf
         self._held: dict[int, tuple[RoundQuestion, float]] = {}
-        """Held questions of other peers, and until when."""
+        """Questions of other peers whose answers are held back, by call, each with the time until which it is held."""
         self._held_until_s = math.inf
-        """Lower bound of these times."""
+        """Lower bound of the times in `_held`."""
 
     # ------------------------------------------------------------- events
 
@@ -181,7 +183,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return []
 
     def wake_at(self) -> float | None:
-        """Return when to send `RoundTimerFired`; None: not before another event."""
+        """Return the time at which to send `RoundTimerFired`; None: not before another event."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
             wake_s = min(wake_s, self._held_until_s)
@@ -207,7 +209,7 @@ class RoundEngine(Generic[Envelope, Link]):
 
     @property
     def _tokens(self) -> int:
-        """The run's tokens as of this peer's weights."""
+        """Tokens of the run that this peer's weights contain."""
         return 0 if self.last is None else self.last.roster.total_tokens
 
     def _woke(self, now: float) -> _Commands[Envelope]:
@@ -295,7 +297,8 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
-        """Name the peers that claim more tokens than this peer has, but show no chain and do not prevail."""
+        """Return commands that report peers whose last roster claims more tokens than this peer has, which send no
+        chain as proof and whose weights do not hold."""
         commands: _Commands[Envelope] = []
         view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
         for peer, digest in view.stands.items():
@@ -310,7 +313,7 @@ class RoundEngine(Generic[Envelope, Link]):
     # ------------------------------------------------------------- deciding
 
     def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
-        """Ask what is to be asked, decide, and return the commands of the decision."""
+        """Ask the questions that are due, decide about the round, and return the commands of the decision."""
         self._look_s = now + self.rules.look_s
         known.try_again(self.hearsay)
         view = self._view(known)
@@ -324,7 +327,7 @@ class RoundEngine(Generic[Envelope, Link]):
             lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
             if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
                 until_s = min(until_s, now + self.rules.retry_s)
-                decision = WaitDecision(until_s=until_s, reason="others are asked how they came to where they are")
+                decision = WaitDecision(until_s=until_s, reason="asking others for the rosters behind their weights")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, WaitDecision) else 0.0
         merging = decision.roster.digest if isinstance(decision, ApplyDecision) else ""
@@ -382,7 +385,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _view(self, known: KnownRound[Envelope, Link]) -> RoundView:
-        """Describe the situation for `decide`."""
+        """Return the situation as input for `decide`."""
         heard_at_s = self.membership.heard_at_s()
         distrusted = known.distrusted.intersection(heard_at_s)
         advertised = self.hearsay.of_those_who_train(distrusted)
@@ -469,7 +472,7 @@ class RoundEngine(Generic[Envelope, Link]):
     def _hang_up(
         self, known: KnownRound[Envelope, Link], view: RoundView, peers: Iterable[str], now: float
     ) -> _Commands[Envelope]:
-        """Drop the open questions to these peers; one to a silent peer counts as failed."""
+        """Drop the open questions to these peers; a question to a silent peer counts as a failed call."""
         commands: _Commands[Envelope] = []
         for peer in sorted(peers):
             number = known.asking.pop(peer)
@@ -478,7 +481,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _answered(self, number: int, reply: PeerReply[Envelope, Link], now: float) -> _Commands[Envelope]:
-        """Check and record an answer, and continue what its question belongs to."""
+        """Check and record an answer, and continue the round or search that its question belongs to."""
         asked = self._questions.open.get(number)
         if asked is None:
             return []
@@ -504,7 +507,7 @@ class RoundEngine(Generic[Envelope, Link]):
         reply: PeerReply[Envelope, Link],
         now: float,
     ) -> _Commands[Envelope]:
-        """Take from an answer what it says of the round."""
+        """Record what an answer says about the round."""
         commands: _Commands[Envelope] = []
         peer, offer, best, is_new = asked.peer, reply.publication, known.best, False
         if reply.last is not None:  # it has applied this one, whatever other rosters of the round it knows
@@ -527,7 +530,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return [*commands, *self._tell()] if known.best is not best else commands
 
     def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
-        """Continue after a question without a valid answer; the peer is asked again later."""
+        """Continue after a question that got no valid answer; the peer is asked again later."""
         asked = self._questions.open.pop(number, None)
         if asked is None:
             return []

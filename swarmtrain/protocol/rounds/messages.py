@@ -44,7 +44,7 @@ class RoundQuestion:
     has_share: bool = True
     """True if the asker does not need to know whether the other peer has averaged its share."""
     wants_chain: bool = False
-    """True if the other peer is to show how it came to the roster that it applied last."""
+    """True if the other peer is asked to send the chain of rosters that led to the one it applied last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class PeerReply(Generic[Envelope, Link]):
     publication: RoundPublication | None = None
     roster: SignedRoster[Envelope] | None = None
     shown: ShownChain[Link] | None = None
-    """Chain of rosters, if it was asked for and the peer can show one."""
+    """Chain of rosters, if it was asked for and the replying peer can send it."""
 
 
 # ---------------------------------------------------------------- events
@@ -227,7 +227,8 @@ class SurveyPeers:
 class SearchState:
     """Find the state that holds against this peer's and all others', among those of the peers in `advertised`.
 
-    Only a state with more than `above_tokens` tokens counts. If not `fetches`, only have the peers show their chains.
+    Only a state with more than `above_tokens` tokens counts. If `fetches` is False, only ask the peers for their
+    chains.
     """
 
     search: int
@@ -246,7 +247,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class StateAdopted:
-    """The weights are now those of `source`, whose round is under way: this peer joins it late."""
+    """The weights are now those of peer `source`, whose round is under way: this peer joins that round late."""
 
     search: int
     source: str
@@ -320,7 +321,7 @@ class AskRoundQuestion:
 
 @dataclass(frozen=True, slots=True)
 class DropRoundQuestion:
-    """Stop waiting for an answer or a state. `failed`: count it as a call that has failed."""
+    """Stop waiting for an answer or a state. If `failed`, count the question as a failed call."""
 
     number: int
     peer: str
@@ -329,7 +330,7 @@ class DropRoundQuestion:
 
 @dataclass(frozen=True, slots=True)
 class AnswerRoundQuestion(Generic[Envelope]):
-    """Answer a call. The question says which of these things the asker has already."""
+    """Answer a call of another peer, leaving out what the asker has already according to its question."""
 
     call: int
     question: RoundQuestion
@@ -412,8 +413,8 @@ class PeersSurveyed:
 
 @dataclass(frozen=True, slots=True)
 class StateSearched:
-    """Ends `SearchState`. `number` is that of the downloaded state; None if the one that holds `is_ours`, or if nobody
-    delivers it."""
+    """Ends `SearchState`. `number` is that of the downloaded state. It is None if this peer's own state holds
+    (`is_ours`), or if nobody delivers the one that does."""
 
     search: int
     is_ours: bool
@@ -421,7 +422,7 @@ class StateSearched:
 
 
 class JoinsWith(Enum):
-    """State that a joining peer begins with."""
+    """State with which a joining peer begins."""
 
     OTHERS = "the state that was found"
     OWN = "what it has: that holds, or nobody else has merged a round, or it will catch up at its round's end"

@@ -111,7 +111,7 @@ class Roster:
 
 @dataclass(frozen=True, kw_only=True)
 class AdvertisedRound:
-    """Position of another peer by its last answer: its round, and the roster that it applied last."""
+    """Position of another peer according to its last answer: its round, and the roster that it applied last."""
 
     round: int
     last: Roster | None
@@ -143,7 +143,7 @@ class RoundView:
     me: str
     round: int
     ended_at_s: float
-    """Time when its own inner steps ended."""
+    """Time when this peer's own inner steps ended."""
     deadline_s: float
     """Time when the round is closed, whoever is missing."""
     silence_s: float
@@ -165,9 +165,9 @@ class RoundView:
     far_ahead: frozenset[str] = frozenset()
     """Volunteers that stand `FAR_AHEAD`, without those whose state could not be fetched."""
     announced: Mapping[str, RoundPublication] = field(default_factory=dict)
-    """Publications whose manifest is known, by peer, this peer's included."""
+    """Publications whose manifests are known, by author, this peer's included."""
     held: frozenset[str] = frozenset()
-    """Peers whose publication's bytes are here, this peer included."""
+    """Peers whose publications' bytes are here, this peer included."""
     rosters: Sequence[Roster] = ()
     """Rosters of this round whose signatures were checked."""
     heard_at_s: Mapping[str, float] = field(default_factory=dict)
@@ -194,7 +194,7 @@ class RoundView:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitDecision:
-    """Do nothing before `until_s` unless there is news."""
+    """Decision to do nothing before `until_s` unless there is news."""
 
     until_s: float
     reason: str
@@ -202,7 +202,7 @@ class WaitDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class SignDecision:
-    """Sign a roster with these entries, and apply it."""
+    """Decision to sign a roster with these entries, and apply it."""
 
     entries: tuple[RoundPublication, ...]
     attempt: int
@@ -211,7 +211,7 @@ class SignDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class ApplyDecision:
-    """Average the publications on this roster."""
+    """Decision to average the publications on this roster."""
 
     roster: Roster
     reason: str
@@ -219,14 +219,15 @@ class ApplyDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class CatchUpDecision:
-    """The others have finished this round: take their roster, or the state after it, from one of `sources`."""
+    """Decision to take the others' roster, or the state after it, from one of `sources`, because they have finished
+    this round."""
 
     sources: tuple[str, ...]
     reason: str
 
 
 Decision = WaitDecision | SignDecision | ApplyDecision | CatchUpDecision
-"""What a peer that has ended its round does next."""
+"""Next action of a peer that has done its inner steps of a round."""
 
 
 def _rank(roster: Roster) -> tuple[str, int, str]:
@@ -309,7 +310,7 @@ def standings(
 
 
 def _silence_ends_s(view: RoundView, peer: str, now: float) -> float:
-    """Return when `peer` will have been silent for long enough if it says nothing more."""
+    """Return the time at which `peer` will have been silent for long enough, if it says nothing more."""
     deaf = peer in view.behind or peer in view.late_joiners  # their answers do not extend the wait
     heard_at_s = -math.inf if deaf else view.heard_at_s.get(peer, -math.inf)
     return _silence_after_s(view, peer, heard_at_s, unasked_s=now)
@@ -325,9 +326,9 @@ def is_silent(view: RoundView, peer: str, now: float) -> bool:
 
 
 def _silence_after_s(view: RoundView, peer: str, heard_s: float, unasked_s: float) -> float:
-    """Return when `peer`, last heard at `heard_s`, has been silent for `silence_s`.
+    """Return the time at which `peer`, which last said anything at `heard_s`, has been silent for `silence_s`.
 
-    `unasked_s` replaces the time of the question if it was not asked.
+    `unasked_s` replaces the time of the question if the peer was not asked.
     """
     asked_s = view.ended_at_s if view.asked_at_s is None else view.asked_at_s.get(peer, unasked_s)
     return max(view.ended_at_s, view.listening_since_s, asked_s, heard_s) + view.silence_s
@@ -381,10 +382,11 @@ def _asks_since_s(view: RoundView) -> float:
 
 
 def _unheard(view: RoundView, now: float) -> frozenset[str]:
-    """Return the peers that this one asks after a suspension or a late end, and that have not answered since.
+    """Return the peers that this peer must ask after a suspension or a late end of its inner steps, and that have not
+    answered since.
 
-    They may have signed without it and continued; what it signs or merges now would then count for nobody (decision
-    35).
+    They may have signed a roster without this peer and continued; a roster that it signs now would then count for
+    nobody (decision 35).
     """
     since_s = _asks_since_s(view)
     if not since_s <= now < since_s + view.silence_s:
@@ -394,17 +396,17 @@ def _unheard(view: RoundView, now: float) -> frozenset[str]:
 
 
 def idled(view: RoundView, now: float) -> frozenset[str]:
-    """Return the peers that missed their turn to sign: they have published, they answer, and they do not sign."""
+    """Return the peers that missed their turn to sign: they have published and they answer, but do not sign."""
     return _turn(view, now).idled
 
 
 def decide(view: RoundView, now: float) -> Decision:
     """Decide what to do now about a round whose inner steps this peer has done."""
     if view.far_ahead:
-        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
+        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="the agreed weights are beyond this round")
     if unheard := _unheard(view, now):
-        why = "has stood still" if view.listening_since_s > view.ended_at_s else "is later than the time limit"
-        reason = f"this process {why}: it asks {', '.join(sorted(unheard))} what happened meanwhile"
+        why = "was suspended" if view.listening_since_s > view.ended_at_s else "is past the time limit"
+        reason = f"this process {why}: asking {', '.join(sorted(unheard))} what happened meanwhile"
         return WaitDecision(until_s=_asks_since_s(view) + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
@@ -422,7 +424,7 @@ def decide(view: RoundView, now: float) -> Decision:
 
 
 def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:
-    """Sign for all that are ready, or wait for those that may still come; it is this peer's turn."""
+    """Sign for all peers that are ready, or wait for those that may still come. Called when it is this peer's turn."""
     ready = _ready(view)
     entries = tuple(view.announced[peer] for peer in sorted(ready))
     assert view.me in ready, "a peer that has ended its round has published, and holds what it published"
@@ -491,8 +493,8 @@ def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
 
 
 def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
-    """Return until when to wait for the shares of owners that answer; after that they are averaged here from the
-    hashes.
+    """Return the time until which to wait for the shares of owners that answer. After it, this peer averages these
+    shares itself, from the publications that the roster names.
 
     `roster_at_s` is when the roster came, `own_share_at_s` when this peer's share was averaged. An owner may lack bytes
     that nobody can give it; it then never has a share although it lives.
@@ -501,7 +503,7 @@ def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> 
 
 
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
-    """Return the inner steps of a first round after joining or catching up, with the reason; nobody waits for it.
+    """Return (the inner steps of a first round after joining or catching up, the reason). Nobody waits for that round.
 
     It ends a sixteenth of a round before the fastest other peer's, because its bytes must reach the signer in time.
     """
@@ -513,7 +515,7 @@ def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, st
 
 
 def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:
-    """Return the inner steps of the round after a roster was applied, with the reason.
+    """Return (the inner steps of the round after a roster was applied, the reason).
 
     All of them, unless this peer applied the roster so late that others are past half of the round. Then it takes part
     as a late joiner; otherwise it would stay a round behind. `others_done` is of the peers that are in that round
@@ -525,7 +527,7 @@ def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]
 
 
 def steps_of_round(inner_steps: int, round: int, others: Iterable[tuple[int, int]], *, fresh: bool) -> tuple[int, str]:
-    """Return the inner steps of `round`, with the reason: fewer than `inner_steps` for a peer that comes late.
+    """Return (the inner steps of `round`, the reason): fewer than `inner_steps` for a peer that comes late.
 
     `others` has the round of each other peer and the steps that it has done there. `fresh`: this is the first round
     with weights that came from another peer or from the disk.

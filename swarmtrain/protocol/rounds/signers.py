@@ -40,7 +40,7 @@ class Signers:
     _records: dict[str, _Record] = field(default_factory=dict)
 
     def idle(self, round: int) -> frozenset[str]:
-        """Return the peers to pass over as signers in `round`."""
+        """Return the peers that must be passed over as signers in `round`."""
         return frozenset(peer for peer, record in self._records.items() if round < record.until_round)
 
     def round_over(self, round: int, idled: Iterable[str], signed: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ _MAX_ROSTERS = 64
 """Rosters of others that are kept for a round, those that hold against the rest. Signers cost nothing, so a flood of
 them must not fill the memory."""
 _CHAIN_SILENCES = 3
-"""Limit, in multiples of `silence_s`, of the wait for other peers to show their chains before this peer signs."""
+"""Limit, in multiples of `silence_s`, of the wait for other peers to send their chains before this peer signs."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class KnownRound(Generic[Envelope, Link]):
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
     """Rosters of this round that fit this peer's weights, by name."""
     best: SignedRoster[Envelope] | None = None
-    """Roster that holds, of `rosters`."""
+    """Roster among `rosters` that holds against the others."""
     shared: str = ""
     """Digest of the roster whose share this peer has averaged."""
     asking: dict[str, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class KnownRound(Generic[Envelope, Link]):
     ask_again_s: dict[str, float] = field(default_factory=dict)
     """Time before which each peer is not asked again."""
     told_of: dict[str, str] = field(default_factory=dict)
-    """Name of the roster that each peer sent last."""
+    """Name of the roster that each peer sent last, for the next question to it."""
     asked_at_s: dict[str, float] = field(default_factory=dict)
     """Time when each peer was first asked about this round."""
     answered_at_s: dict[str, float] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class KnownRound(Generic[Envelope, Link]):
     impossible: set[str] = field(default_factory=set)
     """Digests of rosters that name a publication of this peer that it never made."""
     lacking_s: dict[str, float] = field(default_factory=dict)
-    """Time since which each peer has named a roster whose chain nobody has shown."""
+    """Time since which each peer has named a roster whose chain no peer has sent."""
     merging: str = ""
     """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False
@@ -109,7 +109,7 @@ class KnownRound(Generic[Envelope, Link]):
             self.unobtainable.update(p for p, offer in self.announced.items() if offer.snapshot == event.snapshot)
 
     def merge_went_on(self, event: ev.PublicationFound | ev.RosterMerged | ev.RosterNotMerged) -> None:
-        """Record the progress of the present merge; events of an earlier merge are ignored."""
+        """Record the progress of the merge under way; events of an earlier merge are ignored."""
         match event:
             case ev.PublicationFound(publication=offer):
                 self.announced[offer.peer] = self.own if offer.peer == self.own.peer else offer
@@ -136,7 +136,7 @@ class KnownRound(Generic[Envelope, Link]):
                 self.unobtainable.discard(peer)
 
     def chains_due_s(self, lacking: Iterable[str], silence_s: float, now: float) -> float:
-        """Return until when to wait for the `lacking` peers to show their chains.
+        """Return the time until which to wait for the `lacking` peers to send their chains.
 
         Each has `silence_s`; all together have `_CHAIN_SILENCES` times as long, so that ever new peers with unknown
         chains cannot hold up a round for ever.

@@ -37,7 +37,7 @@ _JOIN_TRIES = 3
 
 @dataclass
 class Hearsay(Generic[Envelope, Link]):
-    """Answers of other peers about themselves, and the chains that they have shown."""
+    """Answers of other peers about their rounds, and the chains of rosters that they have sent."""
 
     membership: Membership
     chains: Chains[Link]
@@ -59,7 +59,7 @@ class Hearsay(Generic[Envelope, Link]):
         self._chain_asked_s.pop(peer, None)
 
     def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> str:
-        """Return what is wrong with an answer, in words; "" if nothing."""
+        """Return a sentence about what is wrong with an answer; "" if nothing is."""
         advertised, last = reply.advertised, reply.advertised.last
         if advertised.round != (0 if last is None else last.round + 1):
             return "a peer in another round than its last roster leads to"
@@ -75,10 +75,9 @@ class Hearsay(Generic[Envelope, Link]):
     def receive(
         self, peer: str, reply: PeerReply[Envelope, Link], asked_for_chain: bool, now: float
     ) -> MembershipChange | None:
-        """Record an answer, and the chain that it shows. Return the change of membership if the peer says that it is
-        away.
+        """Record an answer, and the chain in it. Return the change of membership if the peer says that it is away.
 
-        A peer that was asked for its chain and shows none runs an older version, and only its last roster is recorded.
+        A peer that was asked for its chain and sends none runs an older version, and only its last roster is recorded.
         """
         advertised = reply.advertised
         done = min(reply.inner_steps_done, _MOST_STEPS)
@@ -103,7 +102,8 @@ class Hearsay(Generic[Envelope, Link]):
         return True
 
     def of_those_who_train(self, but: Collection[str] = ()) -> dict[str, tuple[float, AdvertisedRound] | None]:
-        """Return what each live volunteer has advertised, and when; None for one that has not answered yet."""
+        """Map each live volunteer to (time, what it has advertised of its round); to None if it has not answered
+        yet."""
         return {peer: self.advertised.get(peer) for peer in self.membership.heard_at_s() if peer not in but}
 
     def in_round(self, advertised: Mapping[str, tuple[float, AdvertisedRound] | None], since_s: float) -> ChainView:
@@ -124,7 +124,7 @@ class Source:
     number: int
     peer: str
     roster: Roster | None = None
-    """Roster of the offered state; its source may still have to show its chain."""
+    """Roster of the offered state; the source may still have to send the chain of that roster."""
 
 
 @dataclass(slots=True)
@@ -138,12 +138,12 @@ class PeerSurvey:
 
 @dataclass
 class CatchingUp(Generic[Envelope, Link]):
-    """Search for a state of the peers that are ahead of this one, which ends `round`."""
+    """Search, at the end of the round `round`, for the state of a peer that is ahead of this one."""
 
     hearsay: Hearsay[Envelope, Link]
     round: int
     since_s: float
-    """Time when this peer began that round."""
+    """Time when this peer began the round `round`."""
     reason: str
     left: deque[str]
     """Peers to ask, the next one first."""
@@ -162,11 +162,12 @@ class CatchingUp(Generic[Envelope, Link]):
         return peer, 0 if last is None else last.round + 1
 
     def needs_chain(self, roster: Roster) -> bool:
-        """Return whether the source must show its chain before this roster can be judged."""
+        """Return whether the source must send its chain before this roster can be judged."""
         return roster.digest not in self.hearsay.chains.shown
 
     def may_take(self, source: str, roster: Roster) -> bool:
-        """Return whether the weights after `roster` hold.
+        """Return whether to take the state of `source`, which has applied `roster`: the weights after that roster must
+        hold.
 
         A source that lists its own publication on this round's roster but does not deliver it is not believed. One that
         is further ahead may have dropped that publication.
@@ -185,7 +186,7 @@ class Search(Generic[Envelope, Link]):
     round: int
     """Round of the peer that searches."""
     me: str
-    """"" for an archive, whose weights count for no chain."""
+    """PeerID of the peer that searches; "" for an archive, whose weights count for no chain."""
     advertised: Mapping[str, AdvertisedRound]
     above_tokens: int
     """Tokens that a state must exceed."""
@@ -241,11 +242,12 @@ class Search(Generic[Envelope, Link]):
         return self._sources.popleft() if self._sources else None
 
     def needs_chain(self, roster: Roster) -> bool:
-        """Return whether the source must show its chain before this roster can be judged."""
+        """Return whether the source must send its chain before this roster can be judged."""
         return self._is_newer(roster) and self.best is not None and roster.digest not in self.best
 
     def may_take(self, source: str, roster: Roster) -> bool:
-        """Return whether the state after `roster` belongs to the chain that holds.
+        """Return whether to take the state of `source`, which has applied `roster`: the roster must belong to the chain
+        that holds.
 
         The source may have advanced since, or have dropped older rosters.
         """
@@ -269,7 +271,7 @@ Asker: TypeAlias = PeerSurvey | Search[Envelope, Link] | CatchingUp[Envelope, Li
 
 @dataclass(slots=True)
 class Open(Generic[Envelope, Link]):
-    """Open question. `of` is what it belongs to; None: the round that is being ended."""
+    """Open question. `of` is the search or survey that it belongs to; None: the round that is being ended."""
 
     peer: str
     asked_s: float
@@ -400,7 +402,7 @@ class StateSearches(Generic[Envelope, Link]):
         return self._fetch_next(search)
 
     def _surveyed(self, survey: PeerSurvey, round: int, now: float) -> _Commands[Envelope]:
-        """End a survey, or continue the join that it belongs to."""
+        """End a survey, or continue the join that it is part of."""
         join = self._joining
         if join is None or join.search != survey.search:
             return [ev.PeersSurveyed(survey.search, survey.advertised)]
@@ -416,7 +418,7 @@ class StateSearches(Generic[Envelope, Link]):
         return self._joined(self._joining, is_ours, number)
 
     def _joined(self, join: ev.Join, is_ours: bool, number: int | None) -> _Commands[Envelope]:
-        """Decide what this peer begins with."""
+        """Decide which state this peer begins with."""
         self._join_tries += 1
         if number is not None:
             begins = ev.JoinsWith.OTHERS

@@ -72,9 +72,9 @@ class Coverage:
     """Tokens by which a row may honestly shrink: a peer was killed and continued from its checkpoint."""
     _rows: dict[str, CoverageRow] = field(default_factory=dict)
     _seen: list[int] = field(default_factory=list)
-    """Sum of all rows."""
+    """Tokens of all rows together, by shard."""
     _cursor: str = ""
-    """PeerID up to which others' rows were sent in this rotation."""
+    """PeerID after which the rotation of others' rows continues."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_shards <= MAX_SHARDS:
@@ -85,16 +85,16 @@ class Coverage:
 
     @property
     def seen(self) -> list[int]:
-        """Tokens that anybody is known to have trained on, by shard."""
+        """Tokens that all peers are known to have trained on, by shard."""
         return list(self._seen)
 
     def busy(self, live: Iterable[str]) -> frozenset[int]:
-        """Return the shards that these peers were on when they were last heard of."""
+        """Return the shards on which these peers were training when they last said so."""
         rows = (self._rows.get(peer) for peer in live if peer != self.me)
         return frozenset(row.shard for row in rows if row is not None and row.shard >= 0)
 
     def choose(self, round: int, seed: int, *, busy: Collection[int] = (), round_tokens: int = 0) -> tuple[int, str]:
-        """Return the shard for this peer's `round`, with the reason.
+        """Return (the shard for this peer's `round`, the reason).
 
         Shards within half of `round_tokens` (what a round adds) of the least seen one are tied. What partners do not
         know yet of each other exceeds that, and without ties everybody would be drawn to one shard.
@@ -109,8 +109,8 @@ class Coverage:
         return shard, which if free else f"{which}; others are on all of them"
 
     def begin(self, round: int, seed: int, others: Iterable[str], round_tokens: int) -> tuple[int, str]:
-        """Choose the shard for this peer's `round`, which begins now, and record it; with the reason. `others` are
-        present too."""
+        """Choose and record the shard for this peer's `round`, which begins now. Return (shard, reason). `others` are
+        the other peers that are present."""
         shard, reason = self.choose(round, seed, busy=self.busy(others), round_tokens=round_tokens)
         self.trained(shard, 0)  # so that others see which shard it is on
         return shard, reason
@@ -171,7 +171,7 @@ class Coverage:
         return incidents
 
     def _take(self, row: CoverageRow, teller: str, explained: Callable[[str, int], int]) -> str | None:
-        """Merge one row; return what is wrong with it, in words, if it is an incident."""
+        """Merge one row; return what is wrong with the row, in words, if it is an incident; else None."""
         if (wrong := self._out_of_range(row)) is not None:
             return wrong
         if row.peer == self.me and not row.signed:
@@ -224,7 +224,7 @@ class Coverage:
         return [[row.peer, row.shard, list(row.counts), row.signed.hex()] for _, row in sorted(self._rows.items())]
 
     def load(self, rows: Iterable[Sequence[object]]) -> None:
-        """Restore the coverage from `rows`. Raise ValueError, changing nothing, for other rows."""
+        """Restore the coverage from `rows`. Raise ValueError, changing nothing, if they are malformed."""
         other = Coverage(self.me, self.num_shards, self.max_peers)
         for row in rows:
             match row:

@@ -1,15 +1,15 @@
 """Token counts: a map (PeerID, stage) -> tokens trained on, merged by the greater count.
 
 Counts come from two sources, kept apart. What rosters count is *learned*: everybody who applied a roster counts the
-same. So is what states bring: whoever gives a state gives the counts that belong to it. What a peer says of itself in
-its progress record is *told*; it is believed as far as the peer's speed, or else the swarm's, explains it. A peer's
-count is the greater of the two, and the run's total is the sum over stage 0. Counts never fall, so that a restart, a
-fork or an old record loses nothing and counts nothing twice.
+same. Counts that come with a state are learned too: the peer that gives the state gives the counts that belong to it.
+What a peer says of itself in its progress record is *told*; it is believed as far as the peer's speed, or else the
+swarm's, explains it. A peer's count is the greater of the two, and the run's total is the sum over stage 0. Counts
+never fall, so that a restart, a fork or an old record loses nothing and counts nothing twice.
 
 How much is believed: each count has an *account*, the time up to which its tokens are explained. It begins when this
-peer first met that one. Growth costs time at the greatest allowed speed, and the account may run ahead of the present
+peer first met the other. Growth costs time at the greatest allowed speed, and the account may run ahead of the present
 by a few rounds at most. Time that passes pays for what was not believed yet, so an honest peer loses nothing for good.
-What was trained before this peer came is in the counts that states bring: the median of three of them where there are
+Tokens from before this peer joined are in the counts that come with states: the median of three of them if there are
 three (decision 49).
 
 Everything here is pure: `now` is an argument, in seconds of one clock that may jump.
@@ -83,7 +83,8 @@ class CountingRules:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIncident:
-    """Claim of more tokens than a peer can have trained on: only `believed` of the `told` tokens count for now."""
+    """Claim of more tokens than a peer can have trained on: only `believed` of the claimed (`told`) tokens count for
+    now."""
 
     peer: str
     stage: int
@@ -105,18 +106,18 @@ class _Account:
     explained_s: float
     fastest_per_s: float = 0.0
     doublings: int = 0
-    """Number of times that its believed speed was doubled."""
+    """Number of times that the peer's believed speed was doubled."""
     term_s: float = -math.inf
-    """Start of the present term, at whose end its deliveries are judged."""
+    """Start of the present term, at whose end the peer's deliveries are judged."""
     delivered: int = 0
     """Tokens delivered since the term's start."""
     behind_s: float | None = None
-    """Time since which its claims are not believed in full; None if they are."""
+    """Time since which the peer's claims are not believed in full; None if they are."""
 
 
 @dataclass
 class Tally:
-    """Token counts of all peers. While `typical_per_s` is 0, nothing that peers tell is believed."""
+    """Token counts of all peers. While `typical_per_s` is 0, no claim of a peer about itself is believed."""
 
     rules: CountingRules
     max_counts: int = _MAX_COUNTS
@@ -127,8 +128,8 @@ class Tally:
     num_present: int = 0
     """Number of peers known to train now."""
     watched_s: float | None = None
-    """Time up to which this peer has watched the run. From then on, time limits what states bring. None: it has just
-    come."""
+    """Time up to which this peer has watched the run. After that time, the tokens that states add are limited by the
+    time that has passed. None: this peer has just joined."""
     _met_s: dict[str, float] = field(default_factory=dict)
     """Time when each peer without an account was first met."""
     _learned: dict[_Key, int] = field(default_factory=dict)
@@ -138,7 +139,7 @@ class Tally:
     # ------------------------------------------------------------- reading
 
     def tokens(self, peer: str, stage: int = 0) -> int:
-        """Return what `peer` has trained on in `stage`; 0 for a stranger."""
+        """Return the tokens that `peer` has trained in `stage`; 0 for an unknown peer."""
         key = (peer, stage)
         return max(self._learned.get(key, 0), self._told.get(key, 0))
 
@@ -180,8 +181,8 @@ class Tally:
             self.typical_per_s, self.quick_per_s = typical_speed(known.values()), quick_speed(known.values())
 
     def meet(self, peers: Iterable[str], now: float) -> None:
-        """Record that these peers are here or were heard of. As far as this peer can tell, a new one may train from now
-        on."""
+        """Record that these peers are present or have become known. As far as this peer can tell, a new one may train
+        from now on."""
         for peer in peers:
             if peer not in self._met_s:
                 self._met_s[peer] = now
@@ -208,12 +209,12 @@ class Tally:
         return {**counts, ALL_OTHERS: max(0, sum(counts.values()) - known)}
 
     def adopt(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
-        """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that were
-        taken.
+        """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that this peer
+        has adopted.
 
-        A peer that has just come believes three sources; one or two never say that the run is over. For a peer that has
-        watched the run, states bring no more than all known peers can have done since. An excess is cut in proportion,
-        and believed as time passes, when it is brought again.
+        A peer that has just joined believes three sources; one or two never say that the run is over. For a peer that
+        has watched the run, states add no more than all known peers can have trained since. An excess is cut in
+        proportion, and believed as time passes, when a state contains it again.
         """
         most = self.rules.most_tokens
         news = {peer: min(tokens, most) - self.tokens(peer) for peer, tokens in counts.items()}
@@ -240,7 +241,7 @@ class Tally:
     def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
         """Record what rosters count, which is certain.
 
-        It is charged to the peers' accounts like what they tell, but never refused: it is unknown when it was trained,
+        It is charged to the peers' accounts like their claims, but never refused: it is unknown when it was trained,
         and a state from a checkpoint is old.
         """
         for peer, tokens in counts.items():
@@ -258,9 +259,9 @@ class Tally:
     def observe(
         self, peer: str, stage: int, tokens: int, now: float, claimed_per_s: float = 0.0
     ) -> tuple[int, TokenIncident | None]:
-        """Record that `peer` says it has trained on `tokens`, at a claimed speed (0: unknown).
+        """Record that `peer` claims to have trained on `tokens`, at a claimed speed (0: unknown).
 
-        Return what is counted for it now, and the incident if that is less than it says.
+        Return (the tokens counted for it now, the incident if they are fewer than it claims).
         """
         key, held = (peer, stage), self.tokens(peer, stage)
         believed, account = self._explained(key, tokens, now, claimed_per_s)
@@ -278,11 +279,13 @@ class Tally:
         return believed, TokenIncident(peer=peer, stage=stage, told=tokens, believed=believed)
 
     def believes(self, peer: str, tokens: int, now: float, claimed_per_s: float = 0.0) -> int:
-        """Return how many of `tokens`, told of `peer` in stage 0, `observe` would count; nothing is recorded."""
+        """Return how many of the `tokens` claimed for `peer` in stage 0 `observe` would count, without recording
+        anything."""
         return min(tokens, self._explained((peer, 0), tokens, now, claimed_per_s)[0])
 
     def _explained(self, key: _Key, tokens: int, now: float, claimed_per_s: float) -> tuple[int, _Account | None]:
-        """Return what is believed, and the account that follows; None if `tokens` are no news, or no speed is known."""
+        """Return (the tokens that are believed, the account after that). The account is None if `tokens` are not new,
+        or if no speed is known."""
         held = self.tokens(*key)
         ceiling_per_s, fastest_per_s = self._speeds(key, claimed_per_s)
         if tokens <= held or ceiling_per_s <= 0:
@@ -313,7 +316,8 @@ class Tally:
         return is_over or tokens > min(age_tokens, self.rules.most_tokens)
 
     def _count_told(self, key: _Key, believed: int) -> None:
-        """Record what is believed. The account must exist by now, because `_prune` drops accounts without counts."""
+        """Record the believed tokens of a claim. The account must exist by now, because `_prune` drops accounts without
+        counts."""
         self._told[key] = max(self._told.get(key, 0), believed)
         self._prune(self._told, slack=self.max_counts // 8)
 
@@ -358,7 +362,8 @@ class Tally:
         self._prune(self._told, slack=0)
 
     def rows(self) -> list[list[str | int | float]]:
-        """Return sorted rows for a checkpoint: [PeerID, stage, learned, told, explained up to, fastest] of each count.
+        """Return sorted rows for a checkpoint: [PeerID, stage, learned, told, time up to which it is explained, fastest
+        speed] of each count.
 
         The number of doublings follows if it is not 0.
         """
@@ -373,7 +378,7 @@ class Tally:
         return rows
 
     def merge_rows(self, rows: Iterable[Sequence[object]]) -> None:
-        """Merge `rows`. Raise ValueError, merging nothing, for other rows."""
+        """Merge `rows`. Raise ValueError, merging nothing, if they are malformed."""
         other = Tally(self.rules, self.max_counts)
         for row in rows:
             match row:
@@ -415,8 +420,8 @@ def _delivered(account: _Account, tokens: int, ceiling_per_s: float, now: float)
 
 
 def agreed_counts(told: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Return each peer's tokens as several sources tell: the lower median; a source that does not know a peer counts as
-    0.
+    """Return each peer's tokens as several sources report them: the lower median; a source that does not know a peer
+    counts as 0.
 
     So of two sources the lower count stands, and of one its own.
     """

@@ -36,7 +36,7 @@ _BYTES = 4  # of a number, as states travel
 
 
 class Company(Protocol):
-    """Swarm that a volunteer leaves or joins."""
+    """Simulated swarm, as a volunteer that leaves or joins sees it."""
 
     setting: Setting
     clock: Clock
@@ -57,7 +57,7 @@ class Company(Protocol):
 
     @property
     def honest(self) -> Sequence[Comer]:
-        """Volunteers whose weights are the swarm's."""
+        """Volunteers that are not hostile: their weights are the swarm's."""
 
     def is_hanging(self, name: str) -> bool:
         """Return whether this peer hangs now."""
@@ -73,7 +73,7 @@ class DrivesGossip(Protocol):
 
 
 class Comer(Protocol):
-    """Volunteer that comes and goes."""
+    """Volunteer that can leave and come back."""
 
     number: int
     name: str
@@ -95,11 +95,11 @@ class Comer(Protocol):
 
     @property
     def gossip(self) -> DrivesGossip:
-        """Runner of gossip in its present life."""
+        """Runner of this volunteer's gossip engine since it last came."""
 
     @property
     def round(self) -> int:
-        """Round that it is in, or begins."""
+        """Round that the volunteer is in, or begins."""
 
     def begin(self) -> None:
         """Begin a round."""
@@ -108,18 +108,18 @@ class Comer(Protocol):
         """Begin the next round, or end if the run has had its tokens."""
 
     def forget(self) -> None:
-        """Forget all that a process holds and no checkpoint keeps."""
+        """Forget everything that a process holds in memory and no checkpoint keeps."""
 
     def call_at(self, when_s: float, call: Callable[..., None], *args: Any) -> object:
         """Schedule a call on the world's clock; it is dropped if the volunteer has gone by then."""
 
     def receive_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
-        """Merge another's rows of which data were seen."""
+        """Merge the rows of another volunteer that say which data were seen."""
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """Consensus of the others, and up to where every peer is in each of their states."""
+    """Consensus of the other volunteers, and the event that reports it to the gossip engine."""
 
     state: OuterState
     event: ConsensusTaken
@@ -149,7 +149,8 @@ def _go(peer: Comer) -> None:
 
 
 def _count(peer: Comer) -> None:
-    """Count only the part of its round that another has taken, in place of all that it published."""
+    """Reduce the swarm's counts to the part of the volunteer's round that another volunteer has merged; the rest of the
+    round is lost."""
     world = peer.world
     step_tokens = world.setting.run.tokens_per_step
     done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now)
@@ -163,9 +164,10 @@ def _count(peer: Comer) -> None:
 
 
 def _taken(peer: Comer) -> int:
-    """Return the tokens of this round of `peer` that another has merged or is about to merge.
+    """Return the tokens of `peer`'s present round that other volunteers have merged or are about to merge.
 
-    For each number of the model the most that any other has taken, then the mean of that, in whole steps.
+    The result is, for each fragment, the most that any other volunteer has taken, averaged by the fragments' sizes and
+    rounded down to whole steps.
     """
     sizes = [fragment.fragment.layout.size for fragment in peer.fragments]
     others = [other for other in peer.world.peers if other is not peer]
@@ -176,7 +178,8 @@ def _taken(peer: Comer) -> int:
 
 
 def _taken_of(peer: Comer, fragment: LearningFragment, by: Comer) -> int:
-    """Return the same for one fragment and one other volunteer."""
+    """Return the tokens of `peer`'s present round that volunteer `by` has merged, or is about to merge, into
+    `fragment`."""
     engine = by.gossip.engine
     versions = [engine.merged_version(fragment.number, peer.name), engine.pulled_version(fragment.number, peer.name)]
     of_round = peer.trainer.rounds.of_round
@@ -200,7 +203,7 @@ def _come(peer: Comer) -> None:
 
 
 def takes_state(peer: Comer) -> bool:
-    """Take the others' weights at the end of a round, because this peer's publications are too old for them.
+    """Begin to fetch the others' weights at the end of a round, because this peer's publications are too old for them.
 
     Return False if nobody can give them.
     """
@@ -215,7 +218,7 @@ def takes_state(peer: Comer) -> bool:
 
 
 def _answering(peer: Comer) -> list[Comer]:
-    """Return the volunteers that can give it a state."""
+    """Return the other volunteers that can give `peer` a state."""
     world = peer.world
     others = [other for other in world.live if other is not peer and other.round > 0]
     return [other for other in others if not world.is_hanging(other.name)]
@@ -240,7 +243,7 @@ def _take_state(peer: Comer, others: list[Comer]) -> None:
 
 
 def _present_state(world: Company, sample: list[Comer]) -> tuple[OuterState, int]:
-    """Return the consensus of the sample, with its round."""
+    """Return (consensus of the sample's states, its round)."""
     near = not_far_behind(sample, world.setting.run.merge.max_staleness_rounds)
     states = [each.trainer.state for each in near]
     whole = sample[:MOMENTA]  # of the others only the weights are pulled

@@ -31,9 +31,9 @@ class Published:
     format: GradientFormat | None = None
     """Format of a pseudo-gradient; None for weights."""
     sent: Tensor | None = None
-    """Vector that every reader decodes; set at the first request."""
+    """Vector as every reader decodes it; set at the first request."""
     rows: Sequence[CoverageRow] = ()
-    """Rows of which data were seen, sent along."""
+    """Rows that say which data were seen, sent with the publication."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LearningFragment:
     weights: Published | None = field(default=None, init=False)
 
     def forget(self, codec: PublicationCodec) -> None:
-        """Forget all that a process holds and no checkpoint keeps; a new process has a codec of its own."""
+        """Forget everything that a process holds in memory and no checkpoint keeps; a new process has a new codec."""
         self.codec, self.newest, self.weights = codec, None, None
         self.robustness.comes_back()
 
@@ -63,11 +63,11 @@ class LearningFragment:
         self.weights = Published(PublicationVersion(round, 0, 0), theta, num_bytes)
 
     def brought(self, version: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
-        """Set the newest pseudo-gradient (Q,) of its round so far."""
+        """Set the newest pseudo-gradient (Q,) of the fragment's round so far."""
         self.newest = Published(version, gradient, self.sizes[format].gradient, format)
 
     def newer(self, group: GroupName, known: PublicationVersion | None) -> Published | None:
-        """Return the newest publication of a section; None if the reader has it."""
+        """Return the newest publication of a tensor group; None if the reader has it."""
         found = self.weights if group in self.codec.averaged else self.newest
         if found is None or (
             known is not None and (found.version.round, found.version.part) <= (known.round, known.part)

@@ -76,7 +76,7 @@ Command: TypeAlias = GossipCommand[Published, PartnerUpdate, Unprepared]
 
 
 class VirtualRunner:
-    """Driver of one peer's gossip engine in virtual time."""
+    """Carries out the commands of one peer's gossip engine in virtual time."""
 
     def __init__(self, peer: LearningPeer) -> None:
         self.peer, self.world, setting = peer, peer.world, peer.world.setting
@@ -90,9 +90,9 @@ class VirtualRunner:
         self.engine.receive(LinkRateAssumed(min(setting.link_of(peer.name))), self.world.clock.now)
 
     def tell(self, event: Event) -> list[Command]:
-        """Give the engine an event, carry out its commands and return them.
+        """Pass an event to the engine, carry out its commands and return them.
 
-        Whoever reports that a merge is due carries out the merge itself.
+        A caller that passes `MergeDue` carries out the merge itself.
         """
         self.receive()
         commands = self.engine.receive(event, self.world.clock.now)
@@ -102,7 +102,7 @@ class VirtualRunner:
         return commands
 
     def receive(self) -> None:
-        """Give the engine all that the others have announced by now."""
+        """Pass on to the engine everything that the other volunteers have announced by now."""
         world = self.world
         if self._num_told == world.num_told and not world.setting.hangs:
             return
@@ -112,7 +112,7 @@ class VirtualRunner:
             self.engine.receive(PartnersChanged(others), world.clock.now)
 
     def _wake(self) -> None:
-        """Schedule the engine's next timer; if this peer hangs then, as soon as it continues."""
+        """Schedule the engine's next timer; if this peer hangs at that time, as soon as it continues."""
         if (wake_s := self.engine.wake_at()) == self._wake_s:
             return
         if self._timer is not None:
@@ -164,7 +164,7 @@ class VirtualRunner:
         num_lives: int,
         event: PartnerReplied[Published] | PublicationDownloaded | PullFailed,
     ) -> None:
-        """Report the event, or a failure if the author has gone meanwhile."""
+        """Pass the event to the engine, or a failure if the author has left since the request."""
         is_gone = author.num_lives != num_lives
         self.tell(PullFailed(event.pull, PullFailure("it has gone")) if is_gone else event)
 
@@ -176,7 +176,7 @@ class VirtualRunner:
         attempts: int,
         asked_s: float | None = None,
     ) -> None:
-        """Transfer a publication's bytes, asking `attempts` times in all for the rest of a transfer that breaks off.
+        """Transfer a publication's bytes; if the transfer breaks off, ask for the rest, `attempts` times in all.
 
         `num_lives` is the author's when the transfer began.
         """
@@ -198,7 +198,7 @@ class VirtualRunner:
 
 
 class LearningPeer:
-    """Volunteer that merges at its own pace."""
+    """Simulated volunteer of gossip: it merges at its own pace."""
 
     def __init__(self, world: LearningWorld, number: int) -> None:
         setting = world.setting
@@ -213,23 +213,23 @@ class LearningPeer:
         self.done = self.run_tokens = 0
         self.is_here, self.is_over = True, False
         self.knows_speed = False
-        """True from the end of its first round on."""
+        """True after the first round has ended."""
         self.step_s = setting.step_s[number]
-        """Seconds of an inner step, as measured in its last round."""
+        """Seconds of an inner step, as measured in the last round."""
         self.num_lives = 0
-        """Number of times it has gone. Calls that it scheduled before are dropped."""
+        """Number of times that the volunteer has left. Calls that it scheduled before it left are dropped."""
         self.began_s = math.inf
-        """Time at which its round began."""
+        """Time at which the present round began."""
         self.own: LocalUpdate
-        """What its round has brought so far."""
+        """Update of the present round so far."""
         self.info, self.so_far_since_s = PeerInfo(peer=self.name), 0.0
-        """Record that it announced last, and when."""
+        """Presence record that the volunteer announced last, and the time."""
         self.naming = Naming(world.told)
         self.fragments = [world.fragment(fragment, self.naming) for fragment in range(len(world.fragments))]
         self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.fragments))
 
     def forget(self) -> None:
-        """Forget all that a process holds and no checkpoint keeps."""
+        """Forget everything that a process holds in memory and no checkpoint keeps."""
         merged = self.gossip.engine.rows()
         self.gossip, self.planner = VirtualRunner(self), MergePlanner(len(self.fragments))
         self.gossip.engine.load(merged)
@@ -240,7 +240,7 @@ class LearningPeer:
 
     @property
     def round(self) -> int:
-        """Round that it is in, or begins."""
+        """Round that the volunteer is in, or begins."""
         return self.trainer.progress.round
 
     def begin(self) -> None:
@@ -267,7 +267,7 @@ class LearningPeer:
 
     @property
     def steps_per_s(self) -> float:
-        """Inner steps per second, as far as it knows; 0 in its first round."""
+        """Inner steps per second, as far as the volunteer knows; 0 in its first round."""
         return 1 / self.step_s if self.knows_speed else 0.0
 
     def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
@@ -279,7 +279,8 @@ class LearningPeer:
             call(*args)
 
     def _next_start(self) -> Start:
-        """Return how its next round begins. Before its first round has ended it does not know its speed."""
+        """Return the plan of the volunteer's next round. It does not know its speed before its first round has
+        ended."""
         setting, group = self.world.setting, self.world.setting.run.merge
         others, most = [peer for peer in self.world.live if peer is not self], group.publications_per_round
         steps, everybodys, round_s = first_inner_steps(group.inner_steps, paced=group.pacing), 0.0, 0.0
@@ -306,8 +307,8 @@ class LearningPeer:
         )
 
     def ends_in_s(self) -> float | None:
-        """Return the seconds until its round ends, as it announces; None before it knows its speed and while it is
-        away."""
+        """Return the seconds until the volunteer's round ends, as it announces; None before it knows its speed and
+        while it is away."""
         if not (self.is_here and self.knows_speed):
             return None
         setting, now = self.world.setting, self.world.clock.now
@@ -331,11 +332,11 @@ class LearningPeer:
         fragment.begins(round, self.trainer.state_of(fragment.number).theta)
 
     def done_s(self, work_s: float) -> float:
-        """Return when work that takes `work_s` at its own speed is done."""
+        """Return the time at which work is done that takes `work_s` at the volunteer's own speed."""
         return self.world.setting.done_s(self.number, self.world.clock.now, work_s)
 
     def tells(self, part: int, tokens: int) -> None:
-        """Announce how far its round is: the last part published, and its tokens."""
+        """Announce the progress of the round: the last part published, and its tokens."""
         self.so_far_since_s = self.world.clock.now
         self.info = PeerInfo(
             peer=self.name,
@@ -376,7 +377,7 @@ class LearningPeer:
             self.gossip.tell(MergesPlanned(self.round, plans))
 
     def answer(self, ask: AskPartner) -> PartnerReplied[Published]:
-        """Return what it has of what is asked for."""
+        """Return the volunteer's answer to a request for a publication."""
         fragment, info = self.fragments[ask.fragment], self.info
         if (published := fragment.newer(ask.group, ask.known)) is None:
             return PartnerReplied(ask.pull)
@@ -401,7 +402,8 @@ class LearningPeer:
             published.sent = gradients.of[format].decode(encoded)
 
     def receive_rows(self, name: str, rows: Sequence[CoverageRow]) -> None:
-        """Merge another's rows of which data were seen, if both have the same part of the corpus."""
+        """Merge the rows of another volunteer that say which data were seen, if both have the same part of the
+        corpus."""
         share_of, other = self.world.setting.text.share_of, self.world.by_name[name]
         if self.coverage is not None and share_of(self.number) == share_of(other.number):
             self.coverage.merge(rows, name, lambda _, tokens: tokens)
@@ -447,7 +449,7 @@ class LearningPeer:
         return self.gossip.tell(event)[-1]
 
     def end(self) -> None:
-        """End the round: merge the last fragments, or take the others' weights if its own are too old for them."""
+        """End the round: merge the last fragments, or take the others' weights if the volunteer's own are too old."""
         world, self.knows_speed = self.world, True
         if world.setting.pace.deviation:
             took_s = world.setting.awake_s(self.number, self.began_s, world.clock.now)
@@ -484,7 +486,8 @@ class LearningPeer:
 
 
 def _arrivals(due: MergeFragment[Published, PartnerUpdate, Unprepared]) -> list[PartnerUpdate]:
-    """Return what enters, each with how much later its author's round began, as a share of the planned round."""
+    """Return the publications that enter a merge, each with the share of the planned round by which its author's round
+    began later."""
     if due.merge is None:
         return []
     plan, number = due.merge.plan, due.fragment
@@ -502,7 +505,7 @@ class LearningWorld:
     tokens_lost: int = 0
     finished_s: float = 0.0
     num_told: int = 0
-    """Number of times that a volunteer came, went or announced progress."""
+    """Number of times that a volunteer came, went or announced progress, so that engines notice news."""
     specs: tuple[TensorSpec, ...] = field(init=False)
     layout: Layout = field(init=False)
     fragments: tuple[Fragment, ...] = field(init=False)
@@ -543,7 +546,7 @@ class LearningWorld:
 
     @property
     def answering(self) -> list[LearningPeer]:
-        """Honest volunteers that can be asked for their weights; all honest ones if nobody can."""
+        """Honest volunteers that can be asked for their weights; all honest ones if none of them can."""
         found = [peer for peer in self.honest if peer.is_here and not self.is_hanging(peer.name)]
         return found or self.honest
 
@@ -568,7 +571,7 @@ class LearningWorld:
 
     @property
     def honest(self) -> list[LearningPeer]:
-        """Volunteers whose weights are the swarm's."""
+        """Volunteers that are not hostile: their weights are the swarm's."""
         return self.peers[: self.setting.num_honest]
 
     def consensus(self) -> Tensor:

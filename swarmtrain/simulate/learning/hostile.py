@@ -30,10 +30,10 @@ _HUGE = 1e30
 
 
 class _Hostile(LearningPeer):
-    """Volunteer that publishes something else than it has learnt."""
+    """Volunteer that publishes something other than what it has trained."""
 
     gradients: tuple[Tensor, ...] = ()
-    """Its own pseudo-gradients at the previous publication, by fragment."""
+    """Volunteer's own pseudo-gradients at the previous publication, by fragment."""
     copied: LearningPeer | None = None
 
     def begin(self) -> None:
@@ -65,14 +65,14 @@ class _Hostile(LearningPeer):
         published.rows = ()
 
     def spoilt_weights(self, fragment: int, theta: Tensor) -> Tensor:
-        """Return what it publishes in place of its weights."""
+        """Return the vector to publish in place of the volunteer's weights."""
         attack = self.world.setting.hostile
         if attack.kind == "huge":
             return torch.full_like(theta, _HUGE)
         return theta + attack.factor * self.gradients[fragment] if attack.kind == "drag" and self.gradients else theta
 
     def spoilt(self, fragment: LearningFragment, honest: Published) -> Published:
-        """Return what it publishes in place of its pseudo-gradient."""
+        """Return the publication to make in place of the volunteer's pseudo-gradient."""
         g, version, attack = honest.vector, honest.version, self.world.setting.hostile
         if attack.kind == "tokens":  # the most that is not refused
             return dataclasses.replace(
@@ -124,8 +124,8 @@ class _Hostile(LearningPeer):
         return vectors.mean(0) - self.world.setting.hostile.factor * vectors.std(0)
 
     def copy(self, fragment: LearningFragment, own: Published) -> Tensor:
-        """Return the newest pseudo-gradient of an honest volunteer, another one in each round, scaled to the own
-        tokens."""
+        """Return the newest pseudo-gradient of an honest volunteer (a different one in each round), scaled to the
+        tokens of the own one."""
         assert self.copied is not None
         theirs = self.copied.fragments[fragment.number].newest
         return own.vector if theirs is None else theirs.vector * (own.version.tokens / theirs.version.tokens)
@@ -136,7 +136,7 @@ class HostileWorld(LearningWorld):
     """World that counts which volunteers a rule named."""
 
     named: Counter[bool] = field(default_factory=Counter)
-    """Number of incidents, by whether the named peer is hostile."""
+    """Number of incidents, by whether the named volunteer is hostile."""
 
     def peer(self, number: int) -> LearningPeer:
         """Return a new volunteer. See `LearningWorld`."""

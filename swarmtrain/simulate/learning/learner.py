@@ -23,7 +23,7 @@ __all__ = ["Learner", "Text", "warm_weights"]
 
 @dataclass(frozen=True)
 class Text:
-    """Text that a run trains on and is judged by, as its peers prepare it."""
+    """Text that a simulated run trains on and is judged by, prepared as real peers do."""
 
     run: RunFile
     data: TrainingData
@@ -85,7 +85,8 @@ class Learner:
         self.losses.append(self.loop.take_step(progress).loss)
 
     def comes_late(self) -> None:
-        """Note that the others began earlier: if it has not trained yet, its moments are young."""
+        """Record that the other volunteers began earlier: if this one has not trained yet, its moments count as
+        young."""
         self.loop.weights_replaced()
 
     def train(self, theta: Tensor, steps: int, run_tokens: float, round_tokens: float) -> Tensor:
@@ -110,11 +111,12 @@ class Learner:
 
 
 _STRANGER = 1_000_000
-"""Number of the volunteer that trains alone: no volunteer of the run has its batches."""
+"""Number of a volunteer that trains alone, to which no volunteer of the run is equal, so that its batches are its
+own."""
 
 
 def warm_weights(run: RunFile, base: Path, tokens: int) -> Tensor:
-    """Return the weights (P,) that one machine alone reaches with so many tokens.
+    """Return the weights (P,) that one machine reaches alone after training on `tokens`.
 
     It starts from the run's initial weights, with the run's optimizer, schedule and data. `base` is the folder that the
     run file's paths are relative to.

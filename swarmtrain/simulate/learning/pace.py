@@ -24,7 +24,8 @@ class Pace:
     seed: int = 0
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
-        """Return when volunteer `number` has done work that takes `work_s` at its own speed."""
+        """Return the time at which volunteer `number`, which starts at `since_s`, has done work that takes `work_s`
+        seconds at its usual speed."""
         if not self.deviation:
             return since_s + work_s
         for speed, until_s in self._speeds(number, since_s):
@@ -35,7 +36,7 @@ class Pace:
         raise AssertionError
 
     def worked_s(self, number: int, since_s: float, until_s: float) -> float:
-        """Return how long, at its own speed, the work takes that it does in that time."""
+        """Return the work that volunteer `number` does from `since_s` to `until_s`, in seconds at its usual speed."""
         if not self.deviation or since_s >= until_s:  # it may not have begun: at infinity
             return max(0.0, until_s - since_s)
         worked_s = 0.0
@@ -47,7 +48,8 @@ class Pace:
         return worked_s
 
     def _speeds(self, number: int, since_s: float) -> Iterator[tuple[float, float]]:
-        """Yield one drawn speed after the other, relative to its own, each with the time at which it ends."""
+        """Yield (speed relative to the usual one, time until which it lasts) for each drawn speed, one after the
+        other."""
         for span in itertools.count(int(since_s // self.lasts_s)):
             yield _drawn(self.seed, self.deviation, number, span), (span + 1) * self.lasts_s
 

@@ -16,7 +16,7 @@ _BYTES = 4  # of a weight
 
 
 class _Pairs:
-    """Weights and clocks of all volunteers, and their pairs."""
+    """Weights and clocks of all volunteers, which meet in pairs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.steps = setting, setting.run.merge.inner_steps
@@ -43,7 +43,7 @@ class _Pairs:
         self.inner_steps += self.steps * setting.num_peers
 
     def meet(self) -> None:
-        """Merge in pairs that are drawn anew; if the number is odd, one volunteer is alone."""
+        """Merge in pairs that are drawn anew; if the number is odd, one volunteer stays alone."""
         order = self.rng.sample(range(self.setting.num_peers), self.setting.num_peers)
         for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
             self._wait(pair)

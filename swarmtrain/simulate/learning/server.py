@@ -43,20 +43,20 @@ class _Worker:
         self.round = 0
         self.uploads: GradientUploads[Tensor] = GradientUploads()
         self.is_fetched = False
-        """True while one of its uploads is on its way: the server asks for one after the other."""
+        """True while one of the worker's uploads is being transferred: the server asks for one after the other."""
         self.base_arrivals = 0
-        """Number of gradients in the weights that its round began with."""
+        """Number of gradients in the weights that the worker's round began with."""
         self.on_the_way: dict[int, int] = {}
-        """Tokens of the rounds whose gradient the server does not have yet."""
+        """Tokens, by round, of the rounds whose gradients the server does not have yet."""
         self.steps, self.is_over = 0, False
         self.came: tuple[Tensor, int | None, int] | None = None
         self.waited_s = self.handed_in_s = 0.0
         self.is_here = True
         self.num_lives = 0
-        """Number of times it has gone. Calls that it scheduled before are dropped."""
+        """Number of times that the worker has left. Calls that it scheduled before it left are dropped."""
         self.began_s = math.inf
         self.began_at = 0
-        """Steps that the server had taken when it gave this worker its weights."""
+        """Number of steps that the server had taken when it gave this worker its weights."""
 
     def begin(self) -> None:
         """Begin a round."""
@@ -79,7 +79,7 @@ class _Worker:
             call(*args)
 
     def go(self) -> None:
-        """Crash or leave: the round and what is on its way are lost."""
+        """Crash or leave: the round and uploads under way are lost."""
         served = self.served
         if self.is_over or served.tokens >= served.setting.total_tokens:
             return
@@ -104,24 +104,25 @@ class _Worker:
         self.call_at(arrives_s, self.begin_with, served.weights(), served.arrivals)
 
     def begin_with(self, theta: Tensor, arrivals: int) -> None:
-        """Begin with these weights. What it handed in before is the server's."""
+        """Begin with these weights. The server keeps what the worker uploaded before."""
         self.learner.comes_late()
         self.theta, self.base_arrivals = theta, arrivals
         self.begin()
 
     def done_s(self, work_s: float) -> float:
-        """Return when it has done work of `work_s`, with the time added in which it hangs."""
+        """Return the time at which the worker has done work of `work_s` seconds, including the time in which it
+        hangs."""
         return self.served.setting.done_s(self.number, self.served.clock.now, max(0.0, work_s))
 
     def pull(self) -> None:
-        """Pull the server's weights, with the round up to which they have this worker's gradients."""
+        """Pull the server's weights, and learn up to which round they contain this worker's gradients."""
         served = self.served
         came = served.weights(), served.versions.round(self.name), served.arrivals
         arrives_s = served.arrives_s(_SERVER, self.name, served.theta_bytes)
         self.call_at(arrives_s, setattr, self, "came", came)
 
     def end(self) -> None:
-        """Train what the round took, hand it in, and continue."""
+        """End the round: take its inner steps, upload the gradient, and continue."""
         served, setting = self.served, self.served.setting
         step_tokens, total = setting.run.tokens_per_step, setting.total_tokens
         everybodys = setting.steps_of_everybody(self.number)
@@ -148,7 +149,7 @@ class _Worker:
         self.go_on()
 
     def hand_in(self) -> None:
-        """Send the server what it does not have yet, unless something is on its way."""
+        """Upload what the server does not have yet, unless an upload is under way."""
         served = self.served
         piece = None if self.is_fetched else self.uploads.after(served.versions.round(self.name))
         if piece is not None:
@@ -157,7 +158,7 @@ class _Worker:
             self.call_at(arrives_s, served.take, self, piece)
 
     def go_on(self) -> None:
-        """Begin another round if the run lasts."""
+        """Begin another round unless the run has ended."""
         if self.served.tokens < self.served.setting.total_tokens:
             self.begin()
         else:
@@ -177,7 +178,7 @@ class _FedBuff:
         self._buffer: list[Tensor] = []
 
     def arrive(self, gradient: Tensor, began_at: int) -> None:
-        """Take an update of weights that the server had after `began_at` of its steps."""
+        """Apply an update that was computed from the weights after `began_at` of the server's steps."""
         self._buffer.append(gradient / (1 + self.num_steps - began_at) ** 0.5)
         if len(self._buffer) == self._size:
             mean = torch.stack(self._buffer).mean(0)
@@ -227,7 +228,7 @@ class _Served:
         return self._delay or max(1, sum(worker.is_here for worker in self.workers))
 
     def take(self, worker: _Worker, piece: GradientUpload[Tensor]) -> None:
-        """Take a worker's upload, which has arrived."""
+        """Apply a worker's upload that has arrived."""
         encoded = worker.gradients.encode_sum(piece.gradient, self._format, piece.round)
         gradient = worker.gradients.of[self._format].decode(encoded)
         self.versions.enter(worker.name, piece.round)
@@ -254,16 +255,16 @@ class _Served:
             self.clock.call_at(arrives_s, self.answer, worker, self.weights(), began_at)
 
     def answer(self, worker: _Worker, theta: Tensor, began_at: int) -> None:
-        """Give a waiting worker the weights that the server had when it was asked."""
+        """Give a waiting worker the weights that the server had after `began_at` steps."""
         worker.theta, worker.began_at = theta, began_at
         worker.go_on()
 
     def arrives_s(self, sender: str, receiver: str, size_bytes: int) -> float:
-        """Return when what is sent now has arrived."""
+        """Return the time at which `size_bytes` that are sent now arrive."""
         return self.wire.arrives_at_last_s(self.clock.now, sender, receiver, size_bytes, self._rng)
 
     def pull_s(self, name: str) -> float:
-        """Return how long a worker's pull of the weights takes."""
+        """Return the seconds that a worker's pull of the weights takes."""
         return self.setting.rtt_s + self.theta_bytes / min(
             self.setting.link_of(_SERVER)[0], self.setting.link_of(name)[1]
         )

@@ -21,12 +21,14 @@ from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 __all__ = ["GROUP", "CurvePoint", "Recorder", "RunOutcome", "Setting", "setting_of"]
 
 GROUP = 4
-"""Volunteers in a sample of MoDeST and updates in a buffer of FedBuff, or as many as there are volunteers."""
+"""Number of volunteers in a sample of MoDeST, and of updates in a buffer of FedBuff; fewer if there are not so many
+volunteers."""
 _MOST_OWN = 8
 _SAID_SPEED = 1e9
 _EVEN = Pace()
 _MOST_LONGER = 30
-"""Random churn is drawn for this many times the length of a run in which nobody waits or goes."""
+"""Limit of the time for which random churn is drawn, as a multiple of the length of a run in which no volunteer waits
+or leaves."""
 
 CurvePoint = tuple[int, float, float]
 """(tokens of the whole run, virtual seconds, held-out loss in nats per byte)."""
@@ -34,7 +36,8 @@ CurvePoint = tuple[int, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A run with its peers and links: seconds of an inner step of each volunteer, and what the wire takes."""
+    """Simulated run with its peers and links: the seconds of an inner step of each volunteer, and the properties of
+    links."""
 
     text: Text
     step_s: tuple[float, ...]
@@ -42,7 +45,7 @@ class Setting:
     """How the volunteers' speeds vary over time."""
     up_bytes_per_s: float = float("inf")
     down_bytes_per_s: float = float("inf")
-    """Rates of every volunteer that has no link of its own."""
+    """Rates up and down, in bytes per second, of each volunteer without a link of its own."""
     own_links: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Rates up and down of volunteers with links of their own, by name."""
     rtt_s: float = 0.0
@@ -50,24 +53,24 @@ class Setting:
     loss: float = 0.0
     """Share of packets lost, each way."""
     failing: float = 0.0
-    """Share of pulls that bring nothing."""
+    """Share of pulls that fail."""
     hangs: tuple[Hang, ...] = ()
     away: tuple[Away, ...] = ()
-    """Absences. Those of one volunteer do not overlap."""
+    """Absences of volunteers. Absences of the same volunteer do not overlap."""
     churn_until_s: float = math.inf
     """Time until which random churn is drawn."""
     hostile: HostileSection = field(default_factory=HostileSection)
     num_hostile: int = 0
-    """Number of hostile volunteers: the last ones."""
+    """Number of hostile volunteers. They have the highest numbers."""
     warm: Tensor | None = None
-    """Weights (P,) that all begin with, in place of random ones."""
+    """Weights (P,) that all volunteers begin with, in place of random ones."""
     corrected: bool = True
-    """True with the variance correction."""
+    """True to average weights with the variance correction."""
     curve_points: int = 0
 
     @property
     def run(self) -> RunFile:
-        """Run file."""
+        """Run file of the simulated run."""
         return self.text.run
 
     @property
@@ -87,7 +90,7 @@ class Setting:
 
     @property
     def num_honest(self) -> int:
-        """Number of honest volunteers: the first ones."""
+        """Number of honest volunteers. They have the lowest numbers."""
         return self.num_peers - self.num_hostile
 
     @property
@@ -98,7 +101,7 @@ class Setting:
         return min(rate for number in range(self.num_peers) for rate in self.link_of(f"p{number}"))
 
     def link_of(self, name: str) -> tuple[float, float]:
-        """Return the bytes per second up and down of a volunteer or a server."""
+        """Return (up, down): the bytes per second of a volunteer's or a server's link."""
         return self.own_links.get(name, (self.up_bytes_per_s, self.down_bytes_per_s))
 
     def learner(self, number: int) -> Learner:
@@ -127,7 +130,7 @@ class Setting:
     ) -> int:
         """Return H_i, the inner steps of one volunteer's round.
 
-        `speeds` are those of all volunteers, as measured. `others_end_in_s` are the seconds until the others' rounds
+        `speeds` are the measured speeds of all volunteers. `others_end_in_s` are the seconds until the others' rounds
         end, by number, None where unknown: rounds keep in step with them.
         """
         section, speeds = self.run.merge, speeds or self.speeds
@@ -141,9 +144,9 @@ class Setting:
         )
 
     def steps_of_everybody(self, number: int, speeds: Sequence[float] | None = None) -> float:
-        """Return the inner steps that all take together while volunteer `number` takes one.
+        """Return the inner steps that all volunteers take together while volunteer `number` takes one.
 
-        By this number the schedule advances, as that volunteer computes it.
+        The learning-rate schedule advances by this number, as that volunteer computes it.
         """
         speeds = speeds or self.speeds
         return pacing.steps_of_everybody(speeds[number], self._said_by_others(number, speeds[: self.num_counted]))
@@ -162,11 +165,12 @@ class Setting:
         return _SAID_SPEED if lies else speed
 
     def _said_by_others(self, number: int, speeds: Sequence[float]) -> list[float]:
-        """Return what the volunteers with these speeds claim, without volunteer `number`."""
+        """Return the speeds that all volunteers except `number` claim, given their measured `speeds`."""
         return [self.said_speed(other, speed) for other, speed in enumerate(speeds) if other != number]
 
     def all_reduce_s(self, num_peers: int, size_bytes: int, rng: random.Random) -> float:
-        """Return the seconds of a mean over so many volunteers: shares go to their hosts, then the means come back.
+        """Return the seconds that an all-reduce among `num_peers` takes: shares go to the peers that average them, then
+        the means come back.
 
         All wait for the last one.
         """
@@ -176,28 +180,31 @@ class Setting:
         return 2 * takes_s + sum(late_s)
 
     def lost_s(self, rng: random.Random) -> float:
-        """Draw the seconds that a transfer loses by breaking off midway: each time it asks for the rest."""
+        """Draw the seconds that a transfer loses by breaking off midway; after each break the rest is asked for."""
         lost_s = 0.0
         while self.failing and rng.random() < self.failing:
             lost_s += self.rtt_s
         return lost_s
 
     def late_s(self, size_bytes: int, rng: random.Random) -> float:
-        """Draw how late a transfer ends: its pieces are late one by one, and those behind wait, as in TCP."""
+        """Draw the seconds by which a transfer ends late: each piece may be late, and delays those behind it, as in
+        TCP."""
         lateness = Lateness(jitter_s=self.jitter_s, loss=self.loss, rtt_s=self.rtt_s, rng=rng)
         return lateness.of_transfer(size_bytes, self.bytes_per_s)
 
     def done_s(self, number: int, since_s: float, work_s: float) -> float:
-        """Return when volunteer `number` has done work of `work_s` at its own speed. It does nothing while it hangs."""
+        """Return the time at which volunteer `number` has done work that takes `work_s` seconds at its own speed. It
+        does nothing while it hangs."""
         return self._over_s(number, since_s, work_s, self.pace)
 
     def takes_s(self, number: int, since_s: float, steps: int) -> float:
-        """Return how long volunteer `number` works for so many inner steps, from `since_s` on."""
+        """Return the seconds that volunteer `number` takes for `steps` inner steps, from `since_s` on."""
         work_s = steps * self.step_s[number]
         return self.pace.done_s(number, since_s, work_s) - since_s if self.pace.deviation else work_s
 
     def due_s(self, number: int, since_s: float, wait_s: float) -> float:
-        """Return when a wait of `wait_s` is over, with the time added in which the volunteer hangs."""
+        """Return the time at which a wait of `wait_s` seconds is over, extended by the time in which the volunteer
+        hangs."""
         return self._over_s(number, since_s, wait_s, _EVEN)
 
     def _over_s(self, number: int, since_s: float, work_s: float, pace: Pace) -> float:
@@ -210,11 +217,11 @@ class Setting:
         return pace.done_s(number, since_s, work_s)
 
     def is_hanging(self, number: int, now_s: float) -> bool:
-        """Return whether that volunteer hangs now."""
+        """Return whether volunteer `number` hangs at `now_s`."""
         return any(hang.is_on(number, now_s) for hang in self.hangs)
 
     def is_away(self, number: int, now_s: float) -> bool:
-        """Return whether that volunteer is away now."""
+        """Return whether volunteer `number` is away at `now_s`."""
         return any(each.is_on(number, now_s) for each in self.away)
 
     def is_gone(self, number: int, now_s: float) -> bool:
@@ -223,15 +230,17 @@ class Setting:
         return any(hang.is_on(number, now_s) and hang.at_s <= lapsed_s for hang in self.hangs)
 
     def is_stuck(self, number: int, now_s: float) -> bool:
-        """Return whether the volunteer hangs for longer than its presence lives: it is given up before it continues."""
+        """Return whether the volunteer hangs for longer than its presence lives, so that others give it up before it
+        continues."""
         return any(hang.is_on(number, now_s) and hang.for_s > self.run.network.presence_ttl_s for hang in self.hangs)
 
     def awake_s(self, number: int, since_s: float, until_s: float) -> float:
-        """Return how long volunteer `number` does not hang in that time."""
+        """Return the seconds between `since_s` and `until_s` in which volunteer `number` does not hang."""
         return self._spent_s(number, since_s, until_s, _EVEN)
 
     def steps_between(self, number: int, since_s: float, until_s: float) -> int:
-        """Return the inner steps that volunteer `number` takes in that time: until it goes, and none while it hangs."""
+        """Return the inner steps that volunteer `number` takes between `since_s` and `until_s`: until it leaves, and
+        none while it hangs."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
         # 1e-9: a step that ends at this very moment is done, whatever the rounding of its time.
@@ -246,20 +255,21 @@ class Setting:
         return max(0.0, pace.worked_s(number, since_s, until_s) - sum(hung_s))
 
     def speaks_again_s(self, now_s: float) -> float:
-        """Return when the first of the volunteers that are silent now is back."""
+        """Return the time at which the first of the volunteers that do not answer at `now_s` answers again."""
         silences = [each for each in (*self.hangs, *self.away) if each.is_on(each.peer, now_s)]
         return min((each.at_s + each.for_s for each in silences), default=now_s)
 
     def goes_within(self, number: int, now_s: float, work_s: float) -> bool:
-        """Return whether that volunteer crashes or leaves before it has worked so long."""
+        """Return whether volunteer `number` crashes or leaves before it has worked for `work_s` seconds."""
         end_s = self.done_s(number, now_s, work_s)
         return any(each.peer == number and now_s < each.at_s < end_s for each in self.away)
 
     def meets(self, now_s: float, work_s: Mapping[int, float]) -> tuple[list[int], float]:
-        """Let volunteers work so long each, then wait for each other; return those present and when they go on.
+        """Let each volunteer work for its `work_s` seconds, then wait for the others. Return (the volunteers present,
+        the time at which they continue).
 
-        One that hangs is waited for `merge.silence_s` at most, unless all hang. One that crashes or leaves is missed at
-        once and its work is lost, so the list may be empty.
+        The others wait for one that hangs for `merge.silence_s` at most, unless all hang. One that crashes or leaves is
+        noticed at once and its work is lost, so the list may be empty.
         """
         gone = [number for number, each in work_s.items() if self.goes_within(number, now_s, each)]
         ends_s = {number: self.done_s(number, now_s, each) for number, each in work_s.items() if number not in gone}
@@ -310,7 +320,7 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
 
 
 def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:
-    """Return the rates up and down of the volunteers for which a trace gives some."""
+    """Return the rates (up, down) of the volunteers whose links the trace describes."""
     told = {name: scenario.figures.get(name, {}) for name in ("up_mbit", "down_mbit")}
     links = {
         number: scenario.links.model_copy(update={name: of[number] for name, of in told.items() if number in of})
@@ -330,11 +340,11 @@ class RunOutcome:
     tokens: int
     inner_steps: int
     sent_bytes: int = 0
-    """Bytes sent by all."""
+    """Bytes that all volunteers sent."""
     stall_share: float = 0.0
-    """Share of the volunteers' time spent waiting for others or for the wire."""
+    """Share of the volunteers' time that they spent waiting for others or for transfers."""
     tokens_lost: int = 0
-    """Tokens of volunteers that were passed over, crashed or left, and that nobody merged."""
+    """Tokens of volunteers that were left out of a round, crashed or left, and that no other volunteer merged."""
     fresh_share: float | None = None
     """Share of gossip rounds that merged somebody's pseudo-gradient."""
     throughput_share: float | None = None
@@ -344,9 +354,9 @@ class RunOutcome:
     - work "pipeline": of the most that any assignment of stages could do.
     """
     staleness_rounds: float | None = None
-    """Work "systems": age of the oldest gradient merged in a round, as a mean."""
+    """Work "systems": mean over the rounds of the age, in rounds, of the oldest gradient merged."""
     spread: float | None = None
-    """Work "systems": how far apart the weights are at the end, relative to the beginning."""
+    """Work "systems": deviation of the volunteers' weights at the end, relative to the beginning."""
     received_bytes_a_round: float | None = None
     """Work "systems": bytes that a volunteer received in a round."""
     rounds: int | None = None
@@ -375,7 +385,8 @@ class Recorder:
     _num_seen: int = 0
 
     def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
-        """Measure the weights that `theta` returns, if it is time. Called after some training."""
+        """Measure the held-out loss of the weights that `theta` returns, if a measurement is due. Called after some
+        training."""
         number = self.setting.curve_points
         due = min(number, tokens * number // self.setting.total_tokens)
         if due > self._num_seen:

@@ -54,8 +54,8 @@ def diloco_round(
 ) -> OuterState:
     """Return the state after the inner steps of each of `trained` and the outer step.
 
-    `num_peers` were present when the round began, and the run had `run_tokens`: each assumes that all others do what it
-    does.
+    `num_peers` were present when the round began, and the run had `run_tokens`. For the schedule each assumes that all
+    others train as much as itself.
     """
     gradients = []
     for learner, steps in trained:
@@ -110,5 +110,5 @@ def diloco(setting: Setting) -> RunOutcome:
 
 
 def _wire(setting: Setting) -> str:
-    """Return the seed for jitter and losses."""
+    """Return the seed of the random numbers for jitter and losses."""
     return f"wire {setting.run.run.seed}"

@@ -17,12 +17,12 @@ class Wire:
 
     setting: Setting
     sent_bytes: int = 0
-    """Bytes sent by all."""
+    """Bytes that all machines sent."""
     _up_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _down_free_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def arrives_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
-        """Return when a transfer that is asked for now has arrived."""
+        """Return the time at which a transfer that is requested now has arrived."""
         setting, self.sent_bytes = self.setting, self.sent_bytes + size_bytes
         asked_s = now_s + setting.rtt_s
         down_s = max(asked_s, self._down_free_s[receiver]) + size_bytes / setting.link_of(receiver)[1]
@@ -31,7 +31,8 @@ class Wire:
         return max(down_s, up_s) + setting.late_s(size_bytes, rng)
 
     def arrives_at_last_s(self, now_s: float, sender: str, receiver: str, size_bytes: int, rng: random.Random) -> float:
-        """Return the same for a transfer that is asked for its rest each time it breaks off midway."""
+        """Return the time at which a transfer that is requested now has arrived, if the rest is requested each time it
+        breaks off midway."""
         while self.setting.failing and rng.random() < self.setting.failing:
             come_bytes = int(rng.random() * size_bytes)
             now_s = self.arrives_s(now_s, sender, receiver, come_bytes, rng)

@@ -61,7 +61,7 @@ class CountingStage:
     stepped: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Number of times that the gradient of each (driver, sequence) is in the weights."""
     buried: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """The same, summed over its earlier incarnations."""
+    """Gradients by microbatch as in `stepped`, summed over the peer's earlier incarnations."""
     hangs_until_s: float = 0.0
     incarnation: int = 0
 
@@ -69,7 +69,7 @@ class CountingStage:
         self.born()
 
     def born(self) -> None:
-        """Begin with nothing, as a new process."""
+        """Begin with empty state, as a new process does."""
         self.buried += self.stepped
         self.stepped = Counter()
         self.incarnation += 1
@@ -79,11 +79,11 @@ class CountingStage:
         self.kept: set[Key] = set()
 
     def hang(self, lasts_s: float) -> None:
-        """Do nothing for so long from now on."""
+        """Do nothing for `lasts_s` seconds from now on."""
         self.hangs_until_s = max(self.hangs_until_s, self.now() + lasts_s)
 
     async def work(self) -> None:
-        """Work as the trainer's thread does."""
+        """Work as the trainer's thread of a stage does, until cancelled."""
         while True:
             if self.now() < self.hangs_until_s:
                 await asyncio.sleep(self.hangs_until_s - self.now())
@@ -100,7 +100,7 @@ class CountingStage:
                 self.settle(what)
 
     async def idle(self) -> None:
-        """Wait until something is asked, or due by itself."""
+        """Wait until a driver asks for something, or the ledger has something due."""
         self.awake.clear()
         next_s = self.queue.ledger.next_s()
         try:
@@ -209,7 +209,7 @@ class StageNetwork:
 
 @dataclass
 class ReportedMicrobatches:
-    """Reports of the drivers."""
+    """Reports of the drivers, kept for the checks."""
 
     lost_: set[tuple[int, str, int]] = field(default_factory=set)
     num_retried: int = 0
@@ -322,7 +322,7 @@ class MicrobatchSwarm:
         return counts
 
     def miscounted(self, *, nobody_died: bool) -> list[str]:
-        """Return what does not count as it should."""
+        """Return a sentence for each microbatch that is counted wrongly."""
         found = []
         for stage in range(self.num_stages):
             counts = self.counts(stage)

@@ -60,7 +60,7 @@ def play_pipeline(scenario: Scenario, run: RunFile) -> RunOutcome:
 
 
 def lived(scenario: Scenario, run: RunFile) -> PipelineWorld:
-    """Return the world after all of the scenario.
+    """Play the whole scenario and return the world.
 
     SWARM's own rule gets the choice of peers that does better with queues, which are what it looks at.
     """
@@ -93,7 +93,7 @@ def _machines(scenario: Scenario, run: RunFile, rng: random.Random) -> list[Pipe
 def _befall(
     world: PipelineWorld, machines: Sequence[PipelineMachine], scenario: Scenario, until_s: float, seed: int
 ) -> None:
-    """Schedule that these machines come, go and hang as the scenario says.
+    """Schedule the arrivals, departures and hangs of these machines, as the scenario says.
 
     Those present at first serve at once, placed one after the other. One that crashes breaks its connections, or in
     half of the cases falls silent.

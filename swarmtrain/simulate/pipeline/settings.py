@@ -48,7 +48,7 @@ class PipelineSettings:
     This bounds how many may be under way, and so how many peers have work.
     """
     in_flight: int = 0
-    """Microbatches that a driver has under way; 0: as many as `most_in_flight` says."""
+    """Number of microbatches that a driver has under way; 0: computed by `most_in_flight`."""
     latency_s: float = 0.1
     """One-way seconds of a message."""
     tensors_s: float = 0.0
@@ -60,9 +60,9 @@ class PipelineSettings:
     record_delay_s: tuple[float, float] = (0.5, 5.0)
     """Least and most seconds until a published record is seen, drawn for each pair of peers."""
     missed: float = 0.05
-    """Share of looks that do not find a peer's newest record."""
+    """Share of readings of the DHT that do not find a peer's newest record."""
     drain_s: float = 4.0
-    """Seconds that a peer which leaves the first stage waits for what it drives."""
+    """Seconds that a peer that leaves the first stage waits for its microbatches under way."""
 
 
 Kind: TypeAlias = Literal["joined", "serves", "moves", "stays", "died"]

@@ -35,7 +35,7 @@ _ANSWER_S = 10.0
 
 
 class Ground(Protocol):
-    """World in which peers move: clock, records in the DHT, messages, and a log."""
+    """Simulated world, as a peer that moves between stages sees it: clock, records in the DHT, messages, and a log."""
 
     settings: PipelineSettings
     clock: Clock
@@ -43,10 +43,10 @@ class Ground(Protocol):
 
     @property
     def peers(self) -> Mapping[str, Moving]:
-        """Peers that are on, by name."""
+        """Peers that are switched on, by name."""
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
-        """Update `table`, what `viewer` knows of the others, to what it finds in the DHT now."""
+        """Update `table`, the records of others that `viewer` knows, to the records that it finds in the DHT now."""
 
     def send(
         self, src: NetworkPlace, dst: NetworkPlace, call: Callable[..., object], *args: Any, after_s: float = 0.0
@@ -55,14 +55,14 @@ class Ground(Protocol):
         twice."""
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
-        """Add to the log."""
+        """Add an event to the log."""
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
         """Record the stages that `peer` has moved away from."""
 
 
 class Moving(NetworkPlace, Protocol):
-    """Peer that holds stages."""
+    """Simulated peer that holds stages and can move."""
 
     machine: PipelineMachine
     rng: random.Random
@@ -72,11 +72,11 @@ class Moving(NetworkPlace, Protocol):
 
     @property
     def world(self) -> Ground:
-        """World around it."""
+        """Simulated world that the peer belongs to."""
 
     @property
     def works(self) -> bool:
-        """True unless it is off or hangs."""
+        """True unless the peer is switched off or hangs."""
 
     @property
     def record(self) -> StagePeer:
@@ -90,7 +90,7 @@ class Moving(NetworkPlace, Protocol):
 
 
 class SimulatedMover:
-    """Part of a peer that decides which stages it holds."""
+    """Decides for one peer which stages it holds, and carries out the moves."""
 
     def __init__(self, peer: Moving) -> None:
         self.peer, settings, clock = peer, peer.world.settings, peer.world.clock
@@ -127,7 +127,7 @@ class SimulatedMover:
     # ------------------------------------------------------------------ whether to move
 
     def look_again(self) -> None:
-        """Look from time to time whether this peer should move."""
+        """Check every few seconds whether this peer should move."""
         if not self.peer.works:
             return
         if self.peer.stages and not self.moving_to:
@@ -146,7 +146,7 @@ class SimulatedMover:
         return [*self.peer.table.values(), self.peer.record]
 
     def asked(self, number: int, stage: int, by: SimulatedMover) -> None:
-        """Answer a peer that wants to leave a stage and asks this one to stay."""
+        """Answer peer `by`, which wants to leave `stage` and asks this peer to stay in it."""
         if self.peer.works:
             told = self.peer.table.get(by.peer.name)
             is_known = told is not None and stage in told.stages
@@ -156,13 +156,13 @@ class SimulatedMover:
             self.peer.world.send(self.peer, by.peer, by.answered, number, answer)
 
     def answered(self, number: int, answer: StayAnswer) -> None:
-        """Take the other peer's answer, or its silence."""
+        """Receive the other peer's answer, or the lack of one."""
         self.receive(StayAnswered(number, answer.lasts_s, answer.reason))
 
     # ------------------------------------------------------------------ events in, commands out
 
     def receive(self, event: MoveEvent) -> None:
-        """Give the engine an event, and carry out its commands."""
+        """Pass an event to the engine, and carry out its commands."""
         if self.peer.works:
             for command in self.engine.receive(event, self.peer.world.clock.now):
                 self._do(command)

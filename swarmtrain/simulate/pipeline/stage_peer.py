@@ -43,21 +43,22 @@ _GONE = "it does not hold this stage"
 
 
 class StageGround(DrivingGround, Protocol):
-    """World around a peer that serves stages."""
+    """Simulated world, as a peer that serves stages sees it."""
 
     @property
     def peers(self) -> Mapping[str, StageVolunteer]:
-        """Peers that are on, by name."""
+        """Peers that are switched on, by name."""
 
     def publish(self, name: str, record: StagePeer | None) -> None:
         """Store a record in the DHT; None is a goodbye."""
 
     def recount(self) -> None:
-        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
+        """Recompute the rates, because peers were switched on or off, or one serves other stages."""
 
 
 class StageVolunteer:
-    """One session of a machine. A machine that returns is a new session with the same name."""
+    """One session of a machine, from being switched on to being switched off. A machine that returns is a new session
+    with the same name."""
 
     def __init__(self, world: StageGround, machine: PipelineMachine, rng: random.Random) -> None:
         self.world, self.machine, self.rng = world, machine, rng
@@ -66,15 +67,16 @@ class StageVolunteer:
         self.alive, self.silent, self.hung = True, False, False
         self.stages: tuple[int, ...] = ()
         self.table: dict[str, StagePeer] = {}
-        """Records of the others, as seen."""
+        """Records of other peers, as this one has read them."""
         self.mover = SimulatedMover(self)
         self.driver: StageDriver | None = None
         self.speed_tokens_per_s = machine.tokens_per_s * math.exp(rng.gauss(0, 0.15))
-        """Speed as measured: at first by a short test."""
+        """Speed as the peer measures it; at first by a short test."""
         self.queues: dict[int, StageQueue] = {}
-        """Queues of the stages it serves, and of the first stage until what it drives is through."""
+        """Queues of the stages that the peer serves. That of the first stage stays until its microbatches under way are
+        finished."""
         self._calls: dict[int, Call] = {}
-        """Unanswered questions, by asker."""
+        """Unanswered calls, by the number of the asker."""
         self._askers = itertools.count()
         self._busy = False
         self._alarm: Timer | None = None
@@ -133,12 +135,12 @@ class StageVolunteer:
 
     @property
     def queue(self) -> float:
-        """Number of questions that wait."""
+        """Number of tasks that wait."""
         return sum(queue.num_waiting for queue in self.queues.values())
 
     @property
     def works(self) -> bool:
-        """True unless it is off or hangs."""
+        """True unless the peer is switched off or hangs."""
         return self.alive and not self.hung
 
     @property
@@ -166,7 +168,7 @@ class StageVolunteer:
             self.driver.see([*self.table.values(), self.record])
 
     def _leave(self, stage: int) -> None:
-        """Leave a stage. What it drives gets some seconds to come through before it leaves the first one."""
+        """Leave a stage. The first stage is left some seconds later, so that microbatches under way can finish."""
         driver, self.driver = (self.driver, None) if stage == 0 else (None, self.driver)
         if driver is None:
             self._receive(stage, Closed())
@@ -184,7 +186,7 @@ class StageVolunteer:
     # ------------------------------------------------------------------ serving
 
     def arrive(self, call: Call) -> None:
-        """Take a question."""
+        """Receive a driver's call."""
         ask = call.ask
         if not self.works:
             if not self.silent and not self.hung:
@@ -198,7 +200,7 @@ class StageVolunteer:
             self.pump()
 
     def settle(self, told: DriverReport) -> None:
-        """Take a driver's settlement."""
+        """Receive a driver's settlement."""
         if not self.works:
             if not self.silent and not self.hung:
                 self._say(told.driver, NotTold(told.call, "it is gone"))
@@ -222,7 +224,7 @@ class StageVolunteer:
         self._say(call.driver, StageCallFailed(call.ask.call, why, reason))
 
     def _receive(self, stage: int, event: QueueEvent) -> None:
-        """Give a stage's queue an event, and carry out its commands."""
+        """Pass an event to a stage's queue, and carry out its commands."""
         queue = self.queues[stage]
         self._do(stage, queue, queue.receive(event, self.world.clock.now))
 

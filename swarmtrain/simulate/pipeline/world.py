@@ -83,16 +83,16 @@ class PipelineWorld(MessageFaults):
         super().__init__(seed, self._stands_still)
         self.rng = random.Random(seed)
         self.peers: dict[str, StageVolunteer] = {}
-        """Peers that are on, by name."""
+        """Peers that are switched on, by name."""
         self.ghosts: dict[str, StageVolunteer] = {}
-        """Last session of each machine that is off."""
+        """Last session of each machine that is switched off."""
         self.num_late = self.num_moves = 0
-        """Calls that took too long, and changes of stages."""
+        """Number of calls that took too long, and number of moves between stages."""
         self.log: list[PipelineMoment] = []
         self.emptied: list[tuple[float, int]] = []
         """(time, stage) of each move that left a stage without a peer. Must stay empty."""
         self._frozen: dict[str, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
-        """Calls that have reached each frozen peer meanwhile."""
+        """Calls that have reached each frozen peer since it froze."""
         self._records: dict[str, list[_Record]] = {}
         self._delays_s: dict[str, dict[str, float]] = {}
         self._sums = _Sums()
@@ -115,7 +115,7 @@ class PipelineWorld(MessageFaults):
         return StageVolunteer(self, machine, random.Random(self.rng.random()))
 
     def kill(self, name: str, silent: bool = False) -> None:
-        """Switch a machine off. With `silent` calls to it are not refused: no answer comes."""
+        """Switch a machine off. With `silent`, calls to it get no answer; otherwise they are refused at once."""
         self._frozen.pop(name, None)
         if (peer := self.peers.pop(name, None)) is not None:
             peer.die(silent)
@@ -141,7 +141,7 @@ class PipelineWorld(MessageFaults):
         self.recount()
 
     def freeze(self, name: str) -> None:
-        """Freeze a peer as SIGSTOP does: everything that reaches it, its timers too, waits until `thaw`."""
+        """Freeze a peer as SIGSTOP does: everything that reaches it waits until `thaw`, its timers included."""
         if name in self.peers:
             self._frozen.setdefault(name, [])
 
@@ -175,14 +175,14 @@ class PipelineWorld(MessageFaults):
     # ------------------------------------------------------------------ records
 
     def publish(self, name: str, record: StagePeer | None) -> None:
-        """Store a record in the DHT; None is a goodbye."""
+        """Store a record in the DHT; None for a goodbye."""
         known = self._records.setdefault(name, [])
         known.append(_Record(self.clock.now, record))
         while len(known) > 1 and known[1].published_s <= self.clock.now - self.settings.record_delay_s[1]:
             del known[0]  # nobody finds it any more
 
     def look(self, viewer: str, table: dict[str, StagePeer]) -> None:
-        """Update `table`, what `viewer` knows of the others, to what it finds in the DHT now."""
+        """Update `table`, the records of others that `viewer` knows, to the records that it finds in the DHT now."""
         now, settings = self.clock.now, self.settings
         delays_s, chance, missed = self._delays_s.setdefault(viewer, {}), self.rng.random, settings.missed
         for name, records in self._records.items():
@@ -202,13 +202,13 @@ class PipelineWorld(MessageFaults):
             del table[name]
 
     def _is_read(self, viewer: str, name: str) -> bool:
-        """Return whether the record is on the viewer's side of a partition."""
+        """Return whether the record of `name` is on the viewer's side of a partition."""
         return not self._side or self._side.get(viewer) == self._side.get(name)
 
     # ------------------------------------------------------------------ what is measured
 
     def note(self, peer: str, kind: Kind, reason: str) -> None:
-        """Add to the log."""
+        """Add an event to the log."""
         self.log.append(PipelineMoment(self.clock.now, peer, kind, reason))
 
     def finished(self, tokens: float) -> None:
@@ -216,7 +216,7 @@ class PipelineWorld(MessageFaults):
         self._sums.tokens += tokens
 
     def recount(self) -> None:
-        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
+        """Recompute the rates, because peers were switched on or off, or one serves other stages."""
         self._count()
         on = [peer for peer in self.peers.values() if not peer.hung]
         costs = self.settings.rule.costs
@@ -230,7 +230,7 @@ class PipelineWorld(MessageFaults):
         self._counted_s = self.clock.now
 
     def rates(self) -> list[float]:
-        """Return what the stages can do now, in tokens per second by the machines' true speeds."""
+        """Return the tokens per second that each stage can do now, by the machines' true speeds."""
         rule = self.settings.rule
         rates = [0.0] * rule.num_stages
         for peer in self.peers.values():
@@ -262,7 +262,7 @@ class PipelineWorld(MessageFaults):
 
     @property
     def ideal_per_s(self) -> float:
-        """Upper bound of tokens per second, for the best assignment of the machines that are on now."""
+        """Upper bound of the tokens per second of any assignment of the machines that are on now."""
         return self._ideal_per_s
 
     @property
@@ -272,12 +272,13 @@ class PipelineWorld(MessageFaults):
 
     @property
     def share(self) -> float:
-        """Share of the ideal that passed, since the measurements were reset."""
+        """Share of the ideal throughput that was achieved since the measurements were reset."""
         return self._sums.tokens / max(self._sums.ideal_tokens, 1e-9)
 
     @property
     def share_of_assignment(self) -> float:
-        """Share of the ideal that the slowest stage could do. What `share` lacks of this is lost on the way."""
+        """Share of the ideal throughput that the slowest stage could do. The difference to `share` is what the
+        assignment could do and did not."""
         return self._sums.bottleneck_tokens / max(self._sums.ideal_tokens, 1e-9)
 
 
@@ -308,7 +309,7 @@ def stage_bytes(run: RunFile) -> int:
 def settings_of(run: RunFile, links: LinksSection) -> PipelineSettings:
     """Return the settings of a run's swarm, with stages of equal cost.
 
-    A message with tensors takes the time of its bytes on the slower side of the link besides.
+    A message with tensors takes, in addition, the time of its bytes on the slower side of the link.
     """
     stages, tensors_bytes = run.pipeline.stages, activation_wire_bytes(run)
     return PipelineSettings(

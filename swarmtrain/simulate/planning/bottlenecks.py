@@ -1,8 +1,9 @@
 """Bottlenecks of a planned run, worst first, and what to change.
 
-Each bottleneck has a *strain*: 1 where it hurts, by a rule of the product or of the results. Below `FELT` a bottleneck
-is only named when there is nothing worse. A suggested change gives a valid run file in which this strain is less.
-Alternatives are separated by "or", the best first; changes that belong together are joined by "and".
+Each bottleneck has a *utilization*: 1 where it begins to slow the run or to lose work, by a rule of the product or of
+the results. Below `FELT` a bottleneck is only named when there is nothing worse. A suggested change gives a valid run
+file in which this utilization is less. Alternatives are separated by "or", the best first; changes that belong together
+are joined by "and".
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ FELT = 0.5
 _LAPTOP_BYTES = 8e9
 _FEWEST_ROUNDS = 20
 _MOST_FEWER_STEPS = 4
-"""Most times by which shorter rounds are suggested. If that is not enough, it is the run that is short."""
+"""Factor by which shorter rounds are suggested at most. If that is not enough, the run itself is too short."""
 _MOST_STALL, _MOST_WAITING = 0.01, 0.2
 _LEAST_FRESH = 0.95
 _ASIDE_SHARE = 0.1
 """Share of a link that may be used for things other than merging."""
 _MARGIN = 1.5
-"""Factor by which suggested rounds are longer than just long enough."""
+"""Factor by which suggested rounds are longer than the shortest that would do."""
 _MOST_STEPS, _MOST_TTL_S, _MOST_STALL_LIMIT_S, _MOST_TOKENS = 1_000_000, 3600, 600, 2**63 - 1
 """Limits of a run file (`run.py`)."""
 
@@ -46,7 +47,7 @@ class Bottleneck:
     """One thing that limits a planned run."""
 
     what: str
-    """Name, in a few words."""
+    """Name of the bottleneck, in a few words."""
     utilization: float
     why: str
     change: str
@@ -68,7 +69,7 @@ def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
 
 
 def _time(seconds: float) -> str:
-    """Format a time for a person, short ones too."""
+    """Format a time for a person, short times too."""
     return f"{1000 * seconds:.3g} ms" if seconds < 0.95 else time_in_words(seconds)
 
 
@@ -108,7 +109,8 @@ def _by_gossip(run: RunFile) -> str:
 
 
 def _longer_rounds(run: RunFile, found: Plan, utilization: float) -> str:
-    """Suggest rounds so long that a strain which falls with their length is below 1, and below the present one."""
+    """Suggest rounds so long that the bottleneck's utilization, which falls with their length, is below 1 and below the
+    present one."""
     merge, times = run.merge, _MARGIN * max(1.0, utilization)
     stalled = min(found.stall_share, 0.99)  # merging takes as long as before
     steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
@@ -133,7 +135,8 @@ def _downlink(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) -> Bottleneck | None:
-    """Return the share of a link that the merging of a round takes."""
+    """Return the bottleneck of one direction of a volunteer's link, by the share of it that merging takes; None if
+    there is none."""
     merge, others = run.merge, found.num_peers // run.pipeline.stages - 1
     if not rate or others < 1 or merge.kind.has_server:
         return None
@@ -169,7 +172,8 @@ def _whole_downlink(run: RunFile, found: Plan) -> Bottleneck | None:
 def _whole(
     name: str, verb: str, share: float | None, parts: dict[str, float], run: RunFile, found: Plan
 ) -> Bottleneck | None:
-    """Return the share of a link that all traffic takes, with its greatest part.
+    """Return the bottleneck of one direction of a link, by the share of it that all traffic takes, and name the
+    greatest part.
 
     Merging of whole models in rounds is left to `_of_link`.
     """
@@ -202,9 +206,9 @@ def _fewer_activations(run: RunFile) -> str:
 
 
 def _readers(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Return whether readers that share an uplink are fast enough.
+    """Return the bottleneck of readers that share an uplink: whether each is fast enough.
 
-    The product admits fewer readers if it was told of a limit.
+    A peer with a limit on its uplink admits fewer readers.
     """
     rate, network = found.link_up_bytes_per_s, run.network
     if not rate or found.num_peers < 2:
@@ -274,7 +278,7 @@ def _returns(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _joining(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Return how far behind a late joiner is, where nobody waits for it.
+    """Return the bottleneck of late joiners: how many rounds behind they are, where nobody waits for them.
 
     In synchronous rounds a joiner is in the round that it comes to, and a server's weights are taken anew at each
     round's end.
@@ -383,7 +387,8 @@ def _stall(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Return the share of rounds whose work reaches nobody, or that merge nobody's work."""
+    """Return the bottleneck of fresh work, by the share of rounds whose work reaches no other volunteer, or that merge
+    none of theirs."""
     missed = max(0.0, 1 - found.fresh_share)
     if found.num_peers < 2 or run.merge.kind.has_server:
         return None
@@ -399,7 +404,7 @@ def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
-    """Return by how much the slowest volunteer's rounds are longer than the median's.
+    """Return the bottleneck of stragglers, by how much longer the slowest volunteer's rounds are than the median's.
 
     Paced rounds are as long as the median's unless the fewest steps, one or a sixteenth of all, take longer.
     """

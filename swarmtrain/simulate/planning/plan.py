@@ -1,4 +1,4 @@
-"""What a run would be like with so many volunteers on such links, before anybody is invited.
+"""Predict a run with given volunteers and links, before anybody is invited.
 
 `plan` is all that others call. It plays rounds of a part of the swarm in virtual time
 (`simulate/planning/playback.py`), adds other traffic (`simulate/planning/traffic.py`) and the estimate of `swarmtrain
@@ -31,14 +31,15 @@ class Plan:
     """
 
     by: str
-    """How this was found, for a person."""
+    """Way in which the plan was found, in words for a person."""
     num_peers: int
     step_s: float
     step_least_s: float
     step_most_s: float
     """Seconds of an inner step: of the median volunteer, the shortest, the longest."""
     full_steps: float
-    """Inner steps of an unpaced volunteer's round, of the slowest of these where all wait for it.
+    """Inner steps in the round of a volunteer that is not paced; where all wait for the slowest such volunteer, in its
+    round.
 
     Fewer than `merge.inner_steps` if `merge.round_limit_s` ends rounds before.
     """
@@ -50,18 +51,18 @@ class Plan:
     """Rounds of the median volunteer in the whole run."""
     run_s: float
     tokens_per_s: float
-    """Tokens per second of all together."""
+    """Tokens per second of all volunteers together."""
     stall_share: float
     partners_per_round: float
     fresh_share: float
-    """Share of the rounds that merge somebody's pseudo-gradient."""
+    """Share of the rounds that merge another volunteer's pseudo-gradient."""
     sizes: PublicationBytes
-    """Bytes that one partner takes of a round."""
+    """Bytes of a round that one partner pulls."""
     state_bytes: int
-    """Bytes of weights and momentum: what a late joiner, or the archive, takes of the first peer it asks."""
+    """Bytes of weights and momentum, which a late joiner or the archive pulls from the first peer it asks."""
     payload_up_bytes: float
     payload_down_bytes: float
-    """Payload of a round, up and down."""
+    """Payload bytes that a volunteer receives in a round, and in `payload_up_bytes` those that it sends."""
     archive_every_s: float
     """Seconds between two archives of the bootstrap."""
     traffic: TrafficEstimate
@@ -74,7 +75,7 @@ class Plan:
 
     @property
     def publication_bytes(self) -> int:
-        """Bytes that one partner takes of a round, in all."""
+        """Bytes of a round that one partner pulls, in all."""
         return self.sizes.both
 
     @property
@@ -114,7 +115,7 @@ class Plan:
 
 
 def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int = 0) -> Plan:
-    """Plan this run on these machines, all behind such links. Takes seconds.
+    """Plan this run on these machines, all behind links like `links`. Takes seconds.
 
     Raises UserError for what cannot be planned.
     """

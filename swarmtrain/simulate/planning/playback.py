@@ -1,8 +1,8 @@
 """Plays some rounds of a part of a swarm in virtual time, from which `plan.py` extrapolates to all of it.
 
 Gossip is played by `simulate/systems/gossip.py`, synchronous rounds by `simulate/systems/world.py`, stages by
-`simulate/pipeline/world.py` and then gossip. With a server nobody waits for anybody, and the result is arithmetic. A
-better engine has to replace `lived`.
+`simulate/pipeline/world.py` and then gossip. With a server nobody waits for anybody, and the result is arithmetic. To
+play a run by another simulator, replace the function `lived`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from swarmtrain.words import counted
 __all__ = ["Lives", "PlaybackMachines", "PlaybackResult", "by_gossip", "by_rosters", "by_server", "lived", "lives_of"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
-"""Most volunteers that are played.
+"""Limits of the volunteers that are played: with gossip, on a roster, in stages.
 
 More take longer and see the same: with gossip nobody knows more than a sample, and the cost of a roster hardly depends
-on its length. They are taken evenly by speed, the fastest and the slowest among them.
+on its length. The volunteers played are taken evenly by speed, the fastest and the slowest among them.
 """
 _WARM_ROUNDS, _ROUNDS = 2, 8
 _MOST_WAITED_S = 60.0
@@ -79,13 +79,13 @@ class PlaybackMachines:
 
     @property
     def away_share(self) -> float:
-        """Share of their time in which they are away, or not yet training again."""
+        """Share of their time in which volunteers are away, or back but not training yet."""
         if not self.churn.every_s:
             return 0.0
         return min(0.9, (self.churn.away_s + _AWAY_AGAIN_S) / (self.churn.every_s * self.num))
 
     def at_most(self, number: int) -> PlaybackMachines:
-        """Return at most so many of them, evenly by speed.
+        """Return at most `number` of these machines, chosen evenly by speed.
 
         Churn that strikes one of all strikes one of fewer less often in proportion.
         """
@@ -99,27 +99,28 @@ class PlaybackMachines:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaybackResult:
-    """Results of the rounds played: a number of each volunteer, or the mean over them. Bytes are payload."""
+    """Results of the rounds played: one number for each volunteer, or the mean over them. Bytes are payload."""
 
     by: str
-    """How this was found, for a person."""
+    """Way in which the result was found, in words for a person."""
     round_s: tuple[float, ...]
-    """Seconds of a round of each, merging and waiting included."""
+    """Seconds of each volunteer's round, merging and waiting included."""
     stall_s: tuple[float, ...]
-    """Seconds of that in which it waited or merged."""
+    """Seconds of each volunteer's round in which it waited or merged."""
     tokens: tuple[float, ...]
-    """Tokens of the run that each trains on in a round."""
+    """Tokens that each volunteer trains on in a round."""
     down_bytes: float
     up_bytes: float
-    """Bytes of a round, down and up."""
+    """Bytes that a volunteer sends in a round, and in `down_bytes` those that it receives."""
     partners: float
     """Partners whose pseudo-gradients were merged in a round."""
     fresh_share: float
-    """Share of the rounds that merged one."""
+    """Share of the rounds that merged a partner's pseudo-gradient."""
     sizes: PublicationBytes
-    """Bytes that one partner takes of a round: where all average whole pseudo-gradients, no weights."""
+    """Bytes of a round that one partner pulls. Where all volunteers average whole pseudo-gradients, these contain no
+    weights."""
     activation_bytes: float = 0.0
-    """Part of `down_bytes`, and as much of `up_bytes`, that passes between stages."""
+    """Part of `down_bytes`, and equally of `up_bytes`, that passes between stages."""
 
 
 Lives: TypeAlias = Callable[[RunFile, PlaybackMachines, LinksSection, int], PlaybackResult]
@@ -127,7 +128,7 @@ Lives: TypeAlias = Callable[[RunFile, PlaybackMachines, LinksSection, int], Play
 
 
 def lived(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """Play some rounds of these volunteers, or of some of them."""
+    """Play some rounds of these volunteers, or of a sample of them."""
     if run.pipeline.stages > 1:
         return _stages(run, machines, links, seed)
     return lives_of(run)(run, machines, links, seed)
@@ -155,7 +156,7 @@ def _merge_s(run: RunFile, publications: int = 1) -> float:
 
 
 def _publications(run: RunFile, round_s: float) -> int:
-    """Return how often a peer publishes in a round that lasts so long."""
+    """Return how often a peer publishes in a round of `round_s` seconds."""
     merge, number, parts = run.merge, run.merge.num_fragments, run.merge.publications_per_round
     every = publishes_every(parts, number, round_s, stage_parameters(run))
     return len(published(merge.inner_steps, parts, number, every))
@@ -210,7 +211,8 @@ def _gossiping(run: RunFile, links: LinksSection, seed: int, sizes: PublicationB
 def _befall(
     swarm: GossipSwarm | SynchronousWorld, machines: PlaybackMachines, from_s: float, end_s: float, seed: int
 ) -> None:
-    """Schedule that volunteers are killed or leave, and come back as new ones. All have come when it begins."""
+    """Schedule volunteers to be killed or to leave, and to come back as new volunteers. All are present when this
+    begins."""
     churn = machines.churn.model_copy(update={"away_s": machines.churn.away_s + _AWAY_AGAIN_S})
     rehearsal = RehearsalFile(churn=churn, rehearsal=SeedSection(seed=seed))
     names = {f"v{number}": f"v{number}" for number in range(machines.num)}
@@ -264,7 +266,7 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
 def _on_rosters(
     run: RunFile, some: PlaybackMachines, links: LinksSection, others: int, seed: int
 ) -> tuple[float, float]:
-    """Play some volunteers among so many others; return (seconds of a round, share of all volunteers on a roster)."""
+    """Play some volunteers among `others` more. Return (seconds of a round, share of all volunteers on a roster)."""
     merge, steps, parameters = run.merge, _steps(run, some.step_s), stage_parameters(run)
     settings = Settings(
         inner_steps=merge.inner_steps,
@@ -295,7 +297,7 @@ def _on_rosters(
 
 
 def _applied(world: SynchronousWorld, end_s: float) -> tuple[float, float]:
-    """Return (seconds of a round, share of all volunteers on a roster), without the first rounds."""
+    """Return (seconds of a round, share of all volunteers on a roster), leaving out the first rounds."""
     ends_s: dict[int, list[float]] = defaultdict(list)
     entries: dict[int, int] = {}
     for event in world.events("applied"):
@@ -327,7 +329,7 @@ def by_server(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
 
 
 def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
-    """Play the stages, then the gossip of one stage's peers, each of which does its part of what passes."""
+    """Play the stages, then the gossip of one stage's peers, each of which trains on its part of the microbatches."""
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(

@@ -39,15 +39,15 @@ __all__ = [
 ]
 
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
-"""Names of what links carry, for people."""
+"""Names, for a person, of the kinds of traffic on a link."""
 RECORD_BYTES = 500
-"""Bytes of a signed record, as an answer of the DHT brings it."""
+"""Bytes of a signed record in an answer of the DHT."""
 PULL_BYTES = 1200
 """Bytes of a pull's question and answer without the pulled bytes: manifest, presence, coverage."""
 _OVERHEAD = 1.01
 """Factor for libp2p's frames around payload."""
 _READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
-"""Mean number of nodes that are asked for a bucket whose keepers are known."""
+"""Mean number of nodes that are asked for a bucket, if it is known which nodes keep it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,19 @@ class TrafficEstimate:
     """Bytes that the bootstrap takes for its archive."""
     returns_up: float
     returns_down: float
-    """Weights for those that come back as new volunteers; a server sends them itself."""
+    """Bytes per second of weights for volunteers that come back as new ones; a server sends these itself."""
     records: float
     """Records of the DHT, each way."""
     once_up: float
     once_down: float
-    """First and last archive, and what each peer takes of others for the last weights."""
+    """Bytes in the whole run for the first and last archive, and for the last weights that each peer pulls from
+    others."""
     bootstrap_up: float
     bootstrap_down: float
 
     @property
     def parts_up(self) -> dict[str, float]:
-        """Parts of what a volunteer sends while the run goes on."""
+        """Bytes per second that a volunteer sends while it trains, by kind of traffic."""
         return {
             MERGING: self.merging_up,
             ACTIVATIONS: self.activations,
@@ -85,7 +86,7 @@ class TrafficEstimate:
 
     @property
     def parts_down(self) -> dict[str, float]:
-        """Parts of what a volunteer receives."""
+        """Bytes per second that a volunteer receives, by kind of traffic."""
         return {
             MERGING: self.merging_down,
             ACTIVATIONS: self.activations,
@@ -95,19 +96,19 @@ class TrafficEstimate:
 
     @property
     def up(self) -> float:
-        """All that a volunteer sends while the run goes on."""
+        """Bytes per second that a volunteer sends while it trains, in all."""
         return sum(self.parts_up.values())
 
     @property
     def down(self) -> float:
-        """All that a volunteer receives."""
+        """Bytes per second that a volunteer receives, in all."""
         return sum(self.parts_down.values())
 
 
 def traffic_of(
     run: RunFile, found: PlaybackResult, machines: PlaybackMachines, link_up_bytes_per_s: float = 0.0
 ) -> TrafficEstimate:
-    """Return the traffic of volunteers with that playback, behind links of that uplink; 0 for no limit."""
+    """Return the traffic of volunteers with that playback, behind links with this upload rate (0: no limit)."""
     num, method = machines.num, run.merge.kind
     rounds_per_s = sum(1 / one for one in found.round_s) / len(found.round_s) * (1 - machines.away_share)
     theta, others = 4.0 * stage_parameters(run), num // run.pipeline.stages - 1
@@ -137,7 +138,7 @@ def traffic_of(
 
 
 def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
-    """Return the bytes that the bootstrap takes for an archive, of all volunteers together."""
+    """Return the bytes that the bootstrap pulls for one archive, from all volunteers together."""
     if run.merge.kind.has_server:
         return 0.0
     if not run.merge.kind.asynchronous:
@@ -158,15 +159,15 @@ def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
 
 
 def _returns_per_s(machines: PlaybackMachines) -> float:
-    """Return how often per second a volunteer comes back."""
+    """Return how many times per second a volunteer comes back."""
     return 1 / (machines.churn.every_s * machines.num) if machines.churn.every_s else 0.0
 
 
 def dht_bytes_per_s(num_nodes: int, presence_ttl_s: float) -> float:
-    """Return the bytes per second that reading records brings to one of so many nodes.
+    """Return the bytes per second of DHT records that each of `num_nodes` nodes receives by reading.
 
-    Its own part of what others read is as much. Presence is read in all buckets, progress in four of them at a time;
-    whoever keeps a bucket sends all of it.
+    A node sends as many to others. Presence is read in all buckets, progress in four of them at a time; each node that
+    keeps a bucket sends all of it.
     """
     if num_nodes < 2:
         return 0.0

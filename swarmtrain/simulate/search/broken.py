@@ -33,5 +33,5 @@ def _play_seed(seed: int) -> tuple[int, list[Violation]]:
 
 
 def _begin() -> None:
-    """Prepare a worker process: only the process that started it ends it."""
+    """Prepare a worker process: ignore Ctrl-C, because the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

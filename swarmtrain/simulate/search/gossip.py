@@ -84,7 +84,7 @@ def _at_once(work: Coroutine[Any, Any, None]) -> None:
 
 
 class CountingPeer(HostedPeer):
-    """Peer that counts the run's tokens as the product's peers do, and advertises its own."""
+    """Simulated peer that counts the run's tokens as real peers do, and advertises its own count."""
 
     def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         self.searched = swarm
@@ -100,9 +100,9 @@ class CountingPeer(HostedPeer):
             refused=lambda *_: None,
         )
         self.ended: tuple[int, int] | None = None
-        """Tokens of a round that is not counted yet, and how many had been seen before it ended."""
+        """(tokens of the last round, which are not counted yet; tokens that had been seen before it ended)."""
         self.kept: list[tuple[int, list[list[str | int | float]], list[list[str | int | list[int]]]]] = []
-        """Counts at each checkpoint."""
+        """(own tokens, tally, shard coverage) at each of the last checkpoints."""
 
     def _speeds(self) -> Mapping[str, float]:
         speeds = {info.peer: info.steps_per_s for info in self.membership.live()} | {self.name: self.steps_per_s}
@@ -130,7 +130,7 @@ class CountingPeer(HostedPeer):
             self.searched.broken.append(Violation("one liar paces nobody", detail))
 
     def _count(self, shard: int, tokens: int, seen: int) -> None:
-        """Count what it has trained on in a round, and what the others advertise."""
+        """Count a round of this peer, and what the others advertise."""
         before = self.tallying.total
         self.own_tokens += tokens
         self.searched.trained[self.name, shard] += tokens
@@ -196,14 +196,14 @@ class CountingPeer(HostedPeer):
 
 
 class GossipLiar(CountingPeer):
-    """Peer that does its work as the others do, and says something else."""
+    """Simulated peer that works as the others do, but lies about it."""
 
     lies: frozenset[str] = frozenset()
 
     def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         super().__init__(swarm, name, speed, theta, link)
         self._claimed: list[SimulatedPublication] = []
-        """Changed publications that it has claimed lately."""
+        """Altered publications that the liar has announced recently."""
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
         info = super()._describe(info)
@@ -216,7 +216,7 @@ class GossipLiar(CountingPeer):
         return min(told * 10**6, 10**15) if "told" in self.lies else told // 2 if "old record" in self.lies else told
 
     def provide(self, what: Any) -> Any:
-        """Return what it has, changed. The bytes are those of what it claimed to have."""
+        """Return what a pull asks for, altered. A publication that it has claimed keeps the bytes that it claimed."""
         if "silent" in self.lies or "busy" in self.lies:
             return BUSY if "busy" in self.lies else None
         asked = what.what if isinstance(what, OfGuest) else what
@@ -247,7 +247,7 @@ class GossipLiar(CountingPeer):
 
 
 class SearchedSwarm(HostedSwarm):
-    """Swarm with records of what was trained, and of the violations seen."""
+    """Simulated swarm that records what was trained, and the violations seen."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.progress: dict[str, tuple[pb.Record, float]] = {}
@@ -259,14 +259,15 @@ class SearchedSwarm(HostedSwarm):
         self.trained: Counter[tuple[str, int]] = Counter()
         """Tokens by (peer, shard), over all incarnations."""
         self.merges: list[tuple[str, str, int]] = []
-        """Merged pseudo-gradients as (who, whose, round).
+        """Merged pseudo-gradients as (peer that merged, author, author's round).
 
-        They stay when the weights have been replaced since. States that were taken count for the round after theirs.
+        Entries stay when the weights have been replaced since. A state taken from another peer is an entry for the
+        round after it.
         """
         self.broken: list[Violation] = []
         self.liars = schedule.liars
         self.speeds: dict[str, float] = {}
-        """Inner steps per second of each honest machine that ever was here."""
+        """Inner steps per second of each honest machine that ever took part."""
         hidden = schedule.names[1 : 1 + int(schedule.option("hidden", 0))]
         settings = SimulatedGossipSettings(
             inner_steps=32,
@@ -287,7 +288,7 @@ class SearchedSwarm(HostedSwarm):
         return (GossipLiar if name in self.liars else CountingPeer)(self, name, steps_per_s, theta, link)
 
     def took_state(self, peer: Any, of: str, waited_s: float) -> None:
-        """Note that the peer goes on with all that is in the state."""
+        """Record that the peer continues from another peer's state."""
         self.merges.append((peer.name, of, peer.round + 1))
 
     def fastest_honest(self) -> float:
@@ -295,15 +296,15 @@ class SearchedSwarm(HostedSwarm):
         return max((peer.steps_per_s for name, peer in self.peers.items() if name not in self.liars), default=0.0)
 
     def explained_tokens(self) -> int:
-        """Return the most tokens that may be counted of a liar.
+        """Return the most tokens of a liar that an honest peer may count.
 
-        64 times what the fastest other peer can have done, and two rounds.
+        That is 64 times what the fastest honest peer can have trained, and two rounds.
         """
         tokens_per_s = self.settings.tokens_per_step * self.fastest_honest()
         return int(64 * tokens_per_s * self.clock.now) + 2 * self.settings.inner_steps * self.settings.tokens_per_step
 
     async def read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
-        """Return the progress records, as the DHT gives them: old ones too while messages come twice."""
+        """Return the progress records as the DHT delivers them: sometimes outdated ones while messages come twice."""
         if prefix:
             return {}
         return {peer: self.earlier[peer] if self.comes_twice() else record for peer, record in self.progress.items()}
@@ -319,7 +320,7 @@ class SearchedSwarm(HostedSwarm):
         return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
     def come_back(self, name: str, checkpoint: int = -1) -> Any:
-        """Restart a dead peer with what it had counted."""
+        """Restart a dead peer with the counts of a checkpoint."""
         old = self.peers[name]
         new = super().come_back(name, checkpoint)
         assert isinstance(old, CountingPeer) and isinstance(new, CountingPeer)
@@ -331,7 +332,7 @@ class SearchedSwarm(HostedSwarm):
 
 
 def play_gossip(schedule: FaultSchedule) -> Played:
-    """Play the schedule, and return what did not hold."""
+    """Play the schedule, and return the violations."""
     swarm = SearchedSwarm(schedule)
     for i, (name, steps_per_s) in enumerate(zip(schedule.names, schedule.speeds, strict=True)):
         swarm.found(name, steps_per_s=steps_per_s, theta=(-1.0, 1.0, 0.5)[i % 3])
@@ -391,7 +392,7 @@ def _rounds(swarm: SearchedSwarm, schedule: FaultSchedule) -> Iterable[Violation
 
 
 def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
-    """Check that every peer goes on."""
+    """Check that every peer advances to later rounds."""
     for peer in _honest(swarm):
         ended_s = max((one.ended_s for one in swarm.rounds if one.peer == peer.name), default=0.0)
         allowed_s = most_inner_steps(swarm.settings.inner_steps) / peer.steps_per_s + 1e-6
@@ -400,7 +401,8 @@ def _stuck(swarm: SearchedSwarm, healed_s: float) -> Iterable[Violation]:
 
 
 def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violation]:
-    """Check that every peer merges others and is merged, since it `reached` its round and the faults were over.
+    """Check that every peer has merged others and was merged by others after the faults were over, since the rounds in
+    `reached`.
 
     Of two peers nobody tells which to believe where a third one lies. The first round of a slow machine may last longer
     than the play, so that nothing of it is left to merge. A peer whose publication was refused as too old may be left
@@ -424,7 +426,7 @@ def _alone(swarm: SearchedSwarm, reached: Mapping[str, int]) -> Iterable[Violati
 
 
 def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
-    """Check that everyone counts what everyone advertised.
+    """Check that all peers count, in the end, the tokens that all peers advertised.
 
     A machine that is faster than usual is believed more and more while it delivers, and what was missed of it is paid
     for by time: both may take longer than a play. Usual is what a peer saw when it read.

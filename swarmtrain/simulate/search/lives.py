@@ -1,4 +1,4 @@
-"""Schedules of lives: which process starts when, with which folder or none, and the invariants that must hold.
+"""Fault schedules in which processes start, end and restart with various folders, and the invariants that must hold.
 
 Volunteers come, train, leave politely, are killed, and come back with their folder, with an old copy of it or without.
 Some live for seconds, and one may lie about what it has trained. The bootstrap, which may be the run's server, leaves,
@@ -44,12 +44,12 @@ _LEAST_S = 20.0
 _RECOVERY_S = 75.0
 _ARCHIVED_S = 60.0
 _WAITS_S = 60.0
-"""Seconds that the last peer with what nobody else has waits for a bootstrap that does not answer."""
+"""Seconds that the last peer with unarchived work waits for a bootstrap that does not answer."""
 _SURE_S = 10.0
 _LAG_S = 10.0
-"""Seconds until what others have counted is known."""
+"""Seconds until a peer knows what others have counted."""
 _BELIEVED_S = 20.0
-"""Seconds until what a returning peer brings is believed."""
+"""Seconds until the claims of a returning peer are believed."""
 _KINDS = {
     "leave": 2, "kill": 2, "restart": 4, "old folder": 2, "lost folder": 1, "join": 2, "liar joins": 1, "visits": 4,
     "freeze": 1, "bootstrap away": 5, "bootstrap crash": 3, "bootstrap old folder": 3, "bootstrap moves": 2,
@@ -72,7 +72,7 @@ def draw_lives(rng: random.Random) -> FaultSchedule:
 
 
 class _Lives(LivesWorld):
-    """World that carries out a schedule, and judges it."""
+    """Simulated world that carries out a schedule and judges the result."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.served, self.in_rounds = bool(schedule.option("server", 0)), bool(schedule.option("rounds", 0))
@@ -82,24 +82,25 @@ class _Lives(LivesWorld):
         self.usual_speed = max(schedule.speeds)
         self.folders: dict[str, Folder] = {}
         self.left_alone: set[str] = set()
-        """Peers that were the last one when they left."""
+        """Peers that no other volunteer trained beside when they left."""
         self.volunteers: list[SearchedVolunteer] = []
         self.liars: dict[str, float] = {}
-        """Time since when each liar lies."""
+        """Time since which each liar lies."""
         self.address = 0
-        """Address of the bootstrap. Volunteers keep theirs."""
+        """Address of the bootstrap; it changes when the bootstrap moves to another machine. Volunteers keep their
+        addresses."""
         self.owed: dict[Round, _Owed] = {}
         self.acknowledged: dict[str, int] = {}
         self.counted: list[tuple[float, int]] = []
-        """(time, tokens that the bootstrap counted) in the lives of one folder."""
+        """(time, tokens that the bootstrap counted), over all processes that used the same folder."""
         self.counts_of: Folder | None = None
         self.ended_s = 0.0
-        """Last time that a bootstrap was there."""
+        """Last time at which a bootstrap was running."""
 
     # ------------------------------------------------------------- events
 
     def come(self, name: str, folder: Folder | None = None, *, lies: bool = False) -> None:
-        """Start a volunteer if it is not running, with its folder, another or a new one."""
+        """Start a volunteer if it is not running: with the given folder, its last one, or a new one."""
         if self._lives(name):
             return
         folder = self.folders[name] = folder or self.folders.get(name) or Folder(name)
@@ -122,12 +123,12 @@ class _Lives(LivesWorld):
         self.processes["b"] = kind(self, folder, self.address, {})
 
     def all_go(self, but: str = "") -> None:
-        """Kill all volunteers that ever came."""
+        """Kill all volunteers that were ever started, except `but`."""
         for name in sorted(self.speeds.keys() - {but}):
             self.goes(name, False)
 
     def goes(self, name: str, politely: bool) -> None:
-        """End a process, or begin to."""
+        """End a process: by a request to leave if `politely`, else by a kill."""
         process = self.processes.get(name)
         if process is None or not process.alive:
             return
@@ -140,7 +141,7 @@ class _Lives(LivesWorld):
         return name in self.processes and self.processes[name].alive
 
     def again(self, name: str, folder: Folder | None = None) -> None:
-        """Restart a process. One that is still leaving is waited for no longer."""
+        """Restart a process; if it is still leaving, kill it first."""
         if (process := self.processes.get(name)) is not None:
             process.kill()
         if name == "b":
@@ -151,13 +152,14 @@ class _Lives(LivesWorld):
     # ------------------------------------------------------------- what must hold
 
     def lag_tokens(self) -> float:
-        """Return the tokens that others may have trained lately and that one peer has not counted yet."""
+        """Return the tokens that others may have trained recently and that one peer has not counted yet."""
         lately = [one for one in self.volunteers if one.alive or self.clock.now < one.ended_s + _LAG_S]
         speeds = sorted(one.speed for one in lately)[:-1]
         return 2 * RUN.round_tokens + sum(_LAG_S * speed * RUN.tokens_per_step for speed in speeds)
 
     def trains(self, volunteer: SearchedVolunteer) -> None:
-        """Judge a volunteer's count of tokens and its learning rate. Claims of a liar are bounded, and counted."""
+        """Judge a volunteer's count of tokens and its learning rate. With liars there is no judgement, because their
+        claims count, within bounds."""
         if self.liars:
             self._judge_claims(volunteer)
             return
@@ -175,9 +177,9 @@ class _Lives(LivesWorld):
         volunteer.behind = dataclasses.replace(behind, at_tokens=max(behind.at_tokens, tokens))
 
     def first_round(self, volunteer: SearchedVolunteer) -> None:
-        """Judge a volunteer that finds only a bootstrap.
+        """Check a volunteer that finds only a bootstrap.
 
-        It must go on from the archive, or from what it has beyond that.
+        It must continue from the archive, or from its own state if that is ahead of the archive.
         """
         boot, others = self.processes.get("b"), [one for one in volunteer.neighbours() if not one.is_bootstrap]
         if others or boot not in volunteer.neighbours() or not isinstance(boot, Bootstrap) or boot.away:
@@ -188,9 +190,10 @@ class _Lives(LivesWorld):
             self._break("a run's tokens never fall", detail)
 
     def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
-        """Judge that a round counts, whichever folder its peer came with.
+        """Check that a finished round counts, whichever folder its peer was started with.
 
-        Only if a bootstrap was there to tell what the peer had done in incarnations after that folder.
+        Checked only if a bootstrap was present to report what the peer had trained in later incarnations than that
+        folder's.
         """
         if not volunteer.met_bootstrap:
             return
@@ -200,9 +203,9 @@ class _Lives(LivesWorld):
             self._break("what is trained counts", detail)
 
     def _judge_claims(self, judge: Process) -> None:
-        """Judge the count of a liar that came while the judge was there.
+        """Check how many tokens of a liar the process `judge` counts, if the liar started after it.
 
-        The bound is what all that ever came can have done since. Nobody knows what was before.
+        The limit is what all volunteers together can have trained since the liar started.
         """
         counts = judge.tallying.contributions()
         fastest_per_s = RUN.tokens_per_step * max(self.speeds.values())
@@ -224,16 +227,17 @@ class _Lives(LivesWorld):
         self.come(name, lies=True)
 
     def archived(self, bootstrap: Bootstrap) -> None:
-        """Judge that each archive counts what the one before did, and more."""
+        """Check that each archive counts at least the tokens of the one before."""
         before = bootstrap.folder.checkpoints[-2:-1]
         if before and bootstrap.progress.run_tokens < before[0].progress.run_tokens:
             detail = f"an archive of {before[0].progress.run_tokens} is followed by {bootstrap.progress.run_tokens}"
             self._break("a run's tokens never fall", detail)
 
     def begun(self, bootstrap: Bootstrap) -> None:
-        """Judge that a bootstrap counts on from what it counted before, except for its last seconds.
+        """Check that a restarted bootstrap has not lost its counts, except for those of its last seconds.
 
-        With an old folder it counts on from that. In synchronous rounds the roster behind its archive counts.
+        With an old folder it continues from the counts there. In synchronous rounds the roster behind its archive has
+        the counts.
         """
         if self.in_rounds:
             return
@@ -252,7 +256,8 @@ class _Lives(LivesWorld):
             self._break("a run's tokens never fall", detail)
 
     def look(self) -> None:
-        """Judge every second what a bootstrap acknowledged, and who has it."""
+        """Check every second whether the work that a bootstrap acknowledged is in the archive, or which processes still
+        have it."""
         self.clock.call_later(1.0, self.look)
         boot = self.processes.get("b")
         if not isinstance(boot, Bootstrap) or not boot.answers or boot.away:
@@ -282,7 +287,7 @@ class _Lives(LivesWorld):
                 del self.owed[round]
 
     def _holders(self, boot: Bootstrap) -> list[Process]:
-        """Return the processes of whose weights an archive can be made: with a server, its own."""
+        """Return the processes from whose weights an archive can be made; with a server, the server alone."""
         return [boot] if isinstance(boot, Server) else [one for one in boot.neighbours() if not one.is_bootstrap]
 
     def _acknowledge(self, boot: Bootstrap) -> None:
@@ -295,7 +300,8 @@ class _Lives(LivesWorld):
                 self.owed.setdefault(round, _Owed(self.clock.now))
 
     def _nobody_has(self, round: Round, owed: _Owed) -> None:
-        """Judge an acknowledged round that nobody has any more. A peer that was killed could not help it."""
+        """Report an acknowledged round that no process has any more. It is excused if the peer that had it was
+        killed."""
         for name in owed.holders:
             process = self.processes[name]
             if name not in self.left_alone or process.me in self.left_untaken or name in self.liars:
@@ -308,9 +314,10 @@ class _Lives(LivesWorld):
                 self._break("who has what nobody else has waits", f"{told}, and the bootstrap is back")
 
     def left(self, volunteer: SearchedVolunteer) -> None:
-        """Judge a volunteer that says goodbye while no bootstrap asks it to stay.
+        """Check that a volunteer that leaves without a bootstrap's request to stay loses nothing.
 
-        With a server, what was not handed in is lost; so is the last round of a volunteer that leaves others who train.
+        Two losses are allowed: with a server, rounds that were not uploaded; and the last round of a volunteer that
+        leaves while others train.
         """
         self.left_alone.discard(volunteer.folder.key)
         boot = self.processes.get("b")
@@ -335,14 +342,14 @@ class _Lives(LivesWorld):
             self._break("nobody leaves with what nobody else has", detail)
 
     def _break(self, invariant: str, detail: str) -> None:
-        """Record an invariant's violation once: what follows from it is no news."""
+        """Record an invariant's first violation; later ones may only follow from it."""
         if all(one.invariant != invariant for one in self.broken):
             self.broken.append(Violation(invariant, f"at {self.clock.now:.1f} s {detail}"))
 
 
 @dataclass
 class _Owed:
-    """Acknowledged round that is not in an archive, and since when it could be."""
+    """Acknowledged round that is not in an archive yet, and the time since which it could be."""
 
     since_s: float
     holders: set[str] = field(default_factory=set)
@@ -356,7 +363,7 @@ def _rate(tokens: float) -> float:
 
 
 def play_lives(schedule: FaultSchedule) -> Played:
-    """Play the schedule, and return what did not hold."""
+    """Play the schedule, and return the violations."""
     world, before = _Lives(schedule), random.getstate()
     random.seed(schedule.seed)  # exchanges choose by it whom they ask
     try:

@@ -89,13 +89,14 @@ _ONE_BYTES = body_of(ONE.theta, ONE.momentum)
 _STARTS_S, _PULLS_S, _WRITES_S = 0.8, 0.6, 0.3
 """Seconds that a process takes to start, a state to arrive, and a checkpoint to be written."""
 _OLD_S = 3600.0
-"""Seconds before the play at which the run was published. Nobody has trained in that time, and anybody may claim to."""
+"""Seconds before the play at which the run was published: a time in which nobody has trained, and anybody may claim to
+have."""
 _LOOKS_S = 3.0
 _ASKS_S = 0.5
 _FINDS_S = 8.0
-"""Seconds after which a newcomer gives up that finds nobody and cannot go on alone."""
+"""Seconds after which a new volunteer gives up if it finds no peer and cannot continue alone."""
 _KEPT = 6
-"""Checkpoints that a folder keeps here: copies that are put back are as old as the oldest."""
+"""Checkpoints that a folder keeps here. A copy of a folder that is put back can be as old as the oldest of them."""
 
 Round = tuple[str, int]
 """(peer, number of its round over all incarnations): work that went into weights."""
@@ -103,20 +104,20 @@ Round = tuple[str, int]
 
 @dataclass(frozen=True)
 class Behind:
-    """Work behind some weights, which nobody in the product knows: the rounds, and the most tokens at which one was
+    """Work that weights contain, which real peers cannot know: the rounds, and the greatest run total at which one was
     trained."""
 
     rounds: frozenset[Round] = frozenset()
     at_tokens: int = 0
 
     def with_weights_of(self, partner: Behind) -> Behind:
-        """Return what is behind the merge with a partner. A merge brings no counts, even of a partner that counts
+        """Return the work in the merge with a partner's weights. A merge adds no counts, even if the partner counts
         more."""
         return Behind(self.rounds | partner.rounds, self.at_tokens)
 
 
 def behind_mean(states: Sequence[Behind]) -> Behind:
-    """Return what is behind the consensus of several states. Their counts come with it, by the lower median."""
+    """Return the work in the consensus of several states. Its `at_tokens` is the lower median of theirs."""
     at_tokens = statistics.median_low([one.at_tokens for one in states]) if states else 0
     return Behind(frozenset().union(*(one.rounds for one in states)), at_tokens)
 
@@ -131,9 +132,9 @@ class DiskCheckpoint:
     own_tokens: int = 0
     at_s: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known of an archive."""
+    """Additional data of an archive's checkpoint."""
     of_server: tuple[int, int, int, list[list[str | int]]] = (0, 0, 0, [])
-    """Gradients taken, refreshes of the momentum, gradients since, and the rounds that have entered."""
+    """Of a server: gradients taken, refreshes of the momentum, gradients since, and the rounds that have entered."""
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Folder:
     checkpoints: list[DiskCheckpoint] = field(default_factory=list)
     peers: dict[str, int] = field(default_factory=dict)
     counts: tuple[list[list[str | int | float]], float] | None = None
-    """What a bootstrap counted between two archives, and when."""
+    """Tally that a bootstrap wrote between two archives, and the time."""
 
     def copy(self, age: int = 0) -> Folder:
         """Return the folder as it was `age` checkpoints ago."""
@@ -157,7 +158,7 @@ class Folder:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Event loop that runs a thread's work at once."""
+    """Event loop in which work for a thread runs at once."""
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         done = self.create_future()
@@ -166,17 +167,17 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Later(Exception):  # noqa: N818 - a signal, not an error
-    """The product would sleep now, and try again."""
+    """Raised where the product would sleep and try again later."""
 
 
 @functools.cache
 def identity_of(key: str) -> Identity:
-    """Return the identity of a key. Names stand for PeerIDs, which are longer."""
+    """Return the identity that belongs to a process's key, a short name that stands for its PeerID."""
     return new_identity(hashlib.sha256(key.encode()).digest())
 
 
 class Process:
-    """Process of the run: what all kinds have in common."""
+    """Simulated process of the run: base of volunteers and bootstraps."""
 
     is_bootstrap = False
     speed = 0.0
@@ -206,12 +207,12 @@ class Process:
         self.fill: FillManifest = lambda manifest: None
         self.swarm = self._as_swarm()
         self.came_s, self.asked_s = now, math.inf
-        """Times at which it was started, and asked to leave."""
+        """Time when the process was started, and time when it was asked to leave."""
         self.ended_s, self.said_goodbye = math.inf, False
         self._backlog: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def _as_swarm(self) -> Any:
-        """Return what the product's decisions use of their `Swarm`."""
+        """Return an object with the parts of `Swarm` that the product's decisions use."""
         process = self
 
         class _Swarm(SimpleNamespace):
@@ -237,7 +238,7 @@ class Process:
         self.world.clock.call_later(delay_s, self.deliver, call, *args)
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Run `call` in this process. Everything that it does passes through here."""
+        """Run `call` in this process. Everything that the process does passes through here."""
         if self.frozen:
             self._backlog.append((call, args))
         elif self.alive:
@@ -260,11 +261,11 @@ class Process:
 
     @property
     def answers(self) -> bool:
-        """True if it answers calls: once it has read its folder."""
+        """True once the process has read its folder, so that it answers calls."""
         return self.alive and not self.frozen and self.entered
 
     def kill(self) -> None:
-        """Kill the process. Its presence and its records stay with the others."""
+        """Kill the process. Other processes still have its presence and its records."""
         if self.alive:
             self.ended_s = self.world.clock.now
         self.alive = self.frozen = False
@@ -287,7 +288,7 @@ class Process:
         return Behind() if self.offered is None else self.offered[1]
 
     def neighbours(self) -> list[Process]:
-        """Return the processes that answer it."""
+        """Return the other processes that answer this one."""
         living = self.world.living()
         return [one for one in living if one is not self and one.answers and one.group == self.group]
 
@@ -332,7 +333,7 @@ class Process:
         self.world.board[self.me] = self.info, self.group
 
     def _tell_progress(self) -> None:
-        """Store a progress record of what is on its disk, if it trains."""
+        """Store a progress record of the tokens on the process's disk, if it trains."""
         if self.is_bootstrap or not self.folder.checkpoints:
             return
         newest, now = self.folder.checkpoints[-1], self.world.clock.now
@@ -345,7 +346,7 @@ class Process:
             told[tokens] = frozenset(one for one in newest.behind.rounds if one[0] == key)
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """Return the own tokens to advertise, given those on its disk."""
+        """Return the process's own tokens to advertise, given those on its disk."""
         return self.tallying.own_to_tell(durable_tokens)
 
     async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
@@ -361,7 +362,7 @@ class Process:
         return {info.peer: info.steps_per_s * RUN.tokens_per_step for info in live}
 
     def greet(self, peer: str) -> None:
-        """Ask a peer how far it is."""
+        """Ask a peer for its progress."""
         there, now = self.world.by_id(peer), self.world.clock.now
         if there not in self.neighbours():
             self.membership.call_failed(peer, now, "unreachable")
@@ -374,7 +375,7 @@ class Process:
     # ------------------------------------------------------------- states
 
     def set_state(self) -> None:
-        """Offer its present state from now on."""
+        """Offer the process's present state from now on."""
         self.offered = self.progress, self.behind
         self.tallying.learn(self.progress.peer_tokens)
         self.info = dataclasses.replace(self.info, round=self.progress.round, run_tokens=self.progress.run_tokens)
@@ -386,7 +387,7 @@ class Process:
         self.set_state()
 
     async def _fetch_states(self, peers: Sequence[str], min_round: int = 0) -> list[State]:
-        """Return the states of the peers that deliver."""
+        """Return the states of those peers that deliver one."""
         found: list[State] = []
         for peer in peers:
             there = self.world.by_id(peer)
@@ -398,21 +399,21 @@ class Process:
         return found
 
     async def _fetch_manifests(self, peers: Sequence[str]) -> list[pb.Manifest]:
-        """Return what the peers say of their states."""
+        """Return the manifests of the peers' states."""
         pulled = self.world.pulled
         manifests = [state.held.snapshot.manifest for state in await self._fetch_states(peers, 1)]
         self.world.pulled = pulled
         return manifests
 
     def pulled_behind(self) -> Behind:
-        """Return what is behind the consensus of the states that came last, without those far behind."""
+        """Return the work in the consensus of the states that arrived last, without those far behind."""
         pulled: Any = self.world.pulled
         return behind_mean([one.behind for one in not_far_behind(pulled, RUN.merge.max_staleness_rounds)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pulled(State):
-    """State that came, and what is behind it."""
+    """State that arrived, and the work in it."""
 
     behind: Behind
 
@@ -420,7 +421,7 @@ class _Pulled(State):
 def state_that_came(
     peer: str, progress: Progress, behind: Behind, fill: FillManifest = lambda manifest: None
 ) -> _Pulled:
-    """Return a peer's state, with what the peer tells with it."""
+    """Return a peer's state as it arrives, with the manifest's fields that the peer fills in."""
     manifest = pb.Manifest(round=progress.round, run_tokens=progress.run_tokens)
     for whose, tokens in sorted(progress.peer_tokens.items()):
         manifest.peer_tokens.add(peer=peer_bytes(whose), tokens=tokens)
@@ -434,7 +435,7 @@ def state_that_came(
 
 
 class _Exchange(GossipExchange):
-    """The product's exchange, of which only the decisions are used."""
+    """The product's exchange, of which only decisions are used here."""
 
     def __init__(self, volunteer: SearchedVolunteer) -> None:
         world: Any = volunteer.world
@@ -461,7 +462,7 @@ class SearchedVolunteer(Process):
         self.exchange: Any = _Exchange(self)
         self.leaves = False
         self._merged: dict[str, int] = {}
-        """Round of the newest publication that it has merged, by peer."""
+        """Round of the newest publication that the volunteer has merged, by peer."""
         self.fellows: FellowDepartures | None = None
         self._tries_left = 0
         self.later(_STARTS_S, self._begin)
@@ -485,7 +486,8 @@ class SearchedVolunteer(Process):
             self.kill()
 
     def sleep(self, seconds: float) -> None:
-        """Stand for the product's sleep between two tries, of which the last one ends at once."""
+        """Stand in for the product's sleep between two attempts: raise `_Later`, so that the caller tries again later,
+        or return at once before the last attempt."""
         self._tries_left -= 1
         if self._tries_left > 0:
             raise _Later
@@ -523,7 +525,8 @@ class SearchedVolunteer(Process):
         self.later(RUN.merge.inner_steps / self.speed, self._end_round)
 
     def _end_round(self) -> None:
-        """Merge what a partner has, count, and keep it. A leaver loses what it trained since the last merge."""
+        """End the round: merge a partner's weights, count the tokens, and write a checkpoint. A volunteer that leaves
+        loses what it trained since its last merge."""
         if self.leaves:
             return
         tokens, me = RUN.round_tokens, self.me
@@ -542,7 +545,8 @@ class SearchedVolunteer(Process):
         self._start_round()
 
     def _merge(self, mine: Round) -> bool:
-        """Merge its own round and a partner's weights; return True if it takes the others' weights instead."""
+        """Merge the round `mine` and a partner's weights. Return True if the volunteer takes the others' weights
+        instead."""
         round = self.progress.round
         others = {info.peer: info.round for info in self.membership.volunteers() if info.round}
         if len(others) == 1:  # as `OtherPeers.left_behind`
@@ -617,14 +621,14 @@ class SearchedVolunteer(Process):
 
 
 class LivesLiar(SearchedVolunteer):
-    """Volunteer that claims at once to have trained for weeks, in its record and with its state."""
+    """Volunteer that claims from the start to have trained for weeks, in its progress record and with its state."""
 
     def own_to_tell(self, durable_tokens: int) -> int:
-        """Return a lie."""
+        """Return a false count."""
         return durable_tokens + LIE_TOKENS
 
     def set_state(self) -> None:
-        """Offer a state with a lie."""
+        """Offer a state with false counts."""
         super().set_state()
         counts = dict(self.progress.peer_tokens)
         counts[self.me] = counts.get(self.me, 0) + LIE_TOKENS
@@ -648,7 +652,7 @@ class _Watch(ArchiveSchedule):
 
 
 class Bootstrap(Process):
-    """Bootstrap: it archives."""
+    """Simulated bootstrap: it archives."""
 
     is_bootstrap = True
 
@@ -682,7 +686,7 @@ class Bootstrap(Process):
             self.tallying.restore(*self.folder.counts)
 
     def count_once_more(self) -> None:
-        """Count once more, because it is asked to leave."""
+        """Count the others' tokens once more, because the bootstrap is asked to leave."""
         self.world.run(self.tallying.read_all())
         self.keep_counts()
 
@@ -708,7 +712,7 @@ class Bootstrap(Process):
             self.world.run(self.archive.serve_counts(ONE, self.progress))
 
     def _look(self) -> None:
-        """Look whether to archive, as `_archive_until_the_end` does."""
+        """Check whether to archive, as `_archive_until_the_end` does."""
         self._ask_how_far()
         now, volunteers = self.world.clock.now, self.membership.volunteers()
         waiting = () if self.leavers is None else self.leavers.waiting(now)
@@ -718,7 +722,7 @@ class Bootstrap(Process):
         self._taken(waiting, archived=False)
 
     def _is_new(self, infos: Sequence[PeerInfo]) -> bool:
-        """Return whether one of them may have what the archive lacks."""
+        """Return whether one of these peers may have work that the archive lacks."""
         return self.archive.watch.is_new(infos)
 
     def _archive(self, waiting: tuple[str, ...]) -> None:
@@ -764,18 +768,18 @@ class Bootstrap(Process):
 
 
 class LivesWorld:
-    """Processes, their folders, and the record of what happened."""
+    """All processes, their folders, and the record of what happened."""
 
     def __init__(self, seed: int, run_file: RunFile = RUN) -> None:
         self.run_file = run_file
         self.clock, self.rng, self._loop = Clock(), random.Random(f"lives {seed}"), _Loop()
         self.clock.most_events = 100_000
         self.processes: dict[str, Process] = {}
-        """Processes by their key: one process at a time has a folder."""
+        """Processes by their key. Only one process at a time uses a folder."""
         self.board: dict[str, tuple[PeerInfo, int]] = {}
-        """Presences in the DHT, each with the part of the network it is in."""
+        """Presences in the DHT, each with the part of the network that it is stored in."""
         self.told: dict[str, dict[int, frozenset[Round]]] = {}
-        """Advertised tokens: peer -> tokens -> its own rounds that were on its disk then."""
+        """Advertised progress: peer -> tokens -> its own rounds that were on its disk at that time."""
         self.left_untaken: set[str] = set()
         self.pulled: list[Any] = []
         self._num_groups = 0
@@ -788,7 +792,7 @@ class LivesWorld:
     # ------------------------------------------------------------- the network
 
     def new_group(self) -> int:
-        """Return a new part of the network, for a process that knows nobody yet."""
+        """Return a new part of the network, for a process that has not met any other yet."""
         self._num_groups += 1
         return self._num_groups
 
@@ -835,13 +839,13 @@ class LivesWorld:
         """Hook, called when the first of its rounds begins."""
 
     def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
-        """Hook, called after a round, before which so many tokens of its peer were counted."""
+        """Hook, called after a round. Before it, `before_tokens` tokens of the volunteer were counted."""
 
     def archived(self, bootstrap: Bootstrap) -> None:
-        """Hook, called after an archive."""
+        """Hook, called after an archive was written."""
 
     def begun(self, bootstrap: Bootstrap) -> None:
         """Hook, called when a bootstrap has read its folder."""
 
     def left(self, volunteer: SearchedVolunteer) -> None:
-        """Hook, called when a volunteer leaves because it may."""
+        """Hook, called when a volunteer leaves because it is allowed to."""

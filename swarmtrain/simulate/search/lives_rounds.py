@@ -52,7 +52,8 @@ ROUNDS_RUN = RUN.model_copy(update={"merge": RUN.merge.model_copy(update={"metho
 _SILENCE_S = 5.0
 _LOOKS_S = 0.3
 _SLOWER = 2
-"""Factor by which volunteers are slower here: each round's signatures are real, and take most of a play's time."""
+"""Factor by which volunteers are slower in this world: the signatures of rounds are real, and take most of a play's
+time."""
 _SETTINGS = RoundSettings(
     run_sha256=SHA256,
     specs=SPECS,
@@ -66,7 +67,7 @@ _SETTINGS = RoundSettings(
 
 
 class _Membership:
-    """Membership of a process, by the world's clock."""
+    """Membership of a process that uses the world's clock."""
 
     def __init__(self, process: Process) -> None:
         self._of, self._clock = process.membership, process.world.clock
@@ -80,13 +81,13 @@ class _Membership:
 
 
 class _Calls:
-    """Calls to processes that answer."""
+    """Calls to those processes that answer."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
-        """Ask a peer how far it is, and how it came there."""
+        """Ask a peer for its round, and for the chain of rosters that led to it."""
         there, asker = self._process.world.by_id(peer), self._process
         if there not in asker.neighbours():
             asker.membership.call_failed(peer, asker.world.clock.now, "unreachable")
@@ -96,7 +97,7 @@ class _Calls:
 
 
 class _States:
-    """States, which come as the world's do."""
+    """Source of other processes' states in the simulated world."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -115,10 +116,10 @@ class _States:
         return NewState(held=pulled.held, roster=last[0], signed_roster=last[1], from_peer=source)
 
     async def take(self, state: NewState) -> None:
-        """Do nothing: the bytes are here."""
+        """Do nothing, because the bytes are here already."""
 
     def blame(self, peer: str, error: PeerError) -> None:
-        """Do nothing: nobody asks."""
+        """Do nothing: no test uses the report."""
 
 
 def _rounds_of(process: Process) -> RoundRunner:
@@ -133,7 +134,7 @@ def _rounds_of(process: Process) -> RoundRunner:
 
 
 def _go_on(process: Process, kept: DiskCheckpoint) -> None:
-    """Continue from a checkpoint, its roster and those before it, as `CheckpointManager.restore` does."""
+    """Continue from a checkpoint, its roster and earlier rosters, as `CheckpointManager.restore` does."""
     rounds: RoundRunner = process.swarm.rounds
     if (last := kept.extra.get("last")) is not None:
         rounds.chains.restore_untrusted(kept.extra["chains"].kept(), _SETTINGS)
@@ -158,7 +159,7 @@ class _Exchange(RosterExchange):
 
 
 class RoundsVolunteer(SearchedVolunteer):
-    """Volunteer that ends its rounds with all that are on the same roster."""
+    """Volunteer that ends its rounds together with all that are on the same roster."""
 
     def __init__(
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
@@ -188,7 +189,7 @@ class RoundsVolunteer(SearchedVolunteer):
         self.rounds.advance(self.progress)
 
     def thaw(self) -> None:
-        """Continue, and notice the gap as `RoundRunner` does."""
+        """Let the process continue; it notices the gap as `RoundRunner` does."""
         if self.frozen and self.alive:
             self.rounds.engine.receive(ProcessSuspended(), self.world.clock.now)
         super().thaw()
@@ -208,7 +209,8 @@ class RoundsVolunteer(SearchedVolunteer):
         self._agree()
 
     def _agree(self) -> None:
-        """Ask the others how far they are; take their state if it holds, else merge with those that are here."""
+        """Ask the others for their rounds; take their state if it holds, else merge with those that are in the same
+        round."""
         if self.leaves or self.round_ended_s is None:
             return
         others = [one for one in self.neighbours() if isinstance(one, RoundsVolunteer) and not (one.away or one.leaves)]
@@ -244,7 +246,7 @@ class RoundsVolunteer(SearchedVolunteer):
         return other.progress.roster_sha256 == self.progress.roster_sha256
 
     def _may_be_silent(self, others: Sequence[RoundsVolunteer]) -> bool:
-        """Return whether a peer is believed alive that does not answer."""
+        """Return whether one of the other peers is believed alive and does not answer."""
         answer = {one.me for one in others}
         return any(info.peer not in answer for info in self.membership.volunteers())
 
@@ -269,7 +271,8 @@ class RoundsVolunteer(SearchedVolunteer):
 
 
 def merge(peers: Sequence[RoundsVolunteer]) -> None:
-    """Merge the round of all on one roster: the lowest signs the next roster, and all apply it."""
+    """Merge the round of all `peers`, which are on one roster: the one with the lowest PeerID signs the next roster,
+    and all apply it."""
     peers = sorted(peers, key=lambda one: one.me)
     rounds = peers[0].rounds
     base = bytes.fromhex(peers[0].progress.roster_sha256)
@@ -300,7 +303,7 @@ def _published(peer: RoundsVolunteer, base: bytes) -> Snapshot:
 
 
 class RoundsBootstrap(Bootstrap):
-    """Bootstrap with an archive that holds, or not, by its roster."""
+    """Bootstrap whose archive holds or not according to its roster."""
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
@@ -317,10 +320,10 @@ class RoundsBootstrap(Bootstrap):
         self.swarm.rounds.advance(self.progress)
 
     def keep_counts(self) -> None:
-        """Do nothing: rosters have the counts."""
+        """Do nothing, because rosters have the counts."""
 
     def _serve_counts(self) -> None:
-        """Do nothing: rosters have the counts."""
+        """Do nothing, because rosters have the counts."""
 
     def _is_new(self, infos: Sequence[PeerInfo]) -> bool:
         return max((info.run_tokens for info in infos), default=0) > self.progress.run_tokens

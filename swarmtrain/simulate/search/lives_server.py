@@ -1,4 +1,4 @@
-"""Peers of the world "lives" with the bootstrap as the server, which merges what its workers hand in."""
+"""Peers of the world "lives" in which the bootstrap is the server and merges what its workers upload."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class _Exchange(ServerExchange):
 
 
 class Worker(SearchedVolunteer):
-    """Worker that hands in each of its rounds, and goes on from the server's weights and its own rounds not in them."""
+    """Volunteer that uploads each of its rounds, and continues from the server's weights and those of its own rounds
+    that are not in them."""
 
     def __init__(
         self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int], speed: float
@@ -71,7 +72,7 @@ class Worker(SearchedVolunteer):
         super().__init__(world, folder, address, invite, speed)
         self.exchange = _Exchange(self)
         self.rounds: dict[int, Round] = {}
-        """Work that went into weights, by the number of its own round."""
+        """Entry in `Behind.rounds` for each of the worker's rounds, by its number."""
 
     @property
     def uploads(self) -> GradientUploads[Any]:
@@ -106,7 +107,7 @@ class Worker(SearchedVolunteer):
 
 
 class Server(Bootstrap):
-    """Bootstrap whose weights are the run's."""
+    """Bootstrap that is the server: its weights are the run's."""
 
     def __init__(self, world: LivesWorld, folder: Folder, address: int, invite: Mapping[str, int]) -> None:
         super().__init__(world, folder, address, invite)
@@ -114,7 +115,7 @@ class Server(Bootstrap):
         self.state_behind, self.leavers, self._archived_arrivals = Behind(), None, 0
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """Continue from a checkpoint, with its marks."""
+        """Continue from a checkpoint, with its record of the workers' rounds."""
         super().restore(kept)
         arrivals, self.refreshes, self.in_buffer, rows = kept.of_server
         self.arrivals, self.state_behind = arrivals, kept.behind
@@ -123,7 +124,7 @@ class Server(Bootstrap):
         self._serve()
 
     def _serve_counts(self) -> None:
-        """Do nothing: its own state has the counts."""
+        """Do nothing, because the server's own state has the counts."""
 
     def progress_now(self) -> Progress:
         """Return the progress, in rounds of which each refreshes the momentum. One that has begun counts."""
@@ -142,7 +143,7 @@ class Server(Bootstrap):
         self.progress, self.behind = archive, behind
 
     def _look(self) -> None:
-        """Take in what the workers have, and archive its own weights now and then."""
+        """Take in the uploads of the workers, and archive the server's weights from time to time."""
         self._ask_how_far()
         now = self.world.clock.now
         for info in self.membership.volunteers():
@@ -186,7 +187,7 @@ class Server(Bootstrap):
         self.world.archived(self)
 
     def leave(self) -> None:
-        """Leave, and keep what it has."""
+        """Leave, and write the weights to disk."""
         self.count_once_more()
         if self.arrivals:
             self._keep()

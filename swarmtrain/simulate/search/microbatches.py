@@ -37,7 +37,7 @@ def draw_microbatches(rng: random.Random) -> FaultSchedule:
 
 
 def play_microbatches(schedule: FaultSchedule) -> Played:
-    """Play the schedule, and return what did not hold."""
+    """Play the schedule, and return the violations."""
     rates = Faults()
     for fault in schedule.faults:
         if (share := _SHARES.get(fault.kind)) is not None:
@@ -80,5 +80,5 @@ def play_microbatches(schedule: FaultSchedule) -> Played:
 
 
 def _deaths(faults: tuple[ScheduledFault, ...]) -> dict[int, float]:
-    """Return the drivers that die, and when first."""
+    """Map each driver that dies to the time of its first death."""
     return {fault.peer: fault.at_s for fault in reversed(faults) if fault.kind == "driver dies"}

@@ -70,7 +70,7 @@ def replay(schedule: FaultSchedule) -> Played:
 
 
 def shrink(schedule: FaultSchedule, invariant: str, most_plays: int = 400) -> FaultSchedule:
-    """Return the shortest schedule found, within so many plays, in which this invariant still breaks."""
+    """Return the shortest schedule found, within `most_plays` plays, in which this invariant still breaks."""
     tries = most_plays
     progress = True
     while progress:
@@ -141,7 +141,7 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
 
 
 def _written(schedule: FaultSchedule) -> str:
-    """Return the schedule as Python source, without what is as usual."""
+    """Return the schedule as Python source, leaving out default values."""
     lines = [f"        {name}={value}," for name, value in _fields(schedule) if name != "faults"]
     faults = [f"            {_call(fault)}," for fault in schedule.faults]
     if faults:

@@ -107,13 +107,13 @@ def _at_the_edge(rng: random.Random, fault: ScheduledFault) -> ScheduledFault:
 
 
 class RoundLiar(SimulatedVolunteer):
-    """Peer that does its work as the others do, and says something else."""
+    """Simulated peer that works as the others do, but lies about it."""
 
     lies: frozenset[str] = frozenset()
     world: SearchedRounds
 
     def provide(self, what: str) -> Any:
-        """Return nothing, or the bytes of whatever it has claimed."""
+        """Return the bytes for something that the liar has claimed; None if it delivers nothing."""
         if "no bytes" in self.lies:
             return None
         if "two publications" in self.lies and what != "state":
@@ -123,9 +123,10 @@ class RoundLiar(SimulatedVolunteer):
         return super().provide(what)
 
     def _invented(self) -> JoinState | None:
-        """Return weights of its own, after rosters that it alone is on, with all the manifests that it can sign.
+        """Return an invented state: weights of the liar's own, after rosters that list it alone, with all the manifests
+        that it can sign.
 
-        The rosters count as many tokens behind them as it likes, or as many as there are.
+        The rosters claim any number of tokens before them, or the true number.
         """
         lasts = _LIE_ROUNDS[int(hash_of(self.name + str(self.round))[:8], 16) % len(_LIE_ROUNDS)]
         since = max(0, len(self.history) - lasts[0])
@@ -150,7 +151,7 @@ class RoundLiar(SimulatedVolunteer):
 
     @property
     def inner_steps_done(self) -> int:
-        """Inner steps of this round, as it claims."""
+        """Inner steps of this round that the liar claims."""
         return self.settings.inner_steps if "done" in self.lies else super().inner_steps_done
 
     def info(self) -> PeerInfo:
@@ -163,7 +164,7 @@ class RoundLiar(SimulatedVolunteer):
         return self._lie(reply, asker) if self.lies else reply
 
     def _lie(self, reply: Reply, asker: str) -> Reply:
-        """Return what this asker is told."""
+        """Return the reply that the liar gives to this asker."""
         first = int(hash_of(asker)[0], 16) % 2 == 0
         offer, advertised, shown = reply.publication, reply.advertised, reply.shown
         roster = None if reply.roster is None else reply.roster.roster
@@ -191,12 +192,12 @@ class RoundLiar(SimulatedVolunteer):
 _MANY_TOKENS = 10**12
 """Tokens behind a roster, as a liar claims."""
 _LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
-"""(rounds before its head at which a liar's own chain begins, rosters in that chain)."""
+"""(number of rosters before its head at which a liar's invented chain begins, number of rosters in that chain)."""
 _INVENTED = RoundPublication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
 
 
 class SearchedRounds(SynchronousWorld):
-    """World that records what must only grow, and what was reported as merged."""
+    """Simulated world that records values that must only grow, and work that was reported as merged."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         settings = Settings(
@@ -210,14 +211,15 @@ class SearchedRounds(SynchronousWorld):
         self.pasts: dict[str, tuple[Roster, ...]] = {}
         """Rosters that each honest peer had applied when it last applied or adopted one."""
         self.invented: set[str] = set()
-        """Digests of rosters that a liar alone is on, and told nobody of in time."""
+        """Digests of rosters that list a liar alone and that it published too late for others."""
         self.heads: dict[str, str] = {}
         """Digest of the roster that each honest peer last applied or adopted."""
         self.broken: list[Violation] = []
         self.waits: list[tuple[float, str, float]] = []
         """Waits as (time of its end, peer, seconds)."""
         self.advertised: dict[tuple[str, int], tuple[str, float]] = {}
-        """Own publications reported as merged: (peer, round) -> (snapshot, time), of peers that live on."""
+        """Publications that their own authors reported as merged: (peer, round) -> (snapshot, time), of peers that are
+        still alive."""
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
         return (RoundLiar if name in self.liars else SimulatedVolunteer)(self, name, steps_per_s, link)
@@ -227,7 +229,7 @@ class SearchedRounds(SynchronousWorld):
         return self.come_back(name, checkpoint) if name in self.peers else self.join(name)
 
     def record(self, kind: Any, peer: SimulatedVolunteer, roster: Roster | None = None) -> None:
-        """Add to the log, and judge it."""
+        """Add an event to the log, and judge it."""
         super().record(kind, peer, roster)
         if kind == "joined":
             self.pasts.pop(peer.name, None)  # from a checkpoint
@@ -254,9 +256,9 @@ class SearchedRounds(SynchronousWorld):
                     self.advertised[peer.name, roster.round] = entry.snapshot, self.clock.now
 
     def _gave_way(self, past: Sequence[Roster], peer: SimulatedVolunteer) -> bool:
-        """Return whether weights with fewer tokens were rightly taken.
+        """Return whether a peer was right to take weights with fewer tokens than its own.
 
-        They are if as many peers of the last common roster, or more, went on with those.
+        It was if at least as many peers of the last common roster continued with those weights.
         """
         new = peer.history
         common = next((n for n, (one, other) in enumerate(zip(past, new, strict=False)) if one != other), len(new))
@@ -269,7 +271,7 @@ class SearchedRounds(SynchronousWorld):
         return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
 
     def _look_for_lies(self, peer: SimulatedVolunteer, roster: Roster) -> None:
-        """Check that no peer gives its weights up for a liar's own while another honest peer stands beside it."""
+        """Check that no peer gives up its weights for a liar's own while another honest peer is on the same roster."""
         head = self.heads.get(peer.name)
         if roster.digest not in self.invented or head is None:
             return
@@ -291,7 +293,7 @@ class SearchedRounds(SynchronousWorld):
 
 
 def play_rounds(schedule: FaultSchedule) -> Played:
-    """Play the schedule, and return what did not hold."""
+    """Play the schedule, and return the violations."""
     world = SearchedRounds(schedule)
     for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
         world.join(name, steps_per_s=steps_per_s)
@@ -334,7 +336,7 @@ def _frozen_for(world: SynchronousWorld, fault: ScheduledFault) -> Callable[[str
 
 
 def _waits(world: SearchedRounds, schedule: FaultSchedule) -> Iterable[Violation]:
-    """Check that every wait is explained by faults shortly before it or in it."""
+    """Check that each wait is explained by faults during it or shortly before."""
     now = world.clock.now
     waits = [*world.waits, *((now, p.name, now - p.ended_s) for p in world.running() if p.phase is Phase.MERGING)]
     idle = {schedule.name(fault) for fault in schedule.faults if fault.kind == "idle"}
@@ -349,12 +351,13 @@ def _waits(world: SearchedRounds, schedule: FaultSchedule) -> Iterable[Violation
 
 
 def _may_matter(fault: ScheduledFault, from_s: float, to_s: float) -> bool:
-    """Return whether the fault was there between these times. One that strikes at a round's moment may come at any."""
+    """Return whether the fault may have struck between these times. A fault that is tied to a moment of a round may
+    strike at any time."""
     return fault.kind.endswith(" at") or (fault.at_s <= to_s and from_s <= fault.end_s)
 
 
 def not_one_model(world: SynchronousWorld, recovery_rounds: int = 2, limit_s: float = 120.0) -> list[str]:
-    """Return what keeps the live peers from having one model after the faults.
+    """Return sentences that say why the live peers do not have one model after the faults; empty if they do.
 
     Within `recovery_rounds` rounds they must have equal weights, and keep them.
     """
@@ -376,7 +379,8 @@ def not_one_model(world: SynchronousWorld, recovery_rounds: int = 2, limit_s: fl
 
 
 def counted_twice(world: SynchronousWorld) -> list[str]:
-    """Return what is in a peer's past twice, and breaks in the chains of rosters and tokens."""
+    """Return sentences about rounds that are in a peer's past twice, and about breaks in the chains of rosters and
+    tokens."""
     found = []
     for peer in world.running():
         entries = [(entry.snapshot, entry.peer, r.round) for r in peer.history for entry in r.entries]
@@ -391,7 +395,7 @@ def counted_twice(world: SynchronousWorld) -> list[str]:
 
 
 def _lost(world: SearchedRounds) -> list[Violation]:
-    """Return what was reported as merged, and is not in the model in the end.
+    """Return a violation for each publication that was reported as merged and is not in the model in the end.
 
     A loss is excused where nobody could be heard, and of a peer that froze as soon as it had signed, when nobody else
     had its bytes yet, as of one that is cut off.

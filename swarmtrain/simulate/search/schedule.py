@@ -24,7 +24,7 @@ class ScheduledFault:
 
     @property
     def end_s(self) -> float:
-        """Time at which it is over."""
+        """Time at which the fault is over."""
         return self.at_s + self.lasts_s
 
 
@@ -41,7 +41,7 @@ class FaultSchedule:
     """Seed of chance within the world: which messages are lost, whom a peer asks."""
 
     def option(self, name: str, usual: float) -> float:
-        """Return one of `options`."""
+        """Return the option `name`, or `usual` if the schedule does not set it."""
         return dict(self.options).get(name, usual)
 
     @property
@@ -55,15 +55,15 @@ class FaultSchedule:
 
     @property
     def liars(self) -> frozenset[str]:
-        """Names of the peers that lie. Their own fate is not judged."""
+        """Names of the peers that lie. What becomes of them is not judged."""
         return frozenset(self.name(fault) for fault in self.faults if fault.kind.startswith("lie: "))
 
     def has(self, *kinds: str) -> bool:
-        """Return whether a fault of one of these kinds is in it."""
+        """Return whether the schedule has a fault of one of these kinds."""
         return any(fault.kind in kinds for fault in self.faults)
 
     def faults_end_s(self, least_s: float) -> float:
-        """Return when all faults are over, `least_s` at the earliest."""
+        """Return the time at which all faults are over, but at least `least_s`."""
         return max([least_s, *(fault.end_s for fault in self.faults)])
 
 
@@ -80,11 +80,11 @@ class Violation:
 
 @dataclass(frozen=True)
 class Played:
-    """Result of a play."""
+    """Result of playing a schedule."""
 
     violations: list[Violation]
     fingerprint: str = ""
-    """Fingerprint of all that happened: the same wherever the schedule is played."""
+    """Hash of all that happened: the same wherever the schedule is played."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def draw_stages(rng: random.Random) -> FaultSchedule:
 
 
 class LyingMover(SimulatedMover):
-    """Mover that promises whatever it is asked for."""
+    """Mover that promises to stay in any stage that it is asked for."""
 
     def asked(self, number: int, stage: int, by: SimulatedMover) -> None:
         """Promise to stay."""
@@ -78,7 +78,7 @@ class LyingMover(SimulatedMover):
 
 
 class StageLiar(StageVolunteer):
-    """Peer that does its work as the others do, and says something else."""
+    """Simulated peer that works as the others do, but lies about it."""
 
     def __init__(self, world: PipelineWorld, machine: PipelineMachine, rng: random.Random) -> None:
         self._lies: frozenset[str] = frozenset()
@@ -87,7 +87,7 @@ class StageLiar(StageVolunteer):
 
     @property
     def lies(self) -> frozenset[str]:
-        """Lies in its record. A change is announced at once."""
+        """Kinds of lies in the peer's record. A change is announced at once."""
         return self._lies
 
     @lies.setter
@@ -97,7 +97,7 @@ class StageLiar(StageVolunteer):
 
     @property
     def record(self) -> StagePeer:
-        """Record of this peer, with its lies."""
+        """Record of this peer, altered by its lies."""
         told, every = super().record, tuple(range(self.world.settings.rule.num_stages))
         if "claims" in self.lies:
             told = replace(told, stages=every, tokens_per_s=100 * told.tokens_per_s)
@@ -109,7 +109,7 @@ class StageLiar(StageVolunteer):
 
 
 class SearchedPipeline(PipelineWorld):
-    """Pipeline with peers that may lie. It records who has promised to stay."""
+    """Simulated pipeline with peers that may lie. It records which peers have promised to stay."""
 
     def __init__(self, schedule: FaultSchedule) -> None:
         self.schedule = schedule
@@ -149,7 +149,7 @@ class SearchedPipeline(PipelineWorld):
         super().send(src, dst, call, *args, after_s=after_s)
 
     def left_stage(self, peer: Moving, stages: Sequence[int]) -> None:
-        """Judge that the peer had promised nobody to stay there."""
+        """Check that the peer leaves no stage in which it had promised to stay."""
         super().left_stage(peer, stages)
         for stage in stages if peer.name not in self.liars else ():
             if (left_s := self._stays_until_s.get((peer, stage), 0.0) - self.clock.now) > 0:
@@ -161,7 +161,7 @@ class SearchedPipeline(PipelineWorld):
 
 
 def play_stages(schedule: FaultSchedule) -> Played:
-    """Play the schedule, and return what did not hold."""
+    """Play the schedule, and return the violations."""
     world = SearchedPipeline(schedule)
     num_stages, piled = world.settings.rule.num_stages, int(schedule.option("piled", 0))
     for i, name in enumerate(schedule.names):
@@ -206,7 +206,7 @@ def _declare(world: SearchedPipeline, fault: ScheduledFault, name: str, index: i
 
 
 def _suffice(world: SearchedPipeline, schedule: FaultSchedule) -> bool:
-    """Return whether the peers that are left can hold every stage."""
+    """Return whether the peers that are left can hold all stages."""
     return len(world.peers) * int(schedule.option("most_stages", 2)) >= world.settings.rule.num_stages
 
 

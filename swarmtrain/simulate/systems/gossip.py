@@ -102,16 +102,17 @@ class _Round:
     steps: int
     schedule: FragmentSchedule
     num_over: int = 0
-    """Fragments merged so far."""
+    """Number of fragments merged so far in this round."""
     num_merged: int = 0
     staleness_rounds: int = 0
     bytes_down: int = 0
     waits_since_s: float | None = None
-    """Time at which its inner steps were done, if the peer is too far behind and fetches another's weights."""
+    """Time at which the peer's inner steps were done, if it is too far behind and fetches another's weights; else
+    None."""
 
 
 class GossipPeer:
-    """One volunteer. Its decisions are the product's; its links and its clock are the swarm's."""
+    """Simulated volunteer of gossip. It makes the product's decisions, on the links and the clock of the swarm."""
 
     def __init__(self, swarm: GossipSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         s = self.settings = swarm.settings
@@ -129,15 +130,15 @@ class GossipPeer:
         self._planner = MergePlanner(s.num_fragments)
         self._now = _Round(math.inf, s.inner_steps, self.model.schedule)
         self._last_tokens = 0
-        """Tokens of the previous round."""
+        """Tokens that the peer trained in its previous round."""
         self._others: list[PeerInfo] = []
-        """Records read last, of the peers that are live."""
+        """Records of live peers, as read last."""
         self._ends_s: list[float | None] = []
         self._has_looked = False
-        """True if it has read the presences since it planned last."""
+        """True if the peer has read presences since it last planned its merges."""
         self._forgets_s = 0.0
         self._events: list[_Event] | None = None
-        """Events the engine is being given; None while it is idle."""
+        """Events for the engine, which is deciding now; None while it is idle."""
         self._timer: Timer | None = None
         self.checkpoints: list[SimulatedCheckpoint] = []
         self._frozen_at_s = 0.0
@@ -164,7 +165,7 @@ class GossipPeer:
         self.alive = self.frozen = False
 
     def leave(self) -> None:
-        """Take the presence back, then end the process."""
+        """Withdraw the presence, then end the process."""
         self.die()
         self.swarm.board.pop(self.name, None)
 
@@ -189,7 +190,7 @@ class GossipPeer:
             self._plan(plans)
 
     def begin(self) -> None:
-        """Take the weights of a live peer, if there is one, and train."""
+        """Fetch the weights of a live peer, if there is one, then train."""
         self._begin(self.swarm.clock.now)
 
     def _begin(self, came_s: float) -> None:
@@ -213,7 +214,7 @@ class GossipPeer:
         self._begin(came_s)
 
     def _go_on_with(self, state: ConsensusSnapshot, peer: str, since_s: float) -> None:
-        """Replace this peer's weights by another's."""
+        """Replace this peer's weights by another peer's."""
         self.round = max(self.round, state.round)
         self._tell(ConsensusTaken(self.round, [state.places], {peer: state.round}))
         self.model.take(state)
@@ -233,7 +234,7 @@ class GossipPeer:
 
     @property
     def steps_done(self) -> int:
-        """Inner steps of this round."""
+        """Inner steps that the peer has done in this round."""
         return self._steps_done_at(self._frozen_at_s if self.frozen else self.swarm.clock.now)
 
     def _steps_done_at(self, at_s: float) -> int:
@@ -247,7 +248,7 @@ class GossipPeer:
         return self.steps_done - self.model.told_steps
 
     def start(self) -> None:
-        """Begin to train, with weights that are all new here."""
+        """Begin to train, with weights that were not merged here."""
         self.model.restart()
         self._start_round(all_begin=True)
 
@@ -283,7 +284,7 @@ class GossipPeer:
         self._tell(MergesPlanned(self.round, plans))
 
     def _train_on(self) -> None:
-        """Schedule the merge of the next fragment."""
+        """Schedule the next fragment's merge."""
         r = self._now
         due_s = r.started_s + r.schedule.merge_after[r.num_over] / self.steps_per_s
         self.swarm.clock.call_at(due_s, self.deliver, self._due, r)
@@ -329,7 +330,7 @@ class GossipPeer:
             self.checkpoints = [*self.checkpoints[-2:], saved]
 
     def _over(self, r: _Round) -> None:
-        """Record the round: its inner steps are done, and all fragments are merged."""
+        """Record the end of the round: its inner steps are done, and all fragments are merged."""
         ended_s = self.swarm.clock.now if r.waits_since_s is None else r.waits_since_s
         self._last_tokens = r.steps * self.settings.tokens_per_step
         if self.coverage is not None:
@@ -341,7 +342,7 @@ class GossipPeer:
         ))  # fmt: skip
 
     def resume(self, saved: SimulatedCheckpoint) -> None:
-        """Continue from a checkpoint, in a process that knows nothing else."""
+        """Continue from a checkpoint, in a process that has nothing else."""
         self.model.resume(saved)
         self.round = saved.round
         self.engine.load(saved.ledger)
@@ -395,7 +396,7 @@ class GossipPeer:
         return self._state()
 
     def _state(self) -> ConsensusSnapshot:
-        """Return this peer's weights as a joiner takes them. Its own rounds are in them too."""
+        """Return this peer's weights as a joiner takes them. They contain the peer's own rounds too."""
         of, places = self.model, self.engine.places(self.round - 1)
         return ConsensusSnapshot(of.thetas, of.momenta, self.round, places, [*of.entered, *of.came])
 
@@ -412,20 +413,21 @@ class GossipPeer:
         self.swarm.board[self.name] = AdvertisedRecord(info, at_s + s.presence_ttl_s, ends_s)
 
     def renew(self) -> None:
-        """Update its record to where the peer is by now. Renewals are no events: they are made when somebody looks."""
+        """Update the peer's record to its present progress. Renewals are no events: they are made when somebody
+        looks."""
         known = self.swarm.board.get(self.name)
         every_s = self.settings.presence_ttl_s / 3
         if known is not None and self.running and (gone_s := self.swarm.clock.now - known.info.stamp) >= every_s:
             self._announce(known.info.stamp + gone_s // every_s * every_s)
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
-        """Add to the record what a subclass says of itself."""
+        """Change the record as a subclass needs. The default changes nothing."""
         return info
 
     # ------------------------------------------------------------------ pulling
 
     def _look_around(self) -> None:
-        """Read a sample of the presences."""
+        """Read a sample of the presences in the DHT."""
         now, board, membership = self.swarm.clock.now, self.swarm.board, self.membership
         names, every_s = self.swarm.names, self.settings.presence_ttl_s / 3
         if len(names) > self.settings.sample:
@@ -449,7 +451,7 @@ class GossipPeer:
         self._tell(PartnersChanged(self._others))
 
     def _tell(self, event: _Event) -> None:
-        """Give the engine an event, and carry out its commands."""
+        """Pass an event to the engine, and carry out its commands."""
         if self._events is not None:  # it follows from a command, or comes in the same moment
             self._events.append(event)
             return
@@ -570,7 +572,7 @@ class GossipPeer:
 
 
 class GossipSwarm(SimulatedNetwork[GossipPeer]):
-    """The swarm: peers, links, faults, and the record of what happened."""
+    """Simulated swarm that gossips: peers, links, faults, and the record of what happened."""
 
     def __init__(
         self, settings: SimulatedGossipSettings | None = None, *, link: SimulatedLink | None = None, seed: int = 0
@@ -584,9 +586,9 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
             {group: PublicationQuery(group, fragment) for group in GROUPS}
             for fragment in range(self.settings.num_fragments)
         ]
-        """All possible queries, by fragment and section."""
+        """All possible queries, by fragment and tensor group."""
         self.board: dict[str, AdvertisedRecord] = {}
-        """Records stored in the DHT."""
+        """Presence records stored in the DHT, by PeerID."""
         self.names: list[str] = []
         self._places: dict[str, int] = {}
         self.rounds: list[RoundRecord] = []
@@ -600,7 +602,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
         """Hook, called when a peer that joined or fell behind has another's state after `waited_s`, and trains."""
 
     def forget(self, name: str) -> None:
-        """Let its presence expire, then forget the peer."""
+        """Let the peer's presence expire, then remove the peer."""
 
         def drop() -> None:
             self.board.pop(name, None)
@@ -623,7 +625,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
     def found(
         self, name: str, *, steps_per_s: float = 10.0, theta: float = 0.0, link: SimulatedLink | None = None
     ) -> GossipPeer:
-        """Add a founding volunteer now. It starts from its own `theta`, whoever is there."""
+        """Add a founding volunteer now. It starts from its own `theta` even if others are present."""
         peer = self._add(name, steps_per_s, theta, link)
         peer.deliver(peer.start)
         return peer
@@ -658,7 +660,7 @@ class GossipSwarm(SimulatedNetwork[GossipPeer]):
 
     @property
     def entered(self) -> list[Entered]:
-        """Inner steps that entered the weights."""
+        """Publications that entered the weights, with their inner steps."""
         return [entry for peer in self.peers.values() for entry in peer.model.entered]
 
     def spread(self) -> float:

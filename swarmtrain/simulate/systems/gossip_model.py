@@ -45,7 +45,7 @@ class FragmentSchedule(NamedTuple):
     parts: tuple[int, ...]
 
     def passed(self, steps_done: int) -> tuple[int, int] | None:
-        """Return the steps and the part of the last publication after so many steps; None before the first."""
+        """Return (inner steps, part) of the last publication after `steps_done` steps; None before the first."""
         passed = bisect_right(self.steps, steps_done)
         return (self.steps[passed - 1], self.parts[passed - 1]) if passed else None
 
@@ -66,11 +66,11 @@ class _Fragment:
     theta: float
     momentum: float = 0.0
     weights: list[SimulatedPublication] = field(default_factory=list)
-    """Weights at the starts of its last two rounds, as published."""
+    """Weights at the starts of the fragment's last two rounds, as published."""
     published: list[SimulatedPublication] = field(default_factory=list)
-    """Last two pseudo-gradients that somebody asked for."""
+    """Last two pseudo-gradients that a peer asked for."""
     told_steps: int = 0
-    """Inner steps of the peer's round that are in the newest of them."""
+    """Inner steps of the round that are in the newest pseudo-gradient in `published`."""
 
 
 class GossipModel:
@@ -83,9 +83,9 @@ class GossipModel:
         """Schedule of this round."""
         self._rounds = FragmentRounds(settings.num_fragments)
         self.entered: list[Entered] = []
-        """Inner steps of others that were merged; empty unless `keeps_past`."""
+        """Inner steps of others that were merged, by publication; empty unless `keeps_past`."""
         self.came: list[Entered] = []
-        """Inner steps that were in the weights taken from others, and this peer's own."""
+        """Inner steps that were in the weights taken from others, and those of this peer."""
 
     @property
     def theta(self) -> float:
@@ -94,17 +94,17 @@ class GossipModel:
 
     @property
     def told_steps(self) -> int:
-        """Inner steps of this round that somebody has asked for, as the mean over the fragments."""
+        """Inner steps of this round that are in publications which a peer asked for; mean over the fragments."""
         return round(statistics.mean(one.told_steps for one in self.fragments))
 
     def _gradient(self, fragment: _Fragment, steps: int) -> float:
-        """Return theta less the weight after so many inner steps."""
+        """Return theta less the weight after `steps` inner steps."""
         return (fragment.theta - self.target) * (1.0 - (1.0 - self._settings.inner_rate) ** steps)
 
     # ------------------------------------------------------------------ rounds
 
     def restart(self) -> None:
-        """Note that all weights are new here and nothing was trained since."""
+        """Record that all weights were replaced, so that nothing was trained since."""
         self._rounds.restart()
 
     def begin_round(self, round: int, schedule: FragmentSchedule, *, all_begin: bool) -> None:
@@ -160,7 +160,7 @@ class GossipModel:
         return weights[-1] if weights else None
 
     def publish(self, number: int, steps_done: int, coverage: Coverage | None) -> SimulatedPublication | None:
-        """Return a fragment's newest pseudo-gradient. It is made now if its moment has passed."""
+        """Return a fragment's newest pseudo-gradient. It is made now if that is due."""
         fragment = self.fragments[number]
         newest = fragment.published[-1] if fragment.published else None
         if (passed := self.schedule.passed(steps_done)) is not None:
@@ -175,7 +175,7 @@ class GossipModel:
         return newest
 
     def has(self, publication: SimulatedPublication) -> bool:
-        """Return whether the publication is one of the last two."""
+        """Return whether the publication is one of the last two of its kind."""
         fragment = self.fragments[publication.fragment]
         return publication in (fragment.published if publication.version.part else fragment.weights)
 

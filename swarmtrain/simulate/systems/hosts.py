@@ -41,7 +41,7 @@ _POLL_INTERVAL_S = 5.0
 
 
 class HostedPeer(GossipPeer):
-    """Volunteer that may be hidden, and is a host if it is not."""
+    """Volunteer that may be hidden; if it is not, it can be a host."""
 
     def __init__(self, swarm: HostedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         self.hosted = swarm
@@ -55,7 +55,7 @@ class HostedPeer(GossipPeer):
     # ------------------------------------------------------------------ the hidden peer
 
     def _look(self) -> None:
-        """Ask to be dialled if that is due, and talk to the hosts, as the product does every few seconds."""
+        """Ask to be dialled if that is due, and call the hosts, as real peers do every few seconds."""
         now, swarm = self.swarm.clock.now, self.hosted
         hidden = self.reachability.state is Reach.HIDDEN
         due = self.reachability.is_due(now)
@@ -84,14 +84,14 @@ class HostedPeer(GossipPeer):
     # ------------------------------------------------------------------ the host
 
     def take_guest(self, peer: str) -> bool:
-        """Ask to serve `peer` from now on; return whether it does."""
+        """Decide whether to serve `peer` as a guest from now on; return True if so."""
         now = self.swarm.clock.now
         is_guest, _ = self.guests.ask(peer, now)
         self.most_guests = max(self.most_guests, len(self.guests.current(now)))
         return is_guest
 
     def provide(self, what: Any) -> Any:
-        """Return one of its own publications, or a guest's."""
+        """Return one of this peer's own publications, or a guest's."""
         if not isinstance(what, OfGuest):
             return super().provide(what)
         author, asked = what
@@ -107,7 +107,7 @@ class HostedPeer(GossipPeer):
         return kept[-1] if kept else NOTHING
 
     def is_missing(self, author: str, asked: PublicationQuery) -> bool:
-        """Return whether a guest has something that is not here yet."""
+        """Return whether the guest `author` may have a publication that this host does not have yet."""
         guest, kept = self.hosted.peers[author], self._kept.get((author, asked))
         newest = guest.provide(asked) if guest.running else None
         return isinstance(newest, SimulatedPublication) and not (kept and kept[-1].version == newest.version)

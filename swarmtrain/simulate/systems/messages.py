@@ -24,10 +24,8 @@ WorldMoment = Literal["started", "ended", "signed", "told_one", "serving"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedLink:
-    """A peer's connection.
-
-    One-way latency in seconds, bytes per second up and down (down 0: as up), and the share of messages lost.
-    """
+    """Link of a peer: one-way latency in seconds, bytes per second up and down (down 0: as up), and the share of
+    messages lost."""
 
     latency_s: float = 0.01
     bytes_per_s: float = 10e6
@@ -36,13 +34,14 @@ class SimulatedLink:
 
     @property
     def down_per_s(self) -> float:
-        """Bytes per second down."""
+        """Bytes per second that the peer can receive."""
         return self.down_bytes_per_s or self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Values that the run file and the network driver fix. Durations are in seconds."""
+    """Settings of a simulated synchronous swarm, which a run file and the network fix for real peers. Durations are in
+    seconds."""
 
     inner_steps: int = 32
     tokens_per_step: int = 1000
@@ -73,7 +72,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class JoinState:
-    """What a joiner receives: everything that a round starts from."""
+    """State that a joiner receives: everything that a round starts from."""
 
     round: int
     last: Roster | None

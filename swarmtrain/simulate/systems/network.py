@@ -33,22 +33,22 @@ NetworkFault = Literal["killed", "frozen", "thawed"]
 
 
 class NetworkPlace(Protocol):
-    """End of a link."""
+    """End of a link: a place in the simulated network."""
 
     name: str
     link: SimulatedLink
 
 
 class End(NetworkPlace, Protocol):
-    """Process at the end of a link."""
+    """Process at one end of a link."""
 
     def deliver(self, call: Callable[..., object], *args: Any) -> None:
-        """Run something in this process: now, or after `thaw` if it is frozen, never if it is gone."""
+        """Run a call in this process: now, after `thaw` if the process is frozen, or never if it has ended."""
         ...
 
 
 class SimulatedMachine(End, Protocol):
-    """Process of the swarm as its network sees it: alive or not, frozen or not, with a link."""
+    """Simulated process: alive or not, frozen or not, with a link."""
 
     alive: bool
     frozen: bool
@@ -59,7 +59,7 @@ class SimulatedMachine(End, Protocol):
         ...
 
     def provide(self, what: Any) -> Any:
-        """Return what a pull asks for; None if it is not here."""
+        """Return the thing that a pull asks for; None if it is not here."""
         ...
 
     def die(self) -> None:
@@ -139,7 +139,7 @@ class MessageFaults:
         return not self._side or self.side(a) == self.side(b)
 
     def passes(self, src: NetworkPlace, dst: NetworkPlace) -> bool:
-        """Draw whether this one message arrives."""
+        """Draw whether one message from `src` to `dst` arrives."""
         if (self._cut or self._side) and not self.connected(src, dst):
             return False
         drop = max(self._drop, src.link.drop, dst.link.drop)
@@ -161,11 +161,11 @@ class MessageFaults:
                 self.clock.call_later(takes_s + 2 * self._random.random(), call, *args)
 
     def comes_twice(self) -> bool:
-        """Draw whether what arrives now arrives once more."""
+        """Draw whether the message that arrives now arrives a second time."""
         return self._twice > 0 and self._random.random() < self._twice
 
     def held_up_s(self) -> float:
-        """Draw how many seconds what is sent now is delayed."""
+        """Draw by how many seconds a message that is sent now is delayed."""
         return 8 * self._random.random() if self._late and self._random.random() < self._late else 0.0
 
 
@@ -173,7 +173,7 @@ _T = TypeVar("_T")
 
 
 def kept_until(checkpoints: Sequence[_T], checkpoint: int) -> Sequence[_T]:
-    """Return the checkpoints up to this one (-1 is the newest; too old a number means the oldest).
+    """Return the checkpoints up to number `checkpoint` (-1 is the newest; a number before the oldest means the oldest).
 
     A peer that restarts from a checkpoint has these and none of the later ones.
     """

@@ -75,12 +75,14 @@ class SystemsSwarm(GossipSwarm):
         self.machines, self.churn = machines, churn
         self.chance = random.Random(f"systems {seed}")
         self.steps = self.steps_lost = 0
-        """Inner steps of ended rounds and of volunteers that left: those that count, and those lost unpublished."""
+        """Inner steps of ended rounds and of volunteers that left: in `steps` those that count, in `steps_lost` those
+        that nobody merged."""
         self.num_rounds = self.num_later = self.num_fresh = self.staleness_rounds = self.bytes_down = 0
         self.there_s = self.waited_s = self.able_steps = 0.0
-        """Sums over the volunteers that left."""
+        """Sums over the volunteers that left: seconds present, seconds waited, and inner steps that they could have
+        taken."""
         self._since_s: dict[GossipPeer, float] = {}
-        """Time since when each present volunteer has been here."""
+        """Time since which each present volunteer has been here."""
 
     def round_over(self, record: RoundRecord) -> None:
         """Add a round to the sums."""
@@ -174,7 +176,8 @@ class SystemsSwarm(GossipSwarm):
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Turn the garbage collector off: there are hardly any cycles, and millions of objects to look through."""
+    """Turn the garbage collector off inside the context: there are hardly any cycles, and millions of objects to look
+    through."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -33,7 +33,7 @@ class Directory(Protocol):
 
 
 class Known(SimulatedMachine, Protocol):
-    """Peer that others learn of."""
+    """Simulated peer, as its presence and other peers see it."""
 
     settings: Settings
     membership: Membership
@@ -43,10 +43,10 @@ class Known(SimulatedMachine, Protocol):
         """Return the peer's presence record."""
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run something in this process after a delay."""
+        """Run a call in this process after `delay_s` seconds."""
 
     def tell(self, event: ev.Event[None, None]) -> None:
-        """Give the engine an event."""
+        """Pass an event to the engine."""
 
 
 class SimulatedPresence:
@@ -76,19 +76,19 @@ class SimulatedPresence:
             self._world.tell(self._owner, other, other.presence.heard_hello, self._owner.info())
 
     def say_goodbye(self) -> None:
-        """Say goodbye to everyone it knows."""
+        """Say goodbye to every peer that it knows."""
         for info in self._membership.live():
             other = self._world.peers[info.peer]
             self._world.tell(self._owner, other, other.presence.heard_goodbye, self._owner.info())
 
     def heard_hello(self, info: PeerInfo) -> None:
-        """Note a peer that has just joined."""
+        """Record the presence of a peer that has just joined."""
         now = self._world.clock.now
         self._membership.saw_presence(info, now + self._settings.presence_ttl_s, now)
         self._owner.tell(ev.MembersChanged())
 
     def heard_goodbye(self, info: PeerInfo) -> None:
-        """Note a peer that leaves."""
+        """Record the goodbye of a peer."""
         self._membership.left(info.peer, self._world.clock.now)
         self._owner.tell(ev.MembersChanged())
 

@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 GROUPS = rules_of(groups_of((), "fp32", ("fp32",)))
-"""Sections of a publication and the rule by which each is merged: a number each, in place of tensors."""
+"""Tensor groups of a publication and the rule by which each is merged: a number each, in place of tensors."""
 WEIGHTS, GRADIENT = GROUPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedGossipSettings:
-    """Values that the run file fixes. Durations are in seconds."""
+    """Settings of a simulated gossip swarm, which a run file fixes for real peers. Durations are in seconds."""
 
     inner_steps: int = 64
     tokens_per_step: int = 100
@@ -49,9 +49,9 @@ class SimulatedGossipSettings:
     max_staleness_rounds: int = 8
     max_readers: int = 4
     sizes: PublicationBytes = field(default_factory=lambda: PublicationBytes(weights=1_000_000, gradient=1_000_000))
-    """Bytes of all fragments together."""
+    """Bytes of the publications of all fragments together."""
     state_bytes: int = 2_000_000
-    """Bytes of weights and momentum, as a joiner takes them."""
+    """Bytes of weights and momentum that a joiner downloads."""
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.8
     inner_rate: float = 0.0
@@ -59,7 +59,7 @@ class SimulatedGossipSettings:
     presence_ttl_s: float = 30.0
     stall_limit_s: float = 10.0
     sample: int = 16
-    """Presences that a peer reads in a round: it knows a sample of a large swarm."""
+    """Number of presences that a peer reads in a round: in a large swarm it knows a sample."""
     forget_after_s: float = 600.0
     keeps_past: bool = True
     """True if peers keep checkpoints to restart from, and `entered`. Off for ten thousand peers, to save memory."""
@@ -94,7 +94,7 @@ class SimulatedGossipSettings:
         return PublicationBytes(self.sizes.weights // num, self.sizes.gradient // num, 1 / num)
 
     def group_bytes(self, group: GroupName) -> int:
-        """Return the bytes of one fragment's section."""
+        """Return the bytes of one fragment's tensor group."""
         return self.fragment_sizes.weights if group == WEIGHTS else self.fragment_sizes.gradient
 
 
@@ -106,7 +106,7 @@ class SimulatedPublication:
     """
 
     group: GroupName
-    """Section that is pulled."""
+    """Tensor group that is pulled."""
     peer: str
     version: PublicationVersion
     theta: float
@@ -123,7 +123,7 @@ class SimulatedPublication:
 
 
 class PublicationQuery(NamedTuple):
-    """Query for a peer's newest publication of a section."""
+    """Query for a peer's newest publication of a tensor group."""
 
     group: GroupName
     fragment: int
@@ -137,7 +137,8 @@ class OfGuest(NamedTuple):
 
 
 class Entered(NamedTuple):
-    """Inner steps of `whose` that entered weights of `who`, counted in tokens of the fragment's round."""
+    """Inner steps of the author `whose` that entered weights of peer `who`, counted in tokens of the fragment's
+    round."""
 
     who: str
     whose: str
@@ -149,7 +150,8 @@ class Entered(NamedTuple):
 
 @dataclass(frozen=True)
 class ConsensusSnapshot:
-    """State that a joiner takes: weights, and for each fragment up to where each peer is in them.
+    """State that a joiner takes: weights, and for each fragment the place up to which they contain each peer's
+    publications.
 
     `entered` is for the tests.
     """
@@ -183,12 +185,12 @@ class RoundRecord:
     ended_s: float
     steps: int
     partners: float
-    """Publications that entered, each with parts that were not merged before; the mean over the fragments."""
+    """Number of publications that entered with parts that were not merged before; the mean over the fragments."""
     staleness_rounds: int
-    """Rounds by which the oldest of them was behind the median."""
+    """Rounds by which the oldest publication that entered was behind the median."""
     bytes_down: int
     waited: bool = False
-    """True if the peer was too far behind by then, and fetched another's weights before the next round."""
+    """True if the peer was too far behind at the round's end, and fetched another's weights before the next round."""
 
 
 @dataclass(frozen=True, slots=True)

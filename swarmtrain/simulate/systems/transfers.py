@@ -18,7 +18,7 @@ __all__ = ["Carrier", "Owner", "Transfers"]
 
 
 class Carrier(Protocol):
-    """What carries a peer's bytes: the clock, the other peers, and the links to them."""
+    """Simulated world, as a peer's transfers see it: the clock, the other peers, and the links to them."""
 
     clock: Clock
 
@@ -44,7 +44,7 @@ class Carrier(Protocol):
 
 @dataclass
 class _Merging:
-    """Roster that is being merged, and how far that is."""
+    """Roster that is being merged, and the progress of that."""
 
     roster: Roster
     roster_at_s: float
@@ -56,7 +56,7 @@ class _Merging:
 
 
 class Owner(End, Protocol):
-    """Peer whose bytes they are: a process in a swarm."""
+    """Simulated peer, as its transfers see it: a process in a swarm."""
 
     alive: bool
     settings: Settings
@@ -65,35 +65,35 @@ class Owner(End, Protocol):
 
     @property
     def round(self) -> int:
-        """Round that it is in."""
+        """Round that the peer is in."""
 
     @property
     def running(self) -> bool:
         """True if the process is neither gone nor frozen."""
 
     def later(self, delay_s: float, call: Callable[..., object], *args: Any) -> Timer:
-        """Run something in this process after a delay."""
+        """Run a call in this process after `delay_s` seconds."""
 
     def tell(self, event: ev.Event[None, None]) -> None:
-        """Give the engine an event."""
+        """Pass an event to the engine."""
 
 
 class Transfers:
     """Bytes of one peer, by name: publications, their parts, and averaged shares.
 
-    Obtains what a roster names, and tells the engine how that went.
+    It obtains what a roster names, and reports the result to the engine.
     """
 
     def __init__(self, owner: Owner, world: Carrier) -> None:
         self._owner, self._world, self._settings = owner, world, owner.settings
         self._store: dict[str, int] = {}
-        """Round in which each thing arrived."""
+        """Round in which each thing arrived, by name."""
         self._shares: dict[str, set[int]] = {}
         self._pulling: set[str] = set()
         self._merging: _Merging | None = None
 
     def published(self, snapshot: str) -> None:
-        """Note that the owner's own publication is here."""
+        """Record that the owner's own publication is available."""
         self._store[snapshot] = self._owner.round
 
     def provide(self, what: str) -> str | None:
@@ -146,7 +146,7 @@ class Transfers:
     # ------------------------------------------------------------------ a merge
 
     def merge(self, roster: Roster) -> None:
-        """Obtain what this roster names."""
+        """Obtain the publications or shares that this roster needs."""
         self._merging = _Merging(roster, self._world.clock.now)
         self._go_on_merging()
 

@@ -31,7 +31,7 @@ _Event: TypeAlias = ev.Event[None, None]
 
 _SAMPLE, _TRY_AGAIN_S = 16, 1.0
 _JOINS, _LOOKS = 0, 1
-"""Numbers of the two questions to others: which state to begin with, and how far they are."""
+"""Numbers of this peer's two searches: which state to begin with, and which rounds the others are in."""
 
 
 def named(roster: Roster) -> ev.SignedRoster[None]:
@@ -40,14 +40,14 @@ def named(roster: Roster) -> ev.SignedRoster[None]:
 
 
 class OpenQuestion(Protocol):
-    """Question that is under way."""
+    """Question to another peer that is under way."""
 
     def give_up(self) -> None:
         """Drop the question: the asker no longer wants the answer."""
 
 
 class Surroundings(Carrier, Directory, Protocol):
-    """World around a volunteer: it carries bytes and questions, and records what the volunteer does."""
+    """Simulated world, as a volunteer sees it: it carries bytes and questions, and records what the volunteer does."""
 
     settings: Settings
     waits_s: list[tuple[str, int, float]]
@@ -64,11 +64,11 @@ class Surroundings(Carrier, Directory, Protocol):
     def record(
         self, kind: Literal["signed", "applied", "adopted"], peer: SimulatedVolunteer, roster: Roster | None = None
     ) -> None:
-        """Add to the log."""
+        """Add an event to the log."""
 
 
 class SimulatedVolunteer:
-    """One simulated peer. The world delivers to it; it answers and asks."""
+    """Simulated volunteer of synchronous rounds. The world delivers messages to it; it answers and asks."""
 
     world: Surroundings
 
@@ -94,13 +94,13 @@ class SimulatedVolunteer:
         self.history: tuple[Roster, ...] = ()
         self.digest_at: dict[int, str] = {}
         self.checkpoints: tuple[JoinState, ...] = ()
-        """States at the beginnings of the last rounds."""
+        """States at the beginnings of the last rounds, to restart from."""
         self.steps = 0
         self.signs = True
         self.ended_s = math.inf
-        """Time at which its inner steps of this round ended; infinity before that."""
+        """Time at which the peer's inner steps of this round ended; infinity before that."""
         self._frozen_s = 0.0
-        """Seconds that this process was frozen since then."""
+        """Seconds for which this process was frozen since `ended_s`."""
         self._timer: Timer | None = None
         self._calls: dict[int, Any] = {}
         self._num_calls = itertools.count()
@@ -118,22 +118,22 @@ class SimulatedVolunteer:
 
     @property
     def round(self) -> int:
-        """Round that it is in."""
+        """Round that the peer is in."""
         return self.engine.round
 
     @property
     def last(self) -> Roster | None:
-        """Roster that it applied last."""
+        """Roster that the peer applied last."""
         return None if self.engine.last is None else self.engine.last.roster
 
     @property
     def chain(self) -> Chain:
-        """Chain of the rosters that it has applied."""
+        """Chain of the rosters that the peer has applied."""
         return self.engine.chains.chain
 
     @property
     def is_late_joiner(self) -> bool:
-        """True if nobody waits for its round, because it joined late."""
+        """True if nobody waits for this peer's round, because it joined late."""
         return self.engine.is_late_joiner
 
     @property
@@ -198,7 +198,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ driving the engine
 
     def tell(self, event: _Event) -> None:
-        """Give the engine an event, and carry out its commands."""
+        """Pass an event to the engine, and carry out its commands."""
         for command in self.engine.receive(event, self.world.clock.now):
             self.deliver(self._do, command)
         wake_s, timer = self.engine.wake_at(), self._timer
@@ -256,7 +256,7 @@ class SimulatedVolunteer:
         self.tell(ev.QuestionFailed(number) if reply is None else ev.QuestionAnswered(number, reply))
 
     def asked(self, question: ev.RoundQuestion, call: Any) -> None:
-        """Take another peer's question about a round; the engine answers at once or holds it."""
+        """Receive another peer's question about a round; the engine answers it at once or holds it."""
         number = next(self._num_calls)
         self._calls[number] = call
         self.tell(ev.QuestionReceived(number, question))
@@ -282,7 +282,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ joining, presence
 
     def begin(self) -> None:
-        """Look who is there, take their state, and train."""
+        """Ask who is present, take the state that holds, and train."""
         self.presence.read()
         others = [info.peer for info in self.membership.volunteers()][:_SAMPLE]
         self.tell(ev.Join(_JOINS, tuple(others)))
@@ -372,7 +372,7 @@ class SimulatedVolunteer:
     # ------------------------------------------------------------------ states
 
     def restore(self, saved: JoinState) -> None:
-        """Continue from a checkpoint, in a process that knows nothing else."""
+        """Continue from a checkpoint, in a process that has nothing else."""
         if saved.last is not None:
             self.engine.chains.keep(ShownChain(saved.chain))
         self._take(saved)
@@ -386,7 +386,7 @@ class SimulatedVolunteer:
         return JoinState(round=self.round, last=self.last, digest=self.digest, history=self.history, chain=self.chain)
 
     def _adopt(self, source: str, state: JoinState) -> None:
-        """Take other peers' weights, because they hold, and ask again how far their round is by now."""
+        """Adopt another peer's weights, because they hold, and ask again for the progress of the round under way."""
         if self.phase is not Phase.JOINING:
             self.phase = Phase.CATCHING_UP
             self._waited()

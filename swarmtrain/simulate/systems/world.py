@@ -36,7 +36,7 @@ class WorldEvent:
 
 
 class _Call:
-    """One question from `src` to `dst`: answered once, or failed once."""
+    """One question from peer `src` to peer `dst`: answered once, or failed once."""
 
     __slots__ = ("_done", "_dst", "_open", "_src", "_timer", "_world", "asker")
 
@@ -59,7 +59,7 @@ class _Call:
         self._world.send(self._dst, self._src, self._src.deliver, self._finish, reply)
 
     def refuse(self) -> None:
-        """Fail the call because `dst` is gone: its machine, or a broken connection, says so."""
+        """Fail the call because `dst` is gone: its machine refuses it, or the connection breaks."""
         if self._world.connected(self._src, self._dst):
             delay_s = self._world.latency_s(self._src, self._dst)
             self._world.clock.call_later(delay_s, self._src.deliver, self._finish, None)
@@ -133,7 +133,7 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         self._faults.clear()
 
     def reached(self, peer: Owner, moment: WorldMoment) -> None:
-        """Strike if a fault was declared for this moment. Called by peers."""
+        """Let the fault strike that was declared for this moment of the peer's round, if any. Called by peers."""
         if self._faults and (fault := self._faults.pop((peer.name, peer.round, moment), None)) is not None:
             fault(peer.name)
 
@@ -173,7 +173,7 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
     # ------------------------------------------------------------------ running and looking
 
     def record(self, kind: Any, peer: SimulatedVolunteer, roster: Roster | None = None) -> None:
-        """Add to the log."""
+        """Add an event to the log."""
         self.log.append(
             WorldEvent(
                 time_s=self.clock.now, peer=peer.name, kind=kind, round=peer.round, roster=roster, digest=peer.digest

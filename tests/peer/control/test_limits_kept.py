@@ -198,6 +198,18 @@ def test_more_threads_than_cores_are_said_to_slow_it_down() -> None:
     assert enforcer.change(pb.Limits(threads=2)) == "2 threads from the next inner step on; it trains"
 
 
+def test_more_threads_than_cores_are_warned_of_at_the_start() -> None:
+    kept = Kept(Limits(threads=99))
+    kept.enforcer.start()
+    kept.enforcer.tick()
+    (warning,) = kept.events
+    assert isinstance(warning, WarningEvent) and warning.code == "too-many-threads"
+    assert warning.message == "--threads 99: more than the 2 cores here: that only slows it down"
+    fits = Kept(Limits(threads=2))
+    fits.enforcer.start()
+    assert not fits.events
+
+
 def test_limits_are_told_and_what_is_absent_stays() -> None:
     kept = Kept(Limits(threads=3, memory_bytes=2 * 10**9, hours=parse_hours("8-17"), only_when_idle=True))
     kept.enforcer.change(pb.Limits(threads=2))

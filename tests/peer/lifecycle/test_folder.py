@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from codes import raises_code
 
-from swarmtrain.errors import UserError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.files import write_atomically
-from swarmtrain.network.identity import new_identity
+from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.peer.bootstrap import publish_run, run_bootstrap
 from swarmtrain.peer.lifecycle.folder import is_in_use, peer_folder, running_invite
 from swarmtrain.peer.lifecycle.node import PeerSettings, StopFlag
@@ -55,6 +55,44 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with raises_code("folder-not-writable", UserError, "--dir"), peer_folder(tmp_path / "file" / "peer"):
         pass
+
+
+def failed_start(path: Path, *files: str, words: str = "nobody answers") -> None:
+    """Fail to join, in a folder that may be new, after writing `files`."""
+    with raises_code("nobody-answers", RunTimeError), peer_folder(path, removes_unused=True) as folder:
+        load_or_create_identity(folder.key_path)
+        folder.keep_port(["/ip4/127.0.0.1/tcp/4001"])
+        folder.started.keep_command(Started(("join",)))
+        for name in files:
+            (path / name).write_text("kept")
+        raise RunTimeError(words, code="nobody-answers")
+
+
+def test_a_new_folder_of_a_start_that_failed_is_removed(tmp_path: Path) -> None:
+    failed_start(tmp_path / "peer", "peer.log", "status.json")
+    assert not (tmp_path / "peer").exists()
+
+
+def test_a_folder_of_a_start_that_failed_stays_if_anything_may_be_needed(tmp_path: Path) -> None:
+    (tmp_path / "made-before").mkdir()
+    failed_start(tmp_path / "made-before")
+    for kept in ("run.toml", "held-out.txt", "notes.txt"):
+        failed_start(tmp_path / kept.partition(".")[0], kept)
+    failed_start(tmp_path / "named", words=f"see {tmp_path}/named/peer.log")
+    with peer_folder(tmp_path / "ended-well", removes_unused=True):
+        pass
+    with raises_code("bad-value", UserError), peer_folder(tmp_path / "bootstrap"):
+        raise UserError("not for a volunteer", code="bad-value")
+    names = {"made-before", "run", "held-out", "notes", "named", "ended-well", "bootstrap"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "made-before" / "identity.key").exists()
+
+
+def test_a_folder_that_another_peer_uses_is_not_removed(tmp_path: Path) -> None:
+    with peer_folder(tmp_path / "peer") as folder:
+        with raises_code("folder-in-use", UserError), peer_folder(tmp_path / "peer", removes_unused=True):
+            pass
+        assert is_in_use(folder.path)
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
