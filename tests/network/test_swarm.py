@@ -377,11 +377,11 @@ def test_who_is_seen_is_believed_from_then_on() -> None:
         began_s = swarm_time()
         ben = PeerInfo(peer=BEN.peer_id, stamp=began_s, training=True, steps_per_s=0.05)
         swarm.peers.saw(BEN.peer_id, presence_to_proto(ben))
-        swarm.tallying.clock = lambda: began_s + 60.0
+        swarm.accounting.clock = lambda: began_s + 60.0
         for peer in (BEN, CARL):
-            swarm.tallying.receive(peer.peer_id, 10**9)
-        counts = swarm.tallying.contributions()
-        burst = swarm.tallying.rules.burst_tokens
+            swarm.accounting.receive(peer.peer_id, 10**9)
+        counts = swarm.accounting.contributions()
+        burst = swarm.accounting.rules.burst_tokens
         assert counts[CARL.peer_id] == burst
         assert counts[BEN.peer_id] == pytest.approx(
             burst + 4 * 60 * 0.05 * swarm.published.run.tokens_per_step, rel=0.01
@@ -411,7 +411,7 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
         safe = Progress(round=6, peer_tokens={ME.peer_id: 600})
         for durable in (lambda: None, lambda: safe, swarm.records.safe):
             await dataclasses.replace(swarm.records, safe=durable).store()
-        assert swarm.tallying.contributions() == counts
+        assert swarm.accounting.contributions() == counts
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]

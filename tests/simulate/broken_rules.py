@@ -233,7 +233,7 @@ def archives_by_who_counts_higher(patch: Patch) -> None:
     """Archive a state if it counts more than the bootstrap, whatever it contains."""
 
     def is_wanted(self: archive.Archive, counts: Mapping[str, int], authors: Collection[str]) -> bool:
-        adds = sum(counts.values()) > self.swarm.tallying.total
+        adds = sum(counts.values()) > self.swarm.accounting.total
         if not adds:
             self.watch.archived(self._asked)
         return adds

@@ -32,7 +32,7 @@ class KnownPeers:
     node: Node
     published: PublishedRun
     membership: Membership
-    tallying: TokenAccounting
+    accounting: TokenAccounting
     emit: Callable[[Event], None]
     changed: Callable[[], None]
     """Called when a peer has joined or gone."""
@@ -124,7 +124,7 @@ class KnownPeers:
         info = dataclasses.replace(info, hidden=info.hidden and run.merge.kind.asynchronous)
         expires_s = info.stamp + run.network.presence_ttl_s  # whatever its record says
         self.node.remember_addresses(peer, info.addresses, given)
-        self.tallying.meet(peer)
+        self.accounting.meet(peer)
         is_here = first_hand or info.hidden  # a hidden peer cannot be called, so its presence alone decides
         self.report(self.membership.saw_presence(info, expires_s, swarm_time(), answered=answered), is_here)
         if peer in self._untold and (is_here or info.stamp > self._untold[peer]):  # it has renewed its presence since

@@ -288,7 +288,7 @@ def finish(own: ChainStore, others: Peers, *, slept: bool = False) -> tuple[Outc
         rounds, refused = rounds_of(A, own, others)
         if slept:
             await asyncio.sleep(0.1)
-            rounds.stood_still()
+            rounds.was_suspended()
         round, started_s = rounds.current_round, 0.0 if slept else swarm_time()
         outcome = await asyncio.wait_for(rounds.finish(round, publication(A, own.chain.head), started_s), 100)
         if isinstance(outcome, RosterMean):
