@@ -93,7 +93,7 @@ def command(
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
         rows = [dataclasses.asdict(one) for one in worst]
-        for row in rows:  # the JSON fields keep the names that programs know
+        for row in rows:  # the field keeps the name that programs know
             row["strain"] = row.pop("utilization")
         click.echo(json.dumps({**table, "hurts": rows}, allow_nan=False))
         return
