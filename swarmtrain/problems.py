@@ -268,7 +268,7 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
         required = next(name for name, field in fields.items() if field.is_required())
         return f"{key}.{required}: missing; allowed: {allowed_values(fields[required])}"
     if len(names) == 1:
-        return f"{key}: {shown(detail['input'])} is no section; allowed: [{key}] with keys below it"
+        return f"{key}: {shown(detail['input'])} is not a section; allowed: [{key}] with keys below it"
     allowed = allowed_values(section_fields(model.model_fields[names[0]].annotation)[names[1]])
     problem = "missing" if detail["type"] == "missing" else f"{shown(detail['input'])} is refused"
     return f"{key}: {problem}; allowed: {allowed}"

@@ -426,7 +426,7 @@ def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
         if name in _SECTIONS and name not in defaults:
             homes = " or ".join(f"[{home}]" for home in _SECTIONS[name].replace(" and ", ", ").split(", "))
             del draft.table[name]
-            draft.refuse((name,), f"is no section here; write its keys into {homes}")
+            draft.refuse((name,), f"is not a section here; write its keys into {homes}")
     for alias in ALIASES:
         keys = table.get(alias.section)
         if isinstance(keys, dict):

@@ -266,8 +266,8 @@ class InnerOptimizer:
 
     @torch.no_grad()
     def load_moments(self, moments: Moments) -> None:
-        """Continue from a copy of what `copy_moments` returned. Raises ValueError, changing nothing, for another
-        model's."""
+        """Continue from a copy of what `copy_moments` returned. Raises ValueError, changing nothing, if the copy is of
+        a model with other parameters."""
         sizes = self._sizes()
         if moments.vectors.shape != (2, sum(sizes)) or moments.steps.shape != (len(sizes),):
             shapes = (tuple(moments.vectors.shape), tuple(moments.steps.shape))

@@ -47,7 +47,7 @@ class OuterConstants:
 
 @dataclass(frozen=True)
 class OuterState:
-    """Outer parameters and their momentum, (P,) fp32 each. Nobody writes into them once they are here."""
+    """Outer parameters and their momentum, (P,) fp32 each. Nobody writes into the tensors of a state."""
 
     theta: Tensor
     momentum: Tensor

@@ -199,7 +199,7 @@ class ErrorFeedback:
         self._sizes = tuple(sizes)
         if residual is None:
             residual = memory.zeros(sum(sizes), torch.bfloat16)
-            """e of the next round, (P,) bf16. Nobody writes into it once it is here."""
+            """e of the next round, (P,) bf16. Nobody writes into it."""
         _check_vector(residual, self._sizes, torch.bfloat16)
         if not torch.isfinite(_magnitudes(residual)).all():
             raise ValueError("a residual that is not finite: start from none")
@@ -209,7 +209,7 @@ class ErrorFeedback:
 
     @property
     def residual(self) -> Tensor:
-        """e of the next round, (P,) bf16. Nobody writes into it once it is here."""
+        """e of the next round, (P,) bf16. Nobody writes into it."""
         return self._left_over
 
     def over(self, round: int) -> None:

@@ -70,7 +70,8 @@ def report_folder(folder: Path) -> None:
 
 
 def say(words: str) -> None:
-    """Print a line on standard error for the person who starts a peer; in the background the waiting one does it."""
+    """Print a line on standard error for the person who starts a peer. In the background, the command that waits prints
+    it."""
     if is_the_background():
         _write(json.dumps({"said": words}))
     else:
@@ -136,7 +137,7 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
 
 
 class _Started:
-    """Process in the background, as far as it has reported."""
+    """Process that was started in the background, as far as it has reported."""
 
     def __init__(self, process: subprocess.Popen[bytes], by_folder: bool) -> None:
         self.process = process
@@ -148,7 +149,7 @@ class _Started:
         self.error = ""
 
     def listen(self, pipe: IO[bytes], show: Callable[[Event], None]) -> None:
-        """Read its reports until the peer is up or has ended."""
+        """Read the process's reports until the peer is up or has ended."""
         from swarmtrain.events import ErrorEvent, parse_event
 
         for line in pipe:
@@ -175,7 +176,7 @@ class _Started:
         return f"; its log is {self.folder / 'peer.log'}" if self.folder is not None else ""
 
     def tell_up(self) -> int:
-        """Print how to watch and end it; returns the exit code."""
+        """Print how to watch and end the peer; returns the exit code."""
         assert self.folder is not None and self.up is not None
         which = f"--dir {shlex.quote(str(self.folder))}" if self.by_folder else self.folder.name
         state = "is paused" if self.up.event == "paused" else "runs"
@@ -191,7 +192,7 @@ class _Started:
         return 0
 
     def tell_end(self, early: IO[bytes]) -> int:
-        """Print why it ended before it was up; returns its exit code."""
+        """Print why the peer ended before it was up; returns its exit code."""
         code = self.process.wait()
         if self.error:
             click.echo(f"error: {self.error}", err=True)

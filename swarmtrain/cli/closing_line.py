@@ -56,7 +56,8 @@ def model_line(model: Path) -> str:
 
 
 def go_on_line(folder: Path, *, is_usual: bool = False) -> str:
-    """Say what to type to continue, and from which round; empty without a run, or if its command is not known."""
+    """Say which command continues the peer, and from which round; empty without a run, or if the command is not
+    known."""
     from swarmtrain.peer.checkpoints.files import newest_written
     from swarmtrain.peer.lifecycle.folder import PeerFolder
 

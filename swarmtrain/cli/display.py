@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from swarmtrain.cli.peers import Phase, View
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.screen import contribution_in_words, progress_in_words, serving_lines
 from swarmtrain.events import (
     ArrivingEvent,
@@ -81,7 +81,7 @@ class _Peer:
     shared_steps: int = 0  # inner steps of the rounds that were merged with others, and what was sent in them
     shared_bytes: int = 0
     stages: tuple[int, ...] = ()
-    """Stages of a pipeline that it holds."""
+    """Stages of a pipeline that the peer holds."""
 
     @property
     def does(self) -> str:
@@ -132,12 +132,13 @@ class _Peer:
 
     @property
     def times_below_allreduce(self) -> float | None:
-        """Ratio over all its rounds, as `status` shows it; of the last round while the model's size is not known."""
+        """Factor by which the peer sent fewer bytes than an all-reduce would have, over all its rounds as in `status`;
+        over the last round while the model's size is not known."""
         known = times_below_allreduce(self.num_parameters, self.shared_steps, self.shared_bytes)
         return known or (None if self.round is None else self.round.times_below_allreduce)
 
     def share(self, run_tokens: int) -> float:
-        """Return its share of the tokens trained since it joined, 0 to 1."""
+        """Return the peer's share of the tokens trained since it joined, 0 to 1."""
         return min(1.0, self.tokens / max(1, run_tokens - self.tokens_before))
 
 
@@ -189,7 +190,7 @@ class _Display:
     """Drawing in place: shared base of both displays."""
 
     _redraws: ClassVar[bool] = False
-    """True if it is redrawn between events too."""
+    """True if the display is redrawn between events too."""
 
     def __init__(self, title: str, total_tokens: int, console: Console | None) -> None:
         self._title = title
@@ -268,7 +269,7 @@ class PeerDisplay(_Display):
         if self._status is None:
             return
         try:
-            self._view = View(status=self._status(), phase=Phase.RUNNING, now=time.time())
+            self._view = View(status=self._status(), phase=PeerPhase.RUNNING, now=time.time())
         except Exception:  # a task boundary: whatever a look at the peer meets, the picture before it stays
             _log.exception("the screen's look at the peer failed")
 

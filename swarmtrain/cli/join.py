@@ -185,7 +185,8 @@ def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
 
 
 def _serving(fail_share: float) -> Callable[[str], NumServed]:
-    """Return, by the peer's name, how much of each pull it serves: all of it, or in a rehearsal sometimes less."""
+    """Return a function from a peer's name to the chunks of each pull that it serves: all of them, or in a rehearsal
+    sometimes fewer."""
     from swarmtrain.network.links.proxy import FailingPulls
     from swarmtrain.network.snapshots.store import all_chunks
 
@@ -292,6 +293,6 @@ def _stopped(folder: Path) -> Path | None:
 
 
 def _last_used(folder: Path) -> float:
-    """Return when a peer last ran in a folder, in Unix seconds; 0 if none did."""
+    """Return the Unix time at which a peer last ran in a folder; 0 if none did."""
     times = [path.stat().st_mtime for name in ("status.json", "run.toml") if (path := folder / name).exists()]
     return max(times, default=0.0)

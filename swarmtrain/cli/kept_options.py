@@ -46,7 +46,7 @@ class KeptOption(click.Option):
         return tuple(os.path.abspath(item) if is_path else str(item) for item in values)  # noqa: PTH100 - not resolved
 
     def read(self, ctx: click.Context, words: tuple[str, ...]) -> Any:
-        """Return the value of what was typed at an earlier start."""
+        """Parse the words that were typed for the option at an earlier start, and return its value."""
         return super().process_value(ctx, True if self.is_flag else list(words) if self.multiple else words[0])
 
 

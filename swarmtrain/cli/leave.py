@@ -75,7 +75,7 @@ class _Warnings:
         self._told: set[str] = set()
 
     def look(self, peer: LocalPeer) -> None:
-        """Print new warnings, if it answers."""
+        """Print the peer's new warnings, if it answers."""
         from swarmtrain.cli.peers import ask, wire
         from swarmtrain.errors import SwarmtrainError
 
@@ -119,13 +119,13 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
             next_look_s = time.monotonic() + _LOOK_FOR_WARNINGS_S
     if peer.folder is None:
         return f"{peer.address} has ended", 0
-    from swarmtrain.cli.peers import Phase, look
+    from swarmtrain.cli.peers import PeerPhase, look
     from swarmtrain.cli.screen import sentence
 
     view = look(peer)
     warnings.say(view.status)
     ended = f"{title(view.status, peer.folder)}: {sentence(view)}"
-    if view.phase is not Phase.ENDED:
+    if view.phase is not PeerPhase.ENDED:
         return ended, 1
     from swarmtrain.cli.closing_line import last_line
 
@@ -134,7 +134,7 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
 
 
 def _lives(peer: LocalPeer, process: int) -> bool:
-    """Return whether it holds its folder or its process still exists; over TCP, whether it answers."""
+    """Return whether the peer holds its folder or its process still exists; over TCP, whether it answers."""
     from swarmtrain.cli.peers import NoAnswerError, ask, wire
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 

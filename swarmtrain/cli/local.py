@@ -237,7 +237,7 @@ class _Part:
     rounds: int = 0
     tokens: int = 0
     link_bytes: tuple[int, int] | None = None
-    """Bytes that its emulated link carried up and down; None without one."""
+    """Bytes that the volunteer's emulated link carried up and down; None without one."""
 
     def take(self, event: Event) -> None:
         from swarmtrain.events import DoneEvent, RoundEvent
@@ -274,7 +274,7 @@ class _Trained:
 
 
 def _train(plan: _Plan, stop: StopFlag) -> _Trained:
-    """Run the swarm to its end. Its processes end with it, whatever happens."""
+    """Run the swarm to its end. The swarm's processes end with this one, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
     from swarmtrain.cli.peers import listed

@@ -99,7 +99,7 @@ class LogReader:
             pause()
 
     def _new_parts(self) -> Iterator[bytes]:
-        """Read what is new in the file, and in the one that has replaced it by rotation."""
+        """Read what is new in the log file, and in the one that has replaced it by rotation."""
         try:
             newest = self._path.open(
                 "rb"

@@ -32,7 +32,7 @@ __all__ = [
     "ForeignError",
     "LocalPeer",
     "NoAnswerError",
-    "Phase",
+    "PeerPhase",
     "RefusedError",
     "View",
     "ask",
@@ -58,7 +58,7 @@ _LISTED = "local"
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
-class Phase(enum.Enum):
+class PeerPhase(enum.Enum):
     """State of a peer's process, as seen from outside."""
 
     RUNNING = "running"  # answers
@@ -73,10 +73,10 @@ class Phase(enum.Enum):
     @property
     def over(self) -> bool:
         """True if no process of the peer is left."""
-        return self in (Phase.ENDED, Phase.FAILED, Phase.DIED, Phase.LOST)
+        return self in (PeerPhase.ENDED, PeerPhase.FAILED, PeerPhase.DIED, PeerPhase.LOST)
 
 
-_ENDS = {wire.PEER_STATE_DONE: Phase.ENDED, wire.PEER_STATE_FAILED: Phase.FAILED}
+_ENDS = {wire.PEER_STATE_DONE: PeerPhase.ENDED, wire.PEER_STATE_FAILED: PeerPhase.FAILED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class View:
     """Snapshot of what is known of a peer."""
 
     status: Any  # wire.PeerStatus, the last one; empty if there is none
-    phase: Phase
+    phase: PeerPhase
     folder: Path | None = None
     now: float = 0.0  # Unix seconds
     note: str = ""  # additional sentence, such as "waiting for it to come back"
@@ -98,7 +98,7 @@ class LocalPeer:
     address: str = ""
 
     def last(self) -> Any:
-        """Read the status in its folder; an empty one if there is none."""
+        """Read the status in the peer's folder; an empty one if there is none."""
         status = wire.PeerStatus()
         if self.folder is not None:
             with contextlib.suppress(OSError, json_format.ParseError, UnicodeDecodeError):
@@ -107,7 +107,7 @@ class LocalPeer:
         return wire.PeerStatus()
 
     def target(self) -> str:
-        """Return the gRPC target at which it answers; empty while it has not written one."""
+        """Return the gRPC target at which the peer answers; empty while the peer has not written one."""
         if self.folder is None:
             return self.address
         try:
@@ -127,7 +127,7 @@ class NoAnswerError(RunTimeError):
 
 
 class RefusedError(RunTimeError):
-    """Answer of a peer that it refuses."""
+    """Refusal with which a peer answered."""
 
 
 class ForeignError(RefusedError):
@@ -184,7 +184,7 @@ def find(which: WhichPeer) -> LocalPeer:
 
 
 def _failed_before_it_had_a_run(peer: LocalPeer) -> bool:
-    """Return whether its folder holds only the message that it failed."""
+    """Return whether the peer's folder holds only the message that the peer failed."""
     assert peer.folder is not None
     return not (peer.folder / "run.toml").exists() and peer.last().state == wire.PEER_STATE_FAILED
 
@@ -324,7 +324,7 @@ def ask(peer: LocalPeer, method: str, request: Any, limit_s: float = CALL_LIMIT_
 
 
 def check_health(peer: LocalPeer) -> None:
-    """Ask its health service. Raises RunTimeError, which says what the peer does, if it is not healthy."""
+    """Ask a peer's health service. Raises RunTimeError, which says what the peer does, if it is not healthy."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with channel(peer, health_pb2_grpc.HealthStub) as stub:
@@ -389,10 +389,8 @@ def _name(peer: LocalPeer) -> str:
 
 
 def look(peer: LocalPeer) -> View:
-    """Return what is known of `peer` now.
-
-    Raises NoAnswerError if it does not answer and has no folder here, ForeignError if it belongs to another user.
-    """
+    """Return what is known of `peer` now, by its answer or from its folder. Raises NoAnswerError if it does not answer
+    and has no folder here, ForeignError if it belongs to another user."""
     if peer.folder is not None and holder(peer.folder) is Holder.NOBODY:
         return look_without_asking(peer)
     try:
@@ -401,13 +399,13 @@ def look(peer: LocalPeer) -> View:
         if peer.folder is None:
             raise
         return look_without_asking(peer, problem=error)
-    return View(status=status, phase=Phase.RUNNING, folder=peer.folder, now=time.time())
+    return View(status=status, phase=PeerPhase.RUNNING, folder=peer.folder, now=time.time())
 
 
 def look_without_asking(
     peer: LocalPeer, *, problem: NoAnswerError | None = None, heard: wire.PeerStatus | None = None
 ) -> View:
-    """Return what a peer's folder tells of it.
+    """Return what a peer's folder says of the peer.
 
     `problem`: why it did not answer, if it was asked; `heard`: the last status that it sent itself.
     """
@@ -417,19 +415,19 @@ def look_without_asking(
     note = str(problem) if problem is not None and held is not Holder.NOBODY else ""
     last = status if heard is None or heard.time < status.time else heard
     if held is Holder.NOBODY and _last_holder(peer.folder) not in (0, status.pid):
-        phase = Phase.DIED  # the file is of an earlier process, so the last one left no status
+        phase = PeerPhase.DIED  # the file is of an earlier process, so the last one left no status
     elif held is Holder.NOBODY:
-        phase = _ENDS.get(status.state, Phase.DIED)
+        phase = _ENDS.get(status.state, PeerPhase.DIED)
     elif last.pid == process and last.state in _ENDS:
-        phase = Phase.ENDING
+        phase = PeerPhase.ENDING
     elif (
         problem is not None
         and not problem.timed_out
         and (last.pid != process or last.state == wire.PEER_STATE_STARTING)
     ):
-        phase = Phase.STARTING  # the status is of an earlier process, or this one has just begun to serve
+        phase = PeerPhase.STARTING  # the status is of an earlier process, or this one has just begun to serve
     else:
-        phase = Phase.SILENT
+        phase = PeerPhase.SILENT
     return View(status=status, phase=phase, folder=peer.folder, now=time.time(), note=note)
 
 

@@ -29,7 +29,7 @@ class GivenRun:
     """Argument as it was typed; it means the same to another command that is started in this folder."""
     path: Path
     base: Path
-    """Folder to which its data paths are relative: the file's folder; for an example, the working directory."""
+    """Folder to which the run's data paths are relative: the file's folder; for an example, the working directory."""
 
     @property
     def to_start_again(self) -> str:

@@ -28,7 +28,8 @@ def is_plain_name(name: str) -> bool:
 
 
 def below(base: Path, path: Path, key: str) -> Path:
-    """Return `path` with its links resolved. Raises RunFileError, which names `key`, if it is not below `base`."""
+    """Return `path` with its links resolved. Raises RunFileError, which names `key`, if the result is not below
+    `base`."""
     try:
         resolved = path.resolve()
         if resolved.is_relative_to(base.resolve()):

@@ -168,7 +168,7 @@ def _matches(pattern: str, base: Path) -> list[str]:
     """Return the names, below `base`, of the files that a pattern matches. Raises RunFileError if there are none."""
     if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise RunFileError(
-            f"data.paths: {pattern} is not below the folder of the data; it is not read: write a path relative to that "
+            f"data.paths: {pattern} is outside the folder of the data; it is not read: write a path relative to that "
             "folder, without ..",
             code="path-outside",
         )

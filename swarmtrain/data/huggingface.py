@@ -55,7 +55,7 @@ def newest_revision(section: DataSection, base: Path) -> str:
         found = _hub(library).dataset_info(section.dataset, timeout=60.0).sha
     if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{40}", found):
         raise RunFileError(
-            f'data.dataset: the hub names no commit of "{section.dataset}"; try again later', code="dataset-not-loaded"
+            f'data.dataset: the hub gives no commit of "{section.dataset}"; try again later', code="dataset-not-loaded"
         )
     return found
 
@@ -108,7 +108,7 @@ def _folder(section: DataSection, base: Path) -> Path | None:
     name = section.dataset
     if not is_plain_name(name):
         raise RunFileError(
-            f'data.dataset: "{name}" is neither a data set of the hub nor a folder below that of the data; it is not '
+            f'data.dataset: "{name}" is neither a data set of the hub nor a folder of the data; it is not '
             "read: write owner/name, or a path without ..",
             code="dataset-name",
         )
@@ -166,7 +166,7 @@ def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any
     """Return the library's builder for the hub's data set, and the prefix that its files must have."""
     if not _HUB_NAME.fullmatch(section.dataset):
         raise RunFileError(
-            f'data.dataset: "{section.dataset}" is no data set of the hub; write owner/name', code="dataset-name"
+            f'data.dataset: "{section.dataset}" is not a data set of the hub; write owner/name', code="dataset-name"
         )
     hub = _hub(library)
     commit = revision or hub.dataset_info(section.dataset, timeout=60.0).sha

@@ -47,7 +47,7 @@ class MergeMethod:
     server: str = ""
     """Class in the bootstrap that takes in each pseudo-gradient as it arrives, a `peer.merging.server.MergeServer`.
 
-    The published run names the bootstrap. Everybody trains on from its weights, and only those are archived.
+    The published run names the bootstrap. All volunteers continue from its weights, and only those are archived.
     "module:class"; empty if there is none.
     """
     in_step: bool = False

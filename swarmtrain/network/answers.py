@@ -97,10 +97,8 @@ class SwarmAnswers:
         return await self.rounds.answer(request)
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
-        """Return our newest publication, or that of a guest; takes in the caller's presence.
-
-        The publication becomes a snapshot at the first request.
-        """
+        """Return this peer's newest publication, or that of a guest, and record the caller's presence. The publication
+        becomes a snapshot at the first request."""
         serving = self.serving()
         serving.called(caller)
         with contextlib.suppress(BadBytesError):
@@ -125,9 +123,10 @@ class SwarmAnswers:
         return reply
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
-        """Return the manifest of our newest state, built at the first request.
+        """Return the manifest of this peer's newest state, built at the first request.
 
-        Empty if there is none, and in asynchronous rounds while we are away, since each peer then has its own state.
+        Empty if there is none, and in asynchronous rounds while this peer is away, since each peer then has its own
+        state.
         """
         await self.rounds.wait_for_round(min(request.min_round, self.rounds.current_round + 1), _STATE_WAIT_S)
         found, last = await self.offer.held(request.min_round), self.rounds.last

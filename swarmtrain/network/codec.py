@@ -226,7 +226,7 @@ class PublicationCodec:
         return PartnerUpdate(values, values, 0)  # without tokens the gradient is not used
 
     def gradient_untrusted(self, held: HeldSnapshot, news: News, earlier: HeldSnapshot | None) -> PartnerUpdate:
-        """Return what is new of a downloaded pseudo-gradient (P,); see `arrival_untrusted`."""
+        """Return the new part of a downloaded pseudo-gradient (P,); see `arrival_untrusted`."""
         gradient = self.gradient.decode_untrusted(held)
         if earlier is not None:
             self.gradient.less(gradient, earlier)

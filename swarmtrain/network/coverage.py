@@ -117,7 +117,8 @@ class DataCoverage:
     # ------------------------------------------------------------- the wire
 
     def rows_to_send(self) -> list[pb.Signed]:
-        """Return rows for a manifest: our own, signed now, and some of other peers' as they signed them."""
+        """Return rows for a manifest: this peer's own, signed now, and some rows of other peers as those signed
+        them."""
         with self._lock:
             own, *others = self._coverage.rows_to_send()
         return [self._sign(own), *(pb.Signed.FromString(row.signed) for row in others)]
@@ -177,7 +178,7 @@ class DataCoverage:
     # ------------------------------------------------------------- keeping
 
     def kept(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the part of the coverage that a checkpoint keeps."""
         with self._lock:
             return {"corpus_sha256": self.shards.corpus_sha256, "rows": self._coverage.rows()}
 
@@ -243,7 +244,7 @@ class CarriedRows:
             return [pb.Signed.FromString(self._rows[author][1]) for author in authors]
 
     def kept(self) -> list[str]:
-        """Return what a checkpoint keeps."""
+        """Return the rows, as text, that a checkpoint keeps."""
         with self._lock:
             return [base64.b64encode(signed).decode() for _, (_, signed) in sorted(self._rows.items())]
 

@@ -197,7 +197,7 @@ def _log_daemon_line(line: str) -> None:
 
 
 def _sockets_folder(directory: Path) -> Path:
-    """Return an empty folder that only we can enter, in `directory` if its path is short enough for a socket's.
+    """Return an empty folder that only this user can enter, in `directory` if its path is short enough for a socket's.
 
     Otherwise it lies among the temporary files, under a name that follows from `directory`, so that leftovers of a
     killed process are found and removed. If another user has taken that name, a fresh one is chosen.

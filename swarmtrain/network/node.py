@@ -151,7 +151,7 @@ class NodeSettings:
 
 @dataclass
 class TrafficCount:
-    """Traffic of a node: bytes of messages as we serialise them (the transport adds a few per cent).
+    """Traffic of a node: bytes of its messages in serialised form (the transport adds a few per cent).
 
     Also holds the limits of both directions, and how long received transfers took.
     """
@@ -267,10 +267,8 @@ class Node:
         return [address for address in found if "/tcp/" in address]
 
     async def wait_until_dead(self) -> str:
-        """Wait until the daemon has ended or its connection to us has, and return in words which of the two.
-
-        hivemind itself never notices: calls would hang (measured).
-        """
+        """Wait until the daemon, or its connection to this process, has ended; return in words which of the two.
+        hivemind itself never notices: calls would hang (measured)."""
         control = self._p2p._client.control
         ended = asyncio.create_task(self._p2p._child.wait())
         await asyncio.wait({ended, control._read_task, control._write_task}, return_when=asyncio.FIRST_COMPLETED)
@@ -318,9 +316,9 @@ class Node:
         """Remember the addresses that `peer` advertises; a call without a connection dials them. Addresses in `given`
         come from the user.
 
-        A stranger chooses whom we dial, so only a few addresses are kept: TCP, no names, and no group, any or
-        link-local address. Private addresses must be allowed, since swarms live in local networks; what the daemon
-        sends there is a greeting of twenty bytes.
+        A stranger chooses which addresses this peer dials, so only a few addresses are kept: TCP, no names, and no
+        group, any or link-local address. Private addresses must be allowed, since swarms live in local networks; what
+        the daemon sends there is a greeting of twenty bytes.
         """
         allowed = (address for address in addresses if address in given or may_dial(address))
         self._remember(peer, tuple(allowed)[:_MAX_DIALLED])

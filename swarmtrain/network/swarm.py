@@ -169,7 +169,7 @@ class Swarm:
     # ------------------------------------------------------------- life
 
     async def start(self, through: Sequence[InvitedPeer], serving: Serving | None = None) -> None:
-        """Answer calls, enter the DHT through `through`, and learn which peers are here. Advertises nothing yet."""
+        """Answer calls, enter the DHT through `through`, and learn which peers are present. Advertises nothing yet."""
         self.serving = serving or self.serving
         service = service_type()(self.answers, self.store, self.published.blobs(), self.node)
         await self.node.serve(service, namespace_of(self.published.sha256))
@@ -238,11 +238,11 @@ class Swarm:
                 task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def come_back(self, serving: Serving | None = None) -> None:
-        """Return after `withdraw`: find out who is here now. `serving`, if given, replaces what is served; call
+        """Return after `withdraw`: find out which peers are present. `serving`, if given, replaces what is served; call
         `announce` next.
 
-        Peers that neither answer nor have renewed their presence are gone. Older failures do not count: this peer was
-        deaf.
+        Peers that neither answer nor have renewed their presence are gone. Older failures do not count: this peer did
+        not listen.
         """
         self.serving = serving or self.serving
         self.peers.greeted.clear()
@@ -346,7 +346,7 @@ class Swarm:
         return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
 
     async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
-        """Call `died` with a sentence if the network daemon ends before we leave."""
+        """Call `died` with a sentence if the network daemon ends before this peer leaves."""
 
         async def watch() -> None:
             how = await self.node.wait_until_dead()

@@ -29,8 +29,8 @@ _DTYPES: dict[GradientFormat, str] = {
 class TensorGroup:
     """Tensor group that each fragment has, over the fragment's own tensors.
 
-    Two tensor groups make a fragment's outer step: the one with that rule, and the weights, which are averaged and have
-    no parts.
+    Two tensor groups make a fragment's outer step: the one whose rule is "outer step", and the weights, which are
+    averaged and have no parts.
     """
 
     name: GroupName
@@ -43,7 +43,8 @@ class TensorGroup:
     """Formats that a publication may have, the coarsest first; one if it is averaged."""
     rule: GroupRule
     num_parts: int
-    """Number of parts of a round with whose ends it may be published; 0: only as the round begins, as weights."""
+    """Number of parts of a round at whose ends the group may be published; 0: only at the round's start, as weights
+    are."""
 
     @cached_property
     def tables(self) -> tuple[tuple[TensorSpec, ...], ...]:

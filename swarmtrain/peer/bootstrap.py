@@ -217,7 +217,7 @@ class _Bootstrap(BootstrapPeer):
             self.leavers.release()
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
-        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self.control.finishing("serving until all volunteers have left, including those that may come back")
         total = self.published.run.run.total_tokens if swarm.asynchronous else None
         self.wait_for_goodbyes(swarm, self.progress, total, lambda: self._tell_archived(swarm))
         wait_for(self.network.submit(swarm.accounting.read_all()), self.stop)

@@ -69,7 +69,8 @@ class Estimate:
 
 
 def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
-    """Return what each of `num_peers` (>= 1) peers trains, sends and holds in this run.
+    """Return the memory and traffic of each of `num_peers` (>= 1) equal peers in this run, and the tokens that it
+    trains.
 
     In a pipeline it is the cost of one stage, as if all stages were alike, without activations.
     """

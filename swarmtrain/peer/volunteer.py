@@ -73,7 +73,7 @@ class Training(Protocol):
         ...
 
     def enter(self) -> None:
-        """Answer others and learn who is here; announce nothing of this peer yet."""
+        """Enter the swarm: answer other peers and learn which ones are present; announce nothing of this peer yet."""
 
     def join(self) -> None:
         """Take the swarm's present weights, if they are preferred to this peer's, and announce this peer."""
@@ -89,16 +89,15 @@ class Training(Protocol):
         """Say goodbye to the others for the time of a pause."""
 
     def come_back(self) -> None:
-        """Rejoin after a pause, as `join` does; it is known by then who is here."""
+        """Rejoin after a pause, as `join` does. By then this peer knows which others are present."""
 
     def finish(self) -> DoneEvent:
-        """Serve on, at the run's end, for those who still need this peer; return the final event."""
+        """Continue to serve, at the run's end, for peers that still need this one; return the final event."""
         ...
 
     def hand_over(self) -> DoneEvent:
-        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final
-        event.
-        """
+        """Continue to serve, if this peer ends before the run, until its work that no other peer has is archived;
+        return the final event."""
         ...
 
     def leave(self) -> None:
@@ -182,7 +181,8 @@ class Volunteer:
         )
 
     def _rest(self, context: VolunteerContext, swarm: Swarm) -> float:
-        """Wait until the pause is over, then look who is here; return how long the pause was, in seconds."""
+        """Wait until the pause is over, then look which peers are present; return how long the pause was, in
+        seconds."""
         self.emit(PausedEvent(reason=self.pause.reason))
         paused_s = self.pause.wait_released(self.stop.sleep)
         self.control.starting("resuming after a pause")

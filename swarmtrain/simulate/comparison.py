@@ -372,7 +372,7 @@ def _keep(path: Path | None, outcome: RunOutcome) -> RunOutcome:
 
 
 def document(found: Comparison) -> dict[str, Any]:
-    """Return what `swarmtrain simulate --json` writes. Figures that do not exist are null."""
+    """Return the document that `swarmtrain simulate --json` writes. Figures that do not exist are null."""
     section, best = found.scenario.scenario, found.best()
     rows = found.rows()
     return {
@@ -396,7 +396,7 @@ _WITHOUT_TENSORS = (
     "spread",
     "received_bytes_a_round",
 )
-"""Figures of work without tensors; a row has those of its kind of work."""
+"""Names of the results of kinds of work without tensors. A row has those that its kind of work produces."""
 
 
 def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def rates(links: LinksSection) -> tuple[float, float]:
 
 
 def link_of(links: LinksSection, size_bytes: int, rng: random.Random) -> SimulatedLink:
-    """Return a volunteer's link, as transfers of so many bytes find it."""
+    """Return a volunteer's link, with the latency that transfers of `size_bytes` find."""
     up, down = rates(links)
     return SimulatedLink(latency_s=latency_s(links, size_bytes, rng), bytes_per_s=up, down_bytes_per_s=down)
 

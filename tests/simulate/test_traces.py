@@ -55,7 +55,7 @@ def test_figures_are_said_once_or_the_same_again() -> None:
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
-        ("", "bad-trace", "t: nothing in it"),
+        ("", "bad-trace", "t: is empty"),
         ("1,0,join\n", "bad-trace", "line 1: "),
         ("time_s,peer,event,sped\n", "bad-trace", "line 1: "),
         ("time_s,peer,event,peer\n", "bad-trace", "line 1: "),

@@ -1,7 +1,8 @@
 """Publish this peer's weights and pseudo-gradients to peers that merge asynchronously.
 
-The trainer hands over a publication and trains on; nothing is computed until a peer requests it. The first request has
-it quantised, hashed and signed in a thread. From then on it is that snapshot, so every reader decodes the same bytes.
+The trainer hands over a publication and continues to train; nothing is computed until a peer requests it. The first
+request has it quantised, hashed and signed in a thread. From then on it is that snapshot, so every reader decodes the
+same bytes.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Puller:
         """Pull the bytes of a publication."""
         held, number = command.held, command.pull
         try:
-            # Every section and fragment has the same limits.
+            # Every tensor group and fragment has the same limits.
             limits = next(iter(self.rules[0].values())).pull
             wrong = await download_snapshot(self.calls, command.source, held, limits)
         except PeerError as error:

@@ -43,7 +43,7 @@ MOMENTA = 3
 
 @dataclass(frozen=True, kw_only=True)
 class FetchedState:
-    """State of a peer after its last merge. `whole` says that the momentum is here too, not only the weights."""
+    """State of a peer after its last merge. `whole` is True if its momentum was fetched too, not only the weights."""
 
     peer: str
     held: HeldSnapshot

@@ -126,7 +126,8 @@ class Buckets:
     async def read(self, key: str) -> dict[str, tuple[bytes, float]]:
         """Return the value and expiry of each subkey of a key.
 
-        Asks a few of its keepers, and all of them every fourth time: one may have missed a record, or withhold it.
+        Asks a few of the nodes that keep the key, and all of them every fourth time: a node may have missed a record,
+        or withhold it.
         """
         key_id = hivemind_module("dht.routing").DHTID.generate(key)
         nearest = self._known(key, key_id)  # the nodes at which this peer stores its own

@@ -186,7 +186,8 @@ class KnownPeers:
                 self.emit(PeerLeftEvent(left=change.peer, left_name=info.name))
 
     def spares(self, peer: str, rule: str, detail: str) -> bool:
-        """Return whether a refusal is not announced yet, because a peer came lately."""
+        """Return whether a refusal is not announced yet, because this peer, `peer` or a peer that `detail` mentions has
+        arrived recently."""
         return self.arrivals.spares(peer, rule, detail, swarm_time())
 
     def refused(self, peer: str, error: PeerError) -> None:

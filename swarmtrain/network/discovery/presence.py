@@ -77,7 +77,7 @@ class OwnPresence:
         return presence_to_proto(self.me)
 
     def signed(self) -> pb.Signed:
-        """Return a new presence, signed, for peers that get it from us or from others."""
+        """Return a new presence, signed. Peers that receive it may pass it on to others."""
         return sign(self.identity, PRESENCE, self.run_sha256, self.renewed())
 
 

@@ -358,7 +358,7 @@ def bound_storage(storage: Any, always: Container[bytes]) -> None:
     """Bound hivemind's dictionary storage: number of buckets, records in each, and how often a record is renewed.
 
     A renewal that hardly extends the expiry is refused, because each one leaves an entry in hivemind's heap until it
-    expires. Buckets whose keys are in `always`, those of our own run, are kept however full the storage is.
+    expires. Buckets whose keys are in `always`, those of this peer's run, are kept however full the storage is.
     """
     plain = storage.store_subkey
 

@@ -42,7 +42,7 @@ Address = tuple[str, int]
 
 
 def was_to_go(connection: socket.socket) -> Address:
-    """Return the original target of a connection that this network's firewall redirected to us."""
+    """Return the original target of a connection that this network's firewall redirected to this process."""
     port, packed = struct.unpack("!2xH4s8x", connection.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16))
     return socket.inet_ntoa(packed), port
 

@@ -36,7 +36,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["HostedPublications"]
 
 _log = logging.getLogger(__name__)
-_ASK_AGAIN_S = 1.0  # between two questions to a guest about one section
+_ASK_AGAIN_S = 1.0  # between two questions to a guest about one tensor group
 _WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here
 _MAX_WAITING_CALLERS = 4  # callers that may all wait for as many replies as they are allowed
 _Which: TypeAlias = tuple[str, GroupName, int]
@@ -139,7 +139,7 @@ class HostedPublications:
             kept.asked_s, kept.downloading = swarm_time(), None
 
     async def _download_untrusted(self, which: _Which, kept: _Kept) -> None:
-        """Pull a guest's newest publication of a tensor group, unless it is here already. Raises PeerError."""
+        """Pull a guest's newest publication of a tensor group, unless this host has it already. Raises PeerError."""
         guest, group, fragment = which
         rules = self.rules[fragment][group]
         known = None

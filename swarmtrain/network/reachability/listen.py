@@ -50,7 +50,7 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
     named = any(not address.startswith(("/ip4/", "/ip6/")) for address in listen)
     if named and errno.EADDRINUSE not in found.values():
         return RunTimeError(
-            f"cannot listen at {where}: a host's name is no IP address; give one with --listen, or :PORT for all "
+            f"cannot listen at {where}: a host's name is not an IP address; give one with --listen, or :PORT for all "
             "of this machine's",
             code="address-not-an-ip",
         )

@@ -33,7 +33,7 @@ _STRANGER_S = 16.0
 
 
 class DialOutcome(Enum):
-    """Outcome of asking a peer to dial us."""
+    """Outcome of asking a peer to dial this machine."""
 
     REACHED = "reached"
     NOT_REACHED = "not reached"
@@ -108,7 +108,7 @@ async def ask_to_dial(
 
 
 async def ask_to_be_dialled(calls: PeerCalls, peer: str, ports: Sequence[int]) -> DialOutcome:
-    """Ask `peer` to dial us at `ports` of this machine, as a stranger would."""
+    """Ask `peer` to dial this machine at `ports`, as a peer that does not know it would."""
     return (await _ask(calls, peer, pb.DialRequest(own_ports=list(ports)), DIAL_S + _STRANGER_S))[0]
 
 

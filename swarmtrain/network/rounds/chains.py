@@ -32,9 +32,9 @@ _MAX_KNOWN = 64  # digests that one message names
 
 
 def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSettings) -> ShownChain[pb.ChainLink]:
-    """Return a chain that a peer shows, every signature verified, joined to `ours`.
+    """Return the chain in a peer's message, joined to `ours`, after verifying every signature.
 
-    Takes as long as up to a thousand signatures: call it in a thread. Raises BadBytesError if anything does not fit.
+    Takes as long as up to a thousand signatures: call it in a thread. Raises BadBytesError if the chain is invalid.
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
@@ -61,7 +61,7 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
 
 
 class ChainStore(Chains[pb.ChainLink]):
-    """Chain of this peer, and those that others have shown, as signed messages."""
+    """Chain of this peer, and chains that other peers have sent, as signed messages."""
 
     def move_to(self, roster: Roster, signed: pb.Signed, manifests: Sequence[pb.Signed] = ()) -> None:
         """Append `roster`, which led to the present weights: merged here from `manifests`, or taken from

@@ -103,7 +103,7 @@ class CheckedRosters:
 
 
 def publication_of(snapshot: Snapshot) -> RoundPublication:
-    """Return what decisions about rounds need of a pseudo-gradient's manifest."""
+    """Return a pseudo-gradient's manifest in the form that the rules of rounds use."""
     manifest = snapshot.manifest
     return RoundPublication(
         peer=snapshot.author,

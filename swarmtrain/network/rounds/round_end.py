@@ -60,7 +60,7 @@ class EndedRound:
         self._mean: RosterMean | None = None
 
     def announced(self, snapshot: Snapshot) -> None:
-        """Add a publication that this round may merge; none of its bytes are here yet."""
+        """Add a publication that this round may merge; none of its bytes have been pulled yet."""
         self._publications.setdefault(snapshot.sha256, empty_held(snapshot))
 
     def fetch(self, fetch: ev.FetchPublication) -> None:

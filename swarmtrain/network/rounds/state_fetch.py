@@ -21,7 +21,8 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["JoinedState", "NewState", "PeerStates", "RequestedStates", "StateSearch", "StateSource"]
 
 _MAX_OFFERED = 8
-"""Offered states kept, the latest: most are never taken, and none of their bytes are here."""
+"""Limit of offered states that are kept, the latest ones: most are never pulled, and none of their bytes have
+arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class RequestedStates:
         self._source = source
         self._offered: dict[int, NewState] = {}
         self._taken: dict[int, NewState] = {}
-        """States whose bytes are being pulled, or are here."""
+        """States whose bytes are being pulled, or have been pulled."""
 
     async def fetch(self, fetch: ev.RequestState) -> ev.StateOffered[pb.Signed] | ev.StateNotFetched:
         """Ask a peer to offer its state."""
@@ -128,7 +129,7 @@ class RequestedStates:
         return ev.StateDownloaded(number)
 
     def pop(self, number: int) -> NewState:
-        """Return and forget a state that is here completely."""
+        """Return and forget a state that has been pulled completely."""
         return self._taken.pop(number)
 
     def drop(self, number: int) -> None:

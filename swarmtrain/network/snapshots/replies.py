@@ -185,7 +185,7 @@ class Replies:
     async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
         """Put the next chunks where they belong, at least one, and call `came` for each.
 
-        Returns after half a second, or sooner if all are here. Raises BadBytesError when anything else arrives.
+        Returns after half a second, or sooner if all have arrived. Raises BadBytesError when anything else arrives.
         """
         await self._in_thread(self._take_untrusted, chunks, room_of, came)
 

@@ -1,7 +1,7 @@
 """A bootstrap's record of its archive: whose tokens the weights contain, what was merged, which data was seen.
 
-The bootstrap gives all of that, with everyone's counts, to whoever takes the archive: by then all who trained may be
-gone.
+The bootstrap gives all of that, with all peers' counts, to each peer that takes the archive: by then all volunteers may
+be gone.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Archive:
         )
 
     def serving(self) -> Serving:
-        """Return what is served with the archive to those who take it."""
+        """Return what is served with the archive's state: rows of seen data, and the places of publications in its
+        weights."""
         return Serving(rows=self.rows.rows_to_send, places=lambda: self.places)
 
     def restore(self, kept: Checkpoint | None) -> None:
@@ -132,7 +133,8 @@ def checkpoint_of(present: ConsensusState, manager: CheckpointManager) -> Checkp
 
 
 def _holds_of(kept: Any, progress: Progress) -> Mapping[str, int]:
-    """Return what a checkpoint says its weights contain; older checkpoints say it by their counts."""
+    """Return each peer's tokens in a checkpoint's weights, as the checkpoint says; older checkpoints say it by their
+    counts."""
     if not isinstance(kept, Mapping):
         return progress.peer_tokens
     pairs = [(peer, tokens) for peer, tokens in kept.items() if isinstance(peer, str) and isinstance(tokens, int)]

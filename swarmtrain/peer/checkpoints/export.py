@@ -83,7 +83,7 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     published = folder.kept_run()
     if published is not None and published.run.pipeline.stages > 1:
         raise UserError(
-            f"{folder.path} has stages of the model, not all of it: export from the bootstrap's folder, or from the "
+            f"{folder.path} has only some stages of the model; export from the bootstrap's folder, or from the "
             "swarm by its invite",
             code="stages-only",
         )
@@ -96,7 +96,7 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
     raise UserError(
-        f"{folder.path}: no model here yet: a peer keeps a checkpoint from the first merged round on; try again then",
+        f"{folder.path}: has no model yet: a peer keeps a checkpoint from the first merged round on; try again then",
         code="no-model",
     )
 

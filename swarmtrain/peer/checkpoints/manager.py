@@ -112,7 +112,7 @@ class CheckpointManager:
     # ------------------------------------------------------------- while it runs
 
     def extra(self) -> dict[str, Any]:
-        """Return what other parts keep in a checkpoint taken now."""
+        """Return, by name, the data that other parts keep in a checkpoint taken now."""
         return {name: give() for name, give in self.extras.items()}
 
     def keep(self, checkpoint: Checkpoint) -> None:

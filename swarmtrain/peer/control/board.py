@@ -178,9 +178,8 @@ class StatusBoard:
         self._sums = _Sums()
 
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
-        """Return what this peer is expected to use with as many volunteers as `status` shows present; None if
-        unknown.
-        """
+        """Return the expected memory and traffic of this peer, with as many volunteers as `status` shows present; None
+        if unknown."""
         present = sum(peer.present and not peer.bootstrap for peer in status.peers)
         estimates = None if self._watched is None else self._watched.estimates
         return estimates(present) if estimates is not None and present else None
@@ -407,7 +406,8 @@ class StatusBoard:
     # ------------------------------------------------------------- what it tells
 
     def tick(self) -> Vitals:
-        """Read the pulse, for rates and health, and return the result. Called about twice a second."""
+        """Read the pulse, update the rates, and return the inputs of the health decision. Called about twice a
+        second."""
         now, pulse = self._now(), self._look()
         with self._lock:
             before = self._samples[-1][1] if self._samples else None

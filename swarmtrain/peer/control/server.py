@@ -280,7 +280,8 @@ class _Calls(pb_grpc.ControlServicer):
             await self.health.set(service, kinds.SERVING if serving else kinds.NOT_SERVING)
 
     def are_due(self, tick: int) -> bool:
-        """Return whether watchers are to be updated in this tick: seldomer the more of them there are."""
+        """Return whether watchers are to be updated in this tick. The more watchers there are, the fewer updates each
+        gets."""
         return self._num_watchers > 0 and tick % (1 + (self._num_watchers - 1) // _WATCHERS_A_TICK) == 0
 
     def tell(self, status: pb.PeerStatus) -> None:

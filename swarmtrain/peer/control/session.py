@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError, with_code
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.swarm import Swarm
@@ -225,7 +225,7 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot be asked for its status: {error}", code="no-control"))
+            control.emit(WarningEvent(message=f"this peer cannot answer status questions: {error}", code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
@@ -233,7 +233,7 @@ def control_session(
         board.ended(pb.PEER_STATE_DONE, stop.reason, 0)
         raise
     except SwarmtrainError as error:
-        board.ended(pb.PEER_STATE_FAILED, str(error), error.exit_code)
+        board.ended(pb.PEER_STATE_FAILED, with_code(str(error), error.code), error.exit_code)
         raise
     except BaseException as error:
         board.ended(pb.PEER_STATE_FAILED, f"an error of swarmtrain itself: {error!r}", 1)

@@ -356,7 +356,7 @@ class Doctor:
         return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
     def look_at_data(self) -> Iterator[Finding]:
-        """Check whether the text that the run trains on is here."""
+        """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
@@ -450,8 +450,8 @@ def check_reachable(
 ) -> Finding:
     """Judge whether the asked peers could dial this machine.
 
-    `fixed` is True if the person chose the port, `hosted` if other peers serve on the work of those that nobody can
-    dial.
+    `fixed` is True if the person chose the port, `hosted` is True if other peers serve the publications of those that
+    nobody can dial.
     """
     for one in asked:
         if one.outcome is not DialOutcome.REACHED:

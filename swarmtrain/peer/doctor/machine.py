@@ -139,7 +139,9 @@ def check_ports(listen: Sequence[str], used_by: str = "") -> Finding:
         match = re.fullmatch(r"/(ip4|ip6)/([^/]+)/tcp/([0-9]{1,5})", address)
         if match is None:
             advice = "write --listen HOST:PORT with an IP address of this machine"
-            return Finding("ports", "problem", f"cannot listen at {address}: it is no IP address with a port", advice)
+            return Finding(
+                "ports", "problem", f"cannot listen at {address}: it is not an IP address with a port", advice
+            )
         try:
             _listen(match[1], match[2], int(match[3]))
         except OSError as error:

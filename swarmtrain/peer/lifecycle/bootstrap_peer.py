@@ -147,7 +147,7 @@ class BootstrapPeer:
     def wait_for_goodbyes(
         self, swarm: Swarm, progress: Progress, total_tokens: int | None, tell: Callable[[], None]
     ) -> None:
-        """Serve on until the volunteers have left, and for those who may come back; a minute at most."""
+        """Continue to serve until the volunteers have left, and for those that may come back; a minute at most."""
         give_up_s = time.monotonic() + LINGER_S
         while time.monotonic() < give_up_s:
             tell()
@@ -164,7 +164,7 @@ class BootstrapPeer:
                 manager.keep_counts()
 
     def leave_stages(self) -> None:
-        """Say goodbye to those who hold stages, before the run's swarm is left. Without stages there is nobody."""
+        """Say goodbye to the peers that hold stages, before the run's swarm is left. A run without stages has none."""
 
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
         """Return the final event."""

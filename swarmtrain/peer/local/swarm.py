@@ -183,7 +183,7 @@ class LocalSwarm:
             yield event
 
     def _problem(self, child: _Child) -> Problem | None:
-        """Return why a child ended, if not as it should.
+        """Return the reason why a child ended, if not as it should.
 
         Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
         bootstrap's before others have joined.

@@ -27,7 +27,7 @@ __all__ = ["AsynchronousExchange"]
 _log = logging.getLogger(__name__)
 _ANNOUNCE_S = 5.0
 _SOURCES = 3
-"""States that a newcomer needs to outvote a wrong count, if so many peers are there."""
+"""Number of states that a newcomer needs to outvote one wrong count, if there are as many peers."""
 _GUESSED_ROUND_S = 1.0
 """Seconds a round is assumed to last before this peer has measured its speed."""
 
@@ -125,7 +125,8 @@ class AsynchronousExchange(SwarmExchange):
         self.network.run(say(), _ANNOUNCE_S)
 
     def still_needed(self, last: Progress) -> str:
-        """Return why this peer should stay after the run's end; empty if nobody needs it. See `SwarmExchange`."""
+        """Return the reason why this peer should stay after the run's end; empty if nobody needs it. See
+        `SwarmExchange`."""
         return still_needed_apart(self.swarm.membership, self.run.run.total_tokens)
 
 

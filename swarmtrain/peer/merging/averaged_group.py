@@ -33,7 +33,7 @@ class AveragedGroup:
         self._own = values
 
     def accept_untrusted(self, author: str, arrival: PartnerUpdate, round: int) -> PartnerUpdate:
-        """Return what of a partner's values, published in `round`, may enter the mean.
+        """Return the part of a partner's values, published in `round`, that may enter the mean.
 
         Raises BadBytesError if nothing may. Before this peer has published values there is nothing to compare with, and
         all may.

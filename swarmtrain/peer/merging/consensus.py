@@ -59,7 +59,7 @@ second round, 0.01 in the tenth.
 
 
 def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
-    """Return where each tensor of the model lies in the flat vector."""
+    """Return the layout of the model's flat vector: the place of each tensor."""
     return layout_of([spec.shape for spec in specs])
 
 
@@ -170,10 +170,11 @@ def counts_in_untrusted(manifest: pb.Manifest) -> dict[str, int]:
 
 
 def places_of_untrusted(manifest: pb.Manifest, section: MergeSection) -> list[dict[str, Place]]:
-    """Return for each fragment how far each peer's publications are in a state's weights, as its author claims.
+    """For each fragment, map each peer to the place up to which a state's weights contain its publications, as the
+    state's author claims.
 
-    Raises BadBytesError for nonsense. A caller that adopts them limits each by what the peer says of itself
-    (`protocol.gossip.partners.agreed_places`).
+    Raises BadBytesError if the claim is malformed. A caller that adopts the places limits each by what the peer
+    advertises of itself (`protocol.gossip.partners.agreed_places`).
     """
     return places_untrusted(manifest, section.num_fragments, section.publications_per_round)
 

@@ -101,7 +101,8 @@ async def fetch_consensus_state(
 
 
 def _places_of(swarm: Swarm, states: Sequence[FetchedState], round: int) -> list[dict[str, Place]]:
-    """Return for each fragment how far each peer's publications are in the consensus of the states."""
+    """For each fragment, map each peer to the place up to which the consensus of the states contains its
+    publications."""
     section = swarm.published.run.merge
     told = [places_of_untrusted(state.held.snapshot.manifest, section) for state in states]
     rounds = {info.peer: info.round for info in swarm.membership.volunteers()}

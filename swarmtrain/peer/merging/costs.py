@@ -97,9 +97,8 @@ class ServerCosts(MergeCosts):
 
 
 def copies(run: RunFile, num_parameters: int, others: int) -> dict[str, float]:
-    """Return what a gossiping volunteer with `others` others holds at its worst moment, in bytes per parameter, by
-    purpose.
-    """
+    """Return the memory that a volunteer which gossips with `others` others holds at its worst moment, in bytes per
+    parameter, by purpose."""
     merge, sizes = run.merge, publication_sizes(run, num_parameters, others)
     partners, thetas = min(merge.num_partners, others), min(merge.num_weights, others)
     weights, gradient = sizes.weights / num_parameters, sizes.gradient / num_parameters

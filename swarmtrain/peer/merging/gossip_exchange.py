@@ -114,7 +114,7 @@ def publication_rules(swarm: Swarm, codecs: Sequence[PublicationCodec]) -> list[
 
 
 def hosting_of(swarm: Swarm) -> HostedPublications:
-    """Return what this peer, which may be a bootstrap, serves on for peers that nobody can dial."""
+    """Return the publications that this peer, which may be a bootstrap, serves for peers that nobody can dial."""
     group, codecs = swarm.published.run.merge, codecs_of(swarm)
     num_pulls = {"mean": group.num_weights, "outer step": group.num_partners}
     return HostedPublications(
@@ -146,7 +146,7 @@ class GossipExchange(AsynchronousExchange):
     _averaged: dict[tuple[GroupName, int], AveragedGroup] = field(init=False)
     """Tensor groups averaged beside the weights, by name and fragment."""
     _unmade: LocalUpdate | None = field(default=None, repr=False)
-    """Newest update whose gradients nobody has computed yet."""
+    """Newest local update whose gradients have not been computed yet."""
     _unlearned: deque[LocalUpdate] = field(default_factory=deque, repr=False)
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _decoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -154,7 +154,7 @@ class GossipExchange(AsynchronousExchange):
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _is_held: bool = False
-    """True if the next round is the first with weights that this peer did not merge itself."""
+    """True if the next round begins with weights that this peer did not merge itself."""
 
     def __post_init__(self) -> None:
         swarm, group = self.swarm, self.run.merge
@@ -329,7 +329,7 @@ class GossipExchange(AsynchronousExchange):
             self.network.submit_unhurried(asyncio.to_thread(make, contribution))
 
     def _learn(self) -> None:
-        """Learn what gradients are usual here from this peer's own publications."""
+        """Update the robust rules with this peer's own publications, from which they learn what is usual."""
         with self._learning:
             while self._unlearned:
                 contribution = self._unlearned.popleft()
@@ -340,7 +340,8 @@ class GossipExchange(AsynchronousExchange):
     def _accept_untrusted(
         self, group: GroupName, fragment: int, held: HeldSnapshot, arrival: PartnerUpdate
     ) -> PartnerUpdate:
-        """Return what the run's robust rule lets enter a merge, judged by all that this peer has published before."""
+        """Return the part of a publication that the run's robust rule lets enter a merge, judged by this peer's own
+        earlier publications."""
         author, round = held.snapshot.author, held.snapshot.manifest.round
         if (averaged := self._averaged.get((group, fragment))) is not None:
             return averaged.accept_untrusted(author, arrival, round)
@@ -500,9 +501,9 @@ class GossipExchange(AsynchronousExchange):
     # ------------------------------------------------------------- present weights
 
     def _is_old(self, round: int) -> bool:
-        """Return whether this peer's own state is to be given up.
+        """Return whether this peer must take the swarm's state in place of its own.
 
-        It is if it is too many rounds behind. Where nobody else who answers has trained, it must not be behind the
+        It must if it is too many rounds behind. Where nobody else who answers has trained, it must not be behind the
         archive at all: no merge would bring what the archive has. A volunteer that trained and does not answer may have
         been killed.
         """
@@ -558,7 +559,7 @@ class GossipExchange(AsynchronousExchange):
         return {_LEDGER: self.gossip.rows, _CLIPPED: self._clipped, **seen}
 
     def _clipped(self) -> list[dict[str, Any]]:
-        """Return what is usual here, by fragment."""
+        """Return, by fragment, what the robust rules have learned to be usual, for a checkpoint."""
         return [{name: give() for name, give in each.kept().items()} for each in self._robustness]
 
     def restore(self, extra: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ class Merging(Protocol):
     """Work on tensors that the engine asks for. `decode_untrusted` and `prepare` run on a pool of threads."""
 
     def decode_untrusted(self, command: DecodePublication[HeldSnapshot]) -> KeptPublication:
-        """Return what of a publication may enter a merge. Raises BadBytesError if nothing may."""
+        """Return the part of a publication that may enter a merge. Raises BadBytesError if nothing may."""
 
     def prepare(self, command: PrepareMerge[HeldSnapshot, KeptPublication]) -> PreparedMerge:
         """Compute everything of a merge that does not need this peer's own gradient."""
@@ -94,7 +94,8 @@ class GossipRunner:
         self.engine, self._puller, self._membership, self._merging = engine, puller, membership, merging
         self._refused = refused
         self._expected_s = expected_s
-        """Seconds that so many bytes are expected to take before the first pull; None if unknown."""
+        """Maps bytes to the seconds that they are expected to take before the first pull was measured; None if
+        unknown."""
         self._lock = threading.Lock()
         self._told_version = -1
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -137,14 +138,13 @@ class GossipRunner:
             return self.engine.gradient_format(round_s, self._puller.calls.node.traffic.up.bytes_per_s)
 
     def places(self, round: int) -> list[dict[str, Place]]:
-        """Return for each fragment how far each peer is in this one's weights; `round` is the last that this peer
-        ended.
-        """
+        """For each fragment, map each peer to the place up to which this peer's weights contain its publications.
+        `round` is the last round that this peer ended."""
         with self._lock:
             return self.engine.places(round)
 
     def rows(self) -> list[list[list[str | int]]]:
-        """Return what was merged of each peer, by fragment, in the form that a checkpoint keeps."""
+        """Return, by fragment, the rows of the ledger of merged publications, for a checkpoint."""
         with self._lock:
             return self.engine.rows()
 
@@ -205,7 +205,7 @@ class GossipRunner:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        """Set the timer for the engine's next wake-up, and for a look at who has joined."""
+        """Set the timer for the engine's next wake-up, and for a check which peers have joined."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""What a peer keeps of a pulled publication until it is merged."""
+"""Pulled publications in the form in which a peer keeps them until they are merged."""
 
 from __future__ import annotations
 

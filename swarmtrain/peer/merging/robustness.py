@@ -94,7 +94,7 @@ class Robustness:
         self._lock = threading.Lock()
 
     def accept(self, peer: str, arrival: PartnerUpdate, own_theta: Tensor, round: int) -> PartnerUpdate:
-        """Return what of `arrival`, of the author's `round`, may enter a merge with `own_theta` (P,).
+        """Return the part of `arrival`, of the author's `round`, that may enter a merge with `own_theta` (P,).
 
         Raises BadBytesError if nothing may.
         """
@@ -135,7 +135,8 @@ class Robustness:
         return PartnerUpdate(arrival.theta, gradient, tokens, lengthened=found.factor), found.incident
 
     def accept_gradient(self, peer: str, gradient: Tensor, tokens: int, theta: Tensor, round: int) -> Tensor:
-        """Return what of a worker's pseudo-gradient (P,) of its `round` may enter a server's weights `theta` (P,).
+        """Return the part of a worker's pseudo-gradient (P,) of its `round` that may enter a server's weights `theta`
+        (P,).
 
         A server has no gradient of its own to compare with. Before enough is known to say more, the limit is the length
         of the weights themselves.

@@ -107,7 +107,7 @@ class SwarmExchange(ABC):
     # ------------------------------------------------------------- what a volunteer asks
 
     def serving(self) -> Serving:
-        """Return what this peer serves to others from the moment it enters the swarm."""
+        """Return the services that this peer offers to others from the moment it enters the swarm."""
         return Serving()
 
     @abstractmethod
@@ -145,7 +145,7 @@ class SwarmExchange(ABC):
         return own
 
     def still_needed(self, last: Progress) -> str:
-        """Return why this peer should stay after the run's end; empty if nobody needs it."""
+        """Return the reason why this peer should stay after the run's end; empty if nobody needs it."""
         return still_needed(self.swarm.membership, last)
 
     def data_seen(self) -> dict[str, int | None]:

@@ -39,7 +39,7 @@ __all__ = ["MergeServer"]
 _log = logging.getLogger(__name__)
 _DRAIN_S = 20.0
 _MAX_ENTERED = 256
-"""Workers whose rounds are listed with the weights: more would not fit into a manifest."""
+"""Limit of workers whose last rounds are listed in the manifest of the weights: more would not fit."""
 _KEPT = "server"
 
 
@@ -124,7 +124,7 @@ class MergeServer:
             self._task = None
 
     async def drain(self) -> None:
-        """Accept what the workers still have, for 20 s at most."""
+        """Apply the rounds that workers have not uploaded yet, for 20 s at most."""
         await self.intake.drain(_DRAIN_S)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -135,7 +135,7 @@ class MergeServer:
             )
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:
-        """Return all that is needed to continue, together with the `extra` of other parts."""
+        """Return a checkpoint with everything needed to continue, together with the `extra` of other parts."""
         buffer = self._outer.buffer
         row = {
             "arrivals": self.arrivals,

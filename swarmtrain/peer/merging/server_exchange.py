@@ -78,7 +78,7 @@ class ServerExchange(AsynchronousExchange):
     _base_arrivals: int = 0
     """Number of gradients in the server's weights that this peer continues from."""
     _served_tokens: int = 0
-    """Tokens of the run as of the newest server weights here."""
+    """Tokens of the run when the newest server weights that this peer has were published."""
     _lasts_s: float = 0.0
     _told_silent: bool = False
 
@@ -197,7 +197,8 @@ class ServerExchange(AsynchronousExchange):
         )
 
     def _go_on_from(self, theta: Tensor, arrivals: int, entered_round: int | None) -> tuple[Tensor, int]:
-        """Return where to continue given the server's weights, and how many of this peer's rounds they lack."""
+        """Return (weights to continue from, given the server's weights; number of this peer's rounds that the server's
+        weights lack)."""
         with self.publisher.lock:
             uploads = self.publisher.uploads
             uploads.entered(entered_round)

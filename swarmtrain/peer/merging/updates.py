@@ -46,7 +46,7 @@ class LentWeights:
     """Present weights of one fragment, from which another thread computes the pseudo-gradient before the next step
     changes them.
 
-    Publishing then costs the trainer nothing if another thread has begun by that time, and one copy otherwise; a second
+    Publishing costs the trainer nothing if another thread has begun by the next step, and one copy otherwise; a second
     copy of the weights is never made. Thread-safe.
     """
 
@@ -159,7 +159,7 @@ class OuterUpdate(ABC):
         """Return the fields of a round's event for this update and for the fragments merged before it in the round."""
 
     def kept(self) -> OuterUpdate:
-        """Return the part that is kept until the round is reported."""
+        """Return the update, reduced to what the round's report needs."""
         return self
 
 
@@ -268,9 +268,8 @@ def _most(values: Iterable[float | None]) -> float | None:
 
 
 def _of_the_model(gathered: Sequence[Gathered]) -> list[MergeInput]:
-    """Return what was merged of each partner over all fragments; tokens are weighted by the fragments' shares of the
-    model.
-    """
+    """Return the merged publications of each partner over all fragments; tokens are weighted by the fragments' shares
+    of the model."""
     size = sum(each.prepared.theta_mean.numel() for each in gathered)
     found: dict[str, MergeInput] = {}
     tokens = dict[str, float]()

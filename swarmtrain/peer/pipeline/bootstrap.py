@@ -83,7 +83,7 @@ class StageArchive:
     is_final: bool = False
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Return its parameters by name, as views of the archived state."""
+        """Return the stage's parameters by name, as views of the archived state."""
         assert self.state is not None
         return named_weights(self.state.theta, self.swarm.specs)
 
@@ -125,7 +125,7 @@ class PipelineBootstrap(BootstrapPeer):
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")
         self._measure_and_save()
-        self.control.finishing("serving on until the volunteers have left, those who may come back included")
+        self.control.finishing("serving until all volunteers have left, including those that may come back")
         self.wait_for_goodbyes(swarm, self.progress, self.published.run.run.total_tokens, self._tell_all)
         complete = all(archive.is_final for archive in self.archives)
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
@@ -164,7 +164,8 @@ class PipelineBootstrap(BootstrapPeer):
     # ------------------------------------------------------------- archiving
 
     def _tell(self, archive: StageArchive) -> None:
-        """Announce what is on the disk. At the end the volunteers leave once the last weights are."""
+        """Announce which weights of the stage are on the disk. At the end, volunteers leave once the last weights
+        are."""
         total, durable = self.published.run.run.total_tokens, archive.manager.checkpointer.durable
         if durable is None:
             return
@@ -376,7 +377,7 @@ class PipelineBootstrap(BootstrapPeer):
             self._tell(archive)
 
     def leave_stages(self) -> None:
-        """Say goodbye to those who hold stages, before the run's swarm is left. See `BootstrapPeer`."""
+        """Say goodbye to the peers that hold stages, before the run's swarm is left. See `BootstrapPeer`."""
         for archive in self.archives:
             try:
                 self.network.run(archive.swarm.withdraw(1.0), 2.0)

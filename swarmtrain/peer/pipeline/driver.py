@@ -158,7 +158,7 @@ class Driver:
         self._settled.set()
 
     def see(self, peers: Mapping[int, Collection[str]], places: Sequence[StagePeer] = ()) -> None:
-        """Update who holds each stage, and their records."""
+        """Update the peers that hold each stage, and the peers' records."""
         self._receive(PeersSeen(peers, places))
 
     def not_drawn(self) -> None:

@@ -36,9 +36,8 @@ class StageMover:
         self.engine = MoveEngine(me, policy, random.Random(), clock())
 
     def asked(self, mover: str, stage: int, holds: Sequence[int], is_known: bool) -> tuple[float, str]:
-        """Answer `mover`, who wants to leave `stage`: the seconds that this peer, holding `holds`, stays; and the
-        reason.
-        """
+        """Answer peer `mover`, which wants to leave `stage`: return (seconds for which this peer, which holds `holds`,
+        promises to stay in the stage; reason)."""
         (answer,) = self._receive(StayAsked(mover, stage, holds, is_known))
         assert isinstance(answer, StayAnswer)
         return answer.lasts_s, answer.reason
@@ -56,9 +55,10 @@ class StageMover:
         return when_s is not None and self.clock() >= when_s
 
     def look(self, event: MoveEvent, do: Callable[[MoveCommand], MoveEvent | None]) -> None:
-        """Feed an event to the engine and execute its commands by `do`, until none follow.
+        """Pass an event to the engine and execute its commands by `do`, until none follow.
 
-        `do` returns the event that came of a command. A PeerError of the peer to be asked counts as its refusal.
+        `do` returns the event in which a command results, or None. A PeerError of the peer to be asked counts as its
+        refusal.
         """
         events = deque([event])
         while events:

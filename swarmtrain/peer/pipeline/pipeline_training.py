@@ -145,7 +145,8 @@ class PipelineTraining:
     # ------------------------------------------------------------- joining
 
     def enter(self) -> None:
-        """Answer others and learn who is here; announce nothing of this peer yet. See `Training`."""
+        """Enter the swarm: answer other peers and learn which ones are present; announce nothing of this peer yet. See
+        `Training`."""
         context, swarm = self._context, self.swarm
         swarm.presence.change(place=self._record.place())
         context.control.starting("looking for other peers")
@@ -179,7 +180,7 @@ class PipelineTraining:
         return True
 
     def _look(self) -> None:
-        """Look how far everybody is, and report how far this peer is."""
+        """Read the other volunteers' progress, and report this peer's."""
         now, membership = time.monotonic(), self.swarm.membership
         here = [*membership.volunteers(), self.swarm.presence.me]
         self._end.look(here, membership.known(), self._stages.run_tokens, now)
@@ -206,9 +207,10 @@ class PipelineTraining:
     # ------------------------------------------------------------- the end
 
     def finish(self) -> DoneEvent:
-        """Serve on, at the run's end, for those who still need this peer; return the final event. See `Training`."""
+        """Continue to serve, at the run's end, for peers that still need this one; return the final event. See
+        `Training`."""
         context, give_up_s = self._context, time.monotonic() + _LINGER_S
-        context.control.finishing("serving on until the archive has the last weights")
+        context.control.finishing("serving until the archive has the last weights")
         self._first.stop()
         self._record.tell(now=True)
         held = self._stages.all
@@ -224,8 +226,8 @@ class PipelineTraining:
         return self._done("total_tokens")
 
     def hand_over(self) -> DoneEvent:
-        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final event.
-        See `Training`."""
+        """Continue to serve, if this peer ends before the run, until its work that no other peer has is archived;
+        return the final event. See `Training`."""
         context = self._context
         self._first.stop_soon()
         hand_over_stages(context.control, context.network, self._stages.all, context.folder.path)

@@ -42,7 +42,7 @@ _ERRORS: dict[str, type[PeerError]] = {"busy": BusyError, "gone": GoneError, "wr
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Question of a driver that is to be computed now; `payload` is what came with it."""
+    """Call of a driver that is to be computed now; `payload` has the tensors that came with it."""
 
     key: Key
     kind: Kind
@@ -121,9 +121,8 @@ class StageRequestQueue:
     # ------------------------------------------------------------- the trainer's side
 
     def next(self) -> Task | Due | None:
-        """Return what to do now, or None if there is nothing. Called by the trainer thread, as are the methods
-        below.
-        """
+        """Return the next work, or None if there is nothing to do. Called by the trainer thread, as are the methods
+        below."""
         with self._lock:
             if not self._next:
                 self._news.clear()
@@ -158,7 +157,8 @@ class StageRequestQueue:
         return self.queue.is_open
 
     def close_batch(self) -> bool:
-        """Close the batch as it is, because drivers have no more; return whether that leaves something to do."""
+        """Close the batch as it is, because drivers have no more microbatches; return whether that leaves something to
+        do."""
         with self._lock:
             return self.ledger.close_batch()
 

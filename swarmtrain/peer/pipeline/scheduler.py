@@ -38,7 +38,8 @@ _NUM_LOSSES = 256
 
 @dataclass
 class TellRetries:
-    """See `MicrobatchReport`: emits events, at most one a second for each peer and stage."""
+    """Emits events about failed and repeated parts of microbatches, at most one a second for each peer and stage. See
+    `MicrobatchReport`."""
 
     emit: Callable[[Event], None]
     on_refused: Callable[[str, PeerError], None]
@@ -88,7 +89,7 @@ class MicrobatchScheduler:
     """Losses of the last microbatches that came back, mean nats per token; the reader removes them."""
     _open: set[asyncio.Task[None]] = field(default_factory=set)
     _wanted: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-    """Count of microbatches to be drawn, one after the other."""
+    """Number of microbatches that the driver wants drawn, one after the other."""
     _work: tuple[asyncio.Task[None], ...] = ()
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ __all__ = ["StageAssignment"]
 
 _POLL_INTERVAL_S = 0.2
 _COMPANY_S = 1.0
-"""Seconds to wait once enough peers are here, so that all have seen each other before anybody chooses."""
+"""Seconds to wait once enough peers are present, so that all have seen each other before any of them chooses."""
 
 
 class StageAssignment:
@@ -42,7 +42,7 @@ class StageAssignment:
         self._given = tuple(stage for stage in given if stage < len(self._shapes))
 
     def choose(self) -> None:
-        """Take the stages that need this peer most, once enough peers are here."""
+        """Take the stages that need this peer most, once enough peers are present."""
         context, record = self._context, self._record
         # before the others choose, since their choice depends on it
         record.chooses(kept_stages(context.folder, context.published, context.me, len(self._shapes)))
@@ -74,7 +74,7 @@ class StageAssignment:
 
     def enter(self, stage: int) -> None:
         """Fetch a stage's present weights and train it from now on."""
-        self._context.control.starting(f"taking stage {stage}: its present weights")
+        self._context.control.starting(f"fetching the weights of stage {stage}")
         held = StageReplica(
             self._site,
             stage,

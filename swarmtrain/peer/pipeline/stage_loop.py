@@ -38,7 +38,7 @@ class WorkMeter:
     passed_tokens: int = 0
     """Tokens of microbatches that were computed completely here."""
     _recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """Last pieces of work: (tokens' worth of work, seconds)."""
+    """(work in tokens, seconds) of the last pieces of work."""
 
     def add(self, kind: Kind | None, tokens: int, took_s: float) -> None:
         """Add a piece of work that took `took_s` seconds; kind None is overhead, such as a step."""
@@ -68,7 +68,7 @@ class StageLoop:
     machine).
     """
     over: Callable[[], bool] = lambda: False
-    """Return whether drivers have no more: then what is here is the last batch."""
+    """Return whether drivers have no more microbatches: then the open batch is the last one."""
     meter: WorkMeter = field(default_factory=WorkMeter)
     record: Callable[[Task | Due, Any], None] = lambda what, answer: None
     """Called with each piece of work in the order in which it is done, and with its answer."""

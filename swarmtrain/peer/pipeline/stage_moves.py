@@ -34,7 +34,7 @@ class StageMoves:
         self._assignment, self._record, self._calls = assignment, record, calls
 
     def look(self) -> None:
-        """Look for the best move, if it is time, and make it if it is this peer's."""
+        """Look for the best move if it is time, and make the move if it is this peer's turn."""
         if self._mover.is_due:
             self._mover.look(moves.PlacesSeen(self._record.places(), swarm_time()), self._do)
 

@@ -46,7 +46,7 @@ class StageRecord:
     # ------------------------------------------------------------- its place
 
     def places(self) -> list[StagePeer]:
-        """Return the records of all peers that are here, this one included."""
+        """Return the records of all peers that are present, this one included."""
         return [*places_of(self._swarm.membership.volunteers()), self.place()]
 
     def place(self) -> StagePeer:
@@ -90,7 +90,8 @@ class StageRecord:
         self.tell(now=True)
 
     def has_taken(self, num_moves: int = 1) -> float:
-        """Announce that the stages are here; return the seconds that each of `num_moves` moves took."""
+        """Announce that this peer serves the stages it was taking; return the seconds that each of `num_moves` moves
+        took."""
         self._goes_to, self._move_s = (), (time.monotonic() - self._move_began_s) / num_moves
         self.tell(now=True)
         return self._move_s

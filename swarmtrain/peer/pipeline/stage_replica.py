@@ -232,7 +232,8 @@ class StageReplica:
         self.pause.hold(_LEAVING, "this peer leaves the stage")
 
     def end_round(self) -> None:
-        """Finish the round under way and flush its checkpoint, within some seconds. The stage is served on as it is."""
+        """Finish the round under way and flush its checkpoint, within some seconds. The stage is still served
+        afterwards."""
         self.stop_soon()
         with contextlib.suppress(TimeoutError):
             self.training.exception(_LAST_ROUND_S)  # an error that ended it is raised by `end`

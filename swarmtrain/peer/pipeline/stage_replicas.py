@@ -108,7 +108,7 @@ class StageReplicas:
         return sum(self._costs[held.number] * held.session.steps_per_s for held in self.all)
 
     def durable(self) -> Progress:
-        """Return what this peer's progress record says."""
+        """Return the progress that this peer's progress record advertises."""
         return Progress(round=self.round, run_tokens=0, peer_tokens={self._me: self.contribution})
 
     # ------------------------------------------------------------- checkpoints, for who asks

@@ -46,7 +46,8 @@ def graph_bytes(run: RunFile, shape: StageShape) -> int:
 
 
 def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int) -> StageRoom:
-    """Return what fits into `limit_bytes` (0 for no limit). Raises UserError if not even the largest stage does."""
+    """Return how many stages fit into `limit_bytes` (0 for no limit), and the memory left. Raises UserError if not even
+    the largest stage fits."""
     most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
     program = IMPORTS_BYTES + DAEMON_BYTES
     largest = max(stage_bytes(run, shape) for shape in shapes)

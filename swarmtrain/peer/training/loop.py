@@ -114,7 +114,7 @@ class InnerLoop(ABC):
         return self.inner.waited_s
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
-        """Return what a checkpoint keeps. See `LoopState`."""
+        """Return the part of the loop's state that a checkpoint keeps. See `LoopState`."""
         moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
         return LoopCheckpoint(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 

@@ -161,7 +161,8 @@ class ModelTraining:
     # ------------------------------------------------------------- joining
 
     def enter(self) -> None:
-        """Answer others and learn who is here; announce nothing of this peer yet. See `Training`."""
+        """Enter the swarm: answer other peers and learn which ones are present; announce nothing of this peer yet. See
+        `Training`."""
         context, swarm = self.context, self.swarm
         context.control.starting("looking for other peers")
         context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
@@ -285,7 +286,7 @@ class ModelTraining:
         self.context.wait(self.swarm.withdraw())
 
     def come_back(self) -> None:
-        """Rejoin after a pause, as `join` does; it is known by then who is here. See `Training`."""
+        """Rejoin after a pause, as `join` does. By then this peer knows which others are present. See `Training`."""
         self.context.control.starting("resuming after a pause: fetching the swarm's current weights")
         replica = self.session.replica
         if self._take_present() is not None:
@@ -316,7 +317,7 @@ class ModelTraining:
                 weights = weights_in(self.loop.model, theta)
                 if warning := save_final_weights(context.folder, weights, context.published, progress):
                     context.emit(warning)
-            context.control.finishing("serving on until others have them")
+            context.control.finishing("serving the last weights until others have them")
             while time.monotonic() < give_up_s or (
                 swarm.store.num_readers and time.monotonic() < give_up_s + _LAST_READERS_S
             ):
@@ -359,8 +360,8 @@ class ModelTraining:
         return held_out_loss_of(self.loop.model, self.context.published, self.data.tokenizer, self.context.stop.check)
 
     def hand_over(self) -> DoneEvent:
-        """Serve on, when this peer ends before the run, until what nobody else has is archived; return the final event.
-        See `Training`."""
+        """Continue to serve, if this peer ends before the run, until its work that no other peer has is archived;
+        return the final event. See `Training`."""
         if self.has_joined:
             self.manager.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)

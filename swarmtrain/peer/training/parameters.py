@@ -51,11 +51,12 @@ class ParameterSource(ABC):
         """
 
     def values(self) -> Mapping[tuple[GroupName, int], Tensor]:
-        """Return what is averaged beside the named tensors (see `LocalUpdate.values`). A source has none by default."""
+        """Return the tensors that are averaged beside the named ones (see `LocalUpdate.values`). A source has none by
+        default."""
         return {}
 
     def write_values(self, values: Mapping[tuple[GroupName, int], Tensor]) -> None:
-        """Replace some of those values by their averages."""
+        """Replace some of the values that `values` returned by their averages."""
         assert not values, "only a source that has some is given any"
 
     @abstractmethod

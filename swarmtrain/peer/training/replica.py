@@ -128,7 +128,7 @@ class Replica:
         self.state, self.progress, self.own_tokens = state, progress, own_tokens
 
     def count_on(self, own_tokens: int) -> None:
-        """Raise the own count to what others count of this peer.
+        """Raise this peer's own token count to `own_tokens`, the count that others have of this peer.
 
         With an old folder that was put back, newly trained tokens would otherwise count for nothing until the count has
         caught up with the one that others hold.

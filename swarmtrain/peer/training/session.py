@@ -166,9 +166,8 @@ class LoopState(Protocol):
         ...
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
-        """Return what a checkpoint keeps. AdamW's moments are copied into `room` (2, P) fp32; without it they are lent
-        until the next step.
-        """
+        """Return the part of the loop's state that a checkpoint keeps. AdamW's moments are copied into `room` (2, P)
+        fp32; without it they are lent until the next step."""
         ...
 
     def resume(self, part: LoopCheckpoint) -> None:
@@ -429,7 +428,7 @@ class Session:
         self.loop.weights_replaced()
 
     def local_checkpoint(self, room: Tensor | None) -> LocalCheckpoint:
-        """Return what a checkpoint keeps beside the state; see `LoopState.kept` for `room`."""
+        """Return this peer's own part of a checkpoint, beside the swarm's state; see `LoopState.kept` for `room`."""
         part = self.loop.kept(room)
         return LocalCheckpoint(
             batches=part.batches,

@@ -61,7 +61,7 @@ def before_leaving(
 class FellowDepartures:
     """Agreement among volunteers that leave at the same moment, while no bootstrap answers: the lowest PeerID stays.
 
-    Each asks the others. Without an agreement each would take the others for peers that train on, and nobody would wait
+    Each asks the others. Without an agreement each would assume that the others continue to train, and none would wait
     for the bootstrap.
     """
 
@@ -107,10 +107,11 @@ class DepartureQueue:
         return had
 
     def ask(self, peer: str, now: float) -> bool:
-        """Return whether `peer`, which wants to leave, should stay because no other peer that trains on has its work.
+        """Return whether `peer`, which wants to leave, must stay because no volunteer that remains has its work.
 
-        Another peer trains on if it was heard from since the first question: one that was just killed is still believed
-        alive. Once the archive has the peer's work, the next answer is False, once, since the peer may come back later.
+        A volunteer counts as remaining if anything was received from it since the peer first asked: one that was just
+        killed is still believed alive. Once the archive has the peer's work, the next answer is False, once, since the
+        peer may come back later.
         """
         info = self._membership.info(peer)
         if self._is_over or info is None or not info.training or self._membership.state(peer) is not PeerState.LIVE:
@@ -128,11 +129,12 @@ class DepartureQueue:
         return not any(self._membership.heard_s(other) > began_s for other in others)
 
     def is_asked(self, now: float) -> bool:
-        """Return whether any peer wants to leave now. If so, the bootstrap asks the others whether they train on."""
+        """Return whether any peer wants to leave now. If so, the bootstrap asks the others whether they stay."""
         return any(self._asks(peer, now) for peer in tuple(self._asked_s))
 
     def waiting(self, now: float) -> tuple[str, ...]:
-        """Return the peers whose work must be archived before they leave; none if another peer trains on."""
+        """Return the peers whose work must be archived before they leave; none if a volunteer remains that continues to
+        train."""
         asked = {peer: asked_s for peer, asked_s in tuple(self._asked_s.items()) if now < asked_s + _ASKED_S}
         self._asked_s, self._began_s = asked, {peer: self._began_s.get(peer, asked[peer]) for peer in asked}
         return tuple(self._asked_s) if self._asked_s and now >= self._next_s and self._all_leave(now) else ()

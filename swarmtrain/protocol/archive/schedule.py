@@ -40,10 +40,10 @@ class ArchiveSchedule:
         self._archived = {info.peer: info.round for info in infos}
 
     def refuse(self, now: float) -> bool:
-        """Return whether to refuse a state that lacks more of the archive's tokens than it brings.
+        """Return whether to refuse a state that lacks more of the archive's tokens than it adds.
 
-        After a minute it is accepted: the peers that train on are the run, whatever the archive holds. Otherwise an
-        archive made from a liar, or of peers that nobody knows any more, would keep their work out for ever.
+        After a minute it is accepted: the run is what its volunteers train, whatever the archive holds. Otherwise an
+        archive made from a liar, or of peers that have left long ago, would keep the volunteers' work out for ever.
         """
         before_s, self._refused_again_s = self._refused_again_s, now
         # another state's, or the clock was set back

@@ -73,7 +73,7 @@ class FragmentRounds:
         self._before, self._merged = [(0, 0)] * self.number, {}
 
     def begin(self, round: int, num_parts: int) -> None:
-        """Begin a round of that many parts."""
+        """Begin a round of `num_parts` parts."""
         self._round, self._num_parts, self._merged = round, num_parts, {}
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:

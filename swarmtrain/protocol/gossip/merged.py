@@ -96,7 +96,7 @@ class MergedPublications(Generic[Held]):
             self._turned_back = {which: since for which, since in self._turned_back.items() if which[1] in peers}
 
     def last(self, group: GroupName, peer: str) -> PublicationVersion | None:
-        """Return up to where a tensor group of the peer's was merged; None if nothing was."""
+        """Return the version of the last publication of a tensor group of `peer` that was merged; None if none was."""
         if self._rules[group] != "mean":
             return self.ledger.version(peer)
         place = self.ledger.values_at(group, peer)

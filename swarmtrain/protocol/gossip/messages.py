@@ -139,9 +139,10 @@ class PartnerReplied(Generic[Held]):
 
 @dataclass(slots=True)
 class PullFailure:
-    """Reason why a pull brought nothing.
+    """Reason why a pull failed.
 
     Values of `kind`:
+
     - "busy": the source serves as many readers as it may;
     - "away": the source does not serve as a host of that author;
     - "silent": the source gave no answer;

@@ -77,8 +77,8 @@ class OpenPulls:
         return found
 
     def not_now(self, group: GroupName, here: Collection[Which], now: float) -> set[str]:
-        """Return the peers not to ask for that tensor group: it is here or on its way, they had nothing new lately, or
-        they have failed in this round."""
+        """Return the peers not to ask for that tensor group now: those whose publication has arrived or is on its way,
+        those that had nothing new recently, and those that have failed in this round."""
         found = self.coming(group, here)
         if self._failed:
             found |= self._failed
@@ -95,7 +95,7 @@ class OpenPulls:
         return min(idle if banned_s is None else [*idle, banned_s], default=None)
 
     def next_slow_s(self, group: GroupName, slow_after_s: float, now: float) -> float | None:
-        """Return when the next open pull of that tensor group becomes slow; None without any."""
+        """Return the time at which the next open pull of that tensor group becomes slow; None without any."""
         found = None
         for (what, _), pull in self.begun.items():
             slow_s = pull.began_s + slow_after_s

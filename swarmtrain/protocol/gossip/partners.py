@@ -513,7 +513,8 @@ class BackOff:
         return rested, f"everyone was tried within the last {self.busy_s:g} s"
 
     def next_free_s(self, peers: Collection[str], now: float) -> float | None:
-        """Return when `ready` will next return one of `peers` that is left alone now; None if nobody is."""
+        """Return the time at which `ready` will next return one of `peers` that is left alone now; None if nobody
+        is."""
         bans = [ban for peer in peers if (ban := self._bans.get(peer)) is not None and now < ban.until_s]
         free_s = [ban.until_s for ban in bans] + [ban.tried_s + self.busy_s for ban in bans]
         return min((s for s in free_s if s > now), default=None)

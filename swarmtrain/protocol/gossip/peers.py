@@ -163,7 +163,7 @@ class PartnerChoice:
         )[0]
 
     def view(self) -> _View:
-        """Return what the others have of this fragment."""
+        """Return the cached view of what the other peers have of this fragment, renewed if necessary."""
         view = self._view
         if view is None or view.version != self._others.version:
             view = self._view = _View(self._others.version, [], {})
@@ -176,5 +176,6 @@ class PartnerChoice:
         return view
 
     def next_free_s(self, group: GroupName, now: float) -> float | None:
-        """Return when a peer that may not be asked now may be asked again; None if time alone changes nothing."""
+        """Return the time at which a peer that may not be asked now may be asked again; None if time alone changes
+        nothing."""
         return self._open.next_free_s(group, [info.peer for info in self._others.infos], now)

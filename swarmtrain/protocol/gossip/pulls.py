@@ -91,7 +91,7 @@ class PullPlan:
         return bisect_right(self.weights_at_s if rule == "mean" else self.gradients_at_s, now)
 
     def next_s(self, now: float) -> float | None:
-        """Return when the next pull is due; None if all are."""
+        """Return the time at which the next pull is due; None if all are."""
         found = None
         for at_s in self.weights_at_s, self.gradients_at_s:
             if (passed := bisect_right(at_s, now)) < len(at_s) and (found is None or at_s[passed] < found):
@@ -224,13 +224,14 @@ def is_moved(ends_s: float, now_ends_s: float, way_s: float) -> bool:
 
 
 def round_began_s(told_s: float, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """Return when a peer's round began, given that the peer had done `inner_steps_done` steps at `told_s`; None if its
-    speed is unknown (0)."""
+    """Return the time at which a peer's round began, given that the peer had done `inner_steps_done` steps at `told_s`;
+    None if its speed is unknown (0)."""
     return told_s - inner_steps_done / steps_per_s if steps_per_s > 0 else None
 
 
 def round_ends_s(told_s: float, inner_steps: int, inner_steps_done: int, steps_per_s: float) -> float | None:
-    """Return when a peer's round ends, given that the peer had done `inner_steps_done` of its steps at `told_s`.
+    """Return the time at which a peer's round ends, given that the peer had done `inner_steps_done` of its steps at
+    `told_s`.
 
     None if its speed or its number of steps is unknown (0).
     """

@@ -216,7 +216,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
         return True
 
     def _end(self, pull: GossipPull[Held], now: float) -> None:
-        """Remove a pull that brought nothing, and check at once whether another partner should be asked."""
+        """Remove a pull that ended without a publication, and check at once whether another partner should be asked."""
         del self.by_number[pull.number]
         self._schedule.look_by(now)
 

@@ -15,9 +15,9 @@ __all__ = ["NamedOnce"]
 _NAME_AGAIN_S = 6 * 3600.0
 """Seconds after which a peer may be named again for the same rule."""
 _AT_ONCE = 16
-"""Names of one rule that pass at once after a silence."""
+"""Names that are reported at once for one rule after a silence."""
 _ANOTHER_S = 60.0
-"""Seconds until another name of the same rule passes, after `_AT_ONCE` have."""
+"""Seconds between reports of further names for the same rule, after `_AT_ONCE` were reported."""
 
 _MAX_NAMES, _MAX_RULES = 1024, 64
 

@@ -235,7 +235,7 @@ class Membership:
         return MembershipChange(peer=peer, state=PeerState.LEFT, reason="it said goodbye")
 
     def expire(self, now: float) -> list[MembershipChange]:
-        """Mark as LOST all peers whose presence has expired and that have not been heard from since."""
+        """Mark as LOST all peers whose presence has expired and from which nothing was received since."""
         changes = []
         for peer, entry in list(self._live.items()):
             # A peer that has just answered is alive, although its next record is late in the DHT.
@@ -284,7 +284,7 @@ class Membership:
         return gone
 
     def state(self, peer: str) -> PeerState | None:
-        """Return what is believed of `peer`; None if it is unknown."""
+        """Return the state that this peer believes `peer` to be in; None if `peer` is unknown."""
         entry = self._entries.get(peer)
         return None if entry is None else entry.state
 
@@ -294,12 +294,12 @@ class Membership:
         return None if entry is None else entry.info
 
     def heard_s(self, peer: str) -> float:
-        """Return when `peer` was last heard from; -inf if never."""
+        """Return the time at which anything was last received from `peer`; -inf if never."""
         entry = self._entries.get(peer)
         return float("-inf") if entry is None else entry.heard_s
 
     def heard_at_s(self) -> dict[str, float]:
-        """Map each of `volunteers` to the time when it was last heard from."""
+        """Map each of `volunteers` to the time at which anything was last received from it."""
         return {peer: entry.heard_s for peer, entry in self._training()}
 
     def known(self) -> list[PeerInfo]:

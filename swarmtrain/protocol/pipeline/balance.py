@@ -280,8 +280,8 @@ def _best(table: _Table, moved: Collection[str]) -> tuple[StageChange | None, st
 
 
 def _options(table: _Table, peer: str, slowest: int) -> list[tuple[int, ...]]:
-    """Return what `peer` could hold instead: another stage, one more, or one less. Each stage that it leaves keeps a
-    peer."""
+    """Return the sets of stages that `peer` could hold instead: another stage, one more, or one less. Each stage that
+    it leaves keeps a peer."""
     one, before = table.peers[peer], table.holding[peer]
     if before == (slowest,):
         return []

@@ -63,7 +63,7 @@ _MOST_SETTLED = 1024
 _GIVE_UP_S = 60.0
 """Seconds after which a settlement that cannot be delivered is given up: the peer is dead, or subtracts what is not
 acknowledged."""
-_ANY_LIFE = 0
+_ANY_INCARNATION = 0
 """Incarnation to put into a settlement that acknowledges nothing, so that it applies to any incarnation."""
 _HERE_S = 30.0
 """Longest silence towards a peer that computes for this driver, in seconds: stages forget the microbatches of a silent
@@ -184,7 +184,7 @@ class DriverEngine:
         self._rests: set[_Rest] = set()
         self._word = _Word()
         self._said_s: dict[tuple[str, int], float] = {}
-        """Time when each peer of a stage last heard from this driver."""
+        """Time when this driver last sent anything to each peer of a stage."""
         self._drawing = 0
         """Microbatches that were ordered and not drawn yet."""
         self._is_shut = False
@@ -219,7 +219,7 @@ class DriverEngine:
         return list(self._ways)
 
     def wake_at(self) -> float | None:
-        """Return when to send `TimeCame`; None: not before another event."""
+        """Return the time at which to send `TimeCame`; None: not before another event."""
         due = self._due
         while due and due[0][2].due_s != due[0][0]:
             heappop(due)
@@ -512,7 +512,7 @@ class DriverEngine:
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
-            self._settling_of(_Whom(peer, stage, _ANY_LIFE)).dropped[key] = None
+            self._settling_of(_Whom(peer, stage, _ANY_INCARNATION)).dropped[key] = None
 
     def _settling_of(self, whom: _Whom) -> _Settling:
         self._touched[whom] = None
@@ -521,7 +521,7 @@ class DriverEngine:
         return settling
 
     def _tell(self, settling: _Settling, now: float) -> None:
-        """Start to tell a peer what counts and what does not, until it confirms or is given up."""
+        """Start to send a settlement to a peer. It is repeated until the peer confirms it or is given up."""
         if settling.call is not None or settling.due_s is not None:
             return
         settling.give_up_s, settling.again_s = now + _GIVE_UP_S, _AGAIN_S
@@ -558,7 +558,8 @@ class DriverEngine:
         settling.again_s = min(2 * settling.again_s, _MOST_AGAIN_S)
 
     def _settled(self, settling: _Settling, late: Collection[Key], reason: str, now: float) -> None:
-        """Forget what a peer knows now, report acknowledged gradients in `late` as lost, and tell what is new since."""
+        """Forget the news that a peer has confirmed, report acknowledged gradients in `late` as lost, and send what is
+        new since."""
         said, whom = settling.said, settling.whom
         assert said is not None
         settling.call = settling.due_s = settling.said = None
@@ -578,7 +579,7 @@ class DriverEngine:
         self._said_s = {place: said_s for place, said_s in self._said_s.items() if place in places}
         for peer, stage in sorted(places):
             if stage and self._said_s[peer, stage] <= now - _HERE_S:
-                self._settling_of(_Whom(peer, stage, _ANY_LIFE))
+                self._settling_of(_Whom(peer, stage, _ANY_INCARNATION))
         if self._ways:
             self._at(now + _HERE_S, self._word)
 

@@ -431,7 +431,7 @@ class StageLedger:
     # ------------------------------------------------------------- what is to be done
 
     def due(self, now: float) -> Due | None:
-        """Return what the peer must do next besides the parts that were asked for; None: nothing at present."""
+        """Return the next work for the peer besides the parts that drivers asked for; None: nothing at present."""
         if not self._due:
             if self._closed is None and self._filling.members:
                 self._close(now)
@@ -452,7 +452,7 @@ class StageLedger:
         return self._closed is None and not self._filling.members
 
     def next_s(self) -> float | None:
-        """Return when `due` may have something although no event came; None: not before another event."""
+        """Return the time at which `due` may have something although no event came; None: not before another event."""
         return None if self._closed is None else self._closed.closed_s + self.limits.ack_wait_s
 
     def _close(self, now: float) -> None:

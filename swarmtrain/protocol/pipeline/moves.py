@@ -212,7 +212,7 @@ class MoveEngine:
         return self.stays.bound(now)
 
     def wake_at(self) -> float | None:
-        """Return when to send `PlacesSeen`; None during a move, or if peers never move."""
+        """Return the time at which to send `PlacesSeen`; None during a move, or if peers never move."""
         return None if self._move is not None or self.policy.balance == "none" else self._next_s
 
     def receive(self, event: MoveEvent, now: float) -> list[MoveCommand]:
@@ -285,7 +285,7 @@ class MoveEngine:
         return self._go_on(move, now)
 
     def _stay(self, move: _Move, reason: str) -> list[MoveCommand]:
-        """Give up the move, and leave what was fetched for it."""
+        """Give up the move, and leave the stages that were fetched for it."""
         self._over(move)
         stays = StaysHere(move.change, reason, move.has_begun)
         return [LeaveStages(move.change.enters), stays] if move.has_fetched and move.change.enters else [stays]

@@ -159,7 +159,7 @@ class Router:
     # ------------------------------------------------------------------ the choice
 
     def choose(self, now: float, tokens: float, exclude: Collection[str] = ()) -> tuple[str | None, str]:
-        """Return (the peer chosen for a task of that size, or None; reason). `exclude`: peers that have failed with
+        """Choose a peer for a task of `tokens`. Return (peer or None, reason). `exclude`: peers that have failed with
         this task."""
         ready, about = self._ready(now)
         free = ready - set(exclude)
@@ -178,7 +178,7 @@ class Router:
         return peer, f"{reason}; {about}" if about else reason
 
     def next_s(self, now: float) -> float | None:
-        """Return when a peer can be chosen that cannot be now; None if time alone changes nothing."""
+        """Return the time at which a peer can be chosen that cannot be now; None if time alone changes nothing."""
         ends = [end for known in self._peers.values() if (end := self._kept_until_s(known)) > now]
         return min(ends, default=None)
 

@@ -167,7 +167,7 @@ class StageQueue:
         self._asked: dict[Key, dict[Kind, _Question]] = {}
 
     def wake_at(self) -> float | None:
-        """Return when there may be work although no event came; None: not before another event."""
+        """Return the time at which there may be work although no event came; None: not before another event."""
         return self.ledger.next_s()
 
     def receive(self, event: QueueEvent, now: float) -> list[QueueCommand]:
@@ -199,7 +199,7 @@ class StageQueue:
         return [refused for key in list(self._asked) for refused in self._forget(key)]
 
     def first_asker(self, key: Key, kind: Kind) -> int | None:
-        """Return the call whose question brought the input of this part; None if the part is unknown."""
+        """Return the number of the call that delivered the input of this part; None if the part is unknown."""
         known = self._asked.get(key, {}).get(kind)
         return None if known is None else known.asker
 
@@ -244,7 +244,7 @@ class StageQueue:
     # ------------------------------------------------------------- what is done
 
     def _free(self, now: float) -> list[QueueCommand]:
-        """Return what the ledger says is due, or else the next part to compute."""
+        """Return the commands for the work that the ledger has due, or else for the next part to compute."""
         done: list[QueueCommand] = []
         while True:
             if (due := self.ledger.due(now)) is not None:

@@ -127,10 +127,10 @@ class Chain:
 
 
 def flaw(chain: Chain, ours: Chain) -> str:
-    """Return what is wrong with a chain that a peer shows, in words; "" if nothing.
+    """Return a sentence about what is wrong with a chain that a peer has sent; "" if nothing is.
 
-    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as they are shown or on this
-    peer's own chain.
+    Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as these are in the message
+    or on this peer's own chain.
     """
     tokens = ours.tokens_at(chain.links[0].roster.base) if chain.links else 0
     before: Roster | None = None
@@ -271,8 +271,8 @@ class ChainView:
     def chain_of(self, heard: Roster) -> Chain | None:
         """Return the chain that ends with the roster `heard`; None if the chain must be asked for first.
 
-        The entries of the next roster after ours are believed for now: whoever applies it has their manifests, and its
-        chain is asked for before a state is taken.
+        The entries of a roster that follows this peer's own are believed for now: a peer that applies the roster has
+        their manifests, and its chain is asked for before a state is taken.
         """
         if heard.digest in self.shown:
             return self.shown[heard.digest]
@@ -287,9 +287,10 @@ class ChainView:
         return heard is not None and heard.digest not in self.ours and self.chain_of(heard) is None
 
     def holds(self, heard: Roster | None) -> bool:
-        """Return whether the weights after `heard` hold against ours and all others'; False if its chain is unknown.
+        """Return whether the weights after the roster `heard` hold against this peer's and all others'; False if its
+        chain is unknown.
 
-        If a chain holds, so do all of its rosters after ours.
+        If a chain holds, so do all of its rosters after the last one that it shares with this peer's.
         """
         if heard is None or heard.digest in self.ours:
             return False
@@ -298,11 +299,11 @@ class ChainView:
 
     @cached_property
     def best(self) -> Chain | None:
-        """Chain that holds among all that peers stand on; None if it is ours."""
+        """Chain that holds among all chains that peers stand on; None if it is this peer's own."""
         return self.best_of(self.heads.values())
 
     def best_of(self, heads: Iterable[Roster]) -> Chain | None:
-        """Return the chain that holds among those with these heads and ours; None if it is ours.
+        """Return the chain that holds among those with these heads and ours; None if it is this peer's own.
 
         Chains on which most peers stand are compared first, so that all peers with the same evidence choose the same
         one.
@@ -410,7 +411,7 @@ class Chains(Generic[Link]):
         return roster.digest not in self._shown and roster.base not in self._shown
 
     def keep(self, shown: ShownChain[Link]) -> None:
-        """Remember a chain that a peer has shown."""
+        """Remember a chain that a peer has sent."""
         self._shown.pop(shown.chain.digest, None)
         self._shown[shown.chain.digest] = shown
         while len(self._shown) > _MAX_SHOWN:
@@ -424,8 +425,8 @@ class Chains(Generic[Link]):
     def tokens_behind(self, base: str) -> int | None:
         """Return the run's tokens after the roster `base`, as far as this peer has evidence; None without any.
 
-        Of others' chains only those count that begin with the run or with a roster of ours. What came before the oldest
-        roster that is shown is only claimed.
+        Of other peers' chains only those count that begin with the run or with a roster of this peer's chain. Tokens
+        before the oldest known roster of a chain are only a claim.
         """
         oldest = ((one.chain, one.chain.links[0].roster) for one in self._shown.values())
         whole = (chain for chain, first in oldest if first.base == "" or first.digest in self.chain)
@@ -433,8 +434,8 @@ class Chains(Generic[Link]):
         return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
 
     def wrong_with(self, roster: Roster) -> str:
-        """Return what is wrong with a roster's round or `base_tokens` compared with the rosters before it; "" if
-        nothing."""
+        """Return a sentence about what is wrong with a roster's round or `base_tokens` compared with the rosters before
+        it; "" if nothing is."""
         tokens = self.tokens_behind(roster.base)
         if tokens is not None and roster.base_tokens != tokens:
             return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"

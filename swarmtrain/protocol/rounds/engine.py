@@ -183,7 +183,7 @@ class RoundEngine(Generic[Envelope, Link]):
         return []
 
     def wake_at(self) -> float | None:
-        """Return when to send `RoundTimerFired`; None: not before another event."""
+        """Return the time at which to send `RoundTimerFired`; None: not before another event."""
         wake_s = math.inf if self._ending is None else self._look_s
         if self._held:
             wake_s = min(wake_s, self._held_until_s)
@@ -297,7 +297,8 @@ class RoundEngine(Generic[Envelope, Link]):
         return commands
 
     def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
-        """Name the peers that claim more tokens than this peer has, but show no chain and do not prevail."""
+        """Return commands that report peers whose last roster claims more tokens than this peer has, which send no
+        chain as proof and whose weights do not hold."""
         commands: _Commands[Envelope] = []
         view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
         for peer, digest in view.stands.items():
@@ -326,7 +327,7 @@ class RoundEngine(Generic[Envelope, Link]):
             lacking = [peer for peer in view.heard_at_s if self.chains.lacks(self.hearsay.last_of(peer))]
             if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
                 until_s = min(until_s, now + self.rules.retry_s)
-                decision = WaitDecision(until_s=until_s, reason="others are asked how they came to where they are")
+                decision = WaitDecision(until_s=until_s, reason="asking others for the rosters behind their weights")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, WaitDecision) else 0.0
         merging = decision.roster.digest if isinstance(decision, ApplyDecision) else ""

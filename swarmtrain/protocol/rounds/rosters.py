@@ -403,10 +403,10 @@ def idled(view: RoundView, now: float) -> frozenset[str]:
 def decide(view: RoundView, now: float) -> Decision:
     """Decide what to do now about a round whose inner steps this peer has done."""
     if view.far_ahead:
-        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="weights that hold are beyond this round")
+        return CatchUpDecision(sources=tuple(sorted(view.far_ahead)), reason="the agreed weights are beyond this round")
     if unheard := _unheard(view, now):
-        why = "has stood still" if view.listening_since_s > view.ended_at_s else "is later than the time limit"
-        reason = f"this process {why}: it asks {', '.join(sorted(unheard))} what happened meanwhile"
+        why = "was suspended" if view.listening_since_s > view.ended_at_s else "is past the time limit"
+        reason = f"this process {why}: asking {', '.join(sorted(unheard))} what happened meanwhile"
         return WaitDecision(until_s=_asks_since_s(view) + view.silence_s, reason=reason)
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
@@ -493,8 +493,8 @@ def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
 
 
 def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
-    """Return until when to wait for the shares of owners that answer; after that they are averaged here from the
-    hashes.
+    """Return the time until which to wait for the shares of owners that answer. After it, this peer averages these
+    shares itself, from the publications that the roster names.
 
     `roster_at_s` is when the roster came, `own_share_at_s` when this peer's share was averaged. An owner may lack bytes
     that nobody can give it; it then never has a share although it lives.

@@ -23,7 +23,7 @@ _MAX_ROSTERS = 64
 """Rosters of others that are kept for a round, those that hold against the rest. Signers cost nothing, so a flood of
 them must not fill the memory."""
 _CHAIN_SILENCES = 3
-"""Limit, in multiples of `silence_s`, of the wait for other peers to show their chains before this peer signs."""
+"""Limit, in multiples of `silence_s`, of the wait for other peers to send their chains before this peer signs."""
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class KnownRound(Generic[Envelope, Link]):
     impossible: set[str] = field(default_factory=set)
     """Digests of rosters that name a publication of this peer that it never made."""
     lacking_s: dict[str, float] = field(default_factory=dict)
-    """Time since which each peer has named a roster whose chain nobody has shown."""
+    """Time since which each peer has named a roster whose chain no peer has sent."""
     merging: str = ""
     """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False
@@ -136,7 +136,7 @@ class KnownRound(Generic[Envelope, Link]):
                 self.unobtainable.discard(peer)
 
     def chains_due_s(self, lacking: Iterable[str], silence_s: float, now: float) -> float:
-        """Return until when to wait for the `lacking` peers to show their chains.
+        """Return the time until which to wait for the `lacking` peers to send their chains.
 
         Each has `silence_s`; all together have `_CHAIN_SILENCES` times as long, so that ever new peers with unknown
         chains cannot hold up a round for ever.

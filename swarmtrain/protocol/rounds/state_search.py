@@ -59,7 +59,7 @@ class Hearsay(Generic[Envelope, Link]):
         self._chain_asked_s.pop(peer, None)
 
     def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> str:
-        """Return what is wrong with an answer, in words; "" if nothing."""
+        """Return a sentence about what is wrong with an answer; "" if nothing is."""
         advertised, last = reply.advertised, reply.advertised.last
         if advertised.round != (0 if last is None else last.round + 1):
             return "a peer in another round than its last roster leads to"
@@ -138,7 +138,7 @@ class PeerSurvey:
 
 @dataclass
 class CatchingUp(Generic[Envelope, Link]):
-    """Search for a state of the peers that are ahead of this one, which ends `round`."""
+    """Search, at the end of the round `round`, for the state of a peer that is ahead of this one."""
 
     hearsay: Hearsay[Envelope, Link]
     round: int

@@ -1,15 +1,15 @@
 """Token counts: a map (PeerID, stage) -> tokens trained on, merged by the greater count.
 
 Counts come from two sources, kept apart. What rosters count is *learned*: everybody who applied a roster counts the
-same. So is what states bring: whoever gives a state gives the counts that belong to it. What a peer says of itself in
-its progress record is *told*; it is believed as far as the peer's speed, or else the swarm's, explains it. A peer's
-count is the greater of the two, and the run's total is the sum over stage 0. Counts never fall, so that a restart, a
-fork or an old record loses nothing and counts nothing twice.
+same. Counts that come with a state are learned too: the peer that gives the state gives the counts that belong to it.
+What a peer says of itself in its progress record is *told*; it is believed as far as the peer's speed, or else the
+swarm's, explains it. A peer's count is the greater of the two, and the run's total is the sum over stage 0. Counts
+never fall, so that a restart, a fork or an old record loses nothing and counts nothing twice.
 
 How much is believed: each count has an *account*, the time up to which its tokens are explained. It begins when this
-peer first met that one. Growth costs time at the greatest allowed speed, and the account may run ahead of the present
+peer first met the other. Growth costs time at the greatest allowed speed, and the account may run ahead of the present
 by a few rounds at most. Time that passes pays for what was not believed yet, so an honest peer loses nothing for good.
-What was trained before this peer came is in the counts that states bring: the median of three of them where there are
+Tokens from before this peer joined are in the counts that come with states: the median of three of them if there are
 three (decision 49).
 
 Everything here is pure: `now` is an argument, in seconds of one clock that may jump.
@@ -209,24 +209,24 @@ class Tally:
         return {**counts, ALL_OTHERS: max(0, sum(counts.values()) - known)}
 
     def adopt(self, counts: Mapping[str, int], num_sources: int, now: float) -> None:
-        """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that were
-        taken.
+        """Add the counts of `num_sources` states, as `agreed_counts` gives them; they belong to weights that this peer
+        has adopted.
 
-        A peer that has just come believes three sources; one or two never say that the run is over. For a peer that has
-        watched the run, states bring no more than all known peers can have done since. An excess is cut in proportion,
-        and believed as time passes, when it is brought again.
+        A peer that has just joined believes three sources; one or two never say that the run is over. For a peer that
+        has watched the run, states add no more than all known peers can have trained since. An excess is cut in
+        proportion, and believed as time passes, when a state contains it again.
         """
         most = self.rules.most_tokens
         news = {peer: min(tokens, most) - self.tokens(peer) for peer, tokens in counts.items()}
         news = {peer: tokens for peer, tokens in news.items() if tokens > 0}
-        told, room = sum(news.values()), self._room_for_brought(num_sources, now)
+        told, room = sum(news.values()), self._room_for_adopted(num_sources, now)
         if room < told:
             news = {peer: tokens * room // told for peer, tokens in news.items()}
         self.learn({peer: self.tokens(peer) + tokens for peer, tokens in news.items()}, now)
         if room >= told or self.typical_per_s > 0 or self.watched_s is None:  # otherwise wait until a speed is known
             self.watched_s = now
 
-    def _room_for_brought(self, num_sources: int, now: float) -> int:
+    def _room_for_adopted(self, num_sources: int, now: float) -> int:
         """Return how many tokens states may add to the total."""
         left = self.rules.most_tokens * self.max_counts
         if num_sources < _MAJORITY:
@@ -241,7 +241,7 @@ class Tally:
     def learn(self, counts: Mapping[str, int], now: float, stage: int = 0) -> None:
         """Record what rosters count, which is certain.
 
-        It is charged to the peers' accounts like what they tell, but never refused: it is unknown when it was trained,
+        It is charged to the peers' accounts like their claims, but never refused: it is unknown when it was trained,
         and a state from a checkpoint is old.
         """
         for peer, tokens in counts.items():

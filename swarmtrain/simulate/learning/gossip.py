@@ -366,7 +366,7 @@ class LearningPeer:
         for fragment, of in zip(self.fragments, self.own.fragment_rounds, strict=True):
             gradient = self.own.gradient_of(fragment.number)
             fragment.robustness.learn(gradient, of.tokens)
-            fragment.brought(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
+            fragment.set_newest(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
         self.tells(self.own.part, self.own.tokens)
 
     def publish(self, moment: int) -> None:

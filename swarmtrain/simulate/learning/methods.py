@@ -21,7 +21,8 @@ __all__ = ["METHODS", "Method", "scenario_method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Method of a scenario: a sentence for people, keys of the run file, and what runs it if it learns."""
+    """Method that a scenario can name: a sentence for people, the keys that it sets in the run file, and the function
+    that runs it with real models."""
 
     says: str
     run: Callable[[Setting], RunOutcome] | None = None

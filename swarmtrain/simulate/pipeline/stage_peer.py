@@ -53,7 +53,7 @@ class StageGround(DrivingGround, Protocol):
         """Store a record in the DHT; None is a goodbye."""
 
     def recount(self) -> None:
-        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
+        """Recompute the rates, because peers were switched on or off, or one serves other stages."""
 
 
 class StageVolunteer:

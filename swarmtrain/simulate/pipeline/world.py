@@ -216,7 +216,7 @@ class PipelineWorld(MessageFaults):
         self._sums.tokens += tokens
 
     def recount(self) -> None:
-        """Recompute the rates, because the peers that are on, or the stages that one serves, have changed."""
+        """Recompute the rates, because peers were switched on or off, or one serves other stages."""
         self._count()
         on = [peer for peer in self.peers.values() if not peer.hung]
         costs = self.settings.rule.costs

@@ -1,8 +1,9 @@
 """Bottlenecks of a planned run, worst first, and what to change.
 
-Each bottleneck has a *strain*: 1 where it hurts, by a rule of the product or of the results. Below `FELT` a bottleneck
-is only named when there is nothing worse. A suggested change gives a valid run file in which this strain is less.
-Alternatives are separated by "or", the best first; changes that belong together are joined by "and".
+Each bottleneck has a *utilization*: 1 where it begins to slow the run or to lose work, by a rule of the product or of
+the results. Below `FELT` a bottleneck is only named when there is nothing worse. A suggested change gives a valid run
+file in which this utilization is less. Alternatives are separated by "or", the best first; changes that belong together
+are joined by "and".
 """
 
 from __future__ import annotations

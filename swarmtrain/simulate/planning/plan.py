@@ -1,4 +1,4 @@
-"""What a run would be like with so many volunteers on such links, before anybody is invited.
+"""Predict a run with given volunteers and links, before anybody is invited.
 
 `plan` is all that others call. It plays rounds of a part of the swarm in virtual time
 (`simulate/planning/playback.py`), adds other traffic (`simulate/planning/traffic.py`) and the estimate of `swarmtrain
@@ -115,7 +115,7 @@ class Plan:
 
 
 def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int = 0) -> Plan:
-    """Plan this run on these machines, all behind such links. Takes seconds.
+    """Plan this run on these machines, all behind links like `links`. Takes seconds.
 
     Raises UserError for what cannot be planned.
     """

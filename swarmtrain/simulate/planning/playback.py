@@ -1,8 +1,8 @@
 """Plays some rounds of a part of a swarm in virtual time, from which `plan.py` extrapolates to all of it.
 
 Gossip is played by `simulate/systems/gossip.py`, synchronous rounds by `simulate/systems/world.py`, stages by
-`simulate/pipeline/world.py` and then gossip. With a server nobody waits for anybody, and the result is arithmetic. A
-better engine has to replace `lived`.
+`simulate/pipeline/world.py` and then gossip. With a server nobody waits for anybody, and the result is arithmetic. To
+play a run by another simulator, replace the function `lived`.
 """
 
 from __future__ import annotations

@@ -41,13 +41,13 @@ __all__ = [
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
 """Names, for a person, of the kinds of traffic on a link."""
 RECORD_BYTES = 500
-"""Bytes of a signed record, as an answer of the DHT brings it."""
+"""Bytes of a signed record in an answer of the DHT."""
 PULL_BYTES = 1200
 """Bytes of a pull's question and answer without the pulled bytes: manifest, presence, coverage."""
 _OVERHEAD = 1.01
 """Factor for libp2p's frames around payload."""
 _READ_OF_KNOWN = ((ALL_EVERY - 1) * FEW + REPLICAS) / ALL_EVERY
-"""Mean number of nodes that are asked for a bucket whose keepers are known."""
+"""Mean number of nodes that are asked for a bucket, if it is known which nodes keep it."""
 
 
 @dataclass(frozen=True, kw_only=True)

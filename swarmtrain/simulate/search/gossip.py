@@ -203,7 +203,7 @@ class GossipLiar(CountingPeer):
     def __init__(self, swarm: SearchedSwarm, name: str, speed: float, theta: float, link: SimulatedLink) -> None:
         super().__init__(swarm, name, speed, theta, link)
         self._claimed: list[SimulatedPublication] = []
-        """Altered publications that it has claimed lately."""
+        """Altered publications that the liar has announced recently."""
 
     def _describe(self, info: PeerInfo) -> PeerInfo:
         info = super()._describe(info)

@@ -839,7 +839,7 @@ class LivesWorld:
         """Hook, called when the first of its rounds begins."""
 
     def trained(self, volunteer: SearchedVolunteer, before_tokens: int) -> None:
-        """Hook, called after a round, before which so many tokens of its peer were counted."""
+        """Hook, called after a round. Before it, `before_tokens` tokens of the volunteer were counted."""
 
     def archived(self, bootstrap: Bootstrap) -> None:
         """Hook, called after an archive was written."""

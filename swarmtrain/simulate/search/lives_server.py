@@ -1,4 +1,4 @@
-"""Peers of the world "lives" with the bootstrap as the server, which merges what its workers hand in."""
+"""Peers of the world "lives" in which the bootstrap is the server and merges what its workers upload."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Server(Bootstrap):
         self.state_behind, self.leavers, self._archived_arrivals = Behind(), None, 0
 
     def restore(self, kept: DiskCheckpoint) -> None:
-        """Continue from a checkpoint, with its marks."""
+        """Continue from a checkpoint, with its record of the workers' rounds."""
         super().restore(kept)
         arrivals, self.refreshes, self.in_buffer, rows = kept.of_server
         self.arrivals, self.state_behind = arrivals, kept.behind

@@ -70,7 +70,7 @@ def replay(schedule: FaultSchedule) -> Played:
 
 
 def shrink(schedule: FaultSchedule, invariant: str, most_plays: int = 400) -> FaultSchedule:
-    """Return the shortest schedule found, within so many plays, in which this invariant still breaks."""
+    """Return the shortest schedule found, within `most_plays` plays, in which this invariant still breaks."""
     tries = most_plays
     progress = True
     while progress:

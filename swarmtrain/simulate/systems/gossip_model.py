@@ -45,7 +45,7 @@ class FragmentSchedule(NamedTuple):
     parts: tuple[int, ...]
 
     def passed(self, steps_done: int) -> tuple[int, int] | None:
-        """Return the steps and the part of the last publication after so many steps; None before the first."""
+        """Return (inner steps, part) of the last publication after `steps_done` steps; None before the first."""
         passed = bisect_right(self.steps, steps_done)
         return (self.steps[passed - 1], self.parts[passed - 1]) if passed else None
 
@@ -66,7 +66,7 @@ class _Fragment:
     theta: float
     momentum: float = 0.0
     weights: list[SimulatedPublication] = field(default_factory=list)
-    """Weights at the starts of its last two rounds, as published."""
+    """Weights at the starts of the fragment's last two rounds, as published."""
     published: list[SimulatedPublication] = field(default_factory=list)
     """Last two pseudo-gradients that a peer asked for."""
     told_steps: int = 0
@@ -98,7 +98,7 @@ class GossipModel:
         return round(statistics.mean(one.told_steps for one in self.fragments))
 
     def _gradient(self, fragment: _Fragment, steps: int) -> float:
-        """Return theta less the weight after so many inner steps."""
+        """Return theta less the weight after `steps` inner steps."""
         return (fragment.theta - self.target) * (1.0 - (1.0 - self._settings.inner_rate) ** steps)
 
     # ------------------------------------------------------------------ rounds

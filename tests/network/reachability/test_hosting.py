@@ -192,7 +192,7 @@ def test_a_host_keeps_nothing_for_who_asks_for_a_section_that_the_run_does_not_h
         guest = Partner(DORA, 0.5)
         host, dora = Host(CARL, guest), peer_bytes(DORA.peer_id)
         for name in ("buffers", "x" * 33):
-            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, group=name), ME.peer_id)
+            reply = await host.hosting.answer(pb.PublicationRequest(author=dora, section=name), ME.peer_id)
             assert reply == pb.PublicationReply(away=True)
         assert [peer for peer, _ in host.refused] == [ME.peer_id, ME.peer_id]
         assert guest.asked == [] and not host.hosting._kept

@@ -91,8 +91,8 @@ def test_one_can_ask_from_the_moment_the_folder_is_held_to_the_end(tmp_path: Pat
 @pytest.mark.parametrize(
     ("error", "state", "reason", "code"),
     [
-        (UserError("a bad folder"), pb.PEER_STATE_FAILED, "a bad folder", 2),
-        (RunTimeError("nobody answers"), pb.PEER_STATE_FAILED, "nobody answers", 1),
+        (UserError("a bad folder", code="folder-altered"), pb.PEER_STATE_FAILED, "a bad folder [folder-altered]", 2),
+        (RunTimeError("it broke"), pb.PEER_STATE_FAILED, "it broke", 1),
         (KeyError("oops"), pb.PEER_STATE_FAILED, "an error of swarmtrain itself: KeyError('oops')", 1),
         (Interrupted(), pb.PEER_STATE_DONE, "interrupted", 0),
     ],

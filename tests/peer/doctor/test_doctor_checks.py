@@ -116,7 +116,7 @@ def test_a_taken_port_and_who_has_it() -> None:
 def test_ports_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_ports(["/ip4/127.0.0.1/tcp/0"]).level == "ok"
     a_problem(check_ports(["/ip4/192.0.2.77/tcp/4001"]), "no such address", "--announce")
-    a_problem(check_ports(["/dns/localhost/tcp/1"]), "no IP address", "--listen")
+    a_problem(check_ports(["/dns/localhost/tcp/1"]), "not an IP address", "--listen")
 
     def refuse(error: int) -> Callable[..., None]:
         def listen(family: str, host: str, port: int) -> None:

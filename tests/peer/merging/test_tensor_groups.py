@@ -103,7 +103,7 @@ def test_who_asks_for_what_the_run_does_not_have_gets_nothing_and_is_named(with_
         (IDENTITIES[2], "x" * 33, "more than 32 bytes"),
         (IDENTITIES[3], "adapters", "'adapters'"),
     ):
-        assert asks(identity.peer_id, pb.PublicationRequest(group=name)) == pb.PublicationReply()
+        assert asks(identity.peer_id, pb.PublicationRequest(section=name)) == pb.PublicationReply()
         *_, told = [event for event in ours.events if isinstance(event, RefusedEvent)]
         assert told.from_peer == identity.peer_id and words in told.detail
 

@@ -155,7 +155,7 @@ def test_after_a_pause_of_ones_own_silence_counts_anew() -> None:
 def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others_have_been_heard() -> None:
     """They may have signed without it, and gone on."""
     was_suspended = {"listening_since_s": 180.0, "answered_at_s": {"b": 180.5, "c": 179.9}}
-    reason = "this process has stood still: it asks c what happened meanwhile"
+    reason = "this process was suspended: asking c what happened meanwhile"
     assert decide(view("a", "bc", "abc", **was_suspended), 181) == WaitDecision(until_s=185, reason=reason)
     assert decide(view("a", "bc", "abc", **was_suspended, rosters=[roster("a")]), 181) == WaitDecision(
         until_s=185, reason=reason
@@ -175,7 +175,7 @@ def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others
 def test_who_comes_after_its_time_limit_signs_nothing_before_the_others_have_been_heard(me: str) -> None:
     """Its machine slept in the midst of the round, say: they may have signed without it, and gone on."""
     late = dataclasses.replace(view(me, "bc", me), deadline_s=100.0)
-    reason = "this process is later than the time limit: it asks b, c what happened meanwhile"
+    reason = "this process is past the time limit: asking b, c what happened meanwhile"
     assert decide(late, 100) == WaitDecision(until_s=105, reason=reason)
     answered = dataclasses.replace(late, answered_at_s={"b": 100.0, "c": 100.0})
     assert signed(decide(answered, 101)) == me, "nobody else has published, and the time is over"

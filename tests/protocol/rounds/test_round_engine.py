@@ -384,7 +384,7 @@ def test_who_is_rounds_behind_asks_for_the_chain_and_takes_the_state() -> None:
     assert isinstance(fetch, ev.RequestState) and fetch.min_round == 3
     assert engine.receive(ev.StateOffered(fetch.number, signed(TWO)), 10.3) == [ev.DownloadState(fetch.number)]
     commands = engine.receive(ev.StateDownloaded(fetch.number), 10.4)
-    assert commands[-1] == ev.AdoptState(fetch.number, "weights that hold are beyond this round")
+    assert commands[-1] == ev.AdoptState(fetch.number, "the agreed weights are beyond this round")
     assert engine.wake_at() is None
     engine.receive(ev.RoundBegun(is_late_joiner=True), 10.5)
     engine.chains.move(ChainLink(roster=TWO))
@@ -426,7 +426,7 @@ def test_nothing_is_signed_for_a_while_before_chains_are_shown() -> None:
         engine.receive(ev.MembersChanged(), now)
         signs += [now for one in wakes(engine, now) if isinstance(one, ev.SignRoster)]
         if not signs:
-            assert engine.waiting_for == "others are asked how they came to where they are"
+            assert engine.waiting_for == "asking others for the rosters behind their weights"
         now += 0.9 * RULES.silence_s
     assert signs and 10.0 + RULES.silence_s < signs[0] <= 10.0 + 4 * RULES.silence_s
 
@@ -437,7 +437,7 @@ def test_who_stood_still_asks_without_being_held_before_it_decides() -> None:
     assert of_kind(commands, ev.SignRoster)
     engine.receive(ev.ProcessSuspended(), 30.0)
     commands = wakes(engine, 30.0)
-    assert not of_kind(commands, ev.SignRoster) and "has stood still" in engine.waiting_for
+    assert not of_kind(commands, ev.SignRoster) and "was suspended" in engine.waiting_for
     [number] = (number for number, one in engine._questions.open.items() if one.peer == "b")
     engine.receive(ev.QuestionAnswered(number, reply()), 30.1)
     [again] = of_kind(wakes(engine, 30.1), ev.AskRoundQuestion, ev.SignRoster)
