@@ -15,7 +15,7 @@ ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/swarmtrain
 ENV PATH=/opt/swarmtrain/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN pip install --quiet --retries 0 --timeout 15 --index-url "$TORCH_INDEX_URL" 'torch>=2.4' \
-    || { echo "torch comes from the usual index: it could not be had from $TORCH_INDEX_URL"; pip install --quiet 'torch>=2.4'; }
+    || { echo "$TORCH_INDEX_URL has no torch for this machine or cannot be reached: installing it from the default index"; pip install --quiet 'torch>=2.4'; }
 COPY pyproject.toml /tmp/
 RUN python -c 'import tomllib; print(*tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
         >/tmp/requirements.txt \

@@ -32,7 +32,7 @@ import psutil
 import tomli_w
 from cold_start import read_run
 
-from swarmtrain.cli.peers import LocalPeer, Phase, look
+from swarmtrain.cli.peers import LocalPeer, PeerPhase, look
 from swarmtrain.network.daemon import owned_process_args
 
 FACTORS = "16,20,24,16,20,24"
@@ -66,7 +66,7 @@ def sample(folder: Path) -> Sample:
     kept = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     process = psutil.Process(int((folder / "peer.pid").read_text()))
     seen = look(LocalPeer(folder=folder))
-    if seen.phase is not Phase.RUNNING:
+    if seen.phase is not PeerPhase.RUNNING:
         raise ValueError("it does not answer")
     alone = process.memory_info().rss / 2**20
     return (*of_processes(process, *process.children()), alone, kept, float(seen.status.dht_records))

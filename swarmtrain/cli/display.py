@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from swarmtrain.cli.peers import Phase, View
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.screen import contribution_in_words, progress_in_words, serving_lines
 from swarmtrain.events import (
     ArrivingEvent,
@@ -269,7 +269,7 @@ class PeerDisplay(_Display):
         if self._status is None:
             return
         try:
-            self._view = View(status=self._status(), phase=Phase.RUNNING, now=time.time())
+            self._view = View(status=self._status(), phase=PeerPhase.RUNNING, now=time.time())
         except Exception:  # a task boundary: whatever a look at the peer meets, the picture before it stays
             _log.exception("the screen's look at the peer failed")
 

@@ -18,7 +18,7 @@ from typing import Any
 from swarmtrain.cli.peers import (
     LocalPeer,
     NoAnswerError,
-    Phase,
+    PeerPhase,
     RefusedError,
     View,
     ask,
@@ -146,9 +146,9 @@ class _Following:
 
     def _receive(self, status: Any) -> None:
         self._heard_s, self._gone_s = time.monotonic(), None
-        self._view = View(status=status, phase=Phase.RUNNING, folder=self._peer.folder)
+        self._view = View(status=status, phase=PeerPhase.RUNNING, folder=self._peer.folder)
 
-    def _be(self, phase: Phase, note: str = "") -> None:
+    def _be(self, phase: PeerPhase, note: str = "") -> None:
         self._view = dataclasses.replace(self._view, phase=phase, note=note)
 
     def _reach(self) -> bool:
@@ -161,7 +161,7 @@ class _Following:
             now = time.monotonic()
             self._gone_s = now if self._gone_s is None else self._gone_s
             left_s = self._patience.come_back_s - (now - self._gone_s)
-            if phase in (Phase.ENDED, Phase.FAILED) or left_s <= 0:
+            if phase in (PeerPhase.ENDED, PeerPhase.FAILED) or left_s <= 0:
                 self._be(phase)
                 return True
             self._be(phase, f"waiting for it to come back, {left_s:.0f} s at most")
@@ -170,14 +170,14 @@ class _Following:
         self._stream, self._probing, self._heard_s = _Stream(self._peer, self._news), False, time.monotonic()
         return False
 
-    def _phase_of_one_that_is_there(self, *, timed_out: bool = False) -> Phase:
+    def _phase_of_one_that_is_there(self, *, timed_out: bool = False) -> PeerPhase:
         """Decide whether a peer that does not answer starts, ends or hangs."""
         if self._peer.folder is None:
-            return Phase.SILENT
+            return PeerPhase.SILENT
         problem = NoAnswerError("", timed_out=timed_out)  # no text: no person reads it
         return look_without_asking(self._peer, problem=problem, heard=self._view.status).phase
 
-    def _after_its_end(self) -> Phase:
+    def _after_its_end(self) -> PeerPhase:
         """Decide how the peer ended, by its last status: the one in its folder, or the last that arrived."""
         heard = self._view.status
         if self._peer.folder is not None:
@@ -185,8 +185,8 @@ class _Following:
             if left.status.time >= heard.time:
                 self._view = dataclasses.replace(self._view, status=left.status)
                 return left.phase
-        ends = {wire.PEER_STATE_DONE: Phase.ENDED, wire.PEER_STATE_FAILED: Phase.FAILED}
-        return ends.get(heard.state, Phase.DIED if self._peer.folder is not None else Phase.LOST)
+        ends = {wire.PEER_STATE_DONE: PeerPhase.ENDED, wire.PEER_STATE_FAILED: PeerPhase.FAILED}
+        return ends.get(heard.state, PeerPhase.DIED if self._peer.folder is not None else PeerPhase.LOST)
 
 
 class _Stream:

@@ -119,13 +119,13 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
             next_look_s = time.monotonic() + _LOOK_FOR_WARNINGS_S
     if peer.folder is None:
         return f"{peer.address} has ended", 0
-    from swarmtrain.cli.peers import Phase, look
+    from swarmtrain.cli.peers import PeerPhase, look
     from swarmtrain.cli.screen import sentence
 
     view = look(peer)
     warnings.say(view.status)
     ended = f"{title(view.status, peer.folder)}: {sentence(view)}"
-    if view.phase is not Phase.ENDED:
+    if view.phase is not PeerPhase.ENDED:
         return ended, 1
     from swarmtrain.cli.closing_line import last_line
 

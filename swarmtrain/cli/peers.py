@@ -32,7 +32,7 @@ __all__ = [
     "ForeignError",
     "LocalPeer",
     "NoAnswerError",
-    "Phase",
+    "PeerPhase",
     "RefusedError",
     "View",
     "ask",
@@ -58,7 +58,7 @@ _LISTED = "local"
 _MAX_ANSWER_BYTES = 64 * 2**20
 
 
-class Phase(enum.Enum):
+class PeerPhase(enum.Enum):
     """State of a peer's process, as seen from outside."""
 
     RUNNING = "running"  # answers
@@ -73,10 +73,10 @@ class Phase(enum.Enum):
     @property
     def over(self) -> bool:
         """True if no process of the peer is left."""
-        return self in (Phase.ENDED, Phase.FAILED, Phase.DIED, Phase.LOST)
+        return self in (PeerPhase.ENDED, PeerPhase.FAILED, PeerPhase.DIED, PeerPhase.LOST)
 
 
-_ENDS = {wire.PEER_STATE_DONE: Phase.ENDED, wire.PEER_STATE_FAILED: Phase.FAILED}
+_ENDS = {wire.PEER_STATE_DONE: PeerPhase.ENDED, wire.PEER_STATE_FAILED: PeerPhase.FAILED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class View:
     """Snapshot of what is known of a peer."""
 
     status: Any  # wire.PeerStatus, the last one; empty if there is none
-    phase: Phase
+    phase: PeerPhase
     folder: Path | None = None
     now: float = 0.0  # Unix seconds
     note: str = ""  # additional sentence, such as "waiting for it to come back"
@@ -399,7 +399,7 @@ def look(peer: LocalPeer) -> View:
         if peer.folder is None:
             raise
         return look_without_asking(peer, problem=error)
-    return View(status=status, phase=Phase.RUNNING, folder=peer.folder, now=time.time())
+    return View(status=status, phase=PeerPhase.RUNNING, folder=peer.folder, now=time.time())
 
 
 def look_without_asking(
@@ -415,19 +415,19 @@ def look_without_asking(
     note = str(problem) if problem is not None and held is not Holder.NOBODY else ""
     last = status if heard is None or heard.time < status.time else heard
     if held is Holder.NOBODY and _last_holder(peer.folder) not in (0, status.pid):
-        phase = Phase.DIED  # the file is of an earlier process, so the last one left no status
+        phase = PeerPhase.DIED  # the file is of an earlier process, so the last one left no status
     elif held is Holder.NOBODY:
-        phase = _ENDS.get(status.state, Phase.DIED)
+        phase = _ENDS.get(status.state, PeerPhase.DIED)
     elif last.pid == process and last.state in _ENDS:
-        phase = Phase.ENDING
+        phase = PeerPhase.ENDING
     elif (
         problem is not None
         and not problem.timed_out
         and (last.pid != process or last.state == wire.PEER_STATE_STARTING)
     ):
-        phase = Phase.STARTING  # the status is of an earlier process, or this one has just begun to serve
+        phase = PeerPhase.STARTING  # the status is of an earlier process, or this one has just begun to serve
     else:
-        phase = Phase.SILENT
+        phase = PeerPhase.SILENT
     return View(status=status, phase=phase, folder=peer.folder, now=time.time(), note=note)
 
 

@@ -92,10 +92,10 @@ def command(
     worst = bottlenecks(run, found)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(found), **_derived(found)}
-        hurts = [dataclasses.asdict(one) for one in worst]
-        for row in hurts:  # the field keeps the name that programs know
+        rows = [dataclasses.asdict(one) for one in worst]
+        for row in rows:  # the field keeps the name that programs know
             row["strain"] = row.pop("utilization")
-        click.echo(json.dumps({**table, "hurts": hurts}, allow_nan=False))
+        click.echo(json.dumps({**table, "hurts": rows}, allow_nan=False))
         return
     for line in (*report(run, found, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
         click.echo(line)

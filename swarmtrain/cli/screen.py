@@ -16,7 +16,7 @@ from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
 from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
-from swarmtrain.cli.peers import Phase, View, title
+from swarmtrain.cli.peers import PeerPhase, View, title
 from swarmtrain.cli.plot import plot
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
@@ -86,9 +86,9 @@ _COLOURS = {"training": "green", "serving": "green", "waiting": "yellow", "pause
 
 def state_in_words(view: View) -> str:
     """Say in a word what the peer is doing."""
-    if view.phase is Phase.RUNNING and view.status.state in _OVER:
-        return Phase.ENDING.value
-    return _STATES.get(view.status.state, "running") if view.phase is Phase.RUNNING else view.phase.value
+    if view.phase is PeerPhase.RUNNING and view.status.state in _OVER:
+        return PeerPhase.ENDING.value
+    return _STATES.get(view.status.state, "running") if view.phase is PeerPhase.RUNNING else view.phase.value
 
 
 def sentence(view: View) -> str:
@@ -98,22 +98,22 @@ def sentence(view: View) -> str:
     told = _REASONS.get(status.end_reason, one_line(status.end_reason))
     then = [one_line(view.note)] if view.note else []
     match view.phase:
-        case Phase.RUNNING | Phase.ENDING:
+        case PeerPhase.RUNNING | PeerPhase.ENDING:
             text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, no details"
             return f"ending: {told or text}" if status.state in _OVER else text
-        case Phase.STARTING:
+        case PeerPhase.STARTING:
             return "it is starting, and does not answer yet"
-        case Phase.SILENT:
+        case PeerPhase.SILENT:
             return f"it runs but does not answer; its last status, {ago}: {one_line(status.doing) or 'none'}"
-        case Phase.ENDED:
+        case PeerPhase.ENDED:
             return "; ".join([f"ended {ago}" + (f": {told}" if told else ""), *then])
-        case Phase.LOST:
+        case PeerPhase.LOST:
             return "; ".join([f"no answer since {_clock(status.time, view.now)} ({_was(status)})", *then])
-        case Phase.FAILED:
+        case PeerPhase.FAILED:
             text = f"failed {ago}: {told or 'it did not say why'} (exit code {status.exit_code})"
-        case Phase.DIED if not status.time or status.state in _OVER:
+        case PeerPhase.DIED if not status.time or status.state in _OVER:
             text = "died while it was starting, without an error message"
-        case Phase.DIED:
+        case PeerPhase.DIED:
             text = f"died about {_clock(status.time, view.now)} ({_was(status)})"
     return "; ".join([text, *then, _start_again(view)])
 
@@ -177,7 +177,7 @@ def _left(view: View) -> str:
         return ""
     if status.run_tokens >= status.total_tokens:
         return f"reached at {_clock(end_time, view.now)}" if end_time > 0 else "reached"
-    if view.phase is not Phase.RUNNING or status.state not in _WORKING or end_time <= 0:
+    if view.phase is not PeerPhase.RUNNING or status.state not in _WORKING or end_time <= 0:
         return ""
     left_s = _finite(end_time - view.now)
     if left_s < 1:
@@ -375,7 +375,7 @@ def _title_line(view: View, width: int) -> Text:
     role = one_line(status.role) or "peer"
     colour = _COLOURS.get(
         word,
-        "red" if view.phase in (Phase.DIED, Phase.FAILED, Phase.LOST, Phase.SILENT) else "",
+        "red" if view.phase in (PeerPhase.DIED, PeerPhase.FAILED, PeerPhase.LOST, PeerPhase.SILENT) else "",
     )
     styled = (word, f"bold {colour}".strip())
     peer = f" ({short})" if short and short != name else ""
@@ -418,7 +418,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "checkpoint": "" if status.HasField("archive") else _checkpoint(view),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
-    if view.phase is Phase.RUNNING:
+    if view.phase is PeerPhase.RUNNING:
         up = time_in_words(max(0.0, _finite(view.now - status.started_time)))
         facts["process"] = f"{status.pid}, for {up}, version {one_line(status.version)}"
     if status.role == "bootstrap":
@@ -465,7 +465,7 @@ def list_peers(views: Sequence[View], width: int) -> list[Text]:
             short_peer(one_line(view.status.peer)) if view.status.peer else "",
             one_line(view.status.role),
             state_in_words(view),
-            "" if view.phase is Phase.RUNNING or not view.status.time else _ago(view.status.time, view),
+            "" if view.phase is PeerPhase.RUNNING or not view.status.time else _ago(view.status.time, view),
             clipped(view.status.run_name, _NAME_CELLS),
             percent_in_words(view.status.run_tokens, view.status.total_tokens) if view.status.total_tokens else "",
             one_line(str(view.folder)),
@@ -489,7 +489,7 @@ def plain_line(view: View) -> str:
     status = view.status
     clock = time.strftime("%H:%M:%S", time.localtime(view.now))
     state, said = state_in_words(view), sentence(view)
-    said = said.removeprefix(f"{Phase.ENDING.value}: ")
+    said = said.removeprefix(f"{PeerPhase.ENDING.value}: ")
     parts = [f"{clock} {title(status, view.folder)} {state}: {said}"]
     is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # figures only once it has some
     if status.time and is_known and not view.phase.over:
@@ -506,7 +506,7 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
     status = view.status
     top = [
         _title_line(view, width),
-        *wrapped_lines(sentence(view), width, 3 if view.phase is Phase.RUNNING else 5),
+        *wrapped_lines(sentence(view), width, 3 if view.phase is PeerPhase.RUNNING else 5),
     ]
     leave = "" if view.phase.over and not view.note else "q closes this screen"
     foot = cut_line(width, (leave if view.phase.over else f"{leave}; the peer keeps running", "dim"))

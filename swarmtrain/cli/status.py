@@ -72,7 +72,7 @@ def print_page(view: View) -> None:
 
     from rich.console import Console
 
-    from swarmtrain.cli.peers import Phase
+    from swarmtrain.cli.peers import PeerPhase
     from swarmtrain.cli.screen import UNCUT, draw_status
     from swarmtrain.words import one_line
 
@@ -80,7 +80,7 @@ def print_page(view: View) -> None:
     width, height = console.size if sys.stdout.isatty() else (UNCUT, UNCUT)
     for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
         console.print(line, soft_wrap=True)
-    if view.status.invite_line and view.phase is Phase.RUNNING:
+    if view.status.invite_line and view.phase is PeerPhase.RUNNING:
         click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # uncut: it is meant to be copied
 
 

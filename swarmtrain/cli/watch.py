@@ -27,7 +27,7 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
     """
     import sys
 
-    from swarmtrain.cli.peers import Phase, find, look
+    from swarmtrain.cli.peers import PeerPhase, find, look
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     peer = find(which)
@@ -36,7 +36,7 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
     if last is None:
         return
     _print_last(last, as_json)
-    if last.phase is not Phase.ENDED or last.status.exit_code:
+    if last.phase is not PeerPhase.ENDED or last.status.exit_code:
         ctx.exit(1)
 
 

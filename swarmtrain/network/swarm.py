@@ -85,7 +85,7 @@ class Swarm:
         node.settings = dataclasses.replace(node.settings, call_limit_s=limits.call_limit_s)
         members = self.membership = Membership(identity.peer_id)
         presence = self.presence = OwnPresence(identity, sha256, me, lambda: self.rounds.inner_steps_done)
-        tallying = self.tallying = TokenAccounting(
+        accounting = self.accounting = TokenAccounting(
             identity.peer_id,
             counting_rules(run, swarm_time()),
             lambda kind, prefix: node.read_bucket(bytes.fromhex(sha256), kind, prefix),
@@ -93,7 +93,7 @@ class Swarm:
             swarm_time,
             lambda peer, rule, detail: emit(RefusedEvent(from_peer=peer, rule=rule, detail=detail)),
         )
-        peers = self.peers = KnownPeers(node, published, members, tallying, emit, lambda: self.rounds.peers_changed())
+        peers = self.peers = KnownPeers(node, published, members, accounting, emit, lambda: self.rounds.peers_changed())
         calls = self.calls = PeerCalls(
             node,
             sha256,
@@ -123,7 +123,7 @@ class Swarm:
         )
         self.coverage: DataCoverage | None = None  # None on a bootstrap, and if the data has no shards
         if shards is not None:
-            told = tallying.explained, tallying.refused
+            told = accounting.explained, accounting.refused
             self.coverage = DataCoverage(identity, shards, *told, swarm_time, spares=peers.spares)
         self.serving = Serving()
         rows = lambda: [*rows_of(self.coverage), *self.serving.rows()]  # noqa: E731 - it changes
@@ -131,7 +131,7 @@ class Swarm:
             identity, sha256, settings.state_specs, store, rows, lambda: self.serving.places()
         )
         safe = durable or (lambda: offer.progress)
-        self.records = OwnRecords(node, presence, tallying, limits.presence_ttl_s, safe)
+        self.records = OwnRecords(node, presence, accounting, limits.presence_ttl_s, safe)
         self.reaching = ReachabilityMonitor(
             calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
         )
@@ -199,7 +199,7 @@ class Swarm:
         """Offer this state to late joiners from now on (`StateProvider.put`). Nobody may write into its buffers any
         more."""
         self.offer.put(progress, body, fill)
-        self.tallying.learn(progress.peer_tokens)
+        self.accounting.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:
             self.greeter.meet(self.rounds.last[0].peers)
@@ -211,7 +211,7 @@ class Swarm:
     async def count_once_more(self) -> None:
         """Store this peer's own counts and read those of others a last time, at the end of the run."""
         await self.records.store()
-        await self.tallying.read_all()
+        await self.accounting.read_all()
 
     async def withdraw(self, limit_s: float = _GOODBYE_S) -> None:
         """Say goodbye to everyone and stop advertising until `come_back`; the node keeps running.
@@ -251,7 +251,7 @@ class Swarm:
         await self.peers.read_records()
         await self.greeter.greet_all([info.peer for info in self.membership.live()])
         self.peers.expire()
-        self.rounds.stood_still(forgives=False)  # `forgives` no failures: the peers just called in vain may be dead
+        self.rounds.was_suspended(forgives=False)  # `forgives` no failures: the peers just called in vain may be dead
 
     async def leave(self) -> None:
         """Say goodbye to everyone and end the node."""
@@ -296,7 +296,7 @@ class Swarm:
 
     async def _keep_counting(self) -> None:
         while True:
-            await self.tallying.read_some()
+            await self.accounting.read_some()
             least_s, most_s = records.COUNT_EVERY_S, records.MOST_COUNT_EVERY_S
             await asyncio.sleep(records.read_every_s(len(self.membership.live()), least_s, most_s))
 
@@ -307,7 +307,7 @@ class Swarm:
             before_s = swarm_time()
             await asyncio.sleep(_HEARTBEAT_S)
             if abs(swarm_time() - before_s) > self.rounds.gap_s:
-                self.rounds.stood_still()
+                self.rounds.was_suspended()
 
     async def _look_where_we_are(self) -> None:
         """Update this peer's addresses, which change: a router opens a port late, a home connection gets another

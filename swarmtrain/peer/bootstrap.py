@@ -220,7 +220,7 @@ class _Bootstrap(BootstrapPeer):
         self.control.finishing("serving until all volunteers have left, including those that may come back")
         total = self.published.run.run.total_tokens if swarm.asynchronous else None
         self.wait_for_goodbyes(swarm, self.progress, total, lambda: self._tell_archived(swarm))
-        wait_for(self.network.submit(swarm.tallying.read_all()), self.stop)
+        wait_for(self.network.submit(swarm.accounting.read_all()), self.stop)
         complete = self.progress.run_tokens >= self.published.run.run.total_tokens
         return self.done("total_tokens" if complete else "the volunteers left without the last state")
 
@@ -333,7 +333,7 @@ class _Bootstrap(BootstrapPeer):
             last = newest >= total
             if last and swarm.asynchronous:
                 # Each peer has its own last weights, some are not done yet, and the claims of a few must end nothing.
-                ended = swarm.tallying.total >= total or statistics.median_low(told) >= total
+                ended = swarm.accounting.total >= total or statistics.median_low(told) >= total
                 first_s = min(first_s, time.monotonic()) if ended else math.inf
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
             waiting = () if self.leavers is None else self.leavers.waiting(swarm_time())

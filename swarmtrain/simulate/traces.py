@@ -63,7 +63,7 @@ def load_trace(path: Path, num_peers: int) -> Trace:
 
 def trace_of(text: str, origin: str, num_peers: int) -> Trace:
     """Parse a trace's text; `origin` names it in errors."""
-    lives: dict[int, _Life] = {}
+    peers: dict[int, _TracedPeer] = {}
     figures: dict[str, dict[int, float]] = {name: {} for name in _FIGURES}
     now_s = 0.0
     for row in _rows(text, origin, num_peers):
@@ -73,7 +73,7 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
                 code="bad-trace",
             )
         now_s = row.time_s
-        lives.setdefault(row.peer, _Life(row.peer, is_away=row.event == "join")).goes_on(row)
+        peers.setdefault(row.peer, _TracedPeer(row.peer, is_away=row.event == "join")).goes_on(row)
         for name, value in row.figures.items():
             if (before := figures[name].setdefault(row.peer, value)) != value:
                 raise UserError(
@@ -81,7 +81,7 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
                     "value for each peer",
                     code="bad-trace",
                 )
-    away, hangs = ([span for life in lives.values() for span in life.spans(kind)] for kind in ("away", "hangs"))
+    away, hangs = ([span for peer in peers.values() for span in peer.spans(kind)] for kind in ("away", "hangs"))
     return Trace(away=_in_order(away), hangs=_in_order(hangs), figures=figures)
 
 
@@ -89,7 +89,7 @@ def _in_order(spans: Sequence[TraceSpan]) -> tuple[TraceSpan, ...]:
     return tuple(sorted(spans, key=lambda span: (span.at_s, span.peer)))
 
 
-class _Life:
+class _TracedPeer:
     """Present state of one peer, the time since which it lasts, and the peer's earlier states."""
 
     def __init__(self, peer: int, *, is_away: bool) -> None:

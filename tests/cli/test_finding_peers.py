@@ -28,7 +28,7 @@ from swarmtrain.cli.peers import (
     ForeignError,
     LocalPeer,
     NoAnswerError,
-    Phase,
+    PeerPhase,
     find,
     find_all,
     find_running,
@@ -80,7 +80,7 @@ def test_the_only_one_that_runs_is_meant(home: Path, lives: Made) -> None:
     assert find(WhichPeer()).folder == anna.folder
     assert find_running(WhichPeer()).folder == anna.folder
     view = look(find(WhichPeer()))
-    assert (view.phase, view.status.name, view.folder) == (Phase.RUNNING, "anna", anna.folder)
+    assert (view.phase, view.status.name, view.folder) == (PeerPhase.RUNNING, "anna", anna.folder)
 
 
 def test_of_several_one_must_be_named(home: Path, lives: Made) -> None:
@@ -112,7 +112,7 @@ def test_without_one_that_runs_the_last_is_shown_and_nothing_else_done(home: Pat
     over(home, "anna")
     over(home, "cleo", age_s=50)
     assert look(find(WhichPeer())).status.name == "anna"
-    assert look(find(WhichPeer(name="bert"))).phase is Phase.ENDED
+    assert look(find(WhichPeer(name="bert"))).phase is PeerPhase.ENDED
     with raises_code("peer-not-running", RunTimeError, "swarmtrain status --dir ", "volunteer-anna`"):
         find_running(WhichPeer())
     over(home, "my run", age_s=-9)
@@ -155,7 +155,7 @@ def test_one_that_failed_before_it_had_a_run_is_not_meant_where_there_are_others
     over(home, "bert", age_s=100)
     over(home, "anna", wire.PEER_STATE_FAILED)
     assert look(find(WhichPeer())).status.name == "bert"
-    assert look(find(WhichPeer(name="anna"))).phase is Phase.FAILED
+    assert look(find(WhichPeer(name="anna"))).phase is PeerPhase.FAILED
     (home / "volunteer-anna" / "run.toml").touch()
     assert look(find(WhichPeer())).status.name == "anna"
     (home / "volunteer-anna" / "run.toml").unlink()
@@ -174,13 +174,13 @@ def test_no_peer_at_all(home: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "phase"),
     [
-        (wire.PEER_STATE_DONE, Phase.ENDED),
-        (wire.PEER_STATE_FAILED, Phase.FAILED),
-        (wire.PEER_STATE_TRAINING, Phase.DIED),
-        (wire.PEER_STATE_STARTING, Phase.DIED),
+        (wire.PEER_STATE_DONE, PeerPhase.ENDED),
+        (wire.PEER_STATE_FAILED, PeerPhase.FAILED),
+        (wire.PEER_STATE_TRAINING, PeerPhase.DIED),
+        (wire.PEER_STATE_STARTING, PeerPhase.DIED),
     ],
 )
-def test_what_became_of_it(home: Path, state: int, phase: Phase) -> None:
+def test_what_became_of_it(home: Path, state: int, phase: PeerPhase) -> None:
     peer = over(home, "anna", state)
     assert look(LocalPeer(folder=peer.folder)).phase is phase
 
@@ -188,10 +188,10 @@ def test_what_became_of_it(home: Path, state: int, phase: Phase) -> None:
 def test_its_last_life_left_no_word(home: Path) -> None:
     peer = over(home, "anna")
     (peer.folder / "lock").write_text("1")
-    assert look(LocalPeer(folder=peer.folder)).phase is Phase.DIED, "status.json is of the life before"
+    assert look(LocalPeer(folder=peer.folder)).phase is PeerPhase.DIED, "status.json is of the life before"
     (peer.folder / "status.json").write_text("{ torn")
     view = look(LocalPeer(folder=peer.folder))
-    assert (view.phase, view.status) == (Phase.DIED, wire.PeerStatus())
+    assert (view.phase, view.status) == (PeerPhase.DIED, wire.PeerStatus())
 
 
 def test_it_starts(home: Path, lives: Made) -> None:
@@ -199,11 +199,11 @@ def test_it_starts(home: Path, lives: Made) -> None:
     peer.status.pid = 1
     peer.save()
     lives.enter_context(living(peer.hold()))
-    assert look(find(WhichPeer())).phase is Phase.STARTING
+    assert look(find(WhichPeer())).phase is PeerPhase.STARTING
     with raises_code("peer-starting", NoAnswerError, "anna"):
         finding.ask(find_running(WhichPeer()), "Status", wire.StatusRequest())
     (peer.folder / "control.address").write_text(f"unix:{peer.folder}/old.sock\n")
-    assert look(find(WhichPeer())).phase is Phase.STARTING, "the address is of a peer that was killed"
+    assert look(find(WhichPeer())).phase is PeerPhase.STARTING, "the address is of a peer that was killed"
 
 
 def test_it_is_there_still_after_its_last_word(home: Path, lives: Made) -> None:
@@ -213,14 +213,15 @@ def test_it_is_there_still_after_its_last_word(home: Path, lives: Made) -> None:
     lives.enter_context(living(peer.hold()))
     heard = make_status(state=wire.PEER_STATE_DONE, end_reason="asked", time=peer.status.time + 1)
     view = look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
-    assert view.phase is Phase.ENDING and not view.phase.over
+    assert view.phase is PeerPhase.ENDING and not view.phase.over
     heard.state = wire.PEER_STATE_TRAINING
     assert (
-        look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard).phase is Phase.SILENT
+        look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard).phase
+        is PeerPhase.SILENT
     )
     peer.status.state = wire.PEER_STATE_DONE
     peer.save()
-    assert look(LocalPeer(folder=peer.folder)).phase is Phase.ENDING
+    assert look(LocalPeer(folder=peer.folder)).phase is PeerPhase.ENDING
 
 
 def test_its_next_life_is_not_taken_for_the_last(home: Path, lives: Made) -> None:
@@ -230,7 +231,7 @@ def test_its_next_life_is_not_taken_for_the_last(home: Path, lives: Made) -> Non
     heard = make_status(pid=1, time=peer.status.time - 12)
     for state in (wire.PEER_STATE_UNSPECIFIED, wire.PEER_STATE_STARTING):
         view = look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError(""), heard=heard)
-        assert view.phase is Phase.STARTING
+        assert view.phase is PeerPhase.STARTING
         peer.status.state = state or wire.PEER_STATE_STARTING
         peer.save()
 
@@ -248,7 +249,7 @@ def test_one_that_is_gone_while_it_is_looked_at_does_not_start(
         return found
 
     monkeypatch.setattr(finding, "holder_pid", then_gone)
-    assert look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError("")).phase is Phase.ENDED
+    assert look_without_asking(LocalPeer(folder=peer.folder), problem=NoAnswerError("")).phase is PeerPhase.ENDED
 
 
 def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +258,7 @@ def test_it_hangs(home: Path, lives: Made, monkeypatch: pytest.MonkeyPatch) -> N
     peer.hanging.set()
     monkeypatch.setattr(finding, "ask", lambda *arguments: asked(*arguments, limit_s=0.2))
     view = look(find(WhichPeer()))
-    assert view.phase is Phase.SILENT
+    assert view.phase is PeerPhase.SILENT
     assert view.note == "anna does not answer: it is stopped (Ctrl-Z) or very busy; try again"
     peer.hanging.clear()
     peer.tell()
@@ -267,7 +268,7 @@ def test_over_tcp(home: Path, lives: Made) -> None:
     peer = lives.enter_context(living(named(home, "anna").hold()))
     address = peer.serve(tcp=True)
     view = look(find(WhichPeer(address=address)))
-    assert (view.phase, view.status.name, view.folder) == (Phase.RUNNING, "anna", None)
+    assert (view.phase, view.status.name, view.folder) == (PeerPhase.RUNNING, "anna", None)
     peer.die()
     with raises_code("nobody-at-address", NoAnswerError, address):
         look(find(WhichPeer(address=address)))
@@ -313,7 +314,7 @@ def test_a_peer_of_another_user(lives: Made) -> None:
     for file in ("lock", "control.sock"):
         (peer.folder / file).chmod(0o600)
     which = WhichPeer(directory=peer.folder)
-    assert look(find(which)).phase is Phase.RUNNING
+    assert look(find(which)).phase is PeerPhase.RUNNING
     with as_another_user():
         for ask in (lambda: look(find(which)), lambda: finding.ask(find_running(which), "Pause", wire.PauseRequest())):
             with raises_code("other-user", ForeignError, "anna"):
@@ -337,7 +338,7 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
 
 def test_a_status_as_json() -> None:
     status = make_status(own_tokens=2**60, held_out_loss=float("nan"))
-    seen = finding.View(status=status, phase=Phase.RUNNING, folder=Path("/x"))
+    seen = finding.View(status=status, phase=PeerPhase.RUNNING, folder=Path("/x"))
     told = json.loads(json.dumps(view_as_json(seen), allow_nan=False))
     assert list(told)[:3] == ["process", "dir", "peer"]
     assert set(told) == {"process", "dir"} | {field.name for field in wire.PeerStatus.DESCRIPTOR.fields}
@@ -348,7 +349,7 @@ def test_a_status_as_json() -> None:
     assert told["limits"]["threads"] == 2
     assert told["limits"]["memory_bytes"] is None
     assert [peer["tokens"] for peer in told["peers"]] == [400_000, 600_000, 200_000, 0]
-    assert view_as_json(finding.View(status=wire.PeerStatus(), phase=Phase.DIED))["checkpoint"] is None
+    assert view_as_json(finding.View(status=wire.PeerStatus(), phase=PeerPhase.DIED))["checkpoint"] is None
 
 
 def test_a_status_of_a_newer_version_is_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from swarmtrain.cli.main import run
-from swarmtrain.cli.peers import Phase, View, wire
+from swarmtrain.cli.peers import PeerPhase, View, wire
 from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
@@ -137,7 +137,7 @@ def test_a_bootstrap_too(lives: Lives, tmp_path: Path) -> None:
 def test_the_line_to_start_it_again_has_all_that_was_given(lives: Lives, tmp_path: Path) -> None:
     run(["join", "--dir", "peer", "--data", "texts", "--threads", "2"])
     folder = tmp_path / "peer"
-    seen = View(status=wire.PeerStatus(end_reason="no", exit_code=1), phase=Phase.FAILED, folder=folder)
+    seen = View(status=wire.PeerStatus(end_reason="no", exit_code=1), phase=PeerPhase.FAILED, folder=folder)
     assert f"start it again with `swarmtrain join --data {tmp_path / 'texts'} --threads 2 --dir {folder}`" in sentence(
         seen
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from swarmtrain.cli.lines import wrap
-from swarmtrain.cli.peers import Phase, View
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.screen import draw_status, draw_watch, limits_in_words, list_peers, plain_line, sentence
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import shares_in_words
@@ -28,7 +28,7 @@ NOON = 1_795_953_600.0
 """Noon in UTC of some day, in Unix seconds."""
 
 
-def view(phase: Phase = Phase.RUNNING, note: str = "", **changes: Any) -> View:
+def view(phase: PeerPhase = PeerPhase.RUNNING, note: str = "", **changes: Any) -> View:
     status = make_status(**changes)
     return View(status=status, phase=phase, folder=FOLDER, now=status.time + 1, note=note)
 
@@ -82,14 +82,14 @@ def test_watch_grows_with_the_terminal() -> None:
 
 
 def test_while_it_is_waited_for_the_screen_can_be_left() -> None:
-    text = "\n".join(on_screen(draw_watch(view(Phase.DIED, note="waiting"), 80, 24), 80, 24))
+    text = "\n".join(on_screen(draw_watch(view(PeerPhase.DIED, note="waiting"), 80, 24), 80, 24))
     assert text.rstrip().endswith("q closes this screen")
 
 
 @pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 79, 80, 250])
 @pytest.mark.parametrize("height", [1, 2, 5, 9, 12, 23, 24, 60])
-@pytest.mark.parametrize("phase", Phase)
-def test_watch_fits_any_terminal(width: int, height: int, phase: Phase) -> None:
+@pytest.mark.parametrize("phase", PeerPhase)
+def test_watch_fits_any_terminal(width: int, height: int, phase: PeerPhase) -> None:
     lines = draw_watch(view(phase, note="waiting for it to come back, 3 s at most"), width, height)
     assert len(lines) <= height
     assert all(line.cell_len <= width for line in lines)
@@ -106,7 +106,7 @@ def test_many_peers_are_counted() -> None:
     status = make_status()
     for number in range(500):
         status.peers.add(peer=f"12D3KooW{number:06}", name=f"peer-{number}", tokens=number, present=number % 2 == 0)
-    seen = View(status=status, phase=Phase.RUNNING, folder=FOLDER, now=status.time)
+    seen = View(status=status, phase=PeerPhase.RUNNING, folder=FOLDER, now=status.time)
     shown = on_screen(draw_watch(seen, 80, 24), 80, 24)
     (rest,) = [line for line in shown if line.startswith("and ")]
     assert re.fullmatch(r"and 50\d more: \d+ here, \d+ away, \S+ k tokens", rest)
@@ -123,14 +123,14 @@ def test_only_ascii(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_nothing_is_known_yet(width: int, height: int) -> None:
-    empty = View(status=wire.PeerStatus(), phase=Phase.STARTING, folder=FOLDER, now=1.0)
+    empty = View(status=wire.PeerStatus(), phase=PeerPhase.STARTING, folder=FOLDER, now=1.0)
     text = "\n".join(on_screen(draw_watch(empty, width, height), width, height))
     assert "swarm, peer" in text
     assert "it is starting, and does not answer yet" in text
     assert "none yet" in text
     on_screen(draw_status(empty, width, 10), width, height)
     started = wire.PeerStatus(time=1.0, pid=1, state=wire.PEER_STATE_STARTING, doing="preparing the text")
-    seen = View(status=started, phase=Phase.RUNNING, now=2.0)
+    seen = View(status=started, phase=PeerPhase.RUNNING, now=2.0)
     text = "\n".join(line.plain for line in draw_status(seen, width, 10))
     assert "the peer, peer" in text
     assert "preparing the text" in text
@@ -161,7 +161,7 @@ def test_senseless_and_huge_numbers(number: float, width: int, height: int) -> N
     status.losses.add(round=1, run_tokens=largest, loss=number, held_out_loss=number)
     status.notices.add(time=number, message="m")
     status.checkpoint.time = number
-    for phase in Phase:
+    for phase in PeerPhase:
         for when in (status.time, number):
             status.time = when
             seen = View(status=status, phase=phase, folder=FOLDER, now=time.time())
@@ -178,7 +178,7 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
         peer.name = peer.peer = hostile
     status.notices.add(time=status.time, message=hostile)
     status.limits.hours = hostile
-    for phase in Phase:
+    for phase in PeerPhase:
         seen = View(status=status, phase=phase, folder=FOLDER, now=status.time)
         for lines in (draw_watch(seen, width, height), draw_status(seen, width, 3)[:height], list_peers([seen], width)):
             text = "\n".join(on_screen(lines, width, height))
@@ -186,9 +186,9 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
             assert "\u202e" not in text
         assert plain_line(seen).isprintable()
         assert "[bold red]" in plain_line(seen) or phase in (
-            Phase.STARTING,
-            Phase.DIED,
-            Phase.LOST,
+            PeerPhase.STARTING,
+            PeerPhase.DIED,
+            PeerPhase.LOST,
         )
 
 
@@ -197,24 +197,24 @@ def test_names_and_messages_of_others_are_plain_text(width: int, height: int) ->
     [
         (view(), "training round 12: 14 of 25 steps"),
         (view(doing="", state=wire.PEER_STATE_PAUSED), "paused, no details"),
-        (view(Phase.STARTING), "it is starting, and does not answer yet"),
+        (view(PeerPhase.STARTING), "it is starting, and does not answer yet"),
         (
-            view(Phase.SILENT),
+            view(PeerPhase.SILENT),
             "it runs but does not answer; its last status, 1 s ago: training round 12: 14 of 25 steps",
         ),
-        (view(Phase.ENDING, end_reason="asked", state=wire.PEER_STATE_DONE), "ending: it was asked to leave"),
+        (view(PeerPhase.ENDING, end_reason="asked", state=wire.PEER_STATE_DONE), "ending: it was asked to leave"),
         (
-            view(Phase.ENDED, end_reason="total_tokens"),
+            view(PeerPhase.ENDED, end_reason="total_tokens"),
             "ended 1 s ago: total_tokens: the run has trained all of them",
         ),
-        (view(Phase.ENDED, end_reason="asked"), "ended 1 s ago: it was asked to leave"),
+        (view(PeerPhase.ENDED, end_reason="asked"), "ended 1 s ago: it was asked to leave"),
         (
-            view(Phase.FAILED, end_reason="nobody answers", exit_code=1),
+            view(PeerPhase.FAILED, end_reason="nobody answers", exit_code=1),
             "failed 1 s ago: nobody answers (exit code 1); "
             "start it again with `swarmtrain join --name anna --dir /home/anna/swarm` and the other options it had",
         ),
         (
-            view(Phase.FAILED, end_reason="nobody answers", exit_code=1, name="Anna01"),
+            view(PeerPhase.FAILED, end_reason="nobody answers", exit_code=1, name="Anna01"),
             "failed 1 s ago: nobody answers (exit code 1); "
             "start it again with `swarmtrain join --dir /home/anna/swarm` and the other options it had",
         ),
@@ -225,10 +225,12 @@ def test_what_it_does_in_a_sentence(seen: View, expected: str) -> None:
 
 
 def test_a_line_of_one_that_starts_or_ends_says_it_once_and_no_figures_that_are_not_known() -> None:
-    ends = [view(phase, end_reason="asked", state=wire.PEER_STATE_DONE) for phase in (Phase.RUNNING, Phase.ENDING)]
+    ends = [
+        view(phase, end_reason="asked", state=wire.PEER_STATE_DONE) for phase in (PeerPhase.RUNNING, PeerPhase.ENDING)
+    ]
     assert {plain_line(seen).partition("; ")[0][9:] for seen in ends} == {"anna ending: it was asked to leave"}
     new = wire.PeerStatus(name="anna", time=1.0, state=wire.PEER_STATE_STARTING, doing="starting the network")
-    line = plain_line(View(status=new, phase=Phase.RUNNING, folder=FOLDER, now=1.0))
+    line = plain_line(View(status=new, phase=PeerPhase.RUNNING, folder=FOLDER, now=1.0))
     assert line[9:] == "anna starting: starting the network"
 
 
@@ -237,14 +239,14 @@ def test_a_death_is_told_with_its_time_and_what_to_do(monkeypatch: pytest.Monkey
     time.tzset()
     noon = 1_800_000_000 // 86400 * 86400 + 12 * 3600.0
     status = make_status(time=noon)
-    seen = View(status=status, phase=Phase.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
+    seen = View(status=status, phase=PeerPhase.DIED, folder=Path("/home/anna/my swarm"), now=noon + 3600)
     assert sentence(seen) == (
         "died about 12:00 (it was training round 12); "
         "start it again with `swarmtrain join --name anna --dir '/home/anna/my swarm'` and the other options it had"
     )
     later = View(
         status=make_status(time=noon, name="bootstrap", role="bootstrap", state=5),
-        phase=Phase.DIED,
+        phase=PeerPhase.DIED,
         now=noon + 5 * 86400,
     )
     assert sentence(later) == (
@@ -298,13 +300,13 @@ def test_the_status_page_fits_a_screen_and_names_everyone() -> None:
 
 def test_who_cannot_be_dialled_is_told_so() -> None:
     told = "nobody can dial this computer; its work goes through carl and dora"
-    shown = View(status=make_status(reach=told), phase=Phase.RUNNING, folder=FOLDER, now=make_status().time)
+    shown = View(status=make_status(reach=told), phase=PeerPhase.RUNNING, folder=FOLDER, now=make_status().time)
     assert f"reach         {told}" in "\n".join(on_screen(draw_status(shown, 120, 6), 120, 30))
 
 
 def test_a_list_of_peers() -> None:
     ended = make_status(name="bert", state=wire.PEER_STATE_DONE)
-    lines = list_peers([view(), View(status=ended, phase=Phase.ENDED, folder=FOLDER, now=ended.time + 400)], 120)
+    lines = list_peers([view(), View(status=ended, phase=PeerPhase.ENDED, folder=FOLDER, now=ended.time + 400)], 120)
     first, second = on_screen(lines, 120, 24)[:2]
     assert re.fullmatch(r"anna  Anna01  volunteer  training +stdlib-gpt  40%  /home/anna/swarm", first)
     assert re.fullmatch(r"bert  Anna01  volunteer  ended     6 min ago  stdlib-gpt  40%  /home/anna/swarm", second)
@@ -312,7 +314,7 @@ def test_a_list_of_peers() -> None:
 
 def test_a_narrow_list_has_whole_folders() -> None:
     folder = Path("/home/anna/.local/share/swarmtrain/volunteer-anna-of-the-long-name-and-more")
-    seen = View(status=make_status(), phase=Phase.RUNNING, folder=folder, now=make_status().time)
+    seen = View(status=make_status(), phase=PeerPhase.RUNNING, folder=folder, now=make_status().time)
     lines = [line.plain for line in list_peers([view(), seen], 60)]
     assert all(len(line) <= 60 for line in lines) and "".join(lines).count("…") == 0
     assert [line.split()[0] for line in lines[:3]] == ["anna", "/home/anna/swarm", "anna"]
@@ -322,7 +324,7 @@ def test_a_narrow_list_has_whole_folders() -> None:
 def test_nobody_is_here_on_the_page_of_one_that_has_ended() -> None:
     ended = make_status(state=wire.PEER_STATE_DONE)
     for width in (40, 80, 10_000):
-        over = View(status=ended, phase=Phase.ENDED, folder=FOLDER, now=ended.time + 400)
+        over = View(status=ended, phase=PeerPhase.ENDED, folder=FOLDER, now=ended.time + 400)
         page = [line.plain for line in draw_status(over, width, 10)]
         rows = page[next(n for n, line in enumerate(page) if line.startswith("contributions")) :]
         assert rows[0] == "contributions  3 volunteers in all"

@@ -15,7 +15,7 @@ from fake_peer import FakePeer, living
 
 from swarmtrain.cli import peers
 from swarmtrain.cli.follow import Patience, Signal, _Stream, follow
-from swarmtrain.cli.peers import LocalPeer, Phase, RefusedError, View, look
+from swarmtrain.cli.peers import LocalPeer, PeerPhase, RefusedError, View, look
 from swarmtrain.v1 import control_pb2 as wire
 
 pytestmark = pytest.mark.slow  # they wait by the real clock, as who watches does
@@ -71,7 +71,7 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
         watch.wait(lambda view: view.status.round == 12)
         for round in (13, 14, 15):
             peer.tell(round=round)
-            assert watch.wait(lambda view, round=round: view.status.round == round).phase is Phase.RUNNING
+            assert watch.wait(lambda view, round=round: view.status.round == round).phase is PeerPhase.RUNNING
     assert watch.last is None
     assert not peer.asked, "watching asks nothing of the peer"
 
@@ -79,11 +79,11 @@ def test_every_status_is_shown_until_one_detaches(peer: FakePeer) -> None:
 @pytest.mark.parametrize(
     ("state", "reason", "code", "phase"),
     [
-        (wire.PEER_STATE_DONE, "total_tokens", 0, Phase.ENDED),
-        (wire.PEER_STATE_FAILED, "nobody answers", 1, Phase.FAILED),
+        (wire.PEER_STATE_DONE, "total_tokens", 0, PeerPhase.ENDED),
+        (wire.PEER_STATE_FAILED, "nobody answers", 1, PeerPhase.FAILED),
     ],
 )
-def test_an_end_is_the_last_view(peer: FakePeer, state: int, reason: str, code: int, phase: Phase) -> None:
+def test_an_end_is_the_last_view(peer: FakePeer, state: int, reason: str, code: int, phase: PeerPhase) -> None:
     with Following(LocalPeer(folder=peer.folder), PROBING) as watch:
         watch.wait(lambda view: view.status.round)
         peer.end(state, reason, code)
@@ -97,21 +97,21 @@ def test_a_death_is_told_at_once_and_waited_over_for_a_while(peer: FakePeer) -> 
         peer.tell(round=20)
         watch.wait(lambda view: view.status.round == 20)
         peer.die()
-        watch.wait(lambda view: view.phase is Phase.DIED)
-        waiting = next(view for view in watch.seen if view.phase is Phase.DIED)  # by now it may be over
+        watch.wait(lambda view: view.phase is PeerPhase.DIED)
+        waiting = next(view for view in watch.seen if view.phase is PeerPhase.DIED)  # by now it may be over
         assert waiting.note.startswith("waiting for it to come back, ")
         last = watch.end()
-    assert (last.phase, last.status.round, last.note) == (Phase.DIED, 20, "")
+    assert (last.phase, last.status.round, last.note) == (PeerPhase.DIED, 20, "")
 
 
 def test_one_that_comes_back_is_shown_again(peer: FakePeer) -> None:
     with Following(LocalPeer(folder=peer.folder), PROBING) as watch:
         for phase in range(3):
-            watch.wait(lambda view, phase=phase: view.phase is Phase.RUNNING and view.status.round == 12 + phase)
+            watch.wait(lambda view, phase=phase: view.phase is PeerPhase.RUNNING and view.status.round == 12 + phase)
             peer.die()
-            watch.wait(lambda view: view.phase is Phase.DIED)
+            watch.wait(lambda view: view.phase is PeerPhase.DIED)
             peer.hold()
-            watch.wait(lambda view: view.phase in (Phase.STARTING, Phase.SILENT))
+            watch.wait(lambda view: view.phase in (PeerPhase.STARTING, PeerPhase.SILENT))
             peer.status.round += 1
             peer.serve()
 
@@ -119,12 +119,12 @@ def test_one_that_comes_back_is_shown_again(peer: FakePeer) -> None:
 def test_one_that_hangs_is_said_to(peer: FakePeer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.ask, "__defaults__", (0.3,))
     with Following(LocalPeer(folder=peer.folder), QUICK) as watch:
-        watch.wait(lambda view: view.phase is Phase.RUNNING and view.status.round)
+        watch.wait(lambda view: view.phase is PeerPhase.RUNNING and view.status.round)
         peer.hanging.set()
-        watch.wait(lambda view: view.phase is Phase.SILENT)
+        watch.wait(lambda view: view.phase is PeerPhase.SILENT)
         peer.hanging.clear()
         peer.tell(round=30)
-        watch.wait(lambda view: view.phase is Phase.RUNNING and view.status.round == 30)
+        watch.wait(lambda view: view.phase is PeerPhase.RUNNING and view.status.round == 30)
 
 
 def test_one_that_refuses_is_not_asked_again(peer: FakePeer) -> None:
@@ -141,7 +141,7 @@ def test_quiet_is_not_silence(peer: FakePeer) -> None:
         first = watch.seen[-1].status.time
         for _ in range(3):  # probed, and it answered
             first = watch.wait(lambda view, first=first: view.status.time > first).status.time
-        assert {view.phase for view in watch.seen} == {Phase.RUNNING}
+        assert {view.phase for view in watch.seen} == {PeerPhase.RUNNING}
 
 
 def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
         with Following(LocalPeer(address=address), QUICK) as watch:
             watch.wait(lambda view: view.status.round)
             peer.die()
-            watch.wait(lambda view: view.phase is Phase.LOST)
-            assert watch.end().phase is Phase.LOST
+            watch.wait(lambda view: view.phase is PeerPhase.LOST)
+            assert watch.end().phase is PeerPhase.LOST
         peer.hold()
         address, before = peer.serve(tcp=True), peer.watches
         with Following(LocalPeer(address=address), PROBING) as watch:
@@ -159,7 +159,7 @@ def test_over_tcp_a_connection_may_be_lost_and_found(tmp_path: Path) -> None:
             peer.tell(round=13)
             watch.wait(lambda view: view.status.round == 13)  # it hears what happens, and not only what it asked for
             peer.end()
-            assert watch.end().phase is Phase.ENDED
+            assert watch.end().phase is PeerPhase.ENDED
 
 
 @pytest.mark.parametrize("tcp", [False, True])
@@ -178,5 +178,5 @@ def test_a_call_that_stays_open_when_its_peer_dies_is_hung_up(
         with Following(LocalPeer(address=address) if tcp else LocalPeer(folder=peer.folder), QUICK) as watch:
             assert opened.wait(30)
             peer.die()
-            assert watch.end().phase is (Phase.LOST if tcp else Phase.DIED)
+            assert watch.end().phase is (PeerPhase.LOST if tcp else PeerPhase.DIED)
         let_go.set()

@@ -343,14 +343,14 @@ def test_what_is_believed_follows_from_the_tally_and_counts_nothing() -> None:
     speeds: dict[str, float] = {}
     reading: Any = None
     now = [0.0]
-    tallying = TokenAccounting(ANNA.peer_id, rules, reading, lambda: speeds, lambda: now[0], lambda *told: None)
-    tallying.meet(BEN.peer_id)
+    accounting = TokenAccounting(ANNA.peer_id, rules, reading, lambda: speeds, lambda: now[0], lambda *told: None)
+    accounting.meet(BEN.peer_id)
     now[0] = 50.0
-    anna = Reader(ANNA, explained=tallying.explained)
+    anna = Reader(ANNA, explained=accounting.explained)
     anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
     assert anna.counts(BEN) is None and anna.told == [], "nobody's speed is known: it comes again"
     speeds.update({ANNA.peer_id: 10.0, BEN.peer_id: 10.0})
     anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=500))])
-    assert anna.counts(BEN) == counts(s1=500) and anna.told == [] and tallying.total == 0
+    assert anna.counts(BEN) == counts(s1=500) and anna.told == [] and accounting.total == 0
     anna.coverage.receive_untrusted(BEN.peer_id, [row(BEN, counts(s1=10**6))])
     assert anna.counts(BEN) == counts(s1=500) and "2100 are explained by now" in anna.told[0][2]

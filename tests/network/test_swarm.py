@@ -325,8 +325,8 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
         future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
         for _ in range(50):
             swarm.peers.saw(BEN.peer_id, future)
-            swarm.peers.refused(BEN.peer_id, BadBytesError("a bad signature"))
-            swarm.peers.refused(CARL.peer_id, BadBytesError("a bad signature"))
+            swarm.peers.refused(BEN.peer_id, BadBytesError("forged", code="bad-signature"))
+            swarm.peers.refused(CARL.peer_id, BadBytesError("forged", code="bad-signature"))
 
     told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
@@ -355,7 +355,7 @@ def test_who_has_just_gone_is_not_told_to_be_here() -> None:
 
 
 def test_who_came_lately_is_not_named_for_what_is_old() -> None:
-    behind = BadBytesError("9 rounds behind the median; at most 8 are merged")
+    behind = BadBytesError("9 rounds behind the median; at most 8 are merged", code="bad-round")
 
     async def body(swarm: Swarm) -> None:
         long_ago_s = swarm_time() - 100.0
@@ -377,11 +377,11 @@ def test_who_is_seen_is_believed_from_then_on() -> None:
         began_s = swarm_time()
         ben = PeerInfo(peer=BEN.peer_id, stamp=began_s, training=True, steps_per_s=0.05)
         swarm.peers.saw(BEN.peer_id, presence_to_proto(ben))
-        swarm.tallying.clock = lambda: began_s + 60.0
+        swarm.accounting.clock = lambda: began_s + 60.0
         for peer in (BEN, CARL):
-            swarm.tallying.receive(peer.peer_id, 10**9)
-        counts = swarm.tallying.contributions()
-        burst = swarm.tallying.rules.burst_tokens
+            swarm.accounting.receive(peer.peer_id, 10**9)
+        counts = swarm.accounting.contributions()
+        burst = swarm.accounting.rules.burst_tokens
         assert counts[CARL.peer_id] == burst
         assert counts[BEN.peer_id] == pytest.approx(
             burst + 4 * 60 * 0.05 * swarm.published.run.tokens_per_step, rel=0.01
@@ -411,7 +411,7 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
         safe = Progress(round=6, peer_tokens={ME.peer_id: 600})
         for durable in (lambda: None, lambda: safe, swarm.records.safe):
             await dataclasses.replace(swarm.records, safe=durable).store()
-        assert swarm.tallying.contributions() == counts
+        assert swarm.accounting.contributions() == counts
 
     run(body, Hellos())
     assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]

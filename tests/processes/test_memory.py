@@ -16,13 +16,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_PEERS = 4
 NUM_ROUNDS = 6
 MAX_BYTES = 500_000_000
-"""What a volunteer may take, of which torch and hivemind alone are some 300 MB."""
+"""Memory that a volunteer may use; torch and hivemind alone need about 300 MB."""
 LIMIT_S = 300.0
-"""Of a run that takes one minute on two cores."""
+"""Time limit of a run that takes one minute on two cores."""
 
 
 def shortened(example: str, folder: Path) -> tuple[Path, int]:
-    """An example, over after `NUM_ROUNDS` rounds; and its inner steps of a round."""
+    """Write an example that ends after `NUM_ROUNDS` rounds; returns it and its inner steps per round."""
     text = (EXAMPLES / example).read_text()
     numbers = {key: int(value.replace("_", "")) for key, value in re.findall(r"^(\w+) *= *([\d_]+)\b", text, re.M)}
     tokens = numbers["inner_steps"] * numbers["batch_sequences"] * numbers["context_tokens"]

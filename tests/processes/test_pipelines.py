@@ -23,18 +23,18 @@ pytestmark = pytest.mark.processes
 
 FLUSHED_BATCHES = 20
 LEARNT = 0.7
-"""The last batch's loss to the first's, at most; one process comes to 0.41 in so many batches."""
+"""Largest ratio of the last batch's loss to the first's; one process reaches 0.41 in as many batches."""
 BATCHES = 15
 MAY_BE_OPEN = 5
 """Batches whose step the last of the run may not close: with three microbatches under way for each driver."""
 APART = 1e-5
-"""Between processes and one process, of losses and weights in fp32: sums are made in another order."""
+"""Difference allowed between processes and one process, of fp32 losses and weights: sums have another order."""
 ENDS_WITHIN_S = 20.0
-"""Of a process whose work is done: generous, for a machine with other work."""
+"""Time limit for the end of a process whose work is done; generous, for a busy machine."""
 
 
 def _whole(num_batches: int, boundaries: tuple[int, ...]) -> list[list[float]]:
-    """The losses of one process that trains the whole model; the gradient's clip is per stage."""
+    """Train the whole model in one process, with the gradient clipped per stage; returns the losses."""
     model = build_model(MODEL, 5)
     parameters = dict(model.named_parameters())
     inner = [
@@ -71,7 +71,7 @@ def _peer(folder: Path, stage: int, settings: dict[str, object]) -> Iterator[sub
 
 
 def _pipeline(tmp_path: Path, stages: list[int], settings: dict[str, object]) -> list[list[list[float]]]:
-    """The losses that each driver prints."""
+    """Run a pipeline; returns the losses that each driver prints."""
     with ExitStack() as stack:
         peers = [
             stack.enter_context(_peer(tmp_path / str(number), stage, {**settings, "driver": number}))

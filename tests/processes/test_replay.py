@@ -1,4 +1,4 @@
-"""A run of real volunteers is what the simulator makes of what happened to them: the same rounds, the same weights."""
+"""Runs of real volunteers equal the simulator's replay of their events: the same rounds, the same weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TOLERANCE = 1e-5
 SLOWDOWNS = {"anna": "8", "ben": "12", "carl": "20"}
 INNER_STEPS = 24
 NUM_ROUNDS = 15
-"""Of all three together."""
+"""Rounds of all three together."""
 LIMIT_S = 900.0
-"""However busy the machine is."""
+"""Time limit, however busy the machine is."""
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the processes compute."""
+    """Compute in one thread, as the processes do."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

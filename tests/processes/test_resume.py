@@ -1,4 +1,4 @@
-"""Peers are killed and started again with their folders, as real processes: the run goes on where it was."""
+"""Peers that are killed and restarted with their folders, as real processes: the run continues where it was."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from swarmtrain.v1 import control_pb2 as pb
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 NOISE = 0.3
-"""How far a round's loss may be above those of the rounds before, in nats per token; it begins at 5.5."""
+"""Most by which a round's loss may exceed that of the rounds before, in nats per token; it begins at 5.5."""
 
 
 def port(child: Child) -> int:
-    """The port it listens at."""
+    """Return the port at which it listens."""
     found = re.search(r"/tcp/(\d+)", child.invite.addresses[0])
     assert found is not None
     return int(found[1])
@@ -42,12 +42,12 @@ def together(children: list[Child], more: int = 1) -> None:
 
 
 def late_loss(children: list[Child], rounds: int = 3) -> float:
-    """Their mean loss over their last rounds."""
+    """Return their mean loss over their last rounds."""
     return statistics.mean(event.loss for child in children for event in child.all(RoundEvent)[-rounds:])
 
 
 def assert_resumed(before: Child, after: Child) -> JoinedEvent:
-    """It is the same peer, and lost one round at most."""
+    """Check that it is the same peer, and lost at most one round."""
     joined = after.wait_event(JoinedEvent)
     assert after.id == before.id
     assert joined.resumed_round is not None and joined.resumed_round >= before.last_round, after.story()
@@ -56,20 +56,20 @@ def assert_resumed(before: Child, after: Child) -> JoinedEvent:
 
 
 def kept_tokens(child: Child) -> int:
-    """The tokens of its own that its newest checkpoint counts."""
+    """Return its own tokens in its newest checkpoint."""
     newest = max((child.folder / "checkpoints").glob("*.json"))
     return json.loads(newest.read_text())["manifest"]["own"]["tokens"]
 
 
 def left_by(child: Child) -> pb.PeerStatus:
-    """The status in its folder."""
+    """Return the status in its folder."""
     status = read_status(child.folder)
     assert status is not None
     return status
 
 
 def acknowledged(children: list[Child]) -> dict[str, int]:
-    """By PeerID the most tokens that one of `children` had read in that peer's own progress record."""
+    """Return by PeerID the most tokens that one of `children` had read in that peer's progress record."""
     most: dict[str, int] = {}
     for peer in (peer for child in children for peer in left_by(child).peers if peer.peer != child.id):
         most[peer.peer] = max(most.get(peer.peer, 0), peer.acknowledged_tokens)

@@ -28,7 +28,7 @@ def server_run(swarm: Swarm, total_tokens: int = 10**9) -> Child:
 
 
 def goes_on_from(child: Child, server: Child) -> None:
-    """Wait until it goes on from the server's weights, from now on."""
+    """Wait until it next continues from the server's weights."""
     after = child.last_round
     child.wait_event(RoundEvent, lambda event: event.round > after and server.id in event.partners)
 

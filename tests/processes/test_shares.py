@@ -1,4 +1,4 @@
-"""More volunteers than `merge.share_above`: each averages a share, and the bytes are those of an all-reduce."""
+"""Shares, with more volunteers than `merge.share_above`: each averages one, with an all-reduce's traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swarms whose model is cut into stages: volunteers are told what to hold, die, come late and are replaced."""
+"""Swarms whose model is cut into stages: volunteers are assigned stages, die, join late and are replaced."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 SHORT_END = "import swarmtrain.peer.lifecycle.bootstrap_peer as module; module.LINGER_S = 3.0"
-"""At the end a bootstrap waits a minute for one that was killed: it may come back."""
+"""Code that shortens the minute for which a bootstrap waits at the end for a killed volunteer."""
 TOTAL_TOKENS = 50_000
-"""Some hundred steps: time enough for one to be killed and for another to come."""
+"""Tokens of about a hundred steps: enough for one volunteer to be killed and another to join."""
 LEARNT = 0.8
-"""Of the loss that knows nothing, at most, after so many."""
+"""Largest ratio to the loss of an untrained model, after as many tokens."""
 LONG_ROUND = 64
 """Inner steps of a round that lasts until the archive of the one before is there."""
 ROUNDS_S = 30.0
-"""For some rounds of a stage, or until one that lies is named, whoever hangs meanwhile."""
+"""Time limit for some rounds of a stage, or until a liar is reported, whoever hangs meanwhile."""
 RESCUED_S = 60.0
-"""Until a stage that nobody holds has a round again: presence ends after 6 s, and who moves is looked at every 2."""
+"""Time limit until an empty stage has a round again: presence ends after 6 s, and moves are decided every 2 s."""
 FORGOTTEN_S = 5.0
-"""After that the losses told are of microbatches that were begun without the one that lies."""
+"""Seconds after which reported losses are of microbatches begun without the liar."""
 _NETWORK = {"call_limit_s": 3.0, "stall_limit_s": 3.0, "presence_ttl_s": 6.0, "archive_every_s": 5.0}
 
 
@@ -75,7 +75,7 @@ def _run(swarm: Swarm, total_tokens: int, balance: str, inner_steps: int = 8) ->
 
 
 def _join_all(swarm: Swarm, invite: str, stages: Sequence[int], *extra: str) -> list[Child]:
-    """A volunteer for each of these stages, all of them assigned."""
+    """Start a volunteer for each of these stages, and wait until all are assigned."""
     children = [
         swarm.join(f"v{number}", invite, f"--first-stages={stage}", *extra) for number, stage in enumerate(stages)
     ]
@@ -85,7 +85,7 @@ def _join_all(swarm: Swarm, invite: str, stages: Sequence[int], *extra: str) -> 
 
 
 def _holds(child: Child) -> tuple[int, ...]:
-    """The stages that it said last to hold."""
+    """Return the stages that it last reported to hold."""
     told = [
         event.stages if isinstance(event, AssignedEvent) else event.after
         for event in list(child.events)
@@ -99,7 +99,7 @@ def _rounds(child: Child, stage: int) -> list[RoundEvent]:
 
 
 def _wait_more_rounds(children: Sequence[Child], stage: int, number: int) -> None:
-    """So many more rounds of a stage than these have had, whoever takes them."""
+    """Wait for so many more rounds of a stage, whoever takes them."""
     before = sum(len(_rounds(child, stage)) for child in children)
     wait_until(
         lambda: sum(len(_rounds(child, stage)) for child in children) >= before + number,
@@ -165,8 +165,11 @@ def test_the_last_peer_of_a_stage_takes_at_most_a_round_of_it_along(swarm: Swarm
     children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 2))
 
     def lonely() -> list[tuple[Child, int]]:
-        """Who holds a stage alone, and the stage; they may move until they do. Two rounds must have ended since another
-        left it: until the bootstrap has looked, what is kept of it is both's, and the other may be behind."""
+        """List volunteers that hold a stage alone, with the stage.
+
+        Two rounds must have ended since another left it: until the bootstrap has looked, its archive mixes both, and
+        the other may be behind.
+        """
         found = []
         for stage in (1, 2):
             holders = [child for child in children if stage in _holds(child)]

@@ -123,12 +123,12 @@ class _Lines:
 
     def news(self, peer: int, kind: str, key: Any, told: Mapping[str, Any], **what: Any) -> None:
         """Write what has changed in `told` since the last time."""
-        before = self.advertised.get((peer, key), {})
+        before = self.told.get((peer, key), {})
         changed = {name: value for name, value in told.items() if before.get(name) != value}
         gone = [name for name in before if name not in told]
         if changed or gone:
             self.write(peer, kind, **what, known=changed, forgotten=gone)
-        self.advertised[peer, key] = dict(told)
+        self.told[peer, key] = dict(told)
 
     def inner(self) -> None:
         """Record what back-off and transfer times were told."""

@@ -1,4 +1,4 @@
-"""Rules of the product, each with one guard taken away: what the search for faults must find."""
+"""Rules of the product, each without one of its guards: the search for faults must find them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Patch = pytest.MonkeyPatch
 
 
 def ledger_takes_everything(patch: Patch) -> None:
-    """What was merged before is merged again."""
+    """Merge again what was merged before."""
 
     def news(
         self: partners.Ledger, peer: str, version: partners.PublicationVersion, reference_round: int
@@ -41,17 +41,17 @@ def ledger_takes_everything(patch: Patch) -> None:
 
 
 def restored_ledger_is_empty(patch: Patch) -> None:
-    """A checkpoint's weights come back, and not what was merged into them."""
+    """Restore a checkpoint's weights without the record of what was merged into them."""
     patch.setattr(partners.Ledger, "load", lambda self, rows: None)
 
 
 def states_say_not_what_entered_them(patch: Patch) -> None:
-    """Who takes a state merges what it finds."""
+    """Merge, after taking a state, publications that the state contains already."""
     patch.setattr(partners.Ledger, "adopt", lambda self, places: None)
 
 
 def old_rounds_are_merged(patch: Patch) -> None:
-    """However far behind the median their author is."""
+    """Merge rounds however far behind the median their author is."""
     news, new_tokens = partners.Ledger.news, partners.Ledger.new_tokens
     patch.setattr(partners.Ledger, "news", lambda self, peer, version, _: news(self, peer, version, -(10**9)))
     patch.setattr(
@@ -60,7 +60,7 @@ def old_rounds_are_merged(patch: Patch) -> None:
 
 
 def rounds_without_a_least(patch: Patch) -> None:
-    """Paced to the last step, and none."""
+    """Pace down to zero steps."""
 
     def paced(own: float, reference: float, steps: int) -> int:
         return min(steps, math.floor(own / reference * steps))
@@ -69,12 +69,12 @@ def rounds_without_a_least(patch: Patch) -> None:
 
 
 def fastest_paces_all(patch: Patch) -> None:
-    """What one claims of its speed is the measure for everybody."""
+    """Use the fastest claimed speed as the reference for all."""
     patch.setattr(pacing, "reference_speed", max)
 
 
 def last_count_is_taken(patch: Patch) -> None:
-    """What a record says, also when it said more before."""
+    """Take a record's count even if it is lower than before."""
 
     def count_told(self: tally.Tally, key: tuple[str, int], believed: int) -> None:
         self._told[key] = believed
@@ -83,14 +83,14 @@ def last_count_is_taken(patch: Patch) -> None:
 
 
 def everything_told_is_believed(patch: Patch) -> None:
-    """Whatever the speed of who says so."""
+    """Believe counts beyond what the peer's speed allows."""
     patch.setattr(tally, "_OWN_FACTOR", math.inf)
     patch.setattr(tally, "_QUICK_FACTOR", 1e12)
     patch.setattr(tally, "_SWARM_FACTOR", 1e12)
 
 
 def who_was_lost_stays_lost(patch: Patch) -> None:
-    """A presence that is newer brings nobody back."""
+    """Keep a lost peer lost, despite newer presences."""
     saw = membership.Membership.saw_presence
 
     def saw_presence(
@@ -102,13 +102,13 @@ def who_was_lost_stays_lost(patch: Patch) -> None:
 
 
 def nobody_refetches(patch: Patch) -> None:
-    """Everyone keeps to the weights that it has."""
+    """Keep each peer on its own weights."""
     patch.setattr(chains.ChainView, "holds", lambda self, heard: False)
     patch.setattr(chains.ChainView, "best_of", lambda self, heads: None)
 
 
 def signers_are_believed(patch: Patch) -> None:
-    """What a roster's signer says of the tokens behind it decides which chain holds."""
+    """Choose the chain by the tokens that a roster's signer claims."""
 
     def behind(chain: chains.Chain) -> int:
         return -1 if chain.head is None else chain.head.base_tokens
@@ -119,19 +119,19 @@ def signers_are_believed(patch: Patch) -> None:
 
 
 def tokens_go_before_peers(patch: Patch) -> None:
-    """However few peers of the last common roster went on with it, the chain with more tokens holds."""
+    """Choose the chain with more tokens, however few peers of the last common roster continued with it."""
     patch.setattr(chains, "_electors", lambda ours, theirs, common: frozenset())
     holds = chains.chain_holds
     patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: holds(theirs, ours, chains.Stands()))
 
 
 def who_stood_still_asks_nobody(patch: Patch) -> None:
-    """It signs and merges as if it had not."""
+    """Sign and merge after a suspension as if there had been none."""
     patch.setattr(rosters, "_unheard", lambda view, now: frozenset())
 
 
 def chains_by_digest(patch: Patch) -> None:
-    """One of them holds for everybody, whatever is behind it."""
+    """Choose the chain by digest, whatever it contains."""
 
     def holds(theirs: chains.Chain, ours: chains.Chain, *_: object, **__: object) -> bool:
         return theirs.digest not in ours and (not ours.links or theirs.digest < ours.digest)
@@ -140,28 +140,28 @@ def chains_by_digest(patch: Patch) -> None:
 
 
 def silence_never_ends(patch: Patch) -> None:
-    """Everyone is waited for."""
+    """Wait for everybody."""
     patch.setattr(rosters, "_silence_after_s", lambda view, peer, heard_s, unasked_s: math.inf)
 
 
 def shares_are_waited_for(patch: Patch) -> None:
-    """However long their owner takes."""
+    """Wait for shares however long their owner takes."""
     patch.setattr(transfers, "share_due_s", lambda roster_at_s, own_share_at_s, silence_s: math.inf)
 
 
 def nobody_counts_who_is_left(patch: Patch) -> None:
-    """A stage's only peer is as good as any to move."""
+    """Let a stage's only peer move."""
     patch.setattr(balance._Table, "keeps", lambda self, stage, peer: 1)
 
 
 def promises_are_not_kept(patch: Patch) -> None:
-    """Who has promised to stay moves."""
+    """Let a peer that has promised to stay move."""
     patch.setattr(stage_leases.StageLeases, "bound_s", lambda self, stage, now: 0.0)
     patch.setattr(stage_leases.StageLeases, "bound", lambda self, now: ())
 
 
 def promises_are_given_to_all(patch: Patch) -> None:
-    """Also by who wants to leave itself."""
+    """Give promises even while wanting to leave."""
 
     def asked(
         self: stage_leases.StageLeases, request: stage_leases.LeaseRequest, stages: Iterable[int], now: float
@@ -172,7 +172,7 @@ def promises_are_given_to_all(patch: Patch) -> None:
 
 
 def nobody_is_hidden(patch: Patch) -> None:
-    """Whatever those say who tried to dial it."""
+    """Ignore reports of peers that failed to dial it."""
 
     def told(self: hosts.Reachability, answers: Sequence[bool | None], now: float, rng: random.Random) -> str:
         self.state, self._due_s = hosts.Reach.DIALABLE, now + self.again_s
@@ -182,12 +182,12 @@ def nobody_is_hidden(patch: Patch) -> None:
 
 
 def numbers_are_not_checked(patch: Patch) -> None:
-    """What is infinite, or no number, is taken as any."""
+    """Accept infinite and NaN values."""
     patch.setattr(publications.SimulatedPublication, "is_finite", True)
 
 
 def shards_are_added(patch: Patch) -> None:
-    """What a row tells again is counted again."""
+    """Count repeated rows again."""
 
     def take(
         self: shards.Coverage, row: shards.CoverageRow, teller: str, explained: Callable[[str, int], int]
@@ -202,7 +202,7 @@ def shards_are_added(patch: Patch) -> None:
 
 
 def finished_microbatches_are_forgotten(patch: Patch) -> None:
-    """What is asked again is computed again."""
+    """Compute a repeated request again."""
     finish = ledger.StageLedger._finish
 
     def forget(self: ledger.StageLedger, key: ledger.Key, *, counted: bool) -> None:
@@ -213,7 +213,7 @@ def finished_microbatches_are_forgotten(patch: Patch) -> None:
 
 
 def gradients_count_at_once(patch: Patch) -> None:
-    """As soon as they are computed, acknowledged or not."""
+    """Count gradients when computed, acknowledged or not."""
     computed = ledger.StageLedger.computed
 
     def counted(self: ledger.StageLedger, key: ledger.Key, kind: ledger.Kind, now: float) -> None:
@@ -225,15 +225,15 @@ def gradients_count_at_once(patch: Patch) -> None:
 
 
 def states_bring_no_counts(patch: Patch) -> None:
-    """Who takes a state counts what it has seen itself."""
+    """Drop a state's counts, and keep only its own."""
     patch.setattr(tally.Tally, "adopt", lambda self, counts, num_sources, now: None)
 
 
 def archives_by_who_counts_higher(patch: Patch) -> None:
-    """A state is archived if it counts more than the bootstrap, whatever is behind it."""
+    """Archive a state if it counts more than the bootstrap, whatever it contains."""
 
     def is_wanted(self: archive.Archive, counts: Mapping[str, int], authors: Collection[str]) -> bool:
-        adds = sum(counts.values()) > self.swarm.tallying.total
+        adds = sum(counts.values()) > self.swarm.accounting.total
         if not adds:
             self.watch.archived(self._asked)
         return adds
@@ -242,7 +242,7 @@ def archives_by_who_counts_higher(patch: Patch) -> None:
 
 
 def bootstrap_keeps_no_counts(patch: Patch) -> None:
-    """Between two archives it counts in memory only."""
+    """Keep the bootstrap's counts between archives in memory only."""
     restore = archive.Archive.restore
 
     def restored(self: archive.Archive, kept: Any) -> None:
@@ -253,17 +253,17 @@ def bootstrap_keeps_no_counts(patch: Patch) -> None:
 
 
 def last_holder_goes_at_once(patch: Patch) -> None:
-    """Also while the bootstrap is away."""
+    """Let the last holder leave even while the bootstrap is away."""
     patch.setattr(departure, "LAST_HOLDER_S", 0.0)
 
 
 def nobody_is_asked_to_stay(patch: Patch) -> None:
-    """The last one goes as all others do."""
+    """Let the last peer leave like any other."""
     patch.setattr(departure.DepartureQueue, "ask", lambda self, peer, now: False)
 
 
 def who_was_killed_trains_on(patch: Patch) -> None:
-    """Whoever is believed alive has what a leaver has."""
+    """Assume that every peer believed alive has what a leaver has."""
 
     def ask(self: departure.DepartureQueue, peer: str, now: float) -> bool:
         if now < self._taken_s.pop(peer, -math.inf) + 5.0:
@@ -275,17 +275,17 @@ def who_was_killed_trains_on(patch: Patch) -> None:
 
 
 def nobody_asks_archives(patch: Patch) -> None:
-    """In rounds, once they train."""
+    """Stop asking archives once training in rounds."""
     patch.setattr(archive_watch.ArchiveWatch, "ask", lambda self: None)
 
 
 def old_folder_counts_anew(patch: Patch) -> None:
-    """What others count of it is not where it goes on."""
+    """Ignore the others' counts of it when it restarts from an old folder."""
     patch.setattr(replica.Replica, "count_on", lambda self, own_tokens: None)
 
 
 def first_sightings_earn_from_the_beginning(patch: Patch) -> None:
-    """A stranger may have trained for as long as the run is old."""
+    """Let an unknown peer have trained for the whole age of the run."""
 
     def since_s(self: tally.Tally, key: tuple[str, int], now: float) -> float:
         account = self._accounts.get(key)
@@ -295,7 +295,7 @@ def first_sightings_earn_from_the_beginning(patch: Patch) -> None:
 
 
 def one_source_is_believed(patch: Patch) -> None:
-    """Whatever it counts."""
+    """Believe a single source, whatever it counts."""
     patch.setattr(tally.Tally, "_room_for_brought", lambda self, *args: 2**60)
 
 
@@ -309,7 +309,7 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     first_sightings_earn_from_the_beginning: ("liar joins",),
     one_source_is_believed: ("liar joins",),
 }
-"""Without a fault of one of these kinds nobody can see it: schedules that have none are not played."""
+"""Kinds of faults without which a broken rule cannot show: schedules without them are not played."""
 
 BEGIN_AT: dict[Callable[[Patch], None], int] = {
     restored_ledger_is_empty: 28,
@@ -322,7 +322,7 @@ BEGIN_AT: dict[Callable[[Patch], None], int] = {
     bootstrap_keeps_no_counts: 50,
     who_was_killed_trains_on: 79,
 }
-"""The seed at which the search for them begins: it shows them, and from 0 it would take seconds to come to it."""
+"""Seed at which the search for each begins: it shows the fault, and from 0 it would take seconds to reach it."""
 
 BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     ledger_takes_everything: ("gossip", "exactly once"),
@@ -359,4 +359,4 @@ BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     first_sightings_earn_from_the_beginning: ("lives", "claims are bounded"),
     one_source_is_believed: ("lives", "claims are bounded"),
 }
-"""Which world shows it, and what does not hold there: an error in the patch itself is no find."""
+"""World that shows each, and the violated invariant: an error in the patch itself does not count."""

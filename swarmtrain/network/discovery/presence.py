@@ -87,7 +87,7 @@ class OwnRecords:
 
     node: Node
     presence: OwnPresence
-    tallying: TokenAccounting
+    accounting: TokenAccounting
     presence_ttl_s: float
     safe: Callable[[], Progress | None]
     """Returns the progress that is safe on this peer's disk, so that no kill can take it back."""
@@ -101,7 +101,7 @@ class OwnRecords:
         await self._store(presence, self.presence_ttl_s)
         safe = self.safe()
         if self.presence.me.training and safe is not None:
-            tokens = self.tallying.own_to_tell(safe.peer_tokens.get(self.presence.me.peer, 0))
+            tokens = self.accounting.own_to_tell(safe.peer_tokens.get(self.presence.me.peer, 0))
             progress = pb.Record(run_sha256=run_sha256, progress=progress_to_proto(tokens, safe.round))
             await self._store(progress, _PROGRESS_TTL_S)
 

@@ -97,7 +97,8 @@ class Line:
     _free_s: float = 0.0
 
     def passed_s(self, size_bytes: int, now_s: float) -> float:
-        """Return the time at which bytes that arrive at `now_s` have passed, behind all earlier ones."""
+        """Let bytes that arrive at `now_s` pass, behind all earlier ones, and return the time at which they have
+        passed."""
         self.passed_bytes += size_bytes
         if self.bytes_per_s <= 0:
             return now_s

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 1.0
 _KEEP_ALIVE_S = 3.0  # between two calls to each host, which keep its connection open (decision 19)
 _CALL_S = 3.0
-_STOOD_STILL_S = 5.0  # a longer gap between two looks means that this process was suspended
+_SUSPENDED_S = 5.0  # a longer gap between two looks means that this process was suspended
 _ANSWERS = {DialOutcome.REACHED: True, DialOutcome.NOT_REACHED: False}
 
 
@@ -105,7 +105,7 @@ class ReachabilityMonitor:
     async def look(self) -> None:
         """Ask other peers to dial this one if that is due, and call this peer's hosts if it has or needs any."""
         now = swarm_time()
-        if now > self._looked_s + _STOOD_STILL_S:  # this process was suspended: its hosts were not silent
+        if now > self._looked_s + _SUSPENDED_S:  # this process was suspended: its hosts were not silent
             self.choice.clear()
         if self.reachability.is_due(now) and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask_to_be_dialled())

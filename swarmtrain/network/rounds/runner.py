@@ -31,8 +31,8 @@ from swarmtrain.network.rounds.state_fetch import (
     JoinedState,
     NewState,
     PeerStates,
+    RequestedStates,
     StateSearch,
-    StateServer,
     StateSource,
 )
 from swarmtrain.network.snapshots.store import HeldSnapshot
@@ -85,7 +85,7 @@ class RoundRunner:
         self._questions = RoundQuestions(downloads, settings, chains, rosters, self.engine.hearsay.last_of)
         self._answers = RoundAnswers(chains)
         self._merger = Merger(self.identity, downloads, membership, settings, average, self._questions.last_known)
-        self._states = StateServer(states or PeerStates(downloads, settings, rosters))
+        self._states = RequestedStates(states or PeerStates(downloads, settings, rosters))
         self._next = NextRosters(chains)
         self._ended: EndedRound | None = None
         """Round whose end is under way."""
@@ -156,7 +156,7 @@ class RoundRunner:
         try:
             # The timer fired late: this process was suspended, so the others were not silent (decision 35).
             if swarm_time() - planned_s > self.gap_s:
-                self.stood_still()
+                self.was_suspended()
             self._tell(ev.RoundTimerFired())
         except Exception as error:  # without this a waiting task would wait for ever
             _log.exception("a round task failed")
@@ -197,7 +197,7 @@ class RoundRunner:
                 joined = JoinedState(begins=command.begins, state=state, advertised=dict(command.advertised))
                 self._awaited.found(command.search, joined)
             case ev.NamePeer():
-                self.downloads.refused(command.peer, BadBytesError(command.detail))
+                self.downloads.refused(command.peer, BadBytesError(command.detail, code="bad-chain"))
             case ev.ReportChange():
                 self.report(command.change)
             case _:
@@ -287,7 +287,7 @@ class RoundRunner:
         """Report to the engine that a peer joined, left or was lost."""
         self._tell(ev.MembersChanged())
 
-    def stood_still(self, *, forgives: bool = True) -> None:
+    def was_suspended(self, *, forgives: bool = True) -> None:
         """Report to the engine that this process was suspended until now. See `ProcessSuspended`."""
         self._tell(ev.ProcessSuspended(forgives))
 

@@ -18,7 +18,7 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["JoinedState", "NewState", "PeerStates", "StateSearch", "StateServer", "StateSource"]
+__all__ = ["JoinedState", "NewState", "PeerStates", "RequestedStates", "StateSearch", "StateSource"]
 
 _MAX_OFFERED = 8
 """Limit of offered states that are kept, the latest ones: most are never pulled, and none of their bytes have
@@ -75,7 +75,7 @@ class PeerStates:
         manifest = snapshot.manifest
         if manifest.round < min_round or manifest.round != roster.round + 1:
             raise BadBytesError(
-                "a state of another round than asked for, or than its roster leads to", code="not-asked-for"
+                "a state of another round than asked for, or than its roster leads to", code="bad-round"
             )
         if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
             raise BadBytesError("a state that does not fit its roster", code="bad-chain")
@@ -94,7 +94,7 @@ class PeerStates:
         self._downloads.blame(peer, error)
 
 
-class StateServer:
+class RequestedStates:
     """Requested states, by the numbers that the engine gave them."""
 
     def __init__(self, source: StateSource) -> None:

@@ -50,7 +50,7 @@ class Archive:
     _asked: Sequence[PeerInfo] = ()
 
     def __post_init__(self) -> None:
-        self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.tallying.contributions)
+        self.rows = CarriedRows(self.swarm.published.sha256, self.swarm.accounting.contributions)
         self.manager.extras.update(
             {
                 _HOLDS: lambda: dict(self.holds),
@@ -67,7 +67,7 @@ class Archive:
     def restore(self, kept: Checkpoint | None) -> None:
         """Restore what was archived last time, and the counts since."""
         if kept is None:
-            self.swarm.tallying.watch()
+            self.swarm.accounting.watch()
         else:
             self.holds = _holds_of(kept.extra.get(_HOLDS), kept.progress)
             self.places = _places_of(kept.extra.get(_PLACES))
@@ -113,7 +113,7 @@ class Archive:
 
         Tokens trained since it was made belong to the run, whoever holds them: its learning rate must not rise again.
         """
-        counts = self.swarm.tallying.contributions()
+        counts = self.swarm.accounting.contributions()
         if sum(counts.values()) <= self._served.run_tokens:
             return
         self._served = dataclasses.replace(progress, run_tokens=sum(counts.values()), peer_tokens=counts)

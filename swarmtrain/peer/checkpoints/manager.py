@@ -74,7 +74,7 @@ class CheckpointManager:
 
     def __post_init__(self) -> None:
         swarm = self.swarm
-        own: dict[str, Callable[[], Any]] = {_TALLY: swarm.tallying.kept, _TALLY_UNTIL: swarm_time}
+        own: dict[str, Callable[[], Any]] = {_TALLY: swarm.accounting.kept, _TALLY_UNTIL: swarm_time}
         if not swarm.asynchronous:
             own[_CHAIN] = swarm.rounds.chains.kept
         self.extras = own | self.extras
@@ -93,7 +93,7 @@ class CheckpointManager:
 
     def _restore_counts(self, rows: Any, until_s: Any) -> None:
         try:
-            self.swarm.tallying.restore(rows, None if until_s is None else float(until_s))
+            self.swarm.accounting.restore(rows, None if until_s is None else float(until_s))
         except (ValueError, TypeError) as error:
             self.emit(
                 WarningEvent(
@@ -178,7 +178,7 @@ class CheckpointManager:
 
         Any thread may call it. Raises OSError.
         """
-        rows = self.swarm.tallying.kept()
+        rows = self.swarm.accounting.kept()
         if rows and rows != self._kept_rows:
             counts = {"run_sha256": self.swarm.published.sha256, _TALLY_UNTIL: swarm_time(), _TALLY: rows}
             self.folder.keep_counts(counts, self.stage)

@@ -159,39 +159,39 @@ def _expected(name: str) -> _Read:
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
 
 METRICS: tuple[_Metric, ...] = (
-    _Metric("state", _GAUGE, "What the peer is doing: 1 for its present state, 0 for the others.", lambda look: {name: float(look.status.state == number) for number, name in _STATES.items()}, label="state"),
-    _Metric("training", _GAUGE, "Whether it is in its training rounds, merges included: 1 or 0.", lambda look: float(look.status.state == pb.PEER_STATE_TRAINING)),
-    _Metric("healthy", _GAUGE, "Whether it trains or serves and gets further, as its health service says: 1 or 0.", lambda look: float(look.healthy)),
-    _Metric("start_time_seconds", _GAUGE, "When its process began, in seconds since 1970.", lambda look: look.status.started_time, unit="seconds"),
-    _Metric("peers", _GAUGE, "Peers present in the swarm as this one knows it, itself included, by role.", _present, label="role"),
-    _Metric("round", _GAUGE, "The round it is in.", lambda look: look.status.round if look.joined else None),
-    _Metric("loss", _GAUGE, "Its mean training loss over its last round, of a bootstrap the median of what volunteers tell, in nats per token.", _newest_loss),
-    _Metric("held_out_loss", _GAUGE, "The last loss it measured on the run's held-out text, in nats per byte.", lambda look: look.status.held_out_loss or None),
-    _Metric("tokens", _COUNTER, "Tokens it has contributed to the run, over all its lives.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
-    _Metric("tokens_per_second", _GAUGE, "Tokens it trains on in a second, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),
-    _Metric("run_tokens", _GAUGE, "Tokens the whole run has been trained on, as this peer knows.", lambda look: look.status.run_tokens if look.joined else None),
+    _Metric("state", _GAUGE, "State of the peer: 1 for the current one, 0 for the others.", lambda look: {name: float(look.status.state == number) for number, name in _STATES.items()}, label="state"),
+    _Metric("training", _GAUGE, "1 if it is in its training rounds, merges included; else 0.", lambda look: float(look.status.state == pb.PEER_STATE_TRAINING)),
+    _Metric("healthy", _GAUGE, "1 if it trains or serves and makes progress, as its health service says; else 0.", lambda look: float(look.healthy)),
+    _Metric("start_time_seconds", _GAUGE, "Start of its process, in seconds since 1970.", lambda look: look.status.started_time, unit="seconds"),
+    _Metric("peers", _GAUGE, "Peers present in the swarm, as far as this one knows, itself included, by role.", _present, label="role"),
+    _Metric("round", _GAUGE, "Round that it is in.", lambda look: look.status.round if look.joined else None),
+    _Metric("loss", _GAUGE, "Mean training loss over its last round, in nats per token; of a bootstrap, the median that volunteers report.", _newest_loss),
+    _Metric("held_out_loss", _GAUGE, "Last loss that it measured on the run's held-out text, in nats per byte.", lambda look: look.status.held_out_loss or None),
+    _Metric("tokens", _COUNTER, "Tokens that it has contributed to the run, over all its processes.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
+    _Metric("tokens_per_second", _GAUGE, "Tokens per second that it trains on, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),
+    _Metric("run_tokens", _GAUGE, "Tokens that the whole run has been trained on, as far as this peer knows.", lambda look: look.status.run_tokens if look.joined else None),
     _Metric("run_target_tokens", _GAUGE, "Tokens at which the run ends.", lambda look: look.status.total_tokens or None),
-    _Metric("run_tokens_per_second", _GAUGE, "Tokens the whole run is trained on in a second, as this peer knows.", lambda look: look.status.swarm_tokens_per_s if look.joined else None),
-    _Metric("rounds", _COUNTER, "Rounds it has trained and merged since its process began.", _count("rounds")),
-    _Metric("inner_steps", _COUNTER, "Inner steps it took in these rounds.", _count("inner_steps")),
-    _Metric("inner_steps_per_second", _GAUGE, "Inner steps it takes in a second, over the last half minute.", _inner_steps_per_s),
-    _Metric("round_seconds", _COUNTER, "Time it spent in these rounds, merges and waiting included, in seconds.", _count("seconds"), unit="seconds"),
-    _Metric("merge_seconds", _COUNTER, "Time from the end of its inner steps to the merged weights in these rounds, in seconds.", _count("merge_s"), unit="seconds"),
-    _Metric("stall_seconds", _COUNTER, "Time in which its trainer stood still for the network or a merge in these rounds, in seconds.", _count("stall_s"), unit="seconds"),
-    _Metric("sent_bytes", _COUNTER, "Payload it has sent since its process began, in bytes.", lambda look: look.status.sent_bytes, unit="bytes"),
-    _Metric("received_bytes", _COUNTER, "Payload it has received since its process began, in bytes.", lambda look: look.status.received_bytes, unit="bytes"),
-    _Metric("estimated_round_sent_bytes", _GAUGE, "What it is expected to send for merges in a round, by the estimate of `swarmtrain check` for as many volunteers as are present, in bytes.", _expected("bytes_sent_per_round"), unit="bytes"),
-    _Metric("estimated_round_most_sent_bytes", _GAUGE, "The same of all in a round in which the archive or a late joiner takes its state: the most, in bytes.", _expected("bytes_sent_most_per_round"), unit="bytes"),
-    _Metric("estimated_round_received_bytes", _GAUGE, "What it is expected to receive for merges in a round, in bytes.", _expected("bytes_received_per_round"), unit="bytes"),
-    _Metric("memory_bytes", _GAUGE, "Memory that its process and its network daemon use, what is shared with other programs in proportion, in bytes.", lambda look: look.memory_bytes, unit="bytes"),
-    _Metric("estimated_memory_bytes", _GAUGE, "What it is expected to use of memory at most, by the estimate of `swarmtrain check` for as many volunteers as are present, in bytes.", _expected("memory_bytes"), unit="bytes"),
+    _Metric("run_tokens_per_second", _GAUGE, "Tokens per second of the whole run, as far as this peer knows.", lambda look: look.status.swarm_tokens_per_s if look.joined else None),
+    _Metric("rounds", _COUNTER, "Rounds that it has trained and merged since its process began.", _count("rounds")),
+    _Metric("inner_steps", _COUNTER, "Inner steps that it took in these rounds.", _count("inner_steps")),
+    _Metric("inner_steps_per_second", _GAUGE, "Inner steps per second, over the last half minute.", _inner_steps_per_s),
+    _Metric("round_seconds", _COUNTER, "Seconds in these rounds, merges and waiting included.", _count("seconds"), unit="seconds"),
+    _Metric("merge_seconds", _COUNTER, "Seconds from the end of its inner steps to the merged weights in these rounds.", _count("merge_s"), unit="seconds"),
+    _Metric("stall_seconds", _COUNTER, "Seconds in which its trainer was stalled by the network or a merge in these rounds.", _count("stall_s"), unit="seconds"),
+    _Metric("sent_bytes", _COUNTER, "Payload bytes that it has sent since its process began.", lambda look: look.status.sent_bytes, unit="bytes"),
+    _Metric("received_bytes", _COUNTER, "Payload bytes that it has received since its process began.", lambda look: look.status.received_bytes, unit="bytes"),
+    _Metric("estimated_round_sent_bytes", _GAUGE, "Bytes that it is expected to send for merges in a round, as estimated by `swarmtrain check` for the number of volunteers present.", _expected("bytes_sent_per_round"), unit="bytes"),
+    _Metric("estimated_round_most_sent_bytes", _GAUGE, "Most bytes that it is expected to send in a round in which the archive or a late joiner takes its state.", _expected("bytes_sent_most_per_round"), unit="bytes"),
+    _Metric("estimated_round_received_bytes", _GAUGE, "Bytes that it is expected to receive for merges in a round.", _expected("bytes_received_per_round"), unit="bytes"),
+    _Metric("memory_bytes", _GAUGE, "Bytes of memory of its process and its network daemon; memory shared with other programs counts in proportion.", lambda look: look.memory_bytes, unit="bytes"),
+    _Metric("estimated_memory_bytes", _GAUGE, "Most bytes of memory that it is expected to use, as estimated by `swarmtrain check` for the number of volunteers present.", _expected("memory_bytes"), unit="bytes"),
     _Metric("times_below_allreduce", _GAUGE, "How many times fewer bytes it sent than an all-reduce at each step would.", lambda look: look.status.times_below_allreduce or None),
-    _Metric("checkpoint_time_seconds", _GAUGE, "When its newest checkpoint was written, in seconds since 1970.", lambda look: look.status.checkpoint.time if look.status.HasField("checkpoint") else None, unit="seconds"),
-    _Metric("dht_records", _GAUGE, "Records that it keeps for the swarm in the DHT.", lambda look: look.status.dht_records if look.joined else None),
-    _Metric("refused", _COUNTER, "What other peers sent and it refused, by the rule it broke.", lambda look: look.counts.refused(), label="rule"),
-    _Metric("warnings", _COUNTER, "Warnings it gave.", _count("warning")),
-    _Metric("catch_ups", _COUNTER, "Merges it missed and took from another.", _count("caught_up")),
-    _Metric("peers_lost", _COUNTER, "Peers that went without a goodbye.", _count("peer_lost")),
+    _Metric("checkpoint_time_seconds", _GAUGE, "Time of its newest checkpoint, in seconds since 1970.", lambda look: look.status.checkpoint.time if look.status.HasField("checkpoint") else None, unit="seconds"),
+    _Metric("dht_records", _GAUGE, "DHT records that it stores for the swarm.", lambda look: look.status.dht_records if look.joined else None),
+    _Metric("refused", _COUNTER, "Data from other peers that it refused, by broken rule.", lambda look: look.counts.refused(), label="rule"),
+    _Metric("warnings", _COUNTER, "Warnings that it gave.", _count("warning")),
+    _Metric("catch_ups", _COUNTER, "Merges that it missed, and whose state it took from another peer.", _count("caught_up")),
+    _Metric("peers_lost", _COUNTER, "Peers that vanished without leaving.", _count("peer_lost")),
 )  # fmt: skip
 """Metrics, one per line; the table in docs/control.md has the same names."""
 
@@ -224,7 +224,7 @@ class PeerCollector(Collector):
         )
         facts = {"version": status.version, "role": status.role, "run": status.run_name}
         facts |= {"run_sha256": status.run_sha256, "name": status.name, "peer": status.peer}
-        yield InfoMetricFamily("swarmtrain", "Which peer of which run this is.", facts)
+        yield InfoMetricFamily("swarmtrain", "Identity of this peer and of its run.", facts)
         for metric in METRICS:
             if (value := metric.read(look)) is not None:
                 yield self._family(metric, value if isinstance(value, Mapping) else {"": value})

@@ -349,11 +349,11 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
 
     def look(status: pb.PeerStatus) -> None:
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
-        me, counts, acknowledged = swarm.presence.me, swarm.tallying.contributions(), swarm.tallying.acknowledged()
+        me, counts, acknowledged = swarm.presence.me, swarm.accounting.contributions(), swarm.accounting.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         # A volunteer uses the rosters' total instead, which forks and liars do not change.
         if me.is_bootstrap:
-            total, told = swarm.tallying.total, [info.run_tokens for info in live.values() if info.training]
+            total, told = swarm.accounting.total, [info.run_tokens for info in live.values() if info.training]
             growth.take(total, board.now())
             # Its counts are some seconds old. Volunteers know better, and are believed as far as the counts can have
             # grown.

@@ -158,7 +158,7 @@ class BootstrapPeer:
     def count_once_more(self, swarm: Swarm, managers: Sequence[CheckpointManager]) -> None:
         """Count and store what the volunteers have reported so far, because this peer was asked to leave."""
         with contextlib.suppress(TimeoutError, RunTimeError):
-            self.network.run(swarm.tallying.read_all(), LAST_COUNT_S)
+            self.network.run(swarm.accounting.read_all(), LAST_COUNT_S)
         with contextlib.suppress(OSError):  # the archive's warning says so
             for manager in managers:
                 manager.keep_counts()

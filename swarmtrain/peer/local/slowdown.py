@@ -40,8 +40,8 @@ class Slowdown:
     _gave_up: deque[bool] = field(default_factory=lambda: deque(maxlen=TOO_BUSY_STEPS))
 
     def hold_s(self, took_s: float, alone_s: float) -> float:
-        """Return how long to wait, in seconds, after a step that took `took_s` seconds, of which `alone_s` of processor
-        time.
+        """Return how long to wait, in seconds, after a step that took `took_s` seconds and `alone_s` seconds of
+        processor time.
 
         The first step is neither slowed nor measured: it allocates what later ones use again.
         """

@@ -95,12 +95,12 @@ class AsynchronousExchange(SwarmExchange):
         author says of itself is believed as far as its speed explains it. The round never decreases: others would
         refuse publications of an earlier one.
         """
-        tallying = self.swarm.tallying
+        accounting = self.swarm.accounting
         told = [counts_in_untrusted(state.held.snapshot.manifest) for state in states]
-        tallying.adopt([*told, *more], is_server=is_server)
+        accounting.adopt([*told, *more], is_server=is_server)
         for state, counts in zip(states, told, strict=True):
-            tallying.receive(state.peer, counts.get(state.peer, 0))
-        counts = tallying.contributions()
+            accounting.receive(state.peer, counts.get(state.peer, 0))
+        counts = accounting.contributions()
         round = max(round_of(states), own_round)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
 

@@ -83,9 +83,9 @@ async def fetch_consensus_state(
         holds[peer] = counts.get(peer, 0)
     counts = holds
     if swarm.presence.me.is_bootstrap:  # it has measured their speeds, so that a false claim cannot end the run
-        swarm.tallying.adopt(list(told.values()))
-        swarm.tallying.receive_all(holds)
-        counts = swarm.tallying.contributions()
+        swarm.accounting.adopt(list(told.values()))
+        swarm.accounting.receive_all(holds)
+        counts = swarm.accounting.contributions()
         holds = {peer: min(tokens, counts.get(peer, 0)) for peer, tokens in holds.items()}
     if is_wanted is not None and not is_wanted(holds, told.keys()):
         return None

@@ -382,14 +382,14 @@ class GossipExchange(AsynchronousExchange):
         round, swarm = self._progress.round, self.swarm
         is_last = fragment == len(self._fragments) - 1
         if is_last:
-            swarm.tallying.learn({swarm.identity.peer_id: self._own_tokens})
+            swarm.accounting.learn({swarm.identity.peer_id: self._own_tokens})
         due = self.gossip.merge_due(round, fragment, may_catch_up=True)
         if isinstance(due, FetchConsensus):
             if (replaced := self._catch_up(round, due.rounds_behind)) is not None:
                 return replaced
             due = self.gossip.merge_due(round, fragment, may_catch_up=False)
             assert not isinstance(due, FetchConsensus)
-        counts = swarm.tallying.contributions() if is_last else {}
+        counts = swarm.accounting.contributions() if is_last else {}
         if due.merge is not None and due.merge.displacement is not None:
             self._robustness[fragment].merged(due.merge.displacement)
         return Gathered(
@@ -450,7 +450,7 @@ class GossipExchange(AsynchronousExchange):
     def took_untrusted(self, command: DecodePublication[HeldSnapshot]) -> None:
         """Count what was decoded. See `Merging`."""
         manifest = command.held.snapshot.manifest
-        self.swarm.tallying.receive(command.author, manifest.author_tokens)
+        self.swarm.accounting.receive(command.author, manifest.author_tokens)
         self._receive_rows_untrusted(command.author, manifest.coverage)
 
     def _kept_untrusted(
@@ -593,7 +593,7 @@ class GossipExchange(AsynchronousExchange):
             if not states:
                 continue
             more = self._counted_by_others(states)
-            wait_for(self.network.submit(swarm.tallying.read_some()), self.stop)
+            wait_for(self.network.submit(swarm.accounting.read_some()), self.stop)
             states = not_far_behind(states, self.run.merge.max_staleness_rounds)
             progress = self._progress_of(states, own_round, more)
             for found in states:

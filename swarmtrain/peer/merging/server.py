@@ -82,7 +82,7 @@ class MergeServer:
     @property
     def progress(self) -> Progress:
         """Progress of the run. A round ends with each refresh of the momentum; one that has begun counts."""
-        counts = self.swarm.tallying.contributions()
+        counts = self.swarm.accounting.contributions()
         round = self.refreshes + (self._outer.buffer.arrivals > 0)
         return Progress(round=round, run_tokens=sum(counts.values()), peer_tokens=counts)
 
@@ -173,7 +173,7 @@ class MergeServer:
                 return
             await asyncio.to_thread(self._apply, gradient)
             self.versions.enter(peer, manifest.round)
-            self.swarm.tallying.receive(peer, manifest.author_tokens)
+            self.swarm.accounting.receive(peer, manifest.author_tokens)
             self._serve()
             if not self._outer.buffer.arrivals:
                 self._keep(self.checkpoint({}))

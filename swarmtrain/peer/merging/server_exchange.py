@@ -115,7 +115,7 @@ class ServerExchange(AsynchronousExchange):
                 swarm.peers.receive_reply_untrusted,
             ),
             decode=weights.decode_untrusted,
-            counted=swarm.tallying.receive,
+            counted=swarm.accounting.receive,
             refused=swarm.peers.refused,
         )
 
@@ -174,7 +174,7 @@ class ServerExchange(AsynchronousExchange):
     def collect(self, fragment: int = 0) -> Served:
         """See `Exchange`. Waits for nobody."""
         own, swarm = self._contribution, self.swarm
-        swarm.tallying.learn({swarm.identity.peer_id: own.own_tokens})
+        swarm.accounting.learn({swarm.identity.peer_id: own.own_tokens})
         came, merged = self.link.take(), tuple[MergeInput, ...]()
         if came is not None:
             theta, open_rounds = self._go_on_from(came.theta, came.arrivals, came.entered_round)
@@ -182,7 +182,7 @@ class ServerExchange(AsynchronousExchange):
         else:  # nothing new: continue from where it is, unless that is not finite
             assert own.reached is not None
             theta = own.reached if bool(torch.isfinite(own.gradient).all()) else own.thetas[0]
-        counts = swarm.tallying.contributions()
+        counts = swarm.accounting.contributions()
         return Served(theta=theta, merged=merged, run_tokens=sum(counts.values()), peer_tokens=counts)
 
     def _merged(self, came: ServedWeights, open_rounds: int) -> MergeInput:

@@ -190,7 +190,7 @@ class PipelineBootstrap(BootstrapPeer):
             self.rest([each.leavers for each in self.archives])
             self.control.board.beat()
             self._archive_for_leavers()
-            now, counted = time.monotonic(), self.archives[0].swarm.tallying.total
+            now, counted = time.monotonic(), self.archives[0].swarm.accounting.total
             if end.look(swarm.membership.volunteers(), swarm.membership.known(), counted, now):
                 ended_s = min(ended_s, now)
                 self._archive_ended(time.monotonic() > ended_s + _LAST_ROUND_S)

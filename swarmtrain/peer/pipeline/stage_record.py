@@ -119,7 +119,7 @@ class StageRecord:
         async def tell() -> None:
             swarm.presence.change(place=place)
             swarm.presence.describe(round=round, steps_per_s=steps_per_s, run_tokens=run_tokens)
-            swarm.tallying.learn({place.peer: contribution})
+            swarm.accounting.learn({place.peer: contribution})
             if now:
                 logged(asyncio.create_task(swarm.greeter.greet_everyone()), "telling what this peer holds")
 

@@ -210,7 +210,7 @@ class StageReplica:
         if new is not None:
             session.adopt(new)
             self.state_from = new.from_peer
-        replica.count_on(swarm.tallying.contributions().get(context.me, 0))
+        replica.count_on(swarm.accounting.contributions().get(context.me, 0))
         self.exchange.offer(replica.state, replica.progress)
         context.wait(swarm.announce())
 

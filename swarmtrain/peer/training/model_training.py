@@ -202,7 +202,7 @@ class ModelTraining:
         context.control.starting("fetching the swarm's current weights")
         new = self._take_present()
         if swarm.asynchronous:
-            replica.count_on(swarm.tallying.contributions().get(context.me, 0))
+            replica.count_on(swarm.accounting.contributions().get(context.me, 0))
         self.exchange.offer(replica.state, replica.progress)
         context.wait(swarm.announce())
         self.has_joined = True

@@ -173,7 +173,10 @@ class GossipEngine(Generic[Held, Payload, Ready]):
         return next(iter(self._whole.values())).both
 
     def gradient_format(self, round_s: float, up_bytes_per_s: float | None = None) -> GradientFormat:
-        """Bytes of the weights and the pseudo-gradient of one partner: all fragments, in the coarsest format."""
+        """Choose the format of this peer's pseudo-gradients for a round of `round_s` seconds (0: unknown).
+
+        The slower of the measured download rate and the limit for uploads counts.
+        """
         rate = self._schedule.times.bytes_per_s
         slower = min(rate, up_bytes_per_s) if rate and up_bytes_per_s else rate
         return gradient_format(self._whole, len(self._others.infos), round_s, slower, self._settings.wanted)

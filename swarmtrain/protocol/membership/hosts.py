@@ -241,7 +241,7 @@ class Guests:
     _heard_s: dict[str, float] = field(default_factory=dict)
 
     def ask(self, peer: str, now: float) -> tuple[bool, str]:
-        """Return (True if `peer`, which asks now, is a guest from now on; reason)."""
+        """Decide whether `peer`, which asks now, is a guest from now on. Return (True if so, reason)."""
         here = self.current(now)
         if peer not in here and len(here) >= self.most:
             return False, f"{len(here)} hidden peers are served already"

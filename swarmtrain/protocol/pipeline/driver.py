@@ -63,7 +63,7 @@ _MOST_SETTLED = 1024
 _GIVE_UP_S = 60.0
 """Seconds after which a settlement that cannot be delivered is given up: the peer is dead, or subtracts what is not
 acknowledged."""
-_ANY_LIFE = 0
+_ANY_INCARNATION = 0
 """Incarnation to put into a settlement that acknowledges nothing, so that it applies to any incarnation."""
 _HERE_S = 30.0
 """Longest silence towards a peer that computes for this driver, in seconds: stages forget the microbatches of a silent
@@ -446,7 +446,7 @@ class DriverEngine:
             else:
                 router.failed(wait.peer, now, now - wait.began_s, wait.work_tokens, event.reason)
                 if event.why == "wrong":
-                    self._out.append(Wrong(wait.peer, event.reason))
+                    self._out.append(Wrong(wait.peer, event.reason, event.code))
         self._ask_otherwise(wait, event.why, event.reason, now)
 
     def _ask_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:
@@ -512,7 +512,7 @@ class DriverEngine:
         place, way.places[stage] = way.places[stage], None
         if place is not None:
             peer, key = place
-            self._settling_of(_Whom(peer, stage, _ANY_LIFE)).dropped[key] = None
+            self._settling_of(_Whom(peer, stage, _ANY_INCARNATION)).dropped[key] = None
 
     def _settling_of(self, whom: _Whom) -> _Settling:
         self._touched[whom] = None
@@ -579,7 +579,7 @@ class DriverEngine:
         self._said_s = {place: said_s for place, said_s in self._said_s.items() if place in places}
         for peer, stage in sorted(places):
             if stage and self._said_s[peer, stage] <= now - _HERE_S:
-                self._settling_of(_Whom(peer, stage, _ANY_LIFE))
+                self._settling_of(_Whom(peer, stage, _ANY_INCARNATION))
         if self._ways:
             self._at(now + _HERE_S, self._word)
 

@@ -159,7 +159,7 @@ class Router:
     # ------------------------------------------------------------------ the choice
 
     def choose(self, now: float, tokens: float, exclude: Collection[str] = ()) -> tuple[str | None, str]:
-        """Return (the peer chosen for a task of that size, or None; reason). `exclude`: peers that have failed with
+        """Choose a peer for a task of `tokens`. Return (peer or None, reason). `exclude`: peers that have failed with
         this task."""
         ready, about = self._ready(now)
         free = ready - set(exclude)

@@ -58,7 +58,8 @@ class StageLeases:
     # ------------------------------------------------------------------ who is asked
 
     def asked(self, request: LeaseRequest, stages: Collection[int], now: float) -> tuple[StageLease | None, str]:
-        """Return (the lease that this peer gives, or None; reason). `stages` are those that this peer serves now."""
+        """Decide whether to give a lease, and record it if so. Return (lease or None, reason). `stages` are those that
+        this peer serves now."""
         if request.anchor != self.me or request.mover == self.me:
             return None, "it was not this peer that was asked"
         if request.stage not in stages:
@@ -81,8 +82,8 @@ class StageLeases:
     # ------------------------------------------------------------------ who leaves
 
     def wants_to_leave(self, stage: int, now: float) -> tuple[bool, str]:
-        """Return (True if this peer may ask others to stay in `stage` so that it can leave; reason). If so, it gives no
-        more leases for that stage."""
+        """Record that this peer wants to leave `stage`, unless it has promised to stay. Return (True if it may ask
+        others to stay there, reason). If so, it gives no more leases for that stage."""
         if self.bound_s(stage, now) > 0:
             return False, f"it has promised to stay in stage {stage} for {self.bound_s(stage, now):.0f} s more"
         self._leaving.setdefault(stage, None)

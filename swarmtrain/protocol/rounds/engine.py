@@ -291,9 +291,9 @@ class RoundEngine(Generic[Envelope, Link]):
             commands.append(ev.CancelMerge())
         known.announced = {self.me: known.own}
         self._ending, self._look_s, self.waiting_for = None, math.inf, ""
-        if known.catching_up is not None:
+        if known.state_fetch is not None:
             commands += self._seeker.drop(StateSearches.CATCH_UP)
-            known.catching_up = None
+            known.state_fetch = None
         return commands
 
     def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
@@ -318,7 +318,7 @@ class RoundEngine(Generic[Envelope, Link]):
         known.try_again(self.hearsay)
         view = self._view(known)
         commands = self._keep_asking(known, view, now)
-        if known.catching_up is not None:
+        if known.state_fetch is not None:
             return commands
         decision: Decision = decide(view, now)
         # Before this peer signs, every peer with an unknown roster may show its chain: that chain may hold, and a
@@ -357,7 +357,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case CatchUpDecision():
                 sources = list(decision.sources)
                 self._rng.shuffle(sources)
-                known.catching_up = CatchingUp(
+                known.state_fetch = CatchingUp(
                     self.hearsay,
                     known.round,
                     known.started_s,
@@ -366,21 +366,21 @@ class RoundEngine(Generic[Envelope, Link]):
                     known.unobtainable,
                     known.undeliverable,
                 )
-                commands += self._caught_up(self._seeker.catch_up(known.catching_up), now)
+                commands += self._caught_up(self._seeker.catch_up(known.state_fetch), now)
         return commands
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there
         is none."""
         known = self._ending
-        if not commands or known is None or known.catching_up is None:
+        if not commands or known is None or known.state_fetch is None:
             return commands
         match commands[-1]:
             case ev.StateSearched(search=StateSearches.CATCH_UP, number=None):
-                known.catching_up, self._look_s = None, now
+                known.state_fetch, self._look_s = None, now
                 return commands[:-1]
             case ev.StateSearched(search=StateSearches.CATCH_UP, number=number) if number is not None:
-                reason = known.catching_up.reason
+                reason = known.state_fetch.reason
                 return [*commands[:-1], *self._over(known, now), ev.AdoptState(number, reason)]
         return commands
 

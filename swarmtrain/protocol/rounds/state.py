@@ -72,7 +72,7 @@ class KnownRound(Generic[Envelope, Link]):
     merging: str = ""
     """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False
-    catching_up: CatchingUp[Envelope, Link] | None = None
+    state_fetch: CatchingUp[Envelope, Link] | None = None
 
     def keep(self, one: SignedRoster[Envelope]) -> bool:
         """Remember a roster of this round that starts from this peer's weights. Return whether it is new.

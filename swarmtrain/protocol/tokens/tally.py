@@ -219,14 +219,14 @@ class Tally:
         most = self.rules.most_tokens
         news = {peer: min(tokens, most) - self.tokens(peer) for peer, tokens in counts.items()}
         news = {peer: tokens for peer, tokens in news.items() if tokens > 0}
-        told, room = sum(news.values()), self._room_for_brought(num_sources, now)
+        told, room = sum(news.values()), self._room_for_adopted(num_sources, now)
         if room < told:
             news = {peer: tokens * room // told for peer, tokens in news.items()}
         self.learn({peer: self.tokens(peer) + tokens for peer, tokens in news.items()}, now)
         if room >= told or self.typical_per_s > 0 or self.watched_s is None:  # otherwise wait until a speed is known
             self.watched_s = now
 
-    def _room_for_brought(self, num_sources: int, now: float) -> int:
+    def _room_for_adopted(self, num_sources: int, now: float) -> int:
         """Return how many tokens states may add to the total."""
         left = self.rules.most_tokens * self.max_counts
         if num_sources < _MAJORITY:

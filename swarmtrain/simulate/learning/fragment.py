@@ -62,7 +62,7 @@ class LearningFragment:
         num_bytes = next(iter(self.sizes.values())).weights
         self.weights = Published(PublicationVersion(round, 0, 0), theta, num_bytes)
 
-    def brought(self, version: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
+    def set_newest(self, version: PublicationVersion, gradient: Tensor, format: GradientFormat) -> None:
         """Set the newest pseudo-gradient (Q,) of the fragment's round so far."""
         self.newest = Published(version, gradient, self.sizes[format].gradient, format)
 

@@ -91,7 +91,7 @@ class CountingPeer(HostedPeer):
         super().__init__(swarm, name, speed, theta, link)
         round_tokens = self.settings.inner_steps * self.settings.tokens_per_step
         self.own_tokens, self.read_s, self.usual_per_s = 0, -math.inf, 0.0
-        self.tallying = TokenAccounting(
+        self.accounting = TokenAccounting(
             me=name,
             rules=CountingRules(began_s=0.0, burst_tokens=2 * round_tokens, most_tokens=_EVER),
             read_bucket=swarm.read_bucket,
@@ -115,8 +115,8 @@ class CountingPeer(HostedPeer):
     def _start_round(self, all_begin: bool = False) -> None:
         for other in self.searched.peers.values():  # as greetings do: who comes is known from then on
             if isinstance(other, CountingPeer) and other is not self:
-                other.tallying.meet(self.name)
-                self.tallying.meet(other.name)
+                other.accounting.meet(self.name)
+                self.accounting.meet(other.name)
         shard = self.shard
         super()._start_round(all_begin)
         if self.ended is not None:
@@ -131,15 +131,15 @@ class CountingPeer(HostedPeer):
 
     def _count(self, shard: int, tokens: int, seen: int) -> None:
         """Count a round of this peer, and what the others advertise."""
-        before = self.tallying.total
+        before = self.accounting.total
         self.own_tokens += tokens
         self.searched.trained[self.name, shard] += tokens
-        self.tallying.learn({self.name: self.own_tokens})
+        self.accounting.learn({self.name: self.own_tokens})
         self.searched.reached[self.name] = max(self.searched.reached.get(self.name, 0), self.own_tokens)
-        _at_once(self.tallying.read_all())
+        _at_once(self.accounting.read_all())
         self.read_s, speeds = self.swarm.clock.now, [one.steps_per_s for one in self._others]
         self.usual_per_s = quick_speed([self.steps_per_s, *speeds])
-        self.kept = [*self.kept[-2:], (self.own_tokens, self.tallying.kept(), self._shards.rows())]
+        self.kept = [*self.kept[-2:], (self.own_tokens, self.accounting.kept(), self._shards.rows())]
         self.searched.tell(self.name, self._to_tell())
         self._judge(before)
         self._judge_shards(seen)
@@ -152,14 +152,14 @@ class CountingPeer(HostedPeer):
         super()._merge(command)
 
     def _to_tell(self) -> int:
-        return self.tallying.own_to_tell(self.own_tokens)
+        return self.accounting.own_to_tell(self.own_tokens)
 
     def _judge(self, before: int) -> None:
-        swarm, counts = self.searched, self.tallying.contributions()
+        swarm, counts = self.searched, self.accounting.contributions()
         if self.name in swarm.liars:
             return
-        if self.tallying.total < before:
-            detail = f"{self.name} counted {before} tokens, and {self.tallying.total} a moment later"
+        if self.accounting.total < before:
+            detail = f"{self.name} counted {before} tokens, and {self.accounting.total} a moment later"
             swarm.broken.append(Violation("totals only grow", detail))
         explained = swarm.explained_tokens()
         for peer, tokens in counts.items():
@@ -191,7 +191,7 @@ class CountingPeer(HostedPeer):
         if old.kept:
             self.kept = [*kept_until(old.kept, checkpoint)]
             self.own_tokens, counts, shards = self.kept[-1]
-            self.tallying.restore(counts)
+            self.accounting.restore(counts)
             self._shards.load(shards)
 
 
@@ -432,7 +432,7 @@ def _end(swarm: SearchedSwarm) -> Iterable[Violation]:
     for by time: both may take longer than a play. Usual is what a peer saw when it read.
     """
     for peer in _honest(swarm):
-        counts, told = peer.tallying.contributions(), defaultdict[str, int](int)
+        counts, told = peer.accounting.contributions(), defaultdict[str, int](int)
         for at_s, other, tokens in swarm.told:
             if other not in swarm.liars and at_s < peer.read_s - 10:
                 told[other] = max(told[other], tokens)

@@ -197,7 +197,7 @@ class _Lives(LivesWorld):
         """
         if not volunteer.met_bootstrap:
             return
-        counted = volunteer.tallying.contributions().get(volunteer.me, 0)
+        counted = volunteer.accounting.contributions().get(volunteer.me, 0)
         if volunteer.folder.key not in self.liars and counted < before_tokens + RUN.round_tokens:
             detail = f"{counted} tokens of {volunteer.folder.key} count after a round, and {before_tokens} did before"
             self._break("what is trained counts", detail)
@@ -207,7 +207,7 @@ class _Lives(LivesWorld):
 
         The limit is what all volunteers together can have trained since the liar started.
         """
-        counts = judge.tallying.contributions()
+        counts = judge.accounting.contributions()
         fastest_per_s = RUN.tokens_per_step * max(self.speeds.values())
         for name, came_s in self.liars.items():
             since_s = self.clock.now - came_s
@@ -251,8 +251,8 @@ class _Lives(LivesWorld):
             ],
             default=0,
         )
-        if bootstrap.tallying.total < least:
-            detail = f"the bootstrap counts {bootstrap.tallying.total}, and before it was started again {least}"
+        if bootstrap.accounting.total < least:
+            detail = f"the bootstrap counts {bootstrap.accounting.total}, and before it was started again {least}"
             self._break("a run's tokens never fall", detail)
 
     def look(self) -> None:
@@ -266,7 +266,7 @@ class _Lives(LivesWorld):
             return
         self.ended_s = self.clock.now
         self._judge_claims(boot)
-        self.counted.append((self.clock.now, boot.tallying.total))
+        self.counted.append((self.clock.now, boot.accounting.total))
         self._acknowledge(boot)
         archive = boot.behind.rounds
         for round, owed in list(self.owed.items()):
@@ -291,7 +291,7 @@ class _Lives(LivesWorld):
         return [boot] if isinstance(boot, Server) else [one for one in boot.neighbours() if not one.is_bootstrap]
 
     def _acknowledge(self, boot: Bootstrap) -> None:
-        for peer, tokens in boot.tallying.acknowledged().items():
+        for peer, tokens in boot.accounting.acknowledged().items():
             if tokens <= self.acknowledged.get(peer, 0):
                 continue
             self.acknowledged[peer] = tokens

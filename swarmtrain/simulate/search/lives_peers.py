@@ -191,7 +191,7 @@ class Process:
         self.dht: dict[str, tuple[float, pb.Record]] = {}
         self.membership = Membership(self.me)
         now = world.clock.now
-        self.tallying = TokenAccounting(
+        self.accounting = TokenAccounting(
             self.me,
             counting_rules(RUN, -_OLD_S),
             self._read_bucket,
@@ -227,7 +227,7 @@ class Process:
 
         return _Swarm(
             membership=self.membership,
-            tallying=self.tallying,
+            accounting=self.accounting,
             states=SimpleNamespace(fetch=self._fetch_states, fetch_manifests=self._fetch_manifests),
         )
 
@@ -305,7 +305,7 @@ class Process:
         self._dial()
         self._look_around()
         self._tell_progress()
-        self.world.run(self.tallying.read_all())
+        self.world.run(self.accounting.read_all())
         self.announce()
         self.later(_LOOKS_S, self.keep_looking)
 
@@ -319,7 +319,7 @@ class Process:
         now, ttl_s = self.world.clock.now, RUN.network.presence_ttl_s
         for info, group in list(self.world.board.values()):
             if group == self.group and info.peer != self.me:
-                self.tallying.meet(info.peer)
+                self.accounting.meet(info.peer)
                 self.membership.saw_presence(info, info.stamp + ttl_s, now)
         self.membership.expire(now)
         for other in self.neighbours():
@@ -347,7 +347,7 @@ class Process:
 
     def own_to_tell(self, durable_tokens: int) -> int:
         """Return the process's own tokens to advertise, given those on its disk."""
-        return self.tallying.own_to_tell(durable_tokens)
+        return self.accounting.own_to_tell(durable_tokens)
 
     async def _read_bucket(self, kind: str, prefix: str) -> Mapping[str, tuple[pb.Record, float]]:
         found: dict[str, tuple[float, pb.Record]] = {}
@@ -377,13 +377,13 @@ class Process:
     def set_state(self) -> None:
         """Offer the process's present state from now on."""
         self.offered = self.progress, self.behind
-        self.tallying.learn(self.progress.peer_tokens)
+        self.accounting.learn(self.progress.peer_tokens)
         self.info = dataclasses.replace(self.info, round=self.progress.round, run_tokens=self.progress.run_tokens)
 
     def restore(self, kept: DiskCheckpoint) -> None:
         """Continue from a checkpoint."""
         self.progress, self.behind = kept.progress, kept.behind
-        self.tallying.restore(kept.tally, kept.at_s)
+        self.accounting.restore(kept.tally, kept.at_s)
         self.set_state()
 
     async def _fetch_states(self, peers: Sequence[str], min_round: int = 0) -> list[State]:
@@ -510,7 +510,7 @@ class SearchedVolunteer(Process):
                 self.own_tokens += skippable_tokens(merged, RUN.round_tokens)
             self._adopt(new)
         self.met_bootstrap = any(one.is_bootstrap for one in self.neighbours())
-        Replica.count_on(self, self.tallying.contributions().get(self.me, 0))  # type: ignore[arg-type]
+        Replica.count_on(self, self.accounting.contributions().get(self.me, 0))  # type: ignore[arg-type]
         self.set_state()
         self.keep_looking()
         self._start_round()
@@ -531,15 +531,15 @@ class SearchedVolunteer(Process):
             return
         tokens, me = RUN.round_tokens, self.me
         self.own_tokens += tokens
-        before_tokens = self.tallying.contributions().get(me, 0)
-        self.tallying.learn({me: self.own_tokens})
+        before_tokens = self.accounting.contributions().get(me, 0)
+        self.accounting.learn({me: self.own_tokens})
         self.world.trained(self, before_tokens)
         if not self._merge((self.folder.key, self.world.next_round(me))):
-            counts = self.tallying.contributions()
+            counts = self.accounting.contributions()
             self.progress = Progress(round=self.progress.round + 1, run_tokens=sum(counts.values()), peer_tokens=counts)
         self.set_state()
         kept = DiskCheckpoint(
-            self.progress, self.behind, self.tallying.kept(), self.own_tokens, at_s=self.world.clock.now
+            self.progress, self.behind, self.accounting.kept(), self.own_tokens, at_s=self.world.clock.now
         )
         self.later(_WRITES_S, self.folder.write, kept)
         self._start_round()
@@ -563,7 +563,7 @@ class SearchedVolunteer(Process):
             partner = self.world.rng.choice(partners)
             assert partner.offered is not None
             if self.progress.round - partner.offered[0].round <= RUN.merge.max_staleness_rounds:
-                self.tallying.receive(partner.me, partner.own_tokens)
+                self.accounting.receive(partner.me, partner.own_tokens)
                 self.behind = self.behind.with_weights_of(partner.offered[1])
                 self._merged[partner.me] = partner.offered[0].round
         return False
@@ -683,20 +683,20 @@ class Bootstrap(Process):
 
     def _restore_counts(self) -> None:
         if self.folder.counts is not None:
-            self.tallying.restore(*self.folder.counts)
+            self.accounting.restore(*self.folder.counts)
 
     def count_once_more(self) -> None:
         """Count the others' tokens once more, because the bootstrap is asked to leave."""
-        self.world.run(self.tallying.read_all())
+        self.world.run(self.accounting.read_all())
         self.keep_counts()
 
     def keep_counts(self) -> None:
         """Keep the counts beside the archives."""
-        self.folder.counts = self.tallying.kept(), self.world.clock.now
+        self.folder.counts = self.accounting.kept(), self.world.clock.now
 
     async def _offer_archived(self, kept: Any) -> None:
         self.offered = kept.progress, self.behind
-        self.tallying.learn(kept.progress.peer_tokens)
+        self.accounting.learn(kept.progress.peer_tokens)
 
     def _ask_how_far(self) -> None:
         now = self.world.clock.now
@@ -749,7 +749,7 @@ class Bootstrap(Process):
         kept, behind = self.archive.kept_of(present), self.pulled_behind()
         self.progress, self.behind = present.progress, behind
         self.folder.write(
-            DiskCheckpoint(self.progress, behind, self.tallying.kept(), at_s=self.world.clock.now, extra=kept.extra)
+            DiskCheckpoint(self.progress, behind, self.accounting.kept(), at_s=self.world.clock.now, extra=kept.extra)
         )
         self.set_state()
         self.world.archived(self)

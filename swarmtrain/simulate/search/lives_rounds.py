@@ -264,7 +264,7 @@ class RoundsVolunteer(SearchedVolunteer):
         self.set_state()
         now = self.world.clock.now
         kept = DiskCheckpoint(
-            self.progress, behind, self.tallying.kept(), self.own_tokens, at_s=now, extra=_extra(self)
+            self.progress, behind, self.accounting.kept(), self.own_tokens, at_s=now, extra=_extra(self)
         )
         self.later(_LOOKS_S, self.folder.write, kept)
         self._start_round()
@@ -336,6 +336,6 @@ class RoundsBootstrap(Bootstrap):
         self.progress, self.behind = present.progress, behind_mean([one.behind for one in self.world.pulled])
         self.set_state()
         now, extra = self.world.clock.now, _extra(self)
-        self.folder.write(DiskCheckpoint(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra))
+        self.folder.write(DiskCheckpoint(self.progress, self.behind, self.accounting.kept(), at_s=now, extra=extra))
         self.world.archived(self)
         return True

@@ -99,7 +99,7 @@ class Worker(SearchedVolunteer):
             self.exchange._go_on_from(torch.ones(1), server.arrivals, entered)
             for peer, tokens in server.progress_now().peer_tokens.items():
                 if server.versions.round(peer) is not None:
-                    self.tallying.receive(peer, tokens)
+                    self.accounting.receive(peer, tokens)
             own = frozenset(one for at, one in self.rounds.items() if entered is None or at > entered)
             behind = server.state_behind
             self.behind = dataclasses.replace(behind, rounds=behind.rounds | own)
@@ -128,7 +128,7 @@ class Server(Bootstrap):
 
     def progress_now(self) -> Progress:
         """Return the progress, in rounds of which each refreshes the momentum. One that has begun counts."""
-        counts = self.tallying.contributions()
+        counts = self.accounting.contributions()
         return Progress(
             round=self.refreshes + (self.in_buffer > 0), run_tokens=sum(counts.values()), peer_tokens=counts
         )
@@ -168,7 +168,7 @@ class Server(Bootstrap):
         self.state_behind = Behind(before.rounds | new, max(before.at_tokens, worker.behind.at_tokens))
         self.arrivals += 1
         self.in_buffer += 1
-        self.tallying.receive(worker.me, piece.own_tokens)
+        self.accounting.receive(worker.me, piece.own_tokens)
         if self.in_buffer >= size:
             self.in_buffer, self.refreshes = 0, self.refreshes + 1
         self._serve()
@@ -182,7 +182,9 @@ class Server(Bootstrap):
         self._archived_arrivals = self.arrivals
         now, extra = self.world.clock.now, self.manager.extra()
         self.folder.write(
-            DiskCheckpoint(self.progress, self.behind, self.tallying.kept(), at_s=now, extra=extra, of_server=of_server)
+            DiskCheckpoint(
+                self.progress, self.behind, self.accounting.kept(), at_s=now, extra=extra, of_server=of_server
+            )
         )
         self.world.archived(self)
 

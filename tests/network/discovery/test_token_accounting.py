@@ -33,7 +33,7 @@ class Reading:
         self.buckets, self.reads, self.told = buckets, list[str](), list[tuple[str, str]]()
         self.now = 2000.0
         self.speeds = {ME: 10.0, BEN: 10.0, CARL: 10.0}
-        self.tallying = TokenAccounting(
+        self.accounting = TokenAccounting(
             ME,
             RULES,
             self.read_bucket,
@@ -50,7 +50,7 @@ class Reading:
     def look(self, times: int = 1) -> None:
         async def read() -> None:
             for _ in range(times):
-                await self.tallying.read_some()
+                await self.accounting.read_some()
 
         asyncio.run(read())
 
@@ -58,10 +58,10 @@ class Reading:
 def test_a_small_swarm_is_read_whole_each_time() -> None:
     reading = Reading({"": {BEN: record(100), CARL: record(50)}})
     reading.look()
-    assert reading.tallying.contributions() == reading.tallying.acknowledged() == {BEN: 100, CARL: 50}
+    assert reading.accounting.contributions() == reading.accounting.acknowledged() == {BEN: 100, CARL: 50}
     reading.buckets[""] = {BEN: record(180)}
     reading.look()
-    assert reading.reads == ["", ""] and reading.tallying.total == 230, "whose record has expired still counts"
+    assert reading.reads == ["", ""] and reading.accounting.total == 230, "whose record has expired still counts"
 
 
 def big_swarm() -> Reading:
@@ -77,8 +77,8 @@ def test_at_the_end_a_big_swarm_is_read_whole_once_wherever_the_rotation_is() ->
     reading = big_swarm()
     reading.look()
     before = len(reading.reads)
-    asyncio.run(reading.tallying.read_all())
-    assert reading.tallying.total == 4 * BUCKET_LIMIT
+    asyncio.run(reading.accounting.read_all())
+    assert reading.accounting.total == 4 * BUCKET_LIMIT
     read = reading.reads[before:]
     assert len(read) == len(set(read))
 
@@ -89,14 +89,14 @@ def test_a_big_swarm_is_read_a_few_buckets_at_a_time_and_again_from_the_start() 
         before = len(reading.reads)
         reading.look()
         assert 1 <= len(reading.reads) - before <= 4
-    assert reading.tallying.total == 4 * BUCKET_LIMIT
+    assert reading.accounting.total == 4 * BUCKET_LIMIT
     assert reading.reads.count("") >= 2 and reading.reads.index("0") < reading.reads.index("", 1)
 
 
 def test_an_unreadable_bucket_is_an_empty_one() -> None:
     reading = Reading({})
     reading.look(3)
-    assert reading.reads == ["", "", ""] and reading.tallying.total == 0 and reading.told == []
+    assert reading.reads == ["", "", ""] and reading.accounting.total == 0 and reading.told == []
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_a_hostile_record_says_is_not_counted_and_named_once(item: tuple[pb
     reading = Reading({"": {BEN: item, CARL: record(70)}})
     reading.look(50)
     assert reading.told == [(BEN, rule)]
-    counts = reading.tallying.contributions()
+    counts = reading.accounting.contributions()
     assert counts[CARL] == 70 and counts.get(BEN, 0) <= 200 + 1000 * 40
 
 
@@ -135,7 +135,7 @@ def test_a_record_in_a_bucket_of_others_is_not_counted() -> None:
     wrong = "1" if bucket_of(BEN, 1) == "0" else "0"
     reading = Reading({"": {f"filler {i}": record(0) for i in range(BUCKET_LIMIT)}, wrong: {BEN: record(10)}})
     reading.look(3)
-    assert BEN not in reading.tallying.contributions()
+    assert BEN not in reading.accounting.contributions()
 
 
 def test_a_negative_count_is_refused() -> None:
@@ -147,21 +147,21 @@ def test_a_negative_count_is_refused() -> None:
 def test_an_old_record_or_one_of_another_fork_takes_nothing_away_and_counts_nothing_twice() -> None:
     reading = Reading({"": {BEN: record(100)}})
     reading.look()
-    reading.tallying.learn({BEN: 80, CARL: 80})
+    reading.accounting.learn({BEN: 80, CARL: 80})
     reading.buckets[""] = {BEN: record(60)}
     reading.look()
-    assert reading.tallying.contributions() == {BEN: 100, CARL: 80}
-    assert reading.tallying.acknowledged() == {BEN: 100}
+    assert reading.accounting.contributions() == {BEN: 100, CARL: 80}
+    assert reading.accounting.acknowledged() == {BEN: 100}
 
 
 def test_one_tells_what_was_ever_safe_and_reads_what_one_told_in_an_earlier_life() -> None:
     reading = Reading({"": {ME: record(500)}})
-    tallying = reading.tallying
-    assert [tallying.own_to_tell(tokens) for tokens in (100, 90, 120)] == [100, 100, 120], "a fork counted less"
-    tallying.learn({ME: 300})
-    assert tallying.own_to_tell(120) == 120, "counted, and not yet on the disk"
+    accounting = reading.accounting
+    assert [accounting.own_to_tell(tokens) for tokens in (100, 90, 120)] == [100, 100, 120], "a fork counted less"
+    accounting.learn({ME: 300})
+    assert accounting.own_to_tell(120) == 120, "counted, and not yet on the disk"
     reading.look()
-    assert tallying.own_to_tell(130) == 500 and tallying.contributions() == {ME: 500}
+    assert accounting.own_to_tell(130) == 500 and accounting.contributions() == {ME: 500}
 
 
 def test_what_was_told_is_believed_when_everyone_has_left_after_a_restart_too() -> None:
@@ -171,58 +171,58 @@ def test_what_was_told_is_believed_when_everyone_has_left_after_a_restart_too() 
     reading.speeds = {}
     reading.buckets[""] = {BEN: record(180), CARL: record(90)}
     reading.look()
-    assert reading.tallying.contributions() == {BEN: 180, CARL: 90}
+    assert reading.accounting.contributions() == {BEN: 180, CARL: 90}
     again = Reading({"": {BEN: record(250), CARL: record(90)}})
     again.speeds, again.now = {}, 2010.0
-    again.tallying.restore(reading.tallying.kept())
+    again.accounting.restore(reading.accounting.kept())
     again.look()
-    assert again.tallying.acknowledged() == {BEN: 250, CARL: 90}
+    assert again.accounting.acknowledged() == {BEN: 250, CARL: 90}
     nobody = Reading({"": {BEN: record(100)}})
     nobody.speeds = {}
     nobody.look()
-    assert nobody.tallying.contributions() == {} and nobody.told == [], "nothing was ever known"
+    assert nobody.accounting.contributions() == {} and nobody.told == [], "nothing was ever known"
 
 
 def test_a_tally_outlives_its_process() -> None:
     reading = Reading({"": {BEN: record(100)}})
-    reading.tallying.learn({ME: 70, CARL: 30})
+    reading.accounting.learn({ME: 70, CARL: 30})
     reading.look()
     again = Reading({})
-    again.tallying.restore(reading.tallying.kept())
-    assert again.tallying.contributions() == {ME: 70, BEN: 100, CARL: 30} and again.tallying.total == 200
-    assert again.tallying.acknowledged() == {BEN: 100} and again.tallying.own_to_tell(0) == 70
+    again.accounting.restore(reading.accounting.kept())
+    assert again.accounting.contributions() == {ME: 70, BEN: 100, CARL: 30} and again.accounting.total == 200
+    assert again.accounting.acknowledged() == {BEN: 100} and again.accounting.own_to_tell(0) == 70
     with pytest.raises(ValueError, match="count"):
-        again.tallying.restore([[BEN, 0, 5]])
+        again.accounting.restore([[BEN, 0, 5]])
 
 
 def test_counts_come_with_states_and_say_nothing_new_of_this_peer_itself() -> None:
     reading = Reading({})
-    reading.tallying.adopt([{BEN: 5000, CARL: 70, ME: 10**8}, {BEN: 6000, ME: 10**8}])
-    assert reading.tallying.contributions() == {BEN: 5000, ME: 200}
+    reading.accounting.adopt([{BEN: 5000, CARL: 70, ME: 10**8}, {BEN: 6000, ME: 10**8}])
+    assert reading.accounting.contributions() == {BEN: 5000, ME: 200}
     reading.now += 100.0
-    reading.tallying.adopt([{BEN: 10**6}, {BEN: 9000}, {BEN: 8000}])
-    assert reading.tallying.contributions()[BEN] == 9000
+    reading.accounting.adopt([{BEN: 10**6}, {BEN: 9000}, {BEN: 8000}])
+    assert reading.accounting.contributions()[BEN] == 9000
 
 
 def test_the_server_that_a_run_names_is_believed_alone() -> None:
     rules = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10_100, total_tokens=10_000)
     for is_server, counted in ((True, 10_000), (False, 9_800)):
         reading = Reading({})
-        reading.tallying._tally.rules = rules
-        reading.tallying.adopt([{BEN: 10_000}], is_server=is_server)
-        assert reading.tallying.total == counted
+        reading.accounting._tally.rules = rules
+        reading.accounting.adopt([{BEN: 10_000}], is_server=is_server)
+        assert reading.accounting.total == counted
 
 
 def test_a_bootstrap_that_has_published_the_run_watches_from_then_on() -> None:
     """What the first volunteer brings is what those who are here can have done since."""
     reading = Reading({})
-    reading.tallying.watch()
+    reading.accounting.watch()
     reading.now = RULES.began_s + 10
-    reading.tallying.adopt([{BEN: 10**6}])
-    assert reading.tallying.total == 3 * (200 + 40 * 10)
+    reading.accounting.adopt([{BEN: 10**6}])
+    assert reading.accounting.total == 3 * (200 + 40 * 10)
     reading.now += 60.0
-    reading.tallying.receive(CARL, 10**6)
-    assert reading.tallying.contributions()[CARL] == 200 + 40 * 60, "a minute, in which it was here"
+    reading.accounting.receive(CARL, 10**6)
+    assert reading.accounting.contributions()[CARL] == 200 + 40 * 60, "a minute, in which it was here"
 
 
 def test_what_is_usual_is_looked_up_once_for_all_that_states_tell() -> None:
@@ -234,10 +234,10 @@ def test_what_is_usual_is_looked_up_once_for_all_that_states_tell() -> None:
         looks += 1
         return {ME: 10.0, BEN: 10.0}
 
-    reading.tallying.speeds = speeds
+    reading.accounting.speeds = speeds
     told = {f"p{number}": 100 for number in range(50)}
-    reading.tallying.receive_all({**told, CARL: 10**6})
-    assert looks == 1 and reading.tallying.contributions() == {**told, CARL: 200}, "no more than was possible"
+    reading.accounting.receive_all({**told, CARL: 10**6})
+    assert looks == 1 and reading.accounting.contributions() == {**told, CARL: 200}, "no more than was possible"
     assert reading.told == [(CARL, "tokens")]
 
 

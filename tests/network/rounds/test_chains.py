@@ -152,7 +152,7 @@ def test_a_chain_that_is_not_signed_so_is_refused() -> None:
     message.links[0].manifests[0].CopyFrom(publication(LIAR, ours.chain.head).snapshot.signed)
     refused(message, "bad-chain")
     message.links[0].manifests[0].CopyFrom(theirs.shows([]).links[0].manifests[0])
-    refused(message, "not-asked-for")
+    refused(message, "bad-round")
     forged = theirs.shows(ours.known())
     forged.links[0].roster.author = peer_bytes(LIAR.peer_id)
     refused(forged, "bad-signature")
@@ -288,7 +288,7 @@ def finish(own: ChainStore, others: Peers, *, slept: bool = False) -> tuple[Outc
         rounds, refused = rounds_of(A, own, others)
         if slept:
             await asyncio.sleep(0.1)
-            rounds.stood_still()
+            rounds.was_suspended()
         round, started_s = rounds.current_round, 0.0 if slept else swarm_time()
         outcome = await asyncio.wait_for(rounds.finish(round, publication(A, own.chain.head), started_s), 100)
         if isinstance(outcome, RosterMean):

@@ -33,17 +33,17 @@ class Boot:
     def __init__(self, **counts_on_disk: int) -> None:
         rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=10**9)
         reading: Any = None
-        self.tallying = TokenAccounting(ME.peer_id, rules, reading, dict, lambda: 100.0, lambda *told: None)
+        self.accounting = TokenAccounting(ME.peer_id, rules, reading, dict, lambda: 100.0, lambda *told: None)
         self.offered: list[Checkpoint] = []
         self.swarm: Any = SimpleNamespace(
-            tallying=self.tallying,
+            accounting=self.accounting,
             published=SimpleNamespace(sha256=RUN, run=SimpleNamespace(round_tokens=100)),
         )
         extras: dict[str, Any] = {}
         manager: Any = SimpleNamespace(
             extras=extras,
             extra=lambda: {name: give() for name, give in extras.items()},
-            restore_counts=lambda: self.tallying.learn(counts_on_disk),
+            restore_counts=lambda: self.accounting.learn(counts_on_disk),
             offer=self._offer,
         )
         self.archive = Archive(self.swarm, manager)
@@ -92,7 +92,7 @@ def test_what_was_counted_since_is_given_with_the_archive() -> None:
         roster=None,
         signed_roster=None,
     )
-    boot.tallying.learn(kept.progress.peer_tokens)
+    boot.accounting.learn(kept.progress.peer_tokens)
     boot.archive.restore(kept)
     for _ in range(2):
         asyncio.run(boot.archive.serve_counts(STATE, kept.progress))
@@ -113,5 +113,5 @@ def test_who_brings_nothing_new_is_not_asked_again_before_it_has_more() -> None:
 def test_a_bootstrap_without_an_archive_watches_since_the_run_began() -> None:
     boot = Boot()
     boot.archive.restore(None)
-    boot.tallying.adopt([{ANNA.peer_id: 10**6}])
-    assert boot.tallying.total == 200, "one volunteer alone brings what its time explains"
+    boot.accounting.adopt([{ANNA.peer_id: 10**6}])
+    assert boot.accounting.total == 200, "one volunteer alone brings what its time explains"

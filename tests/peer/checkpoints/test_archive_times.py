@@ -316,7 +316,7 @@ def test_an_archive_between_two_looks_that_had_all_tokens_ends_it_when_everyone_
     swarm: Any = SimpleNamespace(
         asynchronous=True,
         membership=SimpleNamespace(volunteers=lambda: [SimpleNamespace(run_tokens=tokens) for tokens in here]),
-        tallying=SimpleNamespace(total=0),
+        accounting=SimpleNamespace(total=0),
     )
 
     def archive(swarm: Any, last: bool) -> bool:
@@ -345,7 +345,7 @@ def test_started_again_it_asks_at_once_whatever_it_counts(tmp_path: Path, monkey
     swarm: Any = SimpleNamespace(
         asynchronous=True,
         membership=SimpleNamespace(volunteers=lambda: infos),
-        tallying=SimpleNamespace(total=0),
+        accounting=SimpleNamespace(total=0),
     )
 
     def archive(swarm: Any, last: bool) -> bool:

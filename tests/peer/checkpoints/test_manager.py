@@ -78,7 +78,7 @@ def merged(published: PublishedRun, value: float) -> Checkpoint:
 def swarm_of(published: PublishedRun, now: float = 50.0, **parts: Any) -> Any:
     """Make the parts of a swarm that a checkpoint manager uses."""
     return SimpleNamespace(
-        published=published, asynchronous=True, tallying=tallying(published, now), membership=None, **parts
+        published=published, asynchronous=True, accounting=accounting(published, now), membership=None, **parts
     )
 
 
@@ -107,7 +107,7 @@ def test_who_is_away_is_remembered_after_those_who_are_here() -> None:
     assert known_peers(many[:10], others) == (*many[:10], *others[:6])
 
 
-def tallying(published: PublishedRun, now: float) -> TokenAccounting:
+def accounting(published: PublishedRun, now: float) -> TokenAccounting:
     anything: Any = None
     rules = CountingRules(began_s=0.0, burst_tokens=200, most_tokens=10**9)
     return TokenAccounting(ME, rules, anything, lambda: {BEN: 10.0, ME: 10.0}, lambda: now, lambda *told: None)
@@ -120,7 +120,7 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
     kept.keep_counts()
     path = kept.folder.path / "counts.json"
     assert not path.exists(), "there are none"
-    kept.swarm.tallying.adopt([{BEN: 5000}])
+    kept.swarm.accounting.adopt([{BEN: 5000}])
     kept.keep_counts()
     written = path.read_bytes()
     kept.keep_counts()
@@ -128,22 +128,22 @@ def test_counts_outlive_a_kill_between_two_checkpoints_and_an_old_folder_takes_n
 
     again, _ = manager(tmp_path / "peer", published, 60.0)
     again.restore_counts()
-    assert again.swarm.tallying.contributions() == {BEN: 5000}
+    assert again.swarm.accounting.contributions() == {BEN: 5000}
     newer, of_newer = manager(tmp_path / "peer", published, 60.0)
-    newer.swarm.tallying.adopt([{BEN: 9000}])
+    newer.swarm.accounting.adopt([{BEN: 9000}])
     newer.restore_counts()
-    assert newer.swarm.tallying.contributions() == {BEN: 9000}
+    assert newer.swarm.accounting.contributions() == {BEN: 9000}
 
     for other in (b'{"run_sha256": "ab"}', b"[]", b"no json"):
         path.write_bytes(other)
         of_another, told = manager(tmp_path / "peer", published, 60.0)
         of_another.restore_counts()
-        assert of_another.swarm.tallying.contributions() == {} and not told
+        assert of_another.swarm.accounting.contributions() == {} and not told
     path.write_text(f'{{"run_sha256": "{published.sha256}", "tally": [[1]]}}')
     newer.restore_counts()
     (warning,) = of_newer
     assert isinstance(warning, WarningEvent) and warning.code == "checkpoint-partly-used"
-    assert newer.swarm.tallying.contributions() == {BEN: 9000}
+    assert newer.swarm.accounting.contributions() == {BEN: 9000}
     assert not events
 
 
@@ -160,10 +160,10 @@ def test_a_stage_has_counts_of_its_own(tmp_path: Path, published: PublishedRun) 
         )
         for stage in (0, 1)
     )
-    first.swarm.tallying.adopt([{BEN: 5000}])
+    first.swarm.accounting.adopt([{BEN: 5000}])
     first.keep_counts()
     second.restore_counts()
-    assert second.swarm.tallying.contributions() == {} and (folder.path / "counts-stage-0.json").exists()
+    assert second.swarm.accounting.contributions() == {} and (folder.path / "counts-stage-0.json").exists()
 
 
 def test_peers_are_written_down_when_they_change(tmp_path: Path, published: PublishedRun) -> None:

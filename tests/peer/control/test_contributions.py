@@ -28,13 +28,15 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     for peer in ("ben", "carl", "liar"):
         members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=10**15), 30.0, 0.0)
     counts = {"me": 500, "ben": 300, "gone": 200, "liar": 7}
-    tallying = SimpleNamespace(contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007)
+    accounting = SimpleNamespace(
+        contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007
+    )
     run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
     everyone = {
         "presence": SimpleNamespace(me=me),
         "membership": members,
-        "tallying": tallying,
+        "accounting": accounting,
         "published": SimpleNamespace(run=run),
     }
     node, reaching = SimpleNamespace(num_dht_records=6), SimpleNamespace(in_words=str)
@@ -53,7 +55,7 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     assert served.run_tokens == 1007 + 15 * 4, "and by the speed that they tell, before it has measured one"
     look = swarm_looker(StatusBoard("bootstrap", 0.0, now=clock), swarm)
     for grown in (0, 100, 100):
-        tallying.total += grown
+        accounting.total += grown
         served = pb.PeerStatus()
         look(served)
         clock.now_s += 10.0
@@ -81,7 +83,7 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
     swarm: Any = SimpleNamespace(
         presence=SimpleNamespace(me=PeerInfo(peer="me", is_bootstrap=True)),
         membership=members,
-        tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=100),
+        accounting=SimpleNamespace(contributions=dict, acknowledged=dict, total=100),
         published=SimpleNamespace(run=run),
         node=SimpleNamespace(num_dht_records=0),
         serving=Serving(),
@@ -95,5 +97,5 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
     for peer in ("ben", "carl"):
         members.left(peer, 1.0)
     assert (board.status().run_tokens, board.status().end_time) == (10**6 - 1, 0.0), "a liar alone ends no run"
-    swarm.tallying.total = 10**6
+    swarm.accounting.total = 10**6
     assert board.status().run_tokens == 10**6 and board.status().end_time

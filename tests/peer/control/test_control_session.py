@@ -343,7 +343,7 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
         membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live),
         presence=SimpleNamespace(me=PeerInfo(peer=BEN, is_bootstrap=True)),
         published=SimpleNamespace(run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1))),
-        tallying=SimpleNamespace(contributions=dict, acknowledged=dict, total=0),
+        accounting=SimpleNamespace(contributions=dict, acknowledged=dict, total=0),
         reaching=SimpleNamespace(in_words=lambda: ""),
         node=SimpleNamespace(num_dht_records=0),
         serving=Serving(),

@@ -145,8 +145,8 @@ def test_a_newcomers_counts_are_those_of_three_sources_and_one_alone_ends_no_run
         async def nothing(kind: str, prefix: str) -> dict[str, Any]:
             return {}
 
-        tallying = TokenAccounting(IDS[4], rules, nothing, dict, lambda: 86_400.0, lambda *_: None)
-        exchange: Any = SimpleNamespace(swarm=SimpleNamespace(tallying=tallying))
+        accounting = TokenAccounting(IDS[4], rules, nothing, dict, lambda: 86_400.0, lambda *_: None)
+        exchange: Any = SimpleNamespace(swarm=SimpleNamespace(accounting=accounting))
         states = [state(number, near(number), **counts) for number, counts in enumerate(told)]
         others = [{IDS[int(name[1:])]: tokens for name, tokens in counts.items()} for counts in more]
         return AsynchronousExchange._progress_of(exchange, states, 0, others, **options).run_tokens

@@ -605,8 +605,8 @@ def test_what_an_archive_holds_is_told_apart_from_what_is_counted(worlds: list[W
     world = world_of(worlds, 1)
     (newcomer,) = world.everyone()
     bootstrap = archive_of(world, 1, round=9, anna=1000, bens=900)
-    bootstrap.swarm.tallying.learn({new_identity(b"lost" * 8).peer_id: 50_000})
-    bootstrap.swarm.tallying.learn(bootstrap.trainer.progress.peer_tokens)
+    bootstrap.swarm.accounting.learn({new_identity(b"lost" * 8).peer_id: 50_000})
+    bootstrap.swarm.accounting.learn(bootstrap.trainer.progress.peer_tokens)
     new = newcomer.exchange.present_state(newcomer.trainer.progress)
     assert new is not None
     newcomer.session.adopt(new)

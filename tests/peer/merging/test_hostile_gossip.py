@@ -150,8 +150,8 @@ def test_claimed_tokens_are_counted_as_far_as_a_speed_explains_them_and_named(
     honest, mallory = world_of()
     speeds = {peer.id: 1000.0 for peer in (*honest, mallory)}
     for peer in honest:  # no time passes that could explain anything, nor does a busy machine make anybody slower
-        peer.swarm.tallying.clock = lambda began_s=peer.swarm.tallying.rules.began_s: began_s
-        peer.swarm.tallying.speeds = lambda: speeds
+        peer.swarm.accounting.clock = lambda began_s=peer.swarm.accounting.rules.began_s: began_s
+        peer.swarm.accounting.speeds = lambda: speeds
     publish = mallory.exchange.publish
 
     def lie(contribution: LocalUpdate) -> None:

@@ -142,7 +142,7 @@ def test_an_archive_that_comes_is_asked_once_beside_the_round(
     assert a_round() is None and len(asked) == 2
     comes(swarm_time() + 5)
     assert a_round() is not None and len(asked) == 3, "it is back"
-    rounds.stood_still()
+    rounds.was_suspended()
     assert a_round() is not None and a_round() is None and len(asked) == 4, "this process slept"
     membership.left(BEN.peer_id, swarm_time())
     assert a_round() == a_round() == [CARL.peer_id] and len(asked) == 6, "nobody else is here"

@@ -266,7 +266,7 @@ def test_stages_that_one_peer_holds_alone_are_joined_too(monkeypatch: pytest.Mon
     bootstrap: Any = PipelineBootstrap.__new__(PipelineBootstrap)
     stages = [SimpleNamespace(number=number, is_final=False, rounds=0, state=None) for number in (0, 1)]
     for stage in stages:
-        stage.swarm, stage.leavers = SimpleNamespace(tallying=SimpleNamespace(total=0)), None
+        stage.swarm, stage.leavers = SimpleNamespace(accounting=SimpleNamespace(total=0)), None
     nobody = SimpleNamespace(membership=SimpleNamespace(volunteers=list, known=list))
     run = SimpleNamespace(network=SimpleNamespace(archive_every_s=20.0), run=SimpleNamespace(total_tokens=10**6))
 

@@ -286,7 +286,7 @@ def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_o
         stop.set()
     for trainer, each in zip(trainers, reports, strict=True):
         (report,) = each
-        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.attempt) == (192, 2, 2)
+        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
         assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
         session = trainer.session
         assert session.finished and session.progress.run_tokens == 192

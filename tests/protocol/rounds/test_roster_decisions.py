@@ -154,20 +154,20 @@ def test_after_a_pause_of_ones_own_silence_counts_anew() -> None:
 
 def test_after_a_pause_of_ones_own_nothing_is_signed_or_merged_before_the_others_have_been_heard() -> None:
     """They may have signed without it, and gone on."""
-    stood_still = {"listening_since_s": 180.0, "answered_at_s": {"b": 180.5, "c": 179.9}}
+    was_suspended = {"listening_since_s": 180.0, "answered_at_s": {"b": 180.5, "c": 179.9}}
     reason = "this process was suspended: asking c what happened meanwhile"
-    assert decide(view("a", "bc", "abc", **stood_still), 181) == WaitDecision(until_s=185, reason=reason)
-    assert decide(view("a", "bc", "abc", **stood_still, rosters=[roster("a")]), 181) == WaitDecision(
+    assert decide(view("a", "bc", "abc", **was_suspended), 181) == WaitDecision(until_s=185, reason=reason)
+    assert decide(view("a", "bc", "abc", **was_suspended, rosters=[roster("a")]), 181) == WaitDecision(
         until_s=185, reason=reason
     )
-    assert decide(view("a", "b", "ab", **stood_still, late_joiners=frozenset("c")), 181) == WaitDecision(
+    assert decide(view("a", "b", "ab", **was_suspended, late_joiners=frozenset("c")), 181) == WaitDecision(
         until_s=185, reason=reason
     )
-    assert isinstance(decide(view("a", "bc", "abc", **stood_still, ahead=frozenset("d")), 181), WaitDecision)
-    assert isinstance(decide(view("a", "bc", "abc", **stood_still, far_ahead=frozenset("d")), 181), CatchUpDecision)
-    assert signed(decide(view("a", "bc", "abc", **stood_still), 185)) == "abc", "c does not answer"
-    stood_still["answered_at_s"] = {"b": 180.5, "c": 180.0}
-    assert signed(decide(view("a", "bc", "abc", **stood_still), 181)) == "abc"
+    assert isinstance(decide(view("a", "bc", "abc", **was_suspended, ahead=frozenset("d")), 181), WaitDecision)
+    assert isinstance(decide(view("a", "bc", "abc", **was_suspended, far_ahead=frozenset("d")), 181), CatchUpDecision)
+    assert signed(decide(view("a", "bc", "abc", **was_suspended), 185)) == "abc", "c does not answer"
+    was_suspended["answered_at_s"] = {"b": 180.5, "c": 180.0}
+    assert signed(decide(view("a", "bc", "abc", **was_suspended), 181)) == "abc"
     assert signed(decide(view("a", "bc", "abc", listening_since_s=99.0), 181)) == "abc", "before it asked anybody"
 
 
