@@ -158,8 +158,9 @@ def test_an_error_has_the_code_given_or_its_first_problems_or_its_class() -> Non
     assert Problem("a", "not-utf8").found_in("file") == "file: a"
     assert Problem("a", "not-utf8").found_in("file").code == "not-utf8"
     assert with_code("a", "") == "a"
-    again = copy.copy(UserError("a", code="port-taken"))
-    assert (again.code, str(again)) == ("port-taken", "a")
+    for error in (UserError("a", code="port-taken"), UserError(Problem("a", "port-taken"))):
+        again = copy.deepcopy(error)  # as when it comes from another process
+        assert (again.code, str(again), codes_of(again)) == ("port-taken", "a", ["port-taken"])
 
 
 def test_raises_code_looks_at_the_code() -> None:
