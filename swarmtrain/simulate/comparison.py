@@ -244,8 +244,8 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         )
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
-            f"hostile.percent: {here.hostile.percent:g} of {here.peers.number} volunteers is nobody, and "
-            f"hostile.attack is {here.hostile.attack}: raise it, or set hostile.attack to absent",
+            f"hostile.percent: {here.hostile.percent:g} % of {here.peers.number} volunteers rounds to none, but "
+            f"hostile.attack is {here.hostile.attack}; raise the percentage, or set hostile.attack to absent",
             code="keys-disagree",
         )
     if (here.away or here.churn.stays_s) and not method.churn:
@@ -255,7 +255,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         )
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
-        mean_of(run.merge.robust)  # it is here, or that is said
+        mean_of(run.merge.robust)  # raises if the rule's package is not installed
         if work == "pipeline":
             pipeline_play.check(here, run)
     except UserError as error:
@@ -296,8 +296,8 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
         torch.set_num_threads(threads)
     if outcome.virtual_time_s > setting.churn_until_s:
         raise UserError(
-            f"method {play.method}: churn.stays_s: so many go that the run takes {outcome.virtual_time_s:.0f} s, and "
-            f"who comes and goes is drawn for {setting.churn_until_s:.0f} s only; have them stay longer",
+            f"method {play.method}: churn.stays_s: so many volunteers leave that the run takes "
+            f"{outcome.virtual_time_s:.0f} s, and churn is drawn for {setting.churn_until_s:.0f} s only; raise it",
             code="too-much-churn",
         )
     return outcome

@@ -356,7 +356,7 @@ class Scenario:
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
-                f"scenario.tuning_seeds: seed {twice[0]} is compared on too; choose constants on other seeds",
+                f"scenario.tuning_seeds: seed {twice[0]} is in scenario.seeds too; choose constants on other seeds",
                 code="seed-used-twice",
             )
         return new
@@ -503,7 +503,8 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
             )
     if work == "learning" and number > _MOST_LEARNERS:
         raise UserError(
-            f'{origin}: peers.number: at most {_MOST_LEARNERS} learn; set scenario.work = "systems"',
+            f"{origin}: peers.number: learning work takes at most {_MOST_LEARNERS} volunteers; lower it, or set "
+            'scenario.work = "systems"',
             code="keys-disagree",
         )
     if work == "systems" and (scenario.hangs or scenario.away):
@@ -518,7 +519,7 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
     for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
         if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
             raise UserError(
-                f"{origin}: away.at_s: volunteer {after.peer} is away already at {after.at_s:g} s", code="keys-disagree"
+                f"{origin}: away.at_s: volunteer {after.peer} is already away at {after.at_s:g} s", code="keys-disagree"
             )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
         raise UserError(

@@ -119,7 +119,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, sections: dict[str, Any], code: s
         ({"set": {"model.width": 0}}, "out-of-range", "model.width: "),
         ({"grid": {"hostile.attack": ["absent", "flip"]}}, "bad-value", "hostile.attack: "),
         ({"scenario": {"methods": ["noloco"]}, "churn": {"stays_s": 9}}, "keys-disagree", "method noloco: "),
-        ({"hostile": {"percent": 10, "attack": "noise"}}, "keys-disagree", "hostile.percent: 10 of 3 "),
+        ({"hostile": {"percent": 10, "attack": "noise"}}, "keys-disagree", "hostile.percent: 10 % of 3 "),
         ({"scenario": {"methods": ["diloco"]}, "hostile": {"percent": 40}}, "keys-disagree", "method diloco: "),
     ],
 )
