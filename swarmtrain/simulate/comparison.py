@@ -258,7 +258,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         )
     try:
         run = here.run(play.seed, play.point, tuple(method.keys.items()))
-        mean_of(run.merge.robust)  # it is here, or that is said
+        mean_of(run.merge.robust)  # raises if the rule's package is not installed
         if work == "pipeline":
             pipeline_play.check(here, run)
     except UserError as error:
