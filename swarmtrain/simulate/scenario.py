@@ -357,8 +357,7 @@ class Scenario:
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
-                f"scenario.tuning_seeds: methods are compared on seed {twice[0]} too, for which the constants would be "
-                "chosen; give other tuning seeds",
+                f"scenario.tuning_seeds: seed {twice[0]} is in scenario.seeds too; give other tuning seeds",
                 code="seed-used-twice",
             )
         return new
