@@ -60,6 +60,9 @@ class Problem(str):
         problem.code = code
         return problem
 
+    def __reduce__(self) -> tuple[type[Problem], tuple[str, str]]:  # an error of a worker process goes to its parent
+        return Problem, (str(self), self.code)
+
     def found_in(self, origin: str) -> Problem:
         """Return the same problem, with `origin`, the file or thing that has it, named first."""
         return Problem(f"{origin}: {self}", self.code)

@@ -16,12 +16,14 @@ from swarmtrain import errors
 from swarmtrain.cli.main import cli, run
 from swarmtrain.cli.peers import NoAnswerError
 from swarmtrain.error_codes import CODES
-from swarmtrain.errors import Problem, UserError, with_code
-from swarmtrain.events import ErrorEvent, WarningEvent, parse_event, to_json_line, to_plain_line
+from swarmtrain.errors import BadBytesError, Problem, StalledError, UserError, with_code
+from swarmtrain.events import ErrorEvent, Event, RefusedEvent, WarningEvent, parse_event, to_json_line, to_plain_line
+from swarmtrain.network.refusals import RULES, Refusals, rule_of
 
 FROZEN = """
 address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
 bad-address bad-assignment bad-bytes bad-chain bad-format bad-hash bad-limit bad-name bad-number bad-plot-name
+bad-presence bad-round bad-stream
 bad-sender bad-shape bad-signature bad-size bad-stages bad-time bad-tokens bad-trace bad-value broken-off bug busy
 checkpoint-mismatch checkpoint-not-finite checkpoint-not-written checkpoint-partly-used checkpoint-unusable
 checkpoints-again clock-differs clock-outlier clock-skew crowded-machine daemon-died daemon-not-started
@@ -156,8 +158,9 @@ def test_an_error_has_the_code_given_or_its_first_problems_or_its_class() -> Non
     assert Problem("a", "not-utf8").found_in("file") == "file: a"
     assert Problem("a", "not-utf8").found_in("file").code == "not-utf8"
     assert with_code("a", "") == "a"
-    again = copy.copy(UserError("a", code="port-taken"))
-    assert (again.code, str(again)) == ("port-taken", "a")
+    for error in (UserError("a", code="port-taken"), UserError(Problem("a", "port-taken"))):
+        again = copy.deepcopy(error)  # as when it comes from another process
+        assert (again.code, str(again), codes_of(again)) == ("port-taken", "a", ["port-taken"])
 
 
 def test_raises_code_looks_at_the_code() -> None:
@@ -175,3 +178,16 @@ def test_events_carry_the_code(event: WarningEvent | ErrorEvent) -> None:
     assert parse_event(to_json_line(event)) == event
     older = parse_event(event.model_dump_json(exclude={"code"}))
     assert isinstance(older, WarningEvent | ErrorEvent) and older.code == ""
+
+
+def test_the_rules_of_refusals_are_found_by_codes_that_exist() -> None:
+    assert set(RULES) <= set(CODES)
+    assert rule_of("bad-hash") == "hash" and rule_of("bad-bytes") == rule_of("") == "format"
+
+
+def test_a_refusal_is_told_by_its_code_whatever_its_words_are() -> None:
+    told: list[Event] = []
+    refusals = Refusals(told.append)
+    refusals.tell("ben", BadBytesError("a presence that ends in another round of tokens", code="bad-shape"))
+    refusals.tell("ben", StalledError("it takes nothing for 5 s"))
+    assert [event.rule for event in told if isinstance(event, RefusedEvent)] == ["shape", "stall"]

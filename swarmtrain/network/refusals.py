@@ -11,10 +11,28 @@ from swarmtrain.events import Event, RefusedEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.protocol.membership.accusations import NamedOnce
 
-__all__ = ["Refusals", "rule_of"]
+__all__ = ["RULES", "Refusals", "rule_of"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 60.0
+RULES = {
+    "against-own": "direction",
+    "bad-chain": "tokens",
+    "bad-hash": "hash",
+    "bad-presence": "presence",
+    "bad-round": "round",
+    "bad-sender": "publication",
+    "bad-shape": "shape",
+    "bad-signature": "signature",
+    "bad-size": "size",
+    "bad-stream": "stream",
+    "bad-tokens": "tokens",
+    "far-from-usual": "huge",
+    "not-finite": "finite",
+    "stalled": "stall",
+    "too-often": "flood",
+}
+"""Rules by the codes of errors. Events and metrics have the rules, so their names stay."""
 
 
 @dataclass
@@ -28,34 +46,13 @@ class Refusals:
 
     def tell(self, peer: str, error: PeerError) -> None:
         """Report that something `peer` sent was refused."""
-        rule = rule_of(str(error))
+        rule = rule_of(error.code)
         if not self.spares(peer, rule, str(error)) and self._named.is_due(peer, swarm_time(), rule):
             self.emit(RefusedEvent(from_peer=peer, rule=rule, detail=str(error)))
         else:
             _log.debug("refused from %s: %s", peer, error)
 
 
-def rule_of(detail: str) -> str:
-    """Return the rule that a refusal's sentence belongs to: the rule of the first known word in it."""
-    words = {
-        "sent nothing": "stall",
-        "it delivers": "stall",
-        "calls a second": "flood",
-        "against the own": "direction",
-        "beyond what is usual": "huge",
-        "hash": "hash",
-        "finite": "finite",
-        "shape": "shape",
-        "tensors": "shape",
-        "signature": "signature",
-        "forged": "signature",
-        "bytes, more": "size",
-        "tokens": "tokens",
-        "order": "stream",
-        "end": "stream",
-        "round": "round",
-        "presence": "presence",
-        "steps": "tokens",
-        "publication": "publication",
-    }
-    return next((rule for word, rule in words.items() if word in detail), "format")
+def rule_of(code: str) -> str:
+    """Return the rule of the `refused` event for an error's code."""
+    return RULES.get(code, "format")

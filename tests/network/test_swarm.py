@@ -325,8 +325,8 @@ def test_what_is_refused_of_one_peer_is_told_once_a_minute_for_each_rule() -> No
         future = presence_to_proto(PeerInfo(peer=BEN.peer_id, stamp=swarm_time() + 9999))
         for _ in range(50):
             swarm.peers.saw(BEN.peer_id, future)
-            swarm.peers.refused(BEN.peer_id, BadBytesError("a bad signature"))
-            swarm.peers.refused(CARL.peer_id, BadBytesError("a bad signature"))
+            swarm.peers.refused(BEN.peer_id, BadBytesError("forged", code="bad-signature"))
+            swarm.peers.refused(CARL.peer_id, BadBytesError("forged", code="bad-signature"))
 
     told = [(event.from_peer, event.rule) for event in run(body, Hellos()) if isinstance(event, RefusedEvent)]
     assert told == [(BEN.peer_id, "presence"), (BEN.peer_id, "signature"), (CARL.peer_id, "signature")]
@@ -355,7 +355,7 @@ def test_who_has_just_gone_is_not_told_to_be_here() -> None:
 
 
 def test_who_came_lately_is_not_named_for_what_is_old() -> None:
-    behind = BadBytesError("9 rounds behind the median; at most 8 are merged")
+    behind = BadBytesError("9 rounds behind the median; at most 8 are merged", code="bad-round")
 
     async def body(swarm: Swarm) -> None:
         long_ago_s = swarm_time() - 100.0

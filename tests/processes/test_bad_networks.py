@@ -56,13 +56,13 @@ who = ["volunteer-1"]
 for_s = 12
 
 [[faults]]
-at_s = 16
+at_s = 20
 do = "kill"
 who = ["volunteer-2"]
 for_s = 2
 
 [[faults]]
-at_s = 28
+at_s = 32
 do = "reset"
 who = ["volunteer-3"]
 """

@@ -18,7 +18,7 @@ LOSS_TOLERANCE = 0.05
 
 
 def test_a_swarm_under_kills_stops_and_restarts_reaches_its_end(tmp_path: Path) -> None:
-    plan = Plan(seed=20261125, total_tokens=ROUNDS * ROUND_TOKENS * len(VOLUNTEERS), fault_every_s=3.0)
+    plan = Plan(seed=20261125, total_tokens=ROUNDS * ROUND_TOKENS * len(VOLUNTEERS))
     outcome = one_run(tmp_path, plan, with_faults=True)
     print(outcome)
     assert_enough_faults(outcome)

@@ -296,7 +296,7 @@ def first_sightings_earn_from_the_beginning(patch: Patch) -> None:
 
 def one_source_is_believed(patch: Patch) -> None:
     """Believe a single source, whatever it counts."""
-    patch.setattr(tally.Tally, "_room_for_brought", lambda self, *args: 2**60)
+    patch.setattr(tally.Tally, "_room_for_adopted", lambda self, *args: 2**60)
 
 
 NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {

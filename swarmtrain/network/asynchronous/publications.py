@@ -131,9 +131,7 @@ def publication_untrusted(
             f"a publication of fragment {manifest.fragment} in place of {rules.fragment}", code="not-asked-for"
         )
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
-        raise BadBytesError(
-            f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-number"
-        )
+        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-round")
     # Each step trains on at least one token. Weights at a round's beginning (part 0) have no steps yet.
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
     if not (least <= manifest.inner_steps <= manifest.tokens <= most):

@@ -40,7 +40,7 @@ def failure_of(
 ) -> PullFailure:
     """Return the failure to report to the gossip engine for a peer's error."""
     found = kind or ("busy" if isinstance(error, BusyError) else "failed")
-    return PullFailure(str(error), found, error.is_incident, is_authors)
+    return PullFailure(str(error), found, error.is_incident, is_authors, error.code)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class GradientReceiver:
     def _check_untrusted(self, manifest: pb.Manifest) -> None:
         if manifest.part != 1:
             raise BadBytesError(
-                f"a publication with part {manifest.part}, where rounds are handed in whole", code="bad-number"
+                f"a publication with part {manifest.part}, where rounds are handed in whole", code="bad-round"
             )
         if not 0 < manifest.inner_steps <= manifest.tokens <= self.rules.max_tokens:
             raise BadBytesError(
@@ -386,7 +386,7 @@ class ServerLink:
         Raises BadBytesError when the manifest is invalid.
         """
         if manifest.round != manifest.arrivals:
-            raise BadBytesError("a publication of weights of another round than their arrivals", code="not-asked-for")
+            raise BadBytesError("a publication of weights of another round than their arrivals", code="bad-round")
         if len(manifest.peer_tokens) > _MAX_ROWS:
             raise BadBytesError(
                 f"a manifest with {len(manifest.peer_tokens)} rows of tokens, more than {_MAX_ROWS}", code="bad-size"

@@ -195,9 +195,7 @@ class StateFetcher:
         if snapshot.author != peer:
             raise BadBytesError("a state of another peer than the one that sent it", code="bad-sender")
         if manifest.round < min_round or manifest.roster_sha256:
-            raise BadBytesError(
-                "a state of another round than asked for, or of another way to merge", code="not-asked-for"
-            )
+            raise BadBytesError("a state of another round than asked for, or of another way to merge", code="bad-round")
         check_token_rows_untrusted(manifest)
         check_place_rows_untrusted(manifest)
         return empty_held(snapshot)

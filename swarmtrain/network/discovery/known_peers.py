@@ -95,7 +95,7 @@ class KnownPeers:
         if author == self.membership.me:
             return
         if expected_author is not None and author != expected_author:
-            raise BadBytesError("a presence of another peer than the one that sent it", code="bad-sender")
+            raise BadBytesError("a presence of another peer than the one that sent it", code="bad-presence")
         if expected_author is None and not self.membership.has_room_for(author):
             return  # hearsay of strangers: anyone can invent any number of them
         self.saw(author, message, answered=answered, first_hand=first_hand)
@@ -115,7 +115,7 @@ class KnownPeers:
             given = next((known.addresses for known in self.through if known.peer == peer), ())
             info = presence_from_proto_untrusted(peer, presence, given)
             if info.stamp > swarm_time() + _MAX_STAMP_SKEW_S:
-                raise BadBytesError("a presence from the future", code="bad-time")
+                raise BadBytesError("a presence from the future", code="bad-presence")
         except BadBytesError as error:
             self.refused(peer, error)
             return

@@ -139,16 +139,16 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     """Return the place in a pipeline that `peer` advertises. Raises BadBytesError if a field is out of range."""
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
-        raise BadBytesError("a presence with stages that are no ascending list", code="bad-format")
+        raise BadBytesError("a presence with stages that are no ascending list", code="bad-presence")
     num_kept = len(message.kept)
     if num_kept > MAX_KEPT or len(set(message.kept)) < num_kept or len(message.kept_rounds) != num_kept:
-        raise BadBytesError("a presence with checkpoints of too many stages", code="bad-size")
+        raise BadBytesError("a presence with checkpoints of too many stages", code="bad-presence")
     known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
     if not known or not 1 <= message.most_stages <= _MAX_STAGES:
-        raise BadBytesError("a presence with a stage that no run has", code="bad-number")
+        raise BadBytesError("a presence with a stage that no run has", code="bad-presence")
     numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
     if not all(0 <= number < 1e12 for number in numbers):  # false for NaN too
-        raise BadBytesError("a presence with a speed of a stage out of range", code="bad-number")
+        raise BadBytesError("a presence with a speed of a stage out of range", code="bad-presence")
     return StagePeer(
         peer=peer,
         stages=tuple(message.stages),
@@ -177,19 +177,19 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
     """
     speed = message.steps_per_s
     if not (0 <= speed < 1e9) or not (0 <= message.stamp < 1e12):
-        raise BadBytesError("a presence with a speed or stamp out of range", code="bad-number")
+        raise BadBytesError("a presence with a speed or stamp out of range", code="bad-presence")
     if not 0 <= message.loss <= MAX_LOSS:  # false for NaN too
-        raise BadBytesError("a presence with a loss out of range", code="bad-number")
+        raise BadBytesError("a presence with a loss out of range", code="bad-presence")
     if len(message.name) > 64 or not message.name.isprintable():
-        raise BadBytesError("a presence with an unprintable or long name", code="bad-format")
+        raise BadBytesError("a presence with an unprintable or long name", code="bad-presence")
     if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
-        raise BadBytesError("a presence with too many or malformed addresses", code="bad-format")
+        raise BadBytesError("a presence with too many or malformed addresses", code="bad-presence")
     if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
-        raise BadBytesError("a presence with a field out of range", code="bad-number")
+        raise BadBytesError("a presence with a field out of range", code="bad-presence")
     if len(message.hosts) > MAX_HOSTS:
-        raise BadBytesError("a presence with too many hosts", code="bad-size")
+        raise BadBytesError("a presence with too many hosts", code="bad-presence")
     if message.round >= 2**40 or message.part >= 2**16:
-        raise BadBytesError("a presence with a field out of range", code="bad-number")
+        raise BadBytesError("a presence with a field out of range", code="bad-presence")
     place = None
     if message.HasField("place"):
         place = place_from_proto_untrusted(peer, message.place, message.stamp)

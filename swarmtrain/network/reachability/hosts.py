@@ -152,7 +152,7 @@ class HostedPublications:
         if reply.presence.payload:
             author, _ = open_presence_untrusted(reply.presence, rules.run_sha256)
             if author != guest:
-                raise BadBytesError("a presence of another peer than the one that sent it", code="bad-sender")
+                raise BadBytesError("a presence of another peer than the one that sent it", code="bad-presence")
             kept.presence = reply.presence
         if not reply.HasField("manifest"):
             return

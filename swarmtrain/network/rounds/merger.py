@@ -240,7 +240,7 @@ class _MergeInShares:
                     snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
                     manifest = snapshot.manifest
                     if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
-                        raise BadBytesError("a share of another peer, round or index", code="not-asked-for")
+                        raise BadBytesError("a share of another peer, round or index", code="bad-round")
                     held = empty_held(snapshot)
                     await downloads.pull(held, range(snapshot.num_chunks), [owner])
                     # A share is used as it is, and its owner can write anything into it.

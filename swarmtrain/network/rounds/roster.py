@@ -118,7 +118,7 @@ def check_publication(snapshot: Snapshot, peer: str, round: int, max_tokens: int
     """Raise BadBytesError unless this is a pseudo-gradient of `peer` for `round` with 1 to `max_tokens` tokens."""
     manifest = snapshot.manifest
     if snapshot.author != peer or manifest.round != round or len(manifest.roster_sha256) != (32 if round else 0):
-        raise BadBytesError("a publication of another peer or round", code="not-asked-for")
+        raise BadBytesError("a publication of another peer or round", code="bad-round")
     if not 0 < manifest.tokens <= max_tokens:
         raise BadBytesError(
             f"a publication that claims {manifest.tokens} tokens, not between 1 and {max_tokens}", code="bad-tokens"

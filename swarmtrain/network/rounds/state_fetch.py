@@ -75,7 +75,7 @@ class PeerStates:
         manifest = snapshot.manifest
         if manifest.round < min_round or manifest.round != roster.round + 1:
             raise BadBytesError(
-                "a state of another round than asked for, or than its roster leads to", code="not-asked-for"
+                "a state of another round than asked for, or than its roster leads to", code="bad-round"
             )
         if manifest.roster_sha256.hex() != roster.digest or manifest.run_tokens != roster.total_tokens:
             raise BadBytesError("a state that does not fit its roster", code="bad-chain")

@@ -158,7 +158,7 @@ def put_untrusted(message: Reply, chunk: int, room: memoryview) -> None:
         raise BrokenOffError("the stream ended early")
     data = message.data  # a copy, each time
     if message.chunk != chunk or len(data) != len(room):
-        raise BadBytesError("chunks out of order, or of a wrong size", code="bad-size")
+        raise BadBytesError("chunks out of order, or of a wrong size", code="bad-stream")
     room[:] = data
 
 

@@ -573,7 +573,7 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
         finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
-            raise BadBytesError("a stream without an end", code="bad-size")
+            raise BadBytesError("a stream without an end", code="bad-stream")
     finally:
         await stream.aclose()
 

@@ -12,6 +12,7 @@ control.*      where a running peer can be asked for its status: the address, an
 sockets/       between a running peer and its network daemon
 status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
+               (of stage N of a pipeline in checkpoints/stage-N/)
 started.json   the options it was started with, and whether it is paused
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew

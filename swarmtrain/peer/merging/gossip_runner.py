@@ -197,7 +197,7 @@ class GossipRunner:
                     if (task := self._tasks.get(command.pull)) is not None:
                         task.cancel()
                 case ReportFailure():
-                    self._refused(command.peer, BadBytesError(command.failure.reason))
+                    self._refused(command.peer, BadBytesError(command.failure.reason, code=command.failure.code))
                 case PartnerBackedOff():
                     _log.debug("%s: %s", command.peer, command.follows)
                 case MergeFragment() | FetchConsensus():

@@ -239,7 +239,7 @@ class Driver:
             case Retried():
                 self.told.retried(command.sequence, command.stage, command.peer, command.reason)
             case Wrong():
-                self.told.refused(command.peer, BadBytesError(command.reason))
+                self.told.refused(command.peer, BadBytesError(command.reason, code=command.code))
             case Lost():
                 self.told.lost(command.stage, command.peer, command.key, command.reason)
 
@@ -263,7 +263,7 @@ class Driver:
             else:
                 answered = await self.calls.backward(ask.peer, attempt, held.gradient)
         except PeerError as error:
-            return StageCallFailed(ask.call, _fault(error), str(error))
+            return StageCallFailed(ask.call, _fault(error), str(error), error.code)
         except Exception as error:  # an error of this peer: `drive` raises it
             _log.debug("a microbatch ends with %r", error)
             if not held.back.done():

@@ -155,6 +155,8 @@ class PullFailure:
     """True if the user is told which peer is at fault."""
     is_authors: bool = False
     """True if the author is at fault, whichever peer served the publication."""
+    code: str = ""
+    """Code of the error."""
 
 
 @dataclass(slots=True)

@@ -131,7 +131,7 @@ class GossipPulls(Generic[Held, Payload, Ready]):
             own_round = self._others.round
             wrong = state.merged.wrong_counter(group, peer, version, reference, own_round) if is_its_word else ""
             if wrong:
-                self._fail(pull, PullFailure(wrong, is_incident=True), now)
+                self._fail(pull, PullFailure(wrong, is_incident=True, code="bad-round"), now)
             else:
                 self._nothing_new(pull, now)
             return

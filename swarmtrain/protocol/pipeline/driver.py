@@ -446,7 +446,7 @@ class DriverEngine:
             else:
                 router.failed(wait.peer, now, now - wait.began_s, wait.work_tokens, event.reason)
                 if event.why == "wrong":
-                    self._out.append(Wrong(wait.peer, event.reason))
+                    self._out.append(Wrong(wait.peer, event.reason, event.code))
         self._ask_otherwise(wait, event.why, event.reason, now)
 
     def _ask_otherwise(self, wait: _Wait, why: Fault, reason: str, now: float) -> None:

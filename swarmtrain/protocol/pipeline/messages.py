@@ -85,6 +85,8 @@ class StageCallFailed:
     call: int
     why: Fault
     reason: str
+    code: str = ""
+    """Code of the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,7 @@ class Wrong:
 
     peer: str
     reason: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,14 +139,16 @@ class VirtualRunner:
                 try:
                     arrival = self.peer.arrival_untrusted(command)
                 except BadBytesError as error:
-                    self.tell(PullFailed(pull, PullFailure(str(error), is_incident=True, is_authors=True)))
+                    self.tell(
+                        PullFailed(pull, PullFailure(str(error), is_incident=True, is_authors=True, code=error.code))
+                    )
                 else:
                     self.peer.receive_rows(author, command.held.rows)
                     self.tell(PublicationDecoded(pull, arrival))
             case PrepareMerge(number):
                 self.tell(MergePrepared(number, command))
             case ReportFailure(author, failure):
-                self.world.told(author, ClipIncident(rule_of(failure.reason), failure.reason))
+                self.world.told(author, ClipIncident(rule_of(failure.code), failure.reason))
 
     def _ask(self, ask: AskPartner) -> None:
         """Ask an author; the answer, as of now, arrives after a round trip. A hanging author does not answer."""

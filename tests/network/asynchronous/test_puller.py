@@ -22,6 +22,7 @@ from swarmtrain.network.asynchronous.puller import Puller
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, PullLimits, SnapshotStore, TensorSpec
 from swarmtrain.network.tensor_groups import groups_of, rules_of
 from swarmtrain.peer.merging.gossip_runner import GossipRunner
@@ -127,6 +128,7 @@ class Peer:
 
     def __init__(self, *partners: Partner, num_partners: int = 3) -> None:
         self.refused: list[tuple[str, str]] = []
+        self.rules: list[tuple[str, str]] = []
         self.counted: dict[str, int] = {}
         membership = Membership(ME.peer_id)
         self.membership, now = membership, swarm_time()
@@ -172,6 +174,7 @@ class Peer:
 
     def _refuse(self, peer: str, error: PeerError) -> None:
         self.refused.append((peer, str(error)))
+        self.rules.append((peer, rule_of(error.code)))
 
     def begin(self, round: int, prepare: Callable[[Sequence[Pulled]], Any] = list, lasts_s: float = 0.0) -> None:
         """Begin a round, a minute ago, or now if it is to last."""

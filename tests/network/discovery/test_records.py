@@ -388,7 +388,7 @@ def test_a_place_out_of_range_is_refused(fields: dict[str, Any]) -> None:
 
 
 def test_a_place_of_which_nothing_is_said_is_refused() -> None:
-    with raises_code("bad-number", BadBytesError):
+    with raises_code("bad-presence", BadBytesError):
         presence_from_proto_untrusted(ME.peer_id, pb.Presence(place=pb.Place()))
     assert presence_from_proto_untrusted(ME.peer_id, pb.Presence()).place is None
 

@@ -152,7 +152,7 @@ def test_a_chain_that_is_not_signed_so_is_refused() -> None:
     message.links[0].manifests[0].CopyFrom(publication(LIAR, ours.chain.head).snapshot.signed)
     refused(message, "bad-chain")
     message.links[0].manifests[0].CopyFrom(theirs.shows([]).links[0].manifests[0])
-    refused(message, "not-asked-for")
+    refused(message, "bad-round")
     forged = theirs.shows(ours.known())
     forged.links[0].roster.author = peer_bytes(LIAR.peer_id)
     refused(forged, "bad-signature")

@@ -65,7 +65,7 @@ def until(engine: DriverEngine, kind: str, stage: int, now: float = 1.0) -> AskS
 
 
 def fail(engine: DriverEngine, ask: AskStage, why: Fault, now: float = 2.0) -> list[DrivingCommand]:
-    return engine.receive(StageCallFailed(ask.call, why, "a reason"), now)
+    return engine.receive(StageCallFailed(ask.call, why, "a reason", "bad-shape"), now)
 
 
 def wake(engine: DriverEngine) -> list[DrivingCommand]:
@@ -128,7 +128,7 @@ def test_a_forward_that_fails_is_asked_of_another_by_a_new_attempt(why: Fault) -
     second = only(commands, AskStage)
     assert {first.peer, second.peer} == {"p", "q"} and second.key == Key("d", 7, 1)
     assert of(commands, Retried) == [Retried(7, 1, first.peer, "a reason")]
-    assert of(commands, Wrong) == ([Wrong(first.peer, "a reason")] if why == "wrong" else [])
+    assert of(commands, Wrong) == ([Wrong(first.peer, "a reason", "bad-shape")] if why == "wrong" else [])
     tell = only(commands, Tell)
     assert (tell.peer, tell.settlement.dropped) == (first.peer, (first.key,))
 
