@@ -140,7 +140,7 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     partners = f"{found.partners_per_round:.3g}"
     merging = f"a round merges the work of {partners} other peer{'' if partners == '1' else 's'}"
     if run.merge.kind.own_weights:
-        merging += f"; {found.fresh_share:.0%} of the rounds merge somebody's"
+        merging += f"; {found.fresh_share:.0%} of the rounds merge new work of others"
     rows = {
         "inner step": f"{_step(found.step_s)}{speeds}",
         "rounds": f"{rounds}; {_number(found.num_rounds)} in the whole run",

@@ -42,12 +42,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "data-parallel": Method(
-        says="gradients averaged at every step",
+        says="data-parallel training: gradients are averaged at every step",
         run=data_parallel,
         keys={"merge.method": "diloco", "merge.pacing": False},
     ),
     "local-sgd": Method(
-        says="synchronous rounds, then the plain mean of the weights (arXiv 1805.09767)",
+        says="synchronous rounds of H steps; then the weights are averaged (arXiv 1805.09767)",
         run=diloco,
         keys={
             "merge.method": "diloco",
@@ -58,19 +58,19 @@ METHODS: dict[str, Method] = {
         churn=True,
     ),
     "diloco": Method(
-        says="synchronous rounds of H steps, then an outer Nesterov step (arXiv 2311.08105)",
+        says="synchronous rounds of H steps, each followed by an outer Nesterov step (arXiv 2311.08105)",
         run=load_object(DILOCO.learns),
         keys={"merge.method": "diloco", "merge.pacing": False},
         churn=True,
     ),
     "diloco-paced": Method(
-        says="the same, with H by each peer's speed",
+        says="DiLoCo with an H for each peer that fits its speed",
         run=diloco,
         keys={"merge.method": "diloco", "merge.pacing": True},
         churn=True,
     ),
     "gossip": Method(
-        says="publish, pull and merge without waiting: what swarmtrain does",
+        says="peers publish, pull and merge without waiting; swarmtrain's default",
         run=load_object(GOSSIP.learns),
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
@@ -78,30 +78,30 @@ METHODS: dict[str, Method] = {
         other_works=("systems",),
     ),
     "gossip-plain": Method(
-        says="the same without the variance correction",
+        says="gossip without the variance correction",
         run=lambda setting: gossip(replace(setting, corrected=False)),
         keys={"merge.method": "gossip", "merge.pacing": True},
         hostile=True,
         churn=True,
     ),
     "server": Method(
-        says="delayed Nesterov on one peer's weights, which nobody waits for",
+        says="a server that applies delayed Nesterov as updates arrive; workers do not wait for it",
         run=load_object(SERVER.learns),
         keys={"merge.method": "server", "merge.pacing": True},
         churn=True,
     ),
     "server-waiting": Method(
-        says="the same as published: workers wait for the weights that have their gradient (arXiv 2401.09135)",
+        says="delayed Nesterov as published: workers wait for weights that contain their gradient (arXiv 2401.09135)",
         run=server_waiting,
         keys={"merge.method": "server", "merge.pacing": True},
     ),
     "async-nesterov": Method(
-        says="the naive way of the same paper: each arriving gradient is a Nesterov step of its own",
+        says="the naive variant of the same paper: each arriving gradient is a Nesterov step (arXiv 2401.09135)",
         run=async_nesterov,
         keys={"merge.method": "server", "merge.pacing": True},
     ),
     "fedbuff": Method(
-        says="a server that averages a buffer of updates, old ones less (arXiv 2106.06639)",
+        says="a server that averages a buffer of updates, with less weight for older ones (arXiv 2106.06639)",
         run=fedbuff,
         keys={"merge.method": "server", "merge.pacing": True},
     ),
@@ -111,24 +111,24 @@ METHODS: dict[str, Method] = {
         keys={"merge.method": "diloco", "merge.pacing": False},
     ),
     "modest": Method(
-        says="a random sample trains in each round and is averaged (arXiv 2302.13837)",
+        says="in each round a random sample of peers trains and is averaged (arXiv 2302.13837)",
         run=modest,
         keys={"merge.method": "diloco", "merge.pacing": False},
     ),
     "pipeline": Method(
-        says="stages, who moves by measured rates: what swarmtrain does",
+        says="a pipeline whose volunteers move between stages by measured rates; swarmtrain's default",
         keys={"pipeline.balance": "rates", "pipeline.balance_every_s": 10.0},
         churn=True,
         other_works=("pipeline",),
     ),
     "pipeline-swarm": Method(
-        says="the same by SWARM's rule, every pipeline.balance_every_s: who moves by queues (arXiv 2301.11913)",
+        says="a pipeline by SWARM's rule: volunteers move by the lengths of queues (arXiv 2301.11913)",
         keys={"pipeline.balance": "queues"},
         churn=True,
         other_works=("pipeline",),
     ),
     "pipeline-fixed": Method(
-        says="the same, nobody moves: joiners go where they are needed",
+        says="a pipeline whose volunteers stay in the stage that needed them when they joined",
         keys={"pipeline.balance": "none", "pipeline.balance_every_s": 10.0},
         churn=True,
         other_works=("pipeline",),
@@ -151,7 +151,8 @@ def scenario_method(name: str) -> Method:
     kind = method_named(name)
     if not kind.learns:
         raise UserError(
-            f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it",
+            f"scenario.methods: {name} works with real peers only, since its package does not say how to simulate it; "
+            "ask those who made it",
             code="no-such-method",
         )
     return Method(says=kind.says, run=load_object(kind.learns), keys={"merge.method": name})

@@ -320,7 +320,7 @@ def server_waiting(setting: Setting) -> RunOutcome:
 
 
 def async_nesterov(setting: Setting) -> RunOutcome:
-    """Run the naive way of the same paper: each arriving gradient is a Nesterov step of its own."""
+    """Run the naive variant of the same paper: each arriving gradient is a Nesterov step of its own."""
     return _Served(setting, waiting=True, delay=1).run()
 
 

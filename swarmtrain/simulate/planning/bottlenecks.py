@@ -149,7 +149,7 @@ def _of_link(name: str, rate: float, payload: float, run: RunFile, found: Plan) 
     why = f"{what} a round take {_time(wanted / rate)} at {_mbit(rate)}, and a round lasts {_time(found.round_s)}"
     changes = [_longer_rounds(run, found, share / LINK_SHARE)]
     if gossips and share > LINK_SHARE:
-        why += f"; at most {LINK_SHARE:.0%} of it goes on pulling, so fewer are merged"
+        why += f"; at most {LINK_SHARE:.0%} of it is used for pulling, so fewer partners are merged"
         carried = LINK_SHARE * rate * found.round_s
         fewer = int((carried - min(merge.num_weights, others) * sizes.weights) / sizes.gradient)
         if 1 <= fewer < min(merge.num_partners, others):
@@ -247,7 +247,7 @@ def _archive(run: RunFile, found: Plan) -> Bottleneck | None:
         utilization=utilization,
         why=f"every {_time(every_s)} the bootstrap takes one volunteer's weights and momentum, "
         f"{size(found.state_bytes)} for {_time(takes_s)} at {_mbit(rate)}, and others' weights: {_percent(share)} of "
-        f"each uplink in the mean, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
+        f"each uplink on average, {_mbit(found.num_peers * found.traffic.archive)} at the bootstrap",
         change=_archived_less_often(run, found, utilization),
     )
 
@@ -258,8 +258,8 @@ def _archived_less_often(run: RunFile, found: Plan, utilization: float) -> str:
 
 
 _RETURNING = (
-    "a smaller model; a volunteer who is started again in its folder has a checkpoint there, and with "
-    'merge.method = "gossip" takes no weights unless it was away for long'
+    "a smaller model; a volunteer that is started again in its folder has a checkpoint there, and with "
+    'merge.method = "gossip" fetches no weights unless it was away for long'
 )
 
 
@@ -306,8 +306,8 @@ def _records(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="records of the DHT",
         utilization=share / _ASIDE_SHARE,
-        why=f"to know which of {found.num_peers} volunteers are there each sends, and receives, "
-        f"{size(found.traffic.records)} a second of records: {_percent(share)} of its uplink",
+        why=f"each volunteer sends and receives {size(found.traffic.records)} a second of records, to know which of "
+        f"{found.num_peers} are there: {_percent(share)} of its uplink",
         change=_read_less_often(run, found, _ASIDE_SHARE * rate),
     )
 
@@ -315,7 +315,7 @@ def _records(run: RunFile, found: Plan) -> Bottleneck | None:
 def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
     """Suggest the shortest lifetime of presences with which records take fewer bytes per second than `enough`.
 
-    If none does, suggest the one beyond which a longer one is no help.
+    If none does, suggest the one beyond which a longer one does not help.
     """
     now_s, nodes = run.network.presence_ttl_s, found.num_peers + 1
     lifetimes_s = [
@@ -325,8 +325,8 @@ def _read_less_often(run: RunFile, found: Plan, enough: float) -> str:
     if not costs or min(costs) > 0.95 * dht_bytes_per_s(nodes, now_s):
         return "fewer volunteers in one run or volunteers with better links; a longer network.presence_ttl_s is no help"
     at = next((index for index, cost in enumerate(costs) if cost < enough), costs.index(min(costs)))
-    change = f"{_to(run, 'network.presence_ttl_s', lifetimes_s[at])}: who vanishes is noticed that much later"
-    return change if costs[at] < enough else f"{change}; it is not enough, but a longer one is no help"
+    change = f"{_to(run, 'network.presence_ttl_s', lifetimes_s[at])}: vanished volunteers are noticed that much later"
+    return change if costs[at] < enough else f"{change}; this is not enough, but a longer one does not help"
 
 
 def _server(run: RunFile, found: Plan) -> Bottleneck | None:
@@ -337,8 +337,8 @@ def _server(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="the server's uplink",
         utilization=share / LINK_SHARE,
-        why=f"{found.num_peers} take the bootstrap's weights in each round: {_mbit(found.traffic.bootstrap_up)}, and a "
-        f"link such as theirs carries {_mbit(rate)}",
+        why=f"{found.num_peers} volunteers fetch the bootstrap's weights in each round: "
+        f"{_mbit(found.traffic.bootstrap_up)}, and a link like theirs carries {_mbit(rate)}",
         change=" or ".join(
             (_by_gossip(run), _longer_rounds(run, found, share / LINK_SHARE), "a bootstrap with a better link")
         ),
@@ -396,7 +396,7 @@ def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
         what, why = "short rosters", "of the volunteers' rounds are lost: what they publish does not arrive in time"
         change = f"{_by_gossip(run)} or {_to(run, 'merge.silence_s', _round_up(4 * run.merge.silence_s))}"
     else:
-        what, why = "freshness", "of the rounds merge nobody's new work: too short for what is to be pulled in them"
+        what, why = "freshness", "of the rounds merge nothing new: they are too short to pull what is published"
         rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=math.inf)
         change = _longer_rounds(run, found, max(2.0, found.publication_bytes / rate / found.round_s / LINK_SHARE))
     why = f"{missed:.0%} {why}; a round lasts {_time(found.round_s)}"
@@ -426,9 +426,9 @@ def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
         what="stragglers",
         utilization=times - 1,
         why=f"a round of the slowest lasts {_time(found.round_most_s)}, {times:.1f} times the median's: after "
-        f"{behind:.0f} of its rounds it is {merge.max_staleness_rounds} behind, gives up what it has and takes the "
-        f"others' weights",
-        change=" and ".join(changes) or "leave out volunteers who are so much slower",
+        f"{behind:.0f} of its rounds it is {merge.max_staleness_rounds} behind, drops its own weights and fetches "
+        f"the others'",
+        change=" and ".join(changes) or "leave out volunteers that are so much slower",
     )
 
 
@@ -438,7 +438,7 @@ def _memory(run: RunFile, found: Plan) -> Bottleneck | None:
     return Bottleneck(
         what="memory",
         utilization=found.memory_bytes / _LAPTOP_BYTES,
-        why=f"a volunteer needs {size(found.memory_bytes)}; laptops have {size(_LAPTOP_BYTES)} and other things to do",
+        why=f"a volunteer needs {size(found.memory_bytes)}; many laptops have {size(_LAPTOP_BYTES)}, for all programs",
         change=_fewer_sequences(run) if by_activations else _fewer_parameters(run, found),
     )
 

@@ -285,7 +285,7 @@ def test_where_no_key_helps_none_is_advised() -> None:
     alone = plan(a_run("inner_steps = 100"), machines(6, 1.0, (1, 1, 1, 1, 1, 60)), SLOW)
     at_limit = a_run("inner_steps = 100\nround_limit_s = 100")
     slowest = by_name(at_limit, replace(alone, round_s=100.0, round_most_s=200.0))["stragglers"]
-    assert slowest.change == "leave out volunteers who are so much slower"
+    assert slowest.change == "leave out volunteers that are so much slower"
 
 
 def test_each_thing_that_can_hurt_is_named() -> None:
