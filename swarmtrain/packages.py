@@ -30,8 +30,8 @@ def entry_of(key: str, name: str, kind: str, group: str) -> metadata.EntryPoint:
         found = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise RunFileError(
-            f'merge.{key} = "{name}" is a {kind} of the package {package}, which is not installed here; ask who '
-            "invited you where it comes from, and install it from there if you trust them",
+            f'merge.{key} = "{name}" is a {kind} of the package {package}, which is not installed here; ask the person '
+            "who invited you where it comes from, and install it from there if you trust them",
             code="merge-package-missing",
         ) from None
     entries = {entry.name: entry for entry in found.entry_points if entry.group == group}

@@ -154,7 +154,8 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
             )
         if not fault.who and fault.number > len(names):
             raise UserError(
-                f"faults.number: {fault.number} of {len(names)} volunteers; give more --peers", code="no-such-volunteer"
+                f"faults.number: {fault.number}, but there are {len(names)} volunteers; lower it, or give more --peers",
+                code="no-such-volunteer",
             )
     rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
     told = [

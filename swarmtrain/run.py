@@ -708,7 +708,7 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
     try:
         table = read_toml(data.decode(), "the published run", RunFileError)
         if not isinstance(table.get("published"), dict):
-            raise RunFileError("the published run: published: missing section", code="published-section")
+            raise RunFileError("the published run: section [published] is missing", code="published-section")
     except UnicodeDecodeError:
         raise BadBytesError("the published run: not UTF-8", code="bad-format") from None
     except RunFileError as error:

@@ -494,7 +494,8 @@ def our_key(key: str) -> str:
             if alias.read is not None:
                 keys = " and ".join(f"{section}.{name}" for name in alias.keys) or "no key of a run file"
                 raise UserError(
-                    f"{one_line(key)}: means {keys}, with another value; write that key here", code="key-given-twice"
+                    f"{one_line(key)}: another name for {keys}, whose value is written differently; use that key here",
+                    code="key-given-twice",
                 )
             return f"{section}.{alias.keys[0]}"
     return key

@@ -92,7 +92,7 @@ def test_files_that_cannot_be_read_name_the_example(tmp_path: Path) -> None:
 def test_who_is_not_there_cannot_be_struck() -> None:
     with raises_code("no-such-volunteer", UserError, "anna", "volunteer-1"):
         fault_events(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", who=("anna",)),)), NAMES)
-    with raises_code("no-such-volunteer", UserError, "7 of 6", "--peers"):
+    with raises_code("no-such-volunteer", UserError, "there are 6 volunteers", "--peers"):
         fault_events(RehearsalFile(faults=(FaultSection(at_s=1, do="kill", number=7),)), NAMES)
 
 

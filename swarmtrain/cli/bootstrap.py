@@ -110,7 +110,8 @@ def _also_to_file(emit: Emit, path: Path) -> Emit:
             except OSError as error:
                 emit(
                     WarningEvent(
-                        message=f"the invite could not be written to {path}: {error.strerror}",
+                        message=f"the invite could not be written to {path}: {error.strerror}; make room, or give "
+                        "another file with --invite-file",
                         code="invite-not-written",
                     )
                 )

@@ -310,7 +310,8 @@ def peer_options(function: _F) -> _F:
     def bundled(**values: Any) -> Any:
         if values["only_announced"] and not values["announce"]:
             raise OptionsError(
-                "--only-announced: nobody could find this peer; give --announce ADDRESS too", code="nothing-announced"
+                "--only-announced without --announce: nobody could find this peer; give --announce ADDRESS too",
+                code="nothing-announced",
             )
         if values["background"] and not is_the_background():
             return _start_in_background(values)

@@ -133,7 +133,9 @@ def command(
 
         invite = " ".join(words)  # perhaps the whole line that was handed out, or an invite with a line break in it
         if invite and invite_file is not None:
-            raise OptionsError("INVITE and --invite-file: give one of them", code="options-conflict")
+            raise OptionsError(
+                "INVITE and --invite-file are both given; give only one of them", code="options-conflict"
+            )
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
         directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)

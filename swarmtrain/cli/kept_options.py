@@ -70,7 +70,8 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
             except (click.UsageError, IndexError) as error:
                 what = error.format_message() if isinstance(error, click.UsageError) else "it has no value"
                 raise OptionsError(
-                    f"{param.flag} as last time in {folder}: {what}; give {param.flag} anew", code="kept-option"
+                    f"{param.flag}, which {folder} remembers from last time: {what}; give {param.flag} again",
+                    code="kept-option",
                 ) from None
     if taken and not is_in_use(folder):  # else it is refused, in one line
         say(f"as last time in {folder}: {' '.join(option_words(taken))}")

@@ -33,8 +33,8 @@ def peers_for(run: RunFile, peers: int | None) -> int:
         return max(PEERS_ASSUMED, stages)
     if peers < stages:
         raise OptionsError(
-            f"--peers: {peers} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a machine of "
-            f"its own; allowed: {stages} or more (swarmtrain local can run fewer)",
+            f"--peers: {peers} volunteers cannot hold {stages} stages (pipeline.stages), since here each holds one; "
+            f"allowed: {stages} or more (swarmtrain local can run fewer)",
             code="too-few-peers",
         )
     return peers

@@ -108,14 +108,14 @@ def _folder(section: DataSection, base: Path) -> Path | None:
     name = section.dataset
     if not is_plain_name(name):
         raise RunFileError(
-            f'data.dataset: "{name}" is neither a data set of the hub nor a folder of the data; it is not '
-            "read: write owner/name, or a path without ..",
+            f'data.dataset: "{name}" is neither the name of a data set on the hub nor a path below the data folder; '
+            "write owner/name, or a path without ..",
             code="dataset-name",
         )
     if name in _loaders():
         raise RunFileError(
-            f'data.dataset: "{name}" is a loader of the library datasets, not a data set; write owner/name for one of '
-            f"the hub, or ./{name} for a folder",
+            f'data.dataset: "{name}" is a file format of the library datasets, not a data set; write owner/name for a '
+            f"data set on the hub, or ./{name} for a folder",
             code="dataset-name",
         )
     folder = below(base, base / name, "data.dataset")
@@ -215,13 +215,14 @@ def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
             card = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError):
         raise RunFileError(
-            f'data.dataset: the description of "{section.dataset}" is not YAML; take another', code="dataset-format"
+            f'data.dataset: the description of "{section.dataset}" is not YAML; use another data set',
+            code="dataset-format",
         ) from None
     for named in _files_named(card.get("configs") if isinstance(card, dict) else None):
         if not is_plain_name(named):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file outside itself ({named[:200]!r}); it is not '
-                "read: take another, and tell who invited you",
+                f'data.dataset: "{section.dataset}" names a file outside itself ({named[:200]!r}), which is not '
+                "read; use another data set, and tell the person who invited you",
                 code="dataset-foreign-file",
             )
 
@@ -244,22 +245,22 @@ def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path)
     if not formats or formats[0] not in _FORMATS:
         found = formats[0] if formats else "code of its own"
         raise RunFileError(
-            f'data.dataset: "{section.dataset}" cannot be read as text files of its own (the library would read '
-            f"it by: {found}); allowed: {', '.join(_FORMATS)}",
+            f'data.dataset: "{section.dataset}" is not made of files in a format that is read here (the library '
+            f"datasets would use {found}); allowed: {', '.join(_FORMATS)}",
             code="dataset-format",
         )
     files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
     for file in files:
         if not (file.startswith(allowed) and is_plain_name(file[len(allowed) :])):
             raise RunFileError(
-                f'data.dataset: "{section.dataset}" names a file outside itself ({file[:200]!r}); it is not read: '
-                "take another, and tell who invited you",
+                f'data.dataset: "{section.dataset}" names a file outside itself ({file[:200]!r}), which is not '
+                "read; use another data set, and tell the person who invited you",
                 code="dataset-foreign-file",
             )
         if not allowed.startswith("hf://"):
             below(base, Path(file), "data.dataset")
     if not files:
-        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; take another', code="no-text")
+        raise RunFileError(f'data.dataset: "{section.dataset}" has no files; use another data set', code="no-text")
 
 
 def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:

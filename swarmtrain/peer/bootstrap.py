@@ -326,7 +326,9 @@ class _Bootstrap(BootstrapPeer):
             if time.monotonic() > end_seen_s + LINGER_S:
                 self.emit(
                     WarningEvent(
-                        message="the run is over, but no volunteer delivered its last state", code="last-state-lost"
+                        message="the run is over, but no volunteer delivered its last weights: the archive is older; "
+                        "start a volunteer again, and then this bootstrap, to have them",
+                        code="last-state-lost",
                     )
                 )
                 return

@@ -100,7 +100,9 @@ class Limits:
         if not 0 <= self.threads <= _MAX_THREADS:
             raise ValueError(f"threads: {self.threads} is refused; allowed: 0 (all) to {_MAX_THREADS}")
         if self.nice is not None and not 0 <= self.nice <= _MAX_NICE:
-            raise ValueError(f"nice: {self.nice} is refused; allowed: 0 (as others) to {_MAX_NICE} (what others leave)")
+            raise ValueError(
+                f"nice: {self.nice} is refused; allowed: 0 (as other programs) to {_MAX_NICE} (only idle time)"
+            )
         if self.memory_bytes < 0:
             raise ValueError(f"memory: {self.memory_bytes} bytes is refused; allowed: 0 (no limit) and more")
         for name, mbit in (("up", self.up_mbit), ("down", self.down_mbit)):
@@ -128,7 +130,7 @@ def parse_size(text: str) -> int:
         # In integers: by a float's product every hundredth size would lose a byte.
         num_bytes = int(match[1] + decimals) * unit // 10 ** len(decimals)
     if not num_bytes:
-        raise ValueError(f"{text!r} is no size; write it like 4GB, 500MB or 1.5GiB, or none")
+        raise ValueError(f"{text!r} is not a size; write it like 4GB, 500MB or 1.5GiB, or none")
     return num_bytes
 
 
@@ -156,7 +158,7 @@ def parse_hours(text: str) -> Hours:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,2})(?::(\d\d))?\s*-\s*(\d{1,2})(?::(\d\d))?\s*", part)
         if match is None:
-            raise ValueError(f"{part.strip()!r} is no range of hours; write 22-7, 22:30-7:15, 12-13,18-8, or any")
+            raise ValueError(f"{part.strip()!r} is not a range of hours; write 22-7, 22:30-7:15, 12-13,18-8, or any")
         start, end = _minute(match[1], match[2]), _minute(match[3], match[4])
         if start % _DAY_MINUTES == end % _DAY_MINUTES and (start, end) != (0, _DAY_MINUTES):
             raise ValueError(f"{part.strip()!r} begins when it ends; write any for the whole day")
@@ -169,7 +171,7 @@ def parse_slowdown(text: str) -> float:
     try:
         factor = float(text)
     except ValueError:
-        raise ValueError(f"{text.strip()!r} is no factor; write how many times slower, such as 2.6") from None
+        raise ValueError(f"{text.strip()!r} is not a factor; write how many times slower, such as 2.6") from None
     if not 1 <= factor <= _MAX_SLOWDOWN:
         raise ValueError(f"{text.strip()} is refused; allowed: 1 (as fast as it can) to {_MAX_SLOWDOWN} times slower")
     return factor
@@ -178,7 +180,7 @@ def parse_slowdown(text: str) -> float:
 def _minute(hours: str, minutes: str | None) -> int:
     minute = int(hours) * 60 + int(minutes or 0)
     if minute > _DAY_MINUTES or int(minutes or 0) > 59:
-        raise ValueError(f"{hours}{':' + minutes if minutes else ''} is no time of day; allowed: 0:00 to 24:00")
+        raise ValueError(f"{hours}{':' + minutes if minutes else ''} is not a time of day; allowed: 0:00 to 24:00")
     return minute
 
 

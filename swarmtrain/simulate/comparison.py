@@ -235,22 +235,25 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
     if work not in method.works:
         able = ", ".join(name for name, one in METHODS.items() if work in one.works)
         raise UserError(
-            f"method {play.method}: cannot do {work} work (scenario.work); {able} can", code="keys-disagree"
+            f'method {play.method}: cannot be played with scenario.work = "{work}"; possible methods: {able}',
+            code="keys-disagree",
         )
     if here.hostile.percent and not method.hostile:
         raise UserError(
-            f"method {play.method}: hostile.percent: this method has no hostile volunteers; take gossip",
+            f"method {play.method}: hostile.percent: hostile volunteers cannot be simulated with it; leave the key "
+            "out, or take gossip",
             code="keys-disagree",
         )
     if here.hostile.kind != "absent" and not here.hostile.number(here.peers.number):
         raise UserError(
-            f"hostile.percent: {here.hostile.percent:g} % of {here.peers.number} volunteers rounds to none, but "
-            f"hostile.attack is {here.hostile.attack}; raise the percentage, or set hostile.attack to absent",
+            f"hostile.percent: {here.hostile.percent:g} % of {here.peers.number} volunteers is nobody, so nobody makes "
+            f'the attack "{here.hostile.attack}"; raise it, or set hostile.attack = "absent"',
             code="keys-disagree",
         )
     if (here.away or here.churn.stays_s) and not method.churn:
         raise UserError(
-            f"method {play.method}: churn.stays_s, [[away]] and peers.trace: this method has no churn; leave them out",
+            f"method {play.method}: volunteers that come and go cannot be simulated with it; leave out churn.stays_s, "
+            "[[away]] and peers.trace",
             code="keys-disagree",
         )
     try:
@@ -262,17 +265,21 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
         raise UserError(*(each.found_in(f"method {play.method}") for each in error.problems)) from None
     if here.scenario.warm_tokens and run.merge.init == "own":
         raise UserError(
-            'scenario.warm_tokens: all volunteers must begin with the same weights; set merge.init = "common", or 0',
+            "scenario.warm_tokens: after a warm start all volunteers begin with the same weights; set merge.init = "
+            '"common", or leave the key out',
             code="keys-disagree",
         )
     if 0 < here.scenario.warm_tokens < run.tokens_per_step:
         raise UserError(
-            f"scenario.warm_tokens: an inner step is {run.tokens_per_step} tokens; take more, or 0",
+            f"scenario.warm_tokens: less than one inner step, which is {run.tokens_per_step} tokens; raise it, or "
+            "leave the key out",
             code="keys-disagree",
         )
     if here.peers.own_text and run.data.streaming:
         raise UserError(
-            "peers.own_text: a corpus that is streamed has no parts; set data.streaming = false", code="keys-disagree"
+            "peers.own_text: a data set that is streamed cannot be divided among the volunteers; set data.streaming = "
+            "false",
+            code="keys-disagree",
         )
     return run
 
@@ -296,8 +303,9 @@ def _play(scenario: Scenario, play: Play) -> RunOutcome:
         torch.set_num_threads(threads)
     if outcome.virtual_time_s > setting.churn_until_s:
         raise UserError(
-            f"method {play.method}: churn.stays_s: so many volunteers leave that the run takes "
-            f"{outcome.virtual_time_s:.0f} s, and churn is drawn for {setting.churn_until_s:.0f} s only; raise it",
+            f"method {play.method}: churn.stays_s: volunteers are away so often that the run takes "
+            f"{outcome.virtual_time_s:.0f} s, but their coming and going is drawn for {setting.churn_until_s:.0f} s "
+            "only; raise churn.stays_s",
             code="too-much-churn",
         )
     return outcome

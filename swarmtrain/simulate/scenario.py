@@ -340,7 +340,8 @@ class Scenario:
         for key in {**own, **(grid or self.grid)}:
             if key.startswith("scenario.") and key not in _CHANGEABLE:
                 raise UserError(
-                    f"{key}: write it into the file; of that section {', '.join(_CHANGEABLE)} can be changed",
+                    f"{key}: cannot be changed here; set it in the scenario's file (of [scenario], a grid and the "
+                    f"command line can change {', '.join(_CHANGEABLE)})",
                     code="key-not-changeable",
                 )
         here = self.at(tuple(own.items()))
@@ -356,7 +357,7 @@ class Scenario:
         )
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
-                f"scenario.tuning_seeds: seed {twice[0]} is in scenario.seeds too; choose constants on other seeds",
+                f"scenario.tuning_seeds: seed {twice[0]} is in scenario.seeds too; give other tuning seeds",
                 code="seed-used-twice",
             )
         return new
@@ -408,7 +409,9 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]", code="wrong-type")
     if math.prod(map(len, grid.values())) > _MAX_POINTS:
-        raise UserError(f"{origin}: grid: more than {_MAX_POINTS} points", code="out-of-range")
+        raise UserError(
+            f"{origin}: grid: more than {_MAX_POINTS} combinations; give fewer keys or values", code="out-of-range"
+        )
     sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
     run_table = _run_table(run_path, tell)
@@ -448,7 +451,8 @@ def _with_our_keys(pairs: Mapping[str, Any], tell: Callable[[str], None]) -> dic
         ours = key if key.partition(".")[0] in _OWN else our_key(key)
         if ours in found or (ours != key and ours in pairs):
             raise UserError(
-                f"{one_line(key)}: means {ours}, which is given too; leave one of them out", code="key-given-twice"
+                f"{one_line(key)}: another name for {ours}, which is given too; leave one of them out",
+                code="key-given-twice",
             )
         if ours != key:
             tell(f"{one_line(key)} is read as {ours}")
@@ -499,27 +503,33 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
         section, _, name = key.partition(".")
         if getattr(getattr(scenario, section), name):
             raise UserError(
-                f"{origin}: {key}: {work} work (scenario.work) has no such key; leave it out", code="keys-disagree"
+                f'{origin}: {key}: has no meaning with scenario.work = "{work}"; leave it out', code="keys-disagree"
             )
     if work == "learning" and number > _MOST_LEARNERS:
         raise UserError(
-            f"{origin}: peers.number: learning work takes at most {_MOST_LEARNERS} volunteers; lower it, or set "
-            'scenario.work = "systems"',
+            f"{origin}: peers.number: at most {_MOST_LEARNERS} volunteers can learn in a simulation; lower it, or set "
+            'scenario.work = "systems", in which nobody learns',
             code="keys-disagree",
         )
     if work == "systems" and (scenario.hangs or scenario.away):
         raise UserError(
-            f"{origin}: [[hangs]] and [[away]]: systems work draws them; say how often in [churn]", code="keys-disagree"
+            f'{origin}: [[hangs]] and [[away]]: with scenario.work = "systems" they are drawn at random; leave them '
+            "out, and set how often they happen in [churn]",
+            code="keys-disagree",
         )
     for name, rows in ("hangs", scenario.hangs), ("away", scenario.away):
         if missing := [each for each in rows if each.peer >= number]:
             raise UserError(
-                f"{origin}: {name}.peer: {missing[0].peer} of {number} volunteers, from 0", code="no-such-volunteer"
+                f"{origin}: {name}.peer: there is no volunteer {missing[0].peer}; the {number} volunteers are 0 to "
+                f"{number - 1}",
+                code="no-such-volunteer",
             )
     for before, after in itertools.pairwise(sorted(scenario.away, key=lambda each: (each.peer, each.at_s))):
         if before.peer == after.peer and before.at_s + before.for_s >= after.at_s:
             raise UserError(
-                f"{origin}: away.at_s: volunteer {after.peer} is already away at {after.at_s:g} s", code="keys-disagree"
+                f"{origin}: away.at_s: volunteer {after.peer}, away from {before.at_s:g} s on, is still away at "
+                f"{after.at_s:g} s; move one of the two, or make one of both",
+                code="keys-disagree",
             )
     if (scenario.away or scenario.peers.trace) and scenario.churn.stays_s:
         raise UserError(
@@ -527,7 +537,9 @@ def _checked(scenario: Scenario, origin: str) -> Scenario:
             code="keys-disagree",
         )
     if scenario.hostile.number(number) >= number:
-        raise UserError(f"{origin}: hostile.percent: leaves none of {number} volunteers honest", code="keys-disagree")
+        raise UserError(
+            f"{origin}: hostile.percent: leaves none of {number} volunteers honest; lower it", code="keys-disagree"
+        )
     return scenario
 
 
@@ -540,7 +552,8 @@ def _apart(pairs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _hashable(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         raise UserError(
-            f"{key}: a table is no value of a grid; vary its keys one by one, as {key}.NAME=V,V", code="wrong-type"
+            f"{key}: is a section, whose keys must be varied one by one; write {key}.NAME=VALUE,VALUE",
+            code="wrong-type",
         )
     return tuple(_hashable(key, each) for each in value) if isinstance(value, list) else value
 

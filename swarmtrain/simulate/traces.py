@@ -69,7 +69,7 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
     for row in _rows(text, origin, num_peers):
         if row.time_s < now_s:
             raise UserError(
-                f"{row.where}: time_s: {row.time_s:g} after {now_s:g}: lines must be in the order of time",
+                f"{row.where}: time_s: {row.time_s:g} stands after {now_s:g}; sort the lines by time",
                 code="bad-trace",
             )
         now_s = row.time_s
@@ -77,8 +77,8 @@ def trace_of(text: str, origin: str, num_peers: int) -> Trace:
         for name, value in row.figures.items():
             if (before := figures[name].setdefault(row.peer, value)) != value:
                 raise UserError(
-                    f"{row.where}: {name}: {value:g}, and peer {row.peer} had {before:g} before; give one "
-                    "value for each peer",
+                    f"{row.where}: {name}: {value:g}, but an earlier line gives {before:g} for peer {row.peer}; give "
+                    "each peer the same value everywhere",
                     code="bad-trace",
                 )
     away, hangs = ([span for peer in peers.values() for span in peer.spans(kind)] for kind in ("away", "hangs"))
@@ -103,13 +103,14 @@ class _TracedPeer:
         if row.event not in allowed[self.state]:
             is_what = {"here": "is there", "hangs": "hangs", "away": "is away"}[self.state]
             raise UserError(
-                f"{row.where}: event: {row.event}, and peer {self.peer} {is_what} then; possible: "
+                f"{row.where}: event: {row.event} is impossible, because peer {self.peer} {is_what} then; possible: "
                 f"{', '.join(allowed[self.state])}",
                 code="bad-trace",
             )
         if row.time_s <= self.last_s:
             raise UserError(
-                f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already", code="bad-trace"
+                f"{row.where}: time_s: peer {self.peer} has an event at {row.time_s:g} s already; give another time",
+                code="bad-trace",
             )
         self._end(row.time_s)
         self.state = {"hang": "hangs", "leave": "away", "crash": "away"}.get(row.event, "here")
@@ -137,7 +138,9 @@ def _rows(text: str, origin: str, num_peers: int) -> Iterator[_Row]:
             continue
         if len(cells) != len(columns):
             raise UserError(
-                f"{where}: {len(cells)} values for {len(columns)} columns: {', '.join(columns)}", code="bad-trace"
+                f"{where}: {len(cells)} values for {len(columns)} columns; give a value, or nothing between commas, "
+                f"for each of {', '.join(columns)}",
+                code="bad-trace",
             )
         yield _row(dict(zip(columns, cells, strict=True)), where, num_peers)
     if not columns:
@@ -151,8 +154,8 @@ def _columns(cells: list[str], where: str) -> list[str]:
     others = [name for name in cells if name not in (*_COLUMNS, *_FIGURES)]
     if missing or others or len(set(cells)) < len(cells):
         raise UserError(
-            f"{where}: the first line must name the columns, each once: {', '.join(_COLUMNS)}, and where there are "
-            f"some {', '.join(_FIGURES)}",
+            f"{where}: the first line must name the columns, each once: {', '.join(_COLUMNS)}, and those of "
+            f"{', '.join(_FIGURES)} that the file has",
             code="bad-trace",
         )
     return cells
@@ -161,7 +164,10 @@ def _columns(cells: list[str], where: str) -> list[str]:
 def _row(cells: Mapping[str, str], where: str, num_peers: int) -> _Row:
     peer = cells["peer"]
     if not (peer.isascii() and peer.isdigit() and int(peer) < num_peers):
-        raise UserError(f"{where}: peer: {_shown(peer)} of {num_peers} volunteers, from 0", code="no-such-volunteer")
+        raise UserError(
+            f"{where}: peer: there is no volunteer {_shown(peer)}; the {num_peers} volunteers are 0 to {num_peers - 1}",
+            code="no-such-volunteer",
+        )
     if cells["event"] not in EVENTS:
         raise UserError(f"{where}: event: {_shown(cells['event'])}; allowed: {', '.join(EVENTS)}", code="bad-trace")
     figures = {

@@ -225,7 +225,7 @@ def test_it_and_plan_judge_a_number_of_volunteers_alike(tmp_path: Path, capsys: 
     first, second = capsys.readouterr().err.splitlines()
     assert (
         first.split(" (see ")[0] == second.split(" (see ")[0]
-        and "--peers: 2 for pipeline.stages = 3" in first
+        and "--peers: 2 volunteers cannot hold 3 stages" in first
         and "allowed: 3 or more" in first
     )
     path = tmp_path / "run.toml"

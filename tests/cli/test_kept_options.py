@@ -121,7 +121,11 @@ def test_a_folder_of_texts_that_is_gone_is_said(
     (tmp_path / "texts").rmdir()
     assert run(["join", "--dir", "peer"]) == 2
     said = capsys.readouterr().err
-    assert "--data as last time in peer" in said and "does not exist" in said and "give --data anew" in said
+    assert (
+        "--data, which peer remembers from last time" in said
+        and "does not exist" in said
+        and "give --data again" in said
+    )
 
 
 def test_a_bootstrap_too(lives: Lives, tmp_path: Path) -> None:

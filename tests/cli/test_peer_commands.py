@@ -73,7 +73,9 @@ def test_leave_says_what_the_peer_warns_of_while_it_ends(
         assert peer.on_leave.wait(30)
         peer.status.notices.add(time=time.time(), message="waiting a minute for a bootstrap")
         assert told.wait(30), "it is said while it waits"
-        peer.status.notices.add(time=time.time(), message="they are kept: 'swarmtrain join --dir X' brings them back")
+        peer.status.notices.add(
+            time=time.time(), message="they are kept: 'swarmtrain join --dir X' continues from them"
+        )
         peer.end(reason="asked")
 
     thread = threading.Thread(target=end)
@@ -82,7 +84,7 @@ def test_leave_says_what_the_peer_warns_of_while_it_ends(
     thread.join()
     assert capsys.readouterr().err == (
         "warning: waiting a minute for a bootstrap\n"
-        "warning: they are kept: 'swarmtrain join --dir X' brings them back\n"
+        "warning: they are kept: 'swarmtrain join --dir X' continues from them\n"
     ), "not what it warned of before"
 
 

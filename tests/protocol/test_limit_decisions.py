@@ -62,16 +62,16 @@ def test_why_it_rests_says_when_it_is_back() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "'' is no range of hours; write 22-7"),
-        ("night", "'night' is no range"),
-        ("22", "'22' is no range"),
-        ("22-7,", "'' is no range"),
-        ("25-7", "25 is no time of day"),
-        ("22:60-7", "22:60 is no time of day"),
-        ("24:01-7", "24:01 is no time of day"),
+        ("", "'' is not a range of hours; write 22-7"),
+        ("night", "'night' is not a range"),
+        ("22", "'22' is not a range"),
+        ("22-7,", "'' is not a range"),
+        ("25-7", "25 is not a time of day"),
+        ("22:60-7", "22:60 is not a time of day"),
+        ("24:01-7", "24:01 is not a time of day"),
         ("7-7", "'7-7' begins when it ends; write any"),
         ("24-0", "begins when it ends"),
-        ("-1-7", "'-1-7' is no range"),
+        ("-1-7", "'-1-7' is not a range"),
     ],
 )
 def test_no_hours(text: str, problem: str) -> None:
@@ -129,7 +129,7 @@ def test_sizes(text: str, num_bytes: int) -> None:
     "text", ["", "4", "4096", "GB", "-1GB", "4 GiBs", "1e9", "0GB", "4,5GB", "4EB", "4.GB", "0.0001kB"]
 )
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size; write it like 4GB"):
+    with pytest.raises(ValueError, match="is not a size; write it like 4GB"):
         parse_size(text)
 
 

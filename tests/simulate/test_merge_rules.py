@@ -115,7 +115,7 @@ def test_a_run_file_with_it_is_accepted_where_it_is_installed(
     assert run_command(["check", str(path)]) == 2
     assert f'merge.robust = "{RULE}" is a rule of the package swarm-median, which is not' in capsys.readouterr().out
     (finding,) = check_rule(parse_run(RUN, "r"))
-    assert finding.level == "problem" and "ask who invited you" in finding.advice
+    assert finding.level == "problem" and "ask the person who invited you" in finding.advice
     install()
     assert run_command(["check", str(path)]) == 0 and not [*check_rule(parse_run(RUN, "r"))]
 

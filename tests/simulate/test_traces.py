@@ -61,7 +61,7 @@ def test_figures_are_said_once_or_the_same_again() -> None:
         ("time_s,peer,event,peer\n", "bad-trace", "line 1: "),
         ("# two\ntime_s,event\n", "bad-trace", "line 2: "),
         (HEAD + "1,0\n", "bad-trace", "line 2: 2 values for 3 columns: time_s, peer, event"),
-        (HEAD + "1,3,join\n", "no-such-volunteer", "line 2: peer: 3 of 3 "),
+        (HEAD + "1,3,join\n", "no-such-volunteer", "line 2: peer: there is no volunteer 3; "),
         (HEAD + "1,-1,join\n", "no-such-volunteer", "line 2: peer: -1 of 3"),
         (HEAD + "1,,join\n", "no-such-volunteer", "line 2: peer: nothing of 3"),
         (HEAD + "1,0,jion\n", "bad-trace", "line 2: event: jion; allowed: join, leave, crash, hang, wake"),

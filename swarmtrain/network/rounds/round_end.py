@@ -108,7 +108,7 @@ class EndedRound:
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not self.fail(error):
-            _log.error("a round task failed", exc_info=error)
+            _log.error("an error of this peer disturbed the end of a round", exc_info=error)
 
     async def _fetch(self, fetch: ev.FetchPublication) -> None:
         sha256 = fetch.publication.snapshot

@@ -159,7 +159,7 @@ class RoundRunner:
                 self.was_suspended()
             self._tell(ev.RoundTimerFired())
         except Exception as error:  # without this a waiting task would wait for ever
-            _log.exception("a round task failed")
+            _log.exception("an error of this peer disturbed a round")
             self._failed(error)
 
     def _do(self, command: ev.Command[pb.Signed]) -> None:
@@ -253,7 +253,7 @@ class RoundRunner:
         if self._ended is not None:
             is_told = self._ended.fail(error) or is_told
         if not is_told:
-            _log.error("a round task failed", exc_info=error)
+            _log.error("an error of this peer disturbed a round", exc_info=error)
 
     # ------------------------------------------------------------- others' questions
 

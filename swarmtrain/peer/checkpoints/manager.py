@@ -97,7 +97,8 @@ class CheckpointManager:
         except (ValueError, TypeError) as error:
             self.emit(
                 WarningEvent(
-                    message=f"cannot use the counts in the checkpoint ({error}); reading them from the swarm again",
+                    message=f"cannot use the token counts in the checkpoint ({error}); this peer reads them from the "
+                    "swarm again",
                     code="checkpoint-partly-used",
                 )
             )

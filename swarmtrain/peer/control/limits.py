@@ -281,7 +281,7 @@ def kept_limits(enforcer: LimitEnforcer) -> Iterator[LimitEnforcer]:
 
 
 def _needs_in_words(cost: Estimate) -> str:
-    return f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}"
+    return f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')}"
 
 
 def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
@@ -293,7 +293,7 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     cost = estimate(run, num_parameters, num_peers=2)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
-            f"this run needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')} "
+            f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')} "
             f"({size_in_words(cost.memory_program_bytes)} program, {size_in_words(cost.memory_parameters_bytes)} "
             f"parameters, {size_in_words(cost.memory_activations_bytes)} activations), and --memory allows "
             f"{size_in_words(limit_bytes)}: allow more, or join a run with a smaller model",

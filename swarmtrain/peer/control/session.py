@@ -199,7 +199,7 @@ class ControlSession:
     def _order_limit(self, limits: pb.Limits) -> str:
         if self._limit is None:
             raise UserError(
-                "the limits of this peer cannot be changed while it runs; end it, and start it with others",
+                "the limits of this peer cannot be changed while it runs; end it, and start it again with new limits",
                 code="limits-fixed",
             )
         return self._limit(limits)
@@ -225,7 +225,8 @@ def control_session(
         try:
             server.start()
         except (RunTimeError, OSError) as error:
-            control.emit(WarningEvent(message=f"this peer cannot answer status questions: {error}", code="no-control"))
+            message = f"`swarmtrain status` and the like cannot reach this peer: {error}"
+            control.emit(WarningEvent(message=message, code="no-control"))
         with _metrics(settings, control):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)

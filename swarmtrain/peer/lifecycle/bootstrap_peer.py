@@ -104,11 +104,15 @@ class BootstrapPeer:
         except OSError as error:
             self.emit(
                 WarningEvent(
-                    message=f"the archive could not be written: {error.strerror}; make room", code="archive-not-written"
+                    message=f"the archive could not be written to {path}: {error.strerror}; make room there or make it "
+                    "writable: the next archive is written as usual",
+                    code="archive-not-written",
                 )
             )
         except UserError as error:
-            self.emit(WarningEvent(message=f"the archive could not be written: {error}", code="archive-not-written"))
+            self.emit(
+                WarningEvent(message=f"the archive could not be written to {path}: {error}", code="archive-not-written")
+            )
         else:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 

@@ -80,8 +80,8 @@ class VolunteerContext:
 
         def too_busy() -> None:
             message = (
-                f"this machine is too busy for --slowdown {factor:g}, this peer is slower than that; give every "
-                "volunteer of the rehearsal a larger factor, or start fewer"
+                f"this machine is too busy for --slowdown {factor:g}: this peer is slower than that; give every "
+                "volunteer of the rehearsal a larger factor, or start fewer volunteers"
             )
             self.emit(WarningEvent(message=message, code="too-busy"))
 

@@ -40,7 +40,7 @@ _SOON_S = 0.1  # at first: most may leave as soon as the bootstrap has heard of 
 _CALL_S = 1.0  # the user waits for this process, also if the daemon hangs
 _GOODBYE_S = 1.0
 _MOST_ASKED = 32
-_WAITS = "this is the last volunteer: the bootstrap is archiving its last rounds; Ctrl-C again does not wait for that"
+_WAITS = "this is the last volunteer: the bootstrap is archiving its last rounds; press Ctrl-C again to end now"
 
 
 async def _answers(swarm: Swarm) -> list[bool | None]:
@@ -158,9 +158,9 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
                 doing = "leaving: waiting for a bootstrap, since no other peer has this peer's last rounds"
                 control.board.doing(control_pb2.PEER_STATE_FINISHING, doing)
                 say(
-                    "no other peer has this peer's last rounds, and no bootstrap answers: waiting a minute for one; "
-                    f"they are kept in {folder} too: `swarmtrain join --dir {quoted}` brings them back; Ctrl-C again "
-                    "does not wait",
+                    "no other peer has this peer's last rounds, and no bootstrap answers: waiting a minute for a "
+                    "bootstrap; press Ctrl-C again to end now. The rounds are kept in "
+                    f"{folder} too: `swarmtrain join --dir {quoted}` continues from them",
                     code="no-bootstrap",
                 )
                 idle_s = now + _IDLE_S
@@ -178,7 +178,7 @@ def hand_over(control: ControlSession, swarms: Sequence[Swarm], network: Network
         pass
     message = (
         f"no archive and no other peer has this peer's last rounds; they are kept in {folder}: "
-        f"`swarmtrain join --dir {quoted}` brings them back"
+        f"`swarmtrain join --dir {quoted}` continues from them"
     )
     control.emit(WarningEvent(message=message, code="rounds-not-archived"))
 

@@ -115,8 +115,8 @@ def clock_warning(correction_s: float) -> WarningEvent:
     """Return the warning that the swarm's time is not this machine's."""
     direction = "behind" if correction_s > 0 else "ahead of"
     return WarningEvent(
-        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; it is corrected for this "
-        "run, set it right when you can",
+        message=f"this machine's clock is {abs(correction_s):.1f} s {direction} the others'; this run corrects for it; "
+        "set it right when you can",
         code="clock-skew",
     )
 
@@ -127,7 +127,7 @@ def clock_warnings(found: FoundRun) -> list[WarningEvent]:
     for peer, ahead_s in found.clock_outliers:
         direction = "ahead of" if ahead_s > 0 else "behind"
         apart = f"{time_in_words(abs(ahead_s))} {direction}"
-        message = f"the clock of {short_peer(peer)} is {apart} this peer's time, and is not followed"
+        message = f"the clock of {short_peer(peer)} is {apart} this peer's time; this peer ignores it"
         told.append(WarningEvent(message=message, code="clock-outlier"))
     return told
 
@@ -277,7 +277,9 @@ def save_final_weights(
         save_weights(folder.model_path, weights, published, progress)
     except OSError as error:
         return WarningEvent(
-            message=f"the model could not be saved in {folder.path}: {error.strerror}", code="model-not-saved"
+            message=f"the model could not be saved in {folder.path}: {error.strerror}; make room or make it writable, "
+            "then start this peer again",
+            code="model-not-saved",
         )
     except UserError as error:
         return WarningEvent(message=f"the model could not be saved in {folder.path}: {error}", code="model-not-saved")
@@ -351,7 +353,8 @@ def show_invite(swarm: Swarm, folder: PeerFolder, emit: Emit) -> None:
     except OSError as error:  # others can join all the same
         emit(
             WarningEvent(
-                message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room",
+                message=f"the invite could not be kept in {folder.path}: {error.strerror}; make room, or make it "
+                "writable",
                 code="invite-not-written",
             )
         )

@@ -48,7 +48,8 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     for path in local:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(
-                f"this run asks for {path}, outside the folder given with --data; it is not read: tell who invited you",
+                f"this run asks for {path}, outside the folder given with --data, which is not read; tell the person "
+                "who invited you",
                 code="path-outside",
             )
     if data_folder is not None:

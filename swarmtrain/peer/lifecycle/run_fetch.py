@@ -102,7 +102,9 @@ class RunFetcher:
             except PeerError as error:
                 if not attempts_left or isinstance(error, BadBytesError):
                     raise RunTimeError(
-                        f"{source} did not deliver the run: {error}; ask for a new invite", code="run-not-delivered"
+                        f"peer {source} did not deliver the run: {error}; try again, or ask for an invite from another "
+                        "peer",
+                        code="run-not-delivered",
                     ) from None
             self.stop.sleep(1.0)
         raise AssertionError("the last attempt returns or raises")

@@ -570,13 +570,15 @@ class GossipExchange(AsynchronousExchange):
             for robustness, kept in zip(self._robustness, extra.get(_CLIPPED, ()), strict=_CLIPPED in extra):
                 robustness.restore(kept)
         except (ValueError, TypeError) as error:
-            message = f"cannot use the checkpoint's record of merges ({error}); some updates may be merged twice"
+            message = (
+                f"cannot use the checkpoint's record of merges ({error}); some of the others' updates may count twice"
+            )
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
         try:
             if self.swarm.coverage is not None:
                 self.swarm.coverage.restore(extra.get(_COVERAGE))
         except (ValueError, TypeError) as error:
-            message = f"cannot use the checkpoint's record of the data ({error}); other peers send it again"
+            message = f"cannot use the checkpoint's record of which data was seen ({error}); other peers send it again"
             self.swarm.emit(WarningEvent(message=message, code="checkpoint-partly-used"))
 
     def _consensus(self, reason: str, own_round: int, *, least_round: int = 0) -> Replaced | None:

@@ -144,7 +144,10 @@ class ServerExchange(AsynchronousExchange):
         silent_s = now - self.link.heard_s
         is_silent = silent_s > max(_LEAST_SILENT_S, _SILENT_ROUNDS * self._lasts_s)
         if is_silent and not self._told_silent:
-            message = "the server does not answer: training on alone; updates are handed in when it is back"
+            message = (
+                "the server (the bootstrap) does not answer: this peer trains on alone, and hands its updates in when "
+                "the server is back"
+            )
             self.swarm.emit(WarningEvent(message=message, code="server-silent"))
         self._told_silent = is_silent
 

@@ -197,7 +197,9 @@ class PipelineBootstrap(BootstrapPeer):
                 if time.monotonic() > ended_s + _LAST_ROUND_S + LINGER_S:
                     self.emit(
                         WarningEvent(
-                            message="the run is over, but no volunteer delivered its last state", code="last-state-lost"
+                            message="the run is over, but no volunteer delivered its last weights: the archive is "
+                            "older; start a volunteer again, and then this bootstrap, to have them",
+                            code="last-state-lost",
                         )
                     )
                     return

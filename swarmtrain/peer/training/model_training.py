@@ -192,7 +192,10 @@ class ModelTraining:
         if self._had_ended:
             # Nothing to continue alone; `finish` decides what becomes of the model.
             return
-        message = "no other peer of this run answers: training on alone from this folder's checkpoint, and trying again"
+        message = (
+            "no other peer of this run answers: this peer trains on alone from its folder's checkpoint, and keeps "
+            "calling the others"
+        )
         context.emit(WarningEvent(message=message, code="going-on-alone"))
 
     def join(self) -> None:
@@ -348,7 +351,7 @@ class ModelTraining:
         # In synchronous rounds this peer's state is the run's, so the model is right.
         if self._had_ended and self.swarm.asynchronous:
             message = (
-                "this run has ended, and no peer gives its final model: the one in "
+                "this run has ended, and no peer answers that has its final model: the one in "
                 f"{context.folder.model_path} is made of this peer's own last weights"
             )
             context.emit(WarningEvent(message=message, code="no-final-model"))

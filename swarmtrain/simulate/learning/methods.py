@@ -151,7 +151,8 @@ def scenario_method(name: str) -> Method:
     kind = method_named(name)
     if not kind.learns:
         raise UserError(
-            f"scenario.methods: {name} does not say how it learns in virtual time; ask those who made it",
+            f"scenario.methods: {name} works with real peers only, since its package does not say how to simulate it; "
+            "ask those who made it",
             code="no-such-method",
         )
     return Method(says=kind.says, run=load_object(kind.learns), keys={"merge.method": name})

@@ -31,12 +31,15 @@ def check(scenario: Scenario, run: RunFile) -> None:
     stages, number = run.pipeline.stages, scenario.peers.number
     if stages < 2:
         raise UserError(
-            "pipeline.stages: 1: pipeline work needs a run whose model is cut, as examples/pipeline.toml",
+            'pipeline.stages: 1, but scenario.work = "pipeline" needs a model cut into stages; set it to 2 or more, as '
+            "in examples/pipeline.toml",
             code="keys-disagree",
         )
     if number < stages:
         raise UserError(
-            f"peers.number: {number} for pipeline.stages = {stages}: allowed: {stages} or more", code="too-few-peers"
+            f"peers.number: {number} volunteers cannot hold {stages} stages (pipeline.stages); allowed: {stages} or "
+            "more",
+            code="too-few-peers",
         )
 
 

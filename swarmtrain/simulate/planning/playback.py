@@ -180,7 +180,8 @@ def by_gossip(run: RunFile, machines: PlaybackMachines, links: LinksSection, see
     kept = [record for record in swarm.rounds if record.started_s >= warm_s]
     if not kept:
         raise UserError(
-            f"--churn: no volunteer stays for a round of {longest_s:.0f} s; lower merge.inner_steps or raise --churn",
+            f"--churn: no volunteer stays as long as a round, {longest_s:.0f} s; lower merge.inner_steps or raise "
+            "--churn",
             code="too-much-churn",
         )
     by_peer: dict[str, list[RoundRecord]] = defaultdict(list)
@@ -333,8 +334,8 @@ def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed:
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(
-            f"--peers: {machines.num} for pipeline.stages = {stages}: each volunteer is planned with one stage, on a "
-            f"machine of its own; allowed: {stages} or more",
+            f"--peers: {machines.num} volunteers cannot hold {stages} stages (pipeline.stages), since here each holds "
+            f"one; allowed: {stages} or more",
             code="too-few-peers",
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))

@@ -116,7 +116,7 @@ def test_a_limit_below_what_the_run_needs_says_so_at_once(monkeypatch: pytest.Mo
     assert kept.enforcer.change(pb.Limits(memory_bytes=10**9)) == "memory 1GB; it trains", "not known yet"
     pulse = Pulse(state=pb.PEER_STATE_TRAINING, doing="")
     board.watch(Watched(pulse=lambda: pulse, estimates=estimates_of(run, 14 * 10**6)))
-    needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} with 3 peers"
+    needs = f"this run needs about {size_in_words(estimate(run, 14 * 10**6, 3).memory_bytes)} of memory with 3 peers"
     said = kept.enforcer.change(pb.Limits(memory_bytes=10**9))
     assert said == f"memory 1GB, and {needs}: training pauses once it uses more than allowed; it trains"
     assert kept.enforcer.change(pb.Limits(memory_bytes=2 * 10**9)) == "memory 2GB; it trains"

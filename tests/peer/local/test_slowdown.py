@@ -222,8 +222,8 @@ def test_factors(text: str, factor: float) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "'' is no factor; write how many times slower, such as 2.6"),
-        ("fast", "'fast' is no factor"),
+        ("", "'' is not a factor; write how many times slower, such as 2.6"),
+        ("fast", "'fast' is not a factor"),
         ("0.5", "0.5 is refused; allowed: 1 (as fast as it can) to 1000 times slower"),
         ("-2", "-2 is refused"),
         ("nan", "nan is refused"),
