@@ -7,6 +7,8 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swarmtrain.protocol.gossip.partners import (
     VARIANTS,
@@ -34,6 +36,25 @@ def ledger_with(*versions: tuple[str, int, int, int], max_staleness_rounds: int 
 
 
 # ---------------------------------------------------------------- what is new
+
+
+PEERS, ROUNDS = st.sampled_from("abcd"), st.integers(0, 20)
+
+
+@given(
+    merged=st.dictionaries(PEERS, ROUNDS),
+    averaged=st.dictionaries(PEERS, st.tuples(ROUNDS, st.integers(0, 4))),
+    rounds=st.dictionaries(PEERS, ROUNDS),
+    reference=ROUNDS,
+)
+def test_whose_values_are_new_is_the_same_for_all_at_once_and_for_each(
+    merged: dict[str, int], averaged: dict[str, tuple[int, int]], rounds: dict[str, int], reference: int
+) -> None:
+    ledger = ledger_with(*((peer, round, 1, 100) for peer, round in merged.items()))
+    for peer, place in averaged.items():
+        ledger.values_merged("weights", peer, place)
+    each = {peer for peer, round in rounds.items() if ledger.has_new_values("weights", peer, (round, 0), reference)}
+    assert ledger.with_new_values("weights", rounds, reference) == each
 
 
 def test_a_new_round_enters_whole_and_a_later_part_with_the_differences() -> None:
