@@ -55,7 +55,7 @@ def find_external(key: str, name: str, kind: str, group: str) -> tuple[Any, str]
         return entry.load(), entry.value
     except Exception as error:  # importing runs the package's own code, which may raise anything
         raise RunFileError(
-            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask those who made it',
+            f'merge.{key} = "{name}": {entry.value} cannot be loaded: {error!r}; ask its authors',
             code="merge-package-broken",
         ) from None
 

@@ -56,7 +56,7 @@ def method_named(name: str) -> MergeMethod:
     method, place = find_external("method", name, "method", GROUP)
     if not isinstance(method, MergeMethod):
         raise RunFileError(
-            f'merge.method = "{name}": {place} is not a MergeMethod; ask those who made it', code="merge-package-broken"
+            f'merge.method = "{name}": {place} is not a MergeMethod; ask its authors', code="merge-package-broken"
         )
     return dataclasses.replace(method, name=name)
 

@@ -220,7 +220,7 @@ class CarriedRows:
                     signed, _PURPOSE, self.run_sha256, pb.ShardRow, max_bytes=_MAX_ROW_BYTES
                 )
             except BadBytesError as error:
-                _log.info("dropped a row of the data coverage: %s", error)
+                _log.info("ignored what a peer says of the data that it has seen: %s", error)
                 continue
             envelope = pb.Signed(payload=signed.payload, author=signed.author, signature=signed.signature)
             tokens = sum(message.tokens)

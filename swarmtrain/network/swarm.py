@@ -270,8 +270,12 @@ class Swarm:
 
     def _work_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("a network task failed", exc_info=error)
-            self.emit(WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke"))
+            _log.error("an error in the network code", exc_info=error)
+            self.emit(
+                WarningEvent(
+                    message=f"an error in this peer's network code ({error}); restart this peer", code="network-broke"
+                )
+            )
 
     async def _keep_present(self) -> None:
         while True:

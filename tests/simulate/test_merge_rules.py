@@ -159,7 +159,7 @@ def test_what_others_send_ends_no_process(
     install(("return (", f"return {result} # ("))
     mean = robust_mean(RULE, [torch.ones(3), torch.zeros(3)], [100, 100])
     assert mean is not None and mean.tolist() == [1, 1, 1], "its own"
-    assert "merging without other peers" in caplog.text
+    assert "this merge leaves out the other peers" in caplog.text
 
 
 def test_where_it_is_not_installed_nothing_is_begun(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def _records_untrusted(found: msgpack.ExtType) -> Any:
 
 def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> None:
     if len(response.results) != num_keys:
-        raise BadBytesError("an answer to another question", code="not-asked-for")
+        raise BadBytesError("an answer with another number of results than keys asked for", code="not-asked-for")
     for result in response.results:
         if max(len(result.nearest_node_ids), len(result.nearest_peer_ids)) > max_nearest:
             raise BadBytesError("an answer with too many nodes", code="bad-size")

@@ -126,12 +126,12 @@ class ReachabilityMonitor:
         outcomes = await asyncio.gather(*(ask_to_be_dialled(self.calls, peer, ports) for peer in asked))
         outside = [any(map(is_public, await self.calls.node.seen_at(peer))) for peer in asked]
         answers = from_outside([(_ANSWERS.get(outcome), far) for outcome, far in zip(outcomes, outside, strict=True)])
-        _log.info("reach: %s", self.reachability.told(answers, swarm_time(), self.rng))
+        _log.info("can others dial this peer: %s", self.reachability.told(answers, swarm_time(), self.rng))
 
     async def _keep_hosts(self) -> None:
         """Choose new hosts where needed, and call each host: the call keeps the connection to it, or opens another."""
         for change in self.choice.choose(host_candidates(self.membership.live()), swarm_time()):
-            _log.info("hosts: %s", change)
+            _log.info("hosts of this peer: %s", change)
         await asyncio.gather(*(self._call(host) for host in self.choice.chosen))
 
     async def _call(self, host: str) -> None:

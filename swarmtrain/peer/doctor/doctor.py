@@ -502,7 +502,7 @@ def check_rule(run: RunFile) -> Iterator[Finding]:
         mean_of(run.merge.robust)
     except RunFileError as error:
         what, _, advice = str(error).partition("; ")
-        yield Finding("run", "problem", what, advice or "ask those who made it")
+        yield Finding("run", "problem", what, advice or "ask its authors")
 
 
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:

@@ -222,20 +222,22 @@ def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[fl
     try:
         mean = mean_by_rule(gradients, factors)
     except Exception as error:
-        _log.warning('merge.robust = "%s": the rule failed (%r): merging without other peers', rule, error)
+        _log.warning('merge.robust = "%s": the rule failed (%r); this merge leaves out the other peers', rule, error)
         return own
     if versions != [gradient._version for gradient in gradients]:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule modifies its arguments; ask those who made it',
+            f'merge.robust = "{rule}": the rule modifies its arguments; ask its authors',
             code="merge-package-broken",
         )
     if not isinstance(mean, Tensor) or mean.shape != own.shape or mean.dtype is not own.dtype:
         raise RunTimeError(
-            f'merge.robust = "{rule}": the rule returned no fp32 vector of {own.numel()} numbers; '
-            "ask those who made it",
+            f'merge.robust = "{rule}": the rule did not return a vector of {own.numel()} fp32 numbers; ask its authors',
             code="merge-package-broken",
         )
     if not mean.isfinite().all():
-        _log.warning('merge.robust = "%s": the rule gave non-finite numbers: merging without other peers', rule)
+        _log.warning(
+            'merge.robust = "%s": the rule returned numbers that are not finite; this merge leaves out the other peers',
+            rule,
+        )
         return own
     return mean

@@ -45,7 +45,7 @@ def mean_of(rule: str) -> Mean | None:
     mean, place = find_external("robust", rule, "rule", GROUP)
     if not callable(mean):
         raise RunFileError(
-            f'merge.robust = "{rule}": {place} is not a function; ask those who made it', code="merge-package-broken"
+            f'merge.robust = "{rule}": {place} is not a function; ask its authors', code="merge-package-broken"
         )
     return mean  # type: ignore[no-any-return]
 

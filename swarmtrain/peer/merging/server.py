@@ -131,7 +131,9 @@ class MergeServer:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a server task failed", exc_info=error)
             self.swarm.emit(
-                WarningEvent(message=f"a network task failed ({error}); restart this peer", code="network-broke")
+                WarningEvent(
+                    message=f"an error in this peer's network code ({error}); restart this peer", code="network-broke"
+                )
             )
 
     def checkpoint(self, extra: Mapping[str, Any]) -> Checkpoint:

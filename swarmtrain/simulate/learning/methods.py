@@ -152,7 +152,7 @@ def scenario_method(name: str) -> Method:
     if not kind.learns:
         raise UserError(
             f"scenario.methods: {name} works with real peers only, since its package does not say how to simulate it; "
-            "ask those who made it",
+            "ask its authors",
             code="no-such-method",
         )
     return Method(says=kind.says, run=load_object(kind.learns), keys={"merge.method": name})
