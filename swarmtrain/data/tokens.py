@@ -166,7 +166,9 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
     """
     if not data:
         if vocabulary_size != NUM_BYTES:
-            raise BadBytesError(f"a run of {vocabulary_size} tokens came without its tokenizer", code="bad-format")
+            raise BadBytesError(
+                f"a run with a vocabulary of {vocabulary_size} tokens came without its tokenizer", code="bad-format"
+            )
         return ByteTokenizer()
     num_words, rest = divmod(len(data) - len(MAGIC), 4)
     if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:

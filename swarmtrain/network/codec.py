@@ -69,9 +69,9 @@ def vector_sha256(vector: Tensor) -> str:
 def vector_untrusted(data: bytearray | memoryview) -> Tensor:
     """Return an fp32 vector (N,) over the given 4 N writable bytes. Raises BadBytesError if it is not finite."""
     if not len(data) or len(data) % 4:
-        raise BadBytesError(f"{len(data)} bytes are no vector of fp32", code="bad-size")
+        raise BadBytesError(f"{len(data)} bytes are not a vector of fp32 numbers", code="bad-size")
     if not all_finite(data):
-        raise BadBytesError("a vector that is not finite", code="not-finite")
+        raise BadBytesError("a vector with numbers that are not finite", code="not-finite")
     return torch.frombuffer(data, dtype=torch.float32)
 
 
@@ -253,11 +253,12 @@ class ActivationCodec:
         """Return the tensor of this shape. Raises BadBytesError if the size is wrong or a number is not finite."""
         if len(data) != self.size_bytes(shape):
             raise BadBytesError(
-                f"{len(data)} bytes where {self.size_bytes(shape)} are {tuple(shape)} as {self.format}", code="bad-size"
+                f"{len(data)} bytes, where shape {tuple(shape)} in {self.format} takes {self.size_bytes(shape)}",
+                code="bad-size",
             )
         tensor = decode(torch.frombuffer(data, dtype=torch.uint8), self.format, [math.prod(shape)])
         if not bool(torch.isfinite(tensor).all()):
-            raise BadBytesError("activations that are not finite", code="not-finite")
+            raise BadBytesError("activations with numbers that are not finite", code="not-finite")
         return tensor.view(tuple(shape))
 
     @staticmethod
@@ -274,10 +275,10 @@ class ActivationCodec:
     def tokens_untrusted(data: bytearray, shape: Sequence[int], vocabulary_size: int) -> Tensor:
         """Return int64 tokens of this shape. Raises BadBytesError if the size is wrong or a token is unknown."""
         if len(data) != ActivationCodec.tokens_size_bytes(shape):
-            raise BadBytesError(f"{len(data)} bytes are not {tuple(shape)} tokens", code="bad-size")
+            raise BadBytesError(f"{len(data)} bytes are not tokens of shape {tuple(shape)}", code="bad-size")
         tokens = torch.frombuffer(data, dtype=torch.int32).to(torch.int64)
         if not bool(((tokens >= 0) & (tokens < vocabulary_size)).all()):
-            raise BadBytesError(f"a token that is not below {vocabulary_size}", code="bad-number")
+            raise BadBytesError(f"a token outside the vocabulary of {vocabulary_size}", code="bad-number")
         return tokens.view(tuple(shape))
 
 
@@ -292,7 +293,7 @@ def _check_finite_untrusted(vector: Tensor) -> None:
     Works piece by piece: on the whole vector torch would take twice its memory meanwhile.
     """
     if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(vector, _PIECE)):
-        raise BadBytesError("a publication that is not finite", code="not-finite")
+        raise BadBytesError("a publication with numbers that are not finite", code="not-finite")
 
 
 def _bytes_of(codes: Tensor) -> memoryview:

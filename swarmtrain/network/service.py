@@ -300,7 +300,7 @@ class PeerCalls:
             while not (message := await next_message(stream, self.stall_limit_s)).end:
                 data = message.data  # a copy, each time
                 if not data or size % CHUNK_BYTES:
-                    raise BadBytesError("a file of the run that comes in other pieces than it should", code="bad-size")
+                    raise BadBytesError("a file of the run in pieces of another size than agreed", code="bad-size")
                 parts.append(data)
                 size += len(data)
                 await stream.count(len(data))

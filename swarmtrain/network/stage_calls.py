@@ -102,7 +102,7 @@ async def _message_untrusted(reader: asyncio.StreamReader, kind: type[_M], limit
                 )
             return kind.FromString(await reader.readexactly(size))
     except DecodeError:
-        raise BadBytesError("what is no message", code="bad-format") from None
+        raise BadBytesError("bytes that are not a message", code="bad-format") from None
     except TimeoutError:
         raise StalledError(f"it says nothing for {limit_s:g} s") from None
     except (OSError, EOFError) as error:
@@ -191,7 +191,7 @@ class StageClient:
 def _raise_status_untrusted(answer: pb.StageAnswer) -> None:
     reason = answer.reason[:200]
     if not reason.isprintable():
-        raise BadBytesError("a reason that is no text", code="bad-format")
+        raise BadBytesError("a reason that is not text", code="bad-format")
     match answer.status:
         case pb.StageAnswer.STATUS_OK:
             return

@@ -44,6 +44,6 @@ def check_token_rows_untrusted(manifest: pb.Manifest) -> None:
         )
     counted = {item.peer: item.tokens for item in manifest.peer_tokens}
     if not all(map(is_peer_id, counted)):
-        raise BadBytesError("a state with the tokens of one who is no peer", code="bad-format")
+        raise BadBytesError("a state with tokens of an invalid peer", code="bad-format")
     if sum(counted.values()) != manifest.run_tokens:
         raise BadBytesError("a state whose peers' tokens do not add up to the run's", code="bad-tokens")

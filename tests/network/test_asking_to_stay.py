@@ -168,7 +168,7 @@ def test_a_question_with_tensors_is_refused_before_they_are_read_and_nothing_is_
     async def body(wire: Wire) -> None:
         answer = await wire.raw(pb.StageQuestion(stage=1, kind=pb.STAGE_KIND_STAY, tensors=[tensor] * number))
         assert answer.status == pb.StageAnswer.STATUS_REFUSED
-        assert answer.reason == "tensors in a question that has none" and not answer.stays_s
+        assert answer.reason == "tensors in a question of a kind that has none" and not answer.stays_s
         assert wire.refused == [("d", answer.reason)] and not wire.asked
 
     _on_wire(body)

@@ -208,19 +208,19 @@ def _shape(*shape: int, size_bytes: int | None = None, form: str = "fp32") -> pb
 
 BAD_QUESTIONS: dict[str, tuple[str, pb.StageQuestion, str]] = {
     "too many sequences": ("p", _question(), "at most 2 sequences of 8 tokens"),
-    "another width": ("p", _question(), r"\(B, T, 4\) is needed"),
-    "fewer dimensions": ("p", _question(), r"\(B, T, 4\) is needed"),
+    "another width": ("p", _question(), r"\(sequences, tokens, 4\) is needed"),
+    "fewer dimensions": ("p", _question(), r"\(sequences, tokens, 4\) is needed"),
     "nothing": ("p", _question(), "at most 2 sequences"),
     "another size": ("p", _question(), "in 12 bytes"),
     "another format": ("p", _question(), "another format than this run's fp32"),
     "no tensors": ("p", _question(), "with 0 tensors"),
     "more tokens than there are": ("p", _question(tokens=1000), "claims 1000 tokens"),
     "a kind that is none": ("p", _question(kind=pb.STAGE_KIND_UNSPECIFIED), "kind 0"),
-    "a tail to a stage between": ("p", _question(kind=pb.STAGE_KIND_TAIL), "to this stage"),
-    "a forward to the last stage": ("q", _question(stage=2), "to this stage"),
-    "targets of another shape": ("q", _question(stage=2, kind=pb.STAGE_KIND_TAIL), r"not \(2, 8\) tokens"),
-    "a settlement with tensors": ("p", _question(kind=pb.STAGE_KIND_SETTLE), "1 tensors"),
-    "a loss that is none": ("p", _question(kind=pb.STAGE_KIND_SETTLE), "a loss that is none"),
+    "a tail to a stage between": ("p", _question(kind=pb.STAGE_KIND_TAIL), "which this stage does not answer"),
+    "a forward to the last stage": ("q", _question(stage=2), "which this stage does not answer"),
+    "targets of another shape": ("q", _question(stage=2, kind=pb.STAGE_KIND_TAIL), r"not tokens of shape \(2, 8\)"),
+    "a settlement with tensors": ("p", _question(kind=pb.STAGE_KIND_SETTLE), r"with tensors \(1\)"),
+    "a loss that is none": ("p", _question(kind=pb.STAGE_KIND_SETTLE), "an impossible loss"),
 }
 for _name, _tensors in {
     "too many sequences": [_shape(3, 8, 4)],
@@ -266,9 +266,9 @@ BAD_BODIES = {
             X.numpy().tobytes() + (TARGETS + 250).to(torch.int32).numpy().tobytes(),
         ),
         "q",
-        "a token that is not below 256",
+        "a token outside the vocabulary of 256",
     ),
-    "no message": (b"\x00\x00\x00\x04abcd", "p", "no message"),
+    "no message": (b"\x00\x00\x00\x04abcd", "p", "not a message"),
     "a message without end": (b"\xff\xff\xff\xff", "p", "at most 262144 are accepted"),
 }
 
@@ -430,9 +430,9 @@ BAD_ANSWERS: dict[str, tuple[bytes, type[PeerError], str]] = {
     "a reason for the terminal": (
         _answer(status=pb.StageAnswer.STATUS_GONE, reason="\x1b[2J"),
         BadBytesError,
-        "no text",
+        "not text",
     ),
-    "garbage": (b"\x00\x00\x00\x04abcd", BadBytesError, "no message"),
+    "garbage": (b"\x00\x00\x00\x04abcd", BadBytesError, "not a message"),
 }
 
 

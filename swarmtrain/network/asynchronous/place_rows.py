@@ -34,11 +34,12 @@ def check_place_rows_untrusted(manifest: pb.Manifest) -> None:
     """Raise BadBytesError if there are too many rows, or if one names no peer or a round out of range."""
     if len(manifest.entered) > _MAX_ROWS_READ:
         raise BadBytesError(
-            f"a state with {len(manifest.entered)} rows of what entered it, more than {_MAX_ROWS_READ}", code="bad-size"
+            f"a state with {len(manifest.entered)} publications that entered it, more than {_MAX_ROWS_READ}",
+            code="bad-size",
         )
     if not all(is_peer_id(item.peer) and item.round < _MOST_ROUNDS for item in manifest.entered):
         raise BadBytesError(
-            "a state that what one who is no peer published entered, or a round out of range", code="bad-number"
+            "a state that names an invalid peer, or a round out of range, among what entered it", code="bad-number"
         )
 
 

@@ -99,10 +99,12 @@ def group_untrusted(request: pb.PublicationRequest, groups: Collection[GroupName
     if not request.section:
         return _WEIGHTS if request.weights else _GRADIENT
     if len(request.section.encode()) > _MAX_NAME_BYTES:
-        raise BadBytesError(f"it asks for a section whose name has more than {_MAX_NAME_BYTES} bytes", code="bad-size")
+        raise BadBytesError(
+            f"it asks for a tensor group whose name has more than {_MAX_NAME_BYTES} bytes", code="bad-size"
+        )
     if request.section not in groups:
         raise BadBytesError(
-            f"it asks for a section that this run does not have: {request.section!r}", code="not-asked-for"
+            f"it asks for a tensor group that this run does not have: {request.section!r}", code="not-asked-for"
         )
     return request.section
 
@@ -128,19 +130,22 @@ def publication_untrusted(
         raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
     if manifest.fragment != rules.fragment:
         raise BadBytesError(
-            f"a publication of fragment {manifest.fragment} in place of {rules.fragment}", code="not-asked-for"
+            f"a publication of fragment {manifest.fragment}, where {rules.fragment} was asked for", code="not-asked-for"
         )
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
-        raise BadBytesError(f"a publication with part {manifest.part} of a round's {rules.num_parts}", code="bad-round")
+        raise BadBytesError(
+            f"a publication of part {manifest.part}, where a round has {rules.num_parts} parts", code="bad-round"
+        )
     # Each step trains on at least one token. Weights at a round's beginning (part 0) have no steps yet.
     most, least = (rules.max_tokens, 1) if manifest.part else (0, 0)
     if not (least <= manifest.inner_steps <= manifest.tokens <= most):
         raise BadBytesError(
-            f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps", code="bad-tokens"
+            f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps, which cannot be",
+            code="bad-tokens",
         )
     if not manifest.tokens <= manifest.author_tokens < 2**60:
         raise BadBytesError(
-            "a publication that counts more tokens in its round than its author in all", code="bad-tokens"
+            "a publication that counts more tokens in its round than in all rounds of its author", code="bad-tokens"
         )
     return empty_held(snapshot), PublicationVersion(manifest.round, manifest.part, manifest.tokens)
 

@@ -202,15 +202,16 @@ class GradientReceiver:
     def _check_untrusted(self, manifest: pb.Manifest) -> None:
         if manifest.part != 1:
             raise BadBytesError(
-                f"a publication with part {manifest.part}, where rounds are handed in whole", code="bad-round"
+                f"a publication of part {manifest.part} of a round, where rounds are handed in whole", code="bad-round"
             )
         if not 0 < manifest.inner_steps <= manifest.tokens <= self.rules.max_tokens:
             raise BadBytesError(
-                f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps", code="bad-tokens"
+                f"a publication that claims {manifest.tokens} tokens in {manifest.inner_steps} steps, which cannot be",
+                code="bad-tokens",
             )
         if not manifest.tokens <= manifest.author_tokens < 2**60 or manifest.arrivals >= 2**60:
             raise BadBytesError(
-                "a publication that counts more tokens in its round than its author in all", code="bad-tokens"
+                "a publication that counts more tokens in its round than in all rounds of its author", code="bad-tokens"
             )
 
 
@@ -386,10 +387,13 @@ class ServerLink:
         Raises BadBytesError when the manifest is invalid.
         """
         if manifest.round != manifest.arrivals:
-            raise BadBytesError("a publication of weights of another round than their arrivals", code="bad-round")
+            raise BadBytesError(
+                "a publication of weights whose round is not the number of gradients in them", code="bad-round"
+            )
         if len(manifest.peer_tokens) > _MAX_ROWS:
             raise BadBytesError(
-                f"a manifest with {len(manifest.peer_tokens)} rows of tokens, more than {_MAX_ROWS}", code="bad-size"
+                f"a manifest with the tokens of {len(manifest.peer_tokens)} peers, more than {_MAX_ROWS}",
+                code="bad-size",
             )
         for item in manifest.peer_tokens:
             self.counted(peer_id_from_bytes_untrusted(item.peer), item.tokens)

@@ -176,7 +176,7 @@ class StateFetcher:
                     self.calls, peer, held, self.settings.pull, range(math.ceil(size_bytes / CHUNK_BYTES))
                 )
                 if not await asyncio.to_thread(all_finite, held.part(0, size_bytes)):
-                    raise BadBytesError("a state that is not finite", code="not-finite")
+                    raise BadBytesError("a state with numbers that are not finite", code="not-finite")
             return FetchedState(peer=peer, held=held, whole=whole)
         except PeerError as error:
             self._blame(peer, error)

@@ -42,7 +42,7 @@ def _loads_untrusted(data: bytes) -> Any:
         found = msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=MAX_BUCKET_BYTES)
         return _records_untrusted(found) if isinstance(found, msgpack.ExtType) else found
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError("no value, subkey or bucket of the DHT", code="bad-size") from error
+        raise BadBytesError("not a value, subkey or bucket of the DHT", code="bad-size") from error
 
 
 def _records_untrusted(found: msgpack.ExtType) -> Any:
@@ -68,7 +68,7 @@ def _check_answer_untrusted(response: Any, num_keys: int, max_nearest: int) -> N
             raise BadBytesError("an answer with too many nodes", code="bad-size")
         # Conversion to base 58 takes quadratic time.
         if any(len(peer) > _MAX_PEER_ID_BYTES for peer in result.nearest_peer_ids):
-            raise BadBytesError("an answer with a PeerID that is none", code="bad-format")
+            raise BadBytesError("an answer with an invalid PeerID", code="bad-format")
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def _bounded_protocol() -> Any:
 
         async def rpc_find(self, request: Any, context: Any) -> Any:
             if len(request.keys) > _MAX_FOUND:
-                raise BadBytesError(f"more than {_MAX_FOUND} keys asked for", code="bad-size")
+                raise BadBytesError(f"it asks for more than {_MAX_FOUND} keys", code="bad-size")
             return await super().rpc_find(request, context)
 
         async def rpc_store(self, request: Any, context: Any) -> Any:

@@ -139,16 +139,16 @@ def place_from_proto_untrusted(peer: str, message: pb.Place, stamp: float) -> St
     """Return the place in a pipeline that `peer` advertises. Raises BadBytesError if a field is out of range."""
     lists = message.stages, message.moving_to, message.bound
     if any(len(each) > _MAX_STAGES or list(each) != sorted(set(each)) for each in lists):
-        raise BadBytesError("a presence with stages that are no ascending list", code="bad-presence")
+        raise BadBytesError("a presence with stages that are not in ascending order", code="bad-presence")
     num_kept = len(message.kept)
     if num_kept > MAX_KEPT or len(set(message.kept)) < num_kept or len(message.kept_rounds) != num_kept:
         raise BadBytesError("a presence with checkpoints of too many stages", code="bad-presence")
     known = all(stage < _MAX_STAGES for each in (*lists, message.kept) for stage in each)
     if not known or not 1 <= message.most_stages <= _MAX_STAGES:
-        raise BadBytesError("a presence with a stage that no run has", code="bad-presence")
+        raise BadBytesError("a presence with a stage number out of range", code="bad-presence")
     numbers = message.tokens_per_s, message.move_s, message.queue, message.flow_tokens_per_s
     if not all(0 <= number < 1e12 for number in numbers):  # false for NaN too
-        raise BadBytesError("a presence with a speed of a stage out of range", code="bad-presence")
+        raise BadBytesError("a presence with the speed of a stage out of range", code="bad-presence")
     return StagePeer(
         peer=peer,
         stages=tuple(message.stages),
@@ -224,7 +224,9 @@ def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
 def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
     """Return (stage, tokens) of a progress record. Raises BadBytesError if a field is out of range."""
     if message.stage >= num_stages:
-        raise BadBytesError(f"a progress record of stage {message.stage}; the run has {num_stages}", code="bad-number")
+        raise BadBytesError(
+            f"a progress record of stage {message.stage}, where the run has {num_stages} stages", code="bad-number"
+        )
     if message.tokens >= 2**60 or message.round >= 2**40:
         raise BadBytesError("a progress record with a field out of range", code="bad-number")
     return message.stage, message.tokens
@@ -261,7 +263,7 @@ def _unpack_untrusted(data: bytes, what: str) -> Any:
     try:
         return msgpack.unpackb(data, raw=False, max_array_len=0, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise BadBytesError(f"malformed: {what} is no msgpack", code="bad-format") from error
+        raise BadBytesError(f"malformed: {what} is not msgpack", code="bad-format") from error
 
 
 @dataclass
@@ -286,11 +288,11 @@ class RecordRules:
             raise BadBytesError(f"oversized: {len(value)} bytes", code="bad-size")
         now = swarm_time()
         if not (now - 60 < expiry_s < now + _MAX_LIFETIME_S):
-            raise BadBytesError("expired: or one that lives too long", code="bad-time")
+            raise BadBytesError("expired: it has expired, or its lifetime is too long", code="bad-time")
         _check_signed_untrusted(key, subkey, value, expiry_s)
         record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
         if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
-            raise BadBytesError("expired: or a presence that lives too long", code="bad-time")
+            raise BadBytesError("expired: it has expired, or its lifetime is too long for a presence", code="bad-time")
         return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:

@@ -186,7 +186,7 @@ def _time_in_words(unix_s: float) -> str:
     try:
         return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):  # whatever a peer says
-        return "no date that there is"
+        return "an impossible date"
 
 
 def version_fields(needs: Needs) -> dict[str, Any]:
@@ -219,7 +219,7 @@ async def fetch_published(
     run = parse(data, calls.run_sha256)
     published = run.published
     if published is None:
-        raise BadBytesError("a run that was never published", code="bad-format")
+        raise BadBytesError("a run file that no bootstrap published", code="bad-format")
     held_out = await get(published.held_out_sha256, published.held_out_bytes)
     tokenizer = b""
     if published.tokenizer_sha256 is not None:

@@ -92,7 +92,7 @@ class TokenAccounting:
 
     def _read_untrusted(self, peer: str, record: pb.Record, prefix: str, claimed_per_s: float) -> None:
         if record.WhichOneof("body") != "progress" or bucket_of(peer, len(prefix)) != prefix:
-            raise BadBytesError("a progress record that is none, or in a place that is not its own", code="bad-sender")
+            raise BadBytesError("an invalid progress record, or one in another peer's place", code="bad-sender")
         stage, tokens = progress_from_proto_untrusted(record.progress)
         now = self.clock()
         with self._lock:

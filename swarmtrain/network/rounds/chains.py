@@ -38,7 +38,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
     """
     num_manifests = sum(len(link.manifests) for link in message.links)
     if not 1 <= len(message.links) <= MAX_LINKS or num_manifests > _MAX_MANIFESTS:
-        raise BadBytesError("a chain of rosters of a size out of range", code="bad-size")
+        raise BadBytesError("a chain with too few or too many rosters", code="bad-size")
     links, signed = [], {}
     for link in message.links:
         roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens)
@@ -56,7 +56,7 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
     snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
-        raise BadBytesError("a chain with manifests of other entries than its rosters have", code="bad-chain")
+        raise BadBytesError("a chain with manifests of publications that are not on its rosters", code="bad-chain")
     return snapshot.author, snapshot.manifest.tokens
 
 
@@ -127,7 +127,7 @@ class ChainStore(Chains[pb.ChainLink]):
         try:
             message = pb.RosterChain.FromString(base64.b64decode(kept, validate=True))
         except (DecodeError, ValueError, TypeError) as error:
-            raise BadBytesError(f"a kept chain of rosters that cannot be read: {error}", code="bad-chain") from error
+            raise BadBytesError(f"a saved chain of rosters that cannot be read: {error}", code="bad-chain") from error
         if message.links:
             self.keep(chain_untrusted(message, self.chain, settings))
 

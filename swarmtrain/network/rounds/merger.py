@@ -158,7 +158,7 @@ class Merger:
         weights = [entry.tokens for entry in roster.entries]
         mean, left_out = await asyncio.to_thread(self._average, parts, weights)
         for index in left_out:
-            error = BadBytesError("a pseudo-gradient that is not finite", code="not-finite")
+            error = BadBytesError("a pseudo-gradient with numbers that are not finite", code="not-finite")
             self.downloads.refused(roster.entries[index].peer, error)
         return mean
 
@@ -240,7 +240,7 @@ class _MergeInShares:
                     snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
                     manifest = snapshot.manifest
                     if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
-                        raise BadBytesError("a share of another peer, round or index", code="bad-round")
+                        raise BadBytesError("a share of another peer, round or index than asked for", code="bad-round")
                     held = empty_held(snapshot)
                     await downloads.pull(held, range(snapshot.num_chunks), [owner])
                     # A share is used as it is, and its owner can write anything into it.

@@ -43,7 +43,7 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
     """
     signer, message = open_signed_untrusted(signed, "roster", run_sha256, pb.Roster)
     if not 1 <= len(message.entries) <= _MAX_ENTRIES or message.attempt > _MAX_ENTRIES:
-        raise BadBytesError("a roster of a size or attempt out of range", code="bad-size")
+        raise BadBytesError("a roster with its size or attempt out of range", code="bad-size")
     if len(message.base) != (32 if message.round else 0) or message.round >= 2**40:
         raise BadBytesError("a roster with a malformed base or round", code="bad-format")
     # Only the signer's word, bounded here; the chain of rosters is what counts (decision 50).
@@ -65,7 +65,7 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
     if peers != sorted(set(peers)) or any(len(entry.snapshot) != 64 for entry in entries):
         raise BadBytesError("a roster that is not sorted by peer, or with a malformed hash", code="bad-format")
     if any(not 0 < entry.tokens <= max_tokens for entry in entries):
-        raise BadBytesError("a roster that counts more tokens than a round has", code="bad-tokens")
+        raise BadBytesError("a roster that counts more tokens for a peer than a round has", code="bad-tokens")
     return Roster(
         round=message.round,
         signer=signer,
@@ -118,7 +118,7 @@ def check_publication(snapshot: Snapshot, peer: str, round: int, max_tokens: int
     """Raise BadBytesError unless this is a pseudo-gradient of `peer` for `round` with 1 to `max_tokens` tokens."""
     manifest = snapshot.manifest
     if snapshot.author != peer or manifest.round != round or len(manifest.roster_sha256) != (32 if round else 0):
-        raise BadBytesError("a publication of another peer or round", code="bad-round")
+        raise BadBytesError("a publication of another peer or round than asked for", code="bad-round")
     if not 0 < manifest.tokens <= max_tokens:
         raise BadBytesError(
             f"a publication that claims {manifest.tokens} tokens, not between 1 and {max_tokens}", code="bad-tokens"

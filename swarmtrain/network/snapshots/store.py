@@ -212,7 +212,7 @@ def manifest_untrusted(signed: pb.Signed, run_sha256: str, kind: int, *tables: S
     """
     author, manifest = open_signed_untrusted(signed, "manifest", run_sha256, pb.Manifest)
     if manifest.run_sha256.hex() != run_sha256 or manifest.author != signed.author or manifest.kind != kind:
-        raise BadBytesError("a manifest of another run, author or kind", code="not-asked-for")
+        raise BadBytesError("a manifest of another run, author or kind than asked for", code="not-asked-for")
     is_like = len(manifest.tensors) in map(len, tables) and all(len(t.shape) <= _MAX_AXES for t in manifest.tensors)
     table = tuple(TensorSpec(t.name, tuple(t.shape), t.dtype) for t in manifest.tensors) if is_like else ()
     is_known = is_like and any(table == tuple(one) for one in tables)
@@ -573,7 +573,7 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
         finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
         if not (await next_message(stream, limits.stall_limit_s)).end:
-            raise BadBytesError("a stream without an end", code="bad-stream")
+            raise BadBytesError("a transfer that continues after its last chunk", code="bad-stream")
     finally:
         await stream.aclose()
 
@@ -632,7 +632,7 @@ class _Check:
         for chunk in chunks:
             if not held.snapshot.chunk_is(chunk, held.room(chunk)):
                 raise BadBytesError(
-                    f"wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}", code="bad-hash"
+                    f"a wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}", code="bad-hash"
                 )
             held.have.add(chunk)
 

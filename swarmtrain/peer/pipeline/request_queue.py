@@ -107,7 +107,8 @@ class StageRequestQueue:
             needed, got = (getattr(each, "shape", None) for each in (forward, payload))
             if needed != got:
                 raise BadBytesError(
-                    f"a gradient of shape {tuple(got or ())} for an answer of {tuple(needed or ())}", code="bad-shape"
+                    f"a gradient of shape {tuple(got or ())} for activations of shape {tuple(needed or ())}",
+                    code="bad-shape",
                 )
 
     def settle(self, driver: str, settlement: Settlement) -> set[Key]:

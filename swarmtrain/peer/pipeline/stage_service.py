@@ -74,18 +74,24 @@ class StageShapes:
             raise BadBytesError(f"activations in another format than this run's {self.activations}", code="bad-format")
         if len(shape) != 3 or shape[2] != self.width:
             raise BadBytesError(
-                f"activations of shape {shape[:8]}, where (B, T, {self.width}) is needed", code="bad-shape"
+                f"activations of shape {shape[:8]}, where (sequences, tokens, {self.width}) is needed", code="bad-shape"
             )
         self._check_microbatch_untrusted(shape)
         if tensor.size_bytes != self.codec.size_bytes(shape):
-            raise BadBytesError(f"activations of shape {shape} in {tensor.size_bytes} bytes", code="bad-size")
+            raise BadBytesError(
+                f"activations of shape {shape} in {tensor.size_bytes} bytes, not {self.codec.size_bytes(shape)}",
+                code="bad-size",
+            )
 
     def check_tokens_untrusted(self, tensor: pb.StageTensor, shape: tuple[int, ...]) -> None:
         """Raise BadBytesError if these are not tokens of this shape."""
         if tensor.format != _TOKENS or tuple(tensor.shape) != shape:
-            raise BadBytesError(f"targets that are not {shape} tokens", code="bad-shape")
+            raise BadBytesError(f"targets that are not tokens of shape {shape}", code="bad-shape")
         if tensor.size_bytes != self.codec.tokens_size_bytes(shape):
-            raise BadBytesError(f"targets of shape {shape} in {tensor.size_bytes} bytes", code="bad-size")
+            raise BadBytesError(
+                f"targets of shape {shape} in {tensor.size_bytes} bytes, not {self.codec.tokens_size_bytes(shape)}",
+                code="bad-size",
+            )
 
     def _check_microbatch_untrusted(self, shape: tuple[int, ...]) -> None:
         if not (0 < shape[0] <= self.most_sequences and 0 < shape[1] <= self.context_tokens):
@@ -116,30 +122,36 @@ class StageServer:
         tensors = list(question.tensors)
         if question.kind == pb.STAGE_KIND_STAY:
             if tensors:
-                raise BadBytesError("tensors in a question that has none", code="bad-shape")
+                raise BadBytesError("tensors in a question of a kind that has none", code="bad-shape")
             return
         if question.kind == pb.STAGE_KIND_SETTLE:
             keys = len(question.settlement.acknowledged) + len(question.settlement.dropped)
             if tensors or keys > _MAX_KEYS:
-                raise BadBytesError(f"a settlement of {keys} microbatches and {len(tensors)} tensors", code="bad-shape")
+                raise BadBytesError(
+                    f"a settlement with too many microbatches ({keys}), or with tensors ({len(tensors)})",
+                    code="bad-shape",
+                )
             if not all(0 <= key.loss <= _MAX_LOSS for key in question.settlement.acknowledged):
-                raise BadBytesError("a settlement with a loss that is none", code="not-finite")
+                raise BadBytesError("a settlement with an impossible loss", code="not-finite")
             return
         kind = _OF_KINDS.get(question.kind)
         is_last = question.stage == self.num_stages - 1
         if kind is None or (kind == "tail") != is_last or len(tensors) != (2 if kind == "tail" else 1):
             raise BadBytesError(
-                f"a question of kind {question.kind} with {len(tensors)} tensors to this stage", code="bad-shape"
+                f"a question of kind {question.kind} with {len(tensors)} tensors, which this stage does not answer",
+                code="bad-shape",
             )
         if question.stage == 0:
-            raise BadBytesError("a question to the first stage, which is its driver's own", code="not-asked-for")
+            raise BadBytesError(
+                "a question to the first stage, which only its own driver may ask", code="not-asked-for"
+            )
         self.shapes.check_untrusted(tensors[0])
         shape = tuple(tensors[0].shape)
         if kind == "tail":
             self.shapes.check_tokens_untrusted(tensors[1], shape[:2])
         if question.tokens != math.prod(shape[:2]):
             raise BadBytesError(
-                f"a microbatch of shape {shape} that claims {question.tokens} tokens", code="bad-tokens"
+                f"a microbatch of shape {shape} that claims {question.tokens} tokens, another number", code="bad-tokens"
             )
         # BUSY comes before the tensors are read, so that asking again costs a round trip and no transfer (decision 38).
         queue.check(_key(caller, question.key), kind)
@@ -228,7 +240,7 @@ class WireCalls:
         body = [await self._encoded(x), self.shapes.codec.encode_tokens(targets)]
         answer, gradient = await self._ask(peer, _question(attempt, "tail", described), body, tuple(x.shape))
         if not 0 <= answer.loss <= _MAX_LOSS:  # NaN too
-            raise BadBytesError("a loss that is none", code="not-finite")
+            raise BadBytesError("an impossible loss", code="not-finite")
         return StageResult(Tail(answer.loss, gradient), answer.life)
 
     async def settle(self, peer: str, stage: int, settlement: Settlement) -> set[Key]:
@@ -254,7 +266,7 @@ class WireCalls:
         except TimeoutError:
             raise UnreachableError(f"no answer within {_ASK_TO_STAY_S:g} s") from None
         if not 0 <= answer.stays_s <= _MOST_STAY_S:
-            raise BadBytesError(f"a promise for {answer.stays_s:g} s", code="bad-number")
+            raise BadBytesError(f"a promise to stay for {answer.stays_s:g} s, which is out of range", code="bad-number")
         return answer.stays_s, answer.reason[:_MAX_REASON]
 
     async def _activations(self, peer: str, attempt: StageAttempt, kind: Kind, x: Tensor) -> StageResult:
@@ -309,4 +321,4 @@ def _question(attempt: StageAttempt, kind: Kind, tensors: list[pb.StageTensor]) 
 
 def _nothing_untrusted(answer: pb.StageAnswer) -> None:
     if answer.tensors:
-        raise BadBytesError("tensors in an answer that has none", code="bad-shape")
+        raise BadBytesError("tensors in an answer of a kind that has none", code="bad-shape")

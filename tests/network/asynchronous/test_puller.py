@@ -407,7 +407,7 @@ def test_what_is_wrong_is_named() -> None:
         ben.publish(0, 9, 100)
         me.begin(0)
         await until(lambda: me.refused)
-        assert me.refused == [(BEN.peer_id, "a publication with part 9 of a round's 4")]
+        assert me.refused == [(BEN.peer_id, "a publication of part 9, where a round has 4 parts")]
         assert me.engine.merged_version(0, BEN.peer_id) is None
         await me.gossip.stop()
 

@@ -70,7 +70,7 @@ def test_each_peer_and_stage_is_told_by_itself(monkeypatch: pytest.MonkeyPatch) 
 def test_who_answers_what_it_must_not_is_handed_on_and_what_is_lost_is_counted() -> None:
     refused: list[tuple[str, PeerError]] = []
     retries = TellRetries(lambda event: pytest.fail("no event"), lambda *told: refused.append(told))
-    error = BadBytesError("a loss that is none")
+    error = BadBytesError("an impossible loss")
     retries.refused("p", error)
     retries.lost(1, "p", Key("d", 3, 0), "too late")
     retries.lost(2, "q", Key("d", 3, 0), "too late")
