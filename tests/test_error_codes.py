@@ -23,7 +23,7 @@ from swarmtrain.network.refusals import RULES, Refusals, rule_of
 FROZEN = """
 address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
 bad-address bad-assignment bad-bytes bad-chain bad-format bad-hash bad-limit bad-name bad-number bad-plot-name
-bad-presence bad-round bad-stream
+bad-presence bad-publication bad-round bad-stream
 bad-sender bad-shape bad-signature bad-size bad-stages bad-time bad-tokens bad-trace bad-value broken-off bug busy
 checkpoint-mismatch checkpoint-not-finite checkpoint-not-written checkpoint-partly-used checkpoint-unusable
 checkpoints-again clock-differs clock-outlier clock-skew crowded-machine daemon-died daemon-not-started
@@ -182,6 +182,8 @@ def test_events_carry_the_code(event: WarningEvent | ErrorEvent) -> None:
 
 def test_the_rules_of_refusals_are_found_by_codes_that_exist() -> None:
     assert set(RULES) <= set(CODES)
+    rules = {"bad-publication": "publication", "bad-tokens": "tokens", "bad-chain": "format", "bad-sender": "format"}
+    assert {code: rule_of(code) for code in rules} == rules
     assert rule_of("bad-hash") == "hash" and rule_of("bad-bytes") == rule_of("") == "format"
 
 

@@ -8,6 +8,7 @@ import click
 
 from swarmtrain.cli.common import PEERS_ASSUMED, finite, limit
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.words import counted
 
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
@@ -33,7 +34,7 @@ def peers_for(run: RunFile, peers: int | None) -> int:
         return max(PEERS_ASSUMED, stages)
     if peers < stages:
         raise OptionsError(
-            f"--peers: {peers} volunteers cannot hold {stages} stages (pipeline.stages), since here each holds one; "
+            f"--peers: {counted(peers, 'volunteer')} cannot hold {stages} stages (pipeline.stages), since here each holds one; "
             f"allowed: {stages} or more (swarmtrain local can run fewer)",
             code="too-few-peers",
         )

@@ -17,11 +17,10 @@ _log = logging.getLogger(__name__)
 _AGAIN_S = 60.0
 RULES = {
     "against-own": "direction",
-    "bad-chain": "tokens",
     "bad-hash": "hash",
     "bad-presence": "presence",
+    "bad-publication": "publication",
     "bad-round": "round",
-    "bad-sender": "publication",
     "bad-shape": "shape",
     "bad-signature": "signature",
     "bad-size": "size",

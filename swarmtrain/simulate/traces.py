@@ -163,6 +163,10 @@ def _columns(cells: list[str], where: str) -> list[str]:
 
 def _row(cells: Mapping[str, str], where: str, num_peers: int) -> _Row:
     peer = cells["peer"]
+    if not peer:
+        raise UserError(
+            f"{where}: peer: is empty; give the number of a volunteer, 0 to {num_peers - 1}", code="no-such-volunteer"
+        )
     if not (peer.isascii() and peer.isdigit() and int(peer) < num_peers):
         raise UserError(
             f"{where}: peer: there is no volunteer {_shown(peer)}; the {num_peers} volunteers are 0 to {num_peers - 1}",

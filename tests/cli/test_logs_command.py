@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +58,32 @@ def test_lines_of_older_files_come_before(tmp_path: Path) -> None:
             assert log.last_lines(number) == [f"line {each}" for each in range(max(0, 6 - number), 6)]
 
 
+def test_only_files_of_the_rotation_are_older_logs(tmp_path: Path) -> None:
+    for name, first, end in (("peer.log.10", 0, 1), ("peer.log.9", 1, 2), ("peer.log", 2, 3)):
+        write(tmp_path, name, first, end)
+    for name in ("peer.log.1.gz", "peer.log.1~", "peer.log.2-before", "peer.log.gz"):
+        (tmp_path / name).write_bytes(b"a person's own\n")
+    with LogReader(tmp_path / "peer.log") as log:
+        assert log.last_lines(100) == ["line 0", "line 1", "line 2"]
+
+
+def test_more_lines_than_any_log_has_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["logs", "--dir", str(tmp_path), "-n", str(2**63)]) == 2
+    assert "0<=x<=1000000" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_ends_it_in_silence(tmp_path: Path) -> None:
+    with living(FakePeer(tmp_path / "anna").start()) as peer:
+        write(peer.folder, "peer.log", 0, 50_000)
+        command = [sys.executable, "-m", "swarmtrain.cli", "logs", "-n", "50000", "--dir", str(peer.folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"line 0\n"
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 1
+
+
 def test_what_a_terminal_would_obey_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "peer.log").write_bytes(b"a\x1b[2J\tb\xff\r\n")
     with LogReader(tmp_path / "peer.log") as log:
@@ -68,6 +96,16 @@ def test_a_line_is_printed_once_it_is_whole(tmp_path: Path) -> None:
     with path.open("ab", buffering=0) as file:
         steps = [lambda text=text: file.write(text) for text in (b"one\ntw", b"o\n", "größer".encode()[:3], b"\xb6")]
         assert followed(path, [*steps, lambda: None]) == ["one", "two", "grö"]
+
+
+def test_a_line_that_was_half_written_at_first_is_printed_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "peer.log"
+    for before, first in ((b"one\ntw", ["one"]), (b"tw", []), (b"one\n", ["one"])):
+        path.write_bytes(before)
+        with LogReader(path) as log, path.open("ab", buffering=0) as file:
+            assert log.last_lines(5, only_whole=True) == first
+            rest = b"o\n" if before.endswith(b"tw") else b"two\n"
+            assert list(log.new_lines(lambda file=file, rest=rest: not file.write(rest), lambda: None)) == ["two"]
 
 
 def test_following_loses_nothing_when_the_log_is_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

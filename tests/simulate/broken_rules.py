@@ -114,8 +114,8 @@ def signers_are_believed(patch: Patch) -> None:
         return -1 if chain.head is None else chain.head.base_tokens
 
     patch.setattr(chains, "chain_holds", lambda theirs, ours, *_, **__: behind(theirs) > behind(ours))
-    patch.setattr(state_search, "flaw", lambda chain, ours: "")
-    patch.setattr(chains.Chains, "wrong_with", lambda self, roster: "")
+    patch.setattr(state_search, "flaw", lambda chain, ours: None)
+    patch.setattr(chains.Chains, "wrong_with", lambda self, roster: None)
 
 
 def tokens_go_before_peers(patch: Patch) -> None:

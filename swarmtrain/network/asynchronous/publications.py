@@ -127,10 +127,11 @@ def publication_untrusted(
     snapshot = manifest_untrusted(signed, rules.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, *rules.tables)
     manifest = snapshot.manifest
     if snapshot.author != peer:
-        raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
+        raise BadBytesError("a publication of another peer than the one that sent it", code="bad-publication")
     if manifest.fragment != rules.fragment:
         raise BadBytesError(
-            f"a publication of fragment {manifest.fragment}, where {rules.fragment} was asked for", code="not-asked-for"
+            f"a publication of fragment {manifest.fragment}, where {rules.fragment} was asked for",
+            code="bad-publication",
         )
     if not min(1, rules.num_parts) <= manifest.part <= rules.num_parts:
         raise BadBytesError(

@@ -83,7 +83,7 @@ class Pulls:
             return None
         snapshot = manifest_untrusted(reply.manifest, self.run_sha256, pb.SNAPSHOT_KIND_PUBLICATION, self.specs)
         if snapshot.author != peer:
-            raise BadBytesError("a publication of another peer than the one that sent it", code="bad-sender")
+            raise BadBytesError("a publication of another peer than the one that sent it", code="bad-publication")
         return snapshot
 
     async def download(self, peer: str, snapshot: Snapshot) -> HeldSnapshot:

@@ -292,7 +292,9 @@ class RecordRules:
         _check_signed_untrusted(key, subkey, value, expiry_s)
         record = record_from_value_untrusted(value[:-_SIGNATURE_BYTES])
         if record.HasField(PRESENCE) and expiry_s >= now + _MAX_PRESENCE_S:
-            raise BadBytesError("expired: it has expired, or its lifetime is too long for a presence", code="bad-time")
+            raise BadBytesError(
+                "expired: it has expired, or its lifetime is too long for a presence", code="bad-presence"
+            )
         return record
 
     def allows(self, key: bytes, subkey: bytes, value: bytes, expiry_s: float) -> bool:

@@ -47,7 +47,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
         signed[roster.digest] = link
     chain = Chain(tuple(links))
     if found := flaw(chain, ours):
-        raise BadBytesError(found, code="bad-chain")
+        raise BadBytesError(found.detail, code=found.code)
     return ShownChain(chain.joined_to(ours), signed)
 
 
@@ -56,7 +56,9 @@ def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettin
     snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
-        raise BadBytesError("a chain with manifests of publications that are not on its rosters", code="bad-chain")
+        raise BadBytesError(
+            "a chain with manifests of publications that are not on its rosters", code="bad-publication"
+        )
     return snapshot.author, snapshot.manifest.tokens
 
 

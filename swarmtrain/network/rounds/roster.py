@@ -45,7 +45,7 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
     if not 1 <= len(message.entries) <= _MAX_ENTRIES or message.attempt > _MAX_ENTRIES:
         raise BadBytesError("a roster with its size or attempt out of range", code="bad-size")
     if len(message.base) != (32 if message.round else 0) or message.round >= 2**40:
-        raise BadBytesError("a roster with a malformed base or round", code="bad-format")
+        raise BadBytesError("a roster with a malformed base or round", code="bad-round")
     # Only the signer's word, bounded here; the chain of rosters is what counts (decision 50).
     if message.base_tokens > message.round * max_tokens * _MAX_ENTRIES or message.base_tokens >= _MAX_COUNTER:
         raise BadBytesError("a roster that counts more tokens than its rounds can have had", code="bad-tokens")
@@ -62,8 +62,10 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
     )
     peers = [entry.peer for entry in entries]
     # The mean is summed in the roster's order, so one order gives everyone the same bits.
-    if peers != sorted(set(peers)) or any(len(entry.snapshot) != 64 for entry in entries):
-        raise BadBytesError("a roster that is not sorted by peer, or with a malformed hash", code="bad-format")
+    if peers != sorted(set(peers)):
+        raise BadBytesError("a roster that is not sorted by peer", code="bad-format")
+    if any(len(entry.snapshot) != 64 for entry in entries):
+        raise BadBytesError("a roster with a malformed hash", code="bad-hash")
     if any(not 0 < entry.tokens <= max_tokens for entry in entries):
         raise BadBytesError("a roster that counts more tokens for a peer than a round has", code="bad-tokens")
     return Roster(

@@ -197,7 +197,7 @@ class RoundRunner:
                 joined = JoinedState(begins=command.begins, state=state, advertised=dict(command.advertised))
                 self._awaited.found(command.search, joined)
             case ev.NamePeer():
-                self.downloads.refused(command.peer, BadBytesError(command.detail, code="bad-chain"))
+                self.downloads.refused(command.peer, BadBytesError(command.detail, code=command.code))
             case ev.ReportChange():
                 self.report(command.change)
             case _:

@@ -34,7 +34,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from swarmtrain.errors import BadBytesError, NewerRunError, SwarmtrainError, Use
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+from swarmtrain.peer.lifecycle.folder_lock import is_in_use, is_lock_of
 from swarmtrain.peer.lifecycle.start_options import StartedFile
 from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.run import parse_published_untrusted, run_sha256
@@ -55,6 +55,7 @@ killed.
 """
 _OF_ANY_START = {"identity.key", "lock", "peer.log", "port.txt", "started.json", "status.json"}
 """Files that every start leaves, even if it fails before it has fetched a run."""
+_LOCK_TRIES = 16
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
 
 
@@ -197,22 +198,12 @@ def peer_folder(path: Path, *, removes_unused: bool = False) -> Iterator[PeerFol
     path = path.absolute()  # the daemon has another working directory
     is_unused = False
     try:
-        is_new = _create(path)
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor, is_new = _locked(path)
     except OSError as error:
         raise UserError(
             f"cannot write to {path}: {error.strerror}; give another folder with --dir", code="folder-not-writable"
         ) from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise UserError(
-                f"{path} is in use by a running peer (process {owner or 'unknown'}): `swarmtrain status --dir "
-                f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir",
-                code="folder-in-use",
-            ) from None
         with contextlib.suppress(OSError):  # a full disk: the number is only informative
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -232,6 +223,40 @@ def peer_folder(path: Path, *, removes_unused: bool = False) -> Iterator[PeerFol
                 _remove_unused(path)
     finally:
         os.close(descriptor)
+
+
+def _locked(path: Path) -> tuple[int, bool]:
+    """Create the folder if it is missing, and lock it. Return the lock's descriptor, and whether the folder is new.
+
+    A start that failed removes its folder, perhaps after the lock file was opened here. Whoever locks a file that is
+    gone holds nothing, since the next peer locks another file: then this tries again. Raises UserError if a running
+    peer holds the folder, and OSError if it cannot be written.
+    """
+    is_new, owner = False, ""
+    for _ in range(_LOCK_TRIES):
+        is_new = _create(path) or is_new
+        try:
+            descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            continue  # the folder is gone already
+        with ExitStack() as closes:
+            closes.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = True
+            except OSError:
+                is_locked = False
+            if is_lock_of(path, descriptor):
+                if is_locked:
+                    closes.pop_all()
+                    return descriptor, is_new
+                owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                break
+    raise UserError(
+        f"{path} is in use by a running peer (process {owner or 'unknown'}): `swarmtrain status --dir "
+        f"{shlex.quote(str(path))}` shows it; for one more peer give another folder with --dir",
+        code="folder-in-use",
+    )
 
 
 def _create(path: Path) -> bool:

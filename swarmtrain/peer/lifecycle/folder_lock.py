@@ -9,7 +9,7 @@ import fcntl
 import os
 from pathlib import Path
 
-__all__ = ["Holder", "holder", "holder_pid", "is_in_use"]
+__all__ = ["Holder", "holder", "holder_pid", "is_in_use", "is_lock_of"]
 
 
 class Holder(enum.Enum):
@@ -36,6 +36,14 @@ def holder(path: Path) -> Holder:
     finally:
         os.close(descriptor)
     return Holder.NOBODY
+
+
+def is_lock_of(path: Path, descriptor: int) -> bool:
+    """Return whether the open file is the lock of the folder at `path`, not one that has been removed since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), (path / "lock").stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_in_use(path: Path) -> bool:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, better_roster
 
@@ -34,6 +34,7 @@ __all__ = [
     "ChainLink",
     "ChainView",
     "Chains",
+    "Flaw",
     "ShownChain",
     "Stands",
     "chain_holds",
@@ -126,8 +127,16 @@ class Chain:
         return Chain((*before, *self.links)[-MAX_LINKS:])
 
 
-def flaw(chain: Chain, ours: Chain) -> str:
-    """Return a sentence about what is wrong with a chain that a peer has sent; "" if nothing is.
+class Flaw(NamedTuple):
+    """What is wrong with something that a peer has sent."""
+
+    detail: str
+    code: str
+    """The error's code, such as `bad-tokens`."""
+
+
+def flaw(chain: Chain, ours: Chain) -> Flaw | None:
+    """Return what is wrong with a chain that a peer has sent; None if nothing is.
 
     Each roster's `base_tokens` must agree with the tokens of the rosters before it, as far as these are in the message
     or on this peer's own chain.
@@ -137,14 +146,19 @@ def flaw(chain: Chain, ours: Chain) -> str:
     for link in chain.links:
         roster = link.roster
         if before is not None and (roster.base, roster.round) != (before.digest, before.round + 1):
-            return "a chain of rosters that do not follow each other"
+            return Flaw("a chain of rosters that do not follow each other", "bad-chain")
         if tokens is not None and roster.base_tokens != tokens:
-            return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
+            return _other_tokens(roster, tokens)
         entries = {entry.peer: entry.tokens for entry in roster.entries}
         if any(entries.get(peer) != shown for peer, shown in link.shown.items()):
-            return "a chain with manifests of other entries than its rosters have"
+            return Flaw("a chain with manifests of other entries than its rosters have", "bad-chain")
         before, tokens = roster, roster.total_tokens
-    return ""
+    return None
+
+
+def _other_tokens(roster: Roster, tokens: int) -> Flaw:
+    detail = f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
+    return Flaw(detail, "bad-tokens")
 
 
 def _last_common(ours: Chain, theirs: Chain) -> str | None:
@@ -433,13 +447,13 @@ class Chains(Generic[Link]):
         chains = (self.chain, *whole)
         return next((tokens for one in chains if (tokens := one.tokens_at(base)) is not None), None)
 
-    def wrong_with(self, roster: Roster) -> str:
-        """Return a sentence about what is wrong with a roster's round or `base_tokens` compared with the rosters before
-        it; "" if nothing is."""
+    def wrong_with(self, roster: Roster) -> Flaw | None:
+        """Return what is wrong with a roster's round or `base_tokens` compared with the rosters before it; None if
+        nothing is."""
         tokens = self.tokens_behind(roster.base)
         if tokens is not None and roster.base_tokens != tokens:
-            return f"a roster that counts {roster.base_tokens} tokens behind it where its chain has {tokens}"
+            return _other_tokens(roster, tokens)
         before = self.chain.roster(roster.base)
         if before is not None and roster.round != before.round + 1:
-            return "a roster of another round than the one after its base"
-        return ""
+            return Flaw("a roster of another round than the one after its base", "bad-round")
+        return None

@@ -25,7 +25,7 @@ from typing import Generic, TypeAlias
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
-from swarmtrain.protocol.rounds.chains import Chains, Link
+from swarmtrain.protocol.rounds.chains import Chains, Flaw, Link
 from swarmtrain.protocol.rounds.messages import Command, Envelope, Event, PeerReply, RoundQuestion, SignedRoster
 from swarmtrain.protocol.rounds.rosters import (
     ApplyDecision,
@@ -307,7 +307,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 continue
             if head.total_tokens > self._tokens:
                 detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
-                commands.append(ev.NamePeer(peer, detail))
+                commands.append(ev.NamePeer(peer, detail, "bad-tokens"))
         return commands
 
     # ------------------------------------------------------------- deciding
@@ -488,9 +488,9 @@ class RoundEngine(Generic[Envelope, Link]):
         wants_chain, roster = asked.question.wants_chain, reply.roster
         found = self.hearsay.flaw_in(reply, wants_chain)
         if not found and roster is not None and roster.roster.round != asked.question.round:
-            found = "a roster of another round"
+            found = Flaw("a roster of another round", "bad-round")
         if found:
-            return [ev.NamePeer(asked.peer, found), *self._got_nothing(number, now, is_malformed=True)]
+            return [ev.NamePeer(asked.peer, *found), *self._got_nothing(number, now, is_malformed=True)]
         del self._questions.open[number]
         change = self.hearsay.receive(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
@@ -518,7 +518,7 @@ class RoundEngine(Generic[Envelope, Link]):
             known.told_of[peer] = reply.roster.name
             if found := self.chains.wrong_with(reply.roster.roster):
                 # the signer, since a peer that passes it on may not know the base
-                commands.append(ev.NamePeer(reply.roster.roster.signer, found))
+                commands.append(ev.NamePeer(reply.roster.roster.signer, *found))
             else:
                 is_new = known.keep(reply.roster) or is_new
         del known.asking[peer]

@@ -447,6 +447,8 @@ class NamePeer:
 
     peer: str
     detail: str
+    code: str
+    """The error's code, such as `bad-tokens`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import ClassVar, Generic, TypeAlias
 
 from swarmtrain.protocol.membership.membership import Membership, MembershipChange
 from swarmtrain.protocol.rounds import messages as ev
-from swarmtrain.protocol.rounds.chains import Chain, Chains, ChainView, Link, chain_view, flaw
+from swarmtrain.protocol.rounds.chains import Chain, Chains, ChainView, Flaw, Link, chain_view, flaw
 from swarmtrain.protocol.rounds.messages import Command, Envelope, PeerReply, RoundQuestion
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 
@@ -58,18 +58,18 @@ class Hearsay(Generic[Envelope, Link]):
         self.advertised.pop(peer, None)
         self._chain_asked_s.pop(peer, None)
 
-    def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> str:
-        """Return a sentence about what is wrong with an answer; "" if nothing is."""
+    def flaw_in(self, reply: PeerReply[Envelope, Link], asked_for_chain: bool) -> Flaw | None:
+        """Return what is wrong with an answer; None if nothing is."""
         advertised, last = reply.advertised, reply.advertised.last
         if advertised.round != (0 if last is None else last.round + 1):
-            return "a peer in another round than its last roster leads to"
+            return Flaw("a peer in another round than its last roster leads to", "bad-round")
         if reply.last is not None and (found := self.chains.wrong_with(reply.last.roster)):
             return found
         shown = reply.shown
         if not asked_for_chain or shown is None or last is None or last.digest in self.chains.chain:
-            return ""
+            return None
         if shown.chain.digest != last.digest:
-            return "a chain of rosters that does not lead to its last one"
+            return Flaw("a chain of rosters that does not lead to its last one", "bad-chain")
         return flaw(shown.chain, self.chains.chain)
 
     def receive(
@@ -387,7 +387,7 @@ class StateSearches(Generic[Envelope, Link]):
                 return self._sought(_number_of(of), False, event.number)
         source, roster = of.source, event.roster.roster
         if found := self._hearsay.chains.wrong_with(roster):
-            return [ev.NamePeer(source.peer, found), *self._fetch_failed(of)]
+            return [ev.NamePeer(source.peer, *found), *self._fetch_failed(of)]
         source.roster = roster
         if of.needs_chain(roster):
             return [self._questions.ask(source.peer, RoundQuestion(of.round, wants_chain=True), now, of)]

@@ -20,6 +20,7 @@ from swarmtrain.simulate.learning.setting import RunOutcome
 from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.pipeline.world import PipelineMachine, PipelineWorld, place, settings_of, stage_bytes
 from swarmtrain.simulate.scenario import Scenario
+from swarmtrain.words import counted
 
 __all__ = ["check", "lived", "play_pipeline"]
 
@@ -37,8 +38,8 @@ def check(scenario: Scenario, run: RunFile) -> None:
         )
     if number < stages:
         raise UserError(
-            f"peers.number: {number} volunteers cannot hold {stages} stages (pipeline.stages); allowed: {stages} or "
-            "more",
+            f"peers.number: {counted(number, 'volunteer')} cannot hold {stages} stages (pipeline.stages); "
+            f"allowed: {stages} or more",
             code="too-few-peers",
         )
 

@@ -334,8 +334,8 @@ def _stages(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed:
     stages = run.pipeline.stages
     if machines.num < stages:
         raise UserError(
-            f"--peers: {machines.num} volunteers cannot hold {stages} stages (pipeline.stages), since here each holds "
-            f"one; allowed: {stages} or more",
+            f"--peers: {counted(machines.num, 'volunteer')} cannot hold {stages} stages (pipeline.stages), since here "
+            f"each holds one; allowed: {stages} or more",
             code="too-few-peers",
         )
     some = machines.at_most(max(_MOST_IN_STAGES, stages))

@@ -15,12 +15,14 @@ from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.rounds import chains, merger
 from swarmtrain.network.rounds.chains import ChainStore, chain_untrusted
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import RoundSettings
-from swarmtrain.network.rounds.roster import publication_of, sign_roster
+from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, sign_roster
 from swarmtrain.network.rounds.runner import NewState, Outcome, RosterMean, RoundRunner
+from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds import messages as ev
@@ -150,16 +152,41 @@ def test_a_chain_that_is_not_signed_so_is_refused() -> None:
 
     message = theirs.shows(ours.known())
     message.links[0].manifests[0].CopyFrom(publication(LIAR, ours.chain.head).snapshot.signed)
-    refused(message, "bad-chain")
+    refused(message, "bad-publication")
     message.links[0].manifests[0].CopyFrom(theirs.shows([]).links[0].manifests[0])
     refused(message, "bad-round")
     forged = theirs.shows(ours.known())
     forged.links[0].roster.author = peer_bytes(LIAR.peer_id)
     refused(forged, "bad-signature")
     refused(pb.RosterChain(), "bad-size")
+    torn = common(*[HONEST] * 3).shows([])
+    del torn.links[1]
+    refused(torn, "bad-chain")
     lie = common()
     go_on(lie, (LIAR,), base_tokens=40_000)
-    refused(lie.shows(ours.known()), "bad-chain", "40000 tokens", "100")
+    refused(lie.shows(ours.known()), "bad-tokens", "40000 tokens", "100")
+
+
+def test_a_roster_that_cannot_be_is_refused_by_its_rule() -> None:
+    store = common(HONEST)
+    right = pb.Roster.FromString(store.shows([]).links[-1].roster.payload)
+
+    def rule_for(**changes: Any) -> str:
+        roster = pb.Roster.FromString(right.SerializeToString())
+        for key, value in changes.items():
+            setattr(roster, key, value)
+        if not changes:
+            del roster.entries[:]
+            roster.entries.extend(reversed(right.entries))
+        with pytest.raises(BadBytesError) as caught:
+            roster_untrusted(sign(A, "roster", SETTINGS.run_sha256, roster), SETTINGS.run_sha256, SETTINGS.max_tokens)
+        return rule_of(caught.value.code)
+
+    assert rule_for(base=b"x") == rule_for(round=2**40) == "round"
+    assert rule_for(base_tokens=2**62) == "tokens"
+    assert rule_for() == "format", "its entries are not in order"
+    right.entries[0].snapshot_sha256 = b"x"
+    assert rule_for(attempt=1) == "hash"
 
 
 # ---------------------------------------------------------------- what moves a peer
@@ -433,7 +460,7 @@ def test_a_roster_that_counts_other_tokens_than_its_base_is_not_kept() -> None:
         return await answers(rounds, reply)
 
     said = "a roster that counts 77000 tokens behind it where its chain has 100"
-    assert virtual_swarm(run) == [ev.NamePeer(A.peer_id, said)], "and nobody is told that there is one"
+    assert virtual_swarm(run) == [ev.NamePeer(A.peer_id, said, "bad-tokens")], "and nobody is told that there is one"
 
 
 def test_who_says_same_as_before_cannot_hand_out_another_roster_with_it() -> None:
@@ -447,7 +474,7 @@ def test_who_says_same_as_before_cannot_hand_out_another_roster_with_it() -> Non
         return await answers(rounds, pb.RoundReply(current_round=2, same_last=True, last_roster=other))
 
     said = "a roster that counts 77000 tokens behind it where its chain has 100"
-    assert virtual_swarm(run) == [ev.NamePeer(B.peer_id, said)]
+    assert virtual_swarm(run) == [ev.NamePeer(B.peer_id, said, "bad-tokens")]
 
 
 def test_a_peer_of_before_that_is_two_rounds_ahead_takes_no_chain_away() -> None:

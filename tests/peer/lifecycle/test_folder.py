@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,59 @@ def test_a_folder_that_another_peer_uses_is_not_removed(tmp_path: Path) -> None:
         with raises_code("folder-in-use", UserError), peer_folder(tmp_path / "peer", removes_unused=True):
             pass
         assert is_in_use(folder.path)
+
+
+def when_locked(monkeypatch: pytest.MonkeyPatch, *happen: Callable[[], object]) -> None:
+    """Let one of these happen before each of the next locks: after the lock file was opened."""
+    left, flock = iter(happen), fcntl.flock
+
+    def lock(descriptor: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and (one := next(left, None)):
+            one()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+
+
+def test_a_folder_that_is_removed_while_it_is_opened_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a start that fails at that moment. Else two peers could hold one folder."""
+    path = tmp_path / "peer"
+    path.mkdir()
+    (path / "lock").touch()
+
+    def only_the_lock() -> None:
+        (path / "lock").unlink()
+
+    when_locked(monkeypatch, lambda: shutil.rmtree(path), only_the_lock)
+    with peer_folder(path):
+        assert is_in_use(path)
+        with raises_code("folder-in-use", UserError, str(os.getpid())), peer_folder(path):
+            pass
+    assert not is_in_use(path)
+    when_locked(monkeypatch, *[lambda: shutil.rmtree(path)] * 100)
+    with raises_code("folder-in-use", UserError), peer_folder(path):
+        pass
+
+
+def test_who_comes_while_a_failed_start_removes_its_folder_has_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, unlink = tmp_path / "peer", Path.unlink
+    with ExitStack() as later:
+
+        def removed(file: Path) -> None:
+            unlink(file)
+            if file == path / "lock":
+                monkeypatch.setattr(Path, "unlink", unlink)
+                later.enter_context(peer_folder(path))
+
+        monkeypatch.setattr(Path, "unlink", removed)
+        failed_start(path)
+        assert is_in_use(path)
+        with raises_code("folder-in-use", UserError), peer_folder(path):
+            pass
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:

@@ -242,16 +242,25 @@ def test_the_next_roster_is_followed_before_its_chain_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "said", "code"),
     [
-        (COMMON.extended(link(COMMON, "a", base_tokens=10**12)), "counts 1000000000000 tokens behind it where"),
-        (Chain((*COMMON.links, COMMON.links[-1])), "do not follow each other"),
-        (Chain((ChainLink(roster=COMMON.links[0].roster, shown={"z": 100}),)), "manifests of other entries"),
-        (Chain((link(COMMON, "a", base_tokens=7),)), "counts 7 tokens behind it where"),
+        (
+            COMMON.extended(link(COMMON, "a", base_tokens=10**12)),
+            "counts 1000000000000 tokens behind it where",
+            "bad-tokens",
+        ),
+        (Chain((*COMMON.links, COMMON.links[-1])), "do not follow each other", "bad-chain"),
+        (
+            Chain((ChainLink(roster=COMMON.links[0].roster, shown={"z": 100}),)),
+            "manifests of other entries",
+            "bad-chain",
+        ),
+        (Chain((link(COMMON, "a", base_tokens=7),)), "counts 7 tokens behind it where", "bad-tokens"),
     ],
 )
-def test_a_chain_that_cannot_be_is_refused(broken: Chain, said: str) -> None:
-    assert said in flaw(broken, COMMON)
+def test_a_chain_that_cannot_be_is_refused(broken: Chain, said: str, code: str) -> None:
+    found = flaw(broken, COMMON)
+    assert found and said in found.detail and found.code == code
     assert not flaw(COMMON, Chain()) and not flaw(grown(COMMON, ["a"]), COMMON)
 
 

@@ -213,7 +213,7 @@ def test_who_sends_what_is_malformed_is_asked_again_and_not_waited_for() -> None
     [number] = asked(ends(other)).values()
     wrong: ev.PeerReply[str, str] = ev.PeerReply(advertised=AdvertisedRound(round=7, last=None))
     said = "a peer in another round than its last roster leads to"
-    assert other.receive(ev.QuestionAnswered(number, wrong), 10.0) == [ev.NamePeer("b", said)]
+    assert other.receive(ev.QuestionAnswered(number, wrong), 10.0) == [ev.NamePeer("b", said, "bad-round")]
     assert of_kind(wakes(other, 10.0), ev.SignRoster)
 
 
@@ -407,7 +407,9 @@ def test_a_source_that_does_not_deliver_makes_room_for_the_next_and_in_the_end_f
     wrong = roster_of("b", before=TWO)
     lie = Roster(round=3, signer="b", entries=wrong.entries, base=TWO.digest, base_tokens=10**6)
     said = f"a roster that counts 1000000 tokens behind it where its chain has {TWO.total_tokens}"
-    assert engine.receive(ev.StateOffered(second.number, signed(lie)), 10.4) == [ev.NamePeer(second.source, said)]
+    assert engine.receive(ev.StateOffered(second.number, signed(lie)), 10.4) == [
+        ev.NamePeer(second.source, said, "bad-tokens")
+    ]
     commands = wakes(engine, 10.4)
     assert of_kind(commands, ev.SignRoster), "nobody else is left that it could ask"
 

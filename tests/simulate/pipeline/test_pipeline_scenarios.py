@@ -127,7 +127,12 @@ def test_the_document_and_the_table_have_the_figures() -> None:
     ("methods", "changes", "code", "says"),
     [
         (("pipeline",), {"pipeline.stages": 1}, "keys-disagree", "method pipeline: pipeline.stages: 1"),
-        (("pipeline",), {"peers.number": 3}, "too-few-peers", "peers.number: 3 for pipeline.stages = 4"),
+        (
+            ("pipeline",),
+            {"peers.number": 3},
+            "too-few-peers",
+            "3 volunteers cannot hold 4 stages (pipeline.stages)",
+        ),
         (("gossip",), {}, "keys-disagree", "pipeline, pipeline-swarm, pipeline-fixed"),
         (("pipeline",), {"scenario.work": "systems"}, "keys-disagree", "method pipeline: "),
         (("pipeline",), {"hostile.percent": 20}, "keys-disagree", "hostile.percent: "),
