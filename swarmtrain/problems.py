@@ -83,7 +83,7 @@ def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_
             f"{origin}: cannot be read ({error}); an example is {example}", code="file-unreadable"
         ) from None
     if len(data) > most_bytes:
-        raise UserError(f"{origin}: {len(data)} bytes; {kind} has at most {most_bytes}", code="file-too-long")
+        raise UserError(f"{origin}: {len(data)} bytes; allowed for {kind}: at most {most_bytes}", code="file-too-long")
     return text
 
 

@@ -593,7 +593,7 @@ def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) 
         ) from None
     if len(data) > MAX_RUN_FILE_BYTES:
         raise RunFileError(
-            f"{origin}: {len(data)} bytes; a run file has at most {MAX_RUN_FILE_BYTES}", code="file-too-long"
+            f"{origin}: {len(data)} bytes; allowed for a run file: at most {MAX_RUN_FILE_BYTES}", code="file-too-long"
         )
     try:
         return parse_run(data.decode("utf-8-sig"), origin, tell=tell)

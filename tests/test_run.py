@@ -321,7 +321,8 @@ def test_published_bytes_are_hashed_before_they_are_read() -> None:
     data = published_bytes(published())
     assert codes_in(refused(data, "00" * 32)) == ["bad-hash"]
     assert codes_in(refused(b"\xff not even text", "00" * 32)) == ["bad-hash"]
-    assert codes_in(refused(b" " * (MAX_RUN_FILE_BYTES + 1))) == ["bad-size"]
+    too_long = refused(b" " * (MAX_RUN_FILE_BYTES + 1))
+    assert codes_in(too_long) == ["bad-size"] and "65537 bytes; at most 65536 " in too_long
 
 
 def test_malformed_published_bytes_are_refused() -> None:

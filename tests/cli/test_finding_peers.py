@@ -164,9 +164,9 @@ def test_one_that_failed_before_it_had_a_run_is_not_meant_where_there_are_others
 
 
 def test_no_peer_at_all(home: Path) -> None:
-    with raises_code("no-such-peer", UserError):
+    with raises_code("no-such-peer", UserError, "give the same --dir"):
         find(WhichPeer())
-    with raises_code("no-such-folder", UserError):
+    with raises_code("no-such-folder", UserError, f"{home} ", "--dir"):
         find(WhichPeer(directory=home))
     assert run(["status"]) == 2
 

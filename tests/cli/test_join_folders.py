@@ -77,7 +77,7 @@ def test_without_an_invite_it_goes_on_where_nobody_runs(home: Path, capsys: pyte
 def test_a_given_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     folder = holding(tmp_path / "mine", ONE)
     assert _free_directory(options(folder), sha256(ONE)) == _free_directory(options(folder), None) == folder
-    with raises_code("folder-of-another-run", UserError):
+    with raises_code("folder-of-another-run", UserError, f"{folder} ", "another --dir"):
         _free_directory(options(folder), sha256(OTHER))
 
 

@@ -116,7 +116,8 @@ def test_leave_need_not_wait(peer: FakePeer, capsys: pytest.CaptureFixture[str])
 def test_leave_gives_up(peer: FakePeer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leave, "END_LIMIT_S", 0.0)
     assert run(["leave", "--dir", str(peer.folder)]) == 1
-    assert codes_in(capsys.readouterr().err) == ["still-ending"]
+    said = capsys.readouterr().err
+    assert codes_in(said) == ["still-ending"] and " 0 s " in said and "`swarmtrain status`" in said
 
 
 def test_leave_says_when_it_ended_badly(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:

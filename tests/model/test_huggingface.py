@@ -465,22 +465,24 @@ def test_configurations_of_the_other_families_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "code"),
+    ("content", "code", "says"),
     [
-        (b"{", "not-a-config"),
-        (b"\xff", "not-a-config"),
-        (b"[" * 200_000, "not-a-config"),
-        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not-a-config"),
-        (b"[]", "not-a-config"),
-        (b" " * 1_048_577, "not-a-config"),
-        (None, "file-unreadable"),
+        (b"{", "not-a-config", "JSON"),
+        (b"\xff", "not-a-config", "JSON"),
+        (b"[" * 200_000, "not-a-config", "JSON"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not-a-config", "JSON"),
+        (b"[]", "not-a-config", "JSON object"),
+        (b" " * 1_048_577, "not-a-config", "more than 1048576 bytes"),
+        (None, "file-unreadable", ""),
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, content: bytes | None, code: str) -> None:
+def test_a_file_that_is_no_configuration_is_one_line(
+    tmp_path: Path, content: bytes | None, code: str, says: str
+) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
-    with raises_code(code, UserError, "config.json: "):
+    with raises_code(code, UserError, "config.json: ", says):
         read_config(tmp_path)
 
 

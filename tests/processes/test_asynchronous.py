@@ -1,6 +1,6 @@
 """Volunteers that merge at their own pace, as real processes: nobody waits for one that is gone, stopped or slow.
 
-That everyone is killed and goes on from what each kept is shown in rounds (`test_resume.py`) and in stages.
+A newcomer among those who hang is shown in virtual time (`tests/simulate/systems/test_gossip_swarm.py`).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_two_of_three_are_stopped_then_half_are_killed_and_nobody_waits(swarm: S
     nothing_delays([anna], usual)
     for child in (ben, carl):
         os.kill(child.process.pid, signal.SIGCONT)
-    dora = swarm.join("dora", anna.invite.invite, *SLOWED)  # among those who hang: in virtual time
+    dora = swarm.join("dora", anna.invite.invite, *SLOWED)
     joined = dora.wait_event(JoinedEvent)
     assert joined.round > 0 and joined.run_tokens > 0 and joined.state_from in {anna.id, ben.id, carl.id}
     assert dora.wait_event(RoundEvent).first_loss < statistics.mean(event.loss for event in anna.all(RoundEvent)[:2])
@@ -187,3 +187,30 @@ def test_a_run_ends_by_itself_with_the_consensus(swarm: Swarm) -> None:
     assert archived.run_tokens == sum(event.tokens for event in done) >= total, "what each trained, nothing else"
     assert abs(bootstrap.wait_event(DoneEvent).held_out_loss - losses[0]) < LOSSES_APART * losses[0]
     swarm.assert_nothing_left()
+
+
+def test_everyone_is_killed_and_goes_on_from_its_own_folder(swarm: Swarm) -> None:
+    invite = gossip_run(swarm, min_peers=2)
+    bootstrap = swarm.children[0]
+    before = swarm.join_all(["anna", "ben"], invite)
+    for child in before:
+        child.wait_more_rounds(3)
+    wait_until(lambda: bootstrap.all(ArchivedEvent), "an archive")
+    for child in (bootstrap, *before):
+        child.kill()
+    told = {child.name: {event.round: event.run_tokens for event in child.all(RoundEvent)} for child in before}
+
+    back = swarm.bootstrap(next(swarm.folder.glob("*.toml")))
+    after = swarm.join_all([child.name for child in before], back.invite.invite)
+    for old, new in zip(before, after, strict=True):
+        joined, rounds = new.wait_event(JoinedEvent), told[old.name]
+        assert new.id == old.id
+        assert joined.resumed_round is not None and joined.resumed_round >= max(rounds), "the last one may be lost"
+        # A round may be kept before it is told; paced rounds differ in their tokens.
+        assert joined.run_tokens >= rounds.get(joined.resumed_round - 1, max(rounds.values()))
+    anna, ben = after
+    meets(anna, ben)
+    meets(ben, anna)
+    for child in after:
+        assert not any(event.rule == "shards" for event in child.all(RefusedEvent))
+    swarm.interrupt_all([back, *after])

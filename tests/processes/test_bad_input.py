@@ -244,6 +244,7 @@ def test_a_clock_that_is_off_is_corrected(live: tuple[Swarm, Child], off_s: int)
         assert asked.wait() == 1
         (error,) = asked.all(ErrorEvent)
         assert error.code == "clock-differs" and "--accept-clock" in error.message
+        assert "more than 10 minutes apart" in error.message
     ben = swarm.join(name, bootstrap.invite.invite, *(["--accept-clock"] if further else []), prelude=prelude)
     try:
         assert abs(ben.wait_event(JoinedEvent).time - anna.wait_event(JoinedEvent).time - off_s) < 60

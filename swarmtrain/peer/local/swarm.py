@@ -194,7 +194,7 @@ class LocalSwarm:
         if child.error is not None:
             problem = Problem(child.error.message, child.error.code).found_in(child.name)
         else:
-            problem = Problem(f"{child.name} ended with status {status}; its log is {child.log}", "peer-failed")
+            problem = Problem(f"{child.name} ended with status {status}; see its log, {child.log}", "peer-failed")
         alive = [other for other in self.children.values() if other.process.poll() is None and other is not child]
         if not alive or len(self.children) == 1:
             raise RunTimeError(problem)

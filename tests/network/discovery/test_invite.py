@@ -108,26 +108,30 @@ def test_every_added_or_swapped_character_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "code"),
+    ("word", "code", "says"),
     [
-        ("", "not-an-invite"),
-        ("http://example.org", "not-an-invite"),
-        ("st2" + WORD[3:], "invite-garbled"),
-        ("st9", "run-needs-newer"),
-        ("st1", "invite-garbled"),
-        (WORD + "z" * 5000, "invite-too-long"),
-        (WORD[:40] + "l" + WORD[41:], "invite-garbled"),
-        (sealed(b"x" * 33, version=b"\x02"), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 31), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x04\x7f\x00"), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x09abcdef"), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x01\xff/x"), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x01\x05/\x1b[2J"), "invite-garbled"),
-        (sealed(bytes.fromhex(RUN) + b"\x00" + b"more"), "invite-garbled"),
+        ("", "not-an-invite", ""),
+        ("http://example.org", "not-an-invite", ""),
+        ("st2" + WORD[3:], "invite-garbled", "garbled or cut off"),
+        ("st9", "run-needs-newer", ""),
+        ("st1", "invite-garbled", "garbled or cut off"),
+        (WORD + "z" * 5000, "invite-too-long", "characters"),
+        (WORD[:40] + "l" + WORD[41:], "invite-garbled", "wrong character"),
+        (sealed(b"x" * 33, version=b"\x02"), "invite-garbled", "garbled or cut off"),
+        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 31), "invite-garbled", "cannot be read"),
+        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x04\x7f\x00"), "invite-garbled", "cannot be read"),
+        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x09abcdef"), "invite-garbled", "cannot be read"),
+        (sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x01\xff/x"), "invite-garbled", "cannot be read"),
+        (
+            sealed(bytes.fromhex(RUN) + b"\x01" + b"k" * 32 + b"\x01\x01\x05/\x1b[2J"),
+            "invite-garbled",
+            "cannot be read",
+        ),
+        (sealed(bytes.fromhex(RUN) + b"\x00" + b"more"), "invite-garbled", "4 bytes too many"),
     ],
 )
-def test_what_is_no_invite_is_refused_with_the_next_step(word: str, code: str) -> None:
-    with raises_code(code, InviteError):
+def test_what_is_no_invite_is_refused_with_the_next_step(word: str, code: str, says: str) -> None:
+    with raises_code(code, InviteError, says):
         parse_invite(word)
 
 

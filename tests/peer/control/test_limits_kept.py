@@ -241,12 +241,12 @@ def test_the_link_is_limited_as_given_or_as_the_run_says_and_changes_at_once() -
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [
-        (pb.Limits(up_mbit=-1), "up: -1 Mbit/s "),
-        (pb.Limits(down_mbit=float("nan")), "down: nan Mbit/s "),
-        (pb.Limits(nice=20), "nice: 20 "),
-        (pb.Limits(nice=-5), "nice: -5 "),
-        (pb.Limits(threads=10**6), "threads: 1000000 "),
-        (pb.Limits(hours="never"), "'never' "),
+        (pb.Limits(up_mbit=-1), "up: -1 Mbit/s is refused; allowed: 0 (no limit) to 100000"),
+        (pb.Limits(down_mbit=float("nan")), "allowed: 0 (no limit) to 100000"),
+        (pb.Limits(nice=20), "nice: 20 is refused; allowed: 0 (as other programs) to 19"),
+        (pb.Limits(nice=-5), "nice: -5 is refused; allowed: 0 (as other programs) to 19"),
+        (pb.Limits(threads=10**6), "threads: 1000000 is refused; allowed: 0 (all) to 4096"),
+        (pb.Limits(hours="never"), "22-7, 22:30-7:15, 12-13,18-8, or any"),
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(wanted: pb.Limits, says: str) -> None:

@@ -276,7 +276,7 @@ def test_the_server_lives_as_long_as_the_peer(tmp_path: Path, caplog: pytest.Log
 
 def test_an_address_of_another_machine_is_one_line() -> None:
     with (
-        raises_code("metrics-address", UserError, "203.0.113.7:9100"),
+        raises_code("metrics-address", UserError, "203.0.113.7:9100", "another with --metrics"),
         serving_metrics("203.0.113.7:9100", StatusBoard("volunteer", 0.0), lambda: True),
     ):
         raise AssertionError("it must not come so far")

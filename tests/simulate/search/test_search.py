@@ -38,6 +38,14 @@ def test_of_two_one_that_stood_still_for_long_is_merged_again() -> None:
     assert not play(FaultSchedule(world="gossip", speeds=(6.0, 6.0), faults=(freeze,)))
 
 
+def test_a_newcomer_comes_while_two_of_three_hang() -> None:
+    """What it then does is in `test_gossip_swarm.py`; here all that must hold in every schedule holds."""
+    freezes = tuple(ScheduledFault(kind="freeze", peer=peer, at_s=10.0, lasts_s=30.0) for peer in (1, 2))
+    join = ScheduledFault(kind="join", at_s=15.0)
+    schedule = FaultSchedule(world="gossip", speeds=(10.0, 10.0, 10.0), faults=(*freezes, join))
+    assert not play(schedule), as_test(schedule)
+
+
 @pytest.mark.parametrize("number", [24, pytest.param(NUM_IN_EVIDENCE, marks=pytest.mark.evidence)])
 def test_schedules_by_the_command(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     code = command.main(["--schedules", str(number), "--seed", "0"])

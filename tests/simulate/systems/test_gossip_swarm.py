@@ -104,6 +104,34 @@ def test_one_frozen_and_one_cut_off_cost_the_others_nothing() -> None:
     assert fresh_share(back) >= 0.95 and swarm.spread() < 0.05
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_newcomer_trains_and_merges_while_two_of_three_hang(seed: int) -> None:
+    """Those who hang are present to it, and do not answer: it takes the state of the one that trains."""
+    settings = SimulatedGossipSettings(presence_ttl_s=60.0, stall_limit_s=3.0)
+    swarm, came_s = GossipSwarm(settings, seed=seed), 15.0
+    for i, theta in enumerate((-1.0, 0.5, 1.0)):
+        swarm.found(f"p{i}", theta=theta)
+    swarm.at(10.0, swarm.freeze, "p1")
+    swarm.at(10.0, swarm.freeze, "p2")
+    swarm.at(came_s, swarm.join, "new")
+    swarm.run_until(50.0)
+    assert {peer.name for peer in swarm.running()} == {"new", "p0"}, "the others still hang"
+    assert {"p1", "p2"} <= swarm.board.keys(), "and are still present"
+    rounds = by_peer(swarm)["new"]
+    most_s = 4 * settings.stall_limit_s + 1.0
+    assert rounds[0].started_s - came_s <= most_s, "each that does not answer costs it two calls at most"
+    assert rounds[0].round > 0 and len(rounds) >= 3 and fresh_share(rounds) == 1.0, "it merges in each round"
+    assert {("new", "p0"), ("p0", "new")} <= {(one.who, one.whose) for one in swarm.entered}, "and is merged"
+    assert_nobody_waits(swarm)
+
+    swarm.thaw("p1")
+    swarm.thaw("p2")
+    swarm.run_until(110.0)
+    later = {(one.who, one.whose) for one in swarm.entered}
+    assert {("new", "p1"), ("new", "p2"), ("p1", "new"), ("p2", "new")} <= later, "and so with those who woke"
+    assert_steps_enter_at_most_once(swarm)
+
+
 @pytest.mark.parametrize("pacing", [True, False])
 def test_restarts_from_old_checkpoints_merge_nothing_twice(pacing: bool) -> None:
     swarm = unequal_swarm(
