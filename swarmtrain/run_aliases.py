@@ -10,7 +10,7 @@ as with steps counted over an unknown number of volunteers, the file is refused 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from swarmtrain.errors import Problem, UserError
 from swarmtrain.problems import Rewritten, one_line, shown
 
-__all__ = ["ALIASES", "Alias", "Translation", "our_key", "translate"]
+__all__ = ["ALIASES", "Alias", "Conversion", "Translation", "our_key", "translate"]
 
 _Keys = Mapping[str, Mapping[str, Any]]
 """Map section to key to default value: all that a run file may hold."""
@@ -62,6 +62,20 @@ class Alias:
     """Conversion, or reason of the refusal, in words for `docs/run-file.md`."""
     refused: bool = False
     """True if no file may have the word; the refusal says what to write."""
+    uses: tuple[str, ...] = ()
+    """`SECTION.KEY` of ours that `read` computes with, if its value is not 0."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A word of a person's file whose value was converted."""
+
+    word: str
+    """`SECTION.WORD`."""
+    found: Mapping[str, Any]
+    """Map `SECTION.KEY` of ours to the value that was found."""
+    used: tuple[str, ...]
+    """`SECTION.KEY` of ours that the value was computed with."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,11 @@ class Translation:
     said: tuple[str, ...]
     """Lines that say what was read as what, in the file's order."""
     rewritten: Rewritten
+    conversions: tuple[Conversion, ...] = ()
 
 
 _MOST = 2**63
+_CODE = "other-projects-word"
 
 
 def _number(value: Any) -> int | float | None:
@@ -299,9 +315,17 @@ ALIASES: tuple[Alias, ...] = (
         ("feed_forward_ratio",),
         _feed_forward,
         "divided by `width`",
+        uses=("model.width",),
     ),
     Alias("inner", ("betas", "adam_betas"), ("beta1", "beta2"), _betas, "a list of the two"),
-    Alias("inner", ("min_lr",), ("floor_fraction",), _least_rate, "divided by `learning_rate`"),
+    Alias(
+        "inner",
+        ("min_lr",),
+        ("floor_fraction",),
+        _least_rate,
+        "divided by `learning_rate`",
+        uses=("inner.learning_rate",),
+    ),
     Alias(
         "inner",
         ("batch_size",),
@@ -322,6 +346,7 @@ ALIASES: tuple[Alias, ...] = (
         ("batch_sequences", "microbatch_sequences"),
         _accumulated,
         "a batch is so many microbatches, which gives the one of the two that is not there",
+        uses=("inner.batch_sequences", "inner.microbatch_sequences"),
     ),
     Alias(
         "evaluation",
@@ -329,6 +354,7 @@ ALIASES: tuple[Alias, ...] = (
         ("every_rounds",),
         _rounds,
         "divided by `merge.inner_steps`, which must divide it",
+        uses=("merge.inner_steps",),
     ),
     # ---- refused, with what to write
     Alias(
@@ -411,10 +437,9 @@ class _Draft:
     words: dict[tuple[str, str], str] = field(default_factory=dict)
     problems: list[tuple[tuple[str, ...], Problem]] = field(default_factory=list)
     meant: set[str] = field(default_factory=set)
+    conversions: list[Conversion] = field(default_factory=list)
 
-    def refuse(
-        self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = (), code: str = "other-projects-word"
-    ) -> None:
+    def refuse(self, names: tuple[str, ...], problem: str, meant: tuple[str, ...] = (), code: str = _CODE) -> None:
         self.problems.append((names, Problem(f"{'.'.join(map(one_line, names))}: {problem}", code)))
         self.meant.update(meant)
 
@@ -437,7 +462,7 @@ def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
     rewritten = Rewritten(draft.words, tuple(draft.problems), frozenset(draft.meant))
     written = [(name, word) for name, keys in table.items() if isinstance(keys, dict) for word in keys]
     said = tuple(draft.said[place] for place in written if place in draft.said)
-    return Translation(draft.table, said, rewritten)
+    return Translation(draft.table, said, rewritten, tuple(draft.conversions))
 
 
 def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
@@ -458,6 +483,10 @@ def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
             return
     section.update(found)
     draft.words.update({(alias.section, key): word for key in found})
+    if alias.read is not None:
+        ours_found = {f"{alias.section}.{key}": each for key, each in found.items()}
+        used = tuple(key for key in alias.uses if key not in ours_found) if value else ()
+        draft.conversions.append(Conversion(".".join(names), ours_found, used))
     ours = ", ".join(f"{key} = {shown(each)}" for key, each in found.items()) or "what the other keys say already"
     draft.said[alias.section, word] = f"[{alias.section}] {word} = {shown(value)} is read as {ours}"
 
@@ -483,19 +512,23 @@ def _homes(word: str) -> Iterator[Alias]:
     return (alias for alias in ALIASES if word in alias.words)
 
 
-def our_key(key: str) -> str:
+def our_key(key: str, beside: Collection[str] = ()) -> str:
     """Return `SECTION.KEY` with our key, if the person's is only another word for it.
 
-    Raises `UserError` for a word whose value would be converted or refused.
+    `beside` has the words that the file has already, as `SECTION.WORD`. Raises `UserError` for a word whose value would
+    be converted or refused.
     """
     section, _, word = key.partition(".")
     for alias in _homes(word):
         if alias.section == section:
-            if alias.read is not None:
-                keys = " and ".join(f"{section}.{name}" for name in alias.keys) or "no key of a run file"
-                raise UserError(
-                    f"{one_line(key)}: another name for {keys}, whose value is written differently; use that key here",
-                    code="key-given-twice",
-                )
-            return f"{section}.{alias.keys[0]}"
+            is_batch = alias.read is _batch and not any(f"inner.{each}" in beside for each in _ACCUMULATION)
+            if alias.read is None or is_batch:
+                return f"{section}.{alias.keys[0]}"
+            if not alias.keys:
+                raise UserError(f"{one_line(key)}: is no key here: {alias.says}; leave it out", code=_CODE)
+            raise UserError(
+                f"{one_line(key)}: stands for {' and '.join(f'{section}.{name}' for name in alias.keys)}, whose value "
+                "is written differently; use that key here",
+                code=_CODE,
+            )
     return key

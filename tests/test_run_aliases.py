@@ -263,6 +263,15 @@ def test_a_command_says_it_on_standard_error(tmp_path: Path, capsys: pytest.Capt
 def test_a_key_of_a_grid_is_another_word_for_ours_or_ours() -> None:
     assert our_key("merge.outer_lr") == "merge.outer_learning_rate"
     assert our_key("merge.outer_momentum") == "merge.outer_momentum" and our_key("inner.outer_lr") == "inner.outer_lr"
-    for key, meant in (("inner.min_lr", "inner.floor_fraction"), ("model.dropout", "no key of a run file")):
-        with raises_code("key-given-twice", UserError, f"{key}: ", meant):
+    refused = {
+        "inner.min_lr": "inner.floor_fraction",
+        "inner.adam_betas": "inner.beta1 and inner.beta2",
+        "run.max_steps": "run.total_tokens",
+        "model.dropout": "is no key here",
+    }
+    for key, meant in refused.items():
+        with raises_code("other-projects-word", UserError, f"{key}: ", meant):
             our_key(key)
+    assert our_key("inner.batch_size") == our_key("inner.batch_size", ["inner.min_lr"]) == "inner.batch_sequences"
+    with raises_code("other-projects-word", UserError, "inner.batch_size: "):
+        our_key("inner.batch_size", ["inner.grad_accum_steps"])

@@ -34,8 +34,7 @@ def command(path: Path, name: str) -> None:
     path = path / _NAME if path.is_dir() else path
     text = _begun(examples()[name].read_text(encoding="utf-8"), name, path)
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        _write_new(path, text)
     except FileExistsError:
         raise UserError(
             f"{path}: already exists, and is not overwritten; give another PATH", code="file-exists"
@@ -46,6 +45,18 @@ def command(path: Path, name: str) -> None:
         ) from None
     where = shlex.quote(one_line(str(path)))
     click.echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a new file. Raises FileExistsError if there is one, and OSError if it cannot be written; no part of it is
+    left then, which the next `init` would refuse to overwrite."""
+    file = path.open("x", encoding="utf-8")
+    try:
+        with file:
+            file.write(text)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _begun(text: str, name: str, path: Path) -> str:

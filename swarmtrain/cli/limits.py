@@ -35,7 +35,7 @@ __all__ = ["command"]
     "--only-when-idle/--any-time",
     "idle",
     default=None,
-    help="Pause while other programs use the processors, or do not.",
+    help="Pause while other programs use the processors; --any-time: train whatever they do.",
 )
 @click.option(
     "--hours",

@@ -45,7 +45,7 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
     if healthy:
         if everyone or as_json:
             raise OptionsError(
-                "--healthy answers for one peer in one word; leave out --all and --json",
+                "--healthy answers in one word about one peer; leave out --all and --json",
                 code="options-conflict",
             )
         check_health(find_running(which))

@@ -396,7 +396,7 @@ class _Bootstrap(BootstrapPeer):
         try:
             kept = self._last_kept(swarm)
         except (Interrupted, SwarmtrainError) as error:
-            _log.info("no last archive: %r", error)
+            _log.info("the run is not archived once more before the end: %r", error)
             return
         if kept is None:
             return

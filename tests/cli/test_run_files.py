@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tomllib
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         said = capsys.readouterr().err
         assert said.startswith(f"error: {path}: ") and codes_in(said) == [code]
     assert (tmp_path / "run.toml").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_init_leaves_no_part_of_a_file_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes of any file
+    try:
+        assert run_command(["init"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert codes_in(capsys.readouterr().err) == ["file-not-written"]
+    assert not (tmp_path / "run.toml").exists()
+    assert run_command(["init"]) == 0
 
 
 def test_the_wheel_has_each_example() -> None:

@@ -38,6 +38,7 @@ _OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
 """Seconds to wait for more peers if those that answered first report that the clock is far off."""
 _MAX_SHOWN = 3
+_MOST_SHOWN_S = 100 * 365 * 86_400.0  # a difference beyond a lifetime is no figure for a person
 _STARTING_LOOKS = 5  # a peer that listens but does not serve the run yet is asked so often
 _STARTING_S = 1.0
 
@@ -173,7 +174,9 @@ def _clocks_in_words(verdict: ClockVerdict, offsets_s: Mapping[str, float]) -> s
     now, far = own_time(), dict(verdict.outliers)
     who = " and ".join([short_peer(peer) for peer in offsets_s if peer not in far][:_MAX_SHOWN])
     others = "".join(f", by {short_peer(peer)}'s {_time_in_words(now + by_s)}" for peer, by_s in far.items())
-    apart = f"more than {MOST_CORRECTED_S / 60:.0f} minutes apart ({time_in_words(abs(verdict.offset_s))})"
+    apart = f"more than {MOST_CORRECTED_S / 60:.0f} minutes apart"
+    if abs(verdict.offset_s) < _MOST_SHOWN_S:
+        apart += f" ({time_in_words(abs(verdict.offset_s))})"
     return (
         f"it is {_time_in_words(now)} by this machine's clock, by that of {who} "
         f"{_time_in_words(now + verdict.offset_s)}{others}, {apart}: if this machine's is wrong, set it right (Linux: "

@@ -339,7 +339,7 @@ class PipelineBootstrap(BootstrapPeer):
                 if isinstance(present, ConsensusState):
                     self._keep(archive, present)
         except (Interrupted, SwarmtrainError) as error:
-            _log.info("no last archive of some stages: %r", error)
+            _log.info("some stages are not archived once more before the end: %r", error)
         self._write_joined()
 
     def _keep_peers(self) -> None:
