@@ -228,7 +228,7 @@ def _pulls(record: Record) -> None:
         manifest = command.held.snapshot.manifest
         mark = PublicationVersion(manifest.round, manifest.part, manifest.tokens)
         record.thread.version = command.fragment, mark
-        which = {"fragment": command.fragment, "section": command.section, "author": command.author}
+        which = {"fragment": command.fragment, "section": command.group, "author": command.author}
         found = [type(command.news).__name__, command.news.tokens]
         record.write("news", **which, mark=mark, is_here=True, found=found)
         return original(self, command)
