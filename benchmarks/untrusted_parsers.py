@@ -176,7 +176,7 @@ def settle(question: stages.StageQuestion) -> None:
     ledger = StageLedger(LedgerLimits(batch_tokens=1000))
     said = question.settlement
     keys = tuple(Acknowledged(Key("eve", key.sequence, key.attempt), key.loss) for key in said.acknowledged)
-    ledger.settle("eve", Settlement(said.incarnation, keys, (), said.oldest_open), 0.0)
+    ledger.settle("eve", Settlement(said.life, keys, (), said.oldest_open), 0.0)
 
 
 def main() -> None:
