@@ -76,15 +76,18 @@ def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
     with watching(swarm, anna) as terminal:
         terminal.wait_for(lambda text: re.search(r"(training|merging) round \d+", text), "round")
         anna.kill()
-        gone = "died about"
+        said = (
+            "died about",
+            "waiting for it to",
+            "swarmtrain join ",
+            f"--name anna --listen 127.0.0.1:0 --dir {anna.folder}",
+        )
 
         def waits(text: str) -> bool:
-            """Wherever lines break: that depends on how long the folder's name is."""
-            return gone in text and "waiting for it to" in " ".join(text.split())
+            """Wherever lines break, which depends on how long the folder's name is, and once all of them are drawn."""
+            return all(each in " ".join(text.split()) for each in said)
 
-        text = terminal.wait_for(waits, gone)
-        again = " ".join(text.split())
-        assert "swarmtrain join " in again and f"--name anna --listen 127.0.0.1:0 --dir {anna.folder}" in again, text
+        terminal.wait_for(waits, "how to start it again")
         terminal.press(b"q")
         assert terminal.wait() == 0
     told = status_of(swarm, anna)
