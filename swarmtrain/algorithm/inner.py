@@ -19,12 +19,21 @@ from torch.optim.adamw import adamw
 
 from swarmtrain.algorithm import memory
 
-__all__ = ["InnerConstants", "InnerOptimizer", "LentMoments", "Moments", "learning_rate_at", "moments_scale"]
+__all__ = [
+    "InnerConstants",
+    "InnerOptimizer",
+    "LentMoments",
+    "LossScale",
+    "Moments",
+    "learning_rate_at",
+    "moments_scale",
+]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _EPS = 1e-8  # torch.optim.AdamW's default
 _PIECE = 1 << 20  # numbers of lent moments that are copied at once: the optimizer waits for no more than that
 _LENT_WAIT_S = 0.1
+_SCALE_GROWS_AFTER = 2000  # good steps in a row, as torch.amp.GradScaler has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +149,31 @@ class _State:
     second: Tensor
 
 
+class LossScale:
+    """Factor on the loss of fp16, whose gradients would otherwise vanish: as large as no gradient overflows.
+
+    It is halved by a step whose gradients are not finite, which changes nothing else, and doubled after
+    `_SCALE_GROWS_AFTER` good ones (Micikevicius et al. 2018, arXiv 1710.03740). It never leaves the device.
+    """
+
+    def __init__(self, device: torch.device, initial: float = 2.0**16) -> None:
+        self.factor = torch.full((), initial, device=device)
+        self._good_steps = torch.zeros((), device=device)
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Divide the gradients by the factor."""
+        if gradients:
+            torch._foreach_mul_(gradients, self.factor.reciprocal())
+
+    def update(self, is_bad: Tensor) -> None:
+        """Adapt the factor to a step that was bad (`is_bad` () is 1) or good (0)."""
+        good = (self._good_steps + 1) * (1 - is_bad)
+        grows = good >= _SCALE_GROWS_AFTER
+        grown = torch.where(grows, 2 * self.factor, self.factor)
+        self.factor.copy_(torch.where(is_bad > 0, 0.5 * self.factor, grown))
+        self._good_steps.copy_(torch.where(grows, torch.zeros_like(good), good))
+
+
 class InnerOptimizer:
     """AdamW over a model's named parameters, with gradient clipping and `learning_rate_at`.
 
@@ -155,9 +189,10 @@ class InnerOptimizer:
         parameters: Iterable[tuple[str, Tensor]],
         constants: InnerConstants,
         before_step: Callable[[], None] = lambda: None,
+        loss_scale: LossScale | None = None,
     ) -> None:
-        """`before_step` is called before weights change."""
-        self.constants, self._before_step = constants, before_step
+        """`before_step` is called before weights change; losses are multiplied by `loss_scale` if there is one."""
+        self.constants, self._before_step, self.loss_scale = constants, before_step, loss_scale
         self._parameters = dict(parameters)
         if not self._parameters:
             raise ValueError("InnerOptimizer needs at least one parameter")
@@ -169,28 +204,32 @@ class InnerOptimizer:
         self.waited_s = 0.0
         """Seconds spent so far in `before_step` and waiting for readers of lent moments."""
 
-    def step(self, progress: float, scale: float = 1.0) -> float:
-        """Take one inner step from the gradients in `.grad`, drop them, and return their norm before clipping.
+    @torch.no_grad()
+    def step(self, progress: float, scale: float = 1.0) -> Tensor:
+        """Take one inner step from the gradients in `.grad`, drop them, and return their norm () before clipping.
 
         `progress` is the run's tokens so far over all its tokens; `scale` multiplies the learning rate. If the norm is
         not finite, weights and moments stay as they are: one bad batch must not spoil a peer, and the caller sees the
-        norm.
+        norm. Nothing here waits for the parameters' device, whatever the norm is.
         """
-        gradient_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip))
-        if math.isfinite(gradient_norm):
-            began_s = time.monotonic()
-            self._before_step()
-            self._take_back()
-            self.waited_s += time.monotonic() - began_s
-            learning_rate = learning_rate_at(self.constants, progress) * scale
-            for parameters, decay in self._groups:
-                self._step([p for p in parameters if p.grad is not None], learning_rate, decay)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale([p.grad for p in self._parameters.values() if p.grad is not None])
+        gradient_norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip)
+        is_bad = gradient_norm.isfinite().logical_not_().to(torch.float32)
+        began_s = time.monotonic()
+        self._before_step()
+        self._take_back()
+        self.waited_s += time.monotonic() - began_s
+        learning_rate = learning_rate_at(self.constants, progress) * scale
+        for parameters, decay in self._groups:
+            self._step([p for p in parameters if p.grad is not None], learning_rate, decay, is_bad)
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_bad)
         self.drop_gradients()
         return gradient_norm
 
-    @torch.no_grad()
-    def _step(self, parameters: list[Tensor], learning_rate: float, decay: float) -> None:
-        """Update these parameters, which have gradients and share one weight decay."""
+    def _step(self, parameters: list[Tensor], learning_rate: float, decay: float, is_bad: Tensor) -> None:
+        """Update these parameters, which have gradients and share one weight decay, unless `is_bad` () is 1."""
         for p in parameters:
             if p not in self._states:
                 step = torch.zeros((), device=p.device)
@@ -206,6 +245,7 @@ class InnerOptimizer:
             [],
             [state.step for state in states],
             fused=True,
+            found_inf=is_bad,
             amsgrad=False,
             maximize=False,
             lr=learning_rate,
@@ -276,7 +316,7 @@ class InnerOptimizer:
         vectors = torch.split(moments.vectors, sizes, dim=1)
         for step, parameter, own in zip(moments.steps, self._parameters.values(), vectors, strict=True):
             first, second = (vector.view_as(parameter).to(parameter, copy=True) for vector in own)
-            self._states[parameter] = _State(step.to(torch.float32).clone(), first, second)
+            self._states[parameter] = _State(step.to(parameter.device, torch.float32, copy=True), first, second)
 
     def _sizes(self) -> list[int]:
         """Return the number of elements of each parameter, in order."""

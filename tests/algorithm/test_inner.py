@@ -1,4 +1,4 @@
-"""Inner loop against torch.optim.AdamW, its schedule, and checkpoints that continue to the bit."""
+"""Inner loop against torch.optim.AdamW, its schedule, checkpoints that continue to the bit, and the scale of fp16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ import sys
 
 import pytest
 import torch
+from device_reads import DeviceReads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
+from swarmtrain.algorithm import inner
+from swarmtrain.algorithm.inner import (
+    InnerConstants,
+    InnerOptimizer,
+    LossScale,
+    Moments,
+    learning_rate_at,
+    moments_scale,
+)
 
 
 def _constants(**changes: float) -> InnerConstants:
@@ -95,7 +104,7 @@ def test_matches_a_plain_adamw(fused: bool) -> None:
             group["lr"] = learning_rate_at(constants, step / 50)
         reference.step()
         reference.zero_grad()
-        assert optimizer.step(step / 50) == pytest.approx(float(expected_norm), rel=1e-4)
+        assert float(optimizer.step(step / 50)) == pytest.approx(float(expected_norm), rel=1e-4)
     assert torch.allclose(_weights(ours), _weights(plain), atol=1e-5)
     assert not fused or torch.equal(_weights(ours), _weights(plain)), "the same arithmetic, to the bit"
 
@@ -106,7 +115,7 @@ def test_a_step_does_not_import_torchs_compiler(monkeypatch: pytest.MonkeyPatch)
     model = _model()
     optimizer = InnerOptimizer(model.named_parameters(), _constants())
     _backward(model, 0)
-    assert optimizer.step(0.5) > 0
+    assert float(optimizer.step(0.5)) > 0
 
 
 def test_gradients_are_clipped_and_dropped() -> None:
@@ -114,7 +123,7 @@ def test_gradients_are_clipped_and_dropped() -> None:
     optimizers = [InnerOptimizer(m.named_parameters(), _constants(gradient_clip=1e-3)) for m in twins]
     for model, scale in zip(twins, (10.0, 1000.0), strict=True):
         _backward(model, 0, scale)
-    norms = [optimizer.step(0.5) for optimizer in optimizers]
+    norms = [float(optimizer.step(0.5)) for optimizer in optimizers]
     assert norms[1] == pytest.approx(100 * norms[0], rel=1e-4)
     assert norms[0] > 1e-3
     assert torch.allclose(_weights(twins[0]), _weights(twins[1]), atol=1e-6)
@@ -137,21 +146,48 @@ def _moments(model: nn.Module, optimizer: InnerOptimizer) -> Moments:
     return optimizer.copy_moments(torch.empty(2, sum(parameter.numel() for parameter in model.parameters())))
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(poison: float) -> None:
-    model = _model()
-    optimizer = InnerOptimizer(model.named_parameters(), _constants())
-    _backward(model, 0)
-    optimizer.step(0.5)
-    weights = _weights(model).clone()
-    moments = _moments(model, optimizer)
-    _backward(model, 1)
-    next(model.parameters()).grad[0, 0] = poison  # type: ignore[index]
-    assert not math.isfinite(optimizer.step(0.5))
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("num_before", [0, 1, 7])
+def test_a_gradient_that_is_not_finite_changes_nothing(poison: float, num_before: int) -> None:
+    model, spared = _model(), _model()
+    optimizer, other = (InnerOptimizer(each.named_parameters(), _constants()) for each in (model, spared))
+    for step in range(num_before):
+        for each, by in ((model, optimizer), (spared, other)):
+            _backward(each, step)
+            by.step(0.5)
+    weights, moments = _weights(model).clone(), _moments(model, optimizer)
+    for _ in range(3):
+        _backward(model, 99)
+        next(model.parameters()).grad[0, 0] = poison  # type: ignore[index]
+        assert not math.isfinite(optimizer.step(0.5))
+        assert all(p.grad is None for p in model.parameters())
     assert torch.equal(_weights(model), weights)
     after = _moments(model, optimizer)
     assert torch.equal(after.vectors, moments.vectors) and torch.equal(after.steps, moments.steps)
-    assert all(p.grad is None for p in model.parameters())
+    for step in range(3):
+        for each, by in ((model, optimizer), (spared, other)):
+            _backward(each, step)
+            by.step(0.5)
+    assert torch.equal(_weights(model), _weights(spared)), "nor does it change the steps that follow"
+    assert torch.equal(_moments(model, optimizer).vectors, _moments(spared, other).vectors)
+
+
+def test_a_steps_norm_is_a_scalar_that_nothing_has_read() -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants(), loss_scale=LossScale(torch.device("cpu")))
+    for step in range(3):
+        _backward(model, step, 100.0)
+        expected = _norm(model) / optimizer.loss_scale.factor  # type: ignore[union-attr]
+        if step == 1:
+            next(model.parameters()).grad[0, 0] = math.nan  # type: ignore[index]
+        with DeviceReads() as reads:
+            norm = optimizer.step(0.5)
+        assert not reads.found and norm.shape == () and not norm.requires_grad
+        assert math.isnan(norm) if step == 1 else float(norm) == pytest.approx(float(expected), rel=1e-5)
+
+
+def _norm(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
 
 
 @pytest.mark.parametrize("num_before", [0, 7])
@@ -277,3 +313,89 @@ def test_moments_in_one_place_continue_to_the_bit() -> None:
             _backward(trained, 10 + step)
             by.step(0.5)
     assert torch.equal(_weights(model), _weights(other))
+
+
+# ---------------------------------------------------------------- fp16
+
+
+def test_the_scale_follows_torchs_own_over_thousands_of_steps() -> None:
+    """It grows after 2000 good steps in a row, which a bad one begins anew."""
+    ours, theirs = LossScale(torch.device("cpu")), torch.full((), 2.0**16)
+    good_steps = torch.zeros((), dtype=torch.int32)
+    bad = {0, 1, 500, 501, 2502, 4600, 4601, 4602}  # 2000 good steps end at 2501, and again before 4600
+    factors = list[float]()
+    for step in range(6700):
+        is_bad = torch.tensor(float(step in bad))
+        ours.update(is_bad)
+        torch._amp_update_scale_(theirs, good_steps, is_bad, 2.0, 0.5, 2000)
+        assert torch.equal(ours.factor, theirs)
+        if not factors or factors[-1] != float(ours.factor):
+            factors.append(float(ours.factor))
+    assert factors == [2.0**power for power in (15, 14, 13, 12, 13, 12, 13, 12, 11, 10, 11)]
+
+
+def test_training_with_a_scale_is_torchs_own_with_its_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its factors after each step are equal, and so are the weights."""
+    monkeypatch.setattr(inner, "_SCALE_GROWS_AFTER", 4)
+    ours, plain = _model(), _model()
+    scale = LossScale(torch.device("cpu"))
+    optimizer = InnerOptimizer(ours.named_parameters(), _constants(weight_decay=0.0), loss_scale=scale)
+    reference = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4)
+    for step in range(40):
+        is_bad = step in (3, 8, 9, 30)
+        factor = float(scale.factor)
+        assert factor == scaler.get_scale()
+        for model in (ours, plain):
+            _backward(model, step, factor)
+            if is_bad:
+                next(model.parameters()).grad[0, 0] = math.inf  # type: ignore[index]
+        reference.param_groups[0]["lr"] = learning_rate_at(_constants(), step / 40)
+        scaler.scale(torch.ones(()))  # it makes its tensors at its first use
+        scaler.unscale_(reference)
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        scaler.step(reference)
+        scaler.update()
+        reference.zero_grad()
+        assert math.isfinite(optimizer.step(step / 40)) != is_bad
+    assert torch.allclose(_weights(ours), _weights(plain), atol=1e-6)
+    assert float(scale.factor) == scaler.get_scale() > 2.0**16
+
+
+def test_scaled_gradients_take_the_step_of_unscaled_ones_to_the_bit() -> None:
+    """Powers of two only move exponents."""
+    models = [_model(), _model()]
+    scale = LossScale(torch.device("cpu"))
+    scaled = InnerOptimizer(models[0].named_parameters(), _constants(), loss_scale=scale)
+    plain = InnerOptimizer(models[1].named_parameters(), _constants())
+    for step in range(10):
+        _backward(models[0], step, float(scale.factor))
+        _backward(models[1], step)
+        assert torch.equal(scaled.step(step / 10), plain.step(step / 10))
+    assert torch.equal(_weights(models[0]), _weights(models[1]))
+
+
+def test_small_gradients_survive_fp16_only_if_they_are_scaled() -> None:
+    """To within fp16's rounding, 2**-11."""
+    small = 1e-7 * torch.randn(64, generator=torch.Generator().manual_seed(1)).abs().add(0.1)
+
+    def first_moment(loss_scale: LossScale | None) -> Tensor:
+        weight = nn.Parameter(torch.zeros(64))
+        optimizer = InnerOptimizer([("weight", weight)], _constants(), loss_scale=loss_scale)
+        factor = 1.0 if loss_scale is None else float(loss_scale.factor)
+        weight.grad = (small * factor).to(torch.float16).to(torch.float32)
+        optimizer.step(0.5)
+        return optimizer.copy_moments(torch.empty(2, 64)).vectors[0]
+
+    expected = (1 - 0.9) * small
+    scaled, unscaled = first_moment(LossScale(torch.device("cpu"))), first_moment(None)
+    assert (scaled / expected - 1).abs().max() <= 2.0**-11
+    assert (unscaled / expected - 1).abs().max() > 0.05
+
+
+def test_a_scale_leaves_parameters_without_gradients_alone() -> None:
+    scale = LossScale(torch.device("cpu"))
+    scale.unscale([])
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = InnerOptimizer([("weight", weight)], _constants(), loss_scale=scale)
+    assert float(optimizer.step(0.5)) == 0 and torch.equal(weight.detach(), torch.ones(3))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import LentMoments, Moments
@@ -206,8 +207,8 @@ class _Round:
     """`LoopState.waited_s` at the round's start."""
     moments: list[int] = field(default_factory=list)
     """Inner steps after which a publication is still due, ascending."""
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
+    losses: list[float | Tensor] = field(default_factory=list)
+    grad_norms: list[float | Tensor] = field(default_factory=list)
     tokens: int = 0
     learning_rate: float = 0.0
     """Learning rate of the last step."""
@@ -299,10 +300,18 @@ class Session:
         progress = start.run_tokens(before, steps, step_tokens) / self.run.run.total_tokens
         return NextStep(progress, start.shard if began else None)
 
-    def step(self, tokens: int, loss: float, *, grad_norm: float = math.nan, learning_rate: float = 0.0) -> None:
+    def step(
+        self,
+        tokens: int,
+        loss: float | Tensor,
+        *,
+        grad_norm: float | Tensor = math.nan,
+        learning_rate: float = 0.0,
+    ) -> None:
         """Count an inner step over `tokens` tokens of mean `loss`; publish, merge or end the round if that is due.
 
-        `grad_norm` and `learning_rate`, if known, are reported with the round. Raises RuntimeError if `next_step` was
+        `loss` and `grad_norm` may be scalars () on a device, which are read once a round. `grad_norm` and
+        `learning_rate`, if known, are reported with the round. Raises RuntimeError if `next_step` was
         not called, and RunTimeError when the peer cannot go on.
         """
         round = self._under_way()
@@ -381,10 +390,11 @@ class Session:
 
     def _end(self, round: _Round) -> None:
         """Publish the whole round, merge what remains, and report."""
+        finite = [loss for loss in _read(round.losses) if math.isfinite(loss)]
+        norms = [norm for norm in _read(round.grad_norms) if math.isfinite(norm)]
+        # After the losses were read, which a device has once it has taken the steps.
         replica, steps_end_s, last = self.replica, self.clock(), len(self.replica.fragments) - 1
         self._round = None
-        finite = [loss for loss in round.losses if math.isfinite(loss)]
-        norms = [norm for norm in round.grad_norms if math.isfinite(norm)]
         if not finite:
             raise RunTimeError(
                 "training diverged: no loss of the last round was finite; lower inner.learning_rate",
@@ -460,6 +470,13 @@ class Session:
         """Release what training holds; no step follows. The parameters' values may be replaced afterwards."""
         self.parameters.take_back()
         self.loop.end()
+
+
+def _read(numbers: Sequence[float | Tensor]) -> list[float]:
+    """Return the numbers, reading those that are on a device all at once."""
+    scalars = [each for each in numbers if isinstance(each, Tensor)]
+    values = iter(torch.stack(scalars).tolist() if scalars else ())
+    return [next(values) if isinstance(each, Tensor) else each for each in numbers]
 
 
 def skippable_tokens(merged: int, round_tokens: int) -> int:

@@ -82,7 +82,7 @@ class Learner:
 
     def step(self, progress: float) -> None:
         """Take an inner step at that share of the run's tokens, from 0 to 1."""
-        self.losses.append(self.loop.take_step(progress).loss)
+        self.losses.append(float(self.loop.take_step(progress).loss))
 
     def comes_late(self) -> None:
         """Record that the other volunteers began earlier: if this one has not trained yet, its moments count as
