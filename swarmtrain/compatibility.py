@@ -46,7 +46,11 @@ OLDEST_PROTOCOL = 1
 FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 """First version that spoke each protocol."""
 
-KEYS_SINCE: Mapping[str, int] = {"data.source=parquet": 2, "published.dataset_revision": 2}
+KEYS_SINCE: Mapping[str, int] = {
+    "data.source=parquet": 2,
+    "inner.precision": 2,
+    "published.dataset_revision": 2,
+}
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
 WIRE_SHA256 = "241e702fe1ecac3728c5a4aa3656459dd0e841a48dcfa1d19bed94b0d0388cd2"

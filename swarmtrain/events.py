@@ -21,6 +21,7 @@ from swarmtrain.words import (
     below_in_words,
     count_in_words,
     counted,
+    device_in_words,
     loss_in_words,
     one_line,
     short_peer,
@@ -37,6 +38,7 @@ __all__ = [
     "AssignedEvent",
     "CaughtUpEvent",
     "CheckEvent",
+    "DeviceEvent",
     "DoneEvent",
     "ErrorEvent",
     "EvalEvent",
@@ -136,6 +138,19 @@ class JoinedEvent(_Event):
     state_from_name: str = Field("", description="Name of that peer, if known.")
     resumed_round: int | None = Field(None, description="Round of the checkpoint that it resumed from; null without one.")  # fmt: skip
     wall_s: float = Field(description="Seconds since the process began.")
+
+
+class DeviceEvent(_Event):
+    """What this peer trains on, and why; again when it changes."""
+
+    event: Literal["device"] = "device"
+    device: str = Field(description="Name of the device, as torch calls it: `cpu`, `cuda:0`.")
+    title: str = Field("", description="Model of the graphics card; empty for the processor.")
+    precision: str = Field(description="Precision that it computes in: `fp32`, `bf16` or `fp16`.")
+    compiled: bool = Field(False, description="Whether the model is compiled.")
+    microbatch_sequences: int = Field(description="Sequences that it computes at once.")
+    batch_sequences: int = Field(description="Sequences of an inner step.")
+    why: str = Field(description="Why this device, precision and number of sequences, in a sentence for a person.")
 
 
 class StartedEvent(_Event):
@@ -385,6 +400,7 @@ Event = Annotated[
         FetchedEvent,
         ArrivingEvent,
         JoinedEvent,
+        DeviceEvent,
         StartedEvent,
         RoundEvent,
         EvalEvent,
@@ -524,6 +540,15 @@ def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent 
             return f"{stages_in_words(event.stages)}: {rates}, {event.waiting} requests waiting{under_way}"
 
 
+def _device_event_in_words(event: DeviceEvent) -> str:
+    compiled = ", compiled" if event.compiled else ""
+    sequences = counted(event.microbatch_sequences, "sequence")
+    if event.microbatch_sequences < event.batch_sequences:
+        sequences = f"{event.microbatch_sequences} of {counted(event.batch_sequences, 'sequence')}"
+    where = f"{device_in_words(event.device, event.title)} in {event.precision}{compiled}"
+    return f"training on {where}, {sequences} at once" + (f": {event.why}" if event.why else "")
+
+
 def in_words(event: Event) -> str:
     """Describe an event for a person: not yet escaped, without time and name."""
     match event:
@@ -549,6 +574,8 @@ def in_words(event: Event) -> str:
                 f"joined at round {event.round} with {source}, {_peers(event.num_peers)} present, "
                 f"{count_in_words(event.run_tokens)} tokens so far"
             )
+        case DeviceEvent():
+            return _device_event_in_words(event)
         case StartedEvent():
             many = counted(event.inner_steps_per_round, "inner step")
             return (

@@ -143,6 +143,18 @@ class InnerSection(Section):
     gradient_clip: float = Field(1.0, gt=0, description="The gradient's norm is clipped to this.")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the run's tokens over which the learning rate rises.")  # fmt: skip
     floor_fraction: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak.")
+    precision: Literal["any", "fp32", "bf16", "fp16"] = Field(
+        "any",
+        description=with_values(
+            "Precision in which products are computed; weights, optimizer and all that peers exchange are fp32.",
+            {
+                "any": "Each machine takes what is fastest on it (`--precision`).",
+                "fp32": "32 bits on every machine.",
+                "bf16": "16 bits with the range of fp32, on every machine.",
+                "fp16": "16 bits with a smaller range and a scaled loss, on every machine.",
+            },
+        ),
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> InnerSection:
@@ -669,8 +681,10 @@ def _written_table(run: RunFile) -> dict[str, Any]:
     for key in KEYS_SINCE:
         section, _, name = key.partition(".")
         without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
-        if name in table.get(section, {}) and RunFile.model_validate({**table, section: without}) == run:
-            table[section] = without
+        if name in table.get(section, {}):
+            written: Section = getattr(run, section)
+            if type(written).model_validate(without) == written:
+                table[section] = without
     return table
 
 

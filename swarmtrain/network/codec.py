@@ -46,8 +46,8 @@ def tensor_specs(parameters: Iterable[tuple[str, Tensor]]) -> tuple[TensorSpec, 
 
 
 def _view(vector: Tensor) -> memoryview:
-    assert vector.dtype is torch.float32 and vector.is_contiguous() and vector.device.type == "cpu"
-    return memoryview(vector.detach().numpy()).cast("B")  # type: ignore[arg-type]
+    assert vector.dtype is torch.float32 and vector.is_contiguous()
+    return _bytes_of(vector.detach())
 
 
 def body_of(*vectors: Tensor) -> Body:
@@ -296,5 +296,12 @@ def _check_finite_untrusted(vector: Tensor) -> None:
         raise BadBytesError("a publication with numbers that are not finite", code="not-finite")
 
 
-def _bytes_of(codes: Tensor) -> memoryview:
-    return memoryview(codes.numpy()).cast("B")  # type: ignore[arg-type]
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor without copying them. Raises ValueError if it is not in main memory.
+
+    All that a peer publishes passes through here. Who trains on a device has copied it before: a copy that is made here
+    would have other threads wait for the device.
+    """
+    if not tensor.is_cpu:
+        raise ValueError(f"what is published must be in main memory, and this is on {tensor.device}")
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]

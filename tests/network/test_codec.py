@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from codes import raises_code
 from torch import nn
 
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import (
+    ActivationCodec,
     GradientCodec,
     PublicationCodec,
     average_bytes_untrusted,
     body_of,
+    body_of_state,
     tensor_specs,
     vector_sha256,
     vector_untrusted,
@@ -185,3 +190,29 @@ def test_a_section_says_what_travels_of_it_and_what_a_merge_takes_of_that() -> N
     sent = held_of(codec.gradient.encode_sum(vector, "int4", 0), codec.gradient, "int4")
     step = codec.arrival_untrusted("gradient", sent, news, None)
     assert step.theta is None and step.tokens == 100
+
+
+def _publications() -> dict[str, Callable[[torch.Tensor], object]]:
+    """Return every way by which a tensor (1000,) becomes bytes for others."""
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "state": body_of,
+        "theta": lambda vector: body_of_state(OuterState(vector, torch.zeros(1000))),
+        "momentum": lambda vector: body_of_state(OuterState(torch.zeros(1000), vector)),
+        "sha256": vector_sha256,
+        "tokens": ActivationCodec.encode_tokens,
+    }
+    for format in ("fp32", "bf16", "int8", "int4", "int2"):
+        codec = PublicationCodec(groups_of((TensorSpec("w", (1000,)),), format, (format,)))
+        ways[f"weights in {format}"] = codec.weights.encode
+        ways[f"gradient in {format}"] = partial(codec.gradient.encode_sum, format=format, round=0)
+        ways[f"activations in {format}"] = ActivationCodec(format).encode
+    return ways
+
+
+@pytest.mark.parametrize("way", _publications())
+def test_what_is_published_must_be_in_main_memory(way: str) -> None:
+    """A copy made on the way would have other threads wait for a device."""
+    publish = _publications()[way]
+    publish(torch.ones(1000))
+    with pytest.raises(ValueError, match="meta"):
+        publish(torch.ones(1000, device="meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -70,9 +71,11 @@ class VolunteerContext:
         """
         return wait_for(self.network.submit(work), self.stop)
 
-    def slowed(self) -> Callable[[], AbstractContextManager[None]]:
+    def slowed(self, on_processor: bool = True) -> Callable[[], AbstractContextManager[None]]:
         """Return a maker of the context for each inner step, which sleeps on exit if this peer simulates a slower
         machine.
+
+        Work on the processor is timed by the processor time of its thread, work on another device by the clock.
         """
         factor = self.settings.limits.slowdown
         if factor == 1:
@@ -85,7 +88,8 @@ class VolunteerContext:
             )
             self.emit(WarningEvent(message=message, code="too-busy"))
 
-        return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy)
+        alone_clock = time.thread_time if on_processor else time.monotonic
+        return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy, processor_clock=alone_clock)
 
     def slowed_work(self) -> SlowedWork:
         """Return the same for a stage's work, with its own timing for each kind, since kinds take different times."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -50,9 +50,15 @@ class LentWeights:
     copy of the weights is never made. Thread-safe.
     """
 
-    def __init__(self, theta: Tensor, parameters: Sequence[Tensor]) -> None:
-        """`theta` are the weights (Q,) at the fragment's last merge, `parameters` the model's tensors."""
+    def __init__(
+        self, theta: Tensor, parameters: Sequence[Tensor], wait_ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """`theta` are the weights (Q,) at the fragment's last merge, `parameters` the model's tensors in main memory.
+
+        `wait_ready` returns once they are there: a device may still be copying them.
+        """
         self._lent: tuple[Tensor, Sequence[Tensor]] | None = (theta, parameters)
+        self._wait_ready = wait_ready
         self._gradient: Tensor | None = None
         self._lock = threading.Lock()
 
@@ -61,6 +67,7 @@ class LentWeights:
         """Return the pseudo-gradient (Q,). The first call computes it."""
         with self._lock:
             if self._lent is not None:
+                self._wait_ready()
                 self._gradient, self._lent = _difference(*self._lent), None
             assert self._gradient is not None
             return self._gradient

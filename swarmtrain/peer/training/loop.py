@@ -15,9 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, Moments, learning_rate_at, moments_scale
+from swarmtrain.algorithm.inner import (
+    InnerConstants,
+    InnerOptimizer,
+    LossScale,
+    Moments,
+    learning_rate_at,
+    moments_scale,
+)
 from swarmtrain.data.batches import BatchSource
+from swarmtrain.errors import RunTimeError
 from swarmtrain.model.gpt import GPT
+from swarmtrain.peer.devices.compute import ComputeDevice, StepQueue, finish, is_out_of_memory, release_cached
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, NextStep, Session
@@ -42,11 +52,14 @@ def inner_constants(run: RunFile) -> InnerConstants:
 
 @dataclass(frozen=True)
 class InnerStep:
-    """Result of one inner step: its tokens, their mean loss (nats per token), and the gradient norm before the clip."""
+    """Result of one inner step: its tokens, their mean loss (nats per token), and the gradient norm before the clip.
+
+    Loss and norm may be scalars on a device that has not computed them yet: reading one waits for the device.
+    """
 
     tokens: int
-    loss: float
-    grad_norm: float
+    loss: float | Tensor
+    grad_norm: float | Tensor
 
 
 class RoundOver(Exception):  # noqa: N818 - a signal, not an error
@@ -56,10 +69,16 @@ class RoundOver(Exception):  # noqa: N818 - a signal, not an error
 class InnerLoop(ABC):
     """Inner steps, one after the other, with AdamW (DiLoCo's inner loop)."""
 
-    def __init__(self, parameters: ParameterSource, batches: BatchSource, constants: InnerConstants) -> None:
+    def __init__(
+        self,
+        parameters: ParameterSource,
+        batches: BatchSource,
+        constants: InnerConstants,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         """`batches` may be drawn elsewhere: the loop only chooses their shard, and a checkpoint keeps the position."""
         self.parameters, self.batches = parameters, batches
-        self.inner = InnerOptimizer(parameters.named.items(), constants, parameters.take_back)
+        self.inner = InnerOptimizer(parameters.named.items(), constants, parameters.take_back, loss_scale)
         self.young_steps: int | None = None
         """Steps taken since this peer joined late with empty moments; None if it began with the others."""
         self._has_moments = False
@@ -146,7 +165,7 @@ class InnerLoop(ABC):
 
 
 class ModelLoop(InnerLoop):
-    """Loop that trains a whole model on batches of this peer's own data, in microbatches."""
+    """Loop that trains a whole model on batches of this peer's own data, in microbatches that fit its memory."""
 
     def __init__(
         self,
@@ -154,24 +173,90 @@ class ModelLoop(InnerLoop):
         model: GPT,
         batches: BatchSource,
         slowed: Callable[[], AbstractContextManager[None]] = nullcontext,
+        compute: ComputeDevice | None = None,
+        told_smaller: Callable[[int, int], None] = lambda before, now: None,
     ) -> None:
-        """`slowed` is entered around each inner step, and may sleep on exit (a rehearsal's slower machine,
-        `peer/local/slowdown.py`).
+        """`model` is on the device of `compute` (default: the processor, fp32).
+
+        `slowed` is entered around each inner step, and may sleep on exit (a rehearsal's slower machine,
+        `peer/local/slowdown.py`). `told_smaller` is called when memory ran out, with the sequences of a microbatch
+        before and from now on.
         """
-        super().__init__(HostParameters(model.named_parameters()), batches, inner_constants(run))
-        self.run, self.model, self._slowed = run, model, slowed
+        compute = ComputeDevice() if compute is None else compute
+        named = list(model.named_parameters())
+        parameters = HostParameters(named) if compute.is_host else DeviceParameters(named)
+        loss_scale = LossScale(compute.device) if compute.precision == "fp16" else None
+        super().__init__(parameters, batches, inner_constants(run), loss_scale)
+        self.run, self.model, self.compute, self._slowed = run, model, compute, slowed
+        self.microbatch_sequences = compute.microbatch_sequences or run.microbatch_sequences
+        self._told_smaller = told_smaller
+        self._ahead = StepQueue(compute.device)
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
-        """See `InnerLoop.step`: one step is one batch."""
+        """See `InnerLoop.step`: one step is one batch.
+
+        Nothing here waits for the device, except that at most two steps are under way there. Raises RunTimeError if
+        memory runs out even for microbatches of one sequence.
+        """
         with self._slowed():
             batch = self.batches.next_batch()
-            loss_sum = 0.0
-            for part in torch.split(batch, self.run.microbatch_sequences):
-                # Asked between microbatches: a batch of a large model takes minutes, and Ctrl-C must not wait for it.
-                if should_stop():
-                    self.inner.drop_gradients()
-                    raise StopTraining
-                loss = self.model.loss(part) * (len(part) / len(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum += float(loss.detach())
-            return InnerStep(self.run.tokens_per_step, loss_sum, self.inner.step(progress, scale))
+            while (loss := self._differentiate(batch, should_stop)) is None:
+                self._use_smaller()
+            done = InnerStep(self.run.tokens_per_step, loss, self._optimize(progress, scale))
+            self._ahead.step_asked()
+            if self._slowed is not nullcontext:
+                finish(self.compute.device)  # what is made slower is the step, and not the asking for it
+            return done
+
+    def _differentiate(self, batch: Tensor, should_stop: Callable[[], bool]) -> Tensor | None:
+        """Add the batch's gradient to `.grad` and return its mean loss (); None, without gradients, if memory ran out.
+
+        The sum of losses is kept in fp64 where the device has it.
+        """
+        compute, dtype = self.compute, torch.float32 if self.compute.device.type == "mps" else torch.float64
+        loss_sum = torch.zeros((), dtype=dtype, device=compute.device)
+        for part in torch.split(batch, self.microbatch_sequences):
+            # Asked between microbatches: a batch of a large model takes minutes, and Ctrl-C must not wait for it.
+            if should_stop():
+                self.inner.drop_gradients()
+                raise StopTraining
+            try:
+                with compute.autocast():
+                    loss = self.model.loss(part.to(compute.device, non_blocking=True))
+                loss = loss * (len(part) / len(batch))
+                scaled = loss if self.inner.loss_scale is None else loss * self.inner.loss_scale.factor
+                scaled.backward()  # type: ignore[no-untyped-call]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.inner.drop_gradients()
+                return None
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _optimize(self, progress: float, scale: float) -> Tensor:
+        """Take the optimizer's step and return the gradient's norm (). Raises RunTimeError if its moments, which the
+        first step makes, do not fit: no smaller microbatch makes room for them."""
+        try:
+            return self.inner.step(progress, scale)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._does_not_fit("making the optimizer's moments") from error
+
+    def _does_not_fit(self, doing: str) -> RunTimeError:
+        return RunTimeError(
+            f"memory ran out while {doing} on {self.compute.device}: this model does not fit here; use a device with "
+            "more memory, or ask for a run with more pipeline.stages, a smaller model or a smaller "
+            "model.context_tokens",
+            code="out-of-memory",
+        )
+
+    def _use_smaller(self) -> None:
+        """Halve the microbatches. Raises RunTimeError if they are of one sequence already."""
+        before = self.microbatch_sequences
+        if before == 1:
+            raise self._does_not_fit(f"training one sequence of {self.run.model.context_tokens} tokens")
+        self.microbatch_sequences = -(-before // 2)
+        release_cached(self.compute.device)
+        self._told_smaller(before, self.microbatch_sequences)

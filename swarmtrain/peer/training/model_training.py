@@ -26,6 +26,8 @@ from swarmtrain.peer.checkpoints.writer import Checkpointer
 from swarmtrain.peer.control.arrival import DownloadProgress
 from swarmtrain.peer.control.limits import check_memory
 from swarmtrain.peer.control.session import volunteer_pulse
+from swarmtrain.peer.devices.choice import choose_compute
+from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over
@@ -69,10 +71,14 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     """
     run, published = context.run, context.published
     check_memory(run, num_parameters(run.model), context.settings.limits.memory_bytes)
+    settings = context.settings
+    chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
+    compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)
+    told.start()
     base = data_base(run, context.settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
     context.stop.check()
-    model = build_model(run.model, initial_seed(run, context.me))
+    model = build_model(run.model, initial_seed(run, context.me)).to(compute.device)
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
     kept = checkpointer.load(run, num_parameters(run.model))
     if kept is not None and kept.own is None:
@@ -82,7 +88,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
     batches = training_batches(run, data, place, base, published.held_out)
-    loop = ModelLoop(run, model, batches, context.slowed())
+    loop = ModelLoop(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
     training.resume(kept)

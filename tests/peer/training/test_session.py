@@ -20,9 +20,10 @@ from swarmtrain.algorithm.gossip import layout_of, prepare
 from swarmtrain.algorithm.inner import Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.updates import Averaged, Gathered, LentWeights, LocalUpdate, Replaced
-from swarmtrain.peer.training.parameters import HostParameters
+from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
@@ -296,7 +297,7 @@ class Lived:
     stops: bool = False
     session: Session = field(init=False)
     num_steps: int = 0
-    source: type[HostParameters] = HostParameters
+    source: type[ParameterSource] = HostParameters
 
     def __post_init__(self) -> None:
         self.parameters = self.source(self.tensors.items())
@@ -541,6 +542,31 @@ def test_parameters_of_less_precision_take_merges_as_differences() -> None:
     assert torch.allclose(state, plain.session.replica.state.theta, atol=0.05)
     assert torch.allclose(one.parameters.read(), plain.parameters.read(), atol=0.1)
     assert one.tensors["a"].dtype is torch.bfloat16
+
+
+def test_parameters_on_a_device_take_the_same_merges_to_the_bit() -> None:
+    """On the processor as the device: no step is taken between a publication and its merge."""
+    one, plain = Lived(Fragments(4), source=DeviceParameters), Lived(Fragments(4))
+    assert one.train() == plain.train() == "total_tokens"
+    assert one.exchange.calls == plain.exchange.calls
+    for ours, theirs in zip(one.exchange.gradients, plain.exchange.gradients, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(one.session.replica.state.theta, plain.session.replica.state.theta)
+    assert torch.equal(one.session.replica.state.momentum, plain.session.replica.state.momentum)
+    assert all(torch.equal(one.tensors[name], plain.tensors[name]) for name in "abcd")
+
+
+@pytest.mark.parametrize("stops_at", ["publish 1", "collect 0", "publish 4", "collect 1"])
+def test_parameters_on_a_device_go_on_from_a_stop_as_those_in_main_memory(stops_at: str) -> None:
+    both = [Lived(Fragments(4, stops_at=stops_at), source=source) for source in (DeviceParameters, HostParameters)]
+    for each in both:
+        assert each.train() == "interrupted"
+        each.exchange.stops_at = ""
+        assert each.train() == "total_tokens"
+    one, plain = both
+    assert one.exchange.calls == plain.exchange.calls
+    assert torch.equal(one.session.replica.state.theta, plain.session.replica.state.theta)
+    assert all(torch.equal(one.tensors[name], plain.tensors[name]) for name in "abcd")
 
 
 def test_a_loop_of_ones_own_trains_by_rounds() -> None:

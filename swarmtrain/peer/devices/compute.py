@@ -1,0 +1,97 @@
+"""Where and how a loop computes: the device, the precision, and how many steps it may be ahead of the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from swarmtrain.protocol.devices import Precision
+
+__all__ = ["ComputeDevice", "StepQueue", "autocast", "finish", "is_out_of_memory", "release_cached"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MAX_QUEUED = 2
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """Device and precision of a loop. Parameters are fp32 on the device; products are computed in `precision`."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "fp32"
+    microbatch_sequences: int = 0
+    """Sequences computed at once; 0: as the run file says."""
+
+    @property
+    def is_host(self) -> bool:
+        """True if the device's memory is main memory."""
+        return self.device.type == "cpu"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the model is called."""
+        return autocast(self.device, self.precision)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Return the context in which a model is called to compute in `precision` on `device`."""
+    return nullcontext() if precision == "fp32" else _autocast(device, precision)
+
+
+@contextmanager
+def _autocast(device: torch.device, precision: Precision) -> Iterator[None]:
+    with torch.autocast(device.type, dtype=_DTYPES[precision]):
+        yield
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has computed everything asked of it so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def release_cached(device: torch.device) -> None:
+    """Return to the device what torch keeps of its memory without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "xpu":
+        torch.xpu.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class StepQueue:
+    """Keeps the trainer at most two steps ahead of its device, so that it counts and times finished steps.
+
+    On a processor each step is finished when its call returns, and the queue stays empty.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def step_asked(self) -> None:
+        """Note that a step was asked of the device, and wait until at most two are not finished."""
+        if self._device.type != "cuda":
+            return
+        # The waiting thread sleeps: the processor is for others.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._events.append(event)
+        while len(self._events) > _MAX_QUEUED:
+            self._events.popleft().synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the error says that memory ran out, of a device or of the machine."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -1,0 +1,61 @@
+"""Device that this machine would train a run on, by its memory alone: nothing is computed on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.devices.choice import fitting_microbatch
+from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card
+from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_devices
+from swarmtrain.run import RunFile
+from swarmtrain.words import counted, device_in_words, size_in_words
+
+__all__ = ["ExpectedDevice", "expected_device", "found_in_words"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedDevice:
+    """Device that `auto` takes if it works, and why."""
+
+    device: FoundDevice
+    microbatch_sequences: int
+    """Sequences that would be computed at once."""
+    least_card_bytes: int
+    """Least memory that training takes on a card."""
+    why: str
+    """Why it is not a card, or not a better one; empty for the best card."""
+
+    def __str__(self) -> str:
+        sequences = f"{counted(self.microbatch_sequences, 'sequence')} at once"
+        if self.device.is_card:
+            sequences = f"{sequences}, if it works"
+        why = f" ({self.why})" if self.why else ""
+        return (
+            f"{found_in_words(self.device)}: {sequences}{why}; a graphics card needs at least "
+            f"{size_in_words(self.least_card_bytes)} of memory"
+        )
+
+
+def expected_device(run: RunFile) -> ExpectedDevice:
+    """Return the device on which this machine would train a whole model."""
+    found, missing, needed = find_devices(num_parameters(run.model)), missing_card(), least_bytes(run)
+    passed_over = []
+    for device in matching_devices(DeviceRequest(), found, missing):
+        if device.free_bytes is None or device.free_bytes >= needed:
+            break
+        passed_over.append(f"{device} has only {size_in_words(device.free_bytes)} free")
+    nothing_better = "" if device.is_card else missing or "no graphics card was found"
+    microbatch_sequences, _ = fitting_microbatch(run, device, 0)
+    return ExpectedDevice(
+        device=device,
+        microbatch_sequences=microbatch_sequences,
+        least_card_bytes=needed,
+        why="; ".join(passed_over) or nothing_better,
+    )
+
+
+def found_in_words(device: FoundDevice) -> str:
+    """Name a device with its free memory, such as `cuda:0 (NVIDIA H100), 79 GB free`."""
+    free = "" if device.free_bytes is None else f", {size_in_words(device.free_bytes)} free"
+    return device_in_words(device.name, device.title) + free

@@ -1,0 +1,141 @@
+"""Devices of this machine as torch shows them, and a probe: a few inner steps of a small model on one of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
+from swarmtrain.run import RunFile
+
+__all__ = ["BYTES_PER_PARAMETER", "find_devices", "least_bytes", "missing_card", "probe_device"]
+
+_PROCESSOR_PARAMETERS = 10_000_000
+"""Below this size a processor's lower precision is not tried: converting numbers takes what multiplying saves."""
+_PROBE_LAYERS = 2
+_PROBE_STEPS = 4
+_PROBE_S = 10.0
+"""Seconds after which a probe ends with the steps that it has."""
+_TOLERANCE: Mapping[Precision, float] = {"fp32": 2e-3, "bf16": 3e-2, "fp16": 1e-2}
+"""Relative difference from the processor's loss from which on a device counts as broken."""
+BYTES_PER_PARAMETER = 16
+"""Weights, gradients and AdamW's two moments, fp32."""
+_DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""Files that a driver for graphics cards makes, of NVIDIA and of AMD."""
+
+
+def find_devices(parameters: int) -> list[FoundDevice]:
+    """Return this machine's devices for training `parameters` parameters, the processor last."""
+    found = [_card(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found += [FoundDevice(name=f"xpu:{index}", title="") for index in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(FoundDevice(name="mps", title=""))
+    is_large = parameters >= _PROCESSOR_PARAMETERS
+    tried: tuple[Precision, ...] = ("fp32", "bf16") if is_large and _processor_has_bf16() else ("fp32",)
+    return [*found, FoundDevice(name="cpu", title="", precisions=tried)]
+
+
+def _card(index: int) -> FoundDevice:
+    """Return a card as torch describes it; one that torch cannot describe is left to its probe, which says why."""
+    name = f"cuda:{index}"
+    try:
+        has_bf16 = torch.cuda.get_device_capability(index) >= (8, 0) or torch.version.hip is not None
+        return FoundDevice(
+            name=name,
+            title=torch.cuda.get_device_name(index),
+            precisions=("fp32", "bf16" if has_bf16 else "fp16"),
+            free_bytes=torch.cuda.mem_get_info(index)[0],
+        )
+    except (RuntimeError, AssertionError):
+        return FoundDevice(name=name, title="")
+
+
+def _processor_has_bf16() -> bool:
+    """Return whether this processor multiplies bf16 by instructions of its own."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
+def missing_card(files: tuple[Path, ...] = _DEVICE_FILES) -> str:
+    """Return why torch shows no card although the system has a driver for one; empty if it shows one, or has none."""
+    if torch.cuda.is_available() or not any(path.exists() for path in files):
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "a graphics card is here, but this torch is built for processors only (install one from pytorch.org)"
+    return "a graphics card is here, but torch cannot use it: its driver may be too old"
+
+
+def least_bytes(run: RunFile) -> int:
+    """Return the least memory that training the run's model takes on a card: microbatches of one sequence."""
+    from swarmtrain.peer.estimate import activation_bytes
+
+    activations = activation_bytes(run, 1, run.model.num_layers, has_head=True)
+    return BYTES_PER_PARAMETER * num_parameters(run.model) + activations
+
+
+def probe_device(
+    run: RunFile,
+    device: FoundDevice,
+    precisions: tuple[Precision, ...],
+    clock: Callable[[], float] = time.perf_counter,
+) -> ProbeResult:
+    """Take a few inner steps on `device`, of a model as wide as the run's and at most two layers deep.
+
+    A device whose loss is not the processor's, within rounding, is reported as broken.
+    """
+    section = run.model.model_copy(update={"num_layers": min(_PROBE_LAYERS, run.model.num_layers)})
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(section.vocabulary_size, (1, section.context_tokens + 1), generator=generator)
+    expected: float | None = None
+    speeds: dict[Precision, float] = {}
+    for precision in precisions:
+        try:
+            if device.is_card and expected is None:
+                with torch.no_grad():
+                    expected = float(build_model(section, 0).loss(batch))
+            loss, speeds[precision] = _timed_steps(run, batch, device, precision, clock)
+        except (RuntimeError, AssertionError, MemoryError) as error:
+            text = "out of memory" if is_out_of_memory(error) else (str(error).strip().splitlines() or ["no reason"])[0]
+            return ProbeResult(tokens_per_s={}, problem=f"{precision}: {text[:200]}")
+        is_wrong = expected is not None and abs(loss - expected) > _TOLERANCE[precision] * expected
+        if is_wrong or not math.isfinite(loss):
+            right = "" if expected is None else f", the processor {expected:.4g}"
+            return ProbeResult(tokens_per_s={}, problem=f"{precision}: it computes a loss of {loss:.4g}{right}")
+    return ProbeResult(tokens_per_s=speeds)
+
+
+def _timed_steps(
+    run: RunFile, batch: Tensor, device: FoundDevice, precision: Precision, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Return the first step's loss and the tokens per second of the fastest step."""
+    section = run.model.model_copy(update={"num_layers": min(_PROBE_LAYERS, run.model.num_layers)})
+    place = torch.device(device.name)
+    model = build_model(section, 0).to(place)
+    optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))
+    batch, first, best_s, gives_up_s = batch.to(place), math.nan, math.inf, clock() + _PROBE_S
+    for number in range(_PROBE_STEPS):
+        began_s = clock()
+        with autocast(place, precision):
+            loss = model.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step(0.0)
+        finish(place)
+        if number == 0:
+            first = float(loss.detach())
+        else:  # the first one also loads the device's code
+            best_s = min(best_s, clock() - began_s)
+        if number > 0 and clock() > gives_up_s:
+            break
+    return first, batch[:, 1:].numel() / best_s

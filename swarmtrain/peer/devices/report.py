@@ -1,0 +1,50 @@
+"""Tell what a peer trains on: at its start, and whenever it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swarmtrain.events import DeviceEvent, Event, WarningEvent
+from swarmtrain.peer.devices.choice import ChosenCompute
+from swarmtrain.run import RunFile
+
+__all__ = ["ComputeReport"]
+
+
+@dataclass
+class ComputeReport:
+    """Emits a `device` event for each state of a peer's device."""
+
+    run: RunFile
+    chosen: ChosenCompute
+    emit: Callable[[Event], None]
+
+    def start(self) -> None:
+        """Tell what was chosen and why."""
+        reasons = [self.chosen.choice.why, self.chosen.microbatch_why]
+        self._tell(self.chosen.compute.microbatch_sequences, "; ".join(reason for reason in reasons if reason))
+
+    def smaller(self, before: int, now: int) -> None:
+        """Tell that memory ran out, and that microbatches have `now` sequences instead of `before`."""
+        device = self.chosen.choice.device
+        message = (
+            f"memory of {device} ran out with {before} sequences at once: this peer repeats the step with {now}, and "
+            "goes on so; nothing is lost"
+        )
+        self.emit(WarningEvent(message=message, code="smaller-microbatch"))
+        self._tell(now, f"memory ran out with {before} sequences at once")
+
+    def _tell(self, microbatch_sequences: int, why: str) -> None:
+        choice = self.chosen.choice
+        self.emit(
+            DeviceEvent(
+                device=choice.device,
+                title=choice.title,
+                precision=choice.precision,
+                compiled=False,
+                microbatch_sequences=microbatch_sequences,
+                batch_sequences=self.run.inner.batch_sequences,
+                why=why,
+            )
+        )

@@ -1,0 +1,199 @@
+"""What a volunteer computes on: the precision that its run demands, and as many sequences at once as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from codes import raises_code
+
+from swarmtrain.errors import UserError
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.devices import choice as choice_module
+from swarmtrain.peer.devices.choice import check_device, choose_compute, fitting_microbatch
+from swarmtrain.peer.devices.machine import least_bytes
+from swarmtrain.peer.estimate import activation_bytes, estimate
+from swarmtrain.protocol.devices import (
+    DeviceRequest,
+    FoundDevice,
+    Precision,
+    PrecisionRequest,
+    ProbeResult,
+    parse_device,
+)
+from swarmtrain.run import RunFile
+
+CPU = FoundDevice(name="cpu", title="")
+AUTO = DeviceRequest()
+Probed = list[tuple[str, tuple[Precision, ...]]]
+
+
+def run_file(precision: str = "any", microbatch: int = 4) -> RunFile:
+    return RunFile.model_validate(
+        {
+            "run": {"total_tokens": 10**6},
+            "model": {"context_tokens": 64, "num_layers": 2, "width": 32, "num_heads": 2},
+            "inner": {"batch_sequences": 16, "microbatch_sequences": microbatch, "precision": precision},
+            "evaluation": {"batch_sequences": 4},
+        }
+    )
+
+
+def card(sequences: float, name: str = "cuda:0") -> FoundDevice:
+    """Return a card with memory for a model and this many sequences, by the estimate, and a tenth to spare."""
+    run = run_file()
+    one = activation_bytes(run, 1, run.model.num_layers, has_head=True)
+    free = round((16 * num_parameters(run.model) + sequences * one) / 0.9)
+    return FoundDevice(name=name, title="Card 9", precisions=("fp32", "bf16"), free_bytes=free)
+
+
+@pytest.fixture
+def machine_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Probed]:
+    """Let the machine have these devices, on each of which bf16 is twice as fast; returns what is probed."""
+
+    def set_up(*devices: FoundDevice) -> Probed:
+        probed: Probed = []
+
+        def probe(run: RunFile, device: FoundDevice, precisions: tuple[Precision, ...]) -> ProbeResult:
+            probed.append((device.name, precisions))
+            return ProbeResult(tokens_per_s={each: 1.0 if each == "fp32" else 2.0 for each in precisions})
+
+        monkeypatch.setattr(choice_module, "find_devices", lambda parameters: [*devices, CPU])
+        monkeypatch.setattr(choice_module, "probe_device", probe)
+        monkeypatch.setattr(choice_module, "missing_card", lambda: "")
+        return probed
+
+    return set_up
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    ("demanded", "wanted", "precision"),
+    [
+        ("any", "auto", "bf16"),
+        ("any", "fp16", "fp16"),
+        ("any", "fp32", "fp32"),
+        ("fp32", "auto", "fp32"),
+        ("bf16", "auto", "bf16"),
+        ("fp16", "auto", "fp16"),
+        ("bf16", "bf16", "bf16"),
+    ],
+)
+def test_the_runs_precision_goes_before_the_fastest(
+    machine_with: Callable[..., Probed], demanded: str, wanted: PrecisionRequest, precision: str
+) -> None:
+    probed = machine_with(card(8))
+    chosen = choose_compute(run_file(demanded), AUTO, wanted)
+    assert chosen.compute.precision == chosen.choice.precision == precision
+    assert chosen.compute.device == torch.device("cuda:0") and not chosen.compute.is_host
+    is_free = (demanded, wanted) == ("any", "auto")
+    assert probed == [("cuda:0", ("fp32", "bf16") if is_free else (precision,))]
+
+
+@pytest.mark.parametrize(("demanded", "wanted"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")])
+def test_a_precision_other_than_the_runs_is_refused_before_anything_is_probed(
+    machine_with: Callable[..., Probed], demanded: str, wanted: PrecisionRequest
+) -> None:
+    probed = machine_with(card(8))
+    with raises_code("precision-demanded", UserError, f"--precision {wanted}", demanded, "inner.precision"):
+        choose_compute(run_file(demanded), AUTO, wanted)
+    assert not probed
+
+
+def test_a_runs_precision_holds_on_a_processor_too(machine_with: Callable[..., Probed]) -> None:
+    probed = machine_with()
+    chosen = choose_compute(run_file("bf16"), AUTO, "auto")
+    assert (chosen.compute.device.type, chosen.compute.precision) == ("cpu", "bf16") and chosen.compute.is_host
+    assert probed == [("cpu", ("bf16",))]
+
+
+# ---------------------------------------------------------------- sequences at once
+
+
+@pytest.mark.parametrize(
+    ("sequences", "fitting"),
+    [(0.2, 1), (1.0, 1), (3.99, 3), (5.01, 5), (15.99, 15), (16.01, 16), (500, 16)],
+)
+def test_a_card_computes_as_many_sequences_at_once_as_fit(sequences: float, fitting: int) -> None:
+    number, why = fitting_microbatch(run_file(), card(sequences), 0)
+    assert number == fitting and why
+    assert fitting_microbatch(run_file(), card(sequences), 1) == (number, why), "main memory's limit is no card's"
+
+
+def test_a_reason_is_told_only_if_the_run_file_says_another_number() -> None:
+    assert fitting_microbatch(run_file(microbatch=4), card(4.01), 0) == (4, "")
+    assert fitting_microbatch(run_file(microbatch=0), card(100), 0) == (16, "")
+    assert fitting_microbatch(run_file(microbatch=4), CPU, 0) == (4, "")
+
+
+def test_main_memory_takes_what_the_run_file_says_or_what_its_limit_lets_fit() -> None:
+    run = run_file(microbatch=8)
+    cost, one = estimate(run, num_parameters(run.model), 2), activation_bytes(run, 1, 2, has_head=True)
+    whole = cost.memory_bytes
+    assert fitting_microbatch(run, CPU, 0) == (8, "")
+    assert fitting_microbatch(run, CPU, whole) == (8, "")
+    assert fitting_microbatch(run, CPU, 10 * whole) == (8, ""), "never more than the run file says"
+    for fewer in range(1, 8):
+        number, why = fitting_microbatch(run, CPU, whole - fewer * one)
+        assert number == 8 - fewer and "--memory" in why
+    number, why = fitting_microbatch(run, CPU, 1)
+    assert number == 1 and "--memory" in why
+
+
+def test_what_is_chosen_is_what_the_loop_computes_with(machine_with: Callable[..., Probed]) -> None:
+    machine_with(card(5.5))
+    chosen = choose_compute(run_file(), AUTO, "auto")
+    assert chosen.compute.microbatch_sequences == 5 and chosen.microbatch_why
+    machine_with()
+    chosen = choose_compute(run_file(), AUTO, "auto")
+    assert chosen.compute.microbatch_sequences == 4 and not chosen.microbatch_why
+
+
+def test_a_limit_of_a_cards_memory_counts_as_its_free_memory(
+    machine_with: Callable[..., Probed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = list[tuple[float, Any]]()
+    total = 4 * (card(16.5).free_bytes or 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": total})
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append((share, device))
+    )
+    machine_with(card(16.5))
+    few = card(3.5).free_bytes or 0
+    assert choose_compute(run_file(), AUTO, "auto", vram_bytes=few).compute.microbatch_sequences == 3
+    assert limits == [(few / total, "cuda:0")], "torch keeps it too"
+    assert choose_compute(run_file(), AUTO, "auto", vram_bytes=9 * total).compute.microbatch_sequences == 16
+    assert limits[1:] == [(1.0, "cuda:0")]
+    chosen = choose_compute(run_file(), AUTO, "auto", vram_bytes=1000)
+    assert chosen.compute.device.type == "cpu" and chosen.choice.why, "no model fits that"
+    assert len(limits) == 2
+    with raises_code("device-unusable", UserError, "cuda:0"):
+        choose_compute(run_file(), parse_device("cuda"), "auto", vram_bytes=1000)
+
+
+def test_a_card_below_the_least_memory_is_passed_over(machine_with: Callable[..., Probed]) -> None:
+    least = least_bytes(run_file())
+    probed = machine_with(replace(card(1), free_bytes=least - 1))
+    assert choose_compute(run_file(), AUTO, "auto").compute.device.type == "cpu" and not probed
+    machine_with(replace(card(1), free_bytes=least))
+    assert choose_compute(run_file(), AUTO, "auto").compute.microbatch_sequences == 1
+
+
+# ---------------------------------------------------------------- at once
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_fetched(machine_with: Callable[..., Probed]) -> None:
+    probed = machine_with(card(1))
+    for text in ("auto", "cpu", "cuda", "cuda:0"):
+        check_device(parse_device(text))
+    for text in ("cuda:1", "mps", "xpu"):
+        with raises_code("device-not-there", UserError, f"--device {text}", "cuda:0"):
+            check_device(parse_device(text))
+    assert not probed

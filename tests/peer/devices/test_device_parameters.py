@@ -1,0 +1,283 @@
+"""Parameters on a device, with the processor as the device: loans, merges as differences, and whole sessions against
+those of parameters in main memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
+from swarmtrain.algorithm.gossip import layout_of
+from swarmtrain.data.batches import Batches
+from swarmtrain.model.gpt import build_model
+from swarmtrain.peer.alone import _Nobody
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
+from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.run import RunFile
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator) for name, shape in [("a", (3, 4)), ("b", (4,)), ("c", (2, 6))]
+    }
+
+
+def fragments() -> tuple[Fragment, ...]:
+    """Return two fragments of the tensors."""
+    both = fragments_of(layout_of([(3, 4), (4,), (2, 6)]), 2)
+    assert len(both) == 2
+    return both
+
+
+def flat(named: dict[str, Tensor], fragment: Fragment | None = None) -> Tensor:
+    picked = list(named.values()) if fragment is None else fragment.pick(list(named.values()))
+    return torch.cat([each.reshape(-1) for each in picked]).clone()
+
+
+def step(parameters: ParameterSource, by: float) -> None:
+    """Take a step as an optimizer does."""
+    parameters.take_back()
+    for number, tensor in enumerate(parameters.named.values()):
+        tensor.add_(by * (number + 1))
+
+
+# ---------------------------------------------------------------- loans
+
+
+def test_what_is_read_is_a_copy_that_stays() -> None:
+    named = tensors()
+    parameters, before = DeviceParameters(named.items()), flat(named)
+    read = parameters.read()
+    step(parameters, 0.5)
+    assert read.dtype is torch.float32 and torch.equal(read, before) and not torch.equal(parameters.read(), before)
+
+
+def test_a_loan_is_not_changed_by_later_steps() -> None:
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    first, second = fragments()
+    theta, before = torch.ones(first.layout.size), flat(named, first)
+    asked, not_asked = parameters.lend(first, theta), parameters.lend(second, torch.zeros(second.layout.size))
+    gradient, reached = asked.gradient().clone(), flat(named, second)
+    for _ in range(3):
+        step(parameters, 0.5)
+    parameters.write(torch.full_like(theta, 7.0), first)
+    parameters.write(torch.full((second.layout.size,), 7.0), second)
+    assert torch.equal(asked.gradient(), gradient) and torch.equal(gradient, theta - before)
+    assert torch.equal(not_asked.gradient(), -reached), "nobody had asked for it before"
+
+
+def test_a_loan_is_read_by_several_threads_while_steps_are_taken() -> None:
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    (fragment, _), found = fragments(), list[Tensor]()
+    lent, before = parameters.lend(fragment, torch.zeros(fragment.layout.size)), flat(named, fragment)
+    threads = [threading.Thread(target=lambda: found.append(lent.gradient())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        step(parameters, 0.25)
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(each is found[0] for each in found) and torch.equal(found[0], -before)
+
+
+# ---------------------------------------------------------------- merges
+
+
+def test_a_merge_with_no_step_since_the_loan_sets_the_weights_to_the_bit() -> None:
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    first, second = fragments()
+    untouched, theta = flat(named, second), 1e3 * torch.randn(first.layout.size)
+    parameters.lend(first, torch.zeros(first.layout.size)).gradient()
+    parameters.write(theta, first)
+    assert torch.equal(flat(named, first), theta) and torch.equal(flat(named, second), untouched)
+
+
+@pytest.mark.parametrize("steps_since", [1, 2, 5])
+def test_a_merge_after_steps_keeps_those_steps(steps_since: int) -> None:
+    """w += theta - lent, against that line in plain words, over rounds of two fragments."""
+    named, plain = tensors(), tensors()
+    parameters, generator = DeviceParameters(named.items()), torch.Generator().manual_seed(1)
+    for _ in range(4):
+        lent = {name: tensor.clone() for name, tensor in plain.items()}
+        for fragment in fragments():
+            parameters.lend(fragment, torch.zeros(fragment.layout.size))
+        for number in range(steps_since):
+            step(parameters, 0.1 * number)
+            for index, tensor in enumerate(plain.values()):
+                tensor.add_(0.1 * number * (index + 1))
+        for fragment in fragments():
+            thetas = {name: torch.randn(plain[name].shape, generator=generator) for name in fragment.pick([*plain])}
+            parameters.write(flat(thetas), fragment)
+            for name, theta in thetas.items():
+                plain[name] += theta - lent[name]
+        assert all(torch.equal(named[name], plain[name]) for name in named)
+
+
+def test_steps_after_a_merge_belong_to_the_next_loan() -> None:
+    """What was trained and not merged is in the next pseudo-gradient, and in no other."""
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    first, _ = fragments()
+    zero = torch.zeros(first.layout.size)
+    parameters.lend(first, zero)
+    before = flat(named, first)
+    step(parameters, 0.5)
+    trained, theta = flat(named, first) - before, zero + 2.0
+    parameters.write(theta, first)
+    torch.testing.assert_close(-parameters.lend(first, theta).gradient(), trained)
+    assert torch.equal(theta, zero + 2.0), "the state is as it was"
+
+
+def test_whole_weights_replace_everything_whatever_was_lent() -> None:
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    first, second = fragments()
+    lent, before = parameters.lend(first, torch.zeros(first.layout.size)), flat(named, first)
+    step(parameters, 0.5)
+    theta = torch.arange(28.0)
+    parameters.write(theta)
+    assert torch.equal(flat(named), theta) and torch.equal(lent.gradient(), -before)
+    again = first.of(theta) * 3
+    parameters.write(again, first)
+    assert torch.equal(flat(named, first), again), "the loan before it is over"
+    assert torch.equal(flat(named, second), second.of(theta))
+
+
+def test_a_fragment_that_is_lent_again_is_merged_from_its_last_loan() -> None:
+    named = tensors()
+    parameters = DeviceParameters(named.items())
+    first, _ = fragments()
+    zero = torch.zeros(first.layout.size)
+    parameters.lend(first, zero)
+    step(parameters, 0.5)
+    parameters.lend(first, zero)
+    parameters.write(zero + 3.0, first)
+    assert torch.equal(flat(named, first), zero + 3.0)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    parameters, (first, _) = DeviceParameters(tensors().items()), fragments()
+    for theta, fragment in ((torch.zeros(27), None), (torch.zeros(first.layout.size + 1), first)):
+        with pytest.raises(ValueError, match="a vector of"):
+            parameters.write(theta, fragment)
+
+
+# ---------------------------------------------------------------- streams, whose order is all that is shown
+
+
+class Streams:
+    """Stand-in for torch.cuda's streams and events, which writes down what waits for what."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, empty = list[str](), torch.empty
+        streams = self
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                streams.calls.append(f"{self.name} waits for {other.name}")
+
+        class Event:
+            def __init__(self, *, blocking: bool) -> None:
+                assert blocking, "a thread that waits sleeps"
+
+            def record(self, stream: Stream) -> None:
+                streams.calls.append(f"{stream.name} records")
+
+            def synchronize(self) -> None:
+                streams.calls.append("a thread waits")
+
+        self.copying = Stream("copying")
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **others: self._pinned(empty, sizes, others))
+
+    def _pinned(self, empty: Any, sizes: Any, others: Any) -> Tensor:
+        self.calls.append("pinned memory")
+        made: Tensor = empty(*sizes, **others)
+        return made
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    with monkeypatch.context() as patched:
+        yield Streams(patched)
+
+
+def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) -> None:
+    parameters, (first, _) = DeviceParameters(tensors().items()), fragments()
+    parameters._copying = streams.copying  # type: ignore[assignment]
+    theta = torch.zeros(first.layout.size)
+    lent = parameters.lend(first, theta)
+    assert streams.calls == ["pinned memory", "copying waits for training", "copying records"]
+    streams.calls.clear()
+    parameters.take_back()
+    assert streams.calls == ["training waits for copying"], "the device, and not the thread"
+    streams.calls.clear()
+    lent.gradient()
+    lent.gradient()
+    assert streams.calls == ["a thread waits"]
+    streams.calls.clear()
+    parameters.write(theta, first)
+    assert streams.calls == ["training waits for copying", "a thread waits"], "it subtracts what was lent"
+    streams.calls.clear()
+    parameters.read()
+    assert streams.calls[-1] == "a thread waits"
+
+
+# ---------------------------------------------------------------- sessions
+
+TEXT = np.frombuffer(b"whatever a peer trains on, its rounds are the same to the bit. " * 20, dtype=np.uint8)
+
+
+class AsDevice(ComputeDevice):
+    """Processor of which the loop believes that it is a device."""
+
+    @property
+    def is_host(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_rounds_are_those_of_parameters_in_main_memory_to_the_bit(inner_steps: int) -> None:
+    host, device = (_trained(inner_steps, compute) for compute in (ComputeDevice(), AsDevice()))
+    assert isinstance(host[0].parameters, HostParameters) and isinstance(device[0].parameters, DeviceParameters)
+    assert torch.equal(host[1].replica.state.theta, device[1].replica.state.theta)
+    assert torch.equal(host[1].replica.state.momentum, device[1].replica.state.momentum)
+    assert torch.equal(host[0].parameters.read(), device[0].parameters.read())
+    assert [each.loss for each in host[2]] == [each.loss for each in device[2]] and len(host[2]) > 1
+    assert host[2][-1].loss < host[2][0].loss
+
+
+def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
+    run = RunFile.model_validate(
+        {
+            "run": {"total_tokens": 64 * 12},
+            "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
+            "inner": {"batch_sequences": 4, "learning_rate": 1e-2},
+            "merge": {"method": "diloco", "inner_steps": inner_steps, "outer_momentum": 0.5},
+        }
+    )
+    data = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id="me")
+    loop, reports = ModelLoop(run, build_model(run.model, 0), data, compute=compute), list[RoundReport]()
+    exchange = _Nobody(inner_steps, 12)
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
+    assert loop.train(session) == "total_tokens"
+    return loop, session, reports
