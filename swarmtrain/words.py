@@ -11,6 +11,7 @@ __all__ = [
     "bits_per_byte",
     "count_in_words",
     "counted",
+    "device_in_words",
     "loss_in_words",
     "one_line",
     "percent_in_words",
@@ -36,6 +37,13 @@ def count_in_words(number: float) -> str:
 def counted(number: float, noun: str, plural: str = "") -> str:
     """Format a number of things, such as `1 peer` or `3 peers`; `plural` if it is not the noun and an s."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def device_in_words(device: str, title: str) -> str:
+    """Name a device for a person, such as `cuda:0 (NVIDIA H100)` or `the processor`; `device` is torch's name of it."""
+    if device == "cpu":
+        return "the processor"
+    return f"{device} ({title})" if title else device
 
 
 def speed_in_words(tokens_per_s: float) -> str:

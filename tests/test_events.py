@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from swarmtrain.events import (
     EVENT_CLASSES,
     ArrivingEvent,
+    DeviceEvent,
     DoneEvent,
     ErrorEvent,
     EvalEvent,
@@ -113,6 +114,35 @@ def test_what_is_no_event_is_refused() -> None:
 def test_numbers_are_finite() -> None:
     with pytest.raises(ValidationError):
         EvalEvent(round=0, held_out_loss=float("nan"))
+
+
+CARD = DeviceEvent(
+    device="cuda:0",
+    title="NVIDIA H100",
+    precision="bf16",
+    microbatch_sequences=32,
+    batch_sequences=32,
+    why="it works; in a probe 3.1 times as fast as fp32",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "cuda:0 (NVIDIA H100) in bf16, 32 sequences at once: it works; in a probe 3.1 times as fast as fp32"),
+        ({"compiled": True, "why": ""}, "cuda:0 (NVIDIA H100) in bf16, compiled, 32 sequences at once"),
+        (
+            {"device": "cpu", "title": "", "precision": "fp32", "microbatch_sequences": 1, "why": "asked for"},
+            "the processor in fp32, 1 of 32 sequences at once: asked for",
+        ),
+        (
+            {"title": "", "batch_sequences": 1, "microbatch_sequences": 1},
+            "cuda:0 in bf16, 1 sequence at once: it works",
+        ),
+    ],
+)
+def test_what_a_peer_trains_on_is_one_sentence(changes: dict[str, object], words: str) -> None:
+    assert in_words(CARD.model_copy(update=changes)).startswith(f"training on {words}")
 
 
 def test_a_stamp_fills_in_only_what_is_missing() -> None:

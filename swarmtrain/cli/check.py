@@ -14,6 +14,7 @@ from swarmtrain.errors import Problem, RunFileError, with_code
 
 if TYPE_CHECKING:
     from swarmtrain.cli.estimate import Estimate
+    from swarmtrain.peer.devices.expected_device import ExpectedDevice
     from swarmtrain.run import RunFile
 
 __all__ = ["command"]
@@ -35,7 +36,8 @@ __all__ = ["command"]
 def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool) -> None:
     """Print what RUN.toml trains, what it costs, and warnings.
 
-    Reads the text as `bootstrap` does; of a Hugging Face data set it fetches the first documents. An error is what
+    Reads the text as `bootstrap` does; of a Hugging Face data set it fetches the first documents. Names the device that
+    this machine would train on by its memory, without trying it. An error is what
     `bootstrap` would refuse; with any, the exit code is 2. A warning is about what is allowed, but perhaps not meant.
     """
     import dataclasses
@@ -46,22 +48,27 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
-    from swarmtrain.model.gpt import num_parameters  # takes a second: after the file is known to be good
+    from swarmtrain.model.gpt import num_parameters
+    from swarmtrain.peer.devices.expected_device import (
+        expected_device,
+    )  # takes a second: after the file is known to be good
 
     cost = estimate(run, num_parameters(run.model), peers)
     look = first_look(run, data or given.base)
     refused = (*_refused(run), *look.problems)
     found = doubts(run, cost, look.num_bytes, _machine_bytes())
+    on = expected_device(run) if run.pipeline.stages == 1 else None  # stages are trained on the processor
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
-        click.echo(json.dumps({**table, "not_looked_at": look.unseen}))
+        table |= {"not_looked_at": look.unseen, "device": None if on is None else _as_json(on)}
+        click.echo(json.dumps(table))
     else:
         lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
             f"  warning: {text}" for text in found
         ]
         unseen = (f"  not checked: {text}" for text in look.unseen)
-        for line in (*report(run, cost, look.num_bytes), *(lines or ["  no warnings"]), *unseen):
+        for line in (*report(run, cost, look.num_bytes, on), *(lines or ["  no warnings"]), *unseen):
             click.echo(line)
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)
@@ -81,8 +88,19 @@ def _refused(run: RunFile) -> list[Problem]:
     return problems
 
 
-def report(run: RunFile, cost: Estimate, corpus_bytes: int | None) -> list[str]:
-    """Describe the run and its costs, in lines for a person."""
+def _as_json(on: ExpectedDevice) -> dict[str, str | int | None]:
+    return {
+        "name": on.device.name,
+        "title": on.device.title,
+        "free_bytes": on.device.free_bytes,
+        "microbatch_sequences": on.microbatch_sequences,
+        "why": on.why,
+        "least_card_bytes": on.least_card_bytes,
+    }
+
+
+def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedDevice | None = None) -> list[str]:
+    """Describe the run and its costs, in lines for a person; `on` is what this machine would train on, if known."""
     from swarmtrain.peer.estimate import activation_wire_bytes
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
@@ -109,7 +127,10 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None) -> list[str]:
         + _with_states(run, cost),
         "memory": f"about {size(cost.memory_bytes)} per peer with {peers}: {size(cost.memory_program_bytes)} program, "
         f"{size(cost.memory_parameters_bytes)} parameters, {size(cost.memory_activations_bytes)} activations",
+        "device": str(on),
     }
+    if on is None:
+        del rows["device"]
     if stages == 1:
         del rows["stages"]
     return [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]

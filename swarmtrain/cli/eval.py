@@ -9,35 +9,47 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli.common import THREADS, example
+from swarmtrain.cli.device_options import DEVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from swarmtrain.model.gpt import TextLoss
+    from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
 
+_BATCH_SEQUENCES = 16
+
 
 @click.command(
-    name="eval", epilog=example("swarmtrain eval runs/first/bootstrap/model", "swarmtrain eval MODEL --text book.txt")
+    name="eval",
+    epilog=example(
+        "swarmtrain eval runs/first/bootstrap/model",
+        "swarmtrain eval MODEL --text book.txt",
+        "swarmtrain eval MODEL --device cuda",
+    ),
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Text to measure on.  [default: the run's held-out text]")  # fmt: skip
 @THREADS
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, text: Path | None, threads: int | None, as_json: bool) -> None:
+def command(model: Path, text: Path | None, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
     """Measure the loss of the model in folder MODEL.
 
     Prints nats and bits per byte of text, and perplexity per token; lower is better.
     """
     import json
 
+    from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
     from swarmtrain.data.batches import held_out_batches
     from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
     from swarmtrain.errors import UserError
     from swarmtrain.model.export import load_exported
     from swarmtrain.model.gpt import TextLoss, evaluate
+    from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
     exported = load_exported(model)
@@ -54,9 +66,10 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
     section = exported.model.section
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
     use_threads(threads or useful_threads(exported.model))
+    place = move_model(exported.model, device, _BATCH_SEQUENCES, say)
     tokens = tokenizer.encode(data)
     with long_work("measuring", len(tokens) - 1, "tokens") as advance:
-        batches = _told(held_out_batches(tokens, section.context_tokens, 16), advance)
+        batches = _told(held_out_batches(tokens, section.context_tokens, _BATCH_SEQUENCES), advance)
         sum_nats, num_targets = evaluate(exported.model, batches)
     loss = TextLoss(sum_nats, num_targets, len(data))
     if as_json:
@@ -67,6 +80,7 @@ def command(model: Path, text: Path | None, threads: int | None, as_json: bool) 
             "bytes": loss.num_bytes,
             "tokens": loss.num_tokens,
             "run_tokens": exported.run_tokens,
+            "device": place,
         }
         click.echo(json.dumps(fields))
     else:

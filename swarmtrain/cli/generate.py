@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from swarmtrain.cli.common import THREADS, example
+from swarmtrain.cli.device_options import DEVICE
+
+if TYPE_CHECKING:
+    from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
 
@@ -16,6 +21,7 @@ __all__ = ["command"]
     epilog=example(
         "swarmtrain generate runs/first/bootstrap/model --prompt 'def '",
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
+        "swarmtrain generate MODEL --device cpu",
     ),
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
@@ -45,8 +51,12 @@ __all__ = ["command"]
     help="Random seed; the same seed writes the same text.",
 )
 @THREADS
-def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None) -> None:
+@DEVICE
+def command(
+    model: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None, device: DeviceRequest
+) -> None:
     """Continue a prompt with the model in folder MODEL."""
+    from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text
@@ -54,5 +64,5 @@ def command(model: Path, prompt: str, tokens: int, temperature: float, seed: int
     if not prompt:
         raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
     with long_work("writing", tokens, "tokens") as advance:
-        text = sample_text(model, prompt, Sampling(tokens, temperature, seed, threads or 0), advance)
+        text = sample_text(model, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
     click.echo(text)

@@ -27,6 +27,7 @@ from swarmtrain.cli.common import (
     say_the_end,
     user_directory,
 )
+from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.kept_options import KeptOption, restore
 from swarmtrain.cli.option_errors import OptionError, OptionsError
 
@@ -94,12 +95,14 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE",
         "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
         "swarmtrain join INVITE --background --nice 10 --hours 22-7",
+        "swarmtrain join INVITE --device cuda:1 --vram 8GB",
         "swarmtrain join INVITE --slowdown 2.6",
     ),
 )
 @click.argument("words", metavar="[INVITE]", nargs=-1)
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Read the invite from FILE; wait until FILE holds one.")  # fmt: skip
 @_limit_options
+@device_options(KeptOption)
 @click.option(
     "--data",
     cls=KeptOption,
@@ -114,6 +117,7 @@ def command(
     words: tuple[str, ...],
     invite_file: Path | None,
     limits: Limits,
+    on: DeviceOptions,
     data: Path | None,
     fail_pulls: float,
     first_stages: tuple[int, ...],
@@ -121,11 +125,11 @@ def command(
 ) -> None:
     """Join the run of INVITE and train until it ends.
 
-    Fetches the run, checks it against the hash in the invite, and trains on this machine. Never executes anything it
-    receives. Press Ctrl-C once to leave cleanly, twice to stop at once.
+    Fetches the run, checks it against the hash in the invite, and trains on this machine: on a graphics card if torch
+    shows one that works. Never executes anything it receives. Press Ctrl-C once to leave cleanly, twice to stop at once.
 
     Without INVITE, and with the same --name and --dir, it continues the run of its folder, through the peers it knew.
-    The folder remembers --data, the addresses, the limits and a pause; an option given anew replaces what it remembers.
+    The folder remembers --data, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
     `swarmtrain limits` changes the limits while the peer runs.
     """
     with errors_as_events(options.json, options.name):
@@ -142,7 +146,7 @@ def command(
         parsed = parsed or _of_folder(directory)
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
-        limits, data = _with_kept(limits, kept), kept.get("data", data)
+        limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -159,6 +163,9 @@ def command(
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         limits=limits,
+        device=on.device,
+        precision=on.precision,
+        vram_bytes=on.vram_bytes,
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,

@@ -17,6 +17,7 @@ import click
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import RunTimeError, with_code
@@ -45,6 +46,7 @@ _LOST_TIMES = 8
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
+        "swarmtrain local run.toml --peers 2 --device cuda --vram 8GB",
         "swarmtrain local run.toml --peers 6 --faults examples/rehearsals/bad-internet.toml --churn 60",
     ),
 )
@@ -65,6 +67,7 @@ _LOST_TIMES = 8
     metavar="N",
     help="Processor threads of each volunteer.",
 )
+@device_options(click.Option)
 @click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower each volunteer trains than this machine could, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: 1 for each]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
@@ -89,6 +92,7 @@ def command(
     given: GivenRun,
     peers: int,
     threads: int,
+    on: DeviceOptions,
     slowdowns: tuple[float, ...],
     rtt: float | None,
     link_up: float | None,
@@ -132,19 +136,19 @@ def command(
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
         base = data or given.base
-        common = ["--threads", str(threads), "--data", str(base), "--log-level", log_level]
+        common = ["--threads", str(threads), *on.words(), "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
             trained = _train(
                 _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal), stop
             )
-            _show_sample(directory, as_json)
+            _show_sample(directory, as_json, on)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
             line = f"held-out loss {loss_in_words(trained.loss)}"
             if compare_alone:
-                part, loss = _alone(directory, base, trained, stop)
+                part, loss = _alone(directory, base, trained, on, stop)
                 click.echo(part.line(), err=as_json)
                 line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
@@ -366,19 +370,19 @@ def _watch(
     )  # the bootstrap has the model that is shown
 
 
-def _show_sample(directory: Path, as_json: bool) -> None:
+def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     model = directory / "bootstrap" / "model"
     click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.progress import long_work
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
-        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0), advance)
+        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device), advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 
 
-def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tuple[_Part, float]:
+def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, stop: StopFlag) -> tuple[_Part, float]:
     """Train one volunteer alone at full speed for as many inner steps as the fastest took, with a progress bar.
 
     Return (its work, its held-out loss).
@@ -401,6 +405,9 @@ def _alone(directory: Path, data: Path, trained: _Trained, stop: StopFlag) -> tu
         data_folder=data,
         cache_folder=platformdirs.user_cache_path("swarmtrain"),
         limits=Limits(threads=1),  # small models gain nothing from a second thread, and lose much if cores are shared
+        device=on.device,
+        precision=on.precision,
+        vram_bytes=on.vram_bytes,
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"

@@ -25,6 +25,7 @@ from swarmtrain.words import (
     below_in_words,
     count_in_words,
     counted,
+    device_in_words,
     loss_in_words,
     one_line,
     percent_in_words,
@@ -252,6 +253,17 @@ def _archive(view: View) -> str:
     return f"{rounds}, {count_in_words(kept.run_tokens)} tokens, {_ago(kept.time, view)}, in {one_line(kept.path)}"
 
 
+def _device(status: Any) -> str:
+    """Say what a volunteer trains on, and why; empty while that is not known."""
+    device = status.device
+    if not status.HasField("device"):
+        return ""
+    parts = [f"{one_line(device_in_words(device.device, device.title))} in {one_line(device.precision)}"]
+    parts += ["compiled"] if device.compiled else []
+    parts += [f"{counted(device.microbatch_sequences, 'sequence')} at once"] if device.microbatch_sequences else []
+    return ", ".join(parts) + (f": {one_line(device.why)}" if device.why else "")
+
+
 def limits_in_words(limits: Any) -> str:
     """Describe what a peer may use of its machine."""
     threads = f"{limits.threads} thread{'s' if limits.threads != 1 else ''}" if limits.threads else "all threads"
@@ -416,6 +428,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "reach": one_line(status.reach),
         "archive": _archive(view),
         "checkpoint": "" if status.HasField("archive") else _checkpoint(view),
+        "device": _device(status),
         "limits": limits_in_words(status.limits) if status.HasField("limits") else "",
     }
     if view.phase is PeerPhase.RUNNING:
@@ -543,6 +556,7 @@ def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, 
         "checkpoint": "" if bootstrap else _checkpoint(view),
         "exchange": _economy(status),
         "merged": one_line(status.last_merge),
+        "device": _device(status),
         "limits": limits_in_words(status.limits) if height >= _HIGH_LINES and status.HasField("limits") else "",
     }
     blocks = {

@@ -63,7 +63,7 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
         print_page(views[0])
 
 
-_PAGE_LINES = 19  # lines of a page without its contributors and the invite
+_PAGE_LINES = 20  # lines of a page without its contributors and the invite
 
 
 def print_page(view: View) -> None:

@@ -192,12 +192,14 @@ def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) ->
 
 @torch.inference_mode()
 def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64.
+    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64, of any device.
 
     With one byte per token, their quotient is the held-out loss.
     """
     sum_nats, num_targets = 0.0, 0
+    device = model.embed.weight.device
     for batch in batches:
+        batch = batch.to(device)
         targets = batch[:, 1:].flatten()
         sum_nats += float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), targets, reduction="sum"))
         num_targets += targets.numel()

@@ -16,6 +16,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.control.limits import LimitEnforcer, kept_limits, options_of
 from swarmtrain.peer.control.logs import log_event, logged, peer_log
 from swarmtrain.peer.control.session import ControlSession, control_session
+from swarmtrain.peer.devices.choice import check_device
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.node import (
@@ -45,8 +46,9 @@ _UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
     """Join the run of `invite` and train until it ends or `stop` is set; return the final event.
 
-    Raises UserError and RunTimeError with one line for a person.
+    Raises UserError and RunTimeError with one line for a person; UserError at once if the device asked for is not here.
     """
+    check_device(settings.device)
     with (
         # In the background its log is all that a person has to look at: it stays.
         peer_folder(settings.directory, removes_unused=not settings.log_descriptors) as folder,

@@ -75,49 +75,49 @@ class ControlServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Status(self, request, context):
-        """What the peer is doing now.
+        """Return what the peer is doing now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The same, now and whenever it changes (at most every half second), until the peer ends or the caller hangs up.
+        """Stream the status now and at each change (at most every half second), until the peer ends or the caller hangs up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Stop training and leave the swarm for a while; the process stays.
+        """Stop training and leave the swarm for a while; the process keeps running.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Come back after a pause.
+        """Resume after a pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Leave(self, request, context):
-        """End as by Ctrl-C: the last finished round's checkpoint is on the disk, a goodbye is said, exit code 0.
+        """End as by Ctrl-C: the last finished round's checkpoint is on the disk, the peer leaves the swarm, exit code 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Checkpoint(self, request, context):
-        """Answers once the checkpoint of the last finished round is on the disk.
+        """Answer once the checkpoint of the last finished round is on the disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Limit(self, request, context):
-        """Change what this peer may take of its machine.
+        """Change what this peer may use of its machine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -12,6 +12,8 @@ from swarmtrain.cli.check import report, shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.devices import expected_device as module
+from swarmtrain.protocol.devices import FoundDevice
 from swarmtrain.run import load_run, parse_run
 from swarmtrain.words import counted
 
@@ -178,6 +180,40 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     assert table["num_peers"] == 3
     assert table["corpus_bytes"] == 5000
     assert table["doubts"] and len(table["errors"]) == 1 and table["error_codes"] == ["too-little-text"]
+
+
+CPU = FoundDevice(name="cpu", title="")
+SMALL = FoundDevice(name="cuda:0", title="Small", free_bytes=1_000_000)
+LARGE = FoundDevice(name="cuda:1", title="Large", free_bytes=8_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("found", "missing", "row"),
+    [
+        ([CPU], "", "the processor: 4 sequences at once (no graphics card was found); a graphics card needs at least "),
+        ([CPU], "a card is here, but", "the processor: 4 sequences at once (a card is here, but); a graphics card"),
+        ([SMALL, CPU], "", "the processor: 4 sequences at once (cuda:0 (Small) has only 1 MB free); a graphics card"),
+        ([SMALL, LARGE, CPU], "", "cuda:1 (Large), 8 GB free: 4 sequences at once, if it works; a graphics card needs"),
+    ],
+)
+def test_it_says_what_this_machine_would_train_on(
+    found: list[FoundDevice],
+    missing: str,
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "find_devices", lambda parameters: found)
+    monkeypatch.setattr(module, "missing_card", lambda: missing)
+    assert run_command(["check", "stdlib-gpt"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  device ")]
+    assert line.removeprefix("  device      ").startswith(row)
+    assert run_command(["check", "stdlib-gpt", "--json"]) == 0
+    on = json.loads(capsys.readouterr().out)["device"]
+    assert on["name"] == ("cuda:1" if LARGE in found else "cpu") and on["microbatch_sequences"] == 4
+    assert on["free_bytes"] == (8_000_000_000 if LARGE in found else None) and on["least_card_bytes"] > 1_000_000
+    assert run_command(["check", "pipeline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] is None, "stages are trained on the processor"
 
 
 def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(

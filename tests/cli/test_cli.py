@@ -44,13 +44,25 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "join": (
         *("[INVITE]", "--invite-file"),
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
+        *("--device", "--precision", "--vram"),
         "--data",
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
     "local": (
         "RUN.toml",
-        *("--peers", "--threads", "--slowdown", "--rtt", "--link-up", "--link-down", "--fail-pulls"),
+        *(
+            "--peers",
+            "--threads",
+            "--device",
+            "--precision",
+            "--vram",
+            "--slowdown",
+            "--rtt",
+            "--link-up",
+            "--link-down",
+            "--fail-pulls",
+        ),
         *("--jitter", "--loss", "--churn", "--faults"),
         *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
     ),
@@ -74,8 +86,8 @@ FROZEN: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
-    "eval": ("MODEL", "--text", "--threads", "--json"),
-    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads"),
+    "eval": ("MODEL", "--text", "--threads", "--device", "--json"),
+    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
     "explain": ("[CODE]",),
 }
 

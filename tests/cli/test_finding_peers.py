@@ -350,6 +350,10 @@ def test_a_status_as_json() -> None:
     assert told["limits"]["memory_bytes"] is None
     assert [peer["tokens"] for peer in told["peers"]] == [400_000, 600_000, 200_000, 0]
     assert view_as_json(finding.View(status=wire.PeerStatus(), phase=PeerPhase.DIED))["checkpoint"] is None
+    on = wire.PeerStatus(device=wire.DeviceStatus(device="cuda:0", precision="bf16", microbatch_sequences=8))
+    assert view_as_json(finding.View(status=on, phase=PeerPhase.RUNNING))["device"] == {
+        "device": "cuda:0", "title": "", "precision": "bf16", "compiled": False, "microbatch_sequences": 8, "why": "",
+    }  # fmt: skip
 
 
 def test_a_status_of_a_newer_version_is_read(tmp_path: Path) -> None:

@@ -304,6 +304,24 @@ def test_who_cannot_be_dialled_is_told_so() -> None:
     assert f"reach         {told}" in "\n".join(on_screen(draw_status(shown, 120, 6), 120, 30))
 
 
+def test_what_it_trains_on_is_one_line() -> None:
+    status = make_status()
+    assert not any(line.plain.startswith("device") for line in draw_status(view(), 120, 6))
+    status.device.CopyFrom(
+        wire.DeviceStatus(
+            device="cuda:0", title="A \x1b[31mCard", precision="bf16", microbatch_sequences=32, why="it works"
+        )
+    )
+    seen = View(status=status, phase=PeerPhase.RUNNING, folder=FOLDER, now=status.time + 1)
+    expected = "device        cuda:0 (A \\x1b[31mCard) in bf16, 32 sequences at once: it works"
+    assert expected in on_screen(draw_status(seen, 120, 6), 120, 40)
+    assert expected in on_screen(draw_watch(seen, 120, 40), 120, 40)
+    on_screen(draw_watch(seen, 80, 24), 80, 24)
+    status.device.CopyFrom(wire.DeviceStatus(device="cpu", precision="fp32", compiled=True, microbatch_sequences=1))
+    page = on_screen(draw_status(seen, 120, 6), 120, 40)
+    assert "device        the processor in fp32, compiled, 1 sequence at once" in page
+
+
 def test_a_list_of_peers() -> None:
     ended = make_status(name="bert", state=wire.PEER_STATE_DONE)
     lines = list_peers([view(), View(status=ended, phase=PeerPhase.ENDED, folder=FOLDER, now=ended.time + 400)], 120)

@@ -61,7 +61,7 @@ def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
     assert {event.level for events in found.values() for event in events} == {"ok"}, found
     assert list(found) == [
         "python", "torch", "daemon", "ports", "addresses", "invite", "peers", "run", "clock",
-        "data", "memory", "disk", "cache", "speed", "reachable",
+        "data", "memory", "device", "disk", "cache", "speed", "reachable",
     ]  # fmt: skip
     assert {event.found.split()[0] for event in found["peers"]} == {"anna", "bootstrap"}
     assert all(" ms at /ip4/127.0.0.1/tcp/" in event.found for event in found["peers"])

@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
 from swarmtrain.peer.checkpoints.checkpoint import load_newest
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
+from swarmtrain.peer.devices.model_device import move_model
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.node import (
     PeerSettings,
@@ -37,6 +38,7 @@ from swarmtrain.peer.lifecycle.node import (
     wait_for,
 )
 from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
+from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted
@@ -177,23 +179,30 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings for generating text; `threads` 0 uses as many as are useful."""
+    """Settings for generating text; `threads` 0 uses as many as are useful. `device` "auto" is the best that works."""
 
     num_tokens: int
     temperature: float
     seed: int
     threads: int = 0
+    device: DeviceRequest = field(default_factory=DeviceRequest)
 
 
 def sample_text(
-    folder: Path, prompt: str, sampling: Sampling, advance: Callable[[int], None] = lambda number: None
+    folder: Path,
+    prompt: str,
+    sampling: Sampling,
+    advance: Callable[[int], None] = lambda number: None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model in `folder` writes after it. `advance` is called with each token's number.
+    """Return the prompt and what the model in `folder` writes after it. `advance` is called with each token's number,
+    `tell` with why a device was passed over.
 
-    Raises UserError if there is no model.
+    Raises UserError if there is no model, or if the device asked for is not there or does not work.
     """
     exported = load_exported(folder)
     use_threads(sampling.threads or useful_threads(exported.model))
+    move_model(exported.model, sampling.device, 1, tell)
     tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
     tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed

@@ -25,6 +25,7 @@ from swarmtrain.errors import with_code
 from swarmtrain.events import (
     ArchivedEvent,
     CaughtUpEvent,
+    DeviceEvent,
     DoneEvent,
     ErrorEvent,
     EvalEvent,
@@ -221,6 +222,8 @@ class StatusBoard:
             case JoinedEvent():
                 base.round, base.run_tokens = event.round, event.run_tokens
                 self._do(pb.PEER_STATE_WAITING, "ready for its first round")
+            case DeviceEvent():
+                base.device.CopyFrom(_device_status(event))
             case StartedEvent():
                 self._sums.num_parameters = event.num_parameters
                 self._do(pb.PEER_STATE_TRAINING, "training")
@@ -542,6 +545,17 @@ class _Sums:
         self.stall_s += event.stall_s
         below = times_below_allreduce(self.num_parameters, self.shared_steps, self.shared_bytes)
         return below or 0.0, self.stall_s / self.seconds if self.seconds else 0.0
+
+
+def _device_status(event: DeviceEvent) -> pb.DeviceStatus:
+    return pb.DeviceStatus(
+        device=event.device,
+        title=event.title,
+        precision=event.precision,
+        compiled=event.compiled,
+        microbatch_sequences=event.microbatch_sequences,
+        why=event.why,
+    )
 
 
 def _got_further(before: Pulse | None, pulse: Pulse | None) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarmtrain import __version__
 from swarmtrain.errors import (
@@ -54,9 +54,13 @@ from swarmtrain.peer.doctor.machine import (
 from swarmtrain.peer.estimate import disk_bytes
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.folder_lock import holder_pid
+from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, ProbeResult, fastest_precision, matching_devices
 from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
 from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
+
+if TYPE_CHECKING:
+    from swarmtrain.peer.devices.compute import ComputeDevice
 
 __all__ = ["Doctor", "DoctorSettings"]
 
@@ -71,7 +75,7 @@ _START_S = 20.0
 _MAX_OTHERS = 6
 _MAX_HELPERS = 3
 _NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
-_NEED_TORCH = frozenset({"daemon", "peers", "data", "speed"})  # daemon and peers too: hivemind imports torch
+_NEED_TORCH = frozenset({"daemon", "peers", "data", "device", "speed"})  # daemon and peers too: hivemind imports torch
 _ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -106,6 +110,10 @@ class Doctor:
     answers: list[GreetingAnswer] = field(default_factory=list)
     run: RunFile | None = None
     has_torch: bool = True
+    card: FoundDevice | None = None
+    """Graphics card that the run would be trained on; None: on the processor."""
+    probed: ProbeResult | None = None
+    """Result of trying the best card."""
     _nodes: list[Node] = field(default_factory=list)
     _caller: Node | None = None
     _listener: Node | None = None
@@ -159,6 +167,7 @@ class Doctor:
         cost: list[DoctorStep] = [
             ("data", self.look_at_data),
             ("memory", lambda: [self.look_at_memory()]),
+            ("device", self.look_at_devices),
             (
                 "disk",
                 lambda: [
@@ -355,6 +364,25 @@ class Doctor:
         """Check whether the run fits into the free memory of this machine."""
         return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
+    def look_at_devices(self) -> Iterator[Finding]:
+        """List the devices to train on; with a run at hand, try the best card."""
+        from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, probe_device
+        from swarmtrain.peer.doctor.devices import check_card, check_devices
+
+        found = find_devices(self._needed(lambda run, number: number) or 0)
+        yield check_devices(found, missing_card())
+        run, best = self.run, matching_devices(DeviceRequest(), found, "")[0]
+        if run is None or run.pipeline.stages > 1 or not best.is_card:
+            return
+
+        def probe(card: FoundDevice) -> ProbeResult:
+            self.probed = probe_device(run, card, card.precisions)
+            return self.probed
+
+        finding = check_card(best, least_bytes(run), probe)
+        self.card = best if finding.level == "ok" else None
+        yield finding
+
     def look_at_data(self) -> Iterator[Finding]:
         """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
@@ -372,8 +400,31 @@ class Doctor:
             return
         from swarmtrain.peer.training.speed import measure_speed
 
+        where = "" if self.card is None else self.card.name
+        try:
+            tokens_per_s = measure_speed(self.run, compute=self._compute(self.run))
+        except RuntimeError as error:
+            if self.card is None:
+                raise
+            what = (str(error).strip().splitlines() or ["no reason"])[0][:200]
+            yield Finding(
+                "speed", "warning", f"not measured on {where}: {what}", "end other programs that use the card"
+            )
+            return
         own = {info.peer: info.steps_per_s for answer in self.answers for info in answer.known if info.steps_per_s > 0}
-        yield check_speed(self.run, measure_speed(self.run), own)
+        yield check_speed(self.run, tokens_per_s, own, where)
+
+    def _compute(self, run: RunFile) -> ComputeDevice | None:
+        """Return what the run would be trained on, if that is the card that was tried; else None."""
+        if self.card is None or self.probed is None:
+            return None
+        import torch
+
+        from swarmtrain.peer.devices.choice import fitting_microbatch
+        from swarmtrain.peer.devices.compute import ComputeDevice
+
+        precision, _ = fastest_precision(self.probed.tokens_per_s)
+        return ComputeDevice(torch.device(self.card.name), precision, fitting_microbatch(run, self.card, 0)[0])
 
 
 # ---------------------------------------------------------------- judgements
@@ -535,13 +586,14 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
     return Finding("data", "ok", found)
 
 
-def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float]) -> Finding:
-    """Judge whether this machine keeps up with the run's limit for a round, and with the other peers."""
+def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float], where: str = "") -> Finding:
+    """Judge whether this machine keeps up with the run's limit for a round, and with the other peers; `where` names the
+    card on which its speed was measured."""
     steps_per_s = tokens_per_s / run.tokens_per_step
     round_s = run.merge.inner_steps / steps_per_s
     found = (
-        f"{count_in_words(tokens_per_s)} tokens/s: {time_in_words(round_s)} for a round of "
-        f"{counted(run.merge.inner_steps, 'inner step')}"
+        f"{count_in_words(tokens_per_s)} tokens/s{f' on {where}' if where else ''}: {time_in_words(round_s)} for a "
+        f"round of {counted(run.merge.inner_steps, 'inner step')}"
     )
     if round_s > run.merge.round_limit_s and not run.merge.kind.asynchronous:  # else slow peers take fewer steps
         advice = (

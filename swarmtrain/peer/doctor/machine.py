@@ -104,8 +104,6 @@ def check_torch(load: Callable[[str], Any] = importlib.import_module, cores: int
     threads, cores = torch.get_num_threads(), cores or _usable_cores()
     instructions = torch.backends.cpu.get_cpu_capability()
     found = f"{version}, {threads} of {counted(cores, 'core')}, instructions {instructions}"
-    if torch.cuda.is_available():
-        found += "; a graphics card is there, but training is on the processor today"
     if instructions == "DEFAULT" and platform.machine() in ("x86_64", "AMD64"):
         advice = "training will be slow here; on a virtual machine, let it see the host's processor"
         return Finding("torch", "warning", f"{found} (no AVX)", advice)

@@ -33,6 +33,7 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.start_options import Started
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
+from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1.control_pb2 import PeerStatus
@@ -92,6 +93,10 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    device: DeviceRequest = field(default_factory=DeviceRequest)
+    precision: PrecisionRequest = "auto"
+    vram_bytes: int = 0
+    """Memory of a graphics card that may be used; 0: no limit."""
     log_descriptors: tuple[int, ...] = ()  # descriptors of this process that follow the log file
     control: str = ""
     """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""

@@ -11,6 +11,7 @@ import pytest
 from swarmtrain.events import (
     ArchivedEvent,
     CaughtUpEvent,
+    DeviceEvent,
     DoneEvent,
     EvalEvent,
     Event,
@@ -121,6 +122,21 @@ def test_a_volunteers_events_make_its_status(board: StatusBoard) -> None:
     assert status.times_below_allreduce == pytest.approx(8 * 1000 * 20 / 8000)
     assert status.stall_share == pytest.approx(4 / 20)
     assert board.name_of(BEN) == "ben"
+
+
+def test_the_device_that_it_trains_on_is_in_its_status_from_when_it_is_known(board: StatusBoard) -> None:
+    assert not board.status().HasField("device")
+    on = DeviceEvent(
+        device="cuda:0", title="A Card", precision="bf16", microbatch_sequences=8, batch_sequences=16, why="it works"
+    )
+    board.take(on)
+    board.take(STARTED)
+    assert board.status().device == pb.DeviceStatus(
+        device="cuda:0", title="A Card", precision="bf16", microbatch_sequences=8, why="it works"
+    )
+    board.take(on.model_copy(update={"compiled": True, "microbatch_sequences": 4, "why": "memory ran out"}))
+    now = board.status().device
+    assert (now.compiled, now.microbatch_sequences, now.why) == (True, 4, "memory ran out")
 
 
 def test_whom_it_merged_last_is_said_by_name(board: StatusBoard) -> None:

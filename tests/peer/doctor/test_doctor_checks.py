@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
@@ -20,8 +21,10 @@ from swarmtrain.events import CheckEvent, parse_event
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer
+from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.doctor import doctor as doctor_module
 from swarmtrain.peer.doctor import machine
+from swarmtrain.peer.doctor.devices import check_card, check_devices
 from swarmtrain.peer.doctor.doctor import (
     DialBackPeer,
     Doctor,
@@ -45,6 +48,7 @@ from swarmtrain.peer.doctor.machine import (
     place_of,
 )
 from swarmtrain.peer.training.speed import measure_speed
+from swarmtrain.protocol.devices import FoundDevice, ProbeResult
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import RunFile, parse_run
 
@@ -75,12 +79,11 @@ def test_python() -> None:
     a_warning(check_python((3, 12, 0), "Darwin", "arm64"), "3.12.0 on Darwin arm64", "Linux")
 
 
-def fake_torch(version: str = "2.6.0", instructions: str = "AVX2", cuda: bool = False) -> Any:
+def fake_torch(version: str = "2.6.0", instructions: str = "AVX2") -> Any:
     return types.SimpleNamespace(
         __version__=version,
         get_num_threads=lambda: 4,
         backends=types.SimpleNamespace(cpu=types.SimpleNamespace(get_cpu_capability=lambda: instructions)),
-        cuda=types.SimpleNamespace(is_available=lambda: cuda),
     )
 
 
@@ -96,8 +99,8 @@ def test_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     a_problem(check_torch(broken), "libtorch.so: cannot open", "pip install torch")
     a_problem(check_torch(lambda name: fake_torch("2.3.1+cpu")), "2.3.1+cpu; 2.4 or newer", "--upgrade torch")
     a_warning(check_torch(lambda name: fake_torch(instructions="DEFAULT")), "no AVX", "slow")
-    fine = check_torch(lambda name: fake_torch(cuda=True), 8)
-    assert fine.level == "ok" and "4 of 8 cores" in fine.found and "graphics card" in fine.found
+    fine = check_torch(lambda name: fake_torch(), 8)
+    assert fine.level == "ok" and "4 of 8 cores" in fine.found
 
 
 # ---------------------------------------------------------------- ports and addresses
@@ -290,6 +293,71 @@ def test_reachable_from_outside_or_not() -> None:
     a_warning(check_reachable([old, busy, silent], [1], fixed=True), "cleo: busy, emil: no answer", "in a minute")
 
 
+# ---------------------------------------------------------------- devices
+
+CPU = FoundDevice(name="cpu", title="")
+CARD = FoundDevice(name="cuda:0", title="A Card", precisions=("fp32", "bf16"), free_bytes=8_000_000_000)
+
+
+def test_devices_are_listed_and_a_card_that_torch_misses_is_warned_of() -> None:
+    none = check_devices([CPU], "")
+    assert none.level == "ok" and none.found == "the processor; no graphics card was found"
+    assert check_devices([CARD, CPU], "").found == "cuda:0 (A Card), 8 GB free; the processor"
+    a_warning(
+        check_devices([CPU], "a graphics card is here, but"), "the processor; a graphics card is here", "pytorch.org"
+    )
+
+
+def test_a_card_is_tried_if_the_run_fits() -> None:
+    tried: list[FoundDevice] = []
+
+    def probe(result: ProbeResult) -> Callable[[FoundDevice], ProbeResult]:
+        def look(card: FoundDevice) -> ProbeResult:
+            tried.append(card)
+            return result
+
+        return look
+
+    works = probe(ProbeResult(tokens_per_s={"fp32": 100.0, "bf16": 310.0}))
+    small = check_card(CARD, 9_000_000_000, works)
+    a_warning(small, "8 GB free, and this run needs at least 9 GB there", "on the processor: end other programs")
+    assert not tried
+    fine = check_card(CARD, 7_000_000_000, works)
+    assert fine.level == "ok" and "in bf16: in a probe 3.1 times as fast as fp32" in fine.found and tried == [CARD]
+    broken = check_card(CARD, 1, probe(ProbeResult(tokens_per_s={}, problem="bf16: it computes a loss of 3")))
+    a_warning(broken, "cuda:0 (A Card) does not work: bf16: it computes", "the card's driver")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("problem", ["", "no kernel image is available"])
+def test_speed_is_that_of_a_card_that_works(
+    stages: int, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed_on: list[ComputeDevice | None] = []
+
+    def measure(run: RunFile, compute: ComputeDevice | None) -> float:
+        computed_on.append(compute)
+        return 1e6
+
+    result = ProbeResult(tokens_per_s={} if problem else {"fp32": 100.0, "bf16": 310.0}, problem=problem)
+    monkeypatch.setattr("swarmtrain.peer.devices.machine.find_devices", lambda parameters: [CARD, CPU])
+    monkeypatch.setattr("swarmtrain.peer.devices.machine.probe_device", lambda run, card, precisions: result)
+    monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", measure)
+    settings = DoctorSettings(
+        invite=None, directory=tmp_path, cache_folder=tmp_path, memory_of=lambda run, number: 1000
+    )
+    with Doctor(settings) as doctor:
+        assert [each.found for each in doctor.look_at_devices()] == ["cuda:0 (A Card), 8 GB free; the processor"]
+        doctor.run = a_run(f"[pipeline]\nstages = {stages}\n")
+        devices, (speed,) = list(doctor.look_at_devices()), list(doctor.look_at_speed())
+    assert len(devices) == (2 if stages == 1 else 1), "stages are trained on the processor"
+    if stages > 1 or problem:
+        assert computed_on == [None] and "tokens/s:" in speed.found
+    else:
+        assert computed_on == [ComputeDevice(torch.device("cuda:0"), "bf16", doctor.run.inner.batch_sequences)]
+        assert "1 M tokens/s on cuda:0: " in speed.found
+
+
 # ---------------------------------------------------------------- a whole examination
 
 
@@ -335,7 +403,7 @@ def worst(findings: list[Finding], check: str) -> Finding:
 def test_without_an_invite_only_this_machine_is_looked_at(examined: Callable[..., list[Finding]]) -> None:
     findings = examined()
     assert [finding.check for finding in findings] == [
-        "python", "torch", "daemon", "ports", "addresses", "memory", "disk", "cache",
+        "python", "torch", "daemon", "ports", "addresses", "memory", "device", "disk", "cache",
     ]  # fmt: skip
     assert {finding.level for finding in findings} <= {"ok", "warning"}
 

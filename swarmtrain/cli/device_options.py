@@ -1,0 +1,82 @@
+"""Options by which a person chooses what to compute on: `--device`, and for a peer `--precision` and `--vram`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from swarmtrain.cli.common import limit
+from swarmtrain.cli.option_errors import OptionError
+
+if TYPE_CHECKING:
+    from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
+
+__all__ = ["DEVICE", "DeviceOptions", "device_options"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_ALLOWED = "auto: the best one that works; cpu, cuda, cuda:N (mps and xpu: nobody has tested them)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Options for what a peer trains on, as `device_options` collects them."""
+
+    device: DeviceRequest
+    precision: PrecisionRequest
+    vram_bytes: int
+
+    def with_kept(self, kept: Mapping[str, Any]) -> DeviceOptions:
+        """Return these options with those that the peer's folder remembers, by parameter name."""
+        names = {"device": "device", "precision": "precision", "vram": "vram_bytes"}
+        return replace(self, **{field: kept[name] for name, field in names.items() if name in kept})
+
+    def words(self) -> list[str]:
+        """Return the options as they are typed, without those that have their defaults."""
+        from swarmtrain.protocol.limits import exact_size
+
+        words = ["--device", str(self.device)] if str(self.device) != "auto" else []
+        words += ["--precision", self.precision] if self.precision != "auto" else []
+        return words + (["--vram", exact_size(self.vram_bytes)] if self.vram_bytes else [])
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> DeviceRequest:
+    from swarmtrain.protocol.devices import parse_device  # without torch: a device that is not there is found later
+
+    try:
+        return parse_device(value)
+    except ValueError as error:
+        raise OptionError(str(error), ctx, param, code="bad-device") from None
+
+
+def _device_option(kind: type[click.Option], does: str) -> Callable[[_F], _F]:
+    return click.option("--device", cls=kind, callback=_device, default="auto", show_default=True, metavar="DEVICE", help=f"Device to {does}. {_ALLOWED}")  # fmt: skip
+
+
+DEVICE = _device_option(click.Option, "compute on")
+
+
+def device_options(kind: type[click.Option]) -> Callable[[_F], _F]:
+    """Return a decorator that gives a command the options, of this class, for what a peer trains on; the command
+    receives them as one argument, `on: DeviceOptions`."""
+    options = (
+        _device_option(kind, "train on"),
+        click.option("--precision", cls=kind, type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True, help="Precision to compute in; the weights are fp32 whatever it is. auto: a lower one where a probe finds it faster."),
+        click.option("--vram", cls=kind, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory of the graphics card that this peer may use, such as 8GB; none: no limit.  [default: none]"),
+    )  # fmt: skip
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def bundled(**values: Any) -> Any:
+            device, precision, vram = (values.pop(name) for name in ("device", "precision", "vram"))
+            return function(on=DeviceOptions(device=device, precision=precision, vram_bytes=vram), **values)
+
+        decorated: Any = bundled
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
