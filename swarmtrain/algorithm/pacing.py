@@ -20,6 +20,8 @@ __all__ = [
     "paced_inner_steps",
     "reference_speed",
     "round_inner_steps",
+    "rounds_of_others",
+    "small_batch_round",
     "steps_of_everybody",
 ]
 
@@ -117,6 +119,37 @@ def round_inner_steps(
     if end_in_s and is_in_step(own_speed, others, inner_steps):
         steps = max(in_step_inner_steps(steps, own_speed, end_in_s, min(round_s, limit_s)), fewest)
     return min(steps, most)
+
+
+def small_batch_round(
+    own_speed: float, others: Sequence[float], inner_steps: int, batch_sequences: int, limit_s: float
+) -> tuple[int, int] | None:
+    """Return the inner steps of a far slower peer's paced round and the sequences in each; None if it is not so slow.
+
+    Pacing ends at a sixteenth of `inner_steps`. A peer that is slower than that takes so many steps, each with fewer
+    than the run's `batch_sequences`, down to one, so that its rounds still take as long as others'. Its work counts by
+    its tokens. Speeds are in steps of the whole batch per second, 0 if unknown; a round takes at most `limit_s`.
+    """
+    if own_speed <= 0 or batch_sequences == 1:
+        return None
+    fewest = fewest_inner_steps(inner_steps)
+    affordable = own_speed / _reference_of(own_speed, others) * inner_steps
+    if affordable >= fewest:
+        return None
+    sequences = max(1, math.floor(batch_sequences * affordable / fewest + 1e-9))
+    most = math.floor(limit_s * own_speed * batch_sequences / sequences)
+    return max(1, min(fewest, most)), sequences
+
+
+def rounds_of_others(own_speed: float, others: Sequence[float], inner_steps: int, batch_sequences: int) -> float:
+    """Return how many rounds of the others a peer's shortest paced round takes, with one sequence a step.
+
+    Speeds are in steps of the whole batch per second. 0 where nobody's speed is known, or rounds end in time.
+    """
+    if own_speed <= 0 or not any(speed > 0 for speed in others):
+        return 0.0
+    shortest_s = fewest_inner_steps(inner_steps) / (own_speed * batch_sequences)
+    return shortest_s * _reference_of(own_speed, others) / inner_steps
 
 
 def is_in_step(own_speed: float, others: Sequence[float], inner_steps: int) -> bool:

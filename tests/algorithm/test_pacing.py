@@ -20,6 +20,8 @@ from swarmtrain.algorithm.pacing import (
     paced_inner_steps,
     reference_speed,
     round_inner_steps,
+    rounds_of_others,
+    small_batch_round,
     steps_of_everybody,
 )
 
@@ -250,3 +252,47 @@ def test_rounds_are_in_step_of_who_is_neither_far_faster_than_the_others_nor_far
     assert found == {16.0: False, 15.0: True, 10.0: True, 0.75: True, 0.74: False}
     assert not is_in_step(10.0, others, 15), "rounds of so few steps are not moved"
     assert is_in_step(10.0, [0.0, 0.0], 40), "nobody else knows its speed"
+
+
+# ---------------------------------------------------------------- far slower peers
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (1.0, None),
+        (1 / 16, None),
+        (0.0, None),  # not known yet
+        (1 / 32, (32, 8)),  # half of what pacing's fewest steps take: half of the batch
+        (1 / 100, (32, 2)),
+        (1 / 256, (32, 1)),
+        (1e-6, (32, 1)),  # not even one sequence a step ends its round with the others
+    ],
+)
+def test_a_far_slower_peers_steps_have_fewer_sequences(own: float, expected: tuple[int, int] | None) -> None:
+    assert small_batch_round(own, [1.0, 1.0, 1.0], 512, 16, 1e12) == expected
+
+
+@given(own=st.floats(1e-4, 1.0), inner_steps=st.integers(1, 1000), batch=st.integers(1, 512))
+def test_such_a_round_takes_no_longer_than_others(own: float, inner_steps: int, batch: int) -> None:
+    found = small_batch_round(own, [1.0, 1.0, 1.0], inner_steps, batch, 1e12)
+    if found is None:
+        fewest = paced_inner_steps(0.0, 1.0, inner_steps)
+        assert batch == 1 or own * inner_steps >= fewest * (1 - 1e-9), "pacing alone is enough"
+        return
+    steps, sequences = found
+    assert steps == paced_inner_steps(0.0, 1.0, inner_steps) and 1 <= sequences < batch
+    assert sequences == 1 or steps * sequences / batch / own <= inner_steps * (1 + 1e-6)
+    assert steps * (sequences + 1) / batch / own > inner_steps * (1 - 1e-6), "and no shorter than it must be"
+
+
+def test_such_a_round_keeps_to_the_time_limit() -> None:
+    assert small_batch_round(1e-4, [1.0, 1.0, 1.0], 512, 16, 16_000.0) == (25, 1), "a sixteenth of 10,000 s a step"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "rounds"),
+    [(1.0, [1.0], 1 / 16 / 16), (1 / 256, [1.0, 1.0], 1.0), (1e-4, [1.0, 1.0], 10_000 / 256), (0.1, [0.0], 0.0)],
+)
+def test_how_many_rounds_of_others_the_shortest_round_takes(own: float, others: list[float], rounds: float) -> None:
+    assert rounds_of_others(own, others, 512, 16) == pytest.approx(rounds)

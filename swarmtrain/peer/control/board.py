@@ -87,7 +87,7 @@ class Pulse:
     round: int = 0
     inner_steps_done: int = 0
     inner_steps: int = 0
-    num_steps: int = 0
+    num_steps: float = 0.0
     """Inner steps since the process began."""
     sent_bytes: int = 0
     received_bytes: int = 0

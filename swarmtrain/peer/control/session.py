@@ -269,7 +269,7 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
         speed = exchange.swarm.presence.me.steps_per_s
         state, about = pb.PEER_STATE_TRAINING, ""
         patience_s = max(_PATIENCE_S, _STEPS_OF_PATIENCE / speed) if speed > 0 else _FIRST_ROUND_PATIENCE_S
-        round, done, steps = rounds.current_round, rounds.inner_steps_done, exchange.round_steps
+        round, done, steps = rounds.current_round, exchange.steps_done, exchange.round_steps
         if exchange.num_missing:
             state = pb.PEER_STATE_WAITING
             doing = f"waiting for {_volunteers(exchange.num_missing, 'more ')} before the first round"

@@ -45,15 +45,16 @@ class AsynchronousExchange(SwarmExchange):
             self._wait_for_company()
         self._check()
         section, others = self.run.merge, self.swarm.membership.volunteers()
-        steps = first_inner_steps(section.inner_steps, paced=section.pacing)
-        if steps_per_s > 0:
-            steps = self._paced(steps_per_s)
+        steps, sequences = self._plan_steps(steps_per_s)
+        if steps_per_s <= 0 and not sequences:
+            steps = first_inner_steps(section.inner_steps, paced=section.pacing)
         self.round_steps = steps
         self._begin(steps)
         return Start(
             inner_steps=steps,
             num_peers=len(others) + 1,
             run_steps_a_step=steps_of_everybody(steps_per_s, [info.steps_per_s for info in others]),
+            batch_sequences=sequences,
         )
 
     def _round_s(self, steps: int, steps_per_s: float) -> float:
@@ -67,7 +68,7 @@ class AsynchronousExchange(SwarmExchange):
             round=progress.round,
             steps_per_s=steps_per_s,
             run_tokens=progress.run_tokens,
-            inner_steps=self.round_steps,
+            inner_steps=max(1, round(self.round_steps * self.step_share)),
         )
         self.swarm.presence.describe_part(0, self.swarm.presence.me.part_tokens)
 

@@ -213,7 +213,8 @@ class GossipExchange(AsynchronousExchange):
         start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
         self._progress = progress
         others = [info.peer for info in self.swarm.membership.volunteers()]
-        round_s = start.inner_steps / steps_per_s if steps_per_s > 0 else 0.0
+        own_steps_per_s = steps_per_s / self.step_share
+        round_s = start.inner_steps / own_steps_per_s if steps_per_s > 0 else 0.0
         start = self._start = dataclasses.replace(
             start,
             num_parts=self.run.merge.publications_per_round,
@@ -230,7 +231,7 @@ class GossipExchange(AsynchronousExchange):
             inner_steps=start.inner_steps,
             merge_after=start.merge_after,
             gradient_format=start.gradient_format,
-            steps_per_s=steps_per_s,
+            steps_per_s=own_steps_per_s,
         )
         plans = self._planner.round_began(of, swarm_time(), all_begin=self._is_held)
         self._is_held, planned = False, self.gossip.plan(progress.round, plans)

@@ -8,6 +8,7 @@ thread calls; whatever touches the swarm is submitted to the network thread.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.algorithm.pacing import round_inner_steps
+from swarmtrain.algorithm.pacing import round_inner_steps, small_batch_round
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
 from swarmtrain.methods import MergeMethod, load_object
@@ -67,10 +68,19 @@ class SwarmExchange(ABC):
     """True if paced rounds are timed to end when those of others do."""
     num_missing: int = field(default=0, init=False)
     """Volunteers still missing before the first round may begin."""
-    num_steps: int = field(default=0, init=False)
-    """Inner steps taken in this process."""
+    num_steps: float = field(default=0.0, init=False)
+    """Inner steps taken in this process; of smaller ones the share that they have of the run's batch."""
     round_steps: int = field(default=0, init=False)
     """Inner steps of this round, including those that a late joiner missed."""
+    steps_done: int = field(default=0, init=False)
+    """Of these, the ones done."""
+    step_share: float = field(default=1.0, init=False)
+    """Size of this round's inner steps as a share of the run's batch: below 1 on a machine that is far too slow.
+
+    Whatever other peers are told counts in steps of the run's batch.
+    """
+    expected_steps_per_s: float = field(default=0.0, init=False)
+    """Most steps of the run's batch that this machine could take in a second, guessed before the first; 0: no guess."""
     _skipped_steps: int = field(default=0, init=False)
     _traffic: tuple[int, int] = field(default=(0, 0), init=False)
     _fresh: bool = field(default=True, init=False)
@@ -101,8 +111,9 @@ class SwarmExchange(ABC):
 
     def step_done(self, inner_steps_done: int) -> None:
         """Note that an inner step is done, so that others can ask for it. See `Exchange`."""
-        self.num_steps += 1
-        self.swarm.rounds.inner_steps_done = self._skipped_steps + inner_steps_done
+        self.num_steps += self.step_share
+        self.steps_done = self._skipped_steps + inner_steps_done
+        self.swarm.rounds.inner_steps_done = math.floor(self.steps_done * self.step_share + 1e-9)
 
     # ------------------------------------------------------------- what a volunteer asks
 
@@ -168,6 +179,7 @@ class SwarmExchange(ABC):
         if self._first:
             self.on_first_round(inner_steps)
         self._first = self._fresh = False
+        self.steps_done = self._skipped_steps
 
     def _check(self) -> None:
         """Raise StopTraining if this peer must end or pause."""
@@ -185,6 +197,19 @@ class SwarmExchange(ABC):
             if not self.num_missing:
                 return
             self.stop.sleep(0.05)
+
+    def _plan_steps(self, steps_per_s: float) -> tuple[int, int]:
+        """Return the inner steps of a round, and of a peer too slow for the run's batch the sequences in each (else 0).
+
+        `steps_per_s` counts steps of the run's batch.
+        """
+        run, others = self.run, self.swarm.membership.volunteers()
+        sequences = run.inner.batch_sequences
+        speeds, limit_s = [info.steps_per_s for info in others], run.merge.round_limit_s
+        is_paced, speed = run.merge.pacing and run.pipeline.stages == 1, steps_per_s or self.expected_steps_per_s
+        small = small_batch_round(speed, speeds, run.merge.inner_steps, sequences, limit_s) if is_paced else None
+        self.step_share = 1.0 if small is None else small[1] / sequences
+        return (self._paced(steps_per_s), 0) if small is None else small
 
     def _paced(self, steps_per_s: float) -> int:
         """Return the inner steps of a round, paced by the other volunteers' speeds, and in step with them if the method
@@ -230,8 +255,9 @@ class RosterExchange(SwarmExchange):
         if self._fresh and progress.round == 0:
             self._wait_for_company()
         self._check()
-        inner_steps, is_late_joiner = self._inner_steps(progress.round, steps_per_s)
-        self._skipped_steps = self.run.merge.inner_steps - inner_steps if is_late_joiner else 0
+        inner_steps, sequences, is_late_joiner = self._inner_steps(progress.round, steps_per_s)
+        is_missing_steps = is_late_joiner and not sequences
+        self._skipped_steps = self.run.merge.inner_steps - inner_steps if is_missing_steps else 0
         self.round_steps = self._skipped_steps + inner_steps
         self._started_s = swarm_time()
 
@@ -245,10 +271,10 @@ class RosterExchange(SwarmExchange):
         num_peers = wait_for(self.network.submit(begin()), self.stop)
         self.archives.ask()
         self._begin(inner_steps)
-        return Start(inner_steps=inner_steps, num_peers=num_peers)
+        return Start(inner_steps=inner_steps, num_peers=num_peers, batch_sequences=sequences)
 
-    def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, bool]:
-        """Return a round's inner steps, and whether this peer comes late to the round.
+    def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, int, bool]:
+        """Return a round's inner steps, the sequences in each (0: the run's batch), and whether this peer comes late.
 
         A late peer takes fewer steps and nobody waits for it. A slower peer also takes fewer if the run is paced.
         """
@@ -260,7 +286,8 @@ class RosterExchange(SwarmExchange):
         is_late = steps < section.inner_steps
         if is_late:
             _log.info("round %d: %d inner steps: %s", round, steps, reason)
-        return min(steps, self._paced(steps_per_s)), is_late
+        most, sequences = self._plan_steps(steps_per_s)
+        return min(math.floor(steps / self.step_share + 1e-9), most), sequences, is_late
 
     def publish(self, contribution: LocalUpdate) -> None:
         """Hand over the round's update so far, for others to pull. See `Exchange`."""

@@ -129,7 +129,7 @@ class ServerExchange(AsynchronousExchange):
         """Return the plan of the next round. See `Exchange`."""
         start = self._enter_round(progress, steps_per_s)
         now = swarm_time()
-        self._lasts_s = self._round_s(start.inner_steps, steps_per_s)
+        self._lasts_s = self._round_s(start.inner_steps, steps_per_s / self.step_share)
         times = RoundTimes(started_s=now, ends_s=now + self._lasts_s)
         self._look_whether_silent(now)
 

@@ -79,6 +79,8 @@ class InnerLoop(ABC):
         """`batches` may be drawn elsewhere: the loop only chooses their shard, and a checkpoint keeps the position."""
         self.parameters, self.batches = parameters, batches
         self.inner = InnerOptimizer(parameters.named.items(), constants, parameters.take_back, loss_scale)
+        self.batch_sequences = 0
+        """Sequences that a step takes of each batch; 0: all of it."""
         self.young_steps: int | None = None
         """Steps taken since this peer joined late with empty moments; None if it began with the others."""
         self._has_moments = False
@@ -102,6 +104,7 @@ class InnerLoop(ABC):
         """Take the step that the session asked for, and report its outcome to the session."""
         if ahead.shard is not None:
             self.batches.use_shard(ahead.shard)
+        self.batch_sequences = ahead.batch_sequences
         try:
             done = self.take_step(ahead.progress, session.should_stop)
         except RoundOver:
@@ -200,9 +203,11 @@ class ModelLoop(InnerLoop):
         """
         with self._slowed():
             batch = self.batches.next_batch()
+            if self.batch_sequences:
+                batch = batch[: self.batch_sequences]
             while (loss := self._differentiate(batch, should_stop)) is None:
                 self._use_smaller()
-            done = InnerStep(self.run.tokens_per_step, loss, self._optimize(progress, scale))
+            done = InnerStep(batch[:, 1:].numel(), loss, self._optimize(progress, scale))
             self._ahead.step_asked()
             if self._slowed is not nullcontext:
                 finish(self.compute.device)  # what is made slower is the step, and not the asking for it

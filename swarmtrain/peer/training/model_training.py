@@ -50,6 +50,7 @@ from swarmtrain.peer.merging.updates import Replaced
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
 from swarmtrain.protocol.membership.membership import PeerInfo
 
 __all__ = ["ModelTraining", "prepare_model"]
@@ -227,6 +228,18 @@ class ModelTraining:
             )
         )
         show_invite(swarm, context.folder, context.emit)
+        self._expect_speed()
+
+    def _expect_speed(self) -> None:
+        """Guess this machine's speed before its first round, and warn if no round of it could be merged."""
+        context, run = self.context, self.context.run
+        if self.session.steps_per_s > 0:
+            return
+        most = most_steps_per_s(run, self.loop.compute) / context.settings.limits.slowdown
+        self.exchange.expected_steps_per_s = most
+        others = [info.steps_per_s for info in self.swarm.membership.volunteers()]
+        if message := too_slow_in_words(run, most, others):
+            context.emit(WarningEvent(message=message, code="too-slow-for-run"))
 
     def _take_present(self) -> Replaced | None:
         """Adopt the swarm's state if it is preferred to this peer's; return it, or None if this peer keeps its own."""

@@ -67,6 +67,8 @@ class Start:
     """Fragments of the model, merged at equal distances, the last one at the round's end."""
     gradient_format: GradientFormat = "fp32"
     """Format in which the round's pseudo-gradients are published."""
+    batch_sequences: int = 0
+    """Sequences of each inner step where this peer is too slow for the run's batch; 0: as the run file says."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
@@ -195,6 +197,8 @@ class NextStep:
     """
     shard: int | None = None
     """Data shard to draw from from now on; None to keep the present one. Set at the beginning of a round."""
+    batch_sequences: int = 0
+    """Sequences of the step; 0: as the run file says."""
 
 
 @dataclass(kw_only=True)
@@ -245,7 +249,7 @@ class Session:
     clock: Callable[[], float] = time.monotonic
     replica: Replica = field(init=False)
     steps_per_s: float = field(default=0.0, init=False)
-    """Inner steps per second in the last round, without the time spent publishing and merging."""
+    """Inner steps of the run's batch per second in the last round, without the time spent publishing and merging."""
     reason: str = field(default="", init=False)
     """Why training ended: "total_tokens" or "interrupted"; empty while it runs."""
     _round: _Round | None = field(default=None, init=False)
@@ -298,7 +302,7 @@ class Session:
         start, step_tokens = self._round.start, self.run.tokens_per_step
         before, steps = self.replica.progress.run_tokens, self._round.tokens / step_tokens
         progress = start.run_tokens(before, steps, step_tokens) / self.run.run.total_tokens
-        return NextStep(progress, start.shard if began else None)
+        return NextStep(progress, start.shard if began else None, start.batch_sequences)
 
     def step(
         self,
@@ -319,8 +323,8 @@ class Session:
         round.grad_norms.append(grad_norm)
         round.learning_rate = learning_rate
         round.tokens += tokens
-        start, full = round.start, round.start.inner_steps * self.run.tokens_per_step
-        num_steps, part = min(round.tokens // self.run.tokens_per_step, start.inner_steps), 0
+        start, step_tokens = round.start, self._step_tokens(round.start)
+        num_steps, part, full = min(round.tokens // step_tokens, start.inner_steps), 0, start.inner_steps * step_tokens
         while len(round.moments) > 1 and round.moments[0] <= num_steps:
             part = start.part_after(round.moments.pop(0))
         try:
@@ -348,6 +352,11 @@ class Session:
         """Give up the step under way and end training, because a stop was asked for."""
         self.replica.restart()
         self._round, self._is_stopped, self.reason = None, True, "interrupted"
+
+    def _step_tokens(self, start: Start) -> int:
+        """Return the tokens of each inner step of a round."""
+        sequences = start.batch_sequences or self.run.inner.batch_sequences
+        return sequences * self.run.model.context_tokens
 
     def _under_way(self) -> _Round:
         if self._round is None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.algorithm.pacing import rounds_of_others
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 
-__all__ = ["measure_speed"]
+__all__ = ["measure_speed", "most_steps_per_s", "too_slow_in_words"]
 
 LIMIT_S = 8.0
 _MATRIX = 512
 _CARD_MATRIX = 4096  # a smaller one is over before the next is asked for
 _GUESS_S = 0.2
 _MAX_STEPS = 5
+_LEAST_GUESSED = 10_000_000
 
 
 def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice | None = None) -> float:
@@ -56,6 +59,35 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice
         if time.monotonic() > give_up_s:
             break
     return sequences * T / best_s
+
+
+def most_steps_per_s(run: RunFile, compute: ComputeDevice) -> float:
+    """Return the most inner steps that a processor could take in a second, by a matrix product; 0: not worth a guess.
+
+    Only for models whose few first steps would take long, and not for a card, which is never that slow.
+    """
+    parameters = num_parameters(run.model)
+    if not compute.is_host or parameters < _LEAST_GUESSED:
+        return 0.0
+    return operations_per_s(compute) / (6 * parameters * run.tokens_per_step)
+
+
+def too_slow_in_words(run: RunFile, steps_per_s: float, others: Sequence[float]) -> str:
+    """Say that even rounds with the smallest steps end too late to be merged, and what to do; empty if they do not.
+
+    `steps_per_s` is the own speed, or the most that it can be; `others` are the other volunteers' speeds, 0 if unknown.
+    """
+    if not run.merge.pacing or not run.merge.kind.asynchronous:
+        return ""
+    rounds = rounds_of_others(steps_per_s, others, run.merge.inner_steps, run.inner.batch_sequences)
+    if rounds <= run.merge.max_staleness_rounds:
+        return ""
+    return (
+        f"this machine is too slow to train this model: even with one sequence a step, a round takes as long as "
+        f"{rounds:.0f} rounds of the others, and nothing that is {run.merge.max_staleness_rounds} rounds behind is "
+        "merged; ask for a run that is cut into stages (pipeline.stages), of which this machine can hold one, or join "
+        "with a graphics card"
+    )
 
 
 def operations_per_s(compute: ComputeDevice) -> float:

@@ -88,6 +88,11 @@ class Comer(Protocol):
     is_over: bool
     num_lives: int
     began_s: float
+    step_share: float
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of each inner step of its round."""
 
     @property
     def world(self) -> Company:
@@ -152,8 +157,8 @@ def _count(peer: Comer) -> None:
     """Reduce the swarm's counts to the part of the volunteer's round that another volunteer has merged; the rest of the
     round is lost."""
     world = peer.world
-    step_tokens = world.setting.run.tokens_per_step
-    done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now)
+    step_tokens = peer.step_tokens
+    done = world.setting.steps_between(peer.number, peer.began_s, world.clock.now, peer.step_share)
     trained = step_tokens * min(peer.start.inner_steps, done)
     published = step_tokens * peer.done
     taken = min(published, _taken(peer))

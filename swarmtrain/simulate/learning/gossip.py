@@ -217,7 +217,9 @@ class LearningPeer:
         self.knows_speed = False
         """True after the first round has ended."""
         self.step_s = setting.step_s[number]
-        """Seconds of an inner step, as measured in the last round."""
+        """Seconds of an inner step of the run's batch, as measured in the last round."""
+        self.step_share = 1.0
+        """Size of this round's inner steps as a share of the run's batch."""
         self.num_lives = 0
         """Number of times that the volunteer has left. Calls that it scheduled before it left are dropped."""
         self.began_s = math.inf
@@ -250,7 +252,7 @@ class LearningPeer:
         setting, clock = self.world.setting, self.world.clock
         self.began_s, is_anew = clock.now, self.fragments[0].weights is None
         self.enter(self._next_start(), self.world.tokens)
-        step_s = setting.step_s[self.number]
+        step_s = setting.step_s[self.number] * self.step_share
         for moment in self.start.publish_after:
             self.call_at(self.done_s(moment * step_s), self.publish, moment)
         for moment in sorted(set(self.start.merge_after))[:-1]:
@@ -260,7 +262,7 @@ class LearningPeer:
             inner_steps=self.start.inner_steps,
             merge_after=self.start.merge_after,
             gradient_format=self.start.gradient_format,
-            steps_per_s=self.steps_per_s,
+            steps_per_s=self.steps_per_s / self.step_share,
         )
         plans = self.planner.round_began(of, clock.now, all_begin=is_anew)
         self.tells(0, self.info.part_tokens)
@@ -268,8 +270,14 @@ class LearningPeer:
         self.call_at(self.done_s(self.start.inner_steps * step_s), self.end)
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of each inner step of the round."""
+        run = self.world.setting.run
+        return (self.start.batch_sequences or run.inner.batch_sequences) * run.model.context_tokens
+
+    @property
     def steps_per_s(self) -> float:
-        """Inner steps per second, as far as the volunteer knows; 0 in its first round."""
+        """Inner steps of the run's batch per second, as far as the volunteer knows; 0 in its first round."""
         return 1 / self.step_s if self.knows_speed else 0.0
 
     def call_at(self, when_s: float, call: Callable[..., object], *args: Any) -> Timer:
@@ -286,12 +294,17 @@ class LearningPeer:
         setting, group = self.world.setting, self.world.setting.run.merge
         others, most = [peer for peer in self.world.live if peer is not self], group.publications_per_round
         steps, everybodys, round_s = first_inner_steps(group.inner_steps, paced=group.pacing), 0.0, 0.0
+        sequences, self.step_share = 0, 1.0
         if self.knows_speed:
             ends_s = [peer.ends_in_s() for peer in self.world.peers if peer is not self]
             speeds = [1 / peer.step_s for peer in self.world.peers]
-            steps = setting.steps_of_round(self.number, ends_s, speeds)
+            if (small := setting.small_batch_round(self.number, speeds)) is None:
+                steps = setting.steps_of_round(self.number, ends_s, speeds)
+            else:
+                steps, sequences = small
+                self.step_share = sequences / setting.run.inner.batch_sequences
             everybodys = setting.steps_of_everybody(self.number, speeds)
-            round_s = steps * self.step_s
+            round_s = steps * self.step_s * self.step_share
         shard = None
         if self.coverage is not None:
             names = [peer.name for peer in others]
@@ -301,6 +314,7 @@ class LearningPeer:
             inner_steps=steps,
             num_peers=1 + sum(peer.number < setting.num_counted for peer in others),
             shard=shard,
+            batch_sequences=sequences,
             num_parts=most,
             every=publishes_every(most, len(self.fragments), round_s, self.world.layout.size),
             run_steps_a_step=everybodys,
@@ -315,9 +329,9 @@ class LearningPeer:
             return None
         setting, now = self.world.setting, self.world.clock.now
         if not setting.pace.deviation:
-            return self.began_s + self.start.inner_steps * self.step_s - now
-        done = setting.steps_between(self.number, self.began_s, now)
-        return (self.start.inner_steps - done) * self.step_s
+            return self.began_s + self.start.inner_steps * self.step_s * self.step_share - now
+        done = setting.steps_between(self.number, self.began_s, now, self.step_share)
+        return (self.start.inner_steps - done) * self.step_s * self.step_share
 
     def enter(self, start: Start, run_tokens: int) -> None:
         """Enter a round; the run has `run_tokens` by now."""
@@ -346,17 +360,18 @@ class LearningPeer:
             round=self.round,
             part=part,
             part_tokens=tokens,
-            inner_steps=self.start.inner_steps,
-            inner_steps_done=self.done,
+            inner_steps=max(1, round(self.start.inner_steps * self.step_share)),
+            inner_steps_done=math.floor(self.done * self.step_share + 1e-9),
             steps_per_s=self.steps_per_s,
         )
         self.world.num_told += 1
 
     def train_to(self, moment: int) -> None:
         """Take the inner steps up to `moment` of the round, then make a publication."""
-        world, step_tokens = self.world, self.world.setting.run.tokens_per_step
+        world, step_tokens, whole = self.world, self.step_tokens, self.world.setting.run.tokens_per_step
         for step in range(self.done, moment):
-            self.learner.step(self.start.run_tokens(self.run_tokens, step, step_tokens) / world.setting.total_tokens)
+            tokens = self.start.run_tokens(self.run_tokens, step * self.step_share, whole)
+            self.learner.step(tokens / world.setting.total_tokens, self.start.batch_sequences)
         world.tokens += (moment - self.done) * step_tokens
         world.inner_steps += moment - self.done
         if self.coverage is not None and self.start.shard is not None:
@@ -455,7 +470,7 @@ class LearningPeer:
         world, self.knows_speed = self.world, True
         if world.setting.pace.deviation:
             took_s = world.setting.awake_s(self.number, self.began_s, world.clock.now)
-            self.step_s = took_s / self.start.inner_steps
+            self.step_s = took_s / (self.start.inner_steps * self.step_share)
         if self.end_of_some(self.start.inner_steps):
             self.rounds_done += 1
             world.merged(self)

@@ -80,8 +80,9 @@ class Learner:
         """Begin a round with these weights (P,)."""
         self.loop.parameters.write(theta)
 
-    def step(self, progress: float) -> None:
-        """Take an inner step at that share of the run's tokens, from 0 to 1."""
+    def step(self, progress: float, batch_sequences: int = 0) -> None:
+        """Take an inner step at that share of the run's tokens, from 0 to 1, on so many sequences (0: the batch)."""
+        self.loop.batch_sequences = batch_sequences
         self.losses.append(float(self.loop.take_step(progress).loss))
 
     def comes_late(self) -> None:

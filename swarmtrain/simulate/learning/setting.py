@@ -143,6 +143,15 @@ class Setting:
             others_end_in_s=others_end_in_s,
         )
 
+    def small_batch_round(self, number: int, speeds: Sequence[float]) -> tuple[int, int] | None:
+        """Return the inner steps of a round, and the sequences in each, of a volunteer that is too slow for the run's
+        batch; None if it is not."""
+        section = self.run.merge
+        if not section.pacing:
+            return None
+        others, batch = self._said_by_others(number, speeds), self.run.inner.batch_sequences
+        return pacing.small_batch_round(speeds[number], others, section.inner_steps, batch, section.round_limit_s)
+
     def steps_of_everybody(self, number: int, speeds: Sequence[float] | None = None) -> float:
         """Return the inner steps that all volunteers take together while volunteer `number` takes one.
 
@@ -238,13 +247,13 @@ class Setting:
         """Return the seconds between `since_s` and `until_s` in which volunteer `number` does not hang."""
         return self._spent_s(number, since_s, until_s, _EVEN)
 
-    def steps_between(self, number: int, since_s: float, until_s: float) -> int:
+    def steps_between(self, number: int, since_s: float, until_s: float, step_share: float = 1.0) -> int:
         """Return the inner steps that volunteer `number` takes between `since_s` and `until_s`: until it leaves, and
-        none while it hangs."""
+        none while it hangs. A step has `step_share` of the run's batch."""
         goes_s = (each.at_s for each in self.away if each.peer == number and each.at_s > since_s)
         worked_s = self._spent_s(number, since_s, min(until_s, *goes_s, math.inf), self.pace)
         # 1e-9: a step that ends at this very moment is done, whatever the rounding of its time.
-        return math.floor(worked_s / self.step_s[number] + 1e-9)
+        return math.floor(worked_s / (self.step_s[number] * step_share) + 1e-9)
 
     def _spent_s(self, number: int, since_s: float, until_s: float, pace: Pace) -> float:
         hung_s = (

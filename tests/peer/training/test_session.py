@@ -82,6 +82,14 @@ class Alone:
 
 
 @dataclass
+class SmallBatch(Alone):
+    """Exchange of a peer whose steps have one sequence of the run's batch."""
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        return Start(inner_steps=self.inner_steps, num_peers=1, num_parts=self.num_parts, batch_sequences=1)
+
+
+@dataclass
 class NoLoop:
     """Loop without a model, as its session sees it."""
 
@@ -207,6 +215,23 @@ def test_the_schedule_follows_the_tokens() -> None:
     session, _, _, schedule = rounds([32, 96, 64, 64], 2)
     total = session.run.run.total_tokens
     assert schedule[:4] == pytest.approx([tokens / total for tokens in (0, 32, 128, 192)])
+
+
+def test_a_slow_peers_steps_are_its_own_and_its_speed_is_told_in_the_runs() -> None:
+    """Its steps have a quarter of the run's batch: publications and ends follow its own steps."""
+    run, exchange, reports, clock = run_file(8), SmallBatch(8, 2), list[RoundReport](), Clock()
+    session = Session(
+        run=run, parameters=parameters(), loop=NoLoop(), exchange=exchange, report=reports.append, clock=clock
+    )
+    for _ in range(8):
+        ahead = session.next_step()
+        assert ahead is not None and ahead.batch_sequences == 1
+        clock.now_s += 1.0
+        session.step(STEP // 4, 2.0)
+    assert exchange.told == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [(each.inner_steps, each.tokens) for each in exchange.published] == [(4, STEP), (8, 2 * STEP)]
+    assert [each.contribution.tokens for each in reports] == [2 * STEP]
+    assert session.steps_per_s == pytest.approx(0.25), "two steps of the run's batch in eight seconds"
 
 
 def test_speed_is_told_in_full_steps() -> None:

@@ -452,3 +452,22 @@ def test_the_method_of_the_page_for_researchers_learns(tmp_path: Path) -> None:
     exec(code, names)
     outcome = names["averaging"](setting(tiny(tmp_path)))
     assert outcome.held_out_loss < 4.0 and outcome.virtual_time_s > 0 and outcome.inner_steps >= 94
+
+
+def test_one_a_hundred_times_slower_contributes_and_costs_nobody_anything(tmp_path: Path) -> None:
+    """Its steps have fewer sequences, so that its rounds take no longer than the others', after the first."""
+    inner = {"inner__batch_sequences": 16, "merge__inner_steps": 16, "run__total_tokens": 600_000}
+    three = setting(tiny(tmp_path, peers={"number": 3, "slowdowns": [1.0, 1.0, 1.0]}), **inner)
+    four = setting(tiny(tmp_path, peers={"number": 4, "slowdowns": [1.0, 1.0, 1.0, 100.0]}), **inner)
+    theirs, together = LearningWorld(three), LearningWorld(four)
+    theirs.run()
+    together.run()
+    slow, others = together.peers[3], together.peers[:3]
+    assert slow.start.batch_sequences == 2 and slow.start.inner_steps == 1 and slow.step_tokens == 64
+    assert all(peer.start.batch_sequences == 0 for peer in others)
+    # It begins up to six rounds later, and its first round, in which it knows no speed, takes six rounds of the others.
+    assert slow.rounds_done >= min(peer.rounds_done for peer in others) - 13
+    assert slow.rounds_fresh >= 0.8 * slow.rounds_done
+    assert together.clock.now <= 1.02 * theirs.clock.now
+    losses = [one.setting.text.held_out_loss(one.consensus()) for one in (together, theirs)]
+    assert losses[0] <= 1.01 * losses[1]
