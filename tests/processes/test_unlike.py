@@ -1,0 +1,119 @@
+"""Volunteers of one swarm that compute unlike: in fp32, in bf16, and one sequence at a time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from preloaded import Preloaded
+from swarm import Child, Swarm, assert_same_states, write_run
+
+from swarmtrain.events import DeviceEvent, DoneEvent, RefusedEvent, RoundEvent, WarningEvent
+from swarmtrain.model.gpt import num_parameters
+from swarmtrain.peer.estimate import activation_bytes, estimate
+from swarmtrain.protocol.limits import exact_size
+from swarmtrain.run import load_run
+
+pytestmark = pytest.mark.processes
+
+BATCH_SEQUENCES = 8
+NUM_ROUNDS = 4
+SEEDS = (1, 2, 3)
+TOTAL_TOKENS = 3 * 40 * 40 * BATCH_SEQUENCES * 64
+"""Tokens of 40 rounds of three volunteers, 40 inner steps each: the loss then falls slowly."""
+LOSSES_APART = 0.01
+"""Relative difference allowed between the mean losses of unlike and of alike volunteers."""
+LIMIT_S = 600.0
+"""Time limit of a run that takes two minutes on two cores."""
+
+
+def memory_for_one_sequence(run_file: Path) -> str:
+    """Return a `--memory` that, by the estimate, has room for the activations of one sequence, and not of two."""
+    run = load_run(run_file)
+    cost = estimate(run, num_parameters(run.model), 2)
+    one = activation_bytes(run, 1, run.model.num_layers, has_head=True)
+    return exact_size(cost.memory_bytes - cost.memory_activations_bytes + 3 * one // 2)
+
+
+def unlike(run_file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the options of each of three volunteers, by its name."""
+    return {
+        "full": ("--precision", "fp32"),
+        "half": ("--precision", "bf16"),
+        "small": ("--precision", "fp32", "--memory", memory_for_one_sequence(run_file)),
+    }
+
+
+ALIKE = {"anna": (), "ben": (), "carl": ()}
+
+
+def join_all(swarm: Swarm, run_file: Path, options: Mapping[str, Sequence[str]]) -> tuple[Child, list[Child]]:
+    """Start a bootstrap, whose run begins when all are there, and volunteers with these options."""
+    bootstrap = swarm.bootstrap(run_file, "--wait-for", str(len(options)))
+    return bootstrap, [swarm.join(name, bootstrap.invite.invite, *words) for name, words in options.items()]
+
+
+def computes_in(child: Child) -> tuple[str, str, int]:
+    """Return its device, its precision and how many sequences it computes at once, as it says it."""
+    (event,) = child.all(DeviceEvent)
+    return event.device, event.precision, event.microbatch_sequences
+
+
+def test_in_step_unlike_volunteers_hold_the_same_bits(swarm: Swarm) -> None:
+    run_file = write_run(
+        swarm.folder,
+        run={"total_tokens": NUM_ROUNDS * 3 * 5 * BATCH_SEQUENCES * 64},
+        # Nobody is passed over, however slow this machine is.
+        merge={"inner_steps": 5, "silence_s": 60.0},
+        evaluation={"batch_sequences": 4},  # a quarter of it is computed at once: not more than one sequence
+    )
+    bootstrap, children = join_all(swarm, run_file, unlike(run_file))
+    for child in (*children, bootstrap):
+        assert child.wait() == 0, child.story()
+
+    assert {child.name: computes_in(child) for child in children} == {
+        "full": ("cpu", "fp32", BATCH_SEQUENCES),
+        "half": ("cpu", "bf16", BATCH_SEQUENCES),
+        "small": ("cpu", "fp32", 1),
+    }
+    assert children[2].wait_event(DeviceEvent).why.endswith("as many as fit --memory")
+    assert assert_same_states(children) >= NUM_ROUNDS
+    everyone = tuple(sorted(child.id for child in children))
+    assert all(event.partners == everyone for child in children for event in child.all(RoundEvent))
+    told = [event for child in swarm.children for event in (*child.all(RefusedEvent), *child.all(WarningEvent))]
+    assert not told
+    models = {(child.folder / "model" / "model.safetensors").read_bytes() for child in swarm.children}
+    assert len(models) == 1, "the archive too"
+    swarm.assert_nothing_left()
+
+
+@pytest.mark.evidence
+def test_by_gossip_unlike_volunteers_learn_as_alike_ones_do(tmp_path: Path, preloaded: Preloaded) -> None:
+    """The held-out loss of the run's model, for three seeds."""
+    losses: dict[str, list[float]] = {"alike": [], "unlike": []}
+    for seed in SEEDS:
+        for kind, found in losses.items():
+            with Swarm(tmp_path / f"{kind}-{seed}", preloaded=preloaded) as swarm:
+                run_file = write_run(
+                    swarm.folder,
+                    run={"seed": seed, "total_tokens": TOTAL_TOKENS},
+                    merge={"method": "gossip", "inner_steps": 40, "min_peers": 3},
+                    evaluation={"batch_sequences": 4},
+                )
+                options = ALIKE if kind == "alike" else unlike(run_file)
+                bootstrap, children = join_all(swarm, run_file, options)
+                for child in (*children, bootstrap):
+                    assert child.wait(LIMIT_S) == 0, child.story()
+                loss = bootstrap.wait_event(DoneEvent).held_out_loss
+                assert loss is not None
+                found.append(loss)
+                own = {child.name: child.wait_event(DoneEvent) for child in children}
+                told = {name: f"{event.tokens} tokens, own loss {event.own_loss}" for name, event in own.items()}
+                print(f"seed {seed}, {kind}: loss {loss:.4f}; {told}")
+                print({child.name: computes_in(child) for child in children})
+    ratios = [unlike / alike for unlike, alike in zip(losses["unlike"], losses["alike"], strict=True)]
+    ratio = statistics.mean(losses["unlike"]) / statistics.mean(losses["alike"])
+    print(f"unlike over alike: {ratio:.4f} of the means; by seed {', '.join(f'{each:.4f}' for each in ratios)}")
+    assert abs(ratio - 1) <= LOSSES_APART
