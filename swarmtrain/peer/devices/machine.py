@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ def find_devices(parameters: int) -> list[FoundDevice]:
     """Return this machine's devices for training `parameters` parameters, the processor last."""
     found = [_card(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found += [FoundDevice(name=f"xpu:{index}", title="") for index in range(torch.xpu.device_count())]
+        found += [_intel_card(index) for index in range(torch.xpu.device_count())]
     if torch.backends.mps.is_available():
-        found.append(FoundDevice(name="mps", title=""))
+        found.append(FoundDevice(name="mps", title="", free_bytes=_free_on_mps()))
     is_large = parameters >= _PROCESSOR_PARAMETERS
     tried: tuple[Precision, ...] = ("fp32", "bf16") if is_large and _processor_has_bf16() else ("fp32",)
     return [*found, FoundDevice(name="cpu", title="", precisions=tried)]
@@ -58,6 +59,25 @@ def _card(index: int) -> FoundDevice:
         )
     except (RuntimeError, AssertionError):
         return FoundDevice(name=name, title="")
+
+
+def _intel_card(index: int) -> FoundDevice:
+    """Return a card of Intel, as far as torch describes it: older versions tell no free memory, and some drivers never
+    do."""
+    name, title, free_bytes = f"xpu:{index}", "", None
+    with suppress(RuntimeError, AssertionError, AttributeError):
+        title = torch.xpu.get_device_name(index)
+        free_bytes = torch.xpu.mem_get_info(index)[0]
+    return FoundDevice(name=name, title=title, free_bytes=free_bytes)
+
+
+def _free_on_mps() -> int | None:
+    """Return how much more of the memory that Metal recommends to use this process may take; None if torch does not
+    tell. What other programs use is not subtracted: Metal does not tell that."""
+    try:
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    except (RuntimeError, AttributeError):
+        return None
 
 
 def _processor_has_bf16() -> bool:
