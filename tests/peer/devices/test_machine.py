@@ -108,9 +108,33 @@ def test_a_card_that_torch_cannot_describe_is_left_to_its_probe(torch_with: Call
         choose_device(parse_device("cuda:0"), "auto", found, GB, probe)
 
 
-def test_other_devices_are_found_too(torch_with: Callable[..., None]) -> None:
+def test_other_devices_are_found_too(torch_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_of(index: int) -> tuple[int, int]:
+        if index == 1:
+            raise RuntimeError("The device does not support querying the available free memory")
+        return 12 * GB, 16 * GB
+
     torch_with([], mps=True, xpus=2)
-    assert [each.name for each in find_devices(SMALL)] == ["xpu:0", "xpu:1", "mps", "cpu"]
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: f"Arc {index}")
+    monkeypatch.setattr(torch.xpu, "mem_get_info", free_of)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 11 * GB)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: GB)
+    found = [(each.name, each.title, each.free_bytes) for each in find_devices(SMALL)]
+    assert found == [("xpu:0", "Arc 0", 12 * GB), ("xpu:1", "Arc 1", None), ("mps", "", 10 * GB), ("cpu", "", None)]
+
+
+def test_an_older_torch_tells_less_of_other_devices(
+    torch_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch_with([], mps=True, xpus=1)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda index: "Arc")
+    monkeypatch.delattr(torch.xpu, "mem_get_info")
+    monkeypatch.delattr(torch.mps, "recommended_max_memory")
+    assert [(each.name, each.free_bytes) for each in find_devices(SMALL)] == [
+        ("xpu:0", None),
+        ("mps", None),
+        ("cpu", None),
+    ]
 
 
 @pytest.mark.parametrize(
