@@ -225,6 +225,9 @@ class PeerCollector(Collector):
         facts = {"version": status.version, "role": status.role, "run": status.run_name}
         facts |= {"run_sha256": status.run_sha256, "name": status.name, "peer": status.peer}
         yield InfoMetricFamily("swarmtrain", "Identity of this peer and of its run.", facts)
+        if status.HasField("device"):
+            on = {"device": status.device.device, "title": status.device.title, "precision": status.device.precision}
+            yield InfoMetricFamily("swarmtrain_device", "Device that it trains on, and the precision there.", on)
         for metric in METRICS:
             if (value := metric.read(look)) is not None:
                 yield self._family(metric, value if isinstance(value, Mapping) else {"": value})

@@ -19,7 +19,15 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 
 from swarmtrain.errors import UserError
-from swarmtrain.events import FetchedEvent, JoinedEvent, RefusedEvent, RoundEvent, StartedEvent, WarningEvent
+from swarmtrain.events import (
+    DeviceEvent,
+    FetchedEvent,
+    JoinedEvent,
+    RefusedEvent,
+    RoundEvent,
+    StartedEvent,
+    WarningEvent,
+)
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.metrics import METRICS, EventCounts, MetricsServer, PeerCollector, serving_metrics
 from swarmtrain.peer.control.server import read_status
@@ -52,7 +60,7 @@ def scraped(where: str) -> dict[str, float]:
     found = {}
     for family in plain_text(text):
         for sample in family.samples:
-            if sample.name != "swarmtrain_info":
+            if not sample.name.endswith("_info"):
                 found[":".join([sample.name, *sample.labels.values()])] = sample.value
     return found
 
@@ -218,6 +226,22 @@ def test_a_bootstrap_has_no_speed_and_no_tokens() -> None:
     assert found["swarmtrain_state:serving"] == 1.0 and found["swarmtrain_run_tokens"] == 0.0
     assert not {"swarmtrain_tokens_total", "swarmtrain_inner_steps_per_second"} & set(found)
     assert not [name for name in found if "estimated" in name]
+
+
+def test_the_device_and_the_precision_are_labels_once_they_are_known(peer: Peer) -> None:
+    def told() -> list[dict[str, str]]:
+        families = {family.name: family for family in plain_text(get(peer.where)[1])}
+        return [sample.labels for name, family in families.items() if "device" in name for sample in family.samples]
+
+    assert told() == []
+    event = DeviceEvent(
+        device="cuda:0", title='A "Card"', precision="bf16", microbatch_sequences=4, batch_sequences=8, why="it works"
+    )
+    peer.board.take(event)
+    peer.board.take(event.model_copy(update={"microbatch_sequences": 2}))
+    assert told() == [{"device": "cuda:0", "title": 'A "Card"', "precision": "bf16"}]
+    (family,) = [each for each in open_metrics(get(peer.where, OPEN_METRICS)[1]) if each.name == "swarmtrain_device"]
+    assert family.type == "info" and family.samples[0].name == "swarmtrain_device_info"
 
 
 def test_a_counter_never_shrinks(peer: Peer) -> None:
