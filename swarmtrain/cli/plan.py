@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,7 +34,7 @@ _TOLD = 3
 )
 @run_argument
 @swarm_options.PEERS
-@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds per inner step of a volunteer without slowdown.  [default: measured here, with one thread]")  # fmt: skip
+@click.option("--step-s", type=click.FloatRange(1e-6, 86_400), callback=finite, metavar="S", help="Seconds per inner step of a volunteer without slowdown.  [default: measured here, on the device that join takes, with one thread]")  # fmt: skip
 @click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="For an unequal swarm: how many times longer each volunteer's step takes, such as 1,1,2,4; repeated if there are more volunteers than factors.  [default: 1 for each]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
@@ -76,9 +77,10 @@ def command(
     run = given.load()
     said = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
     peers = swarm_options.peers_for(run, peers)
-    measured = step_s is None
+    measured = None
     if step_s is None:
-        step_s = _measured_step_s(run)
+        measured = _measured(run)
+        step_s = measured.step_s
     from swarmtrain.rehearsal import LinksSection, RehearsalChurn  # these imports take a second or two
     from swarmtrain.simulate.planning.bottlenecks import bottlenecks
     from swarmtrain.simulate.planning.plan import PlaybackMachines, plan
@@ -97,18 +99,43 @@ def command(
             row["strain"] = row.pop("utilization")
         click.echo(json.dumps({**table, "hurts": rows}, allow_nan=False))
         return
-    for line in (*report(run, found, links), *_shared_here(slowdowns, peers, measured), *_worst(worst)):
+    shared = [] if measured is None else _shared_here(slowdowns, peers, measured)
+    for line in (*report(run, found, links), *shared, *_worst(worst)):
         click.echo(line)
 
 
-def _measured_step_s(run: RunFile) -> float:
-    """Measure an inner step on this machine, in seconds, with one thread, as `swarmtrain local` gives each volunteer."""
+@dataclass(frozen=True)
+class _Measured:
+    """Inner step that was measured here."""
+
+    step_s: float
+    device: str
+    """Name of the device, as torch calls it."""
+
+
+def _measured(run: RunFile) -> _Measured:
+    """Measure an inner step on the device that `join` takes by itself, with one thread, as `swarmtrain local` gives each
+    volunteer.
+    """
+    from swarmtrain.peer.devices.choice import choose_compute
+    from swarmtrain.peer.devices.compute import ComputeDevice
     from swarmtrain.peer.lifecycle.node import use_threads
     from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
+    from swarmtrain.protocol.devices import DeviceRequest
+    from swarmtrain.words import device_in_words
 
-    click.echo(f"measuring an inner step on this machine, for at most {LIMIT_S:.0f} s; --step-s skips this", err=True)
     use_threads(1)
-    return run.tokens_per_step / measure_speed(run)
+    if run.pipeline.stages > 1:
+        compute, title, why = ComputeDevice(), "", "stages are trained there"
+    else:
+        chosen = choose_compute(run, DeviceRequest(), "auto")
+        compute, title, why = chosen.compute, chosen.choice.title, chosen.choice.why
+    device = str(compute.device)
+    where = f"{device_in_words(device, title)} in {compute.precision}"
+    click.echo(
+        f"measuring an inner step on {where} ({why}), for at most {LIMIT_S:.0f} s; --step-s skips this", err=True
+    )
+    return _Measured(run.tokens_per_step / measure_speed(run, compute=compute), device)
 
 
 def _derived(found: Plan) -> dict[str, Any]:
@@ -193,19 +220,20 @@ def _links_in_words(links: LinksSection) -> str:
     return ", ".join(said) or "no limit on their links"
 
 
-def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: bool) -> list[str]:
-    """Warn that a rehearsal on this machine would be slower, if the volunteers would share its cores."""
+def _shared_here(slowdowns: tuple[float, ...], peers: int, measured: _Measured) -> list[str]:
+    """Warn that a rehearsal on this machine would be slower, if the volunteers would share its cores, or its card."""
     import os
 
     from swarmtrain.words import counted
 
-    cores = os.cpu_count() or 1
+    cores = (os.cpu_count() or 1) if measured.device == "cpu" else 1
     busy = sum(1 / (slowdowns[number % len(slowdowns)] if slowdowns else 1.0) for number in range(peers)) / cores
-    if not measured or busy <= 1:
+    if busy <= 1:
         return []
     return [
         f"  here       a rehearsal on this machine (swarmtrain local) would be about {_number(busy)} times slower: "
-        f"{counted(peers, 'volunteer')} would share {counted(cores, 'core')}"
+        f"{counted(peers, 'volunteer')} would share "
+        + (counted(cores, "core") if measured.device == "cpu" else measured.device)
     ]
 
 

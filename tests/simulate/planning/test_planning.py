@@ -16,6 +16,8 @@ from codes import raises_code
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.cli.plan import report
 from swarmtrain.errors import UserError
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.simulate.planning.bottlenecks import FELT, Bottleneck, bottlenecks
@@ -326,6 +328,9 @@ def test_records_grow_with_those_who_are_read() -> None:
 # ---------------------------------------------------------------- the command
 
 
+CPU = FoundDevice(name="cpu", title="")
+
+
 def written(tmp_path: Path, text: str = "") -> str:
     path = tmp_path / "run.toml"
     path.write_text(f"[run]\ntotal_tokens = 30_000_000\n{MODEL}{text}", encoding="utf-8")
@@ -366,13 +371,41 @@ def test_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_step_is_measured_unless_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", lambda run: 4096.0)
+    monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", lambda run, compute: 4096.0)
+    monkeypatch.setattr("swarmtrain.peer.devices.choice.find_devices", lambda parameters: [CPU])
+    monkeypatch.setattr("swarmtrain.peer.devices.choice.missing_card", lambda: "")
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert run_command(["plan", written(tmp_path), "--peers", "6"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("measuring an inner step on this machine")
+    assert said.err.startswith("measuring an inner step on the processor in fp32 (no graphics card was found), ")
     assert "inner step 250 ms\n" in said.out
     assert "would be about 3 times slower: 6 volunteers would share 2 cores" in said.out
+
+
+def test_a_step_is_measured_on_the_device_that_join_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[ComputeDevice] = []
+
+    def measure(run: RunFile, compute: ComputeDevice) -> float:
+        found.append(compute)
+        return 4096.0
+
+    def probe(run: RunFile, device: FoundDevice, precisions: tuple[Precision, ...]) -> ProbeResult:
+        return ProbeResult(tokens_per_s={"fp32": 1000.0, "bf16": 3000.0})
+
+    card = FoundDevice(name="cuda:0", title="A Card", precisions=("fp32", "bf16"), free_bytes=10**10)
+    monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", measure)
+    monkeypatch.setattr("swarmtrain.peer.devices.choice.find_devices", lambda parameters: [card, CPU])
+    monkeypatch.setattr("swarmtrain.peer.devices.choice.probe_device", probe)
+    assert run_command(["plan", written(tmp_path), "--peers", "6"]) == 0
+    said = capsys.readouterr()
+    assert "on cuda:0 (A Card) in bf16 (it works; in a probe 3.0 times as fast as fp32), for at most" in said.err
+    assert "would be about 6 times slower: 6 volunteers would share cuda:0" in said.out
+    stages = written(tmp_path, "[pipeline]\nstages = 2\n")
+    assert run_command(["plan", stages, "--peers", "6"]) == 0
+    assert "on the processor in fp32 (stages are trained there), for at most" in capsys.readouterr().err
+    assert [(str(each.device), each.precision) for each in found] == [("cuda:0", "bf16"), ("cpu", "fp32")]
 
 
 def test_a_bad_run_file_is_told_as_check_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
