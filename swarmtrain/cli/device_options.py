@@ -34,6 +34,15 @@ class DeviceOptions:
         names = {"device": "device", "precision": "precision", "vram": "vram_bytes"}
         return replace(self, **{field: kept[name] for name, field in names.items() if name in kept})
 
+    def check_here(self) -> None:
+        """Raise UserError if the device asked for is not on this machine. Takes seconds unless it is "auto" or
+        "cpu"."""
+        if self.device.kind in ("auto", "cpu"):
+            return
+        from swarmtrain.peer.devices.choice import check_device  # with torch
+
+        check_device(self.device)
+
     def words(self) -> list[str]:
         """Return the options as they are typed, without those that have their defaults."""
         from swarmtrain.protocol.limits import exact_size

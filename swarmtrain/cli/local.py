@@ -127,6 +127,7 @@ def command(
         )
     with stop_on_signals() as stop:
         with errors_as_events(as_json, ""):
+            on.check_here()  # each volunteer would find it out only after it has fetched the run
             run = given.load()
             links = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
@@ -393,7 +394,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     from rich.console import Console
     from rich.progress import Progress
 
-    from swarmtrain.events import AloneEvent
+    from swarmtrain.events import AloneEvent, stamped, to_plain_line
     from swarmtrain.peer.alone import train_alone
     from swarmtrain.peer.lifecycle.folder import PeerFolder
     from swarmtrain.peer.lifecycle.node import PeerSettings
@@ -419,7 +420,14 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
             stop.check()
             progress.advance(bar, num_steps)
 
-        loss = train_alone(published, steps, settings, advance)
+        def tell(event: Event) -> None:
+            event = stamped(event, time.time(), "", settings.name)
+            if trained.emit.display is None:
+                trained.emit(event)
+            else:
+                progress.console.print(to_plain_line(event), markup=False, highlight=False)
+
+        loss = train_alone(published, steps, settings, advance, tell)
     if trained.emit.display is None:
         trained.emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
     return _Part(settings.name, tokens=steps * published.run.tokens_per_step), loss

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.events import Event
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.devices.choice import choose_compute
+from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
@@ -54,18 +57,26 @@ class _Nobody:
 
 
 def train_alone(
-    published: PublishedRun, inner_steps: int, settings: PeerSettings, advance: Callable[[int], None]
+    published: PublishedRun,
+    inner_steps: int,
+    settings: PeerSettings,
+    advance: Callable[[int], None],
+    emit: Callable[[Event], None],
 ) -> float:
     """Return the held-out loss, in nats per byte, of one volunteer that takes `inner_steps` inner steps by itself.
 
-    Its schedule runs over exactly those steps, and it merges with nobody: an outer rate of 1 without momentum leaves
-    plain AdamW. `advance` is called after each round with the number of steps it took.
+    It chooses its device and precision as a volunteer with these settings does, and tells `emit` what it trains on. Its
+    schedule runs over exactly those steps, and it merges with nobody: an outer rate of 1 without momentum leaves plain
+    AdamW. `advance` is called after each round with the number of steps it took.
     """
     use_threads(settings.limits.threads)
     run = _lone_run(published.run, inner_steps)
+    chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
+    compute, told = chosen.compute, ComputeReport(run, chosen, emit)
+    told.start()
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
-    model = build_model(run.model, run.run.seed)
+    model = build_model(run.model, run.run.seed).to(compute.device)
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
     batches = training_batches(run, data, place, base, published.held_out)
 
@@ -73,7 +84,7 @@ def train_alone(
         advance(finished.contribution.inner_steps)
 
     exchange = _Nobody(run.merge.inner_steps, inner_steps)
-    loop = ModelLoop(run, model, batches)
+    loop = ModelLoop(run, model, batches, compute=compute, told_smaller=told.smaller)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
     loop.train(session)
     return held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte

@@ -1,0 +1,85 @@
+"""One volunteer alone: it trains on what a volunteer of the swarm would, and says so."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from codes import raises_code
+
+from swarmtrain.errors import UserError
+from swarmtrain.events import DeviceEvent, Event
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.alone import train_alone
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
+from swarmtrain.protocol.limits import Limits
+from swarmtrain.run import RunFile
+
+STEPS = 12
+WORDS = ["one", "volunteer", "alone", "learns", "what", "a", "swarm", "would"]
+HELD_OUT = " ".join(random.Random(7).choices(WORDS, k=100)).encode()
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> PublishedRun:
+    """Publish a run whose text is in the test's folder."""
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(5).choices(WORDS, k=4000)))
+    run = RunFile.model_validate(
+        {
+            "run": {"total_tokens": 10**6},
+            "model": {"context_tokens": 16, "num_layers": 2, "width": 16, "num_heads": 2},
+            "data": {"source": "text", "paths": ["text.txt"]},
+            "inner": {"batch_sequences": 4, "learning_rate": 1e-2},
+            "merge": {"inner_steps": 4},
+        }
+    )
+    return PublishedRun(b"", "ab" * 32, run, HELD_OUT, b"")
+
+
+def alone(published: PublishedRun, folder: Path, precision: PrecisionRequest) -> tuple[float, list[Event], list[int]]:
+    """Train; returns the held-out loss, what was told, and the steps of each round."""
+    told: list[Event] = []
+    rounds: list[int] = []
+    settings = PeerSettings(
+        directory=folder,
+        name="alone",
+        data_folder=folder,
+        cache_folder=folder / "cache",
+        limits=Limits(threads=1),
+        device=DeviceRequest("cpu"),
+        precision=precision,
+    )
+    before = torch.get_num_threads()
+    try:
+        return train_alone(published, STEPS, settings, rounds.append, told.append), told, rounds
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_it_computes_in_the_precision_asked_for_and_says_so(
+    published: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[ModelLoop] = []
+    train = ModelLoop.train
+    monkeypatch.setattr(ModelLoop, "train", lambda loop, session: (loops.append(loop), train(loop, session))[1])
+    losses = []
+    for precision in ("fp32", "bf16", "fp32"):
+        loss, told, rounds = alone(published, tmp_path, precision)
+        (event,) = told
+        assert isinstance(event, DeviceEvent) and rounds == [4, 4, 4]
+        assert (event.device, event.precision, event.microbatch_sequences) == ("cpu", precision, 4)
+        assert loops[-1].compute.precision == precision
+        losses.append(loss)
+    full, lower, again = losses
+    assert full == again != lower and lower == pytest.approx(full, rel=0.01) and full < 5.5
+
+
+def test_a_precision_that_the_run_does_not_allow_is_refused(published: PublishedRun, tmp_path: Path) -> None:
+    inner = published.run.inner.model_copy(update={"precision": "fp32"})
+    demanding = PublishedRun(b"", published.sha256, published.run.model_copy(update={"inner": inner}), HELD_OUT, b"")
+    with raises_code("precision-demanded", UserError):
+        alone(demanding, tmp_path, "bf16")
