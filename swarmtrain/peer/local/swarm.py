@@ -186,7 +186,7 @@ class LocalSwarm:
         """Return the reason why a child ended, if not as it should.
 
         Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
-        bootstrap's before others have joined.
+        bootstrap's before others have joined, and no bootstrap trains if every volunteer has ended with an error.
         """
         status = child.process.wait()
         if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
@@ -196,7 +196,9 @@ class LocalSwarm:
         else:
             problem = Problem(f"{child.name} ended with status {status}; see its log, {child.log}", "peer-failed")
         alive = [other for other in self.children.values() if other.process.poll() is None and other is not child]
-        if not alive or len(self.children) == 1:
+        volunteers = [other for other in self.children.values() if other.name != BOOTSTRAP]
+        nobody_trains = bool(volunteers) and all(other.error is not None for other in volunteers)
+        if not alive or len(self.children) == 1 or nobody_trains:
             raise RunTimeError(problem)
         return problem
 

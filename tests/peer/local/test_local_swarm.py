@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from codes import raises_code
 
 from swarmtrain.cli.local import _again
-from swarmtrain.events import DoneEvent, Event, InviteEvent
+from swarmtrain.errors import RunTimeError
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent
 from swarmtrain.peer.local.swarm import LocalSwarm
 
 _PEER = """
@@ -62,6 +64,33 @@ def test_who_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     swarm = swarm_of(tmp_path, bootstrap=1, anna=9)
     swarm.stop()
     assert [child.process.returncode for child in swarm.children.values()] == [0, -9]
+
+
+_FAILING = """
+import json, sys
+print(json.dumps({"event": "error", "message": "no card; give another device", "code": "device-unusable",
+    "exit_code": 2}), flush=True)
+sys.exit(2)
+"""
+
+
+def test_a_bootstrap_whose_volunteers_have_all_failed_is_not_waited_for(tmp_path: Path) -> None:
+    swarm = swarm_of(tmp_path, bootstrap=1, anna=1)
+    told: list[Event] = []
+    try:
+        swarm.start("bert", [], ("-c", _FAILING))
+        for event in swarm.events(60.0):
+            told.append(event)
+            if isinstance(event, WarningEvent):
+                break
+        assert [type(event) for event in told] == [ErrorEvent, WarningEvent], "anna goes on"
+        swarm.children["anna"].process.kill()
+        swarm.children["anna"].process.wait()
+        swarm.start("anna", [], ("-c", _FAILING))
+        with raises_code("device-unusable", RunTimeError, "anna: no card"):
+            told += swarm.events(60.0)
+    finally:
+        swarm.stop()
 
 
 def test_the_line_to_go_on_is_what_was_typed_with_its_folder() -> None:
