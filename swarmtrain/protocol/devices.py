@@ -158,7 +158,8 @@ def choose_device(
         if result.problem:
             passed_over.append(f"{device} does not work: {result.problem}")
             continue
-        precision, how_fast = fastest_precision(result.tokens_per_s) if wanted == "auto" else (wanted, "")
+        as_asked = "" if request.kind != "auto" else f"{wanted} as asked for"
+        precision, how_fast = fastest_precision(result.tokens_per_s) if wanted == "auto" else (wanted, as_asked)
         from_where = "" if passed_over and request.kind == "auto" else _where_from(request, device, missing)
         reasons = [from_where, *passed_over, how_fast]
         if device.name.partition(":")[0] in _UNTESTED:
