@@ -247,7 +247,8 @@ def test_a_processor_with_instructions_for_a_lower_precision_is_probed() -> None
 @pytest.mark.parametrize("wanted", ["fp32", "bf16", "fp16"])
 def test_a_precision_that_is_asked_for_is_the_only_one_that_is_tried(wanted: PrecisionRequest) -> None:
     machine = Machine()
-    assert machine.choose("auto", [CARD, CPU], wanted).precision == wanted
+    choice = machine.choose("auto", [CARD, CPU], wanted)
+    assert choice.precision == wanted and choice.why.endswith(f"; {wanted} as asked for")
     assert machine.probed == [("cuda:0", (wanted,))]
     machine = Machine()
     assert machine.choose("cpu", [CARD, CPU], wanted).precision == wanted
