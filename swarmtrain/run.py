@@ -553,6 +553,11 @@ class RunFile(Section):
                 f"pipeline.boundaries: {list(self.pipeline.boundaries)}; allowed: at most model.num_layers = "
                 f"{self.model.num_layers}"
             )
+        if self.inner.precision not in ("any", "fp32"):
+            raise ValueError(
+                f'inner.precision: "{self.inner.precision}" with pipeline.stages = {stages}; allowed: "any" or "fp32", '
+                "since stages are computed in fp32"
+            )
         if not self.merge.kind.stages:
             allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if method.stages)
             raise ValueError(

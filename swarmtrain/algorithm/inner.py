@@ -170,7 +170,8 @@ class LossScale:
         good = (self._good_steps + 1) * (1 - is_bad)
         grows = good >= _SCALE_GROWS_AFTER
         grown = torch.where(grows, 2 * self.factor, self.factor)
-        self.factor.copy_(torch.where(is_bad > 0, 0.5 * self.factor, grown))
+        # Not below 1: a model whose gradients overflow even unscaled has diverged, and a factor of 0 would be for ever.
+        self.factor.copy_(torch.where(is_bad > 0, 0.5 * self.factor, grown).clamp_(min=1.0))
         self._good_steps.copy_(torch.where(grows, torch.zeros_like(good), good))
 
 

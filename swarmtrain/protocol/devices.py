@@ -166,9 +166,8 @@ def choose_device(
             reasons.append("nobody has tested this kind of device")
         why = "; ".join(reason for reason in reasons if reason)
         return DeviceChoice(device=device.name, title=device.title, precision=precision, why=why)
-    raise UserError(
-        f"--device {request}: {'; '.join(passed_over)}; give another device, or auto", code="device-unusable"
-    )
+    other = "" if request.kind == "auto" else ", or auto"
+    raise UserError(f"--device {request}: {'; '.join(passed_over)}; give another device{other}", code="device-unusable")
 
 
 _NOT_PROBED = ProbeResult(tokens_per_s={})

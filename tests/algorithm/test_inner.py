@@ -399,3 +399,11 @@ def test_a_scale_leaves_parameters_without_gradients_alone() -> None:
     weight = nn.Parameter(torch.ones(3))
     optimizer = InnerOptimizer([("weight", weight)], _constants(), loss_scale=scale)
     assert float(optimizer.step(0.5)) == 0 and torch.equal(weight.detach(), torch.ones(3))
+
+
+def test_the_loss_scale_does_not_fall_below_one() -> None:
+    """It could never rise again from 0."""
+    scale = LossScale(torch.device("cpu"))
+    for _ in range(40):
+        scale.update(torch.ones(()))
+    assert float(scale.factor) == 1.0

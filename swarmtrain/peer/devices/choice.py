@@ -22,7 +22,7 @@ from swarmtrain.protocol.devices import (
 )
 from swarmtrain.run import RunFile
 
-__all__ = ["ChosenCompute", "check_device", "choose_compute", "fitting_microbatch"]
+__all__ = ["ChosenCompute", "check_device", "check_stage_device", "choose_compute", "fitting_microbatch"]
 
 _SHARE_OF_CARD = 0.9
 """Share of a card's free memory that is planned for: estimates err, and the allocator wastes some."""
@@ -42,6 +42,20 @@ def check_device(request: DeviceRequest) -> None:
     """Raise UserError at once, before anything is fetched, if the device asked for is not there."""
     if request.kind not in ("auto", "cpu"):
         matching_devices(request, find_devices(0), missing_card())
+
+
+def check_stage_device(request: DeviceRequest, wanted: PrecisionRequest) -> None:
+    """Raise UserError if stages were to be trained otherwise than on the processor and in fp32, as they are."""
+    for option, asked, allowed in (
+        ("--device", str(request), ("auto", "cpu")),
+        ("--precision", wanted, ("auto", "fp32")),
+    ):
+        if asked not in allowed:
+            raise UserError(
+                f"{option} {asked}: this run is cut into stages, which train on the processor in fp32; give {option} "
+                f"{allowed[0]}, or leave the option out",
+                code="stages-on-processor",
+            )
 
 
 def choose_compute(

@@ -25,6 +25,7 @@ from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.manager import PeersFile
 from swarmtrain.peer.control.arrival import DownloadProgress
+from swarmtrain.peer.devices.choice import check_stage_device
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over_stages
 from swarmtrain.peer.lifecycle.node import leave_swarm, process_age_s, show_invite
@@ -74,6 +75,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     """Prepare what needs no other peer: read the text, find how many stages fit into memory, measure the speed."""
     sys.setswitchinterval(_SWITCH_S)
     run, published, limits = context.run, context.published, context.settings.limits
+    check_stage_device(context.settings.device, context.settings.precision)
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
     shapes = stage_shapes(run.model, run.published.boundaries)

@@ -13,7 +13,7 @@ from codes import raises_code
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.devices import choice as choice_module
-from swarmtrain.peer.devices.choice import check_device, choose_compute, fitting_microbatch
+from swarmtrain.peer.devices.choice import check_device, check_stage_device, choose_compute, fitting_microbatch
 from swarmtrain.peer.devices.machine import least_bytes
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.devices import (
@@ -197,3 +197,14 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_fetched(machine_w
         with raises_code("device-not-there", UserError, f"--device {text}", "cuda:0"):
             check_device(parse_device(text))
     assert not probed
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [("auto", "auto"), ("cpu", "fp32"), ("cuda", "auto"), ("cpu", "bf16")]
+)
+def test_stages_are_trained_on_the_processor_in_fp32(device: str, precision: Any) -> None:
+    if (device, precision) in (("cuda", "auto"), ("cpu", "bf16")):
+        with raises_code("stages-on-processor", UserError, "cut into stages"):
+            check_stage_device(parse_device(device), precision)
+    else:
+        check_stage_device(parse_device(device), precision)
