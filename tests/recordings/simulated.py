@@ -19,6 +19,7 @@ from recording import around, plain
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
+from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip import pull_schedule
 from swarmtrain.protocol.gossip.engine import GossipEngine
 from swarmtrain.protocol.gossip.messages import (
@@ -297,9 +298,14 @@ class _Learning(_Lines):
                 bytes_per_s=peer.gossip.engine.bytes_per_s,
             )
 
-        self._mine(
-            "_next_start", paces, lambda peer, found: self.write(peer.number, "starts_with", found=_sorted(found))
-        )
+        def starts_with(peer: LearningPeer, found: Start) -> None:
+            told = dataclasses.asdict(found)
+            # Older recordings do not know smaller batches, and a peer that takes none is as it was.
+            if not told["batch_sequences"]:
+                del told["batch_sequences"]
+            self.write(peer.number, "starts_with", found=told)
+
+        self._mine("_next_start", paces, starts_with)
         self._mine("train_to", lambda peer, moment: None, self._published)
 
     def _published(self, peer: LearningPeer, _: None, moment: int) -> None:
