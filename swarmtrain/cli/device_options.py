@@ -1,4 +1,5 @@
-"""Options by which a person chooses what to compute on: `--device`, and for a peer `--precision` and `--vram`."""
+"""Options by which a person chooses what to compute on: `--device`, and for a peer `--precision`, `--compile` and
+`--vram`."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from swarmtrain.cli.common import limit
 from swarmtrain.cli.option_errors import OptionError
 
 if TYPE_CHECKING:
-    from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
+    from swarmtrain.protocol.devices import CompileRequest, DeviceRequest, PrecisionRequest
 
 __all__ = ["DEVICE", "DeviceOptions", "device_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_FIELDS = {"device": "device", "precision": "precision", "compile": "compile", "vram": "vram_bytes"}
+"""Options, by their parameters' names, and the fields of `DeviceOptions` that they set."""
 _ALLOWED = "auto: the best one that works; cpu, cuda, cuda:N (mps and xpu: nobody has tested them)."
 
 
@@ -27,12 +30,12 @@ class DeviceOptions:
 
     device: DeviceRequest
     precision: PrecisionRequest
+    compile: CompileRequest
     vram_bytes: int
 
     def with_kept(self, kept: Mapping[str, Any]) -> DeviceOptions:
         """Return these options with those that the peer's folder remembers, by parameter name."""
-        names = {"device": "device", "precision": "precision", "vram": "vram_bytes"}
-        return replace(self, **{field: kept[name] for name, field in names.items() if name in kept})
+        return replace(self, **{field: kept[name] for name, field in _FIELDS.items() if name in kept})
 
     def check_here(self) -> None:
         """Raise UserError if the device asked for is not on this machine. Takes seconds unless it is "auto" or
@@ -49,6 +52,7 @@ class DeviceOptions:
 
         words = ["--device", str(self.device)] if str(self.device) != "auto" else []
         words += ["--precision", self.precision] if self.precision != "auto" else []
+        words += ["--compile", self.compile] if self.compile != "auto" else []
         return words + (["--vram", exact_size(self.vram_bytes)] if self.vram_bytes else [])
 
 
@@ -74,14 +78,15 @@ def device_options(kind: type[click.Option]) -> Callable[[_F], _F]:
     options = (
         _device_option(kind, "train on"),
         click.option("--precision", cls=kind, type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True, help="Precision to compute in; the weights are fp32 whatever it is. auto: a lower one where a probe finds it faster."),
+        click.option("--compile", cls=kind, type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="Compile the model (torch.compile), beside training, and use it if its steps are faster. auto: on a graphics card, models of 10 million parameters and more."),
         click.option("--vram", cls=kind, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory of the graphics card that this peer may use, such as 8GB; none: no limit.  [default: none]"),
     )  # fmt: skip
 
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def bundled(**values: Any) -> Any:
-            device, precision, vram = (values.pop(name) for name in ("device", "precision", "vram"))
-            return function(on=DeviceOptions(device=device, precision=precision, vram_bytes=vram), **values)
+            on = DeviceOptions(**{field: values.pop(name) for name, field in _FIELDS.items()})
+            return function(on=on, **values)
 
         decorated: Any = bundled
         for option in reversed(options):

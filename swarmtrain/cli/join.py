@@ -165,6 +165,7 @@ def command(
         limits=limits,
         device=on.device,
         precision=on.precision,
+        compile=on.compile,
         vram_bytes=on.vram_bytes,
         log_descriptors=outputs_to_log(),
         control=options.control,

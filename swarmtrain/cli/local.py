@@ -408,6 +408,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
         limits=Limits(threads=1),  # small models gain nothing from a second thread, and lose much if cores are shared
         device=on.device,
         precision=on.precision,
+        compile=on.compile,
         vram_bytes=on.vram_bytes,
     )
     published = PeerFolder(directory / "bootstrap").kept_run()

@@ -16,6 +16,7 @@ from swarmtrain.words import size_in_words
 
 __all__ = [
     "PRECISIONS",
+    "CompileRequest",
     "DeviceChoice",
     "DeviceRequest",
     "FoundDevice",
@@ -32,6 +33,7 @@ __all__ = [
 DeviceKind = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionRequest = Literal["auto", "fp32", "bf16", "fp16"]
+CompileRequest = Literal["auto", "on", "off"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _UNTESTED = ("mps", "xpu")

@@ -44,7 +44,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "join": (
         *("[INVITE]", "--invite-file"),
         *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
-        *("--device", "--precision", "--vram"),
+        *("--device", "--precision", "--compile", "--vram"),
         "--data",
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
@@ -56,6 +56,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--threads",
             "--device",
             "--precision",
+            "--compile",
             "--vram",
             "--slowdown",
             "--rtt",

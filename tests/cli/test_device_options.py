@@ -91,10 +91,19 @@ def test_help_and_a_mistake_need_no_torch() -> None:
 
 
 def test_options_are_passed_on_as_they_are_typed() -> None:
-    unchosen = DeviceOptions(device=DeviceRequest(), precision="auto", vram_bytes=0)
+    unchosen = DeviceOptions(device=DeviceRequest(), precision="auto", compile="auto", vram_bytes=0)
     assert unchosen.words() == []
-    chosen = DeviceOptions(device=DeviceRequest("cuda", 1), precision="fp16", vram_bytes=1_500_000_001)
-    assert chosen.words() == ["--device", "cuda:1", "--precision", "fp16", "--vram", "1500000.001kB"]
+    chosen = DeviceOptions(device=DeviceRequest("cuda", 1), precision="fp16", compile="off", vram_bytes=1_500_000_001)
+    assert chosen.words() == [
+        "--device",
+        "cuda:1",
+        "--precision",
+        "fp16",
+        "--compile",
+        "off",
+        "--vram",
+        "1500000.001kB",
+    ]
 
 
 def test_local_passes_them_to_its_volunteers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ class ComputeReport:
     run: RunFile
     chosen: ChosenCompute
     emit: Callable[[Event], None]
+    is_compiled: bool = False
+    _microbatch_sequences: int = 0
 
     def start(self) -> None:
         """Tell what was chosen and why."""
@@ -35,14 +37,19 @@ class ComputeReport:
         self.emit(WarningEvent(message=message, code="smaller-microbatch"))
         self._tell(now, f"memory ran out with {before} sequences at once")
 
+    def compiled(self, is_compiled: bool, why: str) -> None:
+        """Tell whether the model is compiled from now on, and why."""
+        self.is_compiled = is_compiled
+        self._tell(self._microbatch_sequences, why)
+
     def _tell(self, microbatch_sequences: int, why: str) -> None:
-        choice = self.chosen.choice
+        choice, self._microbatch_sequences = self.chosen.choice, microbatch_sequences
         self.emit(
             DeviceEvent(
                 device=choice.device,
                 title=choice.title,
                 precision=choice.precision,
-                compiled=False,
+                compiled=self.is_compiled,
                 microbatch_sequences=microbatch_sequences,
                 batch_sequences=self.run.inner.batch_sequences,
                 why=why,

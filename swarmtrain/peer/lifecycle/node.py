@@ -33,7 +33,7 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.start_options import Started
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
-from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
+from swarmtrain.protocol.devices import CompileRequest, DeviceRequest, PrecisionRequest
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1.control_pb2 import PeerStatus
@@ -95,6 +95,7 @@ class PeerSettings:
     limits: Limits = field(default_factory=Limits)
     device: DeviceRequest = field(default_factory=DeviceRequest)
     precision: PrecisionRequest = "auto"
+    compile: CompileRequest = "auto"
     vram_bytes: int = 0
     """Memory of a graphics card that may be used; 0: no limit."""
     log_descriptors: tuple[int, ...] = ()  # descriptors of this process that follow the log file

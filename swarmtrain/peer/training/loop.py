@@ -7,7 +7,9 @@ besides its parameters (`session.LoopState`).
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ from swarmtrain.peer.training.session import LoopCheckpoint, NextStep, Session
 from swarmtrain.run import RunFile
 
 __all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants"]
+
+_KEPT_TIMES = 64
 
 
 def inner_constants(run: RunFile) -> InnerConstants:
@@ -194,6 +198,9 @@ class ModelLoop(InnerLoop):
         self.microbatch_sequences = compute.microbatch_sequences or run.microbatch_sequences
         self._told_smaller = told_smaller
         self._ahead = StepQueue(compute.device)
+        self.compiled_loss: Callable[[Tensor], Tensor] | None = None
+        """Function that computes the loss of a microbatch in place of the model's own; may change between two steps."""
+        self._step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
         """See `InnerLoop.step`: one step is one batch.
@@ -201,6 +208,7 @@ class ModelLoop(InnerLoop):
         Nothing here waits for the device, except that at most two steps are under way there. Raises RunTimeError if
         memory runs out even for microbatches of one sequence.
         """
+        began_s = time.perf_counter()
         with self._slowed():
             batch = self.batches.next_batch()
             if self.batch_sequences:
@@ -211,13 +219,24 @@ class ModelLoop(InnerLoop):
             self._ahead.step_asked()
             if self._slowed is not nullcontext:
                 finish(self.compute.device)  # what is made slower is the step, and not the asking for it
-            return done
+        self._step_times_s.append(time.perf_counter() - began_s)
+        return done
+
+    def take_step_times(self) -> list[float]:
+        """Return the seconds of the last steps since the last call, the newest last.
+
+        On a device, steps are asked for as fast as it takes them, except the first ones after a wait.
+        """
+        times_s = list(self._step_times_s)
+        self._step_times_s.clear()
+        return times_s
 
     def _differentiate(self, batch: Tensor, should_stop: Callable[[], bool]) -> Tensor | None:
         """Add the batch's gradient to `.grad` and return its mean loss (); None, without gradients, if memory ran out.
 
         The sum of losses is kept in fp64 where the device has it.
         """
+        loss_of = self.model.loss if self.compiled_loss is None else self.compiled_loss
         compute, dtype = self.compute, torch.float32 if self.compute.device.type == "mps" else torch.float64
         loss_sum = torch.zeros((), dtype=dtype, device=compute.device)
         for part in torch.split(batch, self.microbatch_sequences):
@@ -227,7 +246,7 @@ class ModelLoop(InnerLoop):
                 raise StopTraining
             try:
                 with compute.autocast():
-                    loss = self.model.loss(part.to(compute.device, non_blocking=True))
+                    loss = loss_of(part.to(compute.device, non_blocking=True))
                 loss = loss * (len(part) / len(batch))
                 scaled = loss if self.inner.loss_scale is None else loss * self.inner.loss_scale.factor
                 scaled.backward()  # type: ignore[no-untyped-call]

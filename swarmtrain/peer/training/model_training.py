@@ -27,6 +27,7 @@ from swarmtrain.peer.control.arrival import DownloadProgress
 from swarmtrain.peer.control.limits import check_memory
 from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
+from swarmtrain.peer.devices.compiled_loss import CompiledLoss
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -92,6 +93,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     loop = ModelLoop(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
+    training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
     training.resume(kept)
     return training
 
@@ -143,6 +145,8 @@ class ModelTraining:
             on_new_state=self._keep_round,
         )
         checkpointer.prepare(self.session.replica.state.size)
+        self.compiled: CompiledLoss | None = None
+        """The loop's compiled loss, if there may be one."""
         self.resumed_round: int | None = None
         """Round that the loaded checkpoint belongs to; None for a new peer."""
         self.has_joined = False
@@ -274,6 +278,8 @@ class ModelTraining:
     def _tell_started(self, inner_steps: int) -> None:
         """Emit the `started` event when the first round begins."""
         run = self.context.run
+        if self.compiled is not None:
+            self.compiled.start(self.context.settings.compile, num_parameters(run.model))
         self.context.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,
@@ -291,6 +297,8 @@ class ModelTraining:
     def _report(self, report: RoundReport) -> None:
         """Emit the round's event, and measure the held-out loss every `evaluation.every_rounds` rounds."""
         context, contribution = self.context, report.contribution
+        if self.compiled is not None:
+            self.compiled.round_ended()
         context.emit(round_event(report, self.exchange))
         tell_loss(context.network, self.swarm, report.loss)
         every = context.run.evaluation.every_rounds
@@ -403,5 +411,7 @@ class ModelTraining:
     def leave(self) -> None:
         """Say goodbye, end the network, and finish what is being written; within some seconds, whatever happens. See
         `Training`."""
+        if self.compiled is not None:
+            self.compiled.close()
         leave_swarm(self.context.network, self.swarm, self.context.node)
         self.manager.close()
