@@ -16,12 +16,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.model.recomputation import recomputed
 from swarmtrain.run import ModelSection
 from swarmtrain.words import bits_per_byte
 
@@ -129,22 +132,33 @@ class GPT(nn.Module):
         self.head = Linear(section.width, section.vocabulary_size, bias=False)
         table = rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
+        self.recomputes_blocks = False
+        """True where memory is short: of the blocks only inputs are kept for the backward pass, which computes each
+        block again, to the same bits."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return the head's input (B, T, D) of tokens (B, T), int64.
+
+        Raises ValueError if T is more than `context_tokens`.
+        """
         T = tokens.shape[1]
         check_length(T, self.section)
         x = self.embed(tokens)
         rotary = self.rotary[:, :T]
+        recomputes = self.recomputes_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, rotary)
-        return cast(Tensor, self.head(self.final_norm(x)))
+            x = recomputed(partial(block, rotary=rotary), x) if recomputes else block(x, rotary)
+        return cast(Tensor, self.final_norm(x))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
+        return cast(Tensor, self.head(self.features(tokens)))
 
     def loss(self, batch: Tensor) -> Tensor:
         """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
         before it."""
-        logits = self(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        x = self.features(batch[:, :-1])
+        return mean_loss(self.head, x, batch[:, 1:], is_memory_short=self.recomputes_blocks)
 
 
 def num_parameters(section: ModelSection) -> int:
@@ -200,8 +214,8 @@ def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
     device = model.embed.weight.device
     for batch in batches:
         batch = batch.to(device)
-        targets = batch[:, 1:].flatten()
-        sum_nats += float(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), targets, reduction="sum"))
+        targets = batch[:, 1:]
+        sum_nats += float(sum_of_losses(model.head, model.features(batch[:, :-1]), targets))
         num_targets += targets.numel()
     return sum_nats, num_targets
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
 from swarmtrain.model.export import write_whole
 from swarmtrain.model.gpt import uniform_weight
+from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.model.huggingface_config import HuggingFaceModel, read_config, untie
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
@@ -111,15 +111,19 @@ class HuggingFaceStage(nn.Module):
         `x` is tokens (B, T), int64, for the first stage, else the output of the stage before, (B, T, D). Raises
         ValueError when it is longer than the context.
         """
-        T, context_tokens = x.shape[1], self.shape.model.context_tokens
-        if context_tokens < T:
-            raise ValueError(f"{T} tokens are more than the context of {context_tokens}")
-        x = self.get_submodule(_BODIES[self.shape.model.family])(x)
+        x = self._features(x)
         return cast(Tensor, self.lm_head(x)) if self.shape.has_head else x
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
-        return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
+        return mean_loss(self.lm_head, self._features(x), targets)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return the head's input, or in other stages the next stage's (B, T, D)."""
+        T, context_tokens = x.shape[1], self.shape.model.context_tokens
+        if context_tokens < T:
+            raise ValueError(f"{T} tokens are more than the context of {context_tokens}")
+        return cast(Tensor, self.get_submodule(_BODIES[self.shape.model.family])(x))
 
 
 _BODIES = {"llama": "model", "qwen2": "model", "qwen3": "model", "gpt2": "transformer"}

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swarmtrain.model.gpt import (
@@ -33,6 +32,7 @@ from swarmtrain.model.gpt import (
     num_parameters,
     rotary_table,
 )
+from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.run import ModelSection
 
 __all__ = [
@@ -107,6 +107,15 @@ class Stage(nn.Module):
         `x` is tokens (B, T), int64, for the first stage, else the output of the stage before, (B, T, D). Raises
         ValueError when it is longer than the context.
         """
+        x = self._features(x)
+        return cast(Tensor, self.head(x)) if self.shape.has_head else x
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
+        return mean_loss(self.head, self._features(x), targets)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return the head's input, or in other stages the next stage's (B, T, D)."""
         T = x.shape[1]
         check_length(T, self.shape.model)
         if self.shape.has_embedding:
@@ -114,11 +123,7 @@ class Stage(nn.Module):
         rotary = self.rotary[:, :T]
         for block in self.blocks.values():
             x = block(x, rotary)
-        return cast(Tensor, self.head(self.final_norm(x))) if self.shape.has_head else x
-
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
-        return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
+        return cast(Tensor, self.final_norm(x)) if self.shape.has_head else x
 
 
 def build_stage(shape: StageShape, seed: int) -> Stage:
