@@ -135,7 +135,7 @@ class InnerSection(Section):
     """Inner optimizer, AdamW, and its schedule by the run's tokens."""
 
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences in the batch of one inner step.")
-    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once; gradients are accumulated to the batch. 0: all at once. Lower it when memory is short.")  # fmt: skip
+    microbatch_sequences: int = Field(0, ge=0, description="Sequences computed at once; gradients are accumulated to the batch. 0: all at once. Lower it when memory is short; a peer short of memory takes fewer by itself.")  # fmt: skip
     learning_rate: float = Field(3e-3, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(0.1, ge=0, le=10, description="Decoupled weight decay of the matrices; norms have none.")  # fmt: skip
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of AdamW's first moment, per step.")

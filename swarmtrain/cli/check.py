@@ -94,6 +94,7 @@ def _as_json(on: ExpectedDevice) -> dict[str, str | int | None]:
         "title": on.device.title,
         "free_bytes": on.device.free_bytes,
         "microbatch_sequences": on.microbatch_sequences,
+        "recomputes": on.recomputes,
         "why": on.why,
         "least_card_bytes": on.least_card_bytes,
     }

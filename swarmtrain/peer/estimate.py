@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
+from swarmtrain.model.loss_chunks import CARD_BYTES, SMALL_BYTES, chunk_tokens
 from swarmtrain.peer.checkpoints.files import KEPT
 from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
 from swarmtrain.run import RunFile
 
 __all__ = [
     "Estimate",
+    "activation_bytes",
     "activation_wire_bytes",
     "copies",
     "disk_bytes",
@@ -35,10 +37,18 @@ DAEMON_BYTES = 75_000_000
 # A stage has two more versions of the weights, and a batch's gradients while the next batch is summed.
 STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
 CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
-# Numbers kept for the backward pass per token and layer, in widths: measured 16.8 at ratio 2, 21.4 at ratio 4.
-ACTIVATION_WIDTHS = 13
-ACTIVATION_WIDTHS_PER_RATIO = 2
+# Numbers kept for the backward pass per token and block, in widths: counted 17.1 at ratio 1, 21.1 at ratio 2, 23.8 at
+# 2.667 and 29.1 at 4 (fp32; a third fewer under bf16).
+ACTIVATION_WIDTHS = 13.2
+ACTIVATION_WIDTHS_PER_RATIO = 4
+# A block's backward pass makes more of them: counted 1.29 at ratio 2, 1.31 at 2.667, 1.33 at 4.
+_IN_BACKWARD = 1.3
+# Numbers at once in a block's forward pass without a backward pass: counted 9.9 at ratio 2, 12.5 at 2.667, 17.7 at 4.
+_FORWARD_WIDTHS = 3
+_FORWARD_WIDTHS_PER_RATIO = 3.7
+# Logits, probabilities and their gradient; where the loss is computed in chunks, a chunk's logits and probabilities.
 LOGITS_COPIES = 3
+_CHUNK_COPIES = 2
 _TALK_BYTES = 500_000
 """Bytes of presence, progress records, greetings and manifests in a round, as measured; with a large model they are
 negligible.
@@ -68,11 +78,14 @@ class Estimate:
     memory_activations_bytes: int
 
 
-def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
+def estimate(
+    run: RunFile, num_parameters: int, num_peers: int, *, microbatch_sequences: int = 0, recomputes: bool = False
+) -> Estimate:
     """Return the memory and traffic of each of `num_peers` (>= 1) equal peers in this run, and the tokens that it
     trains.
 
-    In a pipeline it is the cost of one stage, as if all stages were alike, without activations.
+    In a pipeline it is the cost of one stage, as if all stages were alike, without activations. `microbatch_sequences`
+    are computed at once, 0: as the run file says; `recomputes` is as in `activation_bytes`.
     """
     stages = run.pipeline.stages
     if stages > 1:
@@ -84,7 +97,7 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
         parameters_bytes = costs.memory_bytes(run, num_parameters, num_peers - 1)
     else:
         parameters_bytes = STAGE_BYTES_PER_PARAMETER * num_parameters + incoming
-    activations_bytes = _activations_bytes(run)
+    activations_bytes = _activations_bytes(run, microbatch_sequences or run.microbatch_sequences, recomputes)
     program_bytes = IMPORTS_BYTES + DAEMON_BYTES
     return Estimate(
         num_peers=num_peers,
@@ -107,9 +120,18 @@ def estimate(run: RunFile, num_parameters: int, num_peers: int) -> Estimate:
     )
 
 
-def estimates_of(run: RunFile, num_parameters: int) -> Callable[[int], Estimate]:
+def estimates_of(
+    run: RunFile, num_parameters: int, *, microbatch_sequences: int = 0, recomputes: bool = False
+) -> Callable[[int], Estimate]:
     """Return `estimate` of this run as a cached function of the number of peers."""
-    return functools.lru_cache(maxsize=8)(functools.partial(estimate, run, num_parameters))
+
+    @functools.lru_cache(maxsize=8)
+    def of(num_peers: int) -> Estimate:
+        return estimate(
+            run, num_parameters, num_peers, microbatch_sequences=microbatch_sequences, recomputes=recomputes
+        )
+
+    return of
 
 
 def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
@@ -117,17 +139,49 @@ def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, in
     return costs_of(run).merge_bytes(run, num_parameters, others)
 
 
-def _activations_bytes(run: RunFile) -> int:
-    sequences = max(run.microbatch_sequences, run.evaluation.batch_sequences // 4)
-    return activation_bytes(run, sequences, run.model.num_layers, has_head=True)
+def _activations_bytes(run: RunFile, num_sequences: int, recomputes: bool) -> int:
+    training = activation_bytes(run, num_sequences, run.model.num_layers, has_head=True, recomputes=recomputes)
+    return max(training, _evaluation_bytes(run))
 
 
-def activation_bytes(run: RunFile, num_sequences: int, num_layers: int, *, has_head: bool) -> int:
-    """Return the bytes of activations kept from the forward pass of `num_sequences` sequences until their backward."""
+def activation_bytes(
+    run: RunFile,
+    num_sequences: int,
+    num_layers: int,
+    *,
+    has_head: bool,
+    recomputes: bool = False,
+    on_card: bool = False,
+) -> int:
+    """Return the bytes of activations kept from the forward pass of `num_sequences` sequences until their backward.
+
+    `recomputes` is whether blocks are computed again in the backward pass, because memory is short.
+    """
+    model, num_tokens = run.model, num_sequences * run.model.context_tokens
+    width_bytes = 4 * num_tokens * model.width
+    block_bytes = width_bytes * (ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio)
+    head_bytes = _head_bytes(run, num_tokens, CARD_BYTES if on_card and not recomputes else SMALL_BYTES)
+    blocks_bytes = num_layers * block_bytes
+    if recomputes:  # one block's are there at a time, and its backward pass's; with few blocks that gains nothing
+        blocks_bytes = min(blocks_bytes, num_layers * width_bytes + _IN_BACKWARD * block_bytes)
+    return round(blocks_bytes + head_bytes * has_head)
+
+
+def _head_bytes(run: RunFile, num_tokens: int, chunk_bytes: int) -> int:
+    """Return the bytes of the head's logits, and of its gradient if that is made in the forward pass."""
     model = run.model
-    widths = ACTIVATION_WIDTHS + ACTIVATION_WIDTHS_PER_RATIO * model.feed_forward_ratio
-    numbers = num_layers * model.width * widths + LOGITS_COPIES * model.vocabulary_size * has_head
-    return round(4 * num_sequences * model.context_tokens * numbers)
+    chunk = chunk_tokens(num_tokens, model.vocabulary_size, chunk_bytes)
+    if chunk == num_tokens:
+        return 4 * LOGITS_COPIES * model.vocabulary_size * num_tokens
+    return 4 * model.vocabulary_size * (_CHUNK_COPIES * chunk + model.width)
+
+
+def _evaluation_bytes(run: RunFile) -> int:
+    """Return the bytes of the activations of `evaluation.batch_sequences` sequences whose loss is measured."""
+    model, num_tokens = run.model, run.evaluation.batch_sequences * run.model.context_tokens
+    widths = _FORWARD_WIDTHS + _FORWARD_WIDTHS_PER_RATIO * model.feed_forward_ratio
+    logits = _CHUNK_COPIES * model.vocabulary_size * chunk_tokens(num_tokens, model.vocabulary_size, SMALL_BYTES)
+    return round(4 * (num_tokens * model.width * widths + logits))
 
 
 def disk_bytes(num_parameters: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +23,14 @@ from swarmtrain.protocol.devices import (
 )
 from swarmtrain.run import RunFile
 
-__all__ = ["ChosenCompute", "check_device", "check_stage_device", "choose_compute", "fitting_microbatch"]
+__all__ = [
+    "ChosenCompute",
+    "FittingMicrobatch",
+    "check_device",
+    "check_stage_device",
+    "choose_compute",
+    "fitting_microbatch",
+]
 
 _SHARE_OF_CARD = 0.9
 """Share of a card's free memory that is planned for: estimates err, and the allocator wastes some."""
@@ -35,7 +43,7 @@ class ChosenCompute:
     compute: ComputeDevice
     choice: DeviceChoice
     microbatch_why: str
-    """Why microbatches have as many sequences as they have; empty if as the run file says."""
+    """Why a batch is computed as it is; empty if as the run file says."""
 
 
 def check_device(request: DeviceRequest) -> None:
@@ -76,11 +84,12 @@ def choose_compute(
     found = [_within(vram_bytes, each) for each in find_devices(num_parameters(run.model))]
     choice = choose_device(request, wanted, found, least_bytes(run), partial(probe_device, run), missing=missing_card())
     device = next(each for each in found if each.name == choice.device)
-    microbatch, why = fitting_microbatch(run, device, memory_bytes)
+    fitting = fitting_microbatch(run, device, memory_bytes)
     if vram_bytes and choice.device.startswith("cuda"):
         share = vram_bytes / torch.cuda.get_device_properties(choice.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), choice.device)
-    return ChosenCompute(ComputeDevice(torch.device(choice.device), choice.precision, microbatch), choice, why)
+    compute = ComputeDevice(torch.device(choice.device), choice.precision, fitting.sequences, fitting.recomputes)
+    return ChosenCompute(compute, choice, fitting.why)
 
 
 def _within(vram_bytes: int, device: FoundDevice) -> FoundDevice:
@@ -90,21 +99,43 @@ def _within(vram_bytes: int, device: FoundDevice) -> FoundDevice:
     return replace(device, free_bytes=min(device.free_bytes, vram_bytes))
 
 
-def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int) -> tuple[int, str]:
-    """Return how many sequences to compute at once, by the estimate, and why; an empty reason if as the run file says.
+@dataclass(frozen=True)
+class FittingMicrobatch:
+    """How a batch is computed so that it fits a memory."""
+
+    sequences: int
+    """Sequences computed at once."""
+    recomputes: bool = False
+    """Whether blocks are computed again in the backward pass, because not one sequence fits without."""
+    why: str = ""
+    """Reason, for a person; empty if as the run file says."""
+
+
+def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int) -> FittingMicrobatch:
+    """Return how many sequences to compute at once, by the estimate.
 
     On a card they are as many as fit, up to the batch. In main memory they are as many as the run file says, and fewer
-    if the peer's limit asks for it.
+    if the peer's limit asks for it. Where not even one fits, blocks are computed again in the backward pass.
     """
-    wanted, context = run.microbatch_sequences, run.model.context_tokens
+    wanted, on_card = run.microbatch_sequences, device.free_bytes is not None
     if device.free_bytes is not None:
-        free = _SHARE_OF_CARD * device.free_bytes - BYTES_PER_PARAMETER * num_parameters(run.model)
-        one = activation_bytes(run, 1, run.model.num_layers, has_head=True)
-        fitting = max(1, min(run.inner.batch_sequences, int(free / one)))
-        return fitting, f"as many sequences of {context} tokens as fit the card" if fitting != wanted else ""
-    if not memory_bytes:
-        return wanted, ""
-    cost = estimate(run, num_parameters(run.model), 2)
-    free = memory_bytes - (cost.memory_bytes - cost.memory_activations_bytes)
-    fitting = max(1, min(wanted, int(free / activation_bytes(run, 1, run.model.num_layers, has_head=True))))
-    return fitting, "as many as fit --memory" if fitting != wanted else ""
+        most, place = run.inner.batch_sequences, "the card"
+        free = int(_SHARE_OF_CARD * device.free_bytes) - BYTES_PER_PARAMETER * num_parameters(run.model)
+    elif memory_bytes:
+        most, place = wanted, "--memory"
+        cost = estimate(run, num_parameters(run.model), 2)
+        free = memory_bytes - (cost.memory_bytes - cost.memory_activations_bytes)
+    else:
+        return FittingMicrobatch(wanted)
+
+    def needed(sequences: int, recomputes: bool) -> int:
+        layers = run.model.num_layers
+        return activation_bytes(run, sequences, layers, has_head=True, recomputes=recomputes, on_card=on_card)
+
+    recomputes = needed(1, False) > free and needed(1, True) < needed(1, False)
+    fitting = max(1, bisect_right(range(1, most + 1), free, key=partial(needed, recomputes=recomputes)))
+    if recomputes:
+        again = f"blocks are computed again in the backward pass, since otherwise not one sequence fits {place}"
+        return FittingMicrobatch(fitting, True, again)
+    many = f"as many sequences of {run.model.context_tokens} tokens as fit {place}"
+    return FittingMicrobatch(fitting, False, many if fitting != wanted else "")

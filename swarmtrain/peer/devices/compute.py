@@ -26,6 +26,8 @@ class ComputeDevice:
     precision: Precision = "fp32"
     microbatch_sequences: int = 0
     """Sequences computed at once; 0: as the run file says."""
+    recomputes: bool = False
+    """Whether memory is so short that blocks are computed again in the backward pass."""
 
     @property
     def is_host(self) -> bool:

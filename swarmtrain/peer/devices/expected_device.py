@@ -21,6 +21,8 @@ class ExpectedDevice:
     device: FoundDevice
     microbatch_sequences: int
     """Sequences that would be computed at once."""
+    recomputes: bool
+    """Whether blocks would be computed again in the backward pass, because memory is short."""
     least_card_bytes: int
     """Least memory that training takes on a card."""
     why: str
@@ -28,6 +30,8 @@ class ExpectedDevice:
 
     def __str__(self) -> str:
         sequences = f"{counted(self.microbatch_sequences, 'sequence')} at once"
+        if self.recomputes:
+            sequences = f"{sequences}, blocks computed again in the backward pass"
         if self.device.is_card:
             sequences = f"{sequences}, if it works"
         why = f" ({self.why})" if self.why else ""
@@ -46,10 +50,11 @@ def expected_device(run: RunFile) -> ExpectedDevice:
             break
         passed_over.append(f"{device} has only {size_in_words(device.free_bytes)} free")
     nothing_better = "" if device.is_card else missing or "no graphics card was found"
-    microbatch_sequences, _ = fitting_microbatch(run, device, 0)
+    fitting = fitting_microbatch(run, device, 0)
     return ExpectedDevice(
         device=device,
-        microbatch_sequences=microbatch_sequences,
+        microbatch_sequences=fitting.sequences,
+        recomputes=fitting.recomputes,
         least_card_bytes=needed,
         why="; ".join(passed_over) or nothing_better,
     )

@@ -98,10 +98,11 @@ def missing_card(files: tuple[Path, ...] = _DEVICE_FILES) -> str:
 
 
 def least_bytes(run: RunFile) -> int:
-    """Return the least memory that training the run's model takes on a card: microbatches of one sequence."""
+    """Return the least memory that training the run's model takes on a card: microbatches of one sequence, and blocks
+    computed again in the backward pass."""
     from swarmtrain.peer.estimate import activation_bytes
 
-    activations = activation_bytes(run, 1, run.model.num_layers, has_head=True)
+    activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)
     return BYTES_PER_PARAMETER * num_parameters(run.model) + activations
 
 

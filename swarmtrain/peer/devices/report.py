@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from swarmtrain.events import DeviceEvent, Event, WarningEvent
 from swarmtrain.peer.devices.choice import ChosenCompute
+from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.run import RunFile
 
 __all__ = ["ComputeReport"]
@@ -27,15 +28,23 @@ class ComputeReport:
         reasons = [self.chosen.choice.why, self.chosen.microbatch_why]
         self._tell(self.chosen.compute.microbatch_sequences, "; ".join(reason for reason in reasons if reason))
 
-    def smaller(self, before: int, now: int) -> None:
-        """Tell that memory ran out, and that microbatches have `now` sequences instead of `before`."""
-        device = self.chosen.choice.device
-        message = (
-            f"memory of {device} ran out with {before} sequences at once: this peer repeats the step with {now}, and "
-            "goes on so; nothing is lost"
-        )
+    def smaller(self, before: ComputeDevice, now: ComputeDevice) -> None:
+        """Tell that memory ran out, and how a batch is computed from now on."""
+        device, num_before = self.chosen.choice.device, before.microbatch_sequences
+        if now.recomputes and not before.recomputes:
+            message = (
+                f"memory of {device} ran out with one sequence at once: this peer repeats the step, and from now on "
+                "computes blocks again in the backward pass, which takes longer; nothing is lost"
+            )
+            why = "blocks are computed again in the backward pass, since memory ran out with one sequence at once"
+        else:
+            message = (
+                f"memory of {device} ran out with {num_before} sequences at once: this peer repeats the step with "
+                f"{now.microbatch_sequences}, and goes on so; nothing is lost"
+            )
+            why = f"memory ran out with {num_before} sequences at once"
         self.emit(WarningEvent(message=message, code="smaller-microbatch"))
-        self._tell(now, f"memory ran out with {before} sequences at once")
+        self._tell(now.microbatch_sequences, why)
 
     def compiled(self, is_compiled: bool, why: str) -> None:
         """Tell whether the model is compiled from now on, and why."""

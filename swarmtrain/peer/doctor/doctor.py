@@ -424,7 +424,8 @@ class Doctor:
         from swarmtrain.peer.devices.compute import ComputeDevice
 
         precision, _ = fastest_precision(self.probed.tokens_per_s)
-        return ComputeDevice(torch.device(self.card.name), precision, fitting_microbatch(run, self.card, 0)[0])
+        fitting = fitting_microbatch(run, self.card, 0)
+        return ComputeDevice(torch.device(self.card.name), precision, fitting.sequences, fitting.recomputes)
 
 
 # ---------------------------------------------------------------- judgements

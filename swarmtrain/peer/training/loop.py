@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -181,13 +181,13 @@ class ModelLoop(InnerLoop):
         batches: BatchSource,
         slowed: Callable[[], AbstractContextManager[None]] = nullcontext,
         compute: ComputeDevice | None = None,
-        told_smaller: Callable[[int, int], None] = lambda before, now: None,
+        told_smaller: Callable[[ComputeDevice, ComputeDevice], None] = lambda before, now: None,
     ) -> None:
         """`model` is on the device of `compute` (default: the processor, fp32).
 
         `slowed` is entered around each inner step, and may sleep on exit (a rehearsal's slower machine,
-        `peer/local/slowdown.py`). `told_smaller` is called when memory ran out, with the sequences of a microbatch
-        before and from now on.
+        `peer/local/slowdown.py`). `told_smaller` is called when memory ran out, with how a batch is computed before and
+        from now on.
         """
         compute = ComputeDevice() if compute is None else compute
         named = list(model.named_parameters())
@@ -196,6 +196,7 @@ class ModelLoop(InnerLoop):
         super().__init__(parameters, batches, inner_constants(run), loss_scale)
         self.run, self.model, self.compute, self._slowed = run, model, compute, slowed
         self.microbatch_sequences = compute.microbatch_sequences or run.microbatch_sequences
+        model.recomputes_blocks = compute.recomputes
         self._told_smaller = told_smaller
         self._ahead = StepQueue(compute.device)
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
@@ -206,7 +207,7 @@ class ModelLoop(InnerLoop):
         """See `InnerLoop.step`: one step is one batch.
 
         Nothing here waits for the device, except that at most two steps are under way there. Raises RunTimeError if
-        memory runs out even for microbatches of one sequence.
+        memory runs out even for microbatches of one sequence whose blocks are computed again in the backward pass.
         """
         began_s = time.perf_counter()
         with self._slowed():
@@ -277,10 +278,18 @@ class ModelLoop(InnerLoop):
         )
 
     def _use_smaller(self) -> None:
-        """Halve the microbatches. Raises RunTimeError if they are of one sequence already."""
-        before = self.microbatch_sequences
-        if before == 1:
+        """Halve the microbatches; if they are of one sequence already, compute blocks again in the backward pass.
+
+        Raises RunTimeError if that is done already.
+        """
+        before = replace(self.compute, microbatch_sequences=self.microbatch_sequences)
+        if before.microbatch_sequences > 1:
+            now = replace(before, microbatch_sequences=-(-before.microbatch_sequences // 2))
+        elif not before.recomputes:
+            now = replace(before, recomputes=True)
+        else:
             raise self._does_not_fit(f"training one sequence of {self.run.model.context_tokens} tokens")
-        self.microbatch_sequences = -(-before // 2)
-        release_cached(self.compute.device)
-        self._told_smaller(before, self.microbatch_sequences)
+        self.compute, self.microbatch_sequences = now, now.microbatch_sequences
+        self.model.recomputes_blocks = now.recomputes
+        release_cached(now.device)
+        self._told_smaller(before, now)

@@ -180,8 +180,13 @@ class ModelTraining:
         context.wait(swarm.watch_daemon(context.stop.fail))
         if context.nobody is not None:
             self._look_for_others()
-        control, run = context.control, context.run
-        estimates = estimates_of(run, num_parameters(run.model))
+        control, run, loop = context.control, context.run, self.loop
+        estimates = estimates_of(
+            run,
+            num_parameters(run.model),
+            microbatch_sequences=loop.microbatch_sequences,
+            recomputes=loop.compute.recomputes,
+        )
         control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.manager, estimates)
 
     def _look_for_others(self) -> None:

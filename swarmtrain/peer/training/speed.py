@@ -40,6 +40,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice
     if sequences < 1 or build_s > limit_s / 2:
         return per_s / (6 * num_parameters(run.model))
     model = build_model(run.model, run.run.seed).to(compute.device)
+    model.recomputes_blocks = compute.recomputes
     optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))
     give_up_s = time.monotonic() + limit_s / 2
     best_s = float("inf")

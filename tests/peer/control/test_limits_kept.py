@@ -330,6 +330,18 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
         check_memory(run, 10**9, 2 * 10**9)
 
 
+def test_a_run_that_fits_if_blocks_are_computed_again_is_not_refused() -> None:
+    text = "[run]\ntotal_tokens = 50_000_000\n[model]\nnum_layers = 24\nwidth = 256\ncontext_tokens = 1024"
+    run = parse_run(text, "r")
+    usual, less = (
+        estimate(run, 10**6, 2, microbatch_sequences=1, recomputes=each).memory_bytes for each in (False, True)
+    )
+    assert less + 200 * 10**6 < usual < estimate(run, 10**6, 2).memory_bytes
+    check_memory(run, 10**6, less)
+    with raises_code("too-little-memory", UserError, "2 peers"):
+        check_memory(run, 10**6, less - 1)
+
+
 def test_usage_counts_this_process_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the machine to have done nothing meanwhile, the others would have done less by what this process did."""
     machine = psutil.cpu_times()

@@ -13,7 +13,13 @@ from codes import raises_code
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.devices import choice as choice_module
-from swarmtrain.peer.devices.choice import check_device, check_stage_device, choose_compute, fitting_microbatch
+from swarmtrain.peer.devices.choice import (
+    FittingMicrobatch,
+    check_device,
+    check_stage_device,
+    choose_compute,
+    fitting_microbatch,
+)
 from swarmtrain.peer.devices.machine import least_bytes
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.devices import (
@@ -42,10 +48,10 @@ def run_file(precision: str = "any", microbatch: int = 4) -> RunFile:
     )
 
 
-def card(sequences: float, name: str = "cuda:0") -> FoundDevice:
+def card(sequences: float, name: str = "cuda:0", recomputes: bool = False) -> FoundDevice:
     """Return a card with memory for a model and this many sequences, by the estimate, and a tenth to spare."""
     run = run_file()
-    one = activation_bytes(run, 1, run.model.num_layers, has_head=True)
+    one = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=recomputes, on_card=True)
     free = round((16 * num_parameters(run.model) + sequences * one) / 0.9)
     return FoundDevice(name=name, title="Card 9", precisions=("fp32", "bf16"), free_bytes=free)
 
@@ -117,38 +123,70 @@ def test_a_runs_precision_holds_on_a_processor_too(machine_with: Callable[..., P
 
 @pytest.mark.parametrize(
     ("sequences", "fitting"),
-    [(0.2, 1), (1.0, 1), (3.99, 3), (5.01, 5), (15.99, 15), (16.01, 16), (500, 16)],
+    [(1.01, 1), (3.99, 3), (5.01, 5), (15.99, 15), (16.01, 16), (500, 16)],
 )
 def test_a_card_computes_as_many_sequences_at_once_as_fit(sequences: float, fitting: int) -> None:
-    number, why = fitting_microbatch(run_file(), card(sequences), 0)
-    assert number == fitting and why
-    assert fitting_microbatch(run_file(), card(sequences), 1) == (number, why), "main memory's limit is no card's"
+    found = fitting_microbatch(run_file(), card(sequences), 0)
+    assert found.sequences == fitting and not found.recomputes and "the card" in found.why
+    assert fitting_microbatch(run_file(), card(sequences), 1) == found, "main memory's limit is no card's"
 
 
-def test_a_reason_is_told_only_if_the_run_file_says_another_number() -> None:
-    assert fitting_microbatch(run_file(microbatch=4), card(4.01), 0) == (4, "")
-    assert fitting_microbatch(run_file(microbatch=0), card(100), 0) == (16, "")
-    assert fitting_microbatch(run_file(microbatch=4), CPU, 0) == (4, "")
+@pytest.mark.parametrize(("sequences", "fitting"), [(0.1, 1), (1.01, 1), (1.1, 1)])
+def test_where_not_one_sequence_fits_a_card_blocks_are_computed_again(sequences: float, fitting: int) -> None:
+    assert fitting_microbatch(run_file(), card(sequences, recomputes=True), 0) == FittingMicrobatch(
+        fitting,
+        True,
+        "blocks are computed again in the backward pass, since otherwise not one sequence fits the card",
+    )
+
+
+def test_blocks_computed_again_leave_room_for_more_sequences() -> None:
+    """A deep model: one sequence as usual takes what several take otherwise."""
+    run = run_file()
+    run = run.model_copy(update={"model": run.model.model_copy(update={"num_layers": 24})})
+    one, less = (activation_bytes(run, 1, 24, has_head=True, recomputes=each, on_card=True) for each in (False, True))
+    free = round((16 * num_parameters(run.model) + 0.99 * one) / 0.9)
+    found = fitting_microbatch(run, FoundDevice(name="cuda:0", title="", free_bytes=free), 0)
+    assert found.recomputes and found.sequences == int(0.99 * one / less) > 4
+
+
+def test_a_single_block_is_not_computed_again() -> None:
+    """That would take as much memory, and more time."""
+    run = run_file()
+    run = run.model_copy(update={"model": run.model.model_copy(update={"num_layers": 1})})
+    assert activation_bytes(run, 1, 1, has_head=True, recomputes=True) == activation_bytes(run, 1, 1, has_head=True)
+    found = fitting_microbatch(run, CPU, 1)
+    assert found.sequences == 1 and not found.recomputes and "--memory" in found.why
+
+
+def test_a_reason_is_told_only_if_the_run_file_says_something_else() -> None:
+    assert fitting_microbatch(run_file(microbatch=4), card(4.01), 0) == FittingMicrobatch(4)
+    assert fitting_microbatch(run_file(microbatch=0), card(100), 0) == FittingMicrobatch(16)
+    assert fitting_microbatch(run_file(microbatch=4), CPU, 0) == FittingMicrobatch(4)
 
 
 def test_main_memory_takes_what_the_run_file_says_or_what_its_limit_lets_fit() -> None:
     run = run_file(microbatch=8)
     cost, one = estimate(run, num_parameters(run.model), 2), activation_bytes(run, 1, 2, has_head=True)
     whole = cost.memory_bytes
-    assert fitting_microbatch(run, CPU, 0) == (8, "")
-    assert fitting_microbatch(run, CPU, whole) == (8, "")
-    assert fitting_microbatch(run, CPU, 10 * whole) == (8, ""), "never more than the run file says"
+    for enough in (0, whole, 10 * whole):
+        assert fitting_microbatch(run, CPU, enough) == FittingMicrobatch(8), "never more than the run file says"
     for fewer in range(1, 8):
-        number, why = fitting_microbatch(run, CPU, whole - fewer * one)
-        assert number == 8 - fewer and "--memory" in why
-    number, why = fitting_microbatch(run, CPU, 1)
-    assert number == 1 and "--memory" in why
+        found = fitting_microbatch(run, CPU, whole - fewer * one + 8)
+        assert found.sequences == 8 - fewer and not found.recomputes and "--memory" in found.why
+    for little in (whole - 7.5 * one, 1):
+        found = fitting_microbatch(run, CPU, int(little))
+        assert found.sequences == 1 and found.recomputes and "backward pass" in found.why and "--memory" in found.why
 
 
 def test_what_is_chosen_is_what_the_loop_computes_with(machine_with: Callable[..., Probed]) -> None:
     machine_with(card(5.5))
     chosen = choose_compute(run_file(), AUTO, "auto")
-    assert chosen.compute.microbatch_sequences == 5 and chosen.microbatch_why
+    assert chosen.compute.microbatch_sequences == 5 and chosen.microbatch_why and not chosen.compute.recomputes
+    machine_with(card(1.1, recomputes=True))
+    chosen = choose_compute(run_file(), AUTO, "auto")
+    assert chosen.compute.microbatch_sequences == 1 and chosen.compute.recomputes
+    assert "computed again in the backward pass" in chosen.microbatch_why
     machine_with()
     chosen = choose_compute(run_file(), AUTO, "auto")
     assert chosen.compute.microbatch_sequences == 4 and not chosen.microbatch_why
@@ -183,7 +221,8 @@ def test_a_card_below_the_least_memory_is_passed_over(machine_with: Callable[...
     probed = machine_with(replace(card(1), free_bytes=least - 1))
     assert choose_compute(run_file(), AUTO, "auto").compute.device.type == "cpu" and not probed
     machine_with(replace(card(1), free_bytes=least))
-    assert choose_compute(run_file(), AUTO, "auto").compute.microbatch_sequences == 1
+    compute = choose_compute(run_file(), AUTO, "auto").compute
+    assert compute.microbatch_sequences == 1 and compute.recomputes
 
 
 # ---------------------------------------------------------------- at once

@@ -58,13 +58,15 @@ class Memory:
     asked: list[int] = field(default_factory=list)
     is_backward: bool = False
     """True if the forward pass fits, and the backward pass does not."""
+    needs_recomputing: bool = False
+    """True if nothing fits unless blocks are computed again in the backward pass."""
 
     def limit(self, model: GPT) -> GPT:
         right = model.loss
 
         def loss(batch: Tensor) -> Tensor:
             self.asked.append(len(batch))
-            is_over = len(batch) > self.fitting
+            is_over = len(batch) > self.fitting or (self.needs_recomputing and not model.recomputes_blocks)
             if is_over and not self.is_backward:
                 raise self.error()
             computed = right(batch)
@@ -96,6 +98,7 @@ class Trainer:
     memory: Memory
     microbatch: int = BATCH
     told: list[tuple[int, int]] = field(default_factory=list)
+    """Sequences at once before and after; the same number twice if blocks are computed again from then on."""
     loop: ModelLoop = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,8 +110,13 @@ class Trainer:
             self.memory.limit(build_model(RUN.model, 0)),
             self.batches,
             compute=ComputeDevice(microbatch_sequences=self.microbatch),
-            told_smaller=lambda before, now: self.told.append((before, now)),
+            told_smaller=self._tell,
         )
+
+    def _tell(self, before: ComputeDevice, now: ComputeDevice) -> None:
+        assert now.recomputes == (before.microbatch_sequences == now.microbatch_sequences) and not before.recomputes
+        assert now == self.loop.compute
+        self.told.append((before.microbatch_sequences, now.microbatch_sequences))
 
     def gradient(self) -> Tensor:
         """Take a step of which nothing is kept but the gradient, before the clip."""
@@ -156,6 +164,30 @@ def test_a_step_is_repeated_with_half_the_sequences_until_they_fit(
     assert torch.linalg.vector_norm(found - expected) <= 1e-6 * torch.linalg.vector_norm(expected)
 
 
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_blocks_are_computed_again_before_a_peer_gives_up(
+    is_backward: bool, error: Callable[[], BaseException]
+) -> None:
+    whole = Trainer(Memory(BATCH))
+    short = Trainer(Memory(BATCH, error, is_backward=is_backward, needs_recomputing=True), 2)
+    expected, found = whole.gradient(), short.gradient()
+    assert short.told == [(2, 1), (1, 1)] and short.memory.asked == [2, 1, *[1] * 8]
+    assert short.batches.drawn == short.batches.position == 1, "the batch is drawn once"
+    assert torch.linalg.vector_norm(found - expected) <= 1e-6 * torch.linalg.vector_norm(expected)
+    for step in range(3):
+        _both(short, whole, step)
+    assert len(short.told) == 2 and short.loop.model.recomputes_blocks, "it goes on so, and tells it once"
+
+
+def test_a_loop_computes_as_it_is_told_from_the_start() -> None:
+    model = build_model(RUN.model, 0)
+    loop = Trainer(Memory(BATCH)).loop
+    assert not loop.model.recomputes_blocks
+    ModelLoop(RUN, model, loop.batches, compute=ComputeDevice(recomputes=True))
+    assert model.recomputes_blocks
+
+
 def test_training_goes_on_with_what_fits_and_tells_it_once() -> None:
     trainer, plain = Trainer(Memory(3)), Trainer(Memory(BATCH))
     losses = [(float(a.loss), float(b.loss)) for a, b in [_both(trainer, plain, step) for step in range(12)]]
@@ -198,7 +230,7 @@ def test_a_sequence_that_does_not_fit_ends_training_in_one_line(error: Callable[
         "out-of-memory", RunTimeError, "16 tokens", "cpu", "pipeline.stages", "model.context_tokens"
     ) as raised:
         trainer.loop.take_step(0.5)
-    assert "\n" not in str(raised.value) and trainer.told == [(4, 2), (2, 1)]
+    assert "\n" not in str(raised.value) and trainer.told == [(4, 2), (2, 1), (1, 1)]
     assert torch.equal(trainer.loop.parameters.read(), before)
     assert all(parameter.grad is None for parameter in trainer.loop.model.parameters())
 
@@ -285,15 +317,15 @@ def test_nothing_of_a_step_that_did_not_fit_is_held_when_it_is_repeated() -> Non
 
     held = list[weakref.ref[Tensor]]()
     trainer, alive = Trainer(Memory(2, is_backward=True)), list[bool]()
-    right = trainer.loop.model.forward
+    right = trainer.loop.model.features
 
-    def forward(tokens: Tensor) -> Tensor:
+    def features(tokens: Tensor) -> Tensor:
         alive.extend(each() is not None for each in held)
-        logits = right(tokens)
-        held.append(weakref.ref(logits))
-        return logits
+        found = right(tokens)
+        held.append(weakref.ref(found))
+        return found
 
-    trainer.loop.model.forward = forward  # type: ignore[method-assign]
+    trainer.loop.model.features = features  # type: ignore[method-assign]
     gc.disable()
     try:
         trainer.loop.take_step(0.5)
