@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -78,12 +77,6 @@ def test_evaluating_and_writing_compute_each_block_once() -> None:
         # A block ends early when it is computed again, before this hook is called.
         assert calls == [0, 1, 2] * 7
     assert results[0][:2] == results[1][:2]  # type: ignore[index]
-
-
-def test_no_compiler_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.utils.checkpoint` imports it: a second of processor time and 88 MB."""
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import of it fails
-    _model(True).loss(BATCH).backward()
 
 
 def test_nothing_waits_for_a_device() -> None:
