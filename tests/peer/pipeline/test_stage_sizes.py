@@ -100,7 +100,7 @@ def test_a_graph_grows_with_blocks_microbatch_and_head() -> None:
         shape = StageShape(model=RUN.model, first_block=0, last_block=blocks, has_embedding=False, has_head=has_head)
         return graph_bytes(run_file(microbatch_sequences=microbatch), shape)
 
-    assert of(0) == 0 < of(1) and of(4) == 4 * of(1)
+    assert of(0) == 0 < of(1) and of(4) == pytest.approx(4 * of(1), abs=4)
     assert of(3, microbatch=4) == 2 * of(3)
     assert of(0, has_head=True) == 3 * 4 * 2 * 128 * 256, "three copies of the logits, fp32"
 
