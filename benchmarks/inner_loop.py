@@ -35,7 +35,8 @@ for nothing.
 
 Bars: a median of at least 0.97 at 10 and 124 million parameters, 0.90 with `--halves`; on a card besides a model FLOPs
 utilisation of at least 0.35 (6N + 12LTD operations a token, N without the embedding), and a stall of at most 0.1 %.
-0.46 million parameters have no bar.
+0.46 million parameters have no bar. The bars are for a machine on which nothing else runs: the row's `load` is then
+a little above 2.
 
 Five pairs on one core, in steps of 1,024 tokens, take some 25 minutes at 10 million parameters; at 124 million, in
 steps of 512 tokens, two hours (`--pairs 3`: more than one), and 16 GB of memory.
@@ -703,6 +704,7 @@ def main() -> None:
         require_card()
     else:
         os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the folder is removed
     volunteer_words(options)  # ends this program if `join` lacks an option
     run, cores, began_s = run_of(options), Cores.here(options.is_card), time.monotonic()
     print(about(run, cores, options), flush=True)
