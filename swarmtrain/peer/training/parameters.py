@@ -7,7 +7,8 @@ source may name only some of a model's tensors (adapters), or tensors on a devic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -22,9 +23,15 @@ __all__ = ["HostParameters", "ParameterSource"]
 class ParameterSource(ABC):
     """Named tensors, used by one thread between two steps. Legend: P numbers in all of them, Q in one fragment."""
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        rewriting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`rewriting` makes a context entered around whatever writes values that do not come from the optimizer."""
         self.named = dict(named)
         """Tensors by name, in the order in which they are flattened."""
+        self._rewriting = rewriting
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -73,8 +80,12 @@ class HostParameters(ParameterSource):
     otherwise.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        super().__init__(named)
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        rewriting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        super().__init__(named, rewriting)
         self._lent: dict[tuple[int, ...], LentWeights] = {}
 
     @property
@@ -105,4 +116,5 @@ class HostParameters(ParameterSource):
             self.take_back()
         elif fragment.tensors in self._lent:
             self._lent[fragment.tensors].gradient()
-        unflatten_into(theta, tensors if fragment is None else fragment.pick(tensors))
+        with self._rewriting():
+            unflatten_into(theta, tensors if fragment is None else fragment.pick(tensors))

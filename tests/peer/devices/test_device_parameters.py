@@ -203,10 +203,11 @@ class Streams:
             def synchronize(self) -> None:
                 streams.calls.append("a thread waits")
 
-        self.copying = Stream("copying")
+        self.copying, self.kept_for = Stream("copying"), set[str]()
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.kept_for.add(stream.name))
         monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **others: self._pinned(empty, sizes, others))
 
     def _pinned(self, empty: Any, sizes: Any, others: Any) -> Tensor:
@@ -223,10 +224,11 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
 def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) -> None:
     parameters, (first, _) = DeviceParameters(tensors().items()), fragments()
-    parameters._copying = streams.copying  # type: ignore[assignment]
+    parameters._copier.stream = streams.copying  # type: ignore[assignment]
     theta = torch.zeros(first.layout.size)
     lent = parameters.lend(first, theta)
     assert streams.calls == ["pinned memory", "copying waits for training", "copying records"]
+    assert streams.kept_for == {"copying"}, "memory of what is copied is not used again before"
     streams.calls.clear()
     parameters.take_back()
     assert streams.calls == ["training waits for copying"], "the device, and not the thread"
