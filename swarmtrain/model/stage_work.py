@@ -8,7 +8,11 @@ Gradients are summed per batch in the order in which they are computed, to the b
 tail scales a microbatch's loss by its share of a batch's tokens, and thereby every stage's gradient.
 
 The graphs of the last forwards are kept within `graph_bytes`. An older one is computed again when its backward comes,
-from its input and by the same weights, to the same bits.
+from its input and by the same weights: to the same bits on a processor, within rounding on a card, some of whose
+kernels add in another order each time. Nothing needs the same bits: what is subtracted leaves at most that rounding.
+
+Weights, sums and graphs are on the stage's device, and so are inputs and outputs. Products are computed in the
+precision of `autocast`; weights, gradients and their sums are fp32.
 
 Shapes: B batch, T time (tokens), D width. Not thread-safe.
 """
@@ -19,7 +23,7 @@ import math
 import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
@@ -27,7 +31,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BadGradientError", "StageModule", "StageWork", "TailResult"]
+__all__ = ["BadGradientError", "DeviceStageWork", "StageModule", "StageWork", "TailResult"]
 
 _NUM_NORMS = 64  # gradients whose median norm is the usual one
 _MOST_TIMES = 1e4
@@ -77,8 +81,14 @@ class _Kept:
 class StageWork:
     """Weights of one stage by version, and its kept microbatches by key."""
 
-    def __init__(self, stage: nn.Module, graph_bytes: float = float("inf")) -> None:
-        self.stage = stage
+    def __init__(
+        self,
+        stage: nn.Module,
+        graph_bytes: float = float("inf"),
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`autocast` makes the context in which the stage is called."""
+        self.stage, self._autocast = stage, autocast
         self.graph_bytes = graph_bytes
         self.version = 0
         self._weights: dict[int, dict[str, Tensor]] = {}
@@ -116,7 +126,8 @@ class StageWork:
         of a batch."""
         kept = self._kept[key] = _Kept(x, self.version, targets=targets, scale=scale)
         loss = self._run(kept)
-        return TailResult(float(loss.detach()), self._differentiate(kept, batch))
+        gradient = self._differentiate(kept, batch)
+        return TailResult(float(loss.detach()), gradient)
 
     def subtract(self, key: Hashable, batch: int) -> None:
         """Subtract the gradient of `key` from `batch`; it is computed again, by the same weights."""
@@ -150,7 +161,7 @@ class StageWork:
         if x.is_floating_point():
             x = kept.x = x.detach().requires_grad_()
         weights = self._weights[kept.version]
-        with _counting(self._count_graph, {weight.data_ptr() for weight in weights.values()}):
+        with self._autocast(), _counting(self._count_graph, {weight.data_ptr() for weight in weights.values()}):
             out = cast(Tensor, torch.func.functional_call(_Called(self.stage), _named(weights), (x, kept.targets)))
         kept.out = out
         return out
@@ -165,7 +176,7 @@ class StageWork:
         weights, sums = self._weights[kept.version], self._sums.setdefault(batch, {})
         length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
         try:
-            with _summed(weights, sums, length.add):
+            with self._summed(weights, sums, length):
                 _backward(kept, weights)
         except BadGradientError as error:
             refused = error.with_traceback(None)  # the traceback holds the graph
@@ -183,8 +194,15 @@ class StageWork:
     def _subtract(self, kept: _Kept, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
         """Compute the gradient again and subtract it from the sums of these weights."""
         self._run(kept)
-        with _summed(weights, sums, lambda name, gradient: None):
+        with self._summed(weights, sums, None):
             _backward(kept, weights, -1.0)
+
+    def _summed(
+        self, weights: Mapping[str, Tensor], sums: dict[str, Tensor], length: _Length | None
+    ) -> AbstractContextManager[None]:
+        """Return a context that collects in `sums` the gradients that the block adds to the weights' `.grad`, unless
+        `length` refuses them."""
+        return _summed_one_by_one(weights, sums, _accept if length is None else length.add)
 
     # ------------------------------------------------------------- weights
 
@@ -196,6 +214,14 @@ class StageWork:
             parameter.grad = sums.get(name)
             if parameter.grad is not None and factor != 1.0:
                 parameter.grad.mul_(factor)
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Let the block write into the stage's parameters, in copies: what is under way keeps the weights that it began
+        with."""
+        self.let_go()
+        yield
+        self.replaced()
 
     def let_go(self) -> None:
         """Replace the stage's parameters by a copy that a step or a merge may write into."""
@@ -216,6 +242,14 @@ class StageWork:
 
     # ------------------------------------------------------------- memory
 
+    def release(self) -> None:
+        """Free everything, the weights included; nothing can be computed afterwards."""
+        self._kept.clear()
+        self._sums.clear()
+        self._weights.clear()
+        for parameter in self.stage.parameters():
+            parameter.grad, parameter.data = None, parameter.data.new_empty(0)
+
     def _count_graph(self, size_bytes: int) -> None:
         self._graph_size_bytes = max(self._graph_size_bytes, size_bytes)
 
@@ -225,24 +259,48 @@ class StageWork:
             with_graph.pop(0).out = None
 
 
-class _Length:
-    """Norm of a gradient that comes weight by weight.
+class DeviceStageWork(StageWork):
+    """Stage on a device, which a microbatch's gradient makes wait once, and not weight by weight.
 
-    `add` raises BadGradientError if it is not finite, or much larger than `usual` (infinite: unknown).
+    All of the gradient is computed before its norm is read and it is added, which takes memory for one more gradient.
+    """
+
+    def _summed(
+        self, weights: Mapping[str, Tensor], sums: dict[str, Tensor], length: _Length | None
+    ) -> AbstractContextManager[None]:
+        return _summed_at_once(weights, sums, _accept if length is None else length.add_all)
+
+
+def _accept(*gradient: object) -> None:
+    """Accept a gradient whatever it is."""
+
+
+class _Length:
+    """Norm of a gradient that comes weight by weight, or all at once.
+
+    Raises BadGradientError if it is not finite, or much larger than `usual` (infinite: unknown).
     """
 
     def __init__(self, usual: float) -> None:
         self.usual = usual
         self.names: set[str] = set()
-        """Names of the weights whose gradients were accepted."""
+        """Names of the weights whose gradients were accepted, one by one."""
         self.value = 0.0
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add one weight's gradient."""
         self.value = math.hypot(self.value, float(torch.linalg.vector_norm(gradient)))
+        self._check()
+        self.names.add(name)
+
+    def add_all(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of all weights: one number is read."""
+        self.value = float(nn.utils.get_total_norm(gradients.values()))
+        self._check()
+
+    def _check(self) -> None:
         if not math.isfinite(self.value) or self.value > _MOST_TIMES * max(self.usual, _LEAST_NORM):
             raise BadGradientError(f"a gradient of norm {self.value:.3g}, where {self.usual:.3g} is usual")
-        self.names.add(name)
 
 
 def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> None:
@@ -262,7 +320,7 @@ def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> 
 
 
 @contextmanager
-def _summed(
+def _summed_one_by_one(
     weights: Mapping[str, Tensor], sums: dict[str, Tensor], look: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Collect in `sums` what is added to the weights' `.grad` while the block runs; `look` sees each gradient first.
@@ -282,6 +340,23 @@ def _summed(
         for name, weight in weights.items():
             if weight.grad is not None:
                 sums[name] = weight.grad
+            weight.grad = None
+
+
+@contextmanager
+def _summed_at_once(
+    weights: Mapping[str, Tensor], sums: dict[str, Tensor], look: Callable[[Mapping[str, Tensor]], None]
+) -> Iterator[None]:
+    """Add to `sums` what is in the weights' `.grad` at the block's end, after `look` has seen all of it."""
+    try:
+        yield
+        found = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        look(found)
+        if before := found.keys() & sums.keys():
+            torch._foreach_add_([sums[name] for name in before], [found[name] for name in before])
+        sums.update((name, gradient) for name, gradient in found.items() if name not in before)
+    finally:
+        for weight in weights.values():
             weight.grad = None
 
 

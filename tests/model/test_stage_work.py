@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.stage_work import BadGradientError, StageWork
+from swarmtrain.model.stage_work import BadGradientError, DeviceStageWork, StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.peer.devices.compute import autocast
 from swarmtrain.run import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=3, width=16, num_heads=2)
@@ -27,6 +30,14 @@ CONSTANTS = InnerConstants(
     floor_fraction=0.1,
 )
 SCALE = 0.25  # four microbatches a batch
+Computes: TypeAlias = type[StageWork]
+
+
+@pytest.fixture(params=[StageWork, DeviceStageWork])
+def computes(request: pytest.FixtureRequest) -> Computes:
+    """How a stage is computed; the processor is the device of those on a device."""
+    found: Computes = request.param
+    return found
 
 
 def _batch(number: int) -> Tensor:
@@ -36,9 +47,9 @@ def _batch(number: int) -> Tensor:
 class _Pipeline:
     """Pipeline with one peer per stage, in one process."""
 
-    def __init__(self, boundaries: tuple[int, ...], graph_bytes: float = float("inf")) -> None:
+    def __init__(self, computes: Computes, boundaries: tuple[int, ...], graph_bytes: float = float("inf")) -> None:
         self.stages = [build_stage(shape, 5) for shape in stage_shapes(SECTION, boundaries)]
-        self.work = [StageWork(stage, graph_bytes) for stage in self.stages]
+        self.work = [computes(stage, graph_bytes) for stage in self.stages]
         self.inner = [InnerOptimizer(stage.named_parameters(), CONSTANTS) for stage in self.stages]
 
     def forward(self, number: int) -> Tensor:
@@ -83,9 +94,9 @@ def _whole(num_batches: int) -> tuple[list[float], dict[str, Tensor]]:
 @pytest.mark.parametrize("boundaries", [(), (1,), (0, 2, 3)], ids=str)
 @pytest.mark.parametrize("graph_bytes", [float("inf"), 0], ids=["graphs kept", "all recomputed"])
 def test_batches_one_after_another_are_the_whole_model_to_the_bit(
-    boundaries: tuple[int, ...], graph_bytes: float
+    computes: Computes, boundaries: tuple[int, ...], graph_bytes: float
 ) -> None:
-    pipeline = _Pipeline(boundaries, graph_bytes)
+    pipeline = _Pipeline(computes, boundaries, graph_bytes)
     losses = []
     for number in range(12):
         losses.append(pipeline.back(number, pipeline.forward(number), number // 4))
@@ -98,9 +109,9 @@ def test_batches_one_after_another_are_the_whole_model_to_the_bit(
     assert sum(work.num_recomputed for work in pipeline.work) == (0 if graph_bytes else 12 * len(boundaries))
 
 
-def _one() -> tuple[StageWork, Stage, InnerOptimizer]:
+def _one(computes: Computes) -> tuple[StageWork, Stage, InnerOptimizer]:
     stage = build_stage(stage_shapes(SECTION, (1, 2))[1], 5)
-    return StageWork(stage), stage, InnerOptimizer(stage.named_parameters(), CONSTANTS)
+    return computes(stage), stage, InnerOptimizer(stage.named_parameters(), CONSTANTS)
 
 
 def _x(seed: int) -> Tensor:
@@ -125,8 +136,10 @@ def _sums(work: StageWork, batch: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("graph_bytes", [float("inf"), 0])
-def test_a_backward_after_a_step_is_computed_by_the_weights_of_its_forward(graph_bytes: float) -> None:
-    work, stage, inner = _one()
+def test_a_backward_after_a_step_is_computed_by_the_weights_of_its_forward(
+    computes: Computes, graph_bytes: float
+) -> None:
+    work, stage, inner = _one(computes)
     work.graph_bytes = graph_bytes
     before = _weights(stage)
     work.forward("old", _x(1))
@@ -143,8 +156,8 @@ def test_a_backward_after_a_step_is_computed_by_the_weights_of_its_forward(graph
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_old_weights_are_kept_as_long_as_somebody_needs_them() -> None:
-    work, _, inner = _one()
+def test_old_weights_are_kept_as_long_as_somebody_needs_them(computes: Computes) -> None:
+    work, _, inner = _one(computes)
     work.forward("a", _x(1))
     for batch in range(3):
         work.forward(batch, _x(2))
@@ -158,8 +171,8 @@ def test_old_weights_are_kept_as_long_as_somebody_needs_them() -> None:
     assert sorted(work._weights) == [4]
 
 
-def test_what_is_subtracted_is_gone_and_what_is_added_counts_once() -> None:
-    work, stage, _ = _one()
+def test_what_is_subtracted_is_gone_and_what_is_added_counts_once(computes: Computes) -> None:
+    work, stage, _ = _one(computes)
     weights = _weights(stage)
     for seed in (1, 2, 3):
         work.forward(seed, _x(seed))
@@ -175,9 +188,9 @@ def test_what_is_subtracted_is_gone_and_what_is_added_counts_once() -> None:
     assert all(torch.equal(again[name], each) for name, each in _reference(2, weights).items())
 
 
-def test_a_tail_is_subtracted_too() -> None:
+def test_a_tail_is_subtracted_too(computes: Computes) -> None:
     stage = build_stage(stage_shapes(SECTION, (2,))[1], 5)
-    work = StageWork(stage)
+    work = computes(stage)
     targets = _batch(0)[:, 1:]
     for seed in (1, 2):
         work.tail(seed, _x(seed), targets, 0.5, 0)
@@ -189,8 +202,8 @@ def test_a_tail_is_subtracted_too() -> None:
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_factor_scales_and_a_batch_that_came_to_nothing_is_discarded() -> None:
-    work, stage, _ = _one()
+def test_a_factor_scales_and_a_batch_that_came_to_nothing_is_discarded(computes: Computes) -> None:
+    work, stage, _ = _one(computes)
     weights = _weights(stage)
     for seed in (1, 2):
         work.forward(seed, _x(seed))
@@ -202,8 +215,8 @@ def test_a_factor_scales_and_a_batch_that_came_to_nothing_is_discarded() -> None
     assert not work._sums
 
 
-def test_graphs_are_kept_within_their_budget() -> None:
-    work, _, _ = _one()
+def test_graphs_are_kept_within_their_budget(computes: Computes) -> None:
+    work, _, _ = _one(computes)
     work.forward(0, _x(0))
     work.graph_bytes = 2.5 * work._graph_size_bytes
     assert work._graph_size_bytes > 4 * _x(0).numel()
@@ -215,8 +228,8 @@ def test_graphs_are_kept_within_their_budget() -> None:
     assert work.num_recomputed == 1
 
 
-def test_merged_weights_are_a_version_of_their_own() -> None:
-    work, stage, _ = _one()
+def test_merged_weights_are_a_version_of_their_own(computes: Computes) -> None:
+    work, stage, _ = _one(computes)
     before = _weights(stage)
     work.forward(1, _x(1))
     work.let_go()
@@ -229,8 +242,8 @@ def test_merged_weights_are_a_version_of_their_own() -> None:
     assert all(torch.equal(found[name], each) for name, each in _reference(1, before).items())
 
 
-def test_what_is_forgotten_is_freed() -> None:
-    work, _, _ = _one()
+def test_what_is_forgotten_is_freed(computes: Computes) -> None:
+    work, _, _ = _one(computes)
     for graph_bytes in (float("inf"), 0.0):
         work.graph_bytes = graph_bytes
         kept = []
@@ -245,8 +258,8 @@ def test_what_is_forgotten_is_freed() -> None:
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30, 1e12])
-def test_a_gradient_that_would_spoil_the_others_is_not_added(factor: float) -> None:
-    work, stage, _ = _one()
+def test_a_gradient_that_would_spoil_the_others_is_not_added(computes: Computes, factor: float) -> None:
+    work, stage, _ = _one(computes)
     weights = _weights(stage)
     work.forward(1, _x(1))
     work.backward(1, _x(101), 0)
@@ -258,8 +271,8 @@ def test_a_gradient_that_would_spoil_the_others_is_not_added(factor: float) -> N
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_gradient_found_bad_at_its_last_weights_is_taken_out_of_the_others(others: bool) -> None:
-    work, stage, _ = _one()
+def test_a_gradient_found_bad_at_its_last_weights_is_taken_out_of_the_others(computes: Computes, others: bool) -> None:
+    work, stage, _ = _one(computes)
     weights = _weights(stage)
     if others:
         work.forward(1, _x(1))
@@ -279,9 +292,9 @@ def test_a_gradient_found_bad_at_its_last_weights_is_taken_out_of_the_others(oth
     assert all(each.grad is None for kept in work._weights.values() for each in kept.values()), "nothing is left behind"
 
 
-def test_what_was_added_can_be_taken_out_whatever_has_become_usual() -> None:
+def test_what_was_added_can_be_taken_out_whatever_has_become_usual(computes: Computes) -> None:
     """A driver that sends a large gradient, and then many tiny ones, ends nobody."""
-    work, _, _ = _one()
+    work, _, _ = _one(computes)
     work.forward(1, _x(1))
     work.backward(1, _x(101), 0)
     for seed in range(2, 80):
@@ -290,3 +303,73 @@ def test_what_was_added_can_be_taken_out_whatever_has_become_usual() -> None:
         work.forget(seed)
     work.subtract(1, 0)
     assert all(float(each.abs().max()) < 1e-5 for each in _sums(work, 0).values())
+
+
+def test_on_a_device_a_refused_gradient_leaves_the_others_to_the_bit() -> None:
+    """It is not added before all of it is known."""
+    work, stage, _ = _one(DeviceStageWork)
+    weights = _weights(stage)
+    work.forward(1, _x(1))
+    work.backward(1, _x(101), 0)
+    for factor in (float("nan"), 1e12):
+        work.forward(2, _x(2))
+        with pytest.raises(BadGradientError):
+            work.backward(2, factor * _x(102), 0)
+        work.forget(2)
+    found = _sums(work, 0)
+    assert all(torch.equal(found[name], each) for name, each in _reference(1, weights).items())
+
+
+def test_what_is_released_is_freed(computes: Computes) -> None:
+    work, stage, _ = _one(computes)
+    work.forward(1, _x(1))
+    work.forward(2, _x(2))
+    work.backward(1, _x(101), 0)
+    weights = [weakref.ref(parameter.untyped_storage()) for parameter in stage.parameters()]
+    kept = [weakref.ref(each.x.untyped_storage()) for each in work._kept.values()]
+    sums = [weakref.ref(each.untyped_storage()) for each in work._sums[0].values()]
+    work.release()
+    gc.collect()
+    assert not any(each() for each in (*weights, *kept, *sums))
+
+
+# ---------------------------------------------------------------- in bf16
+
+
+def _bf16() -> AbstractContextManager[None]:
+    return autocast(torch.device("cpu"), "bf16")
+
+
+def test_in_bf16_all_that_is_kept_or_sent_is_fp32(computes: Computes) -> None:
+    shapes = stage_shapes(SECTION, (0, 2))
+    first, middle, last = (computes(build_stage(shape, 5), autocast=_bf16) for shape in shapes)
+    x = _batch(1)[:, :-1]
+    between = first.forward(1, x)
+    out = middle.forward(1, between)
+    result = last.tail(1, out, _batch(1)[:, 1:], SCALE, 0)
+    assert result.gradient is not None
+    gradient = middle.backward(1, result.gradient, 0)
+    assert gradient is not None and first.backward(1, gradient, 0) is None
+    tensors = [between, out, result.gradient, gradient]
+    for work in (first, middle, last):
+        tensors += [*work._sums[0].values(), *work._weights[1].values()]
+    assert {each.dtype for each in tensors} == {torch.float32}
+    full = computes(build_stage(shapes[1], 5)).forward(1, between)
+    assert not torch.equal(out, full) and float((out - full).norm() / full.norm()) < 1e-2, "products are bf16"
+
+
+@pytest.mark.parametrize("graph_bytes", [float("inf"), 0])
+def test_in_bf16_what_is_computed_again_is_the_same_and_what_is_subtracted_is_gone(
+    computes: Computes, graph_bytes: float
+) -> None:
+    stage = build_stage(stage_shapes(SECTION, (1, 2))[1], 5)
+    work, other = computes(stage, graph_bytes, _bf16), StageWork(stage, autocast=_bf16)
+    for each, seeds in ((work, (1, 2, 3)), (other, (1, 3))):
+        for seed in seeds:
+            each.forward(seed, _x(seed))
+        for seed in seeds:
+            each.backward(seed, _x(seed + 100), 0)
+    work.subtract(2, 0)
+    found, alone = work._sums[0], other._sums[0]
+    for name in alone:
+        torch.testing.assert_close(found[name], alone[name], rtol=1e-4, atol=1e-5)

@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from swarmtrain.errors import RunTimeError
 from swarmtrain.protocol.devices import Precision
 
-__all__ = ["ComputeDevice", "StepQueue", "autocast", "finish", "is_out_of_memory", "release_cached"]
+__all__ = [
+    "ComputeDevice",
+    "StepQueue",
+    "autocast",
+    "does_not_fit",
+    "enough_memory",
+    "finish",
+    "is_out_of_memory",
+    "release_cached",
+]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_QUEUED = 2
@@ -97,3 +107,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def does_not_fit(doing: str, device: torch.device) -> RunTimeError:
+    """Return the error of a peer whose memory ran out while `doing` something that cannot be done with less."""
+    return RunTimeError(
+        f"memory ran out while {doing} on {device}: this model does not fit here; use a device with more memory, or "
+        "ask for a run with more pipeline.stages, a smaller model or a smaller model.context_tokens",
+        code="out-of-memory",
+    )
+
+
+@contextmanager
+def enough_memory(doing: str, device: torch.device) -> Iterator[None]:
+    """Raise RunTimeError if memory runs out in the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(doing, device) from error

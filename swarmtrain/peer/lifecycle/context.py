@@ -91,7 +91,7 @@ class VolunteerContext:
         alone_clock = time.thread_time if on_processor else time.monotonic
         return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy, processor_clock=alone_clock)
 
-    def slowed_work(self) -> SlowedWork:
+    def slowed_work(self, on_processor: bool = True) -> SlowedWork:
         """Return the same for a stage's work, with its own timing for each kind, since kinds take different times."""
-        kinds = {kind: self.slowed() for kind in ("forward", "backward", "tail", None)}
+        kinds = {kind: self.slowed(on_processor) for kind in ("forward", "backward", "tail", None)}
         return lambda kind: kinds[kind]()

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
 from swarmtrain.protocol.pipeline.ledger import Due, Forget, Key, Kind, Settlement, StageLedger, Work
@@ -34,6 +34,9 @@ from swarmtrain.protocol.pipeline.stage_queue import (
     StageCallReceived,
     StageQueue,
 )
+
+if TYPE_CHECKING:
+    from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 
 __all__ = ["StageRequestQueue", "Task"]
 
@@ -57,6 +60,8 @@ class StageRequestQueue:
 
     ledger: StageLedger
     now: Callable[[], float]
+    transfer: StageTransfer | None = None
+    """Copies between main memory and the stage's device; None if the stage is in main memory."""
     queue: StageQueue = field(init=False)
     _payloads: dict[int, Any] = field(default_factory=dict)
     """Payload of each question, by asker, until it is computed or refused."""
@@ -74,10 +79,12 @@ class StageRequestQueue:
     # ------------------------------------------------------------- the network's side
 
     async def ask(self, key: Key, kind: Kind, tokens: int, payload: Any) -> Any:
-        """Return the answer once it is computed. Raises BusyError or GoneError.
+        """Return the answer once it is computed, in main memory. Raises BusyError or GoneError.
 
         The caller may give up waiting; the work is done all the same, and its answer kept for a repeated question.
         """
+        if self.transfer is not None:
+            payload = await self.transfer.pinned(payload)
         with self._lock:
             self._check_shape_untrusted(key, kind, payload)
             asker = next(self._numbers)
@@ -89,7 +96,8 @@ class StageRequestQueue:
             self._news.set()
         waiting = asyncio.wrap_future(answer)
         waiting.add_done_callback(lambda it: it.cancelled() or it.exception())  # nobody may be waiting any more
-        return await asyncio.shield(waiting)
+        found = await asyncio.shield(waiting)
+        return found if self.transfer is None else await self.transfer.arrived(found)
 
     def check(self, key: Key, kind: Kind) -> None:
         """Raise BusyError or GoneError if `ask` would raise it now.

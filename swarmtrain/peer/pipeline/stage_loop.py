@@ -17,6 +17,7 @@ from typing import Any
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import BadBytesError
 from swarmtrain.model.stage_work import BadGradientError, StageWork
+from swarmtrain.peer.devices.compute import finish
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
@@ -33,7 +34,7 @@ _RECENT = 96
 
 @dataclass
 class WorkMeter:
-    """Measures how fast this peer computes its stage when always fed: time spent waiting does not count."""
+    """Measures how fast this peer computes its stage when always fed: time spent waiting for work does not count."""
 
     passed_tokens: int = 0
     """Tokens of microbatches that were computed completely here."""
@@ -110,8 +111,16 @@ class StageLoop:
         except BadGradientError as error:
             self.queue.failed(task, BadBytesError(str(error), code="bad-shape"))
             return None
+        if (transfer := self.queue.transfer) is not None:
+            self._finish()
+            answer = transfer.to_host(answer)
         self.queue.done(task, answer)
         return answer
+
+    def _finish(self) -> None:
+        """Wait until the stage's device has done what it was asked: time counts when the work is finished."""
+        if (transfer := self.queue.transfer) is not None:
+            finish(transfer.device)
 
     def _step(self, step: TakeStep, progress: float, scale: float) -> InnerStep:
         began_s = time.monotonic()
@@ -120,15 +129,18 @@ class StageLoop:
             self.work.gradients(step.batch, self.batch_tokens / step.tokens)
             grad_norm = self.inner.step(progress, scale)
             self.work.replaced()
+            self._finish()
         self.meter.add(None, step.tokens, time.monotonic() - began_s)
         return InnerStep(step.tokens, step.loss, grad_norm)
 
     def _compute(self, task: Task) -> Any:
+        transfer = self.queue.transfer
+        payload = task.payload if transfer is None else transfer.to_device(task.payload)
         if task.kind == "forward":
-            return self.work.forward(task.key, task.payload)
+            return self.work.forward(task.key, payload)
         if task.kind == "backward":
-            return self.work.backward(task.key, task.payload, task.work.batch)
-        x, targets = task.payload
+            return self.work.backward(task.key, payload, task.work.batch)
+        x, targets = payload
         result = self.work.tail(task.key, x, targets, task.tokens / self.batch_tokens, task.work.batch)
         return Tail(result.loss, result.gradient)
 

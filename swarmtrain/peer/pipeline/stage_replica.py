@@ -21,7 +21,7 @@ from typing import Any
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
-from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stage_work import DeviceStageWork, StageWork
 from swarmtrain.model.stages import StageShape, build_stage
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
@@ -32,6 +32,7 @@ from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, checkpointer_of
 from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.devices.compute import ComputeDevice, enough_memory, release_cached
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.node import Emit
 from swarmtrain.peer.lifecycle.preparation import initial_seed
@@ -39,6 +40,7 @@ from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.gossip_exchange import GossipExchange
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.peer.pipeline.stage_trainer import StageTrainer
+from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.peer.training.round_report import round_event
 from swarmtrain.peer.training.session import RoundReport, Session
@@ -64,6 +66,8 @@ class StageSite:
     """Parts that all stages of a peer share."""
 
     context: VolunteerContext
+    compute: ComputeDevice = field(default_factory=ComputeDevice)
+    """Device on which the stages are, and the precision that they are computed in."""
     graph_bytes: float = float("inf")
     on_first_round: Callable[[int], None] = lambda inner_steps: None
     on_arriving: Callable[[Any], None] = lambda held: None
@@ -109,7 +113,9 @@ class StageReplica:
         site, context = self.site, self.site.context
         published, me = context.published.of_stage(self.number), context.me
         run = published.run
-        model = build_stage(self.shape, initial_seed(run, me))
+        compute = site.compute
+        with enough_memory(f"taking stage {self.number}", compute.device):
+            model = build_stage(self.shape, initial_seed(run, me)).to(compute.device)
         specs = tensor_specs(model.named_parameters())
         checkpointer = checkpointer_of(context.folder, published, me, context.emit, self.number)
         kept = self._kept = checkpointer.load(run, self.shape.num_parameters)
@@ -141,12 +147,14 @@ class StageReplica:
         # The incarnation: acknowledgements name it, so that a peer that came back empty does not take one for its
         # earlier self (decision 26).
         incarnation = time.time_ns() % 2**62
+        transfer = None if compute.is_host else StageTransfer(compute.device)
+        computes = StageWork if transfer is None else DeviceStageWork
         self.trainer = StageTrainer(
             run,
-            StageWork(model, site.graph_bytes),
+            computes(model, site.graph_bytes, compute.autocast),
             batches,
-            StageRequestQueue(StageLedger(limits, incarnation), time.monotonic),
-            context.slowed_work(),
+            StageRequestQueue(StageLedger(limits, incarnation), time.monotonic, transfer),
+            context.slowed_work(compute.is_host),
             self.over,
         )
         self.session = Session(
@@ -220,7 +228,9 @@ class StageReplica:
 
     def _train(self) -> None:
         try:
-            self.training.set_result(self.trainer.train(self.session))
+            with enough_memory(f"training stage {self.number}", self.site.compute.device):
+                reason = self.trainer.train(self.session)
+            self.training.set_result(reason)
         except StopTraining:
             self.training.set_result("interrupted")
         except BaseException as error:  # raised again in whoever waits for the result
@@ -255,6 +265,15 @@ class StageReplica:
                 self.site.context.network.run(self.swarm.withdraw(_GOODBYE_S), _END_S)
             finally:
                 self.manager.close()
+                self._release()
+
+    def _release(self) -> None:
+        """Give back the memory that training took, unless it still trains or ended with an error: the stages that this
+        peer takes next may need it."""
+        if self.training.done() and self.training.exception() is None:
+            self.session.end()
+            self.trainer.loop.work.release()
+            release_cached(self.site.compute.device)
 
     @property
     def is_done(self) -> bool:

@@ -5,37 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor
-
-from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.model.stage_work import StageWork
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.peer.pipeline.stage_loop import StageLoop
 from swarmtrain.peer.training.loop import InnerLoop, InnerStep, inner_constants
-from swarmtrain.peer.training.parameters import HostParameters
+from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import Session
 from swarmtrain.protocol.pipeline.ledger import Kind
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
-__all__ = ["StageParameters", "StageTrainer"]
+__all__ = ["StageTrainer", "stage_parameters"]
 
 
-class StageParameters(HostParameters):
-    """Parameters of a stage. Microbatches under way keep the weights that they began with."""
+def stage_parameters(work: StageWork, *, is_host: bool = True) -> ParameterSource:
+    """Return the parameters of a stage in main memory (`is_host`) or on a device.
 
-    def __init__(self, work: StageWork) -> None:
-        super().__init__(work.stage.named_parameters())
-        self._work = work
-
-    def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
-        """Set the values from `theta`: a fragment's (Q,), or all (P,). See `ParameterSource`."""
-        # Graphs of microbatches under way refer to the present weights, so the merge is written into copies (decision
-        # 26).
-        self._work.let_go()
-        super().write(theta, fragment)
-        self._work.replaced()
+    Graphs of microbatches under way refer to the present weights, so a merge is written into copies (decision 26).
+    """
+    source = HostParameters if is_host else DeviceParameters
+    return source(work.stage.named_parameters(), work.rewriting)
 
 
 class StageTrainer(InnerLoop):
@@ -50,12 +41,14 @@ class StageTrainer(InnerLoop):
         slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext(),
         over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`batches` are the driver's data; `slowed` is entered around each piece of work.
+        """`batches` are the driver's data; `slowed` is entered around each piece of work. The stage is on the device to
+        which `queue` transfers, or in main memory.
 
         `over` returns whether the first stage has had the run's tokens, so that no more microbatches come. Without it a
         stage would wait for ever for the rest of its last batch.
         """
-        super().__init__(StageParameters(work), batches, inner_constants(run))
+        parameters = stage_parameters(work, is_host=queue.transfer is None)
+        super().__init__(parameters, batches, inner_constants(run))
         self.queue, self._over = queue, over
         self.loop = StageLoop(queue, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
 

@@ -26,9 +26,16 @@ from swarmtrain.algorithm.inner import (
     moments_scale,
 )
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.errors import RunTimeError
 from swarmtrain.model.gpt import GPT
-from swarmtrain.peer.devices.compute import ComputeDevice, StepQueue, finish, is_out_of_memory, release_cached
+from swarmtrain.peer.devices.compute import (
+    ComputeDevice,
+    StepQueue,
+    does_not_fit,
+    enough_memory,
+    finish,
+    is_out_of_memory,
+    release_cached,
+)
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
@@ -262,20 +269,8 @@ class ModelLoop(InnerLoop):
     def _optimize(self, progress: float, scale: float) -> Tensor:
         """Take the optimizer's step and return the gradient's norm (). Raises RunTimeError if its moments, which the
         first step makes, do not fit: no smaller microbatch makes room for them."""
-        try:
+        with enough_memory("making the optimizer's moments", self.compute.device):
             return self.inner.step(progress, scale)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._does_not_fit("making the optimizer's moments") from error
-
-    def _does_not_fit(self, doing: str) -> RunTimeError:
-        return RunTimeError(
-            f"memory ran out while {doing} on {self.compute.device}: this model does not fit here; use a device with "
-            "more memory, or ask for a run with more pipeline.stages, a smaller model or a smaller "
-            "model.context_tokens",
-            code="out-of-memory",
-        )
 
     def _use_smaller(self) -> None:
         """Halve the microbatches; if they are of one sequence already, compute blocks again in the backward pass.
@@ -288,7 +283,8 @@ class ModelLoop(InnerLoop):
         elif not before.recomputes:
             now = replace(before, recomputes=True)
         else:
-            raise self._does_not_fit(f"training one sequence of {self.run.model.context_tokens} tokens")
+            doing = f"training one sequence of {self.run.model.context_tokens} tokens"
+            raise does_not_fit(doing, self.compute.device)
         self.compute, self.microbatch_sequences = now, now.microbatch_sequences
         self.model.recomputes_blocks = now.recomputes
         release_cached(now.device)

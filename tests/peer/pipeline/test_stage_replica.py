@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,19 @@ import torch
 
 from swarmtrain.algorithm.inner import Moments
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.model.stages import stage_shapes
+from swarmtrain.model.stage_work import DeviceStageWork
+from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NodeSettings, TrafficCount
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.writer import Checkpointer
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.pipeline import stage_replica
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
@@ -48,8 +53,17 @@ PUBLISHED = PublishedRun(b"", "ab" * 32, RUN, b"", b"")
 TEXT = np.arange(10**6, dtype=np.uint8)
 
 
-def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
+class AsDevice(ComputeDevice):
+    """Processor of which a stage believes that it is a device."""
+
+    @property
+    def is_host(self) -> bool:
+        return False
+
+
+def assignment(folder: Path, compute: ComputeDevice | None = None) -> tuple[StageAssignment, StageReplicas]:
     """Make the parts of a volunteer that take a stage."""
+    compute = ComputeDevice() if compute is None else compute
     context: Any = SimpleNamespace(
         published=PUBLISHED,
         run=RUN,
@@ -58,13 +72,13 @@ def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
         node=SimpleNamespace(
             identity=IDENTITY, settings=NodeSettings(directory=folder), traffic=TrafficCount(), read_bucket=None
         ),
-        network=None,
+        network=SimpleNamespace(run=lambda work, limit_s: work.close()),
         folder=PeerFolder(folder),
         settings=PeerSettings(directory=folder, name="anna"),
         emit=lambda event: None,
         stop=StopFlag(),
         control=SimpleNamespace(starting=lambda what: None),
-        slowed_work=lambda: lambda kind: nullcontext(),
+        slowed_work=lambda on_processor: lambda kind: nullcontext(),
     )
     data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))
@@ -74,7 +88,7 @@ def assignment(folder: Path) -> tuple[StageAssignment, StageReplicas]:
     first.drive = lambda queue: None  # type: ignore[method-assign]
     shapes = stage_shapes(RUN.model, (1,))
     pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=nothing)
-    return StageAssignment(pipeline, StageSite(context=context), first, nothing, end), stages
+    return StageAssignment(pipeline, StageSite(context=context, compute=compute), first, nothing, end), stages
 
 
 @pytest.mark.parametrize("drawn", [0, 7])
@@ -102,3 +116,33 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert stages.all[0].swarm is held.swarm, "what it answers cannot be taken back"
     assert stages.all[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
     assert held.swarm.records.safe() is None, "of who keeps it now"
+
+
+@pytest.mark.parametrize("ended", ["total_tokens", "an error", "not yet"])
+@pytest.mark.parametrize("compute", [ComputeDevice(precision="bf16"), AsDevice(precision="bf16")])
+def test_a_stage_that_is_left_gives_its_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: ComputeDevice, ended: str
+) -> None:
+    monkeypatch.setattr(StageReplica, "enter", lambda held, through: None)
+    monkeypatch.setattr(StageReplica, "begin", lambda held: None)
+    monkeypatch.setattr(stage_replica, "_END_S", 0.0)
+    one, stages = assignment(tmp_path, compute)
+    one.enter(1)
+    (held,) = stages.all
+    trainer, work = held.trainer, held.trainer.loop.work
+    is_on_device = isinstance(compute, AsDevice)
+    assert isinstance(trainer.parameters, DeviceParameters) == isinstance(work, DeviceStageWork) == is_on_device
+    assert (trainer.queue.transfer is not None) == is_on_device
+    x = torch.ones(2, 16, 16)
+    out = work.tail("key", x, torch.zeros(2, 16, dtype=torch.int64), 1.0, 0)
+    plain = type(work)(build_stage(held.shape, RUN.run.seed))
+    assert out.loss != plain.tail("key", x, torch.zeros(2, 16, dtype=torch.int64), 1.0, 0).loss, "it is in bf16"
+    weights = [weakref.ref(each.untyped_storage()) for each in work.stage.parameters()]
+    if ended == "an error":
+        held.training.set_exception(ValueError("a bug"))
+    elif ended != "not yet":
+        held.training.set_result(ended)
+    with pytest.raises(ValueError, match="a bug") if ended == "an error" else nullcontext():
+        one.leave(1)
+    assert held.session.replica.own_tokens == 0 and not stages.all
+    assert all((each() is None) == (ended == "total_tokens") for each in weights)

@@ -18,17 +18,22 @@ from codes import raises_code
 from patience import PATIENCE_S
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import fragments_of
+from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step, unflatten_into
 from swarmtrain.errors import GoneError, PeerError
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.stage_work import StageWork
+from swarmtrain.model.stage_work import DeviceStageWork, StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate
 from swarmtrain.peer.pipeline.driver import Driver, StageAttempt, StageResult
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
-from swarmtrain.peer.pipeline.stage_trainer import StageParameters, StageTrainer
+from swarmtrain.peer.pipeline.stage_trainer import StageTrainer, stage_parameters
+from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.peer.training.parameters import HostParameters
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, LedgerLimits, Settlement, StageLedger
 from swarmtrain.protocol.pipeline.router import Router
@@ -125,16 +130,20 @@ class Trained:
 
 
 def _trainer(
-    stage: Stage,
+    stage: Stage | StageWork,
     reports: list[RoundReport],
     stop: threading.Event,
     graph_bytes: float,
     over: Callable[[], bool] = lambda: False,
     ends_by_count: bool = True,
 ) -> Trained:
-    queue = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step)), time.monotonic)
+    """Make a stage's trainer. With `DeviceStageWork` the processor is its device."""
+    work = stage if isinstance(stage, StageWork) else StageWork(stage, graph_bytes)
+    transfer = StageTransfer(torch.device("cpu")) if isinstance(work, DeviceStageWork) else None
+    ledger = StageLedger(LedgerLimits(batch_tokens=RUN.tokens_per_step))
+    queue = StageRequestQueue(ledger, time.monotonic, transfer)
     batches: Any = SimpleNamespace()
-    loop = StageTrainer(RUN, StageWork(stage, graph_bytes), batches, queue, over=over)
+    loop = StageTrainer(RUN, work, batches, queue, over=over)
     session = Session(
         run=RUN,
         parameters=loop.parameters,
@@ -184,11 +193,12 @@ def _whole(num_batches: int) -> tuple[list[float], Tensor]:
 
 
 @pytest.mark.parametrize("graph_bytes", [float("inf"), 0.0], ids=["graphs kept", "all recomputed"])
-def test_rounds_of_stages_are_those_of_the_whole_model(graph_bytes: float) -> None:
+@pytest.mark.parametrize("computes", [StageWork, DeviceStageWork])
+def test_rounds_of_stages_are_those_of_the_whole_model(computes: type[StageWork], graph_bytes: float) -> None:
     reports: list[list[RoundReport]] = [[], [], []]
     stop = threading.Event()
     trainers = [
-        _trainer(build_stage(shape, RUN.run.seed), each, stop, graph_bytes)
+        _trainer(computes(build_stage(shape, RUN.run.seed), graph_bytes), each, stop, graph_bytes)
         for shape, each in zip(stage_shapes(RUN.model, BOUNDARIES), reports, strict=True)
     ]
     threads = [threading.Thread(target=each.train) for each in trainers]
@@ -206,6 +216,7 @@ def test_rounds_of_stages_are_those_of_the_whole_model(graph_bytes: float) -> No
     unflatten_into(theta, whole.parameters())
     weights = whole.state_dict()
     for trainer, each in zip(trainers, reports, strict=True):
+        assert isinstance(trainer.loop.parameters, HostParameters if computes is StageWork else DeviceParameters)
         assert trainer.session.finished and trainer.session.progress.run_tokens == RUN.run.total_tokens
         assert [report.contribution.tokens for report in each] == [512, 512]
         assert [report.loss for report in each] == pytest.approx(
@@ -311,10 +322,34 @@ def test_a_stage_that_nothing_came_to_ends_without_a_round() -> None:
     assert not reports and trainer.session.progress.round == 0 and not trainer.queue.is_open
 
 
-def test_what_is_under_way_keeps_the_weights_that_a_merge_replaces() -> None:
+@pytest.mark.parametrize("is_host", [True, False])
+def test_what_is_under_way_keeps_the_weights_that_a_merge_replaces(is_host: bool) -> None:
     work = StageWork(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5))
-    parameters, x = StageParameters(work), torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    parameters = stage_parameters(work, is_host=is_host)
+    x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
     before, out = parameters.read(), work.forward("kept", x)
     parameters.write(torch.zeros_like(before))
     assert not torch.equal(work.forward("new", x), out)
     assert torch.equal(torch.cat([weight.reshape(-1) for weight in work._weights[1].values()]), before)
+
+
+def test_a_merge_into_a_stage_on_a_device_keeps_steps_since_the_loan_and_what_is_under_way() -> None:
+    work = DeviceStageWork(build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5))
+    parameters, x = stage_parameters(work, is_host=False), torch.ones(2, 16, 16)
+    (fragment,) = fragments_of(layout_of(parameters.shapes), 1)
+    inner = InnerOptimizer(parameters.named.items(), inner_constants(RUN), parameters.take_back)
+    lent, reached = parameters.lend(fragment, torch.zeros(fragment.layout.size)), parameters.read()
+    work.forward("stepped", x)
+    work.backward("stepped", x, 0)
+    work.gradients(0, 1.0)
+    inner.step(0.5)
+    work.replaced()
+    stepped, out = parameters.read(), work.forward("kept", x)
+    theta = torch.full_like(reached, 0.25)
+    parameters.write(theta, fragment)
+    torch.testing.assert_close(parameters.read(), stepped + (theta - reached))
+    assert not torch.equal(stepped, reached) and torch.equal(lent.gradient(), -reached)
+    assert torch.equal(torch.cat([weight.reshape(-1) for weight in work._weights[2].values()]), stepped)
+    assert sorted(work._weights) == [1, 2, 3] and torch.equal(work.forward("again", x), work.forward("same", x))
+    work.forget("stepped")
+    assert sorted(work._weights) == [2, 3] and not torch.equal(work.forward("new", x), out)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from swarmtrain.protocol.pipeline.ledger import Settlement
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
+from swarmtrain.protocol.pipeline.ledger import Settlement, StageLedger
+from swarmtrain.simulate.pipeline import microbatches
 from swarmtrain.simulate.pipeline.microbatches import FAULTS, Faults, MicrobatchSwarm, run_schedule
 from swarmtrain.simulate.virtual_loop import virtually
 
@@ -31,6 +36,36 @@ def test_each_microbatch_counts_once(name: str, seed: int) -> None:
 def test_a_driver_that_dies_leaves_nothing_half_counted(name: str, seed: int) -> None:
     swarm = run_schedule(FAULTS[name], 1000 + seed, killed=1)
     assert len(swarm.finished) < swarm.num_drivers * swarm.num_microbatches, "it died too late to show anything"
+
+
+class SlowCopies:
+    """Transfer from a device: an answer is in main memory a while after it was computed, and not in order."""
+
+    def __init__(self) -> None:
+        self.rng, self.num_arrived = random.Random(0), 0
+
+    async def pinned(self, payload: Any) -> Any:
+        return payload
+
+    async def arrived(self, answer: Any) -> Any:
+        await asyncio.sleep(self.rng.uniform(0.0, 1.0))
+        self.num_arrived += 1
+        return answer
+
+
+@pytest.mark.parametrize("name", ["lost", "everything but death", "everything"])
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_that_a_device_still_copies_count_once_too(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: Any = SlowCopies()
+
+    def queue(ledger: StageLedger, now: Callable[[], float]) -> StageRequestQueue:
+        return StageRequestQueue(ledger, now, copies)
+
+    monkeypatch.setattr(microbatches, "StageRequestQueue", queue)
+    swarm = run_schedule(FAULTS[name], 2000 + seed, killed=seed % 2)
+    assert copies.num_arrived > 4 * swarm.num_microbatches
 
 
 def test_a_driver_may_say_that_it_is_there_and_nothing_else() -> None:
