@@ -151,7 +151,7 @@ class InnerSection(Section):
                 "any": "Each machine takes what is fastest on it (`--precision`).",
                 "fp32": "32 bits on every machine.",
                 "bf16": "16 bits with the range of fp32, on every machine.",
-                "fp16": "16 bits with a smaller range and a scaled loss, on every machine.",
+                "fp16": "16 bits with a smaller range and a scaled loss, on every machine; whole models only.",
             },
         ),
     )
@@ -553,10 +553,10 @@ class RunFile(Section):
                 f"pipeline.boundaries: {list(self.pipeline.boundaries)}; allowed: at most model.num_layers = "
                 f"{self.model.num_layers}"
             )
-        if self.inner.precision not in ("any", "fp32"):
+        if self.inner.precision == "fp16":
             raise ValueError(
-                f'inner.precision: "{self.inner.precision}" with pipeline.stages = {stages}; allowed: "any" or "fp32", '
-                "since stages are computed in fp32"
+                f'inner.precision: "fp16" with pipeline.stages = {stages}; allowed: "any", "fp32" or "bf16", since '
+                "stages do not scale their losses"
             )
         if not self.merge.kind.stages:
             allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if method.stages)

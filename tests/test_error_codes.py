@@ -41,7 +41,7 @@ nothing-announced nothing-to-resume only-held-out-text options-conflict other-pr
 out-of-range package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-not-running
 peer-of-another-version peer-refused peer-silent peer-starting port-forbidden port-taken precision-demanded
 published-section question-refused rehearsal rounds-not-archived run-had-ended run-needs-newer run-not-delivered
-seed-used-twice server-silent several-peers slowdown-count smaller-microbatch stage-not-taken stages-on-processor
+seed-used-twice server-silent several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16
 stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy too-few-peers
 too-little-bandwidth too-little-memory too-little-text too-many-threads too-much-churn too-often too-slow-for-run
 training-diverged unknown-key unreachable update-too-old wrong-type

@@ -224,7 +224,7 @@ def test_all_problems_are_told_with_their_lines(tmp_path: Path, capsys: pytest.C
         ("[pipeline]\nstages = 3\nboundaries = [1, 5]\n", "pipeline.boundaries: [1, 5]; allowed: at most model.num_layers = 4"),
         ("[pipeline]\nstages = 2\nboundaries = [-1]\n", "pipeline.boundaries.0: -1 is refused"),
         ("[pipeline]\nstages = 2\nboundaries = ['1']\n", 'pipeline.boundaries.0: "1" is refused'),
-        ("[pipeline]\nstages = 2\n[inner]\nprecision = 'bf16'\n", 'inner.precision: "bf16" with pipeline.stages = 2; allowed: "any" or "fp32"'),
+        ("[pipeline]\nstages = 2\n[inner]\nprecision = 'fp16'\n", 'inner.precision: "fp16" with pipeline.stages = 2; allowed: "any", "fp32" or "bf16"'),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'diloco'\n", 'pipeline.stages: 2 with merge.method = "diloco"; allowed: with "gossip"'),
         ("[pipeline]\nstages = 2\n[evaluation]\nevery_rounds = 4\n", "evaluation.every_rounds: 4 with pipeline.stages = 2; allowed: 0"),
         ("[pipeline]\nstages = 2\n[merge]\nmethod = 'server'\n", 'pipeline.stages: 2 with merge.method = "server"; allowed: with "gossip"'),

@@ -57,11 +57,11 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     look = first_look(run, data or given.base)
     refused = (*_refused(run), *look.problems)
     found = doubts(run, cost, look.num_bytes, _machine_bytes())
-    on = expected_device(run) if run.pipeline.stages == 1 else None  # stages are trained on the processor
+    on = expected_device(run)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
-        table |= {"not_looked_at": look.unseen, "device": None if on is None else _as_json(on)}
+        table |= {"not_looked_at": look.unseen, "device": _as_json(on)}
         click.echo(json.dumps(table))
     else:
         lines = [with_code(f"  error: {each}", each.code) for each in refused] + [

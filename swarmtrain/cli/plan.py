@@ -118,22 +118,18 @@ def _measured(run: RunFile) -> _Measured:
     volunteer.
     """
     from swarmtrain.peer.devices.choice import choose_compute
-    from swarmtrain.peer.devices.compute import ComputeDevice
     from swarmtrain.peer.lifecycle.node import use_threads
     from swarmtrain.peer.training.speed import LIMIT_S, measure_speed
     from swarmtrain.protocol.devices import DeviceRequest
     from swarmtrain.words import device_in_words
 
     use_threads(1)
-    if run.pipeline.stages > 1:
-        compute, title, why = ComputeDevice(), "", "stages are trained there"
-    else:
-        chosen = choose_compute(run, DeviceRequest(), "auto")
-        compute, title, why = chosen.compute, chosen.choice.title, chosen.choice.why
+    chosen = choose_compute(run, DeviceRequest(), "auto")
+    compute, choice = chosen.compute, chosen.choice
     device = str(compute.device)
-    where = f"{device_in_words(device, title)} in {compute.precision}"
+    where = f"{device_in_words(device, choice.title)} in {compute.precision}"
     click.echo(
-        f"measuring an inner step on {where} ({why}), for at most {LIMIT_S:.0f} s; --step-s skips this", err=True
+        f"measuring an inner step on {where} ({choice.why}), for at most {LIMIT_S:.0f} s; --step-s skips this", err=True
     )
     return _Measured(run.tokens_per_step / measure_speed(run, compute=compute), device)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -41,6 +42,7 @@ __all__ = [
     "StageShape",
     "balanced_boundaries",
     "build_stage",
+    "expected_boundaries",
     "joined_weights",
     "measured_costs",
     "stage_shapes",
@@ -179,35 +181,56 @@ def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple
     return best[num_layers][2][:-1]
 
 
+def expected_boundaries(section: ModelSection, num_stages: int) -> tuple[int, ...]:
+    """Return where to cut by the numbers of multiplications alone, where nothing can be measured."""
+    one, none = (num_parameters(section.model_copy(update={"num_layers": layers})) for layers in (1, 0))
+    head = section.vocabulary_size * section.width
+    return balanced_boundaries(section.num_layers, num_stages, Costs(embedding=0.0, block=one - none, head=head))
+
+
 _Cut = tuple[float, float, tuple[int, ...]]
 """(cost of the costliest stage, sum of all costs' squares, ends of the stages)"""
 
 _TIMES = 5  # measurements, of which the least counts
+_PROCESSOR = torch.device("cpu")
 
 
-def measured_costs(section: ModelSection, num_sequences: int) -> Costs:
-    """Measure what a microbatch of `num_sequences` costs on this machine, in seconds; the least of five times."""
+def measured_costs(
+    section: ModelSection,
+    num_sequences: int,
+    device: torch.device = _PROCESSOR,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    finish: Callable[[], None] = lambda: None,
+) -> Costs:
+    """Measure what a microbatch of `num_sequences` costs on this machine, in seconds; the least of five times.
+
+    On a `device` other than the processor, `finish` waits until it has done everything; parts are called in contexts
+    that `autocast` makes.
+    """
     shape = (num_sequences, section.context_tokens)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    x = torch.zeros((*shape, section.width), requires_grad=True)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    x = torch.zeros((*shape, section.width), device=device, requires_grad=True)
     first, block, head = (
         build_stage(
             StageShape(model=section, first_block=a, last_block=b, has_embedding=a == b == 0, has_head=a == b == 1), 0
-        )
+        ).to(device)
         for a, b in ((0, 0), (0, 1), (1, 1))
     )
+
+    def seconds(forward: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(_TIMES):
+            finish()
+            began_s = time.perf_counter()
+            with autocast():
+                out = forward()
+            out.backward()  # type: ignore[no-untyped-call]
+            finish()
+            times.append(time.perf_counter() - began_s)
+        return min(times)
+
     return Costs(
-        embedding=_seconds(lambda: first(tokens).sum()),
-        block=_seconds(lambda: block(x).sum()),
-        head=_seconds(lambda: head.loss(x, tokens)),
+        embedding=seconds(lambda: first(tokens).sum()),
+        block=seconds(lambda: block(x).sum()),
+        head=seconds(lambda: head.loss(x, tokens)),
     )
-
-
-def _seconds(forward: Callable[[], Tensor]) -> float:
-    """Return the seconds of a forward and backward, the least of five."""
-    times = []
-    for _ in range(_TIMES):
-        began_s = time.perf_counter()
-        forward().backward()  # type: ignore[no-untyped-call]
-        times.append(time.perf_counter() - began_s)
-    return min(times)

@@ -213,7 +213,8 @@ def test_it_says_what_this_machine_would_train_on(
     assert on["name"] == ("cuda:1" if LARGE in found else "cpu") and on["microbatch_sequences"] == 4
     assert on["free_bytes"] == (8_000_000_000 if LARGE in found else None) and on["least_card_bytes"] > 1_000_000
     assert run_command(["check", "pipeline", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["device"] is None, "stages are trained on the processor"
+    of_stage = json.loads(capsys.readouterr().out)["device"]
+    assert of_stage["name"] == on["name"] and of_stage["microbatch_sequences"] == 2, "as many as drivers send"
 
 
 def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ TOTAL_TOKENS = 3 * 40 * 40 * BATCH_SEQUENCES * 64
 """Tokens of 40 rounds of three volunteers, 40 inner steps each: the loss then falls slowly."""
 LOSSES_APART = 0.01
 """Relative difference allowed between the mean losses of unlike and of alike volunteers."""
+STAGES_LEARNT = 0.9
+"""Largest ratio to the loss of an untrained model, after twenty steps."""
 LIMIT_S = 600.0
 """Time limit of a run that takes two minutes on two cores."""
 
@@ -87,6 +90,29 @@ def test_in_step_unlike_volunteers_hold_the_same_bits(swarm: Swarm) -> None:
     models = {(child.folder / "model" / "model.safetensors").read_bytes() for child in swarm.children}
     assert len(models) == 1, "the archive too"
     swarm.assert_nothing_left()
+
+
+def test_stages_in_bf16_and_in_fp32_are_trained_together(swarm: Swarm) -> None:
+    run_file = write_run(
+        swarm.folder,
+        run={"total_tokens": 20 * BATCH_SEQUENCES * 64},
+        inner={"batch_sequences": BATCH_SEQUENCES, "microbatch_sequences": 1, "learning_rate": 1e-2},
+        pipeline={"stages": 2, "balance": "none"},
+        merge={"method": "gossip", "inner_steps": 5},
+    )
+    bootstrap = swarm.bootstrap(run_file, "--wait-for", "2")
+    invite, options = bootstrap.invite.invite, [("half", "bf16"), ("full", "auto")]
+    half, full = (
+        swarm.join(name, invite, "--precision", precision, "--first-stages", str(stage))
+        for stage, (name, precision) in enumerate(options)
+    )
+    for child in (half, full, bootstrap):
+        assert child.wait() == 0, child.story()
+    assert [computes_in(child) for child in (half, full)] == [("cpu", "bf16", 1), ("cpu", "fp32", 1)]
+    assert [{event.stage for event in child.all(RoundEvent)} for child in (half, full)] == [{0}, {1}]
+    loss = bootstrap.wait_event(DoneEvent).held_out_loss
+    assert loss is not None and loss < STAGES_LEARNT * math.log(256)
+    assert not [event for child in swarm.children for event in child.all(RefusedEvent)]
 
 
 @pytest.mark.evidence

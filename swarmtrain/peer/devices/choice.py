@@ -11,12 +11,20 @@ import torch
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice
-from swarmtrain.peer.devices.machine import BYTES_PER_PARAMETER, find_devices, least_bytes, missing_card, probe_device
+from swarmtrain.peer.devices.machine import (
+    BYTES_PER_PARAMETER,
+    find_devices,
+    least_bytes,
+    missing_card,
+    num_trained,
+    probe_device,
+)
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.devices import (
     DeviceChoice,
     DeviceRequest,
     FoundDevice,
+    Precision,
     PrecisionRequest,
     choose_device,
     matching_devices,
@@ -27,9 +35,9 @@ __all__ = [
     "ChosenCompute",
     "FittingMicrobatch",
     "check_device",
-    "check_stage_device",
     "choose_compute",
     "fitting_microbatch",
+    "precisions_of",
 ]
 
 _SHARE_OF_CARD = 0.9
@@ -44,6 +52,8 @@ class ChosenCompute:
     choice: DeviceChoice
     microbatch_why: str
     """Why a batch is computed as it is; empty if as the run file says."""
+    card_bytes: int | None = None
+    """Memory of the card that is planned for; None if the device's memory is the machine's."""
 
 
 def check_device(request: DeviceRequest) -> None:
@@ -52,36 +62,17 @@ def check_device(request: DeviceRequest) -> None:
         matching_devices(request, find_devices(0), missing_card())
 
 
-def check_stage_device(request: DeviceRequest, wanted: PrecisionRequest) -> None:
-    """Raise UserError if stages were to be trained otherwise than on the processor and in fp32, as they are."""
-    for option, asked, allowed in (
-        ("--device", str(request), ("auto", "cpu")),
-        ("--precision", wanted, ("auto", "fp32")),
-    ):
-        if asked not in allowed:
-            raise UserError(
-                f"{option} {asked}: this run is cut into stages, which train on the processor in fp32; give {option} "
-                f"{allowed[0]}, or leave the option out",
-                code="stages-on-processor",
-            )
-
-
 def choose_compute(
     run: RunFile, request: DeviceRequest, wanted: PrecisionRequest, memory_bytes: int = 0, vram_bytes: int = 0
 ) -> ChosenCompute:
-    """Choose device, precision and microbatch for a run.
+    """Choose device, precision and microbatch for a run, whose model may be cut into stages.
 
     `memory_bytes` limits main memory and `vram_bytes` a card's; 0: no limit. Raises UserError if the device asked for
-    does not work, or the run demands another precision than was asked for.
+    does not work, or if the precision asked for is not the one that the run demands, or none for stages.
     """
-    demanded = run.inner.precision
-    if demanded != "any" and wanted not in ("auto", demanded):
-        raise UserError(
-            f"--precision {wanted}: this run demands {demanded} (inner.precision); leave the option out",
-            code="precision-demanded",
-        )
-    wanted = wanted if demanded == "any" else demanded
-    found = [_within(vram_bytes, each) for each in find_devices(num_parameters(run.model))]
+    wanted = _checked_precision(run, wanted)
+    found = [_within(vram_bytes, each) for each in find_devices(num_trained(run))]
+    found = [replace(each, precisions=precisions_of(run, each)) for each in found]
     choice = choose_device(request, wanted, found, least_bytes(run), partial(probe_device, run), missing=missing_card())
     device = next(each for each in found if each.name == choice.device)
     fitting = fitting_microbatch(run, device, memory_bytes)
@@ -89,7 +80,31 @@ def choose_compute(
         share = vram_bytes / torch.cuda.get_device_properties(choice.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), choice.device)
     compute = ComputeDevice(torch.device(choice.device), choice.precision, fitting.sequences, fitting.recomputes)
-    return ChosenCompute(compute, choice, fitting.why)
+    card_bytes = None if device.free_bytes is None else int(_SHARE_OF_CARD * device.free_bytes)
+    return ChosenCompute(compute, choice, fitting.why, card_bytes)
+
+
+def _checked_precision(run: RunFile, wanted: PrecisionRequest) -> PrecisionRequest:
+    """Return the precision that the run demands, or else the one asked for. Raises UserError if they differ, or for
+    stages in fp16: each loss needs a scale, and what travels between peers would have to carry it."""
+    demanded = run.inner.precision
+    if demanded != "any" and wanted not in ("auto", demanded):
+        raise UserError(
+            f"--precision {wanted}: this run demands {demanded} (inner.precision); leave the option out",
+            code="precision-demanded",
+        )
+    if wanted == "fp16" and run.pipeline.stages > 1:
+        raise UserError(
+            "--precision fp16: this run is cut into stages, which are trained in fp32 or bf16; give --precision auto, "
+            "or leave the option out",
+            code="stages-in-fp16",
+        )
+    return wanted if demanded == "any" else demanded
+
+
+def precisions_of(run: RunFile, device: FoundDevice) -> tuple[Precision, ...]:
+    """Return the precisions to try on a device for a run: fp16 for whole models only."""
+    return tuple(each for each in device.precisions if each != "fp16" or run.pipeline.stages == 1)
 
 
 def _within(vram_bytes: int, device: FoundDevice) -> FoundDevice:
@@ -115,9 +130,12 @@ def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int) -> 
     """Return how many sequences to compute at once, by the estimate.
 
     On a card they are as many as fit, up to the batch. In main memory they are as many as the run file says, and fewer
-    if the peer's limit asks for it. Where not even one fits, blocks are computed again in the backward pass.
+    if the peer's limit asks for it. Where not even one fits, blocks are computed again in the backward pass. In a
+    pipeline they are as many as drivers send, which is what the run file says.
     """
     wanted, on_card = run.microbatch_sequences, device.free_bytes is not None
+    if run.pipeline.stages > 1:
+        return FittingMicrobatch(wanted)
     if device.free_bytes is not None:
         most, place = run.inner.batch_sequences, "the card"
         free = int(_SHARE_OF_CARD * device.free_bytes) - BYTES_PER_PARAMETER * num_parameters(run.model)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.devices.choice import fitting_microbatch
-from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card
+from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, num_trained
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_devices
 from swarmtrain.run import RunFile
 from swarmtrain.words import counted, device_in_words, size_in_words
@@ -42,8 +41,8 @@ class ExpectedDevice:
 
 
 def expected_device(run: RunFile) -> ExpectedDevice:
-    """Return the device on which this machine would train a whole model."""
-    found, missing, needed = find_devices(num_parameters(run.model)), missing_card(), least_bytes(run)
+    """Return the device on which this machine would train the whole model, or a stage of one that is cut."""
+    found, missing, needed = find_devices(num_trained(run)), missing_card(), least_bytes(run)
     passed_over = []
     for device in matching_devices(DeviceRequest(), found, missing):
         if device.free_bytes is None or device.free_bytes >= needed:

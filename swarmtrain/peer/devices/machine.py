@@ -13,12 +13,22 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.stages import StageShape, expected_boundaries, stage_shapes
 from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
 from swarmtrain.run import RunFile
 
-__all__ = ["BYTES_PER_PARAMETER", "find_devices", "least_bytes", "missing_card", "probe_device"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "card_bytes_of_graph",
+    "card_bytes_of_stage",
+    "find_devices",
+    "least_bytes",
+    "missing_card",
+    "num_trained",
+    "probe_device",
+]
 
 _PROCESSOR_PARAMETERS = 10_000_000
 """Below this size a processor's lower precision is not tried: converting numbers takes what multiplying saves."""
@@ -30,6 +40,11 @@ _TOLERANCE: Mapping[Precision, float] = {"fp32": 2e-3, "bf16": 3e-2, "fp16": 1e-
 """Relative difference from the processor's loss from which on a device counts as broken."""
 BYTES_PER_PARAMETER = 16
 """Weights, gradients and AdamW's two moments, fp32."""
+_STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 4 * 4
+"""Besides those a stage has two older versions of its weights, the sums of the next batch's gradients, and a
+microbatch's gradient before it is added."""
+_LOW_PRECISION_BYTES = 2
+"""Bytes of a weight converted for products, which each graph of a microbatch keeps."""
 _DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Files that a driver for graphics cards makes, of NVIDIA and of AMD."""
 
@@ -97,9 +112,43 @@ def missing_card(files: tuple[Path, ...] = _DEVICE_FILES) -> str:
     return "a graphics card is here, but torch cannot use it: its driver may be too old"
 
 
+def num_trained(run: RunFile) -> int:
+    """Return the number of parameters of the whole model, or of the largest stage of a model that is cut."""
+    return max(shape.num_parameters for shape in _shapes(run))
+
+
+def _shapes(run: RunFile) -> list[StageShape]:
+    """Return the run's stages, as published or as the run file says, else as they are expected; one if it is not
+    cut."""
+    published, stages = run.published, run.pipeline.stages
+    boundaries = run.pipeline.boundaries if published is None else published.boundaries or ()
+    if not boundaries and stages > 1:
+        boundaries = expected_boundaries(run.model, stages)
+    return stage_shapes(run.model, boundaries)
+
+
+def card_bytes_of_stage(shape: StageShape) -> int:
+    """Return the bytes that a stage takes on a card, without graphs of microbatches."""
+    return _STAGE_BYTES_PER_PARAMETER * shape.num_parameters
+
+
+def card_bytes_of_graph(run: RunFile, shape: StageShape) -> int:
+    """Return the bytes that a card keeps from a microbatch's forward until its backward."""
+    from swarmtrain.peer.estimate import activation_bytes
+
+    blocks = shape.last_block - shape.first_block
+    activations = activation_bytes(run, run.microbatch_sequences, blocks, has_head=shape.has_head, on_card=True)
+    return activations + _LOW_PRECISION_BYTES * shape.num_parameters
+
+
 def least_bytes(run: RunFile) -> int:
-    """Return the least memory that training the run's model takes on a card: microbatches of one sequence, and blocks
-    computed again in the backward pass."""
+    """Return the least memory that training takes on a card.
+
+    A whole model's microbatches are then of one sequence, and its blocks computed again in the backward pass. Of a
+    model that is cut it is what the largest stage takes with one microbatch: peers move, so any stage must fit.
+    """
+    if run.pipeline.stages > 1:
+        return max(card_bytes_of_stage(shape) + card_bytes_of_graph(run, shape) for shape in _shapes(run))
     from swarmtrain.peer.estimate import activation_bytes
 
     activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)

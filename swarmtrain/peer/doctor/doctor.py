@@ -366,17 +366,18 @@ class Doctor:
 
     def look_at_devices(self) -> Iterator[Finding]:
         """List the devices to train on; with a run at hand, try the best card."""
+        from swarmtrain.peer.devices.choice import precisions_of
         from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, probe_device
         from swarmtrain.peer.doctor.devices import check_card, check_devices
 
         found = find_devices(self._needed(lambda run, number: number) or 0)
         yield check_devices(found, missing_card())
         run, best = self.run, matching_devices(DeviceRequest(), found, "")[0]
-        if run is None or run.pipeline.stages > 1 or not best.is_card:
+        if run is None or not best.is_card:
             return
 
         def probe(card: FoundDevice) -> ProbeResult:
-            self.probed = probe_device(run, card, card.precisions)
+            self.probed = probe_device(run, card, precisions_of(run, card))
             return self.probed
 
         finding = check_card(best, least_bytes(run), probe)

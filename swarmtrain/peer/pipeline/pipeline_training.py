@@ -25,7 +25,9 @@ from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.manager import PeersFile
 from swarmtrain.peer.control.arrival import DownloadProgress
-from swarmtrain.peer.devices.choice import check_stage_device
+from swarmtrain.peer.devices.choice import choose_compute
+from swarmtrain.peer.devices.compute import ComputeDevice, enough_memory
+from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over_stages
 from swarmtrain.peer.lifecycle.node import leave_swarm, process_age_s, show_invite
@@ -63,6 +65,8 @@ class PreparedPipeline:
     """Results of a pipeline volunteer's preparation."""
 
     shapes: Sequence[StageShape]
+    compute: ComputeDevice
+    """Device on which the stages will be, and the precision that they are computed in."""
     room: StageRoom
     data: TrainingData
     base: Path
@@ -72,20 +76,26 @@ class PreparedPipeline:
 
 
 def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
-    """Prepare what needs no other peer: read the text, find how many stages fit into memory, measure the speed."""
+    """Prepare what needs no other peer: choose a device, read the text, find how many stages fit into memory, measure
+    the speed."""
     sys.setswitchinterval(_SWITCH_S)
-    run, published, limits = context.run, context.published, context.settings.limits
-    check_stage_device(context.settings.device, context.settings.precision)
+    run, published, settings = context.run, context.published, context.settings
+    limits = settings.limits
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
     shapes = stage_shapes(run.model, run.published.boundaries)
-    room = room_for_stages(run, shapes, limits.memory_bytes)
-    base = data_base(run, context.settings.data_folder)
-    data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
+    chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
+    ComputeReport(run, chosen, context.emit).start()
+    room = room_for_stages(run, shapes, limits.memory_bytes, chosen.card_bytes)
+    base = data_base(run, settings.data_folder)
+    data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
     context.limits.between_steps()
-    speed = whole_tokens_per_s(run) / limits.slowdown
+    compute = chosen.compute
+    with enough_memory("measuring how fast this machine is", compute.device):
+        speed = whole_tokens_per_s(run, compute) / limits.slowdown
     return PipelineTraining(
-        context, PreparedPipeline(shapes=shapes, room=room, data=data, base=base, whole_tokens_per_s=speed)
+        context,
+        PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, base=base, whole_tokens_per_s=speed),
     )
 
 
@@ -128,6 +138,7 @@ class PipelineTraining:
         )
         site = StageSite(
             context=context,
+            compute=prepared.compute,
             graph_bytes=prepared.room.graph_bytes,
             on_first_round=self._record.tell_started,
             on_arriving=DownloadProgress(context.control.board, context.emit).look,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.stages import StageShape, balanced_boundaries, measured_costs, stage_shapes
+from swarmtrain.peer.devices.compute import ComputeDevice, finish
+from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage
 from swarmtrain.peer.estimate import (
     DAEMON_BYTES,
     IMPORTS_BYTES,
@@ -45,9 +48,14 @@ def graph_bytes(run: RunFile, shape: StageShape) -> int:
     return activation_bytes(run, run.microbatch_sequences, blocks, has_head=shape.has_head)
 
 
-def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int) -> StageRoom:
-    """Return how many stages fit into `limit_bytes` (0 for no limit), and the memory left. Raises UserError if not even
-    the largest stage fits."""
+def room_for_stages(
+    run: RunFile, shapes: Sequence[StageShape], limit_bytes: int, card_bytes: int | None = None
+) -> StageRoom:
+    """Return how many stages fit into `limit_bytes` of main memory (0 for no limit), and the memory left for graphs.
+
+    With `card_bytes` the stages are on a card with so much memory, where they must fit too, and where graphs are. Which
+    of the stages they will be is not known yet. Raises UserError if not even the largest stage fits into main memory.
+    """
     most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
     program = IMPORTS_BYTES + DAEMON_BYTES
     largest = max(stage_bytes(run, shape) for shape in shapes)
@@ -63,12 +71,24 @@ def room_for_stages(run: RunFile, shapes: Sequence[StageShape], limit_bytes: int
         most = 1
     most = min(most, len(shapes))
     left = most_bytes - program - most * largest
+    if card_bytes is not None:
+        largest, one_graph = _card_bytes(run, shapes)
+        most = max(1, min(most, card_bytes // (largest + one_graph)))
+        left = card_bytes - most * largest
     return StageRoom(most_stages=most, graph_bytes=max(one_graph, left / 2 / most))
 
 
-def whole_tokens_per_s(run: RunFile) -> float:
-    """Return this machine's tokens per second through the whole model, measured on parts of it."""
-    costs = measured_costs(run.model, run.microbatch_sequences)
+def _card_bytes(run: RunFile, shapes: Sequence[StageShape]) -> tuple[int, int]:
+    """Return the bytes that the largest stage takes on a card, and those of the largest graph."""
+    return max(map(card_bytes_of_stage, shapes)), max(card_bytes_of_graph(run, shape) for shape in shapes)
+
+
+def whole_tokens_per_s(run: RunFile, compute: ComputeDevice | None = None) -> float:
+    """Return the tokens per second through the whole model of this machine's processor, or of the device of `compute`,
+    measured on parts of the model."""
+    compute = ComputeDevice() if compute is None else compute
+    on = (compute.device, compute.autocast, partial(finish, compute.device))
+    costs = measured_costs(run.model, run.microbatch_sequences, *on)
     tokens = run.microbatch_sequences * run.model.context_tokens
     return tokens / (costs.embedding + run.model.num_layers * costs.block + costs.head)
 

@@ -11,6 +11,7 @@ from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.pacing import rounds_of_others
 from swarmtrain.model.gpt import build_model, num_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
+from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 
@@ -29,9 +30,11 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice
 
     It is the speed of the processor, or of the device of `compute`. A model that cannot be built and stepped in that
     time is not tried. Then the speed follows from that of a matrix product, at 6 operations per parameter and token,
-    which is an upper bound.
+    which is an upper bound. Of a model that is cut into stages a card need not hold all: its parts are measured.
     """
     compute = ComputeDevice() if compute is None else compute
+    if run.pipeline.stages > 1 and not compute.is_host:
+        return whole_tokens_per_s(run, compute)
     per_s = operations_per_s(compute)
     size, T = compute.microbatch_sequences or run.microbatch_sequences, run.model.context_tokens
     sequence_operations = 6 * num_parameters(run.model) * T

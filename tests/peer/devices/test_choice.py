@@ -12,15 +12,15 @@ from codes import raises_code
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.stages import expected_boundaries, stage_shapes
 from swarmtrain.peer.devices import choice as choice_module
 from swarmtrain.peer.devices.choice import (
     FittingMicrobatch,
     check_device,
-    check_stage_device,
     choose_compute,
     fitting_microbatch,
 )
-from swarmtrain.peer.devices.machine import least_bytes
+from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage, least_bytes, num_trained
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.devices import (
     DeviceRequest,
@@ -238,12 +238,56 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_fetched(machine_w
     assert not probed
 
 
+# ---------------------------------------------------------------- stages
+
+
+def cut_run(precision: str = "any", boundaries: tuple[int, ...] = (1,)) -> RunFile:
+    pipeline = {"stages": 2, "boundaries": boundaries}
+    return RunFile.model_validate(run_file(precision, 2).model_dump() | {"pipeline": pipeline})
+
+
 @pytest.mark.parametrize(
-    ("device", "precision"), [("auto", "auto"), ("cpu", "fp32"), ("cuda", "auto"), ("cpu", "bf16")]
+    ("demanded", "wanted", "precision"),
+    [("any", "auto", "bf16"), ("any", "bf16", "bf16"), ("fp32", "auto", "fp32"), ("bf16", "auto", "bf16")],
 )
-def test_stages_are_trained_on_the_processor_in_fp32(device: str, precision: Any) -> None:
-    if (device, precision) in (("cuda", "auto"), ("cpu", "bf16")):
-        with raises_code("stages-on-processor", UserError, "cut into stages"):
-            check_stage_device(parse_device(device), precision)
-    else:
-        check_stage_device(parse_device(device), precision)
+def test_a_stage_is_trained_on_a_card_that_any_stage_fits(
+    machine_with: Callable[..., Probed], demanded: str, wanted: PrecisionRequest, precision: str
+) -> None:
+    run, fits = cut_run(demanded), least_bytes(cut_run())
+    assert fits < least_bytes(run_file()) * 3 and num_trained(run) < num_parameters(run.model)
+    shapes = stage_shapes(run.model, (1,))
+    assert fits == max(card_bytes_of_stage(shape) + card_bytes_of_graph(run, shape) for shape in shapes)
+    machine_with(replace(card(1), free_bytes=fits))
+    chosen = choose_compute(run, AUTO, wanted)
+    assert (chosen.compute.device, chosen.compute.precision) == (torch.device("cuda:0"), precision)
+    assert (chosen.compute.microbatch_sequences, chosen.compute.recomputes) == (2, False), "what drivers send"
+    assert chosen.card_bytes == int(0.9 * fits) and not chosen.microbatch_why
+    probed = machine_with(replace(card(1), free_bytes=fits - 1))
+    chosen = choose_compute(cut_run(), AUTO, "fp32")
+    assert chosen.compute.is_host and chosen.card_bytes is None and not probed
+
+
+def test_stages_are_not_trained_in_fp16(machine_with: Callable[..., Probed]) -> None:
+    old = replace(card(500), precisions=("fp32", "fp16"))
+    probed = machine_with(old)
+    with raises_code("stages-in-fp16", UserError, "--precision fp16", "cut into stages"):
+        choose_compute(cut_run(), AUTO, "fp16")
+    assert not probed and choose_compute(cut_run(), AUTO, "auto").compute.precision == "fp32"
+    assert probed == [("cuda:0", ("fp32",))]
+    machine_with(old)
+    assert choose_compute(run_file(), AUTO, "auto").compute.precision == "fp16", "whole models are"
+
+
+def test_a_processors_stages_are_in_fp32_unless_another_precision_is_asked_for(
+    machine_with: Callable[..., Probed],
+) -> None:
+    probed = machine_with()
+    chosen = choose_compute(cut_run(), AUTO, "auto")
+    assert chosen.compute.is_host and chosen.compute.precision == "fp32" and not probed
+    assert choose_compute(cut_run(), parse_device("cpu"), "bf16").compute.precision == "bf16"
+
+
+def test_without_boundaries_the_largest_stage_is_that_of_the_expected_cut(machine_with: Callable[..., Probed]) -> None:
+    run = RunFile.model_validate(cut_run(boundaries=()).model_dump())
+    shapes = stage_shapes(run.model, expected_boundaries(run.model, 2))
+    assert num_trained(run) == max(shape.num_parameters for shape in shapes)

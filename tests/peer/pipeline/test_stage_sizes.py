@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from codes import raises_code
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.stages import Costs, StageShape, stage_shapes
+from swarmtrain.model.stages import Costs, StageShape, measured_costs, stage_shapes
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage
 from swarmtrain.peer.estimate import DAEMON_BYTES, IMPORTS_BYTES
 from swarmtrain.peer.pipeline import stage_sizes
 from swarmtrain.peer.pipeline.stage_sizes import (
@@ -85,6 +89,21 @@ def test_without_a_limit_it_takes_half_of_the_machine_and_one_stage_at_least(mon
     assert room.most_stages == 1 and room.graph_bytes == GRAPH
 
 
+@pytest.mark.parametrize("most", range(1, 5))
+def test_on_a_card_so_many_stages_fit_each_with_a_graph(most: int) -> None:
+    """Which stages they will be is not known, and peers move."""
+    largest = max(card_bytes_of_stage(shape) for shape in SHAPES)
+    graph = max(card_bytes_of_graph(RUN, shape) for shape in SHAPES)
+    exactly = most * (largest + graph)
+    room = room_for_stages(RUN, SHAPES, 100 * GB, exactly)
+    assert room.most_stages == most and graph <= room.graph_bytes
+    assert most * (largest + room.graph_bytes) <= exactly
+    assert room_for_stages(RUN, SHAPES, 100 * GB, exactly - 1).most_stages == max(1, most - 1)
+    little = room_for_stages(RUN, SHAPES, PROGRAM_BYTES + LARGEST + GRAPH, 100 * GB)
+    assert little.most_stages == 1, "they must fit into main memory too"
+    assert little.graph_bytes == pytest.approx((100 * GB - largest) / 2), "graphs are on the card"
+
+
 def test_the_more_stages_the_less_memory_each() -> None:
     largest = []
     for boundaries in ((), (6,), (4, 8), (3, 6, 9), (2, 4, 6, 8, 10), tuple(range(1, 12))):
@@ -112,7 +131,7 @@ def test_a_graph_grows_with_blocks_microbatch_and_head() -> None:
 def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Return costs measured on this machine."""
     told = {"embedding": 1.0, "block": 2.0, "head": 3.0}
-    monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, sequences: Costs(**told))
+    monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, sequences, *on: Costs(**told))
     return told
 
 
@@ -154,6 +173,19 @@ def test_costs_add_up_to_one_and_can_be_published(costs: dict[str, float], stage
 def test_this_machines_speed_is_a_microbatch_through_the_whole_model(costs: dict[str, float]) -> None:
     tokens = RUN.microbatch_sequences * 128
     assert whole_tokens_per_s(RUN) == pytest.approx(tokens / (1.0 + 12 * 2.0 + 3.0))
+
+
+def test_a_devices_speed_is_that_of_finished_work_in_its_precision() -> None:
+    parts, finished = list[bool](), list[int]()
+
+    def autocast() -> AbstractContextManager[None]:
+        parts.append(True)
+        return ComputeDevice(precision="bf16").autocast()
+
+    section = RUN.model.model_copy(update={"width": 16, "num_heads": 2, "context_tokens": 8})
+    costs = measured_costs(section, 1, torch.device("cpu"), autocast, lambda: finished.append(len(parts)))
+    assert min(costs.embedding, costs.block, costs.head) > 0 and len(parts) == 15
+    assert finished == [number // 2 for number in range(1, 31)], "before each piece and after it"
 
 
 def test_what_is_measured_here_gives_costs_of_every_stage() -> None:

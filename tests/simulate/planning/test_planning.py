@@ -404,8 +404,8 @@ def test_a_step_is_measured_on_the_device_that_join_takes(
     assert "would be about 6 times slower: 6 volunteers would share cuda:0" in said.out
     stages = written(tmp_path, "[pipeline]\nstages = 2\n")
     assert run_command(["plan", stages, "--peers", "6"]) == 0
-    assert "on the processor in fp32 (stages are trained there), for at most" in capsys.readouterr().err
-    assert [(str(each.device), each.precision) for each in found] == [("cuda:0", "bf16"), ("cpu", "fp32")]
+    assert "on cuda:0 (A Card) in bf16 (it works; " in capsys.readouterr().err
+    assert [(str(each.device), each.precision) for each in found] == [("cuda:0", "bf16")] * 2
 
 
 def test_a_bad_run_file_is_told_as_check_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
