@@ -76,6 +76,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     sys.setswitchinterval(_SWITCH_S)
     run, published, limits = context.run, context.published, context.settings.limits
     check_stage_device(context.settings.device, context.settings.precision)
+    context.limits.trains_on(["cpu"])
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
     shapes = stage_shapes(run.model, run.published.boundaries)
