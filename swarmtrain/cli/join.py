@@ -57,10 +57,18 @@ _SCOPE = (
     click.option("--memory", cls=KeptOption, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory this peer may use, such as 4GB; none: no limit. If the model is cut into stages, the peer holds as many as fit.  [default: none]"),
     click.option("--nice", cls=KeptOption, type=click.IntRange(0, 19), metavar="N", help="Processor priority. 0: the same as other programs; 19: only idle time.  [default: inherited]"),
     click.option("--only-when-idle", cls=KeptOption, is_flag=True, help="Pause while other programs use the processors."),
+    click.option("--gpu-share", cls=KeptOption, type=click.IntRange(1, 100), default=100, show_default=True, metavar="PCT", help="Percentage of the graphics card's time to train for; the peer rests after each step."),
+    click.option("--gpu-any-time", cls=KeptOption, is_flag=True, help="Train while other programs use the graphics card, too. Without it the peer pauses until they have not used it for a minute."),
+    click.option("--on-battery", cls=KeptOption, is_flag=True, help="Train on battery, too. Without it a laptop pauses until it is plugged in."),
+    click.option("--max-temperature", cls=KeptOption, callback=limit("parse_temperature"), default="auto", show_default=True, metavar="C", help="Pause when the graphics card, or without one the processor, has so many degrees Celsius; none: never; auto: shortly before the card would slow itself down."),
     click.option("--hours", cls=KeptOption, callback=limit("parse_hours"), default="any", metavar="FROM-TO", help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.  [default: any]"),
     *LINK_OPTIONS,
     click.option("--slowdown", cls=KeptOption, callback=limit("parse_slowdown"), metavar="F", help="To rehearse an unequal swarm: train F times slower than this machine could, such as 2.6. Uses one thread unless --threads is given; less exact with more.  [default: 1]"),
 )  # fmt: skip
+
+
+_BY_NAME = ("gpu_share", "gpu_any_time", "on_battery", "max_temperature")
+"""Limits whose options have the names of their fields."""
 
 
 def _limit_options(function: _F) -> _F:
@@ -76,6 +84,7 @@ def _limit_options(function: _F) -> _F:
             memory_bytes=values.pop("memory"),
             nice=values.pop("nice"),
             only_when_idle=values.pop("only_when_idle"),
+            **{name: values.pop(name) for name in _BY_NAME},
             hours=values.pop("hours"),
             up_mbit=values.pop("up_mbit"),
             down_mbit=values.pop("down_mbit"),
@@ -96,6 +105,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
         "swarmtrain join INVITE --background --nice 10 --hours 22-7",
         "swarmtrain join INVITE --device cuda:1 --vram 8GB",
+        "swarmtrain join INVITE --gpu-share 50 --max-temperature 80",
         "swarmtrain join INVITE --slowdown 2.6",
     ),
 )
@@ -189,7 +199,7 @@ def command(
 def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:
     """Return `limits` with those that the folder remembers."""
     fields = {"memory": "memory_bytes"}
-    names = ("threads", "memory", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
+    names = ("threads", "memory", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown", *_BY_NAME)
     changed = limits.with_changes(**{fields.get(name, name): kept[name] for name in names if name in kept})
     return changed if changed.threads or changed.slowdown == 1 else changed.with_changes(threads=1)
 

@@ -37,6 +37,15 @@ __all__ = ["command"]
     default=None,
     help="Pause while other programs use the processors; --any-time: train whatever they do.",
 )
+@click.option("--gpu-share", type=click.IntRange(1, 100), metavar="PCT", help="Percentage of the graphics card's time to train for; the peer rests after each step.")  # fmt: skip
+@click.option(
+    "--gpu-when-idle/--gpu-any-time",
+    "gpu_idle",
+    default=None,
+    help="Pause while other programs use the graphics card; --gpu-any-time: train whatever they do there.",
+)
+@click.option("--on-battery/--mains-only", "on_battery", default=None, help="Train on battery, too; --mains-only: pause on battery.")  # fmt: skip
+@click.option("--max-temperature", callback=limit("parse_temperature"), metavar="C", help="Pause when the graphics card, or without one the processor, has so many degrees Celsius; none: never; auto: shortly before the card would slow itself down.")  # fmt: skip
 @click.option(
     "--hours",
     callback=limit("parse_hours"),
@@ -51,6 +60,10 @@ def command(
     memory: int | None,
     nice: int | None,
     idle: bool | None,
+    gpu_share: int | None,
+    gpu_idle: bool | None,
+    on_battery: bool | None,
+    max_temperature: float | None,
     hours: Hours | None,
     up: float | None,
     down: float | None,
@@ -65,6 +78,8 @@ def command(
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}
     asked |= {"only_when_idle": idle, "hours": None if hours is None else hours.text, "up_mbit": up, "down_mbit": down}
+    asked |= {"gpu_share": gpu_share, "gpu_any_time": None if gpu_idle is None else not gpu_idle}
+    asked |= {"on_battery": on_battery, "max_temperature": max_temperature}
     limits = wire.Limits()
     for name, value in asked.items():
         if value is not None:

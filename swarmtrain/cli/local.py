@@ -137,7 +137,9 @@ def command(
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
         base = data or given.base
-        common = ["--threads", str(threads), *on.words(), "--data", str(base), "--log-level", log_level]
+        # Somebody waits for it: it must not pause, nor take the volunteers' own use of a card for other programs'.
+        undisturbed = ["--on-battery", "--gpu-any-time"]
+        common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:

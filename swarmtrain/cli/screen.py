@@ -272,6 +272,14 @@ def limits_in_words(limits: Any) -> str:
     parts.append("only when the machine is idle" if limits.only_when_idle else "at any load")
     hours = one_line(limits.hours)
     parts.append("at any hour" if hours in ("", "any") else f"in the hours {hours}")
+    if limits.HasField("gpu_share"):
+        parts.append(f"{limits.gpu_share}% of the graphics card's time")
+    if limits.HasField("gpu_any_time"):
+        parts.append("whatever else uses the card" if limits.gpu_any_time else "only while nothing else uses the card")
+    if limits.HasField("on_battery"):
+        parts.append("also on battery" if limits.on_battery else "not on battery")
+    if limits.HasField("max_temperature"):
+        parts.append(f"up to {_finite(limits.max_temperature):g} °C")
     for mbit, verb in ((limits.up_mbit, "sends"), (limits.down_mbit, "receives")):
         if mbit > 0:
             parts.append(f"{verb} at most {_finite(mbit):g} Mbit/s")

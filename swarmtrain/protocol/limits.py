@@ -1,14 +1,10 @@
-"""Limits on what a peer may take of its machine, and when it pauses because of them.
+"""Limits on what a peer may take of its machine, how people write them, and the hours in which it may train.
 
-Everything here is pure: the time and the measurements are arguments. The answer is a sentence that says why the peer
-pauses, "" while it may train.
+Everything here is pure: the time is an argument. `protocol/watches.py` decides on what is measured. Hours are this
+machine's wall clock, whatever its time zone does: 22-7 is night on the day the clocks change, too.
 
-- Hours are this machine's wall clock, whatever its time zone does: 22-7 is night on the day the clocks change, too.
-- Other programs are measured by the processor time that they use, without this peer's own: a peer that uses all cores
-  must not take itself for another program. It pauses quickly, because a person waits for their machine, and comes back
-  slowly, because each return costs the others a pull of the state.
-- Memory above the limit causes a warning at first. If it lasts, the peer pauses until it is allowed more. It does not
-  return by itself: it would need as much memory again, and come and go for ever.
+Limits that a considerate guest keeps without being asked are on by default: a peer pauses while another program uses
+the graphics card that it trains on, on battery, and shortly before the card would slow itself down.
 """
 
 from __future__ import annotations
@@ -17,45 +13,35 @@ import contextlib
 import dataclasses
 import datetime
 import re
-from collections import deque
 from dataclasses import dataclass, field
 
 from swarmtrain.words import size_in_words
 
 __all__ = [
     "ALWAYS",
+    "AUTO_TEMPERATURE",
     "Hours",
-    "IdleWatch",
     "Limits",
-    "MemoryWatch",
     "exact_size",
+    "highest_celsius",
     "parse_hours",
     "parse_size",
     "parse_slowdown",
+    "parse_temperature",
     "size_of_limit",
+    "temperature_of_limit",
 ]
 
 _MAX_NICE = 19
 _MAX_THREADS = 4096
 _MAX_MBIT = 100_000
 _MAX_SLOWDOWN = 1000
+_LEAST_CELSIUS, _MOST_CELSIUS = 30, 120
 
-BUSY_SHARE = 0.25
-"""Share of all processors, averaged over `AVERAGE_S`, above which other programs count as using the machine."""
-QUIET_SHARE = 0.15
-"""Share below which they must stay for `QUIET_S` before the peer comes back."""
-AVERAGE_S = 15.0
-"""Seconds over which the use by other programs is averaged."""
-QUIET_S = 60.0
-"""Seconds of quiet before the peer comes back."""
-ASLEEP_S = 60.0
-"""If two measurements are further apart than this, the machine or the process was suspended in between."""
-
-MEMORY_PATIENCE_S = 30.0
-"""Seconds above the memory limit after which the peer pauses."""
-MEMORY_AGAIN = 0.9
-"""A warning is repeated only after the use was below this share of the limit."""
-
+AUTO_TEMPERATURE = -1.0
+"""Highest temperature `auto`: what the card says."""
+BELOW_SLOWDOWN = 5.0
+"""Degrees by which `auto` is below the temperature at which a card slows itself down."""
 _DAY_MINUTES = 24 * 60
 
 
@@ -95,6 +81,10 @@ class Limits:
     up_mbit: float | None = None  # sent to others at most, in Mbit/s; 0: no limit; None: what the run says
     down_mbit: float | None = None
     slowdown: float = 1.0  # times slower than it could be, for a rehearsal; not changed while it runs
+    gpu_share: int = 100  # of a graphics card's time, in percent
+    gpu_any_time: bool = False  # also while other programs use the card
+    on_battery: bool = False
+    max_temperature: float = AUTO_TEMPERATURE  # of the card, else of the processor, in degrees Celsius; 0: no limit
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= _MAX_THREADS:
@@ -108,6 +98,13 @@ class Limits:
         for name, mbit in (("up", self.up_mbit), ("down", self.down_mbit)):
             if mbit is not None and not 0 <= mbit <= _MAX_MBIT:
                 raise ValueError(f"{name}: {mbit:g} Mbit/s is refused; allowed: 0 (no limit) to {_MAX_MBIT}")
+        if not 1 <= self.gpu_share <= 100:
+            raise ValueError(f"gpu-share: {self.gpu_share} % is refused; allowed: 1 to 100 (all of the card's time)")
+        celsius = self.max_temperature
+        if celsius not in (0, AUTO_TEMPERATURE) and not _LEAST_CELSIUS <= celsius <= _MOST_CELSIUS:
+            raise ValueError(
+                f"max-temperature: {celsius:g} °C is refused; allowed: {_LEAST_CELSIUS} to {_MOST_CELSIUS}, none, auto"
+            )
 
     def with_changes(self, **changes: object) -> Limits:
         """Return these limits with some changed. Raises ValueError, which says what is allowed."""
@@ -177,85 +174,38 @@ def parse_slowdown(text: str) -> float:
     return factor
 
 
+def parse_temperature(text: str) -> float:
+    """Parse a highest temperature in degrees Celsius, such as `80`; `none` is 0, and `auto` is `AUTO_TEMPERATURE`.
+
+    Raises ValueError, which says what is allowed.
+    """
+    word = text.strip().lower()
+    if word in ("none", "0", "auto"):
+        return AUTO_TEMPERATURE if word == "auto" else 0.0
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,2})?)\s*(?:°?\s*c)?", word)
+    if match is None or not _LEAST_CELSIUS <= float(match[1]) <= _MOST_CELSIUS:
+        raise ValueError(
+            f"{text!r} is not a temperature; write degrees Celsius from {_LEAST_CELSIUS} to {_MOST_CELSIUS}, such as "
+            "80, or none, or auto"
+        )
+    return float(match[1])
+
+
+def temperature_of_limit(celsius: float) -> str:
+    """Return a highest temperature as `parse_temperature` reads it."""
+    return {0.0: "none", AUTO_TEMPERATURE: "auto"}.get(celsius, f"{celsius:g}")
+
+
+def highest_celsius(limit: float, slowdown_celsius: float | None) -> float:
+    """Return the highest temperature that a limit allows, 0 for any; `slowdown_celsius` is where the card slows itself
+    down, None if that is not known, or for a processor."""
+    if limit != AUTO_TEMPERATURE:
+        return limit
+    return 0.0 if slowdown_celsius is None else slowdown_celsius - BELOW_SLOWDOWN
+
+
 def _minute(hours: str, minutes: str | None) -> int:
     minute = int(hours) * 60 + int(minutes or 0)
     if minute > _DAY_MINUTES or int(minutes or 0) > 59:
         raise ValueError(f"{hours}{':' + minutes if minutes else ''} is not a time of day; allowed: 0:00 to 24:00")
     return minute
-
-
-# ---------------------------------------------------------------- other programs
-
-
-@dataclass
-class IdleWatch:
-    """Watches whether other programs use the processors, from the processor time that they have used in total."""
-
-    num_processors: int
-    resting: str = ""
-    _seen: deque[tuple[float, float]] = field(default_factory=deque)  # (now, processor seconds of others)
-    _quiet_since_s: float | None = None
-
-    def rest(self, now_s: float, others_s: float) -> str:
-        """Return the reason why the peer pauses; "" if it may train. `others_s` is the processor time of other programs
-        since any fixed moment, in seconds."""
-        if self._seen and not 0 <= now_s - self._seen[-1][0] <= ASLEEP_S:
-            self._seen.clear()
-            self._quiet_since_s = None
-        self._seen.append((now_s, others_s))
-        while len(self._seen) > 1 and self._seen[1][0] <= now_s - AVERAGE_S:
-            self._seen.popleft()
-        share = self._share()
-        if share is None:
-            return self.resting
-        if share > QUIET_SHARE:
-            self._quiet_since_s = None
-        elif self._quiet_since_s is None:
-            self._quiet_since_s = now_s
-        if self.resting:
-            if self._quiet_since_s is not None and now_s - self._quiet_since_s >= QUIET_S:
-                self.resting = ""
-        elif share > BUSY_SHARE:
-            self.resting = f"other programs use {share:.0%} of the processors; training resumes after a quiet minute"
-        return self.resting
-
-    def _share(self) -> float | None:
-        """Return the other programs' share of all processors over the window; None before it is full."""
-        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
-        if last_s - first_s < AVERAGE_S:
-            return None
-        return max(0.0, last - first) / ((last_s - first_s) * self.num_processors)
-
-
-# ---------------------------------------------------------------- memory
-
-
-@dataclass
-class MemoryWatch:
-    """Watches whether the peer stays below its memory limit."""
-
-    resting: str = ""
-    _warned: bool = False
-    _above_since_s: float | None = None
-    _most_bytes: int = 0  # when it had to rest
-
-    def rest(self, now_s: float, used_bytes: int, limit_bytes: int) -> tuple[str, str]:
-        """Return (the reason why the peer pauses, a warning to show now); each is "" if there is none."""
-        if not limit_bytes or (self.resting and limit_bytes > self._most_bytes):
-            self.resting, self._warned, self._above_since_s = "", False, None
-        if self.resting or not limit_bytes:
-            return self.resting, ""
-        if used_bytes <= limit_bytes:
-            self._above_since_s = None
-            self._warned = self._warned and used_bytes > MEMORY_AGAIN * limit_bytes
-            return "", ""
-        if self._above_since_s is None:
-            self._above_since_s = now_s
-        fact = f"it uses {size_in_words(used_bytes)} of memory, and may use {size_in_words(limit_bytes)}"
-        if now_s - self._above_since_s >= MEMORY_PATIENCE_S:
-            self._most_bytes = used_bytes
-            self.resting = f"{fact}; training resumes when `swarmtrain limits --memory` allows more"
-            return self.resting, ""
-        warning = "" if self._warned else f"{fact}; if that lasts for {MEMORY_PATIENCE_S:.0f} s, training pauses"
-        self._warned = True
-        return "", warning

@@ -250,7 +250,7 @@ class Notice(_message.Message):
     def __init__(self, time: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown")
+    __slots__ = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit", "slowdown", "gpu_share", "gpu_any_time", "on_battery", "max_temperature")
     THREADS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NICE_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,10 @@ class Limits(_message.Message):
     UP_MBIT_FIELD_NUMBER: _ClassVar[int]
     DOWN_MBIT_FIELD_NUMBER: _ClassVar[int]
     SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
+    GPU_SHARE_FIELD_NUMBER: _ClassVar[int]
+    GPU_ANY_TIME_FIELD_NUMBER: _ClassVar[int]
+    ON_BATTERY_FIELD_NUMBER: _ClassVar[int]
+    MAX_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     threads: int
     memory_bytes: int
     nice: int
@@ -267,4 +271,8 @@ class Limits(_message.Message):
     up_mbit: float
     down_mbit: float
     slowdown: float
-    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ..., up_mbit: _Optional[float] = ..., down_mbit: _Optional[float] = ..., slowdown: _Optional[float] = ...) -> None: ...
+    gpu_share: int
+    gpu_any_time: bool
+    on_battery: bool
+    max_temperature: float
+    def __init__(self, threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., nice: _Optional[int] = ..., only_when_idle: bool = ..., hours: _Optional[str] = ..., up_mbit: _Optional[float] = ..., down_mbit: _Optional[float] = ..., slowdown: _Optional[float] = ..., gpu_share: _Optional[int] = ..., gpu_any_time: bool = ..., on_battery: bool = ..., max_temperature: _Optional[float] = ...) -> None: ...

@@ -43,7 +43,9 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "bootstrap": ("RUN.toml", "--wait-for", "--data", "--up", "--down", "--invite-file", *PEER_OPTIONS),
     "join": (
         *("[INVITE]", "--invite-file"),
-        *("--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down", "--slowdown"),
+        *("--threads", "--memory", "--nice", "--only-when-idle"),
+        *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
+        *("--hours", "--up", "--down", "--slowdown"),
         *("--device", "--precision", "--compile", "--vram"),
         "--data",
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
@@ -73,7 +75,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,
     "leave": (*WHICH_PEER, "--no-wait"),
-    "limits": (*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle", "--hours", "--up", "--down"),
+    "limits": (
+        *(*WHICH_PEER, "--threads", "--memory", "--nice", "--only-when-idle"),
+        *("--gpu-share", "--gpu-when-idle", "--on-battery", "--max-temperature", "--hours", "--up", "--down"),
+    ),
     "invite": ("--dir", "--json"),
     "init": ("[PATH]", "--example"),
     "check": ("RUN.toml", "--peers", "--data", "--json"),

@@ -119,6 +119,8 @@ def test_local_passes_them_to_its_volunteers(monkeypatch: pytest.MonkeyPatch, tm
     first, second = (plan.extra for plan in plans)
     assert "--device" not in first[0]
     assert all(each[2:6] == ["--device", "cpu", "--vram", "2GB"] for each in second) and len(second) == 2
+    undisturbed = {"--on-battery", "--gpu-any-time"}
+    assert all(undisturbed <= set(each) for each in (*first, *second)), "somebody waits for it"
 
 
 # ---------------------------------------------------------------- a model that is measured or sampled

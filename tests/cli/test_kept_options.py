@@ -21,7 +21,7 @@ from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.peer.lifecycle.stop import StopFlag
-from swarmtrain.protocol.limits import exact_size, parse_size
+from swarmtrain.protocol.limits import AUTO_TEMPERATURE, Limits, exact_size, parse_size
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -53,6 +53,7 @@ def lives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PeerSettings]
 Lives = list[PeerSettings]
 GIVEN = (
     "--data texts --threads 2 --listen 127.0.0.1:4001 --memory 1.5GiB --nice 5 --only-when-idle --hours 22-7 --up 3.5 "
+    "--gpu-share 50 --gpu-any-time --on-battery --max-temperature 80 "
     "--name anna --announce 203.0.113.5:4001"
 )
 
@@ -169,6 +170,25 @@ def test_limits_that_were_changed_are_remembered(lives: Lives, tmp_path: Path) -
     run(["join", "--dir", "peer"])
     limits = lives[2].limits
     assert (limits.hours.ranges, limits.memory_bytes, limits.nice) == ((), 0, 7)
+
+
+def guest(limits: Limits) -> tuple[int, bool, bool, float]:
+    return limits.gpu_share, limits.gpu_any_time, limits.on_battery, limits.max_temperature
+
+
+def test_how_considerate_it_is_is_remembered_and_given_up_by_a_change(lives: Lives, tmp_path: Path) -> None:
+    run(["join", "--dir", "peer"])
+    assert guest(lives[0].limits) == (100, False, False, AUTO_TEMPERATURE)
+    file = StartedFile(tmp_path / "peer")
+    file.keep_options(options_of(pb.Limits(gpu_share=50, gpu_any_time=True, on_battery=True, max_temperature=82.5)))
+    run(["join", "--dir", "peer"])
+    assert guest(lives[1].limits) == (50, True, True, 82.5)
+    file.keep_options(options_of(pb.Limits(on_battery=False, max_temperature=0.0)))
+    run(["join", "--dir", "peer", "--gpu-share", "25"])
+    assert guest(lives[2].limits) == (25, True, False, 0.0)
+    file.keep_options(options_of(pb.Limits(gpu_share=100, gpu_any_time=False, max_temperature=AUTO_TEMPERATURE)))
+    run(["join", "--dir", "peer"])
+    assert lives[3].limits == lives[0].limits and not file.read().options
 
 
 @pytest.mark.parametrize("size", ["4GB", "500MB", "1.5GiB", "1.234kB", "0.5kB", "2000TB"])

@@ -199,17 +199,26 @@ def test_limits_are_changed(peer: FakePeer, capsys: pytest.CaptureFixture[str]) 
     assert run(["limits", *where, "--memory", "4GB", "--nice", "0", "--any-time", "--hours", "22-7"]) == 0
     assert run(["limits", *where, "--memory", "none", "--only-when-idle", "--hours", "any", "--threads", "0"]) == 0
     assert run(["limits", *where, "--up", "2.5", "--down", "0"]) == 0
+    assert (
+        run(["limits", *where, "--gpu-share", "50", "--gpu-any-time", "--on-battery", "--max-temperature", "80"]) == 0
+    )
+    assert run(["limits", *where, "--gpu-when-idle", "--mains-only", "--max-temperature", "none"]) == 0
+    assert run(["limits", *where, "--max-temperature", "auto"]) == 0
     assert peer.asked == [
         wire.Limits(threads=3),
         wire.Limits(memory_bytes=4 * 10**9, nice=0, only_when_idle=False, hours="22-7"),
         wire.Limits(memory_bytes=0, only_when_idle=True, hours="any", threads=0),
         wire.Limits(up_mbit=2.5, down_mbit=0),
+        wire.Limits(gpu_share=50, gpu_any_time=True, on_battery=True, max_temperature=80),
+        wire.Limits(gpu_any_time=False, on_battery=False, max_temperature=0),
+        wire.Limits(max_temperature=-1),
     ]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["--memory", "4"], ["--memory", "x"], ["--nice", "20"], ["--nice", "-1"], ["--hours", "7"], ["--hours", "7-7"],
+     ["--gpu-share", "0"], ["--gpu-share", "101"], ["--max-temperature", "20"], ["--max-temperature", "hot"],
      ["--hours", "7-25"], ["--threads", "-1"], ["--up", "-1"], ["--down", "x"],
      ["--address", "here"], ["--address", "h:99999"]],
 )  # fmt: skip

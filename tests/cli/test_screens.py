@@ -357,6 +357,12 @@ def test_limits() -> None:
         "1 thread, at most 4 GB of memory, nice 19, only when the machine is idle, at any hour, "
         "sends at most 2.5 Mbit/s"
     )
+    guest = wire.Limits(gpu_share=50, gpu_any_time=False, on_battery=False, max_temperature=88.0)
+    assert limits_in_words(guest).removeprefix("all threads, any memory, at any load, at any hour, ") == (
+        "50% of the graphics card's time, only while nothing else uses the card, not on battery, up to 88 °C"
+    )
+    guest = wire.Limits(gpu_any_time=True, on_battery=True)
+    assert limits_in_words(guest).endswith(", whatever else uses the card, also on battery")
 
 
 def test_a_plain_line() -> None:

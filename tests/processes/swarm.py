@@ -320,6 +320,7 @@ class Swarm:
         """Return the environment of its processes; their caches and default folders are below its folder."""
         own = {
             "OMP_NUM_THREADS": "1",
+            "SWARMTRAIN_JOIN_ON_BATTERY": "1",  # tests run on laptops, too
             "SWARMTRAIN_TEST": self.tag,
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "XDG_DATA_HOME": str(self.folder / "data"),

@@ -15,7 +15,15 @@ from codes import codes_in
 from swarm import PATIENCE_S, Child, Swarm, exit_limit_s, wait_until, write_run
 
 from swarmtrain.errors import CODE_KEY
-from swarmtrain.events import ArrivingEvent, JoinedEvent, PausedEvent, PeerLeftEvent, ResumedEvent
+from swarmtrain.events import (
+    ArrivingEvent,
+    JoinedEvent,
+    PausedEvent,
+    PeerLeftEvent,
+    ResumedEvent,
+    RoundEvent,
+    WarningEvent,
+)
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -71,6 +79,54 @@ def test_hours_rest_it_at_once_and_a_change_brings_it_back(swarm: Swarm) -> None
         anna.wait_event(ResumedEvent)
         anna.wait_more_rounds(1)
         assert stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits.threads == 2
+    swarm.interrupt_all([anna, beside, bootstrap])
+
+
+ON_A_CARD = """
+from pathlib import Path
+from swarmtrain.peer.control import limits
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.peer.lifecycle import context
+from swarmtrain.protocol import watches
+
+class Cards:
+    problem = ""
+    def measure(self):
+        share = 0.9 if Path("busy").exists() else 0.0
+        return [watches.CardMeasurement(name="cuda:0", others_share=share, program="blender", celsius=60.0)]
+
+class Card(ComputeDevice):
+    is_host = False
+
+limits.LOOK_EVERY_S, watches.AVERAGE_S = 0.1, 0.3
+trains_on, rests = limits.LimitEnforcer.trains_on, context.VolunteerContext.rests
+limits.LimitEnforcer.trains_on = lambda self, devices: trains_on(self, ["cuda:0"], Cards())
+context.VolunteerContext.rests = lambda self, compute: rests(self, Card(compute.device))
+context.finish = lambda device: Path("finished").open("a").write("x")
+"""
+"""Takes the processor for a graphics card, which another program uses while there is a file `busy`."""
+
+
+def test_it_leaves_a_card_to_another_program_and_rests_after_its_steps(swarm: Swarm) -> None:
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    beside = swarm.join("beside", bootstrap.invite.invite, "--gpu-share", "50")
+    anna = swarm.join("anna", bootstrap.invite.invite, "--gpu-share", "50", prelude=ON_A_CARD)
+    beside.wait_event(WarningEvent, lambda event: event.code == "gpu-share-on-processor")
+    anna.wait_round(0)
+    assert (swarm.folder / "finished").stat().st_size >= anna.wait_event(RoundEvent).inner_steps, "each is waited for"
+    with control_of(anna) as stub:
+        told = stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).limits
+        assert (told.gpu_share, told.gpu_any_time) == (50, False)
+        assert stub.Limit(pb.Limits(gpu_share=100), timeout=PATIENCE_S).message.startswith(
+            "uses a graphics card for 100%"
+        )
+        (swarm.folder / "busy").touch()
+        paused = anna.wait_event(PausedEvent)
+        assert paused.reason == "another program uses cuda:0 (blender); training resumes after a quiet minute"
+        beside.wait_event(PeerLeftEvent, lambda event: event.left == anna.id)
+        assert paused.reason in stub.Status(pb.StatusRequest(), timeout=PATIENCE_S).doing
+        stub.Limit(pb.Limits(gpu_any_time=True), timeout=PATIENCE_S)
+        anna.wait_event(ResumedEvent)
     swarm.interrupt_all([anna, beside, bootstrap])
 
 

@@ -1,9 +1,8 @@
-"""Pauses by limits: hours, other programs, memory; and how people write limits."""
+"""Hours in which a peer trains, and how people write limits."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -12,17 +11,15 @@ from hypothesis import strategies as st
 
 from swarmtrain.protocol.limits import (
     ALWAYS,
-    ASLEEP_S,
-    AVERAGE_S,
-    MEMORY_PATIENCE_S,
-    QUIET_S,
-    IdleWatch,
+    AUTO_TEMPERATURE,
     Limits,
-    MemoryWatch,
     exact_size,
+    highest_celsius,
     parse_hours,
     parse_size,
+    parse_temperature,
     size_of_limit,
+    temperature_of_limit,
 )
 
 # ---------------------------------------------------------------- hours
@@ -139,9 +136,14 @@ def test_a_limit_can_be_read_and_written_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"threads": -1}, {"threads": 5000}, {"nice": 20}, {"nice": -1}, {"memory_bytes": -1}]
+    "wrong",
+    [
+        *({"threads": -1}, {"threads": 5000}, {"nice": 20}, {"nice": -1}, {"memory_bytes": -1}),
+        *({"gpu_share": 0}, {"gpu_share": 101}, {"max_temperature": 29}, {"max_temperature": 121}),
+        *({"max_temperature": -2}, {"max_temperature": float("nan")}),
+    ],
 )
-def test_limits_say_what_is_allowed(wrong: dict[str, int]) -> None:
+def test_limits_say_what_is_allowed(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="is refused; allowed: "):
         Limits().with_changes(**wrong)
 
@@ -150,126 +152,31 @@ def test_no_limits_are_the_default() -> None:
     assert Limits() == Limits(threads=0, memory_bytes=0, nice=None, only_when_idle=False, hours=ALWAYS)
 
 
-# ---------------------------------------------------------------- other programs
-
-STEP_S = 3.0
-
-
-class Machine:
-    """Two processors; others use a share of them that the test says."""
-
-    def __init__(self) -> None:
-        self.watch = IdleWatch(num_processors=2)
-        self.now_s, self.others_s = 100.0, 5000.0
-
-    def run(self, share: float, seconds: float) -> list[str]:
-        """Return what the watch says, each `STEP_S`."""
-        said = []
-        for _ in range(round(seconds / STEP_S)):
-            self.now_s += STEP_S
-            self.others_s += share * 2 * STEP_S
-            said.append(self.watch.rest(self.now_s, self.others_s))
-        return said
+@pytest.mark.parametrize(
+    ("text", "celsius"),
+    [
+        ("80", 80.0),
+        (" 82.5 C", 82.5),
+        ("75°C", 75.0),
+        ("30", 30.0),
+        ("none", 0.0),
+        ("0", 0.0),
+        ("Auto", AUTO_TEMPERATURE),
+    ],
+)
+def test_temperatures(text: str, celsius: float) -> None:
+    assert parse_temperature(text) == celsius
+    assert parse_temperature(temperature_of_limit(celsius)) == celsius
 
 
-def first(said: Iterable[str], resting: bool) -> float | None:
-    """Seconds to the first answer that rests, or that does not."""
-    return next((STEP_S * (index + 1) for index, one in enumerate(said) if bool(one) == resting), None)
+@pytest.mark.parametrize("text", ["", "hot", "29", "121", "-80", "80F", "nan", "1e2", "180"])
+def test_no_temperatures(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a temperature; write degrees Celsius from 30 to 120, such as 80, or"):
+        parse_temperature(text)
 
 
-def test_an_idle_machine_is_used() -> None:
-    assert first(Machine().run(0.05, 600), resting=True) is None
-
-
-def test_a_busy_one_is_left_soon_and_comes_back_after_a_minute_of_quiet() -> None:
-    machine = Machine()
-    machine.run(0.02, 60)
-    left_s = first(machine.run(0.6, 60), resting=True)
-    assert left_s is not None and left_s <= AVERAGE_S
-    assert machine.watch.resting.startswith("other programs use ")
-    back_s = first(machine.run(0.02, 120), resting=False)
-    assert back_s is not None and QUIET_S <= back_s <= QUIET_S + 2 * AVERAGE_S
-
-
-def test_a_moment_of_work_is_no_use_of_the_machine() -> None:
-    machine = Machine()
-    machine.run(0.02, 60)
-    assert first(machine.run(0.9, 3), resting=True) is None
-    assert first(machine.run(0.02, 60), resting=True) is None
-
-
-def test_one_who_works_now_and_then_keeps_it_away() -> None:
-    machine = Machine()
-    machine.run(0.8, 30)
-    assert machine.watch.resting
-    for _ in range(20):  # half a minute of work, half a minute of thought
-        assert first(machine.run(0.02, 30), resting=False) is None
-        assert first(machine.run(0.8, 30), resting=False) is None
-
-
-def test_between_the_two_thresholds_it_stays_as_it_is() -> None:
-    machine = Machine()
-    assert first(machine.run(0.2, 300), resting=True) is None
-    machine.run(0.6, 30)
-    assert first(machine.run(0.2, 300), resting=False) is None
-
-
-def test_a_night_asleep_is_neither_quiet_nor_use() -> None:
-    machine = Machine()
-    machine.run(0.6, 30)
-    machine.now_s += 8 * 3600  # the machine was suspended
-    assert first(machine.run(0.02, QUIET_S), resting=False) is None
-    assert first(machine.run(0.02, 2 * AVERAGE_S), resting=False) is not None
-    machine.now_s += ASLEEP_S + 1
-    machine.others_s += 500.0  # what others did as it woke up says nothing of now
-    assert first(machine.run(0.02, 60), resting=True) is None
-
-
-def test_its_own_time_counted_a_moment_late_does_no_harm() -> None:
-    machine = Machine()
-    machine.run(0.0, 30)
-    machine.others_s -= 1.0
-    assert first(machine.run(0.0, 60), resting=True) is None
-
-
-# ---------------------------------------------------------------- memory
-
-GB = 10**9
-
-
-def test_without_a_limit_memory_is_nobodys_business() -> None:
-    assert MemoryWatch().rest(0.0, 100 * GB, 0) == ("", "")
-
-
-def test_above_its_memory_it_warns_once_and_then_rests_until_it_is_allowed_more() -> None:
-    watch = MemoryWatch()
-    assert watch.rest(0.0, 4 * GB, 4 * GB) == ("", "")
-    rest, warning = watch.rest(3.0, 5 * GB, 4 * GB)
-    assert (rest, warning) == ("", "it uses 5 GB of memory, and may use 4 GB; if that lasts for 30 s, training pauses")
-    assert watch.rest(6.0, 5 * GB, 4 * GB) == ("", "")
-    rest, warning = watch.rest(3.0 + MEMORY_PATIENCE_S, 5 * GB, 4 * GB)
-    assert (
-        rest
-        == "it uses 5 GB of memory, and may use 4 GB; training resumes when `swarmtrain limits --memory` allows more"
-    )
-    assert warning == ""
-    assert watch.rest(600.0, 1 * GB, 4 * GB) == (rest, ""), "it would need as much again"
-    assert watch.rest(700.0, 1 * GB, 5 * GB) == (rest, ""), "no more than it used"
-    assert watch.rest(800.0, 1 * GB, 6 * GB) == ("", "")
-
-
-def test_a_peak_is_told_and_forgiven() -> None:
-    watch = MemoryWatch()
-    assert watch.rest(0.0, 5 * GB, 4 * GB)[1]
-    assert watch.rest(20.0, int(3.9 * GB), 4 * GB) == ("", "")
-    assert watch.rest(40.0, 5 * GB, 4 * GB) == ("", ""), "told already"
-    assert watch.rest(60.0, 3 * GB, 4 * GB) == ("", "")
-    assert watch.rest(80.0, 5 * GB, 4 * GB)[1], "told again, since it had kept to it"
-    assert watch.rest(90.0, 5 * GB, 0) == ("", "")
-
-
-def test_a_limit_that_is_lifted_lets_it_go_on() -> None:
-    watch = MemoryWatch()
-    watch.rest(0.0, 5 * GB, 4 * GB)
-    assert watch.rest(50.0, 5 * GB, 4 * GB)[0]
-    assert watch.rest(60.0, 5 * GB, 0) == ("", "")
+def test_the_highest_temperature_is_the_given_one_or_shortly_below_where_the_card_slows_down() -> None:
+    assert highest_celsius(80.0, 93.0) == 80.0
+    assert highest_celsius(AUTO_TEMPERATURE, 93.0) == 88.0
+    assert highest_celsius(AUTO_TEMPERATURE, None) == 0.0, "a processor, or a driver that does not tell"
+    assert highest_celsius(0.0, 93.0) == 0.0

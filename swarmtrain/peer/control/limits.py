@@ -1,8 +1,9 @@
 """Keep a volunteer within what it may take of its machine: pause it, slow it, and accept changes while it runs.
 
-A thread of its own measures and decides every few seconds (decisions: `protocol/limits.py`). Only the number of threads
-is set by the trainers, between two steps: torch keeps it for each thread by itself, and a volunteer of a pipeline
-trains each of its stages on a thread of its own.
+A thread of its own measures and decides every few seconds (decisions: `protocol/limits.py`, `protocol/watches.py`).
+Only the number of threads is set by the trainers, between two steps: torch keeps it for each thread by itself, and a
+volunteer of a pipeline trains each of its stages on a thread of its own. The share of a graphics card's time is kept by
+the trainer, which rests after each step (`peer/devices/step_rests.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -24,16 +25,26 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.peer.control.usage import Usage, set_niceness
+from swarmtrain.peer.devices.card_usage import CardUsage
 from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.protocol.limits import (
     ALWAYS,
-    IdleWatch,
+    AUTO_TEMPERATURE,
     Limits,
-    MemoryWatch,
     exact_size,
+    highest_celsius,
     parse_hours,
     size_of_limit,
+    temperature_of_limit,
+)
+from swarmtrain.protocol.watches import (
+    BatteryWatch,
+    CardMeasurement,
+    CardWatch,
+    HeatWatch,
+    IdleWatch,
+    MemoryWatch,
 )
 from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
@@ -55,6 +66,19 @@ class Measured(Protocol):
     def others_s(self) -> float: ...
 
     def memory_bytes(self) -> int: ...
+
+    def on_battery(self) -> bool | None: ...
+
+    def processor_celsius(self) -> float | None: ...
+
+
+class MeasuredCards(Protocol):
+    """Measurements of the graphics cards that a peer trains on; see `CardUsage`."""
+
+    @property
+    def problem(self) -> str: ...
+
+    def measure(self) -> Sequence[CardMeasurement]: ...
 
 
 def local_time() -> datetime.datetime:
@@ -82,8 +106,18 @@ class LimitEnforcer:
         self._local_now = local_now
         self._idle = IdleWatch(self._measured.num_processors)
         self._memory = MemoryWatch()
+        self._battery, self._on_battery = BatteryWatch(), self._measured.on_battery()
+        self._devices: Sequence[str] | None = None
+        """Names of the devices that this peer trains on; None before it has chosen them."""
+        self._cards: MeasuredCards | None = None
+        self._card_watches: dict[str, CardWatch] = {}
+        self._heat: dict[str, HeatWatch] = {}
+        self._celsius: float | None = None
+        """Highest temperature in force; None while it is not known."""
+        self._told: set[str] = set()
+        """Codes of warnings that are shown once."""
         self._held: dict[str, str] = {}
-        self._lock = threading.Lock()
+        self._lock, self._measuring = threading.Lock(), threading.Lock()
         self._traffic: TrafficCount | None = None
         self._network = NetworkSection()
         self._expected = expected
@@ -95,8 +129,8 @@ class LimitEnforcer:
     def limits(self) -> pb.Limits:
         """Return the limits in force."""
         with self._lock:
-            limits, traffic = self._limits, self._traffic
-        return pb.Limits(
+            limits, traffic, has_card = self._limits, self._traffic, self._cards is not None
+        told = pb.Limits(
             threads=limits.threads,
             memory_bytes=limits.memory_bytes,
             nice=self._nice,
@@ -105,7 +139,18 @@ class LimitEnforcer:
             up_mbit=None if traffic is None else traffic.up.bytes_per_s / BYTES_PER_S_OF_MBIT,
             down_mbit=None if traffic is None else traffic.down.bytes_per_s / BYTES_PER_S_OF_MBIT,
             slowdown=limits.slowdown if limits.slowdown != 1 else None,
+            max_temperature=self._celsius,
         )
+        if has_card:
+            told.gpu_share, told.gpu_any_time = limits.gpu_share, limits.gpu_any_time
+        if limits.on_battery or self._on_battery is not None:
+            told.on_battery = limits.on_battery
+        return told
+
+    @property
+    def card_share(self) -> float:
+        """Share of a graphics card's time that the peer may use, above 0 and at most 1."""
+        return self._limits.gpu_share / 100
 
     def change(self, wanted: pb.Limits) -> str:
         """Change the limits that `wanted` names; return a sentence on what happens now. Raises UserError for a value
@@ -147,6 +192,20 @@ class LimitEnforcer:
             if name in given:
                 mbit = getattr(limits, name)
                 said.append(f"{verb} at most {mbit:g} Mbit/s" if mbit else f"{verb} as fast as the link")
+        if "gpu_share" in given:
+            is_card = self._cards is not None or self._devices is None
+            here = "" if is_card else ", which does nothing on the processor (--threads and --nice do)"
+            said.append(f"uses a graphics card for {limits.gpu_share}% of its time{here}")
+        if "gpu_any_time" in given:
+            said.append(
+                "trains whatever other programs do on the graphics card"
+                if limits.gpu_any_time
+                else "pauses while other programs use the graphics card"
+            )
+        if "on_battery" in given:
+            said.append("trains on battery, too" if limits.on_battery else "pauses on battery")
+        if "max_temperature" in given:
+            said.append(_highest_in_words(limits.max_temperature))
         reason = self._pause.reason
         said.append(f"it is paused: {reason}" if reason else "it trains")
         return "; ".join(said)
@@ -172,6 +231,21 @@ class LimitEnforcer:
         if too_many := self._too_many(self._limits.threads):
             warning = f"--threads {self._limits.threads}: {too_many}"
             self._emit(WarningEvent(message=warning, code="too-many-threads"))
+        self.tick()
+
+    def trains_on(self, devices: Sequence[str], cards: MeasuredCards | None = None) -> None:
+        """Learn which devices this peer trains on, as torch calls them; `cards` measures those that are graphics
+        cards (default: by NVML)."""
+        names = [name for name in devices if name != "cpu"]
+        cards = (cards or CardUsage(names)) if names else None
+        with self._lock:
+            self._devices, self._cards = devices, cards
+        if not names and self._limits.gpu_share != 100:
+            message = (
+                f"--gpu-share {self._limits.gpu_share}: this peer trains on the processor, where that does nothing; "
+                "use --threads or --nice"
+            )
+            self._warn_once(WarningEvent(message=message, code="gpu-share-on-processor"))
         self.tick()
 
     def limit_link(self, traffic: TrafficCount, network: NetworkSection) -> None:
@@ -202,10 +276,14 @@ class LimitEnforcer:
 
     def tick(self) -> None:
         """Measure, decide, and hold or release the switch."""
+        measured = self._measure_cards()
         with self._lock:
             limits, now_s = self._limits, time.monotonic()
             self._apply("hours", limits.hours.rest(self._local_now()))
             self._apply("idle", self._idle_rest(now_s, limits))
+            self._apply("card", self._card_rest(now_s, limits, measured))
+            self._apply("battery", self._battery_rest(now_s, limits))
+            self._apply("heat", self._heat_rest(now_s, limits, measured))
             used_bytes = self._measured.memory_bytes() if limits.memory_bytes else 0
             rest, warning = self._memory.rest(now_s, used_bytes, limits.memory_bytes)
             self._apply("memory", rest)
@@ -216,12 +294,71 @@ class LimitEnforcer:
                     message=warning + (f"; {_needs_in_words(expected)}" if expected else ""), code="too-little-memory"
                 )
             )
+        self._warn_of_unknown(limits, measured)
+
+    def _measure_cards(self) -> Sequence[CardMeasurement]:
+        """Measure the cards, if there are any. A driver that hangs must not keep a status from being shown: this holds
+        another lock."""
+        with self._measuring:
+            return () if self._cards is None else self._cards.measure()
+
+    def _warn_of_unknown(self, limits: Limits, measured: Sequence[CardMeasurement]) -> None:
+        """Warn once of what the limits require to be measured and cannot be."""
+        cards = self._cards
+        for card in measured:
+            use = "" if limits.gpu_any_time or card.others_share is not None else "what other programs use of it"
+            heat = "its temperature" if limits.max_temperature and card.celsius is None else ""
+            if cards is not None and cards.problem and (use or heat):
+                unknown = " and ".join(filter(None, (use, heat)))
+                message = f"{card.name}: this peer does not see {unknown}, and does not pause for it: {cards.problem}"
+                self._warn_once(WarningEvent(message=message, code="card-not-watched"))
+        if limits.max_temperature > 0 and cards is None and self._devices is not None and self._celsius is None:
+            message = (
+                f"--max-temperature {limits.max_temperature:g}: this machine does not tell its processor's "
+                "temperature, so this limit does nothing"
+            )
+            self._warn_once(WarningEvent(message=message, code="heat-not-measured"))
+
+    def _warn_once(self, warning: WarningEvent) -> None:
+        if warning.code not in self._told:
+            self._told.add(warning.code)
+            self._emit(warning)
 
     def _idle_rest(self, now_s: float, limits: Limits) -> str:
         if not limits.only_when_idle:
             self._idle = IdleWatch(self._measured.num_processors)
             return ""
         return self._idle.rest(now_s, self._measured.others_s())
+
+    def _card_rest(self, now_s: float, limits: Limits, measured: Sequence[CardMeasurement]) -> str:
+        if limits.gpu_any_time:
+            self._card_watches.clear()
+            return ""
+        rests = [self._card_watches.setdefault(card.name, CardWatch()).rest(now_s, card) for card in measured]
+        return next(filter(None, rests), "")
+
+    def _battery_rest(self, now_s: float, limits: Limits) -> str:
+        self._on_battery = self._measured.on_battery()
+        if limits.on_battery:
+            self._battery = BatteryWatch()
+            return ""
+        return self._battery.rest(now_s, bool(self._on_battery))
+
+    def _heat_rest(self, now_s: float, limits: Limits, measured: Sequence[CardMeasurement]) -> str:
+        """Return the reason of a pause by the hottest card, or without cards by the processor."""
+        found = [(card.name, card.celsius, card.slowdown_celsius) for card in measured]
+        if self._cards is None and limits.max_temperature > 0:
+            found = [("the processor", self._measured.processor_celsius(), None)]
+        if not found:
+            self._heat.clear()
+        rests, limits_here = list[str](), list[float]()
+        for what, celsius, slowdown_celsius in found:
+            limit = highest_celsius(limits.max_temperature, slowdown_celsius)
+            rests.append(self._heat.setdefault(what, HeatWatch()).rest(now_s, what, celsius, limit))
+            if limit and celsius is not None:
+                limits_here.append(limit)
+        self._celsius = min(limits_here, default=None)
+        return next(filter(None, rests), "")
 
     def _apply(self, source: str, reason: str) -> None:
         if reason == self._held.get(source, ""):
@@ -235,7 +372,16 @@ class LimitEnforcer:
             self._pause.release(source)
 
 
-_FIELDS = ("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit")
+_FIELDS = (
+    *("threads", "memory_bytes", "nice", "only_when_idle", "hours", "up_mbit", "down_mbit"),
+    *("gpu_share", "gpu_any_time", "on_battery", "max_temperature"),
+)
+
+
+def _highest_in_words(celsius: float) -> str:
+    if celsius == AUTO_TEMPERATURE:
+        return "pauses shortly before the graphics card would slow itself down for heat"
+    return f"pauses at {celsius:g} °C" if celsius else "trains at any temperature"
 
 
 def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
@@ -252,6 +398,15 @@ def options_of(wanted: pb.Limits) -> dict[str, tuple[str, ...] | None]:
         found["--only-when-idle"] = () if wanted.only_when_idle else None
     if wanted.HasField("hours"):
         found["--hours"] = None if parse_hours(wanted.hours) == ALWAYS else (wanted.hours,)
+    if wanted.HasField("gpu_share"):
+        found["--gpu-share"] = (str(wanted.gpu_share),) if wanted.gpu_share != 100 else None
+    if wanted.HasField("gpu_any_time"):
+        found["--gpu-any-time"] = () if wanted.gpu_any_time else None
+    if wanted.HasField("on_battery"):
+        found["--on-battery"] = () if wanted.on_battery else None
+    if wanted.HasField("max_temperature"):
+        celsius = temperature_of_limit(wanted.max_temperature)
+        found["--max-temperature"] = (celsius,) if celsius != "auto" else None
     return found
 
 

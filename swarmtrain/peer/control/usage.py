@@ -1,4 +1,4 @@
-"""Measure what this process and its daemon use of the machine, and what all other programs use."""
+"""Measure what this process and its daemon use of the machine, what all other programs use, battery and heat."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import psutil
 __all__ = ["Usage", "set_niceness"]
 
 _MOST_NICE = 19
+_SUPPLIES = Path("/sys/class/power_supply")
+_PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "acpitz")
+"""Names of the sensors of processors, the best first: of Intel and AMD, of boards with ARM, and of the mainboard."""
 
 
 class Usage:
@@ -50,11 +53,50 @@ class Usage:
                 total += _memory_of(process)
         return total
 
+    def on_battery(self) -> bool | None:
+        """Return whether the machine runs on battery; None if it has none, or does not tell."""
+        try:
+            battery = psutil.sensors_battery()
+        except (AttributeError, OSError, RuntimeError, ValueError):  # not on every system, nor in every container
+            return None
+        if battery is None or battery.power_plugged is None or not _has_battery_of_its_own():
+            return None
+        return not battery.power_plugged
+
+    def processor_celsius(self) -> float | None:
+        """Return the temperature of the hottest part of the processor; None if the machine does not tell."""
+        try:
+            sensors = psutil.sensors_temperatures()
+        except (AttributeError, OSError, RuntimeError, ValueError):
+            return None
+        found = next((sensors[name] for name in _PROCESSOR_SENSORS if sensors.get(name)), ())
+        return max((float(each.current) for each in found if each.current), default=None)
+
     def _children(self) -> list[psutil.Process]:
         try:
             return self._me.children(recursive=True)
         except psutil.Error:
             return []
+
+
+def _has_battery_of_its_own() -> bool:
+    """Return whether a battery is the machine's: psutil also takes a wireless mouse's for one, which runs down."""
+    if not sys.platform.startswith("linux"):
+        return True
+    try:
+        return any(
+            _line(supply / "type") == "Battery" and _line(supply / "scope") != "Device"
+            for supply in _SUPPLIES.iterdir()
+        )
+    except OSError:
+        return False
+
+
+def _line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _memory_of(process: psutil.Process) -> int:

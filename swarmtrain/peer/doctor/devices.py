@@ -9,7 +9,7 @@ from swarmtrain.peer.doctor.machine import Finding
 from swarmtrain.protocol.devices import FoundDevice, ProbeResult, fastest_precision
 from swarmtrain.words import size_in_words
 
-__all__ = ["check_card", "check_devices"]
+__all__ = ["check_card", "check_card_watch", "check_devices"]
 
 
 def check_devices(found: Sequence[FoundDevice], missing: str) -> Finding:
@@ -38,3 +38,13 @@ def check_card(card: FoundDevice, needed_bytes: int, probe: Callable[[FoundDevic
     precision, how_fast = fastest_precision(result.tokens_per_s)
     found = f"{card} works, and this run fits (at least {size_in_words(needed_bytes)}); it would compute in {precision}"
     return Finding("device", "ok", found + (f": {how_fast}" if how_fast else ""))
+
+
+def check_card_watch(name: str, problem: str) -> Finding:
+    """Judge whether a card can be watched; `problem` is what keeps it from being measured."""
+    if not problem:
+        return Finding("device", "ok", f"{name} can be watched: training pauses while other programs use it")
+    found = f"{name}: training would not pause while other programs use it: {problem}"
+    return Finding(
+        "device", "warning", found, "pause it yourself when you need the card, or see --gpu-share and --hours"
+    )

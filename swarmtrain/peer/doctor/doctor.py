@@ -36,6 +36,7 @@ from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer, ask_to_dial, knock
 from swarmtrain.network.service import PeerCalls
+from swarmtrain.peer.control.usage import Usage
 from swarmtrain.peer.doctor.machine import (
     DiskPlace,
     Finding,
@@ -44,6 +45,7 @@ from swarmtrain.peer.doctor.machine import (
     check_disk,
     check_memory,
     check_ports,
+    check_power,
     check_python,
     check_torch,
     machine_memory,
@@ -157,6 +159,7 @@ class Doctor:
             ("daemon", lambda: [self.look_at_daemon()]),
             ("ports", lambda: [self.look_at_ports()]),
             ("addresses", lambda: [check_addresses(own_addresses())]),
+            ("power", lambda: check_power(Usage().on_battery())),
         ]
         swarm: list[DoctorStep] = [
             ("invite", lambda: [self.look_at_invite()]),
@@ -365,24 +368,28 @@ class Doctor:
         return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
 
     def look_at_devices(self) -> Iterator[Finding]:
-        """List the devices to train on; with a run at hand, try the best card."""
+        """List the devices to train on; with a run at hand, try the best card. Then look whether it can be watched."""
+        from swarmtrain.peer.devices.card_usage import card_problem
         from swarmtrain.peer.devices.choice import precisions_of
         from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, probe_device
-        from swarmtrain.peer.doctor.devices import check_card, check_devices
+        from swarmtrain.peer.doctor.devices import check_card, check_card_watch, check_devices
 
         found = find_devices(self._needed(lambda run, number: number) or 0)
         yield check_devices(found, missing_card())
         run, best = self.run, matching_devices(DeviceRequest(), found, "")[0]
-        if run is None or not best.is_card:
+        if not best.is_card:
             return
 
         def probe(card: FoundDevice) -> ProbeResult:
+            assert run is not None
             self.probed = probe_device(run, card, precisions_of(run, card))
             return self.probed
 
-        finding = check_card(best, least_bytes(run), probe)
-        self.card = best if finding.level == "ok" else None
-        yield finding
+        if run is not None:
+            finding = check_card(best, least_bytes(run), probe)
+            self.card = best if finding.level == "ok" else None
+            yield finding
+        yield check_card_watch(best.name, card_problem(best.name))
 
     def look_at_data(self) -> Iterator[Finding]:
         """Check whether the text that the run trains on is on this machine."""

@@ -39,6 +39,7 @@ __all__ = [
     "check_disk",
     "check_memory",
     "check_ports",
+    "check_power",
     "check_python",
     "check_torch",
     "machine_memory",
@@ -213,6 +214,19 @@ def check_addresses(addresses: Iterable[str]) -> Finding:
         return Finding("addresses", "warning", "loopback only: this machine has no network", advice)
     found = f"private only: {', '.join(inside[:4])}; peers elsewhere see the router's"
     return Finding("addresses", "ok", found)
+
+
+# ---------------------------------------------------------------- power
+
+
+def check_power(on_battery: bool | None) -> list[Finding]:
+    """Judge a machine that runs on battery; returns nothing about one without a battery."""
+    if on_battery is None:
+        return []
+    if not on_battery:
+        return [Finding("power", "ok", "this machine has a battery and runs on mains power")]
+    found = "this machine runs on battery, on which training pauses"
+    return [Finding("power", "warning", found, "plug it in, or join with --on-battery")]
 
 
 # ---------------------------------------------------------------- disk

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from swarmtrain.errors import RunTimeError
@@ -14,6 +15,8 @@ from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.control.limits import LimitEnforcer
 from swarmtrain.peer.control.session import ControlSession
+from swarmtrain.peer.devices.compute import ComputeDevice, finish
+from swarmtrain.peer.devices.step_rests import StepRests
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, wait_for
 from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
@@ -91,7 +94,25 @@ class VolunteerContext:
         alone_clock = time.thread_time if on_processor else time.monotonic
         return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy, processor_clock=alone_clock)
 
-    def slowed_work(self, on_processor: bool = True) -> SlowedWork:
-        """Return the same for a stage's work, with its own timing for each kind, since kinds take different times."""
-        kinds = {kind: self.slowed(on_processor) for kind in ("forward", "backward", "tail", None)}
-        return lambda kind: kinds[kind]()
+    def rests(self, compute: ComputeDevice) -> Callable[[], AbstractContextManager[None]]:
+        """Return a maker of the context for each inner step, which rests on exit so that a graphics card is busy for
+        the share of the time that the limits allow; on the processor it does nothing."""
+        if compute.is_host:
+            return nullcontext
+        limits, pause = self.limits, self.pause
+        return StepRests(
+            lambda: limits.card_share, partial(finish, compute.device), self.stop.sleep, lambda: pause.held
+        )
+
+    def slowed_work(self, compute: ComputeDevice) -> SlowedWork:
+        """Return `slowed` and `rests` for a stage's work, the former with its own timing for each kind: kinds take
+        different times."""
+        kinds = {kind: self.slowed(compute.is_host) for kind in ("forward", "backward", "tail", None)}
+        rests = self.rests(compute)
+
+        @contextmanager
+        def both(kind: Kind | None) -> Iterator[None]:
+            with kinds[kind](), rests():
+                yield
+
+        return both

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from swarmtrain.peer.training.pause import wait_until
+
 __all__ = ["Slowdown", "SlowedSteps"]
 
 RECENT_STEPS = 21
@@ -23,8 +25,6 @@ MOST_STEPS_BEHIND = 10
 """Steps that a peer may be behind its schedule (a busy machine, a laptop that slept); further delay is given up."""
 TOO_BUSY_STEPS = 40
 """Number of last steps. If more than half of them gave something up, the machine is too busy for the factor."""
-LOOK_S = 0.05
-"""Longest single sleep in seconds, so that a pause need not wait."""
 
 
 @dataclass
@@ -90,9 +90,5 @@ class SlowedSteps:
         if self.slowdown.too_busy and not was_too_busy:
             self.too_busy()
         if hold_s > 0:
-            self._hold(ended_s + hold_s)
+            wait_until(ended_s + hold_s, self.sleep, self.ends_early, self.clock)
             self.slowdown.held(self.clock() - ended_s)
-
-    def _hold(self, until_s: float) -> None:
-        while (left_s := until_s - self.clock()) > 0 and not self.ends_early():
-            self.sleep(min(left_s, LOOK_S))

@@ -86,6 +86,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     shapes = stage_shapes(run.model, run.published.boundaries)
     chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
     ComputeReport(run, chosen, context.emit).start()
+    context.limits.trains_on([chosen.choice.device])
     room = room_for_stages(run, shapes, limits.memory_bytes, chosen.card_bytes)
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
@@ -93,6 +94,8 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     compute = chosen.compute
     with enough_memory("measuring how fast this machine is", compute.device):
         speed = whole_tokens_per_s(run, compute) / limits.slowdown
+    if not compute.is_host:
+        speed *= context.limits.card_share
     return PipelineTraining(
         context,
         PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, base=base, whole_tokens_per_s=speed),

@@ -206,6 +206,8 @@ class ModelLoop(InnerLoop):
         model.recomputes_blocks = compute.recomputes
         self._told_smaller = told_smaller
         self._ahead = StepQueue(compute.device)
+        self.rests: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes the context of each inner step, which may rest on exit once the device has finished."""
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
         """Function that computes the loss of a microbatch in place of the model's own; may change between two steps."""
         self._step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)
@@ -217,7 +219,7 @@ class ModelLoop(InnerLoop):
         memory runs out even for microbatches of one sequence whose blocks are computed again in the backward pass.
         """
         began_s = time.perf_counter()
-        with self._slowed():
+        with self._slowed(), self.rests():
             batch = self.batches.next_batch()
             if self.batch_sequences:
                 batch = batch[: self.batch_sequences]

@@ -28,6 +28,7 @@ from swarmtrain.peer.control.limits import check_memory
 from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.compiled_loss import CompiledLoss
+from swarmtrain.peer.devices.compute import release_cached
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -91,6 +92,8 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
     batches = training_batches(run, data, place, base, published.held_out)
     loop = ModelLoop(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
+    loop.rests = context.rests(compute)
+    context.limits.trains_on([str(compute.device)])
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
     training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
@@ -317,7 +320,9 @@ class ModelTraining:
     # ------------------------------------------------------------- a pause
 
     def withdraw(self) -> None:
-        """Say goodbye to the others for the time of a pause. See `Training`."""
+        """Say goodbye to the others for the time of a pause, and let other programs have the memory that only steps
+        need. See `Training`."""
+        release_cached(self.loop.compute.device)
         self.context.wait(self.swarm.withdraw())
 
     def come_back(self) -> None:

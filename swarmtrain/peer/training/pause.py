@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["ASKED", "PauseSwitch"]
+__all__ = ["ASKED", "PauseSwitch", "wait_until"]
 
 ASKED = "asked"
 """Source name of a pause that the person asked for."""
+LONGEST_SLEEP_S = 0.05
+"""Longest single sleep of a wait between two steps, so that a pause need not wait for it."""
 
 
 class PauseSwitch:
@@ -54,3 +56,15 @@ class PauseSwitch:
         while self.held:
             sleep(look_s)
         return time.monotonic() - began_s
+
+
+def wait_until(
+    until_s: float, sleep: Callable[[float], None], ends_early: Callable[[], bool], clock: Callable[[], float]
+) -> bool:
+    """Wait until `clock` shows `until_s`; return False, at once, if `ends_early` does. `sleep` may raise to end the
+    wait."""
+    while (left_s := until_s - clock()) > 0:
+        if ends_early():
+            return False
+        sleep(min(left_s, LONGEST_SLEEP_S))
+    return True

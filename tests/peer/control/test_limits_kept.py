@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,12 +21,14 @@ from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.peer.control import limits as module
+from swarmtrain.peer.control import usage as usage_module
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.limits import LimitEnforcer, check_memory, kept_limits, limit_link
 from swarmtrain.peer.control.usage import Usage
 from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.protocol.limits import Limits, parse_hours
+from swarmtrain.protocol.watches import COOL_S, PLUGGED_S, QUIET_S, CardMeasurement
 from swarmtrain.run import NetworkSection, parse_run
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
@@ -34,12 +38,42 @@ class FakeUsage:
     num_processors = 2
     used_bytes = 10**9
     others = 0.0
+    battery: bool | None = None
+    celsius: float | None = None
 
     def others_s(self) -> float:
         return self.others
 
     def memory_bytes(self) -> int:
         return self.used_bytes
+
+    def on_battery(self) -> bool | None:
+        return self.battery
+
+    def processor_celsius(self) -> float | None:
+        return self.celsius
+
+
+class FakeCards:
+    """Measurements of one card, which the test sets."""
+
+    problem = ""
+
+    def __init__(self) -> None:
+        self.share: float | None = 0.0
+        self.celsius: float | None = 60.0
+
+    def measure(self) -> list[CardMeasurement]:
+        program = "blender" if self.share else ""
+        return [
+            CardMeasurement(
+                name="cuda:0",
+                others_share=self.share,
+                program=program,
+                celsius=self.celsius,
+                slowdown_celsius=93.0,
+            )
+        ]
 
 
 class Kept:
@@ -387,3 +421,261 @@ def test_of_two_changes_at_once_none_is_lost(monkeypatch: pytest.MonkeyPatch) ->
     other.join(PATIENCE_S)
     assert (kept.enforcer.limits().threads, kept.enforcer.limits().nice) == (1, 5)
     assert kept.enforcer._limits.nice == 5
+
+
+# ---------------------------------------------------------------- a guest on a graphics card and a laptop
+
+
+class Guest(Kept):
+    """Enforcer of a peer on a card, or on the processor, that looks every three seconds of virtual time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limits: Limits | None = None, *, on: str = "cuda:0") -> None:
+        super().__init__(limits)
+        self.now_s, self.cards = 100.0, FakeCards()
+        monkeypatch.setattr(module.time, "monotonic", lambda: self.now_s)
+        self.enforcer.start()
+        self.enforcer.trains_on([on], self.cards)
+
+    def look(self, seconds: float) -> None:
+        for _ in range(round(seconds / module.LOOK_EVERY_S)):
+            self.now_s += module.LOOK_EVERY_S
+            self.enforcer.tick()
+
+    def warnings(self) -> list[str]:
+        return [event.code for event in self.events if isinstance(event, WarningEvent)]
+
+
+def test_another_program_on_the_card_pauses_it_without_being_asked_and_a_change_lets_it_train(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest = Guest(monkeypatch)
+    guest.look(30)
+    assert not guest.pause.held
+    guest.cards.share = 0.6
+    guest.look(30)
+    assert guest.pause.reason == "another program uses cuda:0 (blender); training resumes after a quiet minute"
+    said = guest.enforcer.change(pb.Limits(gpu_any_time=True))
+    assert said == "trains whatever other programs do on the graphics card; it trains"
+    guest.look(60)
+    assert not guest.pause.held
+    said = guest.enforcer.change(pb.Limits(gpu_any_time=False))
+    assert said == "pauses while other programs use the graphics card; it trains"
+    guest.look(30)
+    assert guest.pause.held
+    guest.cards.share = 0.0
+    guest.look(QUIET_S + 30)
+    assert not guest.pause.held and not guest.events
+
+
+def test_a_peer_on_the_processor_does_not_look_at_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, on="cpu")
+    guest.cards.share, guest.cards.celsius = 1.0, 120.0
+    guest.look(120)
+    assert not guest.pause.held and not guest.events
+
+
+def test_only_when_idle_is_about_the_processors_on_a_card_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, Limits(only_when_idle=True, gpu_any_time=True))
+    guest.cards.share = 1.0
+    guest.look(60)
+    assert not guest.pause.held
+    guest.enforcer.change(pb.Limits(only_when_idle=False, gpu_any_time=False))
+    guest.look(30)
+    assert guest.pause.reason.startswith("another program uses cuda:0")
+
+
+def test_on_battery_it_pauses_and_one_who_says_so_trains_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, on="cpu")
+    guest.look(30)
+    assert not guest.pause.held, "a machine without a battery"
+    guest.usage.battery = True
+    guest.look(15)
+    assert guest.pause.reason.startswith("this machine runs on battery; ")
+    assert guest.enforcer.change(pb.Limits(on_battery=True)) == "trains on battery, too; it trains"
+    guest.look(60)
+    assert not guest.pause.held
+    said = guest.enforcer.change(pb.Limits(on_battery=False))
+    assert said.startswith("pauses on battery; it is paused: this machine runs on battery")
+    guest.usage.battery = False
+    guest.look(PLUGGED_S - 6)
+    assert guest.pause.held
+    guest.look(12)
+    assert not guest.pause.held
+    guest.usage.battery = True
+    guest.look(15)
+    guest.enforcer.change(pb.Limits(on_battery=True))
+    guest.usage.battery = False
+    assert guest.enforcer.change(pb.Limits(on_battery=False)) == "pauses on battery; it trains"
+    guest.usage.battery = None  # it does not tell any more
+    guest.look(60)
+    assert not guest.pause.held
+
+
+def test_a_hot_card_pauses_it_by_default_below_where_it_slows_itself_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch)
+    assert guest.enforcer.limits().max_temperature == 88.0
+    guest.cards.celsius = 87.0
+    guest.look(60)
+    assert not guest.pause.held
+    guest.cards.celsius = 88.0
+    guest.look(15)
+    assert guest.pause.reason.startswith("cuda:0 has 88 °C, and may have 88; ")
+    assert guest.enforcer.change(pb.Limits(max_temperature=0.0)) == "trains at any temperature; it trains"
+    assert not guest.enforcer.limits().HasField("max_temperature")
+    assert guest.enforcer.change(pb.Limits(max_temperature=80.0)) == "pauses at 80 °C; it trains"
+    guest.look(15)
+    assert guest.pause.reason.startswith("cuda:0 has 88 °C, and may have 80; ")
+    guest.cards.celsius = 65.0
+    guest.look(COOL_S + 6)
+    assert not guest.pause.held
+    said = guest.enforcer.change(pb.Limits(max_temperature=-1.0))
+    assert said == "pauses shortly before the graphics card would slow itself down for heat; it trains"
+
+
+def test_without_a_card_the_processor_may_not_be_hotter(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, on="cpu")
+    guest.usage.celsius = 99.0
+    guest.look(60)
+    assert not guest.pause.held, "by default a processor looks after itself"
+    guest.enforcer.change(pb.Limits(max_temperature=80.0))
+    guest.look(15)
+    assert guest.pause.reason.startswith("the processor has 99 °C, and may have 80; ")
+    guest.enforcer.change(pb.Limits(max_temperature=0.0))
+    assert guest.enforcer.change(pb.Limits(max_temperature=80.0)) == "pauses at 80 °C; it trains", "it begins anew"
+    guest.look(15)
+    assert guest.pause.held
+    assert not guest.events
+
+
+def test_a_processor_that_does_not_tell_its_temperature_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, Limits(max_temperature=80.0), on="cpu")
+    guest.look(60)
+    assert guest.warnings() == ["heat-not-measured"] and not guest.pause.held
+    on_card = Guest(monkeypatch, Limits(max_temperature=80.0))
+    on_card.look(60)
+    assert not on_card.events, "the card's counts there"
+
+
+def test_a_card_that_cannot_be_watched_is_warned_of_once_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch)
+    guest.cards.share, guest.cards.celsius, guest.cards.problem = None, None, "its driver says: GPU is lost"
+    guest.look(300)
+    assert guest.warnings() == ["card-not-watched"] and not guest.pause.held
+    (warning,) = guest.events
+    assert isinstance(warning, WarningEvent) and warning.message == (
+        "cuda:0: this peer does not see what other programs use of it and its temperature, and does not pause for it: "
+        "its driver says: GPU is lost"
+    )
+
+
+def test_what_is_not_asked_for_may_stay_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(monkeypatch, Limits(gpu_any_time=True, max_temperature=0.0))
+    guest.cards.share, guest.cards.celsius, guest.cards.problem = None, None, "its driver says: GPU is lost"
+    guest.look(60)
+    assert not guest.events
+    hidden = Guest(monkeypatch)
+    hidden.cards.share, hidden.cards.problem = None, "as in a container"
+    hidden.look(60)
+    (warning,) = hidden.events
+    assert isinstance(warning, WarningEvent) and "its temperature" not in warning.message
+
+
+def test_a_share_of_the_card_changes_while_it_runs_and_does_nothing_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guest = Guest(monkeypatch, Limits(gpu_share=50))
+    assert guest.enforcer.card_share == 0.5 and not guest.events
+    assert guest.enforcer.change(pb.Limits(gpu_share=25)) == "uses a graphics card for 25% of its time; it trains"
+    assert guest.enforcer.card_share == 0.25
+    with raises_code("bad-limit", UserError, "gpu-share: 0 % is refused; allowed: 1 to 100"):
+        guest.enforcer.change(pb.Limits(gpu_share=0))
+    other = Guest(monkeypatch, Limits(gpu_share=50), on="cpu")
+    other.look(30)
+    assert other.warnings() == ["gpu-share-on-processor"]
+    assert other.enforcer.change(pb.Limits(gpu_share=25)) == (
+        "uses a graphics card for 25% of its time, which does nothing on the processor (--threads and --nice do); "
+        "it trains"
+    )
+
+
+def test_a_status_tells_the_limits_that_apply_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = ("gpu_share", "gpu_any_time", "on_battery", "max_temperature")
+
+    def told(guest: Guest) -> list[str]:
+        limits = guest.enforcer.limits()
+        return [name for name in fields if limits.HasField(name)]
+
+    assert told(Guest(monkeypatch, on="cpu")) == []
+    guest = Guest(monkeypatch)
+    assert told(guest) == ["gpu_share", "gpu_any_time", "max_temperature"]
+    guest.usage.battery = False
+    guest.enforcer.tick()
+    assert told(guest) == list(fields)
+    assert not guest.enforcer.limits().on_battery
+
+
+# ---------------------------------------------------------------- what a machine tells
+
+
+@pytest.fixture
+def supplies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Folder of a Linux machine's power supplies, empty."""
+    monkeypatch.setattr(usage_module.sys, "platform", "linux")
+    monkeypatch.setattr(usage_module, "_SUPPLIES", tmp_path)
+    return tmp_path
+
+
+def supply(folder: Path, name: str, **facts: str) -> None:
+    (folder / name).mkdir()
+    for fact, text in facts.items():
+        (folder / name / fact).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(("plugged", "told"), [(True, False), (False, True), (None, None)])
+def test_a_laptop_tells_whether_it_is_plugged_in(
+    plugged: bool | None, told: bool | None, supplies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supply(supplies, "AC", type="Mains", online="1")
+    supply(supplies, "BAT0", type="Battery", scope="System")
+    battery = SimpleNamespace(power_plugged=plugged)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    assert Usage().on_battery() is told
+
+
+def test_a_mouses_battery_is_not_the_machines(supplies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil takes it for one that is running down."""
+    supply(supplies, "hidpp_battery_0", type="Battery", scope="Device", status="Discharging")
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: SimpleNamespace(power_plugged=False), raising=False)
+    assert Usage().on_battery() is None
+    supply(supplies, "BAT0", type="Battery")
+    assert Usage().on_battery() is True
+
+
+def test_a_machine_without_a_battery_or_that_does_not_tell_is_not_on_battery(
+    supplies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: None, raising=False)
+    assert Usage().on_battery() is None
+
+    def broken() -> None:
+        raise FileNotFoundError("/sys/class/power_supply")
+
+    monkeypatch.setattr(psutil, "sensors_battery", broken)
+    assert Usage().on_battery() is None
+    monkeypatch.delattr(psutil, "sensors_battery")
+    assert Usage().on_battery() is None
+
+
+def test_the_hottest_part_of_the_processor_counts_and_no_disks_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def heats(**sensors: list[float]) -> None:
+        told = {name: [SimpleNamespace(current=heat) for heat in heats] for name, heats in sensors.items()}
+        monkeypatch.setattr(psutil, "sensors_temperatures", lambda: told, raising=False)
+
+    heats(acpitz=[40.0], coretemp=[61.0, 72.5], nvme=[80.0])
+    assert Usage().processor_celsius() == 72.5
+    heats(acpitz=[40.0], nvme=[80.0])
+    assert Usage().processor_celsius() == 40.0
+    heats(nvme=[80.0])
+    assert Usage().processor_celsius() is None
+    monkeypatch.delattr(psutil, "sensors_temperatures")
+    assert Usage().processor_celsius() is None

@@ -24,7 +24,7 @@ from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.doctor import doctor as doctor_module
 from swarmtrain.peer.doctor import machine
-from swarmtrain.peer.doctor.devices import check_card, check_devices
+from swarmtrain.peer.doctor.devices import check_card, check_card_watch, check_devices
 from swarmtrain.peer.doctor.doctor import (
     DialBackPeer,
     Doctor,
@@ -42,6 +42,7 @@ from swarmtrain.peer.doctor.machine import (
     check_disk,
     check_memory,
     check_ports,
+    check_power,
     check_python,
     check_torch,
     machine_memory,
@@ -343,20 +344,38 @@ def test_speed_is_that_of_a_card_that_works(
     monkeypatch.setattr("swarmtrain.peer.devices.machine.find_devices", lambda parameters: [CARD, CPU])
     monkeypatch.setattr("swarmtrain.peer.devices.machine.probe_device", lambda run, card, precisions: result)
     monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", measure)
+    monkeypatch.setattr("swarmtrain.peer.devices.card_usage.card_problem", lambda name: "")
     settings = DoctorSettings(
         invite=None, directory=tmp_path, cache_folder=tmp_path, memory_of=lambda run, number: 1000
     )
     with Doctor(settings) as doctor:
-        assert [each.found for each in doctor.look_at_devices()] == ["cuda:0 (A Card), 8 GB free; the processor"]
+        assert [each.found for each in doctor.look_at_devices()] == [
+            "cuda:0 (A Card), 8 GB free; the processor",
+            "cuda:0 can be watched: training pauses while other programs use it",
+        ]
         doctor.run = a_run(f"[pipeline]\nstages = {stages}\n")
         devices, (speed,) = list(doctor.look_at_devices()), list(doctor.look_at_speed())
-    assert len(devices) == 2
+    assert len(devices) == 3
     if problem:
         assert computed_on == [None] and "tokens/s:" in speed.found
     else:
         sequences = doctor.run.inner.batch_sequences if stages == 1 else doctor.run.microbatch_sequences
         assert computed_on == [ComputeDevice(torch.device("cuda:0"), "bf16", sequences)]
         assert "1 M tokens/s on cuda:0: " in speed.found
+
+
+def test_a_card_that_cannot_be_watched() -> None:
+    problem = "nvidia-ml-py is not installed here (pip install nvidia-ml-py)"
+    a_warning(check_card_watch("cuda:0", problem), f"while other programs use it: {problem}", "--gpu-share")
+    assert check_card_watch("cuda:0", "").level == "ok"
+
+
+def test_power() -> None:
+    assert check_power(None) == [], "a machine without a battery"
+    (plugged,) = check_power(False)
+    assert plugged.level == "ok"
+    (unplugged,) = check_power(True)
+    a_warning(unplugged, "runs on battery, on which training pauses", "--on-battery")
 
 
 # ---------------------------------------------------------------- a whole examination
@@ -366,6 +385,7 @@ def test_speed_is_that_of_a_card_that_works(
 def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Finding]]]:
     """Examines with what is given, without a daemon; everything local is fine."""
     monkeypatch.setattr(Doctor, "_start", lambda self, name, listen, announce=(): FakeNode())
+    monkeypatch.setattr(doctor_module.Usage, "on_battery", lambda self: None)
 
     def examine(invite: str | None = None, **changes: Any) -> list[Finding]:
         settings = DoctorSettings(

@@ -15,8 +15,9 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, StopTraining
-from swarmtrain.peer.local.slowdown import LOOK_S, MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
+from swarmtrain.peer.local.slowdown import MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
 from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.pause import LONGEST_SLEEP_S
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.protocol.limits import Limits, parse_slowdown
 from swarmtrain.run import parse_run
@@ -107,7 +108,7 @@ class Machine:
         )
 
     def sleep(self, seconds: float) -> None:
-        assert 0 < seconds <= LOOK_S
+        assert 0 < seconds <= LONGEST_SLEEP_S
         self.slept.append(seconds)
         self.now_s += seconds
 

@@ -78,7 +78,7 @@ def assignment(folder: Path, compute: ComputeDevice | None = None) -> tuple[Stag
         emit=lambda event: None,
         stop=StopFlag(),
         control=SimpleNamespace(starting=lambda what: None),
-        slowed_work=lambda on_processor: lambda kind: nullcontext(),
+        slowed_work=lambda compute: lambda kind: nullcontext(),
     )
     data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))

@@ -269,7 +269,7 @@ def test_what_is_chosen_at_the_start_is_told_measured_and_limits_how_many_stages
     compute = ComputeDevice(torch.device("cuda:0"), "bf16", run.microbatch_sequences)
     choice = DeviceChoice(device="cuda:0", title="Card 9", precision="bf16", why="it works")
     chosen = ChosenCompute(compute, choice, "", least_bytes(run))
-    measured, events = list[ComputeDevice](), list[Any]()
+    measured, events, devices = list[ComputeDevice](), list[Any](), list[str]()
 
     def speed(run: RunFile, compute: ComputeDevice) -> float:
         measured.append(compute)
@@ -286,13 +286,14 @@ def test_what_is_chosen_at_the_start_is_told_measured_and_limits_how_many_stages
         published=SimpleNamespace(held_out=b"", tokenizer=b""),
         settings=settings,
         control=SimpleNamespace(starting=lambda what: None),
-        limits=SimpleNamespace(between_steps=lambda: None),
+        limits=SimpleNamespace(between_steps=lambda: None, trains_on=devices.extend, card_share=0.5),
         emit=events.append,
     )
     prepared: Any = pipeline_training.prepare_pipeline(context)
     (event,) = events
     assert (event.device, event.precision, event.microbatch_sequences) == ("cuda:0", "bf16", run.microbatch_sequences)
-    assert prepared.compute is compute and measured == [compute] and prepared.whole_tokens_per_s == 4.0
+    assert prepared.compute is compute and measured == [compute] and devices == ["cuda:0"]
+    assert prepared.whole_tokens_per_s == 2.0, "a third for --slowdown, and half of the card's time"
     assert prepared.room.most_stages == 1, "main memory has room for both, and the card has not"
 
 

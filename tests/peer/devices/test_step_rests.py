@@ -1,0 +1,211 @@
+"""Rests of a trainer after its steps on a device that takes virtual time: the share, pauses, an end, and the speed that
+others are told."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from swarmtrain.algorithm.pacing import paced_inner_steps
+from swarmtrain.model.gpt import build_model
+from swarmtrain.peer.alone import _Nobody
+from swarmtrain.peer.devices.compute import ComputeDevice
+from swarmtrain.peer.devices.step_rests import StepRests
+from swarmtrain.peer.lifecycle.context import VolunteerContext
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, StopTraining
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.model_training import ModelTraining
+from swarmtrain.peer.training.pause import LONGEST_SLEEP_S, PauseSwitch
+from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.run import parse_run
+
+
+class Card:
+    """Device with a queue: asking takes no time, and steps are computed while somebody waits for them or sleeps."""
+
+    def __init__(self, share: float, step_s: float = 0.1) -> None:
+        self.now_s = self.busy_s = self.queued_s = 0.0
+        self.share, self.step_s, self.paused, self.num_waits = share, step_s, False, 0
+        self.rests = StepRests(lambda: self.share, self.finish, self.sleep, lambda: self.paused, lambda: self.now_s)
+
+    def ask(self) -> None:
+        self.queued_s += self.step_s
+
+    def finish(self) -> None:
+        self.num_waits += 1
+        self._compute(self.queued_s)
+        self.now_s += self.queued_s
+        self.queued_s = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        assert 0 < seconds <= LONGEST_SLEEP_S
+        self._compute(min(seconds, self.queued_s))
+        self.queued_s = max(0.0, self.queued_s - seconds)
+        self.now_s += seconds
+
+    def _compute(self, seconds: float) -> None:
+        self.busy_s += seconds
+
+    def step(self) -> float:
+        began_s = self.now_s
+        with self.rests():
+            self.ask()
+        return self.now_s - began_s
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_the_device_is_busy_for_the_share_and_not_while_it_rests(share: float) -> None:
+    card = Card(share)
+    for number in range(400):
+        card.step_s = 0.05 + 0.2 * (number % 3)
+        card.step()
+    assert card.busy_s / card.now_s == pytest.approx(share, rel=0.01)
+
+
+def test_all_of_the_time_nothing_waits_for_the_device() -> None:
+    card = Card(1.0)
+    for _ in range(10):
+        assert card.step() == 0.0
+    assert card.num_waits == 0
+
+
+def test_another_share_counts_from_the_next_step_on() -> None:
+    card = Card(1.0)
+    card.step()
+    card.finish()
+    card.share = 0.5
+    assert card.step() == pytest.approx(0.2)
+    card.share = 0.2
+    assert card.step() == pytest.approx(0.5)
+    card.share = 1.0
+    assert card.step() == 0.0
+
+
+def test_a_pause_ends_the_rest_and_nothing_of_it_is_owed_afterwards() -> None:
+    card = Card(0.01)
+    card.paused = True
+    assert card.step() == pytest.approx(0.1)
+    card.paused, card.share = False, 0.5
+    assert card.step() == pytest.approx(0.2)
+
+
+def test_an_end_that_is_asked_for_ends_a_rest_at_once() -> None:
+    stop = StopFlag()
+    rests = StepRests(lambda: 0.001, lambda: None, stop.sleep, lambda: False, iter(range(0, 10**6, 1000)).__next__)
+    stop.stop()
+    began_s = time.monotonic()
+    with pytest.raises(Interrupted), rests():
+        pass
+    assert time.monotonic() - began_s < 5.0
+
+
+def test_after_a_step_that_was_given_up_there_is_no_rest() -> None:
+    card = Card(0.5)
+    with pytest.raises(StopTraining), card.rests():
+        raise StopTraining
+    assert card.num_waits == 0 and card.now_s == 0.0
+
+
+RUN = parse_run(
+    "[run]\ntotal_tokens = 3840\n[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
+    "[data]\nsource = 'text'\npaths = ['x']\n[inner]\nbatch_sequences = 4\n"
+    "[merge]\nmethod = 'diloco'\ninner_steps = 20\n",
+    origin="x.toml",
+)
+
+
+def trained(card: Card, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, list[RoundReport]]:
+    """Train three rounds of 20 steps, each of which the card computes."""
+    text = torch.from_numpy(np.arange(1000) % 200)
+    batches: Any = SimpleNamespace(next_batch=lambda: text[: 4 * 17].reshape(4, 17).long())
+    loop = ModelLoop(RUN, build_model(RUN.model, 0), batches)
+    loop.rests = card.rests
+    optimize = loop._optimize
+
+    def asked(progress: float, scale: float) -> torch.Tensor:
+        card.ask()
+        return optimize(progress, scale)
+
+    monkeypatch.setattr(loop, "_optimize", asked)
+    reports = list[RoundReport]()
+    session = Session(
+        run=RUN,
+        parameters=loop.parameters,
+        loop=loop,
+        exchange=_Nobody(20, 60),
+        report=reports.append,
+        clock=lambda: card.now_s,
+    )
+    loop.train(session)
+    return session, reports
+
+
+def test_others_are_told_the_speed_with_the_rests_so_that_pacing_gives_fewer_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card(0.25)
+    session, reports = trained(card, monkeypatch)
+    assert len(reports) == 3
+    assert card.busy_s == pytest.approx(60 * 0.1)
+    assert session.steps_per_s == pytest.approx(0.25 / 0.1)
+    assert all(report.seconds == pytest.approx(20 * 0.4) for report in reports)
+    assert sum(report.stall_s for report in reports) == pytest.approx(0.0, abs=0.1), "a rest is no wait for others"
+    assert (paced_inner_steps(session.steps_per_s, 10.0, 20), paced_inner_steps(10.0, 10.0, 20)) == (5, 20)
+
+
+def test_only_a_device_that_is_not_the_processor_rests_and_its_share_may_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finished = list[torch.device]()
+    monkeypatch.setattr("swarmtrain.peer.lifecycle.context.finish", finished.append)
+    limits = SimpleNamespace(card_share=0.5)
+    context: Any = SimpleNamespace(limits=limits, stop=StopFlag(), pause=PauseSwitch())
+    assert VolunteerContext.rests(context, ComputeDevice()) is nullcontext
+    for name in ("cuda:1", "mps", "xpu:0"):
+        made = VolunteerContext.rests(context, ComputeDevice(torch.device(name)))
+        assert isinstance(made, StepRests) and made.share() == 0.5
+        made.finish()
+        assert finished[-1] == torch.device(name)
+        limits.card_share = 0.25
+        assert made.share() == 0.25, "changed while it runs"
+        limits.card_share = 0.5
+        context.pause.hold("asked", "you asked for it")
+        assert made.ends_early()
+        context.pause.release("asked")
+
+
+def test_a_pause_gives_the_memory_of_steps_back_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, waited = list[torch.device](), list[str]()
+    monkeypatch.setattr("swarmtrain.peer.training.model_training.release_cached", released.append)
+    training: Any = SimpleNamespace(
+        loop=SimpleNamespace(compute=ComputeDevice(torch.device("cuda:1"))),
+        swarm=SimpleNamespace(withdraw=lambda: "goodbye"),
+        context=SimpleNamespace(wait=waited.append),
+    )
+    ModelTraining.withdraw(training)
+    assert released == [torch.device("cuda:1")] and waited == ["goodbye"]
+
+
+@pytest.mark.parametrize(("name", "rest_s"), [("cuda:1", 0.3), ("cpu", 0.0)])
+def test_a_stage_rests_after_each_piece_of_work_on_a_card(
+    name: str, rest_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card(0.25)
+    compute = ComputeDevice(torch.device(name))
+    context: Any = SimpleNamespace(
+        rests=lambda compute: nullcontext if compute.is_host else card.rests,
+        slowed=lambda on_processor: nullcontext if on_processor is compute.is_host else None,
+    )
+    work = VolunteerContext.slowed_work(context, compute)
+    kinds: list[Any] = ["forward", "backward", "tail", None]
+    for number, kind in enumerate(kinds, 1):
+        with work(kind):
+            card.ask()
+            card.finish()
+        assert card.now_s == pytest.approx(number * (0.1 + rest_s))
