@@ -4,8 +4,8 @@
     python benchmarks/step_memory.py --context 256 --vocabulary 256 --layers 8 --width 320 --heads 5
 
 Variants: `plain`, all logits at once and all blocks' activations kept; `chunks`, the loss in chunks of logits, as it is
-computed above a size; `recomputed`, blocks computed again in the backward pass as well; `torch`, the same by
-`torch.utils.checkpoint`, which imports torch's compiler. `evaluate` is the held-out loss of so many sequences at once.
+computed above a size; `recomputed`, blocks computed again in the backward pass as well, by `torch.utils.checkpoint`,
+which imports torch's compiler. `evaluate` is the held-out loss of so many sequences at once.
 
 Each variant runs in its own process with one thread. Columns: MB above the weights at the worst moment of a microbatch
 without gradients from another before it (`first`; the gradients that it makes are part of it), and with those
@@ -21,10 +21,9 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
-VARIANTS = ("plain", "chunks", "recomputed", "torch", "evaluate")
+VARIANTS = ("plain", "chunks", "recomputed", "evaluate")
 
 
 def status_bytes(name: str) -> int:
@@ -68,12 +67,8 @@ microbatch_sequences = {options.sequences}
     run = parse_run(text, "run.toml")
     if variant == "plain":
         head_loss.SMALL_BYTES = head_loss.LOW_PRECISION_BYTES = 1 << 60
-    if variant == "torch":
-        from torch.utils.checkpoint import checkpoint
-
-        gpt.recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     model = gpt.build_model(run.model, 0)
-    model.recomputes_blocks = variant in ("recomputed", "torch")
+    model.recomputes_blocks = variant == "recomputed"
     batch = torch.randint(0, options.vocabulary, (options.sequences, context + 1))
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bf16")
 

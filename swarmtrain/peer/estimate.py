@@ -34,6 +34,8 @@ __all__ = [
 # Proportional set sizes: torch, hivemind and swarmtrain's imports; the network daemon.
 IMPORTS_BYTES = 250_000_000
 DAEMON_BYTES = 75_000_000
+# Computing blocks again imports torch's compiler: 80 to 88 MB.
+RECOMPUTING_BYTES = 85_000_000
 # A stage has two more versions of the weights, and a batch's gradients while the next batch is summed.
 STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
 CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
@@ -98,7 +100,7 @@ def estimate(
     else:
         parameters_bytes = STAGE_BYTES_PER_PARAMETER * num_parameters + incoming
     activations_bytes = _activations_bytes(run, microbatch_sequences or run.microbatch_sequences, recomputes)
-    program_bytes = IMPORTS_BYTES + DAEMON_BYTES
+    program_bytes = IMPORTS_BYTES + DAEMON_BYTES + RECOMPUTING_BYTES * recomputes
     return Estimate(
         num_peers=num_peers,
         num_parameters=num_parameters,

@@ -443,10 +443,14 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
     """Raise UserError if this run cannot keep to the limit even with a single partner."""
     if not limit_bytes:
         return
-    # With more partners it may have to pause later; what does not fit with a single one, one sequence at a time, and
-    # blocks computed again in the backward pass, could never train, so it is refused before anything is built
+    # With more partners it may have to pause later; what does not fit with a single one, one sequence at a time, even
+    # if blocks are computed again in the backward pass, could never train, so it is refused before anything is built
     # (decision 13).
-    cost = estimate(run, num_parameters, num_peers=2, microbatch_sequences=1, recomputes=True)
+    costs = (
+        estimate(run, num_parameters, num_peers=2, microbatch_sequences=1, recomputes=recomputes)
+        for recomputes in (False, True)
+    )
+    cost = min(costs, key=lambda each: each.memory_bytes)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
             f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')} "

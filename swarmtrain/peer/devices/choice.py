@@ -19,7 +19,7 @@ from swarmtrain.peer.devices.machine import (
     num_trained,
     probe_device,
 )
-from swarmtrain.peer.estimate import activation_bytes, estimate
+from swarmtrain.peer.estimate import RECOMPUTING_BYTES, activation_bytes, estimate
 from swarmtrain.protocol.devices import (
     DeviceChoice,
     DeviceRequest,
@@ -147,8 +147,8 @@ def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int) -> 
         return FittingMicrobatch(wanted)
 
     def needed(sequences: int, recomputes: bool) -> int:
-        layers = run.model.num_layers
-        return activation_bytes(run, sequences, layers, has_head=True, recomputes=recomputes, on_card=on_card)
+        layers, program = run.model.num_layers, RECOMPUTING_BYTES if recomputes and not on_card else 0
+        return program + activation_bytes(run, sequences, layers, has_head=True, recomputes=recomputes, on_card=on_card)
 
     recomputes = needed(1, False) > free and needed(1, True) < needed(1, False)
     fitting = max(1, bisect_right(range(1, most + 1), free, key=partial(needed, recomputes=recomputes)))
