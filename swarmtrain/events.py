@@ -144,11 +144,13 @@ class DeviceEvent(_Event):
     """What this peer trains on, and why; again when it changes."""
 
     event: Literal["device"] = "device"
-    device: str = Field(description="Name of the device, as torch calls it: `cpu`, `cuda:0`.")
-    title: str = Field("", description="Model of the graphics card; empty for the processor.")
+    device: str = Field(
+        description="Name of the device, as torch calls it: `cpu`, `cuda:0`; of several, as `--device` takes them: `cuda:0,1`, `cpu,cpu`."
+    )
+    title: str = Field("", description="Model of the graphics card, or of each kind of card; empty for the processor.")
     precision: str = Field(description="Precision that it computes in: `fp32`, `bf16` or `fp16`.")
     compiled: bool = Field(False, description="Whether the model is compiled.")
-    microbatch_sequences: int = Field(description="Sequences that it computes at once.")
+    microbatch_sequences: int = Field(description="Sequences that it computes at once, on each device.")
     batch_sequences: int = Field(description="Sequences of an inner step.")
     why: str = Field(description="Why this device, precision and number of sequences, in a sentence for a person.")
 
@@ -542,11 +544,11 @@ def _pipeline_in_words(event: AssignedEvent | MovedEvent | MicrobatchRetryEvent 
 
 def _device_event_in_words(event: DeviceEvent) -> str:
     compiled = ", compiled" if event.compiled else ""
-    sequences = counted(event.microbatch_sequences, "sequence")
+    sequences, on_each = counted(event.microbatch_sequences, "sequence"), " on each" if "," in event.device else ""
     if event.microbatch_sequences < event.batch_sequences:
         sequences = f"{event.microbatch_sequences} of {counted(event.batch_sequences, 'sequence')}"
     where = f"{device_in_words(event.device, event.title)} in {event.precision}{compiled}"
-    return f"training on {where}, {sequences} at once" + (f": {event.why}" if event.why else "")
+    return f"training on {where}, {sequences} at once{on_each}" + (f": {event.why}" if event.why else "")
 
 
 def in_words(event: Event) -> str:

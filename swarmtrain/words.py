@@ -40,7 +40,16 @@ def counted(number: float, noun: str, plural: str = "") -> str:
 
 
 def device_in_words(device: str, title: str) -> str:
-    """Name a device for a person, such as `cuda:0 (NVIDIA H100)` or `the processor`; `device` is torch's name of it."""
+    """Name a device for a person, such as `cuda:0 (NVIDIA H100)` or `the processor`; `device` is torch's name of it.
+
+    Of several, as `--device` takes them, it is `cuda:0 and cuda:1 (NVIDIA H100), data parallel`.
+    """
+    first, *others = device.split(",")
+    if others:
+        kind = first.partition(":")[0]
+        named = " and ".join([first, *(f"{kind}:{other}" for other in others)])
+        where = f"{1 + len(others)} ranks on the processor" if kind == "cpu" else named
+        return f"{where}{f' ({title})' if title else ''}, data parallel"
     if device == "cpu":
         return "the processor"
     return f"{device} ({title})" if title else device

@@ -28,24 +28,24 @@ bad-time bad-tokens bad-trace bad-value broken-off bug busy card-not-watched che
 checkpoint-not-written checkpoint-partly-used checkpoint-unusable checkpoints-again clock-differs clock-outlier
 clock-skew crowded-machine daemon-died daemon-not-started data-folder-needed dataset-foreign-file dataset-format
 dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined empty-prompt far-from-usual
-field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use folder-not-empty
-folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor heat-not-measured invite-garbled
-invite-local-only invite-not-written invite-too-long kept-option key-given-twice key-not-changeable keys-disagree
-last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken merge-package-missing
-merge-package-version metrics-address missing-key model-family model-not-delivered model-not-saved network-broke
-nice-not-lowered no-bootstrap no-checkpoint no-control no-curves no-final-model no-log no-model no-run-file no-such-code
-no-such-command no-such-data no-such-field no-such-folder no-such-method no-such-peer no-such-split no-such-volunteer
-no-text nobody-answers nobody-at-address nobody-can-dial nobody-known not-a-config not-a-model not-a-number
-not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for not-finite not-healthy not-held
-not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced nothing-to-resume only-held-out-text
-options-conflict other-projects-word other-user out-of-memory out-of-range package-missing path-is-folder path-outside
-peer-failed peer-needs-newer peer-not-running peer-of-another-version peer-refused peer-silent peer-starting
-port-forbidden port-taken precision-demanded published-section question-refused rehearsal rounds-not-archived
-run-had-ended run-needs-newer run-not-delivered seed-used-twice server-silent several-peers slowdown-count
-smaller-microbatch stage-not-taken stages-in-fp16 stages-only stalled state-not-delivered stdlib-missing
-still-ending tied-embeddings too-busy too-few-peers too-little-bandwidth too-little-memory too-little-text
-too-many-threads too-much-churn too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old
-wrong-type
+field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
+folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
+heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
+key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
+merge-package-missing merge-package-version metrics-address missing-key model-family model-not-delivered
+model-not-saved network-broke nice-not-lowered no-bootstrap no-checkpoint no-control no-curves no-final-model no-log
+no-model no-run-file no-such-code no-such-command no-such-data no-such-field no-such-folder no-such-method
+no-such-peer no-such-split no-such-volunteer no-text nobody-answers nobody-at-address nobody-can-dial nobody-known
+not-a-config not-a-model not-a-number not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for
+not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced
+nothing-to-resume only-held-out-text options-conflict other-projects-word other-user out-of-memory out-of-range
+package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-not-running peer-of-another-version
+peer-refused peer-silent peer-starting port-forbidden port-taken precision-demanded published-section question-refused
+rank-lost rehearsal rounds-not-archived run-had-ended run-needs-newer run-not-delivered seed-used-twice server-silent
+several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 stages-on-one-device
+stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
+too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
+too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

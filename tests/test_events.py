@@ -139,6 +139,14 @@ CARD = DeviceEvent(
             {"title": "", "batch_sequences": 1, "microbatch_sequences": 1},
             "cuda:0 in bf16, 1 sequence at once: it works",
         ),
+        (
+            {"device": "cuda:0,1", "microbatch_sequences": 16, "why": "asked for"},
+            "cuda:0 and cuda:1 (NVIDIA H100), data parallel in bf16, 16 of 32 sequences at once on each: asked for",
+        ),
+        (
+            {"device": "cpu,cpu", "title": "", "precision": "fp32", "why": ""},
+            "2 ranks on the processor, data parallel in fp32, 32 sequences at once on each",
+        ),
     ],
 )
 def test_what_a_peer_trains_on_is_one_sentence(changes: dict[str, object], words: str) -> None:

@@ -202,6 +202,9 @@ class InnerOptimizer:
         self._groups = ((matrices, constants.weight_decay), (others, 0.0))
         self._states: dict[Tensor, _State] = {}
         self._lent: LentMoments | None = None
+        self.norm_of_all: Callable[[Tensor], Tensor] | None = None
+        """Function from this process's gradient norm () to the one by which all ranks clip, where several train the
+        same parameters and must stay equal to the bit; None: this process is the only one."""
         self.waited_s = 0.0
         """Seconds spent so far in `before_step` and waiting for readers of lent moments."""
 
@@ -215,7 +218,7 @@ class InnerOptimizer:
         """
         if self.loss_scale is not None:
             self.loss_scale.unscale([p.grad for p in self._parameters.values() if p.grad is not None])
-        gradient_norm = nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip)
+        gradient_norm = self._clip()
         is_bad = gradient_norm.isfinite().logical_not_().to(torch.float32)
         began_s = time.monotonic()
         self._before_step()
@@ -229,15 +232,29 @@ class InnerOptimizer:
         self.drop_gradients()
         return gradient_norm
 
+    def _clip(self) -> Tensor:
+        """Clip the gradients to their greatest norm, and return their norm () before."""
+        if self.norm_of_all is None:
+            return nn.utils.clip_grad_norm_(self._parameters.values(), self.constants.gradient_clip)
+        # The same arithmetic: torch's function has no place for another norm, and newer ones in two halves are not in
+        # every torch that we allow.
+        gradients = self.gradients()
+        norm = self.norm_of_all(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        torch._foreach_mul_(gradients, (self.constants.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def gradients(self) -> list[Tensor]:
+        """Return `.grad` of each parameter; where there is none, it is made of zeros."""
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
     def _step(self, parameters: list[Tensor], learning_rate: float, decay: float, is_bad: Tensor) -> None:
         """Update these parameters, which have gradients and share one weight decay, unless `is_bad` () is 1."""
-        for p in parameters:
-            if p not in self._states:
-                step = torch.zeros((), device=p.device)
-                self._states[p] = _State(step, torch.zeros_like(p), torch.zeros_like(p))
         if not parameters:
             return
-        states = [self._states[p] for p in parameters]
+        states = [self._state_of(p) for p in parameters]
         adamw(
             [*parameters],
             [p.grad for p in parameters if p.grad is not None],
@@ -255,6 +272,25 @@ class InnerOptimizer:
             weight_decay=decay,
             eps=_EPS,
         )
+
+    def _state_of(self, parameter: Tensor) -> _State:
+        """Return a parameter's state, which begins with zeros."""
+        if parameter not in self._states:
+            step = torch.zeros((), device=parameter.device)
+            self._states[parameter] = _State(step, torch.zeros_like(parameter), torch.zeros_like(parameter))
+        return self._states[parameter]
+
+    @property
+    def has_moments(self) -> bool:
+        """True if a step was taken, or moments were loaded."""
+        return bool(self._states)
+
+    @torch.no_grad()
+    def moment_tensors(self) -> list[Tensor]:
+        """Return the tensors themselves of all moments and step counts, in one order for the same parameters."""
+        self._take_back()
+        states = [self._state_of(parameter) for parameter in self._parameters.values()]
+        return [tensor for state in states for tensor in (state.step, state.first, state.second)]
 
     @torch.no_grad()
     def lend_moments(self) -> LentMoments:

@@ -15,6 +15,7 @@ from swarmtrain.cli.option_errors import OptionError
 
 if TYPE_CHECKING:
     from swarmtrain.protocol.devices import CompileRequest, DeviceRequest, PrecisionRequest
+    from swarmtrain.run import RunFile
 
 __all__ = ["DEVICE", "DeviceOptions", "device_options"]
 
@@ -22,6 +23,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _FIELDS = {"device": "device", "precision": "precision", "compile": "compile", "vram": "vram_bytes"}
 """Options, by their parameters' names, and the fields of `DeviceOptions` that they set."""
 _ALLOWED = "auto: the best one that works; cpu, cuda, cuda:N (mps and xpu: nobody has tested them)."
+_SEVERAL = "Several, with the batch shared between them: cuda:0,1, or cpu,cpu for two processes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,12 @@ class DeviceOptions:
 
         check_device(self.device)
 
+    def check_run(self, run: RunFile) -> None:
+        """Raise UserError if more devices are asked for than can train this run."""
+        from swarmtrain.protocol.devices import check_num_ranks
+
+        check_num_ranks(self.device, run.inner.batch_sequences, run.pipeline.stages)
+
     def words(self) -> list[str]:
         """Return the options as they are typed, without those that have their defaults."""
         from swarmtrain.protocol.limits import exact_size
@@ -65,18 +73,27 @@ def _device(ctx: click.Context, param: click.Parameter, value: str) -> DeviceReq
         raise OptionError(str(error), ctx, param, code="bad-device") from None
 
 
-def _device_option(kind: type[click.Option], does: str) -> Callable[[_F], _F]:
-    return click.option("--device", cls=kind, callback=_device, default="auto", show_default=True, metavar="DEVICE", help=f"Device to {does}. {_ALLOWED}")  # fmt: skip
+def _single_device(ctx: click.Context, param: click.Parameter, value: str) -> DeviceRequest:
+    request = _device(ctx, param, value)
+    if request.others:
+        first = request.each[0]
+        raise OptionError(
+            f"{value} is several devices, and this command computes on one; give one, such as {first}",
+            ctx,
+            param,
+            code="bad-device",
+        )
+    return request
 
 
-DEVICE = _device_option(click.Option, "compute on")
+DEVICE = click.option("--device", callback=_single_device, default="auto", show_default=True, metavar="DEVICE", help=f"Device to compute on. {_ALLOWED}")  # fmt: skip
 
 
 def device_options(kind: type[click.Option]) -> Callable[[_F], _F]:
     """Return a decorator that gives a command the options, of this class, for what a peer trains on; the command
     receives them as one argument, `on: DeviceOptions`."""
     options = (
-        _device_option(kind, "train on"),
+        click.option("--device", cls=kind, callback=_device, default="auto", show_default=True, metavar="DEVICE", help=f"Device to train on. {_ALLOWED} {_SEVERAL}"),
         click.option("--precision", cls=kind, type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True, help="Precision to compute in; the weights are fp32 whatever it is. auto: a lower one where a probe finds it faster."),
         click.option("--compile", cls=kind, type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="Compile the model (torch.compile), beside training, and use it if its steps are faster. auto: on a graphics card, models of 10 million parameters and more."),
         click.option("--vram", cls=kind, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory of the graphics card that this peer may use, such as 8GB; none: no limit.  [default: none]"),

@@ -129,9 +129,11 @@ def command(
         with errors_as_events(as_json, ""):
             on.check_here()  # each volunteer would find it out only after it has fetched the run
             run = given.load()
+            on.check_run(run)
             links = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
-        if crowded := crowded_in_words(peers, threads, slowdowns, _num_cores()):
+        most_threads = max(threads, on.device.num_host_ranks)
+        if crowded := crowded_in_words(peers, most_threads, slowdowns, _num_cores()):
             click.echo(with_code(f"warning: {crowded}", "crowded-machine"), err=True)
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -380,7 +382,7 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
-        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device), advance)
+        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0]), advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

@@ -260,7 +260,10 @@ def _device(status: Any) -> str:
         return ""
     parts = [f"{one_line(device_in_words(device.device, device.title))} in {one_line(device.precision)}"]
     parts += ["compiled"] if device.compiled else []
-    parts += [f"{counted(device.microbatch_sequences, 'sequence')} at once"] if device.microbatch_sequences else []
+    on_each = " on each" if "," in device.device else ""
+    parts += (
+        [f"{counted(device.microbatch_sequences, 'sequence')} at once{on_each}"] if device.microbatch_sequences else []
+    )
     return ", ".join(parts) + (f": {one_line(device.why)}" if device.why else "")
 
 

@@ -86,7 +86,10 @@ def train_alone(
     exchange = _Nobody(run.merge.inner_steps, inner_steps)
     loop = ModelLoop(run, model, batches, compute=compute, told_smaller=told.smaller)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
-    loop.train(session)
+    try:
+        loop.train(session)
+    finally:
+        loop.close()
     return held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte
 
 

@@ -16,6 +16,7 @@ from swarmtrain.events import times_below_allreduce
 from swarmtrain.model.loss_chunks import CARD_BYTES, SMALL_BYTES, chunk_tokens
 from swarmtrain.peer.checkpoints.files import KEPT
 from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
+from swarmtrain.protocol.devices import largest_part
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -36,6 +37,8 @@ IMPORTS_BYTES = 250_000_000
 DAEMON_BYTES = 75_000_000
 # Computing blocks again imports torch's compiler: 80 to 88 MB.
 RECOMPUTING_BYTES = 85_000_000
+RANK_BYTES = 175_000_000  # of a further rank, without what it shares with the others
+RANK_BYTES_PER_PARAMETER = 16  # weights, gradients, AdamW's two moments
 # A stage has two more versions of the weights, and a batch's gradients while the next batch is summed.
 STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 3 * 4
 CHECKPOINT_BYTES_PER_PARAMETER = 16  # weights, AdamW's two moments, the outer momentum
@@ -81,13 +84,20 @@ class Estimate:
 
 
 def estimate(
-    run: RunFile, num_parameters: int, num_peers: int, *, microbatch_sequences: int = 0, recomputes: bool = False
+    run: RunFile,
+    num_parameters: int,
+    num_peers: int,
+    *,
+    microbatch_sequences: int = 0,
+    recomputes: bool = False,
+    num_ranks: int = 1,
 ) -> Estimate:
     """Return the memory and traffic of each of `num_peers` (>= 1) equal peers in this run, and the tokens that it
     trains.
 
     In a pipeline it is the cost of one stage, as if all stages were alike, without activations. `microbatch_sequences`
-    are computed at once, 0: as the run file says; `recomputes` is as in `activation_bytes`.
+    are computed at once, 0: as the run file says; `recomputes` is as in `activation_bytes`. `num_ranks` of the
+    peer train on the processor, each with weights, moments and activations of its own.
     """
     stages = run.pipeline.stages
     if stages > 1:
@@ -99,8 +109,11 @@ def estimate(
         parameters_bytes = costs.memory_bytes(run, num_parameters, num_peers - 1)
     else:
         parameters_bytes = STAGE_BYTES_PER_PARAMETER * num_parameters + incoming
-    activations_bytes = _activations_bytes(run, microbatch_sequences or run.microbatch_sequences, recomputes)
-    program_bytes = IMPORTS_BYTES + DAEMON_BYTES + RECOMPUTING_BYTES * recomputes
+    at_once = microbatch_sequences or min(run.microbatch_sequences, largest_part(run.inner.batch_sequences, num_ranks))
+    activations_bytes = _activations_bytes(run, at_once, recomputes, num_ranks)
+    parameters_bytes += (num_ranks - 1) * RANK_BYTES_PER_PARAMETER * num_parameters
+    program_bytes = IMPORTS_BYTES + DAEMON_BYTES + (num_ranks - 1) * RANK_BYTES
+    program_bytes += num_ranks * RECOMPUTING_BYTES * recomputes
     return Estimate(
         num_peers=num_peers,
         num_parameters=num_parameters,
@@ -123,14 +136,19 @@ def estimate(
 
 
 def estimates_of(
-    run: RunFile, num_parameters: int, *, microbatch_sequences: int = 0, recomputes: bool = False
+    run: RunFile, num_parameters: int, *, microbatch_sequences: int = 0, recomputes: bool = False, num_ranks: int = 1
 ) -> Callable[[int], Estimate]:
     """Return `estimate` of this run as a cached function of the number of peers."""
 
     @functools.lru_cache(maxsize=8)
     def of(num_peers: int) -> Estimate:
         return estimate(
-            run, num_parameters, num_peers, microbatch_sequences=microbatch_sequences, recomputes=recomputes
+            run,
+            num_parameters,
+            num_peers,
+            microbatch_sequences=microbatch_sequences,
+            recomputes=recomputes,
+            num_ranks=num_ranks,
         )
 
     return of
@@ -141,9 +159,9 @@ def merge_bytes(run: RunFile, num_parameters: int, others: int) -> tuple[int, in
     return costs_of(run).merge_bytes(run, num_parameters, others)
 
 
-def _activations_bytes(run: RunFile, num_sequences: int, recomputes: bool) -> int:
+def _activations_bytes(run: RunFile, num_sequences: int, recomputes: bool, num_ranks: int) -> int:
     training = activation_bytes(run, num_sequences, run.model.num_layers, has_head=True, recomputes=recomputes)
-    return max(training, _evaluation_bytes(run))
+    return max(num_ranks * training, _evaluation_bytes(run))
 
 
 def activation_bytes(

@@ -67,11 +67,32 @@ def test_a_folder_remembers_the_device(lives: list[PeerSettings]) -> None:
 
 
 @pytest.mark.parametrize("words", [["join", INVITE], ["local", "stdlib-gpt"], ["eval", "model"], ["generate", "model"]])
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", "cuda:0,1", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", "cuda:0,cpu", ""])
 def test_a_word_that_is_no_device_is_refused(words: list[str], device: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*words, "--device", device]) == 2
     said = capsys.readouterr().err
     assert codes_in(said) == ["bad-device"] and "auto, cpu, cuda or cuda:N" in said
+
+
+def test_several_devices_train_one_peer_and_neither_measure_nor_sample(
+    lives: list[PeerSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["join", "--dir", "peer", "--device", "cuda:0,cuda:1"]) == run(["join", "--dir", "peer"]) == 0
+    assert [str(each.device) for each in lives] == ["cuda:0,1"] * 2
+    for words in (["join", INVITE], ["local", "stdlib-gpt"]):
+        assert run([*words, "--device", "cuda:0,0"]) == 2
+    for words in (["eval", "model"], ["generate", "model"]):
+        assert run([*words, "--device", "cuda:1,0"]) == 2
+    said = capsys.readouterr().err
+    assert codes_in(said) == ["bad-device"] * 4 and said.count("twice") == 2 and said.count("such as cuda:1 ") == 2
+
+
+def test_more_devices_than_sequences_end_local_before_anything_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many, folder = ",".join(["cpu"] * 100), tmp_path / "out"
+    assert run(["local", "stdlib-gpt", "--device", many, "--dir", str(folder)]) == 2
+    assert codes_in(capsys.readouterr().err) == ["too-many-devices"] and not folder.exists()
 
 
 def test_a_size_and_a_precision_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -320,6 +320,9 @@ def test_what_it_trains_on_is_one_line() -> None:
     status.device.CopyFrom(wire.DeviceStatus(device="cpu", precision="fp32", compiled=True, microbatch_sequences=1))
     page = on_screen(draw_status(seen, 120, 6), 120, 40)
     assert "device        the processor in fp32, compiled, 1 sequence at once" in page
+    status.device.CopyFrom(wire.DeviceStatus(device="cuda:0,1", precision="bf16", microbatch_sequences=4))
+    expected = "device        cuda:0 and cuda:1, data parallel in bf16, 4 sequences at once on each"
+    assert expected in on_screen(draw_status(seen, 120, 6), 120, 40)
 
 
 def test_a_list_of_peers() -> None:

@@ -1,4 +1,4 @@
-"""Volunteers of one swarm that compute unlike: in fp32, in bf16, and one sequence at a time."""
+"""Volunteers of one swarm that compute unlike: in fp32, in bf16, one sequence at a time, and as two ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from preloaded import Preloaded
 from swarm import Child, Swarm, assert_same_states, write_run
 
-from swarmtrain.events import DeviceEvent, DoneEvent, RefusedEvent, RoundEvent, WarningEvent
+from swarmtrain.events import DeviceEvent, DoneEvent, RefusedEvent, RoundEvent, WarningEvent, in_words
 from swarmtrain.model.gpt import num_parameters
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.limits import exact_size
@@ -22,14 +23,15 @@ pytestmark = pytest.mark.processes
 BATCH_SEQUENCES = 8
 NUM_ROUNDS = 4
 SEEDS = (1, 2, 3)
-TOTAL_TOKENS = 3 * 40 * 40 * BATCH_SEQUENCES * 64
-"""Tokens of 40 rounds of three volunteers, 40 inner steps each: the loss then falls slowly."""
+NUM_VOLUNTEERS = 4
+TOTAL_TOKENS = NUM_VOLUNTEERS * 40 * 40 * BATCH_SEQUENCES * 64
+"""Tokens of 40 rounds of four volunteers, 40 inner steps each: the loss then falls slowly."""
 LOSSES_APART = 0.01
 """Relative difference allowed between the mean losses of unlike and of alike volunteers."""
 STAGES_LEARNT = 0.9
 """Largest ratio to the loss of an untrained model, after twenty steps."""
 LIMIT_S = 600.0
-"""Time limit of a run that takes two minutes on two cores."""
+"""Time limit of a run that takes three minutes on two cores."""
 
 
 def memory_for_one_sequence(run_file: Path) -> str:
@@ -40,22 +42,54 @@ def memory_for_one_sequence(run_file: Path) -> str:
     return exact_size(cost.memory_bytes - cost.memory_activations_bytes + 3 * one // 2)
 
 
+def memory_for_recomputation(run_file: Path) -> str:
+    """Return a `--memory` that, by the estimate, has room for one sequence only if blocks are computed again."""
+    run = load_run(run_file)
+    cost = estimate(run, num_parameters(run.model), 2)
+    without, again = (
+        activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=recomputes)
+        for recomputes in (False, True)
+    )
+    return exact_size(cost.memory_bytes - cost.memory_activations_bytes + (without + again) // 2)
+
+
 def unlike(run_file: Path) -> dict[str, tuple[str, ...]]:
-    """Return the options of each of three volunteers, by its name."""
+    """Return the options of each of four volunteers, by its name."""
     return {
         "full": ("--precision", "fp32"),
         "half": ("--precision", "bf16"),
         "small": ("--precision", "fp32", "--memory", memory_for_one_sequence(run_file)),
+        "two": ("--precision", "fp32", "--device", "cpu,cpu"),
     }
 
 
-ALIKE = {"anna": (), "ben": (), "carl": ()}
+def most_unlike(run_file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the options of each of four volunteers that compute as unlike as a processor can, by its name."""
+    return {
+        "full": ("--precision", "fp32"),
+        "half": ("--precision", "bf16", "--compile", "on"),
+        "small": ("--precision", "fp32", "--memory", memory_for_recomputation(run_file)),
+        "two": ("--precision", "fp32", "--device", "cpu,cpu"),
+    }
 
 
-def join_all(swarm: Swarm, run_file: Path, options: Mapping[str, Sequence[str]]) -> tuple[Child, list[Child]]:
-    """Start a bootstrap, whose run begins when all are there, and volunteers with these options."""
+ALIKE = {"anna": (), "ben": (), "carl": (), "dora": ()}
+ALWAYS_WORTH_IT = "from swarmtrain.peer.devices import choice\nchoice.RECOMPUTING_BYTES = 0"
+"""Code that lets a small model compute blocks again, although what that imports is more than it saves."""
+
+
+def join_all(
+    swarm: Swarm,
+    run_file: Path,
+    options: Mapping[str, Sequence[str]],
+    preludes: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Child, list[Child]]:
+    """Start a bootstrap, whose run begins when all are there, and volunteers with these options, after some code."""
     bootstrap = swarm.bootstrap(run_file, "--wait-for", str(len(options)))
-    return bootstrap, [swarm.join(name, bootstrap.invite.invite, *words) for name, words in options.items()]
+    invite = bootstrap.invite.invite
+    return bootstrap, [
+        swarm.join(name, invite, *words, prelude=preludes.get(name, "")) for name, words in options.items()
+    ]
 
 
 def computes_in(child: Child) -> tuple[str, str, int]:
@@ -67,7 +101,7 @@ def computes_in(child: Child) -> tuple[str, str, int]:
 def test_in_step_unlike_volunteers_hold_the_same_bits(swarm: Swarm) -> None:
     run_file = write_run(
         swarm.folder,
-        run={"total_tokens": NUM_ROUNDS * 3 * 5 * BATCH_SEQUENCES * 64},
+        run={"total_tokens": NUM_ROUNDS * NUM_VOLUNTEERS * 5 * BATCH_SEQUENCES * 64},
         # Nobody is passed over, however slow this machine is.
         merge={"inner_steps": 5, "silence_s": 60.0},
         evaluation={"batch_sequences": 4},  # a quarter of it is computed at once: not more than one sequence
@@ -80,6 +114,7 @@ def test_in_step_unlike_volunteers_hold_the_same_bits(swarm: Swarm) -> None:
         "full": ("cpu", "fp32", BATCH_SEQUENCES),
         "half": ("cpu", "bf16", BATCH_SEQUENCES),
         "small": ("cpu", "fp32", 1),
+        "two": ("cpu,cpu", "fp32", BATCH_SEQUENCES // 2),
     }
     assert children[2].wait_event(DeviceEvent).why.endswith("as fit --memory")
     assert assert_same_states(children) >= NUM_ROUNDS
@@ -125,11 +160,11 @@ def test_by_gossip_unlike_volunteers_learn_as_alike_ones_do(tmp_path: Path, prel
                 run_file = write_run(
                     swarm.folder,
                     run={"seed": seed, "total_tokens": TOTAL_TOKENS},
-                    merge={"method": "gossip", "inner_steps": 40, "min_peers": 3},
-                    evaluation={"batch_sequences": 4},
+                    merge={"method": "gossip", "inner_steps": 40, "min_peers": NUM_VOLUNTEERS},
+                    evaluation={"batch_sequences": 1},  # not more than a sequence with blocks computed again
                 )
-                options = ALIKE if kind == "alike" else unlike(run_file)
-                bootstrap, children = join_all(swarm, run_file, options)
+                options = ALIKE if kind == "alike" else most_unlike(run_file)
+                bootstrap, children = join_all(swarm, run_file, options, {"small": ALWAYS_WORTH_IT})
                 for child in (*children, bootstrap):
                     assert child.wait(LIMIT_S) == 0, child.story()
                 loss = bootstrap.wait_event(DoneEvent).held_out_loss
@@ -138,7 +173,7 @@ def test_by_gossip_unlike_volunteers_learn_as_alike_ones_do(tmp_path: Path, prel
                 own = {child.name: child.wait_event(DoneEvent) for child in children}
                 told = {name: f"{event.tokens} tokens, own loss {event.own_loss}" for name, event in own.items()}
                 print(f"seed {seed}, {kind}: loss {loss:.4f}; {told}")
-                print({child.name: computes_in(child) for child in children})
+                print({child.name: [in_words(event) for event in child.all(DeviceEvent)] for child in children})
     ratios = [unlike / alike for unlike, alike in zip(losses["unlike"], losses["alike"], strict=True)]
     ratio = statistics.mean(losses["unlike"]) / statistics.mean(losses["alike"])
     print(f"unlike over alike: {ratio:.4f} of the means; by seed {', '.join(f'{each:.4f}' for each in ratios)}")

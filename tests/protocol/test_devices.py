@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from codes import raises_code
@@ -16,8 +16,11 @@ from swarmtrain.protocol.devices import (
     Precision,
     PrecisionRequest,
     ProbeResult,
+    cards_in_words,
+    check_num_ranks,
     choose_device,
     fastest_precision,
+    largest_part,
     matching_devices,
     parse_device,
 )
@@ -75,12 +78,59 @@ def test_devices_that_can_be_asked_for(text: str, kind: str, index: int | None) 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1000", "cuda:0,1", "cpu:0", "auto:1", "mps:0", "cuda 0", "0"],
+    [
+        *("", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1000", "cpu:0", "auto:1", "mps:0", "cuda 0", "0"),
+        *("cuda:0,", ",cuda:0", "cuda:0,cpu", "cpu,cuda:0", "cpu,1", "cpu,cpu:1", "auto,auto", "mps,mps", "xpu:0,1"),
+    ],
 )
 def test_what_is_no_device_is_refused_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match=r"auto, cpu, cuda or cuda:N") as raised:
+    with pytest.raises(ValueError, match=r"auto, cpu, cuda or cuda:N, or several: cuda:0,1 or cpu,cpu") as raised:
         parse_device(text)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "each", "written"),
+    [
+        ("cuda:0,1", ("cuda:0", "cuda:1"), "cuda:0,1"),
+        ("cuda:2,0,1", ("cuda:2", "cuda:0", "cuda:1"), "cuda:2,0,1"),
+        (" CUDA:0, cuda:1", ("cuda:0", "cuda:1"), "cuda:0,1"),
+        ("cpu,cpu", ("cpu", "cpu"), "cpu,cpu"),
+        ("cpu,cpu,cpu", ("cpu", "cpu", "cpu"), "cpu,cpu,cpu"),
+        ("cuda:1", ("cuda:1",), "cuda:1"),
+    ],
+)
+def test_several_devices_of_one_kind_can_be_asked_for(text: str, each: tuple[str, ...], written: str) -> None:
+    request = parse_device(text)
+    assert str(request) == written and parse_device(written) == request and request.num_ranks == len(each)
+    assert tuple(str(single) for single in request.each) == each and not any(single.others for single in request.each)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("cuda:0,0", "twice"), ("cuda:1,0,1", "twice"), ("cuda,cuda", "which"), ("cuda,1", "cuda:N")]
+)
+def test_several_cards_are_each_named_once(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        parse_device(text)
+    assert "cuda:0,1" in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "fewer"), [("cuda:0,1,2", "cuda:0,1"), ("cpu,cpu,cpu", "cpu,cpu")])
+def test_more_devices_than_a_batch_has_sequences_are_refused(text: str, fewer: str) -> None:
+    request = parse_device(text)
+    check_num_ranks(request, 3, stages=1)
+    with raises_code("too-many-devices", UserError, f"--device {text}", "2 sequences", fewer):
+        check_num_ranks(request, 2, stages=1)
+
+
+def test_stages_are_trained_on_one_device() -> None:
+    check_num_ranks(parse_device("cuda:1"), 8, stages=2)
+    with raises_code("stages-on-one-device", UserError, "--device cuda:1,0", "such as cuda:1,"):
+        check_num_ranks(parse_device("cuda:1,0"), 8, stages=2)
+
+
+def test_the_largest_part_of_a_batch_is_rounded_up() -> None:
+    assert [largest_part(number, 2) for number in (1, 2, 5, 8)] == [1, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +255,56 @@ def test_devices_are_tried_in_one_order_whatever_the_order_found() -> None:
     for found in ([CPU, LARGER, CARD, APPLE], [APPLE, CARD, LARGER, CPU]):
         names = [each.name for each in matching_devices(DeviceRequest(), found, "")]
         assert names == ["cuda:1", "cuda:0", "cpu"]
+
+
+# ---------------------------------------------------------------- several devices
+
+
+def test_several_devices_are_all_of_them_in_the_order_asked_for() -> None:
+    machine = Machine()
+    choice = machine.choose("cuda:1,0", [CARD, LARGER, CPU])
+    assert (choice.device, choice.others, choice.names) == ("cuda:1", ("cuda:0",), "cuda:1,0")
+    assert choice.title == "Card 12 and Card 9" and [name for name, _ in machine.probed] == ["cuda:1", "cuda:0"]
+    two = Machine().choose("cpu,cpu", [CARD, CPU])
+    assert (two.names, two.title, two.precision) == ("cpu,cpu", "", "fp32")
+    twins = [replace(CARD, name=f"cuda:{number}") for number in range(2)]
+    assert Machine().choose("cuda:0,1", twins).title == "Card 9", "once"
+    assert not Machine().choose("auto", [CARD, LARGER, CPU]).others, "never unless asked for"
+
+
+def test_their_precision_is_the_fastest_on_the_slowest_that_all_have() -> None:
+    twin = replace(CARD, name="cuda:1")
+    speeds: dict[str, dict[Precision, float]] = {
+        "cuda:0": {"fp32": 100.0, "bf16": 900.0},
+        "cuda:1": {"fp32": 100.0, "bf16": 105.0},
+    }
+    choice = Machine(speeds=speeds).choose("cuda:0,1", [CARD, twin, CPU])
+    assert choice.precision == "fp32" and "1.05" in choice.why
+    machine = Machine()
+    assert machine.choose("cuda:0,1", [CARD, LARGER, CPU]).precision == "fp32", "one has no bf16, the other no fp16"
+    assert [precisions for _, precisions in machine.probed] == [("fp32",), ("fp32",)]
+    assert Machine().choose("cuda:0,1", [CARD, twin], "bf16").precision == "bf16"
+    able = FoundDevice(name="cpu", title="", precisions=("fp32", "bf16"))
+    machine = Machine(speeds={"cpu": {"fp32": 10.0, "bf16": 18.0}})
+    assert machine.choose("cpu,cpu", [able]).precision == "bf16" and len(machine.probed) == 1, "tried once"
+
+
+def test_one_of_several_that_is_not_there_or_does_not_work_ends_the_choice() -> None:
+    with raises_code("device-not-there", UserError, "--device cuda:2", "cuda:0 (Card 9)"):
+        Machine().choose("cuda:0,2", [CARD, LARGER, CPU])
+    with raises_code("device-unusable", UserError, "--device cuda:0,1", "it burns") as raised:
+        Machine(problems={"cuda:1": "it burns"}).choose("cuda:0,1", [CARD, LARGER, CPU])
+    assert "\n" not in str(raised.value)
+    machine = Machine()
+    with raises_code("device-unusable", UserError, "cuda:1 (Card 12)", "4"):
+        machine.choose("cuda:0,1", [CARD, replace(LARGER, free_bytes=NEEDED - 1), CPU])
+    assert not machine.probed
+
+
+def test_cards_that_could_train_together_are_named() -> None:
+    assert cards_in_words([LARGER, CARD, CPU], NEEDED).endswith("--device cuda:0,1")
+    assert not cards_in_words([LARGER, CARD, CPU], 9 * GB), "one of them is too small"
+    assert not cards_in_words([CARD, CPU], 0) and not cards_in_words([CPU], 0)
 
 
 # ---------------------------------------------------------------- which precision

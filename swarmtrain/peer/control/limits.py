@@ -255,9 +255,12 @@ class LimitEnforcer:
             limit_link(traffic, self._limits, network)
             self._traffic, self._network = traffic, network
 
-    def between_steps(self) -> None:
-        """Set the number of torch's threads for the calling thread if it has changed; costs nothing otherwise."""
-        wanted = self._limits.threads or self._all_threads
+    def between_steps(self, num_ranks: int = 1) -> None:
+        """Set the number of torch's threads for the calling thread if it has changed; costs nothing otherwise.
+
+        It is the share of one of `num_ranks` that train on the processor, at least one thread.
+        """
+        wanted = max(1, (self._limits.threads or self._all_threads) // num_ranks)
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
@@ -439,15 +442,16 @@ def _needs_in_words(cost: Estimate) -> str:
     return f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')}"
 
 
-def check_memory(run: RunFile, num_parameters: int, limit_bytes: int) -> None:
-    """Raise UserError if this run cannot keep to the limit even with a single partner."""
+def check_memory(run: RunFile, num_parameters: int, limit_bytes: int, num_ranks: int = 1) -> None:
+    """Raise UserError if this run cannot keep to the limit even with a single partner; `num_ranks` of this peer train
+    on the processor."""
     if not limit_bytes:
         return
     # With more partners it may have to pause later; what does not fit with a single one, one sequence at a time, even
     # if blocks are computed again in the backward pass, could never train, so it is refused before anything is built
     # (decision 13).
     costs = (
-        estimate(run, num_parameters, num_peers=2, microbatch_sequences=1, recomputes=recomputes)
+        estimate(run, num_parameters, num_peers=2, microbatch_sequences=1, recomputes=recomputes, num_ranks=num_ranks)
         for recomputes in (False, True)
     )
     cost = min(costs, key=lambda each: each.memory_bytes)

@@ -26,7 +26,9 @@ from swarmtrain.protocol.devices import (
     FoundDevice,
     Precision,
     PrecisionRequest,
+    check_num_ranks,
     choose_device,
+    largest_part,
     matching_devices,
 )
 from swarmtrain.run import RunFile
@@ -71,17 +73,27 @@ def choose_compute(
     does not work, or if the precision asked for is not the one that the run demands, or none for stages.
     """
     wanted = _checked_precision(run, wanted)
+    check_num_ranks(request, run.inner.batch_sequences, run.pipeline.stages)
     found = [_within(vram_bytes, each) for each in find_devices(num_trained(run))]
     found = [replace(each, precisions=precisions_of(run, each)) for each in found]
     choice = choose_device(request, wanted, found, least_bytes(run), partial(probe_device, run), missing=missing_card())
-    device = next(each for each in found if each.name == choice.device)
-    fitting = fitting_microbatch(run, device, memory_bytes)
-    if vram_bytes and choice.device.startswith("cuda"):
-        share = vram_bytes / torch.cuda.get_device_properties(choice.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), choice.device)
-    compute = ComputeDevice(torch.device(choice.device), choice.precision, fitting.sequences, fitting.recomputes)
-    card_bytes = None if device.free_bytes is None else int(_SHARE_OF_CARD * device.free_bytes)
-    return ChosenCompute(compute, choice, fitting.why, card_bytes)
+    names = (choice.device, *choice.others)
+    devices = [each for each in found if each.name in names]
+    fittings = [fitting_microbatch(run, each, memory_bytes, len(names)) for each in devices]
+    fitting = min(fittings, key=lambda each: (not each.recomputes, each.sequences))
+    shares = [_memory_share(vram_bytes, name) for name in names]
+    if choice.device.startswith("cuda") and vram_bytes:
+        torch.cuda.set_per_process_memory_fraction(shares[0], choice.device)
+    compute = ComputeDevice(
+        device=torch.device(choice.device),
+        precision=choice.precision,
+        microbatch_sequences=fitting.sequences,
+        recomputes=fitting.recomputes,
+        others=tuple(torch.device(name) for name in choice.others),
+        memory_share=min(shares),
+    )
+    card_bytes = [int(_SHARE_OF_CARD * each.free_bytes) for each in devices if each.free_bytes is not None]
+    return ChosenCompute(compute, choice, fitting.why, min(card_bytes, default=None))
 
 
 def _checked_precision(run: RunFile, wanted: PrecisionRequest) -> PrecisionRequest:
@@ -107,6 +119,13 @@ def precisions_of(run: RunFile, device: FoundDevice) -> tuple[Precision, ...]:
     return tuple(each for each in device.precisions if each != "fp16" or run.pipeline.stages == 1)
 
 
+def _memory_share(vram_bytes: int, name: str) -> float:
+    """Return the share of a card's memory that `vram_bytes` are, at most 1; 1 if that is 0."""
+    if not vram_bytes or not name.startswith("cuda"):
+        return 1.0
+    return min(1.0, vram_bytes / torch.cuda.get_device_properties(name).total_memory)
+
+
 def _within(vram_bytes: int, device: FoundDevice) -> FoundDevice:
     """Return the device with no more memory than `vram_bytes`, if it has memory of its own and that is not 0."""
     if not vram_bytes or device.free_bytes is None:
@@ -126,23 +145,24 @@ class FittingMicrobatch:
     """Reason, for a person; empty if as the run file says."""
 
 
-def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int) -> FittingMicrobatch:
-    """Return how many sequences to compute at once, by the estimate.
+def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int, num_ranks: int = 1) -> FittingMicrobatch:
+    """Return how many sequences to compute at once, by the estimate, on each of `num_ranks` such devices.
 
-    On a card they are as many as fit, up to the batch. In main memory they are as many as the run file says, and fewer
-    if the peer's limit asks for it. Where not even one fits, blocks are computed again in the backward pass. In a
-    pipeline they are as many as drivers send, which is what the run file says.
+    On a card they are as many as fit, up to a rank's part of the batch. In main memory, which ranks share, they are as
+    many as the run file says, and fewer if the peer's limit asks for it. Where not even one fits, blocks are computed
+    again in the backward pass. In a pipeline they are as many as drivers send, which is what the run file says.
     """
-    wanted, on_card = run.microbatch_sequences, device.free_bytes is not None
+    part = largest_part(run.inner.batch_sequences, num_ranks)
+    wanted, on_card = min(run.microbatch_sequences, part), device.free_bytes is not None
     if run.pipeline.stages > 1:
         return FittingMicrobatch(wanted)
     if device.free_bytes is not None:
-        most, place = run.inner.batch_sequences, "the card"
+        most, place = part, "the card"
         free = int(_SHARE_OF_CARD * device.free_bytes) - BYTES_PER_PARAMETER * num_parameters(run.model)
     elif memory_bytes:
         most, place = wanted, "--memory"
-        cost = estimate(run, num_parameters(run.model), 2)
-        free = memory_bytes - (cost.memory_bytes - cost.memory_activations_bytes)
+        cost = estimate(run, num_parameters(run.model), 2, num_ranks=num_ranks)
+        free = (memory_bytes - (cost.memory_bytes - cost.memory_activations_bytes)) // num_ranks
     else:
         return FittingMicrobatch(wanted)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.devices.compute import ComputeDevice, finish
+from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finish
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import CompileRequest, Precision
 from swarmtrain.run import ModelSection
@@ -107,7 +107,7 @@ class CompiledLoss:
     @property
     def _environment(self) -> dict[str, str]:
         """Environment in which torch finds the cache, here and in the process."""
-        cache = {} if self.cache_folder is None else {_VARIABLE: str(self.cache_folder / _CACHE)}
+        cache = {} if self.cache_folder is None else {CACHE_VARIABLE: str(self.cache_folder / _CACHE)}
         return {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", **cache}
 
     def round_ended(self) -> None:
@@ -127,7 +127,7 @@ class CompiledLoss:
                 self._decide(False, _failed_in_words((said.splitlines() or [""])[-1]))
                 return
             self._eager_s = statistics.median(times_s)
-            os.environ.update({name: value for name, value in self._environment.items() if name == _VARIABLE})
+            os.environ.update({name: value for name, value in self._environment.items() if name == CACHE_VARIABLE})
             self.loop.compiled_loss = compiled(self.loop.model.loss, self._failed)
             self._is_trying = True
 
@@ -155,9 +155,6 @@ class CompiledLoss:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-
-
-_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def _failed_in_words(line: str) -> str:

@@ -13,6 +13,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.protocol.devices import Precision
 
 __all__ = [
+    "CACHE_VARIABLE",
     "ComputeDevice",
     "StepQueue",
     "autocast",
@@ -22,6 +23,9 @@ __all__ = [
     "is_out_of_memory",
     "release_cached",
 ]
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable with the folder of torch's compiler's cache."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_QUEUED = 2
@@ -38,11 +42,20 @@ class ComputeDevice:
     """Sequences computed at once; 0: as the run file says."""
     recomputes: bool = False
     """Whether memory is so short that blocks are computed again in the backward pass."""
+    others: tuple[torch.device, ...] = ()
+    """Further devices, each of which computes a part of every batch (data parallel)."""
+    memory_share: float = 1.0
+    """Share of a card's memory that may be used."""
 
     @property
     def is_host(self) -> bool:
         """True if the device's memory is main memory."""
         return self.device.type == "cpu"
+
+    @property
+    def num_host_ranks(self) -> int:
+        """Number of ranks that share the processor; 1 if the devices are cards."""
+        return 1 + len(self.others) if self.is_host else 1
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model is called."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from swarmtrain.peer.devices.choice import fitting_microbatch
 from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, num_trained
-from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_devices
+from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, cards_in_words, matching_devices
 from swarmtrain.run import RunFile
 from swarmtrain.words import counted, device_in_words, size_in_words
 
@@ -26,6 +26,8 @@ class ExpectedDevice:
     """Least memory that training takes on a card."""
     why: str
     """Why it is not a card, or not a better one; empty for the best card."""
+    several: str = ""
+    """What to ask for to train on several cards, in words; empty if there are not two that fit."""
 
     def __str__(self) -> str:
         sequences = f"{counted(self.microbatch_sequences, 'sequence')} at once"
@@ -36,7 +38,7 @@ class ExpectedDevice:
         why = f" ({self.why})" if self.why else ""
         return (
             f"{found_in_words(self.device)}: {sequences}{why}; a graphics card needs at least "
-            f"{size_in_words(self.least_card_bytes)} of memory"
+            f"{size_in_words(self.least_card_bytes)} of memory" + (f"; {self.several}" if self.several else "")
         )
 
 
@@ -56,6 +58,7 @@ def expected_device(run: RunFile) -> ExpectedDevice:
         recomputes=fitting.recomputes,
         least_card_bytes=needed,
         why="; ".join(passed_over) or nothing_better,
+        several=cards_in_words(found, needed) if run.pipeline.stages == 1 else "",
     )
 
 

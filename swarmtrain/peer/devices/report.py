@@ -30,7 +30,7 @@ class ComputeReport:
 
     def smaller(self, before: ComputeDevice, now: ComputeDevice) -> None:
         """Tell that memory ran out, and how a batch is computed from now on."""
-        device, num_before = self.chosen.choice.device, before.microbatch_sequences
+        device, num_before = self.chosen.choice.names, before.microbatch_sequences
         if now.recomputes and not before.recomputes:
             message = (
                 f"memory of {device} ran out with one sequence at once: this peer repeats the step, and from now on "
@@ -55,7 +55,7 @@ class ComputeReport:
         choice, self._microbatch_sequences = self.chosen.choice, microbatch_sequences
         self.emit(
             DeviceEvent(
-                device=choice.device,
+                device=choice.names,
                 title=choice.title,
                 precision=choice.precision,
                 compiled=self.is_compiled,

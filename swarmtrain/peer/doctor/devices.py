@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from swarmtrain.peer.devices.expected_device import found_in_words
 from swarmtrain.peer.doctor.machine import Finding
-from swarmtrain.protocol.devices import FoundDevice, ProbeResult, fastest_precision
+from swarmtrain.protocol.devices import FoundDevice, ProbeResult, cards_in_words, fastest_precision
 from swarmtrain.words import size_in_words
 
 __all__ = ["check_card", "check_card_watch", "check_devices"]
@@ -19,7 +19,8 @@ def check_devices(found: Sequence[FoundDevice], missing: str) -> Finding:
         advice = "training is on the processor like this; pytorch.org says which torch, and which driver, a card needs"
         return Finding("device", "warning", f"{listed}; {missing}", advice)
     none = "" if any(device.is_card for device in found) else "; no graphics card was found"
-    return Finding("device", "ok", f"{listed}{none}")
+    several = cards_in_words(found, 0)
+    return Finding("device", "ok", f"{listed}{none}" + (f"; {several}" if several else ""))
 
 
 def check_card(card: FoundDevice, needed_bytes: int, probe: Callable[[FoundDevice], ProbeResult]) -> Finding:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import (
@@ -33,11 +32,12 @@ from swarmtrain.peer.devices.compute import (
     does_not_fit,
     enough_memory,
     finish,
-    is_out_of_memory,
     release_cached,
 )
+from swarmtrain.peer.devices.data_parallel import DataParallelRanks
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.training.gradients import add_gradient
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, NextStep, Session
 from swarmtrain.run import RunFile
@@ -201,8 +201,10 @@ class ModelLoop(InnerLoop):
         parameters = HostParameters(named) if compute.is_host else DeviceParameters(named)
         loss_scale = LossScale(compute.device) if compute.precision == "fp16" else None
         super().__init__(parameters, batches, inner_constants(run), loss_scale)
+        compute = replace(compute, microbatch_sequences=compute.microbatch_sequences or run.microbatch_sequences)
         self.run, self.model, self.compute, self._slowed = run, model, compute, slowed
-        self.microbatch_sequences = compute.microbatch_sequences or run.microbatch_sequences
+        self.ranks = DataParallelRanks(model, self.inner, compute) if compute.others else None
+        """Other ranks, if this loop trains on several devices."""
         model.recomputes_blocks = compute.recomputes
         self._told_smaller = told_smaller
         self._ahead = StepQueue(compute.device)
@@ -211,6 +213,27 @@ class ModelLoop(InnerLoop):
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
         """Function that computes the loss of a microbatch in place of the model's own; may change between two steps."""
         self._step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)
+
+    @property
+    def microbatch_sequences(self) -> int:
+        """Sequences computed at once, on each device."""
+        return self.compute.microbatch_sequences
+
+    def end(self) -> None:
+        """See `InnerLoop.end`; the other ranks end too."""
+        self.close()
+        super().end()
+
+    def release_cached(self) -> None:
+        """Let other programs have the memory of all devices that only steps need."""
+        release_cached(self.compute.device)
+        if self.ranks is not None:
+            self.ranks.release_cached()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; no step follows."""
+        if self.ranks is not None:
+            self.ranks.close()
 
     def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
         """See `InnerLoop.step`: one step is one batch.
@@ -242,52 +265,40 @@ class ModelLoop(InnerLoop):
         return times_s
 
     def _differentiate(self, batch: Tensor, should_stop: Callable[[], bool]) -> Tensor | None:
-        """Add the batch's gradient to `.grad` and return its mean loss (); None, without gradients, if memory ran out.
-
-        The sum of losses is kept in fp64 where the device has it.
-        """
+        """Set `.grad` to the batch's gradient and return its mean loss (); None, without gradients, if memory ran
+        out."""
         loss_of = self.model.loss if self.compiled_loss is None else self.compiled_loss
-        compute, dtype = self.compute, torch.float32 if self.compute.device.type == "mps" else torch.float64
-        loss_sum = torch.zeros((), dtype=dtype, device=compute.device)
-        for part in torch.split(batch, self.microbatch_sequences):
-            # Asked between microbatches: a batch of a large model takes minutes, and Ctrl-C must not wait for it.
-            if should_stop():
-                self.inner.drop_gradients()
-                raise StopTraining
-            try:
-                with compute.autocast():
-                    loss = loss_of(part.to(compute.device, non_blocking=True))
-                loss = loss * (len(part) / len(batch))
-                scaled = loss if self.inner.loss_scale is None else loss * self.inner.loss_scale.factor
-                scaled.backward()  # type: ignore[no-untyped-call]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.inner.drop_gradients()
-                return None
-            loss_sum += loss.detach()
-        return loss_sum
+        if self.ranks is not None:
+            return self.ranks.differentiate(batch, loss_of, self.compute, should_stop)
+        try:
+            loss = add_gradient(loss_of, batch, len(batch), self.compute, self.inner.loss_scale, should_stop)
+        except StopTraining:
+            self.inner.drop_gradients()
+            raise
+        if loss is None:
+            self.inner.drop_gradients()
+        return loss
 
     def _optimize(self, progress: float, scale: float) -> Tensor:
         """Take the optimizer's step and return the gradient's norm (). Raises RunTimeError if its moments, which the
         first step makes, do not fit: no smaller microbatch makes room for them."""
         with enough_memory("making the optimizer's moments", self.compute.device):
-            return self.inner.step(progress, scale)
+            return self.inner.step(progress, scale) if self.ranks is None else self.ranks.optimize(progress, scale)
 
     def _use_smaller(self) -> None:
         """Halve the microbatches; if they are of one sequence already, compute blocks again in the backward pass.
 
         Raises RunTimeError if that is done already.
         """
-        before = replace(self.compute, microbatch_sequences=self.microbatch_sequences)
+        before = self.compute
         if before.microbatch_sequences > 1:
             now = replace(before, microbatch_sequences=-(-before.microbatch_sequences // 2))
         elif not before.recomputes:
             now = replace(before, recomputes=True)
         else:
             doing = f"training one sequence of {self.run.model.context_tokens} tokens"
-            raise does_not_fit(doing, self.compute.device)
-        self.compute, self.microbatch_sequences = now, now.microbatch_sequences
+            raise does_not_fit(doing, before.device)
+        self.compute = now
         self.model.recomputes_blocks = now.recomputes
         release_cached(now.device)
         self._told_smaller(before, now)

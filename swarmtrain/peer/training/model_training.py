@@ -28,7 +28,6 @@ from swarmtrain.peer.control.limits import check_memory
 from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.compiled_loss import CompiledLoss
-from swarmtrain.peer.devices.compute import release_cached
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -73,8 +72,8 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     Raises the context's `nobody` error if no other peer answered and there is no checkpoint to continue alone from.
     """
     run, published = context.run, context.published
-    check_memory(run, num_parameters(run.model), context.settings.limits.memory_bytes)
     settings = context.settings
+    check_memory(run, num_parameters(run.model), settings.limits.memory_bytes, settings.device.num_host_ranks)
     chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
     compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)
     told.start()
@@ -93,7 +92,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     batches = training_batches(run, data, place, base, published.held_out)
     loop = ModelLoop(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
-    context.limits.trains_on([str(compute.device)])
+    context.limits.trains_on([str(device) for device in (compute.device, *compute.others)])
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
     training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
@@ -178,6 +177,9 @@ class ModelTraining:
         """Enter the swarm: answer other peers and learn which ones are present; announce nothing of this peer yet. See
         `Training`."""
         context, swarm = self.context, self.swarm
+        if self.loop.ranks is not None:  # they begin beside what follows
+            self.loop.ranks.on_lost = context.stop.fail
+            self.loop.ranks.start()
         context.control.starting("looking for other peers")
         context.wait(swarm.start(context.fetcher.through, self.exchange.serving()))
         context.wait(swarm.watch_daemon(context.stop.fail))
@@ -189,6 +191,7 @@ class ModelTraining:
             num_parameters(run.model),
             microbatch_sequences=loop.microbatch_sequences,
             recomputes=loop.compute.recomputes,
+            num_ranks=loop.compute.num_host_ranks,
         )
         control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.manager, estimates)
 
@@ -280,7 +283,7 @@ class ModelTraining:
 
     def _should_stop(self) -> bool:
         """Return whether training must end or pause. The trainer asks between two steps."""
-        self.context.limits.between_steps()
+        self.context.limits.between_steps(self.loop.compute.num_host_ranks)
         return self.context.stop.is_set() or self.context.pause.held
 
     def _tell_started(self, inner_steps: int) -> None:
@@ -322,7 +325,7 @@ class ModelTraining:
     def withdraw(self) -> None:
         """Say goodbye to the others for the time of a pause, and let other programs have the memory that only steps
         need. See `Training`."""
-        release_cached(self.loop.compute.device)
+        self.loop.release_cached()
         self.context.wait(self.swarm.withdraw())
 
     def come_back(self) -> None:
@@ -402,6 +405,7 @@ class ModelTraining:
     def hand_over(self) -> DoneEvent:
         """Continue to serve, if this peer ends before the run, until its work that no other peer has is archived;
         return the final event. See `Training`."""
+        self.loop.close()
         if self.has_joined:
             self.manager.checkpointer.flush(_LAST_FLUSH_S)  # so that the reported state is the one on the disk
             hand_over(self.context.control, [self.swarm], self.context.network, self.context.folder.path)
@@ -423,5 +427,6 @@ class ModelTraining:
         `Training`."""
         if self.compiled is not None:
             self.compiled.close()
+        self.loop.close()
         leave_swarm(self.context.network, self.swarm, self.context.node)
         self.manager.close()

@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -588,7 +588,7 @@ def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(ident
     given_up, fresh = peer(identity, 1), peer(identity, 1)
     stops = iter([False, False, True])  # the step's own look, the first microbatch, the second
     for one in (given_up, fresh):
-        one.loop.microbatch_sequences = 2
+        one.loop.compute = replace(one.loop.compute, microbatch_sequences=2)
     given_up.session.should_stop = lambda: next(stops)
     assert given_up.train() == "interrupted"
     given_up.session.should_stop = lambda: False

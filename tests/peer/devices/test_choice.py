@@ -230,6 +230,51 @@ def test_a_limit_of_a_cards_memory_counts_as_its_free_memory(
         choose_compute(run_file(), parse_device("cuda"), "auto", vram_bytes=1000)
 
 
+def test_several_cards_compute_as_much_as_the_smallest_holds_up_to_a_part(
+    machine_with: Callable[..., Probed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = parse_device("cuda:0,1")
+    machine_with(card(5.5), card(3.5, "cuda:1"))
+    compute = choose_compute(run_file(), both, "auto").compute
+    assert (compute.device, compute.others) == (torch.device("cuda:0"), (torch.device("cuda:1"),))
+    assert compute.microbatch_sequences == 3 and compute.num_host_ranks == 1
+    machine_with(card(50), card(50, "cuda:1"))
+    assert choose_compute(run_file(), both, "auto").compute.microbatch_sequences == 8, "half of 16"
+    machine_with(card(50), card(1.1, "cuda:1", recomputes=True))
+    compute = choose_compute(run_file(), both, "auto").compute
+    assert compute.recomputes and compute.microbatch_sequences == 1
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: type("Properties", (), {"total_memory": 4 * (card(50).free_bytes or 0)}),
+    )
+    limits = list[tuple[float, Any]]()
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append((share, device))
+    )
+    machine_with(card(50), card(50, "cuda:1"))
+    half = choose_compute(run_file(), both, "auto", vram_bytes=2 * (card(50).free_bytes or 0)).compute
+    assert half.memory_share == 0.5 and limits == [(0.5, "cuda:0")], "the other rank limits its own card"
+
+
+def test_ranks_on_the_processor_share_its_memory(machine_with: Callable[..., Probed]) -> None:
+    run, request = run_file(microbatch=8), parse_device("cpu,cpu")
+    machine_with()
+    compute = choose_compute(run, request, "auto").compute
+    assert compute.microbatch_sequences == 8 and compute.num_host_ranks == 2 and not compute.recomputes
+    assert choose_compute(run_file(microbatch=16), request, "auto").compute.microbatch_sequences == 8, "its part"
+    one = activation_bytes(run, 1, 2, has_head=True)
+    alone, cost = (estimate(run, num_parameters(run.model), 2, num_ranks=number) for number in (1, 2))
+    assert cost.memory_parameters_bytes - alone.memory_parameters_bytes == 16 * num_parameters(run.model)
+    assert cost.memory_activations_bytes == 2 * alone.memory_activations_bytes == pytest.approx(16 * one)
+    assert cost.memory_program_bytes > alone.memory_program_bytes
+    for fewer in range(1, 8):
+        found = fitting_microbatch(run, CPU, cost.memory_bytes - 2 * fewer * one + 16, num_ranks=2)
+        assert found.sequences == 8 - fewer and not found.recomputes
+    with raises_code("too-many-devices", UserError, "16 sequences"):
+        choose_compute(run, parse_device(",".join(["cpu"] * 17)), "auto")
+
+
 def test_a_card_below_the_least_memory_is_passed_over(machine_with: Callable[..., Probed]) -> None:
     least = least_bytes(run_file())
     probed = machine_with(replace(card(1), free_bytes=least - 1))

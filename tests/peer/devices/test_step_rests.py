@@ -182,14 +182,16 @@ def test_only_a_device_that_is_not_the_processor_rests_and_its_share_may_change(
 
 def test_a_pause_gives_the_memory_of_steps_back_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     released, waited = list[torch.device](), list[str]()
-    monkeypatch.setattr("swarmtrain.peer.training.model_training.release_cached", released.append)
+    monkeypatch.setattr("swarmtrain.peer.training.loop.release_cached", released.append)
+    loop: Any = SimpleNamespace(compute=ComputeDevice(torch.device("cuda:1")))
+    loop.ranks = SimpleNamespace(release_cached=lambda: released.append(torch.device("cuda:2")))
     training: Any = SimpleNamespace(
-        loop=SimpleNamespace(compute=ComputeDevice(torch.device("cuda:1"))),
+        loop=SimpleNamespace(release_cached=lambda: ModelLoop.release_cached(loop)),
         swarm=SimpleNamespace(withdraw=lambda: "goodbye"),
         context=SimpleNamespace(wait=waited.append),
     )
     ModelTraining.withdraw(training)
-    assert released == [torch.device("cuda:1")] and waited == ["goodbye"]
+    assert released == [torch.device("cuda:1"), torch.device("cuda:2")] and waited == ["goodbye"]
 
 
 @pytest.mark.parametrize(("name", "rest_s"), [("cuda:1", 0.3), ("cpu", 0.0)])

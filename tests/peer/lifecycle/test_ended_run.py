@@ -370,6 +370,7 @@ def test_who_is_to_end_hands_over_what_is_on_its_disk_once_it_has_joined(
     training: Any = ModelTraining.__new__(ModelTraining)
     checkpointer = SimpleNamespace(flush=lambda limit_s: done.append("flush"))
     training.manager, training.swarm = SimpleNamespace(checkpointer=checkpointer), None
+    training.loop = SimpleNamespace(close=lambda: None)
     training.context = SimpleNamespace(
         control=None, network=None, folder=SimpleNamespace(path=None), stop=SimpleNamespace(reason="interrupted")
     )
