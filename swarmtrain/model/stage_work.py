@@ -295,7 +295,8 @@ class _Length:
 
     def add_all(self, gradients: Mapping[str, Tensor]) -> None:
         """Add the gradients of all weights: one number is read."""
-        self.value = float(nn.utils.get_total_norm(gradients.values()))
+        # Not torch's `get_total_norm`, which does the same: torch before 2.6 has none.
+        self.value = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values())))))
         self._check()
 
     def _check(self) -> None:

@@ -305,6 +305,17 @@ def test_what_was_added_can_be_taken_out_whatever_has_become_usual(computes: Com
     assert all(float(each.abs().max()) < 1e-5 for each in _sums(work, 0).values())
 
 
+def test_on_a_device_the_norm_needs_nothing_that_older_versions_of_torch_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.utils, "get_total_norm", raising=False)  # of torch 2.6
+    norms = []
+    for computes in (StageWork, DeviceStageWork):
+        work, _, _ = _one(computes)
+        work.forward("a", _x(1))
+        work.backward("a", _x(101), 0)
+        norms.append(work._norms[0])
+    assert norms[0] == pytest.approx(norms[1])
+
+
 def test_on_a_device_a_refused_gradient_leaves_the_others_to_the_bit() -> None:
     """It is not added before all of it is known."""
     work, stage, _ = _one(DeviceStageWork)
