@@ -19,6 +19,10 @@ class NVMLError(Exception):
         self.value = value
 
 
+class NVMLLibraryMismatchError(Exception):
+    """Error of NVML's Python part, which is none of NVML's."""
+
+
 @dataclass
 class FakeCard:
     """Card: who computes there and how hot it is."""
@@ -43,6 +47,8 @@ class FakeNvml:
     broken: int | None = None
     """Error of every call; None: the driver answers."""
     has_uuids: bool = True
+    is_old: bool = False
+    """True if the driver lacks the newest form of some functions."""
     num_inits: int = 0
     now_us: int = 1_000_000
     asked_since: list[int] = field(default_factory=list)
@@ -97,6 +103,8 @@ class FakeNvml:
 
     def nvmlDeviceGetComputeRunningProcesses(self, card: FakeCard) -> list[Any]:  # noqa: N802
         self._check()
+        if self.is_old:
+            raise NVMLLibraryMismatchError("Unversioned function called")
         return [SimpleNamespace(pid=pid) for pid in card.running]
 
     def nvmlDeviceGetProcessUtilization(self, card: FakeCard, since_us: int) -> list[Any]:  # noqa: N802

@@ -91,13 +91,19 @@ class CardUsage:
 
     def _try(self, card: _Card, measured: Callable[[], _T]) -> _T | None:
         """Return what is measured; None if the driver does not tell, for which the card is looked for again."""
+        not_supported = self._nvml.NVML_ERROR_NOT_SUPPORTED
         try:
             return measured()
         except self._nvml.NVMLError as error:
-            if getattr(error, "value", None) != self._nvml.NVML_ERROR_NOT_SUPPORTED:
+            if getattr(error, "value", not_supported) != not_supported:
                 self._cards.pop(card.name, None)
             self._note(f"its driver says: {_first_line(error)}")
-            return None
+        except Exception as error:
+            # NVML's Python part has errors of its own, such as NVMLLibraryMismatchError for a driver older than 510.
+            # They too must not end training.
+            _log.debug("asking %s failed: %r", card.name, error)
+            self._note(f"its driver and the installed nvidia-ml-py do not fit together ({type(error).__name__})")
+        return None
 
     def _others(self, card: _Card) -> tuple[float, str] | None:
         """Return the share of the time since the last call in which other programs computed on a card, and the name of

@@ -164,6 +164,14 @@ def test_a_driver_that_does_not_sample_processes_tells_the_temperature(nvml: Fak
     assert nvml.num_inits == 1, "that is no reason to look for the card again"
 
 
+def test_a_driver_older_than_the_library_ends_nothing_and_tells_the_temperature(nvml: FakeNvml) -> None:
+    nvml.is_old = True
+    usage = CardUsage(["cuda:0"], nvml.load)
+    assert [measured(usage) for _ in range(2)] == [(None, "", 60.0, 93.0)] * 2
+    assert "do not fit together (NVMLLibraryMismatchError)" in usage.problem
+    assert nvml.num_inits == 1, "that is no reason to look for the card again"
+
+
 def test_a_driver_that_does_not_tell_where_it_slows_down_is_well(nvml: FakeNvml) -> None:
     nvml.cards[1].slowdown = None
     usage = begun(nvml)
