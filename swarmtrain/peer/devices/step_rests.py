@@ -1,17 +1,19 @@
 """Rest after each inner step, so that a graphics card is free for other programs for a share of the time.
 
 A step is over when the device has computed it, not when it was asked for; while the peer may use all of the device's
-time nothing waits for that.
+time nothing waits for that. Several threads of a peer (its stages) take turns on a device: one that computed while
+another rests would use the time that the other leaves free.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from swarmtrain.peer.training.pause import wait_until
+from swarmtrain.peer.training.pause import LONGEST_SLEEP_S, wait_until
 from swarmtrain.protocol.duty_cycle import DutyCycle
 
 __all__ = ["StepRests"]
@@ -31,6 +33,8 @@ class StepRests:
     """Returns whether to end the rest early, for a pause."""
     clock: Callable[[], float] = time.monotonic
     cycle: DutyCycle = field(default_factory=DutyCycle)
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Held during a step and its rest; the same for all threads that use the device."""
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -40,12 +44,25 @@ class StepRests:
             self.cycle.forget()
             yield
             return
-        began_s = self.clock()
-        yield
-        self.finish()
-        ended_s = self.clock()
-        rest_s = self.cycle.rest_s(ended_s - began_s, share)
-        if rest_s and wait_until(ended_s + rest_s, self.sleep, self.ends_early, self.clock):
-            self.cycle.rested(self.clock() - ended_s)
-        elif rest_s:
-            self.cycle.forget()
+        with self._own_turn():
+            began_s = self.clock()
+            yield
+            self.finish()
+            ended_s = self.clock()
+            rest_s = self.cycle.rest_s(ended_s - began_s, share)
+            if rest_s and wait_until(ended_s + rest_s, self.sleep, self.ends_early, self.clock):
+                self.cycle.rested(self.clock() - ended_s)
+            elif rest_s:
+                self.cycle.forget()
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Surround what this thread does on the device and its rest. If it must end soon, it does not wait for its
+        turn."""
+        while not (has_turn := self.turn.acquire(timeout=LONGEST_SLEEP_S)) and not self.ends_early():
+            pass
+        try:
+            yield
+        finally:
+            if has_turn:
+                self.turn.release()

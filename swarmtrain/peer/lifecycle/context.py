@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -52,6 +53,8 @@ class VolunteerContext:
     fetcher: RunFetcher
     nobody: RunTimeError | None = None
     """Error that nobody answered, which a peer raises that cannot continue alone; None if somebody answered."""
+    card_turn: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the thread that computes on the graphics card, or rests after that; see `StepRests`."""
 
     @property
     def run(self) -> RunFile:
@@ -74,11 +77,14 @@ class VolunteerContext:
         """
         return wait_for(self.network.submit(work), self.stop)
 
-    def slowed(self, on_processor: bool = True) -> Callable[[], AbstractContextManager[None]]:
+    def slowed(
+        self, on_processor: bool = True, leaves: Callable[[], bool] = lambda: False
+    ) -> Callable[[], AbstractContextManager[None]]:
         """Return a maker of the context for each inner step, which sleeps on exit if this peer simulates a slower
         machine.
 
         Work on the processor is timed by the processor time of its thread, work on another device by the clock.
+        `leaves` returns whether what is trained is being left: the sleep then ends, as in a pause.
         """
         factor = self.settings.limits.slowdown
         if factor == 1:
@@ -92,23 +98,31 @@ class VolunteerContext:
             self.emit(WarningEvent(message=message, code="too-busy"))
 
         alone_clock = time.thread_time if on_processor else time.monotonic
-        return SlowedSteps(factor, self.stop.sleep, lambda: self.pause.held, too_busy, processor_clock=alone_clock)
+        return SlowedSteps(
+            factor, self.stop.sleep, lambda: self.pause.held or leaves(), too_busy, processor_clock=alone_clock
+        )
 
-    def rests(self, compute: ComputeDevice) -> Callable[[], AbstractContextManager[None]]:
+    def rests(
+        self, compute: ComputeDevice, leaves: Callable[[], bool] = lambda: False
+    ) -> Callable[[], AbstractContextManager[None]]:
         """Return a maker of the context for each inner step, which rests on exit so that a graphics card is busy for
-        the share of the time that the limits allow; on the processor it does nothing."""
+        the share of the time that the limits allow; on the processor it does nothing. `leaves` is as for `slowed`."""
         if compute.is_host:
             return nullcontext
         limits, pause = self.limits, self.pause
         return StepRests(
-            lambda: limits.card_share, partial(finish, compute.device), self.stop.sleep, lambda: pause.held
+            share=lambda: limits.card_share,
+            finish=partial(finish, compute.device),
+            sleep=self.stop.sleep,
+            ends_early=lambda: pause.held or leaves(),
+            turn=self.card_turn,
         )
 
-    def slowed_work(self, compute: ComputeDevice) -> SlowedWork:
+    def slowed_work(self, compute: ComputeDevice, leaves: Callable[[], bool]) -> SlowedWork:
         """Return `slowed` and `rests` for a stage's work, the former with its own timing for each kind: kinds take
-        different times."""
-        kinds = {kind: self.slowed(compute.is_host) for kind in ("forward", "backward", "tail", None)}
-        rests = self.rests(compute)
+        different times. `leaves` returns whether the stage is being left."""
+        kinds = {kind: self.slowed(compute.is_host, leaves) for kind in ("forward", "backward", "tail", None)}
+        rests = self.rests(compute, leaves)
 
         @contextmanager
         def both(kind: Kind | None) -> Iterator[None]:

@@ -65,8 +65,8 @@ class StageLoop:
     inner: InnerOptimizer
     batch_tokens: int
     slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext()
-    """Context entered around each piece of work of a kind, None for a step; it may sleep on exit (a rehearsal's slower
-    machine).
+    """Context entered around each piece of work of a kind, None for a step; it may wait for the device on entry, and
+    sleep on exit (a rehearsal's slower machine, a considerate guest).
     """
     over: Callable[[], bool] = lambda: False
     """Return whether drivers have no more microbatches: then the open batch is the last one."""
@@ -96,8 +96,8 @@ class StageLoop:
                 return self._step(what, progress, scale)
             answer = None
             if isinstance(what, Task):
-                began_s = time.monotonic()
                 with self.slowed(what.kind):
+                    began_s = time.monotonic()  # without the wait for a turn on the device
                     answer = self._answer(what)
                 self.meter.add(what.kind, what.tokens, time.monotonic() - began_s)
             else:
@@ -123,8 +123,8 @@ class StageLoop:
             finish(transfer.device)
 
     def _step(self, step: TakeStep, progress: float, scale: float) -> InnerStep:
-        began_s = time.monotonic()
         with self.slowed(None):
+            began_s = time.monotonic()
             # Gradients are summed for a full batch; a smaller or larger one is scaled to the mean over its own tokens.
             self.work.gradients(step.batch, self.batch_tokens / step.tokens)
             grad_norm = self.inner.step(progress, scale)

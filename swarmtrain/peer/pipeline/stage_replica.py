@@ -154,7 +154,7 @@ class StageReplica:
             computes(model, site.graph_bytes, compute.autocast),
             batches,
             StageRequestQueue(StageLedger(limits, incarnation), time.monotonic, transfer),
-            context.slowed_work(compute),
+            context.slowed_work(compute, lambda: self.pause.held),
             self.over,
         )
         self.session = Session(

@@ -3,14 +3,17 @@ others are told."""
 
 from __future__ import annotations
 
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from swarmtrain.algorithm.pacing import paced_inner_steps
 from swarmtrain.model.gpt import build_model
@@ -23,6 +26,7 @@ from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.pause import LONGEST_SLEEP_S, PauseSwitch
 from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.protocol.limits import Limits
 from swarmtrain.run import parse_run
 
 
@@ -165,7 +169,7 @@ def test_only_a_device_that_is_not_the_processor_rests_and_its_share_may_change(
     finished = list[torch.device]()
     monkeypatch.setattr("swarmtrain.peer.lifecycle.context.finish", finished.append)
     limits = SimpleNamespace(card_share=0.5)
-    context: Any = SimpleNamespace(limits=limits, stop=StopFlag(), pause=PauseSwitch())
+    context: Any = SimpleNamespace(limits=limits, stop=StopFlag(), pause=PauseSwitch(), card_turn=threading.Lock())
     assert VolunteerContext.rests(context, ComputeDevice()) is nullcontext
     for name in ("cuda:1", "mps", "xpu:0"):
         made = VolunteerContext.rests(context, ComputeDevice(torch.device(name)))
@@ -178,6 +182,7 @@ def test_only_a_device_that_is_not_the_processor_rests_and_its_share_may_change(
         context.pause.hold("asked", "you asked for it")
         assert made.ends_early()
         context.pause.release("asked")
+        assert not made.ends_early()
 
 
 def test_a_pause_gives_the_memory_of_steps_back_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +206,66 @@ def test_a_stage_rests_after_each_piece_of_work_on_a_card(
     card = Card(0.25)
     compute = ComputeDevice(torch.device(name))
     context: Any = SimpleNamespace(
-        rests=lambda compute: nullcontext if compute.is_host else card.rests,
-        slowed=lambda on_processor: nullcontext if on_processor is compute.is_host else None,
+        rests=lambda compute, leaves: nullcontext if compute.is_host else card.rests,
+        slowed=lambda on_processor, leaves: nullcontext if on_processor is compute.is_host else None,
     )
-    work = VolunteerContext.slowed_work(context, compute)
+    work = VolunteerContext.slowed_work(context, compute, lambda: False)
     kinds: list[Any] = ["forward", "backward", "tail", None]
     for number, kind in enumerate(kinds, 1):
         with work(kind):
             card.ask()
             card.finish()
         assert card.now_s == pytest.approx(number * (0.1 + rest_s))
+
+
+class Volunteer:
+    """Volunteer of a pipeline on a card, of whose time it may use `share`."""
+
+    def __init__(self, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("swarmtrain.peer.lifecycle.context.finish", lambda device: None)
+        self.num_computed = 0
+        self.context: Any = SimpleNamespace(
+            limits=SimpleNamespace(card_share=share),
+            settings=SimpleNamespace(limits=Limits()),
+            stop=StopFlag(),
+            pause=PauseSwitch(),
+            card_turn=threading.Lock(),
+        )
+        self.context.slowed = partial(VolunteerContext.slowed, self.context)
+        self.context.rests = partial(VolunteerContext.rests, self.context)
+
+    def stage(self) -> tuple[threading.Thread, threading.Event]:
+        """Return the running thread of a stage, which computes a piece of work, and what lets it be left."""
+        left = threading.Event()
+        work = VolunteerContext.slowed_work(self.context, ComputeDevice(torch.device("cuda:0")), left.is_set)
+
+        def train() -> None:
+            with suppress(StopTraining), work("forward"):
+                time.sleep(0.02)
+                self.num_computed += 1
+
+        thread = threading.Thread(target=train, daemon=True)
+        thread.start()
+        return thread, left
+
+
+@pytest.mark.parametrize("because", ["each leaves", "an end", "a pause"])
+def test_while_one_stage_rests_no_other_uses_the_card_but_neither_waits_to_end(
+    because: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Volunteer(0.0001, monkeypatch)
+    (resting, left), (waiting, left_too) = one.stage(), one.stage()
+    while not one.num_computed:
+        time.sleep(0.001)
+    time.sleep(0.06)
+    assert one.num_computed == 1, "two stages would use twice the share"
+    if because == "an end":
+        one.context.stop.stop()
+    elif because == "a pause":
+        one.context.pause.hold("asked", "you asked for it")
+    for stage, leaves in ((waiting, left_too), (resting, left)):
+        if because == "each leaves":
+            leaves.set()
+        stage.join(PATIENCE_S)
+        assert not stage.is_alive(), "a rest takes minutes"
+    assert one.num_computed == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.writer import Checkpointer
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
+from swarmtrain.peer.lifecycle.context import SlowedWork
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.stop import StopFlag
@@ -61,8 +63,16 @@ class AsDevice(ComputeDevice):
         return False
 
 
-def assignment(folder: Path, compute: ComputeDevice | None = None) -> tuple[StageAssignment, StageReplicas]:
-    """Make the parts of a volunteer that take a stage."""
+def assignment(
+    folder: Path, compute: ComputeDevice | None = None, asked: list[Callable[[], bool]] | None = None
+) -> tuple[StageAssignment, StageReplicas]:
+    """Make the parts of a volunteer that take a stage. `asked` gets what its rests ask: whether it is being left."""
+
+    def slowed_work(compute: ComputeDevice, leaves: Callable[[], bool]) -> SlowedWork:
+        if asked is not None:
+            asked.append(leaves)
+        return lambda kind: nullcontext()
+
     compute = ComputeDevice() if compute is None else compute
     context: Any = SimpleNamespace(
         published=PUBLISHED,
@@ -78,7 +88,7 @@ def assignment(folder: Path, compute: ComputeDevice | None = None) -> tuple[Stag
         emit=lambda event: None,
         stop=StopFlag(),
         control=SimpleNamespace(starting=lambda what: None),
-        slowed_work=lambda compute: lambda kind: nullcontext(),
+        slowed_work=slowed_work,
     )
     data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))
@@ -116,6 +126,18 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert stages.all[0].swarm is held.swarm, "what it answers cannot be taken back"
     assert stages.all[0].trainer.batches.position == drawn + 1, "further than its checkpoint"
     assert held.swarm.records.safe() is None, "of who keeps it now"
+
+
+def test_only_a_stage_that_is_left_ends_its_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StageReplica, "enter", lambda held, through: None)
+    monkeypatch.setattr(StageReplica, "begin", lambda held: None)
+    asked = list[Callable[[], bool]]()
+    one, stages = assignment(tmp_path, asked=asked)
+    for number in range(2):
+        one.enter(number)
+    assert [leaves() for leaves in asked] == [False, False]
+    stages.all[1].stop_soon()
+    assert [leaves() for leaves in asked] == [False, True]
 
 
 @pytest.mark.parametrize("ended", ["total_tokens", "an error", "not yet"])
