@@ -74,13 +74,21 @@ def _autocast(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has computed everything asked of it so far."""
+    """Wait until the device has computed everything that this thread has asked of it so far."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        _recorded(device).synchronize()
     elif device.type == "xpu":
         torch.xpu.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """Return an event after what was asked of the device's present stream so far. A thread that waits for it sleeps:
+    with `torch.cuda.synchronize` it would keep a core busy, and wait for what other threads have asked since."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def release_cached(device: torch.device) -> None:
@@ -107,10 +115,7 @@ class StepQueue:
         """Note that a step was asked of the device, and wait until at most two are not finished."""
         if self._device.type != "cuda":
             return
-        # The waiting thread sleeps: the processor is for others.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        self._events.append(event)
+        self._events.append(_recorded(self._device))
         while len(self._events) > _MAX_QUEUED:
             self._events.popleft().synchronize()
 
