@@ -53,6 +53,8 @@ from swarmtrain.words import counted, size_in_words
 __all__ = ["LimitEnforcer", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
 
 LOOK_EVERY_S = 3.0
+_LAST_LOOK_S = 5.0
+"""Seconds that the end waits for a look at the machine: a driver that hangs must not keep a peer from ending."""
 
 _log = logging.getLogger(__name__)
 
@@ -435,7 +437,7 @@ def kept_limits(enforcer: LimitEnforcer) -> Iterator[LimitEnforcer]:
         yield enforcer
     finally:
         ended.set()
-        thread.join()
+        thread.join(_LAST_LOOK_S)
 
 
 def _needs_in_words(cost: Estimate) -> str:

@@ -356,6 +356,27 @@ def test_they_are_kept_on_whatever_one_look_meets(monkeypatch: pytest.MonkeyPatc
             assert ticks.acquire(timeout=PATIENCE_S)
 
 
+def test_a_driver_that_hangs_does_not_keep_a_peer_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(module, "_LAST_LOOK_S", 0.01)
+    kept, hangs, answers, over = Kept(), threading.Event(), threading.Event(), threading.Event()
+
+    def tick() -> None:
+        hangs.set()
+        answers.wait()
+
+    def live() -> None:
+        with kept_limits(kept.enforcer):
+            monkeypatch.setattr(kept.enforcer, "tick", tick)
+            assert hangs.wait(PATIENCE_S)
+        over.set()
+
+    threading.Thread(target=live, daemon=True).start()
+    is_over = hangs.wait(PATIENCE_S) and over.wait(2.0)
+    answers.set()
+    assert is_over
+
+
 def test_a_run_that_needs_more_memory_than_allowed_is_refused() -> None:
     run = parse_run("[run]\ntotal_tokens = 50_000_000", "r")
     check_memory(run, 10**6, 0)
