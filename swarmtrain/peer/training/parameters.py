@@ -99,6 +99,8 @@ class HostParameters(ParameterSource):
     def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
         """Lend a fragment's present values, from which other threads compute the pseudo-gradient: `theta` (Q,) minus
         the values. See `ParameterSource`."""
+        if (before := self._lent.get(fragment.tensors)) is not None:  # a round that ended early publishes twice
+            before.gradient()
         lent = self._lent[fragment.tensors] = LentWeights(theta, fragment.pick(self._tensors))
         return lent
 

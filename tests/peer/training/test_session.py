@@ -620,6 +620,16 @@ def test_a_loop_of_ones_own_trains_by_rounds() -> None:
     assert torch.equal(last.of(parameters.read()), session.replica.state_of(1).theta)
 
 
+def test_what_is_lent_twice_without_a_step_between_is_taken_back_twice() -> None:
+    """As when no further microbatch comes just after a part was published, and the round ends with that."""
+    one = Lived(Fragments(4))
+    first, before = one.session.replica.fragments[0], one.parameters.read()
+    lent = [one.parameters.lend(first, torch.zeros(8)) for _ in range(2)]
+    one.parameters.write(torch.ones(8), first)
+    for each in lent:
+        assert torch.equal(each.gradient(), -first.of(before))
+
+
 def test_writing_a_fragment_takes_back_what_is_lent_of_it_and_no_other() -> None:
     one = Lived(Fragments(4))
     first, second = one.session.replica.fragments
