@@ -12,6 +12,7 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
+from swarmtrain.peer.devices.sharded_loop import ShardedLoop
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
@@ -76,7 +77,7 @@ def train_alone(
     told.start()
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
-    model = build_model(run.model, run.run.seed).to(compute.device)
+    model = build_model(run.model, run.run.seed).to(compute.model_device)
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
     batches = training_batches(run, data, place, base, published.held_out)
 
@@ -84,7 +85,8 @@ def train_alone(
         advance(finished.contribution.inner_steps)
 
     exchange = _Nobody(run.merge.inner_steps, inner_steps)
-    loop = ModelLoop(run, model, batches, compute=compute, told_smaller=told.smaller)
+    kind = ShardedLoop if compute.shards else ModelLoop
+    loop = kind(run, model, batches, compute=compute, told_smaller=told.smaller)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
     try:
         loop.train(session)

@@ -28,6 +28,7 @@ __all__ = [
     "check_num_ranks",
     "choose_device",
     "fastest_precision",
+    "fits_no_single",
     "largest_part",
     "matching_devices",
     "parse_device",
@@ -122,6 +123,14 @@ def cards_in_words(found: Sequence[FoundDevice], needed_bytes: int) -> str:
         return ""
     numbers = ",".join(str(number) for number in sorted(int(each.name.rpartition(":")[2]) for each in cards))
     return f"{len(cards)} cards train as one peer with --device cuda:{numbers}"
+
+
+def fits_no_single(request: DeviceRequest, found: Sequence[FoundDevice], whole_bytes: int) -> str:
+    """Say which of several cards asked for has less memory than a whole model takes; empty if none has, or if fewer
+    are asked for."""
+    asked = {str(each) for each in request.each} if request.others else set()
+    small = [device for device in found if device.name in asked and _too_small(device, whole_bytes)]
+    return str(small[0]) if small else ""
 
 
 def largest_part(num_sequences: int, num_ranks: int) -> int:

@@ -15,8 +15,10 @@ from swarmtrain.peer.devices.machine import (
     BYTES_PER_PARAMETER,
     find_devices,
     least_bytes,
+    least_part_bytes,
     missing_card,
     num_trained,
+    part_bytes,
     probe_device,
 )
 from swarmtrain.peer.estimate import RECOMPUTING_BYTES, activation_bytes, estimate
@@ -28,6 +30,7 @@ from swarmtrain.protocol.devices import (
     PrecisionRequest,
     check_num_ranks,
     choose_device,
+    fits_no_single,
     largest_part,
     matching_devices,
 )
@@ -76,10 +79,17 @@ def choose_compute(
     check_num_ranks(request, run.inner.batch_sequences, run.pipeline.stages)
     found = [_within(vram_bytes, each) for each in find_devices(num_trained(run))]
     found = [replace(each, precisions=precisions_of(run, each)) for each in found]
-    choice = choose_device(request, wanted, found, least_bytes(run), partial(probe_device, run), missing=missing_card())
+    needed = least_bytes(run)
+    if small := fits_no_single(request, found, needed):
+        _check_sharding(request, small)
+        needed = least_part_bytes(run, request.num_ranks)
+    choice = choose_device(request, wanted, found, needed, partial(probe_device, run), missing=missing_card())
+    if small:
+        why = f"{choice.why}; each card holds a part of the model (fully_shard), since {small} does not hold all of it"
+        choice = replace(choice, why=why)
     names = (choice.device, *choice.others)
     devices = [each for each in found if each.name in names]
-    fittings = [fitting_microbatch(run, each, memory_bytes, len(names)) for each in devices]
+    fittings = [fitting_microbatch(run, each, memory_bytes, len(names), shards=bool(small)) for each in devices]
     fitting = min(fittings, key=lambda each: (not each.recomputes, each.sequences))
     shares = [_memory_share(vram_bytes, name) for name in names]
     if choice.device.startswith("cuda") and vram_bytes:
@@ -90,10 +100,23 @@ def choose_compute(
         microbatch_sequences=fitting.sequences,
         recomputes=fitting.recomputes,
         others=tuple(torch.device(name) for name in choice.others),
+        shards=bool(small),
         memory_share=min(shares),
     )
     card_bytes = [int(_SHARE_OF_CARD * each.free_bytes) for each in devices if each.free_bytes is not None]
     return ChosenCompute(compute, choice, fitting.why, min(card_bytes, default=None))
+
+
+def _check_sharding(request: DeviceRequest, small: str) -> None:
+    """Raise UserError if this torch cannot cut a model between cards."""
+    try:
+        from torch.distributed.fsdp import fully_shard  # noqa: F401 - takes seconds, only where it is needed
+    except ImportError:
+        raise UserError(
+            f"--device {request}: {small} does not hold the whole model, and to cut it between cards takes torch 2.6 "
+            f"or newer (this is {torch.__version__}); give cards with more memory, or install a newer torch",
+            code="device-unusable",
+        ) from None
 
 
 def _checked_precision(run: RunFile, wanted: PrecisionRequest) -> PrecisionRequest:
@@ -145,8 +168,11 @@ class FittingMicrobatch:
     """Reason, for a person; empty if as the run file says."""
 
 
-def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int, num_ranks: int = 1) -> FittingMicrobatch:
-    """Return how many sequences to compute at once, by the estimate, on each of `num_ranks` such devices.
+def fitting_microbatch(
+    run: RunFile, device: FoundDevice, memory_bytes: int, num_ranks: int = 1, *, shards: bool = False
+) -> FittingMicrobatch:
+    """Return how many sequences to compute at once, by the estimate, on each of `num_ranks` such devices, each of which
+    holds the whole model, or with `shards` a part of it.
 
     On a card they are as many as fit, up to a rank's part of the batch. In main memory, which ranks share, they are as
     many as the run file says, and fewer if the peer's limit asks for it. Where not even one fits, blocks are computed
@@ -158,7 +184,8 @@ def fitting_microbatch(run: RunFile, device: FoundDevice, memory_bytes: int, num
         return FittingMicrobatch(wanted)
     if device.free_bytes is not None:
         most, place = part, "the card"
-        free = int(_SHARE_OF_CARD * device.free_bytes) - BYTES_PER_PARAMETER * num_parameters(run.model)
+        fixed = part_bytes(run, num_ranks) if shards else BYTES_PER_PARAMETER * num_parameters(run.model)
+        free = int(_SHARE_OF_CARD * device.free_bytes) - fixed
     elif memory_bytes:
         most, place = wanted, "--memory"
         cost = estimate(run, num_parameters(run.model), 2, num_ranks=num_ranks)

@@ -44,6 +44,8 @@ class ComputeDevice:
     """Whether memory is so short that blocks are computed again in the backward pass."""
     others: tuple[torch.device, ...] = ()
     """Further devices, each of which computes a part of every batch (data parallel)."""
+    shards: bool = False
+    """Whether each device holds a part of the weights only, because no device holds all of them."""
     memory_share: float = 1.0
     """Share of a card's memory that may be used."""
 
@@ -51,6 +53,11 @@ class ComputeDevice:
     def is_host(self) -> bool:
         """True if the device's memory is main memory."""
         return self.device.type == "cpu"
+
+    @property
+    def model_device(self) -> torch.device:
+        """Device for the whole model: main memory if each device holds a part of it only."""
+        return torch.device("cpu") if self.shards else self.device
 
     @property
     def num_host_ranks(self) -> int:

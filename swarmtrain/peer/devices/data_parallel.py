@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ _EXIT_S = 2.0
 class DataParallelRanks:
     """Ranks of one loop beside its own process, from their start to their end."""
 
+    _doing: ClassVar[str] = "adding up gradients"
+    """What was going on when memory ran out and the step cannot be repeated."""
     model: GPT
     inner: InnerOptimizer
     compute: ComputeDevice
@@ -88,6 +90,7 @@ class DataParallelRanks:
                 "device": str(device),
                 "precision": self.compute.precision,
                 "memory_share": self.compute.memory_share,
+                "shards": self.compute.shards,
                 "rank": rank,
                 "num_ranks": self.num_ranks,
                 "folder": str(self._folder),
@@ -140,22 +143,32 @@ class DataParallelRanks:
                 compile_cache=None if loss_of == self.model.loss else os.environ.get(CACHE_VARIABLE, ""),
             )
             group.broadcast([batch])
-            return group.gradient(batch, loss_of, compute, self.inner, stops)
+            return self._gradient(group, batch, loss_of, compute, stops)
         except RankLostError as error:
-            raise RunTimeError(self._problem()) from error
+            raise RunTimeError(self._problem(error)) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             # Not in this rank's own part, which is repeated smaller: the others are in a collective.
-            raise does_not_fit("adding up gradients", self.compute.device) from error
+            raise does_not_fit(self._doing, self.compute.device) from error
+
+    def _gradient(
+        self,
+        group: RankGroup,
+        batch: Tensor,
+        loss_of: Callable[[Tensor], Tensor],
+        compute: ComputeDevice,
+        should_stop: Callable[[], bool],
+    ) -> Tensor | None:
+        return group.gradient(batch, loss_of, compute, self.inner, should_stop)
 
     def optimize(self, progress: float, scale: float) -> Tensor:
         """Take the optimizer's step on every rank, and return the gradient's norm (); see `InnerOptimizer.step`."""
         try:
             self._tell("optimize", progress=progress, scale=scale)
-            norm = self.inner.step(progress, scale)
+            norm = self._step(progress, scale)
         except RankLostError as error:
-            raise RunTimeError(self._problem()) from error
+            raise RunTimeError(self._problem(error)) from error
         self._versions = self._present_versions()
         if self.compute.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -163,12 +176,15 @@ class DataParallelRanks:
             self._asked = event, time.monotonic() + self.limit_s
         return norm
 
+    def _step(self, progress: float, scale: float) -> Tensor:
+        return self.inner.step(progress, scale)
+
     def release_cached(self) -> None:
         """Let other programs have the memory of the other devices that only steps need."""
         try:
             self._tell("release")
         except RankLostError as error:
-            raise RunTimeError(self._problem()) from error
+            raise RunTimeError(self._problem(error)) from error
 
     def close(self) -> None:
         """End the other ranks, within some seconds; no step follows."""
@@ -180,6 +196,7 @@ class DataParallelRanks:
             with suppress(OSError):
                 process.stdin.close()
         if self._group is not None:
+            self._end()
             self._group.leave()
         give_up_s = time.monotonic() + _EXIT_S
         for process in self._processes:
@@ -190,6 +207,9 @@ class DataParallelRanks:
                 process.wait()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self) -> None:
+        """Drop what refers to the group."""
 
     # ------------------------------------------------------------- what the others are told
 
@@ -223,11 +243,15 @@ class DataParallelRanks:
                     raise RankLostError("a rank did not start")
                 self._is_closed.wait(_POLL_INTERVAL_S)
             self._group = RankGroup.connect(store, 0, self.num_ranks, self.compute.device, self.limit_s)
-            self.inner.norm_of_all = self._group.norm_of_all
-            if self.inner.has_moments:
-                self._tell("moments")
-                self._group.broadcast(self.inner.moment_tensors())
+            self._begin(self._group)
         return self._group
+
+    def _begin(self, group: RankGroup) -> None:
+        """Make this rank ready for its first step, and send the moments of a checkpoint."""
+        self.inner.norm_of_all = group.norm_of_all
+        if self.inner.has_moments:
+            self._tell("moments")
+            group.broadcast(self.inner.moment_tensors())
 
     def _send_state(self, group: RankGroup) -> None:
         """Send the parameters that were changed by others than the optimizer: all of them at first, and what a merge
@@ -235,13 +259,17 @@ class DataParallelRanks:
 
         torch counts the changes of each tensor, whoever makes them: a merge, an adopted state, a measured loss.
         """
-        parameters, versions = list(self.model.parameters()), self._present_versions()
+        versions = self._present_versions()
         before = self._versions or [-1] * len(versions)
         which = [index for index, version in enumerate(versions) if version != before[index]]
         if which:
             self._tell("weights", which=which)
-            group.broadcast([parameters[index] for index in which])
+            parameters = list(self.model.parameters())
+            self._send_weights(group, which, [parameters[index] for index in which])
             self._versions = self._present_versions()
+
+    def _send_weights(self, group: RankGroup, which: list[int], tensors: list[Tensor]) -> None:
+        group.broadcast(tensors)
 
     def _present_versions(self) -> list[int]:
         return [parameter._version for parameter in self.model.parameters()]
@@ -259,15 +287,16 @@ class DataParallelRanks:
             asked = self._asked
             is_late = asked is not None and time.monotonic() > asked[1] and not asked[0].query()  # type: ignore[no-untyped-call]
             if is_late or any(process.poll() is not None for process in self._processes):
-                problem = self._problem()
+                problem = self._problem(None)
                 if not self._is_closed.is_set():
                     self.on_lost(problem)
                     if self._group is not None:
                         self._group.abort()
                 return
 
-    def _problem(self) -> Problem:
-        """Say which rank is lost and why, after a moment in which it may still be ending."""
+    def _problem(self, error: RankLostError | None) -> Problem:
+        """Say which rank is lost and why, after a moment in which it may still be ending; `error` is what a collective
+        raised."""
         give_up_s = time.monotonic() + _EXIT_S
         while all(process.poll() is None for process in self._processes) and time.monotonic() < give_up_s:
             self._is_closed.wait(_POLL_INTERVAL_S)
@@ -278,7 +307,9 @@ class DataParallelRanks:
             if process.poll() is not None:
                 return self._lost(str(device), f"has ended ({self._reason(rank, process.returncode)})")
         devices = " or ".join(dict.fromkeys(str(device) for device in self.compute.others))
-        return self._lost(devices, f"did not answer for {self.limit_s:g} s")
+        if error is None or "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return self._lost(devices, f"did not answer for {self.limit_s:g} s")
+        return self._lost(devices, f"failed ({str(error)[:200]})")
 
     def _lost(self, device: str, what: str) -> Problem:
         alone = self.compute.device

@@ -25,8 +25,10 @@ __all__ = [
     "card_bytes_of_stage",
     "find_devices",
     "least_bytes",
+    "least_part_bytes",
     "missing_card",
     "num_trained",
+    "part_bytes",
     "probe_device",
 ]
 
@@ -45,6 +47,8 @@ _STAGE_BYTES_PER_PARAMETER = BYTES_PER_PARAMETER + 4 * 4
 microbatch's gradient before it is added."""
 _LOW_PRECISION_BYTES = 2
 """Bytes of a weight converted for products, which each graph of a microbatch keeps."""
+_WHOLE_BYTES_PER_PARAMETER = 8
+"""Weights and gradients, fp32, of what is put together while it computes."""
 _DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Files that a driver for graphics cards makes, of NVIDIA and of AMD."""
 
@@ -153,6 +157,26 @@ def least_bytes(run: RunFile) -> int:
 
     activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)
     return BYTES_PER_PARAMETER * num_parameters(run.model) + activations
+
+
+def part_bytes(run: RunFile, num_ranks: int) -> int:
+    """Return the memory on each of several cards that hold a part of the model each, without activations.
+
+    Besides its part of weights, gradients and moments, a card has the whole weights and gradients of two blocks, the
+    one that computes and the next one, and of the embedding and the head.
+    """
+    total, num_layers = num_parameters(run.model), run.model.num_layers
+    block = num_parameters(run.model) - num_parameters(run.model.model_copy(update={"num_layers": num_layers - 1}))
+    whole = total - num_layers * block + min(2, num_layers) * block
+    return BYTES_PER_PARAMETER * -(-total // num_ranks) + _WHOLE_BYTES_PER_PARAMETER * whole
+
+
+def least_part_bytes(run: RunFile, num_ranks: int) -> int:
+    """Return the least memory that training takes on each of several cards that hold a part of the model each."""
+    from swarmtrain.peer.estimate import activation_bytes
+
+    activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)
+    return part_bytes(run, num_ranks) + activations
 
 
 def probe_device(

@@ -32,7 +32,7 @@ from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.gradients import add_gradient
 
-__all__ = ["RankGroup", "RankLostError", "loopback_interface"]
+__all__ = ["RankGroup", "RankLostError", "loopback_interface", "lost_if_it_fails"]
 
 _BUCKET_BYTES = 25_000_000
 """Bytes of gradients that are summed at once, as DistributedDataParallel does."""
@@ -70,7 +70,7 @@ class RankGroup:
             # An abort is ours (see `abort`): torch's watchdog would end the process, and the peer could not leave.
             os.environ.update({"NCCL_IB_DISABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"})
             torch.cuda.set_device(device)
-        with _lost_if_it_fails():
+        with lost_if_it_fails():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 store=store,
@@ -107,29 +107,35 @@ class RankGroup:
             if outcome == _Outcome.STOPPED:
                 raise StopTraining
             return None
-        self._sum(inner.gradients())
-        with _lost_if_it_fails():
-            dist.all_reduce(loss)
+        for bucket in _take_tensors(inner.gradients(), _BUCKET_BYTES):  # type: ignore[no-untyped-call]
+            flat = flatten(bucket)
+            self.sum_of([flat])
+            unflatten_into(flat, bucket)
+        self.sum_of([loss])
         return loss
+
+    def stop_together(self, is_stopped: bool, give_up: Callable[[], None]) -> None:
+        """Call `give_up` and raise StopTraining on every rank if any is stopped."""
+        if self._worst(_Outcome.STOPPED if is_stopped else _Outcome.COMPUTED) == _Outcome.STOPPED:
+            give_up()
+            raise StopTraining
 
     def _worst(self, outcome: _Outcome) -> _Outcome:
         """Return the worst outcome of all ranks. It travels in main memory: no device is waited for."""
         worst = torch.tensor(int(outcome))
-        with _lost_if_it_fails():
+        with lost_if_it_fails():
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         return _Outcome(int(worst))
 
-    def _sum(self, tensors: Sequence[Tensor]) -> None:
-        """Set the tensors, fp32, to their sums over all ranks: the same bits everywhere."""
-        for bucket in _take_tensors(tensors, _BUCKET_BYTES):  # type: ignore[no-untyped-call]
-            flat = flatten(bucket)
-            with _lost_if_it_fails():
-                dist.all_reduce(flat)
-            unflatten_into(flat, bucket)
+    def sum_of(self, tensors: Sequence[Tensor]) -> None:
+        """Set the tensors to their sums over all ranks: the same bits everywhere."""
+        with lost_if_it_fails():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace the other ranks' values of the tensors by those of rank 0."""
-        with _lost_if_it_fails():
+        with lost_if_it_fails():
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
@@ -140,12 +146,21 @@ class RankGroup:
         number of threads, or by another card. After `abort` a card holds unfinished sums, which no step must be taken
         from: the count of ranks was not finished either.
         """
-        count = torch.ones_like(norm)
-        with _lost_if_it_fails():
-            dist.all_reduce(count)
-        norm = torch.where(count == self.num_ranks, norm, torch.inf)
+        norm = self._unless_unfinished(norm)
         self.broadcast([norm])
         return norm
+
+    def norm_of_parts(self, norm: Tensor) -> Tensor:
+        """Return the norm () of gradients of which each rank has a part, given that of this rank's part; infinite as in
+        `norm_of_all`."""
+        square = norm.square()
+        self.sum_of([square])
+        return self._unless_unfinished(square.sqrt())
+
+    def _unless_unfinished(self, norm: Tensor) -> Tensor:
+        count = torch.ones_like(norm)
+        self.sum_of([count])
+        return torch.where(count == self.num_ranks, norm, torch.inf)
 
     def abort(self) -> None:
         """End collectives under way on a card, which do not notice that a rank has ended; from any thread."""
@@ -161,7 +176,7 @@ class RankGroup:
 
 
 @contextmanager
-def _lost_if_it_fails() -> Iterator[None]:
+def lost_if_it_fails() -> Iterator[None]:
     """Raise RankLostError for what a collective raises when another rank is not there, and not for a lack of memory."""
     try:
         yield

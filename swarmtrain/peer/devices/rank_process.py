@@ -14,6 +14,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -76,21 +78,28 @@ class RankWork:
         device = self.compute.device
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(task["memory_share"], device)
-        self.model = GPT(ModelSection.model_validate(task["model"])).to(device)
-        loss_scale = LossScale(device) if self.compute.precision == "fp16" else None
-        named = list(self.model.named_parameters())
-        self.inner = InnerOptimizer(named, InnerConstants(**task["constants"]), loss_scale=loss_scale)
-        self._parameters = [parameter for _, parameter in named]
-        self._loss_of: Callable[[Tensor], Tensor] = self.model.loss
         rank, num_ranks = task["rank"], task["num_ranks"]
         store = FileStore(str(Path(task["folder"]) / STORE), num_ranks)
+        section = ModelSection.model_validate(task["model"])
+        if task["shards"]:
+            import swarmtrain.peer.devices.sharded_model  # noqa: F401 - takes seconds, which the others need not wait
         store.set(ready_key(rank), "1")
         self.group = RankGroup.connect(store, rank, num_ranks, device, task["limit_s"])
+        self._build(section, InnerConstants(**task["constants"]))
+
+    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+        """Make the model and its optimizer; the weights come from rank 0."""
+        device = self.compute.device
+        self.model = GPT(section).to(device)
+        loss_scale = LossScale(device) if self.compute.precision == "fp16" else None
+        self.inner = InnerOptimizer(self.model.named_parameters(), constants, loss_scale=loss_scale)
         self.inner.norm_of_all = self.group.norm_of_all
+        self._loss_of: Callable[[Tensor], Tensor] = self.model.loss
 
     def weights(self, which: list[int]) -> None:
         """Take these parameters' values from rank 0."""
-        self.group.broadcast([self._parameters[index] for index in which])
+        parameters = list(self.model.parameters())
+        self.group.broadcast([parameters[index] for index in which])
 
     def moments(self) -> None:
         """Take the moments from rank 0."""
@@ -100,16 +109,19 @@ class RankWork:
         """Compute this rank's part of a batch, which comes from rank 0."""
         if command["num_threads"] != torch.get_num_threads():
             torch.set_num_threads(command["num_threads"])
-        self._use_compiled(command["compile_cache"])
-        at_once, self.model.recomputes_blocks = command["microbatch_sequences"], command["recomputes"]
-        compute = ComputeDevice(self.compute.device, self.compute.precision, at_once, command["recomputes"])
+        at_once, recomputes = command["microbatch_sequences"], command["recomputes"]
+        compute = replace(self.compute, microbatch_sequences=at_once, recomputes=recomputes)
         batch = torch.empty(command["shape"], dtype=torch.int64)
         self.group.broadcast([batch])
-        try:
-            loss = self.group.gradient(batch, self._loss_of, compute, self.inner, lambda: commands.has_next)
-        except StopTraining:
-            return
-        if loss is None:
+        with suppress(StopTraining):
+            self._differentiate(batch, compute, command["compile_cache"], lambda: commands.has_next)
+
+    def _differentiate(
+        self, batch: Tensor, compute: ComputeDevice, compile_cache: str | None, should_stop: Callable[[], bool]
+    ) -> None:
+        self._use_compiled(compile_cache)
+        self.model.recomputes_blocks = compute.recomputes
+        if self.group.gradient(batch, self._loss_of, compute, self.inner, should_stop) is None:
             release_cached(self.compute.device)
 
     def _use_compiled(self, cache: str | None) -> None:
@@ -128,12 +140,55 @@ class RankWork:
         """Take the optimizer's step."""
         self.inner.step(progress, scale)
 
+    def gather(self) -> None:
+        """Give rank 0 the weights, of which only parts are there; all ranks of other models have them."""
+        raise NotImplementedError
+
+    def gather_moments(self) -> None:
+        """Give rank 0 the moments; see `gather`."""
+        raise NotImplementedError
+
+
+class ShardedRankWork(RankWork):
+    """The same for a model that is sharded; see `ShardedModel`."""
+
+    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+        from swarmtrain.peer.devices.sharded_model import ShardedModel
+
+        self.sharded = ShardedModel(section, self.group, constants, self.compute)
+        self.inner = self.sharded.inner
+
+    def weights(self, which: list[int]) -> None:
+        """Take this rank's parts of these parameters' values from rank 0."""
+        self.sharded.scatter(which, None)
+
+    def moments(self) -> None:
+        """Take this rank's parts of the moments from rank 0."""
+        self.sharded.scatter_moments(None)
+
+    def _differentiate(
+        self, batch: Tensor, compute: ComputeDevice, compile_cache: str | None, should_stop: Callable[[], bool]
+    ) -> None:
+        self.sharded.gradient(batch, compute, should_stop)
+
+    def optimize(self, progress: float, scale: float) -> None:
+        """Take the optimizer's step."""
+        self.sharded.optimize(progress, scale)
+
+    def gather(self) -> None:
+        """Give rank 0 this rank's parts of the weights."""
+        self.sharded.gather(None)
+
+    def gather_moments(self) -> None:
+        """Give rank 0 this rank's parts of the moments."""
+        self.sharded.gather_moments(None)
+
 
 def _work() -> None:
     """Do what rank 0 says until it ends."""
     task = json.loads(sys.stdin.buffer.readline())
     commands = _Commands(sys.stdin.buffer, Path(task["folder"]))
-    rank = RankWork(task)
+    rank = ShardedRankWork(task) if task["shards"] else RankWork(task)
     while True:
         command = commands.next()
         match command.pop("do"):
@@ -145,6 +200,10 @@ def _work() -> None:
                 rank.differentiate(command, commands)
             case "optimize":
                 rank.optimize(command["progress"], command["scale"])
+            case "gather":
+                rank.gather()
+            case "gather-moments":
+                rank.gather_moments()
             case "release":
                 release_cached(rank.compute.device)
             case _:

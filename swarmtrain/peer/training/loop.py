@@ -203,7 +203,7 @@ class ModelLoop(InnerLoop):
         super().__init__(parameters, batches, inner_constants(run), loss_scale)
         compute = replace(compute, microbatch_sequences=compute.microbatch_sequences or run.microbatch_sequences)
         self.run, self.model, self.compute, self._slowed = run, model, compute, slowed
-        self.ranks = DataParallelRanks(model, self.inner, compute) if compute.others else None
+        self.ranks: DataParallelRanks | None = self._make_ranks()
         """Other ranks, if this loop trains on several devices."""
         model.recomputes_blocks = compute.recomputes
         self._told_smaller = told_smaller
@@ -213,6 +213,13 @@ class ModelLoop(InnerLoop):
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
         """Function that computes the loss of a microbatch in place of the model's own; may change between two steps."""
         self._step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)
+
+    def _make_ranks(self) -> DataParallelRanks | None:
+        return DataParallelRanks(self.model, self.inner, self.compute) if self.compute.others else None
+
+    def whole_model(self) -> GPT:
+        """Return the model with its present weights, to be measured."""
+        return self.model
 
     @property
     def microbatch_sequences(self) -> int:

@@ -29,6 +29,7 @@ from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.compiled_loss import CompiledLoss
 from swarmtrain.peer.devices.report import ComputeReport
+from swarmtrain.peer.devices.sharded_loop import ShardedLoop
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over
@@ -80,7 +81,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     base = data_base(run, context.settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
     context.stop.check()
-    model = build_model(run.model, initial_seed(run, context.me)).to(compute.device)
+    model = build_model(run.model, initial_seed(run, context.me)).to(compute.model_device)
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
     kept = checkpointer.load(run, num_parameters(run.model))
     if kept is not None and kept.own is None:
@@ -90,12 +91,14 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
     batches = training_batches(run, data, place, base, published.held_out)
-    loop = ModelLoop(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
+    kind = ShardedLoop if compute.shards else ModelLoop
+    loop = kind(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
     context.limits.trains_on([str(device) for device in (compute.device, *compute.others)])
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
-    training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
+    if not compute.shards:  # its loss cannot be replaced
+        training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
     training.resume(kept)
     return training
 
@@ -317,7 +320,7 @@ class ModelTraining:
             contribution.take_back()
             theta, tokenizer, control = report.state.theta, self.data.tokenizer, context.control
             with control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
-                loss = held_out_loss(self.loop.model, theta, context.published, tokenizer, control.check)
+                loss = held_out_loss(self.loop.whole_model(), theta, context.published, tokenizer, control.check)
             context.emit(eval_event(contribution.round, loss))
 
     # ------------------------------------------------------------- a pause

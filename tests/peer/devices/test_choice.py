@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,14 @@ from swarmtrain.peer.devices.choice import (
     choose_compute,
     fitting_microbatch,
 )
-from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage, least_bytes, num_trained
+from swarmtrain.peer.devices.machine import (
+    card_bytes_of_graph,
+    card_bytes_of_stage,
+    least_bytes,
+    least_part_bytes,
+    num_trained,
+    part_bytes,
+)
 from swarmtrain.peer.estimate import RECOMPUTING_BYTES, activation_bytes, estimate
 from swarmtrain.protocol.devices import (
     DeviceRequest,
@@ -255,6 +264,44 @@ def test_several_cards_compute_as_much_as_the_smallest_holds_up_to_a_part(
     machine_with(card(50), card(50, "cuda:1"))
     half = choose_compute(run_file(), both, "auto", vram_bytes=2 * (card(50).free_bytes or 0)).compute
     assert half.memory_share == 0.5 and limits == [(0.5, "cuda:0")], "the other rank limits its own card"
+
+
+def test_a_model_that_fits_no_single_card_is_cut_between_several(
+    machine_with: Callable[..., Probed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, both = run_file(), parse_device("cuda:0,1")
+    assert least_part_bytes(run, 2) >= least_bytes(run), "two blocks are put together, and this model has no more"
+    run = run.model_copy(update={"model": run.model.model_copy(update={"num_layers": 12})})
+    whole, part = least_bytes(run), least_part_bytes(run, 2)
+    assert part_bytes(run, 2) < part < whole
+    small, least = (replace(card(1, "cuda:1"), free_bytes=number) for number in (whole - 1, part))
+    machine_with(card(50), replace(card(50), name="cuda:1", free_bytes=whole))
+    assert not choose_compute(run, both, "auto").compute.shards, "each holds all of it"
+    probed = machine_with(card(50), small)
+    chosen = choose_compute(run, both, "auto")
+    assert chosen.compute.shards and "cuda:1 (Card 9) does not hold all of it" in chosen.choice.why and len(probed) == 2
+    assert chosen.compute.model_device == torch.device("cpu") and chosen.compute.device == torch.device("cuda:0")
+    machine_with(card(50), least)
+    compute = choose_compute(run, both, "auto").compute
+    assert compute.shards and compute.recomputes and compute.microbatch_sequences == 1
+    machine_with(card(50), small)
+    compute, free = choose_compute(run, both, "auto").compute, 0.9 * (whole - 1) - part_bytes(run, 2)
+    fitting, next_one = (
+        activation_bytes(
+            run, compute.microbatch_sequences + more, 12, has_head=True, recomputes=compute.recomputes, on_card=True
+        )
+        for more in (0, 1)
+    )
+    assert fitting <= free < next_one, "beside its part"
+    machine_with(card(50), replace(least, free_bytes=part - 1))
+    with raises_code("device-unusable", UserError, "cuda:1 (Card 9)"):
+        choose_compute(run, both, "auto")
+    machine_with(small)
+    assert choose_compute(run, AUTO, "auto").compute.device.type == "cpu", "only where several are asked for"
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", SimpleNamespace())
+    machine_with(card(50), small)
+    with raises_code("device-unusable", UserError, "cuda:1 (Card 9)", "torch 2.6"):
+        choose_compute(run, both, "auto")
 
 
 def test_ranks_on_the_processor_share_its_memory(machine_with: Callable[..., Probed]) -> None:
