@@ -140,14 +140,6 @@ class RankWork:
         """Take the optimizer's step."""
         self.inner.step(progress, scale)
 
-    def gather(self) -> None:
-        """Give rank 0 the weights, of which only parts are there; all ranks of other models have them."""
-        raise NotImplementedError
-
-    def gather_moments(self) -> None:
-        """Give rank 0 the moments; see `gather`."""
-        raise NotImplementedError
-
 
 class ShardedRankWork(RankWork):
     """The same for a model that is sharded; see `ShardedModel`."""
@@ -175,14 +167,6 @@ class ShardedRankWork(RankWork):
         """Take the optimizer's step."""
         self.sharded.optimize(progress, scale)
 
-    def gather(self) -> None:
-        """Give rank 0 this rank's parts of the weights."""
-        self.sharded.gather(None)
-
-    def gather_moments(self) -> None:
-        """Give rank 0 this rank's parts of the moments."""
-        self.sharded.gather_moments(None)
-
 
 def _work() -> None:
     """Do what rank 0 says until it ends."""
@@ -200,10 +184,10 @@ def _work() -> None:
                 rank.differentiate(command, commands)
             case "optimize":
                 rank.optimize(command["progress"], command["scale"])
-            case "gather":
-                rank.gather()
-            case "gather-moments":
-                rank.gather_moments()
+            case "gather" if isinstance(rank, ShardedRankWork):
+                rank.sharded.gather(None)
+            case "gather-moments" if isinstance(rank, ShardedRankWork):
+                rank.sharded.gather_moments(None)
             case "release":
                 release_cached(rank.compute.device)
             case _:
