@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import FileStore
 
 from swarmtrain.peer.devices import rank_process
 
@@ -28,8 +29,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 class RecordedRank(rank_process.RankWork):
-    def __init__(self, task: dict[str, Any]) -> None:
-        super().__init__(task)
+    def __init__(self, task: dict[str, Any], store: FileStore) -> None:
+        super().__init__(task, store)
         right, fitting = self.model.loss, int(os.environ.get(FITTING, "1000"))
 
         def loss(batch: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ MOST_UNLIKE = {
 """Options of four volunteers that compute as unlike as a processor can; "small" by `RECOMPUTES`."""
 RECOMPUTES = """
 from swarmtrain.peer.devices import choice
-choice.fitting_microbatch = lambda *given: choice.FittingMicrobatch(1, True, "as this test has it")
+choice.fitting_microbatch = lambda *given, **named: choice.FittingMicrobatch(1, True, "as this test has it")
 """
 """Code by which a volunteer computes one sequence at once and its blocks again. It would not do so by `--memory`: what
 that imports is more than it saves with so small a model."""

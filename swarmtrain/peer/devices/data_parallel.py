@@ -242,6 +242,7 @@ class DataParallelRanks:
                 if time.monotonic() > give_up_s or any(process.poll() is not None for process in self._processes):
                     raise RankLostError("a rank did not start")
                 self._is_closed.wait(_POLL_INTERVAL_S)
+            self._tell("connect")
             self._group = RankGroup.connect(store, 0, self.num_ranks, self.compute.device, self.limit_s)
             self._begin(self._group)
         return self._group

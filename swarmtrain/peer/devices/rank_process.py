@@ -73,19 +73,14 @@ class _Commands:
 class RankWork:
     """What the rank computes with, and its commands' effects."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any], store: FileStore) -> None:
+        """Meet the other ranks at `store`, where rank 0 is by now."""
         self.compute = ComputeDevice(torch.device(task["device"]), task["precision"])
         device = self.compute.device
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(task["memory_share"], device)
-        rank, num_ranks = task["rank"], task["num_ranks"]
-        store = FileStore(str(Path(task["folder"]) / STORE), num_ranks)
-        section = ModelSection.model_validate(task["model"])
-        if task["shards"]:
-            import swarmtrain.peer.devices.sharded_model  # noqa: F401 - takes seconds, which the others need not wait
-        store.set(ready_key(rank), "1")
-        self.group = RankGroup.connect(store, rank, num_ranks, device, task["limit_s"])
-        self._build(section, InnerConstants(**task["constants"]))
+        self.group = RankGroup.connect(store, task["rank"], task["num_ranks"], device, task["limit_s"])
+        self._build(ModelSection.model_validate(task["model"]), InnerConstants(**task["constants"]))
 
     def _build(self, section: ModelSection, constants: InnerConstants) -> None:
         """Make the model and its optimizer; the weights come from rank 0."""
@@ -172,7 +167,12 @@ def _work() -> None:
     """Do what rank 0 says until it ends."""
     task = json.loads(sys.stdin.buffer.readline())
     commands = _Commands(sys.stdin.buffer, Path(task["folder"]))
-    rank = ShardedRankWork(task) if task["shards"] else RankWork(task)
+    store = FileStore(str(Path(task["folder"]) / STORE), task["num_ranks"])
+    if task["shards"]:
+        import swarmtrain.peer.devices.sharded_model  # noqa: F401 - takes seconds, which the others need not wait
+    store.set(ready_key(task["rank"]), "1")
+    commands.next()  # to connect: before its first step rank 0 may wait for company longer than a collective may take
+    rank = ShardedRankWork(task, store) if task["shards"] else RankWork(task, store)
     while True:
         command = commands.next()
         match command.pop("do"):

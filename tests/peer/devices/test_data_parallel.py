@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -22,7 +24,7 @@ from torch import Tensor
 from swarmtrain.data.batches import Batches
 from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.devices import compiled_loss, data_parallel
+from swarmtrain.peer.devices import compiled_loss, data_parallel, rank_process
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice
 from swarmtrain.peer.devices.rank_group import RankGroup, loopback_interface
 from swarmtrain.peer.devices.rank_process import RankWork
@@ -255,6 +257,28 @@ def test_ranks_clip_as_one_process_does() -> None:
         first, second = one.take_step(step / 100), two.take_step(step / 100)
         assert first.grad_norm == second.grad_norm > RUN.inner.gradient_clip
     assert torch.equal(one.parameters.read(), two.parameters.read())
+
+
+def test_a_rank_waits_for_rank_0_before_it_connects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A peer may wait for company before its first step, for longer than a collective may take."""
+
+    class NoCommandError(Exception):
+        pass
+
+    class Commands:
+        def __init__(self, stream: IO[bytes], folder: Path) -> None:
+            pass
+
+        def next(self) -> dict[str, Any]:
+            raise NoCommandError
+
+    task = {"folder": str(tmp_path), "rank": 1, "num_ranks": 2, "shards": False}
+    stdin = SimpleNamespace(buffer=io.BytesIO(json.dumps(task).encode() + b"\n"))
+    monkeypatch.setattr(rank_process, "sys", SimpleNamespace(stdin=stdin))
+    monkeypatch.setattr(rank_process, "_Commands", Commands)
+    with pytest.raises(NoCommandError):
+        rank_process._work()
+    assert dist.FileStore(str(tmp_path / rank_process.STORE), 2).check([rank_process.ready_key(1)]), "it is there"
 
 
 def test_a_rank_compiles_its_loss_when_rank_0_has(monkeypatch: pytest.MonkeyPatch) -> None:
