@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import flatten
+from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
@@ -90,7 +91,8 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
         raise context.nobody  # nothing to continue from alone
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
-    batches = training_batches(run, data, place, base, published.held_out)
+    drawn = training_batches(run, data, place, base, published.held_out)
+    batches = prefetched(drawn, compute.device, context.stop.check)
     kind = ShardedLoop if compute.shards else ModelLoop
     loop = kind(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
@@ -430,6 +432,8 @@ class ModelTraining:
         `Training`."""
         if self.compiled is not None:
             self.compiled.close()
+        if isinstance(self.loop.batches, PrefetchedBatches):
+            self.loop.batches.close()
         self.loop.close()
         leave_swarm(self.context.network, self.swarm, self.context.node)
         self.manager.close()
