@@ -146,6 +146,11 @@ class InnerLoop(ABC):
         """Total seconds that steps have waited for other threads to read what they change. See `LoopState`."""
         return self.inner.waited_s
 
+    @property
+    def position(self) -> int:
+        """Number of batches drawn so far. See `LoopState`."""
+        return self.batches.position
+
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
         """Return the part of the loop's state that a checkpoint keeps. See `LoopState`."""
         moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -48,15 +49,16 @@ from swarmtrain.peer.lifecycle.node import (
 )
 from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
 from swarmtrain.peer.lifecycle.stop import Interrupted
-from swarmtrain.peer.merging.roster_exchange import exchange_of
+from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merging.updates import Replaced
 from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["ModelTraining", "prepare_model"]
+__all__ = ["ModelTraining", "merge_thread", "prepare_model"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
@@ -105,6 +107,15 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     return training
 
 
+def merge_thread(exchange: SwarmExchange, parameters: ParameterSource) -> ThreadPoolExecutor | None:
+    """Return the thread that computes merges while a device trains; None if the trainer waits for them.
+
+    On a processor the merge would take from the steps what they gain; in synchronous rounds the peers wait for company.
+    """
+    is_beside = exchange.merges_beside_training and parameters.loans_outlast_steps
+    return ThreadPoolExecutor(1, "merges") if is_beside else None
+
+
 class ModelTraining:
     """Whole model trained by a volunteer on its own text."""
 
@@ -142,6 +153,7 @@ class ModelTraining:
             peers=PeersFile(context.folder, swarm),
             extras=dict(exchange.kept()),
         )
+        self._merges = merge_thread(exchange, loop.parameters)
         self.session = Session(
             run=run,
             parameters=loop.parameters,
@@ -150,6 +162,7 @@ class ModelTraining:
             report=self._report,
             should_stop=self._should_stop,
             on_new_state=self._keep_round,
+            worker=None if self._merges is None else self._merges.submit,
         )
         checkpointer.prepare(self.session.replica.state.size)
         self.compiled: CompiledLoss | None = None
@@ -436,4 +449,6 @@ class ModelTraining:
             self.loop.batches.close()
         self.loop.close()
         leave_swarm(self.context.network, self.swarm, self.context.node)
+        if self._merges is not None:
+            self._merges.shutdown(wait=False, cancel_futures=True)
         self.manager.close()

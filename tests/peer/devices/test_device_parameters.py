@@ -208,12 +208,14 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.kept_for.add(stream.name))
-        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **others: self._pinned(empty, sizes, others))
 
-    def _pinned(self, empty: Any, sizes: Any, others: Any) -> Tensor:
-        self.calls.append("pinned memory")
-        made: Tensor = empty(*sizes, **others)
-        return made
+        def pinned(*sizes: Any, pin_memory: bool = False, **others: Any) -> Tensor:
+            if pin_memory:
+                self.calls.append("pinned memory")
+            made: Tensor = empty(*sizes, **others)
+            return made
+
+        monkeypatch.setattr(torch, "empty", pinned)
 
 
 @pytest.fixture
@@ -224,7 +226,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
 def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) -> None:
     parameters, (first, _) = DeviceParameters(tensors().items()), fragments()
-    parameters._copier.stream = streams.copying  # type: ignore[assignment]
+    parameters.copier.stream = streams.copying  # type: ignore[assignment]
     theta = torch.zeros(first.layout.size)
     lent = parameters.lend(first, theta)
     assert streams.calls == ["pinned memory", "copying waits for training", "copying records"]
@@ -237,8 +239,11 @@ def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) ->
     lent.gradient()
     assert streams.calls == ["a thread waits"]
     streams.calls.clear()
-    parameters.write(theta, first)
-    assert streams.calls == ["training waits for copying", "a thread waits"], "it subtracts what was lent"
+    change = parameters.change_to(theta, first)
+    assert streams.calls == ["a thread waits", "pinned memory"], "it subtracts what was lent"
+    streams.calls.clear()
+    parameters.write_change(theta, first, change)
+    assert streams.calls == ["training waits for copying"] * 2, "also for the change, and the thread for nothing"
     streams.calls.clear()
     parameters.read()
     assert streams.calls[-1] == "a thread waits"
@@ -268,8 +273,8 @@ def test_rounds_are_those_of_parameters_in_main_memory_to_the_bit(inner_steps: i
     assert host[2][-1].loss < host[2][0].loss
 
 
-def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
-    run = RunFile.model_validate(
+def run_file(inner_steps: int) -> RunFile:
+    return RunFile.model_validate(
         {
             "run": {"total_tokens": 64 * 12},
             "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
@@ -277,6 +282,10 @@ def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Sessi
             "merge": {"method": "diloco", "inner_steps": inner_steps, "outer_momentum": 0.5},
         }
     )
+
+
+def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
+    run = run_file(inner_steps)
     data = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id="me")
     loop, reports = ModelLoop(run, build_model(run.model, 0), data, compute=compute), list[RoundReport]()
     exchange = _Nobody(inner_steps, 12)
