@@ -164,7 +164,8 @@ class ModelTraining:
             on_new_state=self._keep_round,
             worker=None if self._merges is None else self._merges.submit,
         )
-        checkpointer.prepare(self.session.replica.state.size)
+        if not loop.parameters.loans_outlast_steps:  # a device copies its moments into memory of its own choice
+            checkpointer.prepare(self.session.replica.state.size)
         self.compiled: CompiledLoss | None = None
         """The loop's compiled loss, if there may be one."""
         self.resumed_round: int | None = None

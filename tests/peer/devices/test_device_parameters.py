@@ -15,12 +15,13 @@ from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import layout_of
+from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
-from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.loop import ModelLoop, inner_constants
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.run import RunFile
@@ -247,6 +248,32 @@ def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) ->
     streams.calls.clear()
     parameters.read()
     assert streams.calls[-1] == "a thread waits"
+
+
+def test_moments_of_a_checkpoint_are_copied_beside_the_next_step(streams: Streams) -> None:
+    parameters = DeviceParameters(tensors().items())
+    parameters.copier.stream = streams.copying  # type: ignore[assignment]
+    optimizer = InnerOptimizer(parameters.named.items(), inner_constants(run_file(1)), parameters.take_back)
+
+    def step() -> None:
+        for tensor in parameters.named.values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step(0.5)
+
+    step()
+    expected = optimizer.copy_moments(torch.empty(2, 28))
+    streams.calls.clear()
+    lent = optimizer.lend_moments(parameters.copier.copy)
+    assert "copying waits for training" in streams.calls and "a thread waits" not in streams.calls
+    streams.calls.clear()
+    step()
+    assert streams.calls == ["training waits for copying"], "the device, and not the thread"
+    streams.calls.clear()
+    read = torch.cat([piece.clone() for piece in lent.read()])
+    assert set(streams.calls) == {"a thread waits"}, "the one that reads"
+    streams.calls.clear()
+    assert lent.steps.tolist() == [1.0, 1.0, 1.0] and set(streams.calls) == {"a thread waits"}
+    assert torch.equal(read, expected.vectors.reshape(-1)), "those before the step"
 
 
 # ---------------------------------------------------------------- sessions
