@@ -179,9 +179,9 @@ class RoundEvent(_Event):
     first_loss: float = Field(description="Its training loss at the round's first inner step, in nats per token.")
     learning_rate: float = Field(description="Learning rate of the round's last inner step.")
     grad_norm: float | None = Field(None, description="Mean norm of the gradient over the round's inner steps, before the clip (`inner.gradient_clip`); null when none was finite.")  # fmt: skip
-    seconds: float = Field(description="Seconds of the whole round, merge and waiting included.")
+    seconds: float = Field(description="Seconds of the whole round, merge and waiting included; without those in which a graphics card took steps of the next round.")  # fmt: skip
     merge_s: float = Field(description="Seconds from the end of its own inner steps to the merged weights.")
-    stall_s: float = Field(description="Seconds in which the trainer did not compute because of network or merge: publishing and merging within the round, and `merge_s`.")  # fmt: skip
+    stall_s: float = Field(description="Seconds in which the trainer did not compute because of network or merge: publishing and merging within the round, and `merge_s`, without the time in which a graphics card took the next steps meanwhile.")  # fmt: skip
     bytes_sent: int = Field(description="Payload bytes that this peer sent to others in the round.")
     bytes_received: int = Field(description="Payload bytes that this peer received from others in the round.")
     times_below_allreduce: float | None = Field(None, description="How many times fewer bytes it sent than an fp32 ring all-reduce at every inner step would (8 bytes per parameter and step); null if it was alone or sent none.")  # fmt: skip

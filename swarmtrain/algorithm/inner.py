@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ __all__ = [
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 _EPS = 1e-8  # torch.optim.AdamW's default
 _PIECE = 1 << 20  # numbers of lent moments that are copied at once: the optimizer waits for no more than that
+_COPIED_PIECES = 16  # pieces in one copy of a device: pinned memory comes in powers of two, and so little is left over
 _LENT_WAIT_S = 0.1
 _SCALE_GROWS_AFTER = 2000  # good steps in a row, as torch.amp.GradScaler has it
 
@@ -94,24 +96,50 @@ class Moments:
     steps: Tensor  # (N,) fp32: steps that each parameter has taken
 
 
+class MomentsCopy(Protocol):
+    """Copy of tensors of a device in main memory, flat, which the device may still be writing."""
+
+    def ready(self) -> Tensor:
+        """Return the copy once it is there."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """Memory of the copy."""
+        ...
+
+
 class LentMoments:
     """AdamW's moments at one moment, read once by another thread without a copy of 8 bytes a parameter.
 
     The next step waits briefly for the reader, then copies what is not read yet and continues. So a reader that keeps
-    up costs no memory, and one that does not costs no time.
+    up costs no memory, and one that does not costs no time. Moments on a device are copied to main memory by the device
+    itself, and no step waits for their reader.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], steps: Tensor) -> None:
-        """`tensors`: the first moments, then the second ones, contiguous fp32."""
-        self.steps = steps
+    def __init__(self, tensors: Sequence[Tensor], steps: Tensor, wait_copied: Callable[[], None] | None = None) -> None:
+        """`tensors`: the first moments, then the second ones, contiguous fp32.
+
+        `wait_copied` is given if these tensors and `steps` are copies, and returns once they are there.
+        """
+        self._steps, self._wait_copied = steps, wait_copied
         self.num_numbers = sum(tensor.numel() for tensor in tensors)
         self._left = [piece for tensor in tensors for piece in torch.split(tensor.reshape(-1), _PIECE)][::-1]
-        self._is_copied = False
+        self._is_copied = wait_copied is not None
         self._change = threading.Condition()
+
+    @property
+    def steps(self) -> Tensor:
+        """Steps that each parameter has taken (N,)."""
+        if self._wait_copied is not None:
+            self._wait_copied()
+        return self._steps
 
     def read(self) -> Iterator[Tensor]:
         """Yield the numbers piece by piece; each piece is valid until the next one is asked for."""
         room = torch.empty(_PIECE)
+        if self._wait_copied is not None:
+            self._wait_copied()
         while True:
             with self._change:
                 if not self._left:
@@ -293,19 +321,35 @@ class InnerOptimizer:
         return [tensor for state in states for tensor in (state.step, state.first, state.second)]
 
     @torch.no_grad()
-    def lend_moments(self) -> LentMoments:
-        """Return the present moments for another thread to read."""
+    def lend_moments(self, copy: Callable[[Sequence[Tensor]], MomentsCopy] | None = None) -> LentMoments:
+        """Return the present moments for another thread to read.
+
+        `copy` is for a device: it asks the device for a copy (n,) of tensors with n numbers, and does not wait for it.
+        What it has copied must not change before it is there, for which `before_step` cares.
+        """
         self._take_back()
-        found: tuple[list[Tensor], list[Tensor]] = ([], [])
-        steps = torch.zeros(len(self._parameters))
-        for index, parameter in enumerate(self._parameters.values()):
-            own = self._states.get(parameter)
-            if own is not None:
-                steps[index] = own.step
-            for tensors, moment in zip(found, (None, None) if own is None else (own.first, own.second), strict=True):
-                tensors.append(torch.zeros(parameter.numel()) if moment is None else moment)
-        self._lent = LentMoments([*found[0], *found[1]], steps)
-        return self._lent
+        states = [self._states.get(parameter) for parameter in self._parameters.values()]
+        pairs = list(zip(self._parameters.values(), states, strict=True))
+        first = [torch.zeros_like(parameter) if own is None else own.first for parameter, own in pairs]
+        second = [torch.zeros_like(parameter) if own is None else own.second for parameter, own in pairs]
+        if copy is None:
+            self._lent = LentMoments([*first, *second], self._steps().cpu())
+            return self._lent
+        pieces = [piece for tensor in (*first, *second) for piece in torch.split(tensor.reshape(-1), _PIECE)]
+        copies = [copy(pieces[at : at + _COPIED_PIECES]) for at in range(0, len(pieces), _COPIED_PIECES)]
+        steps = copy([self._steps()])
+
+        def wait() -> None:
+            for each in (*copies, steps):
+                each.ready()
+
+        return LentMoments([each.values for each in copies], steps.values, wait)
+
+    def _steps(self) -> Tensor:
+        """Return the steps that each parameter has taken (N,), on the parameters' device."""
+        states = (self._states.get(parameter) for parameter in self._parameters.values())
+        zero = next(iter(self._parameters.values())).new_zeros((), dtype=torch.float32)
+        return torch.stack([zero if own is None else own.step for own in states])
 
     def _take_back(self) -> None:
         if self._lent is not None:
@@ -328,18 +372,14 @@ class InnerOptimizer:
         sizes = self._sizes()
         if into.shape != (2, sum(sizes)):
             raise ValueError(f"room for moments (2, {sum(sizes)}) is needed, got {tuple(into.shape)}")
-        steps = torch.zeros(len(sizes))
-        for index, (parameter, places) in enumerate(
-            zip(self._parameters.values(), torch.split(into, sizes, dim=1), strict=True)
-        ):
+        for parameter, places in zip(self._parameters.values(), torch.split(into, sizes, dim=1), strict=True):
             if (own := self._states.get(parameter)) is None:
                 for place in places:
                     place.zero_()
                 continue
-            steps[index] = own.step
             for place, moment in zip(places, (own.first, own.second), strict=True):
                 place.copy_(moment.reshape(-1))
-        return Moments(vectors=into, steps=steps)
+        return Moments(vectors=into, steps=self._steps().cpu())
 
     @torch.no_grad()
     def load_moments(self, moments: Moments) -> None:

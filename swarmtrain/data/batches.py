@@ -129,6 +129,10 @@ class Batches:
             raise ValueError(f"shard {shard} of a corpus of {self.num_shards}")
         self._shard = shard
 
+    def rewind(self, position: int) -> None:
+        """Draw the batch of this number next, again."""
+        self._position = position
+
     def next_batch(self) -> torch.Tensor:
         """Return the next batch, int64 (B, T + 1)."""
         # Each batch has 2**64 counts of its own.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swarmtrain.data import huggingface
-from swarmtrain.data.batches import Batches, BatchSource, StreamingBatches, peer_seed
+from swarmtrain.data.batches import Batches, StreamingBatches, peer_seed
 from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.corpus import (
     Corpus,
@@ -175,7 +175,9 @@ class PeerPlace:
     position: int = 0  # batches drawn before
 
 
-def training_batches(run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes) -> BatchSource:
+def training_batches(
+    run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes
+) -> Batches | StreamingBatches:
     """Return a peer's batches, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
     if not run.data.streaming or run.data.source != "datasets":
         batches = Batches(

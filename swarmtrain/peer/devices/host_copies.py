@@ -1,4 +1,4 @@
-"""Copies of a device's tensors in main memory, made while the device computes."""
+"""Copies between a device's memory and main memory, made while the device computes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,18 @@ class HostCopy:
         """Shape of the values."""
         return self.values.shape
 
+    def ready(self) -> Tensor:
+        """Return the values once they are there."""
+        self.wait_ready()
+        return self.values
+
 
 class HostCopier:
-    """Copies from a device to pinned memory, on a stream of its own; from another device than CUDA's, at once."""
+    """Copies from a device to pinned memory and back, on a stream of its own; with another device than CUDA's, at once.
+
+    torch frees pinned memory only after the copies that use it. Any thread may call `empty`; the other methods are for
+    the thread that computes on the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,6 +44,10 @@ class HostCopier:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def empty(self, size: int) -> Tensor:
+        """Return an uninitialised vector (size,) fp32 in main memory, pinned if that lets the device copy by itself."""
+        return torch.empty(size, dtype=torch.float32, pin_memory=self.stream is not None)
+
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> HostCopy:
         """Ask for a copy (Q,) of the tensors, Q numbers in all, as they are after what the device was asked so far.
@@ -42,7 +55,7 @@ class HostCopier:
         They may be freed at once, but not written into before `wait_on_device`.
         """
         sizes = [tensor.numel() for tensor in tensors]
-        values = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self.stream is not None)
+        values = self.empty(sum(sizes))
         pairs = zip(torch.split(values, sizes), tensors, strict=True)
         if self.stream is None:
             for place, tensor in pairs:
@@ -56,6 +69,16 @@ class HostCopier:
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self.stream)
         return HostCopy(values, done.synchronize)
+
+    def send(self, vector: Tensor) -> Tensor:
+        """Return a copy on the device of a vector that `empty` made; what the device does next waits for it there."""
+        if self.stream is None:
+            return vector.to(self._device)
+        with torch.cuda.stream(self.stream):
+            there = vector.to(self._device, non_blocking=True)
+        self.wait_on_device()
+        there.record_stream(torch.cuda.current_stream(self._device))
+        return there
 
     def wait_on_device(self) -> None:
         """Let what the device does next wait for copies under way."""

@@ -1,6 +1,8 @@
 """Common part of the exchanges of asynchronous rounds: the trainer never waits for the network.
 
 Public methods run on the trainer's thread and submit work to the network thread; `_describe_start` runs on the latter.
+`collect` may run on a thread of its own while the trainer takes steps, on a device. Meanwhile the trainer calls nothing
+but `step_done`. `publish` may too, right before `collect`, unless the method lends weights.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, steps_of_everybody
@@ -36,8 +38,26 @@ _GUESSED_ROUND_S = 1.0
 class AsynchronousExchange(SwarmExchange):
     """Exchange of a peer with rounds of its own: it trains, publishes, merges what is there, and continues."""
 
+    merges_beside_training: ClassVar[bool] = True
     sure_share: float = field(default=1.0, kw_only=True)
     """Share of a round's expected time by which pulls have to be done; below 1 where rounds vary in length."""
+    _told_steps: int = field(default=0, init=False)
+    """Inner steps of the round as `step_done` was told them last: more than it has while its merge is computed."""
+
+    def hold(self, states: Sequence[OuterState]) -> None:
+        """Receive each fragment's state before the first round, and again after the weights were taken from others. See
+        `Exchange`."""
+        self._told_steps = 0
+
+    def step_done(self, inner_steps_done: int) -> None:
+        """Note that an inner step is done; others are told of no more than the round has. See `Exchange`."""
+        self._told_steps = inner_steps_done
+        super().step_done(min(inner_steps_done, self.round_steps))
+
+    def _take_over_steps(self) -> int:
+        """Return how many inner steps of the round that begins now were taken while the former one was merged."""
+        self._told_steps = max(0, self._told_steps - self.round_steps)
+        return self._told_steps
 
     def _enter_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round, which this peer alone decides; wait for company before the very first."""

@@ -4,8 +4,9 @@ A publication costs the trainer at most one copy of its weights; it is quantised
 asks for it. Partners' publications are pulled, checked and averaged in the background, so that at a round's end the
 trainer computes one outer step.
 
-Threads: the `Exchange` methods run on the trainer's thread; `decode_untrusted` and `prepare` on a pool (one at a time,
-`_decoding`); `took_untrusted` and the coroutines in the network thread.
+Threads: the `Exchange` methods run on the trainer's thread, or `collect` on one of its own while the trainer does not
+publish; `decode_untrusted` and `prepare` on a pool (one at a time, `_decoding`); `took_untrusted` and the coroutines in
+the network thread.
 """
 
 from __future__ import annotations
@@ -151,6 +152,8 @@ class GossipExchange(AsynchronousExchange):
     _learning: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _decoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _own_tokens: int = 0
+    _published_steps: int = 0
+    """Inner steps of the round at the last publication, which merges are made of."""
     _progress: Progress = field(default_factory=Progress)
     _start: Start = field(default_factory=lambda: Start(inner_steps=1, num_peers=1))
     _is_held: bool = False
@@ -206,10 +209,12 @@ class GossipExchange(AsynchronousExchange):
     def hold(self, states: Sequence[OuterState]) -> None:
         """Receive each fragment's state before the first round, and again after the weights were taken from others. See
         `Exchange`."""
+        super().hold(states)
         self._states, self._is_held = list(states), True
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round. See `Exchange`."""
+        steps_taken = self._take_over_steps()
         start, coverage = self._enter_round(progress, steps_per_s), self.swarm.coverage
         self._progress = progress
         others = [info.peer for info in self.swarm.membership.volunteers()]
@@ -233,7 +238,7 @@ class GossipExchange(AsynchronousExchange):
             gradient_format=start.gradient_format,
             steps_per_s=own_steps_per_s,
         )
-        plans = self._planner.round_began(of, swarm_time(), all_begin=self._is_held)
+        plans = self._planner.round_began(of, swarm_time(), all_begin=self._is_held, steps_taken=steps_taken)
         self._is_held, planned = False, self.gossip.plan(progress.round, plans)
 
         async def begin() -> None:
@@ -266,7 +271,7 @@ class GossipExchange(AsynchronousExchange):
         self._make_gradients()
         if fragment < len(self._fragments) - 1:
             self._publish_weights(fragment, self._progress.round + 1)
-        self._plan_anew(self._planner.merged(fragment, swarm_time()))
+        self._plan_anew(self._planner.merged(fragment, swarm_time(), self._told_steps - self._published_steps))
 
     def _plan_anew(self, plans: Sequence[MergePlan] | None) -> None:
         """Plan pulls anew for changed times of the next merges; None changes nothing."""
@@ -278,6 +283,7 @@ class GossipExchange(AsynchronousExchange):
         if self.swarm.coverage is not None:
             self.swarm.coverage.reached(contribution.tokens)
         self._own_tokens, format = contribution.own_tokens, self._start.gradient_format
+        self._published_steps = self._told_steps
         for (name, fragment), averaged in self._averaged.items():
             averaged.published(contribution.values[name, fragment])
         for fragment, of in enumerate(contribution.fragment_rounds):

@@ -66,6 +66,8 @@ class SwarmExchange(ABC):
     """Called several times a second while the peer waits for another's state, with the part that has arrived."""
     keeps_in_step: ClassVar[bool] = False
     """True if paced rounds are timed to end when those of others do."""
+    merges_beside_training: ClassVar[bool] = False
+    """True if `collect` does not wait for company, and may run on a thread of its own; see `Session.worker`."""
     num_missing: int = field(default=0, init=False)
     """Volunteers still missing before the first round may begin."""
     num_steps: float = field(default=0.0, init=False)

@@ -127,10 +127,12 @@ class ServerExchange(AsynchronousExchange):
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round. See `Exchange`."""
+        steps_taken = self._take_over_steps()
         start = self._enter_round(progress, steps_per_s)
-        now = swarm_time()
-        self._lasts_s = self._round_s(start.inner_steps, steps_per_s / self.step_share)
-        times = RoundTimes(started_s=now, ends_s=now + self._lasts_s)
+        now, own_steps_per_s = swarm_time(), steps_per_s / self.step_share
+        self._lasts_s = self._round_s(start.inner_steps, own_steps_per_s)
+        started_s = now - (steps_taken / own_steps_per_s if steps_per_s > 0 else 0.0)
+        times = RoundTimes(started_s=started_s, ends_s=started_s + self._lasts_s)
         self._look_whether_silent(now)
 
         async def begin() -> None:

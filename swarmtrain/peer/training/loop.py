@@ -19,6 +19,7 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import (
     InnerConstants,
     InnerOptimizer,
+    LentMoments,
     LossScale,
     Moments,
     learning_rate_at,
@@ -146,9 +147,21 @@ class InnerLoop(ABC):
         """Total seconds that steps have waited for other threads to read what they change. See `LoopState`."""
         return self.inner.waited_s
 
+    @property
+    def position(self) -> int:
+        """Number of batches drawn so far. See `LoopState`."""
+        return self.batches.position
+
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
-        """Return the part of the loop's state that a checkpoint keeps. See `LoopState`."""
-        moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
+        """Return the part of the loop's state that a checkpoint keeps. See `LoopState`.
+
+        Moments on a device are lent whatever `room` there is: the device copies them beside the next step.
+        """
+        moments: Moments | LentMoments
+        if isinstance(self.parameters, DeviceParameters):
+            moments = self.inner.lend_moments(self.parameters.copier.copy)
+        else:
+            moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
         return LoopCheckpoint(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 
     def resume(self, part: LoopCheckpoint) -> None:

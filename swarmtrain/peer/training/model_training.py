@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import flatten
+from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
@@ -47,15 +49,16 @@ from swarmtrain.peer.lifecycle.node import (
 )
 from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
 from swarmtrain.peer.lifecycle.stop import Interrupted
-from swarmtrain.peer.merging.roster_exchange import exchange_of
+from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merging.updates import Replaced
 from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["ModelTraining", "prepare_model"]
+__all__ = ["ModelTraining", "merge_thread", "prepare_model"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0
@@ -90,7 +93,8 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
         raise context.nobody  # nothing to continue from alone
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
-    batches = training_batches(run, data, place, base, published.held_out)
+    drawn = training_batches(run, data, place, base, published.held_out)
+    batches = prefetched(drawn, compute.device, context.stop.check)
     kind = ShardedLoop if compute.shards else ModelLoop
     loop = kind(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
@@ -101,6 +105,15 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
         training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
     training.resume(kept)
     return training
+
+
+def merge_thread(exchange: SwarmExchange, parameters: ParameterSource) -> ThreadPoolExecutor | None:
+    """Return the thread that computes merges while a device trains; None if the trainer waits for them.
+
+    On a processor the merge would take from the steps what they gain; in synchronous rounds the peers wait for company.
+    """
+    is_beside = exchange.merges_beside_training and parameters.loans_outlast_steps
+    return ThreadPoolExecutor(1, "merges") if is_beside else None
 
 
 class ModelTraining:
@@ -140,6 +153,7 @@ class ModelTraining:
             peers=PeersFile(context.folder, swarm),
             extras=dict(exchange.kept()),
         )
+        self._merges = merge_thread(exchange, loop.parameters)
         self.session = Session(
             run=run,
             parameters=loop.parameters,
@@ -148,8 +162,10 @@ class ModelTraining:
             report=self._report,
             should_stop=self._should_stop,
             on_new_state=self._keep_round,
+            worker=None if self._merges is None else self._merges.submit,
         )
-        checkpointer.prepare(self.session.replica.state.size)
+        if not loop.parameters.loans_outlast_steps:  # a device copies its moments into memory of its own choice
+            checkpointer.prepare(self.session.replica.state.size)
         self.compiled: CompiledLoss | None = None
         """The loop's compiled loss, if there may be one."""
         self.resumed_round: int | None = None
@@ -430,6 +446,10 @@ class ModelTraining:
         `Training`."""
         if self.compiled is not None:
             self.compiled.close()
+        if isinstance(self.loop.batches, PrefetchedBatches):
+            self.loop.batches.close()
         self.loop.close()
         leave_swarm(self.context.network, self.swarm, self.context.node)
+        if self._merges is not None:
+            self._merges.shutdown(wait=False, cancel_futures=True)
         self.manager.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ __all__ = ["HostParameters", "ParameterSource"]
 
 class ParameterSource(ABC):
     """Named tensors, used by one thread between two steps. Legend: P numbers in all of them, Q in one fragment."""
+
+    loans_outlast_steps: ClassVar[bool] = False
+    """True if a fragment can be merged after steps that were taken since it was lent; those steps stay."""
 
     def __init__(
         self,
@@ -41,6 +45,14 @@ class ParameterSource(ABC):
     @abstractmethod
     def read(self) -> Tensor:
         """Return the values as a new vector (P,) fp32 in main memory."""
+
+    def read_soon(self) -> Callable[[], Tensor]:
+        """Ask for the present values without waiting for them; return a function that returns what `read` would now.
+
+        Any thread may call that function, which waits. On a device this is also a loan of a model in one fragment.
+        """
+        values = self.read()
+        return lambda: values
 
     @abstractmethod
     def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
@@ -66,6 +78,13 @@ class ParameterSource(ABC):
         """Replace some of the values that `values` returned by their averages."""
         assert not values, "only a source that has some is given any"
 
+    def change_to(self, theta: Tensor, fragment: Fragment) -> Tensor | None:
+        """Return the change (Q,) that leads from a fragment's values, as they were last lent, to `theta` (Q,).
+
+        Any thread may call it while the loan lasts. None where loans do not outlast the next step.
+        """
+        return None
+
     @abstractmethod
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
         """Set the values from `theta`: a fragment's (Q,), or all (P,). Loans of the tensors written end first.
@@ -73,6 +92,10 @@ class ParameterSource(ABC):
         Tensors that are not a copy of `theta`, such as bf16 on a device, instead add `theta` minus the values last
         read: what was trained since that read stays.
         """
+
+    def write_change(self, theta: Tensor, fragment: Fragment, change: Tensor | None) -> None:
+        """Do what `write` does with a fragment whose `change_to` was computed before."""
+        self.write(theta, fragment)
 
 
 class HostParameters(ParameterSource):

@@ -6,7 +6,11 @@ clock, no forward pass and no optimizer, so the simulator with tensors uses it t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
+from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, FragmentedState, fragments_of
 from swarmtrain.algorithm.gossip import layout_of
@@ -17,14 +21,27 @@ from swarmtrain.protocol.gossip.fragments import FragmentRounds
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import MergeSection
 
-__all__ = ["Replica"]
+__all__ = ["MergedFragment", "Replica"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedFragment:
+    """Result of a merge that the replica does not have yet: see `Replica.merged` and `Replica.enter`."""
+
+    own: LocalUpdate
+    arrived: OuterUpdate
+    fragment: int
+    state: OuterState
+    """State (Q,) of the fragment, or of the whole model if `arrived` is of it."""
+    change: Tensor | None
+    """What is added to the parameters if steps were taken since `own`; see `ParameterSource.change_to`."""
 
 
 class Replica:
     """Outer state of each fragment after its last merge; `parameters` hold what was trained since.
 
     The trainer's thread makes all changes. `progress` and `own_tokens` are replaced as a whole, so that other threads
-    may read them.
+    may read them. Another thread may compute a merge (`merged`) while the trainer takes steps and changes nothing here.
     """
 
     def __init__(self, merge: MergeSection, parameters: ParameterSource) -> None:
@@ -80,6 +97,22 @@ class Replica:
 
     def contribution(self, part: int, inner_steps: int, tokens: int) -> LocalUpdate:
         """Return the update of the round so far, to be published as number `part`, after `inner_steps` steps."""
+        update = self._contribution(part, inner_steps, tokens)
+        return update if update.lent else replace(update, reached=self.parameters.read())
+
+    def contribution_soon(self, part: int, inner_steps: int, tokens: int) -> Callable[[], LocalUpdate]:
+        """Return a function that any thread may call and that returns what `contribution` would now.
+
+        It waits for a device that has not copied the weights yet; `contribution_soon` does not.
+        """
+        update = self._contribution(part, inner_steps, tokens)
+        if update.lent:
+            return lambda: update
+        read = self.parameters.read_soon()
+        return lambda: replace(update, reached=read())
+
+    def _contribution(self, part: int, inner_steps: int, tokens: int) -> LocalUpdate:
+        """Return the update of the round so far; if the method does not lend weights, without those reached."""
         thetas, lent = [state.theta for state in self._states], tuple[LentWeights, ...]()
         self.parameters.take_back()
         if self._merge.kind.lends_weights:
@@ -90,7 +123,7 @@ class Replica:
             part=part,
             thetas=() if lent else tuple(thetas),
             fragment_rounds=self.rounds.at(part, tokens, inner_steps),
-            reached=None if lent else self.parameters.read(),
+            reached=None,
             tokens=tokens,
             inner_steps=inner_steps,
             own_tokens=self.own_tokens + tokens,
@@ -101,6 +134,10 @@ class Replica:
 
     def merge(self, arrived: OuterUpdate, own: LocalUpdate, fragment: int) -> None:
         """Apply the outer step to a fragment. With the last fragment, advance the counters by what arrived."""
+        self.enter(self.merged(arrived, own, fragment))
+
+    def merged(self, arrived: OuterUpdate, own: LocalUpdate, fragment: int) -> MergedFragment:
+        """Compute the outer step of a fragment without applying it. Any thread may call this; see the class."""
         merge = self._merge
         constants = OuterConstants(
             learning_rate=merge.outer_learning_rate,
@@ -108,12 +145,25 @@ class Replica:
         )
         state = self.state if arrived.is_whole else self._states[fragment]
         state = arrived.next_state(state, own, fragment, constants, merge.robust)
+        change = None
+        if not arrived.is_whole or len(self.fragments) == 1:
+            change = self.parameters.change_to(state.theta, self.fragments[fragment])
+        return MergedFragment(own=own, arrived=arrived, fragment=fragment, state=state, change=change)
+
+    def enter(self, merged: MergedFragment) -> None:
+        """Apply an outer step that was computed: the state, the parameters and, with the last fragment, the counters.
+
+        Steps that were taken since the publication stay in the parameters, if these are on a device.
+        """
+        arrived, own, fragment = merged.arrived, merged.own, merged.fragment
         if arrived.is_whole:
-            self.state = state
+            self.state = merged.state
         else:
-            self._states[fragment] = state
+            self._states[fragment] = merged.state
             self.rounds.merged(fragment, own.part, own.tokens, own.inner_steps)
-            self.parameters.write(state.theta, self.fragments[fragment])
+        # Without a change the weights of a whole model are written when the next round begins.
+        if not arrived.is_whole or merged.change is not None:
+            self.parameters.write_change(merged.state.theta, self.fragments[fragment], merged.change)
             self.parameters.write_values(arrived.values)
             self.is_entered = True
         if fragment == len(self.fragments) - 1:

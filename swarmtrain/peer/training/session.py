@@ -7,6 +7,10 @@ sees no model, no data and no optimizer: it reads and writes named parameters, a
 All calls come from the loop's thread, between two steps. `next_step` may wait for company before the first round, and
 in synchronous rounds the last `step` of a round waits for the other peers. Otherwise a publication costs at most a copy
 of the parameters, and a merge one outer step.
+
+With a `worker`, for parameters on a device, the trainer does not wait for merges either. The worker collects and
+computes the outer step while the trainer takes the next steps; what it has computed enters between two of them. Steps
+taken meanwhile stay in the parameters and belong to what begins with that merge: to the next round, and to no other.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property, partial
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.updates import LocalUpdate, OuterUpdate, Replaced
 from swarmtrain.peer.training.parameters import ParameterSource
-from swarmtrain.peer.training.replica import Replica
+from swarmtrain.peer.training.replica import MergedFragment, Replica
 from swarmtrain.protocol.gossip.fragments import merged_step, published
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import GradientFormat, RunFile
@@ -41,6 +45,7 @@ __all__ = [
     "RoundReport",
     "Session",
     "Start",
+    "Worker",
     "skippable_tokens",
 ]
 
@@ -148,6 +153,8 @@ class Exchange(Protocol):
     def step_done(self, inner_steps_done: int) -> None:
         """Note that an inner step is done, so that others can ask for it. Runs after every step, so it must cost
         nothing.
+
+        While the end of a round is merged beside the next steps, the number goes on beyond that round's steps.
         """
 
     def publish(self, contribution: LocalUpdate) -> None:
@@ -156,8 +163,29 @@ class Exchange(Protocol):
     def collect(self, fragment: int = 0) -> OuterUpdate | Replaced:
         """Return what arrived for that fragment; wait as long as the merge method says.
 
-        Returns `Replaced` only with the last fragment, at the round's end. Raises StopTraining when asked to end.
+        Returns `Replaced` only with the last fragment, at the round's end. Raises StopTraining when asked to end. It
+        runs in the session's `worker`, if there is one.
         """
+
+
+MergeOutcome: TypeAlias = tuple[LocalUpdate, MergedFragment | Replaced]
+"""Own publication, and what its merge led to."""
+
+
+class PendingMerge(Protocol):
+    """Merge under way, such as a `Future`."""
+
+    def done(self) -> bool:
+        """Return whether `result` returns at once."""
+        ...
+
+    def result(self) -> MergeOutcome:
+        """Wait for the merge, and return what it led to or raise its error."""
+        ...
+
+
+Worker: TypeAlias = Callable[[Callable[[], MergeOutcome]], PendingMerge]
+"""Runs functions one after the other, such as `ThreadPoolExecutor(1).submit`."""
 
 
 class LoopState(Protocol):
@@ -168,9 +196,14 @@ class LoopState(Protocol):
         """Total seconds that steps have waited for other threads to read what they change."""
         ...
 
+    @property
+    def position(self) -> int:
+        """Number of batches drawn so far."""
+        ...
+
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
         """Return the part of the loop's state that a checkpoint keeps. AdamW's moments are copied into `room` (2, P)
-        fp32; without it they are lent until the next step."""
+        fp32; without it, and on a device, they are lent until the next step."""
         ...
 
     def resume(self, part: LoopCheckpoint) -> None:
@@ -202,29 +235,84 @@ class NextStep:
 
 
 @dataclass(kw_only=True)
-class _Round:
-    """State of the round under way."""
+class _Steps:
+    """Inner steps that were taken."""
 
-    start: Start
-    began_s: float
-    waited_s: float
-    """`LoopState.waited_s` at the round's start."""
-    moments: list[int] = field(default_factory=list)
-    """Inner steps after which a publication is still due, ascending."""
     losses: list[float | Tensor] = field(default_factory=list)
     grad_norms: list[float | Tensor] = field(default_factory=list)
     tokens: int = 0
     learning_rate: float = 0.0
     """Learning rate of the last step."""
+
+    def add(self, tokens: int, loss: float | Tensor, grad_norm: float | Tensor, learning_rate: float) -> None:
+        """Add a step."""
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+        self.tokens += tokens
+        self.learning_rate = learning_rate
+
+    @property
+    def number(self) -> int:
+        """Inner steps taken so far."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RoundEnd:
+    """State of a round when its last step is done."""
+
+    losses: Sequence[float]
+    """Finite ones only; so with the norms."""
+    grad_norms: Sequence[float]
+    ended_s: float
+    position: int | None
+    """`LoopState.position` then; None without a worker, since no step is taken before the end is merged."""
+
+
+@dataclass(kw_only=True)
+class _Round:
+    """State of the round under way, or of the last one while its end is merged."""
+
+    start: Start
+    began_s: float
+    waited_s: float
+    """`LoopState.waited_s` at the round's start."""
+    steps: _Steps
+    moments: list[int] = field(default_factory=list)
+    """Inner steps after which a publication is still due, ascending."""
     updates: list[OuterUpdate] = field(default_factory=list)
     """Updates merged during the round, one per fragment."""
     apart_s: float = 0.0
     """Seconds spent publishing and merging within the round."""
+    end: _RoundEnd | None = None
 
-    @property
-    def inner_steps(self) -> int:
-        """Inner steps taken so far."""
-        return len(self.losses)
+
+@dataclass(kw_only=True)
+class _Merging:
+    """Merges of one publication, one fragment after the other."""
+
+    round: _Round
+    own: Callable[[], LocalUpdate]
+    """Returns the publication. It is called by the worker."""
+    fragments: list[int]
+    """Fragments that are not merged yet."""
+    began_s: float
+    pending: PendingMerge | None = None
+    """Merge of the first of `fragments`, once it was handed to the worker."""
+    left_s: float | None = None
+    """Time at which the trainer left for the next steps; None while it is here."""
+    away_s: float = 0.0
+    """Seconds that the trainer was away for steps."""
+
+
+@dataclass(frozen=True)
+class _OwnMerge:
+    """Merge that the trainer computes itself."""
+
+    result: Callable[[], MergeOutcome]
+
+    def done(self) -> bool:
+        return True
 
 
 @dataclass(kw_only=True)
@@ -246,6 +334,9 @@ class Session:
     """Called when a round has led to a new state, merged or taken from another peer, before the round is reported."""
     ends: Callable[[Progress], bool] | None = None
     """Return whether nothing is left to train; asked between two rounds. None: when the run has had all its tokens."""
+    worker: Worker | None = None
+    """Computes merges while the trainer takes steps; None: the trainer waits for them. It takes parameters on a device
+    (`loans_outlast_steps`), and an exchange that does not wait for company (`merges_beside_training`)."""
     clock: Callable[[], float] = time.monotonic
     replica: Replica = field(init=False)
     steps_per_s: float = field(default=0.0, init=False)
@@ -253,6 +344,16 @@ class Session:
     reason: str = field(default="", init=False)
     """Why training ended: "total_tokens" or "interrupted"; empty while it runs."""
     _round: _Round | None = field(default=None, init=False)
+    _merging: _Merging | None = field(default=None, init=False)
+    """Merges under way: within `_round`, or at the end of the round before if there is none."""
+    _ahead: _Steps = field(default_factory=_Steps, init=False)
+    """Steps taken while the end of a round is merged. They belong to the next one."""
+    _ahead_s: float = field(default=0.0, init=False)
+    """Seconds that those steps took."""
+    _shard: int | None = field(default=None, init=False)
+    """Shard that the loop was not told yet."""
+    _position: int | None = field(default=None, init=False)
+    """Batches drawn before the steps taken ahead, while a new state is told."""
     _is_stopped: bool = field(default=False, init=False)
     """True if the session was interrupted and `next_step` has not reported it yet."""
 
@@ -280,29 +381,28 @@ class Session:
     def next_step(self) -> NextStep | None:
         """Return the input of the next inner step, beginning a round if none is under way; None if training has ended.
 
-        `reason` then says why. A call after that begins anew.
+        `reason` then says why. A call after that begins anew. Raises the error that has ended the worker's merge.
         """
         # The round begins here and not at the end of `step`: a stage whose drivers send nothing more would otherwise
         # announce a round that it never trains (decision 68).
-        began, self._is_stopped, was_stopped = self._round is None, False, self._is_stopped
+        self._is_stopped, was_stopped = False, self._is_stopped
         if was_stopped:
             return None
         try:
-            if self._round is None:
+            self._enter_merged()
+            while (round := self._round or self._round_to_go_beyond()) is None:
                 if self.finished:
-                    self.reason = "total_tokens"
+                    self._ahead, self.reason = _Steps(), "total_tokens"
                     return None
-                self._round = self._begin()
+                self._begin()
             if self.should_stop():
                 raise StopTraining
         except StopTraining:
             self.interrupt()
             self._is_stopped = False
             return None
-        start, step_tokens = self._round.start, self.run.tokens_per_step
-        before, steps = self.replica.progress.run_tokens, self._round.tokens / step_tokens
-        progress = start.run_tokens(before, steps, step_tokens) / self.run.run.total_tokens
-        return NextStep(progress, start.shard if began else None, start.batch_sequences)
+        shard, self._shard = self._shard, None
+        return NextStep(self._run_share(round), shard, round.start.batch_sequences)
 
     def step(
         self,
@@ -318,45 +418,59 @@ class Session:
         `learning_rate`, if known, are reported with the round. Raises RuntimeError if `next_step` was
         not called, and RunTimeError when the peer cannot go on.
         """
+        if (ended := self._ended_round) is not None:
+            self._ahead.add(tokens, loss, grad_norm, learning_rate)
+            num_ahead = self._ahead.tokens // self._step_tokens(ended.start)
+            self.exchange.step_done(ended.start.inner_steps + num_ahead)
+            return
         round = self._under_way()
-        round.losses.append(loss)
-        round.grad_norms.append(grad_norm)
-        round.learning_rate = learning_rate
-        round.tokens += tokens
-        start, step_tokens = round.start, self._step_tokens(round.start)
-        num_steps, part, full = min(round.tokens // step_tokens, start.inner_steps), 0, start.inner_steps * step_tokens
-        while len(round.moments) > 1 and round.moments[0] <= num_steps:
-            part = start.part_after(round.moments.pop(0))
+        round.steps.add(tokens, loss, grad_norm, learning_rate)
         try:
-            self.exchange.step_done(num_steps)
-            if round.tokens >= full:
-                self._end(round)
-            elif part:
-                began_s = self.clock()
-                self._merge_due(round, num_steps, self._publish(round, part))
-                round.apart_s += self.clock() - began_s
+            self.exchange.step_done(self._full_steps(round))
+            self._do_what_is_due(round)
         except StopTraining:
             self.interrupt()
 
     def end_round(self) -> None:
         """End the round with the steps taken so far; without any, end training. No further step will come."""
-        round = self._under_way()
         try:
-            if not round.losses:
+            if self._ended_round is not None:
+                self._wait_for_merges()
+                if not self._ahead.number:
+                    raise StopTraining
+                self._begin()
+                if self._round is None:
+                    return  # the steps have filled it
+            round = self._under_way()
+            if not round.steps.number:
                 raise StopTraining
             self._end(round)
         except StopTraining:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """Give up the step under way and end training, because a stop was asked for."""
-        self.replica.restart()
-        self._round, self._is_stopped, self.reason = None, True, "interrupted"
+        """Give up the step under way and end training, because a stop was asked for.
+
+        Merges under way are finished first, since what they merge counts as merged. Raises what goes wrong with them.
+        """
+        try:
+            self._wait_for_merges()
+        except StopTraining:
+            pass  # the exchange was waiting for others
+        finally:
+            self.replica.restart()
+            self._round = self._merging = self._shard = None
+            self._ahead, self._ahead_s = _Steps(), 0.0
+            self._is_stopped, self.reason = True, "interrupted"
 
     def _step_tokens(self, start: Start) -> int:
         """Return the tokens of each inner step of a round."""
         sequences = start.batch_sequences or self.run.inner.batch_sequences
         return sequences * self.run.model.context_tokens
+
+    def _full_steps(self, round: _Round) -> int:
+        """Return how many of its inner steps a round's tokens make."""
+        return min(round.steps.tokens // self._step_tokens(round.start), round.start.inner_steps)
 
     def _under_way(self) -> _Round:
         if self._round is None:
@@ -365,79 +479,213 @@ class Session:
 
     # ------------------------------------------------------------- a round
 
-    def _begin(self) -> _Round:
+    def _begin(self) -> None:
+        """Begin a round with the steps taken ahead of it, and do what they have made due."""
         replica, self.reason = self.replica, ""
         if not replica.is_entered:
+            assert not self._ahead.number, "their weights would be overwritten"
             self.exchange.hold(replica.states)
         start = self.exchange.start_round(replica.progress, self.steps_per_s)
-        round = _Round(
-            start=start, began_s=self.clock(), waited_s=self.loop.waited_s, moments=list(start.publish_after)
+        round = self._round = _Round(
+            start=start,
+            began_s=self.clock() - self._ahead_s,
+            waited_s=self.loop.waited_s,
+            steps=self._ahead,
+            moments=list(start.publish_after),
         )
+        self._ahead, self._ahead_s, self._shard = _Steps(), 0.0, start.shard
         replica.begin(start.num_parts)
-        return round
+        if round.steps.number:
+            self._do_what_is_due(round)
 
-    def _publish(self, round: _Round, part: int) -> LocalUpdate:
-        """Publish the round's update so far."""
-        contribution = self.replica.contribution(part, round.inner_steps, round.tokens)
-        self.exchange.publish(contribution)
-        return contribution
+    def _run_share(self, round: _Round) -> float:
+        """Estimate the share of the run's tokens trained so far, in `round` or beyond its end."""
+        before, step_tokens = self.replica.progress.run_tokens, self.run.tokens_per_step
+        own_steps = (round.steps.tokens + self._ahead.tokens) / step_tokens
+        return round.start.run_tokens(before, own_steps, step_tokens) / self.run.run.total_tokens
 
-    def _merge_due(self, round: _Round, num_steps: int, own: LocalUpdate) -> None:
-        """Merge the fragments due after `num_steps` steps and not merged yet, except the last one."""
-        for fragment in range(len(round.updates), len(self.replica.fragments) - 1):
-            if round.start.merge_after[fragment] > num_steps:
-                break
-            arrived = self.exchange.collect(fragment)
-            assert not isinstance(arrived, Replaced)
-            self._merge(arrived, own, fragment)
-            round.updates.append(arrived.kept())
+    def _do_what_is_due(self, round: _Round) -> None:
+        """Publish, merge or end the round if its last step has made that due."""
+        start, num_steps, part = round.start, self._full_steps(round), 0
+        is_full = round.steps.tokens >= start.inner_steps * self._step_tokens(start)
+        if self._merging is not None:
+            # Nothing is published meanwhile: of a fragment that is being merged it would be counted in two rounds.
+            next_fragment = len(round.updates) + len(self._merging.fragments)
+            if not is_full and num_steps < start.merge_after[next_fragment]:
+                return
+            self._wait_for_merges()
+        while len(round.moments) > 1 and round.moments[0] <= num_steps:
+            part = start.part_after(round.moments.pop(0))
+        if is_full:
+            self._end(round)
+        elif part:
+            began_s = self.clock()
+            own, fragments = self._publish(round, part), self._due(round, num_steps)
+            if fragments:
+                self._merge(_Merging(round=round, own=own, fragments=fragments, began_s=began_s))
+            else:
+                round.apart_s += self.clock() - began_s
 
-    def _merge(self, arrived: OuterUpdate, own: LocalUpdate, fragment: int) -> None:
-        self.replica.merge(arrived, own, fragment)
-        if not arrived.is_whole:
-            self.exchange.merged(fragment, self.replica.state_of(fragment))
+    def _publish(self, round: _Round, part: int) -> Callable[[], LocalUpdate]:
+        """Publish the round's update so far; return a function that returns the update.
+
+        If the weights of the update are not lent, a worker waits for them: then that function publishes.
+        """
+        steps, replica = round.steps, self.replica
+        if self.worker is None or self.run.merge.kind.lends_weights:
+            own = replica.contribution(part, steps.number, steps.tokens)
+            self.exchange.publish(own)
+            return lambda: own
+        wait = replica.contribution_soon(part, steps.number, steps.tokens)
+
+        @cache
+        def publish() -> LocalUpdate:
+            own = wait()
+            self.exchange.publish(own)
+            return own
+
+        return publish
+
+    def _due(self, round: _Round, num_steps: int) -> list[int]:
+        """Return the fragments due after `num_steps` steps and not merged yet, except the last one."""
+        left = range(len(round.updates), len(self.replica.fragments) - 1)
+        return [fragment for fragment in left if round.start.merge_after[fragment] <= num_steps]
 
     def _end(self, round: _Round) -> None:
-        """Publish the whole round, merge what remains, and report."""
-        finite = [loss for loss in _read(round.losses) if math.isfinite(loss)]
-        norms = [norm for norm in _read(round.grad_norms) if math.isfinite(norm)]
+        """Publish the whole round and begin to merge what remains."""
+        self._wait_for_merges()
+        finite = [loss for loss in _read(round.steps.losses) if math.isfinite(loss)]
+        norms = [norm for norm in _read(round.steps.grad_norms) if math.isfinite(norm)]
         # After the losses were read, which a device has once it has taken the steps.
-        replica, steps_end_s, last = self.replica, self.clock(), len(self.replica.fragments) - 1
+        ended_s, last = self.clock(), len(self.replica.fragments) - 1
         self._round = None
         if not finite:
             raise RunTimeError(
                 "training diverged: no loss of the last round was finite; lower inner.learning_rate",
                 code="training-diverged",
             )
-        num_steps = round.tokens / self.run.tokens_per_step  # a stage's steps vary in size
-        self.steps_per_s = num_steps / max(steps_end_s - round.began_s - round.apart_s, 1e-9)
+        position = None if self.worker is None else self.loop.position
+        round.end = _RoundEnd(losses=finite, grad_norms=norms, ended_s=ended_s, position=position)
+        num_steps = round.steps.tokens / self.run.tokens_per_step  # a stage's steps vary in size
+        self.steps_per_s = num_steps / max(ended_s - round.began_s - round.apart_s, 1e-9)
         own = self._publish(round, round.start.num_parts)
-        self._merge_due(round, round.start.inner_steps, own)
-        arrived = self.exchange.collect(last)
-        replica.own_tokens += own.tokens
-        if isinstance(arrived, Replaced):
-            self.adopt(arrived)
-            self.on_new_state(self)
+        fragments = [*self._due(round, round.start.inner_steps), last]
+        self._merge(_Merging(round=round, own=own, fragments=fragments, began_s=ended_s))
+
+    # ------------------------------------------------------------- merges
+
+    @property
+    def _ended_round(self) -> _Round | None:
+        """Round whose end is being merged, if there is one."""
+        merging = self._merging
+        return None if merging is None or merging.round.end is None else merging.round
+
+    def _round_to_go_beyond(self) -> _Round | None:
+        """Return the round whose end is being merged if another step may be taken meanwhile; else None, once it has
+        entered.
+
+        At most as many are taken as lead to a round's first merge, so that no round becomes longer than others allow,
+        and none that the run does not need.
+        """
+        if (round := self._ended_round) is None:
+            return None
+        most_tokens = round.start.merge_after[0] * self._step_tokens(round.start)
+        if self._ahead.tokens < most_tokens and self._run_share(round) < 1:
+            return round
+        self._wait_for_merges()
+        return None
+
+    def _merge(self, merging: _Merging) -> None:
+        """Begin these merges, and enter those that are computed at once."""
+        self._merging = merging
+        self._enter_merged()
+
+    def _enter_merged(self) -> None:
+        """Enter the merges that have been computed."""
+        while (merging := self._merging) is not None:
+            if not self._handed_over(merging).done():
+                if merging.left_s is None:
+                    merging.left_s = self.clock()
+                return
+            self._enter(merging)
+
+    def _wait_for_merges(self) -> None:
+        """Wait for all merges under way, and enter them."""
+        while (merging := self._merging) is not None:
+            self._enter(merging)
+
+    def _handed_over(self, merging: _Merging) -> PendingMerge:
+        """Return the first merge, which the worker computes; without a worker the trainer will."""
+        if merging.pending is None:
+            work = partial(self._computed, merging.own, merging.fragments[0])
+            merging.pending = _OwnMerge(work) if self.worker is None else self.worker(work)
+        return merging.pending
+
+    def _computed(self, own: Callable[[], LocalUpdate], fragment: int) -> MergeOutcome:
+        """Collect for a fragment and compute its next state. Runs in the worker, if there is one."""
+        update = own()
+        arrived = self.exchange.collect(fragment)
+        return update, arrived if isinstance(arrived, Replaced) else self.replica.merged(arrived, update, fragment)
+
+    def _enter(self, merging: _Merging) -> None:
+        """Enter the first merge, and wait for it if it is not computed yet."""
+        if merging.left_s is not None:
+            merging.away_s, merging.left_s = merging.away_s + self.clock() - merging.left_s, None
+        pending, self._merging = self._handed_over(merging), None
+        own, merged = pending.result()
+        round, is_last = merging.round, merging.fragments.pop(0) == len(self.replica.fragments) - 1
+        if is_last:
+            self.replica.own_tokens += own.tokens
+        if isinstance(merged, Replaced):
+            self._ahead = _Steps()  # their weights are replaced
+            self.adopt(merged)
+            self._tell_new_state(round)
             return
-        self._merge(arrived, own, last)
-        merged_s = self.clock()
-        self.on_new_state(self)
+        assert self.worker is None or merged.change is not None, "steps taken meanwhile would be lost"
+        self.replica.enter(merged)
+        if not merged.arrived.is_whole:
+            self.exchange.merged(merged.fragment, self.replica.state_of(merged.fragment))
+        if is_last:
+            self._finish(merging, merged)
+            return
+        round.updates.append(merged.arrived.kept())
+        if merging.fragments:
+            merging.pending, self._merging = None, merging
+        elif round.end is None:
+            round.apart_s += self.clock() - merging.began_s - merging.away_s
+
+    def _finish(self, merging: _Merging, merged: MergedFragment) -> None:
+        """Tell the state after a round's last merge, and report the round."""
+        round, own, merged_s = merging.round, merged.own, self.clock()
+        end, steps = round.end, round.steps
+        assert end is not None
+        self._ahead_s = merging.away_s
+        self._tell_new_state(round)
         self.report(
             RoundReport(
                 contribution=own,
-                arrived=(*round.updates, arrived),
-                progress=replica.progress,
+                arrived=(*round.updates, merged.arrived),
+                progress=self.replica.progress,
                 num_peers=round.start.num_peers,
-                loss=sum(finite) / len(finite),
-                first_loss=finite[0],
-                learning_rate=round.learning_rate,
-                grad_norm=sum(norms) / len(norms) if norms else None,
-                seconds=self.clock() - round.began_s,
-                merge_s=merged_s - steps_end_s,
-                stall_s=merged_s - steps_end_s + round.apart_s + self.loop.waited_s - round.waited_s,
-                state=replica.state,
+                loss=sum(end.losses) / len(end.losses),
+                first_loss=end.losses[0],
+                learning_rate=steps.learning_rate,
+                grad_norm=sum(end.grad_norms) / len(end.grad_norms) if end.grad_norms else None,
+                seconds=self.clock() - round.began_s - merging.away_s,
+                merge_s=merged_s - end.ended_s,
+                stall_s=merged_s - end.ended_s - merging.away_s + round.apart_s + self.loop.waited_s - round.waited_s,
+                state=self.replica.state,
             )
         )
+
+    def _tell_new_state(self, round: _Round) -> None:
+        """Call `on_new_state` with a checkpoint that draws again what the steps taken ahead have drawn."""
+        assert round.end is not None
+        self._position = round.end.position
+        try:
+            self.on_new_state(self)
+        finally:
+            self._position = None
 
     # ------------------------------------------------------------- before, between and after
 
@@ -450,7 +698,7 @@ class Session:
         """Return this peer's own part of a checkpoint, beside the swarm's state; see `LoopState.kept` for `room`."""
         part = self.loop.kept(room)
         return LocalCheckpoint(
-            batches=part.batches,
+            batches=part.batches if self._position is None else self._position,
             young_steps=part.young_steps,
             moments=part.moments,
             own_tokens=self.replica.own_tokens,

@@ -64,6 +64,9 @@ class MergePlanner:
 
     Its methods are called at each round's start, after inner steps and after merges. They return the plans that replace
     all earlier ones, or None if those still hold.
+
+    A trainer on a device takes steps while a merge is computed. Those steps belong to what begins with that merge
+    (`steps_taken`), so it began when they did.
     """
 
     num_fragments: int
@@ -79,32 +82,46 @@ class MergePlanner:
     def __post_init__(self) -> None:
         self.began_s = [0.0] * self.num_fragments
 
-    def round_began(self, of: TrainersRound, now: float, *, all_begin: bool = False) -> Sequence[MergePlan]:
-        """Plan the merges of a round that begins now.
+    def round_began(
+        self, of: TrainersRound, now: float, *, all_begin: bool = False, steps_taken: int = 0
+    ) -> Sequence[MergePlan]:
+        """Plan the merges of a round that begins now, of which `steps_taken` inner steps are done.
 
         `all_begin`: the weights were not merged here, so that the rounds of all fragments begin, not only the last
         one's.
         """
-        self._of, self._round_began_s = of, now
+        self._of = of
+        done, self._round_began_s = self._begun(0, steps_taken, now)
         for fragment in range(self.num_fragments) if all_begin else [self.num_fragments - 1]:
-            self.began_s[fragment] = now
-        self._newest = self._plans(0, now)
+            self.began_s[fragment] = self._round_began_s
+        self._newest = self._plans(done, now)
         return self._newest
 
-    def merged(self, fragment: int, now: float) -> Sequence[MergePlan] | None:
-        """Begin a fragment's next round after its merge, and plan.
+    def merged(self, fragment: int, now: float, steps_taken: int = 0) -> Sequence[MergePlan] | None:
+        """Begin a fragment's next round after its merge, of which `steps_taken` inner steps are done, and plan.
 
         None after the last fragment, since `round_began` follows, and after all but the last of fragments that are
         merged at the same step.
         """
         if fragment == self.num_fragments - 1:
             return None
-        self.began_s[fragment] = now
         after = self._of.merge_after[fragment]
+        done, self.began_s[fragment] = self._begun(after, steps_taken, now)
         if self._of.merge_after[fragment + 1] == after:
             return None
-        self._newest = self._plans(after, now)
+        self._newest = self._plans(done, now)
         return self._newest
+
+    def _begun(self, after: int, steps_taken: int, now: float) -> tuple[int, float]:
+        """Return (the round's inner steps done; the time at which `after` of them were), `steps_taken` steps later.
+
+        A merge that these steps have made due is still to come: plans count those before it only.
+        """
+        most = min((each - after for each in self._of.merge_after if each > after), default=1) - 1
+        steps_taken, speed = min(steps_taken, most), self._of.steps_per_s
+        if steps_taken <= 0 or speed <= 0:
+            return after, now
+        return after + steps_taken, now - steps_taken / speed
 
     def steps_done(self, done: int, now: float) -> Sequence[MergePlan] | None:
         """Plan anew if the merges, after `done` inner steps, are expected at other times than planned."""

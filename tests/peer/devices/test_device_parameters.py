@@ -15,12 +15,13 @@ from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import layout_of
+from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
-from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.loop import ModelLoop, inner_constants
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.run import RunFile
@@ -208,12 +209,14 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self.kept_for.add(stream.name))
-        monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **others: self._pinned(empty, sizes, others))
 
-    def _pinned(self, empty: Any, sizes: Any, others: Any) -> Tensor:
-        self.calls.append("pinned memory")
-        made: Tensor = empty(*sizes, **others)
-        return made
+        def pinned(*sizes: Any, pin_memory: bool = False, **others: Any) -> Tensor:
+            if pin_memory:
+                self.calls.append("pinned memory")
+            made: Tensor = empty(*sizes, **others)
+            return made
+
+        monkeypatch.setattr(torch, "empty", pinned)
 
 
 @pytest.fixture
@@ -224,7 +227,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
 
 def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) -> None:
     parameters, (first, _) = DeviceParameters(tensors().items()), fragments()
-    parameters._copier.stream = streams.copying  # type: ignore[assignment]
+    parameters.copier.stream = streams.copying  # type: ignore[assignment]
     theta = torch.zeros(first.layout.size)
     lent = parameters.lend(first, theta)
     assert streams.calls == ["pinned memory", "copying waits for training", "copying records"]
@@ -237,11 +240,40 @@ def test_the_trainer_asks_for_a_copy_and_others_wait_for_it(streams: Streams) ->
     lent.gradient()
     assert streams.calls == ["a thread waits"]
     streams.calls.clear()
-    parameters.write(theta, first)
-    assert streams.calls == ["training waits for copying", "a thread waits"], "it subtracts what was lent"
+    change = parameters.change_to(theta, first)
+    assert streams.calls == ["a thread waits", "pinned memory"], "it subtracts what was lent"
+    streams.calls.clear()
+    parameters.write_change(theta, first, change)
+    assert streams.calls == ["training waits for copying"] * 2, "also for the change, and the thread for nothing"
     streams.calls.clear()
     parameters.read()
     assert streams.calls[-1] == "a thread waits"
+
+
+def test_moments_of_a_checkpoint_are_copied_beside_the_next_step(streams: Streams) -> None:
+    parameters = DeviceParameters(tensors().items())
+    parameters.copier.stream = streams.copying  # type: ignore[assignment]
+    optimizer = InnerOptimizer(parameters.named.items(), inner_constants(run_file(1)), parameters.take_back)
+
+    def step() -> None:
+        for tensor in parameters.named.values():
+            tensor.grad = torch.ones_like(tensor)
+        optimizer.step(0.5)
+
+    step()
+    expected = optimizer.copy_moments(torch.empty(2, 28))
+    streams.calls.clear()
+    lent = optimizer.lend_moments(parameters.copier.copy)
+    assert "copying waits for training" in streams.calls and "a thread waits" not in streams.calls
+    streams.calls.clear()
+    step()
+    assert streams.calls == ["training waits for copying"], "the device, and not the thread"
+    streams.calls.clear()
+    read = torch.cat([piece.clone() for piece in lent.read()])
+    assert set(streams.calls) == {"a thread waits"}, "the one that reads"
+    streams.calls.clear()
+    assert lent.steps.tolist() == [1.0, 1.0, 1.0] and set(streams.calls) == {"a thread waits"}
+    assert torch.equal(read, expected.vectors.reshape(-1)), "those before the step"
 
 
 # ---------------------------------------------------------------- sessions
@@ -268,8 +300,8 @@ def test_rounds_are_those_of_parameters_in_main_memory_to_the_bit(inner_steps: i
     assert host[2][-1].loss < host[2][0].loss
 
 
-def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
-    run = RunFile.model_validate(
+def run_file(inner_steps: int) -> RunFile:
+    return RunFile.model_validate(
         {
             "run": {"total_tokens": 64 * 12},
             "model": {"context_tokens": 16, "num_layers": 1, "width": 16, "num_heads": 2},
@@ -277,6 +309,10 @@ def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Sessi
             "merge": {"method": "diloco", "inner_steps": inner_steps, "outer_momentum": 0.5},
         }
     )
+
+
+def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
+    run = run_file(inner_steps)
     data = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id="me")
     loop, reports = ModelLoop(run, build_model(run.model, 0), data, compute=compute), list[RoundReport]()
     exchange = _Nobody(inner_steps, 12)

@@ -8,6 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
 from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.lifecycle.node import StopFlag, held_out_loss
 from swarmtrain.peer.lifecycle.preparation import initial_seed
 from swarmtrain.peer.merging import gossip_exchange
@@ -39,7 +41,7 @@ from swarmtrain.peer.merging.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.merging.gossip_runner import Engine
 from swarmtrain.peer.merging.robustness import Robustness
 from swarmtrain.peer.training.loop import ModelLoop
-from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.peer.training.session import RoundReport, Session, Worker
 from swarmtrain.protocol.archive.schedule import adds_to_archive
 from swarmtrain.protocol.gossip.fragments import FragmentRound
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
@@ -103,6 +105,13 @@ class Peer:
         self.reports: list[RoundReport] = []
         batches = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id=self.id)
         self.loop = ModelLoop(run, model, batches)
+        self.trains_on(ComputeDevice())
+        self.exchange.offer(self.trainer.state, self.trainer.progress)
+
+    def trains_on(self, compute: ComputeDevice, worker: Worker | None = None) -> None:
+        """Begin a session on a device."""
+        run, loop = self.world.run, self.loop
+        self.loop = ModelLoop(run, loop.model, loop.batches, compute=compute)
         self.session = Session(
             run=run,
             parameters=self.loop.parameters,
@@ -110,9 +119,9 @@ class Peer:
             exchange=self.exchange,
             report=self.reports.append,
             on_new_state=lambda session: self.exchange.offer(session.replica.state, session.progress),
+            worker=worker,
         )
         self.trainer = self.session.replica
-        self.exchange.offer(self.trainer.state, self.trainer.progress)
 
     @property
     def id(self) -> str:
@@ -437,6 +446,76 @@ def test_merges_are_planned_anew_where_steps_take_less_time_than_they_did(
         peer.exchange.publish(contribution)
         assert peer.exchange._planner._newest[0].ends_s == ends_s
         assert (peer.exchange._planner._newest is not planned) == (ends_s != planned[0].ends_s)
+
+
+def test_steps_taken_while_a_merge_is_computed_belong_to_what_begins_with_it(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device: others are told of no step beyond the round's, and merges come so much earlier."""
+    world, clock_s = world_of(worlds, 2, inner_steps=64, publications_per_round=32, fragments=2), [1000.0]
+    peer, _ = world.everyone()
+    exchange, planner, rounds = peer.exchange, peer.exchange._planner, peer.swarm.rounds
+    monkeypatch.setattr(gossip_exchange, "swarm_time", lambda: clock_s[0])
+    exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])
+
+    def publish(inner_steps: int) -> None:
+        exchange.step_done(inner_steps)
+        part = start.part_after(inner_steps)
+        exchange.publish(peer.trainer.contribution(part, inner_steps, inner_steps * STEP_TOKENS))
+
+    start = exchange.start_round(Progress(), 0.5)
+    peer.trainer.begin(start.num_parts)
+    clock_s[0] = 1064.0
+    publish(32)
+    exchange.step_done(35)
+    clock_s[0] = 1070.0
+    exchange.merged(0, peer.trainer.state_of(0))
+    assert planner.began_s == [1064.0, 1000.0]
+    assert {plan.fragments: plan.ends_s for plan in planner._newest} == {(0,): 1070.0 + 122.0, (1,): 1070.0 + 58.0}
+    clock_s[0] = 1128.0
+    publish(64)
+    for told in (65, 66):
+        exchange.step_done(told)
+        assert exchange.steps_done == 64 and rounds.inner_steps_done == 64
+    clock_s[0] = 1132.0
+    exchange.merged(1, peer.trainer.state_of(1))
+    start = exchange.start_round(Progress(round=1), 0.5)
+    assert planner.began_s == [1064.0, 1128.0] and planner._round_began_s == 1128.0
+    assert {plan.fragments: plan.ends_s for plan in planner._newest} == {(0,): 1132.0 + 60.0, (1,): 1132.0 + 124.0}
+    assert exchange.num_steps == 5.0 and exchange.steps_done == 0
+    exchange.step_done(70)
+    exchange.hold([peer.trainer.state_of(fragment) for fragment in range(2)])  # their weights are gone
+    exchange.start_round(Progress(round=2), 0.5)
+    assert planner.began_s == [1132.0, 1132.0]
+
+
+class _AsDevice(ComputeDevice):
+    """Processor of which the loop believes that it is a device."""
+
+    @property
+    def is_host(self) -> bool:
+        return False
+
+
+def test_peers_on_devices_merge_on_a_thread_beside_their_steps(worlds: list[World]) -> None:
+    world = world_of(worlds, 2)
+    with ThreadPoolExecutor(2) as threads:
+        for peer in world.everyone():
+            peer.trains_on(_AsDevice(), threads.submit)
+        for number in range(8):
+            for peer in world.everyone():
+                peer.round(partners=1 if number else 0)
+        for peer in world.everyone():
+            peer.session.interrupt()  # the last merges enter
+    for peer in world.everyone():
+        assert len(peer.reports) >= 8 and peer.trainer.progress.round == len(peer.reports)
+        assert statistics.mean(report.loss for report in peer.reports[-2:]) < peer.reports[0].loss - 0.5
+        tokens = sum(report.contribution.tokens for report in peer.reports)
+        assert peer.trainer.own_tokens == peer.trainer.progress.peer_tokens[peer.id] == tokens
+        assert peer.reports[-1].progress.peer_tokens.keys() == {each.id for each in world.everyone()}
+        assert not [event for event in peer.events if isinstance(event, RefusedEvent)]
+    first, second = world.everyone()
+    assert 0 < float((second.theta - first.theta).norm() / first.theta.norm()) < 0.2
 
 
 def test_who_comes_late_takes_the_consensus(worlds: list[World]) -> None:

@@ -6,6 +6,7 @@ others. `CopiesAsOnes` lets copies of them come to main memory all the same.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -172,6 +173,19 @@ def test_a_step_on_a_device_only_sends_it_the_batch(precision: Precision, microb
         assert done.loss.device.type == done.grad_norm.device.type == "meta"
 
 
+def test_moments_are_read_at_once_and_not_parameter_by_parameter() -> None:
+    loop = loop_on("meta")
+    loop.take_step(0.5)
+    number = len(loop.parameters.named)
+    with CopiesAsOnes():
+        with DeviceReads() as reads:
+            loop.inner.copy_moments(torch.empty(2, sum(each.numel() for each in loop.parameters.named.values())))
+        assert len(reads.found) == 2 * number + 1, "the counts of steps are one number more"
+        with DeviceReads() as reads:
+            loop.kept(None)
+        assert "_local_scalar_dense" not in str(reads.found) and len(reads.found) == 2 * number + 1
+
+
 # ---------------------------------------------------------------- whole rounds
 
 
@@ -294,11 +308,12 @@ def test_what_a_session_publishes_and_keeps_of_a_device_is_in_main_memory(
         weights = list(loop.parameters.named.values())
         assert {each.device.type for each in weights} == {"meta"}, "and training is not"
         room = torch.empty(2, sum(each.numel() for each in weights))
-        moments = loop.kept(room).moments
+        moments = loop.inner.copy_moments(room)
         assert isinstance(moments, Moments) and moments.vectors is room and moments.steps.is_cpu
-        lent_moments = loop.kept(None).moments
-        assert isinstance(lent_moments, LentMoments) and lent_moments.steps.is_cpu
-        assert all(piece.is_cpu for piece in lent_moments.read())
-        loop.resume(loop.kept(room))
+        for given in (None, room):
+            lent_moments = loop.kept(given).moments
+            assert isinstance(lent_moments, LentMoments) and lent_moments.steps.is_cpu
+            assert all(piece.is_cpu for piece in lent_moments.read())
+        loop.resume(dataclasses.replace(loop.kept(room), moments=moments))
         loop.take_step(0.5)
         session.end()

@@ -24,7 +24,7 @@ from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.updates import Averaged, Gathered, LentWeights, LocalUpdate, Replaced
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
-from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start
+from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start, Worker
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
@@ -94,6 +94,7 @@ class NoLoop:
     """Loop without a model, as its session sees it."""
 
     waited_s: float = 0.0
+    position: int = 7
     told: list[str] = field(default_factory=list)
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
@@ -323,17 +324,20 @@ class Lived:
     session: Session = field(init=False)
     num_steps: int = 0
     source: type[ParameterSource] = HostParameters
+    run: RunFile = GOSSIP
+    worker: Worker | None = None
 
     def __post_init__(self) -> None:
         self.parameters = self.source(self.tensors.items())
         self.session = Session(
-            run=GOSSIP,
+            run=self.run,
             parameters=self.parameters,
             loop=self.loop,
             exchange=self.exchange,
             report=lambda report: (self.reports.append(report), self.exchange.calls.append("report"))[0],
             on_new_state=lambda session: self.exchange.calls.append(f"settled {session.progress.round}"),
             should_stop=lambda: self.stops,
+            worker=self.worker,
             clock=self.exchange.clock,
         )
 
