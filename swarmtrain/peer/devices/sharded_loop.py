@@ -119,20 +119,20 @@ class _MirroredParameters(HostParameters):
 
     def read(self) -> Tensor:
         """Return the values as a new vector (P,) fp32. See `ParameterSource`."""
-        self.bring_up_to_date()
+        self.refresh()
         return super().read()
 
     def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
         """Lend a fragment's present values. See `ParameterSource`."""
-        self.bring_up_to_date()
+        self.refresh()
         return super().lend(fragment, theta)
 
     def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
         """Set the values, which the ranks get before the next step. See `ParameterSource`."""
-        self.bring_up_to_date()
+        self.refresh()
         super().write(theta, fragment)
 
-    def bring_up_to_date(self) -> None:
+    def refresh(self) -> None:
         """Take the values that the ranks have now."""
         if self._ranks.is_behind:
             self.take_back()
@@ -149,7 +149,7 @@ class ShardedLoop(ModelLoop):
 
     def whole_model(self) -> GPT:
         """Return the model with its present weights, in main memory."""
-        self._copy.bring_up_to_date()
+        self._copy.refresh()
         return self.model
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
