@@ -90,7 +90,8 @@ def test_memory_adds_up_and_microbatches_lower_it() -> None:
     assert cost.memory_bytes == parts
     assert cost.memory_parameters_bytes == (40 + 8) * P
     small = cost_of(DILOCO + "[inner]\nmicrobatch_sequences = 4")
-    assert small.memory_activations_bytes == cost.memory_activations_bytes // 4
+    at_once = cost.memory_activations_bytes + round(0.2 * 4 * P)  # one microbatch: gradients come as activations go
+    assert small.memory_activations_bytes == at_once // 4
 
 
 @pytest.mark.parametrize(
