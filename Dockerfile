@@ -9,8 +9,9 @@
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS dependencies
-# PyTorch's own index has builds without CUDA, which volunteers do not use: this saves gigabytes. If that index cannot
-# be reached, or has no build for this machine, pip's usual index is used.
+# PyTorch's own index has builds without CUDA, which saves gigabytes. If that index cannot be reached, or has no build for
+# this machine, pip's usual index is used. For a graphics card: --build-arg TORCH_INDEX_URL=https://pypi.org/simple, and
+# `docker run --gpus all`.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN python -m venv /opt/swarmtrain
 ENV PATH=/opt/swarmtrain/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
