@@ -27,7 +27,7 @@ from swarmtrain.peer.merging import asynchronous_exchange, roster_exchange
 from swarmtrain.peer.merging.gossip_exchange import GossipExchange
 from swarmtrain.peer.merging.gossip_runner import GossipRunner
 from swarmtrain.peer.merging.robustness import Robustness
-from swarmtrain.peer.training.replica import Replica
+from swarmtrain.peer.training.replica import MergedFragment, Replica
 from swarmtrain.protocol.gossip import engine
 from swarmtrain.protocol.gossip.engine import GossipEngine
 from swarmtrain.protocol.gossip.messages import MergeFragment
@@ -278,11 +278,11 @@ def _merges(record: Record) -> None:
             record.write("taken", fragment=fragment, round=round, reference=reference, pulled=pulled, of_s=of_s)
         return due
 
-    def merge(original: Any, self: Replica, arrived: Any, own: Any, fragment: int = -1) -> None:
-        original(self, arrived, own, fragment)
-        entered = [[one.peer, one.tokens] for one in arrived.merged]
+    def enter(original: Any, self: Replica, merged: MergedFragment) -> None:
+        original(self, merged)
+        entered = [[one.peer, one.tokens] for one in merged.arrived.merged]
         sums = {"theta_sha256": vector_sha256(self.state.theta), "momentum_sha256": vector_sha256(self.state.momentum)}
-        record.write("merged", fragment=fragment, found=entered, **sums)
+        record.write("merged", fragment=merged.fragment, found=entered, **sums)
 
     def adopt(original: Any, self: Replica, replaced: Any) -> None:
         original(self, replaced)
@@ -309,5 +309,5 @@ def _merges(record: Record) -> None:
 
     around(GossipExchange, "step_done", step_done)
     around(Replica, "restart", restart)
-    around(Replica, "merge", merge)
+    around(Replica, "enter", enter)
     around(Replica, "adopt", adopt)
