@@ -12,11 +12,10 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
-from swarmtrain.peer.devices.sharded_loop import ShardedLoop
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
-from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.loop import loop_class
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
@@ -85,8 +84,7 @@ def train_alone(
         advance(finished.contribution.inner_steps)
 
     exchange = _Nobody(run.merge.inner_steps, inner_steps)
-    kind = ShardedLoop if compute.shards else ModelLoop
-    loop = kind(run, model, batches, compute=compute, told_smaller=told.smaller)
+    loop = loop_class(compute)(run, model, batches, compute=compute, told_smaller=told.smaller)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
     try:
         loop.train(session)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -35,7 +36,6 @@ from swarmtrain.peer.devices.compute import (
     finish,
     release_cached,
 )
-from swarmtrain.peer.devices.data_parallel import DataParallelRanks
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.gradients import add_gradient
@@ -43,7 +43,10 @@ from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, NextStep, Session
 from swarmtrain.run import RunFile
 
-__all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants"]
+if TYPE_CHECKING:
+    from swarmtrain.peer.devices.data_parallel import DataParallelRanks
+
+__all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants", "loop_class"]
 
 _KEPT_TIMES = 64
 
@@ -228,7 +231,11 @@ class ModelLoop(InnerLoop):
         self._step_times_s: deque[float] = deque(maxlen=_KEPT_TIMES)
 
     def _make_ranks(self) -> DataParallelRanks | None:
-        return DataParallelRanks(self.model, self.inner, self.compute) if self.compute.others else None
+        if not self.compute.others:
+            return None
+        from swarmtrain.peer.devices.data_parallel import DataParallelRanks  # few peers have several devices
+
+        return DataParallelRanks(self.model, self.inner, self.compute)
 
     def whole_model(self) -> GPT:
         """Return the model with its present weights, to be measured."""
@@ -322,3 +329,12 @@ class ModelLoop(InnerLoop):
         self.model.recomputes_blocks = now.recomputes
         release_cached(now.device)
         self._told_smaller(before, now)
+
+
+def loop_class(compute: ComputeDevice) -> type[ModelLoop]:
+    """Return the loop that trains a whole model on the devices of `compute`."""
+    if not compute.shards:
+        return ModelLoop
+    from swarmtrain.peer.devices.sharded_loop import ShardedLoop
+
+    return ShardedLoop

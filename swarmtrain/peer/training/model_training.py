@@ -31,7 +31,6 @@ from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.compiled_loss import CompiledLoss
 from swarmtrain.peer.devices.report import ComputeReport
-from swarmtrain.peer.devices.sharded_loop import ShardedLoop
 from swarmtrain.peer.estimate import estimates_of
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over
@@ -51,7 +50,7 @@ from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
 from swarmtrain.peer.lifecycle.stop import Interrupted
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merging.updates import Replaced
-from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.loop import ModelLoop, loop_class
 from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
@@ -95,8 +94,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
     drawn = training_batches(run, data, place, base, published.held_out)
     batches = prefetched(drawn, compute.device, context.stop.check)
-    kind = ShardedLoop if compute.shards else ModelLoop
-    loop = kind(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
+    loop = loop_class(compute)(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
     context.limits.trains_on([str(device) for device in (compute.device, *compute.others)])
     context.stop.check()
