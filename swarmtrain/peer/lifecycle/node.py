@@ -113,6 +113,9 @@ class PeerSettings:
     """Command line by which the peer is started, to be kept in its folder."""
     show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
     """Called with a function that returns the status, as soon as there is one; for a display of the command's own."""
+    model_folder: Path | None = None
+    """Folder with the files of the run's model, or some of them (`--model-dir`); they are used if their hashes are the
+    run's."""
     first_stages: tuple[int, ...] = ()
     """Stages of a pipeline to take first (for a rehearsal); empty: those that need this peer most."""
 
