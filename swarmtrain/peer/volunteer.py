@@ -179,6 +179,7 @@ class Volunteer:
             pause=self.pause,
             name=self.name,
             fetcher=fetcher,
+            model_folder=self.settings.model_folder,
             nobody=nobody,
         )
 
