@@ -14,7 +14,7 @@ from swarmtrain.cli.device_options import DEVICE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from swarmtrain.model.gpt import TextLoss
+    from swarmtrain.model.evaluation import TextLoss
     from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
@@ -47,8 +47,8 @@ def command(model: Path, text: Path | None, threads: int | None, device: DeviceR
     from swarmtrain.data.batches import held_out_batches
     from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
     from swarmtrain.errors import UserError
+    from swarmtrain.model.evaluation import TextLoss, evaluate
     from swarmtrain.model.export import load_exported
-    from swarmtrain.model.gpt import TextLoss, evaluate
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
@@ -63,13 +63,13 @@ def command(model: Path, text: Path | None, threads: int | None, device: DeviceR
         raise UserError(
             f"{text or model}: has no text to measure the loss on; give one with --text FILE", code="no-text"
         )
-    section = exported.model.section
-    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, section.vocabulary_size)
+    trained = exported.model
+    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, trained.vocabulary_size)
     use_threads(threads or useful_threads(exported.model))
     place = move_model(exported.model, device, _BATCH_SEQUENCES, say)
     tokens = tokenizer.encode(data)
     with long_work("measuring", len(tokens) - 1, "tokens") as advance:
-        batches = _told(held_out_batches(tokens, section.context_tokens, _BATCH_SEQUENCES), advance)
+        batches = _told(held_out_batches(tokens, trained.context_tokens, _BATCH_SEQUENCES), advance)
         sum_nats, num_targets = evaluate(exported.model, batches)
     loss = TextLoss(sum_nats, num_targets, len(data))
     if as_json:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from swarmtrain import __version__
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.run import ModelSection
 
 __all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported", "write_whole"]
@@ -40,7 +41,7 @@ _BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
 class ExportedModel:
     """Model read back from its folder."""
 
-    model: GPT
+    model: LanguageModel
     tokenizer: bytes
     held_out: bytes
     run_tokens: int

@@ -1,4 +1,4 @@
-"""Define the built-in model: a GPT, its loss, its evaluation and a sampler, in one file to read from top to bottom.
+"""Define the built-in model: a GPT and its initial weights, in one file to read from top to bottom.
 
 Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and it
 can be cut into stages anywhere (`stages.py`: `embed`, `blocks`, then `final_norm` and `head`).
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -23,19 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
+from swarmtrain.model.parameter_count import hidden_width
 from swarmtrain.model.recomputation import recomputed
 from swarmtrain.run import ModelSection
-from swarmtrain.words import bits_per_byte
 
-__all__ = ["GPT", "TextLoss", "build_model", "evaluate", "generate", "num_parameters"]
+__all__ = ["GPT", "build_model"]
 
 _ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
-
-
-def _hidden_width(section: ModelSection) -> int:
-    return max(1, round(section.feed_forward_ratio * section.width))
 
 
 def rotary_table(num_positions: int, head_width: int) -> Tensor:
@@ -50,12 +44,6 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary[0], rotary[1]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def check_length(num_tokens: int, section: ModelSection) -> None:
-    """Raise ValueError when the tokens are more than the context."""
-    if num_tokens > section.context_tokens:
-        raise ValueError(f"{num_tokens} tokens are more than the context of {section.context_tokens}")
 
 
 class Linear(nn.Linear):
@@ -94,7 +82,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        hidden = _hidden_width(section)
+        hidden = hidden_width(section)
         self.gate_up = Linear(section.width, 2 * hidden, bias=False)
         self.down = Linear(hidden, section.width, bias=False)
 
@@ -118,54 +106,30 @@ class Block(nn.Module):
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """Whole model. `build_model` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 
     def __init__(self, section: ModelSection) -> None:
-        super().__init__()
-        self.section = section
+        super().__init__(ModelSpec(section))
         self.embed = Embedding(section.vocabulary_size, section.width)
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
         self.final_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.head = Linear(section.width, section.vocabulary_size, bias=False)
         table = rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
-        self.recomputes_blocks = False
-        """True where memory is short: of the blocks only inputs are kept for the backward pass, which computes each
-        block again, to the same bits."""
 
     def features(self, tokens: Tensor) -> Tensor:
-        """Return the head's input (B, T, D) of tokens (B, T), int64.
-
-        Raises ValueError if T is more than `context_tokens`.
-        """
+        """See `LanguageModel`."""
         T = tokens.shape[1]
-        check_length(T, self.section)
+        check_length(T, self.context_tokens)
         x = self.embed(tokens)
         rotary = self.rotary[:, :T]
         recomputes = self.recomputes_blocks and torch.is_grad_enabled()
         for block in self.blocks:
             x = recomputed(partial(block, rotary=rotary), x) if recomputes else block(x, rotary)
         return cast(Tensor, self.final_norm(x))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
-        return cast(Tensor, self.head(self.features(tokens)))
-
-    def loss(self, batch: Tensor) -> Tensor:
-        """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
-        before it."""
-        x = self.features(batch[:, :-1])
-        return mean_loss(self.head, x, batch[:, 1:], is_memory_short=self.recomputes_blocks)
-
-
-def num_parameters(section: ModelSection) -> int:
-    """Return the number of parameters of `GPT(section)`, computed without building it."""
-    D, hidden = section.width, _hidden_width(section)
-    block = 4 * D * D + 3 * D * hidden + 2 * D
-    return 2 * section.vocabulary_size * D + section.num_layers * block + D
 
 
 def build_model(section: ModelSection, seed: int) -> GPT:
@@ -202,83 +166,3 @@ def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) ->
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float32)  # in [0, 1), multiples of 2**-24
     return uniform.sub_(0.5).mul_(2 * math.sqrt(3) * deviation)
-
-
-@torch.inference_mode()
-def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64, of any device.
-
-    With one byte per token, their quotient is the held-out loss.
-    """
-    sum_nats, num_targets = 0.0, 0
-    device = model.embed.weight.device
-    for batch in batches:
-        batch = batch.to(device)
-        targets = batch[:, 1:]
-        sum_nats += float(sum_of_losses(model.head, model.features(batch[:, :-1]), targets))
-        num_targets += targets.numel()
-    return sum_nats, num_targets
-
-
-@dataclass(frozen=True)
-class TextLoss:
-    """Loss on a text of which each byte is in exactly one target token (`held_out_batches`)."""
-
-    sum_nats: float
-    num_tokens: int
-    num_bytes: int
-
-    @property
-    def nats_per_byte(self) -> float:
-        """Held-out loss as the run reports it."""
-        return self.sum_nats / self.num_bytes
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Held-out loss in bits per byte, which does not depend on the tokenizer: models with different ones compare by
-        it."""
-        return bits_per_byte(self.nats_per_byte)
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(nats per token): the number of equally likely tokens among which the next one is guessed.
-
-        None if a float cannot hold it, since events hold finite numbers only.
-        """
-        try:
-            return math.exp(self.sum_nats / self.num_tokens)
-        except OverflowError:
-            return None
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt_tokens: Sequence[int],
-    num_tokens: int,
-    temperature: float,
-    seed: int,
-    advance: Callable[[int], None] = lambda number: None,
-) -> list[int]:
-    """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`.
-
-    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Calls `advance` for
-    each token. Raises ValueError when the prompt is empty or has an unknown token, or the temperature is negative.
-    """
-    vocabulary_size, context_tokens = model.section.vocabulary_size, model.section.context_tokens
-    if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
-        raise ValueError(f"the prompt must hold at least one token, each below {vocabulary_size}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt_tokens)
-    device = model.embed.weight.device
-    for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens[-context_tokens:]], device=device))[0, -1].float().cpu()
-        if temperature == 0:
-            tokens.append(int(logits.argmax()))
-        else:
-            chances = torch.softmax(logits / temperature, dim=-1)
-            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-        advance(1)
-    return tokens[len(prompt_tokens) :]

@@ -15,8 +15,9 @@ import torch
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
 from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import export_model
-from swarmtrain.model.gpt import TextLoss, build_model
+from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.lifecycle import node
 from swarmtrain.run import ModelSection
 

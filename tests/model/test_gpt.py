@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarmtrain.model.gpt import GPT, build_model, evaluate, generate, num_parameters
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.sampling import generate
 from swarmtrain.run import ModelSection
 
 PINNED = "7964e91b4bce18c4aff1affe2691b7f4702507d94a778aaa3d85bb7e9eaef487"

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swarmtrain.model import head_loss, loss_chunks
-from swarmtrain.model.gpt import build_model, evaluate
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.gpt import build_model
 from swarmtrain.model.head_loss import mean_loss, sum_of_losses
 from swarmtrain.model.loss_chunks import chunk_tokens
 from swarmtrain.run import ModelSection

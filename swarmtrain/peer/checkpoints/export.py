@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.model.export import copy_exported, load_exported
-from swarmtrain.model.gpt import build_model, generate, num_parameters
+from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.discovery.invite import Invite
@@ -94,7 +96,7 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
         found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
         if found is not None:
             kept, _ = found
-            model = build_model(run.model, run.run.seed)
+            model = build_run_model(run, None)
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
     raise UserError(
@@ -171,7 +173,7 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
     """
     run = published.run
     if run.published is None or run.published.boundaries is None:
-        yield published, build_model(run.model, run.run.seed)
+        yield published, build_run_model(run, None)
         return
     for number, shape in enumerate(stage_shapes(run.model, run.published.boundaries)):
         yield published.of_stage(number), build_stage(shape, run.run.seed)
@@ -203,7 +205,7 @@ def sample_text(
     exported = load_exported(folder)
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
-    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.section.vocabulary_size)
+    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.vocabulary_size)
     tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
     written = generate(exported.model, tokens, number, temperature, seed, advance)

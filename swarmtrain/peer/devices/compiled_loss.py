@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.run_model import build_from_spec, spec_from_json, spec_to_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finish
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import CompileRequest, Precision
-from swarmtrain.run import ModelSection
 
 __all__ = ["CompiledLoss", "missing_compiler"]
 
@@ -82,9 +81,9 @@ class CompiledLoss:
         if missing := missing_compiler(self.loop.compute.device):
             self._decide(False, f"not compiled, since {missing}")
             return
-        compute, run = self.loop.compute, self.loop.run
+        compute = self.loop.compute
         task = {
-            "model": run.model.model_dump(mode="json"),
+            "model": spec_to_json(self.loop.model.spec),
             "device": str(compute.device),
             "precision": compute.precision,
             "sequences": self._sequences,
@@ -185,9 +184,8 @@ def compiled(loss_of: Callable[[Tensor], Tensor], failed: Callable[[Exception], 
 def _compile(task: dict[str, Any]) -> None:
     """Compile what a task describes, so that the cache has it: one forward and backward pass on zeros."""
     compute = ComputeDevice(torch.device(task["device"]), _precision(task["precision"]))
-    section = ModelSection.model_validate(task["model"])
-    model = build_model(section, 0).to(compute.device)
-    batch = torch.zeros((task["sequences"], section.context_tokens + 1), dtype=torch.int64, device=compute.device)
+    model = build_from_spec(spec_from_json(task["model"]), 0).to(compute.device)
+    batch = torch.zeros((task["sequences"], model.context_tokens + 1), dtype=torch.int64, device=compute.device)
     compiled = torch.compile(model.loss, dynamic=False)
     with compute.autocast():
         loss = compiled(batch)

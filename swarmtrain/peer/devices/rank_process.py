@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LossScale
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import ModelSpec
+from swarmtrain.model.run_model import empty_model, spec_from_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, is_out_of_memory, release_cached
 from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
 from swarmtrain.peer.lifecycle.stop import StopTraining
-from swarmtrain.run import ModelSection
 
 __all__ = ["OUT_OF_MEMORY", "STORE", "RankWork", "main", "ready_key"]
 
@@ -80,12 +80,12 @@ class RankWork:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(task["memory_share"], device)
         self.group = RankGroup.connect(store, task["rank"], task["num_ranks"], device, task["limit_s"])
-        self._build(ModelSection.model_validate(task["model"]), InnerConstants(**task["constants"]))
+        self._build(spec_from_json(task["model"]), InnerConstants(**task["constants"]))
 
-    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+    def _build(self, spec: ModelSpec, constants: InnerConstants) -> None:
         """Make the model and its optimizer; the weights come from rank 0."""
         device = self.compute.device
-        self.model = GPT(section).to(device)
+        self.model = empty_model(spec).to(device)
         loss_scale = LossScale(device) if self.compute.precision == "fp16" else None
         self.inner = InnerOptimizer(self.model.named_parameters(), constants, loss_scale=loss_scale)
         self.inner.norm_of_all = self.group.norm_of_all
@@ -139,10 +139,10 @@ class RankWork:
 class ShardedRankWork(RankWork):
     """The same for a model that is sharded; see `ShardedModel`."""
 
-    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+    def _build(self, spec: ModelSpec, constants: InnerConstants) -> None:
         from swarmtrain.peer.devices.sharded_model import ShardedModel
 
-        self.sharded = ShardedModel(section, self.group, constants, self.compute)
+        self.sharded = ShardedModel(spec, self.group, constants, self.compute)
         self.inner = self.sharded.inner
 
     def weights(self, which: list[int]) -> None:

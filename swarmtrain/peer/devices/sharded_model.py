@@ -18,11 +18,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LossScale
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.run_model import empty_model
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.rank_group import RankGroup, lost_if_it_fails
 from swarmtrain.protocol.devices import largest_part
-from swarmtrain.run import ModelSection
 
 __all__ = ["ShardedModel"]
 
@@ -30,12 +30,10 @@ __all__ = ["ShardedModel"]
 class ShardedModel:
     """This rank's part of a model, and its optimizer. All ranks call the same methods in the same order."""
 
-    def __init__(
-        self, section: ModelSection, group: RankGroup, constants: InnerConstants, compute: ComputeDevice
-    ) -> None:
+    def __init__(self, spec: ModelSpec, group: RankGroup, constants: InnerConstants, compute: ComputeDevice) -> None:
         """The weights are those in memory until `scatter` has set them."""
         mesh = init_device_mesh(compute.device.type, (group.num_ranks,))
-        self._model: GPT | None = GPT(section)
+        self._model: LanguageModel | None = empty_model(spec)
         for block in self._model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self._model, mesh=mesh)

@@ -20,8 +20,9 @@ from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
+from swarmtrain.model.evaluation import TextLoss, evaluate
 from swarmtrain.model.export import export_model, load_exported
-from swarmtrain.model.gpt import GPT, TextLoss, evaluate
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
@@ -92,6 +93,9 @@ class PeerSettings:
     announce: tuple[str, ...] = ()
     data_folder: Path | None = None
     cache_folder: Path | None = None
+    model_folder: Path | None = None
+    """Folder with the files of the run's model, or some of them (`--model-dir`); they are used if their hashes are the
+    run's."""
     limits: Limits = field(default_factory=Limits)
     device: DeviceRequest = field(default_factory=DeviceRequest)
     precision: PrecisionRequest = "auto"
@@ -113,9 +117,6 @@ class PeerSettings:
     """Command line by which the peer is started, to be kept in its folder."""
     show_status: Callable[[Callable[[], PeerStatus]], None] = lambda status: None
     """Called with a function that returns the status, as soon as there is one; for a display of the command's own."""
-    model_folder: Path | None = None
-    """Folder with the files of the run's model, or some of them (`--model-dir`); they are used if their hashes are the
-    run's."""
     first_stages: tuple[int, ...] = ()
     """Stages of a pipeline to take first (for a rehearsal); empty: those that need this peer most."""
 
@@ -230,7 +231,7 @@ def state_of(new: NewState) -> tuple[OuterState, Progress]:
 
 
 def held_out_loss(
-    model: GPT,
+    model: LanguageModel,
     theta: Tensor,
     published: PublishedRun,
     tokenizer: Tokenizer,
@@ -249,7 +250,7 @@ def held_out_loss(
 
 
 def held_out_loss_of(
-    model: GPT, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
+    model: LanguageModel, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
 ) -> TextLoss:
     """Return the held-out loss of the model's present weights."""
     run = published.run
@@ -295,7 +296,7 @@ def save_final_weights(
     return None
 
 
-def kept_final_model(folder: PeerFolder, published: PublishedRun) -> GPT | None:
+def kept_final_model(folder: PeerFolder, published: PublishedRun) -> LanguageModel | None:
     """Return the model that the run ended with, if an earlier process of this peer left it in the folder.
 
     Returns None if there is no model, or it is damaged, of another run, or from before the end.
@@ -324,12 +325,12 @@ def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tenso
     return {spec.name: piece.view(tuple(spec.shape)) for spec, piece in zip(specs, pieces, strict=True)}
 
 
-def save_model(folder: Path, model: GPT, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
+def save_model(folder: Path, model: LanguageModel, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
     """Write the model with weights `theta` (P,), for `eval`, `generate` and other programs."""
     save_weights(folder, weights_in(model, theta), published, progress)
 
 
-def weights_in(model: GPT, theta: Tensor) -> dict[str, Tensor]:
+def weights_in(model: LanguageModel, theta: Tensor) -> dict[str, Tensor]:
     """Load `theta` (P,) into the model; return its weights by name."""
     unflatten_into(theta, model.parameters())
     return dict(model.named_parameters())

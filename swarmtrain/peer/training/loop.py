@@ -27,7 +27,7 @@ from swarmtrain.algorithm.inner import (
     moments_scale,
 )
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.peer.devices.compute import (
     ComputeDevice,
     StepQueue,
@@ -200,7 +200,7 @@ class ModelLoop(InnerLoop):
     def __init__(
         self,
         run: RunFile,
-        model: GPT,
+        model: LanguageModel,
         batches: BatchSource,
         slowed: Callable[[], AbstractContextManager[None]] = nullcontext,
         compute: ComputeDevice | None = None,
@@ -237,7 +237,7 @@ class ModelLoop(InnerLoop):
 
         return DataParallelRanks(self.model, self.inner, self.compute)
 
-    def whole_model(self) -> GPT:
+    def whole_model(self) -> LanguageModel:
         """Return the model with its present weights, to be measured."""
         return self.model
 

@@ -1,0 +1,95 @@
+"""Base class of the models that are trained: what the rest of the package asks of one, whatever it is made of.
+
+A model is a torch module whose parameters have names; peers publish, merge and checkpoint them in their order. Its loss
+is computed by its head in chunks (`head_loss.py`), so that all logits need not exist at once.
+
+Shapes: B batch, T time (tokens), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.run import ModelSection
+
+__all__ = ["LanguageModel", "ModelSpec", "check_length"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a whole model is built from (`run_model.py`), in a form that a peer's other processes can be told."""
+
+    section: ModelSection
+    files: Path | None = None
+    """Folder of the run's pinned model files; None for a built-in model."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """Whole causal language model: from tokens to the logits of each next one."""
+
+    head: nn.Linear
+    """Last layer, from features to logits."""
+    blocks: Iterable[nn.Module]
+    """Its blocks in their order, each from (B, T, D) to (B, T, D)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.recomputes_blocks = False
+        """True where memory is short: of the blocks only inputs are kept for the backward pass, which computes each
+        block again, to the same bits."""
+
+    @property
+    def section(self) -> ModelSection:
+        """Section of the run file that describes the model."""
+        return self.spec.section
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of distinct tokens."""
+        return self.section.vocabulary_size
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence, in tokens."""
+        return self.section.context_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return the head's input (B, T, D) of tokens (B, T), int64.
+
+        Raises ValueError if T is more than `context_tokens`.
+        """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
+        return cast(Tensor, self.head(self.features(tokens)))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
+        before it."""
+        x = self.features(batch[:, :-1])
+        return mean_loss(self.head, x, batch[:, 1:], is_memory_short=self.recomputes_blocks)
+
+    def sum_of_losses(self, batch: Tensor) -> Tensor:
+        """Return the sum of nats over the predicted tokens of `batch` (B, T + 1), a scalar without a gradient."""
+        return sum_of_losses(self.head, self.features(batch[:, :-1]), batch[:, 1:])
+
+
+def check_length(num_tokens: int, context_tokens: int) -> None:
+    """Raise ValueError when the tokens are more than the context."""
+    if num_tokens > context_tokens:
+        raise ValueError(f"{num_tokens} tokens are more than the context of {context_tokens}")
