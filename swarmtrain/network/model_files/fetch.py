@@ -22,7 +22,7 @@ from swarmtrain.errors import (
     StalledError,
     UnreachableError,
 )
-from swarmtrain.network.snapshots.store import ChunkTarget, SourcePace, PullLimits, PullStream, pull_run
+from swarmtrain.network.snapshots.store import ChunkTarget, PullLimits, PullStream, SourcePace, pull_run
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile, check_chunk_list_untrusted
 from swarmtrain.protocol.pinned_files.transfer import FileTransfer, RangeRequest, RequestEnd
