@@ -29,6 +29,7 @@ checkpoint-not-written checkpoint-partly-used checkpoint-unusable checkpoints-ag
 clock-skew crowded-machine daemon-died daemon-not-started data-folder-needed dataset-foreign-file dataset-format
 dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined empty-prompt far-from-usual
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
+bad-model-file disk-full files-not-delivered hub-failed model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
 heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
