@@ -49,6 +49,11 @@ FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 KEYS_SINCE: Mapping[str, int] = {
     "data.source=parquet": 2,
     "inner.precision": 2,
+    "model.base": 2,
+    "model.from_scratch": 2,
+    "model.num_parameters": 2,
+    "model.source": 2,
+    "model.tied_embeddings": 2,
     "published.dataset_revision": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""

@@ -35,6 +35,7 @@ from swarmtrain.run_data import DataSection
 
 __all__ = [
     "CHUNK_BYTES",
+    "FILLED_MODEL_KEYS",
     "MAX_RUN_FILE_BYTES",
     "METHODS_OF_KEYS",
     "DataSection",
@@ -55,6 +56,7 @@ __all__ = [
     "published_bytes",
     "run_sha256",
     "translated",
+    "with_model",
 ]
 
 MAX_RUN_FILE_BYTES = 65_536
@@ -89,9 +91,27 @@ class RunSection(Section):
         raise ValueError(f"{one_line(shown)} is refused; allowed: {_NAMES}" + (f", such as {near}" if near else ""))
 
 
-class ModelSection(Section):
-    """Shape of the model: a GPT with RMSNorm, rotary positions and untied embeddings."""
+_COMMIT = "[0-9a-f]{40}"
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+PUBLISHED_BASE = re.compile(rf"{_HUB_NAME}@{_COMMIT}|[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}")
+"""`model.base` of a published run: a model of the hub at a commit, or the last name of a folder."""
 
+
+class ModelSection(Section):
+    """Model: the built-in GPT, of this shape, or one of Hugging Face, from whose configuration the shape is read."""
+
+    source: Literal["built-in", "huggingface"] = Field(
+        "built-in",
+        description=with_values(
+            "Where the model comes from.",
+            {
+                "built-in": "A GPT of the shape below, with RMSNorm, rotary positions and untied embeddings.",
+                "huggingface": "The model in `base`, whose code the library `transformers` has (needs the extra `hf`).",
+            },
+        ),
+    )
+    base: str = Field("", max_length=1024, description='With "huggingface": `owner/name` of the hub, or `owner/name@revision`; or a folder with `config.json` and `*.safetensors`, such as an export, relative to the run file\'s. The bootstrap fixes the commit and the SHA-256 of each file; code of a model is never run.')  # fmt: skip
+    from_scratch: bool = Field(False, description='With "huggingface": only the configuration of `base` is used, and the weights begin at random, by run.seed.')  # fmt: skip
     tokenizer: Literal["bytes", "bpe"] = Field(
         "bytes",
         description=with_values(
@@ -108,9 +128,30 @@ class ModelSection(Section):
     width: int = Field(128, ge=8, le=65_536, description="Width of the residual stream, in numbers per token.")
     num_heads: int = Field(4, ge=1, le=1024, description="Number of attention heads; divides `width` into even parts.")
     feed_forward_ratio: float = Field(2.625, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
+    tied_embeddings: bool = Field(False, description='With "huggingface", filled in by the bootstrap: whether embedding and head are one matrix.')  # fmt: skip
+    num_parameters: int = Field(0, ge=0, lt=2**63, description='With "huggingface", filled in by the bootstrap: number of parameters.')  # fmt: skip
+
+    @property
+    def is_built_in(self) -> bool:
+        """True if the model is the built-in GPT."""
+        return self.source == "built-in"
+
+    @property
+    def is_resolved(self) -> bool:
+        """True if the shape is the model's: always, but for a model of Hugging Face whose configuration was not read
+        yet."""
+        return self.is_built_in or self.num_parameters > 0
 
     @model_validator(mode="after")
     def _fits(self) -> ModelSection:
+        if not self.is_built_in:
+            self._check_base()
+            return self
+        for key in ("base", "from_scratch", *_COUNTED):
+            if getattr(self, key):
+                raise ValueError(
+                    f'model.{key}: has no meaning with model.source = "built-in"; allowed: with "huggingface"'
+                )
         if self.tokenizer == "bytes" and self.vocabulary_size != 256:
             raise ValueError(
                 f'model.vocabulary_size: {self.vocabulary_size} with model.tokenizer = "bytes"; allowed: 256'
@@ -129,6 +170,23 @@ class ModelSection(Section):
                 f"model.feed_forward_ratio: too small; allowed: at least {1 / self.width} (1 / model.width)"
             )
         return self
+
+    def _check_base(self) -> None:
+        if not self.base:
+            raise ValueError('model.base: missing; model.source = "huggingface" needs it')
+        if self.is_resolved:
+            return
+        for key in FILLED_MODEL_KEYS:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f'model.{key}: is read from the configuration of model.base with model.source = "huggingface"; '
+                    "leave it out"
+                )
+
+
+_COUNTED = ("tied_embeddings", "num_parameters")
+FILLED_MODEL_KEYS = ("vocabulary_size", "num_layers", "width", "num_heads", "feed_forward_ratio", *_COUNTED)
+"""Keys of `[model]` that are read from the configuration of `model.base`."""
 
 
 class InnerSection(Section):
@@ -528,7 +586,13 @@ class RunFile(Section):
                 f"model.context_tokens = {self.model.context_tokens}"
             )
         self._check_pipeline()
+        if self.merge.init == "own" and not (self.model.is_built_in or self.model.from_scratch):
+            raise ValueError(
+                'merge.init: "own" with the weights of model.base, which are the same for every peer; allowed: '
+                '"common", or "own" with model.from_scratch = true'
+            )
         if self.published is not None:
+            self._check_published_model()
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
@@ -539,9 +603,13 @@ class RunFile(Section):
             self._check_published_stages(self.published)
         return self
 
+    def _check_published_model(self) -> None:
+        if not self.model.is_built_in and not (self.model.is_resolved and PUBLISHED_BASE.fullmatch(self.model.base)):
+            raise ValueError("model.base: is not as a bootstrap publishes it; allowed: owner/name@commit, or a name")
+
     def _check_pipeline(self) -> None:
         stages, most = self.pipeline.stages, self.model.num_layers + 2
-        if stages == 1:
+        if stages == 1 or not self.model.is_resolved:
             return
         if stages > most:
             raise ValueError(
@@ -632,11 +700,24 @@ def parse_run(
             f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out",
             code="published-section",
         )
+    model = table.get("model")
+    for key in _COUNTED:
+        if isinstance(model, dict) and key in model:
+            raise RunFileError(
+                f"{origin}: model.{key}: only `swarmtrain bootstrap` writes this key; leave it out",
+                code="published-section",
+            )
     found = translated(table)
     run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
     for line in found.said:
         tell(line)
     return run
+
+
+def with_model(run: RunFile, values: dict[str, Any]) -> RunFile:
+    """Return `run` with these values of `[model]`, checked as a whole. Raises `RunFileError`."""
+    table = run.model_dump(mode="json", exclude_none=True)
+    return _validated({**table, "model": {**table["model"], **values}}, "model.base")
 
 
 def translated(table: dict[str, Any]) -> Translation:
@@ -686,11 +767,16 @@ def _written_table(run: RunFile) -> dict[str, Any]:
     for key in KEYS_SINCE:
         section, _, name = key.partition(".")
         without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
-        if name in table.get(section, {}):
-            written: Section = getattr(run, section)
-            if type(written).model_validate(without) == written:
-                table[section] = without
+        if name in table.get(section, {}) and _means_the_same(without, getattr(run, section)):
+            table[section] = without
     return table
+
+
+def _means_the_same(table: dict[str, Any], section: Section) -> bool:
+    try:
+        return type(section).model_validate(table) == section
+    except ValidationError:  # a key that is needed is left out
+        return False
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
 
     from swarmtrain.cli.estimate import doubts, estimate
 
-    run = given.load()
+    run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
     from swarmtrain.model.parameter_count import num_parameters
@@ -102,6 +102,7 @@ def _as_json(on: ExpectedDevice) -> dict[str, str | int | None]:
 
 def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedDevice | None = None) -> list[str]:
     """Describe the run and its costs, in lines for a person; `on` is what this machine would train on, if known."""
+    from swarmtrain.model.base import base_in_words
     from swarmtrain.peer.estimate import activation_wire_bytes
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
@@ -111,6 +112,7 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedD
     below = cost.times_below_allreduce
     stages, sequences = run.pipeline.stages, run.microbatch_sequences
     rows = {
+        "model": base_in_words(model),
         "parameters": f"{count(stages * cost.num_parameters)} ({counted(model.num_layers, 'layer')}, width "
         f"{model.width}, {counted(model.num_heads, 'head')}; {model.vocabulary_size} tokens of {model.tokenizer})",
         "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}"
@@ -132,6 +134,8 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedD
     }
     if on is None:
         del rows["device"]
+    if model.is_built_in:
+        del rows["model"]
     if stages == 1:
         del rows["stages"]
     return [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]

@@ -320,6 +320,8 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     run, scenario = _run(scenario, play), scenario.at(play.point)
+    if not (run.model.is_built_in or run.model.from_scratch):
+        return None  # its weights may be others next time
     has_text = (
         scenario.scenario.work == "learning" and not run.data.streaming
     )  # else none is read, or it is read as it comes

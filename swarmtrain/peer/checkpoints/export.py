@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.model.export import copy_exported, load_exported
+from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.run_model import build_run_model, empty_model
+from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
-from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.node import NetworkThread
@@ -173,10 +174,10 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
     """
     run = published.run
     if run.published is None or run.published.boundaries is None:
-        yield published, build_run_model(run, None)
+        yield published, empty_model(ModelSpec(run.model))
         return
-    for number, shape in enumerate(stage_shapes(run.model, run.published.boundaries)):
-        yield published.of_stage(number), build_stage(shape, run.run.seed)
+    for number, shape in enumerate(run_stage_shapes(run, None, run.published.boundaries)):
+        yield published.of_stage(number), empty_run_stage(shape)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from swarmtrain.errors import (
     UserError,
 )
 from swarmtrain.extras import install_in_words
+from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
@@ -394,6 +395,7 @@ class Doctor:
     def look_at_data(self) -> Iterator[Finding]:
         """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
+            yield from check_model(self.run)
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
                 yield from check_rule(self.run)
@@ -449,7 +451,8 @@ def _who(answer: GreetingAnswer) -> str:
 
 
 def _run_in_words(run: RunFile) -> str:
-    return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {run.data.source}"
+    model = "" if run.model.is_built_in else f", model {base_in_words(run.model)}"
+    return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {run.data.source}{model}"
 
 
 def _with_advice(message: str) -> tuple[str, str]:
@@ -563,6 +566,13 @@ def check_rule(run: RunFile) -> Iterator[Finding]:
     except RunFileError as error:
         what, _, advice = str(error).partition("; ")
         yield Finding("run", "problem", what, advice or "ask its authors")
+
+
+def check_model(run: RunFile) -> Iterator[Finding]:
+    """Report a problem if the run's model needs a library that is not installed here."""
+    if not run.model.is_built_in and importlib.util.find_spec("transformers") is None:
+        found = "this run needs the package transformers, which is not installed"
+        yield Finding("model", "problem", found, install_in_words("hf"))
 
 
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:

@@ -8,6 +8,7 @@ from pathlib import Path
 from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
 from swarmtrain.events import count_in_words
+from swarmtrain.model.base import base_in_words
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.run import RunFile
 
@@ -31,8 +32,11 @@ def summary_of(run: RunFile) -> str:
     cut = f", cut into {run.pipeline.stages} stages of which you hold some" if run.pipeline.stages > 1 else ""
     steps = "step" if run.merge.inner_steps == 1 else f"{run.merge.inner_steps} steps"
     parameters = count_in_words(num_parameters(run.model))
+    model = f"a model of {parameters} parameters"
+    if not run.model.is_built_in:
+        model = f"{model} ({base_in_words(run.model)})"
     return (
-        f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
+        f"{model} on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
         f"merging every {steps} ({run.merge.method})" + cut
     )
 

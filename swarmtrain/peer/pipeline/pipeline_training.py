@@ -19,7 +19,7 @@ from pathlib import Path
 from swarmtrain.data.prepare import TrainingData, training_data
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent
-from swarmtrain.model.stages import StageShape, stage_shapes
+from swarmtrain.model.run_stages import RunStageShape, run_stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
 from swarmtrain.network.swarm import Swarm
@@ -64,7 +64,7 @@ computing threads hold; with the usual 5 ms the waits add up to more than the co
 class PreparedPipeline:
     """Results of a pipeline volunteer's preparation."""
 
-    shapes: Sequence[StageShape]
+    shapes: Sequence[RunStageShape]
     compute: ComputeDevice
     """Device on which the stages will be, and the precision that they are computed in."""
     room: StageRoom
@@ -83,7 +83,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     limits = settings.limits
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
-    shapes = stage_shapes(run.model, run.published.boundaries)
+    shapes = run_stage_shapes(run, context.model_folder, run.published.boundaries)
     chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
     ComputeReport(run, chosen, context.emit).start()
     context.limits.trains_on([chosen.choice.device])

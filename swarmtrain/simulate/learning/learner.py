@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.model.base import base_files
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import tensor_specs
@@ -40,6 +41,11 @@ class Text:
         held_out = published.held_out.text
         return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
 
+    @cached_property
+    def model_folder(self) -> Path | None:
+        """Folder of the files of the run's model; None if it is built in."""
+        return None if self.run.model.is_built_in else base_files(self.run, self.base)
+
     def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
         return number % self.num_parts
@@ -54,7 +60,7 @@ class Text:
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""
-        model = build_run_model(self.run, None)
+        model = build_run_model(self.run, self.model_folder)
         unflatten_into(theta, model.parameters())
         tokens = self.data.tokenizer.encode(self.held_out)
         sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
@@ -70,7 +76,7 @@ class Learner:
 
     def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
         self.text, self.number = text, number
-        model = build_run_model(text.run, None, seed)
+        model = build_run_model(text.run, text.model_folder, seed)
         if warm is not None:
             unflatten_into(warm, model.parameters())
         self.loop = ModelLoop(text.run, model, text.batches(number))
