@@ -55,6 +55,8 @@ KEYS_SINCE: Mapping[str, int] = {
     "model.source": 2,
     "model.tied_embeddings": 2,
     "published.dataset_revision": 2,
+    "published.model_files_bytes": 2,
+    "published.model_files_sha256": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 

@@ -29,6 +29,7 @@ checkpoint-not-written checkpoint-partly-used checkpoint-unusable checkpoints-ag
 clock-skew crowded-machine daemon-died daemon-not-started data-folder-needed dataset-foreign-file dataset-format
 dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined empty-prompt far-from-usual
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
+bad-model-file disk-full files-not-delivered hub-failed model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
 heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
@@ -46,7 +47,7 @@ several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 s
 stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
-base-not-loaded model-files-needed model-has-code model-quantised model-refused no-such-base
+model-files-needed model-has-code model-quantised model-refused no-such-base
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

@@ -79,6 +79,7 @@ _LOST_TIMES = 8
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="Rehearsal file with links, churn and timed faults; the options above override it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, for as many steps as the fastest volunteer took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
+@click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
 @click.option(
@@ -104,6 +105,7 @@ def command(
     faults: Path | None,
     compare_alone: bool,
     data: Path | None,
+    model_dir: Path | None,
     directory: Path | None,
     as_json: bool,
     log_level: str,
@@ -143,6 +145,7 @@ def command(
         undisturbed = ["--on-battery", "--gpu-any-time"]
         common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
+        common += ["--model-dir", str(model_dir)] if model_dir is not None else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
             trained = _train(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import compacted, num_targets
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.words import bits_per_byte
 
@@ -17,17 +18,15 @@ __all__ = ["TextLoss", "evaluate"]
 
 @torch.inference_mode()
 def evaluate(model: LanguageModel, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64, of any device.
+    """Return (sum of nats, number of targets) over batches in main memory.
 
     With one byte per token, their quotient is the held-out loss.
     """
-    sum_nats, num_targets = 0.0, 0
-    device = model.device
+    sum_nats, number = 0.0, 0
     for batch in batches:
-        batch = batch.to(device)
-        sum_nats += float(model.sum_of_losses(batch))
-        num_targets += batch[:, 1:].numel()
-    return sum_nats, num_targets
+        sum_nats += float(model.sum_of_losses(compacted(batch).to(model.device)))
+        number += num_targets(batch)
+    return sum_nats, number
 
 
 @dataclass(frozen=True)

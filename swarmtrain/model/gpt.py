@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swarmtrain.model.head_loss import product_type
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
 from swarmtrain.model.parameter_count import hidden_width
 from swarmtrain.model.recomputation import recomputed
@@ -46,6 +47,15 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of attention, (B, 1, T, T), so that each token sees only earlier tokens of its
+    own document and itself; positions (B, T) are 0 where a document begins."""
+    documents, T = (positions == 0).cumsum(1), positions.shape[1]
+    is_seen = documents[:, None, :, None] == documents[:, None, None, :]
+    is_seen &= torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+    return torch.zeros(is_seen.shape, dtype=dtype, device=positions.device).masked_fill_(~is_seen, -math.inf)
+
+
 class Linear(nn.Linear):
     """Linear layer without torch's random initial weights, which would be overwritten."""
 
@@ -61,7 +71,10 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads, whose queries and keys are normalised and then rotated."""
+    """Causal self-attention with H heads, whose queries and keys are normalised and then rotated.
+
+    With a mask (B, 1, T, T) it is added to the scores, and nothing else makes attention causal.
+    """
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -69,11 +82,11 @@ class Attention(nn.Module):
         self.qkv = Linear(section.width, 3 * section.width, bias=False)
         self.out = Linear(section.width, section.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
         qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=NORM_EPSILON), rotary)
-        mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], is_causal=True)  # (B, H, T, K)
+        mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], mask, is_causal=mask is None)  # (B, H, T, K)
         return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -101,8 +114,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.feed_forward = FeedForward(section)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask)
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -120,15 +133,18 @@ class GPT(LanguageModel):
         table = rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
 
-    def features(self, tokens: Tensor) -> Tensor:
+    def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """See `LanguageModel`."""
         T = tokens.shape[1]
         check_length(T, self.context_tokens)
-        x = self.embed(tokens)
+        x, mask = self.embed(tokens), None
         rotary = self.rotary[:, :T]
+        if positions is not None:
+            rotary = self.rotary[:, positions][:, :, None]  # (2, B, 1, T, K / 2)
+            mask = document_mask(positions, product_type(self.head.weight))
         recomputes = self.recomputes_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            x = recomputed(partial(block, rotary=rotary), x) if recomputes else block(x, rotary)
+            x = recomputed(partial(block, rotary=rotary, mask=mask), x) if recomputes else block(x, rotary, mask)
         return cast(Tensor, self.final_norm(x))
 
 

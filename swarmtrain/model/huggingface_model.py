@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swarmtrain.algorithm.batch import inputs_of, positions_of
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.huggingface import initial_weight
@@ -29,7 +30,7 @@ from swarmtrain.model.huggingface_library import (
     shape_keys,
 )
 from swarmtrain.model.huggingface_probe import ModelTraits, place_of, traits_of
-from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
+from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
 
@@ -64,7 +65,7 @@ class HuggingFaceLanguageModel(LanguageModel):
 
     @property
     def head(self) -> nn.Linear:  # type: ignore[override]
-        """Last layer. Its output is the logits only if the model's traits say so."""
+        """Last layer. The logits are its output only if the model's traits say so."""
         return cast(nn.Linear, self.library_model.get_output_embeddings())
 
     @property
@@ -72,28 +73,33 @@ class HuggingFaceLanguageModel(LanguageModel):
         """Blocks in their order; none if they are not found."""
         return self._blocks
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """See `LanguageModel`."""
+    def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See `LanguageModel`. If something comes after the head, these are the logits (B, T, V)."""
         check_length(tokens.shape[1], self.context_tokens)
-        return cast(Tensor, self.library_model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+        told = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        if self.traits.has_plain_head:
+            return cast(Tensor, self.library_model.base_model(**told).last_hidden_state)
+        return cast(Tensor, self.library_model(**told).logits)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """See `LanguageModel`."""
-        check_length(tokens.shape[1], self.context_tokens)
-        return cast(Tensor, self.library_model(input_ids=tokens, use_cache=False).logits)
+        x = self.features(tokens, positions)
+        return cast(Tensor, self.head(x)) if self.traits.has_plain_head else x
 
-    def loss(self, batch: Tensor) -> Tensor:
+    def loss_of_features(self, x: Tensor, batch: Tensor) -> Tensor:
         """See `LanguageModel`."""
         if self.traits.has_plain_head:
-            return super().loss(batch)
-        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+            return super().loss_of_features(x, batch)
+        logits, targets = with_targets(x, batch)
+        reduction = "mean" if targets.numel() else "sum"  # the mean of nothing is not a number
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)
 
     def sum_of_losses(self, batch: Tensor) -> Tensor:
         """See `LanguageModel`."""
         if self.traits.has_plain_head:
             return super().sum_of_losses(batch)
-        logits = self(batch[:, :-1]).detach()
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum")
+        logits, targets = with_targets(self.features(inputs_of(batch), positions_of(batch)).detach(), batch)
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
 def _recomputable(forward: Callable[..., Any], model: LanguageModel) -> Callable[..., Any]:

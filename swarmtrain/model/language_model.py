@@ -17,10 +17,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.algorithm.batch import inputs_of, positions_of, targets_of
+from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
 from swarmtrain.run import ModelSection
 
-__all__ = ["LanguageModel", "ModelSpec", "check_length"]
+__all__ = ["LanguageModel", "ModelSpec", "check_length", "with_targets"]
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,35 @@ class LanguageModel(nn.Module, ABC):
         return next(self.parameters()).device
 
     @abstractmethod
-    def features(self, tokens: Tensor) -> Tensor:
+    def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the head's input (B, T, D) of tokens (B, T), int64.
 
-        Raises ValueError if T is more than `context_tokens`.
+        With `positions` (B, T) in their documents, each of which begins with 0, tokens see only their own document;
+        without, a sequence is one document. Raises ValueError if T is more than `context_tokens`.
         """
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
-        return cast(Tensor, self.head(self.features(tokens)))
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V) of tokens (B, T), int64; see `features`."""
+        return cast(Tensor, self.head(self.features(tokens, positions)))
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
-        before it."""
-        x = self.features(batch[:, :-1])
-        return mean_loss(self.head, x, batch[:, 1:], is_memory_short=self.recomputes_blocks)
+        """Return mean nats per target of `batch` (see `algorithm/batch.py`), a scalar; 0 if it has none."""
+        return self.loss_of_features(self.features(inputs_of(batch), positions_of(batch)), batch)
+
+    def loss_of_features(self, x: Tensor, batch: Tensor) -> Tensor:
+        """Return the loss of `batch`, given the features x (B, T, D) of its inputs."""
+        return mean_loss(self.head, *with_targets(x, batch), is_memory_short=self.recomputes_blocks)
 
     def sum_of_losses(self, batch: Tensor) -> Tensor:
-        """Return the sum of nats over the predicted tokens of `batch` (B, T + 1), a scalar without a gradient."""
-        return sum_of_losses(self.head, self.features(batch[:, :-1]), batch[:, 1:])
+        """Return the sum of nats over the targets of `batch`, a scalar without a gradient."""
+        x = self.features(inputs_of(batch), positions_of(batch))
+        return sum_of_losses(self.head, *with_targets(x, batch))
+
+
+def with_targets(x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features x (B, T, D) that have a target, and their targets; all of them of a batch without labels."""
+    targets = targets_of(batch)
+    return (x, targets) if batch.dim() == 2 else only_targets(x, targets)
 
 
 def check_length(num_tokens: int, context_tokens: int) -> None:

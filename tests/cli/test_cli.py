@@ -47,7 +47,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
         *("--hours", "--up", "--down", "--slowdown"),
         *("--device", "--precision", "--compile", "--vram"),
-        "--data",
+        *("--data", "--model-dir"),
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
@@ -67,7 +67,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
+        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json"),

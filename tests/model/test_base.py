@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,17 +15,22 @@ from small_models import run_of, saved
 
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.model.base import (
-    HubModel,
     base_files,
     base_in_words,
     base_of,
     is_published_from,
     published_base,
+    resolved_run,
     with_base_path,
 )
+from swarmtrain.model.hub import HubModel
 from swarmtrain.model.run_model import build_run_model
+from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.lifecycle.preparation import summary_of
+from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.model_files.base_files import pin_base
+from swarmtrain.peer.model_files.fetcher import FilesPlace
 from swarmtrain.run import ModelSection, RunFile, parse_published_untrusted, parse_run, published_bytes, run_sha256
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
@@ -39,7 +45,7 @@ def _of(base: str) -> ModelSection:
 
 
 def test_a_folder_is_taken_before_the_hub_and_neither_is_an_error(tmp_path: Path) -> None:
-    assert base_of(_of("owner/name"), tmp_path) == HubModel("owner/name")
+    assert base_of(_of("owner/name"), tmp_path) == HubModel("owner/name", "main")
     assert base_of(_of(f"owner/name@{COMMIT}"), tmp_path) == HubModel("owner/name", COMMIT)
     assert base_of(_of("owner/name@refs/pr/7"), tmp_path) == HubModel("owner/name", "refs/pr/7")
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -97,7 +103,7 @@ def _text(folder: Path) -> str:
 def test_a_published_run_says_what_the_model_is_and_not_where_it_was(tmp_path: Path) -> None:
     saved("qwen3", tmp_path / "secret" / "small")
     run = with_base_path(run_of("secret/small", data=_text(tmp_path)), tmp_path)
-    published = publish_run(run, tmp_path, datetime.datetime.now(datetime.UTC))
+    published = _published(run, tmp_path)
     assert b"secret" not in published.data
     read = parse_published_untrusted(published.data, published.sha256)
     assert read.model.base == "small" and read.model.num_parameters > 0 and read.needs.protocol == 2
@@ -114,8 +120,15 @@ def test_a_run_whose_weights_are_damaged_is_not_published(tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:-100])
     for pipeline in ("stages = 1", "stages = 3"):
         with raises_code("file-unreadable"):
-            run = run_of("small", data=_text(tmp_path), pipeline=pipeline)
-            publish_run(run, tmp_path, datetime.datetime.now(datetime.UTC))
+            _published(run_of("small", data=_text(tmp_path), pipeline=pipeline), tmp_path)
+
+
+def _published(run: RunFile, folder: Path) -> PublishedRun:
+    """Publish a run as a bootstrap does."""
+    run = resolved_run(run, folder)
+    nothing: Any = SimpleNamespace(begin=lambda doing: None, show=lambda done, total: None)
+    place = FilesPlace(cache=folder / "cache", progress=nothing, emit=lambda event: None, stop=StopFlag())
+    return publish_run(run, folder, datetime.datetime.now(datetime.UTC), "", pin_base(run, folder, place))
 
 
 def _published_with(**keys: Any) -> bytes:
@@ -125,6 +138,8 @@ def _published_with(**keys: Any) -> bytes:
         "swarmtrain": "0.2.0",
         "held_out_sha256": "ab" * 32,
         "held_out_bytes": 2048,
+        "model_files_sha256": "cd" * 32,
+        "model_files_bytes": 900,
     }
     return tomli_w.dumps({"run": {"total_tokens": 10**6}, "model": section, "published": published}).encode()
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.parameter_count import num_parameters
@@ -74,6 +75,35 @@ def test_no_token_sees_a_later_one() -> None:
     before, after = model(tokens), model(changed)
     assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5)
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
+
+
+DOCUMENTS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [*range(16), 0]])
+"""Positions of a batch (2, 17) whose first sequence has three documents."""
+
+
+def test_no_token_sees_another_document_of_its_sequence() -> None:
+    model, tokens = _trained(), _batch(0)[:2, :-1]
+    found = model(tokens, DOCUMENTS[:, :-1])
+    for begin, end in ((0, 5), (5, 8), (8, 16)):
+        assert torch.allclose(found[0, begin:end], model(tokens[:1, begin:end])[0], atol=1e-5), "as it is alone"
+        other = tokens.clone()
+        other[0, :begin], other[0, end:] = 49 - tokens[0, :begin], 49 - tokens[0, end:]
+        assert torch.equal(model(other, DOCUMENTS[:, :-1])[0, begin:end], found[0, begin:end])
+    assert torch.allclose(found[1], model(tokens)[1], atol=1e-5), "a sequence of one document is as ever"
+    assert not torch.allclose(found[0, 8:], model(tokens)[0, 8:], atol=1e-2), "which else sees those before it"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_documents_are_trained_alike_with_blocks_computed_again(dtype: torch.dtype | None) -> None:
+    batch, gradients = join_rows(_batch(0)[:2], DOCUMENTS > 0, DOCUMENTS), list[Tensor]()
+    for recomputes in (False, True):
+        model = build_model(TINY, 0)
+        model.recomputes_blocks = recomputes
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model.loss(batch)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) and bool(gradients[0].isfinite().all())
 
 
 def test_positions_are_relative() -> None:

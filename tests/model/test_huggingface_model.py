@@ -16,6 +16,7 @@ from small_models import CONFIGS, run_of, saved
 from stage_passes import there_and_back
 from torch import Tensor, nn
 
+from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model import huggingface_probe
 from swarmtrain.model.base import base_files, resolved_run
@@ -118,6 +119,23 @@ def test_in_three_stages_it_computes_the_same(folder: Path, family: str, from_sc
     if from_scratch == "false":  # the head begins as a copy of the embedding
         expected = _loss_of(_library(files), _batch())
         assert float(whole.loss(_batch()).detach()) == pytest.approx(float(expected.detach()), rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_documents_of_a_sequence_are_apart_and_only_targets_count(folder: Path, family: str) -> None:
+    model, tokens = _built(folder, family), _batch()
+    is_target = torch.zeros_like(tokens)
+    is_target[:, 3:6] = is_target[:, 12:15] = 1
+    positions = torch.cat([torch.arange(8), torch.arange(12)]).expand_as(tokens)
+    loss = model.loss(join_rows(tokens, is_target, positions))
+    total = torch.zeros(())
+    for begin, end, first, last in ((0, 8, 3, 6), (8, 20, 4, 7)):  # each document alone
+        logits = model(tokens[:, begin:end])[:, first - 1 : last - 1]
+        wanted = tokens[:, begin + first : begin + last]
+        total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+    assert float(loss.detach()) == pytest.approx(float(total.detach()) / 18, rel=0, abs=1e-5)
+    loss.backward()
+    assert float(model.loss(join_rows(tokens, torch.zeros_like(tokens))).detach()) == 0.0, "without a target"
 
 
 def test_a_family_that_cannot_be_cut_is_refused_in_a_pipeline(folder: Path) -> None:

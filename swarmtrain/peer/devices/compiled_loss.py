@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import inputs_of, positions_of, with_rows
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.run_model import build_from_spec, spec_from_json, spec_to_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finish
 from swarmtrain.peer.training.loop import ModelLoop
@@ -127,7 +129,7 @@ class CompiledLoss:
                 return
             self._eager_s = statistics.median(times_s)
             os.environ.update({name: value for name, value in self._environment.items() if name == CACHE_VARIABLE})
-            self.loop.compiled_loss = compiled(self.loop.model.loss, self._failed)
+            self.loop.compiled_loss = compiled(self.loop.model, self._failed)
             self._is_trying = True
 
     def _compare(self, compiled_s: float) -> None:
@@ -160,9 +162,13 @@ def _failed_in_words(line: str) -> str:
     return f"not compiled, since that failed: {line[:200] or 'no reason was given'}"
 
 
-def compiled(loss_of: Callable[[Tensor], Tensor], failed: Callable[[Exception], None]) -> Callable[[Tensor], Tensor]:
-    """Return `loss_of` compiled. If its first call fails, `failed` is called and the loss computed as before."""
-    function, is_tried = torch.compile(loss_of, dynamic=False), False
+def compiled(model: LanguageModel, failed: Callable[[Exception], None], rows: int = 1) -> Callable[[Tensor], Tensor]:
+    """Return the model's loss compiled. If its first call fails, `failed` is called and the loss computed as before.
+
+    `rows` are those that the run's batches may have: a batch without some of them is given them, so that one program
+    computes all of them.
+    """
+    function, is_tried = _function(model, rows), False
 
     def call(batch: Tensor) -> Tensor:
         nonlocal function, is_tried
@@ -175,10 +181,26 @@ def compiled(loss_of: Callable[[Tensor], Tensor], failed: Callable[[Exception], 
             # Whatever a compiler raises: training goes on without it.
             _log.info("the compiled loss failed", exc_info=error)
             failed(error)
-            function = loss_of
-            return loss_of(batch)
+            function = model.loss
+            return function(batch)
 
     return call
+
+
+def _function(model: LanguageModel, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return the model's loss of batches with `rows` rows, compiled at its first call.
+
+    The head is not compiled where only some tokens are targets: how many they are differs from batch to batch.
+    """
+    if rows == 1:
+        return torch.compile(model.loss, dynamic=False)
+    features = torch.compile(model.features, dynamic=False)
+
+    def loss(batch: Tensor) -> Tensor:
+        batch = with_rows(batch, rows)
+        return model.loss_of_features(features(inputs_of(batch), positions_of(batch)), batch)
+
+    return loss
 
 
 def _compile(task: dict[str, Any]) -> None:
@@ -186,9 +208,8 @@ def _compile(task: dict[str, Any]) -> None:
     compute = ComputeDevice(torch.device(task["device"]), _precision(task["precision"]))
     model = build_from_spec(spec_from_json(task["model"]), 0).to(compute.device)
     batch = torch.zeros((task["sequences"], model.context_tokens + 1), dtype=torch.int64, device=compute.device)
-    compiled = torch.compile(model.loss, dynamic=False)
     with compute.autocast():
-        loss = compiled(batch)
+        loss = _function(model, task.get("rows", 1))(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     finish(compute.device)
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from swarmtrain.algorithm.batch import num_rows
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LossScale
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.run_model import empty_model, spec_from_json
@@ -114,13 +115,14 @@ class RankWork:
     def _differentiate(
         self, batch: Tensor, compute: ComputeDevice, compile_cache: str | None, should_stop: Callable[[], bool]
     ) -> None:
-        self._use_compiled(compile_cache)
+        self._use_compiled(compile_cache, num_rows(batch))
         self.model.recomputes_blocks = compute.recomputes
         if self.group.gradient(batch, self._loss_of, compute, self.inner, should_stop) is None:
             release_cached(self.compute.device)
 
-    def _use_compiled(self, cache: str | None) -> None:
-        """Compile the loss if rank 0 has compiled its own, with its cache, a folder; else compute it as it is."""
+    def _use_compiled(self, cache: str | None, rows: int = 1) -> None:
+        """Compile the loss of batches with `rows` rows if rank 0 has compiled its own, with its cache, a folder; else
+        compute it as it is."""
         is_compiled = self._loss_of != self.model.loss
         if cache is None or is_compiled:
             self._loss_of = self.model.loss if cache is None else self._loss_of
@@ -129,7 +131,7 @@ class RankWork:
 
         if cache:
             os.environ[CACHE_VARIABLE] = cache
-        self._loss_of = compiled(self.model.loss, lambda error: _log.info("not compiled: %s", error))
+        self._loss_of = compiled(self.model, lambda error: _log.info("not compiled: %s", error), rows)
 
     def optimize(self, progress: float, scale: float) -> None:
         """Take the optimizer's step."""

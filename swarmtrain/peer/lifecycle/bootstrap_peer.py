@@ -39,6 +39,7 @@ from swarmtrain.peer.lifecycle.node import (
     start_node,
 )
 from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
@@ -76,8 +77,8 @@ class BootstrapPeer:
     swarm: Swarm | None = None
     manager: CheckpointManager | None = None
     peers: PeersFile | None = None
-    model_folder: Path | None = None
-    """Folder of the run's pinned model files; None if its model is built in."""
+    model_files: ModelFolder | None = None
+    """Files of the run's model, which this peer serves; None if the model is built in."""
     name: str = ""
     loss: float | None = None
     has_news: bool = False
@@ -89,11 +90,18 @@ class BootstrapPeer:
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
 
+    @property
+    def model_folder(self) -> Path | None:
+        """Folder of the run's pinned model files; None if its model is built in."""
+        return None if self.model_files is None else self.model_files.path
+
     def enter_network(self) -> tuple[Node, PeerInfo]:
         """Start listening; return the node, and this peer's description."""
         self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         limit_link(node.traffic, self.settings.limits, self.published.run.network)
+        if self.model_files is not None:
+            node.served_files = self.model_files.served_files()
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)

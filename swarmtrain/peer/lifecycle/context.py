@@ -53,7 +53,7 @@ class VolunteerContext:
     name: str
     fetcher: RunFetcher
     model_folder: Path | None = None
-    """Folder of the run's pinned model files; None if its model is built in."""
+    """Folder with the files of the run's model, each checked by its hash; None for a built-in model."""
     nobody: RunTimeError | None = None
     """Error that nobody answered, which a peer raises that cannot continue alone; None if somebody answered."""
     card_turn: threading.Lock = field(default_factory=threading.Lock)

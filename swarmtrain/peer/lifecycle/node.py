@@ -94,7 +94,8 @@ class PeerSettings:
     data_folder: Path | None = None
     cache_folder: Path | None = None
     model_folder: Path | None = None
-    """Folder with the run's pinned model files, if this machine has one; None if the run's model is built in."""
+    """Folder with the files of the run's model, or some of them (`--model-dir`); they are used if their hashes are the
+    run's."""
     limits: Limits = field(default_factory=Limits)
     device: DeviceRequest = field(default_factory=DeviceRequest)
     precision: PrecisionRequest = "auto"
