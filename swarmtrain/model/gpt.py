@@ -136,6 +136,14 @@ class GPT(nn.Module):
         """True where memory is short: of the blocks only inputs are kept for the backward pass, which computes each
         block again, to the same bits."""
 
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the tensors that are trained and published, by name, in the order in which they are flattened."""
+        return list(self.named_parameters())
+
+    def trained_tensors(self) -> list[nn.Parameter]:
+        """Return the tensors that are trained and published, in the order in which they are flattened."""
+        return [tensor for _, tensor in self.trained_parameters()]
+
     def features(self, tokens: Tensor) -> Tensor:
         """Return the head's input (B, T, D) of tokens (B, T), int64.
 
