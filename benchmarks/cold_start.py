@@ -37,7 +37,8 @@ from swarmtrain.algorithm.outer import (
 )
 from swarmtrain.data import batches as batches_module
 from swarmtrain.data.batches import Batches
-from swarmtrain.model.gpt import GPT, num_parameters
+from swarmtrain.model.gpt import GPT
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.protocol.tokens.shards import Coverage
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text

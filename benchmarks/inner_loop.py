@@ -276,7 +276,7 @@ def write_text(path: Path) -> None:
 
 def operations_a_token(run: RunFile) -> float:
     """Return the floating-point operations of training on one token: 6N + 12LTD, N without the embedding."""
-    from swarmtrain.model.gpt import num_parameters
+    from swarmtrain.model.parameter_count import num_parameters
 
     model = run.model
     weights = num_parameters(model) - model.vocabulary_size * model.width
@@ -644,7 +644,7 @@ def judge(pairs: Sequence[Pair], run: RunFile, options: argparse.Namespace) -> N
 
 def about(run: RunFile, cores: Cores, options: argparse.Namespace) -> str:
     """Say what is compared, and where."""
-    from swarmtrain.model.gpt import num_parameters
+    from swarmtrain.model.parameter_count import num_parameters
 
     parts = counted(-(-run.inner.batch_sequences // run.microbatch_sequences), "microbatch", "microbatches")
     daemon = "there too" if options.daemon == "own" else "with the others"

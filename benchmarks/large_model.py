@@ -40,7 +40,8 @@ from inner_loop import SIZES, write_text
 from memory import pss_of
 
 from swarmtrain.events import DoneEvent, EvalEvent, JoinedEvent, RoundEvent, WarningEvent
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import held_out_loss_of

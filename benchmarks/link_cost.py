@@ -38,7 +38,8 @@ import psutil
 import torch
 
 from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT

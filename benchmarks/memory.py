@@ -33,7 +33,8 @@ from pathlib import Path
 import psutil
 
 from swarmtrain.events import EvalEvent, RoundEvent, WarningEvent, parse_event
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.peer.estimate import estimate
 from swarmtrain.run import load_run

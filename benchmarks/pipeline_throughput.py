@@ -23,7 +23,8 @@ from cold_start import read_run
 from pipeline_swarm import started
 
 from swarmtrain.algorithm.inner import InnerOptimizer
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 

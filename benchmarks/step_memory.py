@@ -43,7 +43,7 @@ def forget_peak() -> int:
 def measure(variant: str, options: argparse.Namespace, context: int) -> None:
     import torch
 
-    from swarmtrain.model import gpt, head_loss
+    from swarmtrain.model import evaluation, gpt, head_loss
     from swarmtrain.peer.estimate import activation_bytes
     from swarmtrain.run import parse_run
 
@@ -76,7 +76,7 @@ microbatch_sequences = {options.sequences}
         before, began_s = forget_peak(), time.process_time()
         with autocast:
             if variant == "evaluate":
-                gpt.evaluate(model, [batch])
+                evaluation.evaluate(model, [batch])
             else:
                 loss = model.loss(batch)
         if variant != "evaluate":

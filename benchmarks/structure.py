@@ -86,7 +86,7 @@ PATHS = {
         network/node.py Node.open_stream
         network/service.py PeerCalls.open_pull
         network/node.py Stream.take
-        network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
+        network/snapshots/store.py pull_run | network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
         network/snapshots/store.py pull_chunks | network/snapshots.py pull_chunks
         network/snapshots/download.py download_snapshot | network/bringing.py bring
         network/asynchronous/puller.py Puller.download | network/gossiping.py Gossip._bring | network/puller.py Puller.download
@@ -141,7 +141,7 @@ PATHS = {
         network/node.py Node.open_stream
         network/service.py PeerCalls.open_pull
         network/node.py Stream.take
-        network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
+        network/snapshots/store.py pull_run | network/snapshots/store.py _pull_run | network/snapshots.py _pull_run
         network/snapshots/store.py pull_chunks | network/snapshots.py pull_chunks
         network/rounds/downloads.py Downloads.pull | network/merging.py Merger.pull | network/downloads.py Downloads.pull
         network/rounds/merger.py Merger.average_range | network/merging.py Merger._average_range | network/merging.py Merger.average_range

@@ -58,6 +58,8 @@ KEYS_SINCE: Mapping[str, int] = {
     "data.source=parquet": 2,
     "inner.precision": 2,
     "published.dataset_revision": 2,
+    "published.model_files_bytes": 2,
+    "published.model_files_sha256": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 

@@ -109,9 +109,14 @@ class FetchedEvent(_Event):
 
 
 class ArrivingEvent(_Event):
-    """The swarm's current weights are arriving; repeated every few seconds until they are here."""
+    """The swarm's current weights, or the files of the run's model, are arriving; repeated every few seconds until they
+    are here."""
 
     event: Literal["arriving"] = "arriving"
+    doing: str = Field(
+        "fetching the current weights",
+        description="What the peer does, in words: fetches the weights or the model's files, or checks files that are here.",
+    )
     received_bytes: int = Field(description="Bytes that have arrived and match their hashes.")
     total_bytes: int = Field(gt=0, description="Bytes in all.")
     seconds: float = Field(description="Seconds since the transfer began.")
@@ -562,7 +567,7 @@ def in_words(event: Event) -> str:
                 f"of held-out text from {short_peer(event.from_peer)}" + (f": {event.summary}" if event.summary else "")
             )
         case ArrivingEvent():
-            return f"fetching the current weights: {arrived_in_words(event)}"
+            return f"{event.doing}: {arrived_in_words(event)}"
         case JoinedEvent():
             source = (
                 f"the state of {who_in_words(event.state_from, event.state_from_name)}"

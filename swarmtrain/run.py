@@ -449,6 +449,8 @@ class PublishedSection(Section):
     protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
     needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
     dataset_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description='With data.source = "datasets" of the hub: the commit of the data set; absent otherwise.')  # fmt: skip
+    model_files_sha256: _Sha256 | None = Field(None, description="SHA-256 of the list of the model's files, each with its own SHA-256; absent for a built-in model.")  # fmt: skip
+    model_files_bytes: int = Field(0, ge=0, le=1_048_576, description="Size of that list, in bytes.")
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
 
 
@@ -554,6 +556,11 @@ class RunFile(Section):
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
+            if (self.published.model_files_sha256 is not None) != (self.published.model_files_bytes > 0):
+                raise ValueError(
+                    f"published.model_files_sha256: does not fit published.model_files_bytes = "
+                    f"{self.published.model_files_bytes}"
+                )
             if (self.published.server is not None) != self.merge.kind.has_server:
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
             if self.published.dataset_revision is not None and self.data.source != "datasets":

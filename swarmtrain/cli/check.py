@@ -48,7 +48,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
-    from swarmtrain.model.gpt import num_parameters
+    from swarmtrain.model.parameter_count import num_parameters
     from swarmtrain.peer.devices.expected_device import (
         expected_device,
     )  # takes a second: after the file is known to be good

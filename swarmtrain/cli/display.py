@@ -27,6 +27,7 @@ from swarmtrain.cli.screen import contribution_in_words, progress_in_words, serv
 from swarmtrain.events import (
     ArrivingEvent,
     AssignedEvent,
+    DeviceEvent,
     DoneEvent,
     EvalEvent,
     Event,
@@ -89,12 +90,12 @@ class _Peer:
         return stages_in_words(self.stages) if self.stages and self.state == "training" else self.state
 
     def take(self, event: Event) -> None:
-        if isinstance(event, JoinedEvent | ResumedEvent | RoundEvent | DoneEvent):
+        if isinstance(event, DeviceEvent | InviteEvent | JoinedEvent | ResumedEvent | RoundEvent | DoneEvent):
             self.arriving = None
         match event:
             case ArrivingEvent():
                 self.state, self.arriving = "joining", event
-            case InviteEvent() if self.state == "starting":
+            case InviteEvent() if self.state in ("starting", "joining"):
                 self.state = "serving"  # a bootstrap; a volunteer has joined before it invites
             case JoinedEvent():
                 self.state, self.tokens_before = "joined", event.run_tokens
@@ -329,7 +330,7 @@ def _arriving(event: ArrivingEvent) -> RenderableType:
     row.add_column(ratio=1, min_width=10)
     row.add_column(no_wrap=True, justify="right")
     bar = ProgressBar(total=event.total_bytes, completed=event.share * event.total_bytes)
-    row.add_row(Text("fetching the current weights"), bar, Text(arrived_in_words(event)))
+    row.add_row(Text(one_line(event.doing)), bar, Text(arrived_in_words(event)))
     return row
 
 

@@ -120,6 +120,7 @@ def _limit_options(function: _F) -> _F:
     metavar="FOLDER",
     help="Folder of your own text, for runs that train on text or JSON lines.",
 )
+@click.option("--model-dir", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, which are then not fetched if they are the run's.")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
 @peer_options
@@ -129,6 +130,7 @@ def command(
     limits: Limits,
     on: DeviceOptions,
     data: Path | None,
+    model_dir: Path | None,
     fail_pulls: float,
     first_stages: tuple[int, ...],
     options: PeerOptions,
@@ -139,7 +141,7 @@ def command(
     shows one that works. Never executes anything it receives. Press Ctrl-C once to leave cleanly, twice to stop at once.
 
     Without INVITE, and with the same --name and --dir, it continues the run of its folder, through the peers it knew.
-    The folder remembers --data, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
+    The folder remembers --data, --model-dir, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
     `swarmtrain limits` changes the limits while the peer runs.
     """
     with errors_as_events(options.json, options.name):
@@ -157,6 +159,7 @@ def command(
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
+        model_dir = kept.get("model_dir", model_dir)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -182,6 +185,7 @@ def command(
         metrics=options.metrics,
         only_announced=options.only_announced,
         num_served_by=_serving(fail_pulls / 100),
+        model_folder=model_dir,
         first_stages=first_stages,
         started=started,
     )

@@ -79,6 +79,7 @@ _LOST_TIMES = 8
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="Rehearsal file with links, churn and timed faults; the options above override it.")  # fmt: skip
 @click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, for as many steps as the fastest volunteer took.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
+@click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
 @click.option(
@@ -104,6 +105,7 @@ def command(
     faults: Path | None,
     compare_alone: bool,
     data: Path | None,
+    model_dir: Path | None,
     directory: Path | None,
     as_json: bool,
     log_level: str,
@@ -143,6 +145,7 @@ def command(
         undisturbed = ["--on-battery", "--gpu-any-time"]
         common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
+        common += ["--model-dir", str(model_dir)] if model_dir is not None else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         try:
             trained = _train(
@@ -379,10 +382,12 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     model = directory / "bootstrap" / "model"
     click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
+    from swarmtrain.model.export import load_exported  # with PyTorch: some seconds
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
-        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0]), advance)
+        sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
+        text = sample_text(load_exported(model), "def ", sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

@@ -1,4 +1,4 @@
-"""Define the built-in model: a GPT, its loss, its evaluation and a sampler, in one file to read from top to bottom.
+"""Define the built-in model: a GPT and its initial weights, in one file to read from top to bottom.
 
 Why our own: it is small enough to train on a laptop's processor, it starts from the same bits on every machine, and it
 can be cut into stages anywhere (`stages.py`: `embed`, `blocks`, then `final_norm` and `head`).
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -23,24 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.model.head_loss import product_type
+from swarmtrain.model.key_value_cache import KeyValueCache
+from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
+from swarmtrain.model.parameter_count import hidden_width
 from swarmtrain.model.recomputation import recomputed
 from swarmtrain.run import ModelSection
-from swarmtrain.words import bits_per_byte
 
-__all__ = ["GPT", "TextLoss", "build_model", "evaluate", "generate", "num_parameters"]
+__all__ = ["GPT", "build_model"]
 
-_ROTARY_BASE = 10_000.0
+ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
-
-
-def _hidden_width(section: ModelSection) -> int:
-    return max(1, round(section.feed_forward_ratio * section.width))
+_Extended = Callable[[Tensor], Tensor] | None
 
 
 def rotary_table(num_positions: int, head_width: int) -> Tensor:
     """Return cosines and sines of each position's angles: (2, T, K / 2)."""
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    frequencies = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
 
@@ -52,10 +50,13 @@ def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def check_length(num_tokens: int, section: ModelSection) -> None:
-    """Raise ValueError when the tokens are more than the context."""
-    if num_tokens > section.context_tokens:
-        raise ValueError(f"{num_tokens} tokens are more than the context of {section.context_tokens}")
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of attention, (B, 1, T, T), so that each token sees only earlier tokens of its
+    own document and itself; positions (B, T) are 0 where a document begins."""
+    documents, T = (positions == 0).cumsum(1), positions.shape[1]
+    is_seen = documents[:, None, :, None] == documents[:, None, None, :]
+    is_seen &= torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+    return torch.zeros(is_seen.shape, dtype=dtype, device=positions.device).masked_fill_(~is_seen, -math.inf)
 
 
 class Linear(nn.Linear):
@@ -73,7 +74,11 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H heads, whose queries and keys are normalised and then rotated."""
+    """Causal self-attention with H heads, whose queries and keys are normalised and then rotated.
+
+    With a mask (B, 1, T, T) it is added to the scores, and nothing else makes attention causal. `extended` returns the
+    keys and values (2, B, H, S, K) of all tokens, given those of x: one token after others, or several after none.
+    """
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
@@ -81,11 +86,17 @@ class Attention(nn.Module):
         self.qkv = Linear(section.width, 3 * section.width, bias=False)
         self.out = Linear(section.width, section.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, extended: _Extended | None = None
+    ) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
         qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=NORM_EPSILON), rotary)
-        mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], is_causal=True)  # (B, H, T, K)
+        q, k, v = qk[0], qk[1], qkv[2]
+        if extended is not None:
+            k, v = extended(torch.stack([k, v]))
+        is_causal = mask is None and k.shape[-2] == T
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)  # (B, H, T, K)
         return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -94,7 +105,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, section: ModelSection) -> None:
         super().__init__()
-        hidden = _hidden_width(section)
+        hidden = hidden_width(section)
         self.gate_up = Linear(section.width, 2 * hidden, bias=False)
         self.down = Linear(hidden, section.width, bias=False)
 
@@ -113,67 +124,52 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.feed_forward = FeedForward(section)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, extended: _Extended | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, extended)
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """Whole model. `build_model` builds it; the constructor alone leaves weights uninitialised."""
 
     rotary: Tensor
 
     def __init__(self, section: ModelSection) -> None:
-        super().__init__()
-        self.section = section
+        super().__init__(ModelSpec(section))
         self.embed = Embedding(section.vocabulary_size, section.width)
         self.blocks = nn.ModuleList(Block(section) for _ in range(section.num_layers))
         self.final_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.head = Linear(section.width, section.vocabulary_size, bias=False)
         table = rotary_table(section.context_tokens, section.width // section.num_heads)
         self.register_buffer("rotary", table, persistent=False)
-        self.recomputes_blocks = False
-        """True where memory is short: of the blocks only inputs are kept for the backward pass, which computes each
-        block again, to the same bits."""
 
-    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the tensors that are trained and published, by name, in the order in which they are flattened."""
-        return list(self.named_parameters())
-
-    def trained_tensors(self) -> list[nn.Parameter]:
-        """Return the tensors that are trained and published, in the order in which they are flattened."""
-        return [tensor for _, tensor in self.trained_parameters()]
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """Return the head's input (B, T, D) of tokens (B, T), int64.
-
-        Raises ValueError if T is more than `context_tokens`.
-        """
+    def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See `LanguageModel`."""
         T = tokens.shape[1]
-        check_length(T, self.section)
-        x = self.embed(tokens)
+        check_length(T, self.context_tokens)
+        x, mask = self.embed(tokens), None
         rotary = self.rotary[:, :T]
+        if positions is not None:
+            rotary = self.rotary[:, positions][:, :, None]  # (2, B, 1, T, K / 2)
+            mask = document_mask(positions, product_type(self.head.weight))
         recomputes = self.recomputes_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            x = recomputed(partial(block, rotary=rotary), x) if recomputes else block(x, rotary)
+            x = recomputed(partial(block, rotary=rotary, mask=mask), x) if recomputes else block(x, rotary, mask)
         return cast(Tensor, self.final_norm(x))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, T, V) of tokens (B, T), int64. Raises ValueError if T is more than `context_tokens`."""
-        return cast(Tensor, self.head(self.features(tokens)))
-
-    def loss(self, batch: Tensor) -> Tensor:
-        """Return mean nats per token, a scalar: each token of `batch` (B, T + 1) but the first is predicted from those
-        before it."""
-        x = self.features(batch[:, :-1])
-        return mean_loss(self.head, x, batch[:, 1:], is_memory_short=self.recomputes_blocks)
-
-
-def num_parameters(section: ModelSection) -> int:
-    """Return the number of parameters of `GPT(section)`, computed without building it."""
-    D, hidden = section.width, _hidden_width(section)
-    block = 4 * D * D + 3 * D * hidden + 2 * D
-    return 2 * section.vocabulary_size * D + section.num_layers * block + D
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `LanguageModel`."""
+        first, T = cache.num_tokens, tokens.shape[1]
+        if first and T > 1:
+            raise ValueError(f"{T} tokens at once after {first} others; one by one is possible")
+        check_length(first + T, self.context_tokens)
+        x, rotary = self.embed(tokens), self.rotary[:, first : first + T]
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary, extended=partial(cache.extend, number))
+        cache.num_tokens += T
+        return cast(Tensor, self.head(self.final_norm(x[0, -1])))
 
 
 def build_model(section: ModelSection, seed: int) -> GPT:
@@ -210,83 +206,3 @@ def uniform_weight(name: str, shape: torch.Size, seed: int, deviation: float) ->
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float32)  # in [0, 1), multiples of 2**-24
     return uniform.sub_(0.5).mul_(2 * math.sqrt(3) * deviation)
-
-
-@torch.inference_mode()
-def evaluate(model: GPT, batches: Iterable[Tensor]) -> tuple[float, int]:
-    """Return (sum of nats, number of predicted tokens) over batches (B, T + 1), int64, of any device.
-
-    With one byte per token, their quotient is the held-out loss.
-    """
-    sum_nats, num_targets = 0.0, 0
-    device = model.embed.weight.device
-    for batch in batches:
-        batch = batch.to(device)
-        targets = batch[:, 1:]
-        sum_nats += float(sum_of_losses(model.head, model.features(batch[:, :-1]), targets))
-        num_targets += targets.numel()
-    return sum_nats, num_targets
-
-
-@dataclass(frozen=True)
-class TextLoss:
-    """Loss on a text of which each byte is in exactly one target token (`held_out_batches`)."""
-
-    sum_nats: float
-    num_tokens: int
-    num_bytes: int
-
-    @property
-    def nats_per_byte(self) -> float:
-        """Held-out loss as the run reports it."""
-        return self.sum_nats / self.num_bytes
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Held-out loss in bits per byte, which does not depend on the tokenizer: models with different ones compare by
-        it."""
-        return bits_per_byte(self.nats_per_byte)
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(nats per token): the number of equally likely tokens among which the next one is guessed.
-
-        None if a float cannot hold it, since events hold finite numbers only.
-        """
-        try:
-            return math.exp(self.sum_nats / self.num_tokens)
-        except OverflowError:
-            return None
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt_tokens: Sequence[int],
-    num_tokens: int,
-    temperature: float,
-    seed: int,
-    advance: Callable[[int], None] = lambda number: None,
-) -> list[int]:
-    """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`.
-
-    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Calls `advance` for
-    each token. Raises ValueError when the prompt is empty or has an unknown token, or the temperature is negative.
-    """
-    vocabulary_size, context_tokens = model.section.vocabulary_size, model.section.context_tokens
-    if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
-        raise ValueError(f"the prompt must hold at least one token, each below {vocabulary_size}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt_tokens)
-    device = model.embed.weight.device
-    for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens[-context_tokens:]], device=device))[0, -1].float().cpu()
-        if temperature == 0:
-            tokens.append(int(logits.argmax()))
-        else:
-            chances = torch.softmax(logits / temperature, dim=-1)
-            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-        advance(1)
-    return tokens[len(prompt_tokens) :]

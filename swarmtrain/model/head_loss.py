@@ -5,7 +5,9 @@ size (`loss_chunks.py`) they are computed chunk by chunk, and so are the gradien
 pass, while a chunk's probabilities are at hand. So nothing is computed twice, and the backward pass only scales. This
 is what Liger Kernel's fused linear cross-entropy does (Hsu et al. 2024, arXiv 2410.10989), in plain torch.
 
-Shapes: B batch, T time (tokens), N = B T, C tokens of a chunk, D width, V vocabulary.
+Tokens that are no targets have no logits at all (`only_targets`).
+
+Shapes: B batch, T time (tokens), N targets, at most B T, C tokens of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,33 +20,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from swarmtrain.algorithm.batch import IGNORED
 from swarmtrain.model.loss_chunks import CARD_BYTES, LOW_PRECISION_BYTES, SMALL_BYTES, chunk_tokens
 
-__all__ = ["mean_loss", "sum_of_losses"]
+__all__ = ["mean_loss", "only_targets", "product_type", "sum_of_losses"]
+
+
+def only_targets(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (N, D) and targets (N,) of those that are not `IGNORED` among x (B, T, D) and targets (B, T).
+
+    N is read from the device.
+    """
+    places = (targets != IGNORED).flatten().nonzero().squeeze(1)
+    return x.flatten(0, 1).index_select(0, places), targets.flatten().index_select(0, places)
 
 
 def mean_loss(head: nn.Linear, x: Tensor, targets: Tensor, *, is_memory_short: bool = False) -> Tensor:
-    """Return mean nats per token, a scalar, of predicting targets (B, T), int64, by `head`, which has no bias, from
-    x (B, T, D).
+    """Return mean nats per target, a scalar, of predicting targets (B, T) or (N,), int64, by `head`, which has no bias,
+    from x (B, T, D) or (N, D); 0 if there is none.
 
     With few logits it is `F.cross_entropy` of them all. With many it equals that within rounding, and its backward pass
     can be taken only once.
     """
     size = _chunk_tokens(head, targets, is_memory_short)
     if size >= targets.numel():
-        return F.cross_entropy(head(x).flatten(0, 1).float(), targets.flatten())
+        # The mean of nothing is not a number, its sum is 0.
+        reduction = "mean" if targets.numel() else "sum"
+        return F.cross_entropy(head(x).flatten(0, -2).float(), targets.flatten(), reduction=reduction)
     if not torch.is_grad_enabled():
         return sum_of_losses(head, x, targets) / targets.numel()
-    return cast(Tensor, _ChunkedLoss.apply(x.flatten(0, 1), head.weight, targets.flatten(), size))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ChunkedLoss.apply(x.flatten(0, -2), head.weight, targets.flatten(), size))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def sum_of_losses(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of nats, a scalar without a gradient, of predicting targets (B, T), int64, from x (B, T, D)."""
+    """Return the sum of nats, a scalar without a gradient, of predicting targets (B, T) or (N,), int64, from x
+    (B, T, D) or (N, D)."""
     size = _chunk_tokens(head, targets, is_memory_short=False)
     sums = [
         F.cross_entropy(head(part).float(), wanted, reduction="sum")
-        for part, wanted in _chunks(x.flatten(0, 1), targets.flatten(), size)
+        for part, wanted in _chunks(x.flatten(0, -2), targets.flatten(), size)
     ]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
@@ -52,7 +67,7 @@ def sum_of_losses(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
 def _chunk_tokens(head: nn.Linear, targets: Tensor, is_memory_short: bool) -> int:
     """Return how many tokens have logits at once."""
     weight = head.weight
-    if is_memory_short or (weight.device.type == "cpu" and _product_type(weight) == torch.float32):
+    if is_memory_short or (weight.device.type == "cpu" and product_type(weight) == torch.float32):
         most_bytes = SMALL_BYTES
     else:
         most_bytes = LOW_PRECISION_BYTES if weight.device.type == "cpu" else CARD_BYTES
@@ -72,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:
-        dtype = _product_type(weight)
+        dtype = product_type(weight)
         # Not by autocast, which would keep this copy, made without a gradient, for others.
         low = weight.to(dtype)
         losses = torch.empty(len(targets), dtype=torch.float32, device=x.device)
@@ -109,7 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return x_gradient.mul_(factor), weight_gradient.mul_(factor).to(ctx.weight_type), None, None
 
 
-def _product_type(weight: Tensor) -> torch.dtype:
+def product_type(weight: Tensor) -> torch.dtype:
     """Return the type in which a product with `weight` is computed here."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -27,7 +27,7 @@ _LEAST_TOKENS = 128
 def chunk_tokens(num_tokens: int, vocabulary_size: int, most_bytes: int) -> int:
     """Return how many of `num_tokens` tokens have logits at once: all of them if those are few bytes, else equal
     parts."""
-    if 4 * vocabulary_size * num_tokens <= most_bytes:
+    if 4 * vocabulary_size * num_tokens <= most_bytes:  # 0 too
         return num_tokens
     most = max(_LEAST_TOKENS, most_bytes // (4 * vocabulary_size))
     return math.ceil(num_tokens / math.ceil(num_tokens / most))

@@ -23,17 +23,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from swarmtrain.model.gpt import (
-    NORM_EPSILON,
-    Block,
-    Embedding,
-    Linear,
-    check_length,
-    initial_weight,
-    num_parameters,
-    rotary_table,
-)
+from swarmtrain.model.gpt import NORM_EPSILON, Block, Embedding, Linear, initial_weight, rotary_table
 from swarmtrain.model.head_loss import mean_loss
+from swarmtrain.model.language_model import check_length
+from swarmtrain.model.parameter_count import block_parameters
 from swarmtrain.run import ModelSection
 
 __all__ = [
@@ -63,11 +56,9 @@ class StageShape:
     @property
     def num_parameters(self) -> int:
         """Number of parameters, computed without building the stage."""
-        one, none = (num_parameters(self.model.model_copy(update={"num_layers": layers})) for layers in (1, 0))
-        ends, table = none, self.model.vocabulary_size * self.model.width
-        head = ends - table
-        blocks = (self.last_block - self.first_block) * (one - none)
-        return blocks + table * self.has_embedding + head * self.has_head
+        table = self.model.vocabulary_size * self.model.width
+        blocks = (self.last_block - self.first_block) * block_parameters(self.model)
+        return blocks + table * self.has_embedding + (table + self.model.width) * self.has_head
 
 
 def stage_shapes(model: ModelSection, boundaries: Sequence[int]) -> list[StageShape]:
@@ -119,7 +110,7 @@ class Stage(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         """Return the head's input, or in other stages the next stage's (B, T, D)."""
         T = x.shape[1]
-        check_length(T, self.shape.model)
+        check_length(T, self.shape.model.context_tokens)
         if self.shape.has_embedding:
             x = self.embed(x)
         rotary = self.rotary[:, :T]
@@ -183,9 +174,9 @@ def balanced_boundaries(num_layers: int, num_stages: int, costs: Costs) -> tuple
 
 def expected_boundaries(section: ModelSection, num_stages: int) -> tuple[int, ...]:
     """Return where to cut by the numbers of multiplications alone, where nothing can be measured."""
-    one, none = (num_parameters(section.model_copy(update={"num_layers": layers})) for layers in (1, 0))
     head = section.vocabulary_size * section.width
-    return balanced_boundaries(section.num_layers, num_stages, Costs(embedding=0.0, block=one - none, head=head))
+    costs = Costs(embedding=0.0, block=block_parameters(section), head=head)
+    return balanced_boundaries(section.num_layers, num_stages, costs)
 
 
 _Cut = tuple[float, float, tuple[int, ...]]

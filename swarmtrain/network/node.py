@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from swarmtrain.network.discovery.buckets import Buckets
 from swarmtrain.network.discovery.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.links.throttle import Throttle, TransferTimes
+from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.reachability.listen import cannot_listen, is_taken
 from swarmtrain.network.snapshots.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
@@ -216,6 +217,8 @@ class Node:
     settings: NodeSettings
     rules: RecordRules
     traffic: TrafficCount = field(default_factory=TrafficCount)
+    served_files: Mapping[str, ServedFile] = field(default_factory=dict)
+    """Files on the disk that this node serves in its runs, by SHA-256: the run's model files and their chunk lists."""
     _p2p: Any = None
     _dht: Any = None
     _buckets: Buckets = field(init=False, repr=False)

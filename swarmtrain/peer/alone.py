@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.events import Event
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
@@ -76,7 +76,7 @@ def train_alone(
     told.start()
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
-    model = build_model(run.model, run.run.seed).to(compute.model_device)
+    model = build_run_model(run, settings.model_folder).to(compute.model_device)
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
     batches = training_batches(run, data, place, base, published.held_out)
 

@@ -27,7 +27,8 @@ from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.methods import load_object
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
@@ -180,7 +181,7 @@ class _Bootstrap(BootstrapPeer):
     def run(self) -> DoneEvent:
         node, me = self.enter_network()
         kind = self.published.run.merge.kind
-        model = build_model(self.published.run.model, self.published.run.run.seed)
+        model = build_run_model(self.published.run, self.model_folder)
         specs = tensor_specs(model.named_parameters())
         checkpointer = checkpointer_of(self.folder, self.published, node.identity.peer_id, self.emit)
         swarm = self.swarm = Swarm(
@@ -494,11 +495,11 @@ class _Bootstrap(BootstrapPeer):
         return checkpoint_of(present, self.manager)
 
     def _write_kept(self, kept: Checkpoint) -> None:
-        model = build_model(self.published.run.model, self.published.run.run.seed)
+        model = build_run_model(self.published.run, self.model_folder)
         self.write_archive(weights_in(model, kept.state.theta), kept.progress)
 
     def _measure_and_save(self) -> None:
         if self.state is not None:
-            model = build_model(self.published.run.model, self.published.run.run.seed)
+            model = build_run_model(self.published.run, self.model_folder)
             unflatten_into(self.state.theta, model.parameters())
             self.measure_and_save(model, self.progress)

@@ -11,7 +11,7 @@ from codes import codes_in
 from swarmtrain.cli.check import report, shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.devices import expected_device as module
 from swarmtrain.protocol.devices import FoundDevice
 from swarmtrain.run import load_run, parse_run

@@ -47,7 +47,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
         *("--hours", "--up", "--down", "--slowdown"),
         *("--device", "--precision", "--compile", "--vram"),
-        "--data",
+        *("--data", "--model-dir"),
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
@@ -67,7 +67,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--dir", "--json", "--log-level"),
+        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json"),
@@ -91,9 +91,12 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
-    "eval": ("MODEL", "--text", "--threads", "--device", "--json"),
-    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
+    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--accept-clock"),
+    "eval": ("MODEL", "--text", "--tasks", "--include-path", "--threads", "--device", "--json"),
+    "generate": (
+        *("MODEL|INVITE", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
+        "--accept-clock",
+    ),
     "explain": ("[CODE]",),
 }
 

@@ -17,8 +17,9 @@ from swarmtrain.cli.device_options import DeviceOptions
 from swarmtrain.cli.main import run
 from swarmtrain.errors import UserError
 from swarmtrain.events import DoneEvent
+from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.export import export_model
-from swarmtrain.model.gpt import GPT, build_model, evaluate
+from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
 from swarmtrain.peer.devices import choice, model_device

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarmtrain.model.gpt import GPT, build_model, evaluate, generate, num_parameters
+from swarmtrain.algorithm.batch import join_rows
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.key_value_cache import KeyValueCache
+from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.sampling import generate
 from swarmtrain.run import ModelSection
 
 PINNED = "7964e91b4bce18c4aff1affe2691b7f4702507d94a778aaa3d85bb7e9eaef487"
@@ -71,6 +76,35 @@ def test_no_token_sees_a_later_one() -> None:
     before, after = model(tokens), model(changed)
     assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5)
     assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-2)
+
+
+DOCUMENTS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8], [*range(16), 0]])
+"""Positions of a batch (2, 17) whose first sequence has three documents."""
+
+
+def test_no_token_sees_another_document_of_its_sequence() -> None:
+    model, tokens = _trained(), _batch(0)[:2, :-1]
+    found = model(tokens, DOCUMENTS[:, :-1])
+    for begin, end in ((0, 5), (5, 8), (8, 16)):
+        assert torch.allclose(found[0, begin:end], model(tokens[:1, begin:end])[0], atol=1e-5), "as it is alone"
+        other = tokens.clone()
+        other[0, :begin], other[0, end:] = 49 - tokens[0, :begin], 49 - tokens[0, end:]
+        assert torch.equal(model(other, DOCUMENTS[:, :-1])[0, begin:end], found[0, begin:end])
+    assert torch.allclose(found[1], model(tokens)[1], atol=1e-5), "a sequence of one document is as ever"
+    assert not torch.allclose(found[0, 8:], model(tokens)[0, 8:], atol=1e-2), "which else sees those before it"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_documents_are_trained_alike_with_blocks_computed_again(dtype: torch.dtype | None) -> None:
+    batch, gradients = join_rows(_batch(0)[:2], DOCUMENTS > 0, DOCUMENTS), list[Tensor]()
+    for recomputes in (False, True):
+        model = build_model(TINY, 0)
+        model.recomputes_blocks = recomputes
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model.loss(batch)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) and bool(gradients[0].isfinite().all())
 
 
 def test_positions_are_relative() -> None:
@@ -197,6 +231,31 @@ def test_evaluate_leaves_the_model_trainable() -> None:
 def test_generate_continues_what_was_learnt() -> None:
     model = _trained(num_steps=100)
     assert generate(model, [3, 4, 5, 6], 8, 0.0, seed=0) == [7, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("prompt", [[3], [3, 4, 5], list(range(16)), list(range(40))])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_with_a_cache_writes_what_it_writes_without(prompt: list[int], temperature: float) -> None:
+    """Within the context of 16 tokens, and when it moves."""
+    model, generator = build_model(TINY, 0), torch.Generator().manual_seed(5)
+    tokens = list(prompt)
+    for _ in range(30):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[-16:]]))[0, -1]
+        chances = torch.softmax(logits / (temperature or 1e-9), dim=-1)
+        tokens.append(int(torch.multinomial(chances, 1, generator=generator)) if temperature else int(logits.argmax()))
+    assert generate(model, prompt, 30, temperature, seed=5) == tokens[len(prompt) :]
+
+
+def test_a_cache_computes_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, computed = build_model(TINY, 0), []
+    model.embed.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].shape[1]))
+    generate(model, [3, 4, 5], 15, 0.0, seed=0)
+    assert computed == [3] + [1] * 13 + [16], "the last one no longer fits the context"
+    with pytest.raises(ValueError, match="one by one"):
+        cache = KeyValueCache()
+        for number in (2, 2):
+            model.next_logits(torch.zeros((1, number), dtype=torch.int64), cache)
 
 
 def test_generate_is_deterministic_for_a_seed() -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from swarmtrain.algorithm.batch import IGNORED, join_rows
 from swarmtrain.model import head_loss, loss_chunks
-from swarmtrain.model.gpt import build_model, evaluate
-from swarmtrain.model.head_loss import mean_loss, sum_of_losses
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
 from swarmtrain.model.loss_chunks import chunk_tokens
 from swarmtrain.run import ModelSection
 
@@ -204,6 +206,38 @@ def test_no_more_logits_exist_at_once_than_a_chunk_has(
         assert largest.numbers == (512 * V if tokens == 1000 else 86 * V)
 
 
+@pytest.mark.parametrize("tokens", [5, 1000])
+def test_tokens_that_are_no_targets_have_no_logits_and_torchs_gradients(
+    chunks_of: Callable[[int], None], tokens: int
+) -> None:
+    heads, inputs = (_head(), _head()), (_inputs((4, 16)), _inputs((4, 16)))
+    is_ignored = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)) < 0.75
+    wanted = inputs[0][1].masked_fill(is_ignored, IGNORED)
+    number = int((~is_ignored).sum())
+    chunks_of(tokens)
+    with _Largest() as largest:
+        loss = mean_loss(heads[0], *only_targets(inputs[0][0], wanted))
+        loss.backward()
+        summed = sum_of_losses(heads[0], *only_targets(inputs[0][0], wanted))
+    assert largest.numbers == max(V * D, min(tokens, number) * V) < 64 * V
+    expected = F.cross_entropy(heads[1](inputs[1][0]).flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+    expected.backward()
+    assert _error(loss.detach(), expected.detach()) <= 1e-6 and _error(summed, number * expected.detach()) <= 1e-6
+    for found, right in ((inputs[0][0].grad, inputs[1][0].grad), (heads[0].weight.grad, heads[1].weight.grad)):
+        assert found is not None and right is not None and _error(found, right) <= 1e-6
+
+
+@pytest.mark.parametrize("tokens", [5, 1000])
+def test_without_any_target_loss_and_gradients_are_zero(chunks_of: Callable[[int], None], tokens: int) -> None:
+    chunks_of(tokens)
+    head, (x, targets) = _head(), _inputs()
+    loss = mean_loss(head, *only_targets(x, torch.full_like(targets, IGNORED)))
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and x.grad is not None and head.weight.grad is not None
+    assert not x.grad.any() and not head.weight.grad.any()
+    assert float(sum_of_losses(head, *only_targets(x, torch.full_like(targets, IGNORED)))) == 0.0
+
+
 def test_where_memory_is_short_chunks_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_chunks, "_LEAST_TOKENS", 1)
     monkeypatch.setattr(head_loss, "SMALL_BYTES", 4 * V * 5)
@@ -265,3 +299,12 @@ def test_a_model_with_a_large_vocabulary_trains_and_is_evaluated_in_chunks(chunk
     assert _error(gradients[1], gradients[0]) <= 1e-6
     assert evaluated[0][1] == evaluated[1][1] == 4 * 32
     assert evaluated[1][0] == pytest.approx(evaluated[0][0], rel=1e-6)
+
+
+def test_only_targets_are_counted_when_a_model_is_evaluated() -> None:
+    section = ModelSection(context_tokens=32, num_layers=1, width=16, num_heads=2)
+    model, tokens = build_model(section, 0), torch.randint(256, (3, 33), generator=torch.Generator().manual_seed(0))
+    is_target = torch.arange(33) >= 30
+    sum_nats, number = evaluate(model, [join_rows(tokens, is_target.expand(3, 33)), tokens])
+    logits = F.log_softmax(model(tokens[:, :-1]), -1).gather(2, tokens[:, 1:, None]).detach()
+    assert number == 9 + 96 and sum_nats == pytest.approx(-float(logits[:, 29:].sum() + logits.sum()), rel=1e-5)

@@ -11,8 +11,10 @@ import torch
 from device_reads import DeviceReads
 from torch import Tensor
 
-from swarmtrain.model.gpt import GPT, build_model, evaluate, generate
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.recomputation import recomputed
+from swarmtrain.model.sampling import generate
 from swarmtrain.run import ModelSection
 
 SECTION = ModelSection(context_tokens=32, num_layers=3, width=32, num_heads=2)

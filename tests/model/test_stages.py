@@ -10,7 +10,8 @@ import torch
 from stage_passes import there_and_back
 from torch import Tensor
 
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.stages import (
     Costs,
     Stage,

@@ -30,7 +30,7 @@ class Peer:
         self.store.add(held_of(4))
         self.num_answered = 0
         self.named: list[tuple[str, PeerError]] = []
-        node = SimpleNamespace(traffic=TrafficCount(), settings=None)
+        node = SimpleNamespace(traffic=TrafficCount(), settings=None, served_files={})
         self.service = service_type()(self, self.store, {}, node)
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:

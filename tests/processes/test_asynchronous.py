@@ -19,8 +19,8 @@ from swarm import Child, Swarm, wait_until, write_run
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent, WarningEvent
+from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.export import load_exported
-from swarmtrain.model.gpt import evaluate
 from swarmtrain.peer.checkpoints.export import export_from_folder
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]

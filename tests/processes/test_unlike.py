@@ -13,7 +13,7 @@ from preloaded import Preloaded
 from swarm import Child, Swarm, assert_same_states, write_run
 
 from swarmtrain.events import DeviceEvent, DoneEvent, RefusedEvent, RoundEvent, WarningEvent, in_words
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.estimate import activation_bytes, estimate
 from swarmtrain.protocol.limits import exact_size
 from swarmtrain.run import load_run

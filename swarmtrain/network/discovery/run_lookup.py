@@ -28,6 +28,7 @@ from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
+from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer, time_in_words
@@ -52,6 +53,8 @@ class PublishedRun:
     run: RunFile
     held_out: bytes
     tokenizer: bytes
+    model_files: bytes = b""
+    """List of the model's files (`protocol.pinned_files`); empty for a built-in model."""
 
     def blobs(self) -> dict[str, bytes]:
         """Return the contents of the run's files by their SHA-256."""
@@ -60,6 +63,8 @@ class PublishedRun:
         blobs = {run_sha256(self.data): self.data, published.held_out_sha256: self.held_out}
         if published.tokenizer_sha256 is not None:
             blobs[published.tokenizer_sha256] = self.tokenizer
+        if published.model_files_sha256 is not None:
+            blobs[published.model_files_sha256] = self.model_files
         return blobs
 
     def of_stage(self, stage: int) -> PublishedRun:
@@ -227,4 +232,8 @@ async def fetch_published(
     tokenizer = b""
     if published.tokenizer_sha256 is not None:
         tokenizer = await get(published.tokenizer_sha256, published.tokenizer_bytes)
-    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer)
+    model_files = b""
+    if published.model_files_sha256 is not None:
+        model_files = await get(published.model_files_sha256, published.model_files_bytes)
+        PinnedFiles.from_bytes_untrusted(model_files)
+    return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer, model_files)

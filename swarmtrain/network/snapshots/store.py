@@ -23,6 +23,7 @@ from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerErro
 from swarmtrain.network.finite import all_finite
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.links.throttle import Throttle, num_at_once
+from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.snapshots.replies import ChunkReply, Reply
 from swarmtrain.protocol.membership.readers import GIVES_WAY_S, Reader, Readers
@@ -30,14 +31,18 @@ from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
+    "CHUNKS_UNCHECKED",
     "CHUNK_BYTES",
     "Body",
+    "ChunkTarget",
     "HeldSnapshot",
     "NumServed",
     "PullLimits",
+    "PullOpener",
     "PullStream",
     "Snapshot",
     "SnapshotStore",
+    "SourcePace",
     "TensorSpec",
     "all_chunks",
     "all_finite",
@@ -47,6 +52,7 @@ __all__ = [
     "next_message",
     "pull_chunks",
     "pull_manifest",
+    "pull_run",
 ]
 
 _CHUNKS_A_PULL = 256
@@ -172,6 +178,27 @@ class HeldSnapshot:
         """True if this peer holds every chunk."""
         return len(self.have) == self.snapshot.num_chunks
 
+    @property
+    def sha256(self) -> str:
+        """Name of the snapshot. See `ChunkTarget`."""
+        return self.snapshot.sha256
+
+    @property
+    def title(self) -> str:
+        """Name for a person. See `ChunkTarget`."""
+        return f"snapshot {self.snapshot.sha256[:12]}"
+
+    def chunk_size(self, chunk: int) -> int:
+        """Return the size in bytes of a chunk. See `ChunkTarget`."""
+        return self.snapshot.chunk_size(chunk)
+
+    def accept(self, chunk: int) -> bool:
+        """Check a chunk that was put into its room, and hold it from now on. See `ChunkTarget`."""
+        if not self.snapshot.chunk_is(chunk, self.room(chunk)):
+            return False
+        self.have.add(chunk)
+        return True
+
     def room(self, chunk: int) -> memoryview:
         """Return the writable memory where a pulled chunk belongs."""
         assert self.buffer is not None
@@ -256,6 +283,7 @@ class SnapshotStore:
     _num_reading: Counter[str] = field(default_factory=Counter)
     _readers: Readers = field(init=False)
     _files: Readers = field(init=False)
+    _model_files: Readers = field(init=False)
     _sending: dict[Reader, asyncio.Task[object] | None] = field(default_factory=dict)
     _unwanted: set[str] = field(default_factory=set)
 
@@ -263,6 +291,7 @@ class SnapshotStore:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
         # Twice as long: a file that breaks off is read again from its start.
         self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
+        self._model_files = Readers(self.reader_stall_s, self.reader_gives_way_s)
 
     @property
     def num_readers(self) -> int:
@@ -420,6 +449,41 @@ class SnapshotStore:
         finally:
             self._leaves(self._files, reader)
 
+    async def serve_model_file(
+        self,
+        file: ServedFile,
+        request: pb.PullRequest,
+        count_sent: Callable[[int], None] = lambda size_bytes: None,
+        peer: str = "",
+    ) -> AsyncGenerator[Reply, None]:
+        """Answer a pull of chunks of a file on the disk, which is read piece by piece in a thread.
+
+        The reply is UNKNOWN if the file has no such chunks, or is no longer what it was. Readers have slots of their
+        own, so that a model of many gigabytes keeps nobody from pulling snapshots; on a limited link one.
+        """
+        wanted = range(request.first_chunk, request.first_chunk + min(request.num_chunks, 4 * _CHUNKS_A_PULL))
+        if not wanted or wanted.stop > file.num_chunks:
+            yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
+            return
+        reader = self._admit(self._model_files, peer, 1 if self.up.bytes_per_s > 0 else self.max_readers)
+        if reader is None:
+            yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+            return
+        try:
+            if not await file.is_unchanged():
+                yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
+                return
+            yield pb.PullReply(status=pb.PullReply.STATUS_OK)
+            async with contextlib.aclosing(file.pieces(wanted[: self.num_served(len(wanted))])) as pieces:
+                async for chunk, data in pieces:
+                    if not await self._may_read(self._model_files, reader, len(data)):
+                        return
+                    count_sent(len(data))
+                    yield ChunkReply(chunk, (memoryview(data),))
+            yield pb.PullReply(end=True)
+        finally:
+            self._leaves(self._model_files, reader)
+
 
 class PullStream(Protocol):
     """Replies to one pull. The caller reports the bytes it takes to `count`."""
@@ -444,6 +508,35 @@ PullOpener = Callable[[str, pb.PullRequest], Awaitable[PullStream]]
 
 Blame = Callable[[str, PeerError], None]
 """Called with a source that failed and its error."""
+
+
+class ChunkTarget(Protocol):
+    """What chunks are pulled into: a snapshot in memory, or a file on the disk. `sha256` is its name in requests."""
+
+    @property
+    def sha256(self) -> str:
+        """Name in requests, 64 hexadecimal digits."""
+
+    @property
+    def title(self) -> str:
+        """Name for a person."""
+
+    def chunk_size(self, chunk: int) -> int:
+        """Return the size in bytes of a chunk."""
+
+    def room(self, chunk: int) -> memoryview:
+        """Return memory of that size, into which the chunk is put before it is checked.
+
+        It may be used again once `CHUNKS_UNCHECKED` later chunks have got theirs.
+        """
+
+    def accept(self, chunk: int) -> bool:
+        """Check the chunk in its room and keep it; return False if it is another one. Called in a thread, for chunks in
+        their order."""
+
+
+CHUNKS_UNCHECKED = 2 * _CHUNKS_AT_ONCE
+"""Chunks at most that have been put into their rooms and not been checked yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +567,7 @@ async def pull_chunks(
     """
     busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
     pending = list(sources)
-    paces: dict[str, _Pace] = {}
+    paces: dict[str, SourcePace] = {}
     while True:
         missing = _missing_run(held, chunks)
         if missing is None:
@@ -482,11 +575,11 @@ async def pull_chunks(
         if not pending:
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
-        pace, asked_s, num_before = paces.setdefault(source, _Pace(limits)), limits.clock(), len(held.have)
+        pace, asked_s, num_before = paces.setdefault(source, SourcePace(limits)), limits.clock(), len(held.have)
         try:
             while (missing := _missing_run(held, chunks)) is not None:
                 asked_s = limits.clock()
-                await _pull_run(held, missing, source, open_pull, pace)
+                await pull_run(held, missing, source, open_pull, pace)
         except BusyError:
             busy_s += max(0.0, min(limits.clock() - asked_s, limits.stall_limit_s) - _ANSWER_S)
             if busy_s < patience_s:
@@ -518,7 +611,7 @@ def _missing_run(held: HeldSnapshot, chunks: range) -> range | None:
     return range(first, last + 1)
 
 
-class _Pace:
+class SourcePace:
     """Speed at which one source delivers.
 
     Only the time spent waiting for the source counts, each wait up to the stall limit: it is not blamed for this peer's
@@ -534,7 +627,7 @@ class _Pace:
         """Count the time a stream took to open: a source that breaks off repeatedly has opened many."""
         self._waited_s += min(seconds, self.limits.stall_limit_s)
 
-    async def take(self, held: HeldSnapshot, chunks: range, stream: PullStream, came: list[int]) -> None:
+    async def take(self, target: ChunkTarget, chunks: range, stream: PullStream, came: list[int]) -> None:
         """Take the next few of these chunks. Raises UnreachableError if none comes, StalledError if the source is too
         slow."""
         limits = self.limits
@@ -543,19 +636,17 @@ class _Pace:
             raise StalledError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
         began_s = limits.clock()
         num_before = len(came)
-        await _within(limits.stall_limit_s, stream.take(chunks[:_CHUNKS_AT_ONCE], held.room, came.append))
+        await _within(limits.stall_limit_s, stream.take(chunks[:_CHUNKS_AT_ONCE], target.room, came.append))
         self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
-        size_bytes = sum(held.snapshot.chunk_size(chunk) for chunk in came[num_before:])
+        size_bytes = sum(target.chunk_size(chunk) for chunk in came[num_before:])
         self._came_bytes += size_bytes
         await stream.count(size_bytes)
 
 
-async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: PullOpener, pace: _Pace) -> None:
+async def pull_run(target: ChunkTarget, run: range, source: str, open_pull: PullOpener, pace: SourcePace) -> None:
     """Pull one run of chunks in one stream. Raises the PeerError that ends it; chunks that came before are kept."""
     limits = pace.limits
-    request = pb.PullRequest(
-        snapshot_sha256=bytes.fromhex(held.snapshot.sha256), first_chunk=run.start, num_chunks=len(run)
-    )
+    request = pb.PullRequest(snapshot_sha256=bytes.fromhex(target.sha256), first_chunk=run.start, num_chunks=len(run))
     asked_s = limits.clock()
     stream = await open_pull(source, request)
     try:
@@ -563,12 +654,12 @@ async def _pull_run(held: HeldSnapshot, run: range, source: str, open_pull: Pull
         if first.status == pb.PullReply.STATUS_BUSY:
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
-            raise UnreachableError("it does not hold this snapshot", code="not-held")
+            raise UnreachableError(f"it does not hold {target.title}", code="not-held")
         pace.waited(limits.clock() - asked_s)
-        check = _Check(held)
+        check = _Check(target)
         try:
             while len(check.came) < len(run):
-                await pace.take(held, run[len(check.came) :], stream, check.came)
+                await pace.take(target, run[len(check.came) :], stream, check.came)
                 await check.begin()
         finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
@@ -606,8 +697,8 @@ class _Check:
     One thread for both would get half as much of a processor that other programs want too (decision 23).
     """
 
-    def __init__(self, held: HeldSnapshot) -> None:
-        self._held = held
+    def __init__(self, target: ChunkTarget) -> None:
+        self._target = target
         self.came: list[int] = []
         self._num_begun = 0
         self._checking: asyncio.Task[None] | None = None
@@ -628,13 +719,9 @@ class _Check:
         await self._checking
 
     def _check(self, chunks: list[int]) -> None:
-        held = self._held
         for chunk in chunks:
-            if not held.snapshot.chunk_is(chunk, held.room(chunk)):
-                raise BadBytesError(
-                    f"a wrong hash of chunk {chunk} of snapshot {held.snapshot.sha256[:12]}", code="bad-hash"
-                )
-            held.have.add(chunk)
+            if not self._target.accept(chunk):
+                raise BadBytesError(f"a wrong hash of chunk {chunk} of {self._target.title}", code="bad-hash")
 
 
 async def pull_manifest(source: str, sha256: str, open_pull: PullOpener, limits: PullLimits) -> pb.Signed:

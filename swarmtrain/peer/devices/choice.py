@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.machine import (
     BYTES_PER_PARAMETER,

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmtrain.model.gpt import build_model
+from swarmtrain.algorithm.batch import inputs_of, positions_of, with_rows
+from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.run_model import build_from_spec, spec_from_json, spec_to_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finish
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import CompileRequest, Precision
-from swarmtrain.run import ModelSection
 
 __all__ = ["CompiledLoss", "missing_compiler"]
 
@@ -82,9 +83,9 @@ class CompiledLoss:
         if missing := missing_compiler(self.loop.compute.device):
             self._decide(False, f"not compiled, since {missing}")
             return
-        compute, run = self.loop.compute, self.loop.run
+        compute = self.loop.compute
         task = {
-            "model": run.model.model_dump(mode="json"),
+            "model": spec_to_json(self.loop.model.spec),
             "device": str(compute.device),
             "precision": compute.precision,
             "sequences": self._sequences,
@@ -128,7 +129,7 @@ class CompiledLoss:
                 return
             self._eager_s = statistics.median(times_s)
             os.environ.update({name: value for name, value in self._environment.items() if name == CACHE_VARIABLE})
-            self.loop.compiled_loss = compiled(self.loop.model.loss, self._failed)
+            self.loop.compiled_loss = compiled(self.loop.model, self._failed)
             self._is_trying = True
 
     def _compare(self, compiled_s: float) -> None:
@@ -161,9 +162,13 @@ def _failed_in_words(line: str) -> str:
     return f"not compiled, since that failed: {line[:200] or 'no reason was given'}"
 
 
-def compiled(loss_of: Callable[[Tensor], Tensor], failed: Callable[[Exception], None]) -> Callable[[Tensor], Tensor]:
-    """Return `loss_of` compiled. If its first call fails, `failed` is called and the loss computed as before."""
-    function, is_tried = torch.compile(loss_of, dynamic=False), False
+def compiled(model: LanguageModel, failed: Callable[[Exception], None], rows: int = 1) -> Callable[[Tensor], Tensor]:
+    """Return the model's loss compiled. If its first call fails, `failed` is called and the loss computed as before.
+
+    `rows` are those that the run's batches may have: a batch without some of them is given them, so that one program
+    computes all of them.
+    """
+    function, is_tried = _function(model, rows), False
 
     def call(batch: Tensor) -> Tensor:
         nonlocal function, is_tried
@@ -176,21 +181,35 @@ def compiled(loss_of: Callable[[Tensor], Tensor], failed: Callable[[Exception], 
             # Whatever a compiler raises: training goes on without it.
             _log.info("the compiled loss failed", exc_info=error)
             failed(error)
-            function = loss_of
-            return loss_of(batch)
+            function = model.loss
+            return function(batch)
 
     return call
+
+
+def _function(model: LanguageModel, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return the model's loss of batches with `rows` rows, compiled at its first call.
+
+    The head is not compiled where only some tokens are targets: how many they are differs from batch to batch.
+    """
+    if rows == 1:
+        return torch.compile(model.loss, dynamic=False)
+    features = torch.compile(model.features, dynamic=False)
+
+    def loss(batch: Tensor) -> Tensor:
+        batch = with_rows(batch, rows)
+        return model.loss_of_features(features(inputs_of(batch), positions_of(batch)), batch)
+
+    return loss
 
 
 def _compile(task: dict[str, Any]) -> None:
     """Compile what a task describes, so that the cache has it: one forward and backward pass on zeros."""
     compute = ComputeDevice(torch.device(task["device"]), _precision(task["precision"]))
-    section = ModelSection.model_validate(task["model"])
-    model = build_model(section, 0).to(compute.device)
-    batch = torch.zeros((task["sequences"], section.context_tokens + 1), dtype=torch.int64, device=compute.device)
-    compiled = torch.compile(model.loss, dynamic=False)
+    model = build_from_spec(spec_from_json(task["model"]), 0).to(compute.device)
+    batch = torch.zeros((task["sequences"], model.context_tokens + 1), dtype=torch.int64, device=compute.device)
     with compute.autocast():
-        loss = compiled(batch)
+        loss = _function(model, task.get("rows", 1))(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     finish(compute.device)
 

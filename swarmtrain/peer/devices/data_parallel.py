@@ -29,7 +29,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.errors import Problem, RunTimeError
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.run_model import spec_to_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, does_not_fit, is_out_of_memory
 from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
 from swarmtrain.peer.devices.rank_process import OUT_OF_MEMORY, STORE, ready_key
@@ -54,7 +55,7 @@ class DataParallelRanks:
 
     _doing: ClassVar[str] = "adding up gradients"
     """What was going on when memory ran out and the step cannot be repeated."""
-    model: GPT
+    model: LanguageModel
     inner: InnerOptimizer
     compute: ComputeDevice
     """What rank 0 computes with, and the devices of the others."""
@@ -85,7 +86,7 @@ class DataParallelRanks:
         self._folder = Path(tempfile.mkdtemp(prefix="swarmtrain-ranks-"))  # for this user alone
         for rank, device in enumerate(self.compute.others, 1):
             task = {
-                "model": self.model.section.model_dump(mode="json"),
+                "model": spec_to_json(self.model.spec),
                 "constants": asdict(self.inner.constants),
                 "device": str(device),
                 "precision": self.compute.precision,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import block_parameters, num_parameters
 from swarmtrain.model.stages import StageShape, expected_boundaries, stage_shapes
 from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
 from swarmtrain.peer.training.loop import inner_constants
@@ -166,7 +167,7 @@ def part_bytes(run: RunFile, num_ranks: int) -> int:
     one that computes and the next one, and of the embedding and the head.
     """
     total, num_layers = num_parameters(run.model), run.model.num_layers
-    block = num_parameters(run.model) - num_parameters(run.model.model_copy(update={"num_layers": num_layers - 1}))
+    block = block_parameters(run.model)
     whole = total - num_layers * block + min(2, num_layers) * block
     return BYTES_PER_PARAMETER * -(-total // num_ranks) + _WHOLE_BYTES_PER_PARAMETER * whole
 

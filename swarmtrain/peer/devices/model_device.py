@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from swarmtrain.errors import UserError, with_code
-from swarmtrain.model.gpt import GPT, evaluate, num_parameters
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.peer.devices.compute import is_out_of_memory, release_cached
 from swarmtrain.peer.devices.machine import find_devices, missing_card
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_devices
@@ -15,14 +16,15 @@ from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_dev
 __all__ = ["move_model"]
 
 
-def move_model(model: GPT, request: DeviceRequest, num_sequences: int, tell: Callable[[str], None]) -> str:
+def move_model(model: LanguageModel, request: DeviceRequest, num_sequences: int, tell: Callable[[str], None]) -> str:
     """Move `model` to the best device asked for that works, and return the device's name.
 
     A card is tried with `num_sequences` sequences at once. With "auto", one that does not take them is passed over, and
     `tell` is called with the reason. Raises UserError if the device asked for is not there or does not work.
     """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     passed_over: list[str] = []
-    for device in matching_devices(request, find_devices(num_parameters(model.section)), missing_card()):
+    for device in matching_devices(request, find_devices(parameters), missing_card()):
         if not (problem := _problem(model, device, num_sequences)):
             if passed_over:
                 computed_on = "the processor" if not device.is_card else str(device)
@@ -35,19 +37,17 @@ def move_model(model: GPT, request: DeviceRequest, num_sequences: int, tell: Cal
     )
 
 
-def _problem(model: GPT, device: FoundDevice, num_sequences: int) -> str:
+def _problem(model: LanguageModel, device: FoundDevice, num_sequences: int) -> str:
     """Move the model to `device` and compute one batch there; return what goes wrong, empty if nothing does."""
     place = torch.device(device.name)
     try:
         model.to(place)
         if device.is_card:
-            shape = (num_sequences, model.section.context_tokens + 1)
+            shape = (num_sequences, model.context_tokens + 1)
             evaluate(model, [torch.zeros(shape, dtype=torch.int64)])
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if is_out_of_memory(error):
             release_cached(place)
-            return (
-                f"its memory is too little for this model and {num_sequences} x {model.section.context_tokens} tokens"
-            )
+            return f"its memory is too little for this model and {num_sequences} x {model.context_tokens} tokens"
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return ""

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._utils import _take_tensors
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from swarmtrain.algorithm.batch import num_targets
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
@@ -88,7 +89,7 @@ class RankGroup:
         inner: InnerOptimizer,
         should_stop: Callable[[], bool],
     ) -> Tensor | None:
-        """Set `.grad` on every rank to the gradient of the mean loss of `batch` (B, T + 1), and return that loss ().
+        """Set `.grad` on every rank to the gradient of the mean loss of `batch`, and return that loss ().
 
         Each rank computes the part of the sequences that is its own; with fewer sequences than ranks some have none.
         Returns None, without gradients, if memory ran out on any rank. Raises StopTraining, without gradients, if
@@ -97,7 +98,7 @@ class RankGroup:
         inner.drop_gradients()
         part, outcome, loss = torch.tensor_split(batch, self.num_ranks)[self.rank], _Outcome.COMPUTED, None
         try:
-            loss = add_gradient(loss_of, part, len(batch), compute, inner.loss_scale, should_stop)
+            loss = add_gradient(loss_of, part, num_targets(batch), compute, inner.loss_scale, should_stop)
             outcome = _Outcome.OUT_OF_MEMORY if loss is None else outcome
         except StopTraining:
             outcome = _Outcome.STOPPED

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from swarmtrain.algorithm.batch import num_rows
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LossScale
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import ModelSpec
+from swarmtrain.model.run_model import empty_model, spec_from_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, is_out_of_memory, release_cached
 from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
 from swarmtrain.peer.lifecycle.stop import StopTraining
-from swarmtrain.run import ModelSection
 
 __all__ = ["OUT_OF_MEMORY", "STORE", "RankWork", "main", "ready_key"]
 
@@ -80,12 +81,12 @@ class RankWork:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(task["memory_share"], device)
         self.group = RankGroup.connect(store, task["rank"], task["num_ranks"], device, task["limit_s"])
-        self._build(ModelSection.model_validate(task["model"]), InnerConstants(**task["constants"]))
+        self._build(spec_from_json(task["model"]), InnerConstants(**task["constants"]))
 
-    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+    def _build(self, spec: ModelSpec, constants: InnerConstants) -> None:
         """Make the model and its optimizer; the weights come from rank 0."""
         device = self.compute.device
-        self.model = GPT(section).to(device)
+        self.model = empty_model(spec).to(device)
         loss_scale = LossScale(device) if self.compute.precision == "fp16" else None
         self.inner = InnerOptimizer(self.model.named_parameters(), constants, loss_scale=loss_scale)
         self.inner.norm_of_all = self.group.norm_of_all
@@ -114,13 +115,14 @@ class RankWork:
     def _differentiate(
         self, batch: Tensor, compute: ComputeDevice, compile_cache: str | None, should_stop: Callable[[], bool]
     ) -> None:
-        self._use_compiled(compile_cache)
+        self._use_compiled(compile_cache, num_rows(batch))
         self.model.recomputes_blocks = compute.recomputes
         if self.group.gradient(batch, self._loss_of, compute, self.inner, should_stop) is None:
             release_cached(self.compute.device)
 
-    def _use_compiled(self, cache: str | None) -> None:
-        """Compile the loss if rank 0 has compiled its own, with its cache, a folder; else compute it as it is."""
+    def _use_compiled(self, cache: str | None, rows: int = 1) -> None:
+        """Compile the loss of batches with `rows` rows if rank 0 has compiled its own, with its cache, a folder; else
+        compute it as it is."""
         is_compiled = self._loss_of != self.model.loss
         if cache is None or is_compiled:
             self._loss_of = self.model.loss if cache is None else self._loss_of
@@ -129,7 +131,7 @@ class RankWork:
 
         if cache:
             os.environ[CACHE_VARIABLE] = cache
-        self._loss_of = compiled(self.model.loss, lambda error: _log.info("not compiled: %s", error))
+        self._loss_of = compiled(self.model, lambda error: _log.info("not compiled: %s", error), rows)
 
     def optimize(self, progress: float, scale: float) -> None:
         """Take the optimizer's step."""
@@ -139,10 +141,10 @@ class RankWork:
 class ShardedRankWork(RankWork):
     """The same for a model that is sharded; see `ShardedModel`."""
 
-    def _build(self, section: ModelSection, constants: InnerConstants) -> None:
+    def _build(self, spec: ModelSpec, constants: InnerConstants) -> None:
         from swarmtrain.peer.devices.sharded_model import ShardedModel
 
-        self.sharded = ShardedModel(section, self.group, constants, self.compute)
+        self.sharded = ShardedModel(spec, self.group, constants, self.compute)
         self.inner = self.sharded.inner
 
     def weights(self, which: list[int]) -> None:

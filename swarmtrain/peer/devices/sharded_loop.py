@@ -17,7 +17,7 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.inner import InnerOptimizer, Moments
 from swarmtrain.errors import RunTimeError
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.data_parallel import DataParallelRanks
 from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
@@ -50,7 +50,7 @@ class ShardedRanks(DataParallelRanks):
     def _begin(self, group: RankGroup) -> None:
         from swarmtrain.peer.devices.sharded_model import ShardedModel
 
-        self._model_in_parts = ShardedModel(self.model.section, group, self.inner.constants, self.compute)
+        self._model_in_parts = ShardedModel(self.model.spec, group, self.inner.constants, self.compute)
         if self.inner.has_moments:
             self.send_moments(self.inner)
             self.inner.end()
@@ -147,7 +147,7 @@ class ShardedLoop(ModelLoop):
         self.parameters = self._copy = _MirroredParameters(self.model.named_parameters(), ranks)
         return ranks
 
-    def whole_model(self) -> GPT:
+    def whole_model(self) -> LanguageModel:
         """Return the model with its present weights, in main memory."""
         self._copy.refresh()
         return self.model

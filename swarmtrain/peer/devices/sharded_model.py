@@ -17,12 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from swarmtrain.algorithm.batch import compacted, num_targets
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer, LossScale
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.run_model import empty_model
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.rank_group import RankGroup, lost_if_it_fails
 from swarmtrain.protocol.devices import largest_part
-from swarmtrain.run import ModelSection
 
 __all__ = ["ShardedModel"]
 
@@ -30,12 +31,10 @@ __all__ = ["ShardedModel"]
 class ShardedModel:
     """This rank's part of a model, and its optimizer. All ranks call the same methods in the same order."""
 
-    def __init__(
-        self, section: ModelSection, group: RankGroup, constants: InnerConstants, compute: ComputeDevice
-    ) -> None:
+    def __init__(self, spec: ModelSpec, group: RankGroup, constants: InnerConstants, compute: ComputeDevice) -> None:
         """The weights are those in memory until `scatter` has set them."""
         mesh = init_device_mesh(compute.device.type, (group.num_ranks,))
-        self._model: GPT | None = GPT(section)
+        self._model: LanguageModel | None = empty_model(spec)
         for block in self._model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self._model, mesh=mesh)
@@ -50,7 +49,7 @@ class ShardedModel:
 
     @lost_if_it_fails()
     def gradient(self, batch: Tensor, compute: ComputeDevice, should_stop: Callable[[], bool]) -> Tensor:
-        """Set `.grad` of each part to its gradient of the mean loss of `batch` (B, T + 1), and return that loss ().
+        """Set `.grad` of each part to its gradient of the mean loss of `batch`, and return that loss ().
 
         Raises StopTraining, without gradients, if `should_stop` returned True on any rank.
         """
@@ -60,11 +59,12 @@ class ShardedModel:
         group, size, loss_scale = self._group, compute.microbatch_sequences, self.inner.loss_scale
         part = torch.tensor_split(batch, group.num_ranks)[group.rank]
         loss_sum = torch.zeros((), dtype=torch.float64, device=compute.device)
+        targets = max(1, num_targets(batch))
         for start in range(0, largest_part(len(batch), group.num_ranks), size):
             group.stop_together(should_stop(), self.drop_gradients)
             own = part[start : start + size]
-            weight = len(own) / len(batch)
-            microbatch = own if len(own) else batch[:1]  # of no weight, for the collectives in it
+            weight = num_targets(own) / targets
+            microbatch = compacted(own if len(own) else batch[:1])  # without own, of no weight: for its collectives
             with compute.autocast():
                 loss = self._model.loss(microbatch.to(compute.device, non_blocking=True))
             # fully_shard takes the mean over the ranks where the sum is wanted.

@@ -359,7 +359,7 @@ class Doctor:
         """Return `bytes_of` for the run and its number of parameters; None without a run."""
         if self.run is None or not self.has_torch:
             return None
-        from swarmtrain.model.gpt import num_parameters
+        from swarmtrain.model.parameter_count import num_parameters
 
         return bytes_of(self.run, num_parameters(self.run.model))
 

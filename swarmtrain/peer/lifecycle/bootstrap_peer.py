@@ -9,13 +9,14 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
@@ -75,6 +76,8 @@ class BootstrapPeer:
     swarm: Swarm | None = None
     manager: CheckpointManager | None = None
     peers: PeersFile | None = None
+    model_folder: Path | None = None
+    """Folder of the run's pinned model files; None if its model is built in."""
     name: str = ""
     loss: float | None = None
     has_news: bool = False
@@ -116,7 +119,7 @@ class BootstrapPeer:
         else:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
 
-    def measure_and_save(self, model: GPT, progress: Progress) -> None:
+    def measure_and_save(self, model: LanguageModel, progress: Progress) -> None:
         """Measure the held-out loss at the run's end and save the model.
 
         A final model that an earlier process left in the folder stays as it is if nothing was archived since.
@@ -131,7 +134,7 @@ class BootstrapPeer:
             self.emit(had_ended(self.folder))
             return
         weights = dict(model.named_parameters())
-        if warning := save_final_weights(self.folder, weights, self.published, progress):
+        if warning := save_final_weights(self.folder, weights, self.published, progress, loss):
             self.emit(warning)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmtrain.errors import RunTimeError
@@ -51,6 +52,8 @@ class VolunteerContext:
     pause: PauseSwitch
     name: str
     fetcher: RunFetcher
+    model_folder: Path | None = None
+    """Folder with the files of the run's model, each checked by its hash; None for a built-in model."""
     nobody: RunTimeError | None = None
     """Error that nobody answered, which a peer raises that cannot continue alone; None if somebody answered."""
     card_turn: threading.Lock = field(default_factory=threading.Lock)

@@ -5,6 +5,7 @@ lock           held while a peer lives in the folder
 run.toml       the published run, its exact bytes
 held-out.txt   the run's held-out text
 tokenizer.bin  the run's learnt tokenizer, if it has one
+model-files.json  the list of the model's files, if the run has one; the files themselves are in this user's cache
 peer.pid       its process, while a peer runs
 peer.log       what happened, and older ones beside it: peer.log.1 and so on
 invite.txt     the line to hand out, while a peer runs
@@ -49,7 +50,7 @@ from swarmtrain.run import parse_published_untrusted, run_sha256
 
 __all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
 
-_FILES = ("held-out.txt", "tokenizer.bin", "run.toml")
+_FILES = ("held-out.txt", "tokenizer.bin", "model-files.json", "run.toml")
 """Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was
 killed.
 """
@@ -107,12 +108,13 @@ class PeerFolder:
         assert published is not None, "a published run has the section"
         held_out = kept.get(published.held_out_sha256)
         tokenizer = kept.get(published.tokenizer_sha256) if published.tokenizer_sha256 else b""
-        if held_out is None or tokenizer is None:
+        model_files = kept.get(published.model_files_sha256) if published.model_files_sha256 else b""
+        if held_out is None or tokenizer is None or model_files is None:
             raise UserError(
                 f"{self.path} lacks files of its run, or they were altered; give another folder with --dir",
                 code="folder-altered",
             )
-        return PublishedRun(data, sha256, run, held_out, tokenizer)
+        return PublishedRun(data, sha256, run, held_out, tokenizer, model_files)
 
     def keep_run(self, published: PublishedRun) -> None:
         """Write the run and its files, except those that are here already: a restart then needs no room on the disk.
@@ -120,7 +122,8 @@ class PeerFolder:
         Raises UserError if the disk does not take them.
         """
         try:
-            for name, data in zip(_FILES, (published.held_out, published.tokenizer, published.data), strict=True):
+            contents = (published.held_out, published.tokenizer, published.model_files, published.data)
+            for name, data in zip(_FILES, contents, strict=True):
                 path = self.path / name
                 if data and not (path.exists() and path.read_bytes() == data):
                     write_atomically(path, data)

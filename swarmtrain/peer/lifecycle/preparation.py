@@ -8,7 +8,7 @@ from pathlib import Path
 from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
 from swarmtrain.events import count_in_words
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.run import RunFile
 
 __all__ = ["data_base", "initial_seed", "summary_of"]

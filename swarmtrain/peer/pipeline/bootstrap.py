@@ -25,7 +25,7 @@ from swarmtrain.events import (
     DoneEvent,
     WarningEvent,
 )
-from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -370,7 +370,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _measure_and_save(self) -> None:
         if (weights := self._joined()) is not None:
-            model: GPT = build_model(self.published.run.model, self.published.run.run.seed)
+            model = build_run_model(self.published.run, self.model_folder)
             model.load_state_dict(weights)
             self.measure_and_save(model, self.progress)
 

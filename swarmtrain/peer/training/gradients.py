@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import compacted, num_targets
 from swarmtrain.algorithm.inner import LossScale
 from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
@@ -17,16 +18,17 @@ __all__ = ["add_gradient"]
 def add_gradient(
     loss_of: Callable[[Tensor], Tensor],
     part: Tensor,
-    num_sequences: int,
+    batch_targets: int,
     compute: ComputeDevice,
     loss_scale: LossScale | None,
     should_stop: Callable[[], bool],
 ) -> Tensor | None:
     """Add the gradient of a part's share in the mean loss of a batch to `.grad`, and return that share ().
 
-    `part` (B, T + 1) are some or all of the batch's `num_sequences` sequences, which all have the same number of
-    tokens. Returns None if memory ran out; raises StopTraining if `should_stop` returns True. In both cases `.grad`
-    holds the gradient of something. The sum of losses is kept in fp64 where the device has it.
+    `part` are some or all sequences of the batch (`algorithm/batch.py`), which has `batch_targets` targets; the mean is
+    over these, so microbatches count by their own. Returns None if memory ran out; raises StopTraining if `should_stop`
+    returns True. In both cases `.grad` holds the gradient of something. The sum of losses is kept in fp64 where the
+    device has it.
     """
     dtype = torch.float32 if compute.device.type == "mps" else torch.float64
     loss_sum = torch.zeros((), dtype=dtype, device=compute.device)
@@ -34,11 +36,13 @@ def add_gradient(
         # Asked between microbatches: a batch of a large model takes minutes, and Ctrl-C must not wait for it.
         if should_stop():
             raise StopTraining
-        microbatch = part[start : start + compute.microbatch_sequences]
+        microbatch = compacted(part[start : start + compute.microbatch_sequences])
+        if not (targets := num_targets(microbatch)):
+            continue
         try:
             with compute.autocast():
                 loss = loss_of(microbatch.to(compute.device, non_blocking=True))
-            loss = loss * (len(microbatch) / num_sequences)
+            loss = loss * (targets / batch_targets)
             scaled = loss if loss_scale is None else loss * loss_scale.factor
             scaled.backward()  # type: ignore[no-untyped-call]
         except (RuntimeError, MemoryError) as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import inputs_of, num_targets
 from swarmtrain.algorithm.inner import (
     InnerConstants,
     InnerOptimizer,
@@ -27,7 +28,7 @@ from swarmtrain.algorithm.inner import (
     moments_scale,
 )
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.model.gpt import GPT
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.peer.devices.compute import (
     ComputeDevice,
     StepQueue,
@@ -67,14 +68,16 @@ def inner_constants(run: RunFile) -> InnerConstants:
 
 @dataclass(frozen=True)
 class InnerStep:
-    """Result of one inner step: its tokens, their mean loss (nats per token), and the gradient norm before the clip.
+    """Result of one inner step: its targets, their mean loss (nats per target), and the gradient norm before the clip.
 
-    Loss and norm may be scalars on a device that has not computed them yet: reading one waits for the device.
+    `read_tokens` are all tokens that were read; None: as many as the targets. Loss and norm may be scalars on a device
+    that has not computed them yet: reading one waits for the device.
     """
 
     tokens: int
     loss: float | Tensor
     grad_norm: float | Tensor
+    read_tokens: int | None = None
 
 
 class RoundOver(Exception):  # noqa: N818 - a signal, not an error
@@ -128,7 +131,13 @@ class InnerLoop(ABC):
             session.interrupt()
         else:
             learning_rate = learning_rate_at(self.inner.constants, ahead.progress)
-            session.step(done.tokens, done.loss, grad_norm=done.grad_norm, learning_rate=learning_rate)
+            session.step(
+                done.tokens,
+                done.loss,
+                grad_norm=done.grad_norm,
+                learning_rate=learning_rate,
+                read_tokens=done.read_tokens,
+            )
 
     def take_step(self, progress: float, should_stop: Callable[[], bool] = lambda: False) -> InnerStep:
         """Call `step` with the learning rate scaled down while a late joiner's moments hold few steps (see
@@ -179,10 +188,10 @@ class InnerLoop(ABC):
         self.inner.load_moments(part.moments)
         self._has_moments, self.young_steps = True, part.young_steps
 
-    def skip(self, num_batches: int) -> None:
-        """Skip `num_batches` batches that were trained on before. See `LoopState`."""
-        for _ in range(num_batches):
-            self.batches.next_batch()
+    def skip(self, tokens: int) -> None:
+        """Skip the batches of `tokens` tokens that were trained on before. See `LoopState`."""
+        while tokens > 0:
+            tokens -= max(1, num_targets(self.batches.next_batch()))
 
     def weights_replaced(self) -> None:
         """See `LoopState`. A loop that has moments of its own keeps them; otherwise it counts as a late joiner."""
@@ -200,7 +209,7 @@ class ModelLoop(InnerLoop):
     def __init__(
         self,
         run: RunFile,
-        model: GPT,
+        model: LanguageModel,
         batches: BatchSource,
         slowed: Callable[[], AbstractContextManager[None]] = nullcontext,
         compute: ComputeDevice | None = None,
@@ -237,7 +246,7 @@ class ModelLoop(InnerLoop):
 
         return DataParallelRanks(self.model, self.inner, self.compute)
 
-    def whole_model(self) -> GPT:
+    def whole_model(self) -> LanguageModel:
         """Return the model with its present weights, to be measured."""
         return self.model
 
@@ -275,7 +284,8 @@ class ModelLoop(InnerLoop):
                 batch = batch[: self.batch_sequences]
             while (loss := self._differentiate(batch, should_stop)) is None:
                 self._use_smaller()
-            done = InnerStep(batch[:, 1:].numel(), loss, self._optimize(progress, scale))
+            norm = self._optimize(progress, scale)
+            done = InnerStep(num_targets(batch), loss, norm, read_tokens=inputs_of(batch).numel())
             self._ahead.step_asked()
             if self._slowed is not nullcontext:
                 finish(self.compute.device)  # what is made slower is the step, and not the asking for it
@@ -298,12 +308,14 @@ class ModelLoop(InnerLoop):
         if self.ranks is not None:
             return self.ranks.differentiate(batch, loss_of, self.compute, should_stop)
         try:
-            loss = add_gradient(loss_of, batch, len(batch), self.compute, self.inner.loss_scale, should_stop)
+            loss = add_gradient(loss_of, batch, num_targets(batch), self.compute, self.inner.loss_scale, should_stop)
         except StopTraining:
             self.inner.drop_gradients()
             raise
         if loss is None:
             self.inner.drop_gradients()
+        elif not num_targets(batch):
+            self.inner.gradients()  # zeros: the step is taken all the same
         return loss
 
     def _optimize(self, progress: float, scale: float) -> Tensor:

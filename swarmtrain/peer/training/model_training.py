@@ -18,7 +18,9 @@ from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
-from swarmtrain.model.gpt import TextLoss, build_model, num_parameters
+from swarmtrain.model.evaluation import TextLoss
+from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.swarm import Swarm
@@ -83,7 +85,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     base = data_base(run, context.settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
     context.stop.check()
-    model = build_model(run.model, initial_seed(run, context.me)).to(compute.model_device)
+    model = build_run_model(run, context.model_folder, initial_seed(run, context.me)).to(compute.model_device)
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
     kept = checkpointer.load(run, num_parameters(run.model))
     if kept is not None and kept.own is None:
@@ -375,7 +377,7 @@ class ModelTraining:
             context.emit(eval_event(progress.round - 1, loss, own_loss))
             if not is_kept:
                 weights = weights_in(self.loop.model, theta)
-                if warning := save_final_weights(context.folder, weights, context.published, progress):
+                if warning := save_final_weights(context.folder, weights, context.published, progress, loss):
                     context.emit(warning)
             context.control.finishing("serving the last weights until others have them")
             while time.monotonic() < give_up_s or (

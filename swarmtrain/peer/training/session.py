@@ -210,8 +210,8 @@ class LoopState(Protocol):
         """Continue from a `LoopCheckpoint` that `kept` gave. Raises ValueError, changing nothing, if it does not
         fit."""
 
-    def skip(self, num_batches: int) -> None:
-        """Skip `num_batches` batches that were trained on before."""
+    def skip(self, tokens: int) -> None:
+        """Skip the batches of `tokens` tokens that were trained on before."""
 
     def weights_replaced(self) -> None:
         """Note that the parameters' values will be those of other peers."""
@@ -238,23 +238,38 @@ class NextStep:
 class _Steps:
     """Inner steps that were taken."""
 
+    number: int = 0
+    """Inner steps taken so far."""
     losses: list[float | Tensor] = field(default_factory=list)
+    """Mean loss of each step that had a target."""
+    weights: list[int] = field(default_factory=list)
+    """How much each of these losses counts: its targets, or 1 as long as all tokens are targets."""
     grad_norms: list[float | Tensor] = field(default_factory=list)
     tokens: int = 0
+    """Targets: what the steps count for, in a merge and in the run's tokens."""
+    read_tokens: int = 0
+    """All tokens that were read: what the steps cost, by which a round is planned."""
     learning_rate: float = 0.0
     """Learning rate of the last step."""
 
-    def add(self, tokens: int, loss: float | Tensor, grad_norm: float | Tensor, learning_rate: float) -> None:
+    def add(
+        self, tokens: int, read_tokens: int, loss: float | Tensor, grad_norm: float | Tensor, learning_rate: float
+    ) -> None:
         """Add a step."""
-        self.losses.append(loss)
+        self.number += 1
+        if tokens:
+            self.losses.append(loss)
+            self.weights.append(1 if tokens == read_tokens else tokens)
         self.grad_norms.append(grad_norm)
         self.tokens += tokens
+        self.read_tokens += read_tokens
         self.learning_rate = learning_rate
 
-    @property
-    def number(self) -> int:
-        """Inner steps taken so far."""
-        return len(self.losses)
+    def finite_losses(self) -> tuple[list[float], list[int]]:
+        """Return the finite ones of the losses, reading them from a device, and how much each counts."""
+        pairs = zip(_read(self.losses), self.weights, strict=True)
+        finite = [(loss, weight) for loss, weight in pairs if math.isfinite(loss)]
+        return [loss for loss, _ in finite], [weight for _, weight in finite]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +278,17 @@ class _RoundEnd:
 
     losses: Sequence[float]
     """Finite ones only; so with the norms."""
+    weights: Sequence[int]
+    """How much each loss counts."""
     grad_norms: Sequence[float]
     ended_s: float
     position: int | None
     """`LoopState.position` then; None without a worker, since no step is taken before the end is merged."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the round's steps."""
+        return sum(loss * weight for loss, weight in zip(self.losses, self.weights, strict=True)) / sum(self.weights)
 
 
 @dataclass(kw_only=True)
@@ -416,20 +438,23 @@ class Session:
         *,
         grad_norm: float | Tensor = math.nan,
         learning_rate: float = 0.0,
+        read_tokens: int | None = None,
     ) -> None:
-        """Count an inner step over `tokens` tokens of mean `loss`; publish, merge or end the round if that is due.
+        """Count an inner step over `tokens` targets of mean `loss`; publish, merge or end the round if that is due.
 
-        `loss` and `grad_norm` may be scalars () on a device, which are read once a round. `grad_norm` and
-        `learning_rate`, if known, are reported with the round. Raises RuntimeError if `next_step` was
-        not called, and RunTimeError when the peer cannot go on.
+        `read_tokens` are all tokens that it read, if those are more. A round is planned in them, since they are what a
+        step costs; what it counts for are its targets. `loss` and `grad_norm` may be scalars () on a device, which are
+        read once a round. `grad_norm` and `learning_rate`, if known, are reported with the round. Raises RuntimeError
+        if `next_step` was not called, and RunTimeError when the peer cannot go on.
         """
+        read = tokens if read_tokens is None else read_tokens
         if (ended := self._ended_round) is not None:
-            self._ahead.add(tokens, loss, grad_norm, learning_rate)
-            num_ahead = self._ahead.tokens // self._step_tokens(ended.start)
+            self._ahead.add(tokens, read, loss, grad_norm, learning_rate)
+            num_ahead = self._ahead.read_tokens // self._step_tokens(ended.start)
             self.exchange.step_done(ended.start.inner_steps + num_ahead)
             return
         round = self._under_way()
-        round.steps.add(tokens, loss, grad_norm, learning_rate)
+        round.steps.add(tokens, read, loss, grad_norm, learning_rate)
         try:
             self.exchange.step_done(self._full_steps(round))
             self._do_what_is_due(round)
@@ -479,13 +504,13 @@ class Session:
             self._trained = groups
 
     def _step_tokens(self, start: Start) -> int:
-        """Return the tokens of each inner step of a round."""
+        """Return the tokens that each inner step of a round reads."""
         sequences = start.batch_sequences or self.run.inner.batch_sequences
         return sequences * self.run.model.context_tokens
 
     def _full_steps(self, round: _Round) -> int:
         """Return how many of its inner steps a round's tokens make."""
-        return min(round.steps.tokens // self._step_tokens(round.start), round.start.inner_steps)
+        return min(round.steps.read_tokens // self._step_tokens(round.start), round.start.inner_steps)
 
     def _under_way(self) -> _Round:
         if self._round is None:
@@ -522,7 +547,7 @@ class Session:
     def _do_what_is_due(self, round: _Round) -> None:
         """Publish, merge or end the round if its last step has made that due."""
         start, num_steps, part = round.start, self._full_steps(round), 0
-        is_full = round.steps.tokens >= start.inner_steps * self._step_tokens(start)
+        is_full = round.steps.read_tokens >= start.inner_steps * self._step_tokens(start)
         if self._merging is not None:
             # Nothing is published meanwhile: of a fragment that is being merged it would be counted in two rounds.
             next_fragment = len(round.updates) + len(self._merging.fragments)
@@ -569,19 +594,21 @@ class Session:
     def _end(self, round: _Round) -> None:
         """Publish the whole round and begin to merge what remains."""
         self._wait_for_merges()
-        finite = [loss for loss in _read(round.steps.losses) if math.isfinite(loss)]
+        finite, weights = round.steps.finite_losses()
         norms = [norm for norm in _read(round.steps.grad_norms) if math.isfinite(norm)]
         # After the losses were read, which a device has once it has taken the steps.
         ended_s, last = self.clock(), len(self.replica.fragments) - 1
         self._round = None
-        if not finite:
+        if round.steps.losses and not finite:
             raise RunTimeError(
                 "training diverged: no loss of the last round was finite; lower inner.learning_rate",
                 code="training-diverged",
             )
         position = None if self.worker is None else self.loop.position
-        round.end = _RoundEnd(losses=finite, grad_norms=norms, ended_s=ended_s, position=position)
-        num_steps = round.steps.tokens / self.run.tokens_per_step  # a stage's steps vary in size
+        if not finite:
+            finite, weights = [0.0], [1]  # a whole round without a target
+        round.end = _RoundEnd(losses=finite, weights=weights, grad_norms=norms, ended_s=ended_s, position=position)
+        num_steps = round.steps.read_tokens / self.run.tokens_per_step  # a stage's steps vary in size
         self.steps_per_s = num_steps / max(ended_s - round.began_s - round.apart_s, 1e-9)
         own = self._publish(round, round.start.num_parts)
         fragments = [*self._due(round, round.start.inner_steps), last]
@@ -605,7 +632,7 @@ class Session:
         if (round := self._ended_round) is None:
             return None
         most_tokens = round.start.merge_after[0] * self._step_tokens(round.start)
-        if self._ahead.tokens < most_tokens and self._run_share(round) < 1:
+        if self._ahead.read_tokens < most_tokens and self._run_share(round) < 1:
             return round
         self._wait_for_merges()
         return None
@@ -682,7 +709,7 @@ class Session:
                 arrived=(*round.updates, merged.arrived),
                 progress=self.replica.progress,
                 num_peers=round.start.num_peers,
-                loss=sum(end.losses) / len(end.losses),
+                loss=end.loss,
                 first_loss=end.losses[0],
                 learning_rate=steps.learning_rate,
                 grad_norm=sum(end.grad_norms) / len(end.grad_norms) if end.grad_norms else None,
@@ -734,7 +761,7 @@ class Session:
         """
         skipped = skippable_tokens(tokens, self.run.round_tokens)
         if skipped:
-            self.loop.skip(skipped // self.run.tokens_per_step)
+            self.loop.skip(skipped)
             self.replica.own_tokens += skipped
         return skipped > 0
 

@@ -9,7 +9,8 @@ import torch
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.pacing import rounds_of_others
-from swarmtrain.model.gpt import build_model, num_parameters
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants

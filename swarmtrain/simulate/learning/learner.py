@@ -11,7 +11,8 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
-from swarmtrain.model.gpt import build_model, evaluate
+from swarmtrain.model.evaluation import evaluate
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.snapshots.store import TensorSpec
 from swarmtrain.peer.training.loop import ModelLoop
@@ -53,7 +54,7 @@ class Text:
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""
-        model = build_model(self.run.model, self.run.run.seed)
+        model = build_run_model(self.run, None)
         unflatten_into(theta, model.trained_tensors())
         tokens = self.data.tokenizer.encode(self.held_out)
         sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
@@ -69,7 +70,7 @@ class Learner:
 
     def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
         self.text, self.number = text, number
-        model = build_model(text.run.model, text.run.run.seed if seed is None else seed)
+        model = build_run_model(text.run, None, seed)
         if warm is not None:
             unflatten_into(warm, model.trained_tensors())
         self.loop = ModelLoop(text.run, model, text.batches(number))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes
 from swarmtrain.protocol.pipeline.balance import Rule, StagePeer
 from swarmtrain.protocol.pipeline.router import Router

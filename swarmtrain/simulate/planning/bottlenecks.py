@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.methods import GOSSIP
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
 from swarmtrain.peer.estimate import estimate, publication_sizes, pulled_bytes
 from swarmtrain.protocol.gossip.pulls import LINK_SHARE

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate
 from swarmtrain.protocol.gossip.pulls import PublicationBytes

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.estimate import publication_sizes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import RunOutcome

@@ -15,7 +15,7 @@ from codes import raises_code
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event, JoinedEvent, WarningEvent, to_plain_line
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import new_identity

@@ -15,7 +15,7 @@ from patience import PATIENCE_S
 
 from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.discovery.presence import OwnPresence

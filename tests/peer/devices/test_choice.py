@@ -13,7 +13,7 @@ import torch
 from codes import raises_code
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import num_parameters
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.stages import expected_boundaries, stage_shapes
 from swarmtrain.peer.devices import choice as choice_module
 from swarmtrain.peer.devices.choice import (

@@ -21,6 +21,7 @@ from codes import raises_code
 from recorded_rank import DIGESTS, FITTING, digest
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import join_rows, num_targets
 from swarmtrain.data.batches import Batches
 from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.model.gpt import build_model
@@ -102,7 +103,8 @@ class Pair:
     def gradient_alone(self, batch: Tensor) -> tuple[float, Tensor]:
         """Return loss and gradient of a batch at the same weights, computed by this process alone."""
         whole = ComputeDevice(microbatch_sequences=len(batch))
-        return self._differentiated(add_gradient(self.loop.model.loss, batch, len(batch), whole, None, lambda: False))
+        loss_of, targets = self.loop.model.loss, num_targets(batch)
+        return self._differentiated(add_gradient(loss_of, batch, targets, whole, None, lambda: False))
 
     def _differentiated(self, loss: Tensor | None) -> tuple[float, Tensor]:
         assert loss is not None
@@ -153,6 +155,16 @@ def test_the_gradient_is_that_of_one_process(pair: Pair, number: int) -> None:
     batch = batches_at(3).next_batch()[:number]
     (loss, both), (right, alone) = pair.gradient(batch), pair.gradient_alone(batch)
     assert (both - alone).norm() <= ROUNDING * alone.norm() and loss == pytest.approx(right, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("targets", [[0, 0, 3, 16], [5, 0, 0, 0], [0, 0, 0, 0]])
+def test_ranks_count_by_the_targets_of_their_parts(pair: Pair, targets: list[int]) -> None:
+    tokens = batches_at(3).next_batch()[:4]
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    batch = join_rows(tokens, places >= tokens.shape[1] - torch.tensor(targets)[:, None], places % 7)
+    (loss, both), (right, alone) = pair.gradient(batch), pair.gradient_alone(batch)
+    assert (both - alone).norm() <= ROUNDING * alone.norm() and loss == pytest.approx(right, rel=ROUNDING)
+    assert bool(alone.any()) == bool(sum(targets))
 
 
 def test_a_stop_within_a_step_leaves_both_where_they_were(pair: Pair) -> None:
@@ -284,7 +296,7 @@ def test_a_rank_waits_for_rank_0_before_it_connects(monkeypatch: pytest.MonkeyPa
 def test_a_rank_compiles_its_loss_when_rank_0_has(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def compiled(loss_of: Any, failed: Any) -> Callable[[Tensor], Tensor]:
+    def compiled(model: Any, failed: Any, rows: int) -> Callable[[Tensor], Tensor]:
         made.append(os.environ[CACHE_VARIABLE])
         return lambda batch: batch
 

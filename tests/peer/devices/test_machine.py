@@ -15,7 +15,8 @@ from codes import raises_code
 from torch import Tensor
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import GPT, num_parameters
+from swarmtrain.model.gpt import GPT
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.devices import machine
 from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, probe_device
 from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult, choose_device, parse_device

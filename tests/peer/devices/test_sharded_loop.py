@@ -11,6 +11,7 @@ import pytest
 import torch
 from codes import raises_code
 
+from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.data.batches import Batches
 from swarmtrain.errors import RunTimeError
 from swarmtrain.model.gpt import GPT, build_model
@@ -40,8 +41,19 @@ RUN = RunFile.model_validate(
 pytestmark = pytest.mark.slow
 
 
+class SomeMasked(Batches):
+    """Batches of which the fourth has few targets, none of them in its first microbatch, and two documents each."""
+
+    def next_batch(self) -> torch.Tensor:
+        tokens = super().next_batch()
+        if self.position != 4:
+            return tokens
+        places, wanted = torch.arange(17).expand_as(tokens), torch.tensor([0, 0, 3, 9, 1])
+        return join_rows(tokens, places > 16 - wanted[:, None], places % 9)
+
+
 def batches_at(position: int) -> Batches:
-    return Batches(
+    return SomeMasked(
         TEXT, context_tokens=16, batch_sequences=BATCH, run_sha256="ab" * 32, peer_id="me", position=position
     )
 

@@ -76,6 +76,7 @@ def assignment(
     compute = ComputeDevice() if compute is None else compute
     context: Any = SimpleNamespace(
         published=PUBLISHED,
+        model_folder=None,
         run=RUN,
         me=IDENTITY.peer_id,
         name="anna",

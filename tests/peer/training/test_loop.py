@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.batch import IGNORED, join_rows, num_targets
 from swarmtrain.algorithm.inner import learning_rate_at, moments_scale
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import GPT, build_model
@@ -106,9 +107,70 @@ def test_a_late_comers_steps_are_smaller_until_its_moments_are_not_young() -> No
 def test_what_is_skipped_is_not_trained_on() -> None:
     run = run_file(10)
     skipped, began_there = loop_of(run), loop_of(run, 4)
-    skipped.skip(4)
+    skipped.skip(4 * 64)
     assert skipped.take_step(0.5) == began_there.take_step(0.5)
     assert torch.equal(skipped.parameters.read(), began_there.parameters.read())
+
+
+class Masked:
+    """Batches of which the last tokens of each sequence are targets, as many as `counts` says, sequence by sequence."""
+
+    num_shards = 0
+
+    def __init__(self, counts: list[list[int]]) -> None:
+        self._plain, self._counts = batches_at(0), counts
+
+    @property
+    def position(self) -> int:
+        return self._plain.position
+
+    def use_shard(self, shard: int) -> None:
+        raise ValueError
+
+    def next_batch(self) -> Tensor:
+        counts = torch.tensor(self._counts[self.position % len(self._counts)])
+        tokens = self._plain.next_batch()
+        return join_rows(tokens, torch.arange(tokens.shape[1]) >= tokens.shape[1] - counts[:, None])
+
+
+def masked_loop(run: RunFile, counts: list[list[int]]) -> ModelLoop:
+    return ModelLoop(run, build_model(run.model, 0), Masked(counts))
+
+
+def test_a_masked_batch_counts_by_its_targets_whatever_its_microbatches() -> None:
+    counts = [[16, 1, 3, 0], [2, 2, 0, 0], [16, 16, 16, 16]]
+    results = []
+    for microbatch in (1, 2, 4):
+        loop = masked_loop(run_file(10, microbatch_sequences=microbatch), counts)
+        results.append([loop.take_step(step / 10) for step in range(3)])
+    assert [each.tokens for each in results[0]] == [20, 4, 64] and {each.read_tokens for each in results[0]} == {64}
+    for found in results[1:]:
+        for ours, other in zip(found, results[0], strict=True):
+            assert ours.tokens == other.tokens
+            assert float(ours.loss) == pytest.approx(float(other.loss), rel=1e-5)
+            assert float(ours.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-5)
+    run = run_file(10)
+    model, batch = build_model(run.model, 0), Masked(counts).next_batch()
+    logits, labels = model(batch[:, 0, :-1]).flatten(0, 1), batch[:, 1, 1:].flatten()
+    mean = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+    assert float(results[0][0].loss) == pytest.approx(float(mean.detach()), rel=1e-6), "not the mean of means"
+
+
+def test_a_batch_without_a_target_is_a_step_like_any() -> None:
+    run = run_file(10)
+    loop = masked_loop(run, [[4, 4, 4, 4], [0, 0, 0, 0], [4, 4, 4, 4]])
+    first, empty, third = (loop.take_step(step / 10) for step in range(3))
+    assert empty.tokens == 0 and float(empty.loss) == 0.0 and float(empty.grad_norm) == 0.0
+    assert math.isfinite(float(third.loss)) and bool(loop.parameters.read().isfinite().all())
+    assert {int(loop.inner.moment_tensors()[0])} == {3}, "it is counted"
+    assert float(first.loss) != float(third.loss)
+
+
+def test_batches_that_others_merged_are_skipped_by_their_targets() -> None:
+    run, counts = run_file(10), [[16, 1, 3, 0], [2, 2, 0, 0], [1, 1, 1, 1]]
+    loop = masked_loop(run, counts)
+    loop.skip(24)
+    assert loop.batches.position == 2 and num_targets(loop.batches.next_batch()) == 4
 
 
 def test_a_step_that_is_given_up_changes_no_weights_and_leaves_no_gradients() -> None:

@@ -61,6 +61,7 @@ def prepared(patch: pytest.MonkeyPatch, folder: Path, method: str, compute: Comp
     context: Any = SimpleNamespace(
         run=run,
         published=PublishedRun(b"", "ab" * 32, run, held_out, b""),
+        model_folder=None,
         emit=lambda event: None,
         me=ME.peer_id,
         name="me",

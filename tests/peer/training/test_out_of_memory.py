@@ -319,9 +319,9 @@ def test_nothing_of_a_step_that_did_not_fit_is_held_when_it_is_repeated() -> Non
     trainer, alive = Trainer(Memory(2, is_backward=True)), list[bool]()
     right = trainer.loop.model.features
 
-    def features(tokens: Tensor) -> Tensor:
+    def features(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         alive.extend(each() is not None for each in held)
-        found = right(tokens)
+        found = right(tokens, positions)
         held.append(weakref.ref(found))
         return found
 

@@ -105,8 +105,8 @@ class NoLoop:
     def resume(self, part: LoopCheckpoint) -> None:
         self.told.append(f"resume at {part.batches}")
 
-    def skip(self, num_batches: int) -> None:
-        self.told.append(f"skip {num_batches}")
+    def skip(self, tokens: int) -> None:
+        self.told.append(f"skip {tokens // STEP}")
 
     def weights_replaced(self) -> None:
         self.told.append("replaced")
@@ -532,6 +532,19 @@ def test_a_checkpoint_is_the_replica_the_counters_and_what_the_loop_keeps() -> N
     assert again.exchange.calls == one.exchange.calls
     assert all(torch.equal(one.tensors[name], again.tensors[name]) for name in "abcd")
     assert again.session.progress == one.session.progress
+
+
+def test_a_round_is_planned_by_what_is_read_and_counts_by_its_targets() -> None:
+    run, exchange, reports = run_file(2), Alone(2, 1), list[RoundReport]()
+    session = Session(run=run, parameters=parameters(), loop=NoLoop(), exchange=exchange, report=reports.append)
+    for targets, loss in ((16, 4.0), (0, 0.0), (48, 2.0), (16, 4.0)):
+        ahead = session.next_step()
+        assert ahead is not None
+        session.step(targets, loss, read_tokens=STEP)
+    assert [own.tokens for own in exchange.published] == [16, 64] and exchange.told == [1, 2, 1, 2]
+    assert [own.inner_steps for own in exchange.published] == [2, 2]
+    assert [report.loss for report in reports] == [4.0, 2.5], "a step without a target has no loss"
+    assert session.replica.own_tokens == 80
 
 
 @pytest.mark.parametrize(("merged", "skipped"), [(0, 0), (-5, 0), (3 * STEP, 3), (16 * STEP, 16), (16 * STEP + 1, 0)])

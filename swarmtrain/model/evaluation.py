@@ -1,0 +1,60 @@
+"""Loss of a model on a text that it was not trained on, in the units in which it is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.batch import compacted, num_targets
+from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.words import bits_per_byte
+
+__all__ = ["TextLoss", "evaluate"]
+
+
+@torch.inference_mode()
+def evaluate(model: LanguageModel, batches: Iterable[Tensor]) -> tuple[float, int]:
+    """Return (sum of nats, number of targets) over batches in main memory.
+
+    With one byte per token, their quotient is the held-out loss.
+    """
+    sum_nats, number = 0.0, 0
+    for batch in batches:
+        sum_nats += float(model.sum_of_losses(compacted(batch).to(model.device)))
+        number += num_targets(batch)
+    return sum_nats, number
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss on a text of which each byte is in exactly one target token (`held_out_batches`)."""
+
+    sum_nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def nats_per_byte(self) -> float:
+        """Held-out loss as the run reports it."""
+        return self.sum_nats / self.num_bytes
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Held-out loss in bits per byte, which does not depend on the tokenizer: models with different ones compare by
+        it."""
+        return bits_per_byte(self.nats_per_byte)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nats per token): the number of equally likely tokens among which the next one is guessed.
+
+        None if a float cannot hold it, since events hold finite numbers only.
+        """
+        try:
+            return math.exp(self.sum_nats / self.num_tokens)
+        except OverflowError:
+            return None

@@ -1,0 +1,43 @@
+"""Model of a run, built as its run file says.
+
+The one place that knows which kinds of models there are. `files` is the folder of the run's pinned model files, which a
+built-in model has none of.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.run import ModelSection, RunFile
+
+__all__ = ["build_from_spec", "build_run_model", "empty_model", "spec_from_json", "spec_to_json"]
+
+
+def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -> LanguageModel:
+    """Build the model of `run` with its initial weights, on the processor, fp32. `seed` replaces the run's."""
+    return build_from_spec(ModelSpec(run.model, files), run.run.seed if seed is None else seed)
+
+
+def build_from_spec(spec: ModelSpec, seed: int) -> LanguageModel:
+    """Build a model with its initial weights, on the processor, fp32."""
+    return build_model(spec.section, seed)
+
+
+def empty_model(spec: ModelSpec) -> LanguageModel:
+    """Build a model on the processor, fp32, whose weights are whatever is in memory: they come from elsewhere."""
+    return GPT(spec.section)
+
+
+def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
+    """Return a spec in the form that JSON holds, for another process of this peer."""
+    files = None if spec.files is None else str(spec.files)
+    return {"section": spec.section.model_dump(mode="json"), "files": files}
+
+
+def spec_from_json(table: dict[str, Any]) -> ModelSpec:
+    """Return the spec that `spec_to_json` wrote."""
+    files = table["files"]
+    return ModelSpec(ModelSection.model_validate(table["section"]), None if files is None else Path(files))

@@ -1,0 +1,163 @@
+"""Models of a small hub: what may be pinned is downloaded, at one commit, and errors are one line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from codes import raises_code
+from model_files import CONTENTS, WEIGHTS
+from small_hub import SmallHub, small_hub
+
+from swarmtrain.errors import RunFileError
+from swarmtrain.model.hub import HubError, HubModel
+from swarmtrain.protocol.pinned_files.file_list import INDEX
+
+pytest.importorskip("huggingface_hub")
+ALL = {**CONTENTS, "pytorch_model.bin": b"a pickle", "README.md": b"# A model"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    with small_hub() as hub:
+        hub.use_in(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def nothing(*numbers: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("anna/tiny", HubModel("anna/tiny")),
+        ("anna/tiny@v1.0", HubModel("anna/tiny", "v1.0")),
+        ("anna/tiny@refs/pr/1", HubModel("anna/tiny", "refs/pr/1")),
+        ("tiny", None),
+        ("anna/tiny/more", None),
+        ("../tiny", None),
+        ("/anna/tiny", None),
+        ("anna/tiny@", None),
+        ("https://huggingface.co/anna/tiny", None),
+    ],
+)
+def test_a_name_of_the_hub(base: str, expected: HubModel | None) -> None:
+    assert HubModel.parse(base) == expected
+
+
+def test_files_come_at_one_commit_with_progress_and_pickles_stay_there(hub: SmallHub) -> None:
+    first, seen = hub.push("anna/tiny", ALL), list[tuple[int, int]]()
+    found = HubModel("anna/tiny").download(weights=True, advance=lambda *done: seen.append(done))
+    assert (found.commit, found.names) == (first, tuple(sorted(CONTENTS)))
+    assert {name: (found.folder / name).read_bytes() for name in found.names} == CONTENTS
+    total = sum(map(len, CONTENTS.values()))
+    assert seen[-1] == (total, total) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    hub.push("anna/tiny", {**ALL, "config.json": b"{}"})
+    again = HubModel("anna/tiny", first).download(weights=True, advance=nothing)
+    assert again == found and set(hub.downloads()) == set(CONTENTS), "nothing twice"
+
+
+def test_without_weights_only_descriptions_come(hub: SmallHub) -> None:
+    hub.push("anna/tiny", ALL)
+    assert HubModel("anna/tiny").download(weights=False, advance=nothing).names == ("config.json",)
+    assert hub.downloads() == ["config.json"]
+
+
+def test_weights_in_pieces_come_by_their_index(hub: SmallHub) -> None:
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
+    hub.push("anna/tiny", {"config.json": b"{}", INDEX: index, "model-1.safetensors": b"a", "other.safetensors": b"b"})
+    found = HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert found.names == ("config.json", "model-1.safetensors", INDEX)
+
+
+def test_without_a_connection_the_cache_is_enough(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("anna/tiny", ALL)
+    found = HubModel("anna/tiny").download(weights=True, advance=nothing)
+    num_asked = len(hub.asked)
+    monkeypatch.setattr(importlib.import_module("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
+    assert HubModel("anna/tiny").download(weights=True, advance=nothing) == found
+    with raises_code("hub-failed", RunFileError, "anna/other"):
+        HubModel("anna/other").download(weights=True, advance=nothing)
+    assert len(hub.asked) == num_asked
+
+
+@pytest.mark.parametrize(("base", "says"), [("anna/none", "no such repository"), ("anna/tiny@v7", "no such revision")])
+def test_what_the_hub_does_not_have_is_one_line(hub: SmallHub, base: str, says: str) -> None:
+    hub.push("anna/tiny", ALL)
+    model = HubModel.parse(base)
+    assert model is not None
+    with raises_code("hub-failed", RunFileError, says):
+        model.download(weights=True, advance=nothing)
+
+
+def test_a_repository_without_a_model_is_refused(hub: SmallHub) -> None:
+    hub.push("anna/tiny", {"model.safetensors": WEIGHTS})
+    with raises_code("hub-failed", RunFileError, "config.json"):
+        HubModel("anna/tiny").download(weights=True, advance=nothing)
+
+
+def test_a_model_with_pickles_alone_is_refused_before_anything_large_comes(hub: SmallHub) -> None:
+    hub.push("anna/tiny", {"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
+    with raises_code("not-safetensors", RunFileError, "anna/tiny"):
+        HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert hub.downloads() == []
+
+
+def test_one_file_of_a_pinned_model(hub: SmallHub) -> None:
+    commit, seen = hub.push("anna/tiny", ALL), list[int]()
+    model = HubModel("anna/tiny", commit)
+    assert model.is_pinned and not HubModel("anna/tiny").is_pinned
+    path = model.download_file("model.safetensors", seen.append, nothing)
+    assert path.read_bytes() == WEIGHTS and sum(seen) == len(WEIGHTS)
+    with pytest.raises(HubError):
+        model.download_file("tokenizer.json", nothing, nothing)
+
+
+def test_a_hub_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_hub() as hub:
+        hub.use_in(monkeypatch, tmp_path / "cache")
+    model = HubModel("anna/tiny", "ab" * 20)
+    with pytest.raises(HubError):
+        model.reach(nothing)
+    assert model.cached_file("config.json") is None
+
+
+def test_whoever_waits_for_the_hub_can_give_up(hub: SmallHub) -> None:
+    commit, waits, asked = hub.push("anna/tiny", ALL), threading.Event(), threading.Event()
+
+    def holds(name: str, data: bytes) -> bytes:
+        asked.set()
+        waits.wait(10)
+        return data
+
+    def give_up() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    hub.altered = holds
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            HubModel("anna/tiny", commit).download_file("model.safetensors", nothing, give_up)
+    finally:
+        waits.set()
+
+
+def test_no_login_but_the_one_given(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "token").write_text("hf_stored")
+    hub.push("anna/tiny", ALL)
+    HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert not [each for each in hub.asked if "Bearer" in each]
+    monkeypatch.setenv("HF_TOKEN", "hf_given")
+    hub.push("anna/other", ALL)
+    HubModel("anna/other").download(weights=True, advance=nothing)
+    assert [each for each in hub.asked if "anna/other" in each] == [
+        each for each in hub.asked if "Bearer hf_given" in each and "agent" not in each
+    ]
