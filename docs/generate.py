@@ -142,7 +142,7 @@ def aliases() -> str:
 
 
 def run_file() -> str:
-    parts = [RUN_FILE_HEAD]
+    parts, titles = [RUN_FILE_HEAD], set[str]()
     for name, section_field in RunFile.model_fields.items():
         section = section_of(section_field)
         parts.append(
@@ -154,8 +154,10 @@ def run_file() -> str:
             allowed = allowed_values(field).replace("a string matching ", "")
             allowed = f"`{allowed}`" if allowed.startswith("^") else allowed
             if values:
-                allowed = f"one of [{len(values)} values](#{key})"
-                lists.append(f"\n### `{key}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
+                title = f"{name}.{key}" if key in titles else key  # a link leads to one of them
+                titles.add(key)
+                allowed = f"one of [{len(values)} values](#{title.replace('.', '')})"
+                lists.append(f"\n### `{title}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
             parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(meaning)} |\n")
         parts += lists
     parts.append(aliases())

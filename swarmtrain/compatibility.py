@@ -47,6 +47,14 @@ FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 """First version that spoke each protocol."""
 
 KEYS_SINCE: Mapping[str, int] = {
+    "adapter.method": 2,
+    "adapter.rank": 2,
+    "adapter.alpha": 2,
+    "adapter.dropout": 2,
+    "adapter.targets": 2,
+    "adapter.group_rank": 2,
+    "adapter.modules": 2,
+    "adapter.num_parameters": 2,
     "data.source=parquet": 2,
     "inner.precision": 2,
     "model.base": 2,
@@ -60,7 +68,7 @@ KEYS_SINCE: Mapping[str, int] = {
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "241e702fe1ecac3728c5a4aa3656459dd0e841a48dcfa1d19bed94b0d0388cd2"
+WIRE_SHA256 = "00b5a3336c442bf1ac8e34d9429e41e79f82e18c91ffd1119e9de31891e649a8"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -30,6 +30,7 @@ from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
 from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
+from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection
 
@@ -38,6 +39,7 @@ __all__ = [
     "FILLED_MODEL_KEYS",
     "MAX_RUN_FILE_BYTES",
     "METHODS_OF_KEYS",
+    "AdapterSection",
     "DataSection",
     "EvaluationSection",
     "GradientFormat",
@@ -518,6 +520,7 @@ class RunFile(Section):
     data: DataSection = DataSection()
     inner: InnerSection = InnerSection()
     merge: MergeSection = MergeSection()
+    adapter: AdapterSection = AdapterSection()
     pipeline: PipelineSection = PipelineSection()
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
@@ -575,6 +578,24 @@ class RunFile(Section):
         fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
         return min(self.data.shards, fitting) if fitting > 1 else 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fragments_of_adapter(cls, data: Any) -> Any:
+        """Set `merge.fragments` to the number of an adapter's groups, which are its fragments."""
+        if not isinstance(data, dict):
+            return data
+        adapter, merge = data.get("adapter"), data.get("merge", {})
+        if not isinstance(adapter, dict | AdapterSection) or not isinstance(merge, dict) or "fragments" in merge:
+            return data
+        try:
+            section = AdapterSection.model_validate(adapter)
+        except ValidationError:
+            return data
+        kind = _kind_of({"method": MergeSection.model_fields["method"].default, **merge})
+        if not section.is_used or kind is None or not kind.reads("fragments"):
+            return data
+        return {**data, "merge": {**merge, "fragments": section.num_groups}}
+
     @model_validator(mode="after")
     def _possible(self) -> RunFile:
         if self.run.total_tokens < self.tokens_per_step:
@@ -588,6 +609,7 @@ class RunFile(Section):
                 f"model.context_tokens = {self.model.context_tokens}"
             )
         self._check_pipeline()
+        self._check_adapter()
         if self.merge.init == "own" and not (self.model.is_built_in or self.model.from_scratch):
             raise ValueError(
                 'merge.init: "own" with the weights of model.base, which are the same for every peer; allowed: '
@@ -645,6 +667,10 @@ class RunFile(Section):
                 f"evaluation.every_rounds: {self.evaluation.every_rounds} with pipeline.stages = {stages}; allowed: 0, "
                 "since no volunteer has the whole model (the bootstrap measures it at the end)"
             )
+
+    def _check_adapter(self) -> None:
+        if self.adapter.is_used:  # until models of another kind are there
+            raise ValueError(f'adapter.method: "{self.adapter.method}" with the built-in model; allowed: "none"')
 
     def _check_published_stages(self, published: PublishedSection) -> None:
         stages, boundaries, costs = self.pipeline.stages, published.boundaries, published.stage_costs
@@ -767,6 +793,10 @@ def needs_of(run: RunFile) -> Needs:
     return needs_with({key: 0 for name, value in written for key in (name, f"{name}={value}")})
 
 
+_SECTIONS_SINCE = {"adapter"}
+"""Sections that came after protocol 1: they are left out where all their keys are."""
+
+
 def _written_table(run: RunFile) -> dict[str, Any]:
     """Return the tables to publish: every default, but of newer keys (`KEYS_SINCE`) only values that differ from it.
 
@@ -778,7 +808,7 @@ def _written_table(run: RunFile) -> dict[str, Any]:
         without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
         if name in table.get(section, {}) and _means_the_same(without, getattr(run, section)):
             table[section] = without
-    return table
+    return {name: keys for name, keys in table.items() if keys or name not in _SECTIONS_SINCE}
 
 
 def _means_the_same(table: dict[str, Any], section: Section) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
-from swarmtrain.model.export import write_whole
+from swarmtrain.model.atomic_folder import write_whole
 from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.model.huggingface_config import HuggingFaceModel, read_config, untie

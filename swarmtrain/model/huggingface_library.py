@@ -8,6 +8,7 @@ to it in a folder that holds nothing else.
 from __future__ import annotations
 
 import importlib
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +23,15 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.model.huggingface import tensor_files
 from swarmtrain.words import one_line
 
-__all__ = ["empty_library_model", "library_config", "load_library_model", "random_library_model", "shape_keys"]
+__all__ = [
+    "cache_argument",
+    "empty_library_model",
+    "library_config",
+    "load_library_model",
+    "parameters_of",
+    "random_library_model",
+    "shape_keys",
+]
 
 
 def _library() -> Any:
@@ -208,6 +217,11 @@ def _refused_in_words(origin: str, code: str = "model-refused") -> Iterator[None
         raise UserError(
             f"{origin}: transformers refuses this model: {reason}; give another model, or correct its files", code=code
         ) from None
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name that this version of the library has for a cache of keys and values."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _origin(config: Any) -> str:

@@ -23,6 +23,7 @@ from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.huggingface import initial_weight
 from swarmtrain.model.huggingface_config import HuggingFaceModel, untie, whole_config
 from swarmtrain.model.huggingface_library import (
+    cache_argument,
     empty_library_model,
     library_config,
     load_library_model,
@@ -30,6 +31,7 @@ from swarmtrain.model.huggingface_library import (
     shape_keys,
 )
 from swarmtrain.model.huggingface_probe import ModelTraits, place_of, traits_of
+from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
@@ -85,6 +87,15 @@ class HuggingFaceLanguageModel(LanguageModel):
         """See `LanguageModel`."""
         x = self.features(tokens, positions)
         return cast(Tensor, self.head(x)) if self.traits.has_plain_head else x
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `LanguageModel`."""
+        check_length(cache.num_tokens + tokens.shape[1], self.context_tokens)
+        cache.num_tokens += tokens.shape[1]
+        name = cache_argument(self.library_model)
+        out = self.library_model(input_ids=tokens, use_cache=True, **{name: cache.of_library})
+        cache.of_library = out[name]
+        return cast(Tensor, out.logits[0, -1])
 
     def loss_of_features(self, x: Tensor, batch: Tensor) -> Tensor:
         """See `LanguageModel`."""

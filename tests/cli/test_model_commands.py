@@ -14,6 +14,7 @@ import torch
 
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
+from swarmtrain.data.tokenizer_json import tokenizer_json
 from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import export_model
@@ -57,7 +58,7 @@ def test_a_loss_in_nats_bits_and_perplexity_is_that_of_a_plain_reference(
     kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "bpe"
     section = SECTION.model_copy(update={"tokenizer": kind, "vocabulary_size": tokenizer.vocabulary_size})
     model = build_model(section, seed=1)
-    files = {"held-out.txt": TEXT} | ({"tokenizer.bin": tokenizer.to_bytes()} if kind == "bpe" else {})
+    files = {"held-out.txt": TEXT, "tokenizer.json": tokenizer_json(tokenizer.to_bytes())}
     export_model(tmp_path / "model", dict(model.named_parameters()), section, 1, files)
     tokens, bits, num_bytes = [ord("\n"), *map(int, tokenizer.encode(TEXT))], 0.0, 0
     for place in range(1, len(tokens)):

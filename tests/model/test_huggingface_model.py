@@ -27,6 +27,7 @@ from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, similar_built_in
 from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_json, spec_to_json
 from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
+from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import joined_weights
 from swarmtrain.run import ModelSection, RunFile
 
@@ -141,6 +142,15 @@ def test_documents_of_a_sequence_are_apart_and_only_targets_count(folder: Path, 
 def test_a_family_that_cannot_be_cut_is_refused_in_a_pipeline(folder: Path) -> None:
     with raises_code("model-family", RunFileError, "gpt_neox"):
         resolved_run(run_of("gpt_neox", pipeline="stages = 3"), folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_writes_what_it_would_if_each_token_were_read_with_all_before(folder: Path, family: str) -> None:
+    model, tokens = _built(folder, family), [5, 6, 7]
+    written = generate(model, tokens, 30, 0.0, seed=0)
+    for _ in range(30):
+        tokens.append(int(model(torch.tensor([tokens[-24:]]))[0, -1].argmax()))
+    assert written == tokens[3:]
 
 
 def test_tied_matrices_are_one_parameter_that_is_trained_once(folder: Path) -> None:

@@ -142,7 +142,7 @@ class BootstrapPeer:
             self.emit(had_ended(self.folder))
             return
         weights = dict(model.named_parameters())
-        if warning := save_final_weights(self.folder, weights, self.published, progress):
+        if warning := save_final_weights(self.folder, weights, self.published, progress, loss):
             self.emit(warning)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:

@@ -61,7 +61,7 @@ class Text:
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""
         model = build_run_model(self.run, self.model_folder)
-        unflatten_into(theta, model.parameters())
+        unflatten_into(theta, model.trained_tensors())
         tokens = self.data.tokenizer.encode(self.held_out)
         sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
         return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
@@ -78,10 +78,18 @@ class Learner:
         self.text, self.number = text, number
         model = build_run_model(text.run, text.model_folder, seed)
         if warm is not None:
-            unflatten_into(warm, model.parameters())
+            unflatten_into(warm, model.trained_tensors())
         self.loop = ModelLoop(text.run, model, text.batches(number))
         self.replica = Replica(text.run.merge, self.loop.parameters)
         self.losses: list[float] = []
+        self.trained: frozenset[int] | None = None
+        """Groups of an adapter that are trained in this round; None: everything."""
+
+    def train_only(self, groups: frozenset[int] | None) -> None:
+        """Train only these groups of an adapter from now on; None: everything, as before."""
+        self.trained = groups
+        if groups is not None:
+            self.loop.parameters.train_only(groups)
 
     def enter(self, theta: Tensor) -> None:
         """Begin a round with these weights (P,)."""
