@@ -104,7 +104,9 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         tokenizer_bytes=len(tokenizer),
         boundaries=boundaries,
         stage_costs=costs,
-        dataset_revision=files.revision or None,
+        dataset_revision=None if run.data.sources else files.revisions[0] or None,
+        dataset_revisions=files.revisions if run.data.sources and any(files.revisions) else None,
+        held_out_source_bytes=files.held_out.source_bytes or None,
         server=me if run.merge.kind.has_server else None,
     )
     needs = needs_of(run.model_copy(update={"published": section}))

@@ -29,7 +29,6 @@ class Text:
     run: RunFile
     data: TrainingData
     held_out: bytes
-    base: Path = Path()
     num_parts: int = 1
     """Equal parts of the corpus. Each volunteer learns from one, volunteer 0 from the first."""
 
@@ -38,7 +37,7 @@ class Text:
         """Prepare the text of a run; `base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
+        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, num_parts)
 
     def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
@@ -48,9 +47,7 @@ class Text:
         """Return the batches of volunteer `number`."""
         # By the seed, not by the run file's hash: all methods of a comparison draw the same batches.
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        part, whole = self.share_of(number), self.data.tokens
-        begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
-        return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
+        return training_batches(self.run, self.data.part(self.share_of(number), self.num_parts), place)
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""
