@@ -56,6 +56,7 @@ KEYS_SINCE: Mapping[str, int] = {
     "adapter.modules": 2,
     "adapter.num_parameters": 2,
     "data.source=parquet": 2,
+    "data.sources": 2,
     "inner.precision": 2,
     "model.base": 2,
     "model.from_scratch": 2,
@@ -63,12 +64,14 @@ KEYS_SINCE: Mapping[str, int] = {
     "model.source": 2,
     "model.tied_embeddings": 2,
     "published.dataset_revision": 2,
+    "published.dataset_revisions": 2,
+    "published.held_out_source_bytes": 2,
     "published.model_files_bytes": 2,
     "published.model_files_sha256": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "00b5a3336c442bf1ac8e34d9429e41e79f82e18c91ffd1119e9de31891e649a8"
+WIRE_SHA256 = "2b46631379949b58b808efd9d41612898d40f97bb883052946f61ec03918d604"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -32,7 +32,7 @@ from swarmtrain.packages import NAME
 from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
 from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.run_aliases import Translation, translate
-from swarmtrain.run_data import DataSection
+from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 
 __all__ = [
     "CHUNK_BYTES",
@@ -41,6 +41,7 @@ __all__ = [
     "METHODS_OF_KEYS",
     "AdapterSection",
     "DataSection",
+    "DataSource",
     "EvaluationSection",
     "GradientFormat",
     "InnerSection",
@@ -51,6 +52,7 @@ __all__ = [
     "PublishedSection",
     "RunFile",
     "RunSection",
+    "SourceKeys",
     "load_run",
     "needs_of",
     "parse_published_untrusted",
@@ -507,6 +509,8 @@ class PublishedSection(Section):
     protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
     needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
     dataset_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description='With data.source = "datasets" of the hub: the commit of the data set; absent otherwise.')  # fmt: skip
+    dataset_revisions: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{40})?$")], ...] | None = Field(None, strict=False, description="With data.sources: the commit of each source's data set of the hub, empty for other sources; absent without a data set of the hub.")  # fmt: skip
+    held_out_source_bytes: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(None, strict=False, description="With data.sources: the bytes of the held-out text that are of each source, one after the other.")  # fmt: skip
     model_files_sha256: _Sha256 | None = Field(None, description="SHA-256 of the list of the model's files, each with its own SHA-256; absent for a built-in model.")  # fmt: skip
     model_files_bytes: int = Field(0, ge=0, le=1_048_576, description="Size of that list, in bytes.")
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
@@ -533,9 +537,14 @@ class RunFile(Section):
         return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
-    def dataset_revision(self) -> str:
-        """Commit of the Hugging Face data set that the bootstrap pinned; empty if it pinned none."""
-        return (self.published.dataset_revision if self.published is not None else None) or ""
+    def dataset_revisions(self) -> tuple[str, ...]:
+        """Commit of each source's Hugging Face data set that the bootstrap pinned; empty where it pinned none."""
+        published, num_sources = self.published, len(self.data.mixture)
+        if published is None:
+            return ("",) * num_sources
+        if self.data.sources:
+            return published.dataset_revisions or ("",) * num_sources
+        return (published.dataset_revision or "",)
 
     @property
     def tokens_per_step(self) -> int:
@@ -568,15 +577,18 @@ class RunFile(Section):
         """Microbatches of a batch; the last one may be smaller."""
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
 
-    def num_shards(self, corpus_tokens: int) -> int:
-        """Return the number of shards of a corpus of `corpus_tokens`; 0 if the run has none.
+    def num_shards(self, *corpus_tokens: int) -> tuple[int, ...]:
+        """Return the number of shards of each source, given the tokens of its corpus (0 if it is streamed); 0 for none.
 
-        Each shard has at least the tokens that a round of `merge.inner_steps` reads.
+        Each shard has at least the tokens that a round of `merge.inner_steps` reads of its source. The data have as many
+        shards as the source that has most of them; shard s is shard s modulo n of a source that has n.
         """
-        if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
-            return 0
-        fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
-        return min(self.data.shards, fitting) if fitting > 1 else 0
+        if not self.merge.kind.shards:
+            return (0,) * len(corpus_tokens)
+        least = 2 * self.model.context_tokens
+        of_round = (max(math.ceil(self.round_tokens * share), least) for share in self.data.shares)
+        fitting = [tokens // needed for tokens, needed in zip(corpus_tokens, of_round, strict=True)]
+        return tuple(min(self.data.shards, fits) if fits > 1 else 0 for fits in fitting)
 
     @model_validator(mode="before")
     @classmethod
@@ -627,8 +639,7 @@ class RunFile(Section):
                 )
             if (self.published.server is not None) != self.merge.kind.has_server:
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
-            if self.published.dataset_revision is not None and self.data.source != "datasets":
-                raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
+            self._check_published_sources(self.published)
             self._check_published_stages(self.published)
         return self
 
@@ -667,6 +678,18 @@ class RunFile(Section):
                 f"evaluation.every_rounds: {self.evaluation.every_rounds} with pipeline.stages = {stages}; allowed: 0, "
                 "since no volunteer has the whole model (the bootstrap measures it at the end)"
             )
+
+    def _check_published_sources(self, published: PublishedSection) -> None:
+        sources, sizes, revisions = self.data.sources, published.held_out_source_bytes, published.dataset_revisions
+        if published.dataset_revision is not None and (sources or self.data.source != "datasets"):
+            raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
+        if len(sizes or ()) != len(sources) or (sizes is not None and sum(sizes) != published.held_out_bytes):
+            raise ValueError(f"published.held_out_source_bytes: does not fit {len(sources)} data.sources")
+        if revisions is not None and (
+            len(revisions) != len(sources)
+            or any(commit and source.source != "datasets" for commit, source in zip(revisions, sources, strict=True))
+        ):
+            raise ValueError(f"published.dataset_revisions: does not fit {len(sources)} data.sources")
 
     def _check_adapter(self) -> None:
         if self.adapter.is_used:  # until models of another kind are there
@@ -808,6 +831,8 @@ def _written_table(run: RunFile) -> dict[str, Any]:
         without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
         if name in table.get(section, {}) and _means_the_same(without, getattr(run, section)):
             table[section] = without
+    if run.data.sources:  # which the keys of one source have no meaning beside
+        table["data"] = {key: value for key, value in table["data"].items() if key not in SourceKeys.model_fields}
     return {name: keys for name, keys in table.items() if keys or name not in _SECTIONS_SINCE}
 
 

@@ -94,13 +94,16 @@ def _measure(model: Path, text: Path | None, threads: int | None, device: Device
     trained, tokenizer = exported.model, tokenizer_of(exported)
     use_threads(threads or useful_threads(exported.model))
     place = move_model(exported.model, device, _BATCH_SEQUENCES, say)
-    tokens = tokenizer.encode(data)
-    with long_work("measuring", len(tokens) - 1, "tokens") as advance:
-        batches = _told(held_out_batches(tokens, trained.context_tokens, _BATCH_SEQUENCES), advance)
-        sum_nats, num_targets = evaluate(exported.model, batches)
-    loss = TextLoss(sum_nats, num_targets, len(data))
+    texts = {"": data} if text is not None else _held_out_parts(model, data)
+    tokens = {source: tokenizer.encode(part) for source, part in texts.items()}
+    parts = {}
+    with long_work("measuring", sum(map(len, tokens.values())) - 1, "tokens") as advance:
+        for source, part in tokens.items():
+            batches = _told(held_out_batches(part, trained.context_tokens, _BATCH_SEQUENCES), advance)
+            parts[source] = TextLoss(*evaluate(exported.model, batches), len(texts[source]))
+    loss = TextLoss.of_parts(parts)
     if as_json:
-        fields = {
+        fields: dict[str, object] = {
             "held_out_loss": loss.nats_per_byte,
             "bits_per_byte": loss.bits_per_byte,
             "perplexity": loss.perplexity,
@@ -109,9 +112,30 @@ def _measure(model: Path, text: Path | None, threads: int | None, device: Device
             "run_tokens": exported.run_tokens,
             "device": place,
         }
+        if loss.by_source:
+            fields["sources"] = [
+                {"name": name, "held_out_loss": each.nats_per_byte, "bytes": each.num_bytes}
+                for name, each in loss.by_source.items()
+            ]
         click.echo(json.dumps(fields))
     else:
         click.echo(_in_words("held-out loss" if text is None else "loss", loss))
+        for name, each in loss.by_source.items():
+            click.echo(f"  {_in_words(name, each)}")
+
+
+def _held_out_parts(model: Path, held_out: bytes) -> dict[str, bytes]:
+    """Return the part of each source of the exported model's run; the whole text, as "", if it has one source."""
+    from swarmtrain.data.corpus import held_out_of_sources
+    from swarmtrain.errors import BadBytesError, RunFileError
+    from swarmtrain.run import parse_published_untrusted, run_sha256
+
+    try:
+        data = (model / "run.toml").read_bytes()
+        parts = held_out_of_sources(parse_published_untrusted(data, run_sha256(data)), held_out)
+    except (OSError, BadBytesError, RunFileError):  # another program's folder, or a method that is not installed
+        return {"": held_out}
+    return parts if sum(map(len, parts.values())) == len(held_out) and all(parts.values()) else {"": held_out}
 
 
 def _score(model: Path, request: TaskRequest, threads: int | None, device: DeviceRequest, as_json: bool) -> None:

@@ -26,7 +26,7 @@ __all__ = ["command"]
     "directory",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="Export the newest model or checkpoint of a peer's folder, without asking a swarm.",
+    help="Export the newest model or checkpoint of a peer's folder, or an earlier export, without asking a swarm.",
 )
 @click.option(
     "--to",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import tomli_w
 
-from swarmtrain.run import RunFile
+from swarmtrain.run import DataSource, RunFile
 from swarmtrain.words import bits_per_byte, count_in_words, counted, one_line
 
 __all__ = ["ModelCard"]
@@ -40,10 +40,10 @@ class ModelCard:
         return "\n".join(part for part in parts if part)
 
     def _head(self) -> str:
-        data = self.run.data
         lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- swarmtrain"]
-        if data.source == "datasets" and _ON_THE_HUB.fullmatch(data.dataset):
-            lines += ["datasets:", f"- {json.dumps(data.dataset)}"]
+        named = dict.fromkeys(source.dataset for source in self.run.data.mixture if source.source == "datasets")
+        if on_hub := [name for name in named if _ON_THE_HUB.fullmatch(name)]:
+            lines += ["datasets:", *(f"- {json.dumps(name)}" for name in on_hub)]
         return "\n".join(["---", *lines, "---", ""])
 
     def _what(self) -> str:
@@ -96,19 +96,22 @@ class ModelCard:
         )
 
     def _data(self) -> str:
-        data = self.run.data
-        where = {"python-stdlib": "the sources of Python's standard library", "datasets": f"`{one_line(data.dataset)}`"}
-        named = ", ".join(f"`{one_line(path)}`" for path in data.paths)
-        what = where.get(data.source, f"{data.source} files of the volunteers' own: {named}")
-        revision = f", at commit `{self.run.dataset_revision}`" if self.run.dataset_revision else ""
-        return "\n".join(
-            [
-                "## Data",
+        run, data = self.run, self.run.data
+        sources = [
+            _source_in_words(source, revision)
+            for source, revision in zip(data.mixture, run.dataset_revisions, strict=True)
+        ]
+        lines = [f"Trained on {sources[0]}. Nobody trained on `held-out.txt`."]
+        if data.sources:
+            rows = zip(data.sources, data.shares, sources, strict=True)
+            lines = [
+                "Nobody trained on `held-out.txt`. Sequences came from these sources:",
                 "",
-                f"Trained on {what}{revision}. Nobody trained on `held-out.txt`.",
-                "",
+                "| source | share | text |",
+                "|---|---|---|",
+                *(f"| {source.name} | {share:.2%} | {words} |" for source, share, words in rows),
             ]
-        )
+        return "\n".join(["## Data", "", *lines, ""])
 
     def _contributors(self) -> str:
         if not self.peer_tokens:
@@ -142,3 +145,15 @@ class ModelCard:
                 "",
             ]
         )
+
+
+def _source_in_words(source: DataSource, revision: str) -> str:
+    """Say where the text of a source is from; `revision` is the commit of a data set of the hub, if it was pinned."""
+    match source.source:
+        case "python-stdlib":
+            return "the sources of Python's standard library"
+        case "datasets":
+            return f"`{one_line(source.dataset)}`" + (f", at commit `{revision}`" if revision else "")
+        case _:
+            named = ", ".join(f"`{one_line(path)}`" for path in source.paths)
+            return f"{source.source} files of the volunteers' own: {named}"

@@ -79,7 +79,7 @@ def train_alone(
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
     model = build_run_model(run, kept_model_folder(published, settings)).to(compute.model_device)
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
-    batches = training_batches(run, data, place, base, published.held_out)
+    batches = training_batches(run, data, place)
 
     def report(finished: RoundReport) -> None:
         advance(finished.contribution.inner_steps)

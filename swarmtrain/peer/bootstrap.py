@@ -112,7 +112,9 @@ def publish_run(
         tokenizer_bytes=len(tokenizer),
         boundaries=boundaries,
         stage_costs=costs,
-        dataset_revision=files.revision or None,
+        dataset_revision=None if run.data.sources else files.revisions[0] or None,
+        dataset_revisions=files.revisions if run.data.sources and any(files.revisions) else None,
+        held_out_source_bytes=files.held_out.source_bytes or None,
         server=me if run.merge.kind.has_server else None,
     )
     if model is not None:

@@ -136,6 +136,7 @@ def test_an_export_of_the_first_format_is_read_and_written_anew(tmp_path: Path) 
     assert kept_final_model(PeerFolder(tmp_path / "peer"), published) is None, "it is of before the end"
     assert export_from_folder(tmp_path / "peer", tmp_path / "copy") == 7
     new = load_exported(tmp_path / "copy")
+    assert export_from_folder(tmp_path / "peer" / "model", tmp_path / "again") == 7, "an export itself"
     assert not is_first_format(tmp_path / "copy") and (new.run_tokens, new.held_out) == (7, published.held_out)
     for loaded in (old.model, new.model):
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

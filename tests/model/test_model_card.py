@@ -43,6 +43,17 @@ def test_a_data_set_of_the_hub_is_linked() -> None:
     assert '\ndatasets:\n- "owner/tales"\n---' in text and "Trained on `owner/tales`" in text
 
 
+def test_several_sources_are_a_table_with_their_shares() -> None:
+    web = {"source": "datasets", "dataset": "owner/web"}
+    sources = [{"name": "code", "weight": 3}, {"name": "web", **web}, {"name": "new", **web, "split": "new"}]
+    run = run_file(data={"sources": sources})
+    text = card(run)
+    assert '\ndatasets:\n- "owner/web"\n---' in text, "once"
+    assert "| code | 60.00% | the sources of Python's standard library |" in text
+    assert "| web | 20.00% | `owner/web` |" in text
+    assert parse_run(text.split("```toml\n")[1].split("\n```\n")[0], "card") == run
+
+
 @pytest.mark.parametrize(("peers", "rows"), [({}, 0), ({f"12D3{n:05d}": 1 for n in range(1500)}, 1001)])
 def test_contributors_are_named_while_they_are_few(peers: dict[str, int], rows: int) -> None:
     text = card(run_file(), peer_tokens=peers, held_out_loss=None)

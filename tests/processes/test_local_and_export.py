@@ -159,7 +159,11 @@ def test_export_of_a_folder(trained: Trained) -> None:
     assert (kept / "run.toml").read_bytes() == (trained.model / "run.toml").read_bytes()
     again = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
     assert again.code == UserError.exit_code and codes_in(again.stderr) == ["folder-not-empty"]
-    none = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "none"))
+    copied = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "copied"))
+    assert copied.code == 0 and load_exported(trained.swarm.folder / "copied").run_tokens == tokens
+    empty = trained.swarm.folder / "empty"
+    empty.mkdir()
+    none = trained.swarm.run("export", "--dir", str(empty), "--to", str(trained.swarm.folder / "none"))
     assert none.code == UserError.exit_code and codes_in(none.stderr) == ["no-model"]
 
 

@@ -56,14 +56,13 @@ _SAMPLE = 16
 def export_from_folder(folder: Path, target: Path) -> int:
     """Copy the model in a peer's folder to `target`; return the run's tokens.
 
-    Taken is the final model, else the archive, else the newest checkpoint. Raises UserError if there is none,
-    RunTimeError if it cannot be written.
+    Taken is the final model, else the archive, else the newest checkpoint; the folder may be an export itself. Raises
+    UserError if there is none, RunTimeError if it cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to", code="folder-not-empty")
     with _writing(target):
-        for name in ("model", "archive"):
-            source = folder / name
+        for source in (folder / "model", folder / "archive", folder):
             if (source / "config.json").exists():
                 try:
                     return _copied(source, target)

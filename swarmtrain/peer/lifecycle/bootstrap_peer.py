@@ -16,6 +16,7 @@ from torch import Tensor
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
@@ -80,7 +81,8 @@ class BootstrapPeer:
     model_files: ModelFolder | None = None
     """Files of the run's model, which this peer serves; None if the model is built in."""
     name: str = ""
-    loss: float | None = None
+    loss: TextLoss | None = None
+    """Held-out loss at the run's end, once it was measured."""
     has_news: bool = False
     """True if anything was archived since this process started. Then the archived weights are newer than a model left
     in the folder."""
@@ -135,8 +137,7 @@ class BootstrapPeer:
         if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
             model = kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
-        loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
-        self.loss = loss.nats_per_byte
+        loss = self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
         self.emit(eval_event(max(0, progress.round - 1), loss))
         if kept is not None:
             self.emit(had_ended(self.folder))
@@ -184,6 +185,12 @@ class BootstrapPeer:
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
         """Return the final event."""
         event = DoneEvent(
-            held_out_loss=self.loss, tokens=0, run_tokens=run_tokens, wall_s=process_age_s(), reason=reason
+            held_out_loss=None if self.loss is None else self.loss.nats_per_byte,
+            sources=() if self.loss is None else tuple(self.loss.by_source),
+            source_losses=() if self.loss is None else self.loss.source_losses,
+            tokens=0,
+            run_tokens=run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
         )
         return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)

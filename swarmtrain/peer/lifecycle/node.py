@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import held_out_batches
+from swarmtrain.data.corpus import held_out_of_sources
 from swarmtrain.data.tokenizer_json import tokenizer_config, tokenizer_json
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
@@ -254,12 +255,13 @@ def held_out_loss(
 def held_out_loss_of(
     model: LanguageModel, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
 ) -> TextLoss:
-    """Return the held-out loss of the model's present weights."""
+    """Return the held-out loss of the model's present weights, as a whole and by source."""
     run = published.run
-    tokens = tokenizer.encode(published.held_out)
-    batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
-    sum_nats, num_tokens = evaluate(model, _checked(batches, check))
-    return TextLoss(sum_nats, num_tokens, len(published.held_out))
+    sizes, parts = (run.model.context_tokens, run.evaluation.batch_sequences), {}
+    for source, text in held_out_of_sources(run, published.held_out).items():
+        batches = held_out_batches(tokenizer.encode(text), *sizes)
+        parts[source] = TextLoss(*evaluate(model, _checked(batches, check)), len(text))
+    return TextLoss.of_parts(parts)
 
 
 def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
@@ -270,6 +272,8 @@ def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> 
         bits_per_byte=loss.bits_per_byte,
         perplexity=loss.perplexity,
         own_loss=None if own_loss is None else own_loss.nats_per_byte,
+        sources=tuple(loss.by_source),
+        source_losses=loss.source_losses,
     )
 
 

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from swarmtrain.data.prepare import TrainingData, training_data
 from swarmtrain.errors import RunTimeError
@@ -69,8 +68,6 @@ class PreparedPipeline:
     """Device on which the stages will be, and the precision that they are computed in."""
     room: StageRoom
     data: TrainingData
-    base: Path
-    """Folder that the data's paths are relative to."""
     whole_tokens_per_s: float
     """Speed of this machine through the whole model; see `whole_tokens_per_s`."""
 
@@ -98,7 +95,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
         speed *= context.limits.card_share
     return PipelineTraining(
         context,
-        PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, base=base, whole_tokens_per_s=speed),
+        PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, whole_tokens_per_s=speed),
     )
 
 
@@ -134,7 +131,7 @@ class PipelineTraining:
         wire = wire_of(run)
         client = StageClient(context.node, context.published.sha256, on_failure=swarm.peers.call_failed)
         calls = WireCalls(me, client, wire, stages.queues)
-        self._first = FirstStage(context, prepared.data, prepared.base, swarm, stages, calls)
+        self._first = FirstStage(context, prepared.data, swarm, stages, calls)
         pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=mover)
         self._record = StageRecord(
             pipeline, most_stages=prepared.room.most_stages, whole_tokens_per_s=prepared.whole_tokens_per_s

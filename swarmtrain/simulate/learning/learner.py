@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -30,21 +30,18 @@ class Text:
     run: RunFile
     data: TrainingData
     held_out: bytes
-    base: Path = Path()
     num_parts: int = 1
     """Equal parts of the corpus. Each volunteer learns from one, volunteer 0 from the first."""
+    model_folder: Path | None = None
+    """Folder of the files of the run's model; None if it is built in."""
 
     @classmethod
     def of(cls, run: RunFile, base: Path, num_parts: int = 1) -> Text:
         """Prepare the text of a run; `base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
-
-    @cached_property
-    def model_folder(self) -> Path | None:
-        """Folder of the files of the run's model; None if it is built in."""
-        return None if self.run.model.is_built_in else base_files(self.run, self.base)
+        data = training_data(run, base, held_out, published.tokenizer_bytes, None)
+        return cls(run, data, held_out, num_parts, None if run.model.is_built_in else base_files(run, base))
 
     def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
@@ -54,9 +51,7 @@ class Text:
         """Return the batches of volunteer `number`."""
         # By the seed, not by the run file's hash: all methods of a comparison draw the same batches.
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        part, whole = self.share_of(number), self.data.tokens
-        begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
-        return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
+        return training_batches(self.run, self.data.part(self.share_of(number), self.num_parts), place)
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""

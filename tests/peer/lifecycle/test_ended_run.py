@@ -291,7 +291,7 @@ def test_a_bootstrap_that_is_started_again_leaves_its_model_as_it_is(tmp_path: P
     (said,) = [event for event in events if isinstance(event, WarningEvent)]
     assert said.code == "run-had-ended" and str(peer.folder.model_path) in said.message
     kept = load_exported(peer.folder.model_path).model
-    assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer()).nats_per_byte
+    assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer())
 
 
 @pytest.mark.parametrize("source", ["volunteers", "server", "stage"])
