@@ -13,7 +13,8 @@ from pathlib import Path
 
 from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model.hub import HubModel, HubSnapshot
-from swarmtrain.run import FILLED_MODEL_KEYS, PUBLISHED_BASE, ModelSection, RunFile, with_model
+from swarmtrain.run import ModelSection, RunFile, with_model
+from swarmtrain.run_model import FILLED_MODEL_KEYS, PUBLISHED_BASE
 from swarmtrain.words import one_line
 
 __all__ = [
