@@ -212,7 +212,7 @@ def plain(folder: Path, own_tokens: int, options: argparse.Namespace) -> float:
     torch.set_num_threads(options.plain_threads)
     data = training_data(run, folder, published.held_out, published.tokenizer, folder / "cache")
     place = PeerPlace(run_sha256=published.sha256, peer_id="plain", position=0)
-    batches = training_batches(run, data, place, folder, published.held_out)
+    batches = training_batches(run, data, place)
     model = build_model(run.model, run.run.seed)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": run.inner.weight_decay},

@@ -278,7 +278,7 @@ def session_of(arguments: argparse.Namespace, exchange: Rounds) -> tuple[ModelLo
     published = publishable_data(run, arguments.run_file.parent)
     held_out = published.held_out.text
     data = training_data(run, arguments.run_file.parent, held_out, published.tokenizer_bytes, None)
-    batches = training_batches(run, data, PeerPlace(run_sha256=RUN, peer_id="peer"), Path(), held_out)
+    batches = training_batches(run, data, PeerPlace(run_sha256=RUN, peer_id="peer"))
     model = build_model(run.model, run.run.seed)
     stop_after = 2 * (arguments.pairs + 1)
     loop = ModelLoop(run, model, batches, exchange.timed)

@@ -25,7 +25,7 @@ from swarmtrain.cli.main import ALIASES as COMMAND_ALIASES
 from swarmtrain.cli.main import COMMANDS, cli
 from swarmtrain.error_codes import CODES
 from swarmtrain.events import EVENT_CLASSES
-from swarmtrain.problems import allowed_values
+from swarmtrain.problems import allowed_values, table_fields
 from swarmtrain.run import RunFile
 from swarmtrain.run_aliases import ALIASES, Alias
 
@@ -128,9 +128,14 @@ def codes(words: tuple[str, ...]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
+def heading(section: str) -> str:
+    """How a section is written in a file: `[data]`, and `[[data.sources]]` for the tables of a list."""
+    return f"[[{section}]]" if "." in section else f"[{section}]"
+
+
 def aliases() -> str:
     def row(alias: Alias, *cells: str) -> str:
-        return f"| `[{alias.section}]` | {codes(alias.words)} | {' | '.join(map(cell, cells))}. |\n"
+        return f"| `{heading(alias.section)}` | {codes(alias.words)} | {' | '.join(map(cell, cells))}. |\n"
 
     read = (alias for alias in ALIASES if not alias.refused)
     refused = (alias for alias in ALIASES if alias.refused)
@@ -141,23 +146,33 @@ def aliases() -> str:
     return "".join(parts)
 
 
+def section_page(name: str, section: type[BaseModel], titles: dict[str, str]) -> str:
+    """The table of a section's keys, the lists of values, and the tables of its lists of tables.
+
+    `titles` has the titles of lists of values by key, also of the sections before: a link leads to one of them.
+    """
+    parts = [
+        f"\n## `{heading(name)}`\n\n{section.__doc__}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
+    ]
+    lists, tables = [], []
+    for key, field in section.model_fields.items():
+        meaning, *values = (field.description or "").split("\n")
+        allowed = allowed_values(field).replace("a string matching ", "")
+        allowed = f"`{allowed}`" if allowed.startswith("^") else allowed
+        if values:
+            if "." not in name:  # a table of a list has the values of the section that it is in
+                titles[key] = f"{name}.{key}" if key in titles else key
+                lists.append(f"\n### `{titles[key]}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
+            allowed = f"one of [{len(values)} values](#{titles[key].replace('.', '')})"
+        parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(meaning)} |\n")
+        if table_fields(field.annotation):
+            tables.append(section_page(f"{name}.{key}", get_args(field.annotation)[0], titles))
+    return "".join(parts + lists + tables)
+
+
 def run_file() -> str:
-    parts = [RUN_FILE_HEAD]
-    for name, section_field in RunFile.model_fields.items():
-        section = section_of(section_field)
-        parts.append(
-            f"\n## `[{name}]`\n\n{section.__doc__}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n"
-        )
-        lists = []
-        for key, field in section.model_fields.items():
-            meaning, *values = (field.description or "").split("\n")
-            allowed = allowed_values(field).replace("a string matching ", "")
-            allowed = f"`{allowed}`" if allowed.startswith("^") else allowed
-            if values:
-                allowed = f"one of [{len(values)} values](#{key})"
-                lists.append(f"\n### `{key}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
-            parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(meaning)} |\n")
-        parts += lists
+    parts, titles = [RUN_FILE_HEAD], dict[str, str]()
+    parts += [section_page(name, section_of(field), titles) for name, field in RunFile.model_fields.items()]
     parts.append(aliases())
     return "".join(parts)
 

@@ -47,15 +47,31 @@ FIRST_VERSIONS: Mapping[int, str] = {1: "0.1", 2: "0.2"}
 """First version that spoke each protocol."""
 
 KEYS_SINCE: Mapping[str, int] = {
+    "adapter.method": 2,
+    "adapter.rank": 2,
+    "adapter.alpha": 2,
+    "adapter.dropout": 2,
+    "adapter.targets": 2,
+    "adapter.group_rank": 2,
+    "adapter.modules": 2,
+    "adapter.num_parameters": 2,
     "data.source=parquet": 2,
+    "data.sources": 2,
     "inner.precision": 2,
+    "model.base": 2,
+    "model.from_scratch": 2,
+    "model.num_parameters": 2,
+    "model.source": 2,
+    "model.tied_embeddings": 2,
     "published.dataset_revision": 2,
+    "published.dataset_revisions": 2,
+    "published.held_out_source_bytes": 2,
     "published.model_files_bytes": 2,
     "published.model_files_sha256": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "241e702fe1ecac3728c5a4aa3656459dd0e841a48dcfa1d19bed94b0d0388cd2"
+WIRE_SHA256 = "2b46631379949b58b808efd9d41612898d40f97bb883052946f61ec03918d604"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

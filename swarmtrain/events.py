@@ -26,6 +26,7 @@ from swarmtrain.words import (
     one_line,
     short_peer,
     size_in_words,
+    source_losses_in_words,
     stages_in_words,
     time_in_words,
 )
@@ -212,6 +213,8 @@ class EvalEvent(_Event):
     bits_per_byte: float | None = Field(None, description="The same loss in bits per byte.")
     perplexity: float | None = Field(None, description="exp of the loss in nats per token; null if it is too large to represent.")  # fmt: skip
     own_loss: float | None = Field(None, description="At the end with `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
+    sources: tuple[str, ...] = Field((), description="With data.sources: their names; empty otherwise.")
+    source_losses: tuple[float, ...] = Field((), description="Loss on the part of the held-out text of each of `sources`, in nats per byte.")  # fmt: skip
 
 
 class PeerJoinedEvent(_Event):
@@ -395,6 +398,8 @@ class DoneEvent(_Event):
     event: Literal["done"] = "done"
     held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null if it was not measured.")  # fmt: skip
     own_loss: float | None = Field(None, description="With `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
+    sources: tuple[str, ...] = Field((), description="With data.sources: their names; empty otherwise.")
+    source_losses: tuple[float, ...] = Field((), description="Loss on the part of the held-out text of each of `sources`, in nats per byte.")  # fmt: skip
     tokens: int = Field(description="Tokens that this peer trained on.")
     run_tokens: int = Field(description="Tokens the whole run was trained on.")
     wall_s: float = Field(description="Seconds that the process ran.")
@@ -592,7 +597,9 @@ def in_words(event: Event) -> str:
         case RoundEvent():
             return _round_in_words(event)
         case EvalEvent():
-            return f"held-out loss {loss_in_words(event.held_out_loss)} after round {event.round}"
+            by_source = source_losses_in_words(event.sources, event.source_losses)
+            parts = f": {by_source}" if by_source else ""
+            return f"held-out loss {loss_in_words(event.held_out_loss)} after round {event.round}{parts}"
         case AssignedEvent() | MovedEvent() | MicrobatchRetryEvent() | StageThroughputEvent():
             return _pipeline_in_words(event)
         case PeerJoinedEvent():
@@ -631,6 +638,8 @@ def in_words(event: Event) -> str:
             return f"{event.level}: {event.check}: {event.found}" + (f"; {event.advice}" if event.advice else "")
         case DoneEvent():
             loss = "not measured" if event.held_out_loss is None else loss_in_words(event.held_out_loss)
+            by_source = source_losses_in_words(event.sources, event.source_losses)
+            loss += f" [{by_source}]" if by_source else ""
             run = f"{count_in_words(event.run_tokens)} tokens"
             part = f"{count_in_words(event.tokens)} of {run} trained here" if event.tokens else f"{run} in all"
             return f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, {part}"

@@ -10,10 +10,12 @@ __all__ = ["EXTRAS", "install_in_words"]
 
 EXTRAS = {
     "bpe": "tokenizers>=0.20",
-    "datasets": "datasets>=3.0",
+    "datasets": "datasets>=3.1",
+    "eval": "lm-eval[hf]>=0.4.9",
     "hf": "transformers>=4.51",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
+    "zstd": "zstandard>=0.19",
 }
 """Library that each extra in pyproject.toml installs."""
 

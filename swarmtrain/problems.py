@@ -12,9 +12,10 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -34,6 +35,7 @@ __all__ = [
     "read_toml",
     "section_fields",
     "shown",
+    "table_fields",
     "with_values",
 ]
 
@@ -107,7 +109,7 @@ class Rewritten:
     """Changes to a table between reading and validating it."""
 
     words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Map (section, key) to the word that the person wrote for the key."""
+    """Map (section, key) to the word that the person wrote for the key; a table of a list is "data.sources.1"."""
     problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
     """Place in the file and sentence, for each word that was left out of the table."""
     meant: frozenset[str] = frozenset()
@@ -124,18 +126,20 @@ def problems_in_words(
     """
     rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
-    lines |= {ours: lines[(ours[0], word)] for ours, word in rewritten.words.items() if (ours[0], word) in lines}
+    for (section, ours), theirs in rewritten.words.items():
+        table = tuple(section.split("."))
+        if (*table, theirs) in lines:
+            lines[*table, ours] = lines[*table, theirs]
     found: list[tuple[float, int, str, Problem]] = []
     for place, refused in rewritten.problems:
         line = _line_of(list(place), lines)
         found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", refused))
     for detail in () if error is None else error.errors():
-        sentence = _sentence(detail, model)
-        names = (
-            sentence.partition(": ")[0].split(".") if detail["type"] == "value_error" else list(map(str, detail["loc"]))
-        )
-        line = None if detail["type"] == "missing" else _line_of(names, lines)
-        if word := rewritten.words.get((names[0], names[-1])):
+        at = _place(detail, model)
+        sentence = _sentence(detail, at, model)
+        names = sentence.partition(": ")[0].split(".") if detail["type"] == "value_error" else at.names
+        line = None if detail["type"] == "missing" and not at.table else _line_of(names, lines)
+        if word := rewritten.words.get((".".join(names[:-1]), names[-1])):
             key, _, problem = sentence.partition(": ")
             sentence = f"{key} (written {word}): {problem}"
         where = f"line {line}: " if line is not None else ""
@@ -152,6 +156,30 @@ def problems_in_words(
     return [*told[:_TOLD], Problem(f"and {counted(len(told) - _TOLD, 'more problem')}", "")]
 
 
+class _Place(NamedTuple):
+    names: list[str]
+    """Names of section and key; a table of a list is a number between them, from 1, as people count."""
+    field: FieldInfo | None
+    """Last field that these names lead to."""
+    table: type[BaseModel] | None
+    """Model of the tables of a list, if the place is in one."""
+
+
+def _place(detail: ErrorDetails, model: type[BaseModel]) -> _Place:
+    names: list[str] = []
+    field, table = None, None
+    kind: type[BaseModel] | None = model
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            table = kind
+            names.append(str(part if table is None else part + 1))
+        else:
+            names.append(part)
+            found = None if kind is None else kind.model_fields.get(part)
+            field, kind = found or field, None if found is None else _model_of(found.annotation)
+    return _Place(names, field, table)
+
+
 def _line_of(names: list[str], lines: dict[tuple[str, ...], int]) -> int | None:
     """Return the line of a key, or of the section that it is in."""
     return next((lines[key] for end in range(len(names), 0, -1) if (key := tuple(names[:end])) in lines), None)
@@ -162,16 +190,24 @@ _KEYS = rf"{_KEY}(?:\s*\.\s*{_KEY})*"
 
 
 def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """Find the lines, from 1, on which sections and keys of a TOML file begin. Covers common style, not all of TOML."""
+    """Find the lines, from 1, on which sections and keys of a TOML file begin. Covers common style, not all of TOML.
+
+    The tables of a list, `[[data.sources]]`, are sections with a number: ("data", "sources", "1").
+    """
     found: dict[tuple[str, ...], int] = {}
+    num_tables: Counter[tuple[str, ...]] = Counter()
     section: tuple[str, ...] = ()
     quote = ""
     for number, line in enumerate(text.split("\n"), 1):
         if quote:  # within a string of several lines
             quote = "" if quote in line else quote
             continue
-        if header := re.match(rf"\s*\[\[?\s*({_KEYS})\s*\]", line):
-            section = key = tuple(part.strip("\"'") for part in re.findall(_KEY, header[1]))
+        if header := re.match(rf"\s*\[(\[?)\s*({_KEYS})\s*\]", line):
+            section = tuple(part.strip("\"'") for part in re.findall(_KEY, header[2]))
+            if header[1]:
+                num_tables[section] += 1
+                section = (*section, str(num_tables[section]))
+            key = section
         elif assigned := re.match(rf"\s*({_KEYS})\s*=", line):
             key = section + tuple(part.strip("\"'") for part in re.findall(_KEY, assigned[1]))
         else:
@@ -239,10 +275,17 @@ def _code(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "value_error":
         line = detail["ctx"]["error"].args[0]
-        return line.code if isinstance(line, Problem) else "keys-disagree" if len(detail["loc"]) < 2 else "bad-value"
+        if isinstance(line, Problem):
+            return line.code
+        return "keys-disagree" if len(detail["loc"]) < 2 or _is_of_table(detail) else "bad-value"
     if kind in _CODES:
         return _CODES[kind]
     return "wrong-type" if kind.endswith(("_type", "_parsing", "_from_float")) else "bad-value"
+
+
+def _is_of_table(detail: ErrorDetails) -> bool:
+    """Return whether the problem is of a whole table of a list, and not of one of its keys."""
+    return bool(detail["loc"]) and isinstance(detail["loc"][-1], int)
 
 
 _CODES = {
@@ -254,14 +297,16 @@ _CODES = {
 """Codes by the validator's name of a problem, for names that decide it."""
 
 
-def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
+def _sentence(detail: ErrorDetails, place: _Place, model: type[BaseModel]) -> str:
     """Describe one problem: the key, what is wrong, what is allowed."""
-    names = [str(part) for part in detail["loc"]]
+    names = place.names
     key = ".".join(one_line(name) for name in names)
     if detail["type"] == "extra_forbidden":
-        return f"{key}: {_unknown(names, model)}"
+        return f"{key}: {_unknown_in_table(names, place.table, model) or _unknown(names, model)}"
     if detail["type"] == "value_error":
         message = str(detail["ctx"]["error"])
+        if _is_of_table(detail):
+            return f"{key}.{message}"
         return message if len(names) < 2 else f"{key}: {message}"
     if detail["type"] == "missing" and len(names) == 1:
         fields = section_fields(model.model_fields[names[0]].annotation)
@@ -269,17 +314,28 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{key}.{required}: missing; allowed: {allowed_values(fields[required])}"
     if len(names) == 1:
         return f"{key}: {shown(detail['input'])} is not a section; allowed: [{key}] with keys below it"
-    allowed = allowed_values(section_fields(model.model_fields[names[0]].annotation)[names[1]])
+    assert place.field is not None
     problem = "missing" if detail["type"] == "missing" else f"{shown(detail['input'])} is refused"
-    return f"{key}: {problem}; allowed: {allowed}"
+    return f"{key}: {problem}; allowed: {allowed_values(place.field)}"
 
 
 def section_fields(annotation: object) -> dict[str, FieldInfo]:
     """Return the fields of a section's annotation, which may be `Section | None`."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind.model_fields
-    raise AssertionError(annotation)
+    kind = _model_of(annotation)
+    assert kind is not None, annotation
+    return kind.model_fields
+
+
+def table_fields(annotation: object) -> dict[str, FieldInfo]:
+    """Return the fields of the tables of a list, `tuple[Section, ...]`; none if the annotation is of something else."""
+    kind = _model_of(annotation) if get_origin(annotation) is tuple else None
+    return {} if kind is None else kind.model_fields
+
+
+def _model_of(annotation: object) -> type[BaseModel] | None:
+    """Return the model of a section, of `Section | None` or of a list of tables; None if it is something else."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
@@ -288,13 +344,26 @@ def _sections(model: type[BaseModel]) -> Iterator[tuple[str, dict[str, FieldInfo
             yield name, section_fields(field.annotation)
 
 
+def _unknown_in_table(names: list[str], table: type[BaseModel] | None, model: type[BaseModel]) -> str:
+    """Say what to write instead of an unknown key of a table of a list; empty if it is in none, or of a section."""
+    *where, last = names
+    if table is None:
+        return ""
+    if near := difflib.get_close_matches(last, table.model_fields, n=1):
+        return f"unknown key; did you mean {'.'.join((*where, near[0]))}?"
+    is_of_section = any(last in fields for _, fields in _sections(model))
+    return "" if is_of_section else f"unknown key; allowed: {', '.join(table.model_fields)}"
+
+
 def _unknown(names: list[str], model: type[BaseModel]) -> str:
     """Say what to write instead of an unknown section, or of an unknown key of a section."""
     sections = dict(_sections(model))
     *where, last = names
     if where and last in sections:
         return f"is a section of its own; write [{last}]"
-    homes = [name for name, fields in sections.items() if last in fields and [name] != where]
+    own = sections.get(where[0], {}) if len(where) == 1 else {}
+    homes = [f"[{where[0]}.{key}]" for key, field in own.items() if last in table_fields(field.annotation)]
+    homes = homes or [name for name, fields in sections.items() if last in fields and [name] != where]
     if homes:
         return "belongs in " + " or ".join(f"[{name}]" for name in homes)
     near = [

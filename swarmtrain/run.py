@@ -30,14 +30,18 @@ from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
 from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
+from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.run_aliases import Translation, translate
-from swarmtrain.run_data import DataSection
+from swarmtrain.run_data import DataSection, DataSource, SourceKeys
+from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
 
 __all__ = [
     "CHUNK_BYTES",
     "MAX_RUN_FILE_BYTES",
     "METHODS_OF_KEYS",
+    "AdapterSection",
     "DataSection",
+    "DataSource",
     "EvaluationSection",
     "GradientFormat",
     "InnerSection",
@@ -48,6 +52,7 @@ __all__ = [
     "PublishedSection",
     "RunFile",
     "RunSection",
+    "SourceKeys",
     "load_run",
     "needs_of",
     "parse_published_untrusted",
@@ -55,6 +60,7 @@ __all__ = [
     "published_bytes",
     "run_sha256",
     "translated",
+    "with_model",
 ]
 
 MAX_RUN_FILE_BYTES = 65_536
@@ -87,48 +93,6 @@ class RunSection(Section):
         near = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:64]
         shown = json.dumps(name if len(name) <= 60 else name[:57] + "...", ensure_ascii=False)
         raise ValueError(f"{one_line(shown)} is refused; allowed: {_NAMES}" + (f", such as {near}" if near else ""))
-
-
-class ModelSection(Section):
-    """Shape of the model: a GPT with RMSNorm, rotary positions and untied embeddings."""
-
-    tokenizer: Literal["bytes", "bpe"] = Field(
-        "bytes",
-        description=with_values(
-            "What a token is.",
-            {
-                "bytes": "A byte: 256 tokens, nothing to learn or download.",
-                "bpe": "A piece of text; the bootstrap learns the pieces on its corpus (needs the extra `bpe`).",
-            },
-        ),
-    )
-    vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens; 256 with "bytes".')
-    context_tokens: int = Field(128, ge=2, le=1_048_576, description="Length of a training sequence, in tokens.")
-    num_layers: int = Field(4, ge=1, le=512, description="Number of transformer blocks.")
-    width: int = Field(128, ge=8, le=65_536, description="Width of the residual stream, in numbers per token.")
-    num_heads: int = Field(4, ge=1, le=1024, description="Number of attention heads; divides `width` into even parts.")
-    feed_forward_ratio: float = Field(2.625, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _fits(self) -> ModelSection:
-        if self.tokenizer == "bytes" and self.vocabulary_size != 256:
-            raise ValueError(
-                f'model.vocabulary_size: {self.vocabulary_size} with model.tokenizer = "bytes"; allowed: 256'
-            )
-        if self.tokenizer == "bpe" and self.vocabulary_size == 256:
-            raise ValueError(
-                'model.vocabulary_size: 256 with model.tokenizer = "bpe"; allowed: 257 or more, such as 4096'
-            )
-        if self.width % (2 * self.num_heads):
-            raise ValueError(
-                f"model.width: {self.width} does not give model.num_heads = {self.num_heads} heads of an even width "
-                f"(rotary positions turn pairs); allowed: a multiple of {2 * self.num_heads}"
-            )
-        if self.width * self.feed_forward_ratio < 1:
-            raise ValueError(
-                f"model.feed_forward_ratio: too small; allowed: at least {1 / self.width} (1 / model.width)"
-            )
-        return self
 
 
 class InnerSection(Section):
@@ -447,6 +411,8 @@ class PublishedSection(Section):
     protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
     needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
     dataset_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description='With data.source = "datasets" of the hub: the commit of the data set; absent otherwise.')  # fmt: skip
+    dataset_revisions: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{40})?$")], ...] | None = Field(None, strict=False, description="With data.sources: the commit of each source's data set of the hub, empty for other sources; absent without a data set of the hub.")  # fmt: skip
+    held_out_source_bytes: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(None, strict=False, description="With data.sources: the bytes of the held-out text that are of each source, one after the other.")  # fmt: skip
     model_files_sha256: _Sha256 | None = Field(None, description="SHA-256 of the list of the model's files, each with its own SHA-256; absent for a built-in model.")  # fmt: skip
     model_files_bytes: int = Field(0, ge=0, le=1_048_576, description="Size of that list, in bytes.")
     server: str | None = Field(None, pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$", description='With merge.method = "server": the PeerID of the bootstrap, which is the server; absent otherwise.')  # fmt: skip
@@ -460,6 +426,7 @@ class RunFile(Section):
     data: DataSection = DataSection()
     inner: InnerSection = InnerSection()
     merge: MergeSection = MergeSection()
+    adapter: AdapterSection = AdapterSection()
     pipeline: PipelineSection = PipelineSection()
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
@@ -472,9 +439,14 @@ class RunFile(Section):
         return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
-    def dataset_revision(self) -> str:
-        """Commit of the Hugging Face data set that the bootstrap pinned; empty if it pinned none."""
-        return (self.published.dataset_revision if self.published is not None else None) or ""
+    def dataset_revisions(self) -> tuple[str, ...]:
+        """Commit of each source's Hugging Face data set that the bootstrap pinned; empty where it pinned none."""
+        published, num_sources = self.published, len(self.data.mixture)
+        if published is None:
+            return ("",) * num_sources
+        if self.data.sources:
+            return published.dataset_revisions or ("",) * num_sources
+        return (published.dataset_revision or "",)
 
     @property
     def tokens_per_step(self) -> int:
@@ -507,15 +479,36 @@ class RunFile(Section):
         """Microbatches of a batch; the last one may be smaller."""
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
 
-    def num_shards(self, corpus_tokens: int) -> int:
-        """Return the number of shards of a corpus of `corpus_tokens`; 0 if the run has none.
+    def num_shards(self, *corpus_tokens: int) -> tuple[int, ...]:
+        """Return the number of shards of each source, given the tokens of its corpus (0 if it is streamed); 0 for none.
 
-        Each shard has at least the tokens that a round of `merge.inner_steps` reads.
+        Each shard has at least the tokens that a round of `merge.inner_steps` reads of its source. The data have as many
+        shards as the source that has most of them; shard s is shard s modulo n of a source that has n.
         """
-        if not self.merge.kind.shards or (self.data.source == "datasets" and self.data.streaming):
-            return 0
-        fitting = corpus_tokens // max(self.round_tokens, 2 * self.model.context_tokens)
-        return min(self.data.shards, fitting) if fitting > 1 else 0
+        if not self.merge.kind.shards:
+            return (0,) * len(corpus_tokens)
+        least = 2 * self.model.context_tokens
+        of_round = (max(math.ceil(self.round_tokens * share), least) for share in self.data.shares)
+        fitting = [tokens // needed for tokens, needed in zip(corpus_tokens, of_round, strict=True)]
+        return tuple(min(self.data.shards, fits) if fits > 1 else 0 for fits in fitting)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fragments_of_adapter(cls, data: Any) -> Any:
+        """Set `merge.fragments` to the number of an adapter's groups, which are its fragments."""
+        if not isinstance(data, dict):
+            return data
+        adapter, merge = data.get("adapter"), data.get("merge", {})
+        if not isinstance(adapter, dict | AdapterSection) or not isinstance(merge, dict) or "fragments" in merge:
+            return data
+        try:
+            section = AdapterSection.model_validate(adapter)
+        except ValidationError:
+            return data
+        kind = _kind_of({"method": MergeSection.model_fields["method"].default, **merge})
+        if not section.is_used or kind is None or not kind.reads("fragments"):
+            return data
+        return {**data, "merge": {**merge, "fragments": section.num_groups}}
 
     @model_validator(mode="after")
     def _possible(self) -> RunFile:
@@ -530,7 +523,14 @@ class RunFile(Section):
                 f"model.context_tokens = {self.model.context_tokens}"
             )
         self._check_pipeline()
+        self._check_adapter()
+        if self.merge.init == "own" and not (self.model.is_built_in or self.model.from_scratch):
+            raise ValueError(
+                'merge.init: "own" with the weights of model.base, which are the same for every peer; allowed: '
+                '"common", or "own" with model.from_scratch = true'
+            )
         if self.published is not None:
+            self._check_published_model(self.published)
             learnt = self.published.tokenizer_sha256 is not None
             if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
@@ -541,14 +541,19 @@ class RunFile(Section):
                 )
             if (self.published.server is not None) != self.merge.kind.has_server:
                 raise ValueError(f'published.server: does not fit merge.method = "{self.merge.method}"')
-            if self.published.dataset_revision is not None and self.data.source != "datasets":
-                raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
+            self._check_published_sources(self.published)
             self._check_published_stages(self.published)
         return self
 
+    def _check_published_model(self, published: PublishedSection) -> None:
+        if not self.model.is_built_in and not (self.model.is_resolved and PUBLISHED_BASE.fullmatch(self.model.base)):
+            raise ValueError("model.base: is not as a bootstrap publishes it; allowed: owner/name@commit, or a name")
+        if (published.model_files_sha256 is None) != self.model.is_built_in:
+            raise ValueError(f'published.model_files_sha256: does not fit model.source = "{self.model.source}"')
+
     def _check_pipeline(self) -> None:
         stages, most = self.pipeline.stages, self.model.num_layers + 2
-        if stages == 1:
+        if stages == 1 or not self.model.is_resolved:
             return
         if stages > most:
             raise ValueError(
@@ -575,6 +580,22 @@ class RunFile(Section):
                 f"evaluation.every_rounds: {self.evaluation.every_rounds} with pipeline.stages = {stages}; allowed: 0, "
                 "since no volunteer has the whole model (the bootstrap measures it at the end)"
             )
+
+    def _check_published_sources(self, published: PublishedSection) -> None:
+        sources, sizes, revisions = self.data.sources, published.held_out_source_bytes, published.dataset_revisions
+        if published.dataset_revision is not None and (sources or self.data.source != "datasets"):
+            raise ValueError(f'published.dataset_revision: does not fit data.source = "{self.data.source}"')
+        if len(sizes or ()) != len(sources) or (sizes is not None and sum(sizes) != published.held_out_bytes):
+            raise ValueError(f"published.held_out_source_bytes: does not fit {len(sources)} data.sources")
+        if revisions is not None and (
+            len(revisions) != len(sources)
+            or any(commit and source.source != "datasets" for commit, source in zip(revisions, sources, strict=True))
+        ):
+            raise ValueError(f"published.dataset_revisions: does not fit {len(sources)} data.sources")
+
+    def _check_adapter(self) -> None:
+        if self.adapter.is_used:  # until models of another kind are there
+            raise ValueError(f'adapter.method: "{self.adapter.method}" with the built-in model; allowed: "none"')
 
     def _check_published_stages(self, published: PublishedSection) -> None:
         stages, boundaries, costs = self.pipeline.stages, published.boundaries, published.stage_costs
@@ -639,11 +660,24 @@ def parse_run(
             f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out",
             code="published-section",
         )
+    model = table.get("model")
+    for key in BOOTSTRAP_MODEL_KEYS:
+        if isinstance(model, dict) and key in model:
+            raise RunFileError(
+                f"{origin}: model.{key}: only `swarmtrain bootstrap` writes this key; leave it out",
+                code="published-section",
+            )
     found = translated(table)
     run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
     for line in found.said:
         tell(line)
     return run
+
+
+def with_model(run: RunFile, values: dict[str, Any]) -> RunFile:
+    """Return `run` with these values of `[model]`, checked as a whole. Raises `RunFileError`."""
+    table = run.model_dump(mode="json", exclude_none=True)
+    return _validated({**table, "model": {**table["model"], **values}}, "model.base")
 
 
 def translated(table: dict[str, Any]) -> Translation:
@@ -684,6 +718,10 @@ def needs_of(run: RunFile) -> Needs:
     return needs_with({key: 0 for name, value in written for key in (name, f"{name}={value}")})
 
 
+_SECTIONS_SINCE = {"adapter"}
+"""Sections that came after protocol 1: they are left out where all their keys are."""
+
+
 def _written_table(run: RunFile) -> dict[str, Any]:
     """Return the tables to publish: every default, but of newer keys (`KEYS_SINCE`) only values that differ from it.
 
@@ -693,11 +731,18 @@ def _written_table(run: RunFile) -> dict[str, Any]:
     for key in KEYS_SINCE:
         section, _, name = key.partition(".")
         without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
-        if name in table.get(section, {}):
-            written: Section = getattr(run, section)
-            if type(written).model_validate(without) == written:
-                table[section] = without
-    return table
+        if name in table.get(section, {}) and _means_the_same(without, getattr(run, section)):
+            table[section] = without
+    if run.data.sources:  # which the keys of one source have no meaning beside
+        table["data"] = {key: value for key, value in table["data"].items() if key not in SourceKeys.model_fields}
+    return {name: keys for name, keys in table.items() if keys or name not in _SECTIONS_SINCE}
+
+
+def _means_the_same(table: dict[str, Any], section: Section) -> bool:
+    try:
+        return type(section).model_validate(table) == section
+    except ValidationError:  # a key that is needed is left out
+        return False
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from swarmtrain.errors import Problem, UserError
 from swarmtrain.problems import Rewritten, one_line, shown
@@ -52,6 +52,7 @@ class Alias:
     """Words of other projects that stand for a key of ours, or that are refused."""
 
     section: str
+    """Section, or list of tables ("data.sources"), whose tables have the words that stand for a key of [data] too."""
     words: tuple[str, ...]
     keys: tuple[str, ...]
     """Our keys, in the same section: one, or two for `betas`. Empty for a word without a key."""
@@ -288,6 +289,11 @@ ALIASES: tuple[Alias, ...] = (
     Alias("data", ("dataset_split", "train_split"), ("split",)),
     Alias("data", ("dataset_text_field", "text_column", "text_column_name", "text_field"), ("field",)),
     Alias("data", ("data_files",), ("paths",)),
+    Alias(
+        "data.sources",
+        ("probability", "probabilities", "prob", "proportion", "ratio", "sampling_weight", "sampling_ratio"),
+        ("weight",),
+    ),
     Alias("inner", ("micro_batch_size", "micro_bs", "device_batch_size"), ("microbatch_sequences",)),
     Alias("inner", ("lr", "max_lr", "peak_lr", "inner_lr", "inner_learning_rate"), ("learning_rate",)),
     Alias("inner", ("adam_beta1",), ("beta1",)),
@@ -303,6 +309,10 @@ ALIASES: tuple[Alias, ...] = (
         ("min_lr_ratio", "min_lr_rate", "min_lr_factor", "cosine_min_lr_ratio", "final_lr_frac"),
         ("floor_fraction",),
     ),
+    Alias("adapter", ("r", "lora_r", "lora_rank"), ("rank",)),
+    Alias("adapter", ("lora_alpha",), ("alpha",)),
+    Alias("adapter", ("lora_dropout",), ("dropout",)),
+    Alias("adapter", ("target_modules", "lora_target_modules"), ("targets",)),
     Alias("merge", ("h", "H", "local_steps", "num_inner_steps", "sync_every", "sync_steps"), ("inner_steps",)),
     Alias("merge", ("outer_lr",), ("outer_learning_rate",)),
     Alias("merge", ("num_fragments",), ("fragments",)),
@@ -430,10 +440,23 @@ _SECTIONS = {
 """Map a section of another project's files to our sections that have its keys."""
 
 
+_LISTS = {"data.sources": "data"}
+"""Map each list of tables to the section whose words its tables have too."""
+
+
+class _Table(NamedTuple):
+    place: tuple[str, ...]
+    """Name of the section; for a table of a list its section, list and number, from 1."""
+    keys: dict[str, Any]
+    """Keys of the table, which are changed."""
+    sections: tuple[str, ...]
+    """Sections of `ALIASES` whose words it may have."""
+
+
 @dataclass
 class _Draft:
     table: dict[str, Any]
-    said: dict[tuple[str, str], str] = field(default_factory=dict)
+    said: dict[tuple[tuple[str, ...], str], str] = field(default_factory=dict)
     words: dict[tuple[str, str], str] = field(default_factory=dict)
     problems: list[tuple[tuple[str, ...], Problem]] = field(default_factory=list)
     meant: set[str] = field(default_factory=set)
@@ -447,29 +470,46 @@ class _Draft:
 def translate(table: Mapping[str, Any], defaults: _Keys) -> Translation:
     """Replace aliases by our keys in a person's `table`. What cannot be read is left out, and listed as a problem."""
     draft = _Draft({name: dict(keys) if isinstance(keys, dict) else keys for name, keys in table.items()})
+    tables = list(_tables(draft.table))
+    written = [(each.place, word) for each in tables for word in each.keys]
     for name in table:
         if name in _SECTIONS and name not in defaults:
             homes = " or ".join(f"[{home}]" for home in _SECTIONS[name].replace(" and ", ", ").split(", "))
             del draft.table[name]
             draft.refuse((name,), f"is not a section here; write its keys into {homes}")
+    given = [(each, _Given(draft.table, defaults, dict(each.keys))) for each in tables]
     for alias in ALIASES:
-        keys = table.get(alias.section)
-        if isinstance(keys, dict):
-            for word in alias.words:
-                if word in keys:
-                    _read(alias, word, _Given(draft.table, defaults, keys), draft)
+        for each, words in given:
+            for word in alias.words if alias.section in each.sections else ():
+                if word in words.words:
+                    _read(alias, word, words, each, draft)
     _move_home(draft, defaults)
     rewritten = Rewritten(draft.words, tuple(draft.problems), frozenset(draft.meant))
-    written = [(name, word) for name, keys in table.items() if isinstance(keys, dict) for word in keys]
     said = tuple(draft.said[place] for place in written if place in draft.said)
     return Translation(draft.table, said, rewritten, tuple(draft.conversions))
 
 
-def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
+def _tables(table: dict[str, Any]) -> Iterator[_Table]:
+    """Yield the sections, and the tables of lists, in the file's order; those of lists are copied into `table`."""
+    for name, keys in table.items():
+        if not isinstance(keys, dict):
+            continue
+        yield _Table((name,), keys, (name,))
+        for of_list, section in _LISTS.items():
+            key = of_list.removeprefix(f"{name}.")
+            if key == of_list or not isinstance(keys.get(key), list):
+                continue
+            keys[key] = [dict(each) if isinstance(each, dict) else each for each in keys[key]]
+            for number, each in enumerate(keys[key], 1):
+                if isinstance(each, dict):
+                    yield _Table((name, key, str(number)), each, (of_list, section))
+
+
+def _read(alias: Alias, word: str, given: _Given, table: _Table, draft: _Draft) -> None:
     """Replace one word by our key."""
-    section, names = draft.table[alias.section], (alias.section, word)
+    section, place, names = table.keys, ".".join(table.place), (*table.place, word)
     value = section.pop(word)
-    meant = tuple(f"{alias.section}.{key}" for key in alias.keys)
+    meant = tuple(f"{place}.{key}" for key in alias.keys)
     try:
         found = {alias.keys[0]: value} if alias.read is None else alias.read(value, given)
     except ValueError as error:
@@ -477,18 +517,18 @@ def _read(alias: Alias, word: str, given: _Given, draft: _Draft) -> None:
         return
     for key in found:
         if key in section:
-            other = draft.words.get((alias.section, key), key)
-            problem = f"means {alias.section}.{key}, which {other} gives too; leave one of them out"
+            other = draft.words.get((place, key), key)
+            problem = f"means {place}.{key}, which {other} gives too; leave one of them out"
             draft.refuse(names, problem, code="key-given-twice")
             return
     section.update(found)
-    draft.words.update({(alias.section, key): word for key in found})
+    draft.words.update({(place, key): word for key in found})
     if alias.read is not None:
-        ours_found = {f"{alias.section}.{key}": each for key, each in found.items()}
+        ours_found = {f"{place}.{key}": each for key, each in found.items()}
         used = tuple(key for key in alias.uses if key not in ours_found) if value else ()
         draft.conversions.append(Conversion(".".join(names), ours_found, used))
     ours = ", ".join(f"{key} = {shown(each)}" for key, each in found.items()) or "what the other keys say already"
-    draft.said[alias.section, word] = f"[{alias.section}] {word} = {shown(value)} is read as {ours}"
+    draft.said[table.place, word] = f"[{place}] {word} = {shown(value)} is read as {ours}"
 
 
 def _move_home(draft: _Draft, defaults: _Keys) -> None:
@@ -502,10 +542,14 @@ def _move_home(draft: _Draft, defaults: _Keys) -> None:
                 continue
             del (draft.table[where[0]] if where else draft.table)[word]
             told = " or ".join(
-                f"[{home.section}]" + (f", as {' and '.join(home.keys)}" * bool(home.keys)) for home in homes
+                _shown_section(home.section) + (f", as {' and '.join(home.keys)}" * bool(home.keys)) for home in homes
             )
             meant = tuple(f"{home.section}.{key}" for home in homes for key in home.keys)
             draft.refuse((*where, word), f"belongs in {told}", meant)
+
+
+def _shown_section(section: str) -> str:
+    return f"[[{section}]]" if section in _LISTS else f"[{section}]"
 
 
 def _homes(word: str) -> Iterator[Alias]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from swarmtrain.problems import Section, with_values
 
-__all__ = ["DataSection"]
+__all__ = ["LEAST_HELD_OUT_BYTES", "DataSection", "DataSource", "SourceKeys"]
+
+LEAST_HELD_OUT_BYTES = 4096
+"""Least held-out text of each of several sources: a loss on less says little."""
 
 _KEYS_OF_SOURCES = {
     "paths": ("text", "jsonl", "parquet"),
@@ -21,8 +25,11 @@ _KEYS_OF_SOURCES = {
 }
 
 
-class DataSection(Section):
-    """Text that the model learns from, and text that it is judged by."""
+class SourceKeys(Section):
+    """Keys that say where text comes from."""
+
+    place: ClassVar[str] = ""
+    """Section of these keys and a dot, for messages; empty in a table of a list, which messages name by its number."""
 
     source: Literal["python-stdlib", "text", "jsonl", "parquet", "datasets"] = Field(
         "python-stdlib",
@@ -30,8 +37,8 @@ class DataSection(Section):
             "Where the text comes from.",
             {
                 "python-stdlib": "The sources of Python's own standard library, which every machine has.",
-                "text": "Text files.",
-                "jsonl": "Files with one JSON object a line.",
+                "text": "Text files. Those that end with `.gz` or `.zst` (needs the extra `zstd`) are decompressed as they are read.",
+                "jsonl": "Files with one JSON object a line; compressed ones as with `text`.",
                 "parquet": "A column of Parquet files (needs the extra `parquet`).",
                 "datasets": "A data set of the Hugging Face hub, or a folder of one (needs the extra `datasets`).",
             },
@@ -52,26 +59,105 @@ class DataSection(Section):
     )
     split: str = Field("train", min_length=1, max_length=200, description='For "datasets": the split to train on.')
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
-    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": number of shards of the data, fewer if a round of merge.inner_steps would read one more than once; a peer takes each round from the shard that has been seen least. 0: from everywhere. Streamed data have none.')  # fmt: skip
-    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes; the bootstrap cuts it once, and it travels with the run.")  # fmt: skip
 
-    @model_validator(mode="after")
-    def _fits_source(self) -> DataSection:
+    @property
+    def is_streamed(self) -> bool:
+        """True if the text is read while training, so that its length is not known."""
+        return self.streaming and self.source == "datasets"
+
+    def _check_source(self) -> None:
+        """Raise ValueError unless each key fits the source."""
+        place = self.place
         for key, sources in _KEYS_OF_SOURCES.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.source not in sources:
                 wanted = " or ".join(f'"{source}"' for source in sources)
                 raise ValueError(
-                    f'data.{key}: has no meaning with data.source = "{self.source}"; allowed: with {wanted}'
+                    f'{place}{key}: has no meaning with {place}source = "{self.source}"; allowed: with {wanted}'
                 )
         for key in ("paths", "dataset"):
             if self.source in _KEYS_OF_SOURCES[key] and not getattr(self, key):
-                raise ValueError(f'data.{key}: missing; data.source = "{self.source}" needs it')
+                raise ValueError(f'{place}{key}: missing; {place}source = "{self.source}" needs it')
         for key in ("subset", "split"):
             if (name := getattr(self, key)) and not re.fullmatch(r"\w[^/\\<>|?*]*", name):
                 raise ValueError(
-                    f"data.{key}: {name!r} is no name; allowed: one that begins with a letter or digit, without / \\ < > "
+                    f"{place}{key}: {name!r} is no name; allowed: one that begins with a letter or digit, without / \\ < > "
                     "| ? *"
                 )
         if "" in self.paths:
-            raise ValueError("data.paths: contains an empty string; allowed: files or globs")
+            raise ValueError(f"{place}paths: contains an empty string; allowed: files or globs")
+
+
+class _NamedPart(Section):
+    name: str = Field(min_length=1, max_length=32, pattern=r"^[a-z0-9][a-z0-9-]*$", json_schema_extra={"allowed": "up to 32 lower-case letters a to z, digits and hyphens, the first no hyphen"}, description="A short name, by which the held-out loss on this source is shown.")  # fmt: skip
+    weight: float = Field(1.0, gt=0, le=1_000_000, description="Share of the sequences that come from this source, relative to the other sources' weights.")  # fmt: skip
+
+
+class DataSource(SourceKeys, _NamedPart):
+    """One of several sources of text, of which each batch takes sequences by weight."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataSource:
+        self._check_source()
+        return self
+
+
+class DataSection(SourceKeys):
+    """Text that the model learns from, and text that it is judged by."""
+
+    place = "data."
+
+    shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": number of shards of the data, fewer if a round of merge.inner_steps would read one more than once; a peer takes each round from the shard that has been seen least, of each source. 0: from everywhere. Streamed data have none.')  # fmt: skip
+    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes; the bootstrap cuts it once, and it travels with the run. Of several sources each gives a part in proportion to its weight, but at least 4,096 bytes.")  # fmt: skip
+    sources: tuple[DataSource, ...] = Field((), strict=False, max_length=64, json_schema_extra={"allowed": "tables `[[data.sources]]`"}, description="Several sources of text instead of the one that the keys above describe; each has a name, a weight and keys of its own.")  # fmt: skip
+
+    @property
+    def mixture(self) -> tuple[DataSource, ...]:
+        """Sources of the text; without `sources`, the one that the section's own keys describe, which has no name."""
+        if self.sources:
+            return self.sources
+        own = {key: getattr(self, key) for key in SourceKeys.model_fields}
+        return (DataSource.model_construct(name="", weight=1.0, **own),)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the sequences that each source gives; together 1."""
+        total = math.fsum(source.weight for source in self.mixture)
+        return tuple(source.weight / total for source in self.mixture)
+
+    @property
+    def held_out_limits(self) -> tuple[int, ...]:
+        """Bytes of held-out text that each source gives at most: in proportion to the weights, and
+        `LEAST_HELD_OUT_BYTES` or more where there are several."""
+        sources = self.mixture
+        if len(sources) == 1:
+            return (self.held_out_bytes,)
+        limits = dict.fromkeys(range(len(sources)), 0)
+        while True:  # raising one to the least lowers what is left for the others
+            others = [number for number, limit in limits.items() if limit != LEAST_HELD_OUT_BYTES]
+            left = self.held_out_bytes - LEAST_HELD_OUT_BYTES * (len(limits) - len(others))
+            total = math.fsum(sources[number].weight for number in others)
+            limits |= {number: int(left * (sources[number].weight / total)) for number in others}
+            small = [number for number in others if limits[number] < LEAST_HELD_OUT_BYTES]
+            if not small:
+                return tuple(limits.values())
+            limits |= dict.fromkeys(small, LEAST_HELD_OUT_BYTES)
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataSection:
+        if not self.sources:
+            self._check_source()
+            return self
+        for key in SourceKeys.model_fields:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"data.{key}: has no meaning beside [[data.sources]]; allowed: in each [[data.sources]]"
+                )
+        names = [source.name for source in self.sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"data.sources: two are called {twice}; allowed: a name of its own for each")
+        if self.held_out_bytes < (least := LEAST_HELD_OUT_BYTES * len(names)) and len(names) > 1:
+            raise ValueError(
+                f"data.held_out_bytes: {self.held_out_bytes} with {len(names)} sources; allowed: at least {least} "
+                f"({LEAST_HELD_OUT_BYTES} for each)"
+            )
         return self

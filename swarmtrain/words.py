@@ -75,6 +75,13 @@ def loss_in_words(nats_per_byte: float) -> str:
     return f"{nats_per_byte:.3f} nats/byte ({bits_per_byte(nats_per_byte):.3f} bits/byte)"
 
 
+def source_losses_in_words(names: Sequence[str], losses: Sequence[float]) -> str:
+    """Format the held-out loss of each source of text for a person, such as `code 0.912, prose 1.386 nats/byte`; empty
+    without sources."""
+    parts = [f"{name} {loss:.3f}" for name, loss in zip(names, losses, strict=False)]
+    return f"{', '.join(parts)} nats/byte" if parts else ""
+
+
 def percent_in_words(part: float, whole: float) -> str:
     """Format a part of a whole, such as `40%`. Rounds down, so that only the whole is 100 %."""
     if whole <= 0:

@@ -24,7 +24,7 @@ from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.lifecycle import run_fetch
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.problems import section_fields
-from swarmtrain.run import RunFile, parse_published_untrusted, parse_run, run_sha256
+from swarmtrain.run import DataSource, RunFile, parse_published_untrusted, parse_run, run_sha256
 from swarmtrain.v1 import pipeline_pb2, snapshot_pb2
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -42,6 +42,7 @@ def test_whoever_changes_the_wire_looks_at_the_number() -> None:
     keys = {
         f"{name}.{key}" for name, section in RunFile.model_fields.items() for key in section_fields(section.annotation)
     }
+    keys |= {f"data.sources.{key}" for key in DataSource.model_fields}
     digest = hashlib.sha256()
     for module in (snapshot_pb2, pipeline_pb2):
         digest.update(module.DESCRIPTOR.serialized_pb)  # without comments

@@ -38,6 +38,8 @@ model-not-saved network-broke nice-not-lowered no-bootstrap no-checkpoint no-con
 no-model no-run-file no-such-code no-such-command no-such-data no-such-field no-such-folder no-such-method
 no-such-peer no-such-split no-such-volunteer no-text nobody-answers nobody-at-address nobody-can-dial nobody-known
 not-a-config not-a-model not-a-number not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for
+not-decompressed
+bad-repository hub-login hub-upload tasks-not-scored unknown-task
 not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced
 nothing-to-resume only-held-out-text options-conflict other-projects-word other-user out-of-memory out-of-range
 package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-not-running peer-of-another-version
@@ -47,6 +49,7 @@ several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 s
 stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
+model-files-needed model-has-code model-quantised model-refused no-such-base
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

@@ -168,6 +168,10 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
             "fetching the current weights: 300 B of 1.2 kB (25%), 1 min 30 s left",
         ),
         (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte (2.951 bits/byte) after round 3"),
+        (
+            EvalEvent(round=3, held_out_loss=2.0, sources=("code", "prose"), source_losses=(2.5, 1.5)),
+            "(2.885 bits/byte) after round 3: code 2.500, prose 1.500 nats/byte",
+        ),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
         (PeerLostEvent(lost="12D3KooWabcdef", lost_name="ben", reason="silent"), "peer ben is lost: silent"),
         (PeerLeftEvent(left="12D3KooWabcdef", left_name="ben"), "peer ben left"),
@@ -178,6 +182,10 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         (FinishingEvent(doing="measuring"), "the run is complete: measuring"),
         (ResumedEvent(round=7, paused_s=90), "resumed at round 7 after a pause of 1 min 30 s"),
         (DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3, reason="asked"), "held-out loss not measured"),
+        (
+            DoneEvent(held_out_loss=2.0, sources=("a",), source_losses=(2.0,), tokens=1, run_tokens=2, wall_s=3, reason="asked"),
+            "held-out loss 2.000 nats/byte (2.885 bits/byte) [a 2.000 nats/byte], 1 of 2 tokens trained here",
+        ),
     ],
 )  # fmt: skip
 def test_plain_lines(event: Event, expected: str) -> None:

@@ -36,7 +36,7 @@ NOT_OURS: dict[str, set[str]] = {
     "cli/plot.py": {"_MARK_EVERY", "mark", "marks", "marks_range"},
 }
 """Other meanings of a word in the table: a tick at the end of a line, and marks on a curve."""
-GERUNDS = frozenset({"accounting", "pacing", "setting", "training"})
+GERUNDS = frozenset({"accounting", "pacing", "sampling", "setting", "training"})
 """Nouns of the field that end in -ing."""
 
 

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from swarmtrain import __version__
 from swarmtrain.algorithm.pacing import most_inner_steps
 from swarmtrain.cli.main import run as run_command
+from swarmtrain.compatibility import KEYS_SINCE
 from swarmtrain.errors import BadBytesError, RunFileError, with_code
+from swarmtrain.problems import section_fields
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
     MergeSection,
     PublishedSection,
     RunFile,
     load_run,
+    needs_of,
     parse_published_untrusted,
     parse_run,
     published_bytes,
@@ -280,7 +283,8 @@ def test_published_bytes_hold_every_default_and_nothing_absent() -> None:
     data = published_bytes(published())
     text = data.decode()
     for name, field in RunFile.model_fields.items():
-        assert f"[{name}]" in text, field
+        is_newer = all(f"{name}.{key}" in KEYS_SINCE for key in section_fields(field.annotation))
+        assert (f"[{name}]" in text) is not is_newer, field
     assert "inner_steps = 25" in text
     assert "tokenizer_sha256" not in text
 
@@ -468,6 +472,132 @@ def test_a_whole_model_is_published_without_stages(key: str) -> None:
     only = {"boundaries": [1], "stage_costs": [0.5, 0.5]}[key]
     fields: dict[str, object] = {"boundaries": None, "stage_costs": None} | {key: only}
     assert codes_in(refused(pipeline_bytes(1, **fields))) == ["keys-disagree"]
+
+
+SOURCES = """\
+[[data.sources]]
+name = "code"
+weight = 3
+[[data.sources]]
+name = "web"
+source = "datasets"
+dataset = "anna/pages"
+streaming = true
+[[data.sources]]
+name = "talks"
+weight = 0.004
+source = "jsonl"
+paths = ["talks/*.jsonl.gz"]
+"""
+
+
+def test_several_sources_have_weights_and_a_run_without_them_is_published_as_before() -> None:
+    data = parse_run(MINIMAL + SOURCES, "r").data
+    assert [source.name for source in data.mixture] == ["code", "web", "talks"]
+    assert [round(share, 4) for share in data.shares] == [0.7493, 0.2498, 0.001]
+    assert sum(data.held_out_limits) <= 65_536 and data.held_out_limits[2] == 4096, "enough to say something"
+    assert data.held_out_limits[0] == pytest.approx(3 * data.held_out_limits[1], abs=3)
+    assert [source.is_streamed for source in data.mixture] == [False, True, False]
+    one = parse_run(MINIMAL + '[data]\nsource = "text"\npaths = ["a"]\n', "r").data
+    assert one.shares == (1.0,) and one.held_out_limits == (65_536,)
+    assert (one.mixture[0].name, one.mixture[0].source, one.mixture[0].paths) == ("", "text", ("a",))
+    assert b"sources" not in published_bytes(published()) and b"held_out_source_bytes" not in published_bytes(
+        published()
+    )
+
+
+def of_sources(**fields: object) -> RunFile:
+    run = published(MINIMAL + SOURCES)
+    assert run.published is not None
+    told = {"held_out_source_bytes": (40_000, 20_000, 5_536), "dataset_revisions": ("", "a" * 40, ""), **fields}
+    return run.model_copy(update={"published": run.published.model_copy(update=told)})
+
+
+def test_what_is_published_of_several_sources_says_which_part_and_which_commit_is_of_each() -> None:
+    run = of_sources()
+    data = published_bytes(run)
+    assert b'source = "python-stdlib"' not in data.partition(b"[[data.sources]]")[0], "it has no meaning there"
+    assert parse_published_untrusted(data, run_sha256(data)) == run
+    assert run.dataset_revisions == ("", "a" * 40, "") and published().dataset_revisions == ("",)
+    assert needs_of(run).protocol == 2, "peers of before know no such key"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"held_out_source_bytes": None},
+        {"held_out_source_bytes": (40_000, 25_536)},
+        {"held_out_source_bytes": (40_000, 20_000, 5_000)},
+        {"dataset_revisions": ("a" * 40, "", "")},
+        {"dataset_revisions": ("", "a" * 40)},
+        {"dataset_revision": "a" * 40},
+    ],
+)
+def test_parts_and_commits_that_do_not_fit_the_sources_are_refused(fields: dict[str, object]) -> None:
+    data = published_bytes(of_sources(**fields))
+    with pytest.raises(BadBytesError) as caught:
+        parse_published_untrusted(data, run_sha256(data))
+    assert "published." in str(caught.value)
+    for old, new in ((b'"' + b"a" * 40 + b'"', b'"main"'), (b"    40000,\n    20000,", b"    60000,\n    0,")):
+        data = published_bytes(of_sources()).replace(old, new)
+        with pytest.raises(BadBytesError, match="is refused; allowed"):
+            parse_published_untrusted(data, run_sha256(data))
+    text = published_bytes(published()).decode() + "held_out_source_bytes = [65536]\n"
+    with raises_code("keys-disagree", BadBytesError, "published.held_out_source_bytes"):
+        parse_published_untrusted(text.encode(), run_sha256(text.encode()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("weight = 3", "weight = 0", "line 5: data.sources.1.weight: 0 is refused; allowed: a number above 0 and at"),
+        ("weight = 3", "wieght = 3", "line 5: data.sources.1.wieght: unknown key; did you mean data.sources.1.weight?"),
+        ("weight = 3", "shards = 3", "line 5: data.sources.1.shards: belongs in [data]"),
+        (
+            "weight = 3",
+            "colour = 3",
+            "line 5: data.sources.1.colour: unknown key; allowed: name, weight, source, paths",
+        ),
+        ("weight = 3", 'subset = "x"', 'line 5: data.sources.1.subset: has no meaning with source = "python-stdlib"'),
+        ('name = "web"\n', "", "line 6: data.sources.2.name: missing; allowed: up to 32 lower-case letters"),
+        ('"web"', '"Web pages"', 'line 7: data.sources.2.name: "Web pages" is refused; allowed: up to 32 lower-case'),
+        ('"web"', '"code"', "line 3: data.sources: two are called code; allowed: a name of its own for each"),
+        ('paths = ["talks/*.jsonl.gz"]', "", 'line 11: data.sources.3.paths: missing; source = "jsonl" needs it'),
+        ('["talks/*.jsonl.gz"]', '["a", 7]', "line 15: data.sources.3.paths.1: 7 is refused; allowed: a list of str"),
+        (
+            "[[data.sources]]",
+            "[data]\nfield = 'x'\n[[data.sources]]",
+            "line 4: data.field: has no meaning beside [[data.s",
+        ),
+        (
+            "[[data.sources]]",
+            "[data]\nweight = 2\n[[data.sources]]",
+            "line 4: data.weight: belongs in [[data.sources]]",
+        ),
+        (
+            "[[data.sources]]",
+            "[data]\nheld_out_bytes = 9000\n[[data.sources]]",
+            "line 4: data.held_out_bytes: 9000 with 3 ",
+        ),
+    ],
+)
+def test_a_mistake_in_a_source_names_its_number_its_line_and_what_is_allowed(old: str, new: str, expected: str) -> None:
+    with pytest.raises(RunFileError) as caught:
+        parse_run(MINIMAL + SOURCES.replace(old, new, 1), "r")
+    assert expected in str(caught.value), caught.value
+
+
+def test_what_is_no_list_of_tables_is_said() -> None:
+    for text in ("[data.sources]\nname = 'code'\n", "[data]\nsources = 3\n", "[data]\nsources = [3]\n"):
+        with raises_code("wrong-type", RunFileError, "data.sources", "allowed: tables `[[data.sources]]`"):
+            parse_run(MINIMAL + text, "r")
+
+
+def test_each_source_has_as_many_shards_as_rounds_of_its_share_fit_into_it() -> None:
+    run = parse_run(MINIMAL + SOURCES.replace("streaming = true\n", ""), "r")  # a round reads 51,200 tokens
+    assert run.num_shards(10 * 51_200, 0, 3 * 256) == (13, 0, 3)
+    assert run.num_shards(100 * 51_200, 51_200, 256) == (64, 4, 0), "what one round reads is in no shards"
+    assert parse_run(MINIMAL + SOURCES + "[merge]\nmethod = 'diloco'\n", "r").num_shards(10**6, 0, 10**6) == (0, 0, 0)
 
 
 def test_a_newer_publisher_asks_for_an_upgrade() -> None:

@@ -16,6 +16,7 @@ from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.model.gpt import build_model
 from swarmtrain.run import (
+    DataSource,
     PublishedSection,
     RunFile,
     load_run,
@@ -102,7 +103,8 @@ def test_a_file_in_words_of_the_field_is_published_as_the_same_bytes(theirs: str
 def test_each_word_is_read_or_refused_in_its_section() -> None:
     """With a value of the default's kind: an alias without a conversion cannot be told from our key."""
     defaults = parse_run(MINIMAL, "r").model_dump(mode="json")
-    plain = [(alias, word) for alias in ALIASES if alias.read is None for word in alias.words]
+    of_sections = [alias for alias in ALIASES if alias.section in defaults]
+    plain = [(alias, word) for alias in of_sections if alias.read is None for word in alias.words]
     assert len(plain) > 40
     for alias, word in plain:
         (key,) = alias.keys
@@ -120,9 +122,33 @@ def test_each_word_is_read_or_refused_in_its_section() -> None:
 
 def test_no_word_is_one_of_our_keys_or_there_twice() -> None:
     ours = {(name, key) for name, keys in parse_run(MINIMAL, "r").model_dump().items() if keys for key in keys}
+    ours |= {("data.sources", key) for key in DataSource.model_fields}
     words = [(alias.section, word) for alias in ALIASES for word in alias.words]
     assert not ours & set(words) and len(set(words)) == len(words)
     assert {(alias.section, key) for alias in ALIASES for key in alias.keys} <= ours
+
+
+def test_a_source_of_several_may_have_the_words_of_data_and_of_mixtures() -> None:
+    text = MINIMAL + (
+        "[[data.sources]]\nname = 'web'\nsource = 'datasets'\ndataset_name = 'a/b'\ntext_column = 'body'\n"
+        "probability = 3\n[[data.sources]]\nname = 'own'\nsource = 'text'\ndata_files = ['a']\n"
+    )
+    ours = re.sub("dataset_name", "dataset", re.sub("text_column", "field", re.sub("probability", "weight", text)))
+    assert parse_run(text, "r") == parse_run(ours.replace("data_files", "paths"), "r")
+    assert said(text) == [
+        '[data.sources.1] dataset_name = "a/b" is read as dataset = "a/b"',
+        '[data.sources.1] text_column = "body" is read as field = "body"',
+        "[data.sources.1] probability = 3 is read as weight = 3",
+        '[data.sources.2] data_files = ["a"] is read as paths = ["a"]',
+    ]
+    with raises_code("out-of-range", RunFileError, "line 8: data.sources.1.weight (written probability): -3"):
+        parse_run(text.replace("= 3\n", "= -3\n"), "r")
+    with raises_code(
+        "key-given-twice", RunFileError, "line 8: data.sources.1.probability: means data.sources.1.weight"
+    ):
+        parse_run(text.replace("probability", "probability = 1\nweight"), "r")
+    with raises_code("other-projects-word", RunFileError, "data.proportion: belongs in [[data.sources]], as weight"):
+        parse_run(MINIMAL + "[data]\nproportion = 3\n", "r")
 
 
 def test_what_was_read_as_what_is_said_in_the_files_order() -> None:

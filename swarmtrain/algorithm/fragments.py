@@ -16,9 +16,9 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.gossip import Layout
-from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.outer import OuterState, weighted_mean
 
-__all__ = ["Fragment", "FragmentedState", "fragments_of", "whole_of"]
+__all__ = ["Fragment", "FragmentedState", "fragments_of", "mean_by_fragment", "whole_of"]
 
 _T = TypeVar("_T")
 _LEAST_SHARE = 0.25
@@ -50,12 +50,16 @@ class Fragment:
         return torch.cat([vector[place] for place in self.places], out=memory.empty_like(vector[: self.layout.size]))
 
 
-def fragments_of(layout: Layout, number: int) -> tuple[Fragment, ...]:
+def fragments_of(layout: Layout, number: int, groups: Sequence[int] | None = None) -> tuple[Fragment, ...]:
     """Divide the model into `number` fragments: each tensor in turn goes into the smallest fragment so far.
 
     Of four ways to divide this one had the lowest loss (decision 45). There are fewer fragments where one would be much
-    smaller than the others: statistics of a few numbers do not say what is usual.
+    smaller than the others: statistics of a few numbers do not say what is usual. With `groups`, the group of each
+    tensor, each group is a fragment, in ascending order.
     """
+    if groups is not None:
+        by_group = ([t for t, of in enumerate(groups) if of == group] for group in sorted(set(groups)))
+        return tuple(_fragment(layout, tensors) for tensors in by_group)
     for fewer in range(min(number, len(layout.slices)), 1, -1):
         fragments = _grouped(layout, fewer)
         if min(fragment.layout.size for fragment in fragments) * fewer >= _LEAST_SHARE * layout.size:
@@ -87,6 +91,29 @@ def whole_of(fragments: Sequence[Fragment], vectors: Sequence[Tensor]) -> Tensor
         for place, own in zip(fragment.places, fragment.layout.slices, strict=True):
             whole[place] = vector[own]
     return whole
+
+
+@torch.no_grad()
+def mean_by_fragment(
+    fragments: Sequence[Fragment],
+    gradients: Sequence[Tensor],
+    weights: Sequence[float],
+    trained: Sequence[Sequence[int]],
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """Return the weighted mean (P,) of gradients (P,), in each fragment of those that have trained it, and the places
+    that nobody has trained, where it is zero.
+
+    `trained` are the numbers of the fragments that each of the gradients has.
+    """
+    mean, untrained = torch.zeros_like(gradients[0]), list[slice]()
+    for number, fragment in enumerate(fragments):
+        who = [index for index, its in enumerate(trained) if number in its]
+        for place in fragment.places:
+            if who:
+                mean[place] = weighted_mean([gradients[i][place] for i in who], [weights[i] for i in who])
+            else:
+                untrained.append(place)
+    return mean, tuple(untrained)
 
 
 class FragmentedState(OuterState):

@@ -304,9 +304,9 @@ def gossip_merge(
 
     G = token-weighted mean of own and partners' g;  m <- beta m + G;  theta <- theta_mean - eps (G + beta m). Without
     partners this is `outer_step`, to the bit. The trainer waits meanwhile, and fresh memory costs more than the
-    arithmetic; so the new state's tensors are those of `prepared`, which is spent by it (never the old state's). Raises
-    ValueError, changing nothing, when `prepared` is spent, shapes differ, tokens are negative or not finite, or nobody
-    has any.
+    arithmetic; so the new state's tensors are those of `prepared`, which is spent by it (never the old state's). If
+    nobody has tokens, as of a fragment that nobody trained, `state` itself is returned. Raises ValueError, changing
+    nothing, when `prepared` is spent, shapes differ, or tokens are negative or not finite.
     """
     if prepared.spent:
         raise ValueError("this was merged before: prepare the next merge anew")
@@ -315,9 +315,9 @@ def gossip_merge(
     if not (math.isfinite(tokens) and tokens >= 0):
         raise ValueError(f"tokens must be finite and not negative, got {tokens}")
     total = prepared.tokens + tokens
-    if total == 0:
-        raise ValueError("all weights are zero: neither this peer nor a partner has tokens")
     prepared.spent = True
+    if total == 0:
+        return state
     if not prepared.num_arrivals:
         return outer_step(OuterState(prepared.theta_mean, state.momentum), gradient, constants)
     momentum, theta = prepared.gradient_sum, prepared.theta_mean

@@ -26,6 +26,7 @@ __all__ = [
     "OuterConstants",
     "OuterState",
     "flatten",
+    "kept_where",
     "momentum_at",
     "outer_step",
     "unflatten_into",
@@ -140,6 +141,13 @@ def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -
     ahead = torch.add(gradient, momentum, alpha=constants.momentum, out=memory.empty_like(gradient))
     theta = torch.add(state.theta, ahead, alpha=-constants.learning_rate, out=ahead)
     return OuterState(theta=theta, momentum=momentum)
+
+
+def kept_where(state: OuterState, before: OuterState, places: Iterable[slice]) -> OuterState:
+    """Return `state`, whose tensors nobody else has yet, with the numbers of `before` at these places."""
+    for place in places:
+        state.theta[place], state.momentum[place] = before.theta[place], before.momentum[place]
+    return state
 
 
 def momentum_at(round: int, momentum: float, ramp_rounds: int) -> float:

@@ -270,6 +270,10 @@ class DirectionTrust:
         self._own_tokens = _positive(tokens)
         self._own, self._own_norm = gradient, math.sqrt(_square(gradient))
 
+    def forget(self) -> None:
+        """Compare with nothing until the next own gradient: the last one is of long ago."""
+        self._own, self._own_norm, self._own_tokens = None, 0.0, 0.0
+
     @torch.no_grad()
     def judge(self, peer: str, gradient: Tensor, tokens: float) -> Trusted:
         """Return how far to trust the gradient (P,) of `peer`, of that many tokens."""

@@ -66,6 +66,8 @@ def command(
     data, up_mbit, down_mbit = kept.get("data", data), kept.get("up_mbit", up_mbit), kept.get("down_mbit", down_mbit)
     if wait_for is not None:
         run = run.model_copy(update={"merge": run.merge.model_copy(update={"min_peers": wait_for})})
+    import platformdirs
+
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
     from swarmtrain.peer.bootstrap import run_bootstrap
@@ -76,6 +78,7 @@ def command(
     settings = PeerSettings(
         directory=directory,
         name=options.name or "bootstrap",
+        cache_folder=platformdirs.user_cache_path("swarmtrain"),
         listen=options.listen,
         announce=options.announce,
         limits=Limits(up_mbit=up_mbit, down_mbit=down_mbit),

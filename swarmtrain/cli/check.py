@@ -13,7 +13,10 @@ from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import Problem, RunFileError, with_code
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from swarmtrain.cli.estimate import Estimate
+    from swarmtrain.data.prepare import FirstLook
     from swarmtrain.peer.devices.expected_device import ExpectedDevice
     from swarmtrain.run import RunFile
 
@@ -45,7 +48,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
 
     from swarmtrain.cli.estimate import doubts, estimate
 
-    run = given.load()
+    run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
     from swarmtrain.model.parameter_count import num_parameters
@@ -56,10 +59,12 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     cost = estimate(run, num_parameters(run.model), peers)
     look = first_look(run, data or given.base)
     refused = (*_refused(run), *look.problems)
-    found = doubts(run, cost, look.num_bytes, _machine_bytes())
+    found = doubts(run, cost, look.sizes, _machine_bytes())
     on = expected_device(run)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
+        table |= {"corpus_bytes_estimated": look.is_estimated}
+        table |= {"sources": _sources_as_json(run, look.sizes)} if run.data.sources else {}
         table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
         table |= {"not_looked_at": look.unseen, "device": _as_json(on)}
         click.echo(json.dumps(table))
@@ -68,7 +73,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
             f"  warning: {text}" for text in found
         ]
         unseen = (f"  not checked: {text}" for text in look.unseen)
-        for line in (*report(run, cost, look.num_bytes, on), *(lines or ["  no warnings"]), *unseen):
+        for line in (*report(run, cost, look, on), *(lines or ["  no warnings"]), *unseen):
             click.echo(line)
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)
@@ -88,6 +93,14 @@ def _refused(run: RunFile) -> list[Problem]:
     return problems
 
 
+def _sources_as_json(run: RunFile, sizes: Sequence[int | None]) -> list[dict[str, str | float | int | None]]:
+    data = zip(run.data.sources, run.data.shares, sizes, strict=True)
+    return [
+        {"name": source.name, "share": share, "source": source.source, "corpus_bytes": size}
+        for source, share, size in data
+    ]
+
+
 def _as_json(on: ExpectedDevice) -> dict[str, str | int | None]:
     return {
         "name": on.device.name,
@@ -100,8 +113,12 @@ def _as_json(on: ExpectedDevice) -> dict[str, str | int | None]:
     }
 
 
-def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedDevice | None = None) -> list[str]:
-    """Describe the run and its costs, in lines for a person; `on` is what this machine would train on, if known."""
+def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | None = None) -> list[str]:
+    """Describe the run and its costs, in lines for a person.
+
+    `look` is what was found of its text here; `on` is what this machine would train on, if known.
+    """
+    from swarmtrain.model.base import base_in_words
     from swarmtrain.peer.estimate import activation_wire_bytes
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
@@ -111,10 +128,10 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedD
     below = cost.times_below_allreduce
     stages, sequences = run.pipeline.stages, run.microbatch_sequences
     rows = {
+        "model": base_in_words(model),
         "parameters": f"{count(stages * cost.num_parameters)} ({counted(model.num_layers, 'layer')}, width "
         f"{model.width}, {counted(model.num_heads, 'head')}; {model.vocabulary_size} tokens of {model.tokenizer})",
-        "data": f"{run.data.source}, {'size not known here' if corpus_bytes is None else size(corpus_bytes) + ' here'}"
-        + shards_in_words(run, corpus_bytes),
+        "data": ", ".join(_data_in_words(run, look)) + shards_in_words(run, look.sizes),
         "inner step": f"{count(cost.tokens_per_step)} tokens: {counted(run.inner.batch_sequences, 'sequence')} of "
         f"{model.context_tokens}",
         "stages": f"{stages}, each about {count(cost.num_parameters)} parameters and held by {peers}; "
@@ -132,9 +149,22 @@ def report(run: RunFile, cost: Estimate, corpus_bytes: int | None, on: ExpectedD
     }
     if on is None:
         del rows["device"]
+    if model.is_built_in:
+        del rows["model"]
     if stages == 1:
         del rows["stages"]
     return [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
+
+
+def _data_in_words(run: RunFile, look: FirstLook) -> Iterator[str]:
+    """Yield each source with its share of the sequences, and its size here."""
+    from swarmtrain.peer.lifecycle.preparation import source_shares_in_words
+    from swarmtrain.words import size_in_words
+
+    about = "about " if look.is_estimated else ""
+    for source, share, size in zip(run.data.mixture, source_shares_in_words(run), look.sizes, strict=True):
+        here = "size not known here" if size is None else f"{about}{size_in_words(size)} here"
+        yield f"{share} {source.name} ({source.source}, {here})" if source.name else f"{source.source}, {here}"
 
 
 def _with_states(run: RunFile, cost: Estimate) -> str:
@@ -149,15 +179,17 @@ def _with_states(run: RunFile, cost: Estimate) -> str:
     )
 
 
-def shards_in_words(run: RunFile, corpus_bytes: int | None) -> str:
-    """Say into how many shards the data are cut, after a comma; empty if the run wants none."""
+def shards_in_words(run: RunFile, sizes: Sequence[int | None]) -> str:
+    """Say into how many shards the data are cut, after a comma; empty if the run wants none. `sizes` are those of the
+    sources in bytes, if they are known."""
     if not run.merge.kind.shards or not run.data.shards:
         return ""
-    if run.data.streaming:
+    if all(source.is_streamed for source in run.data.mixture):
         return "; streamed, so there are no shards: what of it nobody has seen is not known"
-    if corpus_bytes is None or run.model.tokenizer != "bytes":
+    known = [0 if source.is_streamed else size for source, size in zip(run.data.mixture, sizes, strict=True)]
+    if None in known or run.model.tokenizer != "bytes":
         return f", in {run.data.shards} shards at most"
-    if num_shards := run.num_shards(corpus_bytes):
+    if num_shards := max(run.num_shards(*(size or 0 for size in known))):
         return f", in {num_shards} shards"
     return "; too little for shards: a round would read each more than once"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,18 +32,12 @@ def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool =
 
     A peer that was asked to leave may have finished its run too: the model's tokens decide.
     """
+    from swarmtrain.model.provenance import tokens_of_export
+
     if reason == "total_tokens":
         return model_line(folder / "model")
-    is_over = 0 < status.total_tokens <= _run_tokens(folder / "model")
+    is_over = 0 < status.total_tokens <= tokens_of_export(folder / "model")
     return model_line(folder / "model") if is_over else go_on_line(folder, is_usual=is_usual)
-
-
-def _run_tokens(model: Path) -> int:
-    """Return the run's tokens when `model` was written; 0 if there is no model. The peer may count more by now."""
-    try:
-        return int(json.loads((model / "config.json").read_bytes())["run_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def model_line(model: Path) -> str:

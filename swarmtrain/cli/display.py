@@ -56,7 +56,14 @@ from swarmtrain.events import (
 )
 from swarmtrain.problems import one_line
 from swarmtrain.v1 import control_pb2 as wire
-from swarmtrain.words import below_in_words, counted, loss_in_words, percent_in_words, shares_in_words
+from swarmtrain.words import (
+    below_in_words,
+    counted,
+    loss_in_words,
+    percent_in_words,
+    shares_in_words,
+    source_losses_in_words,
+)
 
 __all__ = ["PeerDisplay", "SwarmDisplay"]
 
@@ -75,6 +82,8 @@ class _Peer:
     arriving: ArrivingEvent | None = None
     round: RoundEvent | None = None
     held_out_loss: float | None = None
+    source_losses: str = ""
+    """Held-out loss by source, in words."""
     tokens: int = 0  # its own, in the rounds seen
     tokens_before: int = 0  # the run's, when it joined
     present: set[str] = field(default_factory=set)
@@ -121,6 +130,7 @@ class _Peer:
                     self.present = set(event.partners)
             case EvalEvent():
                 self.held_out_loss = event.held_out_loss
+                self.source_losses = source_losses_in_words(event.sources, event.source_losses)
             case PeerJoinedEvent():
                 self.present.add(event.joined)
             case PeerLostEvent():
@@ -129,7 +139,9 @@ class _Peer:
                 self.present.discard(event.left)
             case DoneEvent():
                 self.state = "done"
-                self.held_out_loss = event.held_out_loss if event.held_out_loss is not None else self.held_out_loss
+                if event.held_out_loss is not None:
+                    self.held_out_loss = event.held_out_loss
+                    self.source_losses = source_losses_in_words(event.sources, event.source_losses)
 
     @property
     def times_below_allreduce(self) -> float | None:
@@ -301,6 +313,8 @@ class PeerDisplay(_Display):
         if peer.stages:
             yield Text(f"{stages_in_words(peer.stages)} of the model")
         yield Text(f"round {merged.round}   loss {merged.loss:.3f}{held_out}   {self._here(merged)}")
+        if peer.source_losses:
+            yield Text(f"held-out by source: {one_line(peer.source_losses)}")
         still = f", stalled for {time_in_words(merged.stall_s)}" if merged.stall_s >= 0.1 else ""
         steps = counted(merged.inner_steps, "inner step")
         yield Text(f"{steps} in {time_in_words(merged.seconds)}, merged in {time_in_words(merged.merge_s)}{still}")
@@ -357,9 +371,10 @@ class SwarmDisplay(_Display):
         for peer, share in zip(peers, shares_in_words([peer.tokens for peer in peers]), strict=True):
             table.add_row(Text(one_line(peer.name)), peer.does, *self._cells(peer, share))
         yield table
-        losses = [peer.held_out_loss for peer in self._peers.values() if peer.held_out_loss is not None]
-        if losses:
-            yield Text(f"held-out loss {loss_in_words(losses[-1])}")
+        measured = [peer for peer in self._peers.values() if peer.held_out_loss is not None]
+        if measured and measured[-1].held_out_loss is not None:
+            by_source = f": {measured[-1].source_losses}" if measured[-1].source_losses else ""
+            yield Text(f"held-out loss {loss_in_words(measured[-1].held_out_loss)}{by_source}")
 
     def _cells(self, peer: _Peer, share: str) -> list[str]:
         merged, times = peer.round, peer.times_below_allreduce

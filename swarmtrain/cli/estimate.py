@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.run import RunFile
 from swarmtrain.words import count_in_words, counted, size_in_words
@@ -9,8 +11,11 @@ from swarmtrain.words import count_in_words, counted, size_in_words
 __all__ = ["Estimate", "doubts", "estimate"]
 
 
-def doubts(run: RunFile, cost: Estimate, corpus_bytes: int | None, machine_bytes: int | None) -> tuple[str, ...]:
-    """List what is allowed but may not be meant, one sentence each. `None`: not known here."""
+def doubts(
+    run: RunFile, cost: Estimate, corpus_bytes: Sequence[int | None], machine_bytes: int | None
+) -> tuple[str, ...]:
+    """List what is allowed but may not be meant, one sentence each, given the bytes of each source's text. `None`: not
+    known here."""
     return (*_schedule_doubts(run, cost), *_data_doubts(run, corpus_bytes), *_machine_doubts(run, cost, machine_bytes))
 
 
@@ -55,7 +60,7 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
     return found
 
 
-def _data_doubts(run: RunFile, corpus_bytes: int | None) -> list[str]:
+def _data_doubts(run: RunFile, corpus_bytes: Sequence[int | None]) -> list[str]:
     found = []
     held_out, context = run.data.held_out_bytes, run.model.context_tokens
     if held_out < max(32_768, 16 * context):
@@ -63,12 +68,19 @@ def _data_doubts(run: RunFile, corpus_bytes: int | None) -> list[str]:
             f"data.held_out_bytes = {held_out} is small: the held-out loss will be noisy; {max(32_768, 16 * context)} "
             "or more is better"
         )
-    if corpus_bytes is None:
-        return found
-    if run.model.tokenizer == "bytes" and (passes := run.run.total_tokens / corpus_bytes) > 8:
+    for source, share, size in zip(run.data.mixture, run.data.shares, corpus_bytes, strict=True):
+        tokens = run.run.total_tokens * share
+        if not size or run.model.tokenizer != "bytes" or (passes := tokens / size) <= 8:
+            continue
+        what = f"source {source.name}" if source.name else "the corpus"
+        of_run = (
+            f"the run takes {count_in_words(tokens)} tokens of it"
+            if source.name
+            else f"the run {count_in_words(tokens)} tokens"
+        )
         found.append(
-            f"the corpus here has {size_in_words(corpus_bytes)} and the run {count_in_words(run.run.total_tokens)} "
-            f"tokens: each byte is read {passes:.0f} times, and the model will learn it by heart"
+            f"{what} here has {size_in_words(size)} and {of_run}: each byte is read {passes:.0f} times, and the model "
+            "will learn it by heart"
         )
     return found
 

@@ -10,6 +10,8 @@ import click
 
 from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
+from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.model.task_scores import TaskRequest, score_lines, task_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,27 +30,53 @@ _BATCH_SEQUENCES = 16
         "swarmtrain eval runs/first/bootstrap/model",
         "swarmtrain eval MODEL --text book.txt",
         "swarmtrain eval MODEL --device cuda",
+        "swarmtrain eval MODEL --tasks arc_easy,hellaswag",
     ),
 )
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Text to measure on.  [default: the run's held-out text]")  # fmt: skip
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness to score the model on instead, such as arc_easy,hellaswag (needs the extra `eval`).")  # fmt: skip
+@click.option("--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of more task files for --tasks.")  # fmt: skip
 @THREADS
 @DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, text: Path | None, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
+def command(
+    model: Path,
+    text: Path | None,
+    tasks: str | None,
+    include_path: Path | None,
+    threads: int | None,
+    device: DeviceRequest,
+    as_json: bool,
+) -> None:
     """Measure the loss of the model in folder MODEL.
 
-    Prints nats and bits per byte of text, and perplexity per token; lower is better.
+    Prints nats and bits per byte of text, and perplexity per token; lower is better. With --tasks, prints the scores of
+    lm-evaluation-harness.
     """
+    if tasks is not None:
+        if text is not None:
+            raise OptionsError("give either --text or --tasks", code="options-conflict")
+        names = tuple(name for part in tasks.split(",") if (name := part.strip()))
+        if not names:
+            raise OptionsError("--tasks: names no task; give one or several, such as arc_easy", code="unknown-task")
+        _score(model, TaskRequest(names=names, include_path=include_path), threads, device, as_json)
+    elif include_path is not None:
+        raise OptionsError("--include-path: belongs to --tasks, which is missing; give both", code="options-conflict")
+    else:
+        _measure(model, text, threads, device, as_json)
+
+
+def _measure(model: Path, text: Path | None, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
     import json
 
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
     from swarmtrain.data.batches import held_out_batches
-    from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
     from swarmtrain.errors import UserError
     from swarmtrain.model.evaluation import TextLoss, evaluate
     from swarmtrain.model.export import load_exported
+    from swarmtrain.peer.checkpoints.export import tokenizer_of
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
@@ -63,17 +91,19 @@ def command(model: Path, text: Path | None, threads: int | None, device: DeviceR
         raise UserError(
             f"{text or model}: has no text to measure the loss on; give one with --text FILE", code="no-text"
         )
-    trained = exported.model
-    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, trained.vocabulary_size)
+    trained, tokenizer = exported.model, tokenizer_of(exported)
     use_threads(threads or useful_threads(exported.model))
     place = move_model(exported.model, device, _BATCH_SEQUENCES, say)
-    tokens = tokenizer.encode(data)
-    with long_work("measuring", len(tokens) - 1, "tokens") as advance:
-        batches = _told(held_out_batches(tokens, trained.context_tokens, _BATCH_SEQUENCES), advance)
-        sum_nats, num_targets = evaluate(exported.model, batches)
-    loss = TextLoss(sum_nats, num_targets, len(data))
+    texts = {"": data} if text is not None else _held_out_parts(model, data)
+    tokens = {source: tokenizer.encode(part) for source, part in texts.items()}
+    parts = {}
+    with long_work("measuring", sum(map(len, tokens.values())) - 1, "tokens") as advance:
+        for source, part in tokens.items():
+            batches = _told(held_out_batches(part, trained.context_tokens, _BATCH_SEQUENCES), advance)
+            parts[source] = TextLoss(*evaluate(exported.model, batches), len(texts[source]))
+    loss = TextLoss.of_parts(parts)
     if as_json:
-        fields = {
+        fields: dict[str, object] = {
             "held_out_loss": loss.nats_per_byte,
             "bits_per_byte": loss.bits_per_byte,
             "perplexity": loss.perplexity,
@@ -82,9 +112,58 @@ def command(model: Path, text: Path | None, threads: int | None, device: DeviceR
             "run_tokens": exported.run_tokens,
             "device": place,
         }
+        if loss.by_source:
+            fields["sources"] = [
+                {"name": name, "held_out_loss": each.nats_per_byte, "bytes": each.num_bytes}
+                for name, each in loss.by_source.items()
+            ]
         click.echo(json.dumps(fields))
     else:
         click.echo(_in_words("held-out loss" if text is None else "loss", loss))
+        for name, each in loss.by_source.items():
+            click.echo(f"  {_in_words(name, each)}")
+
+
+def _held_out_parts(model: Path, held_out: bytes) -> dict[str, bytes]:
+    """Return the part of each source of the exported model's run; the whole text, as "", if it has one source."""
+    from swarmtrain.data.corpus import held_out_of_sources
+    from swarmtrain.errors import BadBytesError, RunFileError
+    from swarmtrain.run import parse_published_untrusted, run_sha256
+
+    try:
+        data = (model / "run.toml").read_bytes()
+        parts = held_out_of_sources(parse_published_untrusted(data, run_sha256(data)), held_out)
+    except (OSError, BadBytesError, RunFileError):  # another program's folder, or a method that is not installed
+        return {"": held_out}
+    return parts if sum(map(len, parts.values())) == len(held_out) and all(parts.values()) else {"": held_out}
+
+
+def _score(model: Path, request: TaskRequest, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
+    import json
+
+    from swarmtrain.cli.background import say
+    from swarmtrain.data.batches import START_TOKEN
+    from swarmtrain.data.tokenizer_json import own_tokenizer
+    from swarmtrain.errors import UserError
+    from swarmtrain.model.export import is_first_format, load_exported
+    from swarmtrain.peer.devices.model_device import move_model
+    from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
+
+    exported = load_exported(model)
+    if is_first_format(model):
+        raise UserError(
+            f"{model}: only swarmtrain reads this format of before 0.2; export the model again from its peer's folder",
+            code="not-a-model",
+        )
+    use_threads(threads or useful_threads(exported.model))
+    place = move_model(exported.model, device, 1, say)
+    is_own = own_tokenizer(exported.tokenizer) is not None
+    del exported  # the library loads the model by itself
+    scores = task_scores(model, request, place, START_TOKEN if is_own else None)
+    if as_json:
+        click.echo(json.dumps({"tasks": scores, "device": place}))
+    else:
+        click.echo("\n".join(score_lines(scores)))
 
 
 def _in_words(what: str, loss: TextLoss) -> str:

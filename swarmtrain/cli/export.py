@@ -14,7 +14,11 @@ __all__ = ["command"]
 
 @click.command(
     name="export",
-    epilog=example("swarmtrain export INVITE --to my-model", "swarmtrain export --dir my-run --to my-model"),
+    epilog=example(
+        "swarmtrain export INVITE --to my-model",
+        "swarmtrain export --dir my-run --to my-model",
+        "swarmtrain export --dir my-run --push me/my-model",
+    ),
 )
 @click.argument("invite", metavar="[INVITE]", required=False)
 @click.option(
@@ -22,45 +26,81 @@ __all__ = ["command"]
     "directory",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="FOLDER",
-    help="Export the newest model or checkpoint of a peer's folder, without asking a swarm.",
+    help="Export the newest model or checkpoint of a peer's folder, or an earlier export, without asking a swarm.",
 )
 @click.option(
     "--to",
     "target",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
     metavar="FOLDER",
     help="Folder to write the model to.",
+)
+@click.option(
+    "--push",
+    "repository",
+    metavar="OWNER/NAME",
+    help="Upload the model to this repository of Hugging Face's hub, with the login of HF_TOKEN or of `hf auth login`.",
+)
+@click.option(
+    "--private",
+    "is_private",
+    is_flag=True,
+    help="With --push: make a new repository private; else everybody can read it, as with Hugging Face's own tools.",
 )
 @click.option(
     "--accept-clock",
     is_flag=True,
     help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
 )
-def command(invite: str | None, directory: Path | None, target: Path, accept_clock: bool) -> None:
+def command(
+    invite: str | None,
+    directory: Path | None,
+    target: Path | None,
+    repository: str | None,
+    is_private: bool,
+    accept_clock: bool,
+) -> None:
     """Write the model as files that anyone can load.
 
-    Writes config.json, model.safetensors, the run file and the held-out text. With INVITE, takes the newest state from
-    any live peer of the run; the bootstrap is not needed.
+    Writes what transformers' AutoModelForCausalLM and AutoTokenizer load, a model card, the run file and the held-out
+    text. With INVITE, takes the newest state from any live peer of the run; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
         raise OptionsError("give either INVITE or --dir FOLDER", code="options-conflict")
+    if target is None and repository is None:
+        raise OptionsError("give --to FOLDER, --push OWNER/NAME, or both", code="options-conflict")
+    if is_private and repository is None:
+        raise OptionsError("--private: belongs to --push, which is missing; give both", code="options-conflict")
+    if repository is None:
+        assert target is not None
+        tokens = _exported(invite, directory, target, accept_clock)
+        click.echo(f"wrote the model after {tokens} tokens to {target}")
+        return
+    from swarmtrain.peer.checkpoints.hub_upload import check_login, kept_or_temporary, upload_model
+
+    check_login(repository)
+    with kept_or_temporary(target) as folder:
+        tokens = _exported(invite, directory, folder, accept_clock)
+        address = upload_model(folder, repository, is_private=is_private)
+    where = "" if target is None else f" to {target}, and"
+    click.echo(f"wrote the model after {tokens} tokens{where} to {address}")
+
+
+def _exported(invite: str | None, directory: Path | None, target: Path, accept_clock: bool) -> int:
+    """Export from the swarm of `invite`, or from `directory`; return the run's tokens."""
     if directory is not None:
         from swarmtrain.peer.checkpoints.export import export_from_folder
 
-        run_tokens = export_from_folder(directory, target)
-    else:
-        assert invite is not None
-        from swarmtrain.cli.stop_signals import stop_on_signals
-        from swarmtrain.network.discovery.invite import parse_invite
-        from swarmtrain.peer.checkpoints.export import export_from_swarm
+        return export_from_folder(directory, target)
+    assert invite is not None
+    from swarmtrain.cli.stop_signals import stop_on_signals
+    from swarmtrain.network.discovery.invite import parse_invite
+    from swarmtrain.peer.checkpoints.export import export_from_swarm
+    from swarmtrain.peer.lifecycle.node import Interrupted
 
-        parsed = parse_invite(invite)
-        from swarmtrain.peer.lifecycle.node import Interrupted
-
-        try:
-            with stop_on_signals() as stop:
-                run_tokens = export_from_swarm(parsed, target, stop, accept_clock=accept_clock)
-        except Interrupted:
-            raise click.Abort from None
-    click.echo(f"wrote the model after {run_tokens} tokens to {target}")
+    parsed = parse_invite(invite)
+    try:
+        with stop_on_signals() as stop:
+            return export_from_swarm(parsed, target, stop, accept_clock=accept_clock)
+    except Interrupted:
+        raise click.Abort from None

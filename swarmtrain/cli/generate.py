@@ -11,9 +11,13 @@ from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
 
 if TYPE_CHECKING:
+    from swarmtrain.model.export import ExportedModel
     from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
+
+_LEAST_INVITE = 40
+"""Characters of an invite at least: the run's hash alone has more. Shorter words are names of folders."""
 
 
 @click.command(
@@ -22,9 +26,10 @@ __all__ = ["command"]
         "swarmtrain generate runs/first/bootstrap/model --prompt 'def '",
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
         "swarmtrain generate MODEL --device cpu",
+        "swarmtrain generate INVITE --prompt 'def '",
     ),
 )
-@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL|INVITE")
 @click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
 @click.option(
     "--tokens",
@@ -52,10 +57,25 @@ __all__ = ["command"]
 )
 @THREADS
 @DEVICE
+@click.option(
+    "--accept-clock",
+    is_flag=True,
+    help="With INVITE: use the other peers' clock even if it differs from this machine's by more than ten minutes.",
+)
 def command(
-    model: Path, prompt: str, tokens: int, temperature: float, seed: int, threads: int | None, device: DeviceRequest
+    source: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    threads: int | None,
+    device: DeviceRequest,
+    accept_clock: bool,
 ) -> None:
-    """Continue a prompt with the model in folder MODEL."""
+    """Continue a prompt with a model.
+
+    MODEL is its folder. With INVITE, takes the newest state from any live peer of the run, as `export` does.
+    """
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
@@ -63,6 +83,29 @@ def command(
 
     if not prompt:
         raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
+    exported = _exported(source, accept_clock)
     with long_work("writing", tokens, "tokens") as advance:
-        text = sample_text(model, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
+        text = sample_text(exported, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
     click.echo(text)
+
+
+def _exported(source: str, accept_clock: bool) -> ExportedModel:
+    """Return the model of a folder, or that of a swarm as it is now."""
+    from swarmtrain.cli.background import say
+    from swarmtrain.model.export import load_exported
+    from swarmtrain.network.discovery.invite import invite_in, parse_invite
+
+    if Path(source).exists() or len(invite_in(source)) < _LEAST_INVITE or not invite_in(source).startswith("st"):
+        return load_exported(Path(source))
+    from swarmtrain.cli.stop_signals import stop_on_signals
+    from swarmtrain.peer.checkpoints.export import model_of_swarm
+    from swarmtrain.peer.lifecycle.node import Interrupted
+
+    invite = parse_invite(source)
+    try:
+        with stop_on_signals() as stop:
+            exported = model_of_swarm(invite, stop, accept_clock=accept_clock)
+    except Interrupted:
+        raise click.Abort from None
+    say(f"the swarm's model after {exported.run_tokens} tokens:")
+    return exported

@@ -24,7 +24,7 @@ from swarmtrain.errors import RunTimeError, with_code
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
-    from swarmtrain.events import Event
+    from swarmtrain.events import DoneEvent, Event
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.peer.local.faults import FaultInjection
     from swarmtrain.peer.local.swarm import LocalSwarm
@@ -119,7 +119,6 @@ def command(
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.peer.lifecycle.stop import Interrupted
-    from swarmtrain.words import loss_in_words
 
     if slowdowns and len(slowdowns) != peers:
         factors = "1 factor" if len(slowdowns) == 1 else f"{len(slowdowns)} factors"
@@ -154,7 +153,7 @@ def command(
             _show_sample(directory, as_json, on)
             for part in trained.parts.values():
                 click.echo(part.line(), err=as_json)
-            line = f"held-out loss {loss_in_words(trained.loss)}"
+            line = f"held-out loss {trained.loss}"
             if compare_alone:
                 part, loss = _alone(directory, base, trained, on, stop)
                 click.echo(part.line(), err=as_json)
@@ -273,10 +272,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Trained:
-    """Result of training: each volunteer's work by name, the held-out loss, and the event sink."""
+    """Result of training: each volunteer's work by name, the held-out loss in words, and the event sink."""
 
     parts: dict[str, _Part]
-    loss: float
+    loss: str
     emit: EventSink
 
     @property
@@ -293,6 +292,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     from swarmtrain.events import LinkEvent
     from swarmtrain.peer.lifecycle.stop import Interrupted
     from swarmtrain.peer.local.swarm import LocalLinks, LocalSwarm
+    from swarmtrain.words import loss_in_words, source_losses_in_words
 
     run = plan.run.run
 
@@ -316,7 +316,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     try:
         with listed(plan.directory), open_sink(options, make_display) as emit:
             try:
-                parts, loss = _watch(swarm, emit, plan, rehearsing)
+                parts, measured = _watch(swarm, emit, plan, rehearsing)
             except Interrupted:
                 # not click.echo, which would write past the display
                 sys.stderr.write("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once\n")
@@ -330,11 +330,13 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
                     parts[name].link_bytes = up_bytes, down_bytes
     finally:
         swarm.stop()
-    if loss is None:
+    if measured is None or measured.held_out_loss is None:
         raise RunTimeError(
             "the run ended before the held-out loss was measured; see the logs in its folder", code="loss-not-measured"
         )
-    return _Trained(parts, loss, emit)
+    by_source = source_losses_in_words(measured.sources, measured.source_losses)
+    loss = loss_in_words(measured.held_out_loss)
+    return _Trained(parts, f"{loss}: {by_source}" if by_source else loss, emit)
 
 
 def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
@@ -349,8 +351,9 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
 
 def _watch(
     swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None
-) -> tuple[dict[str, _Part], float | None]:
-    """Start all peers and show their events to the end; return (each volunteer's work, held-out loss of the model)."""
+) -> tuple[dict[str, _Part], DoneEvent | None]:
+    """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
+    measured the model)."""
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
@@ -361,7 +364,7 @@ def _watch(
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
-    losses: dict[str, float] = {}
+    measured: dict[str, DoneEvent] = {}
     if rehearsing is not None:
         rehearsing.begin()
     for event in swarm.events():
@@ -372,20 +375,21 @@ def _watch(
         if event.name in parts:
             parts[event.name].take(event)
         if isinstance(event, DoneEvent) and event.held_out_loss is not None:
-            losses[event.name] = event.held_out_loss
-    return parts, losses.get(
-        "bootstrap", next(iter(losses.values()), None)
-    )  # the bootstrap has the model that is shown
+            measured[event.name] = event
+    # The bootstrap has the model that is shown.
+    return parts, measured.get("bootstrap", next(iter(measured.values()), None))
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     model = directory / "bootstrap" / "model"
     click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text  # with PyTorch: some seconds
+    from swarmtrain.model.export import load_exported  # with PyTorch: some seconds
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
-        text = sample_text(model, "def ", Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0]), advance)
+        sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
+        text = sample_text(load_exported(model), "def ", sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

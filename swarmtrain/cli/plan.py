@@ -74,7 +74,7 @@ def command(
     import itertools
     import json
 
-    run = given.load()
+    run = given.load_resolved()
     said = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
     peers = swarm_options.peers_for(run, peers)
     measured = None

@@ -42,11 +42,12 @@ class GivenRun:
         Raises RunFileError, which lists the examples if there is no such file.
         """
         from swarmtrain.cli.background import say
+        from swarmtrain.model.base import with_base_path
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line
 
         if self.path.exists() or not (names := list(examples())):
-            return load_run(self.path, say)
+            return with_base_path(load_run(self.path, say), self.base)
         near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(
@@ -54,6 +55,15 @@ class GivenRun:
             f"with swarmtrain{meant}: {', '.join(names)}",
             code="no-run-file",
         )
+
+    def load_resolved(self) -> RunFile:
+        """Load the run as `load` does, with the shape of its model, which may have to be asked of the hub.
+
+        Raises RunFileError.
+        """
+        from swarmtrain.model.base import resolved_run
+
+        return resolved_run(self.load(), self.base)
 
 
 def examples() -> dict[str, Path]:

@@ -32,6 +32,7 @@ from swarmtrain.words import (
     shares_in_words,
     short_peer,
     size_in_words,
+    source_losses_in_words,
     speed_in_words,
     stages_in_words,
     time_in_words,
@@ -193,14 +194,17 @@ def progress_in_words(view: View) -> str:
 
 
 def _losses(status: Any, cells: float = math.inf) -> str:
-    """Format the losses in at most `cells`, without bits if these do not fit."""
+    """Format the losses in at most `cells`, without those by source and without bits if these do not fit."""
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
     parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
     if _finite(status.held_out_loss):
         in_nats = ", ".join([*parts, f"held-out {status.held_out_loss:.3f} nats/byte"])
         in_both = ", ".join([*parts, f"held-out {loss_in_words(status.held_out_loss)}"])
-        return in_both if cell_len(in_both) <= cells else in_nats
+        of_sources = [each for each in status.source_losses if _finite(each.held_out_loss)]
+        names, losses = [one_line(each.name) for each in of_sources], [each.held_out_loss for each in of_sources]
+        with_sources = ": ".join(part for part in (in_both, source_losses_in_words(names, losses)) if part)
+        return next((text for text in (with_sources, in_both) if cell_len(text) <= cells), in_nats)
     return parts[0] if parts else "none yet"
 
 

@@ -1,4 +1,4 @@
-"""Draw batches: which tokens a peer trains on, as a function of run, peer, number of the batch and shard.
+"""Windows of a corpus: which tokens a peer trains on, as a function of run, peer, number of the batch and shard.
 
 A peer resumes exactly where it stopped from the number of batches alone; the shard is chosen anew at each round's
 start. Shapes: B sequences, T context tokens; a batch is (B, T + 1), of which `[:, :-1]` is the input and `[:, 1:]` the
@@ -7,18 +7,18 @@ targets.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from swarmtrain.data.tokens import Tokenizer, Tokens
+from swarmtrain.data.mixture import MixedBatches, PeerPlace
+from swarmtrain.data.tokens import Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["BatchSource", "Batches", "Shards", "StreamingBatches", "held_out_batches", "peer_seed"]
+__all__ = ["BatchSource", "Batches", "Shards", "Windows", "held_out_batches"]
 
 START_TOKEN = ord("\n")  # the same byte in every tokenizer
 _BLOCKS_A_SHARD = 8
@@ -47,11 +47,6 @@ class BatchSource(Protocol):
         ...
 
 
-def peer_seed(run_sha256: str, peer_id: str) -> int:
-    """Return 128 bits that seed a peer's random choices in a run."""
-    return int.from_bytes(hashlib.sha256(f"batches {run_sha256} {peer_id}".encode()).digest()[:16], "little")
-
-
 class Shards:
     """Corpus cut into similar shards: it is dealt out block by block, so that each shard has something of all of it.
 
@@ -78,11 +73,55 @@ class Shards:
         return (blocks * self.num_shards + shard) * self._block + offsets
 
 
-class Batches:
-    """Windows of a corpus, each starting at a random token. Any batch takes the same time to find.
+class Windows:
+    """Windows of a corpus, each starting at a random token.
 
-    Once a shard is chosen, windows start in it and run on in the corpus (decision 40).
+    Once a shard is chosen, windows start in it and run on in the corpus (decision 40). See `SequenceSource`.
     """
+
+    is_stream = False
+
+    def __init__(self, tokens: Tokens, context_tokens: int) -> None:
+        """Take `tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1."""
+        if len(tokens) < context_tokens + 1:
+            raise RunFileError(
+                f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
+                "model.context_tokens or give more text",
+                code="too-little-text",
+            )
+        self._tokens = tokens
+        self._offsets = np.arange(context_tokens + 1)
+        self._shards: Shards | None = None
+        self._shard: int | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards; 0 if there are none."""
+        return 0 if self._shards is None else self._shards.num_shards
+
+    def cut(self, num_shards: int) -> None:
+        """Cut the corpus into shards. Until one is chosen, windows are drawn from everywhere."""
+        self._shards = Shards(len(self._tokens), num_shards, len(self._offsets) - 1)
+
+    def use_shard(self, shard: int) -> None:
+        """Draw from this shard of the data from now on: with fewer shards, from shard modulo their number."""
+        self._shard = shard % self._shards.num_shards if self._shards is not None else None
+
+    def sequences(self, first: int, numbers: npt.NDArray[np.uint64]) -> torch.Tensor:
+        """Return the windows of these random numbers (n,), int64 (n, T + 1)."""
+        num_starts = len(self._tokens) - len(self._offsets) + 1
+        if self._shards is None or self._shard is None:
+            starts = _modulo(numbers, num_starts)
+        else:
+            of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
+            # A window that would run over the corpus' end starts where the last whole window does.
+            starts = self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
+        places = starts[:, None] + self._offsets
+        return torch.from_numpy(self._tokens[places].astype(np.int64))
+
+
+class Batches(MixedBatches):
+    """Batches of windows of one corpus. Any batch takes the same time to find."""
 
     def __init__(
         self,
@@ -95,138 +134,18 @@ class Batches:
         position: int = 0,
     ) -> None:
         """Take `tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1."""
-        if len(tokens) < context_tokens + 1:
-            raise RunFileError(
-                f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
-                "model.context_tokens or give more text",
-                code="too-little-text",
-            )
-        self._tokens = tokens
-        self._key = peer_seed(run_sha256, peer_id)
-        self._batch_sequences = batch_sequences
-        self._offsets = np.arange(context_tokens + 1)
-        self._position = position
-        self._shards: Shards | None = None
-        self._shard: int | None = None
-
-    @property
-    def position(self) -> int:
-        """Number of batches drawn so far."""
-        return self._position
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards that `use_shard` can choose from; 0 if there are none. See `BatchSource`."""
-        return 0 if self._shards is None else self._shards.num_shards
+        self._windows = Windows(tokens, context_tokens)
+        place = PeerPlace(run_sha256=run_sha256, peer_id=peer_id, position=position)
+        super().__init__([self._windows], [1.0], batch_sequences, place)
 
     def cut(self, num_shards: int) -> None:
         """Cut the corpus into shards. Until one is chosen, batches are drawn from everywhere."""
-        self._shards = Shards(len(self._tokens), num_shards, len(self._offsets) - 1)
-
-    def use_shard(self, shard: int) -> None:
-        """Draw from this shard from now on. See `BatchSource`."""
-        if not 0 <= shard < self.num_shards:
-            raise ValueError(f"shard {shard} of a corpus of {self.num_shards}")
-        self._shard = shard
-
-    def rewind(self, position: int) -> None:
-        """Draw the batch of this number next, again."""
-        self._position = position
-
-    def next_batch(self) -> torch.Tensor:
-        """Return the next batch, int64 (B, T + 1)."""
-        # Each batch has 2**64 counts of its own.
-        generator = np.random.Philox(key=self._key, counter=self._position << 64)
-        self._position += 1
-        numbers = generator.random_raw(self._batch_sequences)
-        num_starts = len(self._tokens) - len(self._offsets) + 1
-        if self._shards is None or self._shard is None:
-            starts = _modulo(numbers, num_starts)
-        else:
-            of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
-            # A window that would run over the corpus' end starts where the last whole window does.
-            starts = self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
-        places = starts[:, None] + self._offsets
-        return torch.from_numpy(self._tokens[places].astype(np.int64))
+        self._windows.cut(num_shards)
 
 
 def _modulo(numbers: npt.NDArray[np.uint64], limit: int) -> npt.NDArray[np.int64]:
     # Biased by at most limit / 2**64, as the numbers have 64 bits.
     return (numbers % np.uint64(limit)).astype(np.int64)
-
-
-class StreamingBatches:
-    """Sequences cut one after the other from documents that are read while training.
-
-    `documents(epoch)` yields the peer's documents of one pass, always the same ones; passes follow each other. Memory
-    holds one batch and one document. A resume reads and encodes everything before `position` again: the documents'
-    lengths are unknown.
-    """
-
-    def __init__(
-        self,
-        documents: Callable[[int], Iterator[bytes]],
-        tokenizer: Tokenizer,
-        *,
-        context_tokens: int,
-        batch_sequences: int,
-        position: int = 0,
-    ) -> None:
-        """Prepare a stream; the documents before `position` are skipped at the first `next_batch`."""
-        self._sequence_tokens = context_tokens + 1
-        self._batch_sequences = batch_sequences
-        self._position = position
-        self._parts = self._encoded(documents, tokenizer)
-        self._rest: Tokens = np.empty(0, np.uint8)
-        self._to_skip = position * batch_sequences * self._sequence_tokens
-
-    @property
-    def position(self) -> int:
-        """Number of batches drawn so far."""
-        return self._position
-
-    @property
-    def num_shards(self) -> int:
-        """0: a stream has no shards, since its length is unknown."""
-        return 0
-
-    def use_shard(self, shard: int) -> None:
-        """Raise ValueError: a stream has no shards."""
-        raise ValueError(f"shard {shard} of a stream")
-
-    def next_batch(self) -> torch.Tensor:
-        """Return the next batch, int64 (B, T + 1). Raises RunFileError if the data is unreadable or has no text."""
-        while self._to_skip:
-            skipped = min(self._to_skip, len(self._rest))
-            self._rest = self._rest[skipped:]
-            self._to_skip -= skipped
-            if self._to_skip:
-                self._rest = next(self._parts)
-        needed = self._batch_sequences * self._sequence_tokens
-        parts, num_tokens = [self._rest], len(self._rest)
-        while num_tokens < needed:
-            parts.append(next(self._parts))
-            num_tokens += len(parts[-1])
-        tokens = np.concatenate(parts)
-        self._rest = tokens[needed:]
-        self._position += 1
-        return torch.from_numpy(tokens[:needed].astype(np.int64).reshape(self._batch_sequences, self._sequence_tokens))
-
-    @staticmethod
-    def _encoded(documents: Callable[[int], Iterator[bytes]], tokenizer: Tokenizer) -> Iterator[Tokens]:
-        epoch = 0
-        while True:
-            empty = True
-            for text in documents(epoch):
-                if text:
-                    empty = False
-                    yield tokenizer.encode(text if text.endswith(b"\n") else text + b"\n")
-            if empty:
-                raise RunFileError(
-                    "data: the stream holds no text that is not in the run's held-out text; give more text",
-                    code="only-held-out-text",
-                )
-            epoch += 1
 
 
 def held_out_batches(tokens: Tokens, context_tokens: int, batch_sequences: int) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.documents import Document, read_documents, source_files
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import DataSection
+from swarmtrain.run import RunFile, SourceKeys
 
 __all__ = [
     "Corpus",
@@ -29,6 +29,8 @@ __all__ = [
     "HeldOut",
     "cut_held_out",
     "first_documents",
+    "held_out_of_sources",
+    "joined_held_out",
     "prepare_corpus",
     "read_documents",
     "too_little_text",
@@ -46,6 +48,7 @@ class HeldOut:
 
     text: bytes
     names: tuple[str, ...]  # the documents it was cut from
+    source_bytes: tuple[int, ...] = ()  # of several sources: the bytes of each, one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,24 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
     return HeldOut(bytes(text), tuple(chosen))
 
 
+def joined_held_out(parts: Sequence[HeldOut]) -> HeldOut:
+    """Return the held-out text of several sources: their parts, one after the other."""
+    text = b"".join(part.text for part in parts)
+    names = tuple(name for part in parts for name in part.names)
+    return HeldOut(text, names, tuple(len(part.text) for part in parts))
+
+
+def held_out_of_sources(run: RunFile, text: bytes) -> dict[str, bytes]:
+    """Return the part of each source of a published run's held-out `text`, by its name; "" for a source without one."""
+    sizes = None if run.published is None else run.published.held_out_source_bytes
+    if sizes is None:
+        return {"": text}
+    ends = np.cumsum(sizes).tolist()
+    return {
+        source.name: text[end - size : end] for source, size, end in zip(run.data.sources, sizes, ends, strict=True)
+    }
+
+
 def too_little_text(num_bytes: int, held_out_bytes: int) -> Problem | None:
     """Explain why a corpus of `num_bytes` is too small for that held-out text; None if it is large enough."""
     if num_bytes >= HELD_OUT_ONE_IN * held_out_bytes:
@@ -101,13 +122,13 @@ def too_little_text(num_bytes: int, held_out_bytes: int) -> Problem | None:
     largest = num_bytes // HELD_OUT_ONE_IN
     advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
     return Problem(
-        f"data.held_out_bytes = {held_out_bytes} is more than a tenth of the corpus ({num_bytes} bytes): {advice}",
+        f"{held_out_bytes} bytes of held-out text are more than a tenth of the corpus ({num_bytes} bytes): {advice}",
         "too-little-text",
     )
 
 
 def prepare_corpus(
-    section: DataSection, base: Path, held_out: bytes, cache_dir: Path | None, revision: str = ""
+    section: SourceKeys, base: Path, held_out: bytes, cache_dir: Path | None, revision: str = ""
 ) -> Corpus:
     """Read the documents of `section` and drop what they share with `held_out`.
 
@@ -115,9 +136,9 @@ def prepare_corpus(
     hub's commit `revision`, the held-out text and these rules stay the same. A streamed data set is not read: its text
     is empty. Raises RunFileError if the data is unusable or nothing is left of it.
     """
-    described = [section.model_dump(mode="json", exclude={"shards"}), hashlib.sha256(held_out).hexdigest()]
+    described = [_keys(section), hashlib.sha256(held_out).hexdigest()]
     description = json.dumps(described + ([revision] if revision else []))
-    if section.source == "datasets" and section.streaming:
+    if section.is_streamed:
         digest = hashlib.sha256(description.encode()).hexdigest()
         return Corpus(text=_read_only(b""), digest=digest, num_documents=0, dropped_documents=0, dropped_bytes=0)
     cached = None if cache_dir is None else _cache_path(section, base, revision, description, cache_dir)
@@ -151,7 +172,12 @@ def prepare_corpus(
     return corpus
 
 
-def first_documents(section: DataSection, base: Path, num_bytes: int, revision: str = "") -> Iterator[Document]:
+def _keys(section: SourceKeys) -> dict[str, object]:
+    """Return the keys that say which text a source has, whatever else its section has."""
+    return section.model_dump(mode="json", include=set(SourceKeys.model_fields))
+
+
+def first_documents(section: SourceKeys, base: Path, num_bytes: int, revision: str = "") -> Iterator[Document]:
     """Yield documents until `num_bytes` are reached: for the bootstrap of a stream, and for `check`."""
     read = 0
     for document in read_documents(section, base, revision):
@@ -181,7 +207,7 @@ def _cut_before(text: bytes, limit: int) -> int:
     return end or limit
 
 
-def _cache_path(section: DataSection, base: Path, revision: str, description: str, cache_dir: Path) -> Path | None:
+def _cache_path(section: SourceKeys, base: Path, revision: str, description: str, cache_dir: Path) -> Path | None:
     """Return the cache file for this corpus, by all that determines it; None if its content has no fingerprint."""
     identity: list[object] = [_CACHE_FORM, sys.byteorder, description]
     if section.source == "datasets":

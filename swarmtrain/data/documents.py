@@ -6,6 +6,7 @@ a `RunFileError` in one line that names the key, the file and the next step.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -13,12 +14,14 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from swarmtrain.data import huggingface, parquet
 from swarmtrain.data.below import below
+from swarmtrain.data.compression import CompressionError, is_compressed, opened
 from swarmtrain.data.overlap import near_duplicates
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import DataSection
+from swarmtrain.run import SourceKeys
 
 __all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
 
@@ -31,6 +34,8 @@ _LEFT_OUT_FILES = frozenset({"sitecustomize.py", "usercustomize.py"})
 _LEFT_OUT_BEGINNINGS = ("config-", "_sysconfigdata")  # these describe one machine's build, not Python
 
 _MOST_BAD_FILES = 5  # after so many a survey stops
+_MOST_LINE_BYTES = 1 << 28  # of a JSON lines file: a line is in memory several times while it is parsed
+_LIKELY_GROWTH = 3.5  # bytes of text in a byte of a compressed file of which nothing was read
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,11 @@ class SourceSurvey:
     most_bytes: int | None = None
     """Upper bound of the text in bytes, if it is known."""
     is_cut: bool = False
+    is_estimated: bool = False
+    """True if `num_bytes` has compressed files that were not read to their end."""
 
 
-def read_documents(section: DataSection, base: Path, revision: str = "") -> Iterator[Document]:
+def read_documents(section: SourceKeys, base: Path, revision: str = "") -> Iterator[Document]:
     """Yield the documents of `section`, in an order that depends only on the data.
 
     Paths are relative to `base`; `revision` is the commit of a hub's data set. Near duplicates are left out of
@@ -90,7 +97,7 @@ def read_documents(section: DataSection, base: Path, revision: str = "") -> Iter
         raise RunFileError(_all_empty([file.path for file in files]), code="no-text")
 
 
-def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
+def survey(section: SourceKeys, base: Path, most_bytes: int) -> SourceSurvey:
     """Read documents of files until `most_bytes` are reached. Unreadable files are noted as problems and skipped."""
     if section.source == "python-stdlib":
         try:
@@ -106,28 +113,66 @@ def survey(section: DataSection, base: Path, most_bytes: int) -> SourceSurvey:
         except RunFileError as error:
             problems |= dict.fromkeys(error.problems)
     documents: list[Document] = []
-    read = num_bytes = 0
+    sizes, read = _Sizes(), 0
     most = len(problems) + _MOST_BAD_FILES
     is_complete = not problems and section.source != "parquet"  # columns may be larger than they are stored
     for file in (SourceFile(name, found[name]) for name in sorted(found)):
         if len(problems) == most:
             return SourceSurvey(documents, None, tuple(problems), None, is_cut=True)
         try:
-            num_bytes += _size(file, section)
+            begun = read
+            sizes.begin(_size(file, section), is_compressed(file.path))
             for document in _read_file(file, section) if read < most_bytes else ():
                 documents.append(document)
                 read += len(document.text)
                 if read >= most_bytes:
                     break
+            sizes.end(read - begun, is_whole=read < most_bytes)
         except RunFileError as error:
             problems |= dict.fromkeys(error.problems)
     if not documents and not problems:
         problems[Problem(_all_empty(list(found.values())), "no-text")] = None
-    all_bytes = num_bytes if is_complete else None
-    return SourceSurvey(documents, None if problems else num_bytes, tuple(problems), all_bytes)
+    return SourceSurvey(
+        documents,
+        None if problems else sizes.text_bytes,
+        tuple(problems),
+        sizes.text_bytes if is_complete and not sizes.compressed_bytes else None,
+        is_estimated=sizes.is_estimated,
+    )
 
 
-def _size(file: SourceFile, section: DataSection) -> int:
+@dataclass
+class _Sizes:
+    """Sum of the bytes of text in files, of which compressed ones say nothing before they are read."""
+
+    text_bytes: int = 0
+    compressed_bytes: int = 0
+    is_estimated: bool = False
+    _file_bytes: int = 0
+    """Size of the file that is read now, if it is compressed; else 0."""
+    _whole_bytes: int = 0
+    """Compressed bytes of files that were read to their end, and the text in them."""
+    _whole_text_bytes: int = 0
+
+    def begin(self, file_bytes: int, is_compressed: bool) -> None:
+        """Add a file."""
+        self._file_bytes = file_bytes if is_compressed else 0
+        self.compressed_bytes += self._file_bytes
+        self.text_bytes += file_bytes - self._file_bytes
+
+    def end(self, read_bytes: int, *, is_whole: bool) -> None:
+        """Add the text of that file if it is compressed; `read_bytes` of it were read."""
+        if is_whole:
+            self._whole_bytes += self._file_bytes
+            self._whole_text_bytes += read_bytes if self._file_bytes else 0
+            self.text_bytes += read_bytes if self._file_bytes else 0
+        elif self._file_bytes:
+            growth = self._whole_text_bytes / self._whole_bytes if self._whole_bytes else _LIKELY_GROWTH
+            self.text_bytes += max(read_bytes, int(growth * self._file_bytes))
+            self.is_estimated = True
+
+
+def _size(file: SourceFile, section: SourceKeys) -> int:
     return parquet.column_bytes(file.path, section.field) if section.source == "parquet" else file.path.stat().st_size
 
 
@@ -136,7 +181,7 @@ def _all_empty(paths: list[Path]) -> str:
     return f"data.paths: {which}; name files that hold text"
 
 
-def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
+def _read_file(file: SourceFile, section: SourceKeys) -> Iterator[Document]:
     match section.source:
         case "jsonl":
             return _read_jsonl(file, section.field)
@@ -147,7 +192,7 @@ def _read_file(file: SourceFile, section: DataSection) -> Iterator[Document]:
             return _read_text(file)
 
 
-def source_files(section: DataSection, base: Path) -> list[SourceFile]:
+def source_files(section: SourceKeys, base: Path) -> list[SourceFile]:
     """Return the files of any source but "datasets", sorted by name, each once. Raises RunFileError."""
     assert section.source != "datasets"
     if section.source == "python-stdlib":
@@ -245,7 +290,8 @@ def _read_stdlib(files: list[SourceFile]) -> Iterator[Document]:
 
 
 def _read_text(file: SourceFile) -> Iterator[Document]:
-    text = _read_bytes(file)
+    with _readable(file) as source:
+        text = source.read()
     try:
         text.decode()
     except UnicodeDecodeError as error:
@@ -260,43 +306,61 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
 
 def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
     """Yield the text field of each line of a JSON lines file. Raises RunFileError for a line without one."""
-    for number, line in enumerate(_read_bytes(file).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise RunFileError(
-                f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line",
-                code="not-json-lines",
-            ) from None
-        if not isinstance(row, dict):
-            raise RunFileError(
-                f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each '
-                "line",
-                code="not-json-lines",
-            )
-        if field not in row:
-            has = ", ".join(sorted(row)) or "none"
-            raise RunFileError(
-                f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
-                "the one that holds the text",
-                code="no-such-field",
-            )
-        if not isinstance(row[field], str):
-            raise RunFileError(
-                f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
-                "that holds the text",
-                code="field-not-text",
-            )
-        text = row[field].encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
-        if text:
-            yield Document(f"{file.name}:{number}", text)
+    with _readable(file) as source:
+        for number, line in enumerate(iter(lambda: source.readline(_MOST_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _MOST_LINE_BYTES:
+                raise RunFileError(
+                    f"data.paths: line {number} of {file.path} has more than {_MOST_LINE_BYTES >> 20} MiB; split it, "
+                    "or leave the file out of the pattern",
+                    code="file-too-long",
+                )
+            if text := _text_of_line(line, number, file, field):
+                yield Document(f"{file.name}:{number}", text)
 
 
-def _read_bytes(file: SourceFile) -> bytes:
+def _text_of_line(line: bytes, number: int, file: SourceFile, field: str) -> bytes:
+    """Return the text field of line `number` of a JSON lines file; b"" for a line without text. Raises RunFileError."""
+    if not line.strip():
+        return b""
     try:
-        return file.path.read_bytes()
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise RunFileError(
+            f"data.paths: line {number} of {file.path} is not JSON; correct or delete that line",
+            code="not-json-lines",
+        ) from None
+    if not isinstance(row, dict):
+        raise RunFileError(
+            f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each line',
+            code="not-json-lines",
+        )
+    if field not in row:
+        has = ", ".join(sorted(row)) or "none"
+        raise RunFileError(
+            f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
+            "the one that holds the text",
+            code="no-such-field",
+        )
+    if not isinstance(row[field], str):
+        raise RunFileError(
+            f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
+            "that holds the text",
+            code="field-not-text",
+        )
+    text: str = row[field]
+    return text.encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
+
+
+@contextlib.contextmanager
+def _readable(file: SourceFile) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed if its name says so. Raises RunFileError if it cannot be read."""
+    try:
+        with opened(file.path) as source:
+            yield source
+    except CompressionError as error:
+        raise RunFileError(
+            f"data.paths: {file.path} {error}; copy it again, or leave it out of the pattern", code="not-decompressed"
+        ) from None
     except OSError as error:
         raise RunFileError(
             f"data.paths: cannot read {file.path}: {error.strerror}; correct the path or its permissions",

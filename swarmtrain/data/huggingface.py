@@ -30,12 +30,10 @@ from typing import Any
 from swarmtrain.data.below import below, is_plain_name
 from swarmtrain.errors import RunFileError, SwarmtrainError
 from swarmtrain.extras import install_in_words
-from swarmtrain.run import DataSection
+from swarmtrain.run import SourceKeys
 
-__all__ = ["StreamedTexts", "fingerprint", "newest_revision", "read_texts"]
+__all__ = ["HubRows", "fingerprint", "newest_revision", "read_texts"]
 
-SHUFFLE_DOCUMENTS = 1000  # documents held in memory for shuffling
-SKIP_DOCUMENTS = 2000  # a peer starts its stream at one of so many documents: skipping takes seconds at most
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Loaders of the library that read text from named files, and nothing else."""
 _HUB_NAME = re.compile(r"(?!buckets/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -46,7 +44,7 @@ _standing = threading.Lock()
 """Held while the current folder is changed: a process has only one."""
 
 
-def newest_revision(section: DataSection, base: Path) -> str:
+def newest_revision(section: SourceKeys, base: Path) -> str:
     """Return the commit that the hub has for `section` now; "" for a folder below `base`. Raises RunFileError."""
     library = _library()
     if _folder(section, base) is not None:
@@ -60,7 +58,7 @@ def newest_revision(section: DataSection, base: Path) -> str:
     return found
 
 
-def read_texts(section: DataSection, base: Path, revision: str = "") -> Iterator[bytes]:
+def read_texts(section: SourceKeys, base: Path, revision: str = "") -> Iterator[bytes]:
     """Yield the texts of a data set in its order.
 
     Reads the hub's data set at commit `revision`; without one a folder below `base`, else the hub's newest commit.
@@ -69,41 +67,56 @@ def read_texts(section: DataSection, base: Path, revision: str = "") -> Iterator
     return _texts(_load(section, base, revision), section)
 
 
-class StreamedTexts:
-    """Texts of a streamed data set, which is looked up once and read repeatedly."""
+class HubRows:
+    """Rows of a streamed data set, which is looked up once and read repeatedly. See `StreamedRows`."""
 
-    def __init__(self, section: DataSection, base: Path, revision: str = "") -> None:
+    def __init__(self, section: SourceKeys, base: Path, revision: str = "") -> None:
         """Look the data set up; see `read_texts`."""
-        self._section = section
+        self._section, self._revision = section, revision
         self._rows = _load(section, base, revision)
 
-    def once_through(self, seed: int) -> Iterator[bytes]:
-        """Yield all texts, shuffled and rotated by `seed`. Raises RunFileError.
+    @property
+    def fingerprint(self) -> str | None:
+        """Identity of the content; None if it is unknown."""
+        return _fingerprint(self._section, self._revision, self._rows)
 
-        Files are read in a shuffled order, and `SHUFFLE_DOCUMENTS` texts are held for shuffling. A number of texts
-        below `SKIP_DOCUMENTS` (and below the data set's size, if it is known) moves from the beginning to the end. So
-        peers with different seeds read different parts at any time, and each reads everything.
-        """
+    @property
+    def num_files(self) -> int:
+        """Number of files, or of other parts that the library can read by themselves."""
+        return int(self._rows.num_shards)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Number of rows of all files; None if the data set does not say."""
         splits = self._rows.info.splits or {}
-        size = getattr(splits.get(self._section.split), "num_examples", 0) or SKIP_DOCUMENTS
-        skip = seed % min(size, SKIP_DOCUMENTS)
-        shuffled = self._rows.shuffle(seed=seed % 2**32, buffer_size=SHUFFLE_DOCUMENTS)
-        yield from _texts(shuffled.skip(skip), self._section)
-        yield from _texts(shuffled.take(skip), self._section)
+        return getattr(splits.get(self._section.split), "num_examples", 0) or None
+
+    def texts(self, file: int, begin: int, end: int | None) -> Iterator[bytes]:
+        """Yield the text of each row of a file from row `begin` to before row `end`; b"" for a row without text.
+
+        Raises RunFileError. The rows before `begin` are read, and nothing is done with them.
+        """
+        with _errors_in_words(self._section):
+            rows = self._rows.shard(num_shards=self.num_files, index=file).skip(begin)
+            yield from _all_texts(rows if end is None else rows.take(max(0, end - begin)), self._section)
 
 
-def fingerprint(section: DataSection, base: Path, revision: str = "") -> str | None:
+def fingerprint(section: SourceKeys, base: Path, revision: str = "") -> str | None:
     """Return what identifies the content of a data set on this machine; None if it is unknown."""
+    return _fingerprint(section, revision, None if revision else _load(section, base, revision))
+
+
+def _fingerprint(section: SourceKeys, revision: str, rows: Any) -> str | None:
     if revision:
         return f"{section.dataset}@{revision}"
-    found = getattr(_load(section, base, revision), "_fingerprint", None)
+    found = getattr(rows, "_fingerprint", None)
     return found if isinstance(found, str) else None
 
 
 # ---------------------------------------------------------------- which one is meant
 
 
-def _folder(section: DataSection, base: Path) -> Path | None:
+def _folder(section: SourceKeys, base: Path) -> Path | None:
     """Return the data set's folder below `base`, links resolved; None if it is one of the hub. Raises RunFileError."""
     name = section.dataset
     if not is_plain_name(name):
@@ -140,7 +153,7 @@ def _loaders() -> frozenset[str]:
 # ---------------------------------------------------------------- load it, and look at what was found
 
 
-def _load(section: DataSection, base: Path, revision: str) -> Any:
+def _load(section: SourceKeys, base: Path, revision: str) -> Any:
     """Load the rows, with only the text column if the columns are known."""
     library = _library()
     folder = None if revision else _folder(section, base)
@@ -162,7 +175,7 @@ def _load(section: DataSection, base: Path, revision: str) -> Any:
     return _only_text(rows, section, library)
 
 
-def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any, str]:
+def _hub_builder(section: SourceKeys, revision: str, library: Any) -> tuple[Any, str]:
     """Return the library's builder for the hub's data set, and the prefix that its files must have."""
     if not _HUB_NAME.fullmatch(section.dataset):
         raise RunFileError(
@@ -182,7 +195,7 @@ def _hub_builder(section: DataSection, revision: str, library: Any) -> tuple[Any
     return builder, f"hf://datasets/{section.dataset}@{commit}/"
 
 
-def _local_builder(section: DataSection, folder: Path, base: Path, library: Any) -> Any:
+def _local_builder(section: SourceKeys, folder: Path, base: Path, library: Any) -> Any:
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             below(base, Path(parent, name), "data.dataset")
@@ -192,7 +205,7 @@ def _local_builder(section: DataSection, folder: Path, base: Path, library: Any)
     return _builder(section, str(folder), library)
 
 
-def _builder(section: DataSection, name: str, library: Any, **more: Any) -> Any:
+def _builder(section: SourceKeys, name: str, library: Any, **more: Any) -> Any:
     """Return the library's builder for `name`, looked up from an empty folder."""
     load = library.load_dataset_builder
     # Before 4.0; later versions never run a data set's code.
@@ -202,7 +215,7 @@ def _builder(section: DataSection, name: str, library: Any, **more: Any) -> Any:
         return load(name, section.subset or None, **more)
 
 
-def _check_card(section: DataSection, path: str | os.PathLike[str]) -> None:
+def _check_card(section: SourceKeys, path: str | os.PathLike[str]) -> None:
     """Raise RunFileError if a data set's own description names files that are not its own."""
     with Path(path).open(encoding="utf-8", errors="replace", newline="") as file:
         text = file.read()
@@ -238,7 +251,7 @@ def _files_named(part: Any, names_files: bool = False) -> Iterator[str]:
             yield from _files_named(item, names_files or key in ("data_files", "data_dir"))
 
 
-def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path) -> None:
+def _check_builder(section: SourceKeys, builder: Any, allowed: str, base: Path) -> None:
     """Raise RunFileError unless the builder reads a text format from files that begin with `allowed`."""
     modules = [kind.__module__.split(".") for kind in type(builder).__mro__]
     formats = [parts[2] for parts in modules if parts[:2] == ["datasets", "packaged_modules"] and len(parts) > 2]
@@ -263,7 +276,7 @@ def _check_builder(section: DataSection, builder: Any, allowed: str, base: Path)
         raise RunFileError(f'data.dataset: "{section.dataset}" has no files; use another data set', code="no-text")
 
 
-def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
+def _saved_split(section: SourceKeys, folder: Path, base: Path) -> Path:
     """Return the folder of a split written by `save_to_disk`. Raises RunFileError unless all its files are in it."""
     if (folder / "dataset_dict.json").exists():
         has = json.loads(below(base, folder / "dataset_dict.json", "data.dataset").read_bytes()).get("splits")
@@ -283,7 +296,7 @@ def _saved_split(section: DataSection, folder: Path, base: Path) -> Path:
     return folder
 
 
-def _only_text(rows: Any, section: DataSection, library: Any) -> Any:
+def _only_text(rows: Any, section: SourceKeys, library: Any) -> Any:
     """Select the text column alone: a column of images opens the files that its rows name."""
     if rows.features is None:
         return rows  # such rows are strings and numbers, as they are in the file
@@ -298,14 +311,20 @@ def _only_text(rows: Any, section: DataSection, library: Any) -> Any:
     return rows.select_columns([section.field])
 
 
-def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[bytes]:
+def _texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
+    """Yield the text of each row that has some: public data sets have rows without."""
+    return filter(None, _all_texts(rows, section))
+
+
+def _all_texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
+    """Yield the text of each row; b"" for a row without text."""
     with _errors_in_words(section):
         for number, row in enumerate(rows):
             if section.field not in row:
                 raise _no_field(section, row)
             text = row[section.field]
-            if text is None or text == "":
-                continue  # public data sets have such rows
+            if text is None:
+                text = ""
             if not isinstance(text, str):
                 raise RunFileError(
                     f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
@@ -315,7 +334,7 @@ def _texts(rows: Iterable[Mapping[str, Any]], section: DataSection) -> Iterator[
             yield text.encode(errors="replace")
 
 
-def _no_field(section: DataSection, has: Iterable[str]) -> RunFileError:
+def _no_field(section: SourceKeys, has: Iterable[str]) -> RunFileError:
     return RunFileError(
         f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(has))}); '
         "set data.field to the one that holds the text",
@@ -367,7 +386,7 @@ def _in_empty_folder() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_in_words(section: DataSection) -> Iterator[None]:
+def _errors_in_words(section: SourceKeys) -> Iterator[None]:
     """Translate errors: the library raises whatever the libraries below it raise."""
     try:
         yield

@@ -95,6 +95,7 @@ class Cut:
     """Rest of a corpus after the overlap is removed."""
 
     text: Bytes  # documents one after the other, each ending with a newline
+    ends: Indices  # end of each document in `text`, also of those of which nothing is left
     num_documents: int  # documents of which anything is left
     dropped_documents: int  # documents of which nothing is left
     dropped_bytes: int
@@ -115,8 +116,6 @@ class HeldOutIndex:
             hashes = hashes[distinct_bytes >= BOILERPLATE_DISTINCT_BYTES]
         self._hashes = hashes  # sorted, each once
         self._lines = {line for line in held_out.split(b"\n") if len(line) >= LINE_BYTES}
-        self._streamed = 0  # documents given to `cut_next`, and the number of them in which each window was
-        self._streamed_with = np.zeros(len(hashes), np.int64)
 
     def cut(self, texts: Sequence[bytes]) -> Cut:
         """Return the documents without what they share with the held-out text, by the rules of this module."""
@@ -126,18 +125,6 @@ class HeldOutIndex:
         num_documents_with = np.bincount(_distinct(documents, hits[:, 1])[1], minlength=len(self._hashes))
         boilerplate = num_documents_with > _boilerplate_documents(len(texts))
         return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows)
-
-    def cut_next(self, text: bytes) -> bytes:
-        """Return the next document of a stream without what it shares with the held-out text; b"" if nothing is left.
-
-        Boilerplate is what the documents given so far share, so the result depends on all of them, in order.
-        """
-        joined, ends = _join([text])
-        hits, num_windows = self._hits(joined, ends)
-        self._streamed += 1
-        self._streamed_with[np.unique(hits[:, 1])] += 1
-        boilerplate = self._streamed_with > _boilerplate_documents(self._streamed)
-        return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows).text.tobytes()
 
     def _hits(self, joined: Bytes, ends: Indices) -> tuple[Indices, Indices]:
         """Return (positions and held-out window numbers (n, 2), in order; number of sampled windows per document)."""
@@ -172,10 +159,11 @@ class HeldOutIndex:
         for begin, end in cuts:
             keep[begin:end] = False
         text = joined[keep] if cuts else joined
-        left = np.add.reduceat(keep, starts) > 0 if len(starts) else np.zeros(0, np.bool_)
+        left = np.add.reduceat(keep, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
         num_documents = int(np.count_nonzero(left))
         return Cut(
             text=text,
+            ends=np.cumsum(left),
             num_documents=num_documents,
             dropped_documents=len(ends) - num_documents,
             dropped_bytes=len(joined) - len(text),

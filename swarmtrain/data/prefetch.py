@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swarmtrain.data.batches import Batches, BatchSource, StreamingBatches
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.data.mixture import MixedBatches
 
 __all__ = ["PrefetchedBatches", "prefetched"]
 
@@ -23,16 +24,14 @@ _MOST_AHEAD = 2
 _POLL_INTERVAL_S = 0.1
 
 
-def prefetched(
-    source: Batches | StreamingBatches, device: torch.device, check: Callable[[], None] = lambda: None
-) -> BatchSource:
+def prefetched(source: MixedBatches, device: torch.device, check: Callable[[], None] = lambda: None) -> BatchSource:
     """Return `source` with its batches drawn ahead, where that gains anything; see `PrefetchedBatches` for `check`.
 
     It does for a stream, which is read over a network and encoded, and for a device, which computes while the processor
     has nothing else to do; CUDA's copies batches from pinned memory by itself. On a processor the windows of a corpus
     in memory take a thousandth of a step, and a thread would only take that time at another moment.
     """
-    if device.type == "cpu" and isinstance(source, Batches):
+    if device.type == "cpu" and source.is_in_memory:
         return source
     return PrefetchedBatches(source, Tensor.pin_memory if device.type == "cuda" else _as_it_is, check)
 
@@ -49,7 +48,7 @@ class PrefetchedBatches:
 
     def __init__(
         self,
-        source: Batches | StreamingBatches,
+        source: MixedBatches,
         prepare: Callable[[Tensor], Tensor] = _as_it_is,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -83,7 +82,6 @@ class PrefetchedBatches:
                 return
             self._wait_until(lambda: not self._is_drawing)
             self._source.use_shard(shard)
-            assert isinstance(self._source, Batches), "a stream has no shards"
             self._source.rewind(self._position)
             self._shard, self._error = shard, None
             self._drawn.clear()

@@ -6,29 +6,38 @@ The bootstrap calls `publishable_data` before it publishes the run file. Every p
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from swarmtrain.data import huggingface
-from swarmtrain.data.batches import Batches, StreamingBatches, peer_seed
+from swarmtrain.data.batches import Batches, Windows
 from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.corpus import (
     Corpus,
     HeldOut,
     cut_held_out,
     first_documents,
+    joined_held_out,
     prepare_corpus,
     read_documents,
     too_little_text,
 )
 from swarmtrain.data.documents import survey
+from swarmtrain.data.mixture import MixedBatches, PeerPlace, SequenceSource, peer_seed
 from swarmtrain.data.overlap import HeldOutIndex
+from swarmtrain.data.streams import PlaceLog, SequenceStream, TextBlocks
 from swarmtrain.data.tokens import (
+    LEARNT_FROM_BYTES,
     BpeTokenizer,
     ByteTokenizer,
     Tokenizer,
@@ -37,13 +46,14 @@ from swarmtrain.data.tokens import (
     tokenizer_from_bytes_untrusted,
 )
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import DataSection, RunFile
+from swarmtrain.run import DataSource, RunFile
 from swarmtrain.words import counted
 
 __all__ = [
     "FirstLook",
     "PeerPlace",
     "PublishableData",
+    "SourceText",
     "TrainingData",
     "first_look",
     "publishable_data",
@@ -61,38 +71,112 @@ class PublishableData(NamedTuple):
 
     held_out: HeldOut
     tokenizer_bytes: bytes  # empty for bytes
-    revision: str = ""  # the commit of the hub's data set; empty for other text
+    revisions: tuple[str, ...] = ("",)  # the commit of each source's data set of the hub; empty for other text
 
 
 class FirstLook(NamedTuple):
     """Findings about a run's text without reading all of it."""
 
-    num_bytes: int | None  # of the files here, about; None if that is not known
+    sizes: tuple[int | None, ...]  # of each source's files here, about; None if that is not known
     problems: tuple[Problem, ...] = ()  # what the bootstrap would refuse, and why
     unseen: tuple[str, ...] = ()  # what was not looked at
+    is_estimated: bool = False  # True if the sizes include those of compressed files that were not read
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of all text, about; None if that of a source is not known."""
+        return None if None in self.sizes else sum(size or 0 for size in self.sizes)
 
 
-class TrainingData(NamedTuple):
-    """Data that a peer trains on."""
+@dataclass(frozen=True, kw_only=True)
+class SourceText:
+    """Text of one source that a peer trains on."""
 
     tokens: Tokens  # (n,); the corpus' own memory for bytes; empty if streamed
-    tokenizer: Tokenizer
     corpus: Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Data that a peer trains on."""
+
+    sources: tuple[SourceText, ...]  # in the order of the run's mixture
+    tokenizer: Tokenizer
+    held_out: bytes
+    base: Path  # folder that the paths of streamed data sets are relative to
+    cache_dir: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that peers with the same text have, in hexadecimal."""
+        digests = [source.corpus.digest for source in self.sources]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def part(self, number: int, num_parts: int) -> TrainingData:
+        """Return one of so many equal parts of each corpus."""
+        parts = []
+        for source in self.sources:
+            begin, end = (len(source.tokens) * each // num_parts for each in (number, number + 1))
+            parts.append(dataclasses.replace(source, tokens=source.tokens[begin:end]))
+        return dataclasses.replace(self, sources=tuple(parts))
 
 
 def publishable_data(run: RunFile, base: Path) -> PublishableData:
     """Cut a run's held-out text and learn its tokenizer on the rest. Raises RunFileError."""
-    section = run.data
-    revision = huggingface.newest_revision(section, base) if section.source == "datasets" else ""
-    if section.source == "datasets" and section.streaming:
-        documents = list(first_documents(section, base, _sample_bytes(section), revision))
-    else:
-        documents = list(read_documents(section, base, revision))
-    held_out = cut_held_out(documents, section.held_out_bytes, run.run.seed)
-    if run.model.tokenizer == "bytes":
-        return PublishableData(held_out, ByteTokenizer().to_bytes(), revision)
-    text = HeldOutIndex(held_out.text).cut([document.text for document in documents]).text
-    return PublishableData(held_out, BpeTokenizer.learn(text, run.model.vocabulary_size).to_bytes(), revision)
+    data, is_learnt = run.data, run.model.tokenizer == "bpe"
+    revisions, parts, kept = [], [], []
+    for source, limit in zip(data.mixture, data.held_out_limits, strict=True):
+        with _naming(source):
+            revision = huggingface.newest_revision(source, base) if source.source == "datasets" else ""
+            if source.is_streamed:
+                documents = list(first_documents(source, base, _sample_bytes(limit), revision))
+            else:
+                documents = list(read_documents(source, base, revision))
+            parts.append(cut_held_out(documents, limit, run.run.seed))
+            revisions.append(revision)
+            kept.append([document.text for document in documents] if is_learnt else [])
+    held_out = joined_held_out(parts) if data.sources else parts[0]
+    tokenizer = ByteTokenizer() if not is_learnt else _learnt(run, held_out.text, kept)
+    return PublishableData(held_out, tokenizer.to_bytes(), tuple(revisions))
+
+
+def _learnt(run: RunFile, held_out: bytes, texts: Sequence[list[bytes]]) -> BpeTokenizer:
+    """Learn a tokenizer on the texts of each source, without what they share with the held-out text.
+
+    Each source gives at most its share of what a tokenizer is learnt from.
+    """
+    index = HeldOutIndex(held_out)
+    parts = [
+        index.cut(of_source).text[: math.ceil(LEARNT_FROM_BYTES * share)]
+        for of_source, share in zip(texts, run.data.shares, strict=True)
+    ]
+    return BpeTokenizer.learn(np.concatenate(parts), run.model.vocabulary_size)
+
+
+@contextlib.contextmanager
+def _naming(source: DataSource) -> Iterator[None]:
+    """Name the source first in a RunFileError, if it has a name."""
+    try:
+        yield
+    except RunFileError as error:
+        raise RunFileError(*_named(source, error.problems)) from None
+
+
+def _named(source: DataSource, problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    return tuple(each.found_in(f"source {source.name}") if source.name else each for each in problems)
+
+
+@dataclass(frozen=True)
+class _SourceLook:
+    """Findings about one source."""
+
+    num_bytes: int | None
+    problems: tuple[Problem, ...] = ()
+    unseen: tuple[str, ...] = ()
+    texts: list[bytes] | None = None
+    """Texts of all its documents, if they were all read."""
+    held_out: bytes = b""
+    is_estimated: bool = False
 
 
 def first_look(run: RunFile, base: Path) -> FirstLook:
@@ -106,110 +190,122 @@ def first_look(run: RunFile, base: Path) -> FirstLook:
             require_bpe()
     except RunFileError as error:
         problems += error.problems
-    look = _look_at_data_set if run.data.source == "datasets" else _look_at_files
-    found = look(run, base, can_learn=not problems)
-    return found._replace(problems=(*problems, *found.problems))
+    looks, unseen, can_learn = [], list[str](), not problems
+    for source, limit in zip(run.data.mixture, run.data.held_out_limits, strict=True):
+        look = (
+            _look_at_data_set(source, base)
+            if source.source == "datasets"
+            else _look_at_files(source, base, limit, run.run.seed)
+        )
+        looks.append(look)
+        problems += _named(source, look.problems)
+        unseen += [f"source {source.name}: {each}" if source.name else each for each in look.unseen]
+    if run.model.tokenizer == "bpe" and not any(look.problems for look in looks):
+        texts = [look.texts for look in looks if look.texts is not None]
+        if can_learn and len(texts) == len(looks) and sum(len(t) for each in texts for t in each) <= LOOK_BPE_BYTES:
+            try:
+                _learnt(run, b"".join(look.held_out for look in looks), texts)
+            except RunFileError as error:
+                problems += error.problems
+        else:
+            unseen.append(f"whether model.vocabulary_size = {run.model.vocabulary_size} can be learnt from this text")
+    sizes = tuple(look.num_bytes for look in looks)
+    return FirstLook(sizes, tuple(problems), tuple(unseen), any(look.is_estimated for look in looks))
 
 
-def _look_at_data_set(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
-    section = run.data.model_copy(update={"streaming": True})
+def _look_at_data_set(source: DataSource, base: Path) -> _SourceLook:
+    section = source.model_copy(update={"streaming": True})
     try:
         revision = huggingface.newest_revision(section, base)
         count = sum(1 for _ in itertools.islice(read_documents(section, base, revision), LOOK_DOCUMENTS))
     except RunFileError as error:
-        return FirstLook(None, error.problems)
+        return _SourceLook(None, error.problems)
     if not count:
         problem = f'data.field: no row of "{section.dataset}" has text in "{section.field}"; set it to the one that has'
-        return FirstLook(None, (Problem(problem, "no-text"),))
+        return _SourceLook(None, (Problem(problem, "no-text"),))
     unseen = f"the data set after its first {counted(count, 'document')}, and so whether it is large enough"
-    return FirstLook(None, (), (unseen, *_vocabulary_unseen(run)))
+    return _SourceLook(None, (), (unseen,))
 
 
-def _look_at_files(run: RunFile, base: Path, can_learn: bool) -> FirstLook:
-    """Read the first documents of files, and try to cut and learn from them what the bootstrap will publish."""
-    section = run.data
-    found = survey(section, base, _sample_bytes(section))
+def _look_at_files(source: DataSource, base: Path, held_out_bytes: int, seed: int) -> _SourceLook:
+    """Read the first documents of files, and try to cut from them what the bootstrap will publish."""
+    found = survey(source, base, _sample_bytes(held_out_bytes))
     if found.problems:
-        small = None if found.most_bytes is None else too_little_text(found.most_bytes, section.held_out_bytes)
+        small = None if found.most_bytes is None else too_little_text(found.most_bytes, held_out_bytes)
         problems = (*found.problems, small) if small else found.problems
-        return FirstLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
-    read = sum(len(document.text) for document in found.documents)
-    if read >= _sample_bytes(section):
+        return _SourceLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
+    texts = [document.text for document in found.documents]
+    read = sum(map(len, texts))
+    if read >= _sample_bytes(held_out_bytes):
         unseen = f"the text after its first {read >> 20} MiB"
-        return FirstLook(found.num_bytes, (), (unseen, *_vocabulary_unseen(run)))
+        return _SourceLook(found.num_bytes, (), (unseen,), is_estimated=found.is_estimated)
     try:
-        held_out = cut_held_out(found.documents, section.held_out_bytes, run.run.seed)
-        if run.model.tokenizer == "bytes" or read > LOOK_BPE_BYTES or not can_learn:
-            return FirstLook(found.num_bytes, (), _vocabulary_unseen(run))
-        text = HeldOutIndex(held_out.text).cut([document.text for document in found.documents]).text
-        BpeTokenizer.learn(text, run.model.vocabulary_size)
+        held_out = cut_held_out(found.documents, held_out_bytes, seed)
     except RunFileError as error:
-        return FirstLook(found.num_bytes, error.problems)
-    return FirstLook(found.num_bytes)
-
-
-def _vocabulary_unseen(run: RunFile) -> tuple[str, ...]:
-    if run.model.tokenizer == "bytes":
-        return ()
-    return (f"whether model.vocabulary_size = {run.model.vocabulary_size} can be learnt from this text",)
+        return _SourceLook(found.num_bytes, error.problems, is_estimated=found.is_estimated)
+    return _SourceLook(found.num_bytes, texts=texts, held_out=held_out.text, is_estimated=found.is_estimated)
 
 
 def training_data(
     run: RunFile, base: Path, held_out: bytes, tokenizer_bytes: bytes, cache_dir: Path | None
 ) -> TrainingData:
-    """Return this peer's corpus, encoded. `tokenizer_bytes` come from another peer and are checked here.
+    """Return this peer's corpora, encoded. `tokenizer_bytes` come from another peer and are checked here.
 
     Raises RunFileError for unusable data, and BadBytesError for an unusable tokenizer.
     """
     tokenizer = tokenizer_from_bytes_untrusted(tokenizer_bytes, run.model.vocabulary_size)
-    corpus = prepare_corpus(run.data, base, held_out, cache_dir, run.dataset_revision)
-    return TrainingData(_encoded(corpus, tokenizer, cache_dir), tokenizer, corpus)
+    texts = []
+    for source, revision in zip(run.data.mixture, run.dataset_revisions, strict=True):
+        with _naming(source):
+            corpus = prepare_corpus(source, base, held_out, cache_dir, revision)
+        texts.append(SourceText(tokens=_encoded(corpus, tokenizer, cache_dir), corpus=corpus))
+    return TrainingData(sources=tuple(texts), tokenizer=tokenizer, held_out=held_out, base=base, cache_dir=cache_dir)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeerPlace:
-    """Identity of the peer that draws batches, and how many it has drawn."""
-
-    run_sha256: str
-    peer_id: str
-    position: int = 0  # batches drawn before
-
-
-def training_batches(
-    run: RunFile, data: TrainingData, place: PeerPlace, base: Path, held_out: bytes
-) -> Batches | StreamingBatches:
-    """Return a peer's batches, from the corpus or, with `data.streaming`, from the stream. Raises RunFileError."""
-    if not run.data.streaming or run.data.source != "datasets":
+def training_batches(run: RunFile, data: TrainingData, place: PeerPlace) -> MixedBatches:
+    """Return a peer's batches, from its corpora and, with `data.streaming`, from streams. Raises RunFileError."""
+    num_shards = run.num_shards(*(len(text.tokens) for text in data.sources))
+    if not run.data.sources and not run.data.is_streamed:
         batches = Batches(
-            data.tokens,
+            data.sources[0].tokens,
             context_tokens=run.model.context_tokens,
             batch_sequences=run.inner.batch_sequences,
             run_sha256=place.run_sha256,
             peer_id=place.peer_id,
             position=place.position,
         )
-        if num_shards := run.num_shards(len(data.tokens)):
-            batches.cut(num_shards)
+        if num_shards[0]:
+            batches.cut(num_shards[0])
         return batches
-    seed = peer_seed(place.run_sha256, place.peer_id)
-    texts = huggingface.StreamedTexts(run.data, base, run.dataset_revision)
-    return StreamingBatches(
-        functools.partial(_stream, texts, held_out, seed),
-        data.tokenizer,
-        context_tokens=run.model.context_tokens,
-        batch_sequences=run.inner.batch_sequences,
-        position=place.position,
-    )
+    sources: list[SequenceSource] = []
+    for number, source in enumerate(run.data.mixture):
+        with _naming(source):
+            if source.is_streamed:
+                sources.append(_stream(run, data, place, number))
+            else:
+                windows = Windows(data.sources[number].tokens, run.model.context_tokens)
+                if num_shards[number]:
+                    windows.cut(num_shards[number])
+                sources.append(windows)
+    weights = [source.weight for source in run.data.mixture]
+    return MixedBatches(sources, weights, run.inner.batch_sequences, place)
 
 
-def _sample_bytes(section: DataSection) -> int:
-    return max(STREAM_SAMPLE_BYTES, 16 * section.held_out_bytes)
+def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> SequenceStream:
+    """Return the stream of source `number`; the log of its places is kept in the cache, by all that it depends on."""
+    source, revision = run.data.mixture[number], run.dataset_revisions[number]
+    seed = peer_seed(f"{place.run_sha256} {source.name}".rstrip(), place.peer_id)
+    rows = huggingface.HubRows(source, data.base, revision)
+    path = None
+    if data.cache_dir is not None:
+        told = [seed, rows.fingerprint, data.sources[number].corpus.digest, data.tokenizer.to_bytes().hex()]
+        path = data.cache_dir / f"stream-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}.array"
+    blocks = TextBlocks(rows, data.held_out, seed)
+    return SequenceStream(blocks, data.tokenizer.encode, run.model.context_tokens, PlaceLog(path))
 
 
-def _stream(texts: huggingface.StreamedTexts, held_out: bytes, seed: int, epoch: int) -> Iterator[bytes]:
-    index = HeldOutIndex(held_out)
-    for text in texts.once_through(seed + epoch):
-        yield index.cut_next(text)
+def _sample_bytes(held_out_bytes: int) -> int:
+    return max(STREAM_SAMPLE_BYTES, 16 * held_out_bytes)
 
 
 def _encoded(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None) -> Tokens:

@@ -81,7 +81,7 @@ class BpeTokenizer:
     def __init__(self, merges: npt.NDArray[np.uint32]) -> None:
         """Build a tokenizer from `merges` (n, 2), in the form above. Raises ValueError if they are invalid."""
         self._merges = np.ascontiguousarray(merges, "<u4")
-        self._spellings = _spellings(self._merges)
+        self._spellings = spellings_of(self._merges)
         self._encoder = _encoder(self._merges, self._spellings)
         self._dtype = np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
 
@@ -103,7 +103,7 @@ class BpeTokenizer:
         read = np.frombuffer(text, np.uint8)[:LEARNT_FROM_BYTES].data
         chunks = (str(chunk, errors="ignore") for chunk in _chunks(read))
         learner.train_from_iterator(chunks, trainer)
-        ids = {letter: byte for byte, letter in enumerate(_letters())}
+        ids = {letter: byte for byte, letter in enumerate(byte_letters())}
         merges = []
         for pair in json.loads(learner.to_str())["model"]["merges"]:
             left, right = pair.split(" ") if isinstance(pair, str) else pair
@@ -174,8 +174,8 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
     if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:
         raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens", code="bad-format")
     try:
-        merges = np.frombuffer(data, "<u4", offset=len(MAGIC)).reshape(-1, 2)
-        num_tokens = len(_spellings(merges))
+        merges = merges_of(data)
+        num_tokens = len(spellings_of(merges))
         if num_tokens != vocabulary_size:
             raise ValueError(f"it has {num_tokens} tokens")
         return BpeTokenizer(merges)
@@ -183,7 +183,12 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
         raise BadBytesError(f"not a tokenizer of {vocabulary_size} tokens: {error}", code="bad-format") from None
 
 
-def _spellings(merges: npt.NDArray[np.uint32]) -> list[bytes]:
+def merges_of(tokenizer: bytes) -> npt.NDArray[np.uint32]:
+    """Return the merges (n, 2) of a tokenizer in the form above; none if it is empty, which means bytes."""
+    return np.frombuffer(tokenizer, "<u4", offset=len(MAGIC) if tokenizer else 0).reshape(-1, 2)
+
+
+def spellings_of(merges: npt.NDArray[np.uint32]) -> list[bytes]:
     """Return the bytes of each token. Raises ValueError if a merge joins a token that does not exist yet, or makes one
     that is too long."""
     spellings = [bytes([byte]) for byte in range(NUM_BYTES)]
@@ -202,7 +207,7 @@ def _spellings(merges: npt.NDArray[np.uint32]) -> list[bytes]:
 
 def _encoder(merges: npt.NDArray[np.uint32], spellings: Sequence[bytes]) -> Any:
     library = _library()
-    letters = _letters()
+    letters = byte_letters()
     spelt = ["".join([letters[byte] for byte in spelling]) for spelling in spellings]
     vocabulary = {letters: number for number, letters in enumerate(spelt)}
     pairs = [(spelt[left], spelt[right]) for left, right in merges.tolist()]
@@ -211,7 +216,7 @@ def _encoder(merges: npt.NDArray[np.uint32], spellings: Sequence[bytes]) -> Any:
     return encoder
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """Return the 256 printable characters with which byte-level BPE writes the bytes 0 to 255: the table of GPT-2 and
     of the `tokenizers` library."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

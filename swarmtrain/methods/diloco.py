@@ -16,4 +16,5 @@ DILOCO = MergeMethod(
     keys=frozenset({"share_above"}),
     defaults={"outer_momentum": 0.9, "pacing": False},
     asynchronous=False,
+    adapters=True,
 )

@@ -33,5 +33,6 @@ GOSSIP = MergeMethod(
     hosting=True,
     shards=True,
     stages=True,
+    adapters=True,
     lends_weights=True,
 )

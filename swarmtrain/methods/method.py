@@ -58,6 +58,8 @@ class MergeMethod:
     """True if the data can be drawn from shards, so that all of it is seen by some peer."""
     stages: bool = False
     """True if the model can be cut into a pipeline's stages."""
+    adapters: bool = False
+    """True if peers can train an adapter, of which some train more groups than others."""
     lends_weights: bool = False
     """True if a publication borrows the model's weights, from which its pseudo-gradient is computed on request."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,23 @@ class TextLoss:
     sum_nats: float
     num_tokens: int
     num_bytes: int
+    by_source: Mapping[str, TextLoss] = field(default_factory=dict)
+    """Loss on the part of each of several sources, by name; empty for a text of one source."""
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, TextLoss]) -> TextLoss:
+        """Return the loss on the parts of a text together, given each part's by the name of its source. The part of a
+        source without a name, "", is the whole text."""
+        if "" in parts:
+            return parts[""]
+        losses = parts.values()
+        nats, tokens = math.fsum(each.sum_nats for each in losses), sum(each.num_tokens for each in losses)
+        return cls(nats, tokens, sum(each.num_bytes for each in losses), dict(parts))
+
+    @property
+    def source_losses(self) -> tuple[float, ...]:
+        """Losses of `by_source`, in nats per byte."""
+        return tuple(loss.nats_per_byte for loss in self.by_source.values())
 
     @property
     def nats_per_byte(self) -> float:

@@ -1,40 +1,59 @@
-"""Write and read a trained model as files that a stranger can load: safetensors and JSON, nothing that executes.
+"""Write and read a trained model as a folder that Hugging Face's libraries load; nothing in it executes.
 
-model.safetensors   the weights by name, fp32
-config.json         the shape (as in the run file), the tokenizer's kind, what was trained
-tokenizer.bin       the learnt tokenizer, absent with bytes
-held-out.txt        the text by which it was judged
-run.toml            the run that it comes from
+config.json             the model's configuration, with where the model comes from (`provenance.py`)
+model.safetensors       the weights by name, fp32; a large model has several files and an index (`weight_files.py`)
+tokenizer.json          the tokenizer, and how it is to be used: tokenizer_config.json, chat_template.jinja
+generation_config.json  how text is drawn if the caller says nothing
+README.md               the model card
+held-out.txt            the text by which it was judged
+run.toml                the run that it comes from
+
+The built-in model is written as a Qwen3 (`qwen3.py`) and read back as itself. Exports of the first format, which only
+swarmtrain reads, are read too.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from swarmtrain import __version__
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.atomic_folder import atomic_folder
+from swarmtrain.model.gpt import GPT
 from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.provenance import Provenance, provenance_in
+from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
+from swarmtrain.model.weight_files import INDEX, file_sha256, read_weights, write_weights
 from swarmtrain.run import ModelSection
+from swarmtrain.words import one_line
 
-__all__ = ["ExportedModel", "copy_exported", "export_model", "load_exported", "write_whole"]
+__all__ = ["ExportedModel", "copy_exported", "export_model", "is_first_format", "load_exported"]
 
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
-_FORMAT = "swarmtrain-gpt-1"
-_NEEDED = ("config.json", "model.safetensors")
-_BESIDE = ("tokenizer.bin", "held-out.txt", "run.toml")
+_CONFIG = "config.json"
+_FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT = "tokenizer.bin", "tokenizer.json", "held-out.txt"
+_BESIDE = (
+    INDEX,
+    _TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+    _HELD_OUT,
+    "run.toml",
+)
+"""What an export may have beside its configuration and its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +62,7 @@ class ExportedModel:
 
     model: LanguageModel
     tokenizer: bytes
+    """Its `tokenizer.json`; of the first format what the run pinned, empty for bytes."""
     held_out: bytes
     run_tokens: int
 
@@ -50,21 +70,22 @@ class ExportedModel:
 def export_model(
     folder: Path, weights: Mapping[str, Tensor], section: ModelSection, run_tokens: int, files: Mapping[str, bytes]
 ) -> None:
-    """Write the model into `folder`, replacing the one there; `files` are written beside it by name.
+    """Write the built-in model into `folder`, replacing the one there; `files` are written beside it by name.
 
     Raises UserError when the folder holds something else, and the file system's OSError.
     """
-    # `save_file` would report a full disk as an error of its own, without a number.
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    config = {
-        "format": _FORMAT,
-        "swarmtrain": __version__,
-        "model": section.model_dump(mode="json"),
-        "run_tokens": run_tokens,
-        "weights_sha256": hashlib.sha256(data).hexdigest(),
-    }
-    config_bytes = (json.dumps(config, indent=2) + "\n").encode()
-    write_whole(folder, {"model.safetensors": data, "config.json": config_bytes, **files})
+    with atomic_folder(folder) as temporary:
+        hashes = write_weights(temporary, as_qwen3(weights, section))
+        provenance = Provenance(section=section, run_tokens=run_tokens, weights_sha256=hashes)
+        generation = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 256}
+        _write_json(temporary / _CONFIG, provenance.into(qwen3_config(section)))
+        _write_json(temporary / "generation_config.json", generation)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_bytes((json.dumps(content, indent=2) + "\n").encode())
 
 
 def copy_exported(source: Path, target: Path) -> int:
@@ -72,70 +93,75 @@ def copy_exported(source: Path, target: Path) -> int:
 
     Raises UserError as `load_exported` and `export_model` do, and OSError if `target` cannot be written.
     """
-    files = _read(source)
-    run_tokens = _checked(source, files).run_tokens
-    write_whole(target, files)
-    return run_tokens
+    provenance = _provenance(source, _config(source))
+    if provenance is None:
+        raise UserError(f"{source}: swarmtrain did not export this model; copy its folder", code="not-a-model")
+    with atomic_folder(target) as temporary, ExitStack() as stack:
+        opened = {}
+        for name in (_CONFIG, *provenance.weights_sha256, *_BESIDE):
+            with contextlib.suppress(FileNotFoundError):
+                # All at once: a running bootstrap may replace them at any time.
+                opened[name] = stack.enter_context((source / name).open("rb"))
+        for name, file in opened.items():
+            with (temporary / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+        for name, sha256 in provenance.weights_sha256.items():
+            if name not in opened or file_sha256(temporary / name) != sha256:
+                raise UserError(
+                    f"{source}: the weights do not match config.json; export the model again", code="not-a-model"
+                )
+    return provenance.run_tokens
 
 
-def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all of `files` into `folder`, or none, replacing the model there.
-
-    Raises UserError when the folder holds something else, and the file system's OSError.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds other files; give an empty or new folder", code="folder-not-empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        temporary.chmod(0o755)
-        _put_in_place(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename to `folder`. The old folder is removed only when the new one is in place."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def is_first_format(folder: Path) -> bool:
+    """Return whether the model in `folder` has the first format of exports. Raises UserError without a model."""
+    provenance = _provenance(folder, _config(folder))
+    return provenance is not None and provenance.is_first_format
 
 
 def load_exported(folder: Path) -> ExportedModel:
     """Load the model in `folder`. Raises UserError, one line, when it is missing, torn or altered."""
-    return _checked(folder, _read(folder))
-
-
-def _read(folder: Path) -> dict[str, bytes]:
-    """Read the files of the model in `folder`, each once: a running bootstrap may replace them at any time."""
+    config = _config(folder)
     try:
-        files = {name: (folder / name).read_bytes() for name in _NEEDED}
-        return files | {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).exists()}
-    except FileNotFoundError as error:
-        missing = Path(str(error.filename)).name
-        raise UserError(
-            f"{folder}: has no exported model ({missing} is missing); {_instead(folder)}", code="no-model"
-        ) from None
+        return _loaded(folder, config)
+    except UserError:
+        # A running bootstrap may have replaced the folder meanwhile.
+        if (now := _config(folder)) == config:
+            raise
+        return _loaded(folder, now)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read the configuration. Raises UserError."""
+    try:
+        content = (folder / _CONFIG).read_bytes()
+    except FileNotFoundError:
+        raise _missing(folder, _CONFIG) from None
     except OSError as error:
-        raise UserError(
-            f"{folder}: not a model that swarmtrain exported ({error}); {_GIVE}", code="not-a-model"
-        ) from None
+        raise _not_ours(folder, error) from None
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _not_ours(folder, error) from None
+    if not isinstance(config, dict):
+        raise _not_ours(folder, ValueError(f"{_CONFIG} is no JSON object"))
+    return config
+
+
+def _missing(folder: Path, name: str) -> UserError:
+    return UserError(f"{folder}: has no exported model ({name} is missing); {_instead(folder)}", code="no-model")
+
+
+def _not_ours(folder: Path, error: Exception) -> UserError:
+    reason = one_line(str(error).splitlines()[0]) if str(error) else type(error).__name__
+    return UserError(f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}", code="not-a-model")
+
+
+def _provenance(folder: Path, config: Mapping[str, Any]) -> Provenance | None:
+    try:
+        return provenance_in(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_ours(folder, error) from None
 
 
 def _instead(folder: Path) -> str:
@@ -143,7 +169,7 @@ def _instead(folder: Path) -> str:
     places = (("model", "the run's model"), ("archive", "its newest archive"))
     for peer in (folder, folder / "bootstrap"):
         for name, what in places:
-            if (peer / name / "config.json").exists():
+            if (peer / name / _CONFIG).exists():
                 return f"{what} is in {peer / name}: give that"
     for peer in (folder, folder / "bootstrap", *sorted(folder.glob("*"))):
         if any((peer / "checkpoints").glob("*.safetensors")):
@@ -152,27 +178,43 @@ def _instead(folder: Path) -> str:
     return _GIVE
 
 
-def _checked(folder: Path, files: Mapping[str, bytes]) -> ExportedModel:
-    """Build the model from `files`, which were read in `folder`. Raises UserError."""
+def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
+    """Load the model whose configuration is `config`. Raises UserError."""
+    provenance = _provenance(folder, config)
+    if provenance is None or provenance.section is None:
+        raise _not_ours(folder, ValueError("it is not the built-in model"))
     try:
-        config = json.loads(files["config.json"])
-        section = ModelSection.model_validate(config["model"])
-        data = files["model.safetensors"]
-        if config["format"] != _FORMAT or hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
-            raise UserError(
-                f"{folder}: the weights do not match config.json; export the model again", code="not-a-model"
-            )
-        model = build_model(section, seed=0)
-        model.load_state_dict(load(data))
-        run_tokens = int(config["run_tokens"])
-    except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{folder}: not a model that swarmtrain exported ({reason}); {_GIVE}", code="not-a-model"
-        ) from None
+        model = _built_in(folder, provenance.section, provenance)
+    except FileNotFoundError as error:
+        raise _missing(folder, Path(str(error.filename)).name) from None
+    except (ValueError, KeyError, SafetensorError, RuntimeError, OSError) as error:
+        raise _not_ours(folder, error) from None
     return ExportedModel(
         model=model,
-        tokenizer=files.get("tokenizer.bin", b""),
-        held_out=files.get("held-out.txt", b""),
-        run_tokens=run_tokens,
+        tokenizer=_beside(folder, _FIRST_TOKENIZER if provenance.is_first_format else _TOKENIZER),
+        held_out=_beside(folder, _HELD_OUT),
+        run_tokens=provenance.run_tokens,
     )
+
+
+def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GPT:
+    model = GPT(section)
+    if provenance.is_first_format:
+        weights: dict[str, Tensor] = {}
+        read_weights(folder, provenance.weights_sha256, weights.__setitem__)
+        model.load_state_dict(weights)
+        return model
+    reader = Qwen3Reader(model)
+    read_weights(folder, provenance.weights_sha256, reader.take)
+    reader.finish()
+    return model
+
+
+def _beside(folder: Path, name: str) -> bytes:
+    """Return the content of a file that may be absent. Raises UserError."""
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise _not_ours(folder, error) from None

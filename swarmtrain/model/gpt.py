@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swarmtrain.model.head_loss import product_type
+from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
 from swarmtrain.model.parameter_count import hidden_width
 from swarmtrain.model.recomputation import recomputed
@@ -29,13 +31,14 @@ from swarmtrain.run import ModelSection
 
 __all__ = ["GPT", "build_model"]
 
-_ROTARY_BASE = 10_000.0
+ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
+_Extended = Callable[[Tensor], Tensor] | None
 
 
 def rotary_table(num_positions: int, head_width: int) -> Tensor:
     """Return cosines and sines of each position's angles: (2, T, K / 2)."""
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    frequencies = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
 
@@ -73,7 +76,8 @@ class Embedding(nn.Embedding):
 class Attention(nn.Module):
     """Causal self-attention with H heads, whose queries and keys are normalised and then rotated.
 
-    With a mask (B, 1, T, T) it is added to the scores, and nothing else makes attention causal.
+    With a mask (B, 1, T, T) it is added to the scores, and nothing else makes attention causal. `extended` returns the
+    keys and values (2, B, H, S, K) of all tokens, given those of x: one token after others, or several after none.
     """
 
     def __init__(self, section: ModelSection) -> None:
@@ -82,11 +86,17 @@ class Attention(nn.Module):
         self.qkv = Linear(section.width, 3 * section.width, bias=False)
         self.out = Linear(section.width, section.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, extended: _Extended | None = None
+    ) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, H, T, K)
         qk = _rotate(F.rms_norm(qkv[:2], qkv.shape[-1:], eps=NORM_EPSILON), rotary)
-        mixed = F.scaled_dot_product_attention(qk[0], qk[1], qkv[2], mask, is_causal=mask is None)  # (B, H, T, K)
+        q, k, v = qk[0], qk[1], qkv[2]
+        if extended is not None:
+            k, v = extended(torch.stack([k, v]))
+        is_causal = mask is None and k.shape[-2] == T
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)  # (B, H, T, K)
         return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(B, T, D)))
 
 
@@ -114,8 +124,10 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(section.width, eps=NORM_EPSILON)
         self.feed_forward = FeedForward(section)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask)
+    def forward(
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None = None, extended: _Extended | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, mask, extended)
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -146,6 +158,18 @@ class GPT(LanguageModel):
         for block in self.blocks:
             x = recomputed(partial(block, rotary=rotary, mask=mask), x) if recomputes else block(x, rotary, mask)
         return cast(Tensor, self.final_norm(x))
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `LanguageModel`."""
+        first, T = cache.num_tokens, tokens.shape[1]
+        if first and T > 1:
+            raise ValueError(f"{T} tokens at once after {first} others; one by one is possible")
+        check_length(first + T, self.context_tokens)
+        x, rotary = self.embed(tokens), self.rotary[:, first : first + T]
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary, extended=partial(cache.extend, number))
+        cache.num_tokens += T
+        return cast(Tensor, self.head(self.final_norm(x[0, -1])))
 
 
 def build_model(section: ModelSection, seed: int) -> GPT:

@@ -118,6 +118,20 @@ class HubModel:
             ) from None
         return HubSnapshot(folder, commit, names)
 
+    def check_weights(self) -> None:
+        """Raise RunFileError if the repository has no weights that are read here; nothing of them is downloaded.
+
+        A hub that is not reached says nothing: `download` will.
+        """
+        library, check = _library(), lambda: None
+        try:
+            commit, sizes = self._listed_by_hub(library, check)
+            pinned = HubModel(self.name, commit)
+            read_index = lambda: pinned._file(library, INDEX, lambda num_bytes: None, check).read_bytes()  # noqa: E731
+            files_to_pin(sizes, read_index, weights=True, origin=self.name)
+        except HubError as error:
+            _log.info("%s is not looked at: %s", self.name, error)
+
     def reach(self, check: Callable[[], None]) -> None:
         """Raise HubError unless the hub is reached and has this revision. `check` is called while waiting.
 
@@ -154,7 +168,7 @@ class HubModel:
         """Return the commit of this revision, and the sizes of its files by name; without a connection what the hub's
         cache has."""
         try:
-            found = _ask(library, self, check)
+            return self._listed_by_hub(library, check)
         except HubError as error:
             path = self.cached_file("config.json")
             if path is None:
@@ -163,6 +177,9 @@ class HubModel:
             return path.parent.name, {
                 each.name: each.stat().st_size for each in path.parent.iterdir() if each.is_file()
             }
+
+    def _listed_by_hub(self, library: Any, check: Callable[[], None]) -> tuple[str, dict[str, int]]:
+        found = _ask(library, self, check)
         if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
             raise HubError(f"the hub gives no commit of {self.name}")
         return found.sha, {item.rfilename: item.size or 0 for item in found.siblings or ()}

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
-from swarmtrain.model.export import write_whole
+from swarmtrain.model.atomic_folder import write_whole
 from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.model.huggingface_config import HuggingFaceModel, read_config, untie
@@ -46,6 +47,7 @@ __all__ = [
     "load_stage",
     "read_config",
     "stage_shapes",
+    "tensor_files",
     "untie",
 ]
 
@@ -61,7 +63,7 @@ class HuggingFaceShape:
     has_embedding: bool
     has_head: bool
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Number of parameters, computed without memory for weights. Raises UserError without the extra `hf`."""
         ends, with_one = (
@@ -225,12 +227,12 @@ def build_stage(shape: HuggingFaceShape, seed: int) -> HuggingFaceStage:
     They are the same bits on every machine (see `gpt.uniform_weight`). Raises UserError without the extra `hf`.
     """
     stage = HuggingFaceStage(shape)
-    weights = {name: _initial_weight(name, p.shape, seed, shape.model) for name, p in stage.named_parameters()}
+    weights = {name: initial_weight(name, p.shape, seed, shape.model) for name, p in stage.named_parameters()}
     stage.load_state_dict(weights, assign=True)
     return stage
 
 
-def _initial_weight(name: str, shape: torch.Size, seed: int, model: HuggingFaceModel) -> Tensor:
+def initial_weight(name: str, shape: torch.Size, seed: int, model: HuggingFaceModel) -> Tensor:
     """Return the initial value of a parameter: norms 1, biases 0, others with mean 0 and deviation `initializer_range`.
 
     In GPT-2, matrices whose output is added to the residual stream have it divided by the root of the number of such
@@ -274,7 +276,7 @@ def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
 
 def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dict[Path, dict[str, str]]:
     """Return, by file, the wanted parameters in it and their names there. Raises UserError if one is missing."""
-    files = _files_of_tensors(folder)
+    files = tensor_files(folder)
     body = _BODIES[model.family]
     places: dict[Path, dict[str, str]] = {}
     for name in wanted:
@@ -294,7 +296,7 @@ def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dic
     return places
 
 
-def _files_of_tensors(folder: Path) -> Mapping[str, str]:
+def tensor_files(folder: Path) -> Mapping[str, str]:
     """Return the name of the file that holds each tensor. Raises UserError."""
     whole, index = folder / _WHOLE, folder / _INDEX
     try:

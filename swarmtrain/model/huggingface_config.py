@@ -10,17 +10,17 @@ Imports neither torch nor transformers. Every error is a UserError of one line.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from swarmtrain.errors import UserError
 from swarmtrain.words import one_line
 
-__all__ = ["HuggingFaceModel", "read_config", "untie"]
+__all__ = ["CUTTABLE", "HuggingFaceModel", "check_names", "is_tied", "read_config", "untie", "whole_config"]
 
 _MAX_CONFIG_BYTES = 1_048_576
 _MAX_WIDTH = 65_536
@@ -179,6 +179,8 @@ _FAMILIES: dict[str, type[_Llama | _Qwen2 | _Qwen3 | _Gpt2]] = {
     "qwen3": _Qwen3,
     "gpt2": _Gpt2,
 }
+CUTTABLE = tuple(_FAMILIES)
+"""Families, by `model_type`, that can be cut into stages."""
 _TIED_BY_DEFAULT = {"gpt2"}  # families whose head is the embedding unless the configuration says otherwise
 _DROPOUTS = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -258,6 +260,112 @@ def untie(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
     """
     origin, data = _loaded(source)
     return HuggingFaceModel(config=_checked(data, origin), head_is_copy=_is_tied(data, origin))
+
+
+# ---------------------------------------------------------------- a whole model, of any family
+
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
+_DROPPED = frozenset(
+    {
+        "architectures",
+        "attn_implementation",
+        "distributed_config",
+        "dtype",
+        "experts_implementation",
+        "fusion_config",
+        "kernel_config",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+        "use_kernels",
+    }
+)
+"""Keys that say how a model is computed, not which one it is; some name kernels on the hub."""
+_MAX_LAYERS, _MAX_EXPERTS = 4096, 65_536
+
+
+def whole_config(folder: Path) -> dict[str, Any]:
+    """Return what `config.json` in a folder says of a model of any family, for the library to read.
+
+    Unlike `read_config` it cannot know the keys of all families. It leaves out those that choose how the library
+    computes, and refuses those that would have it run code, or read weights that are not numbers. Raises UserError.
+    """
+    path = folder / "config.json"
+    origin, data = one_line(str(path)), _parsed(path)
+    if not isinstance(data.get("model_type"), str):
+        raise UserError(
+            f"{origin}: model_type: {_shown(data.get('model_type'))} is refused; give the folder of a model that "
+            "transformers wrote",
+            code="not-a-config",
+        )
+    try:
+        return cast(dict[str, Any], _cleaned(data, origin))
+    except RecursionError:
+        raise UserError(f"{origin}: nested too deeply; give a model's config.json", code="not-a-config") from None
+
+
+def _cleaned(value: Any, origin: str) -> Any:
+    if isinstance(value, list):
+        return [_cleaned(item, origin) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for key, inner in value.items():
+        _check_key(key, inner, origin)
+    return {
+        key: _cleaned(inner, origin)
+        for key, inner in value.items()
+        if not (key.startswith("_") or key in _DROPPED or key in _QUANTISED_KEYS)
+    }
+
+
+def _check_key(key: str, value: Any, origin: str) -> None:
+    if key in _CODE_KEYS and value:
+        raise UserError(
+            f"{origin}: {key}: this model has code of its own, which is never run; give one that transformers has",
+            code="model-has-code",
+        )
+    if key in _QUANTISED_KEYS and value:
+        raise UserError(
+            f"{origin}: {key}: this model is quantised, and only floats can be trained; give the one it was made of",
+            code="model-quantised",
+        )
+    for word, most in (("layers", _MAX_LAYERS), ("experts", _MAX_EXPERTS)):
+        if word in key and isinstance(value, int) and value > most:
+            raise UserError(f"{origin}: {one_line(key)}: {value} is refused; allowed: at most {most}", code="bad-value")
+
+
+def check_names(names: Iterable[str], *, from_scratch: bool) -> None:
+    """Raise UserError if a model with files of these names has code of its own, or no weights that are read here."""
+    names = list(names)
+    if code := sorted(name for name in names if name.endswith(".py")):
+        raise UserError(
+            f"{one_line(code[0])[:200]}: this model has code of its own, which is never run; give one that "
+            "transformers has",
+            code="model-has-code",
+        )
+    if "adapter_config.json" in names:
+        raise UserError(
+            "adapter_config.json: this is an adapter of another model; merge them, and give the folder of the result",
+            code="model-refused",
+        )
+    if not from_scratch and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            "it has no *.safetensors; other formats can execute what they hold and are not read: save it as "
+            "safetensors, or set model.from_scratch = true",
+            code="not-safetensors",
+        )
+
+
+def is_tied(folder: Path) -> bool:
+    """Return whether embedding and head are one matrix in the model, of a family that can be cut, in `folder`."""
+    origin, data = _loaded(folder)
+    return _is_tied(data, origin)
 
 
 def _is_tied(data: Mapping[str, Any], origin: str) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.batch import inputs_of, positions_of, targets_of
 from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
+from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.run import ModelSection
 
-__all__ = ["LanguageModel", "ModelSpec", "check_length"]
+__all__ = ["LanguageModel", "ModelSpec", "check_length", "with_targets"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class LanguageModel(nn.Module, ABC):
         """Device of the parameters."""
         return next(self.parameters()).device
 
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the tensors that are trained and published, by name, in the order in which they are flattened."""
+        return list(self.named_parameters())
+
+    def trained_tensors(self) -> list[nn.Parameter]:
+        """Return the tensors that are trained and published, in the order in which they are flattened."""
+        return [tensor for _, tensor in self.trained_parameters()]
+
     @abstractmethod
     def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the head's input (B, T, D) of tokens (B, T), int64.
@@ -80,21 +89,31 @@ class LanguageModel(nn.Module, ABC):
         """Return logits (B, T, V) of tokens (B, T), int64; see `features`."""
         return cast(Tensor, self.head(self.features(tokens, positions)))
 
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the logits (V,) of the next token after `tokens` (1, T), int64, which follow those in `cache`, and
+        add them to it.
+
+        After others they are given one by one. Raises ValueError if all are more than `context_tokens`.
+        """
+        cache.tokens = tokens if cache.tokens is None else torch.cat([cache.tokens, tokens], dim=1)
+        cache.num_tokens += tokens.shape[1]
+        return cast(Tensor, self.head(self.features(cache.tokens)[0, -1]))
+
     def loss(self, batch: Tensor) -> Tensor:
         """Return mean nats per target of `batch` (see `algorithm/batch.py`), a scalar; 0 if it has none."""
         return self.loss_of_features(self.features(inputs_of(batch), positions_of(batch)), batch)
 
     def loss_of_features(self, x: Tensor, batch: Tensor) -> Tensor:
         """Return the loss of `batch`, given the features x (B, T, D) of its inputs."""
-        return mean_loss(self.head, *_with_targets(x, batch), is_memory_short=self.recomputes_blocks)
+        return mean_loss(self.head, *with_targets(x, batch), is_memory_short=self.recomputes_blocks)
 
     def sum_of_losses(self, batch: Tensor) -> Tensor:
         """Return the sum of nats over the targets of `batch`, a scalar without a gradient."""
         x = self.features(inputs_of(batch), positions_of(batch))
-        return sum_of_losses(self.head, *_with_targets(x, batch))
+        return sum_of_losses(self.head, *with_targets(x, batch))
 
 
-def _with_targets(x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+def with_targets(x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Return the features x (B, T, D) that have a target, and their targets; all of them of a batch without labels."""
     targets = targets_of(batch)
     return (x, targets) if batch.dim() == 2 else only_targets(x, targets)

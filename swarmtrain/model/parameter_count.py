@@ -4,21 +4,46 @@ from __future__ import annotations
 
 from swarmtrain.run import ModelSection
 
-__all__ = ["block_parameters", "hidden_width", "num_parameters"]
+__all__ = ["block_parameters", "hidden_width", "num_parameters", "similar_built_in"]
 
 
 def num_parameters(section: ModelSection) -> int:
     """Return the number of parameters of the whole model."""
+    if not section.is_built_in:
+        assert section.is_resolved, "the run file's base was not read"
+        return section.num_parameters
     D, V = section.width, section.vocabulary_size
     return 2 * V * D + section.num_layers * block_parameters(section) + D
 
 
 def block_parameters(section: ModelSection) -> int:
-    """Return the number of parameters of one of its blocks."""
+    """Return the number of parameters of one of its blocks; of a model of Hugging Face, of the mean one, about."""
     D = section.width
+    if not section.is_built_in:
+        tables = (1 if section.tied_embeddings else 2) * section.vocabulary_size * D
+        return max(1, (num_parameters(section) - tables - D) // section.num_layers)
     return 4 * D * D + 3 * D * hidden_width(section) + 2 * D
 
 
 def hidden_width(section: ModelSection) -> int:
     """Return the hidden width of a block's feed-forward layer."""
     return max(1, round(section.feed_forward_ratio * section.width))
+
+
+def similar_built_in(section: ModelSection) -> ModelSection:
+    """Return the shape of a built-in model that takes about as long: what a machine is tried with, without the files of
+    the run's own model."""
+    if section.is_built_in:
+        return section
+    D = section.width + section.width % 2
+    most = max(1, min(section.num_heads, D // 2))
+    ratio = max(1 / D, min(32.0, (block_parameters(section) - 4 * D * D - 2 * D) / (3 * D * D)))
+    return ModelSection(
+        tokenizer="bytes" if section.vocabulary_size == 256 else "bpe",
+        vocabulary_size=section.vocabulary_size,
+        context_tokens=section.context_tokens,
+        num_layers=section.num_layers,
+        width=D,
+        num_heads=next(heads for heads in range(most, 0, -1) if D % (2 * heads) == 0),
+        feed_forward_ratio=ratio,
+    )

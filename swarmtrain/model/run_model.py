@@ -22,13 +22,27 @@ def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -
 
 
 def build_from_spec(spec: ModelSpec, seed: int) -> LanguageModel:
-    """Build a model with its initial weights, on the processor, fp32."""
-    return build_model(spec.section, seed)
+    """Build a model with its initial weights, on the processor, fp32.
+
+    Raises UserError if the files of a model of Hugging Face are not there, or not the run's.
+    """
+    if spec.section.is_built_in:
+        return build_model(spec.section, seed)
+    from swarmtrain.model.huggingface_model import build_huggingface_model
+
+    return build_huggingface_model(spec, seed)
 
 
 def empty_model(spec: ModelSpec) -> LanguageModel:
-    """Build a model on the processor, fp32, whose weights are whatever is in memory: they come from elsewhere."""
-    return GPT(spec.section)
+    """Build a model on the processor, fp32, whose weights are whatever is in memory: they come from elsewhere.
+
+    Raises UserError as `build_from_spec` does.
+    """
+    if spec.section.is_built_in:
+        return GPT(spec.section)
+    from swarmtrain.model.huggingface_model import empty_huggingface_model
+
+    return empty_huggingface_model(spec)
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:

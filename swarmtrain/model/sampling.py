@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel
 
 __all__ = ["generate"]
@@ -22,8 +23,10 @@ def generate(
 ) -> list[int]:
     """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`.
 
-    Temperature 0 takes the likeliest token. The same arguments give the same tokens on one machine. Calls `advance` for
-    each token. Raises ValueError when the prompt is empty or has an unknown token, or the temperature is negative.
+    While all of them fit the context, each is computed alone, after the others' keys and values; later the context
+    moves, and with it every position in it. Temperature 0 takes the likeliest token. The same arguments give the same
+    tokens on one machine. Calls `advance` for each token. Raises ValueError when the prompt is empty or has an unknown
+    token, or the temperature is negative.
     """
     vocabulary_size, context_tokens = model.vocabulary_size, model.context_tokens
     if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
@@ -31,10 +34,13 @@ def generate(
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt_tokens)
-    device = model.device
+    tokens, cache = list(prompt_tokens), KeyValueCache()
+    num_new = len(tokens[-context_tokens:])
     for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens[-context_tokens:]], device=device))[0, -1].float().cpu()
+        if cache.num_tokens + num_new > context_tokens:
+            cache, num_new = KeyValueCache(), context_tokens
+        logits = model.next_logits(torch.tensor([tokens[-num_new:]], device=model.device), cache).float().cpu()
+        num_new = 1
         if temperature == 0:
             tokens.append(int(logits.argmax()))
         else:

@@ -15,6 +15,7 @@ from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
+from swarmtrain.peer.model_files.base_files import kept_model_folder
 from swarmtrain.peer.training.loop import loop_class
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
@@ -76,9 +77,9 @@ def train_alone(
     told.start()
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
-    model = build_run_model(run, settings.model_folder).to(compute.model_device)
+    model = build_run_model(run, kept_model_folder(published, settings)).to(compute.model_device)
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
-    batches = training_batches(run, data, place, base, published.held_out)
+    batches = training_batches(run, data, place)
 
     def report(finished: RoundReport) -> None:
         advance(finished.contribution.inner_steps)

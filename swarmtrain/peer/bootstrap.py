@@ -27,8 +27,11 @@ from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.methods import load_object
+from swarmtrain.model.base import is_published_from, published_base, resolved_run
+from swarmtrain.model.huggingface_config import is_tied
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.run_stages import check_weights
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
@@ -67,6 +70,8 @@ from swarmtrain.peer.merging.consensus_state import ConsensusState, consensus_st
 from swarmtrain.peer.merging.gossip_exchange import hosting_of
 from swarmtrain.peer.merging.rules import mean_of
 from swarmtrain.peer.merging.server import MergeServer
+from swarmtrain.peer.model_files.base_files import BaseFiles, pin_base, served_base
+from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
 from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
 from swarmtrain.protocol.archive.departure import DepartureQueue
@@ -86,10 +91,13 @@ _REFUSED_AGAIN_S = 10.0
 _LAST_ANSWER_S = 2.0
 
 
-def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = "") -> PublishedRun:
-    """Prepare a run for publishing: cut its held-out text, learn its tokenizer, and write out every default.
+def publish_run(
+    run: RunFile, base: Path, created: datetime.datetime, me: str = "", model: BaseFiles | None = None
+) -> PublishedRun:
+    """Prepare a resolved run for publishing: cut its held-out text, learn its tokenizer, and write out every default.
 
-    `me` is the PeerID of the publisher, which is the server if the run has one. Raises RunFileError.
+    `me` is the PeerID of the publisher, which is the server if the run has one; `model` are the files of a model of
+    Hugging Face, whose weights are read once. Raises UserError.
     """
     mean_of(run.merge.robust)  # the publisher of a rule must have it too
     files = publishable_data(run, base)
@@ -104,15 +112,25 @@ def publish_run(run: RunFile, base: Path, created: datetime.datetime, me: str = 
         tokenizer_bytes=len(tokenizer),
         boundaries=boundaries,
         stage_costs=costs,
-        dataset_revision=files.revision or None,
+        dataset_revision=None if run.data.sources else files.revisions[0] or None,
+        dataset_revisions=files.revisions if run.data.sources and any(files.revisions) else None,
+        held_out_source_bytes=files.held_out.source_bytes or None,
         server=me if run.merge.kind.has_server else None,
     )
+    if model is not None:
+        check_weights(run, model.folder, boundaries or ())
+        section = section.model_copy(
+            update={"model_files_sha256": model.pinned.sha256, "model_files_bytes": len(model.pinned.to_bytes())}
+        )
+        named = run.model.model_copy(update={"base": published_base(run.model.base)})
+        run = run.model_copy(update={"model": named})
     needs = needs_of(run.model_copy(update={"published": section}))
     if needs.protocol > 1:
         section = section.model_copy(update={"protocol": needs.protocol, "needs": needs.version})
     complete = run.model_copy(update={"published": section})
     data = published_bytes(complete)
-    return PublishedRun(data, run_sha256(data), complete, files.held_out.text, tokenizer)
+    pinned = b"" if model is None else model.pinned.to_bytes()
+    return PublishedRun(data, run_sha256(data), complete, files.held_out.text, tokenizer, pinned)
 
 
 def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, stop: StopFlag) -> DoneEvent:
@@ -128,12 +146,14 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         control_session("bootstrap", folder, settings, logged(emit), stop) as control,
     ):
         control.starting("reading the run and cutting its held-out text")
-        published = _published(run, base, folder)
+        place = files_place(settings, control, control.emit)
+        published = _published(run, base, folder, place)
         # After `_published`: the options of a start that was refused must not be used by the next one.
         folder.started.keep_command(settings.started)
         network = NetworkThread()
         kind = _Bootstrap if published.run.pipeline.stages == 1 else PipelineBootstrap
         bootstrap = kind(published, settings, folder, network, control)
+        bootstrap.model_files = served_base(run, base, published, place)
         try:
             return control.ended(log_event(bootstrap.run()))
         except Interrupted:
@@ -146,15 +166,21 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
                 bootstrap.manager.close()
 
 
-def _published(run: RunFile, base: Path, folder: PeerFolder) -> PublishedRun:
+def _published(run: RunFile, base: Path, folder: PeerFolder, place: FilesPlace) -> PublishedRun:
     """Return the run in the folder, or publish a new one there. Raises UserError if the folder holds another run."""
     kept = folder.kept_run()
     if kept is None:
         me = load_or_create_identity(folder.key_path).peer_id
-        published = publish_run(run, base, datetime.datetime.now(datetime.UTC), me)
+        run = resolved_run(run, base)
+        model = pin_base(run, base, place)
+        published = publish_run(run, base, datetime.datetime.now(datetime.UTC), me, model)
         folder.keep_run(published)
+        if model is not None and run.pipeline.stages > 1 and is_tied(model.folder):
+            begins = "has numbers of its own" if run.model.from_scratch else "begins as a copy of it"
+            message = f"the head of this model is its embedding; in stages it {begins}, and the two are trained apart"
+            place.emit(WarningEvent(message=message, code="tied-embeddings"))
         return published
-    if kept.run.model_copy(update={"published": None}) != run:
+    if not is_published_from(kept.run, run):
         raise UserError(
             f"{folder.path} holds another run ({kept.run.run.name}), or the run file or --wait-for was changed since; "
             "give what it was published with, or another folder with --dir",

@@ -275,7 +275,7 @@ def _run(scenario: Scenario, play: Play) -> RunFile:
             "leave the key out",
             code="keys-disagree",
         )
-    if here.peers.own_text and run.data.streaming:
+    if here.peers.own_text and any(source.is_streamed for source in run.data.mixture):
         raise UserError(
             "peers.own_text: a data set that is streamed cannot be divided among the volunteers; set data.streaming = "
             "false",
@@ -320,9 +320,9 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     run, scenario = _run(scenario, play), scenario.at(play.point)
-    has_text = (
-        scenario.scenario.work == "learning" and not run.data.streaming
-    )  # else none is read, or it is read as it comes
+    if not (run.model.is_built_in or run.model.from_scratch):
+        return None  # its weights may be others next time
+    has_text = scenario.scenario.work == "learning"  # else none is read
     text_sha256 = _text_sha256(run.data.model_dump_json(), scenario.base) if has_text else None
     told: dict[str, Any] = {
         "method": play.method,
@@ -353,10 +353,14 @@ def _path(scenario: Scenario, play: Play, folder: Path | None) -> Path | None:
 
 @functools.lru_cache(64)
 def _text_sha256(data_json: str, base: Path) -> str:
-    """Return the hash of the run's documents, from which follow the training text and the held-out text."""
+    """Return the hash of the run's documents, from which follow the training text and the held-out text.
+
+    Streamed documents are left out: they are read as they come.
+    """
     digest = hashlib.sha256()
-    for document in read_documents(DataSection.model_validate_json(data_json), base):
-        digest.update(hashlib.sha256(document.text).digest())
+    for source in DataSection.model_validate_json(data_json).mixture:
+        for document in () if source.is_streamed else read_documents(source, base):
+            digest.update(hashlib.sha256(document.text).digest())
     return digest.hexdigest()
 
 

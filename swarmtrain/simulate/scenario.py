@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
+from swarmtrain.model.base import resolved_run
 from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file, shown
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
@@ -415,7 +416,8 @@ class Scenario:
         if self.peers.round_steps:
             told.insert(0, ("merge.inner_steps", max(1, self.peers.round_steps // self.peers.number)))
         table = _changed(self.table, told)
-        return parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}", has_lines=False)
+        run = parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}", has_lines=False)
+        return resolved_run(run, self.base)
 
 
 def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -> Scenario:

@@ -66,7 +66,7 @@ class CheckpointReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
-    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "dht_records", "stages", "end_time", "swarm_loss", "archive", "reach", "device")
+    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "dht_records", "stages", "end_time", "swarm_loss", "archive", "reach", "device", "source_losses")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class PeerStatus(_message.Message):
     ARCHIVE_FIELD_NUMBER: _ClassVar[int]
     REACH_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LOSSES_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     role: str
@@ -153,7 +154,16 @@ class PeerStatus(_message.Message):
     archive: Archive
     reach: str
     device: DeviceStatus
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., dht_records: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., end_time: _Optional[float] = ..., swarm_loss: _Optional[float] = ..., archive: _Optional[_Union[Archive, _Mapping]] = ..., reach: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ...) -> None: ...
+    source_losses: _containers.RepeatedCompositeFieldContainer[SourceLoss]
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., dht_records: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., end_time: _Optional[float] = ..., swarm_loss: _Optional[float] = ..., archive: _Optional[_Union[Archive, _Mapping]] = ..., reach: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., source_losses: _Optional[_Iterable[_Union[SourceLoss, _Mapping]]] = ...) -> None: ...
+
+class SourceLoss(_message.Message):
+    __slots__ = ("name", "held_out_loss")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    held_out_loss: float
+    def __init__(self, name: _Optional[str] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
 
 class DeviceStatus(_message.Message):
     __slots__ = ("device", "title", "precision", "compiled", "microbatch_sequences", "why")

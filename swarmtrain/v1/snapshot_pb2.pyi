@@ -63,7 +63,7 @@ class Place(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., kept_rounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss", "adapter_groups")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class Presence(_message.Message):
     PLACE_FIELD_NUMBER: _ClassVar[int]
     INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_GROUPS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -100,7 +101,8 @@ class Presence(_message.Message):
     place: Place
     inner_steps: int
     loss: float
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+    adapter_groups: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")

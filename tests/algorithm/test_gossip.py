@@ -350,8 +350,6 @@ def test_merge_that_makes_no_sense_changes_nothing() -> None:
     state = OuterState(torch.ones(3), torch.ones(3))
     idle = PartnerUpdate(torch.ones(3), torch.ones(3), 0)
     prepared = prepare(state, [idle], layout, _RATE)
-    with pytest.raises(ValueError, match="all weights are zero"):
-        gossip_merge(state, prepared, torch.ones(3), 0, _CONSTANTS)
     with pytest.raises(ValueError, match="3 numbers"):
         gossip_merge(state, prepared, torch.ones(4), 1, _CONSTANTS)
     for tokens in (-1, math.nan, math.inf):
@@ -366,6 +364,25 @@ def test_merge_that_makes_no_sense_changes_nothing() -> None:
     gossip_merge(state, prepared, torch.ones(3), 1, _CONSTANTS)  # still good after all that, and once
     with pytest.raises(ValueError, match="merged before"):
         gossip_merge(state, prepared, torch.ones(3), 1, _CONSTANTS)
+
+
+def test_what_nobody_trained_stays_to_the_bit_whatever_weights_came() -> None:
+    layout = layout_of([(3,)])
+    state = OuterState(torch.ones(3), torch.ones(3))
+    for arrivals in ([], [PartnerUpdate(torch.zeros(3), torch.zeros(3), 0, ahead_rounds=0.5)]):
+        prepared = prepare(state, arrivals, layout, _RATE)
+        assert gossip_merge(state, prepared, torch.full((3,), math.nan), 0, _CONSTANTS) is state
+        assert prepared.spent
+
+
+def test_who_did_not_train_takes_the_mean_of_those_who_did() -> None:
+    layout, own = layout_of([(3,)]), torch.tensor([9.0, -9.0, 9.0])
+    state = OuterState(_random(3, 0), _random(3, 1))
+    arrivals = [PartnerUpdate(None, _random(3, seed), tokens) for seed, tokens in ((2, 100), (3, 300))]
+    new = gossip_merge(state, prepare(state, arrivals, layout, _RATE), own, 0, _CONSTANTS)
+    expected = outer_step(state, 0.25 * arrivals[0].gradient + 0.75 * arrivals[1].gradient, _CONSTANTS)
+    assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
+    assert torch.allclose(new.momentum, expected.momentum, rtol=0, atol=1e-6)
 
 
 def test_it_is_deterministic_to_the_bit() -> None:

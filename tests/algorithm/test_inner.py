@@ -55,6 +55,26 @@ def _weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def test_frozen_parameters_keep_their_bits_and_their_moments() -> None:
+    model = _model()
+    optimizer = InnerOptimizer(model.named_parameters(), _constants())
+    frozen = dict(model[0].named_parameters(prefix="0"))
+    for step in range(4):
+        for parameter in frozen.values():
+            parameter.requires_grad_(step != 2)
+        before = [parameter.detach().clone() for parameter in frozen.values()]
+        moments = optimizer.copy_moments(torch.empty(2, len(_weights(model)))) if step == 2 else None
+        _backward(model, step)
+        optimizer.step(0.5)
+        if moments is not None:
+            after = optimizer.copy_moments(torch.empty(2, len(_weights(model))))
+            num = sum(map(torch.numel, before))
+            assert all(torch.equal(a, b) for a, b in zip(before, frozen.values(), strict=True))
+            assert torch.equal(after.vectors[:, :num], moments.vectors[:, :num])
+            assert torch.equal(after.steps[:2], moments.steps[:2]) and after.steps[2] == moments.steps[2] + 1
+    assert optimizer.copy_moments(torch.empty(2, len(_weights(model)))).steps.tolist() == [3, 3, 4, 4, 4, 4]
+
+
 def test_schedule() -> None:
     constants = _constants(learning_rate=1.0, warmup_fraction=0.2, floor_fraction=0.1)
     assert learning_rate_at(constants, 0.0) == pytest.approx(0.01)

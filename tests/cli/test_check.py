@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from codes import codes_in
 from swarmtrain.cli.check import report, shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
+from swarmtrain.data.prepare import FirstLook
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.peer.devices import expected_device as module
 from swarmtrain.protocol.devices import FoundDevice
@@ -29,7 +32,7 @@ def cost_of(text: str = "total_tokens = 30_720_000", num_peers: int = 3) -> Esti
 
 def doubts_of(text: str, num_peers: int = 4, corpus_bytes: int | None = None, machine_bytes: int | None = None) -> str:
     run = parse_run("[run]\n" + text, "r")
-    return "\n".join(doubts(run, estimate(run, P, num_peers), corpus_bytes, machine_bytes))
+    return "\n".join(doubts(run, estimate(run, P, num_peers), (corpus_bytes,), machine_bytes))
 
 
 def test_rounds_and_tokens() -> None:
@@ -144,7 +147,7 @@ def test_one_of_a_thing_is_said_as_one() -> None:
     assert counted(1, "batch", "batches") == "1 batch" and counted(2, "batch", "batches") == "2 batches"
     assert "only 1 round with 1 peer: " in doubts_of("total_tokens = 40_000", num_peers=1)
     run = parse_run("[run]\ntotal_tokens = 3_000\n[merge]\ninner_steps = 1\n[model]\nnum_layers = 1\n", "r")
-    text = "\n".join(report(run, estimate(run, P, 1), None))
+    text = "\n".join(report(run, estimate(run, P, 1), FirstLook((None,))))
     assert "(1 layer, width 128" in text and ": 2 rounds, 2 inner steps of each of 1 peer\n" in text
     assert "  round       1 inner step, 2.05 k tokens with 1 peer\n" in text
 
@@ -161,7 +164,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.tom
 def test_no_example_raises_a_doubt(path: Path) -> None:
     """Beyond what the data and the machine at hand say."""
     run = load_run(path)
-    assert doubts(run, estimate(run, num_parameters(run.model), 4), None, None) == ()
+    assert doubts(run, estimate(run, num_parameters(run.model), 4), [None] * len(run.data.mixture), None) == ()
 
 
 def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +176,9 @@ def test_the_command_prints_a_report_or_one_object(tmp_path: Path, capsys: pytes
     assert "run stdlib-gpt\n" in text
     assert "845 k (4 layers, width 128, 4 heads; 256 tokens of bytes)" in text
     assert "text, 5 kB here" in text
-    assert "error: data.held_out_bytes = 65536 " in text and codes_in(text) == ["too-little-text"]
+    assert "error: 65536 bytes of held-out text are more than a tenth of the corpus" in text and codes_in(text) == [
+        "too-little-text"
+    ]
     assert " per peer with 3 peers: " in text
     assert run_command(["check", str(path), "--json"]) == 2
     table = json.loads(capsys.readouterr().out)
@@ -233,7 +238,7 @@ def test_what_a_bootstrap_would_refuse_is_an_error_and_all_of_it_is_told(
         return [line[9:] for line in capsys.readouterr().out.splitlines() if line.startswith("  error: ")]
 
     there = ["merge.robust = ", "line 1 of ", "line 1 of "]
-    small = "data.held_out_bytes = 65536 is more than a tenth of the corpus (40 bytes)"
+    small = "65536 bytes of held-out text are more than a tenth of the corpus (40 bytes)"
     for found, expected in zip(errors("'*.jsonl'"), [*there, small], strict=True):
         assert expected in found
     missing = [there[0], "no file matches x/*.jsonl", "there is no file y.jsonl", *there[1:]]
@@ -293,7 +298,7 @@ def test_it_looks_at_the_text_as_a_bootstrap_does(tmp_path: Path, capsys: pytest
     assert 'has no field "text" (it has: story)' in checked(tmp_path, section % "text", capsys, code=2)
     assert checked(tmp_path, section % "story", capsys) == "  no warnings"
     small = section % "story" + "held_out_bytes = 4_194_304\n"
-    assert "data.held_out_bytes = 4194304 is more than a tenth" in checked(tmp_path, small, capsys, code=2)
+    assert "4194304 bytes of held-out text are more than a tenth" in checked(tmp_path, small, capsys, code=2)
     missing = (section % "story").replace("more", "less")
     assert "no file matches less/*.jsonl below" in checked(tmp_path, missing, capsys, code=2)
     elsewhere = (section % "story").replace("more/", "")
@@ -364,5 +369,41 @@ def test_it_says_which_library_is_missing(
     ],
 )
 def test_shards_are_named_where_there_are_any(text: str, corpus_bytes: int | None, words: str) -> None:
-    found = shards_in_words(parse_run(f"[run]\ntotal_tokens = 30_720_000\n{text}", "r"), corpus_bytes)
+    found = shards_in_words(parse_run(f"[run]\ntotal_tokens = 30_720_000\n{text}", "r"), (corpus_bytes,))
     assert found.startswith(words) and bool(found) == bool(words)
+
+
+def test_several_sources_are_told_with_their_shares_and_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": f"{number} is a number of {number**5} letters " * 40}) for number in range(1000)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode())[:-50])
+    sources = (
+        "[[data.sources]]\nname = 'code'\nweight = 3\n"
+        "[[data.sources]]\nname = 'own'\nsource = 'jsonl'\npaths = ['%s.jsonl.gz']\n"
+    )
+    assert checked(tmp_path, sources % "a", capsys) == "  no warnings"
+    assert run_command(["check", str(tmp_path / "run.toml")]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  data ")]
+    assert re.fullmatch(r"  data +75% code \(python-stdlib, .* here\), 25% own \(jsonl, .* here\), in 64 shards", row)
+    assert run_command(["check", str(tmp_path / "run.toml"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [(each["name"], each["share"], each["source"]) for each in table["sources"]] == [
+        ("code", 0.75, "python-stdlib"),
+        ("own", 0.25, "jsonl"),
+    ]
+    assert table["corpus_bytes"] == sum(each["corpus_bytes"] for each in table["sources"])
+    assert not table["corpus_bytes_estimated"]
+    torn = checked(tmp_path, sources % "bad", capsys, code=2)
+    assert "error: source own: data.paths: " in torn and codes_in(torn) == ["not-decompressed"]
+
+
+def test_a_source_that_is_read_often_is_named() -> None:
+    sources = "".join(
+        f"[[data.sources]]\nname = '{name}'\nweight = {weight}\n" for name, weight in (("a", 9), ("b", 1))
+    )
+    run = parse_run(f"[run]\ntotal_tokens = 50_000_000\n{sources}[merge]\nmomentum_ramp_rounds = 10\n", "r")
+    (found,) = doubts(run, estimate(run, P, 4), (10_000_000, 500_000), None)
+    assert found.startswith("source b here has 500 kB and the run takes 5 M tokens of it: each byte is read 10 times")
+    assert doubts(run, estimate(run, P, 4), (10_000_000, None), None) == ()

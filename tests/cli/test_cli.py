@@ -91,9 +91,12 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to", "--accept-clock"),
-    "eval": ("MODEL", "--text", "--threads", "--device", "--json"),
-    "generate": ("MODEL", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
+    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--accept-clock"),
+    "eval": ("MODEL", "--text", "--tasks", "--include-path", "--threads", "--device", "--json"),
+    "generate": (
+        *("MODEL|INVITE", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
+        "--accept-clock",
+    ),
     "explain": ("[CODE]",),
 }
 

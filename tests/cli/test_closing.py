@@ -11,6 +11,7 @@ import pytest
 from swarmtrain.cli.closing_line import closing_line, go_on_line
 from swarmtrain.cli.common import PeerOptions, say_the_end
 from swarmtrain.events import DoneEvent
+from swarmtrain.model.provenance import Provenance
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.run import run_sha256
@@ -22,6 +23,10 @@ def done(reason: str) -> DoneEvent:
 
 def options(folder: Path | None, *, json: bool = False) -> PeerOptions:
     return PeerOptions(dir=folder, name="anna", json=json, listen=(), announce=(), log_level="warning")
+
+
+def provenance(run_tokens: int) -> Provenance:
+    return Provenance(section=None, run_tokens=run_tokens, weights_sha256={"model.safetensors": "ab" * 32})
 
 
 def test_the_end_of_a_run_says_where_the_model_is_and_what_to_do_with_it(tmp_path: Path) -> None:
@@ -58,9 +63,9 @@ def test_who_is_interrupted_when_the_run_has_its_tokens_has_the_model_and_nothin
     assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "its model is not written yet"
     (tmp_path / "model").mkdir()
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps({"run_tokens": 99}))
+    config.write_text(json.dumps(provenance(99).into({})))
     assert closing_line(done("interrupted"), tmp_path, is_usual=False) == go_on, "a model of before the end"
-    config.write_text(json.dumps({"run_tokens": 100}))
+    config.write_text(json.dumps(provenance(100).into({})))
     assert closing_line(done("interrupted"), tmp_path, is_usual=False).startswith(f"the model is in {tmp_path}/model")
 
 

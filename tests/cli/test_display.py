@@ -84,6 +84,14 @@ def test_a_peer_shows_progress_loss_share_and_bytes() -> None:
     assert "sent 272 kB per inner step, 25.1 times below an all-reduce at every step" in text
 
 
+def test_losses_by_source_are_shown_beside_the_whole_one() -> None:
+    measured = EvalEvent(name="anna", round=3, held_out_loss=2.2, sources=("code", "prose"), source_losses=(2.5, 1.3))
+    text = drawn(PeerDisplay(console=console()), [*OPENING, round_event(3), measured])
+    assert "held-out by source: code 2.500, prose 1.300 nats/byte" in text
+    text = drawn(SwarmDisplay("stdlib-gpt", 3_000_000, console(140)), [round_event(0, "anna"), measured], 140)
+    assert "held-out loss 2.200 nats/byte (3.174 bits/byte): code 2.500, prose 1.300 nats/byte" in text
+
+
 def test_what_is_said_of_the_swarm_as_a_whole_is_a_line_and_no_peer() -> None:
     shown = drawn(SwarmDisplay(console=console()), [WarningEvent(message="rehearsal: anna: made to hang for 5 s")])
     assert "made to hang" in shown and "nobody" not in shown

@@ -14,12 +14,13 @@ import torch
 
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
+from swarmtrain.data.tokenizer_json import tokenizer_json
 from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.lifecycle import node
-from swarmtrain.run import ModelSection
+from swarmtrain.run import ModelSection, PublishedSection, parse_run, published_bytes
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 
@@ -46,6 +47,39 @@ def test_threads_are_as_asked_and_one_for_a_small_model(
     assert run([*command, model, "--threads", "0"]) == 2
 
 
+def test_the_loss_on_each_source_of_the_run_is_told(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = b"some text " * 8
+    sources = "".join(f"[[data.sources]]\nname = '{name}'\nsource = 'text'\npaths = ['a']\n" for name in ("a", "b"))
+    run_file = parse_run(f"[run]\ntotal_tokens = 1_000_000\n{sources}", "r")
+    published = PublishedSection(
+        created="2030-01-02T03:04:05Z",
+        swarmtrain="0.2",
+        held_out_sha256="ab" * 32,
+        held_out_bytes=80,
+        held_out_source_bytes=(50, 30),
+    )
+    data = published_bytes(run_file.model_copy(update={"published": published}))
+    (Path(model) / "run.toml").write_bytes(data)
+    assert run(["eval", model, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [(each["name"], each["bytes"]) for each in table["sources"]] == [("a", 50), ("b", 30)]
+    nats = sum(each["bytes"] * each["held_out_loss"] for each in table["sources"])
+    assert table["held_out_loss"] == pytest.approx(nats / 80) and table["bytes"] == table["tokens"] == 80
+    alone = tmp_path / "a.txt"
+    alone.write_bytes(held_out[50:])
+    assert run(["eval", model, "--text", str(alone), "--json"]) == 0
+    of_part = json.loads(capsys.readouterr().out)
+    assert of_part["held_out_loss"] == pytest.approx(table["sources"][1]["held_out_loss"]) and "sources" not in of_part
+    assert run(["eval", model]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "a", "b"]
+    for other in (b"no run file", data.replace(b"50,", b"49,").replace(b"held_out_bytes = 80", b"held_out_bytes = 79")):
+        (Path(model) / "run.toml").write_bytes(other)
+        assert run(["eval", model, "--json"]) == 0
+        assert "sources" not in json.loads(capsys.readouterr().out), "which part is whose is not known"
+
+
 TEXT = "some text, größer than before and gröber than after\n".encode() * 12
 
 
@@ -57,7 +91,7 @@ def test_a_loss_in_nats_bits_and_perplexity_is_that_of_a_plain_reference(
     kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "bpe"
     section = SECTION.model_copy(update={"tokenizer": kind, "vocabulary_size": tokenizer.vocabulary_size})
     model = build_model(section, seed=1)
-    files = {"held-out.txt": TEXT} | ({"tokenizer.bin": tokenizer.to_bytes()} if kind == "bpe" else {})
+    files = {"held-out.txt": TEXT, "tokenizer.json": tokenizer_json(tokenizer.to_bytes())}
     export_model(tmp_path / "model", dict(model.named_parameters()), section, 1, files)
     tokens, bits, num_bytes = [ord("\n"), *map(int, tokenizer.encode(TEXT))], 0.0, 0
     for place in range(1, len(tokens)):

@@ -51,6 +51,16 @@ def on_screen(lines: list[Text], width: int, height: int) -> list[str]:
     return shown
 
 
+@pytest.mark.parametrize(("width", "shown"), [(140, True), (80, False)])
+def test_losses_by_source_are_shown_where_they_fit(width: int, shown: bool) -> None:
+    seen = view()
+    for name, loss in (("code", 2.5), ("prose", 1.25), ("broken", float("nan"))):
+        seen.status.source_losses.add(name=name, held_out_loss=loss)
+    in_words = "(3.030 bits/byte): code 2.500, prose 1.250 nats/byte"
+    assert (in_words in "\n".join(on_screen(draw_watch(seen, width, 40), width, 40))) == shown
+    assert "code 2.500, prose 1.250" in " ".join(line.plain.strip() for line in draw_status(seen, width, 5))
+
+
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) -> None:
     shown = on_screen(draw_watch(view(), width, height), width, height)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from codes import raises_code
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.data.batches import Batches, Shards, StreamingBatches, held_out_batches
-from swarmtrain.data.tokens import ByteTokenizer
+from swarmtrain.data.batches import Batches, Shards, held_out_batches
 from swarmtrain.errors import RunFileError
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
@@ -125,9 +123,9 @@ def test_a_change_of_shard_keeps_the_position_and_before_one_is_chosen_all_is_as
     source.use_shard(5)
     assert torch.equal(source.next_batch(), _in_shards(position=1, shard=5).next_batch())
     for wrong in (-1, 8):
-        with pytest.raises(ValueError, match="of a corpus of 8"):
+        with pytest.raises(ValueError, match="of data in 8 shards"):
             source.use_shard(wrong)
-    with pytest.raises(ValueError, match="of a corpus of 0"):
+    with pytest.raises(ValueError, match="of data in 0 shards"):
         _batches().use_shard(0)
 
 
@@ -137,48 +135,6 @@ def test_windows_of_a_shard_are_text_but_where_two_blocks_meet() -> None:
     source.use_shard(1)
     steps = torch.cat([source.next_batch() for _ in range(100)]).diff(dim=1)
     assert (steps == 1).float().mean() > 0.99
-
-
-def _stream(epoch: int) -> Iterator[bytes]:
-    for number in range(30):
-        yield f"epoch {epoch} document {number} says {'x' * number}".encode()
-        yield b""
-
-
-def _streaming(position: int = 0) -> StreamingBatches:
-    return StreamingBatches(_stream, ByteTokenizer(), context_tokens=9, batch_sequences=3, position=position)
-
-
-def test_a_stream_is_cut_into_sequences_without_loss_across_epochs() -> None:
-    source = _streaming()
-    read = b"".join(bytes(row) for _ in range(100) for row in source.next_batch().tolist())
-    everything = b"".join(text + b"\n" for epoch in range(3) for text in _stream(epoch) if text)
-    assert len(read) == 3000 and everything.startswith(read)
-
-
-@pytest.mark.parametrize("position", [1, 7, 60])
-def test_a_stream_resumes_at_its_position(position: int) -> None:
-    source = _streaming()
-    for _ in range(position):
-        source.next_batch()
-    resumed = _streaming(position)
-    assert resumed.position == source.position == position
-    for _ in range(3):
-        assert torch.equal(resumed.next_batch(), source.next_batch())
-    assert resumed.position == position + 3
-
-
-def test_a_stream_has_no_shards() -> None:
-    source = _streaming()
-    assert source.num_shards == 0
-    with pytest.raises(ValueError, match="of a stream"):
-        source.use_shard(0)
-
-
-def test_a_stream_without_text_is_an_error() -> None:
-    source = StreamingBatches(lambda epoch: iter([b""]), ByteTokenizer(), context_tokens=9, batch_sequences=3)
-    with raises_code("only-held-out-text", RunFileError):
-        source.next_batch()
 
 
 @given(num_tokens=st.integers(0, 200), context_tokens=st.integers(1, 20), batch_sequences=st.integers(1, 5))

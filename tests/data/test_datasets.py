@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from codes import raises_code
 
 from swarmtrain.data import huggingface
 from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
+from swarmtrain.data.streams import StreamPlace, TextBlocks
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import RunFile
 
@@ -46,11 +48,13 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_local_folder_is_read_and_cut(base: Path) -> None:
     run = _run()
     held_out, tokenizer_bytes, _ = publishable_data(run, base)
-    tokens, tokenizer, corpus = training_data(run, base, held_out.text, tokenizer_bytes, base / "cache")
+    data = training_data(run, base, held_out.text, tokenizer_bytes, base / "cache")
+    (text,) = data.sources
     assert 0.8 * 1024 < len(held_out.text) <= 1024 and tokenizer_bytes == b""
-    assert corpus.num_documents > 100 and tokenizer.decode(tokens[:20]) == corpus.text[:20].tobytes()
+    assert text.corpus.num_documents > 100
+    assert data.tokenizer.decode(text.tokens[:20]) == text.corpus.text[:20].tobytes()
     again = training_data(run, base, held_out.text, b"", base / "cache")
-    assert again.corpus.digest == corpus.digest and len(list((base / "cache").iterdir())) == 1
+    assert again.digest == data.digest and len(list((base / "cache").iterdir())) == 1
 
 
 def test_a_saved_data_set_is_read(base: Path) -> None:
@@ -59,7 +63,7 @@ def test_a_saved_data_set_is_read(base: Path) -> None:
     saved = datasets.Dataset.from_dict({"story": [f"story number {i} " * 20 for i in range(40)] + ["", None]})
     datasets.DatasetDict({"train": saved}).save_to_disk(str(base / "saved"))
     run = _run(dataset="saved")
-    assert training_data(run, base, b"", b"", None).corpus.num_documents == 40
+    assert training_data(run, base, b"", b"", None).sources[0].corpus.num_documents == 40
     with raises_code("no-such-split", RunFileError, '"test"', "train"):
         training_data(_run(dataset="saved", split="test"), base, b"", b"", None)
 
@@ -67,7 +71,7 @@ def test_a_saved_data_set_is_read(base: Path) -> None:
 def _draw(run: RunFile, base: Path, peer_id: str, position: int, num_batches: int) -> list[torch.Tensor]:
     data = training_data(run, base, b"", b"", None)
     place = PeerPlace(run_sha256="aa", peer_id=peer_id, position=position)
-    source = training_batches(run, data, place, base, b"")
+    source = training_batches(run, data, place)
     return [source.next_batch() for _ in range(num_batches)]
 
 
@@ -84,7 +88,15 @@ def test_a_stream_is_the_peers_own_and_resumes(base: Path) -> None:
 def test_each_pass_of_a_stream_reads_every_text_once(base: Path) -> None:
     section = _run(streaming=True).data
     everything = sorted(huggingface.read_texts(section, base))
-    passes = [list(huggingface.StreamedTexts(section, base).once_through(seed)) for seed in (0, 77, 2**100 + 140)]
+    rows = huggingface.HubRows(section, base)
+    assert rows.num_files == 3
+    everything = [text + b"\n" for text in everything]
+    passes = []
+    for seed in (0, 77, 2**100 + 140):
+        blocks = itertools.takewhile(
+            lambda block: block[0].epoch == 0, TextBlocks(rows, b"", seed).from_place(StreamPlace())
+        )
+        passes.append([text for _, texts in blocks for text in texts])
     assert all(sorted(texts) == everything for texts in passes)
     assert passes[0] != passes[1] != passes[2]
 
@@ -93,8 +105,8 @@ def test_a_stream_never_shows_the_held_out_text(base: Path) -> None:
     run = _run(streaming=True)
     held_out, _, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, b"", None)
-    assert len(data.tokens) == 0 and len(data.corpus.digest) == 64
-    source = training_batches(run, data, PeerPlace(run_sha256="a", peer_id="p"), base, held_out.text)
+    assert len(data.sources[0].tokens) == 0 and len(data.digest) == 64
+    source = training_batches(run, data, PeerPlace(run_sha256="a", peer_id="p"))
     read = b"".join(bytes(source.next_batch().flatten().tolist()) for _ in range(60))
     assert not [line for line in held_out.text.splitlines() if line[:150] in read]
 

@@ -81,9 +81,9 @@ class Home:
         """Prepare what a volunteer of this run would train on."""
         base = data_base(run, data_folder)
         data = training_data(run, base, b"", b"", None)
-        if not run.data.streaming or run.data.source != "datasets":
-            return data.corpus.text.tobytes()
-        batches = training_batches(run, data, PeerPlace(run_sha256="aa", peer_id="p"), base, b"")
+        if not run.data.is_streamed:
+            return data.sources[0].corpus.text.tobytes()
+        batches = training_batches(run, data, PeerPlace(run_sha256="aa", peer_id="p"))
         return bytes(batches.next_batch().flatten().tolist())
 
 
@@ -382,6 +382,20 @@ def test_a_saved_data_set_has_its_files_in_its_folder(home: Home) -> None:
     watched.close()
 
 
+def test_no_path_of_one_of_several_sources_leads_out(home: Home) -> None:
+    for pattern in PATHS:
+        named = [
+            {"name": "code"},
+            {"name": "own", "source": "text", "paths": [pattern.format(home=home.here, end="txt")]},
+        ]
+        run = a_run(sources=named, source="python-stdlib", held_out_bytes=8192)
+        for folder in (None, home.data):
+            with pytest.raises(UserError) as caught:
+                home.prepare(run, folder)
+            assert "\n" not in str(caught.value)
+    assert not home.watched.opened()
+
+
 # ---------------------------------------------------------------- the commit, the login
 
 
@@ -417,7 +431,7 @@ def test_a_folders_run_has_no_commit_and_other_sources_cannot_have_one(home: Hom
     run = published(a_run(dataset="anna/stories"), home.data)
     assert (
         run.needs.protocol == 1
-        and run.dataset_revision == ""
+        and run.dataset_revisions == ("",)
         and "dataset_revision" not in published_bytes(run).decode()
     )
     text = published_bytes(run).decode().replace("[published]", f'[published]\ndataset_revision = "{"a" * 40}"')
@@ -432,7 +446,7 @@ def test_a_corpus_that_is_kept_needs_no_hub(home: Home, hub: FakeHub, tmp_path: 
     first = training_data(run, data_base(run, None), b"", b"", tmp_path / "kept")
     hub.asked.clear()
     again = training_data(run, data_base(run, None), b"", b"", tmp_path / "kept")
-    assert again.corpus.digest == first.corpus.digest and not hub.asked
+    assert again.digest == first.digest and not hub.asked
 
 
 def test_no_login_but_the_one_that_was_given(home: Home, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

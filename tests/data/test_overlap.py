@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -115,14 +116,11 @@ def test_short_documents_go_when_their_lines_are_held_out() -> None:
     assert cut.text.tobytes() == b"A wholly other sentence.\nok\n"
 
 
-def test_a_stream_is_cut_like_a_corpus_and_learns_its_boilerplate() -> None:
-    file, other = _prose(16, 60), _prose(17, 60)
-    index = HeldOutIndex(file)
-    assert (index.cut_next(file), index.cut_next(other)) == (b"", other)
-    template = _prose(18, 30)
-    index = HeldOutIndex(template)
-    lengths = [len(index.cut_next(template + b"%d\n" % i)) for i in range(12)]
-    assert lengths[:8] == [0] * 8 and all(lengths[8:])
+def test_the_end_of_each_document_in_what_is_left_is_known() -> None:
+    held_out, kept = _prose(16, 60), [_prose(17, 60), b"short"]
+    cut = HeldOutIndex(held_out).cut([kept[0], held_out, kept[1]])
+    text, begins = cut.text.tobytes(), [0, *cut.ends.tolist()]
+    assert [text[begin:end] for begin, end in itertools.pairwise(begins)] == [kept[0], b"", b"short\n"]
 
 
 def test_without_documents_nothing_is_left() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from codes import raises_code
 from patience import PATIENCE_S
 from torch import Tensor
 
-from swarmtrain.data.batches import Batches, StreamingBatches
+from swarmtrain.data.batches import Batches, Windows
+from swarmtrain.data.mixture import MixedBatches, PeerPlace
 from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
+from swarmtrain.data.streams import SequenceStream, StreamPlace
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.errors import RunFileError
 
@@ -40,8 +43,21 @@ def corpus(position: int = 0) -> Counted:
     return made
 
 
-def stream(documents: Callable[[int], Iterator[bytes]], position: int = 0) -> StreamingBatches:
-    return StreamingBatches(documents, ByteTokenizer(), context_tokens=15, batch_sequences=1, position=position)
+class OneByOne:
+    """Blocks of one document each."""
+
+    def __init__(self, documents: Callable[[int], Iterator[bytes]]) -> None:
+        self.documents = documents
+
+    def from_place(self, place: StreamPlace) -> Iterator[tuple[StreamPlace, list[bytes]]]:
+        for epoch in itertools.count():
+            for number, text in enumerate(self.documents(epoch)):
+                yield StreamPlace(epoch, 0, number), [text]
+
+
+def stream(documents: Callable[[int], Iterator[bytes]], position: int = 0) -> MixedBatches:
+    source = SequenceStream(OneByOne(documents), ByteTokenizer().encode, 15)
+    return MixedBatches([source], [1.0], 1, PeerPlace(run_sha256="a1", peer_id="p", position=position))
 
 
 @pytest.fixture
@@ -125,8 +141,28 @@ def test_a_batch_is_read_while_the_one_before_is_trained_on(closed: list[Prefetc
 def test_a_stream_has_no_shards_ahead_either(closed: list[PrefetchedBatches]) -> None:
     closed.append(batches := PrefetchedBatches(stream(lambda epoch: iter([b"x" * 100]))))
     assert not batches.num_shards
-    with pytest.raises(ValueError, match="of a stream"):
+    with pytest.raises(ValueError, match="of data in 0 shards"):
         batches.use_shard(0)
+
+
+def test_a_stream_beside_a_corpus_repeats_what_was_drawn_ahead_from_another_shard(
+    closed: list[PrefetchedBatches],
+) -> None:
+    def mixed(position: int = 0) -> MixedBatches:
+        windows = Windows(np.arange(5000), 15)
+        windows.cut(5)
+        letters = SequenceStream(OneByOne(lambda epoch: (b"%d" % n for n in range(9000))), ByteTokenizer().encode, 15)
+        place = PeerPlace(run_sha256="a1", peer_id="p", position=position)
+        return MixedBatches([windows, letters], [2.0, 1.0], 3, place)
+
+    plain = mixed()
+    closed.append(ahead := PrefetchedBatches(mixed()))
+    for number in range(12):
+        if number % 3 == 1:
+            until(ahead, lambda: len(ahead._drawn) == 2)
+            for each in (plain, ahead):
+                each.use_shard(number % 5)
+        assert torch.equal(ahead.next_batch(), plain.next_batch())
 
 
 def test_an_error_of_the_source_is_raised_when_its_batch_is_taken(closed: list[PrefetchedBatches]) -> None:
@@ -158,7 +194,7 @@ def test_a_panic_of_a_library_ends_no_thread_in_silence(closed: list[PrefetchedB
 def test_an_error_ahead_in_another_shard_is_forgotten_with_its_batch(closed: list[PrefetchedBatches]) -> None:
     class Torn(Counted):
         def next_batch(self) -> Tensor:
-            if self._shard is None and self.position == 1:
+            if self._windows._shard is None and self.position == 1:
                 raise OSError("torn")
             return super().next_batch()
 

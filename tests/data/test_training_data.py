@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swarmtrain.data.batches import Batches
-from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
+from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.run import RunFile
 
@@ -17,6 +17,11 @@ from swarmtrain.run import RunFile
 def _run(**model: object) -> RunFile:
     data = {"source": "text", "paths": ["*.txt"], "held_out_bytes": 1024}
     return RunFile.model_validate_json(json.dumps({"run": {"total_tokens": 100_000}, "data": data, "model": model}))
+
+
+def tokens_of(data: TrainingData) -> np.ndarray:
+    (text,) = data.sources
+    return text.tokens
 
 
 @pytest.fixture
@@ -31,8 +36,9 @@ def test_bytes_are_the_corpus_itself(base: Path) -> None:
     run = _run()
     held_out, tokenizer_bytes, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
-    assert np.shares_memory(data.tokens, data.corpus.text)
-    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p", position=5), base, held_out.text)
+    (text,) = data.sources
+    assert np.shares_memory(text.tokens, text.corpus.text)
+    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p", position=5))
     assert isinstance(source, Batches) and source.position == 5
     assert source.next_batch().shape == (16, 129)
 
@@ -46,9 +52,9 @@ def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_t
     run = RunFile.model_validate_json(json.dumps(json.loads(run.model_dump_json()) | {"merge": section}))
     held_out, tokenizer_bytes, _ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
-    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p"), base, held_out.text)
+    source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p"))
     assert source.num_shards == num_shards
-    assert len(data.tokens) // 2560 == 12
+    assert len(data.sources[0].tokens) // 2560 == 12
 
 
 def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
@@ -56,15 +62,15 @@ def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
     held_out, tokenizer_bytes, _ = publishable_data(run, base)
     other = run.model_copy(update={"data": run.data.model_copy(update={"shards": 7})})
     first, second = (training_data(r, base, held_out.text, tokenizer_bytes, base / "cache") for r in (run, other))
-    assert first.corpus.digest == second.corpus.digest and len(list((base / "cache").iterdir())) == 1
+    assert first.digest == second.digest and len(list((base / "cache").iterdir())) == 1
 
 
 def test_a_learnt_tokenizer_is_used_by_every_peer_and_its_tokens_are_kept(base: Path) -> None:
     run = _run(tokenizer="bpe", vocabulary_size=300)
     held_out, tokenizer_bytes, _ = publishable_data(run, base)
     first, second = (training_data(run, base, held_out.text, tokenizer_bytes, base / "cache") for _ in range(2))
-    assert first.tokenizer.vocabulary_size == 300 and np.array_equal(first.tokens, second.tokens)
-    assert first.tokenizer.decode(first.tokens) == first.corpus.text.tobytes()
+    assert first.tokenizer.vocabulary_size == 300 and np.array_equal(tokens_of(first), tokens_of(second))
+    assert first.tokenizer.decode(tokens_of(first)) == first.sources[0].corpus.text.tobytes()
     assert sorted(path.name.split("-")[0] for path in (base / "cache").iterdir()) == ["corpus", "tokens"]
     with pytest.raises(BadBytesError):
         training_data(run, base, held_out.text, tokenizer_bytes[:-8], None)
@@ -84,11 +90,10 @@ def test_parquet_is_published_kept_and_resumed_like_text(base: Path) -> None:
     first, again, text = (
         training_data(r, base, held_out.text, b"", base / "cache") for r in (of_columns, of_columns, run)
     )
-    assert np.array_equal(first.tokens, text.tokens) and np.array_equal(first.tokens, again.tokens)
+    assert np.array_equal(tokens_of(first), tokens_of(text)) and np.array_equal(tokens_of(first), tokens_of(again))
     assert len(list((base / "cache").iterdir())) == 2
     sources = [
-        training_batches(of_columns, first, PeerPlace(run_sha256="r", peer_id="p", position=at), base, b"")
-        for at in (0, 3)
+        training_batches(of_columns, first, PeerPlace(run_sha256="r", peer_id="p", position=at)) for at in (0, 3)
     ]
     whole = [sources[0].next_batch() for _ in range(4)]
     assert np.array_equal(whole[3], sources[1].next_batch())

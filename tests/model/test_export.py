@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from codes import codes_in, raises_code
+from safetensors.torch import save
 
 from swarmtrain.cli.main import run
 from swarmtrain.errors import UserError
-from swarmtrain.model.export import export_model, load_exported
+from swarmtrain.model import export as export_module
+from swarmtrain.model.export import export_model, is_first_format, load_exported
 from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
+from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.export import export_from_folder
-from swarmtrain.run import ModelSection
+from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.node import kept_final_model
+from swarmtrain.run import ModelSection, PublishedSection, RunFile, RunSection, published_bytes, run_sha256
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 
@@ -86,8 +96,90 @@ def test_a_peer_folder_gives_the_archive_when_its_model_was_damaged(tmp_path: Pa
     assert not (tmp_path / "another").exists()
 
 
+def export_in_first_format(folder: Path, published: PublishedRun, model: GPT) -> None:
+    """Write what versions before 0.2 wrote."""
+    data = save({name: parameter.detach() for name, parameter in model.named_parameters()})
+    config = {
+        "format": "swarmtrain-gpt-1",
+        "swarmtrain": "0.1.0",
+        "model": model.section.model_dump(mode="json"),
+        "run_tokens": 7,
+        "weights_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    folder.mkdir(parents=True)
+    files = {"model.safetensors": data, "config.json": json.dumps(config).encode()}
+    files |= {"held-out.txt": published.held_out, "run.toml": published.data}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def published_run() -> PublishedRun:
+    run = RunFile(run=RunSection(name="first", total_tokens=10**6), model=SECTION)
+    held_out = b"text " * 99
+    published = PublishedSection(
+        created="2026-01-01T00:00:00Z",
+        swarmtrain="0.1.0",
+        held_out_sha256=hashlib.sha256(held_out).hexdigest(),
+        held_out_bytes=len(held_out),
+    )
+    run = run.model_copy(update={"published": published})
+    data = published_bytes(run)
+    return PublishedRun(data, run_sha256(data), run, held_out, b"")
+
+
+def test_an_export_of_the_first_format_is_read_and_written_anew(tmp_path: Path) -> None:
+    model, published = build_model(SECTION, seed=3), published_run()
+    export_in_first_format(tmp_path / "peer" / "model", published, model)
+    old = load_exported(tmp_path / "peer" / "model")
+    assert (old.run_tokens, old.held_out, old.tokenizer) == (7, published.held_out, b"")
+    assert tokens_of_export(tmp_path / "peer" / "model") == 7
+    assert kept_final_model(PeerFolder(tmp_path / "peer"), published) is None, "it is of before the end"
+    assert export_from_folder(tmp_path / "peer", tmp_path / "copy") == 7
+    new = load_exported(tmp_path / "copy")
+    assert export_from_folder(tmp_path / "peer" / "model", tmp_path / "again") == 7, "an export itself"
+    assert not is_first_format(tmp_path / "copy") and (new.run_tokens, new.held_out) == (7, published.held_out)
+    for loaded in (old.model, new.model):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert "| run | `" + published.sha256 in (tmp_path / "copy" / "README.md").read_text()
+
+
+def test_a_folder_that_a_bootstrap_replaces_meanwhile_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "model", 1)
+    read, replaced = export_module.read_weights, []
+
+    def replace_and_read(*arguments: Any) -> None:
+        if not replaced:
+            replaced.append(export(tmp_path / "model", 2))
+        read(*arguments)
+
+    monkeypatch.setattr(export_module, "read_weights", replace_and_read)
+    assert load_exported(tmp_path / "model").run_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"format": "swarmtrain-3"}, "newer version"),
+        ({"weights_sha256": {}}, "weights_sha256"),
+        ({"weights_sha256": {"../model.safetensors": "ab"}}, "weights_sha256"),
+        ({"model": {"width": 17}}, "width"),
+        ({"run_tokens": None}, "not a model"),
+    ],
+)
+def test_a_provenance_that_cannot_be_read_is_one_line(tmp_path: Path, config: dict[str, Any], says: str) -> None:
+    export(tmp_path / "model", 1)
+    path = tmp_path / "model" / "config.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"swarmtrain": found["swarmtrain"] | config}))
+    with raises_code("not-a-model", UserError, says):
+        load_exported(tmp_path / "model")
+    assert tokens_of_export(tmp_path / "model") == 0
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("call", ["mkdtemp", "write_bytes", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["mkdtemp", "copyfileobj", "fsync", "rename"])
 def test_a_disk_that_fails_while_a_model_is_exported_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str, number: int
 ) -> None:
@@ -96,7 +188,7 @@ def test_a_disk_that_fails_while_a_model_is_exported_is_one_line(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    owner = {"mkdtemp": tempfile, "fsync": os}.get(call, Path)
+    owner = {"mkdtemp": tempfile, "fsync": os, "copyfileobj": shutil}.get(call, Path)
     monkeypatch.setattr(owner, call, fail)
     target = tmp_path / "copy"
     assert run(["export", "--dir", str(tmp_path / "peer"), "--to", str(target)]) == 1

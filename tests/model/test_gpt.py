@@ -16,6 +16,7 @@ from torch import Tensor
 from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.sampling import generate
 from swarmtrain.run import ModelSection
@@ -230,6 +231,31 @@ def test_evaluate_leaves_the_model_trainable() -> None:
 def test_generate_continues_what_was_learnt() -> None:
     model = _trained(num_steps=100)
     assert generate(model, [3, 4, 5, 6], 8, 0.0, seed=0) == [7, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("prompt", [[3], [3, 4, 5], list(range(16)), list(range(40))])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_with_a_cache_writes_what_it_writes_without(prompt: list[int], temperature: float) -> None:
+    """Within the context of 16 tokens, and when it moves."""
+    model, generator = build_model(TINY, 0), torch.Generator().manual_seed(5)
+    tokens = list(prompt)
+    for _ in range(30):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[-16:]]))[0, -1]
+        chances = torch.softmax(logits / (temperature or 1e-9), dim=-1)
+        tokens.append(int(torch.multinomial(chances, 1, generator=generator)) if temperature else int(logits.argmax()))
+    assert generate(model, prompt, 30, temperature, seed=5) == tokens[len(prompt) :]
+
+
+def test_a_cache_computes_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, computed = build_model(TINY, 0), []
+    model.embed.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].shape[1]))
+    generate(model, [3, 4, 5], 15, 0.0, seed=0)
+    assert computed == [3] + [1] * 13 + [16], "the last one no longer fits the context"
+    with pytest.raises(ValueError, match="one by one"):
+        cache = KeyValueCache()
+        for number in (2, 2):
+            model.next_logits(torch.zeros((1, number), dtype=torch.int64), cache)
 
 
 def test_generate_is_deterministic_for_a_seed() -> None:

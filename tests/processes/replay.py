@@ -54,7 +54,7 @@ class RecordedText(Text):
     def batches(self, number: int) -> BatchSource:
         """See `Text`."""
         place = PeerPlace(run_sha256=self.sha256, peer_id=self.peers[number])
-        return training_batches(self.run, self.data, place, self.base, self.held_out)
+        return training_batches(self.run, self.data, place)
 
 
 def text_of(run_folder: Path, text_folder: Path, peers: Sequence[str]) -> RecordedText:
@@ -68,7 +68,7 @@ def text_from(published: bytes, held_out: bytes, text_folder: Path, peers: Seque
     sha256 = run_sha256(published)
     run = parse_published_untrusted(published, sha256)
     data = training_data(run, text_folder, held_out, b"", None)
-    return RecordedText(run, data, held_out, text_folder, sha256=sha256, peers=tuple(peers))
+    return RecordedText(run, data, held_out, sha256=sha256, peers=tuple(peers))
 
 
 class ReplayedPeer(LearningPeer):

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from replay import RecordedText, text_of
-from safetensors.torch import load_file
 from swarm import Child, Swarm, assert_same_states, write_run
 from torch import Tensor, nn
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
-from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.events import CaughtUpEvent, DoneEvent, EvalEvent, RoundEvent
+from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import GPT, build_model
-from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.synchronous import diloco_round
 
@@ -127,13 +127,7 @@ def make_workers(text: RecordedText) -> dict[str, Worker]:
 
 def exported(child: Child) -> Tensor:
     """Return the weights (P,) that a volunteer left in its folder, in the model's order."""
-    weights = load_file(child.folder / "model" / "model.safetensors")
-    run = parse_published_untrusted(
-        (child.folder / "run.toml").read_bytes(), run_sha256((child.folder / "run.toml").read_bytes())
-    )
-    names = [name for name, _ in build_model(run.model, 0).named_parameters()]
-    assert sorted(names) == sorted(weights)
-    return torch.cat([weights[name].reshape(-1) for name in names])
+    return flatten(load_exported(child.folder / "model").model.parameters())
 
 
 def test_three_processes_equal_one(swarm: Swarm, one_thread: None) -> None:

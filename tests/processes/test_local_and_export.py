@@ -21,6 +21,7 @@ from swarm import Finished, Swarm, exit_limit_s, write_run
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, RoundEvent, WarningEvent
 from swarmtrain.model.export import load_exported
+from swarmtrain.model.provenance import tokens_of_export
 
 pytestmark = pytest.mark.processes
 
@@ -43,7 +44,7 @@ class Trained:
     @property
     def run_tokens(self) -> int:
         """Return the tokens that the run was trained on: slightly more than it wants, since reports arrive late."""
-        tokens = json.loads((self.model / "config.json").read_text())["run_tokens"]
+        tokens = tokens_of_export(self.model)
         assert TOTAL_TOKENS <= tokens < 2 * TOTAL_TOKENS
         return int(tokens)
 
@@ -98,17 +99,21 @@ def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals)
 def test_a_stranger_reads_the_model(trained: Trained) -> None:
     """With safetensors and JSON alone."""
     config = json.loads((trained.model / "config.json").read_text())
-    width, layers = config["model"]["width"], config["model"]["num_layers"]
+    width, layers = config["hidden_size"], config["num_hidden_layers"]
     with safe_open(trained.model / "model.safetensors", framework="np") as weights:
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         assert all(bool((weights.get_tensor(name) ** 2).sum() < 1e9) for name in shapes), "finite"
         assert all(weights.get_tensor(name).dtype.name == "float32" for name in shapes)
-    assert (config["model"]["vocabulary_size"], width) in shapes.values()
+    assert (config["vocab_size"], width) in shapes.values()
     assert any(re.search(rf"\b{layers - 1}\b", name) for name in shapes)
     assert not any(re.search(rf"\.{layers}\.", name) for name in shapes)
     assert {path.name for path in trained.model.iterdir()} == {
         "config.json",
+        "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
         "run.toml",
         "held-out.txt",
     }
@@ -147,14 +152,18 @@ def test_export_of_a_folder(trained: Trained) -> None:
     finished = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
     assert finished.code == 0, finished.stderr
     kept = trained.folder / "volunteer-1" / "model"
-    tokens = json.loads((kept / "config.json").read_text())["run_tokens"]
+    tokens = tokens_of_export(kept)
     assert finished.stdout.strip() == f"wrote the model after {tokens} tokens to {target}"
     for name in ("model.safetensors", "held-out.txt", "run.toml"):
         assert (target / name).read_bytes() == (kept / name).read_bytes()
     assert (kept / "run.toml").read_bytes() == (trained.model / "run.toml").read_bytes()
     again = trained.swarm.run("export", "--dir", str(trained.folder / "volunteer-1"), "--to", str(target))
     assert again.code == UserError.exit_code and codes_in(again.stderr) == ["folder-not-empty"]
-    none = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "none"))
+    copied = trained.swarm.run("export", "--dir", str(target), "--to", str(trained.swarm.folder / "copied"))
+    assert copied.code == 0 and load_exported(trained.swarm.folder / "copied").run_tokens == tokens
+    empty = trained.swarm.folder / "empty"
+    empty.mkdir()
+    none = trained.swarm.run("export", "--dir", str(empty), "--to", str(trained.swarm.folder / "none"))
     assert none.code == UserError.exit_code and codes_in(none.stderr) == ["no-model"]
 
 
@@ -173,6 +182,9 @@ def test_export_from_a_live_swarm(swarm: Swarm) -> None:
     exported = load_exported(target)
     assert exported.run_tokens >= 4 * 10 * 8 * 64
     assert f"wrote the model after {exported.run_tokens} tokens to {target}" in finished.stdout
+    written = swarm.run("generate", invite, "--tokens", "20", "--prompt", "the ")
+    assert written.code == 0, written.stderr
+    assert written.stdout.startswith("the ") and "the swarm's model after" in written.stderr
     before = anna.last_round
     anna.wait_more_rounds(2)
     assert before >= 3 and max(event.num_peers for event in anna.rounds().values()) == 1, "an onlooker is no volunteer"

@@ -36,6 +36,7 @@ from swarmtrain.protocol.membership.hosts import MAX_HOSTS
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.run_adapter import MOST_GROUPS
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = [
@@ -106,6 +107,7 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         inner_steps_done=info.inner_steps_done,
         steps_per_s=info.steps_per_s,
         loss=info.loss,
+        adapter_groups=info.adapter_groups,
         addresses=info.addresses,
         corpus_sha256=bytes.fromhex(info.corpus_sha256),
         training=info.training,
@@ -188,7 +190,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         raise BadBytesError("a presence with a field out of range", code="bad-presence")
     if len(message.hosts) > MAX_HOSTS:
         raise BadBytesError("a presence with too many hosts", code="bad-presence")
-    if message.round >= 2**40 or message.part >= 2**16:
+    if message.round >= 2**40 or message.part >= 2**16 or message.adapter_groups > MOST_GROUPS:
         raise BadBytesError("a presence with a field out of range", code="bad-presence")
     place = None
     if message.HasField("place"):
@@ -207,6 +209,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         inner_steps_done=message.inner_steps_done,
         steps_per_s=speed,
         loss=message.loss,
+        adapter_groups=message.adapter_groups,
         run_tokens=message.run_tokens,
         addresses=tuple(address for address in message.addresses if address in given or may_dial(address)),
         hidden=message.hidden,

@@ -15,7 +15,6 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.rounds.roster import check_publication, named, publication_of, roster_untrusted
 from swarmtrain.network.signatures import payload_sha256
-from swarmtrain.network.snapshots.store import manifest_untrusted
 from swarmtrain.protocol.rounds.chains import MAX_LINKS, Chain, ChainLink, Chains, ShownChain, flaw
 from swarmtrain.protocol.rounds.messages import SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster
@@ -53,7 +52,7 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
 
 def _manifest_untrusted(signed: pb.Signed, roster: Roster, settings: RoundSettings) -> tuple[str, int]:
     """Return (author, tokens) of a manifest. Raises BadBytesError unless it is one of this roster's entries."""
-    snapshot = manifest_untrusted(signed, settings.run_sha256, pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, settings.specs)
+    snapshot = settings.groups.gradient_untrusted(signed, settings.run_sha256)
     check_publication(snapshot, snapshot.author, roster.round, settings.max_tokens)
     if publication_of(snapshot) not in roster.entries:
         raise BadBytesError(

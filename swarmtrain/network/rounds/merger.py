@@ -11,12 +11,14 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.rounds.downloads import Downloads, check_finite
+from swarmtrain.network.rounds.gradient_groups import GradientGroups, GradientPiece
 from swarmtrain.network.rounds.roster import check_publication
 from swarmtrain.network.signatures import open_signed_untrusted
 from swarmtrain.network.snapshots.store import (
@@ -58,6 +60,11 @@ class RoundSettings:
     silence_s: float
     pull: PullLimits
 
+    @cached_property
+    def groups(self) -> GradientGroups:
+        """Groups of tensors that a pseudo-gradient may leave out."""
+        return GradientGroups(self.specs)
+
 
 class UnobtainableError(Exception):
     """No peer could deliver the publications of `peers`."""
@@ -94,7 +101,7 @@ class Merger:
         publications: dict[str, HeldSnapshot],
         share_ready: Callable[[HeldSnapshot], None],
     ) -> bytearray:
-        """Return the mean of a roster's publications that are finite, as bytes.
+        """Return the mean of a roster's publications that are finite, as bytes; zero where none has a group.
 
         `publications` holds the known publications of the round by peer; publications that this merge had to fetch are
         added to it. `name` is the name that others give to the signed roster. `share_ready` is called with this peer's
@@ -110,7 +117,7 @@ class Merger:
             _check_entry(entry, held)
             entries.append(held)
         if len(entries) <= self.settings.share_above:
-            return await self.average_range(roster, entries, range(entries[0].snapshot.num_chunks))
+            return await self.average_range(roster, entries, 0, self.settings.groups.total_bytes)
         return await _MergeInShares(self, roster, name, entries, share_ready).run()
 
     async def _find(self, roster: Roster, entry: RoundPublication) -> HeldSnapshot:
@@ -118,8 +125,7 @@ class Merger:
         for source in self._sources(roster, entry.peer):
             try:
                 signed = await pull_manifest(source, entry.snapshot, downloads.calls.open_pull, settings.pull)
-                kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
-                snapshot = manifest_untrusted(signed, settings.run_sha256, kind, settings.specs)
+                snapshot = settings.groups.gradient_untrusted(signed, settings.run_sha256)
                 check_publication(snapshot, entry.peer, roster.round, settings.max_tokens)
                 return empty_held(snapshot)
             except PeerError as error:
@@ -137,29 +143,44 @@ class Merger:
         start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
         return items[start:] + items[:start]
 
-    async def average_range(self, roster: Roster, entries: Sequence[HeldSnapshot], chunks: range) -> bytearray:
-        """Return the weighted mean of one range of chunks over the roster, in roster order. Raises
-        UnobtainableError."""
-        lacking: list[str] = []
+    async def average_range(self, roster: Roster, entries: Sequence[HeldSnapshot], start: int, end: int) -> bytearray:
+        """Return the weighted mean of bytes `start` to `end` of the gradient over the roster, in roster order.
 
-        async def fetch(entry: RoundPublication, held: HeldSnapshot) -> None:
+        Each group of an adapter is the mean of the publications that have it. Raises UnobtainableError.
+        """
+        groups, lacking = self.settings.groups, list[str]()
+        pieces = [groups.pieces(held.snapshot, start, end) for held in entries]
+
+        async def fetch(entry: RoundPublication, held: HeldSnapshot, its: Sequence[GradientPiece]) -> None:
             try:
-                await self.downloads.pull(held, chunks, self._sources(roster, entry.peer))
+                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer))
             except UnreachableError:
                 lacking.append(entry.peer)
 
-        pairs = list(zip(roster.entries, entries, strict=True))
-        await run_together(fetch(entry, held) for entry, held in self.rotated(pairs))
+        wanted = [each for each in zip(roster.entries, entries, pieces, strict=True) if each[2]]
+        await run_together(fetch(*each) for each in self.rotated(wanted))
         if lacking:
             raise UnobtainableError(*lacking)
-        total = entries[0].snapshot.manifest.total_bytes
-        start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, total)
-        parts = [held.part(start, end) for held in entries]
-        weights = [entry.tokens for entry in roster.entries]
-        mean, left_out = await asyncio.to_thread(self._average, parts, weights)
-        for index in left_out:
+        mean, refused = bytearray(end - start), set[str]()
+        for first, last in groups.segments(start, end):
+            have = [
+                (entry, held.part(*piece.of(first, last)))
+                for entry, held, its in wanted
+                for piece in its
+                if piece.start <= first and last <= piece.end
+            ]
+            if not have:
+                continue
+            parts, weights = [part for _, part in have], [entry.tokens for entry, _ in have]
+            averaged, left_out = await asyncio.to_thread(self._average, parts, weights)
+            refused.update(have[index][0].peer for index in left_out)
+            if len(averaged) == len(mean):
+                mean = averaged
+            else:
+                mean[first - start : last - start] = averaged
+        for peer in sorted(refused):
             error = BadBytesError("a pseudo-gradient with numbers that are not finite", code="not-finite")
-            self.downloads.refused(roster.entries[index].peer, error)
+            self.downloads.refused(peer, error)
         return mean
 
 
@@ -178,7 +199,8 @@ class _MergeInShares:
         self._share_ready = share_ready
         me = merger.identity.peer_id
         self._own = roster.peers.index(me) if me in roster.peers else None
-        self._ranges = share_ranges(entries[0].snapshot.num_chunks, len(entries))
+        self._total_bytes = merger.settings.groups.total_bytes
+        self._ranges = share_ranges(merger.settings.groups.num_chunks, len(entries))
         self._roster_s = swarm_time()
         has_share = self._own is not None and bool(self._ranges[self._own])
         self._own_share_s = math.inf if has_share else self._roster_s
@@ -186,18 +208,19 @@ class _MergeInShares:
 
     async def run(self) -> bytearray:
         """Return the mean. Raises UnobtainableError."""
-        mean = bytearray(self._entries[0].snapshot.manifest.total_bytes)
+        mean = bytearray(self._total_bytes)
 
         async def fill(index: int) -> None:
             chunks = self._ranges[index]
             if not chunks:
                 return
+            start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, len(mean))
             part = None
             if index != self._own:
-                part = await self._pull(index, _range_bytes(chunks, len(mean)))
+                part = await self._pull(index, end - start)
             if part is None:
-                part = await self._merger.average_range(self._roster, self._entries, chunks)
-            mean[chunks.start * CHUNK_BYTES : chunks.start * CHUNK_BYTES + len(part)] = part
+                part = await self._merger.average_range(self._roster, self._entries, start, end)
+            mean[start:end] = part
             if index == self._own:
                 await self._publish(index, part)
 
@@ -266,5 +289,7 @@ def _check_entry(entry: RoundPublication, held: HeldSnapshot) -> None:
         raise UnobtainableError(entry.peer)  # the roster contradicts the manifest that it points to
 
 
-def _range_bytes(chunks: range, total_bytes: int) -> int:
-    return min(chunks.stop * CHUNK_BYTES, total_bytes) - chunks.start * CHUNK_BYTES
+def _chunks(pieces: Sequence[GradientPiece]) -> range:
+    """Return the chunks of a body that has these pieces one after the other."""
+    first, last = pieces[0], pieces[-1]
+    return range(first.at // CHUNK_BYTES, math.ceil((last.at + last.end - last.start) / CHUNK_BYTES))

@@ -12,7 +12,7 @@ from swarmtrain.network.rounds.chains import ChainStore, chain_untrusted
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.rounds.roster import CheckedRosters, check_publication, publication_of
-from swarmtrain.network.snapshots.store import Snapshot, manifest_untrusted
+from swarmtrain.network.snapshots.store import Snapshot
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -89,8 +89,7 @@ class RoundQuestions:
         if reply.HasField("last_roster"):
             last = self._rosters.read_untrusted(reply.last_roster)
         if reply.HasField("publication") and not question.has_publication:
-            kind = pb.SNAPSHOT_KIND_PSEUDO_GRADIENT
-            published = manifest_untrusted(reply.publication, settings.run_sha256, kind, settings.specs)
+            published = settings.groups.gradient_untrusted(reply.publication, settings.run_sha256)
             check_publication(published, peer, question.round, settings.max_tokens)
         roster = self._rosters.read_untrusted(reply.roster) if reply.HasField("roster") else None
         head = self._last_of(peer) if reply.same_last else None if last is None else last.roster

@@ -33,6 +33,8 @@ class RosterMean:
 
     roster: Roster
     mean: bytearray
+    untrained: tuple[slice, ...] = ()
+    """Numbers of the vector that are of no publication: groups of an adapter that nobody trained."""
 
 
 Outcome: TypeAlias = RosterMean | NewState
@@ -138,7 +140,9 @@ class EndedRound:
         event: _Event
         try:
             mean = await self._merger.merge(roster, one.name, held, share_ready)
-            self._mean, event = RosterMean(roster=roster, mean=mean), ev.RosterMerged(roster.digest)
+            untrained = self._merger.settings.groups.untrained(each.snapshot for each in held.values())
+            self._mean = RosterMean(roster=roster, mean=mean, untrained=untrained)
+            event = ev.RosterMerged(roster.digest)
             self._rosters.merged(one, [each.snapshot.signed for each in held.values()])
         except UnobtainableError as error:
             _log.info("round %d: %s", roster.round, error)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
-from swarmtrain.errors import NewerRunError, PeerError, RunTimeError, UserError, VersionError
-from swarmtrain.model.export import copy_exported, load_exported
+from swarmtrain.data.tokenizer_json import own_tokenizer
+from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
+from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
+from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported
+from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.run_model import build_run_model, empty_model
+from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
-from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.node import NetworkThread
@@ -43,9 +45,9 @@ from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
 from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import parse_published_untrusted
+from swarmtrain.run import parse_published_untrusted, run_sha256
 
-__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "sample_text"]
+__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "model_of_swarm", "sample_text", "tokenizer_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
@@ -54,20 +56,37 @@ _SAMPLE = 16
 def export_from_folder(folder: Path, target: Path) -> int:
     """Copy the model in a peer's folder to `target`; return the run's tokens.
 
-    Taken is the final model, else the archive, else the newest checkpoint. Raises UserError if there is none,
-    RunTimeError if it cannot be written.
+    Taken is the final model, else the archive, else the newest checkpoint; the folder may be an export itself. Raises
+    UserError if there is none, RunTimeError if it cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to", code="folder-not-empty")
     with _writing(target):
-        for name in ("model", "archive"):
-            source = folder / name
+        for source in (folder / "model", folder / "archive", folder):
             if (source / "config.json").exists():
                 try:
-                    return copy_exported(source, target)
+                    return _copied(source, target)
                 except UserError as error:
                     _log.warning("%s is not used: %s", source, error)
         return _export_checkpoint(PeerFolder(folder), target)
+
+
+def _copied(source: Path, target: Path) -> int:
+    """Copy the model in `source`, or write it anew if it has the first format of exports; return the run's tokens."""
+    if not is_first_format(source):
+        return copy_exported(source, target)
+    exported, data = load_exported(source), (source / "run.toml").read_bytes()
+    sha256 = run_sha256(data)
+    try:
+        run = parse_published_untrusted(data, sha256)
+    except PeerError as error:
+        raise UserError(
+            f"{source / 'run.toml'} was altered: {error}; export another model", code="folder-altered"
+        ) from None
+    published = PublishedRun(data, sha256, run, exported.held_out, exported.tokenizer)
+    progress = Progress(run_tokens=exported.run_tokens)
+    save_weights(target, dict(exported.model.named_parameters()), published, progress)
+    return exported.run_tokens
 
 
 def _writing(target: Path) -> AbstractContextManager[None]:
@@ -112,23 +131,37 @@ def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_cl
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder with --to", code="folder-not-empty")
-    with (
-        _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
-        tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
-        peer_folder(Path(directory)) as folder,
-    ):
-        published, weights, progress = _pulled(invite, folder, stop, accept_clock)
+    published, weights, progress = _pulled(invite, stop, accept_clock)
     with _writing(target):
         save_weights(target, weights, published, progress)
     return progress.run_tokens
 
 
-def _pulled(
-    invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
-) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
+def model_of_swarm(invite: Invite, stop: StopFlag, *, accept_clock: bool = False) -> ExportedModel:
+    """Join as an onlooker and return the model of the newest state. Raises as `export_from_swarm` does."""
+    published, weights, progress = _pulled(invite, stop, accept_clock)
+    model = build_run_model(published.run, None)
+    model.load_state_dict(weights)
+    return ExportedModel(
+        model=model, tokenizer=published.tokenizer, held_out=published.held_out, run_tokens=progress.run_tokens
+    )
+
+
+def _pulled(invite: Invite, stop: StopFlag, accept_clock: bool) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
     """Return the run of `invite`, its present weights by name, and its counters (those of the first stage, for a
     pipeline).
     """
+    with (
+        _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
+        tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
+        peer_folder(Path(directory)) as folder,
+    ):
+        return _pulled_from(invite, folder, stop, accept_clock)
+
+
+def _pulled_from(
+    invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
+) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
     network = NetworkThread()
     swarm = node = None
     try:
@@ -173,10 +206,10 @@ def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
     """
     run = published.run
     if run.published is None or run.published.boundaries is None:
-        yield published, build_run_model(run, None)
+        yield published, empty_model(ModelSpec(run.model))
         return
-    for number, shape in enumerate(stage_shapes(run.model, run.published.boundaries)):
-        yield published.of_stage(number), build_stage(shape, run.run.seed)
+    for number, shape in enumerate(run_stage_shapes(run, None, run.published.boundaries)):
+        yield published.of_stage(number), empty_run_stage(shape)
 
 
 @dataclass(frozen=True)
@@ -191,22 +224,33 @@ class Sampling:
 
 
 def sample_text(
-    folder: Path,
+    exported: ExportedModel,
     prompt: str,
     sampling: Sampling,
     advance: Callable[[int], None] = lambda number: None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model in `folder` writes after it. `advance` is called with each token's number,
-    `tell` with why a device was passed over.
+    """Return the prompt and what the model writes after it. `advance` is called with each token's number, `tell` with
+    why a device was passed over.
 
-    Raises UserError if there is no model, or if the device asked for is not there or does not work.
+    Raises UserError if the device asked for is not there or does not work.
     """
-    exported = load_exported(folder)
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
-    tokenizer = tokenizer_from_bytes_untrusted(exported.tokenizer, exported.model.vocabulary_size)
+    tokenizer = tokenizer_of(exported)
     tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
     written = generate(exported.model, tokens, number, temperature, seed, advance)
     return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")
+
+
+def tokenizer_of(exported: ExportedModel) -> Tokenizer:
+    """Return the model's tokenizer. Raises UserError if it is invalid, or its library is missing."""
+    own = own_tokenizer(exported.tokenizer)
+    data = exported.tokenizer if own is None else own
+    try:
+        return tokenizer_from_bytes_untrusted(data, exported.model.vocabulary_size)
+    except BadBytesError as error:
+        raise UserError(
+            f"the model's tokenizer cannot be used: {error}; export the model again", code="not-a-model"
+        ) from None

@@ -237,6 +237,7 @@ class StatusBoard:
                 base.round, self._arriving = event.round, ""
             case EvalEvent():
                 base.held_out_loss = event.held_out_loss
+                self._set_source_losses(event)
                 self._curve.measured(event.round, event.held_out_loss)
             case PeerJoinedEvent():
                 self.know_name(event.joined, event.joined_name)
@@ -248,10 +249,17 @@ class StatusBoard:
                 base.archive.num_rounds, base.archive.run_tokens = event.round, event.run_tokens
                 base.archive.time, base.archive.path = event.time or self._wall(), event.path
             case DoneEvent():
-                base.held_out_loss = event.held_out_loss or base.held_out_loss
+                if event.held_out_loss:
+                    base.held_out_loss = event.held_out_loss
+                    self._set_source_losses(event)
                 base.end_reason = event.reason
             case _:
                 pass
+
+    def _set_source_losses(self, event: EvalEvent | DoneEvent) -> None:
+        of_sources = zip(event.sources, event.source_losses, strict=False)
+        del self._base.source_losses[:]
+        self._base.source_losses.extend(pb.SourceLoss(name=name, held_out_loss=loss) for name, loss in of_sources)
 
     def _take_round(self, event: RoundEvent) -> None:
         base = self._base
@@ -278,6 +286,7 @@ class StatusBoard:
             self._names |= {item.peer: item.name for item in before.peers}
             base.own_tokens, base.run_tokens = before.own_tokens, before.run_tokens
             base.held_out_loss = before.held_out_loss
+            base.source_losses.extend(before.source_losses)
             if before.run_tokens >= total_tokens:
                 base.end_time = before.end_time
             if before.HasField("archive"):

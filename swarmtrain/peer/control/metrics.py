@@ -167,6 +167,7 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("round", _GAUGE, "Round that it is in.", lambda look: look.status.round if look.joined else None),
     _Metric("loss", _GAUGE, "Mean training loss over its last round, in nats per token; of a bootstrap, the median that volunteers report.", _newest_loss),
     _Metric("held_out_loss", _GAUGE, "Last loss that it measured on the run's held-out text, in nats per byte.", lambda look: look.status.held_out_loss or None),
+    _Metric("source_held_out_loss", _GAUGE, "The same on the part of each source, where the run has several sources of text.", lambda look: {each.name: each.held_out_loss for each in look.status.source_losses} or None, label="source"),
     _Metric("tokens", _COUNTER, "Tokens that it has contributed to the run, over all its processes.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
     _Metric("tokens_per_second", _GAUGE, "Tokens per second that it trains on, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),
     _Metric("run_tokens", _GAUGE, "Tokens that the whole run has been trained on, as far as this peer knows.", lambda look: look.status.run_tokens if look.joined else None),

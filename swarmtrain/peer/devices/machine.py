@@ -13,12 +13,13 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.parameter_count import block_parameters, num_parameters
+from swarmtrain.model.parameter_count import block_parameters, num_parameters, similar_built_in
+from swarmtrain.model.run_stages import RunStageShape
 from swarmtrain.model.stages import StageShape, expected_boundaries, stage_shapes
 from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
-from swarmtrain.run import RunFile
+from swarmtrain.run import ModelSection, RunFile
 
 __all__ = [
     "BYTES_PER_PARAMETER",
@@ -132,12 +133,12 @@ def _shapes(run: RunFile) -> list[StageShape]:
     return stage_shapes(run.model, boundaries)
 
 
-def card_bytes_of_stage(shape: StageShape) -> int:
+def card_bytes_of_stage(shape: RunStageShape) -> int:
     """Return the bytes that a stage takes on a card, without graphs of microbatches."""
     return _STAGE_BYTES_PER_PARAMETER * shape.num_parameters
 
 
-def card_bytes_of_graph(run: RunFile, shape: StageShape) -> int:
+def card_bytes_of_graph(run: RunFile, shape: RunStageShape) -> int:
     """Return the bytes that a card keeps from a microbatch's forward until its backward."""
     from swarmtrain.peer.estimate import activation_bytes
 
@@ -190,7 +191,7 @@ def probe_device(
 
     A device whose loss is not the processor's, within rounding, is reported as broken.
     """
-    section = run.model.model_copy(update={"num_layers": min(_PROBE_LAYERS, run.model.num_layers)})
+    section = _small_section(run)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(section.vocabulary_size, (1, section.context_tokens + 1), generator=generator)
     expected: float | None = None
@@ -211,11 +212,17 @@ def probe_device(
     return ProbeResult(tokens_per_s=speeds)
 
 
+def _small_section(run: RunFile) -> ModelSection:
+    """Return the shape that a device is tried with; for a model of Hugging Face, that of a similar built-in one."""
+    section = similar_built_in(run.model)
+    return section.model_copy(update={"num_layers": min(_PROBE_LAYERS, section.num_layers)})
+
+
 def _timed_steps(
     run: RunFile, batch: Tensor, device: FoundDevice, precision: Precision, clock: Callable[[], float]
 ) -> tuple[float, float]:
     """Return the first step's loss and the tokens per second of the fastest step."""
-    section = run.model.model_copy(update={"num_layers": min(_PROBE_LAYERS, run.model.num_layers)})
+    section = _small_section(run)
     place = torch.device(device.name)
     model = build_model(section, 0).to(place)
     optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))

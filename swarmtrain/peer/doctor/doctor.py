@@ -31,6 +31,7 @@ from swarmtrain.errors import (
     UserError,
 )
 from swarmtrain.extras import install_in_words
+from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
@@ -58,7 +59,7 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, ProbeResult, fastest_precision, matching_devices
 from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
-from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.run import MAX_RUN_FILE_BYTES, DataSource, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 
 if TYPE_CHECKING:
@@ -394,6 +395,7 @@ class Doctor:
     def look_at_data(self) -> Iterator[Finding]:
         """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
+            yield from check_model(self.run)
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
                 yield from check_rule(self.run)
@@ -449,7 +451,9 @@ def _who(answer: GreetingAnswer) -> str:
 
 
 def _run_in_words(run: RunFile) -> str:
-    return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {run.data.source}"
+    model = "" if run.model.is_built_in else f", model {base_in_words(run.model)}"
+    data = ", ".join(source.name for source in run.data.sources) or run.data.source
+    return f"{run.run.name}, {count_in_words(run.run.total_tokens)} tokens, data {data}{model}"
 
 
 def _with_advice(message: str) -> tuple[str, str]:
@@ -565,21 +569,32 @@ def check_rule(run: RunFile) -> Iterator[Finding]:
         yield Finding("run", "problem", what, advice or "ask its authors")
 
 
+def check_model(run: RunFile) -> Iterator[Finding]:
+    """Report a problem if the run's model needs a library that is not installed here."""
+    if not run.model.is_built_in and importlib.util.find_spec("transformers") is None:
+        found = "this run needs the package transformers, which is not installed"
+        yield Finding("model", "problem", found, install_in_words("hf"))
+
+
 def check_data(run: RunFile, data_folder: Path | None) -> Finding:
     """Check whether the run's text is on this machine, and enough of it for one sequence."""
-    from swarmtrain.data.documents import source_files
     from swarmtrain.peer.lifecycle.preparation import data_base
 
-    for module, extra in (("datasets", "datasets"), ("pyarrow", "parquet"), ("tokenizers", "bpe")):
-        if extra in (run.data.source, run.model.tokenizer) and importlib.util.find_spec(module) is None:
+    sources = run.data.mixture
+    wanted: set[str] = {run.model.tokenizer, *(source.source for source in sources)}
+    wanted |= {"zstd" for source in sources if any(path.endswith(".zst") for path in source.paths)}
+    for module, extra in (
+        ("datasets", "datasets"),
+        ("pyarrow", "parquet"),
+        ("tokenizers", "bpe"),
+        ("zstandard", "zstd"),
+    ):
+        if extra in wanted and importlib.util.find_spec(module) is None:
             found = f"this run needs the package {module}, which is not installed"
             return Finding("data", "problem", found, install_in_words(extra))
     try:
         base = data_base(run, data_folder)
-        if run.data.source == "datasets":
-            return Finding("data", "ok", f"data set {run.data.dataset}: fetched when you join, not looked at here")
-        files = source_files(run.data, base)
-        num_bytes = sum(file.path.stat().st_size for file in files)
+        looks = [_look_at_source(source, run, base) for source in sources]
     except (RunFileError, UserError) as error:
         what, is_theirs, advice = str(error).partition(": give their folder ")
         if is_theirs:
@@ -588,11 +603,29 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
         return Finding("data", "problem", what, advice)
     except OSError as error:
         return Finding("data", "problem", f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
-    found = f"{run.data.source}: {counted(len(files), 'file')}, {size_in_words(num_bytes)}"
-    if run.model.tokenizer == "bytes" and num_bytes <= run.model.context_tokens:
+    found = "; ".join(f"{source.name} {each}".strip() for source, (each, _) in zip(sources, looks, strict=True))
+    if not all(is_enough for _, is_enough in looks):
         advice = f"give more text: a sequence alone has {run.model.context_tokens} tokens"
         return Finding("data", "problem", found, advice)
     return Finding("data", "ok", found)
+
+
+def _look_at_source(source: DataSource, run: RunFile, base: Path) -> tuple[str, bool]:
+    """Return (what a source of the run's text has on this machine; whether that may be enough).
+
+    Raises RunFileError and OSError.
+    """
+    from swarmtrain.data.compression import is_compressed
+    from swarmtrain.data.documents import source_files
+
+    if source.source == "datasets":
+        return f"data set {source.dataset}: fetched when you join, not looked at here", True
+    files = source_files(source, base)
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    compressed = any(is_compressed(file.path) for file in files)
+    found = f"{source.source}: {counted(len(files), 'file')}, {size_in_words(num_bytes)}"
+    is_enough = compressed or run.model.tokenizer != "bytes" or num_bytes > run.model.context_tokens
+    return found + (" compressed" if compressed else ""), is_enough
 
 
 def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float], where: str = "") -> Finding:

@@ -16,6 +16,7 @@ from torch import Tensor
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
@@ -39,6 +40,7 @@ from swarmtrain.peer.lifecycle.node import (
     start_node,
 )
 from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
@@ -76,10 +78,11 @@ class BootstrapPeer:
     swarm: Swarm | None = None
     manager: CheckpointManager | None = None
     peers: PeersFile | None = None
-    model_folder: Path | None = None
-    """Folder of the run's pinned model files; None if its model is built in."""
+    model_files: ModelFolder | None = None
+    """Files of the run's model, which this peer serves; None if the model is built in."""
     name: str = ""
-    loss: float | None = None
+    loss: TextLoss | None = None
+    """Held-out loss at the run's end, once it was measured."""
     has_news: bool = False
     """True if anything was archived since this process started. Then the archived weights are newer than a model left
     in the folder."""
@@ -89,11 +92,18 @@ class BootstrapPeer:
     def __post_init__(self) -> None:
         self.emit, self.stop = self.control.emit, self.control.stop
 
+    @property
+    def model_folder(self) -> Path | None:
+        """Folder of the run's pinned model files; None if its model is built in."""
+        return None if self.model_files is None else self.model_files.path
+
     def enter_network(self) -> tuple[Node, PeerInfo]:
         """Start listening; return the node, and this peer's description."""
         self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         limit_link(node.traffic, self.settings.limits, self.published.run.network)
+        if self.model_files is not None:
+            node.served_files = self.model_files.served_files()
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)
@@ -127,14 +137,13 @@ class BootstrapPeer:
         if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
             model = kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
-        loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
-        self.loss = loss.nats_per_byte
+        loss = self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
         self.emit(eval_event(max(0, progress.round - 1), loss))
         if kept is not None:
             self.emit(had_ended(self.folder))
             return
         weights = dict(model.named_parameters())
-        if warning := save_final_weights(self.folder, weights, self.published, progress):
+        if warning := save_final_weights(self.folder, weights, self.published, progress, loss):
             self.emit(warning)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:
@@ -176,6 +185,12 @@ class BootstrapPeer:
     def ended(self, reason: str, run_tokens: int) -> DoneEvent:
         """Return the final event."""
         event = DoneEvent(
-            held_out_loss=self.loss, tokens=0, run_tokens=run_tokens, wall_s=process_age_s(), reason=reason
+            held_out_loss=None if self.loss is None else self.loss.nats_per_byte,
+            sources=() if self.loss is None else tuple(self.loss.by_source),
+            source_losses=() if self.loss is None else self.loss.source_losses,
+            tokens=0,
+            run_tokens=run_tokens,
+            wall_s=process_age_s(),
+            reason=reason,
         )
         return stamped(event, 0.0, "" if self.node is None else self.node.identity.peer_id, self.name)

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
 from swarmtrain.data.batches import held_out_batches
+from swarmtrain.data.corpus import held_out_of_sources
+from swarmtrain.data.tokenizer_json import tokenizer_config, tokenizer_json
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.model.evaluation import TextLoss, evaluate
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.model_card import ModelCard
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
@@ -252,12 +255,13 @@ def held_out_loss(
 def held_out_loss_of(
     model: LanguageModel, published: PublishedRun, tokenizer: Tokenizer, check: Callable[[], None] = lambda: None
 ) -> TextLoss:
-    """Return the held-out loss of the model's present weights."""
+    """Return the held-out loss of the model's present weights, as a whole and by source."""
     run = published.run
-    tokens = tokenizer.encode(published.held_out)
-    batches = held_out_batches(tokens, run.model.context_tokens, run.evaluation.batch_sequences)
-    sum_nats, num_tokens = evaluate(model, _checked(batches, check))
-    return TextLoss(sum_nats, num_tokens, len(published.held_out))
+    sizes, parts = (run.model.context_tokens, run.evaluation.batch_sequences), {}
+    for source, text in held_out_of_sources(run, published.held_out).items():
+        batches = held_out_batches(tokenizer.encode(text), *sizes)
+        parts[source] = TextLoss(*evaluate(model, _checked(batches, check)), len(text))
+    return TextLoss.of_parts(parts)
 
 
 def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
@@ -268,6 +272,8 @@ def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> 
         bits_per_byte=loss.bits_per_byte,
         perplexity=loss.perplexity,
         own_loss=None if own_loss is None else own_loss.nats_per_byte,
+        sources=tuple(loss.by_source),
+        source_losses=loss.source_losses,
     )
 
 
@@ -278,13 +284,13 @@ def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[T
 
 
 def save_final_weights(
-    folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress
+    folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress, loss: TextLoss
 ) -> WarningEvent | None:
-    """Save the weights at a run's end; return a warning if the folder does not take them, since more remains to be
-    done.
+    """Save the weights at a run's end, whose held-out loss is `loss`; return a warning if the folder does not take
+    them, since more remains to be done.
     """
     try:
-        save_weights(folder.model_path, weights, published, progress)
+        save_weights(folder.model_path, weights, published, progress, loss)
     except OSError as error:
         return WarningEvent(
             message=f"the model could not be saved in {folder.path}: {error.strerror}; make room or make it writable, "
@@ -307,8 +313,9 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> LanguageMod
     except (UserError, OSError) as error:
         _log.info("no final model: %s", error)
         return None
-    given = (data, exported.held_out, exported.tokenizer, exported.model.section)
-    is_of_run = given == (published.data, published.held_out, published.tokenizer, run.model)
+    is_same_tokenizer = exported.tokenizer in (tokenizer_json(published.tokenizer), published.tokenizer)
+    given = (data, exported.held_out, is_same_tokenizer, exported.model.section)
+    is_of_run = given == (published.data, published.held_out, True, run.model)
     return exported.model if is_of_run and exported.run_tokens >= run.run.total_tokens else None
 
 
@@ -336,12 +343,32 @@ def weights_in(model: LanguageModel, theta: Tensor) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def save_weights(folder: Path, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress) -> None:
-    """Write the model's weights, given by name, with all files that a reader needs."""
-    files = {"run.toml": published.data, "held-out.txt": published.held_out}
-    if published.tokenizer:
-        files["tokenizer.bin"] = published.tokenizer
-    export_model(folder, weights, published.run.model, progress.run_tokens, files)
+def save_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    published: PublishedRun,
+    progress: Progress,
+    loss: TextLoss | None = None,
+) -> None:
+    """Write the model's weights, given by name, with all files that a reader needs; `loss` is their held-out loss, if
+    it was measured."""
+    run = published.run
+    card = ModelCard(
+        run=run,
+        run_sha256=published.sha256,
+        num_parameters=sum(tensor.numel() for tensor in weights.values()),
+        run_tokens=progress.run_tokens,
+        peer_tokens=progress.peer_tokens,
+        held_out_loss=None if loss is None else loss.nats_per_byte,
+    )
+    files = {
+        "tokenizer.json": tokenizer_json(published.tokenizer),
+        "tokenizer_config.json": tokenizer_config(run.model.context_tokens),
+        "README.md": card.text().encode(),
+        "held-out.txt": published.held_out,
+        "run.toml": published.data,
+    }
+    export_model(folder, weights, run.model, progress.run_tokens, files)
 
 
 def invite_event(invite: Invite) -> InviteEvent:

@@ -8,10 +8,12 @@ from pathlib import Path
 from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
 from swarmtrain.events import count_in_words
+from swarmtrain.model.base import base_in_words
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.run import RunFile
+from swarmtrain.run import RunFile, SourceKeys
+from swarmtrain.words import shares_in_words
 
-__all__ = ["data_base", "initial_seed", "summary_of"]
+__all__ = ["data_base", "initial_seed", "source_shares_in_words", "summary_of"]
 
 
 def initial_seed(run: RunFile, peer: str) -> int:
@@ -24,17 +26,35 @@ def initial_seed(run: RunFile, peer: str) -> int:
 
 def summary_of(run: RunFile) -> str:
     """Return one sentence that says what a volunteer is about to run."""
-    data = {
-        "python-stdlib": "this machine's Python standard library",
-        "datasets": f"the data set {run.data.dataset}",
-    }.get(run.data.source, f"your files {', '.join(run.data.paths)}")
+    data = ", ".join(
+        f"{share} {_source_in_words(source)}".strip()
+        for source, share in zip(run.data.mixture, source_shares_in_words(run), strict=True)
+    )
     cut = f", cut into {run.pipeline.stages} stages of which you hold some" if run.pipeline.stages > 1 else ""
     steps = "step" if run.merge.inner_steps == 1 else f"{run.merge.inner_steps} steps"
     parameters = count_in_words(num_parameters(run.model))
+    model = f"a model of {parameters} parameters"
+    if not run.model.is_built_in:
+        model = f"{model} ({base_in_words(run.model)})"
     return (
-        f"a model of {parameters} parameters on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
+        f"{model} on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
         f"merging every {steps} ({run.merge.method})" + cut
     )
+
+
+def source_shares_in_words(run: RunFile) -> list[str]:
+    """Return the share of each source of the data, such as `75%`; empty for a source without a name."""
+    return shares_in_words([round(1e6 * share) for share in run.data.shares]) if run.data.sources else [""]
+
+
+def _source_in_words(source: SourceKeys) -> str:
+    match source.source:
+        case "python-stdlib":
+            return "this machine's Python standard library"
+        case "datasets":
+            return f"the data set {source.dataset}"
+        case _:
+            return f"your files {', '.join(source.paths)}"
 
 
 def data_base(run: RunFile, data_folder: Path | None) -> Path:
@@ -43,9 +63,12 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
     A run comes from a stranger: it may name files only below a folder that this machine's owner gave with `--data`.
     Raises UserError.
     """
-    section = run.data
-    local = section.paths if section.source != "datasets" else () if run.dataset_revision else (section.dataset,)
-    for path in local:
+    named = [
+        (source, path)
+        for source, revision in zip(run.data.mixture, run.dataset_revisions, strict=True)
+        for path in (source.paths if source.source != "datasets" else () if revision else (source.dataset,))
+    ]
+    for _, path in named:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(
                 f"this run asks for {path}, outside the folder given with --data, which is not read; tell the person "
@@ -54,11 +77,14 @@ def data_base(run: RunFile, data_folder: Path | None) -> Path:
             )
     if data_folder is not None:
         return data_folder.absolute()
-    if local and not (section.source == "datasets" and section.dataset.count("/") == 1):  # it may be one of the hub
-        what = "data set" if section.source == "datasets" else section.source
+    # Without a folder, a data set `owner/name` can only be one of the hub.
+    local = [(source, path) for source, path in named if source.source != "datasets" or path.count("/") != 1]
+    if local:
+        kinds = dict.fromkeys("data set" if source.source == "datasets" else source.source for source, _ in local)
+        paths = list(dict.fromkeys(path for _, path in local))
         raise UserError(
-            f"this run trains on your own {what} files, {', '.join(local)}: give their folder with --data "
-            f"FOLDER, so that FOLDER/{local[0]} is there",
+            f"this run trains on your own {' and '.join(kinds)} files, {', '.join(paths)}: give their folder with "
+            f"--data FOLDER, so that FOLDER/{paths[0]} is there",
             code="data-folder-needed",
         )
     return NOWHERE

@@ -10,17 +10,20 @@ import heapq
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import Layout, layout_of, variance_corrected_mean
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.asynchronous.place_rows import places_untrusted
 from swarmtrain.network.asynchronous.state_fetcher import FetchedState
 from swarmtrain.network.identity import peer_id_from_bytes_untrusted
 from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.protocol.adapter_groups import groups_of_names
 from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.run import MergeSection
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -31,6 +34,7 @@ __all__ = [
     "consensus_of",
     "consensus_of_vectors",
     "counts_in_untrusted",
+    "fragments_of_specs",
     "layout_of_specs",
     "mean_of_near",
     "not_far_behind",
@@ -59,8 +63,19 @@ second round, 0.01 in the tenth.
 
 
 def layout_of_specs(specs: Sequence[TensorSpec]) -> Layout:
-    """Return the layout of the model's flat vector: the place of each tensor."""
-    return layout_of([spec.shape for spec in specs])
+    """Return the layout of the model's flat vector: the place of each tensor.
+
+    An adapter's tensors are not variance-corrected: B begins with zeros, and the correction would stretch its noise.
+    """
+    layout = layout_of([spec.shape for spec in specs])
+    if groups_of_names(spec.name for spec in specs) is None:
+        return layout
+    return replace(layout, corrected=(False,) * len(layout.corrected))
+
+
+def fragments_of_specs(specs: Sequence[TensorSpec], number: int) -> tuple[Fragment, ...]:
+    """Divide the model into `number` fragments, or an adapter into its groups."""
+    return fragments_of(layout_of_specs(specs), number, groups_of_names(spec.name for spec in specs))
 
 
 class _HasRound(Protocol):

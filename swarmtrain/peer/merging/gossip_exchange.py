@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from swarmtrain.algorithm.fragments import Fragment, fragments_of
+from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.gossip import Layout, PartnerUpdate, PreparedMerge, prepare
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import ClipIncident
@@ -45,6 +45,7 @@ from swarmtrain.peer.merging.averaged_group import AveragedGroup
 from swarmtrain.peer.merging.consensus import (
     SAMPLE,
     consensus_of,
+    fragments_of_specs,
     layout_of_specs,
     mean_of_near,
     not_far_behind,
@@ -85,7 +86,7 @@ def codecs_of(swarm: Swarm) -> list[PublicationCodec]:
     formats = group.theta_format, group.gradient_formats
     return [
         PublicationCodec(groups_of(fragment.pick(swarm.specs), *formats, group.publications_per_round))
-        for fragment in fragments_of(layout_of_specs(swarm.specs), group.num_fragments)
+        for fragment in fragments_of_specs(swarm.specs, group.num_fragments)
     ]
 
 
@@ -164,7 +165,8 @@ class GossipExchange(AsynchronousExchange):
         self._codecs = codecs_of(swarm)
         settings, rules = gossip_settings(swarm, self._codecs), publication_rules(swarm, self._codecs)
         self._layout, met = layout_of_specs(swarm.specs), group.init == "common"
-        self._fragments, self._is_large = fragments_of(self._layout, group.num_fragments), settings.is_large
+        self._fragments = fragments_of_specs(swarm.specs, group.num_fragments)
+        self._is_large = settings.is_large
         self._planner = MergePlanner(len(self._fragments), self.sure_share)
         naming = Naming(self._tell_clipped)
         self._robustness = [Robustness(group.robust, fragment.layout, naming, met=met) for fragment in self._fragments]
@@ -287,9 +289,11 @@ class GossipExchange(AsynchronousExchange):
         for (name, fragment), averaged in self._averaged.items():
             averaged.published(contribution.values[name, fragment])
         for fragment, of in enumerate(contribution.fragment_rounds):
-            if not of.tokens:
-                continue  # merged a moment ago, as the round ended early
             codec = self._codecs[fragment]
+            if not of.tokens:  # merged a moment ago, as the round ended early, or a group that is not trained
+                if not contribution.has_trained(fragment):
+                    self._drop_old(codec, fragment, of.round)
+                continue
             # Nobody asks for earlier rounds any more: the residuals of their rounding are released, 4 bytes a number.
             codec.gradient.over(of.round - 1)
             for group in codec.groups:
@@ -320,6 +324,14 @@ class GossipExchange(AsynchronousExchange):
             self._make_gradients()
         self._plan_anew(self._planner.steps_done(contribution.inner_steps, swarm_time()))
 
+    def _drop_old(self, codec: PublicationCodec, fragment: int, round: int) -> None:
+        """Publish no gradient of a group that this peer trained two of its rounds ago or earlier: after some more
+        rounds, others would take an old publication for a lie."""
+        for group in codec.groups:
+            publisher = self.publishers[group.name, fragment]
+            if group.num_parts and publisher.newest is not None and publisher.newest.round < round - 1:
+                publisher.newest = None
+
     def _make_gradients(self) -> None:
         """Compute the newest update's gradients on a pool thread, while the trainer computes the next step's gradient.
 
@@ -341,7 +353,9 @@ class GossipExchange(AsynchronousExchange):
             while self._unlearned:
                 contribution = self._unlearned.popleft()
                 for fragment, of in enumerate(contribution.fragment_rounds):
-                    if of.tokens:
+                    if not contribution.has_trained(fragment):
+                        self._robustness[fragment].not_trained()
+                    elif of.tokens:
                         self._robustness[fragment].learn(contribution.gradient_of(fragment), of.tokens)
 
     def _accept_untrusted(

@@ -164,6 +164,12 @@ class Robustness:
                 if self.rule == "direction":
                     self._directions.learn(gradient, tokens)
 
+    def not_trained(self) -> None:
+        """Note that this peer does not train these tensors in this round. Where it does not, it judges no directions:
+        compared with a gradient of some rounds ago, those of honest peers were refused."""
+        with self._lock:
+            self._directions.forget()
+
     def merged(self, displacement: float) -> None:
         """Record how far apart the last merge's weights were, relative to their size.
 
@@ -205,19 +211,22 @@ def robust_mean(rule: str, gradients: Sequence[Tensor], tokens: Sequence[float])
 
     None is returned if the rule has no mean of its own or there are too few gradients. Gradients are compared as if
     each had the tokens that weigh in the token-weighted mean: a part of a round is shorter than a whole one and would
-    be trimmed for that. If another package's rule fails on them, the own gradient counts alone, since they may have
-    been sent to make it fail. Raises `RunTimeError` for a rule that is wrong whatever is sent.
+    be trimmed for that. The own one without tokens, of a fragment that this peer did not train, is left out. If another
+    package's rule fails on them, the own gradient counts alone, since they may have been sent to make it fail. Raises
+    `RunTimeError` for a rule that is wrong whatever is sent.
     """
-    mean_by_rule = mean_of(rule)
+    mean_by_rule, own = mean_of(rule), gradients[0]
+    if not tokens[0]:
+        gradients, tokens, own = gradients[1:], tokens[1:], torch.zeros_like(own)
     if mean_by_rule is None or len(gradients) < (_LEAST_OF_OURS if is_ours(rule) else _LEAST_INPUTS):
         return None
     usual = sum(number * number for number in tokens) / sum(tokens)
     factors = [usual / number for number in tokens]
-    return mean_by_rule(gradients, factors) if is_ours(rule) else _mean_of_theirs(rule, gradients, factors)
+    return mean_by_rule(gradients, factors) if is_ours(rule) else _mean_of_theirs(rule, own, gradients, factors)
 
 
-def _mean_of_theirs(rule: str, gradients: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    mean_by_rule, own, versions = mean_of(rule), gradients[0], [gradient._version for gradient in gradients]
+def _mean_of_theirs(rule: str, own: Tensor, gradients: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    mean_by_rule, versions = mean_of(rule), [gradient._version for gradient in gradients]
     assert mean_by_rule is not None
     try:
         mean = mean_by_rule(gradients, factors)

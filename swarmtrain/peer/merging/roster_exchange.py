@@ -302,8 +302,9 @@ class RosterExchange(SwarmExchange):
             inner_steps=contribution.inner_steps,
             roster_sha256=bytes.fromhex(contribution.base),
         )
-        body = body_of(contribution.gradient)
-        held = build_snapshot(self.swarm.identity, manifest, self.swarm.specs, body)
+        groups, trained = self.swarm.rounds.settings.groups, contribution.trained
+        body = body_of(*(contribution.gradient[place] for place in groups.places(trained)))
+        held = build_snapshot(self.swarm.identity, manifest, groups.table(trained), body)
         self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
@@ -318,6 +319,7 @@ class RosterExchange(SwarmExchange):
         roster = outcome.roster
         return Averaged(
             gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),
+            untrained=outcome.untrained,
             partners=roster.peers,
             weights=tuple(entry.tokens for entry in roster.entries),
             signer=roster.signer,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge, gossip_merge
-from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, outer_step
+from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, kept_where, outer_step
 from swarmtrain.peer.merging.robustness import robust_mean
 from swarmtrain.protocol.gossip.fragments import FragmentRound
 from swarmtrain.protocol.gossip.pulls import GroupName
@@ -103,6 +103,12 @@ class LocalUpdate:
     """Loans from which each fragment's gradient is computed (gossip only)."""
     values: Mapping[tuple[GroupName, int], Tensor] = field(default_factory=dict, repr=False)
     """Values averaged beside the weights, by tensor group and fragment, flat fp32; not written into afterwards."""
+    trained: frozenset[int] | None = None
+    """Groups of an adapter that were trained in this round; None: all."""
+
+    def has_trained(self, group: int) -> bool:
+        """Return whether a group of an adapter was trained in this round; of other models everything is."""
+        return self.trained is None or group in self.trained
 
     def gradient_of(self, fragment: int) -> Tensor:
         """Return the pseudo-gradient (Q,) fp32 of a fragment. The first call computes it."""
@@ -176,6 +182,8 @@ class Averaged(OuterUpdate):
 
     is_shared: ClassVar[bool] = True
     gradient: Tensor
+    untrained: tuple[slice, ...] = ()
+    """Numbers that nobody trained, of groups of an adapter: they stay as they are."""
     partners: tuple[str, ...]
     weights: tuple[int, ...]
     signer: str
@@ -185,7 +193,7 @@ class Averaged(OuterUpdate):
         self, state: OuterState, own: LocalUpdate, fragment: int, constants: OuterConstants, rule: str
     ) -> OuterState:
         """Return the state after `state`, given this peer's own update; `rule` is `merge.robust`. See `OuterUpdate`."""
-        return outer_step(state, self.gradient, constants)
+        return kept_where(outer_step(state, self.gradient, constants), state, self.untrained)
 
     def next_progress(self, progress: Progress) -> Progress:
         """Return the counters after the round that ends with this update. See `OuterUpdate`."""

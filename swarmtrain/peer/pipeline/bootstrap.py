@@ -25,8 +25,10 @@ from swarmtrain.events import (
     DoneEvent,
     WarningEvent,
 )
-from swarmtrain.model.run_model import build_run_model
-from swarmtrain.model.stages import StageShape, build_stage, joined_weights, stage_shapes
+from swarmtrain.model.language_model import ModelSpec
+from swarmtrain.model.run_model import empty_model
+from swarmtrain.model.run_stages import RunStageShape, empty_run_stage, run_stage_shapes
+from swarmtrain.model.stages import joined_weights
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import Node
@@ -73,7 +75,7 @@ class StageArchive:
     """Archive of one stage."""
 
     number: int
-    shape: StageShape
+    shape: RunStageShape
     swarm: Swarm
     manager: CheckpointManager
     archived: Archive
@@ -116,7 +118,7 @@ class PipelineBootstrap(BootstrapPeer):
         self._wait(swarm.watch_daemon(self.stop.fail))
         published = run.published
         assert published is not None and published.boundaries is not None
-        for number, shape in enumerate(stage_shapes(run.model, published.boundaries)):
+        for number, shape in enumerate(run_stage_shapes(run, self.model_folder, published.boundaries)):
             self.archives.append(self._enter_stage(number, shape, node, me))
         self._wait(swarm.announce())
         show_invite(swarm, self.folder, self.emit)
@@ -137,10 +139,10 @@ class PipelineBootstrap(BootstrapPeer):
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         return wait_for(self.network.submit(work), self.stop)
 
-    def _enter_stage(self, number: int, shape: StageShape, node: Node, me: PeerInfo) -> StageArchive:
+    def _enter_stage(self, number: int, shape: RunStageShape, node: Node, me: PeerInfo) -> StageArchive:
         """Enter a stage's swarm, serving what was archived last time."""
         published = self.published.of_stage(number)
-        specs = tensor_specs(build_stage(shape, self.published.run.run.seed).named_parameters())
+        specs = tensor_specs(empty_run_stage(shape).named_parameters())
         checkpointer = checkpointer_of(self.folder, published, me.peer, self.emit, number)
         emit = emit_of_stage(self.emit)
         swarm = Swarm(node, published, specs, average_bytes_untrusted, emit, me, durable=lambda: checkpointer.durable)
@@ -370,7 +372,7 @@ class PipelineBootstrap(BootstrapPeer):
 
     def _measure_and_save(self) -> None:
         if (weights := self._joined()) is not None:
-            model = build_run_model(self.published.run, self.model_folder)
+            model = empty_model(ModelSpec(self.published.run.model, self.model_folder))
             model.load_state_dict(weights)
             self.measure_and_save(model, self.progress)
 

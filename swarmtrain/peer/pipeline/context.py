@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarmtrain.model.stages import StageShape
+from swarmtrain.model.run_stages import RunStageShape
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.pipeline.mover import StageMover
@@ -20,7 +20,7 @@ class PipelineContext:
     """Stages of a volunteer, the swarm it sees, and the mover that decides whether it changes them."""
 
     volunteer: VolunteerContext
-    shapes: Sequence[StageShape]
+    shapes: Sequence[RunStageShape]
     rule: Rule
     swarm: Swarm
     """Swarm of the run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches
 from swarmtrain.errors import RunTimeError
@@ -33,13 +32,12 @@ class FirstStage:
         self,
         context: VolunteerContext,
         data: TrainingData,
-        base: Path,
         swarm: Swarm,
         stages: StageReplicas,
         calls: WireCalls,
     ) -> None:
-        """`data` is this peer's text, read from files below `base`; `swarm` is the run's."""
-        self._context, self._data, self._base = context, data, base
+        """`data` is this peer's text; `swarm` is the run's."""
+        self._context, self._data = context, data
         self._swarm, self._stages, self._calls = swarm, stages, calls
         self._source: MicrobatchSource | None = None
         self._driving: MicrobatchScheduler | None = None
@@ -47,7 +45,7 @@ class FirstStage:
     @property
     def corpus_sha256(self) -> str:
         """SHA-256 of this peer's text."""
-        return self._data.corpus.digest
+        return self._data.digest
 
     def batches_at(self, position: int) -> MicrobatchSource:
         """Return this peer's data from a checkpoint's position, or from further on if it was drawn from here before."""
@@ -55,7 +53,7 @@ class FirstStage:
         if self._source is None:
             context = self._context
             place = PeerPlace(run_sha256=context.published.sha256, peer_id=context.me, position=position)
-            batches = training_batches(context.run, self._data, place, self._base, context.published.held_out)
+            batches = training_batches(context.run, self._data, place)
             self._source = MicrobatchSource(batches, context.run.microbatch_sequences)
         return self._source
 

@@ -14,12 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from swarmtrain.data.prepare import TrainingData, training_data
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent
-from swarmtrain.model.stages import StageShape, stage_shapes
+from swarmtrain.model.run_stages import RunStageShape, run_stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
 from swarmtrain.network.swarm import Swarm
@@ -64,13 +63,11 @@ computing threads hold; with the usual 5 ms the waits add up to more than the co
 class PreparedPipeline:
     """Results of a pipeline volunteer's preparation."""
 
-    shapes: Sequence[StageShape]
+    shapes: Sequence[RunStageShape]
     compute: ComputeDevice
     """Device on which the stages will be, and the precision that they are computed in."""
     room: StageRoom
     data: TrainingData
-    base: Path
-    """Folder that the data's paths are relative to."""
     whole_tokens_per_s: float
     """Speed of this machine through the whole model; see `whole_tokens_per_s`."""
 
@@ -83,7 +80,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     limits = settings.limits
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
-    shapes = stage_shapes(run.model, run.published.boundaries)
+    shapes = run_stage_shapes(run, context.model_folder, run.published.boundaries)
     chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
     ComputeReport(run, chosen, context.emit).start()
     context.limits.trains_on([chosen.choice.device])
@@ -98,7 +95,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
         speed *= context.limits.card_share
     return PipelineTraining(
         context,
-        PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, base=base, whole_tokens_per_s=speed),
+        PreparedPipeline(shapes=shapes, compute=compute, room=room, data=data, whole_tokens_per_s=speed),
     )
 
 
@@ -134,7 +131,7 @@ class PipelineTraining:
         wire = wire_of(run)
         client = StageClient(context.node, context.published.sha256, on_failure=swarm.peers.call_failed)
         calls = WireCalls(me, client, wire, stages.queues)
-        self._first = FirstStage(context, prepared.data, prepared.base, swarm, stages, calls)
+        self._first = FirstStage(context, prepared.data, swarm, stages, calls)
         pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=mover)
         self._record = StageRecord(
             pipeline, most_stages=prepared.room.most_stages, whole_tokens_per_s=prepared.whole_tokens_per_s

@@ -21,8 +21,8 @@ from typing import Any
 
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.events import PeerJoinedEvent, PeerLeftEvent, PeerLostEvent
+from swarmtrain.model.run_stages import RunStageShape, build_run_stage
 from swarmtrain.model.stage_work import DeviceStageWork, StageWork
-from swarmtrain.model.stages import StageShape, build_stage
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.discovery.invite import InvitedPeer
@@ -88,7 +88,7 @@ class StageReplica:
 
     site: StageSite
     number: int
-    shape: StageShape
+    shape: RunStageShape
     batches_at: Callable[[int], BatchSource]
     """Return the stage's data, given how many batches a checkpoint says were drawn."""
     over: Callable[[], bool]
@@ -115,7 +115,8 @@ class StageReplica:
         run = published.run
         compute = site.compute
         with enough_memory(f"taking stage {self.number}", compute.device):
-            model = build_stage(self.shape, initial_seed(run, me)).to(compute.device)
+            built = build_run_stage(run, self.shape, context.model_folder, initial_seed(run, me))
+            model = built.to(compute.device)
         specs = tensor_specs(model.named_parameters())
         checkpointer = checkpointer_of(context.folder, published, me, context.emit, self.number)
         kept = self._kept = checkpointer.load(run, self.shape.num_parameters)

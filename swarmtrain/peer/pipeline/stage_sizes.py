@@ -9,7 +9,9 @@ from functools import partial
 import psutil
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.stages import StageShape, balanced_boundaries, measured_costs, stage_shapes
+from swarmtrain.model.parameter_count import similar_built_in
+from swarmtrain.model.run_stages import RunStageShape
+from swarmtrain.model.stages import balanced_boundaries, measured_costs, stage_shapes
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage
 from swarmtrain.peer.estimate import (
@@ -36,20 +38,20 @@ class StageRoom:
     graph_bytes: float
 
 
-def stage_bytes(run: RunFile, shape: StageShape) -> int:
+def stage_bytes(run: RunFile, shape: RunStageShape) -> int:
     """Return the bytes that a peer's memory holds of one stage, without graphs of microbatches."""
     _, merging = merge_bytes(run, shape.num_parameters, run.merge.num_partners)
     return STAGE_BYTES_PER_PARAMETER * shape.num_parameters + merging
 
 
-def graph_bytes(run: RunFile, shape: StageShape) -> int:
+def graph_bytes(run: RunFile, shape: RunStageShape) -> int:
     """Return the bytes kept from one microbatch's forward until its backward, the last stage's logits included."""
     blocks = shape.last_block - shape.first_block
     return activation_bytes(run, run.microbatch_sequences, blocks, has_head=shape.has_head)
 
 
 def room_for_stages(
-    run: RunFile, shapes: Sequence[StageShape], limit_bytes: int, card_bytes: int | None = None
+    run: RunFile, shapes: Sequence[RunStageShape], limit_bytes: int, card_bytes: int | None = None
 ) -> StageRoom:
     """Return how many stages fit into `limit_bytes` of main memory (0 for no limit), and the memory left for graphs.
 
@@ -78,7 +80,7 @@ def room_for_stages(
     return StageRoom(most_stages=most, graph_bytes=max(one_graph, left / 2 / most))
 
 
-def _card_bytes(run: RunFile, shapes: Sequence[StageShape]) -> tuple[int, int]:
+def _card_bytes(run: RunFile, shapes: Sequence[RunStageShape]) -> tuple[int, int]:
     """Return the bytes that the largest stage takes on a card, and those of the largest graph."""
     return max(map(card_bytes_of_stage, shapes)), max(card_bytes_of_graph(run, shape) for shape in shapes)
 
@@ -88,7 +90,7 @@ def whole_tokens_per_s(run: RunFile, compute: ComputeDevice | None = None) -> fl
     measured on parts of the model."""
     compute = ComputeDevice() if compute is None else compute
     on = (compute.device, compute.autocast, partial(finish, compute.device))
-    costs = measured_costs(run.model, run.microbatch_sequences, *on)
+    costs = measured_costs(similar_built_in(run.model), run.microbatch_sequences, *on)
     tokens = run.microbatch_sequences * run.model.context_tokens
     return tokens / (costs.embedding + run.model.num_layers * costs.block + costs.head)
 
@@ -99,7 +101,7 @@ def cut_and_measure(run: RunFile) -> tuple[tuple[int, ...], tuple[float, ...]]:
     Boundaries are the run file's, or else those that make the stages cost most nearly the same.
     """
     model, pipeline = run.model, run.pipeline
-    costs = measured_costs(model, run.microbatch_sequences)
+    costs = measured_costs(similar_built_in(model), run.microbatch_sequences)
     boundaries = pipeline.boundaries or balanced_boundaries(model.num_layers, pipeline.stages, costs)
     seconds = [
         costs.embedding * shape.has_embedding

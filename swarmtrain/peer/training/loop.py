@@ -222,7 +222,7 @@ class ModelLoop(InnerLoop):
         from now on.
         """
         compute = ComputeDevice() if compute is None else compute
-        named = list(model.named_parameters())
+        named = model.trained_parameters()
         parameters = HostParameters(named) if compute.is_host else DeviceParameters(named)
         loss_scale = LossScale(compute.device) if compute.precision == "fp16" else None
         super().__init__(parameters, batches, inner_constants(run), loss_scale)

@@ -94,7 +94,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
         raise context.nobody  # nothing to continue from alone
     position = 0 if kept is None or kept.own is None else kept.own.batches
     place = PeerPlace(run_sha256=published.sha256, peer_id=context.me, position=position)
-    drawn = training_batches(run, data, place, base, published.held_out)
+    drawn = training_batches(run, data, place)
     batches = prefetched(drawn, compute.device, context.stop.check)
     loop = loop_class(compute)(run, model, batches, context.slowed(compute.is_host), compute, told.smaller)
     loop.rests = context.rests(compute)
@@ -124,7 +124,7 @@ class ModelTraining:
     ) -> None:
         self.context, self.data, self.loop = context, data, loop
         run, published, emit, num_shards = context.run, context.published, context.emit, loop.batches.num_shards
-        me = PeerInfo(peer=context.me, name=context.name, training=True, corpus_sha256=data.corpus.digest)
+        me = PeerInfo(peer=context.me, name=context.name, training=True, corpus_sha256=data.digest)
         swarm = self.swarm = Swarm(
             context.node,
             published,
@@ -377,7 +377,7 @@ class ModelTraining:
             context.emit(eval_event(progress.round - 1, loss, own_loss))
             if not is_kept:
                 weights = weights_in(self.loop.model, theta)
-                if warning := save_final_weights(context.folder, weights, context.published, progress):
+                if warning := save_final_weights(context.folder, weights, context.published, progress, loss):
                     context.emit(warning)
             context.control.finishing("serving the last weights until others have them")
             while time.monotonic() < give_up_s or (
@@ -435,6 +435,8 @@ class ModelTraining:
         return DoneEvent(
             held_out_loss=None if loss is None else loss.nats_per_byte,
             own_loss=None if own_loss is None else own_loss.nats_per_byte,
+            sources=() if loss is None else tuple(loss.by_source),
+            source_losses=() if loss is None else loss.source_losses,
             tokens=replica.own_tokens,
             run_tokens=replica.progress.run_tokens,
             wall_s=process_age_s(),

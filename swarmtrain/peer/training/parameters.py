@@ -7,7 +7,7 @@ source may name only some of a model's tensors (adapters), or tensors on a devic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.peer.merging.updates import LentWeights
+from swarmtrain.protocol.adapter_groups import groups_of_names
 from swarmtrain.protocol.gossip.pulls import GroupName
 
 __all__ = ["HostParameters", "ParameterSource"]
@@ -35,12 +36,20 @@ class ParameterSource(ABC):
         """`rewriting` makes a context entered around whatever writes values that do not come from the optimizer."""
         self.named = dict(named)
         """Tensors by name, in the order in which they are flattened."""
+        self.groups = groups_of_names(self.named)
+        """Group of each tensor of an adapter; None if these are not an adapter's tensors."""
         self._rewriting = rewriting
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of each tensor, in flattening order."""
         return [tuple(tensor.shape) for tensor in self.named.values()]
+
+    def train_only(self, groups: Collection[int]) -> None:
+        """Have backward passes and the optimizer leave all groups of an adapter as they are, except these."""
+        assert self.groups is not None, "only an adapter has groups"
+        for tensor, group in zip(self.named.values(), self.groups, strict=True):
+            tensor.requires_grad_(group in groups)
 
     @abstractmethod
     def read(self) -> Tensor:

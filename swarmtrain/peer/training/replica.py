@@ -47,8 +47,12 @@ class Replica:
     def __init__(self, merge: MergeSection, parameters: ParameterSource) -> None:
         """Start from the values that the parameters have now."""
         self._merge, self.parameters = merge, parameters
-        self.fragments: tuple[Fragment, ...] = fragments_of(layout_of(parameters.shapes), merge.num_fragments)
-        """Fragments of the model; a single one unless the method is gossip."""
+        # In synchronous rounds all groups of an adapter are one fragment: they are merged together.
+        by_group = parameters.groups if merge.kind.reads("fragments") else None
+        self.fragments: tuple[Fragment, ...] = fragments_of(layout_of(parameters.shapes), merge.num_fragments, by_group)
+        """Fragments of the model; a single one unless the method is gossip. Those of an adapter are its groups."""
+        self._by_group = by_group is not None
+        self._trained: frozenset[int] | None = None
         self.rounds = FragmentRounds(len(self.fragments))
         """Position of each fragment in its own round, which runs from one of its merges to the next."""
         self.progress = Progress()
@@ -87,9 +91,13 @@ class Replica:
         self.is_entered = False
         self.rounds.restart()
 
-    def begin(self, num_parts: int) -> None:
-        """Begin a round of `num_parts` parts, and load the outer weights into the parameters if they are not there."""
-        self.rounds.begin(self.progress.round, num_parts)
+    def begin(self, num_parts: int, trained: frozenset[int] | None = None) -> None:
+        """Begin a round of `num_parts` parts, and load the outer weights into the parameters if they are not there.
+
+        Of an adapter the groups `trained` are trained in it; None: all.
+        """
+        self._trained = trained
+        self.rounds.begin(self.progress.round, num_parts, trained if self._by_group else None)
         # A merge of one fragment has written its weights already; whole states are written here.
         if not self.is_entered:
             self.parameters.write(self.state.theta)
@@ -130,6 +138,7 @@ class Replica:
             base=self.progress.roster_sha256,
             lent=lent,
             values=self.parameters.values(),
+            trained=self._trained,
         )
 
     def merge(self, arrived: OuterUpdate, own: LocalUpdate, fragment: int) -> None:

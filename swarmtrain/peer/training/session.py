@@ -356,6 +356,8 @@ class Session:
     """Called when a round has led to a new state, merged or taken from another peer, before the round is reported."""
     ends: Callable[[Progress], bool] | None = None
     """Return whether nothing is left to train; asked between two rounds. None: when the run has had all its tokens."""
+    groups_of_round: Callable[[int], frozenset[int]] | None = None
+    """Map a round to the groups of an adapter that this peer trains in it; None: everything in every round."""
     worker: Worker | None = None
     """Computes merges while the trainer takes steps; None: the trainer waits for them. It takes parameters on a device
     (`loans_outlast_steps`), and an exchange that does not wait for company (`merges_beside_training`)."""
@@ -378,6 +380,8 @@ class Session:
     """Batches drawn before the steps taken ahead, while a new state is told."""
     _is_stopped: bool = field(default=False, init=False)
     """True if the session was interrupted and `next_step` has not reported it yet."""
+    _trained: frozenset[int] | None = field(default=None, init=False)
+    """Groups of an adapter that the parameters are set to train."""
 
     def __post_init__(self) -> None:
         self.replica = Replica(self.run.merge, self.parameters)
@@ -423,6 +427,7 @@ class Session:
             self.interrupt()
             self._is_stopped = False
             return None
+        self._set_trained(self.progress.round + (round.end is not None))
         shard, self._shard = self._shard, None
         return NextStep(self._run_share(round), shard, round.start.batch_sequences)
 
@@ -488,6 +493,16 @@ class Session:
             self._ahead, self._ahead_s = _Steps(), 0.0
             self._is_stopped, self.reason = True, "interrupted"
 
+    def _groups_of(self, round: int) -> frozenset[int] | None:
+        return None if self.groups_of_round is None else self.groups_of_round(round)
+
+    def _set_trained(self, round: int) -> None:
+        """Have the next step train the groups of this round. Steps ahead of a round train its groups already."""
+        groups = self._groups_of(round)
+        if groups is not None and groups != self._trained:
+            self.parameters.train_only(groups)
+            self._trained = groups
+
     def _step_tokens(self, start: Start) -> int:
         """Return the tokens that each inner step of a round reads."""
         sequences = start.batch_sequences or self.run.inner.batch_sequences
@@ -519,7 +534,7 @@ class Session:
             moments=list(start.publish_after),
         )
         self._ahead, self._ahead_s, self._shard = _Steps(), 0.0, start.shard
-        replica.begin(start.num_parts)
+        replica.begin(start.num_parts, self._groups_of(replica.progress.round))
         if round.steps.number:
             self._do_what_is_due(round)
 

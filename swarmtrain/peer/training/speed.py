@@ -10,7 +10,7 @@ import torch
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.pacing import rounds_of_others
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_parameters, similar_built_in
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants
@@ -29,9 +29,10 @@ _LEAST_GUESSED = 10_000_000
 def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice | None = None) -> float:
     """Return tokens per second, measured within about `limit_s` seconds on random text.
 
-    It is the speed of the processor, or of the device of `compute`. A model that cannot be built and stepped in that
-    time is not tried. Then the speed follows from that of a matrix product, at 6 operations per parameter and token,
-    which is an upper bound. Of a model that is cut into stages a card need not hold all: its parts are measured.
+    It is the speed of the processor, or of the device of `compute`; for a model of Hugging Face, with a built-in one
+    like it. A model that cannot be built and stepped in that time is not tried. Then the speed follows from that of a
+    matrix product, at 6 operations per parameter and token, which is an upper bound. Of a model that is cut into stages
+    a card need not hold all: its parts are measured.
     """
     compute = ComputeDevice() if compute is None else compute
     if run.pipeline.stages > 1 and not compute.is_host:
@@ -43,7 +44,7 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice
     sequences = min(size, int(limit_s / 4 * per_s / sequence_operations))
     if sequences < 1 or build_s > limit_s / 2:
         return per_s / (6 * num_parameters(run.model))
-    model = build_model(run.model, run.run.seed).to(compute.device)
+    model = build_model(similar_built_in(run.model), run.run.seed).to(compute.device)
     model.recomputes_blocks = compute.recomputes
     optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))
     give_up_s = time.monotonic() + limit_s / 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.gossip.fragments import advertised_round, advertised_version
 from swarmtrain.protocol.gossip.partners import Candidate, PublicationVersion
 from swarmtrain.protocol.membership.membership import PeerInfo
@@ -37,9 +38,23 @@ class AdvertisedFragments:
             advertised = PublicationVersion(info.round, info.part, info.part_tokens)
             number, num_parts = self._num_fragments, self._num_parts
             version = advertised_version(fragment, number, advertised, num_parts)
+            if not self._may_have_trained(info, fragment, version.round):
+                version = PublicationVersion(version.round, 0, 0)
             candidate = Candidate(peer=info.peer, round=version.round, part=version.part, tokens=version.tokens)
             found = known[1][fragment] = advertised_round(fragment, number, advertised, num_parts), candidate
         return found
+
+    def _may_have_trained(self, info: PeerInfo, fragment: int, round: int) -> bool:
+        """Return whether a peer has trained a fragment, a group of an adapter, in the fragment's round of that number.
+
+        That began in the peer's round before, with the fragment's merge.
+        """
+        if not info.adapter_groups:
+            return True
+        of_peer = range(max(0, round - 1), min(round, info.round) + 1)
+        return any(
+            fragment in trained_groups(info.peer, each, self._num_fragments, info.adapter_groups) for each in of_peer
+        )
 
 
 def beyond(candidate: Candidate, known: PublicationVersion) -> Candidate:

@@ -54,7 +54,7 @@ class FragmentRounds:
     """Progress of each fragment's round.
 
     The trainer calls `begin` at each round's start and `merged` at each fragment's merge; the last of these ends the
-    round.
+    round. Tokens and inner steps of a round in which a fragment is not trained do not count for it.
     """
 
     number: int
@@ -64,6 +64,8 @@ class FragmentRounds:
     """Tokens and inner steps between each fragment's last merge and this round's start."""
     _merged: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Part, tokens and inner steps of this round at each fragment's merge, if it was merged in this round."""
+    _trained: frozenset[int] | None = None
+    """Fragments that are trained in this round; None: all."""
 
     def __post_init__(self) -> None:
         self.restart()
@@ -72,9 +74,13 @@ class FragmentRounds:
         """Start anew, because the weights now come from other peers or a checkpoint: nothing was trained since."""
         self._before, self._merged = [(0, 0)] * self.number, {}
 
-    def begin(self, round: int, num_parts: int) -> None:
-        """Begin a round of `num_parts` parts."""
-        self._round, self._num_parts, self._merged = round, num_parts, {}
+    def begin(self, round: int, num_parts: int, trained: frozenset[int] | None = None) -> None:
+        """Begin a round of `num_parts` parts, in which the fragments `trained` are trained; None: all."""
+        self._round, self._num_parts, self._merged, self._trained = round, num_parts, {}, trained
+
+    def _counted(self, fragment: int, tokens: int, inner_steps: int) -> tuple[int, int]:
+        """Return what counts for a fragment of the tokens and inner steps of this round."""
+        return (tokens, inner_steps) if self._trained is None or fragment in self._trained else (0, 0)
 
     def at(self, part: int, tokens: int, inner_steps: int) -> tuple[FragmentRound, ...]:
         """Return the position of each fragment's round at publication `part` of this round."""
@@ -82,6 +88,7 @@ class FragmentRounds:
 
     def of(self, fragment: int, part: int, tokens: int, inner_steps: int) -> FragmentRound:
         """Return the position of one fragment's round at publication `part` of this round."""
+        tokens, inner_steps = self._counted(fragment, tokens, inner_steps)
         if fragment in self._merged:
             then, its_tokens, its_steps = self._merged[fragment]
             return FragmentRound(self._round + 1, part - then, tokens - its_tokens, inner_steps - its_steps)
@@ -93,10 +100,11 @@ class FragmentRounds:
 
     def merged(self, fragment: int, part: int, tokens: int, inner_steps: int) -> None:
         """Record a fragment's merge at publication `part` of this round. Fragments are merged in order."""
-        self._merged[fragment] = part, tokens, inner_steps
+        self._merged[fragment] = part, *self._counted(fragment, tokens, inner_steps)
         if fragment == self.number - 1:
             for each, (_, its_tokens, its_steps) in self._merged.items():
-                self._before[each] = tokens - its_tokens, inner_steps - its_steps
+                all_tokens, all_steps = self._counted(each, tokens, inner_steps)
+                self._before[each] = all_tokens - its_tokens, all_steps - its_steps
 
     def of_round(self, fragment: int, round: int, tokens: int) -> int:
         """Return how many of a publication's tokens were trained in the present round.

@@ -66,6 +66,11 @@ class LearningFragment:
         """Set the newest pseudo-gradient (Q,) of the fragment's round so far."""
         self.newest = Published(version, gradient, self.sizes[format].gradient, format)
 
+    def drop_before(self, round: int) -> None:
+        """Publish no pseudo-gradient of a round before this one any more."""
+        if self.newest is not None and self.newest.version.round < round:
+            self.newest = None
+
     def newer(self, group: GroupName, known: PublicationVersion | None) -> Published | None:
         """Return the newest publication of a tensor group; None if the reader has it."""
         found = self.weights if group in self.codec.averaged else self.newest

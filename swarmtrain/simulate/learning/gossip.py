@@ -29,6 +29,7 @@ from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness, apart
 from swarmtrain.peer.merging.updates import Gathered, LocalUpdate
 from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.adapter_groups import groups_of_names
 from swarmtrain.protocol.gossip.engine import GossipEngine, GossipSettings
 from swarmtrain.protocol.gossip.fragments import publishes_every
 from swarmtrain.protocol.gossip.merge_plans import MergePlan, MergePlanner, TrainersRound
@@ -338,7 +339,9 @@ class LearningPeer:
         self.start, self.done, self.run_tokens = start, 0, run_tokens
         if start.shard is not None:
             self.learner.loop.batches.use_shard(start.shard)
-        self.trainer.begin(start.num_parts)
+        trained = self.world.setting.groups_of_round(self.number, self.round, len(self.fragments))
+        self.trainer.begin(start.num_parts, trained)
+        self.learner.train_only(trained)
         for fragment in self.fragments:
             if fragment.weights is None or fragment is self.fragments[-1]:
                 self.begins(fragment, self.round)
@@ -363,6 +366,7 @@ class LearningPeer:
             inner_steps=max(1, round(self.start.inner_steps * self.step_share)),
             inner_steps_done=math.floor(self.done * self.step_share + 1e-9),
             steps_per_s=self.steps_per_s,
+            adapter_groups=next(iter(self.world.setting.adapter_groups[self.number :]), 0),
         )
         self.world.num_told += 1
 
@@ -379,8 +383,15 @@ class LearningPeer:
         self.done = moment
         self.own = self.trainer.contribution(self.start.part_after(moment), moment, moment * step_tokens)
         for fragment, of in zip(self.fragments, self.own.fragment_rounds, strict=True):
+            is_trained = self.own.has_trained(fragment.number)
+            if not is_trained:
+                fragment.robustness.not_trained()
+            if not of.tokens:
+                fragment.drop_before(of.round - 1)
+                continue
             gradient = self.own.gradient_of(fragment.number)
-            fragment.robustness.learn(gradient, of.tokens)
+            if is_trained:
+                fragment.robustness.learn(gradient, of.tokens)
             fragment.set_newest(PublicationVersion(of.round, of.part, of.tokens), gradient, self.start.gradient_format)
         self.tells(self.own.part, self.own.tokens)
 
@@ -535,7 +546,8 @@ class LearningWorld:
         self.layout = layout_of_specs(self.specs)
         if not self.setting.corrected:
             self.layout = replace(self.layout, corrected=(False,) * len(self.specs))
-        self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments)
+        groups = groups_of_names(spec.name for spec in self.specs)
+        self.fragments = fragments_of(self.layout, self.setting.run.merge.num_fragments, groups)
         num_fragments = len(self.fragments)
         sizes = [self.codec(fragment).sizes(1 / num_fragments) for fragment in range(num_fragments)]
         self.gossip = GossipSettings.of(self.setting.run.merge, rules_of(self.codec(0).groups), sizes)

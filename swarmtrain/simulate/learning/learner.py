@@ -11,6 +11,7 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.data.batches import BatchSource, held_out_batches
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.model.base import base_files
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import tensor_specs
@@ -29,16 +30,18 @@ class Text:
     run: RunFile
     data: TrainingData
     held_out: bytes
-    base: Path = Path()
     num_parts: int = 1
     """Equal parts of the corpus. Each volunteer learns from one, volunteer 0 from the first."""
+    model_folder: Path | None = None
+    """Folder of the files of the run's model; None if it is built in."""
 
     @classmethod
     def of(cls, run: RunFile, base: Path, num_parts: int = 1) -> Text:
         """Prepare the text of a run; `base` is the folder that the run file's paths are relative to."""
         published = publishable_data(run, base)
         held_out = published.held_out.text
-        return cls(run, training_data(run, base, held_out, published.tokenizer_bytes, None), held_out, base, num_parts)
+        data = training_data(run, base, held_out, published.tokenizer_bytes, None)
+        return cls(run, data, held_out, num_parts, None if run.model.is_built_in else base_files(run, base))
 
     def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
@@ -48,14 +51,12 @@ class Text:
         """Return the batches of volunteer `number`."""
         # By the seed, not by the run file's hash: all methods of a comparison draw the same batches.
         place = PeerPlace(run_sha256=f"cold start, seed {self.run.run.seed}", peer_id=f"volunteer {number}")
-        part, whole = self.share_of(number), self.data.tokens
-        begin, end = (len(whole) * each // self.num_parts for each in (part, part + 1))
-        return training_batches(self.run, self.data._replace(tokens=whole[begin:end]), place, self.base, self.held_out)
+        return training_batches(self.run, self.data.part(self.share_of(number), self.num_parts), place)
 
     def held_out_loss(self, theta: Tensor) -> float:
         """Return the held-out loss of weights (P,), in nats per byte."""
-        model = build_run_model(self.run, None)
-        unflatten_into(theta, model.parameters())
+        model = build_run_model(self.run, self.model_folder)
+        unflatten_into(theta, model.trained_tensors())
         tokens = self.data.tokenizer.encode(self.held_out)
         sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
         return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
@@ -70,12 +71,20 @@ class Learner:
 
     def __init__(self, text: Text, number: int, seed: int | None = None, warm: Tensor | None = None) -> None:
         self.text, self.number = text, number
-        model = build_run_model(text.run, None, seed)
+        model = build_run_model(text.run, text.model_folder, seed)
         if warm is not None:
-            unflatten_into(warm, model.parameters())
+            unflatten_into(warm, model.trained_tensors())
         self.loop = ModelLoop(text.run, model, text.batches(number))
         self.replica = Replica(text.run.merge, self.loop.parameters)
         self.losses: list[float] = []
+        self.trained: frozenset[int] | None = None
+        """Groups of an adapter that are trained in this round; None: everything."""
+
+    def train_only(self, groups: frozenset[int] | None) -> None:
+        """Train only these groups of an adapter from now on; None: everything, as before."""
+        self.trained = groups
+        if groups is not None:
+            self.loop.parameters.train_only(groups)
 
     def enter(self, theta: Tensor) -> None:
         """Begin a round with these weights (P,)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from swarmtrain.algorithm import pacing
 from swarmtrain.algorithm.outer import OuterConstants, momentum_at
 from swarmtrain.network.links.impairments import Lateness
+from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.pace import Pace
@@ -66,6 +67,8 @@ class Setting:
     """Weights (P,) that all volunteers begin with, in place of random ones."""
     corrected: bool = True
     """True to average weights with the variance correction."""
+    adapter_groups: tuple[int, ...] = ()
+    """Groups of an adapter that each volunteer trains in a round, by number; empty: all of them train everything."""
     curve_points: int = 0
 
     @property
@@ -103,6 +106,12 @@ class Setting:
     def link_of(self, name: str) -> tuple[float, float]:
         """Return (up, down): the bytes per second of a volunteer's or a server's link."""
         return self.own_links.get(name, (self.up_bytes_per_s, self.down_bytes_per_s))
+
+    def groups_of_round(self, number: int, round: int, num_groups: int) -> frozenset[int] | None:
+        """Return which of an adapter's groups volunteer `number` trains in a round; None: everything."""
+        if not self.adapter_groups:
+            return None
+        return trained_groups(f"p{number}", round, num_groups, self.adapter_groups[number])
 
     def learner(self, number: int) -> Learner:
         """Return a new volunteer."""

@@ -6,8 +6,11 @@ import random
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step, weighted_mean
+from swarmtrain.algorithm.fragments import fragments_of, mean_by_fragment
+from swarmtrain.algorithm.gossip import layout_of
+from swarmtrain.algorithm.outer import OuterConstants, OuterState, kept_where, outer_step, weighted_mean
 from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 
@@ -57,11 +60,17 @@ def diloco_round(
     `num_peers` were present when the round began, and the run had `run_tokens`. For the schedule each assumes that all
     others train as much as itself.
     """
-    gradients = []
+    gradients, weights = list[Tensor](), [steps for _, steps in trained]
     for learner, steps in trained:
         round_tokens = num_peers * steps * learner.text.run.tokens_per_step
         gradients.append(state.theta - learner.train(state.theta, steps, run_tokens, round_tokens))
-    return outer_step(state, weighted_mean(gradients, [steps for _, steps in trained]), constants)
+    parameters = trained[0][0].loop.parameters
+    if parameters.groups is None:
+        return outer_step(state, weighted_mean(gradients, weights), constants)
+    fragments, num = fragments_of(layout_of(parameters.shapes), 1, parameters.groups), max(parameters.groups) + 1
+    have = [range(num) if learner.trained is None else sorted(learner.trained) for learner, _ in trained]
+    mean, untrained = mean_by_fragment(fragments, gradients, weights, have)
+    return kept_where(outer_step(state, mean, constants), state, untrained)
 
 
 def diloco(setting: Setting) -> RunOutcome:
@@ -76,6 +85,7 @@ def diloco(setting: Setting) -> RunOutcome:
     state, recorder, rng = OuterState(theta, torch.zeros_like(theta)), Recorder(setting), random.Random(_wire(setting))
     size_bytes, now_s, tokens, round, sent_bytes = _BYTES * theta.numel(), 0.0, 0, 0, 0
     num_steps, worked_s, num_lost = 0, 0.0, 0
+    num_groups = 1 + max(everyone[0].loop.parameters.groups or [0])
     while tokens < setting.total_tokens:
         all_of_them = [n for n in range(setting.num_peers) if not setting.is_away(n, now_s)]
         here = [n for n in all_of_them if not setting.is_hanging(n, now_s)] or all_of_them
@@ -89,6 +99,8 @@ def diloco(setting: Setting) -> RunOutcome:
             continue
         for number in trained if round else ():
             everyone[number].comes_late()
+        for number in trained:
+            everyone[number].train_only(setting.groups_of_round(number, round, num_groups))
         took_part = [(everyone[n], steps[n]) for n in trained]
         state = diloco_round(state, took_part, len(here), tokens, setting.constants(round))
         a_round = sum(steps[n] for n in trained)

@@ -62,6 +62,8 @@ def draw_gossip(rng: random.Random) -> FaultSchedule:
     seed = rng.randrange(2**16)
     if rng.random() < 0.5:
         options.append(("fragments", float(rng.randrange(2, 5))))
+        if rng.random() < 0.4:
+            options.append(("adapter_groups", 1.0))
     return FaultSchedule(
         world="gossip",
         speeds=speeds,
@@ -278,6 +280,7 @@ class SearchedSwarm(HostedSwarm):
             num_shards=3,
             num_parts=8 if schedule.option("fragments", 1) > 1 else 4,
             num_fragments=int(schedule.option("fragments", 1)),
+            adapter_groups=int(schedule.option("adapter_groups", 0)),
         )
         super().__init__(lambda name: name in hidden, settings, seed=schedule.seed)
         self.clock.most_events = 200_000

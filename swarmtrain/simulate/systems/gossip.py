@@ -408,6 +408,7 @@ class GossipPeer:
         info = self._describe(PeerInfo(
             peer=self.name, stamp=at_s, training=True, round=self.round, part=part, part_tokens=tokens,
             inner_steps=self._now.steps, inner_steps_done=done, steps_per_s=self.steps_per_s, addresses=(self.name,),
+            adapter_groups=s.adapter_groups,
         ))  # fmt: skip
         ends_s = round_ends_s(at_s, info.inner_steps, info.inner_steps_done, info.steps_per_s)
         self.swarm.board[self.name] = AdvertisedRecord(info, at_s + s.presence_ttl_s, ends_s)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.gossip.fragments import FragmentRounds, merged_step, published
 from swarmtrain.protocol.gossip.messages import ReceivedPublication
 from swarmtrain.protocol.gossip.partners import PublicationVersion
@@ -113,14 +114,19 @@ class GossipModel:
         A fragment whose round begins publishes its weights.
         """
         self.schedule, last = schedule, len(self.fragments) - 1
-        self._rounds.begin(round, self._settings.num_parts)
+        s = self._settings
+        trained = trained_groups(self._name, round, s.num_fragments, s.adapter_groups) if s.adapter_groups else None
+        self._rounds.begin(round, s.num_parts, trained)
         for number, fragment in enumerate(self.fragments):
             fragment.told_steps = 0
             if all_begin or number == last:
                 self.publish_weights(number, round)
 
     def merge(self, number: int, pulled: Sequence[ReceivedPublication[SimulatedPublication, Value]]) -> None:
-        """Merge a fragment: mean of the weights, token-weighted mean of the pseudo-gradients, one Nesterov step."""
+        """Merge a fragment: mean of the weights, token-weighted mean of the pseudo-gradients, one Nesterov step.
+
+        A fragment that nobody trained stays.
+        """
         s, schedule, fragment = self._settings, self.schedule, self.fragments[number]
         steps = schedule.merge_after[number]
         part = schedule.parts[schedule.steps.index(steps)]
@@ -138,10 +144,11 @@ class GossipModel:
                 self.entered.append(Entered(self._name, one.peer, number, one.version.round, until - new_tokens, until))
         if s.keeps_past:
             self.came.append(Entered(self._name, self._name, number, own.round, 0, own.tokens))
-        mean = weight / tokens
-        fragment.momentum = s.outer_momentum * fragment.momentum + mean
-        step = s.outer_learning_rate * (mean + s.outer_momentum * fragment.momentum)
-        fragment.theta = sum(thetas) / len(thetas) - step
+        if tokens:
+            mean = weight / tokens
+            fragment.momentum = s.outer_momentum * fragment.momentum + mean
+            step = s.outer_learning_rate * (mean + s.outer_momentum * fragment.momentum)
+            fragment.theta = sum(thetas) / len(thetas) - step
         self._rounds.merged(number, part, steps * s.tokens_per_step, steps)
 
     # ------------------------------------------------------------------ publications
@@ -167,6 +174,8 @@ class GossipModel:
             done, part = passed
             of = self._rounds.of(number, part, done * self._settings.tokens_per_step, done)
             version = PublicationVersion(of.round, of.part, of.tokens)
+            if not of.tokens and newest is not None and newest.version.round < of.round - 1:
+                fragment.published, newest = [], None
             if of.tokens and (newest is None or newest.version != version):
                 rows = () if coverage is None else tuple(coverage.rows_to_send())
                 gradient = self._gradient(fragment, of.inner_steps)

@@ -42,6 +42,8 @@ class SimulatedGossipSettings:
     tokens_per_step: int = 100
     num_parts: int = 4
     num_fragments: int = 1
+    adapter_groups: int = 0
+    """Number of fragments, as groups of an adapter, that a volunteer trains in a round; 0: all."""
     wanted: WantedPartners = field(default_factory=lambda: WantedPartners(gradients=3, weights=3))
     variant: str = "uniform"
     pacing: bool = True

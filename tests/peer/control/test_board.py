@@ -433,8 +433,23 @@ def test_a_name_of_two_comes_with_whose_it_is(board: StatusBoard) -> None:
     assert isinstance(told[0], WarningEvent) and told[0].message == f"ben ({carl}) lies, and {dora}"
 
 
+def test_losses_by_source_are_the_last_that_were_measured(board: StatusBoard) -> None:
+    def told() -> list[tuple[str, float]]:
+        return [(each.name, each.held_out_loss) for each in board.status().source_losses]
+
+    of_sources = {"sources": ("code", "prose"), "source_losses": (2.5, 1.5)}
+    board.take(EvalEvent(round=3, held_out_loss=2.0, **of_sources))
+    board.take(EvalEvent(round=5, held_out_loss=1.5, **of_sources | {"source_losses": (2.0, 1.0)}))
+    assert told() == [("code", 2.0), ("prose", 1.0)]
+    board.take(DoneEvent(held_out_loss=None, tokens=5, run_tokens=10, wall_s=3.0, reason="asked"))
+    assert told() == [("code", 2.0), ("prose", 1.0)], "it measured none at its end"
+    board.take(DoneEvent(held_out_loss=1.0, tokens=5, run_tokens=10, wall_s=3.0, reason="total_tokens", **of_sources))
+    assert told() == [("code", 2.5), ("prose", 1.5)]
+
+
 def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard) -> None:
     before = pb.PeerStatus(run_sha256=SHA, own_tokens=77, held_out_loss=1.5)
+    before.source_losses.add(name="code", held_out_loss=1.5)
     before.losses.add(round=0, run_tokens=10, loss=4.0)
     before.peers.add(peer=BEN, name="ben")
     board.remember(before)
@@ -443,6 +458,7 @@ def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard
     status = board.status()
     assert [point.round for point in status.losses] == [0, 1]
     assert (status.own_tokens, status.held_out_loss, board.name_of(BEN)) == (77, 1.5, "ben")
+    assert [each.name for each in status.source_losses] == ["code"]
 
 
 def test_another_run_begins_a_new_curve(board: StatusBoard) -> None:

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families as plain_tex
 from swarmtrain.errors import UserError
 from swarmtrain.events import (
     DeviceEvent,
+    EvalEvent,
     FetchedEvent,
     JoinedEvent,
     RefusedEvent,
@@ -207,6 +208,14 @@ def test_what_is_expected_follows_who_is_there(peer: Peer) -> None:
     assert found["swarmtrain_estimated_memory_bytes"] == expected.memory_bytes
     assert found["swarmtrain_estimated_round_sent_bytes"] == expected.bytes_sent_per_round > 0
     assert estimate(RUN, 1_000_000, 1).memory_bytes < expected.memory_bytes
+
+
+def test_the_loss_on_each_source_has_its_name_as_a_label(peer: Peer) -> None:
+    peer.train()
+    assert not [name for name in scraped(peer.where) if "source" in name]
+    peer.board.take(EvalEvent(round=3, held_out_loss=2.0, sources=("code", "prose"), source_losses=(2.5, 1.5)))
+    found = {name: value for name, value in scraped(peer.where).items() if "source" in name}
+    assert found == {"swarmtrain_source_held_out_loss:code": 2.5, "swarmtrain_source_held_out_loss:prose": 1.5}
 
 
 def test_what_is_not_known_yet_is_left_out(peer: Peer) -> None:

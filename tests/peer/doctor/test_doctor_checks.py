@@ -244,9 +244,27 @@ def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_problem(check_data(outside, tmp_path), "outside the folder given with --data", "")
     monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
     hub = a_run("[data]\nsource = 'datasets'\ndataset = 'x/y'\n")
-    a_problem(check_data(hub, None), "the package datasets", "pip install 'datasets>=3.0'")
+    a_problem(check_data(hub, None), "the package datasets", "pip install 'datasets>=3.1'")
     bpe = a_run("[model]\ntokenizer = 'bpe'\nvocabulary_size = 1000\n")
     a_problem(check_data(bpe, None), "the package tokenizers", "pip install 'tokenizers>=0.20'")
+
+
+def test_each_of_several_sources_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = "name = 'own'\nsource = 'text'\npaths = ['texts/*.gz']\n"
+    run = a_run(f"[[data.sources]]\nname = 'code'\n[[data.sources]]\n{texts}")
+    a_problem(
+        check_data(run, None), "trains on your own text files, texts/*.gz", "give their folder with --data FOLDER"
+    )
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.gz").write_bytes(b"12345")
+    found = check_data(run, tmp_path)
+    assert found.level == "ok", "a few compressed bytes may be much text"
+    assert found.found.startswith("code python-stdlib: ") and found.found.endswith("; own text: 1 file, 5 B compressed")
+    monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
+    zst = a_run("[data]\nsource = 'text'\npaths = ['*.txt.zst']\n")
+    a_problem(check_data(zst, tmp_path), "the package zstandard", "pip install 'zstandard>=0.19'")
+    parquet = a_run(f"[[data.sources]]\n{texts.replace('text', 'parquet', 1)}")
+    a_problem(check_data(parquet, tmp_path), "the package pyarrow", "pip install 'pyarrow>=")
 
 
 def test_a_slow_machine() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grouped import grouped_model
 from patience import PATIENCE_S
 from replies import Replies
 from sessions import train_round
@@ -40,6 +41,7 @@ from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
 from swarmtrain.peer.merging.gossip_exchange import GossipExchange, hosting_of
 from swarmtrain.peer.merging.gossip_runner import Engine
 from swarmtrain.peer.merging.robustness import Robustness
+from swarmtrain.peer.merging.updates import Gathered
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.session import RoundReport, Session, Worker
 from swarmtrain.protocol.archive.schedule import adds_to_archive
@@ -96,7 +98,7 @@ class Peer:
         model = build_model(run.model, initial_seed(run, self.id))
         me = PeerInfo(peer=self.id, training=True, addresses=("/ip4/192.0.2.1/tcp/1",))
         published = PublishedRun(b"", "ab" * 32, run, b"", b"")
-        specs = tensor_specs(model.named_parameters())
+        specs = tensor_specs(model.trained_parameters())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("swarmtrain.network.swarm.PeerCalls", lambda *given, **more: _Calls(world, self))
             self.swarm = Swarm(self.node, published, specs, average_bytes_untrusted, self.events.append, me)
@@ -284,6 +286,41 @@ def test_peers_learn_from_each_other_and_stay_close(worlds: list[World]) -> None
     first, *others = world.everyone()
     apart = max(float((other.theta - first.theta).norm() / first.theta.norm()) for other in others)
     assert 0 < apart < 0.2
+
+
+def test_groups_of_an_adapter_that_are_not_trained_are_not_published_and_stay(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "build_model", grouped_model)
+    (peer,) = world_of(worlds, 1).everyone()
+    peer.session.groups_of_round = lambda round: frozenset([min(round, 1)])
+    before, published = [state.theta for state in peer.trainer.states], list[list[int | None]]()
+    for _ in range(3):
+        peer.round()
+        newest = [peer.exchange.publishers["gradient", group].newest for group in range(4)]
+        published.append([None if one is None else one.round for one in newest])
+    assert published == [[1, None, None, None], [1, 2, None, None], [None, 3, None, None]]
+    assert all(peer.exchange.publishers["weights", group].newest is not None for group in range(4))
+    stays = [torch.equal(theta, state.theta) for theta, state in zip(before, peer.trainer.states, strict=True)]
+    assert stays == [False, False, True, True]
+
+
+def test_who_trains_one_group_takes_the_others_from_those_who_train_them(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "build_model", grouped_model)
+    full, weak = world_of(worlds, 2).everyone()
+    weak.session.groups_of_round = lambda round: frozenset([0])
+    full.round()
+    report = weak.round(partners=1)
+    assert report is not None and not refused(weak)
+    assert [merged.prepared.tokens > 0 for merged in report.arrived if isinstance(merged, Gathered)] == [True] * 4
+    assert [of.tokens > 0 for of in report.contribution.fragment_rounds] == [True, False, False, False]
+    theirs, start = full.theta, build_model(weak.world.run.model, initial_seed(weak.world.run, weak.id))
+    fragments = weak.trainer.fragments
+    for fragment in fragments[1:]:
+        way, its = (fragment.of(theta - flatten(start.trained_tensors())) for theta in (weak.theta, theirs))
+        assert torch.nn.functional.cosine_similarity(way, its, dim=0) > 0.8, "but for int2, the same step"
 
 
 def test_a_large_model_is_merged_from_bytes_a_fragment_at_a_time(

@@ -91,11 +91,12 @@ def assignment(
         control=SimpleNamespace(starting=lambda what: None),
         slowed_work=slowed_work,
     )
-    data: Any = SimpleNamespace(tokens=TEXT, corpus=SimpleNamespace(digest="c0" * 32))
+    text: Any = SimpleNamespace(tokens=TEXT)
+    data: Any = SimpleNamespace(sources=(text,), digest="c0" * 32)
     swarm: Any = SimpleNamespace(membership=SimpleNamespace(live=list))
     nothing: Any = None
     stages, rule, end = StageReplicas(context.me, (0.5, 0.5)), Rule(costs=(0.5, 0.5)), FirstStageWatch(10**6)
-    first = FirstStage(context, data, folder, swarm, stages, nothing)
+    first = FirstStage(context, data, swarm, stages, nothing)
     first.drive = lambda queue: None  # type: ignore[method-assign]
     shapes = stage_shapes(RUN.model, (1,))
     pipeline = PipelineContext(volunteer=context, shapes=shapes, rule=rule, swarm=swarm, stages=stages, mover=nothing)
@@ -117,7 +118,8 @@ def test_it_draws_data_from_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     one.enter(0)
     held: Any = stages.all[0]
     assert held.trainer.batches.position == drawn
-    assert RUN.num_shards(len(TEXT)) > 0 and held.swarm.coverage.shards.num_shards == RUN.num_shards(len(TEXT))
+    (num_shards,) = RUN.num_shards(len(TEXT))
+    assert num_shards > 0 and held.swarm.coverage.shards.num_shards == num_shards
     one.enter(1)
     assert stages.all[1].swarm.coverage is None, "only the first stage draws data"
     held.manager.checkpointer.durable = Progress(round=4)

@@ -284,6 +284,7 @@ def test_what_is_chosen_at_the_start_is_told_measured_and_limits_how_many_stages
     context: Any = SimpleNamespace(
         run=run,
         published=SimpleNamespace(held_out=b"", tokenizer=b""),
+        model_folder=None,
         settings=settings,
         control=SimpleNamespace(starting=lambda what: None),
         limits=SimpleNamespace(between_steps=lambda: None, trains_on=devices.extend, card_share=0.5),

@@ -375,6 +375,25 @@ def test_it_publishes_merges_and_ends_rounds_after_the_steps_that_are_due() -> N
     assert one.session.next_step() is None and one.session.reason == "total_tokens", "asked again it says the same"
 
 
+def test_steps_train_the_groups_of_their_round_and_the_others_are_not_published_with_tokens() -> None:
+    tensors = {f"group{number % 2}/{name}": tensor for number, (name, tensor) in enumerate(four_tensors().items())}
+    one, seen = Lived(Fragments(4), tensors=dict(sorted(tensors.items()))), list[list[str]]()
+    one.session.groups_of_round = lambda round: frozenset([(round + 1) % 2])
+    for _ in range(8):
+        assert one.session.next_step() is not None
+        seen.append([name for name, tensor in one.tensors.items() if tensor.requires_grad])
+        with torch.no_grad():
+            one.step()
+    first, second = [name for name in tensors if "group1" in name], [name for name in tensors if "group0" in name]
+    assert seen == 4 * [first] + 4 * [second]
+    counted = [[(of.round, of.tokens // STEP) for of in each.fragment_rounds] for each in one.exchange.published]
+    assert counted == [
+        *([(0, 0), (0, 1)], [(0, 0), (0, 2)], [(1, 0), (0, 3)], [(1, 0), (0, 4)]),
+        *([(1, 1), (1, 0)], [(1, 2), (1, 0)], [(2, 1), (1, 0)], [(2, 2), (1, 0)]),
+    ]
+    assert [each.trained for each in one.exchange.published] == 4 * [frozenset([1])] + 4 * [frozenset([0])]
+
+
 def test_its_merges_are_plain_outer_steps_of_each_fragment_to_the_bit() -> None:
     one = Lived(Fragments(4))
     one.train()

@@ -96,6 +96,32 @@ def test_what_another_has_taken_of_this_round() -> None:
     assert [each.tokens for each in rounds.at(1, 20, 2)] == [20, 20]
 
 
+@pytest.mark.parametrize("number", [2, 3, 4, 8])
+def test_only_rounds_in_which_a_fragment_is_trained_count_for_it(number: int) -> None:
+    rng, rounds, counted = random.Random(number), FragmentRounds(number), [0] * number
+    trained_steps, published = [0] * number, [dict[int, int]() for _ in range(number)]
+    for round in range(30):
+        start = Start(inner_steps=rng.choice([8, 16, 40]), num_peers=1, num_parts=16, num_fragments=number)
+        trained = frozenset(rng.sample(range(number), rng.randrange(number)))
+        rounds.begin(round, 16, trained)
+        done = 0
+        for moment in start.publish_after:
+            for fragment in trained:
+                trained_steps[fragment] += moment - done
+            done = moment
+            for fragment, each in enumerate(rounds.at(start.part_after(moment), moment * TOKENS, moment)):
+                assert each.tokens == each.inner_steps * TOKENS
+                before = published[fragment].get(each.round, 0)
+                assert each.tokens >= before, "a count that turned back would be a lie"
+                assert fragment in trained or each.tokens == before or round == 0
+                published[fragment][each.round] = each.tokens
+                counted[fragment] += each.tokens - before
+            for fragment, merged_after in enumerate(start.merge_after):
+                if merged_after == moment:
+                    rounds.merged(fragment, start.part_after(moment), moment * TOKENS, moment)
+        assert counted == [TOKENS * steps for steps in trained_steps], "each step that trained it counts once"
+
+
 @pytest.mark.parametrize("inner_steps", [16, 25, 40])
 @pytest.mark.parametrize(("most", "every"), [(8, 1), (16, 2), (32, 4), (32, 1), (64, 1)])
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8])

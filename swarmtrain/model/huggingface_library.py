@@ -1,0 +1,233 @@
+"""The library `transformers`, as far as whole models need it: configurations, models without weights, checkpoints.
+
+It is imported when it is needed, writes nothing to the terminal, contacts no hub and runs no code but its own: what it
+reads is a configuration that was checked (`huggingface_config.whole_config`) and files of safetensors, which are shown
+to it in a folder that holds nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarmtrain.errors import UserError
+from swarmtrain.extras import install_in_words
+from swarmtrain.model.huggingface import tensor_files
+from swarmtrain.words import one_line
+
+__all__ = [
+    "cache_argument",
+    "empty_library_model",
+    "library_config",
+    "load_library_model",
+    "parameters_of",
+    "random_library_model",
+    "shape_keys",
+]
+
+
+def _library() -> Any:
+    """Import the library and silence it. Raises UserError without the extra `hf`."""
+    try:
+        library = importlib.import_module("transformers")
+        logging = importlib.import_module("transformers.utils.logging")
+    except ImportError as error:
+        reason = one_line(str(error))[:200]
+        raise UserError(
+            f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})", code="package-missing"
+        ) from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return library
+
+
+def library_config(data: Mapping[str, Any], origin: str) -> Any:
+    """Return the library's configuration of a causal language model, from what `whole_config` returned.
+
+    Every dropout is 0: a gradient must belong to the same numbers as its loss. Raises UserError if the library has no
+    such model, or refuses the configuration.
+    """
+    library, family = _library(), data["model_type"]
+    known = library.CONFIG_MAPPING
+    if family not in known:
+        raise UserError(
+            f"{origin}: model_type: {one_line(family)[:60]} is none that transformers {library.__version__} knows; "
+            "install a newer transformers, or give a model whose code it has",
+            code="model-family",
+        )
+    with _refused_in_words(origin):
+        config = known[family].from_dict(dict(data))
+    if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{origin}: model_type: {one_line(family)} is no causal language model in transformers "
+            f"{library.__version__}; give one that predicts the next token",
+            code="model-family",
+        )
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, type(value)(0))
+    config.use_cache = False
+    return config
+
+
+def shape_keys(config: Any, origin: str) -> dict[str, Any]:
+    """Return the keys of the run file's `[model]` that a configuration gives, and its longest sequence.
+
+    The latter is `context_tokens`; it is left out if the model has no longest one. Raises UserError if one is missing.
+    """
+    text = config.get_text_config()
+    try:
+        width, num_layers, num_heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+        keys = {"vocabulary_size": text.vocab_size, "num_layers": num_layers, "width": width, "num_heads": num_heads}
+    except AttributeError as error:
+        raise UserError(
+            f"{origin}: {one_line(str(error))}; give a transformer with attention, whose blocks are alike",
+            code="model-family",
+        ) from None
+    for key, value in keys.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(
+                f"{origin}: {key} is {one_line(repr(value))[:60]}; give a model whose blocks are alike",
+                code="model-family",
+            )
+    keys["feed_forward_ratio"] = _feed_forward_width(text, width) / width
+    keys["tied_embeddings"] = bool(getattr(config, "tie_word_embeddings", False))
+    most = getattr(text, "max_position_embeddings", None)
+    return keys if not isinstance(most, int) else {**keys, "context_tokens": most}
+
+
+def _feed_forward_width(text: Any, width: int) -> int:
+    """Return the hidden width that one token passes in a block: several experts' if the block has experts."""
+    for name in ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"):
+        hidden = getattr(text, name, None)
+        if isinstance(hidden, int) and hidden > 0:
+            many = getattr(text, "num_experts_per_tok", None)
+            return hidden * many if isinstance(many, int) and many > 0 else hidden
+    return 4 * width
+
+
+def empty_library_model(config: Any, *, on_meta: bool = False) -> Any:
+    """Return the library's model in fp32, whose parameters are whatever is in memory; `on_meta` takes no memory.
+
+    Raises UserError if the library cannot build it.
+    """
+    if on_meta:
+        with torch.device("meta"):
+            return _built(config)
+    with _without_initial_weights():
+        model = _built(config)
+    model.tie_weights()  # it belongs to what was left out
+    return model
+
+
+def random_library_model(config: Any, seed: int) -> Any:
+    """Return the library's model with the weights that the library itself begins with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _built(config)
+
+
+def _built(config: Any) -> Any:
+    library = _library()
+    with _refused_in_words(_origin(config)):
+        model = library.AutoModelForCausalLM.from_config(
+            config, attn_implementation=_attention(config), dtype=torch.float32
+        )
+    return model.eval()
+
+
+def load_library_model(config: Any, folder: Path) -> Any:
+    """Return the library's model in fp32 with the weights in `folder`, which must be the configuration's, one by one.
+
+    Raises UserError, one line, if they are missing, torn, of other shapes, or more than the model has.
+    """
+    library, origin = _library(), one_line(str(folder))
+    names = set(tensor_files(folder).values())
+    with _only_weights(folder, names) as shown, _refused_in_words(origin, "checkpoint-mismatch"):
+        model, told = library.AutoModelForCausalLM.from_pretrained(
+            shown,
+            config=config,
+            attn_implementation=_attention(config),
+            dtype=torch.float32,
+            generation_config=library.GenerationConfig(),  # else it looks for a file
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    for key, what in (
+        ("missing_keys", "has no tensor {}"),
+        ("unexpected_keys", "has a tensor {}, which config.json does not describe"),
+        ("mismatched_keys", "{} has another shape than config.json says"),
+    ):
+        if found := sorted(map(str, told.get(key) or ())):
+            which = what.format(one_line(found[0])[:200])
+            raise UserError(
+                f"{origin}: {which}; give the folder of the checkpoint whose config.json this is",
+                code="checkpoint-mismatch",
+            )
+    return model.eval()
+
+
+@contextmanager
+def _only_weights(folder: Path, names: set[str]) -> Iterator[str]:
+    """Make a folder that shows nothing but the named files, and their index if there is one."""
+    with tempfile.TemporaryDirectory(prefix="swarmtrain-model-") as shown:
+        for name in (*names, "model.safetensors.index.json"):
+            if (folder / name).is_file():
+                (Path(shown) / name).symlink_to((folder / name).resolve())
+        yield shown
+
+
+def _attention(config: Any) -> str:
+    """Return the attention to compute with: torch's own, unless the family has only its plain one."""
+    kind = _library().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+
+
+def _without_initial_weights() -> AbstractContextManager[None]:
+    """Return the library's context in which a model keeps what is in memory: its place changed in version 5."""
+    for name in ("transformers.initialization", "transformers.modeling_utils"):
+        try:
+            found = getattr(importlib.import_module(name), "no_init_weights", None)
+        except ImportError:
+            continue
+        if found is not None:
+            return found()  # type: ignore[no-any-return]
+    raise UserError(f"this transformers cannot be used: {install_in_words('hf')}", code="package-missing")
+
+
+@contextmanager
+def _refused_in_words(origin: str, code: str = "model-refused") -> Iterator[None]:
+    """Turn whatever the library raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is, the configuration or the files caused it
+        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+        raise UserError(
+            f"{origin}: transformers refuses this model: {reason}; give another model, or correct its files", code=code
+        ) from None
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name that this version of the library has for a cache of keys and values."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _origin(config: Any) -> str:
+    return f"the configuration of this {one_line(str(config.model_type))[:60]}"
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Return the number of parameters, each counted once where modules share it."""
+    return sum(parameter.numel() for parameter in model.parameters())

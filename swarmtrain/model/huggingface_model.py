@@ -1,0 +1,255 @@
+"""Whole model of transformers, to be trained as the built-in one is: Llama, Qwen2, Qwen3, GPT-2, and others.
+
+The model is the library's own, so it computes what everybody's does, and its parameters have the library's names.
+Embedding and head stay one matrix where the configuration ties them: it is one parameter, published and merged once.
+Which families can be trained is found by `huggingface_probe.py`.
+
+Shapes: B batch, T time (tokens), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swarmtrain.algorithm.batch import inputs_of, positions_of
+from swarmtrain.errors import UserError
+from swarmtrain.model.gpt import uniform_weight
+from swarmtrain.model.huggingface import initial_weight
+from swarmtrain.model.huggingface_config import HuggingFaceModel, untie, whole_config
+from swarmtrain.model.huggingface_library import (
+    cache_argument,
+    empty_library_model,
+    library_config,
+    load_library_model,
+    parameters_of,
+    shape_keys,
+)
+from swarmtrain.model.huggingface_probe import ModelTraits, place_of, traits_of
+from swarmtrain.model.key_value_cache import KeyValueCache
+from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
+from swarmtrain.run import ModelSection
+from swarmtrain.words import one_line
+
+__all__ = [
+    "HuggingFaceLanguageModel",
+    "build_huggingface_model",
+    "cut_model",
+    "empty_huggingface_model",
+    "resolved_keys",
+]
+
+
+class HuggingFaceLanguageModel(LanguageModel):
+    """Causal language model of transformers. The functions below build it."""
+
+    def __init__(self, spec: ModelSpec, library_model: Any, traits: ModelTraits) -> None:
+        super().__init__(spec)
+        # Not a part of this module, whose parts are its parts: so parameters have the names that the library gives.
+        object.__setattr__(self, "library_model", library_model)
+        object.__setattr__(self, "traits", traits)
+        for name, part in library_model.named_children():
+            self.add_module(name, part)
+        object.__setattr__(self, "_blocks", _blocks_of(library_model))
+        for block in self._blocks:
+            block.forward = _recomputable(block.forward, self)
+        self.eval()
+
+    library_model: Any
+    """The library's model, whose parts this one has."""
+    traits: ModelTraits
+    _blocks: tuple[nn.Module, ...]
+
+    @property
+    def head(self) -> nn.Linear:  # type: ignore[override]
+        """Last layer. The logits are its output only if the model's traits say so."""
+        return cast(nn.Linear, self.library_model.get_output_embeddings())
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:  # type: ignore[override]
+        """Blocks in their order; none if they are not found."""
+        return self._blocks
+
+    def features(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See `LanguageModel`. If something comes after the head, these are the logits (B, T, V)."""
+        check_length(tokens.shape[1], self.context_tokens)
+        told = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        if self.traits.has_plain_head:
+            return cast(Tensor, self.library_model.base_model(**told).last_hidden_state)
+        return cast(Tensor, self.library_model(**told).logits)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See `LanguageModel`."""
+        x = self.features(tokens, positions)
+        return cast(Tensor, self.head(x)) if self.traits.has_plain_head else x
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """See `LanguageModel`."""
+        check_length(cache.num_tokens + tokens.shape[1], self.context_tokens)
+        cache.num_tokens += tokens.shape[1]
+        name = cache_argument(self.library_model)
+        out = self.library_model(input_ids=tokens, use_cache=True, **{name: cache.of_library})
+        cache.of_library = out[name]
+        return cast(Tensor, out.logits[0, -1])
+
+    def loss_of_features(self, x: Tensor, batch: Tensor) -> Tensor:
+        """See `LanguageModel`."""
+        if self.traits.has_plain_head:
+            return super().loss_of_features(x, batch)
+        logits, targets = with_targets(x, batch)
+        reduction = "mean" if targets.numel() else "sum"  # the mean of nothing is not a number
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)
+
+    def sum_of_losses(self, batch: Tensor) -> Tensor:
+        """See `LanguageModel`."""
+        if self.traits.has_plain_head:
+            return super().sum_of_losses(batch)
+        logits, targets = with_targets(self.features(inputs_of(batch), positions_of(batch)).detach(), batch)
+        return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+
+
+def _recomputable(forward: Callable[..., Any], model: LanguageModel) -> Callable[..., Any]:
+    """Return a block's forward that keeps only its input where the model's blocks are computed again."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not (model.recomputes_blocks and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return call
+
+
+def _blocks_of(library_model: Any) -> tuple[nn.Module, ...]:
+    """Return the blocks: the first list of modules that has as many as the configuration says."""
+    number = library_model.config.get_text_config().num_hidden_layers
+    lists = (part for part in library_model.modules() if isinstance(part, nn.ModuleList) and len(part) == number)
+    return tuple(next(lists, ()))
+
+
+# ---------------------------------------------------------------- what its files say
+
+
+def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
+    """Return the keys of `[model]` that the configuration in `folder` gives, and its longest sequence, in tokens, as
+    `context_tokens` if it has one.
+
+    If the model `is_cut` into stages, its head is a matrix of its own. Nothing of the weights is read. Raises
+    UserError, one line, if the model cannot be trained so.
+    """
+    data, origin = whole_config(folder), _origin(folder)
+    if is_cut:
+        data = untie(folder).as_json()
+    keys = shape_keys(library_config(data, origin), origin)
+    if not is_cut:
+        traits_of(data, origin)
+    number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
+    return {**keys, "num_parameters": number}
+
+
+def cut_model(spec: ModelSpec) -> HuggingFaceModel:
+    """Return the model of a run that is cut into stages, which is as the run says it is. Raises UserError."""
+    folder = _folder(spec)
+    _check_keys(spec.section, library_config(whole_config(folder), _origin(folder)), _origin(folder))
+    return untie(folder)
+
+
+def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
+    """Return the library's configuration and the traits of a run's model, which is as the run says it is.
+
+    Raises UserError.
+    """
+    folder = _folder(spec)
+    data, origin = whole_config(folder), _origin(folder)
+    config = library_config(data, origin)
+    _check_keys(spec.section, config, origin)
+    config.tie_word_embeddings = spec.section.tied_embeddings  # of a model that is cut they are not
+    return config, traits_of(data, origin)
+
+
+def _check_keys(section: ModelSection, config: Any, origin: str) -> None:
+    for key, value in shape_keys(config, origin).items():
+        if key not in ("context_tokens", "tied_embeddings") and value != getattr(section, key):
+            raise UserError(
+                f"{origin}: says {key} = {one_line(repr(value))}, but the run {getattr(section, key)!r}; give the "
+                "files that the run was published with",
+                code="checkpoint-mismatch",
+            )
+
+
+def _folder(spec: ModelSpec) -> Path:
+    if spec.files is None:
+        raise UserError(
+            f"this run trains {spec.section.base}, whose files are not here; give their folder with --model-dir",
+            code="model-files-needed",
+        )
+    return spec.files
+
+
+def _origin(folder: Path) -> str:
+    return one_line(str(folder / "config.json"))
+
+
+# ---------------------------------------------------------------- build it
+
+
+def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageModel:
+    """Build a run's model on the processor, fp32: with the weights of its files, or from scratch.
+
+    From scratch the weights are the same bits on every machine, as those of the built-in model are: parameters that the
+    library begins with a constant have that, others uniform numbers of the configuration's deviation. Raises UserError.
+    """
+    config, traits = _checked_config(spec)
+    if not spec.section.from_scratch:
+        library_model = load_library_model(config, _folder(spec))
+        return _counted(HuggingFaceLanguageModel(spec, library_model, traits))
+    model = _counted(HuggingFaceLanguageModel(spec, empty_library_model(config), traits))
+    begins = _beginning_of(model, _folder(spec))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(begins(name, parameter.shape, seed))
+    return model
+
+
+def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:
+    """Build a run's model on the processor, fp32, whose weights are whatever is in memory. Raises UserError."""
+    config, traits = _checked_config(spec)
+    return HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
+
+
+def _counted(model: HuggingFaceLanguageModel) -> HuggingFaceLanguageModel:
+    number, expected = parameters_of(model), model.section.num_parameters
+    if number != expected:
+        raise UserError(
+            f"{_origin(_folder(model.spec))}: gives {number} parameters, but the run says {expected}: it was published "
+            "with another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
+    return model
+
+
+def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[str, torch.Size, int], Tensor]:
+    """Return a function from a parameter's name and shape, and a seed, to its initial value."""
+    constants, config = model.traits.constants, model.library_model.config
+    if constants is None:  # a listed family
+        listed = untie(folder)
+        return lambda name, shape, seed: initial_weight(name, shape, seed, listed)
+    if model.traits.patterns:
+        raise UserError(
+            f"model.from_scratch: {one_line(min(model.traits.patterns))[:100]} of this model begins with numbers that "
+            "may differ between machines; leave model.from_scratch out, or give a model of another family",
+            code="model-refused",
+        )
+    deviation = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
+
+    def begins(name: str, shape: torch.Size, seed: int) -> Tensor:
+        constant = constants.get(place_of(name))
+        return uniform_weight(name, shape, seed, deviation) if constant is None else torch.full(shape, constant)
+
+    return begins

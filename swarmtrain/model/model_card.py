@@ -1,0 +1,159 @@
+"""Write the model card of an exported model, README.md: what it is, who trained it on what, and how to go on with it.
+
+The form is that of Hugging Face's hub: a YAML head that its pages read, then Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import tomli_w
+
+from swarmtrain.run import DataSource, RunFile
+from swarmtrain.words import bits_per_byte, count_in_words, counted, one_line
+
+__all__ = ["ModelCard"]
+
+_MOST_CONTRIBUTORS = 1000
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Facts of a model card."""
+
+    run: RunFile
+    run_sha256: str
+    num_parameters: int
+    run_tokens: int
+    peer_tokens: Mapping[str, int]
+    """Tokens by the PeerID of who trained on them; empty if they were not counted."""
+    held_out_loss: float | None = None
+    """Nats per byte; None if it was not measured."""
+
+    def text(self) -> str:
+        """Return the card."""
+        parts = [self._head(), self._what(), self._use(), self._data(), self._contributors(), self._again()]
+        return "\n".join(part for part in parts if part)
+
+    def _head(self) -> str:
+        lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- swarmtrain"]
+        named = dict.fromkeys(source.dataset for source in self.run.data.mixture if source.source == "datasets")
+        if on_hub := [name for name in named if _ON_THE_HUB.fullmatch(name)]:
+            lines += ["datasets:", *(f"- {json.dumps(name)}" for name in on_hub)]
+        return "\n".join(["---", *lines, "---", ""])
+
+    def _what(self) -> str:
+        run, model = self.run, self.run.model
+        rows = {
+            "parameters": f"{self.num_parameters:,}",
+            "trained on": f"{self.run_tokens:,} tokens of {run.run.total_tokens:,}",
+            "context": f"{model.context_tokens:,} tokens",
+            "tokenizer": f"{model.tokenizer}, {model.vocabulary_size:,} tokens",
+            "merging": run.merge.method,
+            "held-out loss": self._loss(),
+            "run": f"`{self.run_sha256}`",
+        }
+        return "\n".join(
+            [
+                f"# {run.run.name}",
+                "",
+                f"A language model of {count_in_words(self.num_parameters)} parameters, trained by volunteers with "
+                "swarmtrain.",
+                "",
+                "| | |",
+                "|---|---|",
+                *(f"| {name} | {value} |" for name, value in rows.items()),
+                "",
+            ]
+        )
+
+    def _loss(self) -> str:
+        if self.held_out_loss is None:
+            return "not measured yet: `swarmtrain eval` of this folder measures it"
+        nats = self.held_out_loss
+        return f"{nats:.4f} nats a byte ({bits_per_byte(nats):.4f} bits a byte), on `held-out.txt`"
+
+    def _use(self) -> str:
+        return "\n".join(
+            [
+                "## Use",
+                "",
+                "```python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                'model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this folder, or owner/name of the hub',
+                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+                'tokens = tokenizer("def ", return_tensors="pt")',
+                "print(tokenizer.decode(model.generate(**tokens)[0]))",
+                "```",
+                "",
+                "Or `swarmtrain generate FOLDER --prompt 'def '`, and `swarmtrain eval FOLDER` for its loss.",
+                "",
+            ]
+        )
+
+    def _data(self) -> str:
+        run, data = self.run, self.run.data
+        sources = [
+            _source_in_words(source, revision)
+            for source, revision in zip(data.mixture, run.dataset_revisions, strict=True)
+        ]
+        lines = [f"Trained on {sources[0]}. Nobody trained on `held-out.txt`."]
+        if data.sources:
+            rows = zip(data.sources, data.shares, sources, strict=True)
+            lines = [
+                "Nobody trained on `held-out.txt`. Sequences came from these sources:",
+                "",
+                "| source | share | text |",
+                "|---|---|---|",
+                *(f"| {source.name} | {share:.2%} | {words} |" for source, share, words in rows),
+            ]
+        return "\n".join(["## Data", "", *lines, ""])
+
+    def _contributors(self) -> str:
+        if not self.peer_tokens:
+            return ""
+        total = sum(self.peer_tokens.values()) or 1
+        ranked = sorted(self.peer_tokens.items(), key=lambda item: (-item[1], item[0]))
+        shown, others = ranked[:_MOST_CONTRIBUTORS], ranked[_MOST_CONTRIBUTORS:]
+        rows = [f"| `{peer}` | {tokens:,} | {tokens / total:.1%} |" for peer, tokens in shown]
+        if others:
+            tokens = sum(count for _, count in others)
+            rows.append(f"| {counted(len(others), 'other')} | {tokens:,} | {tokens / total:.1%} |")
+        return "\n".join(["## Contributors", "", "| PeerID | tokens | share |", "|---|---|---|", *rows, ""])
+
+    def _again(self) -> str:
+        run, published = self.run, self.run.published
+        version = "" if published is None else f" by swarmtrain {published.swarmtrain}, {published.created}"
+        written = run.model_dump(mode="json", exclude={"published"}, exclude_defaults=True, exclude_none=True)
+        return "\n".join(
+            [
+                "## Train it again",
+                "",
+                f"`run.toml` is the run as it was published{version}. As a person writes it, without the defaults:",
+                "",
+                "```toml",
+                tomli_w.dumps(written).strip(),
+                "```",
+                "",
+                "`swarmtrain bootstrap RUN.toml` publishes such a run anew, and `swarmtrain join` with the line that "
+                "it prints trains it. The initial weights are the same bits; what follows depends on who takes part, "
+                "and when.",
+                "",
+            ]
+        )
+
+
+def _source_in_words(source: DataSource, revision: str) -> str:
+    """Say where the text of a source is from; `revision` is the commit of a data set of the hub, if it was pinned."""
+    match source.source:
+        case "python-stdlib":
+            return "the sources of Python's standard library"
+        case "datasets":
+            return f"`{one_line(source.dataset)}`" + (f", at commit `{revision}`" if revision else "")
+        case _:
+            named = ", ".join(f"`{one_line(path)}`" for path in source.paths)
+            return f"{source.source} files of the volunteers' own: {named}"

@@ -1,0 +1,87 @@
+"""Read and write what an exported model says about itself: the key `swarmtrain` of its config.json.
+
+Other programs leave the key alone. It names the version that wrote the model, the run's tokens, the SHA-256 of each
+file of weights, and, where the model is the built-in one, its shape as in the run file. The first format of exports
+had all this at the top of a config.json that no other program read.
+
+Imports no torch: the last line of a peer's command needs only the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from swarmtrain import __version__
+from swarmtrain.run import ModelSection
+
+__all__ = ["Provenance", "provenance_in", "tokens_of_export"]
+
+_KEY, _FORMAT, _FIRST_FORMAT = "swarmtrain", "swarmtrain-2", "swarmtrain-gpt-1"
+_WHOLE = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What an exported model says about itself."""
+
+    section: ModelSection | None
+    """Shape of the built-in model; None for a model of another library."""
+    run_tokens: int
+    weights_sha256: Mapping[str, str]
+    """SHA-256 (hex) of each file of weights."""
+    is_first_format: bool = False
+
+    def into(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a model's configuration with this provenance, whatever it had."""
+        model = {} if self.section is None else {"model": self.section.model_dump(mode="json")}
+        told = {"format": _FORMAT, "version": __version__, **model, "run_tokens": self.run_tokens}
+        return {**config, _KEY: {**told, "weights_sha256": dict(self.weights_sha256)}}
+
+
+def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
+    """Return the provenance in a configuration; None if swarmtrain did not export the model.
+
+    Raises ValueError, KeyError or TypeError if it is damaged, or of a version that this one does not know.
+    """
+    is_first = config.get("format") == _FIRST_FORMAT
+    told = config if is_first else config.get(_KEY)
+    if told is None:
+        return None
+    if not is_first and told["format"] != _FORMAT:
+        raise ValueError("it was exported by a newer version of swarmtrain")
+    hashes = {_WHOLE: told["weights_sha256"]} if is_first else dict(told["weights_sha256"])
+    if not hashes or not all(_is_plain(name) and isinstance(sha256, str) for name, sha256 in hashes.items()):
+        raise ValueError("weights_sha256 does not name files of this folder")
+    return Provenance(
+        section=_section(told["model"]) if is_first or "model" in told else None,
+        run_tokens=int(told["run_tokens"]),
+        weights_sha256=hashes,
+        is_first_format=is_first,
+    )
+
+
+def _section(model: object) -> ModelSection:
+    try:
+        return ModelSection.model_validate(model)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from None
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
+
+
+def tokens_of_export(folder: Path) -> int:
+    """Return the run's tokens when the model in `folder` was written; 0 if there is none. The peer may count more by
+    now."""
+    try:
+        found = provenance_in(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0
+    return 0 if found is None else found.run_tokens

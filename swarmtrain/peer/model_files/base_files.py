@@ -1,0 +1,66 @@
+"""Files of a run's model as its bootstrap has them: found by the run file, pinned by their hashes, and served."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarmtrain.model.base import base_of, downloaded
+from swarmtrain.model.hub import HubModel
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.model_files.fetcher import FilesPlace, ModelFileFetcher, names_in, pin_folder
+from swarmtrain.peer.model_files.model_folder import ModelFolder
+from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
+from swarmtrain.run import RunFile
+
+__all__ = ["BaseFiles", "kept_model_folder", "pin_base", "served_base"]
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """Files of a run's base, before the run is published."""
+
+    folder: Path
+    """Where this machine has them: the folder that the run file names, or the hub's cache."""
+    pinned: PinnedFiles
+
+
+def pin_base(run: RunFile, folder: Path, place: FilesPlace) -> BaseFiles | None:
+    """Find the files of the base of a resolved run, whose run file is in `folder`, and hash them; None for a built-in
+    model.
+
+    Those of the hub are downloaded. Raises RunFileError.
+    """
+    if run.model.is_built_in:
+        return None
+    base = base_of(run.model, folder)
+    if isinstance(base, HubModel):
+        place.progress.begin("fetching the model's files from the hub")
+        snapshot = downloaded(run.model, base, place.progress.show)
+        source, names = snapshot.folder, snapshot.names
+    else:
+        source, names = base, names_in(base, weights=not run.model.from_scratch)
+    return BaseFiles(source, pin_folder(source, names, place))
+
+
+def served_base(run: RunFile, folder: Path, published: PublishedRun, place: FilesPlace) -> ModelFolder | None:
+    """Return the folder of the pinned files, to be read and served; None for a built-in model.
+
+    `run` is as the person wrote it, in `folder`. Raises RunTimeError if a file is not what was pinned, and is nowhere
+    else on this machine or the hub.
+    """
+    if not published.model_files:
+        return None
+    base = base_of(run.model, folder)
+    given = base if isinstance(base, Path) else None
+    return ModelFileFetcher(published, dataclasses.replace(place, given=given)).fetch(None)
+
+
+def kept_model_folder(published: PublishedRun, settings: PeerSettings) -> Path | None:
+    """Return the folder of the run's model files that a peer of this machine has fetched; None for a built-in model."""
+    if not published.model_files:
+        return None
+    files = PinnedFiles.from_bytes_untrusted(published.model_files)
+    return ModelFolder(settings.cache_folder or settings.directory, files).path
