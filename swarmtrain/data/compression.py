@@ -25,14 +25,14 @@ _ENDINGS = (".gz", ".zst")
 _MOST_GROWTH = 300
 """Most bytes of text that a byte of a compressed file may become. Logs that repeat themselves reach 100."""
 
-_ANY_GROWTH_BYTES = 1 << 26
+_ANY_GROWTH_BYTES = 1 << 24
 """Text that is read whatever the file's size: a small file of one repeated line is no bomb."""
 
 _GZIP_BYTES = 1 << 16
 """Text that gzip gives at once, at most."""
 
-_ZSTANDARD_BYTES = 2048
-"""Bytes of a file given to Zstandard at once. They become at most 64 MiB: a block has four bytes or more, and at most
+_ZSTANDARD_BYTES = 512
+"""Bytes of a file given to Zstandard at once. They become at most 16 MiB: a block has four bytes or more, and at most
 128 KiB of text."""
 
 _WINDOW_BYTES = 1 << 27
