@@ -9,6 +9,7 @@ Shapes: B batch, T time (tokens), D width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -146,11 +147,11 @@ def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
     data, origin = whole_config(folder), _origin(folder)
     if is_cut:
         data = untie(folder).as_json()
-    keys = shape_keys(library_config(data, origin), origin)
+    config = library_config(data, origin)
+    keys = shape_keys(config, origin)
     if not is_cut:
         traits_of(data, origin)
-    number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
-    return {**keys, "num_parameters": number}
+    return {**keys, "num_parameters": parameters_of(empty_library_model(config, on_meta=True))}
 
 
 def cut_model(spec: ModelSpec) -> HuggingFaceModel:
@@ -170,6 +171,14 @@ def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     config = library_config(data, origin)
     _check_keys(spec.section, config, origin)
     config.tie_word_embeddings = spec.section.tied_embeddings  # of a model that is cut they are not
+    # Before anything takes memory: other keys than those of the shape may make a model large.
+    number = parameters_of(empty_library_model(copy.deepcopy(config), on_meta=True))
+    if number != (expected := spec.section.num_parameters):
+        raise UserError(
+            f"{origin}: gives {number} parameters, but the run says {expected}: it was published with another version "
+            "of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
     return config, traits_of(data, origin)
 
 
@@ -208,8 +217,8 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     config, traits = _checked_config(spec)
     if not spec.section.from_scratch:
         library_model = load_library_model(config, _folder(spec))
-        return _counted(HuggingFaceLanguageModel(spec, library_model, traits))
-    model = _counted(HuggingFaceLanguageModel(spec, empty_library_model(config), traits))
+        return HuggingFaceLanguageModel(spec, library_model, traits)
+    model = HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
     begins = _beginning_of(model, _folder(spec))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -221,17 +230,6 @@ def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:
     """Build a run's model on the processor, fp32, whose weights are whatever is in memory. Raises UserError."""
     config, traits = _checked_config(spec)
     return HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
-
-
-def _counted(model: HuggingFaceLanguageModel) -> HuggingFaceLanguageModel:
-    number, expected = parameters_of(model), model.section.num_parameters
-    if number != expected:
-        raise UserError(
-            f"{_origin(_folder(model.spec))}: gives {number} parameters, but the run says {expected}: it was published "
-            "with another version of transformers; install that one",
-            code="checkpoint-mismatch",
-        )
-    return model
 
 
 def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[str, torch.Size, int], Tensor]:
