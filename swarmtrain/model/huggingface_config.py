@@ -289,8 +289,8 @@ _DROPPED = frozenset(
         "use_kernels",
     }
 )
-"""Keys that say how a model is computed, not which one it is. Some name kernels on the hub; for `num_labels` the library
-makes a name for each label, of which no model of text has any."""
+"""Keys that say how a model is computed, not which one it is. Some name kernels on the hub; for `num_labels` the
+library makes a name for each label, of which no model of text has any."""
 _MOST = {"layers": 512, "n_layer": 512, "experts": 65_536}
 """Largest numbers of keys with these words in their names: the library makes something for each."""
 _MOST_REPEATS = 512
