@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,9 +261,12 @@ class ModelFileFetcher:
             place.progress.show(min(done, total), total)
 
         try:
+            sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
-                model.reach(place.stop.check)
+                sizes = model.reach(place.stop.check)
             for file in missing:
+                if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
+                    raise HubError(f"its {file.name} has another size than the run pins")
                 before = done
                 path = model.download_file(file.name, advance, place.stop.check)
                 if not self.folder.link(file, path):

@@ -31,6 +31,7 @@ __all__ = [
     "check_chunk_list_untrusted",
     "files_to_pin",
     "is_pinned_name",
+    "most_bytes",
 ]
 
 MAX_LIST_BYTES = 1_048_576
@@ -61,6 +62,11 @@ _KEYS = {"name", "size_bytes", "sha256", "chunks_sha256"}
 def is_pinned_name(name: str) -> bool:
     """Return whether a file of this name may be pinned: weights in safetensors, or a file that describes the model."""
     return name in MODEL_NAMES or (len(name) <= _MAX_NAME and _WEIGHTS_NAME.fullmatch(name) is not None)
+
+
+def most_bytes(name: str) -> int:
+    """Return the largest size of a file of this name."""
+    return MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_SMALL_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,7 @@ def _file_untrusted(row: Any) -> PinnedFile:
     name, size, sha256, chunks_sha256 = (row[key] for key in ("name", "size_bytes", "sha256", "chunks_sha256"))
     if not isinstance(name, str) or not is_pinned_name(name):
         raise BadBytesError("a list that names a file of another kind than allowed", code="bad-format")
-    most = MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_SMALL_FILE_BYTES
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most_bytes(name):
         raise BadBytesError(f"a list with a size of {name} out of range", code="bad-number")
     hashes = (sha256, chunks_sha256) if size > CHUNK_BYTES else (sha256,)
     if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in hashes):
