@@ -32,7 +32,13 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.file_hashes import FileHashes
 from swarmtrain.peer.model_files.model_folder import ModelFolder, pinned_list
 from swarmtrain.peer.model_files.part_file import ArrivingRun, PartFile
-from swarmtrain.protocol.pinned_files.file_list import INDEX, PinnedFile, PinnedFiles, files_to_pin
+from swarmtrain.protocol.pinned_files.file_list import (
+    INDEX,
+    PinnedFile,
+    PinnedFiles,
+    files_of_run_untrusted,
+    files_to_pin,
+)
 from swarmtrain.words import size_in_words
 
 __all__ = [
@@ -83,8 +89,9 @@ class SwarmSource:
     through: Iterable[InvitedPeer]
 
 
-def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace) -> PinnedFiles:
-    """Return the list of the files of these names in `folder`, which the bootstrap publishes.
+def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace, num_parameters: int = 0) -> PinnedFiles:
+    """Return the list of the files of these names in `folder`, which the bootstrap publishes, of a model of so many
+    parameters.
 
     Hashes are kept in the cache. Raises RunFileError if a file cannot be read, or is too large or empty.
     """
@@ -100,7 +107,7 @@ def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace) -> PinnedF
             code="file-unreadable",
         ) from None
     try:
-        return PinnedFiles.from_bytes_untrusted(files.to_bytes())
+        return files_of_run_untrusted(files.to_bytes(), num_parameters)
     except BadBytesError as error:
         raise RunFileError(
             f"model.base: the files in {folder} cannot be published: {error}; give another model", code="bad-model-file"

@@ -29,6 +29,7 @@ __all__ = [
     "PinnedFile",
     "PinnedFiles",
     "check_chunk_list_untrusted",
+    "files_of_run_untrusted",
     "files_to_pin",
     "is_pinned_name",
     "most_bytes",
@@ -40,6 +41,8 @@ MAX_FILE_BYTES = 2**36
 """Size of a file at most, 64 GiB: its chunk list then has 8 MiB."""
 MAX_SMALL_FILE_BYTES = 2**26
 """Size at most of a file without weights, which is read as a whole."""
+_MAX_BYTES_A_PARAMETER, _MAX_OTHER_BYTES = 16, 2**30
+"""Size at most of all files of a model: twice its weights as the widest floats, and 1 GiB."""
 _MAX_FILES = 2048
 _MAX_NAME = 128
 _WEIGHTS = "model.safetensors"
@@ -132,6 +135,17 @@ class PinnedFiles:
         if names != sorted(names) or len({name.lower() for name in names}) < len(names) or found.to_bytes() != data:
             raise BadBytesError("a list of files in another form than agreed", code="bad-format")
         return found
+
+
+def files_of_run_untrusted(data: bytes, num_parameters: int) -> PinnedFiles:
+    """Parse the list of a run whose model has so many parameters: of more bytes than such a model takes, the files
+    would only fill the disks of those who join. Raises BadBytesError."""
+    files = PinnedFiles.from_bytes_untrusted(data)
+    if files.total_bytes > _MAX_BYTES_A_PARAMETER * num_parameters + _MAX_OTHER_BYTES:
+        raise BadBytesError(
+            f"files of {files.total_bytes} bytes for a model of {num_parameters} parameters", code="bad-size"
+        )
+    return files
 
 
 def _file_untrusted(row: Any) -> PinnedFile:
