@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from swarmtrain.algorithm.batch import inputs_of, positions_of
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import uniform_weight
-from swarmtrain.model.huggingface import initial_weight
+from swarmtrain.model.huggingface import initial_weight, tensor_files
 from swarmtrain.model.huggingface_config import HuggingFaceModel, untie, whole_config
 from swarmtrain.model.huggingface_library import (
     cache_argument,
@@ -216,6 +216,7 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     """
     config, traits = _checked_config(spec)
     if not spec.section.from_scratch:
+        _check_size(_folder(spec), spec.section.num_parameters)
         library_model = load_library_model(config, _folder(spec))
         return HuggingFaceLanguageModel(spec, library_model, traits)
     model = HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
@@ -224,6 +225,19 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
         for name, parameter in model.named_parameters():
             parameter.copy_(begins(name, parameter.shape, seed))
     return model
+
+
+def _check_size(folder: Path, num_parameters: int) -> None:
+    """Raise UserError if the weights have less than a byte for each parameter: the library gives memory to those that
+    are missing before it says so."""
+    paths = [folder / name for name in set(tensor_files(folder).values())]
+    size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+    if size_bytes < num_parameters:
+        raise UserError(
+            f"{one_line(str(folder))}: has {size_bytes} bytes of weights, but config.json describes {num_parameters} "
+            "parameters; give the folder of the checkpoint whose config.json this is",
+            code="checkpoint-mismatch",
+        )
 
 
 def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:

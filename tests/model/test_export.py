@@ -158,6 +158,16 @@ def test_a_folder_that_a_bootstrap_replaces_meanwhile_is_read_again(
     assert load_exported(tmp_path / "model").run_tokens == 2
 
 
+def test_a_description_larger_than_the_weights_takes_no_memory(tmp_path: Path) -> None:
+    export(tmp_path / "model", 1)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["swarmtrain"]["model"] = {"width": 2**16, "context_tokens": 2**20, "num_heads": 1}
+    path.write_text(json.dumps(config))
+    with raises_code("not-a-model", UserError, "larger model than the weights"):
+        load_exported(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

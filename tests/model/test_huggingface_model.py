@@ -346,6 +346,10 @@ def test_a_configuration_that_hides_a_large_model_takes_no_memory(folder: Path, 
     _config({"head_dim": 2**24})(tmp_path / "large")
     with raises_code("checkpoint-mismatch", UserError, "but the run says"):
         build_run_model(run, tmp_path / "large")
+    _config({"head_dim": 8, "intermediate_size": 1024})(tmp_path / "large")
+    with raises_code("checkpoint-mismatch", UserError, "bytes of weights"):
+        resolved = resolved_run(run_of("large"), tmp_path)
+        build_run_model(resolved, tmp_path / "large")
     saved("gpt_neox", tmp_path / "vast")
     _config({"intermediate_size": 2**40})(tmp_path / "vast")
     with raises_code("model-refused", UserError, "two layers of it"):

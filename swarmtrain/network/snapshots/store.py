@@ -434,8 +434,9 @@ class SnapshotStore:
         """Send a file to `peer` in pieces, or BUSY at once when too many peers read files.
 
         One on the disk is read when it has a slot, so that a crowd takes no memory; the reply is UNKNOWN if it is not
-        small, or no longer what it was. Files are small and few, so they take no slots from pulls of snapshots. While `up` is limited one file goes at a
-        time: each reader's share of the link stays above the speed below which it would give up.
+        small, or no longer what it was. Files are small and few, so they take no slots from pulls of snapshots. While
+        `up` is limited one file goes at a time: each reader's share of the link stays above the speed below which it
+        would give up.
         """
         reader = self._admit(self._files, peer, 1 if self.up.bytes_per_s > 0 else _MAX_FILES)
         if reader is None:
