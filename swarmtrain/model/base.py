@@ -100,9 +100,14 @@ def base_files(run: RunFile, folder: Path) -> Path:
     return base if isinstance(base, Path) else downloaded(run.model, base, lambda done, total: None).folder
 
 
-def downloaded(section: ModelSection, model: HubModel, advance: Callable[[int, int], None]) -> HubSnapshot:
+def downloaded(
+    section: ModelSection,
+    model: HubModel,
+    advance: Callable[[int, int], None],
+    check: Callable[[], None] = lambda: None,
+) -> HubSnapshot:
     """Download what a run needs of a model of the hub; see `HubModel.download`."""
-    return model.download(weights=not section.from_scratch, advance=advance)
+    return model.download(weights=not section.from_scratch, advance=advance, check=check)
 
 
 def published_base(base: str) -> str:

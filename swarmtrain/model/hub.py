@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarmtrain.errors import RunFileError, SwarmtrainError
+from swarmtrain.errors import RunFileError, RunTimeError, SwarmtrainError
 from swarmtrain.extras import install_in_words
 from swarmtrain.protocol.pinned_files.file_list import INDEX, files_to_pin
 from swarmtrain.words import one_line
@@ -87,7 +87,7 @@ class HubModel:
 
         `advance` is called, in another thread, with bytes done and bytes in all; `check` while waiting, and it may
         raise to give up. Without a connection the hub's cache is enough. Raises RunFileError, one line, also if the
-        repository has what is never loaded (`files_to_pin`).
+        repository has what is never loaded (`files_to_pin`); RunTimeError if the disk is full.
         """
         library = _library()
         try:
@@ -115,6 +115,12 @@ class HubModel:
                 f"model.base: cannot fetch {self.name} (revision {self.revision}) from the hub: {error}; check the "
                 "name, the revision and the connection (a private one needs HF_TOKEN), or give a folder",
                 code="hub-failed",
+            ) from None
+        except OSError as error:  # the disk is full: the others are translated
+            raise RunTimeError(
+                f"model.base: {self.name} does not fit on the disk ({error.strerror}); make room in the hub's cache, "
+                "or name another place with HF_HOME, and start again (what has arrived is kept)",
+                code="disk-full",
             ) from None
         return HubSnapshot(folder, commit, names)
 

@@ -60,6 +60,7 @@ from swarmtrain.peer.lifecycle.node import (
     StopFlag,
     clock_warnings,
     leave_swarm,
+    process_age_s,
     show_invite,
     use_threads,
     wait_for,
@@ -70,7 +71,7 @@ from swarmtrain.peer.merging.consensus_state import ConsensusState, consensus_st
 from swarmtrain.peer.merging.gossip_exchange import hosting_of
 from swarmtrain.peer.merging.rules import mean_of
 from swarmtrain.peer.merging.server import MergeServer
-from swarmtrain.peer.model_files.base_files import BaseFiles, pin_base, served_base
+from swarmtrain.peer.model_files.base_files import BaseFiles, pin_base, place_of_base
 from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
 from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
@@ -147,13 +148,17 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     ):
         control.starting("reading the run and cutting its held-out text")
         place = files_place(settings, control, control.emit)
-        published = _published(run, base, folder, place)
+        try:
+            published = _published(run, base, folder, place)
+        except Interrupted:  # there is nothing to serve yet
+            done = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=process_age_s(), reason=stop.reason)
+            return control.ended(log_event(done))
         # After `_published`: the options of a start that was refused must not be used by the next one.
         folder.started.keep_command(settings.started)
         network = NetworkThread()
         kind = _Bootstrap if published.run.pipeline.stages == 1 else PipelineBootstrap
         bootstrap = kind(published, settings, folder, network, control)
-        bootstrap.model_files = served_base(run, base, published, place)
+        bootstrap.model_place = place_of_base(run, base, place)
         try:
             return control.ended(log_event(bootstrap.run()))
         except Interrupted:

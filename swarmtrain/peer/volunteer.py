@@ -6,14 +6,13 @@ the swarm fresh: dial, fetch the run, prepare text and model, and only then take
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from swarmtrain.events import DoneEvent, PausedEvent, ResumedEvent, short_peer, stamped
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.control.limits import LimitEnforcer, kept_limits, options_of
 from swarmtrain.peer.control.logs import log_event, logged, peer_log
 from swarmtrain.peer.control.session import ControlSession, control_session
@@ -33,7 +32,7 @@ from swarmtrain.peer.lifecycle.node import (
 from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
 from swarmtrain.peer.lifecycle.stop import explained_on_signal
 from swarmtrain.peer.merging.rules import mean_of
-from swarmtrain.peer.model_files.fetcher import ModelFileFetcher, SwarmSource, files_place
+from swarmtrain.peer.model_files.fetcher import SwarmSource, fetch_and_serve, files_place
 from swarmtrain.peer.pipeline.pipeline_training import prepare_pipeline
 from swarmtrain.peer.training.model_training import prepare_model
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
@@ -170,7 +169,11 @@ class Volunteer:
         mean_of(published.run.merge.robust)  # raises before the long preparation if the run's rule is not installed
         self.limits.limit_link(node.traffic, published.run.network)
         others = SwarmSource(network, node, fetcher.through) if nobody is None else None
-        model_folder = self._fetch_model_files(published, node, others) if published.model_files else None
+        model_folder = None
+        if published.model_files:
+            self.control.starting("getting the model's files")
+            place = files_place(self.settings, self.control, self.emit)
+            model_folder = fetch_and_serve(published, place, node, others).path
         return VolunteerContext(
             published=published,
             settings=self.settings,
@@ -186,14 +189,6 @@ class Volunteer:
             model_folder=model_folder,
             nobody=nobody,
         )
-
-    def _fetch_model_files(self, published: PublishedRun, node: Node, others: SwarmSource | None) -> Path:
-        """Get the files of the run's model onto this machine, and serve them from now on; return their folder."""
-        self.control.starting("getting the model's files")
-        place = files_place(self.settings, self.control, self.emit)
-        folder = ModelFileFetcher(published, place).fetch(others)
-        node.served_files = folder.served_files()
-        return folder.path
 
     def _rest(self, context: VolunteerContext, swarm: Swarm) -> float:
         """Wait until the pause is over, then look which peers are present; return how long the pause was, in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import threading
@@ -13,7 +14,7 @@ from codes import raises_code
 from model_files import CONTENTS, WEIGHTS
 from small_hub import SmallHub, small_hub
 
-from swarmtrain.errors import RunFileError
+from swarmtrain.errors import RunFileError, RunTimeError
 from swarmtrain.model.hub import HubError, HubModel
 from swarmtrain.protocol.pinned_files.file_list import INDEX
 
@@ -127,6 +128,17 @@ def test_a_hub_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(HubError):
         model.reach(nothing)
     assert model.cached_file("config.json") is None
+
+
+def test_a_full_disk_is_one_line(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.push("anna/tiny", ALL)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with raises_code("disk-full", RunTimeError, "anna/tiny", "HF_HOME") as raised:
+        HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert raised.value.exit_code == 1
 
 
 def test_whoever_waits_for_the_hub_can_give_up(hub: SmallHub) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import BusyError, PeerError
 from swarmtrain.network import service as service_module
+from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.service import service_type
@@ -30,7 +33,7 @@ class Peer:
         self.store.add(held_of(4))
         self.num_answered = 0
         self.named: list[tuple[str, PeerError]] = []
-        node = SimpleNamespace(traffic=TrafficCount(), settings=None, served_files={})
+        self.node = node = SimpleNamespace(traffic=TrafficCount(), settings=None, served_files={})
         self.service = service_type()(self, self.store, {}, node)
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
@@ -110,6 +113,34 @@ def test_so_do_floods_of_files_and_of_questions_to_be_dialled(in_virtual_time: A
         assert await file_status("anna") == [unknown]
 
     in_virtual_time(body)
+
+
+def test_files_on_the_disk_are_served_by_their_hash_until_they_change(tmp_path: Path) -> None:
+    """A file by chunks, as a snapshot; a small one, such as a chunk list, as a whole too."""
+    path, data = tmp_path / "model.safetensors", bytes(range(256)) * 2048
+    path.write_bytes(data)
+    peer, name = Peer(), hashlib.sha256(data).digest()
+    peer.node.served_files = {name.hex(): ServedFile.of(path)}
+
+    async def chunks(first: int, number: int) -> list[Reply]:
+        wanted = pb.PullRequest(snapshot_sha256=name, first_chunk=first, num_chunks=number)
+        return [reply async for reply in peer.service.pull_replies(wanted, "anna")]
+
+    async def whole() -> list[Reply]:
+        return [reply async for reply in peer.service.blob_replies(pb.BlobRequest(sha256=name), "anna")]
+
+    async def run() -> None:
+        ok, *replies, end = await chunks(0, 2)
+        assert ok.status == pb.PullReply.STATUS_OK and end.end
+        assert b"".join(reply.data for reply in replies) == data and [reply.chunk for reply in replies] == [0, 1]
+        assert peer.node.traffic.sent_bytes == len(data)
+        assert b"".join(reply.data for reply in await whole()) == data
+        assert [reply.status for reply in await chunks(1, 2)] == [pb.PullReply.STATUS_UNKNOWN]
+        path.write_bytes(data[1:])
+        assert [reply.status for reply in await chunks(0, 1)] == [pb.PullReply.STATUS_UNKNOWN]
+        assert [reply.status for reply in await whole()] == [pb.PullReply.STATUS_UNKNOWN]
+
+    asyncio.run(run())
 
 
 def test_a_flood_of_questions_about_rounds_is_not_answered_and_one_that_pulls_hears_of_the_round(

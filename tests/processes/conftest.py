@@ -26,6 +26,14 @@ def preloaded() -> Iterator[Preloaded]:
     preloaded.close()
 
 
+@pytest.fixture(scope="session")
+def preloaded_with_transformers() -> Iterator[Preloaded]:
+    """Provide peers of runs with a Llama, which start without importing anything."""
+    preloaded = Preloaded("transformers.models.llama.modeling_llama", "swarmtrain.model.huggingface_model")
+    yield preloaded
+    preloaded.close()
+
+
 @pytest.fixture
 def swarm(tmp_path: Path, preloaded: Preloaded) -> Iterator[Swarm]:
     """Provide processes below the test's folder; all have ended when the test has."""

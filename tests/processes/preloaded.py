@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -86,13 +87,13 @@ class ForkedProcess:
 class _Forker:
     """Handle of a process that forks and ends with this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str]) -> None:
         from swarmtrain.network.daemon import owned_process_args
 
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                owned_process_args([sys.executable, __file__]),
+                owned_process_args([sys.executable, __file__, *modules]),
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -119,18 +120,23 @@ class _Forker:
 
 
 class Preloaded:
-    """Starter of `swarmtrain ARGUMENTS` in processes that need not import it."""
+    """Starter of `swarmtrain ARGUMENTS` in processes that need not import it.
 
-    def __init__(self) -> None:
+    With `modules`, which are imported too, all come from one forking process: importing transformers takes seconds.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
+        self._num_forkers = 1 if modules else _WORDS_ORDERS
         self._forkers: list[_Forker] = []
 
     def start(
         self, number: int, arguments: Sequence[str], errors: IO[bytes], env: Mapping[str, str], cwd: Path
     ) -> ForkedProcess:
         """Start the process of this number in its swarm: standard output is a pipe, standard error goes to `errors`."""
-        while len(self._forkers) < _WORDS_ORDERS:  # they import at the same time
-            self._forkers.append(_Forker())
-        return self._forkers[number % _WORDS_ORDERS].start(arguments, errors, env, cwd)
+        while len(self._forkers) < self._num_forkers:  # they import at the same time
+            self._forkers.append(_Forker(self._modules))
+        return self._forkers[number % self._num_forkers].start(arguments, errors, env, cwd)
 
     def close(self) -> None:
         """End the processes that fork, and so whatever they forked."""
@@ -141,7 +147,7 @@ class Preloaded:
 # ---------------------------------------------------------------- the process that forks
 
 
-def _import_all() -> None:
+def _import_all(modules: Sequence[str]) -> None:
     import swarmtrain.cli.bootstrap
     import swarmtrain.cli.display
     import swarmtrain.cli.join
@@ -153,6 +159,8 @@ def _import_all() -> None:
 
     for name in ("dht.node", "dht.validation", "p2p.p2p_daemon", "p2p.servicer", "utils.multiaddr"):
         hivemind_module(name)
+    for name in modules:
+        importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork has no other threads than the one that forks"
 
 
@@ -221,6 +229,6 @@ def _become(wanted: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path.remove(str(Path(__file__).parent))  # as `python -m` has it
-    _import_all()
+    _import_all(sys.argv[1:])
     _become(_fork_for_requests(socket.socket(fileno=0)))
     sys.modules["swarmtrain.cli.main"].main()

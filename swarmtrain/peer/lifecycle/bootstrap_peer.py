@@ -40,6 +40,7 @@ from swarmtrain.peer.lifecycle.node import (
     start_node,
 )
 from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership.membership import PeerInfo
@@ -78,8 +79,10 @@ class BootstrapPeer:
     swarm: Swarm | None = None
     manager: CheckpointManager | None = None
     peers: PeersFile | None = None
+    model_place: FilesPlace | None = None
+    """Where this machine may have the files of the run's model; None if the model is built in."""
     model_files: ModelFolder | None = None
-    """Files of the run's model, which this peer serves; None if the model is built in."""
+    """Files of the run's model, which this peer serves; None if the model is built in, and before they are found."""
     name: str = ""
     loss: TextLoss | None = None
     """Held-out loss at the run's end, once it was measured."""
@@ -102,8 +105,10 @@ class BootstrapPeer:
         self.control.starting("starting the network")
         node = self.node = start_node(self.network, self.settings, self.folder, self.stop)
         limit_link(node.traffic, self.settings.limits, self.published.run.network)
-        if self.model_files is not None:
-            node.served_files = self.model_files.served_files()
+        if self.model_place is not None:
+            known = self.folder.kept_peers()
+            others = SwarmSource(self.network, node, known) if known else None
+            self.model_files = fetch_and_serve(self.published, self.model_place, node, others)
         self.name = self.settings.name or short_peer(node.identity.peer_id)
         self.emit = as_peer(self.emit, node.identity.peer_id, self.name)
         return node, PeerInfo(peer=node.identity.peer_id, name=self.name, is_bootstrap=True)

@@ -10,12 +10,12 @@ from swarmtrain.model.base import base_of, downloaded
 from swarmtrain.model.hub import HubModel
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lifecycle.node import PeerSettings
-from swarmtrain.peer.model_files.fetcher import FilesPlace, ModelFileFetcher, names_in, pin_folder
+from swarmtrain.peer.model_files.fetcher import FilesPlace, names_in, pin_folder
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile
 
-__all__ = ["BaseFiles", "kept_model_folder", "pin_base", "served_base"]
+__all__ = ["BaseFiles", "kept_model_folder", "pin_base", "place_of_base"]
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,23 @@ def pin_base(run: RunFile, folder: Path, place: FilesPlace) -> BaseFiles | None:
     base = base_of(run.model, folder)
     if isinstance(base, HubModel):
         place.progress.begin("fetching the model's files from the hub")
-        snapshot = downloaded(run.model, base, place.progress.show)
+        snapshot = downloaded(run.model, base, place.progress.show, place.stop.check)
         source, names = snapshot.folder, snapshot.names
     else:
         source, names = base, names_in(base, weights=not run.model.from_scratch)
     return BaseFiles(source, pin_folder(source, names, place))
 
 
-def served_base(run: RunFile, folder: Path, published: PublishedRun, place: FilesPlace) -> ModelFolder | None:
-    """Return the folder of the pinned files, to be read and served; None for a built-in model.
+def place_of_base(run: RunFile, folder: Path, place: FilesPlace) -> FilesPlace | None:
+    """Return where a bootstrap looks for the pinned files: as `place` says, and first in the folder that the run file
+    names, if it names one. None for a built-in model.
 
-    `run` is as the person wrote it, in `folder`. Raises RunTimeError if a file is not what was pinned, and is nowhere
-    else on this machine or the hub.
+    `run` is as the person wrote it, in `folder`.
     """
-    if not published.model_files:
+    if run.model.is_built_in:
         return None
     base = base_of(run.model, folder)
-    given = base if isinstance(base, Path) else None
-    return ModelFileFetcher(published, dataclasses.replace(place, given=given)).fetch(None)
+    return dataclasses.replace(place, given=base if isinstance(base, Path) else None)
 
 
 def kept_model_folder(published: PublishedRun, settings: PeerSettings) -> Path | None:

@@ -35,7 +35,16 @@ from swarmtrain.peer.model_files.part_file import ArrivingRun, PartFile
 from swarmtrain.protocol.pinned_files.file_list import INDEX, PinnedFile, PinnedFiles, files_to_pin
 from swarmtrain.words import size_in_words
 
-__all__ = ["Disk", "FilesPlace", "ModelFileFetcher", "SwarmSource", "files_place", "names_in", "pin_folder"]
+__all__ = [
+    "Disk",
+    "FilesPlace",
+    "ModelFileFetcher",
+    "SwarmSource",
+    "fetch_and_serve",
+    "files_place",
+    "names_in",
+    "pin_folder",
+]
 
 _POLL_INTERVAL_S = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -120,6 +129,13 @@ def _counted(place: FilesPlace, total_bytes: int) -> Callable[[int], None]:
         place.stop.check()
 
     return advance
+
+
+def fetch_and_serve(published: PublishedRun, place: FilesPlace, node: Node, others: SwarmSource | None) -> ModelFolder:
+    """Get the files of the run's model onto this machine (`ModelFileFetcher.fetch`), and serve them from now on."""
+    folder = ModelFileFetcher(published, place).fetch(others)
+    node.served_files = folder.served_files()
+    return folder
 
 
 @dataclass

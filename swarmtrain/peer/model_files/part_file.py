@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -91,7 +92,8 @@ class ArrivingRun:
 
     def __init__(self, part: PartFile) -> None:
         self._part = part
-        self._room = memoryview(bytearray(min(CHUNKS_UNCHECKED, part.file.num_chunks) * CHUNK_BYTES))
+        # Given back at once when the run has ended, unlike a bytearray; and a short run uses only a part of it.
+        self._room = memoryview(mmap.mmap(-1, min(CHUNKS_UNCHECKED, part.file.num_chunks) * CHUNK_BYTES))
         self.sha256 = part.file.sha256
         self.title = part.file.name
         self.num_accepted = 0
