@@ -168,7 +168,6 @@ def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     data, origin = whole_config(folder), _origin(folder)
     config = library_config(data, origin)
     _check_keys(spec.section, config, origin)
-    config.tie_word_embeddings = spec.section.tied_embeddings  # of a model that is cut they are not
     return config, traits_of(data, origin)
 
 
@@ -207,7 +206,10 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     config, traits = _checked_config(spec)
     if not spec.section.from_scratch:
         library_model = load_library_model(config, _folder(spec))
+        if config.tie_word_embeddings and not spec.section.tied_embeddings:
+            _untie(library_model)
         return _counted(HuggingFaceLanguageModel(spec, library_model, traits))
+    config.tie_word_embeddings = spec.section.tied_embeddings
     model = _counted(HuggingFaceLanguageModel(spec, empty_library_model(config), traits))
     begins = _beginning_of(model, _folder(spec))
     with torch.no_grad():
@@ -219,7 +221,15 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
 def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:
     """Build a run's model on the processor, fp32, whose weights are whatever is in memory. Raises UserError."""
     config, traits = _checked_config(spec)
+    config.tie_word_embeddings = spec.section.tied_embeddings
     return HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
+
+
+def _untie(library_model: Any) -> None:
+    """Give the head a matrix of its own, a copy of the embedding: that of a run whose model is cut into stages."""
+    head = library_model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    library_model.config.tie_word_embeddings = False
 
 
 def _counted(model: HuggingFaceLanguageModel) -> HuggingFaceLanguageModel:

@@ -119,6 +119,8 @@ def test_in_three_stages_it_computes_the_same(folder: Path, family: str, from_sc
     assert there_and_back(stages, _batch()) == pytest.approx(float(whole.loss(_batch()).detach()), rel=0, abs=1e-5)
     if from_scratch == "false":  # the head begins as a copy of the embedding
         expected = _loss_of(_library(files), _batch())
+        loaded = dict(build_run_model(run, files).named_parameters())
+        assert all(torch.equal(loaded[name], value) for name, value in whole.named_parameters()) and len(loaded) > 1
         assert float(whole.loss(_batch()).detach()) == pytest.approx(float(expected.detach()), rel=0, abs=1e-5)
 
 
