@@ -147,10 +147,9 @@ def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
     if is_cut:
         data = untie(folder).as_json()
     keys = shape_keys(library_config(data, origin), origin)
-    if not is_cut:
-        traits_of(data, origin)
     number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
-    return {**keys, "num_parameters": number}
+    constants = {} if is_cut else {"constants_sha256": traits_of(data, origin).constants_sha256}
+    return {**keys, **constants, "num_parameters": number}
 
 
 def cut_model(spec: ModelSpec) -> HuggingFaceModel:
@@ -240,6 +239,12 @@ def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[st
     if constants is None:  # a listed family
         listed = untie(folder)
         return lambda name, shape, seed: initial_weight(name, shape, seed, listed)
+    if model.traits.constants_sha256 != model.section.constants_sha256:
+        raise UserError(
+            f"{_origin(folder)}: parameters of this {one_line(config.model_type)[:60]} begin with other constants here "
+            "than for the run's publisher, who has another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
     if model.traits.patterns:
         raise UserError(
             f"model.from_scratch: {one_line(min(model.traits.patterns))[:100]} of this model begins with numbers that "
