@@ -235,5 +235,5 @@ async def fetch_published(
     model_files = b""
     if published.model_files_sha256 is not None:
         model_files = await get(published.model_files_sha256, published.model_files_bytes)
-        PinnedFiles.from_bytes_untrusted(model_files)
+        await asyncio.to_thread(PinnedFiles.from_bytes_untrusted, model_files)  # at most 1 MiB of JSON
     return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer, model_files)
