@@ -59,6 +59,7 @@ KEYS_SINCE: Mapping[str, int] = {
     "data.sources": 2,
     "inner.precision": 2,
     "model.base": 2,
+    "model.constants_sha256": 2,
     "model.from_scratch": 2,
     "model.num_parameters": 2,
     "model.source": 2,

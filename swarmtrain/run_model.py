@@ -15,7 +15,7 @@ _COMMIT = "[0-9a-f]{40}"
 _HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 PUBLISHED_BASE = re.compile(rf"{_HUB_NAME}@{_COMMIT}|[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}")
 """`model.base` of a published run: a model of the hub at a commit, or the last name of a folder."""
-BOOTSTRAP_MODEL_KEYS = ("tied_embeddings", "num_parameters")
+BOOTSTRAP_MODEL_KEYS = ("tied_embeddings", "num_parameters", "constants_sha256")
 """Keys of `[model]` that only a bootstrap writes."""
 FILLED_MODEL_KEYS = ("vocabulary_size", "num_layers", "width", "num_heads", "feed_forward_ratio", *BOOTSTRAP_MODEL_KEYS)
 """Keys of `[model]` that are read from the configuration of `model.base`."""
@@ -53,6 +53,7 @@ class ModelSection(Section):
     num_heads: int = Field(4, ge=1, le=1024, description="Number of attention heads; divides `width` into even parts.")
     feed_forward_ratio: float = Field(2.625, gt=0, le=32, description="Hidden width of the feed-forward layer, as a multiple of `width`.")  # fmt: skip
     tied_embeddings: bool = Field(False, description='With "huggingface", filled in by the bootstrap: whether embedding and head are one matrix.')  # fmt: skip
+    constants_sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="With from_scratch, filled in by the bootstrap: SHA-256 of the constants with which some parameters begin, where the installed transformers decides on them.")  # fmt: skip
     num_parameters: int = Field(0, ge=0, lt=2**63, description='With "huggingface", filled in by the bootstrap: number of parameters.')  # fmt: skip
 
     @property

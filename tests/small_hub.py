@@ -41,6 +41,8 @@ class HubCommit:
 class SmallHub:
     """Hub's repositories by kind and name (`models/owner/name`), each a list of commits, oldest first."""
 
+    kind: str = "models"
+    """Kind of the repositories to which `push` adds commits: "models" or "datasets"."""
     repositories: dict[str, list[HubCommit]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     """Each request: method, path, and login if there was one."""
@@ -53,17 +55,17 @@ class SmallHub:
     """Returns what is sent instead of a file's bytes, given its name."""
     _uploads: dict[str, bytes] = field(default_factory=dict)
 
-    def push(self, name: str, files: Mapping[str, bytes], kind: str = "models", message: str = "") -> str:
+    def push(self, name: str, files: Mapping[str, bytes], kind: str = "", message: str = "") -> str:
         """Add a commit whose files are exactly `files`; return its hash."""
+        kind = kind or self.kind
         commits = self.repositories.setdefault(f"{kind}/{name}", [])
         sha = hashlib.sha1(f"{kind}/{name} {len(commits)}".encode()).hexdigest()
         commits.append(HubCommit(sha, dict(files), message))
         return sha
 
-    def push_folder(self, name: str, folder: Path, kind: str = "models") -> str:
+    def push_folder(self, name: str, folder: Path) -> str:
         """Add a commit with the files of a folder; return its hash."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-        return self.push(name, files, kind)
+        return self.push(name, {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()})
 
     def at(self, repository: str, revision: str = "main") -> HubCommit | None:
         """Return a commit of `models/owner/name` by its hash or as the newest; None if there is none."""
@@ -215,8 +217,9 @@ def _handler(hub: SmallHub) -> type[BaseHTTPRequestHandler]:
                 commit = hub.at(f"{match[1]}/{match[2]}", match[3])
                 if commit is None:
                     return self._none("RepoNotFound")
-                entries = [self._entry(name, commit.files) for name in json.loads(body)["paths"]]
-                return self._json([entry for entry in entries if entry["type"] == "file"])
+                wanted = json.loads(body)["paths"]
+                there = [name for name in wanted if any(f"{file}/".startswith(f"{name}/") for file in commit.files)]
+                return self._json([self._entry(name, commit.files) for name in there])
             if not self._may_write():
                 return self._refuse(401)
             if path == "/api/repos/create":

@@ -74,6 +74,8 @@ def resolved_run(run: RunFile, folder: Path) -> RunFile:
     except UserError as error:
         told = (each if each.startswith("model.base: ") else each.found_in("model.base") for each in error.problems)
         raise RunFileError(*told) from None
+    if not run.model.from_scratch:
+        found.pop("constants_sha256", None)
     most = found.pop("context_tokens", None)
     if most is not None and run.model.context_tokens > most:
         raise RunFileError(

@@ -142,7 +142,7 @@ def _built(config: Any) -> Any:
     library = _library()
     with _refused_in_words(_origin(config)):
         model = library.AutoModelForCausalLM.from_config(
-            config, attn_implementation=_attention(config), dtype=torch.float32
+            config, attn_implementation=_attention(config), **_in_fp32(library)
         )
     return model.eval()
 
@@ -159,12 +159,12 @@ def load_library_model(config: Any, folder: Path) -> Any:
             shown,
             config=config,
             attn_implementation=_attention(config),
-            dtype=torch.float32,
             generation_config=library.GenerationConfig(),  # else it looks for a file
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            **_in_fp32(library),
         )
     for key, what in (
         ("missing_keys", "has no tensor {}"),
@@ -188,6 +188,12 @@ def _only_weights(folder: Path, names: set[str]) -> Iterator[str]:
             if (folder / name).is_file():
                 (Path(shown) / name).symlink_to((folder / name).resolve())
         yield shown
+
+
+def _in_fp32(library: Any) -> dict[str, torch.dtype]:
+    """Return the argument that asks for weights in fp32: its name changed in version 4.56."""
+    version = tuple(int(part) for part in library.__version__.split(".")[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
 
 
 def _attention(config: Any) -> str:
@@ -216,7 +222,8 @@ def _refused_in_words(origin: str, code: str = "model-refused") -> Iterator[None
     except UserError:
         raise
     except Exception as error:  # whatever it is, the configuration or the files caused it
-        reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = one_line(" ".join(lines[:2]))[:200]
         raise UserError(
             f"{origin}: transformers refuses this model: {reason}; give another model, or correct its files", code=code
         ) from None

@@ -147,11 +147,10 @@ def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
     data, origin = whole_config(folder), _origin(folder)
     if is_cut:
         data = untie(folder).as_json()
-    config = library_config(data, origin)
-    keys = shape_keys(config, origin)
-    if not is_cut:
-        traits_of(data, origin)
-    return {**keys, "num_parameters": parameters_of(empty_library_model(config, on_meta=True))}
+    keys = shape_keys(library_config(data, origin), origin)
+    number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
+    constants = {} if is_cut else {"constants_sha256": traits_of(data, origin).constants_sha256}
+    return {**keys, **constants, "num_parameters": number}
 
 
 def cut_model(spec: ModelSpec) -> HuggingFaceModel:
@@ -170,15 +169,7 @@ def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     data, origin = whole_config(folder), _origin(folder)
     config = library_config(data, origin)
     _check_keys(spec.section, config, origin)
-    config.tie_word_embeddings = spec.section.tied_embeddings  # of a model that is cut they are not
-    # Before anything takes memory: other keys than those of the shape may make a model large.
-    number = parameters_of(empty_library_model(copy.deepcopy(config), on_meta=True))
-    if number != (expected := spec.section.num_parameters):
-        raise UserError(
-            f"{origin}: gives {number} parameters, but the run says {expected}: it was published with another version "
-            "of transformers; install that one",
-            code="checkpoint-mismatch",
-        )
+    _check_number(spec.section, config, origin)
     return config, traits_of(data, origin)
 
 
@@ -190,6 +181,33 @@ def _check_keys(section: ModelSection, config: Any, origin: str) -> None:
                 "files that the run was published with",
                 code="checkpoint-mismatch",
             )
+
+
+def _check_number(section: ModelSection, config: Any, origin: str) -> None:
+    """Raise UserError unless the model has as many parameters as the run says: other keys than those of the shape may
+    make it large, and nothing has taken memory yet."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = section.tied_embeddings
+    number = parameters_of(empty_library_model(config, on_meta=True))
+    if number != section.num_parameters:
+        raise UserError(
+            f"{origin}: gives {number} parameters, but the run says {section.num_parameters}: it was published with "
+            "another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
+
+
+def _check_size(folder: Path, num_parameters: int) -> None:
+    """Raise UserError if the weights have less than a byte for each parameter: the library gives memory to those that
+    are missing before it says so."""
+    paths = [folder / name for name in set(tensor_files(folder).values())]
+    size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+    if size_bytes < num_parameters:
+        raise UserError(
+            f"{one_line(str(folder))}: has {size_bytes} bytes of weights, but config.json describes {num_parameters} "
+            "parameters; give the folder of the checkpoint whose config.json this is",
+            code="checkpoint-mismatch",
+        )
 
 
 def _folder(spec: ModelSpec) -> Path:
@@ -218,7 +236,10 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     if not spec.section.from_scratch:
         _check_size(_folder(spec), spec.section.num_parameters)
         library_model = load_library_model(config, _folder(spec))
+        if config.tie_word_embeddings and not spec.section.tied_embeddings:
+            _untie(library_model)
         return HuggingFaceLanguageModel(spec, library_model, traits)
+    config.tie_word_embeddings = spec.section.tied_embeddings
     model = HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
     begins = _beginning_of(model, _folder(spec))
     with torch.no_grad():
@@ -227,23 +248,18 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     return model
 
 
-def _check_size(folder: Path, num_parameters: int) -> None:
-    """Raise UserError if the weights have less than a byte for each parameter: the library gives memory to those that
-    are missing before it says so."""
-    paths = [folder / name for name in set(tensor_files(folder).values())]
-    size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
-    if size_bytes < num_parameters:
-        raise UserError(
-            f"{one_line(str(folder))}: has {size_bytes} bytes of weights, but config.json describes {num_parameters} "
-            "parameters; give the folder of the checkpoint whose config.json this is",
-            code="checkpoint-mismatch",
-        )
-
-
 def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:
     """Build a run's model on the processor, fp32, whose weights are whatever is in memory. Raises UserError."""
     config, traits = _checked_config(spec)
+    config.tie_word_embeddings = spec.section.tied_embeddings
     return HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
+
+
+def _untie(library_model: Any) -> None:
+    """Give the head a matrix of its own, a copy of the embedding: that of a run whose model is cut into stages."""
+    head = library_model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    library_model.config.tie_word_embeddings = False
 
 
 def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[str, torch.Size, int], Tensor]:
@@ -252,6 +268,12 @@ def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[st
     if constants is None:  # a listed family
         listed = untie(folder)
         return lambda name, shape, seed: initial_weight(name, shape, seed, listed)
+    if model.traits.constants_sha256 != model.section.constants_sha256:
+        raise UserError(
+            f"{_origin(folder)}: parameters of this {one_line(config.model_type)[:60]} begin with other constants here "
+            "than for the run's publisher, who has another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
     if model.traits.patterns:
         raise UserError(
             f"model.from_scratch: {one_line(min(model.traits.patterns))[:100]} of this model begins with numbers that "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -54,6 +55,13 @@ class ModelTraits:
     """Map parameters that begin with a constant to it, by `place_of` their name; None if it follows from the name."""
     patterns: frozenset[str] = frozenset()
     """Places of parameters that begin with numbers that are neither random nor all the same."""
+
+    @property
+    def constants_sha256(self) -> str:
+        """SHA-256 of the constants; empty if they follow from the names. Versions of the library differ in them."""
+        if self.constants is None:
+            return ""
+        return hashlib.sha256(json.dumps(self.constants, sort_keys=True).encode()).hexdigest()
 
 
 def place_of(name: str) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "estimate",
     "estimates_of",
     "merge_bytes",
+    "own_program_bytes",
     "publication_sizes",
     "pulled_bytes",
 ]
@@ -37,6 +38,7 @@ IMPORTS_BYTES = 250_000_000
 DAEMON_BYTES = 75_000_000
 # Computing blocks again imports torch's compiler: 80 to 88 MB.
 RECOMPUTING_BYTES = 85_000_000
+_TRANSFORMERS_BYTES = 155_000_000  # importing that library, of which ranks share nothing
 RANK_BYTES = 175_000_000  # of a further rank, without what it shares with the others
 RANK_BYTES_PER_PARAMETER = 16  # weights, gradients, AdamW's two moments
 # A stage has two more versions of the weights, and a batch's gradients while the next batch is summed.
@@ -119,8 +121,8 @@ def estimate(
     if num_ranks == 1 and at_once >= run.inner.batch_sequences:
         activations_bytes -= round(_NOT_AT_ONCE * min(activations_bytes, 4 * num_parameters))
     parameters_bytes += (num_ranks - 1) * RANK_BYTES_PER_PARAMETER * num_parameters
-    program_bytes = IMPORTS_BYTES + DAEMON_BYTES + (num_ranks - 1) * RANK_BYTES
-    program_bytes += num_ranks * RECOMPUTING_BYTES * recomputes
+    program_bytes = own_program_bytes(run) + (num_ranks - 1) * RANK_BYTES
+    program_bytes += (num_ranks - 1) * _library_bytes(run) + num_ranks * RECOMPUTING_BYTES * recomputes
     return Estimate(
         num_peers=num_peers,
         num_parameters=num_parameters,
@@ -140,6 +142,15 @@ def estimate(
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def own_program_bytes(run: RunFile) -> int:
+    """Return the bytes of a peer's program and its network daemon, with the libraries that the run's model needs."""
+    return IMPORTS_BYTES + DAEMON_BYTES + _library_bytes(run)
+
+
+def _library_bytes(run: RunFile) -> int:
+    return 0 if run.model.is_built_in else _TRANSFORMERS_BYTES
 
 
 def estimates_of(

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from codes import raises_code
-from fake_hub import FakeHub, fake_hub
+from fake_hub import SmallHub, fake_hub
 
 from swarmtrain.data.documents import source_files
 from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
@@ -115,7 +115,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 
 
 @pytest.fixture
-def hub(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def hub(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
     with fake_hub(monkeypatch, tmp_path / "cache") as hub:
         yield hub
 
@@ -163,7 +163,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_no_name_leads_out(home: Home, hub: FakeHub, streaming: bool) -> None:
+def test_no_name_leads_out(home: Home, hub: SmallHub, streaming: bool) -> None:
     for name in NAMES:
         run = a_run(dataset=name.format(home=home.here), streaming=streaming)
         for folder in (None, home.data):
@@ -173,7 +173,7 @@ def test_no_name_leads_out(home: Home, hub: FakeHub, streaming: bool) -> None:
     assert not home.watched.opened()
 
 
-def test_a_hubs_name_is_never_a_folder_where_one_stands(home: Home, hub: FakeHub) -> None:
+def test_a_hubs_name_is_never_a_folder_where_one_stands(home: Home, hub: SmallHub) -> None:
     """There is a folder `owner/name` here, and the hub has no such data set."""
     for folder in (None, home.data):
         with raises_code("dataset-not-loaded", RunFileError, "owner/name"):
@@ -243,7 +243,7 @@ def card(text: str, home: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-def test_no_description_of_a_data_set_names_other_files(home: Home, hub: FakeHub, name: str) -> None:
+def test_no_description_of_a_data_set_names_other_files(home: Home, hub: SmallHub, name: str) -> None:
     for number, text in enumerate(CARDS if name == "README.md" else CARDS[:2]):
         described = card(text, home.here)
         described = b"---\n" + described + b"---\n# A card\n" if name == "README.md" else described
@@ -326,7 +326,7 @@ class _Bomb:
         return os.mkdir, ("exploded",)
 
 
-def test_no_code_of_a_data_set_runs(home: Home, hub: FakeHub) -> None:
+def test_no_code_of_a_data_set_runs(home: Home, hub: SmallHub) -> None:
     script = b"import os\nos.mkdir('exploded')\n"
     rows = b'{"text": "bait"}\n' * 20
     hub.push("eve/script", {"script.py": script, "train.jsonl": rows})
@@ -343,7 +343,7 @@ def test_no_code_of_a_data_set_runs(home: Home, hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_column_of_images_opens_no_file(home: Home, hub: FakeHub, tmp_path: Path, streaming: bool) -> None:
+def test_a_column_of_images_opens_no_file(home: Home, hub: SmallHub, tmp_path: Path, streaming: bool) -> None:
     import datasets
 
     rows = [{"bytes": None, "path": str(home.here / "train.txt")}] * 300
@@ -411,7 +411,7 @@ def rows(word: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_bootstrap_fixes_the_commit(home: Home, hub: FakeHub, streaming: bool) -> None:
+def test_the_bootstrap_fixes_the_commit(home: Home, hub: SmallHub, streaming: bool) -> None:
     sha = hub.push("anna/stories", rows("first"))
     run = published(a_run(dataset="anna/stories", streaming=streaming), home.data)
     assert run.published is not None and run.published.dataset_revision == sha
@@ -440,7 +440,7 @@ def test_a_folders_run_has_no_commit_and_other_sources_cannot_have_one(home: Hom
         parse_published_untrusted(text.encode(), run_sha256(text.encode()))
 
 
-def test_a_corpus_that_is_kept_needs_no_hub(home: Home, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_corpus_that_is_kept_needs_no_hub(home: Home, hub: SmallHub, tmp_path: Path) -> None:
     hub.push("anna/stories", rows("first"))
     run = published(a_run(dataset="anna/stories"), home.data)
     first = training_data(run, data_base(run, None), b"", b"", tmp_path / "kept")
@@ -449,7 +449,7 @@ def test_a_corpus_that_is_kept_needs_no_hub(home: Home, hub: FakeHub, tmp_path: 
     assert again.digest == first.digest and not hub.asked
 
 
-def test_no_login_but_the_one_that_was_given(home: Home, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_login_but_the_one_that_was_given(home: Home, hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     (home.here / "token").write_text("hf_saved")
@@ -488,7 +488,7 @@ def test_older_libraries_are_told_to_run_no_code(home: Home, monkeypatch: pytest
     assert told["trust"] is False and told["here"] == [] and told["stands"] != home.here
 
 
-def test_a_first_look_fetches_some_documents_and_downloads_nothing(home: Home, hub: FakeHub) -> None:
+def test_a_first_look_fetches_some_documents_and_downloads_nothing(home: Home, hub: SmallHub) -> None:
     text = {"train.jsonl": rows("first")["train.jsonl"] * 3000}
     hub.push("anna/stories", text)
     look = first_look(a_run(dataset="anna/stories"), home.data)

@@ -27,6 +27,7 @@ from swarmtrain.model.hub import HubModel
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.base_files import pin_base
@@ -109,6 +110,11 @@ def test_a_published_run_says_what_the_model_is_and_not_where_it_was(tmp_path: P
     assert read.model.base == "small" and read.model.num_parameters > 0 and read.needs.protocol == 2
     assert is_published_from(read, run) and not is_published_from(read, run_of("other", data=_text(tmp_path)))
     assert "(small, from its weights)" in summary_of(read)
+    needed, built_in = (
+        estimate(each, read.model.num_parameters, 3)
+        for each in (read, read.model_copy(update={"model": ModelSection(context_tokens=24)}))
+    )
+    assert 100e6 < needed.memory_program_bytes - built_in.memory_program_bytes < 300e6, "the library"
     built = build_run_model(read, base_files(run, tmp_path))
     assert sum(parameter.numel() for parameter in built.parameters()) == read.model.num_parameters
 

@@ -235,5 +235,6 @@ async def fetch_published(
     model_files = b""
     if published.model_files_sha256 is not None:
         model_files = await get(published.model_files_sha256, published.model_files_bytes)
-        files_of_run_untrusted(model_files, run.model.num_parameters)
+        # At most 1 MiB of JSON.
+        await asyncio.to_thread(files_of_run_untrusted, model_files, run.model.num_parameters)
     return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer, model_files)

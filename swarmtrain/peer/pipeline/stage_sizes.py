@@ -15,11 +15,10 @@ from swarmtrain.model.stages import balanced_boundaries, measured_costs, stage_s
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage
 from swarmtrain.peer.estimate import (
-    DAEMON_BYTES,
-    IMPORTS_BYTES,
     STAGE_BYTES_PER_PARAMETER,
     activation_bytes,
     merge_bytes,
+    own_program_bytes,
 )
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
@@ -59,7 +58,7 @@ def room_for_stages(
     of the stages they will be is not known yet. Raises UserError if not even the largest stage fits into main memory.
     """
     most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
-    program = IMPORTS_BYTES + DAEMON_BYTES
+    program = own_program_bytes(run)
     largest = max(stage_bytes(run, shape) for shape in shapes)
     one_graph = max(graph_bytes(run, shape) for shape in shapes)
     most = (most_bytes - program) // (largest + one_graph)
