@@ -51,7 +51,7 @@ def command(
 ) -> None:
     """Measure the loss of the model in folder MODEL.
 
-    Prints nats and bits per byte of text, and perplexity per token; lower is better. With --tasks, prints the scores of
+    It is an export, or any model of Hugging Face. Prints nats and bits per byte of text, and perplexity per token; lower is better. With --tasks, prints the scores of
     lm-evaluation-harness.
     """
     if tasks is not None:

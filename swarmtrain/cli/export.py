@@ -48,6 +48,12 @@ __all__ = ["command"]
     help="With --push: make a new repository private; else everybody can read it, as with Hugging Face's own tools.",
 )
 @click.option(
+    "--model-dir",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    metavar="FOLDER",
+    help="Folder with the files of the run's model, if it is one of Hugging Face and they are nowhere else.",
+)
+@click.option(
     "--accept-clock",
     is_flag=True,
     help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
@@ -58,6 +64,7 @@ def command(
     target: Path | None,
     repository: str | None,
     is_private: bool,
+    model_dir: Path | None,
     accept_clock: bool,
 ) -> None:
     """Write the model as files that anyone can load.
@@ -73,34 +80,37 @@ def command(
         raise OptionsError("--private: belongs to --push, which is missing; give both", code="options-conflict")
     if repository is None:
         assert target is not None
-        tokens = _exported(invite, directory, target, accept_clock)
+        tokens = _exported(invite, directory, model_dir, target, accept_clock)
         click.echo(f"wrote the model after {tokens} tokens to {target}")
         return
     from swarmtrain.peer.checkpoints.hub_upload import check_login, kept_or_temporary, upload_model
 
     check_login(repository)
     with kept_or_temporary(target) as folder:
-        tokens = _exported(invite, directory, folder, accept_clock)
+        tokens = _exported(invite, directory, model_dir, folder, accept_clock)
         address = upload_model(folder, repository, is_private=is_private)
     where = "" if target is None else f" to {target}, and"
     click.echo(f"wrote the model after {tokens} tokens{where} to {address}")
 
 
-def _exported(invite: str | None, directory: Path | None, target: Path, accept_clock: bool) -> int:
+def _exported(
+    invite: str | None, directory: Path | None, model_dir: Path | None, target: Path, accept_clock: bool
+) -> int:
     """Export from the swarm of `invite`, or from `directory`; return the run's tokens."""
-    if directory is not None:
-        from swarmtrain.peer.checkpoints.export import export_from_folder
+    import platformdirs
 
-        return export_from_folder(directory, target)
-    assert invite is not None
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.network.discovery.invite import parse_invite
-    from swarmtrain.peer.checkpoints.export import export_from_swarm
+    from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
     from swarmtrain.peer.lifecycle.node import Interrupted
 
-    parsed = parse_invite(invite)
+    parsed = None if invite is None else parse_invite(invite)
     try:
         with stop_on_signals() as stop:
-            return export_from_swarm(parsed, target, stop, accept_clock=accept_clock)
+            place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
+            if parsed is not None:
+                return export_from_swarm(parsed, target, place, accept_clock=accept_clock)
+            assert directory is not None
+            return export_from_folder(directory, target, place)
     except Interrupted:
         raise click.Abort from None

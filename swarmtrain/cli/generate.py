@@ -74,7 +74,7 @@ def command(
 ) -> None:
     """Continue a prompt with a model.
 
-    MODEL is its folder. With INVITE, takes the newest state from any live peer of the run, as `export` does.
+    MODEL is its folder, an export or any model of Hugging Face. With INVITE, takes the newest state from any live peer of the run, as `export` does.
     """
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
@@ -97,14 +97,17 @@ def _exported(source: str, accept_clock: bool) -> ExportedModel:
 
     if Path(source).exists() or len(invite_in(source)) < _LEAST_INVITE or not invite_in(source).startswith("st"):
         return load_exported(Path(source))
+    import platformdirs
+
     from swarmtrain.cli.stop_signals import stop_on_signals
-    from swarmtrain.peer.checkpoints.export import model_of_swarm
+    from swarmtrain.peer.checkpoints.export import model_of_swarm, onlooker_place
     from swarmtrain.peer.lifecycle.node import Interrupted
 
     invite = parse_invite(source)
     try:
         with stop_on_signals() as stop:
-            exported = model_of_swarm(invite, stop, accept_clock=accept_clock)
+            place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), None, stop)
+            exported = model_of_swarm(invite, place, accept_clock=accept_clock)
     except Interrupted:
         raise click.Abort from None
     say(f"the swarm's model after {exported.run_tokens} tokens:")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from swarmtrain.errors import UserError
 
-__all__ = ["atomic_folder", "write_whole"]
+__all__ = ["atomic_folder"]
 
 
 @contextmanager
@@ -40,13 +40,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def write_whole(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all of `files` into `folder`, or none, replacing the model there. Raises as `atomic_folder` does."""
-    with atomic_folder(folder) as temporary:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

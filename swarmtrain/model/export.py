@@ -8,7 +8,8 @@ README.md               the model card
 held-out.txt            the text by which it was judged
 run.toml                the run that it comes from
 
-The built-in model is written as a Qwen3 (`qwen3.py`) and read back as itself. Exports of the first format, which only
+The built-in model is written as a Qwen3 (`qwen3.py`) and read back as itself. A model of Hugging Face is written with
+the configuration that it came with, and any folder with such a model is read. Exports of the first format, which only
 swarmtrain reads, are read too.
 """
 
@@ -30,10 +31,10 @@ from torch import Tensor
 from swarmtrain.errors import UserError
 from swarmtrain.model.atomic_folder import atomic_folder
 from swarmtrain.model.gpt import GPT
-from swarmtrain.model.language_model import LanguageModel
-from swarmtrain.model.provenance import Provenance, provenance_in
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.provenance import LIBRARY_VERSION_KEY, Provenance, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
-from swarmtrain.model.weight_files import INDEX, file_sha256, read_weights, write_weights
+from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read_weights, write_weights
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
 
@@ -41,6 +42,7 @@ __all__ = ["ExportedModel", "copy_exported", "export_model", "is_first_format", 
 
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT = "tokenizer.bin", "tokenizer.json", "held-out.txt"
 _BESIDE = (
     INDEX,
@@ -48,12 +50,14 @@ _BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    _GENERATION,
     "README.md",
     _HELD_OUT,
     "run.toml",
 )
 """What an export may have beside its configuration and its weights."""
+_MOST_CONTEXT_TOKENS = 2048
+"""Longest sequence that a model is given which does not say how long those were that it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +66,60 @@ class ExportedModel:
 
     model: LanguageModel
     tokenizer: bytes
-    """Its `tokenizer.json`; of the first format what the run pinned, empty for bytes."""
+    """Its `tokenizer.json`, empty without one; of the first format what the run pinned, empty for bytes."""
     held_out: bytes
     run_tokens: int
+    """0 if swarmtrain did not export it."""
 
 
 def export_model(
-    folder: Path, weights: Mapping[str, Tensor], section: ModelSection, run_tokens: int, files: Mapping[str, bytes]
+    folder: Path, weights: Mapping[str, Tensor], spec: ModelSpec, run_tokens: int, files: Mapping[str, bytes]
 ) -> None:
-    """Write the built-in model into `folder`, replacing the one there; `files` are written beside it by name.
+    """Write the model into `folder`, replacing the one there; `files` are written beside it by name.
 
-    Raises UserError when the folder holds something else, and the file system's OSError.
+    Raises UserError when the folder holds something else, or the model's description is missing, and the file system's
+    OSError.
     """
+    section = spec.section
+    config, generation = _described(spec)
     with atomic_folder(folder) as temporary:
-        hashes = write_weights(temporary, as_qwen3(weights, section))
-        provenance = Provenance(section=section, run_tokens=run_tokens, weights_sha256=hashes)
-        generation = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 256}
-        _write_json(temporary / _CONFIG, provenance.into(qwen3_config(section)))
-        _write_json(temporary / "generation_config.json", generation)
-        for name, content in files.items():
+        hashes = write_weights(temporary, as_qwen3(weights, section) if section.is_built_in else weights)
+        provenance = Provenance(
+            section=section if section.is_built_in else None,
+            context_tokens=section.context_tokens,
+            run_tokens=run_tokens,
+            weights_sha256=hashes,
+        )
+        written = {_CONFIG: _json(provenance.into(config)), **generation, **files}
+        for name, content in written.items():
             (temporary / name).write_bytes(content)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_bytes((json.dumps(content, indent=2) + "\n").encode())
+def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+    """Return the configuration, and the file that says how text is drawn, if there is one.
+
+    Raises UserError for a model of Hugging Face whose files are not here.
+    """
+    if spec.section.is_built_in:
+        drawn = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 256}
+        return qwen3_config(spec.section), {_GENERATION: _json(drawn)}
+    if spec.files is None or not (spec.files / _CONFIG).exists():
+        raise UserError(
+            f"this run trains {spec.section.base}, whose files are not here; give their folder with --model-dir",
+            code="model-files-needed",
+        )
+    left_out = ("dtype", "torch_dtype", LIBRARY_VERSION_KEY)
+    config = {key: value for key, value in _config(spec.files).items() if key not in left_out}
+    drawn_as = _beside(spec.files, _GENERATION)
+    return (
+        # Stages have a head of their own, also of a model whose head is its embedding.
+        {**config, "tie_word_embeddings": spec.section.tied_embeddings, "torch_dtype": "float32"},
+        {_GENERATION: drawn_as} if drawn_as else {},
+    )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def copy_exported(source: Path, target: Path) -> int:
@@ -181,19 +215,21 @@ def _instead(folder: Path) -> str:
 def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
     """Load the model whose configuration is `config`. Raises UserError."""
     provenance = _provenance(folder, config)
-    if provenance is None or provenance.section is None:
-        raise _not_ours(folder, ValueError("it is not the built-in model"))
     try:
-        model = _built_in(folder, provenance.section, provenance)
+        if provenance is None or provenance.section is None:
+            model: LanguageModel = _of_hugging_face(folder, provenance)
+        else:
+            model = _built_in(folder, provenance.section, provenance)
     except FileNotFoundError as error:
         raise _missing(folder, Path(str(error.filename)).name) from None
     except (ValueError, KeyError, SafetensorError, RuntimeError, OSError) as error:
         raise _not_ours(folder, error) from None
+    is_first = provenance is not None and provenance.is_first_format
     return ExportedModel(
         model=model,
-        tokenizer=_beside(folder, _FIRST_TOKENIZER if provenance.is_first_format else _TOKENIZER),
+        tokenizer=_beside(folder, _FIRST_TOKENIZER if is_first else _TOKENIZER),
         held_out=_beside(folder, _HELD_OUT),
-        run_tokens=provenance.run_tokens,
+        run_tokens=0 if provenance is None else provenance.run_tokens,
     )
 
 
@@ -208,6 +244,21 @@ def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GP
     read_weights(folder, provenance.weights_sha256, reader.take)
     reader.finish()
     return model
+
+
+def _of_hugging_face(folder: Path, provenance: Provenance | None) -> LanguageModel:
+    """Load a model by transformers. Raises UserError, also for one that cannot be used here."""
+    from swarmtrain.model.huggingface_config import check_names
+    from swarmtrain.model.huggingface_model import build_huggingface_model, resolved_keys
+
+    check_names([path.name for path in folder.iterdir()], from_scratch=False)
+    if provenance is not None:
+        check_hashes(folder, provenance.weights_sha256)
+    keys = resolved_keys(folder, is_cut=False)
+    most = min(keys.pop("context_tokens", _MOST_CONTEXT_TOKENS), _MOST_CONTEXT_TOKENS)
+    context_tokens = most if provenance is None else provenance.context_tokens
+    section = ModelSection(source="huggingface", base=folder.name or ".", context_tokens=context_tokens, **keys)
+    return build_huggingface_model(ModelSpec(section, folder), seed=0)
 
 
 def _beside(folder: Path, name: str) -> bytes:

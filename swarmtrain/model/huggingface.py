@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +25,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
-from swarmtrain.model.atomic_folder import write_whole
 from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.model.huggingface_config import HuggingFaceModel, read_config, untie
@@ -43,7 +41,6 @@ __all__ = [
     "HuggingFaceShape",
     "HuggingFaceStage",
     "build_stage",
-    "export_stages",
     "load_stage",
     "read_config",
     "stage_shapes",
@@ -130,12 +127,6 @@ class HuggingFaceStage(nn.Module):
 
 _BODIES = {"llama": "model", "qwen2": "model", "qwen3": "model", "gpt2": "transformer"}
 _NAMES_IN_CODE = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT2"}
-_HEADS = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
 
 
 class _RotaryBody(nn.Module):
@@ -349,46 +340,3 @@ def _tensor(file: Any, stored: str, shape: torch.Size, path: Path) -> Tensor:
 
 def _shown(path: Path) -> str:
     return one_line(str(path))
-
-
-# ---------------------------------------------------------------- export
-
-
-def export_stages(
-    folder: Path, model: HuggingFaceModel, weights: Iterable[Mapping[str, Tensor]], files: Mapping[str, bytes]
-) -> None:
-    """Write the model whose stages have these weights into `folder`, for `AutoModelForCausalLM.from_pretrained`.
-
-    `files` are written beside it by name. Raises ValueError when the weights are not those of the model's stages,
-    UserError when the folder holds something else, and the file system's OSError.
-    """
-    joined = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in stages.joined_weights(weights).items()
-    }
-    (whole,) = stage_shapes(model, ())
-    expected = {name: parameter.shape for name, parameter in HuggingFaceStage(whole).named_parameters()}
-    wrong = [name for name in {**expected, **joined} if name not in joined or joined[name].shape != expected.get(name)]
-    if wrong:
-        raise ValueError(f"{min(wrong)} is missing, of another model, or of another shape: {len(wrong)} in all")
-    written = {
-        _WHOLE: save(joined, metadata={"format": "pt"}),
-        "config.json": _config_bytes(model),
-        **files,
-    }
-    others = sorted(path.name for path in _in_folder(folder) if path.name not in written)
-    if others:  # such as the tokenizer of the checkpoint that it comes from
-        raise UserError(
-            f"{_shown(folder)} holds {one_line(others[0])} too, which the export would delete; give a new folder",
-            code="folder-not-empty",
-        )
-    write_whole(folder, written)
-
-
-def _in_folder(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.exists() else iter(())
-
-
-def _config_bytes(model: HuggingFaceModel) -> bytes:
-    config = {"architectures": [_HEADS[model.family]], **model.as_json()}
-    return (json.dumps(config, indent=2) + "\n").encode()

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 import tomli_w
 
+from swarmtrain.model.base import base_in_words
+from swarmtrain.model.hub import HubModel
 from swarmtrain.run import DataSource, RunFile
+from swarmtrain.run_model import FILLED_MODEL_KEYS
 from swarmtrain.words import bits_per_byte, count_in_words, counted, one_line
 
 __all__ = ["ModelCard"]
@@ -41,6 +44,8 @@ class ModelCard:
 
     def _head(self) -> str:
         lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- swarmtrain"]
+        if (base := HubModel.parse(self.run.model.base)) is not None:
+            lines.append(f"base_model: {json.dumps(base.name)}")
         named = dict.fromkeys(source.dataset for source in self.run.data.mixture if source.source == "datasets")
         if on_hub := [name for name in named if _ON_THE_HUB.fullmatch(name)]:
             lines += ["datasets:", *(f"- {json.dumps(name)}" for name in on_hub)]
@@ -49,6 +54,7 @@ class ModelCard:
     def _what(self) -> str:
         run, model = self.run, self.run.model
         rows = {
+            **({} if model.is_built_in else {"trained from": f"`{base_in_words(model)}`"}),
             "parameters": f"{self.num_parameters:,}",
             "trained on": f"{self.run_tokens:,} tokens of {run.run.total_tokens:,}",
             "context": f"{model.context_tokens:,} tokens",
@@ -129,6 +135,8 @@ class ModelCard:
         run, published = self.run, self.run.published
         version = "" if published is None else f" by swarmtrain {published.swarmtrain}, {published.created}"
         written = run.model_dump(mode="json", exclude={"published"}, exclude_defaults=True, exclude_none=True)
+        if not run.model.is_built_in:
+            written["model"] = {key: value for key, value in written["model"].items() if key not in FILLED_MODEL_KEYS}
         return "\n".join(
             [
                 "## Train it again",

@@ -20,10 +20,11 @@ from pydantic import ValidationError
 from swarmtrain import __version__
 from swarmtrain.run import ModelSection
 
-__all__ = ["Provenance", "provenance_in", "tokens_of_export"]
+__all__ = ["LIBRARY_VERSION_KEY", "Provenance", "provenance_in", "tokens_of_export"]
 
 _KEY, _FORMAT, _FIRST_FORMAT = "swarmtrain", "swarmtrain-2", "swarmtrain-gpt-1"
 _WHOLE = "model.safetensors"
+LIBRARY_VERSION_KEY = "transformers_version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,9 @@ class Provenance:
     """What an exported model says about itself."""
 
     section: ModelSection | None
-    """Shape of the built-in model; None for a model of another library."""
+    """Shape of the built-in model; None for a model of Hugging Face."""
+    context_tokens: int
+    """Length of the sequences that it was trained on."""
     run_tokens: int
     weights_sha256: Mapping[str, str]
     """SHA-256 (hex) of each file of weights."""
@@ -40,26 +43,30 @@ class Provenance:
     def into(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a model's configuration with this provenance, whatever it had."""
         model = {} if self.section is None else {"model": self.section.model_dump(mode="json")}
-        told = {"format": _FORMAT, "version": __version__, **model, "run_tokens": self.run_tokens}
-        return {**config, _KEY: {**told, "weights_sha256": dict(self.weights_sha256)}}
+        told = {"format": _FORMAT, "version": __version__, **model, "context_tokens": self.context_tokens}
+        told |= {"run_tokens": self.run_tokens, "weights_sha256": dict(self.weights_sha256)}
+        return {**config, _KEY: told}
 
 
 def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
-    """Return the provenance in a configuration; None if swarmtrain did not export the model.
+    """Return the provenance in a configuration; None if swarmtrain did not export the model, or if transformers has
+    saved another one with that configuration since: it adds its version, which exports leave out.
 
     Raises ValueError, KeyError or TypeError if it is damaged, or of a version that this one does not know.
     """
     is_first = config.get("format") == _FIRST_FORMAT
     told = config if is_first else config.get(_KEY)
-    if told is None:
+    if told is None or LIBRARY_VERSION_KEY in config:
         return None
     if not is_first and told["format"] != _FORMAT:
         raise ValueError("it was exported by a newer version of swarmtrain")
     hashes = {_WHOLE: told["weights_sha256"]} if is_first else dict(told["weights_sha256"])
     if not hashes or not all(_is_plain(name) and isinstance(sha256, str) for name, sha256 in hashes.items()):
         raise ValueError("weights_sha256 does not name files of this folder")
+    section = _section(told["model"]) if is_first or "model" in told else None
     return Provenance(
-        section=_section(told["model"]) if is_first or "model" in told else None,
+        section=section,
+        context_tokens=int(told["context_tokens"]) if section is None else section.context_tokens,
         run_tokens=int(told["run_tokens"]),
         weights_sha256=hashes,
         is_first_format=is_first,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["INDEX", "MAX_FILE_BYTES", "WHOLE", "file_sha256", "read_weights", "write_weights"]
+__all__ = ["INDEX", "MAX_FILE_BYTES", "WHOLE", "check_hashes", "file_sha256", "read_weights", "write_weights"]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 2_000_000_000
@@ -77,11 +77,17 @@ def read_weights(folder: Path, hashes: Mapping[str, str], take: Callable[[str, T
 
     Raises ValueError if a file has another SHA-256 (hex) than there, SafetensorError if it is none, and OSError.
     """
-    for file_name, sha256 in hashes.items():
-        if file_sha256(folder / file_name) != sha256:
-            raise ValueError(f"{file_name} was altered or is incomplete")
+    check_hashes(folder, hashes)
+    for file_name in hashes:
         for name, tensor in _tensors(folder / file_name):
             take(name, tensor)
+
+
+def check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise ValueError if a file has another SHA-256 (hex) than in `hashes`, and OSError."""
+    for name, sha256 in hashes.items():
+        if file_sha256(folder / name) != sha256:
+            raise ValueError(f"{name} was altered or is incomplete")
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -91,7 +91,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--accept-clock"),
+    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--model-dir", "--accept-clock"),
     "eval": ("MODEL", "--text", "--tasks", "--include-path", "--threads", "--device", "--json"),
     "generate": (
         *("MODEL|INVITE", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),

@@ -26,7 +26,9 @@ def options(folder: Path | None, *, json: bool = False) -> PeerOptions:
 
 
 def provenance(run_tokens: int) -> Provenance:
-    return Provenance(section=None, run_tokens=run_tokens, weights_sha256={"model.safetensors": "ab" * 32})
+    return Provenance(
+        section=None, context_tokens=8, run_tokens=run_tokens, weights_sha256={"model.safetensors": "ab" * 32}
+    )
 
 
 def test_the_end_of_a_run_says_where_the_model_is_and_what_to_do_with_it(tmp_path: Path) -> None:

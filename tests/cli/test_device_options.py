@@ -151,7 +151,7 @@ def test_local_passes_them_to_its_volunteers(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     folder, made = tmp_path / "model", build_model(SECTION, seed=1)
-    export_model(folder, dict(made.named_parameters()), SECTION, 1, {"held-out.txt": b"some text " * 8})
+    export_model(folder, dict(made.named_parameters()), made.spec, 1, {"held-out.txt": b"some text " * 8})
     return str(folder)
 
 

@@ -28,7 +28,7 @@ SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     folder, made = tmp_path / "model", build_model(SECTION, seed=1)
-    export_model(folder, dict(made.named_parameters()), SECTION, 1, {"held-out.txt": b"some text " * 8})
+    export_model(folder, dict(made.named_parameters()), made.spec, 1, {"held-out.txt": b"some text " * 8})
     return str(folder)
 
 
@@ -92,7 +92,7 @@ def test_a_loss_in_nats_bits_and_perplexity_is_that_of_a_plain_reference(
     section = SECTION.model_copy(update={"tokenizer": kind, "vocabulary_size": tokenizer.vocabulary_size})
     model = build_model(section, seed=1)
     files = {"held-out.txt": TEXT, "tokenizer.json": tokenizer_json(tokenizer.to_bytes())}
-    export_model(tmp_path / "model", dict(model.named_parameters()), section, 1, files)
+    export_model(tmp_path / "model", dict(model.named_parameters()), model.spec, 1, files)
     tokens, bits, num_bytes = [ord("\n"), *map(int, tokenizer.encode(TEXT))], 0.0, 0
     for place in range(1, len(tokens)):
         first = (place - 1) // section.context_tokens * section.context_tokens

@@ -27,17 +27,21 @@ from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.checkpoints.export import export_from_folder
+from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import kept_final_model
+from swarmtrain.peer.lifecycle.node import StopFlag, kept_final_model
 from swarmtrain.run import ModelSection, PublishedSection, RunFile, RunSection, published_bytes, run_sha256
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 
 
+def export_from(folder: Path, target: Path) -> int:
+    return export_from_folder(folder, target, onlooker_place(target, None, StopFlag()))
+
+
 def export(folder: Path, tokens: int) -> GPT:
     model = build_model(SECTION, seed=tokens)
-    export_model(folder, dict(model.named_parameters()), SECTION, tokens, {"held-out.txt": b"text"})
+    export_model(folder, dict(model.named_parameters()), model.spec, tokens, {"held-out.txt": b"text"})
     return model
 
 
@@ -88,11 +92,11 @@ def test_a_peer_folder_gives_the_archive_when_its_model_was_damaged(tmp_path: Pa
     export(tmp_path / "model", 2)
     export(tmp_path / "archive", 1)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"torn")
-    assert export_from_folder(tmp_path, tmp_path / "copy") == 1
+    assert export_from(tmp_path, tmp_path / "copy") == 1
     assert load_exported(tmp_path / "copy").run_tokens == 1
     (tmp_path / "archive" / "config.json").write_text("{")
     with raises_code("no-model", UserError):
-        export_from_folder(tmp_path, tmp_path / "another")
+        export_from(tmp_path, tmp_path / "another")
     assert not (tmp_path / "another").exists()
 
 
@@ -134,9 +138,9 @@ def test_an_export_of_the_first_format_is_read_and_written_anew(tmp_path: Path) 
     assert (old.run_tokens, old.held_out, old.tokenizer) == (7, published.held_out, b"")
     assert tokens_of_export(tmp_path / "peer" / "model") == 7
     assert kept_final_model(PeerFolder(tmp_path / "peer"), published) is None, "it is of before the end"
-    assert export_from_folder(tmp_path / "peer", tmp_path / "copy") == 7
+    assert export_from(tmp_path / "peer", tmp_path / "copy") == 7
     new = load_exported(tmp_path / "copy")
-    assert export_from_folder(tmp_path / "peer" / "model", tmp_path / "again") == 7, "an export itself"
+    assert export_from(tmp_path / "peer" / "model", tmp_path / "again") == 7, "an export itself"
     assert not is_first_format(tmp_path / "copy") and (new.run_tokens, new.held_out) == (7, published.held_out)
     for loaded in (old.model, new.model):
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

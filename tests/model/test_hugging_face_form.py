@@ -45,7 +45,7 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer = TOKENIZERS[0]) -> No
         "tokenizer.json": tokenizer_json(tokenizer.to_bytes()),
         "tokenizer_config.json": tokenizer_config(model.section.context_tokens),
     }
-    export_model(folder, dict(model.named_parameters()), model.section, 7, files)
+    export_model(folder, dict(model.named_parameters()), model.spec, 7, files)
 
 
 def assert_equal(one: GPT, other: GPT) -> None:

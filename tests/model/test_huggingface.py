@@ -24,7 +24,6 @@ from swarmtrain.model.huggingface import (
     HuggingFaceModel,
     HuggingFaceStage,
     build_stage,
-    export_stages,
     load_stage,
     read_config,
     stage_shapes,
@@ -491,55 +490,6 @@ def test_keys_that_would_fetch_or_run_code_are_left_behind() -> None:
     model = read_config(CONFIGS["llama"] | code | {"_attn_implementation": "someone/kernels"})
     assert model == read_config(CONFIGS["llama"])
     assert not model.as_json().keys() & {"auto_map", "attn_implementation", "_attn_implementation"}
-
-
-# ---------------------------------------------------------------- export
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_joined_stages_load_in_transformers(tmp_path: Path, family: str) -> None:
-    import transformers
-
-    changes = {"rope_scaling": _LLAMA3, "rope_theta": 777.0, "eos_token_id": [1, 2]} if family == "llama" else {}
-    model = read_config(CONFIGS[family] | changes)
-    stages = _stages(model, (1, 2))
-    export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {"run.toml": b"run"})
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
-        *("config.json", "model.safetensors", "run.toml")
-    ]
-    whole, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"] and whole.dtype == torch.float32
-    x = tokens = _batch()
-    for stage in stages:
-        x = stage(x)
-    torch.testing.assert_close(whole(input_ids=tokens).logits, x, rtol=0, atol=1e-6)
-    assert read_config(tmp_path / "model") == model
-    (again,) = (load_stage(shape, tmp_path / "model") for shape in stage_shapes(model, ()))
-    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in _joined(stages).items())
-
-
-def test_only_the_stages_of_one_model_are_exported(tmp_path: Path) -> None:
-    model = read_config(CONFIGS["gpt2"])
-    first, last = (stage.state_dict() for stage in _stages(model, (2,)))
-    with pytest.raises(ValueError, match="is missing, of another model, or of another shape"):
-        export_stages(tmp_path / "model", model, [first], {})
-    with pytest.raises(ValueError, match=r"lm_head\.weight is missing, of another model, or of another shape: 1"):
-        export_stages(tmp_path / "model", model, [first, last | {"lm_head.weight": torch.ones(96, 33)}], {})
-    with pytest.raises(ValueError, match="two stages have"):
-        export_stages(tmp_path / "model", model, [first, first], {})
-    assert not (tmp_path / "model").exists()
-
-
-def test_an_export_replaces_an_export_but_no_checkpoint(tmp_path: Path) -> None:
-    model = read_config(CONFIGS["gpt2"])
-    for seed in (1, 2):
-        stages = _stages(model, (), seed)
-        export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {})
-        written = load_file(tmp_path / "model" / "model.safetensors")
-        assert torch.equal(written["lm_head.weight"], stages[0].lm_head.weight)
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    with raises_code("folder-not-empty", UserError, "tokenizer.json"):
-        export_stages(tmp_path / "model", model, (stage.state_dict() for stage in stages), {})
 
 
 # ---------------------------------------------------------------- the extra

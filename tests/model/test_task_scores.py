@@ -15,6 +15,7 @@ from swarmtrain.cli.main import run
 from swarmtrain.data.tokenizer_json import tokenizer_json
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
+from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.run import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
@@ -24,7 +25,7 @@ RESULTS = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none"
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     weights = dict(build_model(SECTION, seed=1).named_parameters())
-    export_model(tmp_path / "model", weights, SECTION, 1, {"tokenizer.json": tokenizer_json(b"")})
+    export_model(tmp_path / "model", weights, ModelSpec(SECTION), 1, {"tokenizer.json": tokenizer_json(b"")})
     return str(tmp_path / "model")
 
 

@@ -21,7 +21,8 @@ from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent, WarningEvent
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.export import load_exported
-from swarmtrain.peer.checkpoints.export import export_from_folder
+from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
+from swarmtrain.peer.lifecycle.stop import StopFlag
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
 
@@ -144,7 +145,8 @@ def test_a_run_ends_without_its_bootstrap_and_each_volunteer_exports_it(swarm: S
     assert max(losses) - min(losses) < LOSSES_APART * min(losses)
     for child, event in zip(survivors, done, strict=True):
         target = swarm.folder / f"{child.name}-exported"
-        assert export_from_folder(child.folder, target) == event.run_tokens
+        place = onlooker_place(swarm.folder, None, StopFlag())
+        assert export_from_folder(child.folder, target, place) == event.run_tokens
         assert loss_of(target) == pytest.approx(event.held_out_loss, rel=1e-4), "the consensus, not its own weights"
 
     anna = survivors[0]

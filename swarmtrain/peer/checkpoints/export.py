@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from swarmtrain.data.tokenizer_json import own_tokenizer
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
+from swarmtrain.events import Event, WarningEvent
 from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.model.run_model import build_run_model, empty_model
+from swarmtrain.model.run_model import empty_model
 from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -27,6 +30,8 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
 from swarmtrain.peer.checkpoints.checkpoint import load_newest
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
+from swarmtrain.peer.control.arrival import FileProgress
+from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.devices.model_device import move_model
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.node import (
@@ -42,22 +47,44 @@ from swarmtrain.peer.lifecycle.node import (
     wait_for,
 )
 from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
+from swarmtrain.peer.model_files.base_files import described_model
+from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource
 from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
-__all__ = ["Sampling", "export_from_folder", "export_from_swarm", "model_of_swarm", "sample_text", "tokenizer_of"]
+__all__ = [
+    "Sampling",
+    "export_from_folder",
+    "export_from_swarm",
+    "model_of_swarm",
+    "onlooker_place",
+    "sample_text",
+    "tokenizer_of",
+]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
 
 
-def export_from_folder(folder: Path, target: Path) -> int:
+def onlooker_place(cache: Path, model_dir: Path | None, stop: StopFlag) -> FilesPlace:
+    """Return where this machine may have the files of a run's model: the folder `cache`, and that of `--model-dir`."""
+
+    def emit(event: Event) -> None:
+        if isinstance(event, WarningEvent):
+            _log.warning("%s", event.message)
+
+    progress = FileProgress(StatusBoard("export", time.time()), emit)
+    return FilesPlace(cache=cache, given=model_dir, progress=progress, emit=emit, stop=stop)
+
+
+def export_from_folder(folder: Path, target: Path, place: FilesPlace) -> int:
     """Copy the model in a peer's folder to `target`; return the run's tokens.
 
-    Taken is the final model, else the archive, else the newest checkpoint; the folder may be an export itself. Raises
-    UserError if there is none, RunTimeError if it cannot be written.
+    Taken is the final model, else the archive, else the newest checkpoint, to which `place` has the description of a
+    model of Hugging Face; the folder may be an export itself. Raises UserError if there is none, RunTimeError if it
+    cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to", code="folder-not-empty")
@@ -68,7 +95,7 @@ def export_from_folder(folder: Path, target: Path) -> int:
                     return _copied(source, target)
                 except UserError as error:
                     _log.warning("%s is not used: %s", source, error)
-        return _export_checkpoint(PeerFolder(folder), target)
+        return _export_checkpoint(PeerFolder(folder), target, place)
 
 
 def _copied(source: Path, target: Path) -> int:
@@ -85,7 +112,7 @@ def _copied(source: Path, target: Path) -> int:
         ) from None
     published = PublishedRun(data, sha256, run, exported.held_out, exported.tokenizer)
     progress = Progress(run_tokens=exported.run_tokens)
-    save_weights(target, dict(exported.model.named_parameters()), published, progress)
+    save_weights(target, dict(exported.model.named_parameters()), published, progress, None)
     return exported.run_tokens
 
 
@@ -102,7 +129,7 @@ def _in_words(what: str, advice: str) -> Iterator[None]:
         raise RunTimeError(f"{what}: {error.strerror or error}; {advice}", code="model-not-saved") from None
 
 
-def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
+def _export_checkpoint(folder: PeerFolder, target: Path, place: FilesPlace) -> int:
     published = folder.kept_run()
     if published is not None and published.run.pipeline.stages > 1:
         raise UserError(
@@ -115,7 +142,7 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
         found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
         if found is not None:
             kept, _ = found
-            model = build_run_model(run, None)
+            model = empty_model(ModelSpec(run.model, described_model(published, place, None)))
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
     raise UserError(
@@ -124,45 +151,58 @@ def _export_checkpoint(folder: PeerFolder, target: Path) -> int:
     )
 
 
-def export_from_swarm(invite: Invite, target: Path, stop: StopFlag, *, accept_clock: bool = False) -> int:
+def export_from_swarm(invite: Invite, target: Path, place: FilesPlace, *, accept_clock: bool = False) -> int:
     """Join as an onlooker, take the newest state and write it as a model; return the run's tokens.
 
-    Raises RunTimeError if nobody answers, nobody has trained yet, or the model cannot be written.
+    Raises RunTimeError if nobody answers, nobody has trained yet, or the model cannot be written, and as
+    `StopFlag.check` does if the stop of `place` asks for an end.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder with --to", code="folder-not-empty")
-    published, weights, progress = _pulled(invite, stop, accept_clock)
+    pulled = _pulled(invite, place, accept_clock)
     with _writing(target):
-        save_weights(target, weights, published, progress)
-    return progress.run_tokens
+        save_weights(target, pulled.weights, pulled.published, pulled.progress, pulled.files)
+    return pulled.progress.run_tokens
 
 
-def model_of_swarm(invite: Invite, stop: StopFlag, *, accept_clock: bool = False) -> ExportedModel:
+def model_of_swarm(invite: Invite, place: FilesPlace, *, accept_clock: bool = False) -> ExportedModel:
     """Join as an onlooker and return the model of the newest state. Raises as `export_from_swarm` does."""
-    published, weights, progress = _pulled(invite, stop, accept_clock)
-    model = build_run_model(published.run, None)
-    model.load_state_dict(weights)
+    pulled = _pulled(invite, place, accept_clock)
+    model = empty_model(ModelSpec(pulled.published.run.model, pulled.files))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(pulled.weights[name])
     return ExportedModel(
-        model=model, tokenizer=published.tokenizer, held_out=published.held_out, run_tokens=progress.run_tokens
+        model=model,
+        tokenizer=pulled.published.tokenizer,
+        held_out=pulled.published.held_out,
+        run_tokens=pulled.progress.run_tokens,
     )
 
 
-def _pulled(invite: Invite, stop: StopFlag, accept_clock: bool) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
-    """Return the run of `invite`, its present weights by name, and its counters (those of the first stage, for a
-    pipeline).
-    """
+@dataclass(frozen=True, kw_only=True)
+class _Pulled:
+    """Run of an invite, and what its peers have now."""
+
+    published: PublishedRun
+    files: Path | None
+    """Folder with what describes a model of Hugging Face."""
+    weights: dict[str, Tensor]
+    progress: Progress
+    """Counters, of a pipeline those of its first stage."""
+
+
+def _pulled(invite: Invite, place: FilesPlace, accept_clock: bool) -> _Pulled:
     with (
         _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
         peer_folder(Path(directory)) as folder,
     ):
-        return _pulled_from(invite, folder, stop, accept_clock)
+        return _pulled_from(invite, folder, place, accept_clock)
 
 
-def _pulled_from(
-    invite: Invite, folder: PeerFolder, stop: StopFlag, accept_clock: bool
-) -> tuple[PublishedRun, dict[str, Tensor], Progress]:
-    network = NetworkThread()
+def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_clock: bool) -> _Pulled:
+    network, stop = NetworkThread(), place.stop
     swarm = node = None
     try:
         node = start_node(network, PeerSettings(directory=folder.path, name="export"), folder, stop)
@@ -170,9 +210,10 @@ def _pulled_from(
         source = wait_for(network.submit(finding), stop).peer
         calls = PeerCalls(node, invite.run_sha256)
         published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
+        files = described_model(published, place, SwarmSource(network, node, invite.peers))
         weights: dict[str, Tensor] = {}
         counters: list[Progress] = []
-        for part, module in _parts(published):
+        for part, module in _parts(published, files):
             specs = tensor_specs(module.named_parameters())
             # Never announced: nobody should count on an onlooker.
             me = PeerInfo(peer=node.identity.peer_id)
@@ -189,7 +230,7 @@ def _pulled_from(
 
             weights |= named_weights(present.state.theta, specs)
             counters.append(present.progress)
-        return published, weights, counters[0]
+        return _Pulled(published=published, files=files, weights=weights, progress=counters[0])
     except NewerRunError as error:
         raise VersionError(*error.problems) from None
     except PeerError as error:
@@ -200,15 +241,15 @@ def _pulled_from(
         leave_swarm(network, swarm, node)
 
 
-def _parts(published: PublishedRun) -> Iterator[tuple[PublishedRun, nn.Module]]:
+def _parts(published: PublishedRun, files: Path | None) -> Iterator[tuple[PublishedRun, nn.Module]]:
     """Yield each swarm whose weights make up the model, with a module of its shapes: the run's own, or one for each
     stage.
     """
     run = published.run
     if run.published is None or run.published.boundaries is None:
-        yield published, empty_model(ModelSpec(run.model))
+        yield published, empty_model(ModelSpec(run.model, files))
         return
-    for number, shape in enumerate(run_stage_shapes(run, None, run.published.boundaries)):
+    for number, shape in enumerate(run_stage_shapes(run, files, run.published.boundaries)):
         yield published.of_stage(number), empty_run_stage(shape)
 
 

@@ -118,7 +118,7 @@ class BootstrapPeer:
         be written."""
         path = self.folder.archive_path
         try:
-            save_weights(path, weights, self.published, progress)
+            save_weights(path, weights, self.published, progress, self.model_folder)
         except OSError as error:
             self.emit(
                 WarningEvent(
@@ -148,7 +148,8 @@ class BootstrapPeer:
             self.emit(had_ended(self.folder))
             return
         weights = dict(model.named_parameters())
-        if warning := save_final_weights(self.folder, weights, self.published, progress, loss):
+        warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
+        if warning is not None:
             self.emit(warning)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:

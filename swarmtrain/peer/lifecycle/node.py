@@ -24,7 +24,7 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.model.evaluation import TextLoss, evaluate
 from swarmtrain.model.export import export_model, load_exported
-from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.model_card import ModelCard
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
@@ -284,13 +284,19 @@ def _checked(batches: Iterable[Tensor], check: Callable[[], None]) -> Iterator[T
 
 
 def save_final_weights(
-    folder: PeerFolder, weights: Mapping[str, Tensor], published: PublishedRun, progress: Progress, loss: TextLoss
+    folder: PeerFolder,
+    weights: Mapping[str, Tensor],
+    published: PublishedRun,
+    progress: Progress,
+    loss: TextLoss,
+    files: Path | None,
 ) -> WarningEvent | None:
-    """Save the weights at a run's end, whose held-out loss is `loss`; return a warning if the folder does not take
-    them, since more remains to be done.
+    """Save the weights at a run's end, whose held-out loss is `loss`; see `save_weights`.
+
+    Return a warning if the folder does not take them, since more remains to be done.
     """
     try:
-        save_weights(folder.model_path, weights, published, progress, loss)
+        save_weights(folder.model_path, weights, published, progress, files, loss)
     except OSError as error:
         return WarningEvent(
             message=f"the model could not be saved in {folder.path}: {error.strerror}; make room or make it writable, "
@@ -313,9 +319,9 @@ def kept_final_model(folder: PeerFolder, published: PublishedRun) -> LanguageMod
     except (UserError, OSError) as error:
         _log.info("no final model: %s", error)
         return None
-    is_same_tokenizer = exported.tokenizer in (tokenizer_json(published.tokenizer), published.tokenizer)
-    given = (data, exported.held_out, is_same_tokenizer, exported.model.section)
-    is_of_run = given == (published.data, published.held_out, True, run.model)
+    is_of_run = (data, exported.held_out) == (published.data, published.held_out)
+    is_of_run &= exported.tokenizer in (tokenizer_json(published.tokenizer), published.tokenizer)
+    is_of_run &= not run.model.is_built_in or exported.model.section == run.model
     return exported.model if is_of_run and exported.run_tokens >= run.run.total_tokens else None
 
 
@@ -334,7 +340,7 @@ def named_weights(theta: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tenso
 
 def save_model(folder: Path, model: LanguageModel, theta: Tensor, published: PublishedRun, progress: Progress) -> None:
     """Write the model with weights `theta` (P,), for `eval`, `generate` and other programs."""
-    save_weights(folder, weights_in(model, theta), published, progress)
+    save_weights(folder, weights_in(model, theta), published, progress, model.spec.files)
 
 
 def weights_in(model: LanguageModel, theta: Tensor) -> dict[str, Tensor]:
@@ -348,10 +354,15 @@ def save_weights(
     weights: Mapping[str, Tensor],
     published: PublishedRun,
     progress: Progress,
+    files: Path | None,
     loss: TextLoss | None = None,
 ) -> None:
-    """Write the model's weights, given by name, with all files that a reader needs; `loss` is their held-out loss, if
-    it was measured."""
+    """Write the model's weights, given by name, with all files that a reader needs.
+
+    `files` is the folder of the run's pinned model files, None if its model is built in; `loss` is the held-out loss of
+    the weights, if it was measured. Raises UserError if files are missing or `folder` holds something else, and
+    OSError.
+    """
     run = published.run
     card = ModelCard(
         run=run,
@@ -361,14 +372,14 @@ def save_weights(
         peer_tokens=progress.peer_tokens,
         held_out_loss=None if loss is None else loss.nats_per_byte,
     )
-    files = {
+    beside = {
         "tokenizer.json": tokenizer_json(published.tokenizer),
         "tokenizer_config.json": tokenizer_config(run.model.context_tokens),
         "README.md": card.text().encode(),
         "held-out.txt": published.held_out,
         "run.toml": published.data,
     }
-    export_model(folder, weights, run.model, progress.run_tokens, files)
+    export_model(folder, weights, ModelSpec(run.model, files), progress.run_tokens, beside)
 
 
 def invite_event(invite: Invite) -> InviteEvent:

@@ -10,12 +10,12 @@ from swarmtrain.model.base import base_of, downloaded
 from swarmtrain.model.hub import HubModel
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lifecycle.node import PeerSettings
-from swarmtrain.peer.model_files.fetcher import FilesPlace, names_in, pin_folder
+from swarmtrain.peer.model_files.fetcher import FilesPlace, ModelFileFetcher, SwarmSource, names_in, pin_folder
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile
 
-__all__ = ["BaseFiles", "kept_model_folder", "pin_base", "place_of_base"]
+__all__ = ["BaseFiles", "described_model", "kept_model_folder", "pin_base", "place_of_base"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ def place_of_base(run: RunFile, folder: Path, place: FilesPlace) -> FilesPlace |
         return None
     base = base_of(run.model, folder)
     return dataclasses.replace(place, given=base if isinstance(base, Path) else None)
+
+
+def described_model(published: PublishedRun, place: FilesPlace, swarm: SwarmSource | None) -> Path | None:
+    """Return a folder with the files that describe the run's model, for who has its weights already; None for a
+    built-in model.
+
+    Raises RunTimeError if neither this machine nor the hub has them, nor peers of `swarm`, if there is one.
+    """
+    if not published.model_files:
+        return None
+    return ModelFileFetcher(published, place).fetch(swarm, weights=False).path
 
 
 def kept_model_folder(published: PublishedRun, settings: PeerSettings) -> Path | None:

@@ -32,7 +32,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.file_hashes import FileHashes
 from swarmtrain.peer.model_files.model_folder import ModelFolder, pinned_list
 from swarmtrain.peer.model_files.part_file import ArrivingRun, PartFile
-from swarmtrain.protocol.pinned_files.file_list import INDEX, PinnedFile, PinnedFiles, files_to_pin
+from swarmtrain.protocol.pinned_files.file_list import INDEX, PinnedFile, PinnedFiles, files_to_pin, is_weights_name
 from swarmtrain.words import size_in_words
 
 __all__ = [
@@ -151,15 +151,15 @@ class ModelFileFetcher:
         self.files = PinnedFiles.from_bytes_untrusted(self.published.model_files)
         self.folder = ModelFolder(self.place.cache, self.files)
 
-    def fetch(self, swarm: SwarmSource | None) -> ModelFolder:
-        """Return the folder with all files, each checked by its hash; `transformers` reads it.
+    def fetch(self, swarm: SwarmSource | None, *, weights: bool = True) -> ModelFolder:
+        """Return the folder with all files, or with those that have no weights, each checked by its hash.
 
         Looks in `--model-dir`, the cache and the hub, in this order, and then asks other peers, unless `swarm` is None.
         A file of which a part is here is asked of the peers before the hub, so that nothing is fetched twice. Raises
         RunTimeError if the disk is full, or nobody delivers.
         """
         with self._disk_errors(), self.folder.locked(self._wait_for_the_other):
-            missing = self._not_here()
+            missing = self._not_here([file for file in self.files.files if weights or not is_weights_name(file.name)])
             begun = [file for file in missing if self.folder.has_part(file)]
             missing = self._after_hub([file for file in missing if file not in begun]) + begun
             if missing and swarm is not None:
@@ -220,14 +220,14 @@ class ModelFileFetcher:
 
     # ------------------------------------------------------------- this machine
 
-    def _not_here(self) -> list[PinnedFile]:
+    def _not_here(self, wanted: Sequence[PinnedFile]) -> list[PinnedFile]:
         """Return the files that neither `--model-dir` nor the cache has. What is there is checked by its hash."""
         place, folder = self.place, self.folder
         place.progress.begin("checking the model's files")
-        advance = _counted(place, self.files.total_bytes)
+        advance = _counted(place, sum(file.size_bytes for file in wanted))
         differing = []
         missing = []
-        for file in self.files.files:
+        for file in wanted:
             if place.given is not None and (place.given / file.name).is_file():
                 if folder.link(file, place.given / file.name, advance):
                     continue

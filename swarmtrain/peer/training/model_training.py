@@ -377,7 +377,8 @@ class ModelTraining:
             context.emit(eval_event(progress.round - 1, loss, own_loss))
             if not is_kept:
                 weights = weights_in(self.loop.model, theta)
-                if warning := save_final_weights(context.folder, weights, context.published, progress, loss):
+                files = context.model_folder
+                if warning := save_final_weights(context.folder, weights, context.published, progress, loss, files):
                     context.emit(warning)
             context.control.finishing("serving the last weights until others have them")
             while time.monotonic() < give_up_s or (

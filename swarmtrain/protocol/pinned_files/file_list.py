@@ -31,6 +31,7 @@ __all__ = [
     "check_chunk_list_untrusted",
     "files_to_pin",
     "is_pinned_name",
+    "is_weights_name",
 ]
 
 MAX_LIST_BYTES = 1_048_576
@@ -60,7 +61,12 @@ _KEYS = {"name", "size_bytes", "sha256", "chunks_sha256"}
 
 def is_pinned_name(name: str) -> bool:
     """Return whether a file of this name may be pinned: weights in safetensors, or a file that describes the model."""
-    return name in MODEL_NAMES or (len(name) <= _MAX_NAME and _WEIGHTS_NAME.fullmatch(name) is not None)
+    return name in MODEL_NAMES or is_weights_name(name)
+
+
+def is_weights_name(name: str) -> bool:
+    """Return whether a file of this name may be pinned as weights."""
+    return len(name) <= _MAX_NAME and _WEIGHTS_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

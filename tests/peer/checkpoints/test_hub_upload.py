@@ -12,6 +12,7 @@ from small_hub import TOKEN, SmallHub, small_hub
 from swarmtrain.cli.main import run
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import build_model
+from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.run import ModelSection
 
 pytest.importorskip("huggingface_hub")
@@ -29,7 +30,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
 @pytest.fixture
 def peer(tmp_path: Path) -> Path:
     weights = dict(build_model(SECTION, seed=1).named_parameters())
-    export_model(tmp_path / "peer" / "model", weights, SECTION, 7, {"held-out.txt": b"text", "README.md": b"# card"})
+    export_model(
+        tmp_path / "peer" / "model", weights, ModelSpec(SECTION), 7, {"held-out.txt": b"text", "README.md": b"# card"}
+    )
     return tmp_path / "peer"
 
 

@@ -23,7 +23,7 @@ from swarmtrain.network.rounds.roster import sign_roster
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
-from swarmtrain.peer.checkpoints.export import export_from_folder
+from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
 from swarmtrain.peer.checkpoints.manager import (
     CheckpointManager,
     PeersFile,
@@ -33,6 +33,7 @@ from swarmtrain.peer.checkpoints.manager import (
     run_to_resume,
 )
 from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
 from swarmtrain.protocol.tokens.progress import Progress
@@ -274,7 +275,8 @@ def test_a_model_is_exported_from_a_checkpoint(tmp_path: Path, published: Publis
     kept, _ = manager(tmp_path / "peer", published)
     kept.keep(merged(published, 0.5))
     kept.close()
-    assert export_from_folder(tmp_path / "peer", tmp_path / "model") == published.run.tokens_per_step
+    place = onlooker_place(tmp_path, None, StopFlag())
+    assert export_from_folder(tmp_path / "peer", tmp_path / "model", place) == published.run.tokens_per_step
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 

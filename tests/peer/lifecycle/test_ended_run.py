@@ -124,6 +124,7 @@ class Life:
             published=self.published,
             run=run,
             folder=self.folder,
+            model_folder=None,
             control=control,
             stop=stop,
             me="eve",

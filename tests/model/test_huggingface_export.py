@@ -1,0 +1,143 @@
+"""Exports of models of Hugging Face, and folders that others wrote: read, measured and continued by one reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from codes import raises_code
+from small_models import CONFIGS, run_of, saved
+
+from swarmtrain.errors import UserError
+from swarmtrain.model.base import base_files, resolved_run
+from swarmtrain.model.export import copy_exported, export_model, load_exported
+from swarmtrain.model.gpt import build_model
+from swarmtrain.model.huggingface_config import CUTTABLE
+from swarmtrain.model.huggingface_model import HuggingFaceLanguageModel
+from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.provenance import provenance_in
+from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
+from swarmtrain.model.sampling import generate
+from swarmtrain.model.stages import joined_weights
+from swarmtrain.run import ModelSection, RunFile
+
+pytestmark = pytest.mark.slow  # importing the library alone takes seconds
+
+TOKENS = torch.arange(5, 25)[None]
+
+
+def _library(path: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def _trained(run: RunFile, files: Path) -> LanguageModel:
+    """Model of a run whose weights have moved."""
+    model, generator = build_run_model(run, files), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return model
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(TOKENS)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_trained_model_loads_in_transformers_and_here_as_it_came(family: str, tmp_path: Path) -> None:
+    saved(family, tmp_path / family)
+    (tmp_path / family / "generation_config.json").write_text('{"eos_token_id": 3}')
+    run = resolved_run(run_of(family), tmp_path)
+    model = _trained(run, base_files(run, tmp_path))
+    export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, {"run.toml": b"run"})
+    library_model = _library(tmp_path / "out")
+    assert library_model.dtype == torch.float32
+    assert torch.allclose(_logits(library_model), _logits(model), rtol=0, atol=1e-5)
+    exported = load_exported(tmp_path / "out")
+    assert isinstance(exported.model, HuggingFaceLanguageModel)
+    assert (exported.run_tokens, exported.model.context_tokens) == (7, 24)
+    assert torch.equal(_logits(exported.model), _logits(model))
+    assert generate(exported.model, [5, 6], 30, 0.0, 0) == generate(model, [5, 6], 30, 0.0, 0)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in (family, "out"))
+    ours = {"swarmtrain", "torch_dtype", "dtype", "tie_word_embeddings", "transformers_version"}
+    assert {k: v for k, v in before.items() if k not in ours} == {k: v for k, v in after.items() if k not in ours}
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+    assert copy_exported(tmp_path / "out", tmp_path / "copy") == 7
+    (tmp_path / "out" / "model.safetensors").write_bytes((tmp_path / family / "model.safetensors").read_bytes())
+    with raises_code("not-a-model", UserError, "model.safetensors was altered"):
+        load_exported(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family in CUTTABLE])
+def test_a_model_trained_in_stages_has_a_head_of_its_own(family: str, tmp_path: Path) -> None:
+    saved(family, tmp_path / family)
+    run = resolved_run(run_of(family, pipeline="stages = 3\nboundaries = [1, 2]"), tmp_path)
+    files = base_files(run, tmp_path)
+    shapes = run_stage_shapes(run, files, run.pipeline.boundaries)
+    stages = [build_run_stage(run, shape, files, 0) for shape in shapes]
+    with torch.no_grad():
+        stages[-1].lm_head.weight.mul_(2)  # type: ignore[union-attr, operator]
+    weights = joined_weights(dict(stage.named_parameters()) for stage in stages)
+    export_model(tmp_path / "out", weights, ModelSpec(run.model, files), 7, {})
+    x = TOKENS
+    with torch.no_grad():
+        for stage in stages:
+            x = stage(x)
+    for loaded in (_library(tmp_path / "out"), load_exported(tmp_path / "out").model):
+        assert torch.allclose(_logits(loaded), x, rtol=0, atol=1e-5)
+
+
+def test_a_folder_that_others_wrote_is_read(tmp_path: Path) -> None:
+    library_model = saved("llama", tmp_path / "llama", max_position_embeddings=4096)
+    exported = load_exported(tmp_path / "llama")
+    assert (exported.run_tokens, exported.held_out, exported.model.context_tokens) == (0, b"", 2048)
+    assert torch.allclose(_logits(exported.model), _logits(library_model), rtol=0, atol=1e-5)
+    with raises_code("not-a-model", UserError, "copy its folder"):
+        copy_exported(tmp_path / "llama", tmp_path / "copy")
+    (tmp_path / "llama" / "modeling_llama.py").write_text("evil()")
+    with raises_code("model-has-code", UserError):
+        load_exported(tmp_path / "llama")
+
+
+def test_an_export_of_ours_that_another_program_trained_is_what_it_has_become(tmp_path: Path) -> None:
+    """Read as the Qwen3 that it is, since the built-in model has no weights in its norms of queries and keys."""
+    model = build_model(ModelSection(context_tokens=24, num_layers=2, width=32, num_heads=2), seed=1)
+    export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, {})
+    library_model = _library(tmp_path / "out")
+    with torch.no_grad():
+        library_model.model.layers[0].self_attn.q_norm.weight.mul_(2)
+    library_model.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert "swarmtrain" in config and provenance_in(config) is None
+    exported = load_exported(tmp_path / "theirs")
+    assert exported.run_tokens == 0 and isinstance(exported.model, HuggingFaceLanguageModel)
+    assert torch.allclose(_logits(exported.model), _logits(library_model), rtol=0, atol=1e-5)
+
+
+def test_an_export_of_ours_can_be_the_base_of_a_run_and_is_exported_anew(tmp_path: Path) -> None:
+    first = build_model(ModelSection(context_tokens=24, num_layers=2, width=32, num_heads=2), seed=1)
+    export_model(tmp_path / "first", dict(first.named_parameters()), first.spec, 7, {})
+    run = resolved_run(run_of("first"), tmp_path)
+    assert torch.allclose(_logits(build_run_model(run, base_files(run, tmp_path))), _logits(first), rtol=0, atol=1e-5)
+    model = _trained(run, base_files(run, tmp_path))
+    export_model(tmp_path / "second", dict(model.named_parameters()), model.spec, 9, {})
+    exported = load_exported(tmp_path / "second")
+    assert exported.run_tokens == 9 and isinstance(exported.model, HuggingFaceLanguageModel)
+    assert torch.equal(_logits(exported.model), _logits(model))
+
+
+def test_without_the_files_of_its_model_an_export_says_how_to_get_them(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "llama")
+    run = resolved_run(run_of("llama"), tmp_path)
+    for files in (None, tmp_path):
+        with raises_code("model-files-needed", UserError, "--model-dir"):
+            export_model(tmp_path / "out", {}, ModelSpec(run.model, files), 7, {})
+    assert not (tmp_path / "out").exists()
