@@ -162,12 +162,20 @@ def cut_model(spec: ModelSpec) -> HuggingFaceModel:
 def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     """Return the library's configuration and the traits of a run's model, which is as the run says it is.
 
-    Raises UserError.
+    A stranger's run is compared with its configuration before anything takes memory. Raises UserError.
     """
     folder = _folder(spec)
     data, origin = whole_config(folder), _origin(folder)
-    config = library_config(data, origin)
+    config, counted = library_config(data, origin), library_config(data, origin)
     _check_keys(spec.section, config, origin)
+    counted.tie_word_embeddings = spec.section.tied_embeddings
+    number = parameters_of(empty_library_model(counted, on_meta=True))
+    if number != spec.section.num_parameters:
+        raise UserError(
+            f"{origin}: gives {number} parameters, but the run says {spec.section.num_parameters}: it was published "
+            "with another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
     return config, traits_of(data, origin)
 
 
@@ -208,9 +216,9 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
         library_model = load_library_model(config, _folder(spec))
         if config.tie_word_embeddings and not spec.section.tied_embeddings:
             _untie(library_model)
-        return _counted(HuggingFaceLanguageModel(spec, library_model, traits))
+        return HuggingFaceLanguageModel(spec, library_model, traits)
     config.tie_word_embeddings = spec.section.tied_embeddings
-    model = _counted(HuggingFaceLanguageModel(spec, empty_library_model(config), traits))
+    model = HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
     begins = _beginning_of(model, _folder(spec))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -230,17 +238,6 @@ def _untie(library_model: Any) -> None:
     head = library_model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone())
     library_model.config.tie_word_embeddings = False
-
-
-def _counted(model: HuggingFaceLanguageModel) -> HuggingFaceLanguageModel:
-    number, expected = parameters_of(model), model.section.num_parameters
-    if number != expected:
-        raise UserError(
-            f"{_origin(_folder(model.spec))}: gives {number} parameters, but the run says {expected}: it was published "
-            "with another version of transformers; install that one",
-            code="checkpoint-mismatch",
-        )
-    return model
 
 
 def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[str, torch.Size, int], Tensor]:
