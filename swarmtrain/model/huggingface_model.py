@@ -9,7 +9,6 @@ Shapes: B batch, T time (tokens), D width, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -163,13 +162,20 @@ def cut_model(spec: ModelSpec) -> HuggingFaceModel:
 def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     """Return the library's configuration and the traits of a run's model, which is as the run says it is.
 
-    Raises UserError.
+    A stranger's run is compared with its configuration before anything takes memory. Raises UserError.
     """
     folder = _folder(spec)
     data, origin = whole_config(folder), _origin(folder)
-    config = library_config(data, origin)
+    config, counted = library_config(data, origin), library_config(data, origin)
     _check_keys(spec.section, config, origin)
-    _check_number(spec.section, config, origin)
+    counted.tie_word_embeddings = spec.section.tied_embeddings
+    number = parameters_of(empty_library_model(counted, on_meta=True))
+    if number != spec.section.num_parameters:
+        raise UserError(
+            f"{origin}: gives {number} parameters, but the run says {spec.section.num_parameters}: it was published "
+            "with another version of transformers; install that one",
+            code="checkpoint-mismatch",
+        )
     return config, traits_of(data, origin)
 
 
@@ -181,20 +187,6 @@ def _check_keys(section: ModelSection, config: Any, origin: str) -> None:
                 "files that the run was published with",
                 code="checkpoint-mismatch",
             )
-
-
-def _check_number(section: ModelSection, config: Any, origin: str) -> None:
-    """Raise UserError unless the model has as many parameters as the run says: other keys than those of the shape may
-    make it large, and nothing has taken memory yet."""
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = section.tied_embeddings
-    number = parameters_of(empty_library_model(config, on_meta=True))
-    if number != section.num_parameters:
-        raise UserError(
-            f"{origin}: gives {number} parameters, but the run says {section.num_parameters}: it was published with "
-            "another version of transformers; install that one",
-            code="checkpoint-mismatch",
-        )
 
 
 def _check_size(folder: Path, num_parameters: int) -> None:

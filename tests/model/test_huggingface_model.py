@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,13 +332,20 @@ def test_weights_in_parts_are_read_and_one_that_is_missing_is_named(tmp_path: Pa
         _built(tmp_path, "parts")
 
 
-def test_files_of_another_model_than_the_runs_are_refused(folder: Path) -> None:
+def test_files_of_another_model_than_the_runs_are_refused(folder: Path, tmp_path: Path) -> None:
     run = resolved_run(run_of("llama"), folder)
     with raises_code("checkpoint-mismatch", UserError, "says", "but the run"):
         build_run_model(run, folder / "gpt2")
     other = run.model.model_copy(update={"num_parameters": run.model.num_parameters + 1})
     with raises_code("checkpoint-mismatch", UserError, "another version of transformers"):
         build_run_model(run.model_copy(update={"model": other}), folder / "llama")
+    vast = resolved_run(run_of("gpt_neox"), folder)  # of a stranger, whose configuration is larger than the run says
+    copy = shutil.copytree(folder / "gpt_neox", tmp_path / "vast")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 288, "intermediate_size": 10**9}))
+    ratio = vast.model.model_copy(update={"feed_forward_ratio": 10**9 / 32})
+    with raises_code("checkpoint-mismatch", UserError, "parameters, but the run says"):
+        build_run_model(vast.model_copy(update={"model": ratio}), copy)
     with raises_code("model-files-needed", UserError, "--model-dir"):
         build_run_model(run, None)
     run = resolved_run(run_of("gemma2", "from_scratch = true"), folder)
