@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import tomli_w
 
 from swarmtrain.model.base import base_in_words
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.hub import HubModel
 from swarmtrain.run import DataSource, RunFile
 from swarmtrain.run_model import FILLED_MODEL_KEYS
-from swarmtrain.words import bits_per_byte, count_in_words, counted, one_line
+from swarmtrain.words import count_in_words, counted, one_line
 
 __all__ = ["ModelCard"]
 
@@ -34,8 +35,8 @@ class ModelCard:
     run_tokens: int
     peer_tokens: Mapping[str, int]
     """Tokens by the PeerID of who trained on them; empty if they were not counted."""
-    held_out_loss: float | None = None
-    """Nats per byte; None if it was not measured."""
+    loss: TextLoss | None = None
+    """Held-out loss; None if it was not measured."""
 
     def text(self) -> str:
         """Return the card."""
@@ -78,10 +79,9 @@ class ModelCard:
         )
 
     def _loss(self) -> str:
-        if self.held_out_loss is None:
+        if self.loss is None:
             return "not measured yet: `swarmtrain eval` of this folder measures it"
-        nats = self.held_out_loss
-        return f"{nats:.4f} nats a byte ({bits_per_byte(nats):.4f} bits a byte), on `held-out.txt`"
+        return f"{_loss_in_words(self.loss)}, on `held-out.txt`"
 
     def _use(self) -> str:
         return "\n".join(
@@ -109,13 +109,17 @@ class ModelCard:
         ]
         lines = [f"Trained on {sources[0]}. Nobody trained on `held-out.txt`."]
         if data.sources:
+            losses = {} if self.loss is None else self.loss.by_source
             rows = zip(data.sources, data.shares, sources, strict=True)
             lines = [
                 "Nobody trained on `held-out.txt`. Sequences came from these sources:",
                 "",
-                "| source | share | text |",
-                "|---|---|---|",
-                *(f"| {source.name} | {share:.2%} | {words} |" for source, share, words in rows),
+                "| source | share | text | held-out loss |",
+                "|---|---|---|---|",
+                *(
+                    f"| {source.name} | {share:.2%} | {words} | {_loss_in_words(losses.get(source.name))} |"
+                    for source, share, words in rows
+                ),
             ]
         return "\n".join(["## Data", "", *lines, ""])
 
@@ -153,6 +157,12 @@ class ModelCard:
                 "",
             ]
         )
+
+
+def _loss_in_words(loss: TextLoss | None) -> str:
+    if loss is None:
+        return "not measured"
+    return f"{loss.nats_per_byte:.4f} nats a byte ({loss.bits_per_byte:.4f} bits a byte)"
 
 
 def _source_in_words(source: DataSource, revision: str) -> str:

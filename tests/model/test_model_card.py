@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.model_card import ModelCard
 from swarmtrain.run import RunFile, parse_run
 
@@ -15,7 +16,11 @@ def run_file(**sections: dict[str, Any]) -> RunFile:
 
 
 def card(run: RunFile, **facts: Any) -> str:
-    given: dict[str, Any] = {"peer_tokens": {"12D3anna": 300, "12D3ben": 900}, "held_out_loss": 1.386294, **facts}
+    given: dict[str, Any] = {
+        "peer_tokens": {"12D3anna": 300, "12D3ben": 900},
+        "loss": TextLoss(1386.294, 500, 1000),
+        **facts,
+    }
     return ModelCard(run=run, run_sha256="ab" * 32, num_parameters=1_234_567, run_tokens=1_200, **given).text()
 
 
@@ -47,15 +52,25 @@ def test_several_sources_are_a_table_with_their_shares() -> None:
     web = {"source": "datasets", "dataset": "owner/web"}
     sources = [{"name": "code", "weight": 3}, {"name": "web", **web}, {"name": "new", **web, "split": "new"}]
     run = run_file(data={"sources": sources})
-    text = card(run)
+    losses = {"code": TextLoss(69.3147, 50, 100), "web": TextLoss(200.0, 50, 100)}
+    text = card(run, loss=TextLoss.of_parts(losses))
     assert '\ndatasets:\n- "owner/web"\n---' in text, "once"
-    assert "| code | 60.00% | the sources of Python's standard library |" in text
-    assert "| web | 20.00% | `owner/web` |" in text
+    loss = "0.6931 nats a byte (1.0000 bits a byte)"
+    assert f"| code | 60.00% | the sources of Python's standard library | {loss} |" in text
+    assert "| new | 20.00% | `owner/web` | not measured |" in text and "| 1.3466 nats a byte (" in text
     assert parse_run(text.split("```toml\n")[1].split("\n```\n")[0], "card") == run
 
 
 @pytest.mark.parametrize(("peers", "rows"), [({}, 0), ({f"12D3{n:05d}": 1 for n in range(1500)}, 1001)])
 def test_contributors_are_named_while_they_are_few(peers: dict[str, int], rows: int) -> None:
-    text = card(run_file(), peer_tokens=peers, held_out_loss=None)
+    text = card(run_file(), peer_tokens=peers, loss=None)
     assert text.count("\n| `12D3") == max(0, rows - 1) and ("| 500 others | 500 | 33.3% |" in text) == (rows > 0)
     assert ("## Contributors" in text) == (rows > 0) and "not measured yet" in text
+
+
+def test_the_model_that_it_comes_from_is_named_and_its_shape_is_not_the_readers_to_write() -> None:
+    written = {"source": "huggingface", "base": f"owner/tiny@{'0123456789' * 4}", "context_tokens": 24}
+    filled = {"num_layers": 3, "width": 32, "num_heads": 4, "vocabulary_size": 288, "num_parameters": 1_234_567}
+    text = card(run_file(model=written | filled))
+    assert 'base_model: "owner/tiny"\n' in text and "| trained from | `owner/tiny@0123456, from its weights` |" in text
+    assert parse_run(text.split("```toml\n")[1].split("\n```\n")[0], "card") == run_file(model=written)

@@ -370,7 +370,7 @@ def save_weights(
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
         run_tokens=progress.run_tokens,
         peer_tokens=progress.peer_tokens,
-        held_out_loss=None if loss is None else loss.nats_per_byte,
+        loss=loss,
     )
     beside = {
         "tokenizer.json": tokenizer_json(published.tokenizer),
