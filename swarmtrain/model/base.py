@@ -76,6 +76,12 @@ def resolved_run(run: RunFile, folder: Path) -> RunFile:
         raise RunFileError(*told) from None
     if not run.model.from_scratch:
         found.pop("constants_sha256", None)
+    if not found.pop("keeps_documents_apart", True) and getattr(run.data, "packing", "stream") == "documents":
+        raise RunFileError(
+            f'data.packing: "documents" with model.base = {one_line(run.model.base)}, whose tokens see the documents '
+            'before theirs in a sequence; allowed: "stream"',
+            code="keys-disagree",
+        )
     most = found.pop("context_tokens", None)
     if most is not None and run.model.context_tokens > most:
         raise RunFileError(

@@ -137,8 +137,8 @@ def _blocks_of(library_model: Any) -> tuple[nn.Module, ...]:
 
 
 def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
-    """Return the keys of `[model]` that the configuration in `folder` gives, and its longest sequence, in tokens, as
-    `context_tokens` if it has one.
+    """Return the keys of `[model]` that the configuration in `folder` gives; besides, as `context_tokens`, its longest
+    sequence, in tokens, if it has one, and as `keeps_documents_apart` whether it does.
 
     If the model `is_cut` into stages, its head is a matrix of its own. Nothing of the weights is read. Raises
     UserError, one line, if the model cannot be trained so.
@@ -148,8 +148,10 @@ def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
         data = untie(folder).as_json()
     keys = shape_keys(library_config(data, origin), origin)
     number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
-    constants = {} if is_cut else {"constants_sha256": traits_of(data, origin).constants_sha256}
-    return {**keys, **constants, "num_parameters": number}
+    if not is_cut:
+        traits = traits_of(data, origin)
+        keys |= {"constants_sha256": traits.constants_sha256, "keeps_documents_apart": traits.keeps_documents_apart}
+    return {**keys, "num_parameters": number}
 
 
 def cut_model(spec: ModelSpec) -> HuggingFaceModel:

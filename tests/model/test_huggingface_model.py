@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -402,6 +403,14 @@ def test_traits_of_families_are_seen(folder: Path) -> None:
     assert neox.has_plain_head and neox.keeps_documents_apart
     assert llama.constants is None and neox.constants is not None
     assert neox.constants["gpt_neox.layers.N.input_layernorm.weight"] == 1.0
+
+
+def test_a_family_whose_tokens_see_earlier_documents_is_refused_where_they_are_packed(tmp_path: Path) -> None:
+    saved("bloom", tmp_path / "small", vocab_size=288, hidden_size=32, n_layer=2, n_head=4)
+    assert not _built(tmp_path, "small").traits.keeps_documents_apart
+    packed: Any = SimpleNamespace(packing="documents")
+    with raises_code("keys-disagree", RunFileError, "data.packing"):
+        resolved_run(run_of("small").model_copy(update={"data": packed}), tmp_path)
 
 
 def test_parameters_that_begin_with_a_pattern_are_no_constants() -> None:

@@ -15,14 +15,14 @@ from swarmtrain.model.run_model import build_run_model
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.training.loop import ModelLoop, loop_class
 
-pytestmark = pytest.mark.slow
+pytestmark = (
+    pytest.mark.evidence
+)  # a rank imports the library, for seconds; what is shown is shown with the built-in model
 
 TEXT = np.frombuffer(b"many hands make light work, and many cooks a broth. " * 20, dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    "shards", [pytest.param(False, id="copies", marks=pytest.mark.evidence), pytest.param(True, id="parts")]
-)
+@pytest.mark.parametrize("shards", [False, True], ids=["copies", "parts"])
 def test_two_ranks_of_one_peer_train_it_as_one_does(tmp_path: Path, shards: bool) -> None:
     saved("qwen3", tmp_path / "small")
     run = resolved_run(run_of("small", inner="batch_sequences = 5"), tmp_path)
