@@ -88,30 +88,35 @@ def traits_of(data: Mapping[str, Any], origin: str) -> ModelTraits:
 @functools.lru_cache(8)
 def _tried(data: str, origin: str) -> ModelTraits:
     config = _small(library_config(json.loads(data), origin))
-    empty = empty_library_model(copy.deepcopy(config), on_meta=True)
-    number = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
-    if number > _MOST_NUMBERS:
-        raise UserError(
-            f"{origin}: two layers of it have {count_in_words(number)} numbers, too many to try whether it can be "
-            f"trained; give a smaller model, or one of {', '.join(CUTTABLE)}",
-            code="model-refused",
-        )
+    _check_number(config, origin)
     first, second = (random_library_model(config, seed) for seed in (0, 1))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.get_text_config().vocab_size, (_SEQUENCES, _TOKENS + 1), generator=generator)
     problem = _problem(first, tokens)
     if problem:
-        raise UserError(
-            f"{origin}: model_type: {one_line(config.model_type)[:60]} cannot be trained: {problem}; give a model of "
-            f"another family, such as {', '.join(CUTTABLE)}",
-            code="model-refused",
-        )
+        raise _refused(origin, config, problem)
     constants, patterns = _beginnings(first, second)
     return ModelTraits(
         keeps_documents_apart=_keeps_apart(first, tokens[:, 1:]),
         has_plain_head=_has_plain_head(second, tokens[:, 1:]),
         constants=constants,
         patterns=patterns,
+    )
+
+
+def _check_number(config: Any, origin: str) -> None:
+    """Raise UserError if the small model would take too much memory, which it does not take yet."""
+    empty = empty_library_model(copy.deepcopy(config), on_meta=True)
+    number = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    if number > _MOST_NUMBERS:
+        raise _refused(origin, config, f"two layers of it, {count_in_words(number)} numbers, are too many to try it")
+
+
+def _refused(origin: str, config: Any, problem: str) -> UserError:
+    return UserError(
+        f"{origin}: model_type: {one_line(config.model_type)[:60]} cannot be trained: {problem}; give a model of "
+        f"another family, such as {', '.join(CUTTABLE)}",
+        code="model-refused",
     )
 
 
