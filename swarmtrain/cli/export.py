@@ -83,12 +83,21 @@ def command(
         tokens = _exported(invite, directory, model_dir, target, accept_clock)
         click.echo(f"wrote the model after {tokens} tokens to {target}")
         return
-    from swarmtrain.peer.checkpoints.hub_upload import check_login, kept_or_temporary, upload_model
+    from swarmtrain.cli.background import say
+    from swarmtrain.peer.checkpoints.hub_upload import (
+        HELD_OUT,
+        check_login,
+        has_own_text,
+        kept_or_temporary,
+        upload_model,
+    )
 
     check_login(repository)
     with kept_or_temporary(target) as folder:
         tokens = _exported(invite, directory, model_dir, folder, accept_clock)
         address = upload_model(folder, repository, is_private=is_private)
+        if has_own_text(folder):
+            say(f"{HELD_OUT} is not uploaded: it is a piece of the run's text, which may be private")
     where = "" if target is None else f" to {target}, and"
     click.echo(f"wrote the model after {tokens} tokens{where} to {address}")
 

@@ -32,6 +32,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.atomic_folder import atomic_folder
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.provenance import LIBRARY_VERSION_KEY, Provenance, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
 from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read_weights, write_weights
@@ -44,6 +45,9 @@ _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT = "tokenizer.bin", "tokenizer.json", "held-out.txt"
+_TORN_PARAMETERS = 2**26
+"""Parameters for which memory is taken although their weights may not be there: 256 MiB. It is said then which are
+not."""
 _BESIDE = (
     INDEX,
     _TOKENIZER,
@@ -234,6 +238,9 @@ def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
 
 
 def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GPT:
+    weights_bytes = sum((folder / name).stat().st_size for name in provenance.weights_sha256)
+    if not section.is_built_in or num_parameters(section) > weights_bytes + _TORN_PARAMETERS:
+        raise ValueError(f"{_CONFIG} describes a larger model than the weights")
     model = GPT(section)
     if provenance.is_first_format:
         weights: dict[str, Tensor] = {}

@@ -17,15 +17,15 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from swarmtrain.errors import RunFileError, RunTimeError, SwarmtrainError
 from swarmtrain.extras import install_in_words
-from swarmtrain.protocol.pinned_files.file_list import INDEX, files_to_pin
-from swarmtrain.words import one_line
+from swarmtrain.protocol.pinned_files.file_list import INDEX, MODEL_NAMES, files_to_pin, most_bytes
+from swarmtrain.words import one_line, size_in_words
 
 __all__ = ["HubError", "HubModel", "HubSnapshot"]
 
@@ -92,11 +92,13 @@ class HubModel:
         library = _library()
         try:
             commit, sizes = self._listed(library, check)
+            _check_sizes(sizes, MODEL_NAMES)
             pinned = HubModel(self.name, commit)
             read_index = lambda: pinned._file(library, INDEX, lambda num_bytes: None, check).read_bytes()  # noqa: E731
             names = files_to_pin(sizes, read_index, weights=weights, origin=self.name)
             if "config.json" not in names:
                 raise HubError("it has no config.json")
+            _check_sizes(sizes, names)
             self._file(library, "config.json", lambda num_bytes: None, check)  # the cache then knows the revision
             total, done, folder = sum(sizes[name] for name in names), 0, Path()
 
@@ -132,18 +134,20 @@ class HubModel:
         library, check = _library(), lambda: None
         try:
             commit, sizes = self._listed_by_hub(library, check)
+            _check_sizes(sizes, MODEL_NAMES)
             pinned = HubModel(self.name, commit)
             read_index = lambda: pinned._file(library, INDEX, lambda num_bytes: None, check).read_bytes()  # noqa: E731
             files_to_pin(sizes, read_index, weights=True, origin=self.name)
         except HubError as error:
             _log.info("%s is not looked at: %s", self.name, error)
 
-    def reach(self, check: Callable[[], None]) -> None:
-        """Raise HubError unless the hub is reached and has this revision. `check` is called while waiting.
+    def reach(self, check: Callable[[], None]) -> Mapping[str, int]:
+        """Return the sizes of the files by name, as the hub says. `check` is called while waiting.
 
-        A download would try for a while longer before it says so.
+        Raises HubError unless the hub is reached and has this revision: a download would try for a while longer before
+        it says so.
         """
-        _ask(_own_library(), self, check)
+        return self._listed_by_hub(_own_library(), check)[1]
 
     def cached_file(self, name: str) -> Path | None:
         """Return where the hub's cache has a file at this revision; None if it does not have it."""
@@ -189,6 +193,12 @@ class HubModel:
         if not isinstance(found.sha, str) or not _COMMIT.fullmatch(found.sha):
             raise HubError(f"the hub gives no commit of {self.name}")
         return found.sha, {item.rfilename: item.size or 0 for item in found.siblings or ()}
+
+
+def _check_sizes(sizes: Mapping[str, int], names: Iterable[str]) -> None:
+    """Raise HubError if a file of these names is larger than any that is pinned: before it fills the disk."""
+    if large := [name for name in names if sizes.get(name, 0) > most_bytes(name)]:
+        raise HubError(f"its {large[0]} has {size_in_words(sizes[large[0]])}")
 
 
 def _ask(library: Any, model: HubModel, check: Callable[[], None]) -> Any:

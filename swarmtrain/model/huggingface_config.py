@@ -274,7 +274,10 @@ _DROPPED = frozenset(
         "dtype",
         "experts_implementation",
         "fusion_config",
+        "id2label",
         "kernel_config",
+        "label2id",
+        "num_labels",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
@@ -286,8 +289,12 @@ _DROPPED = frozenset(
         "use_kernels",
     }
 )
-"""Keys that say how a model is computed, not which one it is; some name kernels on the hub."""
-_MAX_LAYERS, _MAX_EXPERTS = 4096, 65_536
+"""Keys that say how a model is computed, not which one it is. Some name kernels on the hub; for `num_labels` the
+library makes a name for each label, of which no model of text has any."""
+_MOST = {"layers": 512, "n_layer": 512, "experts": 65_536}
+"""Largest numbers of keys with these words in their names: the library makes something for each."""
+_MOST_REPEATS = 512
+"""Largest number in a list of lists: how often a kind of layer is repeated."""
 
 
 def whole_config(folder: Path) -> dict[str, Any]:
@@ -335,9 +342,15 @@ def _check_key(key: str, value: Any, origin: str) -> None:
             f"{origin}: {key}: this model is quantised, and only floats can be trained; give the one it was made of",
             code="model-quantised",
         )
-    for word, most in (("layers", _MAX_LAYERS), ("experts", _MAX_EXPERTS)):
-        if word in key and isinstance(value, int) and value > most:
-            raise UserError(f"{origin}: {one_line(key)}: {value} is refused; allowed: at most {most}", code="bad-value")
+    limits = [(value, most) for word, most in _MOST.items() if word in key]
+    if isinstance(value, list):
+        limits += [(number, _MOST_REPEATS) for row in value if isinstance(row, list) for number in row]
+    for number, most in limits:
+        if isinstance(number, int) and number > most:
+            raise UserError(
+                f"{origin}: {one_line(key)[:60]}: {_shown(number)} is refused; allowed: at most {most}",
+                code="bad-value",
+            )
 
 
 def check_names(names: Iterable[str], *, from_scratch: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,8 @@ __all__ = [
 
 def _library() -> Any:
     """Import the library and silence it. Raises UserError without the extra `hf`."""
+    # Where `kernels` is installed, some families fetch compiled code from the hub: which family is a stranger's choice.
+    os.environ["USE_HUB_KERNELS"] = "NO"
     try:
         library = importlib.import_module("transformers")
         logging = importlib.import_module("transformers.utils.logging")

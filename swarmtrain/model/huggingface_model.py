@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from swarmtrain.algorithm.batch import inputs_of, positions_of
 from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import uniform_weight
-from swarmtrain.model.huggingface import initial_weight
+from swarmtrain.model.huggingface import initial_weight, tensor_files
 from swarmtrain.model.huggingface_config import HuggingFaceModel, untie, whole_config
 from swarmtrain.model.huggingface_library import (
     cache_argument,
@@ -191,6 +191,19 @@ def _check_keys(section: ModelSection, config: Any, origin: str) -> None:
             )
 
 
+def _check_size(folder: Path, num_parameters: int) -> None:
+    """Raise UserError if the weights have less than a byte for each parameter: the library gives memory to those that
+    are missing before it says so."""
+    paths = [folder / name for name in set(tensor_files(folder).values())]
+    size_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+    if size_bytes < num_parameters:
+        raise UserError(
+            f"{one_line(str(folder))}: has {size_bytes} bytes of weights, but config.json describes {num_parameters} "
+            "parameters; give the folder of the checkpoint whose config.json this is",
+            code="checkpoint-mismatch",
+        )
+
+
 def _folder(spec: ModelSpec) -> Path:
     if spec.files is None:
         raise UserError(
@@ -215,6 +228,7 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     """
     config, traits = _checked_config(spec)
     if not spec.section.from_scratch:
+        _check_size(_folder(spec), spec.section.num_parameters)
         library_model = load_library_model(config, _folder(spec))
         if config.tie_word_embeddings and not spec.section.tied_embeddings:
             _untie(library_model)

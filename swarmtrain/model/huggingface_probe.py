@@ -10,6 +10,7 @@ Shapes: B batch, T time (tokens), V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.huggingface_config import CUTTABLE, untie
-from swarmtrain.model.huggingface_library import library_config, random_library_model
-from swarmtrain.words import one_line
+from swarmtrain.model.huggingface_library import empty_library_model, library_config, random_library_model
+from swarmtrain.words import count_in_words, one_line
 
 __all__ = ["ModelTraits", "place_of", "traits_of"]
 
@@ -35,6 +36,8 @@ _LAYERS = 2
 _VOCABULARY = 4096
 """Most tokens of the small model: a table of more takes memory and shows nothing."""
 _SEQUENCES, _TOKENS = 2, 16
+_MOST_NUMBERS = 2**31
+"""Most numbers of the small model: 8 GiB."""
 _LARGE_LOGITS = 200.0
 _TOLERANCE = 1e-4
 """Difference of logits, relative to the largest one, that rounding may make."""
@@ -85,6 +88,14 @@ def traits_of(data: Mapping[str, Any], origin: str) -> ModelTraits:
 @functools.lru_cache(8)
 def _tried(data: str, origin: str) -> ModelTraits:
     config = _small(library_config(json.loads(data), origin))
+    empty = empty_library_model(copy.deepcopy(config), on_meta=True)
+    number = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    if number > _MOST_NUMBERS:
+        raise UserError(
+            f"{origin}: two layers of it have {count_in_words(number)} numbers, too many to try whether it can be "
+            f"trained; give a smaller model, or one of {', '.join(CUTTABLE)}",
+            code="model-refused",
+        )
     first, second = (random_library_model(config, seed) for seed in (0, 1))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.get_text_config().vocab_size, (_SEQUENCES, _TOKENS + 1), generator=generator)

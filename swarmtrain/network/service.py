@@ -39,8 +39,6 @@ _MAX_STUBS = 4096  # peers to which stubs are kept
 _CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
 """Requests for a chain of rosters from one caller: each costs 2.5 MiB and about 10 ms of the loop. Honest peers that
 lack a chain ask once a second."""
-_MAX_BLOB_BYTES = 8 * 1024 * 1024
-"""Size of a file that is sent as a whole: the chunk list of the largest model file. Others are pulled by chunks."""
 _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
@@ -172,13 +170,12 @@ def service_type() -> Any:
             if self._is_too_often(caller):
                 yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
                 return
-            data = self._blobs.get(request.sha256.hex())
-            if data is None and (file := self._node.served_files.get(request.sha256.hex())) is not None:
-                data = await file.whole(_MAX_BLOB_BYTES)
-            if data is None:
+            name = request.sha256.hex()
+            file = self._blobs.get(name) or self._node.served_files.get(name)
+            if file is None:
                 yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
                 return
-            async with contextlib.aclosing(self._store.serve_file(data, self._count_sent, caller)) as replies:
+            async with contextlib.aclosing(self._store.serve_file(file, self._count_sent, caller)) as replies:
                 async for reply in replies:
                     yield reply
 

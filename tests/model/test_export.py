@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from codes import codes_in, raises_code
 from safetensors.torch import save
 
 from swarmtrain.cli.main import run
-from swarmtrain.errors import UserError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.model import export as export_module
 from swarmtrain.model.export import export_model, is_first_format, load_exported
 from swarmtrain.model.gpt import GPT, build_model
@@ -27,7 +29,7 @@ from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
+from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import StopFlag, kept_final_model
 from swarmtrain.run import ModelSection, PublishedSection, RunFile, RunSection, published_bytes, run_sha256
@@ -162,6 +164,16 @@ def test_a_folder_that_a_bootstrap_replaces_meanwhile_is_read_again(
     assert load_exported(tmp_path / "model").run_tokens == 2
 
 
+def test_a_description_larger_than_the_weights_takes_no_memory(tmp_path: Path) -> None:
+    export(tmp_path / "model", 1)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["swarmtrain"]["model"] = {"width": 2**16, "context_tokens": 2**20, "num_heads": 1}
+    path.write_text(json.dumps(config))
+    with raises_code("not-a-model", UserError, "larger model than the weights"):
+        load_exported(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -214,6 +226,25 @@ def test_a_full_disk_for_temporary_files_is_one_line(
     said = capsys.readouterr().err
     assert codes_in(said) == ["model-not-saved"] and said.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in said and "TMPDIR" in said
+
+
+def test_a_run_whose_tokenizer_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = dataclasses.replace(published_run(), tokenizer=b"swarmtrain-bpe-1 and no merges")
+    network = SimpleNamespace(submit=lambda work: work)
+    played: dict[str, Any] = {
+        "NetworkThread": lambda: network,
+        "start_node": lambda *args: SimpleNamespace(identity=SimpleNamespace(peer_id="me")),
+        "find_run": lambda *args, **more: SimpleNamespace(peer="anna"),
+        "PeerCalls": lambda *args: None,
+        "fetch_published": lambda *args: published,
+        "wait_for": lambda work, stop: work,
+        "leave_swarm": lambda *args: None,
+    }
+    for name, play in played.items():
+        monkeypatch.setattr(f"swarmtrain.peer.checkpoints.export.{name}", play)
+    place: Any = SimpleNamespace(stop=None)
+    with raises_code("model-not-delivered", RunTimeError, "tokenizer"):
+        export_from_swarm(Invite("ab" * 32, ()), tmp_path / "model", place)
 
 
 @pytest.mark.parametrize("peer", ["", "bootstrap"])

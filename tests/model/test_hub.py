@@ -111,6 +111,17 @@ def test_a_model_with_pickles_alone_is_refused_before_anything_large_comes(hub: 
     assert hub.downloads() == []
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_description_that_is_too_large_is_not_fetched(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    monkeypatch.setattr("swarmtrain.protocol.pinned_files.file_list.MAX_SMALL_FILE_BYTES", 1000)
+    hub.push("anna/tiny", {**ALL, "tokenizer.json": bytes(1001)})
+    with raises_code("hub-failed", RunFileError, "tokenizer.json"):
+        HubModel("anna/tiny").download(weights=weights, advance=nothing)
+    assert hub.downloads() == []
+
+
 def test_one_file_of_a_pinned_model(hub: SmallHub) -> None:
     commit, seen = hub.push("anna/tiny", ALL), list[int]()
     model = HubModel("anna/tiny", commit)

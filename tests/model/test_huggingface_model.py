@@ -23,7 +23,7 @@ from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model import huggingface_probe
 from swarmtrain.model.base import base_files, resolved_run
 from swarmtrain.model.evaluation import evaluate
-from swarmtrain.model.huggingface_config import CUTTABLE
+from swarmtrain.model.huggingface_config import CUTTABLE, whole_config
 from swarmtrain.model.huggingface_model import HuggingFaceLanguageModel
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, similar_built_in
@@ -288,6 +288,8 @@ REFUSED: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("an unknown family", _config({"model_type": "own"}), "model-family", "model_type: own"),
     ("no text", _config({"model_type": "vit"}), "model-family", "no causal language model"),
     ("a vast one", _config({"num_hidden_layers": 10**9}), "bad-value", "num_hidden_layers"),
+    ("vast by another name", _config({"n_layer": 10**9}), "bad-value", "n_layer"),
+    ("layers repeated", _config({"attention_types": [[["global"], 10**9]]}), "bad-value", "attention_types"),
     ("too small a vocabulary", _config({"vocab_size": 100}), "out-of-range", "model.vocabulary_size"),
     ("heads that do not fit", _config({"num_attention_heads": 5}), "model-refused", ""),
     ("more layers than there are", _config({"num_hidden_layers": 4}), "checkpoint-mismatch", "layers.3"),
@@ -309,6 +311,13 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         build_run_model(run, base_files(run, tmp_path))
     assert (caught.value.code, caught.value.exit_code) == (code, 2)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_labels_of_a_configuration_take_no_memory(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "labels")
+    _config({"num_labels": 10**9})(tmp_path / "labels")
+    assert "num_labels" not in json.dumps(whole_config(tmp_path / "labels"))
+    assert resolved_run(run_of("labels"), tmp_path).model.num_parameters > 0
 
 
 def test_weights_in_parts_are_read_and_one_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -344,6 +353,22 @@ def test_files_of_another_model_than_the_runs_are_refused(folder: Path, tmp_path
     other = run.model.model_copy(update={"constants_sha256": "ab" * 32})
     with raises_code("checkpoint-mismatch", UserError, "begin with other constants"):
         build_run_model(run.model_copy(update={"model": other}), folder / "gemma2")
+
+
+def test_a_configuration_that_hides_a_large_model_takes_no_memory(folder: Path, tmp_path: Path) -> None:
+    run = resolved_run(run_of("llama"), folder)
+    saved("llama", tmp_path / "large")
+    _config({"head_dim": 2**24})(tmp_path / "large")
+    with raises_code("checkpoint-mismatch", UserError, "but the run says"):
+        build_run_model(run, tmp_path / "large")
+    _config({"head_dim": 8, "intermediate_size": 1024})(tmp_path / "large")
+    with raises_code("checkpoint-mismatch", UserError, "bytes of weights"):
+        resolved = resolved_run(run_of("large"), tmp_path)
+        build_run_model(resolved, tmp_path / "large")
+    saved("gpt_neox", tmp_path / "vast")
+    _config({"intermediate_size": 2**40})(tmp_path / "vast")
+    with raises_code("model-refused", UserError, "two layers of it"):
+        resolved_run(run_of("vast"), tmp_path)
 
 
 # ---------------------------------------------------------------- families that are not listed

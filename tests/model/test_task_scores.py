@@ -91,6 +91,15 @@ def test_what_cannot_be_scored_is_one_line(
     assert codes_in(said) == [code]
 
 
+@pytest.mark.parametrize(("name", "code"), [("adapter_config.json", "model-refused"), ("own.py", "model-has-code")])
+def test_the_library_is_given_no_folder_with_more_than_a_model(
+    name: str, code: str, model: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(model) / name).write_text("{}")
+    assert run(["eval", model, "--tasks", "arc_easy"]) == 2
+    assert codes_in(capsys.readouterr().err) == [code] and not asked
+
+
 def test_without_the_library_it_is_said_what_to_install(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,25 @@ def test_files_on_the_disk_are_served_by_their_hash_until_they_change(tmp_path: 
         path.write_bytes(data[1:])
         assert [reply.status for reply in await chunks(0, 1)] == [pb.PullReply.STATUS_UNKNOWN]
         assert [reply.status for reply in await whole()] == [pb.PullReply.STATUS_UNKNOWN]
+
+    asyncio.run(run())
+
+
+def test_a_crowd_that_asks_for_files_on_the_disk_takes_no_memory(tmp_path: Path) -> None:
+    path, data = tmp_path / "chunks", bytes(3 * CHUNK_BYTES)
+    path.write_bytes(data)
+    peer, name = Peer(), hashlib.sha256(data).digest()
+    peer.node.served_files = {name.hex(): ServedFile.of(path)}
+
+    async def run() -> None:
+        asked = [peer.service.blob_replies(pb.BlobRequest(sha256=name), f"peer {number}") for number in range(40)]
+        tracemalloc.start()
+        statuses = [reply.status for reply in await asyncio.gather(*map(anext, asked))]
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert statuses.count(pb.PullReply.STATUS_OK) == 8 and peak_bytes < 25 * len(data)
+        for replies in asked:
+            await replies.aclose()
 
     asyncio.run(run())
 

@@ -28,7 +28,7 @@ from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
-from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
+from swarmtrain.protocol.pinned_files.file_list import files_of_run_untrusted
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer, time_in_words
@@ -235,5 +235,6 @@ async def fetch_published(
     model_files = b""
     if published.model_files_sha256 is not None:
         model_files = await get(published.model_files_sha256, published.model_files_bytes)
-        await asyncio.to_thread(PinnedFiles.from_bytes_untrusted, model_files)  # at most 1 MiB of JSON
+        # At most 1 MiB of JSON.
+        await asyncio.to_thread(files_of_run_untrusted, model_files, run.model.num_parameters)
     return PublishedRun(data, calls.run_sha256, run, held_out, tokenizer, model_files)

@@ -87,6 +87,9 @@ _LAST_PIECE_S = 10.0
 
 _MAX_FILES = 8
 """Files of the run sent at once."""
+_MOST_FILE_BYTES = 8 * 1024 * 1024
+"""Size of a file on the disk that is sent as a whole: the chunk list of the largest model file. Others are pulled by
+chunks."""
 
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
@@ -426,18 +429,24 @@ class SnapshotStore:
         return True
 
     async def serve_file(
-        self, data: bytes, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
+        self, file: bytes | ServedFile, count_sent: Callable[[int], None] = lambda size_bytes: None, peer: str = ""
     ) -> AsyncGenerator[Reply, None]:
         """Send a file to `peer` in pieces, or BUSY at once when too many peers read files.
 
-        Files are small and few, so they take no slots from pulls of snapshots. While `up` is limited one file goes at a
-        time: each reader's share of the link stays above the speed below which it would give up.
+        One on the disk is read when it has a slot, so that a crowd takes no memory; the reply is UNKNOWN if it is not
+        small, or no longer what it was. Files are small and few, so they take no slots from pulls of snapshots. While
+        `up` is limited one file goes at a time: each reader's share of the link stays above the speed below which it
+        would give up.
         """
         reader = self._admit(self._files, peer, 1 if self.up.bytes_per_s > 0 else _MAX_FILES)
         if reader is None:
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
             return
         try:
+            data = file if isinstance(file, bytes) else await file.whole(_MOST_FILE_BYTES)
+            if data is None:
+                yield pb.PullReply(status=pb.PullReply.STATUS_UNKNOWN)
+                return
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for offset in range(0, len(data), CHUNK_BYTES):
                 piece = data[offset : offset + CHUNK_BYTES]

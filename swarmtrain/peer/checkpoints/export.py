@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from swarmtrain.data.tokenizer_json import own_tokenizer
+from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
@@ -210,6 +210,7 @@ def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_c
         source = wait_for(network.submit(finding), stop).peer
         calls = PeerCalls(node, invite.run_sha256)
         published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
+        _check_tokenizer_untrusted(published.tokenizer)
         files = described_model(published, place, SwarmSource(network, node, invite.peers))
         weights: dict[str, Tensor] = {}
         counters: list[Progress] = []
@@ -239,6 +240,14 @@ def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_c
         ) from None
     finally:
         leave_swarm(network, swarm, node)
+
+
+def _check_tokenizer_untrusted(tokenizer: bytes) -> None:
+    """Raise BadBytesError if a run's tokenizer cannot be exported: before the weights are fetched."""
+    try:
+        tokenizer_json(tokenizer)
+    except ValueError as error:
+        raise BadBytesError(f"a tokenizer that cannot be used ({error})", code="bad-format") from None
 
 
 def _parts(published: PublishedRun, files: Path | None) -> Iterator[tuple[PublishedRun, nn.Module]]:

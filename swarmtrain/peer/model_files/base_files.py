@@ -42,7 +42,7 @@ def pin_base(run: RunFile, folder: Path, place: FilesPlace) -> BaseFiles | None:
         source, names = snapshot.folder, snapshot.names
     else:
         source, names = base, names_in(base, weights=not run.model.from_scratch)
-    return BaseFiles(source, pin_folder(source, names, place))
+    return BaseFiles(source, pin_folder(source, names, place, run.model.num_parameters))
 
 
 def place_of_base(run: RunFile, folder: Path, place: FilesPlace) -> FilesPlace | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,14 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.file_hashes import FileHashes
 from swarmtrain.peer.model_files.model_folder import ModelFolder, pinned_list
 from swarmtrain.peer.model_files.part_file import ArrivingRun, PartFile
-from swarmtrain.protocol.pinned_files.file_list import INDEX, PinnedFile, PinnedFiles, files_to_pin, is_weights_name
+from swarmtrain.protocol.pinned_files.file_list import (
+    INDEX,
+    PinnedFile,
+    PinnedFiles,
+    files_of_run_untrusted,
+    files_to_pin,
+    is_weights_name,
+)
 from swarmtrain.words import size_in_words
 
 __all__ = [
@@ -83,8 +90,9 @@ class SwarmSource:
     through: Iterable[InvitedPeer]
 
 
-def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace) -> PinnedFiles:
-    """Return the list of the files of these names in `folder`, which the bootstrap publishes.
+def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace, num_parameters: int = 0) -> PinnedFiles:
+    """Return the list of the files of these names in `folder`, which the bootstrap publishes, of a model of so many
+    parameters.
 
     Hashes are kept in the cache. Raises RunFileError if a file cannot be read, or is too large or empty.
     """
@@ -100,7 +108,7 @@ def pin_folder(folder: Path, names: Sequence[str], place: FilesPlace) -> PinnedF
             code="file-unreadable",
         ) from None
     try:
-        return PinnedFiles.from_bytes_untrusted(files.to_bytes())
+        return files_of_run_untrusted(files.to_bytes(), num_parameters)
     except BadBytesError as error:
         raise RunFileError(
             f"model.base: the files in {folder} cannot be published: {error}; give another model", code="bad-model-file"
@@ -261,9 +269,12 @@ class ModelFileFetcher:
             place.progress.show(min(done, total), total)
 
         try:
+            sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
-                model.reach(place.stop.check)
+                sizes = model.reach(place.stop.check)
             for file in missing:
+                if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
+                    raise HubError(f"its {file.name} has another size than the run pins")
                 before = done
                 path = model.download_file(file.name, advance, place.stop.check)
                 if not self.folder.link(file, path):

@@ -29,9 +29,11 @@ __all__ = [
     "PinnedFile",
     "PinnedFiles",
     "check_chunk_list_untrusted",
+    "files_of_run_untrusted",
     "files_to_pin",
     "is_pinned_name",
     "is_weights_name",
+    "most_bytes",
 ]
 
 MAX_LIST_BYTES = 1_048_576
@@ -40,6 +42,8 @@ MAX_FILE_BYTES = 2**36
 """Size of a file at most, 64 GiB: its chunk list then has 8 MiB."""
 MAX_SMALL_FILE_BYTES = 2**26
 """Size at most of a file without weights, which is read as a whole."""
+_MAX_BYTES_A_PARAMETER, _MAX_OTHER_BYTES = 16, 2**30
+"""Size at most of all files of a model: twice its weights as the widest floats, and 1 GiB."""
 _MAX_FILES = 2048
 _MAX_NAME = 128
 _WEIGHTS = "model.safetensors"
@@ -67,6 +71,11 @@ def is_pinned_name(name: str) -> bool:
 def is_weights_name(name: str) -> bool:
     """Return whether a file of this name may be pinned as weights."""
     return len(name) <= _MAX_NAME and _WEIGHTS_NAME.fullmatch(name) is not None
+
+
+def most_bytes(name: str) -> int:
+    """Return the largest size of a file of this name."""
+    return MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_SMALL_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -134,14 +143,24 @@ class PinnedFiles:
         return found
 
 
+def files_of_run_untrusted(data: bytes, num_parameters: int) -> PinnedFiles:
+    """Parse the list of a run whose model has so many parameters: of more bytes than such a model takes, the files
+    would only fill the disks of those who join. Raises BadBytesError."""
+    files = PinnedFiles.from_bytes_untrusted(data)
+    if files.total_bytes > _MAX_BYTES_A_PARAMETER * num_parameters + _MAX_OTHER_BYTES:
+        raise BadBytesError(
+            f"files of {files.total_bytes} bytes for a model of {num_parameters} parameters", code="bad-size"
+        )
+    return files
+
+
 def _file_untrusted(row: Any) -> PinnedFile:
     if not isinstance(row, dict) or row.keys() != _KEYS:
         raise BadBytesError("a list with other fields than agreed", code="bad-format")
     name, size, sha256, chunks_sha256 = (row[key] for key in ("name", "size_bytes", "sha256", "chunks_sha256"))
     if not isinstance(name, str) or not is_pinned_name(name):
         raise BadBytesError("a list that names a file of another kind than allowed", code="bad-format")
-    most = MAX_FILE_BYTES if name.endswith(".safetensors") else MAX_SMALL_FILE_BYTES
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most_bytes(name):
         raise BadBytesError(f"a list with a size of {name} out of range", code="bad-number")
     hashes = (sha256, chunks_sha256) if size > CHUNK_BYTES else (sha256,)
     if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in hashes):

@@ -11,12 +11,13 @@ import pytest
 from codes import raises_code
 from virtual_loop import virtually
 
-from swarmtrain.errors import ClockError
+from swarmtrain.errors import BadBytesError, ClockError
 from swarmtrain.network import daemon
 from swarmtrain.network.discovery import run_lookup
 from swarmtrain.network.discovery.invite import InvitedPeer
-from swarmtrain.network.discovery.run_lookup import FoundRun, find_run
+from swarmtrain.network.discovery.run_lookup import FoundRun, fetch_published, find_run
 from swarmtrain.network.node import Node
+from swarmtrain.protocol.pinned_files.file_list import PinnedFile, PinnedFiles
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 YEARS_31 = 31 * 365.25 * 86_400.0
@@ -82,3 +83,24 @@ def test_a_name_that_a_stranger_gives_is_not_remembered_to_be_dialled() -> None:
     assert node._known == {"x": ("/ip4/192.168.1.5/tcp/5",)}
     node.remember_addresses("x", [*bad, given, "/ip4/192.168.1.5/tcp/5"], [given])
     assert node._known == {"x": (given, "/ip4/192.168.1.5/tcp/5")}
+
+
+@pytest.mark.parametrize("num_parameters", [2**29, 1000])
+def test_the_files_of_a_model_are_about_as_large_as_it_is(num_parameters: int) -> None:
+    files = PinnedFiles((PinnedFile("model.safetensors", 3 * 2**30, "ab" * 32, "cd" * 32),))
+    published = SimpleNamespace(
+        held_out_sha256="text",
+        held_out_bytes=4,
+        tokenizer_sha256=None,
+        model_files_sha256="list",
+        model_files_bytes=300,
+    )
+    run: Any = SimpleNamespace(published=published, model=SimpleNamespace(num_parameters=num_parameters))
+    calls: Any = SimpleNamespace(run_sha256="run")
+    kept = {"run": b"run", "text": b"text", "list": files.to_bytes()}
+    fetching = fetch_published(calls, "anna", lambda data, sha256: run, kept)
+    if num_parameters > 1000:
+        assert asyncio.run(fetching).model_files == files.to_bytes()
+    else:
+        with raises_code("bad-size", BadBytesError):
+            asyncio.run(fetching)

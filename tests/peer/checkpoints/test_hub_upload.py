@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from codes import codes_in
@@ -13,7 +14,7 @@ from swarmtrain.cli.main import run
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.language_model import ModelSpec
-from swarmtrain.run import ModelSection
+from swarmtrain.run import DataSection, ModelSection, PublishedSection, RunFile, RunSection, published_bytes
 
 pytest.importorskip("huggingface_hub")
 
@@ -42,7 +43,8 @@ def test_a_model_is_pushed_whole_and_its_folder_is_kept_if_it_is_named(
     target = tmp_path / "kept"
     assert run(["export", "--dir", str(peer), "--push", "anna/tiny", "--to", str(target)]) == 0
     assert f"after 7 tokens to {target}, and to {hub.endpoint}/anna/tiny" in capsys.readouterr().out
-    assert hub.files("anna/tiny") == {path.name: path.read_bytes() for path in target.iterdir()}
+    kept = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert hub.files("anna/tiny") == {name: kept[name] for name in kept if name != "held-out.txt"}
     before = hub.files("anna/tiny")
     assert run(["export", "--dir", str(peer), "--push", "anna/other"]) == 0
     assert hub.files("anna/other") == before
@@ -51,6 +53,20 @@ def test_a_model_is_pushed_whole_and_its_folder_is_kept_if_it_is_named(
     for name, content in hub.files("anna/other").items():
         (folder / name).write_bytes(content)
     assert load_exported(folder).run_tokens == 7
+
+
+@pytest.mark.parametrize(("keys", "is_pushed"), [({}, True), ({"source": "text", "paths": ("my/diary.txt",)}, False)])
+def test_text_of_ones_own_is_not_pushed(
+    keys: dict[str, Any], is_pushed: bool, hub: SmallHub, peer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = PublishedSection(
+        created="2026-01-01T00:00:00Z", swarmtrain="0.2.0", held_out_sha256="ab" * 32, held_out_bytes=4
+    )
+    run_file = RunFile(run=RunSection(total_tokens=10**6), data=DataSection(**keys), published=published)
+    (peer / "model" / "run.toml").write_bytes(published_bytes(run_file))
+    assert run(["export", "--dir", str(peer), "--push", "anna/tiny"]) == 0
+    assert ("held-out.txt" in hub.files("anna/tiny")) is is_pushed
+    assert ("held-out.txt is not uploaded" in capsys.readouterr().err) is not is_pushed
 
 
 @pytest.mark.parametrize("options", [[], ["--private"]])

@@ -161,6 +161,12 @@ def test_a_hub_with_other_bytes_is_not_believed(peer: Peer, hub: SmallHub) -> No
     assert peer.warnings == ["hub-failed"] and peer.sent_bytes == TOTAL
 
 
+def test_a_file_of_another_size_is_not_even_fetched_from_the_hub(peer: Peer, hub: SmallHub) -> None:
+    peer.base = f"anna/tiny@{hub.push('anna/tiny', {**CONTENTS, 'model.safetensors': 2 * WEIGHTS})}"
+    assert_whole(peer.fetch())
+    assert peer.warnings == ["hub-failed"] and hub.downloads() == ["config.json"] and peer.sent_bytes == len(WEIGHTS)
+
+
 def test_a_hub_that_has_withdrawn_the_model_is_one_line(peer: Peer, hub: SmallHub) -> None:
     peer.base = f"anna/tiny@{'ab' * 20}"
     assert_whole(peer.fetch())

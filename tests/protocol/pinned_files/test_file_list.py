@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from swarmtrain.protocol.pinned_files.file_list import (
     PinnedFile,
     PinnedFiles,
     check_chunk_list_untrusted,
+    files_of_run_untrusted,
     files_to_pin,
     is_pinned_name,
 )
@@ -40,6 +42,13 @@ def test_a_list_is_read_as_it_was_written() -> None:
 def test_the_last_chunk_is_shorter_and_a_single_one_needs_no_list() -> None:
     assert [WEIGHTS.chunk_size(chunk) for chunk in range(WEIGHTS.num_chunks)] == [CHUNK_BYTES] * 3 + [5]
     assert (WEIGHTS.chunk_list_bytes, CONFIG.chunk_list_bytes, CONFIG.num_chunks) == (4 * 32, 0, 1)
+
+
+def test_files_are_about_as_large_as_the_runs_model() -> None:
+    files = PinnedFiles((CONFIG, replace(WEIGHTS, size_bytes=3 * 2**30)))
+    assert files_of_run_untrusted(files.to_bytes(), 2**29) == files
+    with raises_code("bad-size", BadBytesError, "1000 parameters"):
+        files_of_run_untrusted(files.to_bytes(), 1000)
 
 
 def changed(change: Callable[[Any], object]) -> bytes:
