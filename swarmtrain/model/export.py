@@ -33,7 +33,7 @@ from swarmtrain.model.atomic_folder import atomic_folder
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.model.provenance import LIBRARY_VERSION_KEY, Provenance, provenance_in
+from swarmtrain.model.provenance import Provenance, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
 from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read_weights, write_weights
 from swarmtrain.run import ModelSection
@@ -112,8 +112,11 @@ def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]
             f"this run trains {spec.section.base}, whose files are not here; give their folder with --model-dir",
             code="model-files-needed",
         )
-    left_out = ("dtype", "torch_dtype", LIBRARY_VERSION_KEY)
-    config = {key: value for key, value in _config(spec.files).items() if key not in left_out}
+    from swarmtrain.model.huggingface_config import whole_config
+
+    # Without what is never read here, such as kernels on the hub, or a path on another machine.
+    kept = {key: value for key, value in _config(spec.files).items() if key in ("architectures", "use_cache")}
+    config = {**whole_config(spec.files), **kept}
     drawn_as = _beside(spec.files, _GENERATION)
     return (
         # Stages have a head of their own, also of a model whose head is its embedding.
@@ -262,6 +265,7 @@ def _of_hugging_face(folder: Path, provenance: Provenance | None) -> LanguageMod
     if provenance is not None:
         check_hashes(folder, provenance.weights_sha256)
     keys = resolved_keys(folder, is_cut=False)
+    keys.pop("keeps_documents_apart")  # it is not trained
     most = min(keys.pop("context_tokens", _MOST_CONTEXT_TOKENS), _MOST_CONTEXT_TOKENS)
     context_tokens = most if provenance is None else provenance.context_tokens
     section = ModelSection(source="huggingface", base=folder.name or ".", context_tokens=context_tokens, **keys)

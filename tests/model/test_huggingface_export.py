@@ -76,6 +76,17 @@ def test_a_trained_model_loads_in_transformers_and_here_as_it_came(family: str, 
         load_exported(tmp_path / "out")
 
 
+def test_what_is_never_read_here_is_not_exported(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    hidden = {"attn_implementation": "someone/kernels", "use_kernels": True, "_name_or_path": "/home/anna/secret"}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | hidden))
+    run = resolved_run(run_of("small"), tmp_path)
+    model = build_run_model(run, base_files(run, tmp_path))
+    export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, {})
+    assert not hidden.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family in CUTTABLE])
 def test_a_model_trained_in_stages_has_a_head_of_its_own(family: str, tmp_path: Path) -> None:
     saved(family, tmp_path / family)
