@@ -166,7 +166,7 @@ class StartedEvent(_Event):
 
     event: Literal["started"] = "started"
     inner_steps_per_round: int = Field(description="Inner steps that this peer takes in its first round.")
-    num_parameters: int = Field(description="Parameters of the model.")
+    num_parameters: int = Field(description="Parameters that are trained: those of the model, or of its adapter.")
     total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.")
     startup_s: float = Field(description="Seconds from the start of the process to the first inner step.")
 
@@ -201,6 +201,7 @@ class RoundEvent(_Event):
     displacement: float | None = Field(None, description="With `gossip`: distance of the farthest partner's weights from this peer's, relative to their size, the largest of the fragments.")  # fmt: skip
     shard: int | None = Field(None, description="Shard of the data that the round read; null if the data have no shards.")  # fmt: skip
     unseen_shards: int | None = Field(None, description="Shards that nobody has trained on yet, as far as this peer knows.")  # fmt: skip
+    adapter_groups: tuple[int, ...] | None = Field(None, description="Groups of the run's adapter that this peer trained in the round; null if it trained everything.")  # fmt: skip
     state_sha256: str = Field("", description="With `diloco`: SHA-256 of the weights after the merge, equal on all peers that merged the round; empty with `gossip` and `server`, where each peer has its own.")  # fmt: skip
 
 

@@ -12,6 +12,7 @@ EXTRAS = {
     "bpe": "tokenizers>=0.20",
     "datasets": "datasets>=3.1",
     "eval": "lm-eval[hf]>=0.4.9",
+    "finetune": "peft>=0.17",
     "hf": "transformers>=4.51",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",

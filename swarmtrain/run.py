@@ -30,7 +30,7 @@ from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
 from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
-from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
 from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
@@ -594,8 +594,28 @@ class RunFile(Section):
             raise ValueError(f"published.dataset_revisions: does not fit {len(sources)} data.sources")
 
     def _check_adapter(self) -> None:
-        if self.adapter.is_used:  # until models of another kind are there
-            raise ValueError(f'adapter.method: "{self.adapter.method}" with the built-in model; allowed: "none"')
+        merge, adapter = self.merge, self.adapter
+        if not adapter.is_used:
+            return
+        method = f'adapter.method: "{adapter.method}"'
+        if self.model.is_built_in:
+            raise ValueError(f'{method} with model.source = "built-in"; allowed: with "huggingface"')
+        if not merge.kind.adapters:
+            allowed = " or ".join(f'"{name}"' for name, kind in METHODS.items() if kind.adapters)
+            raise ValueError(f'{method} with merge.method = "{merge.method}"; allowed: with {allowed}')
+        if self.pipeline.stages > 1:
+            raise ValueError(f"{method} with pipeline.stages = {self.pipeline.stages}; allowed: with 1")
+        if merge.init != "common":
+            raise ValueError(
+                f'merge.init: "{merge.init}" with an adapter, whose B begins with zeros; allowed: "common"'
+            )
+        if merge.kind.reads("fragments") and merge.fragments != adapter.num_groups:
+            raise ValueError(
+                f"merge.fragments: {merge.fragments} with an adapter of {adapter.num_groups} groups, which are its "
+                f"fragments; allowed: {adapter.num_groups}, or leave it out"
+            )
+        if self.published is not None and not adapter.is_resolved:
+            raise ValueError("adapter.modules: is missing, which a bootstrap publishes")
 
     def _check_published_stages(self, published: PublishedSection) -> None:
         stages, boundaries, costs = self.pipeline.stages, published.boundaries, published.stage_costs
@@ -660,13 +680,14 @@ def parse_run(
             f"{origin}: published: only `swarmtrain bootstrap` writes this section; leave it out",
             code="published-section",
         )
-    model = table.get("model")
-    for key in BOOTSTRAP_MODEL_KEYS:
-        if isinstance(model, dict) and key in model:
-            raise RunFileError(
-                f"{origin}: model.{key}: only `swarmtrain bootstrap` writes this key; leave it out",
-                code="published-section",
-            )
+    for section, keys in (("model", BOOTSTRAP_MODEL_KEYS), ("adapter", FILLED_ADAPTER_KEYS)):
+        written = table.get(section)
+        for key in keys:
+            if isinstance(written, dict) and key in written:
+                raise RunFileError(
+                    f"{origin}: {section}.{key}: only `swarmtrain bootstrap` writes this key; leave it out",
+                    code="published-section",
+                )
     found = translated(table)
     run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
     for line in found.said:
@@ -674,10 +695,11 @@ def parse_run(
     return run
 
 
-def with_model(run: RunFile, values: dict[str, Any]) -> RunFile:
-    """Return `run` with these values of `[model]`, checked as a whole. Raises `RunFileError`."""
+def with_model(run: RunFile, values: dict[str, Any], adapter: dict[str, Any] | None = None) -> RunFile:
+    """Return `run` with these values of `[model]` and `[adapter]`, checked as a whole. Raises `RunFileError`."""
     table = run.model_dump(mode="json", exclude_none=True)
-    return _validated({**table, "model": {**table["model"], **values}}, "model.base")
+    changed = {"model": {**table["model"], **values}, "adapter": {**table["adapter"], **(adapter or {})}}
+    return _validated({**table, **changed}, "model.base")
 
 
 def translated(table: dict[str, Any]) -> Translation:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from swarmtrain.errors import UserError
 from swarmtrain.problems import Section, with_values
 
 __all__ = ["FILLED_ADAPTER_KEYS", "MOST_GROUPS", "AdapterSection"]
@@ -46,6 +47,11 @@ class AdapterSection(Section):
         return self.method != "none"
 
     @property
+    def is_resolved(self) -> bool:
+        """True if it is known which layers of the model are adapted."""
+        return self.num_parameters > 0 and bool(self.modules)
+
+    @property
     def rank_of_group(self) -> int:
         """Rank of each group."""
         return self.group_rank or self.rank // max(n for n in range(1, _DEFAULT_GROUPS + 1) if self.rank % n == 0)
@@ -56,8 +62,24 @@ class AdapterSection(Section):
         return self.rank // self.rank_of_group if self.is_used else 0
 
     def groups_worth(self, rank: int) -> int:
-        """Return how many whole groups a volunteer trains in a round that trains components worth `rank` (0: all)."""
-        return min(rank // self.rank_of_group, self.num_groups) if rank else self.num_groups
+        """Return how many whole groups a volunteer trains in a round that trains components worth `rank` (0: all).
+
+        Raises UserError if there is no adapter, or not even one group has so few components.
+        """
+        if not rank:
+            return self.num_groups
+        if not self.is_used:
+            raise UserError(
+                f"--rank {rank}: this run trains all weights, and no adapter; leave --rank out",
+                code="rank-not-possible",
+            )
+        if rank < self.rank_of_group:
+            raise UserError(
+                f"--rank {rank}: a volunteer trains whole groups, of {self.rank_of_group} components each "
+                f"(adapter.group_rank); give at least {self.rank_of_group}",
+                code="rank-not-possible",
+            )
+        return min(rank // self.rank_of_group, self.num_groups)
 
     @model_validator(mode="after")
     def _fits(self) -> AdapterSection:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from swarmtrain.cli.estimate import Estimate
     from swarmtrain.data.prepare import FirstLook
     from swarmtrain.peer.devices.expected_device import ExpectedDevice
-    from swarmtrain.run import RunFile
+    from swarmtrain.run import AdapterSection, RunFile
 
 __all__ = ["command"]
 
@@ -51,12 +51,12 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
-    from swarmtrain.model.parameter_count import num_parameters
+    from swarmtrain.model.parameter_count import num_trained_parameters
     from swarmtrain.peer.devices.expected_device import (
         expected_device,
     )  # takes a second: after the file is known to be good
 
-    cost = estimate(run, num_parameters(run.model), peers)
+    cost = estimate(run, num_trained_parameters(run), peers)
     look = first_look(run, data or given.base)
     refused = (*_refused(run), *look.problems)
     found = doubts(run, cost, look.sizes, _machine_bytes())
@@ -119,6 +119,7 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     `look` is what was found of its text here; `on` is what this machine would train on, if known.
     """
     from swarmtrain.model.base import base_in_words
+    from swarmtrain.model.parameter_count import num_parameters
     from swarmtrain.peer.estimate import activation_wire_bytes
     from swarmtrain.words import count_in_words as count
     from swarmtrain.words import counted
@@ -129,8 +130,9 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     stages, sequences = run.pipeline.stages, run.microbatch_sequences
     rows = {
         "model": base_in_words(model),
-        "parameters": f"{count(stages * cost.num_parameters)} ({counted(model.num_layers, 'layer')}, width "
+        "parameters": f"{count(num_parameters(model))} ({counted(model.num_layers, 'layer')}, width "
         f"{model.width}, {counted(model.num_heads, 'head')}; {model.vocabulary_size} tokens of {model.tokenizer})",
+        "adapter": _adapter_in_words(run.adapter),
         "data": ", ".join(_data_in_words(run, look)) + shards_in_words(run, look.sizes),
         "inner step": f"{count(cost.tokens_per_step)} tokens: {counted(run.inner.batch_sequences, 'sequence')} of "
         f"{model.context_tokens}",
@@ -149,11 +151,24 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     }
     if on is None:
         del rows["device"]
+    if not run.adapter.is_used:
+        del rows["adapter"]
     if model.is_built_in:
         del rows["model"]
     if stages == 1:
         del rows["stages"]
     return [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
+
+
+def _adapter_in_words(section: AdapterSection) -> str:
+    """Describe the adapter: its size, groups and layers."""
+    from swarmtrain.words import count_in_words, counted
+
+    groups = f"{counted(section.num_groups, 'group')} of rank {section.rank_of_group}"
+    return (
+        f"{count_in_words(section.num_parameters)} parameters, which alone are trained and sent: rank {section.rank} "
+        f"in {groups}, beside {', '.join(section.modules)}"
+    )
 
 
 def _data_in_words(run: RunFile, look: FirstLook) -> Iterator[str]:

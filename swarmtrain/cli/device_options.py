@@ -52,7 +52,7 @@ class DeviceOptions:
         """Raise UserError if more devices are asked for than can train this run."""
         from swarmtrain.protocol.devices import check_num_ranks
 
-        check_num_ranks(self.device, run.inner.batch_sequences, run.pipeline.stages)
+        check_num_ranks(self.device, run)
 
     def words(self) -> list[str]:
         """Return the options as they are typed, without those that have their defaults."""

@@ -107,6 +107,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --device cuda:1 --vram 8GB",
         "swarmtrain join INVITE --gpu-share 50 --max-temperature 80",
         "swarmtrain join INVITE --slowdown 2.6",
+        "swarmtrain join INVITE --rank 4",
     ),
 )
 @click.argument("words", metavar="[INVITE]", nargs=-1)
@@ -121,6 +122,7 @@ def _limit_options(function: _F) -> _F:
     help="Folder of your own text, for runs that train on text or JSON lines.",
 )
 @click.option("--model-dir", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, which are then not fetched if they are the run's.")  # fmt: skip
+@click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Less memory, and less to send.  [default: all]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
 @peer_options
@@ -131,6 +133,7 @@ def command(
     on: DeviceOptions,
     data: Path | None,
     model_dir: Path | None,
+    rank: int | None,
     fail_pulls: float,
     first_stages: tuple[int, ...],
     options: PeerOptions,
@@ -141,7 +144,7 @@ def command(
     shows one that works. Never executes anything it receives. Press Ctrl-C once to leave cleanly, twice to stop at once.
 
     Without INVITE, and with the same --name and --dir, it continues the run of its folder, through the peers it knew.
-    The folder remembers --data, --model-dir, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
+    The folder remembers --data, --model-dir, --rank, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
     `swarmtrain limits` changes the limits while the peer runs.
     """
     with errors_as_events(options.json, options.name):
@@ -159,7 +162,7 @@ def command(
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
-        model_dir = kept.get("model_dir", model_dir)
+        model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -180,6 +183,7 @@ def command(
         precision=on.precision,
         compile=on.compile,
         vram_bytes=on.vram_bytes,
+        adapter_rank=rank or 0,
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,

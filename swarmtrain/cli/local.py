@@ -21,6 +21,7 @@ from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import RunTimeError, with_code
+from swarmtrain.words import counted
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
@@ -47,6 +48,7 @@ _LOST_TIMES = 8
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
         "swarmtrain local run.toml --peers 2 --device cuda --vram 8GB",
+        "swarmtrain local run.toml --peers 3 --ranks 4,8,16",
         "swarmtrain local run.toml --peers 6 --faults examples/rehearsals/bad-internet.toml --churn 60",
     ),
 )
@@ -69,6 +71,7 @@ _LOST_TIMES = 8
 )
 @device_options(click.Option)
 @click.option("--slowdown", "slowdowns", callback=swarm_options.slowdowns, metavar="F,...", help="To rehearse an unequal swarm: how many times slower each volunteer trains than this machine could, such as 2,2.6,5.2,11.4 for four. Less exact with more than one thread.  [default: 1 for each]")  # fmt: skip
+@click.option("--ranks", callback=swarm_options.ranks, metavar="N,...", help="If the run trains an adapter: how many of its components each volunteer trains in a round, such as 4,8,16 for three.  [default: all]")  # fmt: skip
 @swarm_options.RTT
 @swarm_options.LINK_UP
 @swarm_options.LINK_DOWN
@@ -95,6 +98,7 @@ def command(
     threads: int,
     on: DeviceOptions,
     slowdowns: tuple[float, ...],
+    ranks: tuple[int, ...],
     rtt: float | None,
     link_up: float | None,
     link_down: float | None,
@@ -126,11 +130,19 @@ def command(
             f"--slowdown has {factors} for {peers} volunteers: give one for each, or --peers {len(slowdowns)}",
             code="slowdown-count",
         )
+    if ranks and len(ranks) != peers:
+        raise OptionsError(
+            f"--ranks has {counted(len(ranks), 'rank')} for {peers} volunteers: give one for each, or --peers "
+            f"{len(ranks)}",
+            code="rank-count",
+        )
     with stop_on_signals() as stop:
         with errors_as_events(as_json, ""):
             on.check_here()  # each volunteer would find it out only after it has fetched the run
             run = given.load()
             on.check_run(run)
+            for rank in ranks:
+                run.adapter.groups_worth(rank)
             links = swarm_options.links_said(rtt, link_up, link_down, jitter, loss)
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         most_threads = max(threads, on.device.num_host_ranks)
@@ -146,6 +158,9 @@ def command(
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         common += ["--model-dir", str(model_dir)] if model_dir is not None else []
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
+        extra = [
+            each + ([f"--rank={rank}"] if rank else []) for each, rank in zip(extra, ranks or peers * (0,), strict=True)
+        ]
         try:
             trained = _train(
                 _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal), stop

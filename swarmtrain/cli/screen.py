@@ -440,6 +440,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "exchange": _economy(status),
         "merged": one_line(status.last_merge),
         "data": one_line(status.data),
+        "adapter": one_line(status.adapter),
         "reach": one_line(status.reach),
         "archive": _archive(view),
         "checkpoint": "" if status.HasField("archive") else _checkpoint(view),

@@ -13,7 +13,19 @@ from swarmtrain.words import counted
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
 
-__all__ = ["CHURN", "JITTER", "LINK_DOWN", "LINK_UP", "LOSS", "PEERS", "RTT", "links_said", "peers_for", "slowdowns"]
+__all__ = [
+    "CHURN",
+    "JITTER",
+    "LINK_DOWN",
+    "LINK_UP",
+    "LOSS",
+    "PEERS",
+    "RTT",
+    "links_said",
+    "peers_for",
+    "ranks",
+    "slowdowns",
+]
 
 _MAX_RTT_MS = 2000
 _LEAST_MBIT = 0.1
@@ -44,6 +56,12 @@ def peers_for(run: RunFile, peers: int | None) -> int:
 def slowdowns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
     """Parse the factors of `--slowdown`."""
     return tuple(limit("parse_slowdown")(ctx, param, part) for part in value.split(",")) if value is not None else ()
+
+
+def ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Parse the numbers of `--ranks`."""
+    number = click.IntRange(1, 1024)
+    return tuple(number(part, param, ctx) for part in value.split(",")) if value is not None else ()
 
 
 def links_said(

@@ -14,6 +14,7 @@ from pathlib import Path
 from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model.hub import HubModel, HubSnapshot
 from swarmtrain.run import ModelSection, RunFile, with_model
+from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS
 from swarmtrain.run_model import FILLED_MODEL_KEYS, PUBLISHED_BASE
 from swarmtrain.words import one_line
 
@@ -89,7 +90,16 @@ def resolved_run(run: RunFile, folder: Path) -> RunFile:
             f"longest sequence has {most}; allowed: at most {most}",
             code="keys-disagree",
         )
-    return with_model(run, {**found, "base": name})
+    found["base"] = name
+    if not run.adapter.is_used:
+        return with_model(run, found)
+    from swarmtrain.model.huggingface_model import adapter_keys
+
+    try:
+        adapter = adapter_keys(with_model(run, found).model, path, run.adapter)
+    except UserError as error:
+        raise RunFileError(*error.problems) from None
+    return with_model(run, found, adapter)
 
 
 def _described(model: HubModel, *, from_scratch: bool) -> tuple[Path, str]:
@@ -135,7 +145,9 @@ def is_published_from(published: RunFile, run: RunFile) -> bool:
     ours, theirs = run.model, published.model
     if not ours.is_built_in and theirs.source == ours.source and _is_same_base(theirs.base, ours.base):
         filled = {key: getattr(theirs, key) for key in (*FILLED_MODEL_KEYS, "base")}
-        run = run.model_copy(update={"model": ours.model_copy(update=filled)})
+        adapter = {key: getattr(published.adapter, key) for key in FILLED_ADAPTER_KEYS}
+        changed = {"model": ours.model_copy(update=filled), "adapter": run.adapter.model_copy(update=adapter)}
+        run = run.model_copy(update=changed)
     return published.model_copy(update={"published": None}) == run
 
 

@@ -92,7 +92,9 @@ class _ChunkedLoss(torch.autograd.Function):
         low = weight.to(dtype)
         losses = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         x_gradient = torch.empty_like(x)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # A head that is frozen, beside an adapter, has none.
+        shape = weight.shape if ctx.needs_input_grad[1] else (0,)
+        weight_gradient = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         begin = 0
         for part, wanted in _chunks(x.to(dtype), targets[:, None], size):
             end = begin + len(part)
@@ -106,7 +108,9 @@ class _ChunkedLoss(torch.autograd.Function):
             chances.scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
             errors = chances.to(dtype)
             x_gradient[begin:end] = errors @ low
-            if dtype == torch.float32:
+            if not len(weight_gradient):
+                pass
+            elif dtype == torch.float32:
                 weight_gradient.addmm_(errors.t(), part)
             else:
                 weight_gradient.add_(errors.t() @ part)
@@ -118,10 +122,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_gradient, weight_gradient = ctx.saved_tensors
         factor = loss_gradient / len(x_gradient)
-        return x_gradient.mul_(factor), weight_gradient.mul_(factor).to(ctx.weight_type), None, None
+        of_weight = weight_gradient.mul_(factor).to(ctx.weight_type) if ctx.needs_input_grad[1] else None
+        return x_gradient.mul_(factor), of_weight, None, None
 
 
 def product_type(weight: Tensor) -> torch.dtype:

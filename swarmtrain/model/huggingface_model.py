@@ -33,11 +33,12 @@ from swarmtrain.model.huggingface_library import (
 from swarmtrain.model.huggingface_probe import ModelTraits, place_of, traits_of
 from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
-from swarmtrain.run import ModelSection
+from swarmtrain.run import AdapterSection, ModelSection
 from swarmtrain.words import one_line
 
 __all__ = [
     "HuggingFaceLanguageModel",
+    "adapter_keys",
     "build_huggingface_model",
     "cut_model",
     "empty_huggingface_model",
@@ -121,7 +122,8 @@ def _recomputable(forward: Callable[..., Any], model: LanguageModel) -> Callable
             return forward(*args, **kwargs)
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        draws = model.adapter is not None and model.adapter.draws
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
     return call
 
@@ -226,6 +228,10 @@ def build_huggingface_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageMo
     From scratch the weights are the same bits on every machine, as those of the built-in model are: parameters that the
     library begins with a constant have that, others uniform numbers of the configuration's deviation. Raises UserError.
     """
+    return _with_adapter(_whole_model(spec, seed), seed)
+
+
+def _whole_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageModel:
     config, traits = _checked_config(spec)
     if not spec.section.from_scratch:
         _check_size(_folder(spec), spec.section.num_parameters)
@@ -246,7 +252,25 @@ def empty_huggingface_model(spec: ModelSpec) -> HuggingFaceLanguageModel:
     """Build a run's model on the processor, fp32, whose weights are whatever is in memory. Raises UserError."""
     config, traits = _checked_config(spec)
     config.tie_word_embeddings = spec.section.tied_embeddings
-    return HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
+    return _with_adapter(HuggingFaceLanguageModel(spec, empty_library_model(config), traits), 0)
+
+
+def _with_adapter(model: HuggingFaceLanguageModel, seed: int) -> HuggingFaceLanguageModel:
+    """Add the run's adapter to a model, if it has one; `seed` is that of its initial factors."""
+    if model.spec.adapter.is_used:
+        from swarmtrain.model.adapter import LoraAdapter
+
+        model.adapter = LoraAdapter.added_to(model.library_model, model.head, model.spec.adapter, seed)
+    return model
+
+
+def adapter_keys(section: ModelSection, folder: Path, adapter: AdapterSection) -> dict[str, Any]:
+    """Return the keys of `[adapter]` that the model in `folder` gives. Raises UserError if it cannot be adapted so."""
+    from swarmtrain.model.adapter import adapter_modules
+
+    model = empty_library_model(_checked_config(ModelSpec(section, folder))[0], on_meta=True)
+    modules, number = adapter_modules(model, model.get_output_embeddings(), adapter)
+    return {"modules": list(modules), "num_parameters": number}
 
 
 def _untie(library_model: Any) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from swarmtrain.algorithm.batch import inputs_of, positions_of, targets_of
 from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
 from swarmtrain.model.key_value_cache import KeyValueCache
-from swarmtrain.run import ModelSection
+from swarmtrain.run import AdapterSection, ModelSection
+
+if TYPE_CHECKING:
+    from swarmtrain.model.adapter import LoraAdapter
 
 __all__ = ["LanguageModel", "ModelSpec", "check_length", "with_targets"]
 
@@ -32,6 +35,8 @@ class ModelSpec:
     section: ModelSection
     files: Path | None = None
     """Folder of the run's pinned model files; None for a built-in model."""
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    """Adapter that is trained in place of the model's own weights, if there is one."""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -69,9 +74,12 @@ class LanguageModel(nn.Module, ABC):
         """Device of the parameters."""
         return next(self.parameters()).device
 
+    adapter: LoraAdapter | None = None
+    """Adapter in the model, which alone is trained; None if all weights are."""
+
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the tensors that are trained and published, by name, in the order in which they are flattened."""
-        return list(self.named_parameters())
+        return list(self.named_parameters()) if self.adapter is None else self.adapter.named()
 
     def trained_tensors(self) -> list[nn.Parameter]:
         """Return the tensors that are trained and published, in the order in which they are flattened."""

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from swarmtrain.run import ModelSection
+from swarmtrain.run import ModelSection, RunFile
 
-__all__ = ["block_parameters", "hidden_width", "num_parameters", "similar_built_in"]
+__all__ = [
+    "FROZEN_BYTES_PER_PARAMETER",
+    "block_parameters",
+    "hidden_width",
+    "num_frozen_parameters",
+    "num_parameters",
+    "num_trained_parameters",
+    "operations_per_token",
+    "similar_built_in",
+]
+
+FROZEN_BYTES_PER_PARAMETER = 4
+"""Memory of a parameter that is frozen beside an adapter: the weight alone, fp32."""
 
 
 def num_parameters(section: ModelSection) -> int:
@@ -14,6 +26,21 @@ def num_parameters(section: ModelSection) -> int:
         return section.num_parameters
     D, V = section.width, section.vocabulary_size
     return 2 * V * D + section.num_layers * block_parameters(section) + D
+
+
+def num_trained_parameters(run: RunFile) -> int:
+    """Return the number of parameters that peers train, publish and merge: all of the model, or those of an adapter."""
+    return run.adapter.num_parameters if run.adapter.is_used else num_parameters(run.model)
+
+
+def num_frozen_parameters(run: RunFile) -> int:
+    """Return the number of parameters that stay as they are."""
+    return num_parameters(run.model) if run.adapter.is_used else 0
+
+
+def operations_per_token(run: RunFile) -> int:
+    """Return the floating-point operations of training on a token, about: of what is frozen no gradient is computed."""
+    return 6 * num_trained_parameters(run) + 4 * num_frozen_parameters(run)
 
 
 def block_parameters(section: ModelSection) -> int:

@@ -11,14 +11,19 @@ from typing import Any
 
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
-from swarmtrain.run import ModelSection, RunFile
+from swarmtrain.run import AdapterSection, ModelSection, RunFile
 
-__all__ = ["build_from_spec", "build_run_model", "empty_model", "spec_from_json", "spec_to_json"]
+__all__ = ["build_from_spec", "build_run_model", "empty_model", "spec_from_json", "spec_of", "spec_to_json"]
 
 
 def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -> LanguageModel:
     """Build the model of `run` with its initial weights, on the processor, fp32. `seed` replaces the run's."""
-    return build_from_spec(ModelSpec(run.model, files), run.run.seed if seed is None else seed)
+    return build_from_spec(spec_of(run, files), run.run.seed if seed is None else seed)
+
+
+def spec_of(run: RunFile, files: Path | None) -> ModelSpec:
+    """Return what the model of `run` is built from."""
+    return ModelSpec(run.model, files, run.adapter)
 
 
 def build_from_spec(spec: ModelSpec, seed: int) -> LanguageModel:
@@ -48,10 +53,12 @@ def empty_model(spec: ModelSpec) -> LanguageModel:
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
     """Return a spec in the form that JSON holds, for another process of this peer."""
     files = None if spec.files is None else str(spec.files)
-    return {"section": spec.section.model_dump(mode="json"), "files": files}
+    adapter = spec.adapter.model_dump(mode="json")
+    return {"section": spec.section.model_dump(mode="json"), "files": files, "adapter": adapter}
 
 
 def spec_from_json(table: dict[str, Any]) -> ModelSpec:
     """Return the spec that `spec_to_json` wrote."""
     files = table["files"]
-    return ModelSpec(ModelSection.model_validate(table["section"]), None if files is None else Path(files))
+    adapter = AdapterSection.model_validate(table["adapter"])
+    return ModelSpec(ModelSection.model_validate(table["section"]), None if files is None else Path(files), adapter)

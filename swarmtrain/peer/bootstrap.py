@@ -29,7 +29,7 @@ from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.methods import load_object
 from swarmtrain.model.base import is_published_from, published_base, resolved_run
 from swarmtrain.model.huggingface_config import is_tied
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.run_stages import check_weights
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -213,7 +213,7 @@ class _Bootstrap(BootstrapPeer):
         node, me = self.enter_network()
         kind = self.published.run.merge.kind
         model = build_run_model(self.published.run, self.model_folder)
-        specs = tensor_specs(model.named_parameters())
+        specs = tensor_specs(model.trained_parameters())
         checkpointer = checkpointer_of(self.folder, self.published, node.identity.peer_id, self.emit)
         swarm = self.swarm = Swarm(
             node, self.published, specs, average_bytes_untrusted, self.emit, me, durable=lambda: checkpointer.durable
@@ -342,7 +342,7 @@ class _Bootstrap(BootstrapPeer):
         Gives up if the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
-        every_s, size = self.published.run.network.archive_every_s, num_parameters(self.published.run.model)
+        every_s, size = self.published.run.network.archive_every_s, num_trained_parameters(self.published.run)
         # At once: after a restart it knows little of what was trained meanwhile, until it has pulled a state.
         next_s = time.monotonic()
         end_seen_s = first_s = math.inf
@@ -462,7 +462,7 @@ class _Bootstrap(BootstrapPeer):
     def _most_sources(self) -> int:
         """Number of peers to ask: those whose weights are averaged, or candidates where all peers hold the same."""
         run = self.published.run
-        return archived_sources(num_parameters(run.model)) if run.merge.kind.own_weights else ARCHIVED
+        return archived_sources(num_trained_parameters(run)) if run.merge.kind.own_weights else ARCHIVED
 
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it to disk, and offer it to joiners; return False if nobody delivered."""
@@ -532,5 +532,5 @@ class _Bootstrap(BootstrapPeer):
     def _measure_and_save(self) -> None:
         if self.state is not None:
             model = build_run_model(self.published.run, self.model_folder)
-            unflatten_into(self.state.theta, model.parameters())
+            unflatten_into(self.state.theta, model.trained_tensors())
             self.measure_and_save(model, self.progress)

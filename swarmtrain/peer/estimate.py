@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
 from swarmtrain.model.loss_chunks import CARD_BYTES, SMALL_BYTES, chunk_tokens
+from swarmtrain.model.parameter_count import FROZEN_BYTES_PER_PARAMETER, num_frozen_parameters
 from swarmtrain.peer.checkpoints.files import KEPT
 from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
 from swarmtrain.protocol.devices import largest_part
@@ -74,7 +75,7 @@ class Estimate:
     """Cost of a run for each of `num_peers` equal peers."""
 
     num_peers: int
-    num_parameters: int
+    num_parameters: int  # trained ones
     tokens_per_step: int  # of one peer
     tokens_per_round: int  # of all peers
     num_rounds: int
@@ -100,7 +101,7 @@ def estimate(
     num_ranks: int = 1,
 ) -> Estimate:
     """Return the memory and traffic of each of `num_peers` (>= 1) equal peers in this run, and the tokens that it
-    trains.
+    trains. `num_parameters` are trained; those that are frozen beside an adapter take memory and nothing else.
 
     In a pipeline it is the cost of one stage, as if all stages were alike, without activations. `microbatch_sequences`
     are computed at once, 0: as the run file says; `recomputes` is as in `activation_bytes`. `num_ranks` of the
@@ -116,6 +117,7 @@ def estimate(
         parameters_bytes = costs.memory_bytes(run, num_parameters, num_peers - 1)
     else:
         parameters_bytes = STAGE_BYTES_PER_PARAMETER * num_parameters + incoming
+    parameters_bytes += FROZEN_BYTES_PER_PARAMETER * num_frozen_parameters(run)
     at_once = microbatch_sequences or min(run.microbatch_sequences, largest_part(run.inner.batch_sequences, num_ranks))
     activations_bytes = _activations_bytes(run, at_once, recomputes, num_ranks)
     if num_ranks == 1 and at_once >= run.inner.batch_sequences:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from swarmtrain.errors import UserError
 from swarmtrain.words import counted, size_in_words
+
+if TYPE_CHECKING:
+    from swarmtrain.run import RunFile
 
 __all__ = [
     "PRECISIONS",
@@ -138,10 +141,17 @@ def largest_part(num_sequences: int, num_ranks: int) -> int:
     return -(-num_sequences // num_ranks)
 
 
-def check_num_ranks(request: DeviceRequest, batch_sequences: int, stages: int) -> None:
-    """Raise UserError if several devices are asked for and the run's batch has fewer sequences, or its model is cut
-    into stages."""
-    if request.others and stages > 1:
+def check_num_ranks(request: DeviceRequest, run: RunFile) -> None:
+    """Raise UserError if several devices are asked for and the run's batch has fewer sequences, its model is cut into
+    stages, or an adapter is trained."""
+    batch_sequences = run.inner.batch_sequences
+    if request.others and run.adapter.is_used:
+        raise UserError(
+            f"--device {request}: this run trains an adapter, which a volunteer does on one device; give one, such as "
+            f"{request.each[0]}, and start another volunteer for each of the others",
+            code="adapter-on-one-device",
+        )
+    if request.others and run.pipeline.stages > 1:
         raise UserError(
             f"--device {request}: this run is cut into stages, and a volunteer trains its stages on one device; give "
             f"one, such as {request.each[0]}, and start another volunteer for each of the others",

@@ -113,6 +113,12 @@ class PeersSection(Section):
     slowdowns: tuple[float, ...] = Field(
         (), strict=False, description="Slowdown factor of each volunteer; repeated if there are fewer; none: all equal."
     )
+    ranks: tuple[int, ...] = Field(
+        (),
+        strict=False,
+        description="Learning, if the run trains an adapter: how many of its components each volunteer trains in a "
+        "round; repeated if there are fewer; none: all.",
+    )
     spread: float = Field(
         0.0,
         ge=0,

@@ -47,7 +47,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
         *("--hours", "--up", "--down", "--slowdown"),
         *("--device", "--precision", "--compile", "--vram"),
-        *("--data", "--model-dir"),
+        *("--data", "--model-dir", "--rank"),
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
@@ -61,6 +61,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--compile",
             "--vram",
             "--slowdown",
+            "--ranks",
             "--rtt",
             "--link-up",
             "--link-down",
@@ -235,6 +236,8 @@ def test_help_is_quick_and_needs_nothing_heavy() -> None:
         (["limits", "--down", "nan"], "not-a-number", "'--down': nan "),
         (["join", "st1x", "--only-announced"], "nothing-announced", "--announce"),
         (["local", "x.toml", "--peers", "4", "--slowdown", "2,2.6"], "slowdown-count", "--peers 2"),
+        (["local", "x.toml", "--peers", "3", "--ranks", "4,8"], "rank-count", "--peers 2"),
+        (["local", "x.toml", "--ranks", "4,x,8"], "", "'--ranks': 'x' "),
         (["export", "--to", "x"], "options-conflict", "--dir"),
     ],
 )

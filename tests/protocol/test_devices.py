@@ -24,6 +24,7 @@ from swarmtrain.protocol.devices import (
     matching_devices,
     parse_device,
 )
+from swarmtrain.run import RunFile
 
 GB = 10**9
 CPU = FoundDevice(name="cpu", title="")
@@ -115,18 +116,30 @@ def test_several_cards_are_each_named_once(text: str, words: str) -> None:
     assert "cuda:0,1" in str(raised.value)
 
 
+def run_of(batch_sequences: int, stages: int = 1, adapter: str = "none") -> RunFile:
+    model = {} if adapter == "none" else {"source": "huggingface", "base": "x"}
+    sections = {"inner": {"batch_sequences": batch_sequences}, "pipeline": {"stages": stages}, "model": model}
+    return RunFile.model_validate({"run": {"total_tokens": 10**6}, "adapter": {"method": adapter}, **sections})
+
+
 @pytest.mark.parametrize(("text", "fewer"), [("cuda:0,1,2", "cuda:0,1"), ("cpu,cpu,cpu", "cpu,cpu")])
 def test_more_devices_than_a_batch_has_sequences_are_refused(text: str, fewer: str) -> None:
     request = parse_device(text)
-    check_num_ranks(request, 3, stages=1)
+    check_num_ranks(request, run_of(3))
     with raises_code("too-many-devices", UserError, f"--device {text}", "2 sequences", fewer):
-        check_num_ranks(request, 2, stages=1)
+        check_num_ranks(request, run_of(2))
 
 
 def test_stages_are_trained_on_one_device() -> None:
-    check_num_ranks(parse_device("cuda:1"), 8, stages=2)
+    check_num_ranks(parse_device("cuda:1"), run_of(8, stages=2))
     with raises_code("stages-on-one-device", UserError, "--device cuda:1,0", "such as cuda:1,"):
-        check_num_ranks(parse_device("cuda:1,0"), 8, stages=2)
+        check_num_ranks(parse_device("cuda:1,0"), run_of(8, stages=2))
+
+
+def test_an_adapter_is_trained_on_one_device() -> None:
+    check_num_ranks(parse_device("cuda:1"), run_of(8, adapter="lora"))
+    with raises_code("adapter-on-one-device", UserError, "--device cpu,cpu", "such as cpu,"):
+        check_num_ranks(parse_device("cpu,cpu"), run_of(8, adapter="lora"))
 
 
 def test_the_largest_part_of_a_batch_is_rounded_up() -> None:

@@ -31,9 +31,11 @@ from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, process_age_s
 from swarmtrain.peer.lifecycle.stop import StopFlag, StopTraining
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
+from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.stages import places_of
 from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, stages_in_words
 
@@ -344,12 +346,25 @@ def reach_in_words(swarm: Swarm) -> str:
     return swarm.reaching.in_words() or (serving if guests else "")
 
 
+def adapter_in_words(section: AdapterSection, me: PeerInfo) -> str:
+    """Return a sentence about the run's adapter and what this peer trains of it; empty without an adapter."""
+    if not section.is_used:
+        return ""
+    whole = f"rank {section.rank} in {counted(section.num_groups, 'group')}"
+    if not (me.training and me.adapter_groups):
+        return whole
+    groups = sorted(trained_groups(me.peer, me.round, section.num_groups, me.adapter_groups))
+    which = " and ".join(map(str, groups))
+    return f"{whole}; trains {me.adapter_groups * section.rank_of_group} of it a round, now group {which}"
+
+
 def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], None]:
     """Return a looker: a function that fills into a status which peers are present and how much each contributed."""
     tokens_per_step, gone, growth = swarm.published.run.tokens_per_step, PeerInfo(peer=""), Growth()
 
     def look(status: pb.PeerStatus) -> None:
         status.reach, status.dht_records = reach_in_words(swarm), swarm.node.num_dht_records
+        status.adapter = adapter_in_words(swarm.published.run.adapter, swarm.presence.me)
         me, counts, acknowledged = swarm.presence.me, swarm.accounting.contributions(), swarm.accounting.acknowledged()
         live = {info.peer: info for info in (*swarm.membership.live(), me)}
         # A volunteer uses the rosters' total instead, which forks and liars do not change.

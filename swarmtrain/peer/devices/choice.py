@@ -9,15 +9,15 @@ from functools import partial
 import torch
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.machine import (
-    BYTES_PER_PARAMETER,
     find_devices,
     least_bytes,
     least_part_bytes,
     missing_card,
     num_trained,
+    parameters_bytes,
     part_bytes,
     probe_device,
 )
@@ -76,7 +76,7 @@ def choose_compute(
     does not work, or if the precision asked for is not the one that the run demands, or none for stages.
     """
     wanted = _checked_precision(run, wanted)
-    check_num_ranks(request, run.inner.batch_sequences, run.pipeline.stages)
+    check_num_ranks(request, run)
     found = [_within(vram_bytes, each) for each in find_devices(num_trained(run))]
     found = [replace(each, precisions=precisions_of(run, each)) for each in found]
     needed = least_bytes(run)
@@ -184,11 +184,11 @@ def fitting_microbatch(
         return FittingMicrobatch(wanted)
     if device.free_bytes is not None:
         most, place = part, "the card"
-        fixed = part_bytes(run, num_ranks) if shards else BYTES_PER_PARAMETER * num_parameters(run.model)
+        fixed = part_bytes(run, num_ranks) if shards else parameters_bytes(run)
         free = int(_SHARE_OF_CARD * device.free_bytes) - fixed
     elif memory_bytes:
         most, place = wanted, "--memory"
-        cost = estimate(run, num_parameters(run.model), 2, num_ranks=num_ranks)
+        cost = estimate(run, num_trained_parameters(run), 2, num_ranks=num_ranks)
         free = (memory_bytes - (cost.memory_bytes - cost.memory_activations_bytes)) // num_ranks
     else:
         return FittingMicrobatch(wanted)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.parameter_count import block_parameters, num_parameters, similar_built_in
+from swarmtrain.model.parameter_count import (
+    FROZEN_BYTES_PER_PARAMETER,
+    block_parameters,
+    num_frozen_parameters,
+    num_parameters,
+    num_trained_parameters,
+    similar_built_in,
+)
 from swarmtrain.model.run_stages import RunStageShape
 from swarmtrain.model.stages import StageShape, expected_boundaries, stage_shapes
 from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
@@ -30,6 +37,7 @@ __all__ = [
     "least_part_bytes",
     "missing_card",
     "num_trained",
+    "parameters_bytes",
     "part_bytes",
     "probe_device",
 ]
@@ -158,7 +166,12 @@ def least_bytes(run: RunFile) -> int:
     from swarmtrain.peer.estimate import activation_bytes
 
     activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)
-    return BYTES_PER_PARAMETER * num_parameters(run.model) + activations
+    return parameters_bytes(run) + activations
+
+
+def parameters_bytes(run: RunFile) -> int:
+    """Return the memory on a card of weights, gradients and moments; of a frozen weight there is nothing else."""
+    return BYTES_PER_PARAMETER * num_trained_parameters(run) + FROZEN_BYTES_PER_PARAMETER * num_frozen_parameters(run)
 
 
 def part_bytes(run: RunFile, num_ranks: int) -> int:

@@ -357,12 +357,12 @@ class Doctor:
     # ------------------------------------------------------------- what the run costs
 
     def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
-        """Return `bytes_of` for the run and its number of parameters; None without a run."""
+        """Return `bytes_of` for the run and the number of parameters that it trains; None without a run."""
         if self.run is None or not self.has_torch:
             return None
-        from swarmtrain.model.parameter_count import num_parameters
+        from swarmtrain.model.parameter_count import num_trained_parameters
 
-        return bytes_of(self.run, num_parameters(self.run.model))
+        return bytes_of(self.run, num_trained_parameters(self.run))
 
     def look_at_memory(self) -> Finding:
         """Check whether the run fits into the free memory of this machine."""

@@ -103,6 +103,8 @@ class PeerSettings:
     device: DeviceRequest = field(default_factory=DeviceRequest)
     precision: PrecisionRequest = "auto"
     compile: CompileRequest = "auto"
+    adapter_rank: int = 0
+    """Components of the run's adapter, by their number, to train in each round; 0: all."""
     vram_bytes: int = 0
     """Memory of a graphics card that may be used; 0: no limit."""
     log_descriptors: tuple[int, ...] = ()  # descriptors of this process that follow the log file
@@ -244,12 +246,13 @@ def held_out_loss(
 
     `check` is called between batches and may raise.
     """
-    own = flatten(model.parameters())
-    unflatten_into(theta, model.parameters())
+    trained = model.trained_tensors()
+    own = flatten(trained)
+    unflatten_into(theta, trained)
     try:
         return held_out_loss_of(model, published, tokenizer, check)
     finally:
-        unflatten_into(own, model.parameters())
+        unflatten_into(own, trained)
 
 
 def held_out_loss_of(
@@ -345,7 +348,7 @@ def save_model(folder: Path, model: LanguageModel, theta: Tensor, published: Pub
 
 def weights_in(model: LanguageModel, theta: Tensor) -> dict[str, Tensor]:
     """Load `theta` (P,) into the model; return its weights by name."""
-    unflatten_into(theta, model.parameters())
+    unflatten_into(theta, model.trained_tensors())
     return dict(model.named_parameters())
 
 

@@ -9,7 +9,7 @@ from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
 from swarmtrain.events import count_in_words
 from swarmtrain.model.base import base_in_words
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_parameters, num_trained_parameters
 from swarmtrain.run import RunFile, SourceKeys
 from swarmtrain.words import shares_in_words
 
@@ -36,6 +36,9 @@ def summary_of(run: RunFile) -> str:
     model = f"a model of {parameters} parameters"
     if not run.model.is_built_in:
         model = f"{model} ({base_in_words(run.model)})"
+    if run.adapter.is_used:
+        trained = count_in_words(num_trained_parameters(run))
+        model = f"an adapter of rank {run.adapter.rank} ({trained} parameters) beside {model}"
     return (
         f"{model} on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
         f"merging every {steps} ({run.merge.method})" + cut

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, t
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
 from swarmtrain.model.evaluation import TextLoss
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_parameters, num_trained_parameters
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
@@ -57,7 +58,9 @@ from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
+from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.run import RunFile
 
 __all__ = ["ModelTraining", "merge_thread", "prepare_model"]
 
@@ -78,7 +81,8 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     """
     run, published = context.run, context.published
     settings = context.settings
-    check_memory(run, num_parameters(run.model), settings.limits.memory_bytes, settings.device.num_host_ranks)
+    run.adapter.groups_worth(settings.adapter_rank)  # raises before anything takes time
+    check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
     chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
     compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)
     told.start()
@@ -87,7 +91,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     context.stop.check()
     model = build_run_model(run, context.model_folder, initial_seed(run, context.me)).to(compute.model_device)
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
-    kept = checkpointer.load(run, num_parameters(run.model))
+    kept = checkpointer.load(run, num_trained_parameters(run))
     if kept is not None and kept.own is None:
         kept = None  # it is a bootstrap's, which has not trained
     if context.nobody is not None and kept is None:
@@ -116,6 +120,13 @@ def merge_thread(exchange: SwarmExchange, parameters: ParameterSource) -> Thread
     return ThreadPoolExecutor(1, "merges") if is_beside else None
 
 
+def trained_part(run: RunFile, rank: int) -> int:
+    """Return how many of an adapter's groups a volunteer trains in each round that trains components worth `rank`; 0 if
+    it trains all that the run does. Raises UserError if that is not possible."""
+    groups = run.adapter.groups_worth(rank)
+    return groups if groups < run.adapter.num_groups else 0
+
+
 class ModelTraining:
     """Whole model trained by a volunteer on its own text."""
 
@@ -124,7 +135,10 @@ class ModelTraining:
     ) -> None:
         self.context, self.data, self.loop = context, data, loop
         run, published, emit, num_shards = context.run, context.published, context.emit, loop.batches.num_shards
-        me = PeerInfo(peer=context.me, name=context.name, training=True, corpus_sha256=data.digest)
+        groups = trained_part(run, context.settings.adapter_rank)
+        me = PeerInfo(
+            peer=context.me, name=context.name, training=True, corpus_sha256=data.digest, adapter_groups=groups
+        )
         swarm = self.swarm = Swarm(
             context.node,
             published,
@@ -164,6 +178,10 @@ class ModelTraining:
             on_new_state=self._keep_round,
             worker=None if self._merges is None else self._merges.submit,
         )
+        if groups:
+            self.session.groups_of_round = partial(
+                trained_groups, context.me, num_groups=run.adapter.num_groups, num_trained=groups
+            )
         if not loop.parameters.loans_outlast_steps:  # a device copies its moments into memory of its own choice
             checkpointer.prepare(self.session.replica.state.size)
         self.compiled: CompiledLoss | None = None
@@ -207,7 +225,7 @@ class ModelTraining:
         control, run, loop = context.control, context.run, self.loop
         estimates = estimates_of(
             run,
-            num_parameters(run.model),
+            num_trained_parameters(run),
             microbatch_sequences=loop.microbatch_sequences,
             recomputes=loop.compute.recomputes,
             num_ranks=loop.compute.num_host_ranks,
@@ -308,12 +326,12 @@ class ModelTraining:
     def _tell_started(self, inner_steps: int) -> None:
         """Emit the `started` event when the first round begins."""
         run = self.context.run
-        if self.compiled is not None:
+        if self.compiled is not None and self.session.groups_of_round is None:  # else it would compile for each choice
             self.compiled.start(self.context.settings.compile, num_parameters(run.model))
         self.context.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,
-                num_parameters=num_parameters(run.model),
+                num_parameters=num_trained_parameters(run),
                 total_tokens=run.run.total_tokens,
                 startup_s=process_age_s(),
             )
@@ -406,7 +424,7 @@ class ModelTraining:
         kept = kept_final_model(context.folder, context.published)
         if kept is not None:
             context.emit(had_ended(context.folder))
-            theta = flatten(kept.parameters())
+            theta = flatten(kept.trained_tensors())
             return own if torch.equal(theta, own) else theta, True
         # In synchronous rounds this peer's state is the run's, so the model is right.
         if self._had_ended and self.swarm.asynchronous:

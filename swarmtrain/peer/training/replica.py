@@ -48,7 +48,7 @@ class Replica:
         """Start from the values that the parameters have now."""
         self._merge, self.parameters = merge, parameters
         # In synchronous rounds all groups of an adapter are one fragment: they are merged together.
-        by_group = parameters.groups if merge.kind.reads("fragments") else None
+        by_group = parameters.groups if merge.num_fragments > 1 else None
         self.fragments: tuple[Fragment, ...] = fragments_of(layout_of(parameters.shapes), merge.num_fragments, by_group)
         """Fragments of the model; a single one unless the method is gossip. Those of an adapter are its groups."""
         self._by_group = by_group is not None

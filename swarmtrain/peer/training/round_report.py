@@ -38,6 +38,7 @@ def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None 
         bytes_sent=sent,
         bytes_received=received,
         times_below_allreduce=below,
+        adapter_groups=None if contribution.trained is None else tuple(sorted(contribution.trained)),
         **what_was_merged(report),
         **exchange.data_seen(),
     )

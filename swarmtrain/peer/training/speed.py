@@ -10,7 +10,7 @@ import torch
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.pacing import rounds_of_others
 from swarmtrain.model.gpt import build_model
-from swarmtrain.model.parameter_count import num_parameters, similar_built_in
+from swarmtrain.model.parameter_count import num_parameters, operations_per_token, similar_built_in
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
 from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants
@@ -31,21 +31,23 @@ def measure_speed(run: RunFile, limit_s: float = LIMIT_S, compute: ComputeDevice
 
     It is the speed of the processor, or of the device of `compute`; for a model of Hugging Face, with a built-in one
     like it. A model that cannot be built and stepped in that time is not tried. Then the speed follows from that of a
-    matrix product, at 6 operations per parameter and token, which is an upper bound. Of a model that is cut into stages
-    a card need not hold all: its parts are measured.
+    matrix product, at 6 operations per token and parameter (4 if it is frozen), which is an upper bound. Of a model
+    that is cut into stages a card need not hold all: its parts are measured.
     """
     compute = ComputeDevice() if compute is None else compute
     if run.pipeline.stages > 1 and not compute.is_host:
         return whole_tokens_per_s(run, compute)
     per_s = operations_per_s(compute)
     size, T = compute.microbatch_sequences or run.microbatch_sequences, run.model.context_tokens
-    sequence_operations = 6 * num_parameters(run.model) * T
+    sequence_operations = operations_per_token(run) * T
     build_s = num_parameters(run.model) / 50e6
     sequences = min(size, int(limit_s / 4 * per_s / sequence_operations))
     if sequences < 1 or build_s > limit_s / 2:
-        return per_s / (6 * num_parameters(run.model))
+        return per_s / operations_per_token(run)
     model = build_model(similar_built_in(run.model), run.run.seed).to(compute.device)
     model.recomputes_blocks = compute.recomputes
+    if run.adapter.is_used:  # the gradient passes through all that is frozen, to the first weights
+        model.requires_grad_(False).embed.requires_grad_()
     optimizer = InnerOptimizer(model.named_parameters(), inner_constants(run))
     give_up_s = time.monotonic() + limit_s / 2
     best_s = float("inf")
@@ -75,7 +77,7 @@ def most_steps_per_s(run: RunFile, compute: ComputeDevice) -> float:
     parameters = num_parameters(run.model)
     if not compute.is_host or parameters < _LEAST_GUESSED:
         return 0.0
-    return operations_per_s(compute) / (6 * parameters * run.tokens_per_step)
+    return operations_per_s(compute) / (operations_per_token(run) * run.tokens_per_step)
 
 
 def too_slow_in_words(run: RunFile, steps_per_s: float, others: Sequence[float]) -> str:

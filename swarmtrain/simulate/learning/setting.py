@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -333,8 +334,15 @@ def setting_of(scenario: Scenario, text: Text) -> Setting:
         churn_until_s=churn_until_s,
         hostile=scenario.hostile,
         num_hostile=len(hostile_s),
+        adapter_groups=_adapter_groups(scenario, text.run, len(honest_s + hostile_s)),
         curve_points=scenario.scenario.curve_points,
     )
+
+
+def _adapter_groups(scenario: Scenario, run: RunFile, num_peers: int) -> tuple[int, ...]:
+    """Return how many groups of an adapter each volunteer trains in a round; empty if all train everything."""
+    ranks = itertools.islice(itertools.cycle(scenario.peers.ranks), num_peers)
+    return tuple(run.adapter.groups_worth(rank) for rank in ranks)
 
 
 def _own_links(scenario: Scenario) -> dict[str, tuple[float, float]]:

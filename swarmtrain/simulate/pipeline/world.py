@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.estimate import activation_wire_bytes
 from swarmtrain.protocol.pipeline.balance import Rule, StagePeer
 from swarmtrain.protocol.pipeline.router import Router
@@ -298,7 +298,7 @@ def best_bottleneck(speeds: Sequence[float], costs: Sequence[float]) -> float:
 
 def stage_parameters(run: RunFile) -> int:
     """Return the parameters of a stage, as if all stages were equal."""
-    return math.ceil(num_parameters(run.model) / run.pipeline.stages)
+    return math.ceil(num_trained_parameters(run) / run.pipeline.stages)
 
 
 def stage_bytes(run: RunFile) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.methods import GOSSIP
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
 from swarmtrain.peer.estimate import estimate, publication_sizes, pulled_bytes
 from swarmtrain.protocol.gossip.pulls import LINK_SHARE
@@ -433,7 +433,7 @@ def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
 
 
 def _memory(run: RunFile, found: Plan) -> Bottleneck | None:
-    cost = estimate(run, num_parameters(run.model), found.num_peers)
+    cost = estimate(run, num_trained_parameters(run), found.num_peers)
     by_activations = cost.memory_activations_bytes > cost.memory_bytes / 2
     return Bottleneck(
         what="memory",

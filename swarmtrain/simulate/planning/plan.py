@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.peer.estimate import disk_bytes, estimate
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
@@ -125,7 +125,7 @@ def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: in
     round_s, apart = statistics.median(found.round_s), run.merge.kind.asynchronous
     # Each sees the end at the end of a round of its own, by what the others told at the end of theirs.
     run_s = run.run.total_tokens / tokens_per_s + round_s * apart
-    cost, parameters = estimate(run, num_parameters(run.model), machines.num), stage_parameters(run)
+    cost, parameters = estimate(run, num_trained_parameters(run), machines.num), stage_parameters(run)
     return Plan(
         by=found.by,
         num_peers=machines.num,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.estimate import publication_sizes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import RunOutcome
@@ -202,7 +202,7 @@ def play(
 def play_scenario(scenario: Scenario, run: RunFile) -> RunOutcome:
     """Play the scenario's swarm, with the run file's model, merging and presences."""
     links, peers, seed = scenario.links, scenario.peers, run.run.seed
-    parameters, step_s = num_parameters(run.model), peers.step_ms / 1000
+    parameters, step_s = num_trained_parameters(run), peers.step_ms / 1000
     round_s = run.merge.inner_steps * step_s
     sizes = publication_sizes(run, parameters, peers.number - 1, round_s, min(rates(links)))
     machines = MachineDistribution(

@@ -10,6 +10,7 @@ from swarmtrain.network.swarm import Serving
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.session import swarm_looker
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
+from swarmtrain.run import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
 
 
@@ -31,7 +32,7 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     accounting = SimpleNamespace(
         contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007
     )
-    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
+    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1), adapter=AdapterSection())
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
     everyone = {
         "presence": SimpleNamespace(me=me),
@@ -79,7 +80,7 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
     for peer, steps_per_s in said.items():
         info = PeerInfo(peer=peer, training=True, run_tokens=10**15, steps_per_s=steps_per_s)
         members.saw_presence(info, 30.0, 0.0)
-    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1))
+    run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1), adapter=AdapterSection())
     swarm: Any = SimpleNamespace(
         presence=SimpleNamespace(me=PeerInfo(peer="me", is_bootstrap=True)),
         membership=members,

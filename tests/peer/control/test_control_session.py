@@ -40,7 +40,7 @@ from swarmtrain.peer.training.round_report import tell_loss
 from swarmtrain.peer.volunteer import Volunteer
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import parse_run, run_sha256
+from swarmtrain.run import AdapterSection, parse_run, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -342,7 +342,9 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
     swarm: Any = SimpleNamespace(
         membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live),
         presence=SimpleNamespace(me=PeerInfo(peer=BEN, is_bootstrap=True)),
-        published=SimpleNamespace(run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1))),
+        published=SimpleNamespace(
+            run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1), adapter=AdapterSection())
+        ),
         accounting=SimpleNamespace(contributions=dict, acknowledged=dict, total=0),
         reaching=SimpleNamespace(in_words=lambda: ""),
         node=SimpleNamespace(num_dht_records=0),

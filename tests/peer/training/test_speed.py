@@ -29,6 +29,7 @@ def test_only_a_large_model_on_a_processor_is_guessed(monkeypatch: pytest.Monkey
     assert most_steps_per_s(run_file(), ComputeDevice()) == 0.0
     assert most_steps_per_s(run_file(512), ComputeDevice(torch.device("cuda:0"))) == 0.0
     monkeypatch.setattr(speed, "num_parameters", lambda section: 100_000_000)
+    monkeypatch.setattr(speed, "operations_per_token", lambda run: 6 * 100_000_000)
     assert most_steps_per_s(run_file(512), ComputeDevice()) == pytest.approx(1e4 / 256), "256 tokens a step"
 
 

@@ -1,0 +1,248 @@
+"""LoRA adapter of a model of transformers (arXiv 2106.09685): peft puts it in, and its components are cut by rank.
+
+The adapter is peft's own, of rank R, and computes what peft computes. Only its factors are trained: A (R, in) and B
+(out, R) of each adapted layer are joined of the groups' parts before they are used (`torch.nn.utils.parametrize`), so
+that a group is a few tensors that are trained, published and merged by themselves. A begins with uniform numbers, the
+same bits on every machine, and B with zeros, so that the model begins as it was.
+
+peft is imported when it is needed. Legend: R rank, r rank of a group.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from swarmtrain.errors import UserError
+from swarmtrain.extras import install_in_words
+from swarmtrain.model.gpt import uniform_weight
+from swarmtrain.protocol.adapter_groups import tensor_name
+from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.words import one_line
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_NAME = "default"
+"""Name that peft gives an adapter by default."""
+_ALL_LINEAR = "all-linear"
+
+
+def _library() -> Any:
+    """Import peft. Raises UserError without the extra `finetune`."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        reason = one_line(str(error))[:200]
+        raise UserError(
+            f"an adapter needs peft: {install_in_words('finetune')} ({reason})", code="package-missing"
+        ) from None
+
+
+def adapter_modules(model: nn.Module, head: nn.Module, section: AdapterSection) -> tuple[tuple[str, ...], int]:
+    """Return the names of the layers of `model` that the section's adapter has, and the numbers in all its factors.
+
+    `model` is of transformers, may be without memory (on the device "meta"), and is changed. A name is the last part of
+    a layer's place if all layers of that name are adapted, else the whole place: so every version of peft adapts the
+    same layers. Raises UserError if there are none, or if one cannot be adapted.
+    """
+    targets = section.targets or _usual_targets(model)
+    layers = _injected(model, head, section, targets)
+    places = [place for place, _ in layers]
+    by_name: dict[str, list[str]] = {}
+    for place, _ in model.named_modules():
+        if not place.endswith(".base_layer"):
+            by_name.setdefault(place.rpartition(".")[2], []).append(place)
+    names = set[str]()
+    for place in places:
+        last = place.rpartition(".")[2]
+        names.add(last if set(by_name[last]) <= set(places) else place)
+    num = sum(section.rank * (layer.in_features + layer.out_features) for _, layer in layers)
+    return tuple(sorted(names)), num
+
+
+def _usual_targets(model: nn.Module) -> tuple[str, ...]:
+    """Return the layers that peft adapts in a model of this family; all linear ones if it does not know the family."""
+    table = importlib.import_module("peft.utils").TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = table.get(str(getattr(getattr(model, "config", None), "model_type", "")))
+    return tuple(sorted(found)) if isinstance(found, list | set | tuple) else (_ALL_LINEAR,)
+
+
+def _injected(
+    model: nn.Module, head: nn.Module, section: AdapterSection, targets: tuple[str, ...]
+) -> list[tuple[str, Any]]:
+    """Have peft put its layers into `model`, and return each with its place. Raises UserError."""
+    config = _config(section, targets)
+    try:
+        # peft draws numbers, which are replaced, and says which layers have transposed weights.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            _library().inject_adapter_in_model(config, model)
+    except ValueError as error:
+        wanted = ", ".join(section.targets)
+        raise UserError(
+            f"adapter.targets: {wanted or 'the usual layers'}: {one_line(str(error))[:200]}; name layers of the model, "
+            'such as q_proj, or take ["all-linear"]',
+            code="adapter-targets",
+        ) from None
+    kind = importlib.import_module("peft.tuners.lora").LoraLayer
+    layers = [(place, module) for place, module in model.named_modules() if isinstance(module, kind)]
+    for place, layer in layers:
+        if _NAME not in layer.lora_A or not all(
+            isinstance(of[_NAME], nn.Linear) for of in (layer.lora_A, layer.lora_B)
+        ):
+            raise UserError(
+                f"adapter.targets: {one_line(place)} is no linear layer; name linear layers, such as q_proj",
+                code="adapter-targets",
+            )
+        if layer.get_base_layer() is head:
+            raise UserError(
+                f"adapter.targets: {one_line(place)} is the model's head, which is not adapted; leave it out",
+                code="adapter-targets",
+            )
+    return layers
+
+
+def _config(section: AdapterSection, targets: tuple[str, ...]) -> Any:
+    """Return peft's configuration of the adapter."""
+    return _library().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=_ALL_LINEAR if targets == (_ALL_LINEAR,) else list(targets),
+        bias="none",
+    )
+
+
+class _JoinedGroups(nn.Module):
+    """Parametrization of a factor: the groups' parts, one after the other along the rank."""
+
+    def __init__(self, dim: int, group_rank: int) -> None:
+        super().__init__()
+        self._dim, self._group_rank = dim, group_rank
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Return the whole factor."""
+        return torch.cat(parts, self._dim)
+
+    def right_inverse(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of a factor."""
+        return tuple(part.contiguous() for part in torch.split(whole, self._group_rank, self._dim))
+
+
+class _TrainingDropout(nn.Module):
+    """Dropout where gradients are wanted: a model that is measured has none, whatever mode it is in."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with some numbers set to zero, and the others made larger for it."""
+        return F.dropout(x, self._share, training=torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """Adapter in a model, whose other parameters are frozen."""
+
+    section: AdapterSection
+    layers: Mapping[str, Any]
+    """peft's layers by their places in the model."""
+
+    @classmethod
+    def added_to(cls, model: nn.Module, head: nn.Module, section: AdapterSection, seed: int) -> LoraAdapter:
+        """Add the adapter that a published run describes to a model of transformers, and freeze all else.
+
+        `head` is the model's last layer. Raises UserError if the layers are not those that the run names.
+        """
+        adapter = cls(section, dict(_injected(model, head, section, section.modules)))
+        found = sum(section.rank * (layer.in_features + layer.out_features) for layer in adapter.layers.values())
+        if found != section.num_parameters:
+            raise UserError(
+                f"adapter.modules: this adapter has {found} numbers here, and {section.num_parameters} where the run "
+                f"was published; update peft: {install_in_words('finetune')}",
+                code="adapter-differs",
+            )
+        model.requires_grad_(False)
+        for layer in adapter.layers.values():
+            layer.lora_dropout[_NAME] = _TrainingDropout(section.dropout) if section.dropout else nn.Identity()
+            for factor, dim in ((layer.lora_A[_NAME], 0), (layer.lora_B[_NAME], 1)):
+                parametrize.register_parametrization(factor, "weight", _JoinedGroups(dim, section.rank_of_group))
+        for name, part in adapter.named():
+            with torch.no_grad():
+                part.copy_(_initial(name, part, seed))
+            part.requires_grad_()
+        return adapter
+
+    @property
+    def draws(self) -> bool:
+        """True if training draws random numbers."""
+        return self.section.dropout > 0
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parts of all factors by name, in the order in which they are flattened: group by group."""
+        return [
+            (tensor_name(group, f"{place}.{factor}"), parts[group])
+            for group in range(self.section.num_groups)
+            for place, factor, parts in self._factors()
+        ]
+
+    def _factors(self) -> Iterator[tuple[str, str, list[nn.Parameter]]]:
+        for place, layer in self.layers.items():
+            for name in ("lora_A", "lora_B"):
+                originals = getattr(layer, name)[_NAME].parametrizations.weight
+                yield place, name, [getattr(originals, f"original{n}") for n in range(self.section.num_groups)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole factors by the names that a checkpoint of peft has."""
+        return {
+            f"base_model.model.{place}.{name}.weight": torch.cat(
+                [part.detach() for part in parts], int(name == "lora_B")
+            )
+            for place, name, parts in self._factors()
+        }
+
+    def config(self, base: str) -> dict[str, Any]:
+        """Return what `adapter_config.json` says of the adapter of the model `base`, as peft writes it."""
+        config = _config(self.section, self.section.modules)
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.fan_in_fan_out = any(layer.fan_in_fan_out for layer in self.layers.values())
+        return cast(dict[str, Any], json.loads(json.dumps(config.to_dict(), default=_plain)))
+
+    def save(self, folder: Path, base: str, write: Callable[[Path, Mapping[str, Tensor]], None]) -> None:
+        """Write the adapter as `PeftModel.from_pretrained` loads it; `write` writes a file of safetensors."""
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(self.config(base), indent=2, sort_keys=True) + "\n")
+        write(folder / ADAPTER_WEIGHTS, self.weights())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add each product to its layer's own weights, in place, and take the adapter's factors to zero."""
+        for layer in self.layers.values():
+            base = layer.get_base_layer()
+            base.weight.add_(layer.get_delta_weight(_NAME).to(base.weight.dtype))
+        for _, part in self.named():
+            part.zero_()
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _initial(name: str, part: Tensor, seed: int) -> Tensor:
+    """Return the initial value of a part: of B zeros, of A uniform numbers as peft draws them, by name."""
+    if name.endswith(".lora_B"):
+        return torch.zeros_like(part)
+    return uniform_weight(name, part.shape, seed, 1.0 / math.sqrt(3 * part.shape[1]))

@@ -1,0 +1,150 @@
+"""LoRA adapters in models of transformers: what peft computes, cut into groups, beside a base that stays."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from codes import raises_code
+from safetensors.torch import save_file
+from small_models import CONFIGS, run_of, saved
+from torch import Tensor
+
+from swarmtrain.algorithm.outer import flatten, unflatten_into
+from swarmtrain.data.batches import Batches
+from swarmtrain.errors import RunFileError
+from swarmtrain.model.adapter import LoraAdapter
+from swarmtrain.model.base import is_published_from, published_base, resolved_run
+from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_json, spec_of, spec_to_json
+from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.run import RunFile
+
+LORA = 'method = "lora"\nrank = 8\nalpha = 12.0\n'
+TOKENS = torch.randint(0, 256, (3, 21), generator=torch.Generator().manual_seed(3))
+
+
+def resolved(family: str, folder: Path, keys: str = "", **tables: str) -> RunFile:
+    """Return the resolved run of an adapter on a small model of `family`, whose files are in `folder`."""
+    saved(family, folder)
+    return resolved_run(run_of(str(folder), adapter=LORA + keys, **tables), folder)
+
+
+def adapter_of(model: LanguageModel) -> LoraAdapter:
+    assert model.adapter is not None
+    return model.adapter
+
+
+def drawn(model: LanguageModel) -> None:
+    """Give all factors random numbers, as if they were trained."""
+    tensors = model.trained_tensors()
+    unflatten_into(
+        0.2 * torch.randn(sum(map(torch.numel, tensors)), generator=torch.Generator().manual_seed(1)), tensors
+    )
+
+
+def loss_of(model: LanguageModel) -> Tensor:
+    return model.loss(TOKENS)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_it_computes_what_peft_does_with_one_adapter_of_the_whole_rank(family: str, tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft")
+    run = resolved(family, tmp_path, 'targets = ["all-linear"]' if family in ("gpt2", "gemma2") else "")
+    model, plain = build_run_model(run, tmp_path), saved(family, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), plain(TOKENS).logits), "as its base at first"
+        drawn(model)
+        (adapter := tmp_path / "adapter").mkdir()
+        adapter_of(model).save(adapter, "owner/base", lambda path, weights: save_file(dict(weights), path))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, about peft
+            theirs = peft.PeftModel.from_pretrained(plain, adapter)
+        expected, found = theirs(TOKENS).logits, model(TOKENS)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(found, theirs.merge_and_unload()(TOKENS).logits * 0.9, atol=1e-3)
+        adapter_of(model).merge()
+        assert torch.allclose(model(TOKENS), expected, rtol=1e-4, atol=1e-4), "merged into the base"
+
+
+def test_its_parts_are_named_by_groups_and_begin_with_the_same_bits_everywhere(tmp_path: Path) -> None:
+    run = resolved("llama", tmp_path)
+    model, again = (build_run_model(run, tmp_path) for _ in "12")
+    names = [name for name, _ in model.trained_parameters()]
+    assert len(names) == 4 * 3 * 2 * 2 and names[0] == "group0/model.layers.0.self_attn.q_proj.lora_A"
+    assert names == sorted(names, key=lambda name: name.partition("/")[0]), "group by group"
+    assert run.adapter.modules == ("q_proj", "v_proj") and run.merge.fragments == run.adapter.num_groups == 4
+    assert sum(tensor.numel() for tensor in model.trained_tensors()) == run.adapter.num_parameters
+    assert torch.equal(flatten(model.trained_tensors()), flatten(again.trained_tensors()))
+    for name, tensor in model.trained_parameters():
+        assert tensor.any() == name.endswith("lora_A") and tensor.requires_grad
+    other = build_run_model(run, tmp_path, seed=7)
+    assert not torch.equal(flatten(model.trained_tensors()), flatten(other.trained_tensors()))
+    parts = dict(model.trained_parameters())
+    assert not torch.equal(parts[names[0]], parts[names[0].replace("group0", "group1")])
+    shapes = {name: tensor.shape for name, tensor in model.trained_parameters()}
+    spec = spec_from_json(spec_to_json(spec_of(run, tmp_path)))
+    assert {name: tensor.shape for name, tensor in empty_model(spec).trained_parameters()} == shapes
+
+
+def test_a_loop_trains_the_wanted_groups_and_leaves_the_base(tmp_path: Path) -> None:
+    run = resolved("qwen3", tmp_path, inner="batch_sequences = 4\nlearning_rate = 0.01")
+    model = build_run_model(run, tmp_path)
+    batches = Batches(TOKENS.flatten().numpy(), context_tokens=24, batch_sequences=4, run_sha256="ab", peer_id="me")
+    loop = ModelLoop(run, model, batches)
+    frozen = {name: tensor.clone() for name, tensor in model.named_parameters() if "parametrizations" not in name}
+    before = dict(zip(loop.parameters.named, [each.clone() for each in loop.parameters.named.values()], strict=True))
+    loop.parameters.train_only({1, 3})
+    losses = [float(loop.take_step(0.1).loss) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in frozen.items())
+    moved = {
+        name.partition("/")[0]
+        for name, tensor in loop.parameters.named.items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert moved == {"group1", "group3"}
+    assert loop.parameters.read().numel() == run.adapter.num_parameters
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_blocks_that_are_computed_again_give_the_same_gradients(dropout: float, tmp_path: Path) -> None:
+    model = build_run_model(resolved("llama", tmp_path, f"dropout = {dropout}"), tmp_path)
+    drawn(model)
+    found = list[Tensor]()
+    for recomputes in (False, True):
+        model.recomputes_blocks = recomputes
+        torch.manual_seed(0)
+        loss_of(model).backward()
+        found.append(flatten([tensor.grad for tensor in model.trained_tensors() if tensor.grad is not None]))
+        for tensor in model.trained_tensors():
+            tensor.grad = None
+    assert torch.allclose(found[0], found[1], atol=1e-7)
+    with torch.no_grad():
+        assert torch.equal(loss_of(model), loss_of(model)), "nothing is dropped where a model is measured"
+    assert bool(loss_of(model).isclose(loss_of(model), rtol=1e-7, atol=0)) is (dropout == 0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ('["zzz"]', "zzz"),
+        ('["lm_head"]', "head"),
+        ('["embed_tokens"]', "no linear layer"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_one_line(targets: str, says: str, tmp_path: Path) -> None:
+    with raises_code("adapter-targets", RunFileError, "adapter.targets", says):
+        resolved("llama", tmp_path, f"targets = {targets}")
+
+
+def test_a_kept_run_is_the_one_that_a_person_wrote(tmp_path: Path) -> None:
+    run, written = resolved("llama", tmp_path), run_of(str(tmp_path), adapter=LORA)
+    model = run.model.model_copy(update={"base": published_base(run.model.base)})
+    published = run.model_copy(update={"model": model})
+    assert not written.adapter.is_resolved and is_published_from(published, written)
+    other = written.adapter.model_copy(update={"alpha": 3.0})
+    assert not is_published_from(published, written.model_copy(update={"adapter": other}))
