@@ -1,10 +1,13 @@
 """Write a folder as a whole: under a temporary name, synced, renamed.
 
 A reader sees the old folder or the new one, and never a mixture; only between two renames, for an instant, neither.
+A writer holds a lock on its temporary folder, which its death frees: the next one removes what nobody holds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -27,7 +30,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise UserError(f"{folder} holds other files; give an empty or new folder", code="folder-not-empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    prefix = f".{folder.name}.new-"
+    _remove_stale(folder.parent, prefix)
+    temporary, lock = _held_folder(folder.parent, prefix)
     try:
         yield temporary
         for path in temporary.iterdir():
@@ -40,6 +45,46 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove temporary folders of writers that were killed."""
+    for path in parent.iterdir():
+        if path.name.startswith(prefix):
+            with contextlib.suppress(OSError):  # another user's, or removed meanwhile
+                lock = _locked(path)
+                try:
+                    shutil.rmtree(path)
+                finally:
+                    os.close(lock)
+
+
+def _held_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Create a temporary folder; return it and the descriptor that holds its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        try:
+            lock = _locked(path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another writer took it for a stale one, just before it was locked
+        except OSError:  # no locks on this file system: nobody removes anything there
+            return path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if path.exists():
+            return path, lock
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Return a descriptor that holds the lock of `folder`. Raises BlockingIOError if another one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

@@ -23,7 +23,8 @@ from safetensors.torch import save
 from swarmtrain.cli.main import run
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.model import export as export_module
-from swarmtrain.model.export import export_model, is_first_format, load_exported
+from swarmtrain.model.atomic_folder import atomic_folder
+from swarmtrain.model.export import copy_exported, export_model, is_first_format, load_exported
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
@@ -55,6 +56,18 @@ def test_a_model_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
     assert loaded.run_tokens == 2 and loaded.held_out == b"text"
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), second.parameters(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write_and_what_another_writes_stays(tmp_path: Path) -> None:
+    kept = [".model.new", ".models.new-abcdefgh", ".model.abcdefgh"]
+    for name in (".model.new-abc_1234", *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with atomic_folder(tmp_path / "model") as other:
+        (other / "config.json").write_text("{}")
+        export(tmp_path / "model", 1)
+        assert other.is_dir() and not (tmp_path / ".model.new-abc_1234").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "model"])
 
 
 def test_the_old_model_stays_when_the_new_one_cannot_be_put_there(

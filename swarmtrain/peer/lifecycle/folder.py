@@ -57,7 +57,7 @@ killed.
 _OF_ANY_START = {"identity.key", "lock", "peer.log", "port.txt", "started.json", "status.json"}
 """Files that every start leaves, even if it fails before it has fetched a run."""
 _LOCK_TRIES = 16
-_HALF_EXPORTED = re.compile(r"\.(archive|model)\.[a-z0-9_]{8}")
+_HALF_EXPORTED = re.compile(r"\.(archive|model)\.(new-)?[a-z0-9_]{8}")
 
 
 class PeerFolder:

@@ -153,7 +153,7 @@ def test_who_comes_while_a_failed_start_removes_its_folder_has_the_folder_alone(
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     kept = [".archive.old", ".models.abcdefgh", "archive", "model"]
-    for name in (".archive.abc_1234", ".model.abcdefgh", *kept):
+    for name in (".archive.abc_1234", ".model.new-abcdefgh", *kept):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     with peer_folder(tmp_path):
