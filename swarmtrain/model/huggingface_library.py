@@ -150,7 +150,7 @@ def _built(config: Any) -> Any:
 def load_library_model(config: Any, folder: Path) -> Any:
     """Return the library's model in fp32 with the weights in `folder`, which must be the configuration's, one by one.
 
-    Raises UserError, one line, if they are missing, torn, of other shapes, or more than the model has.
+    Raises UserError, one line, if they are missing, torn, of other shapes, more than the model has, or not finite.
     """
     library, origin = _library(), one_line(str(folder))
     names = set(tensor_files(folder).values())
@@ -177,7 +177,19 @@ def load_library_model(config: Any, folder: Path) -> Any:
                 f"{origin}: {which}; give the folder of the checkpoint whose config.json this is",
                 code="checkpoint-mismatch",
             )
+    _check_finite(model, origin)
     return model.eval()
+
+
+def _check_finite(model: nn.Module, origin: str) -> None:
+    """Raise UserError if a parameter has numbers that are not finite. They are looked at where they were loaded."""
+    for name, parameter in model.named_parameters():
+        # Of a NaN both ends are one; unlike isfinite of all numbers, this takes no memory.
+        if parameter.numel() and not torch.stack(parameter.detach().aminmax()).isfinite().all():
+            raise UserError(
+                f"{origin}: {one_line(name)[:200]} has numbers that are not finite; give another checkpoint",
+                code="checkpoint-not-finite",
+            )
 
 
 @contextmanager

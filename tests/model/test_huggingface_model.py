@@ -277,6 +277,15 @@ def _one_more(path: Path) -> None:
     save_file({**weights, "model.layers.7.secret": torch.ones(2)}, path / "model.safetensors", {"format": "pt"})
 
 
+def _diverged(number: float) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        weights = load_file(path / "model.safetensors")
+        weights["model.norm.weight"][-1] = number
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
 REFUSED: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("code in the configuration", _config({"auto_map": {"AutoModel": "x--y.Z"}}), "model-has-code", "auto_map"),
     ("code beside it", _with("modeling_own.py", "import os"), "model-has-code", "modeling_own.py"),
@@ -296,6 +305,13 @@ REFUSED: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("fewer layers", _config({"num_hidden_layers": 2}), "checkpoint-mismatch", "layers.2"),
     ("another width", _config({"intermediate_size": 64}), "checkpoint-mismatch", "transformers refuses"),
     ("a tensor too many", _one_more, "checkpoint-mismatch", "model.layers.7.secret"),
+    (
+        "no number",
+        _diverged(float("nan")),
+        "checkpoint-not-finite",
+        "model.norm.weight has numbers that are not finite",
+    ),
+    ("an infinity", _diverged(-float("inf")), "checkpoint-not-finite", "model.norm.weight"),
     ("torn weights", _torn, "file-unreadable", "model.safetensors"),
 ]
 
