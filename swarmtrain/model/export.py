@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -39,7 +41,7 @@ from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
 
-__all__ = ["ExportedModel", "copy_exported", "export_model", "is_first_format", "load_exported"]
+__all__ = ["ExportedModel", "copy_exported", "export_model", "is_first_format", "load_exported", "open_regular"]
 
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
 _CONFIG = "config.json"
@@ -132,7 +134,8 @@ def _json(content: Mapping[str, Any]) -> bytes:
 def copy_exported(source: Path, target: Path) -> int:
     """Copy the model in `source` into `target`, and return the run's tokens.
 
-    Raises UserError as `load_exported` and `export_model` do, and OSError if `target` cannot be written.
+    Raises UserError as `load_exported` and `export_model` do, also for a file that is a link, and OSError if `target`
+    cannot be written.
     """
     provenance = _provenance(source, _config(source))
     if provenance is None:
@@ -142,7 +145,7 @@ def copy_exported(source: Path, target: Path) -> int:
         for name in (_CONFIG, *provenance.weights_sha256, *_BESIDE):
             with contextlib.suppress(FileNotFoundError):
                 # All at once: a running bootstrap may replace them at any time.
-                opened[name] = stack.enter_context((source / name).open("rb"))
+                opened[name] = stack.enter_context(open_regular(source / name))
         for name, file in opened.items():
             with (temporary / name).open("wb") as copy:
                 shutil.copyfileobj(file, copy)
@@ -152,6 +155,31 @@ def copy_exported(source: Path, target: Path) -> int:
                     f"{source}: the weights do not match config.json; export the model again", code="not-a-model"
                 )
     return provenance.run_tokens
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of a folder that may be a stranger's, to be handed on: a link could lead to any file of this machine.
+
+    Raises UserError unless it is a regular file, and OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise _not_regular(path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _not_regular(path: Path) -> UserError:
+    return UserError(
+        f"{one_line(str(path))}: a link, a pipe or a device, which may lead to any file of this machine, is not "
+        "copied; give a folder with the file itself",
+        code="not-a-regular-file",
+    )
 
 
 def is_first_format(folder: Path) -> bool:

@@ -20,7 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from swarmtrain.errors import UserError
 from swarmtrain.words import one_line
 
-__all__ = ["CUTTABLE", "HuggingFaceModel", "check_names", "is_tied", "read_config", "untie", "whole_config"]
+__all__ = [
+    "CUTTABLE",
+    "HuggingFaceModel",
+    "check_computed_plainly",
+    "check_names",
+    "is_tied",
+    "read_config",
+    "untie",
+    "whole_config",
+]
 
 _MAX_CONFIG_BYTES = 1_048_576
 _MAX_WIDTH = 65_536
@@ -297,6 +306,9 @@ _MOST_REPEATS = 512
 """Largest number in a list of lists: how often a kind of layer is repeated."""
 
 
+_PLAIN, _KERNEL_KEYS = ("eager", "sdpa"), ("kernel_config", "use_kernels")
+
+
 def whole_config(folder: Path) -> dict[str, Any]:
     """Return what `config.json` in a folder says of a model of any family, for the library to read.
 
@@ -351,6 +363,31 @@ def _check_key(key: str, value: Any, origin: str) -> None:
                 f"{origin}: {one_line(key)[:60]}: {_shown(number)} is refused; allowed: at most {most}",
                 code="bad-value",
             )
+
+
+def check_computed_plainly(folder: Path) -> None:
+    """Raise UserError if `config.json` in a folder has its reader choose how the model is computed.
+
+    `whole_config` leaves these keys out; a library that reads the folder by itself does not, and some values make it
+    fetch compiled code from the hub.
+    """
+    path = folder / "config.json"
+    _check_plain(_parsed(path), one_line(str(path)))
+
+
+def _check_plain(value: Any, origin: str) -> None:
+    """`value` is not nested too deeply: `whole_config` has read it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for key, chosen in value.items() if isinstance(value, dict) else ():
+        is_plain = chosen is None or chosen is False or ("implementation" in key and chosen in (True, *_PLAIN))
+        if not is_plain and ("implementation" in key or key in _KERNEL_KEYS):
+            raise UserError(
+                f"{origin}: {one_line(key)[:60]}: {_shown(chosen)} is refused: code of others could be fetched for it; "
+                "remove this key",
+                code="model-has-code",
+            )
+    for each in inner:
+        _check_plain(each, origin)
 
 
 def check_names(names: Iterable[str], *, from_scratch: bool) -> None:

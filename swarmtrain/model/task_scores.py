@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
-from swarmtrain.model.huggingface_config import check_names, whole_config
+from swarmtrain.model.huggingface_config import check_computed_plainly, check_names, whole_config
 from swarmtrain.words import one_line
 
 __all__ = ["TaskRequest", "score_lines", "task_scores"]
@@ -39,10 +40,12 @@ def task_scores(
     """Return each task's metrics by name, such as `acc,none` and `acc_stderr,none`, of the model in `folder`.
 
     `first_token` stands before a text without any context, where the tokenizer has no token for it. Raises UserError,
-    one line, for an unknown task, a model with code or an adapter beside it, or if the library fails.
+    one line, for an unknown task, a model that has code or an adapter beside it or chooses how it is computed, or if
+    the library fails.
     """
     check_names((path.name for path in folder.iterdir()), from_scratch=False)  # the library would read all of them
     whole_config(folder)
+    check_computed_plainly(folder)
     evaluator, models, tasks = (_library(name) for name in ("evaluator", "models.huggingface", "tasks"))
     wanted = f"--tasks {one_line(','.join(request.names))}"
     try:
@@ -94,6 +97,7 @@ def score_lines(scores: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
 
 
 def _library(module: str) -> Any:
+    os.environ["USE_HUB_KERNELS"] = "NO"  # of transformers, as where it is imported for models
     try:
         return importlib.import_module(f"lm_eval.{module}")
     except ImportError:

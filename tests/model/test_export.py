@@ -162,6 +162,31 @@ def test_an_export_of_the_first_format_is_read_and_written_anew(tmp_path: Path) 
     assert "| run | `" + published.sha256 in (tmp_path / "copy" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["README.md", "run.toml", "held-out.txt"])
+def test_a_link_in_a_strangers_export_is_not_followed(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    export(tmp_path / "theirs", 1)
+    (tmp_path / "theirs" / name).unlink(missing_ok=True)
+    (tmp_path / "theirs" / name).symlink_to(tmp_path / "secret")
+    with raises_code("not-a-regular-file", UserError, name):
+        copy_exported(tmp_path / "theirs", tmp_path / "copy")
+    (tmp_path / "theirs" / name).unlink()
+    os.mkfifo(tmp_path / "theirs" / name)
+    with raises_code("not-a-regular-file", UserError, name):
+        copy_exported(tmp_path / "theirs", tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "theirs"]
+
+
+def test_nor_is_one_in_an_export_of_the_first_format(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of this machine")
+    export_in_first_format(tmp_path / "theirs", published_run(), build_model(SECTION, seed=3))
+    (tmp_path / "theirs" / "held-out.txt").unlink()
+    (tmp_path / "theirs" / "held-out.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError):
+        export_from(tmp_path / "theirs", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_a_folder_that_a_bootstrap_replaces_meanwhile_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,28 @@ def test_the_library_is_given_no_folder_with_more_than_a_model(
     assert codes_in(capsys.readouterr().err) == [code] and not asked
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"attn_implementation": "someone/kernels"},
+        {"_attn_implementation_internal": "flash_attention_2"},
+        {"text_config": {"layers": [{"experts_implementation": {"": "someone/kernels"}}]}},
+        {"use_kernels": True},
+    ],
+)
+def test_a_configuration_that_chooses_how_it_is_computed_does_not_reach_the_library(
+    chosen: dict[str, Any], model: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(model) / "config.json"
+    config = json.loads(path.read_text()) | {"attn_implementation": "sdpa", "conv_kernel": 4, "kernel_config": None}
+    path.write_text(json.dumps(config))
+    assert run(["eval", model, "--tasks", "arc_easy"]) == 0 and asked
+    asked.clear()
+    path.write_text(json.dumps(config | chosen))
+    assert run(["eval", model, "--tasks", "arc_easy"]) == 2
+    assert codes_in(capsys.readouterr().err) == ["model-has-code"] and not asked
+
+
 def test_without_the_library_it_is_said_what_to_install(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

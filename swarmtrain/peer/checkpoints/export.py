@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -17,7 +18,7 @@ from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported
+from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.run_model import empty_model
@@ -102,6 +103,9 @@ def _copied(source: Path, target: Path) -> int:
     """Copy the model in `source`, or write it anew if it has the first format of exports; return the run's tokens."""
     if not is_first_format(source):
         return copy_exported(source, target)
+    for name in ("tokenizer.bin", "held-out.txt", "run.toml"):
+        with contextlib.suppress(FileNotFoundError):
+            open_regular(source / name).close()
     exported, data = load_exported(source), (source / "run.toml").read_bytes()
     sha256 = run_sha256(data)
     try:
