@@ -25,12 +25,15 @@ from swarmtrain.errors import (
 from swarmtrain.network.snapshots.store import ChunkTarget, PullLimits, PullStream, SourcePace, pull_run
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile, check_chunk_list_untrusted
-from swarmtrain.protocol.pinned_files.transfer import FileTransfer, RangeRequest, RequestEnd
+from swarmtrain.protocol.pinned_files.transfer import PATIENCE_S, FileTransfer, RangeRequest, RequestEnd
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["FileCalls", "FileDisk", "PeerFetch", "RunTarget"]
 
 _SEARCH_EVERY_S = 15.0
+_BUSY_STALLS = 60
+"""Limits of a stalled transfer after which sources that are only busy are given up: ten minutes, unless the run file
+says otherwise."""
 
 
 class FileCalls(Protocol):
@@ -99,7 +102,8 @@ class PeerFetch:
     _came_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.transfer = FileTransfer(self.files, self.clock())
+        busy_limit_s = max(PATIENCE_S, _BUSY_STALLS * self.limits.stall_limit_s)
+        self.transfer = FileTransfer(self.files, self.clock(), busy_limit_s)
 
     @property
     def here_bytes(self) -> int:
@@ -149,8 +153,9 @@ class PeerFetch:
                 self._finishing[number] = asyncio.create_task(work)
         if self.transfer.has_failed(now):
             raise RunTimeError(
-                "no peer delivers the model's files: those that have them have left, or cannot be reached; start again "
-                "when more peers are there (what has arrived is kept), or give a folder with them with --model-dir",
+                "no peer delivers the model's files: those that have them have left, are busy, or cannot be reached; "
+                "start again when more peers are there (what has arrived is kept), or give a folder with them with "
+                "--model-dir",
                 code="files-not-delivered",
             )
         waiting = {*self._requests, *(task for task in self._finishing.values() if not task.done())}

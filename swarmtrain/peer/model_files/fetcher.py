@@ -163,7 +163,8 @@ class ModelFileFetcher:
         """Return the folder with all files, or with those that have no weights, each checked by its hash.
 
         Looks in `--model-dir`, the cache and the hub, in this order, and then asks other peers, unless `swarm` is None.
-        A file of which a part is here is asked of the peers before the hub, so that nothing is fetched twice. Raises
+        A file of which a part is here is asked of the peers before the hub, so that nothing is fetched twice. When
+        peers deliver nothing, the hub is asked for all that is missing, also if it did not answer before. Raises
         RunTimeError if the disk is full, or nobody delivers.
         """
         with self._disk_errors(), self.folder.locked(self._wait_for_the_other):
@@ -176,7 +177,8 @@ class ModelFileFetcher:
                     self._from_peers(missing, swarm)
                     missing = []
                 except RunTimeError:
-                    missing = self._after_hub([file for file in missing if not self.folder.has(file)])
+                    left = [file for file in missing if not self.folder.has(file)]
+                    missing = self._after_hub(left, "nor do other peers")
                     if missing:
                         raise
         if missing:
@@ -254,8 +256,11 @@ class ModelFileFetcher:
 
     # ------------------------------------------------------------- the hub
 
-    def _after_hub(self, missing: Sequence[PinnedFile]) -> list[PinnedFile]:
-        """Fetch files from the hub, if the run's model is there; return those that it did not deliver."""
+    def _after_hub(
+        self, missing: Sequence[PinnedFile], otherwise: str = "other peers are asked for them"
+    ) -> list[PinnedFile]:
+        """Fetch files from the hub, if the run's model is there; return those that it did not deliver. The warning then
+        ends with `otherwise`."""
         model, left = HubModel.parse(str(getattr(self.published.run.model, "base", ""))), list(missing)
         if model is None or not model.is_pinned:
             return left
@@ -284,7 +289,7 @@ class ModelFileFetcher:
         except HubError as error:
             place.emit(
                 WarningEvent(
-                    message=f"the hub did not deliver the model's files: {error}; other peers are asked for them",
+                    message=f"the hub did not deliver the model's files: {error}; {otherwise}",
                     code="hub-failed",
                 )
             )

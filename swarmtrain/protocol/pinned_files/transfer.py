@@ -8,7 +8,8 @@ simulator of a test and `network.model_files` drive the same decisions. `now` is
   source keeps the others waiting.
 - A source that is busy, or whose stream broke off, is asked again soon: it only made this peer give way. One that
   failed or stalled is left alone for a time that doubles. One that sent wrong bytes is not asked again.
-- The transfer has failed when nobody has delivered anything, or said that it is busy, for `PATIENCE_S`.
+- The transfer has failed when nobody has delivered anything, or said that it is busy, for `PATIENCE_S`; and when
+  sources have said nothing but that for `busy_limit_s`: an honest one would have had a turn for this peer by then.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from enum import Enum
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = ["MOST_STREAMS", "PATIENCE_S", "FileTransfer", "RangeRequest", "RequestEnd"]
+__all__ = ["BUSY_LIMIT_S", "MOST_STREAMS", "PATIENCE_S", "FileTransfer", "RangeRequest", "RequestEnd"]
 
 MOST_STREAMS = 4
 """Sources that serve at once."""
 PATIENCE_S = 120.0
 """Seconds without any delivery, and without a source that is busy, after which the transfer has failed."""
+BUSY_LIMIT_S = 600.0
+"""Seconds without any delivery, with sources that are busy, after which it has."""
 _REQUEST_S = 10.0
 _FIRST_CHUNKS, _MOST_CHUNKS = 4, 256
 """Chunks of a request to a source of unknown speed, and of any request: 1 and 64 MiB."""
@@ -85,15 +88,17 @@ class FileTransfer:
 
     files: Sequence[PinnedFile]
     began_s: float
+    busy_limit_s: float = BUSY_LIMIT_S
     _chunks: list[bytearray | None] = field(init=False)
     """State of each file's chunks; None while its chunk list is not here."""
     _sources: dict[str, _Source] = field(default_factory=dict, init=False)
     _under_way: dict[RangeRequest, _UnderWay] = field(default_factory=dict, init=False)
     _hopeful_s: float = field(init=False)
     """Last time at which a source delivered, or said that it is busy."""
+    _delivered_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._hopeful_s = self.began_s
+        self._hopeful_s = self._delivered_s = self.began_s
         self._chunks = [None for _ in self.files]
 
     # ------------------------------------------------------------- what it is told
@@ -119,7 +124,7 @@ class FileTransfer:
         for chunk in request.chunks[under_way.num_came : under_way.num_came + num_chunks]:
             state[chunk] = _HERE
         under_way.num_came += num_chunks
-        self._hopeful_s = now
+        self._hopeful_s = self._delivered_s = now
 
     def ended(self, request: RangeRequest, end: RequestEnd, now: float) -> None:
         """Record how a request ended. Chunks of it that did not come are asked for again, perhaps elsewhere."""
@@ -137,6 +142,8 @@ class FileTransfer:
         source.asked_from_s = now + self._pause_s(source, end, delivered=under_way.num_came > 0)
         if end in (RequestEnd.DONE, RequestEnd.BUSY):
             self._hopeful_s = now
+        if end is RequestEnd.DONE:
+            self._delivered_s = now
 
     def _pause_s(self, source: _Source, end: RequestEnd, delivered: bool) -> float:
         """Return for how long a source is left alone after a request that ended so."""
@@ -232,8 +239,10 @@ class FileTransfer:
         return state is not None and state.count(_HERE) == len(state)
 
     def has_failed(self, now: float) -> bool:
-        """Return whether the transfer has failed: for `PATIENCE_S` nobody has delivered or been busy."""
-        return not self.is_complete and now - self._hopeful_s >= PATIENCE_S
+        """Return whether the transfer has failed: for `PATIENCE_S` nobody has delivered or been busy, or for
+        `busy_limit_s` nobody has delivered."""
+        has_no_hope = now - self._hopeful_s >= PATIENCE_S or now - self._delivered_s >= self.busy_limit_s
+        return has_no_hope and not self.is_complete
 
     @property
     def num_serving(self) -> int:

@@ -15,7 +15,7 @@ from codes import raises_code
 from model_files import CONTENTS, WEIGHTS, FilePeer, FilePeers, model_folder, pinned, write_model
 from small_hub import SmallHub, small_hub
 
-from swarmtrain.errors import RunFileError, RunTimeError
+from swarmtrain.errors import BusyError, RunFileError, RunTimeError
 from swarmtrain.events import ArrivingEvent, Event, WarningEvent
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.peer.control.arrival import FileProgress
@@ -202,6 +202,26 @@ def test_the_hub_has_what_peers_began_and_no_longer_have(
     (ModelFolder(peer.folder / "cache", peer.files).path).mkdir(parents=True)
     (ModelFolder(peer.folder / "cache", peer.files).path / "model.safetensors.part").write_bytes(b"some")
     assert_whole(peer.fetch())
+
+
+def test_the_hub_is_asked_again_when_peers_are_only_busy_and_nobody_is_one_line(
+    peer: Peer, hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmtrain.network.model_files.fetch.PATIENCE_S", 0.5)
+    monkeypatch.setattr("swarmtrain.network.model_files.fetch._BUSY_STALLS", 0)
+
+    async def busy(asked: str, request: Any) -> Any:
+        raise BusyError("it serves as many readers as it may")
+
+    monkeypatch.setattr(peer.others, "open_pull", busy)
+    peer.base = f"anna/tiny@{'ab' * 20}"
+    with raises_code("files-not-delivered", RunTimeError, "are busy"):
+        peer.fetch()
+    assert peer.warnings == ["hub-failed"] * 2 and peer.sent_bytes == 0
+    peer.base = f"anna/tiny@{hub.push_folder('anna/tiny', peer.folder / 'source')}"
+    (ModelFolder(peer.folder / "cache", peer.files).path / "model.safetensors.part").write_bytes(b"some")
+    assert_whole(peer.fetch())
+    assert "model.safetensors" in hub.downloads()
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -11,6 +11,7 @@ import pytest
 
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile
 from swarmtrain.protocol.pinned_files.transfer import (
+    BUSY_LIMIT_S,
     MOST_STREAMS,
     PATIENCE_S,
     FileTransfer,
@@ -106,15 +107,26 @@ def test_one_source_is_enough() -> None:
     assert play.transfer.is_complete and play.now == pytest.approx(576 / 10, rel=0.1)
 
 
-def test_a_busy_source_is_asked_again_less_and_less_often_and_for_as_long_as_it_takes() -> None:
-    def busy_for_an_hour(request: RangeRequest, now: float) -> tuple[int, RequestEnd, float]:
-        return serves(100 * MIB)(request, now) if now > 3600 else (0, RequestEnd.BUSY, 0.1)
+def busy_until(end_s: float) -> Answer:
+    return lambda request, now: serves(100 * MIB)(request, now) if now > end_s else (0, RequestEnd.BUSY, 0.1)
 
-    play = Play({"a": busy_for_an_hour}).run()
+
+def test_a_busy_source_is_asked_again_less_and_less_often() -> None:
+    play = Play({"a": busy_until(BUSY_LIMIT_S - 20)}).run()
     assert play.transfer.is_complete
     first = play.asked_of("a")[:6]
     pauses = [round(after - before, 1) for before, after in itertools.pairwise(first)]
     assert pauses == [0.6, 1.1, 2.1, 4.1, 8.1]
+
+
+def test_sources_that_only_say_that_they_are_busy_are_given_up() -> None:
+    play = Play({"a": answers(RequestEnd.BUSY), "b": answers(RequestEnd.BUSY)}).run()
+    assert play.transfer.has_failed(play.now) and BUSY_LIMIT_S <= play.now < BUSY_LIMIT_S + 10
+
+
+def test_a_source_that_is_always_busy_does_not_end_what_another_delivers() -> None:
+    play = Play({"a": serves(MIB / 2), "b": answers(RequestEnd.BUSY)}).run()
+    assert play.transfer.is_complete and play.now > BUSY_LIMIT_S
 
 
 def test_one_that_breaks_off_goes_on_where_it_broke() -> None:
