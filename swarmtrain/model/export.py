@@ -34,7 +34,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.atomic_folder import atomic_folder
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
-from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.model.parameter_count import num_parameters, position_numbers
 from swarmtrain.model.provenance import Provenance, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
 from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read_weights, write_weights
@@ -270,7 +270,8 @@ def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
 
 def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GPT:
     weights_bytes = sum((folder / name).stat().st_size for name in provenance.weights_sha256)
-    if not section.is_built_in or num_parameters(section) > weights_bytes + _TORN_PARAMETERS:
+    numbers = num_parameters(section) + position_numbers(section)
+    if not section.is_built_in or numbers > weights_bytes + _TORN_PARAMETERS:
         raise ValueError(f"{_CONFIG} describes a larger model than the weights")
     model = GPT(section)
     if provenance.is_first_format:

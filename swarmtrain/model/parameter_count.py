@@ -12,6 +12,7 @@ __all__ = [
     "num_parameters",
     "num_trained_parameters",
     "operations_per_token",
+    "position_numbers",
     "similar_built_in",
 ]
 
@@ -36,6 +37,12 @@ def num_trained_parameters(run: RunFile) -> int:
 def num_frozen_parameters(run: RunFile) -> int:
     """Return the number of parameters that stay as they are."""
     return num_parameters(run.model) if run.adapter.is_used else 0
+
+
+def position_numbers(section: ModelSection) -> int:
+    """Return how many numbers the built-in model's table of rotary positions has, which are no parameters: they follow
+    the run's longest sequence, not its weights. 0 for a model of Hugging Face."""
+    return section.context_tokens * (section.width // section.num_heads) if section.is_built_in else 0
 
 
 def operations_per_token(run: RunFile) -> int:

@@ -9,16 +9,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from swarmtrain.errors import UserError
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.parameter_count import position_numbers, similar_built_in
 from swarmtrain.run import AdapterSection, ModelSection, RunFile
+from swarmtrain.words import size_in_words
 
-__all__ = ["build_from_spec", "build_run_model", "empty_model", "spec_from_json", "spec_of", "spec_to_json"]
+__all__ = [
+    "build_from_spec",
+    "build_run_model",
+    "check_positions",
+    "empty_model",
+    "spec_from_json",
+    "spec_of",
+    "spec_to_json",
+]
+
+_MADE_BYTES = 24
+"""Bytes for each number of the table of positions while it is made: angles, cosines and sines, twice, fp64, and fp32.
+"""
 
 
 def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -> LanguageModel:
     """Build the model of `run` with its initial weights, on the processor, fp32. `seed` replaces the run's."""
     return build_from_spec(spec_of(run, files), run.run.seed if seed is None else seed)
+
+
+def check_positions(section: ModelSection) -> None:
+    """Raise UserError if making the table of rotary positions of a built-in model, or of the one by which a machine is
+    tried (`similar_built_in`), takes more memory than this machine has: a stranger's run says how large it is."""
+    needed_bytes, has_bytes = _MADE_BYTES * position_numbers(similar_built_in(section)), psutil.virtual_memory().total
+    if needed_bytes > has_bytes:
+        raise UserError(
+            f"model.context_tokens = {section.context_tokens}: the table of positions takes "
+            f"{size_in_words(needed_bytes)} of memory while it is made, and this machine has "
+            f"{size_in_words(has_bytes)}; use a larger machine, or a run with shorter sequences",
+            code="too-little-memory",
+        )
 
 
 def spec_of(run: RunFile, files: Path | None) -> ModelSpec:
@@ -29,9 +59,10 @@ def spec_of(run: RunFile, files: Path | None) -> ModelSpec:
 def build_from_spec(spec: ModelSpec, seed: int) -> LanguageModel:
     """Build a model with its initial weights, on the processor, fp32.
 
-    Raises UserError if the files of a model of Hugging Face are not there, or not the run's.
+    Raises UserError if the files of a model of Hugging Face are not there, or not the run's, and as `check_positions`.
     """
     if spec.section.is_built_in:
+        check_positions(spec.section)
         return build_model(spec.section, seed)
     from swarmtrain.model.huggingface_model import build_huggingface_model
 
@@ -44,6 +75,7 @@ def empty_model(spec: ModelSpec) -> LanguageModel:
     Raises UserError as `build_from_spec` does.
     """
     if spec.section.is_built_in:
+        check_positions(spec.section)
         return GPT(spec.section)
     from swarmtrain.model.huggingface_model import empty_huggingface_model
 

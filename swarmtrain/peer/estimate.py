@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from swarmtrain.events import times_below_allreduce
 from swarmtrain.model.loss_chunks import CARD_BYTES, SMALL_BYTES, chunk_tokens
-from swarmtrain.model.parameter_count import FROZEN_BYTES_PER_PARAMETER, num_frozen_parameters
+from swarmtrain.model.parameter_count import FROZEN_BYTES_PER_PARAMETER, num_frozen_parameters, position_numbers
 from swarmtrain.peer.checkpoints.files import KEPT
 from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
 from swarmtrain.protocol.devices import largest_part
@@ -30,6 +30,7 @@ __all__ = [
     "estimates_of",
     "merge_bytes",
     "own_program_bytes",
+    "positions_bytes",
     "publication_sizes",
     "pulled_bytes",
 ]
@@ -118,6 +119,7 @@ def estimate(
     else:
         parameters_bytes = STAGE_BYTES_PER_PARAMETER * num_parameters + incoming
     parameters_bytes += FROZEN_BYTES_PER_PARAMETER * num_frozen_parameters(run)
+    parameters_bytes += num_ranks * positions_bytes(run)
     at_once = microbatch_sequences or min(run.microbatch_sequences, largest_part(run.inner.batch_sequences, num_ranks))
     activations_bytes = _activations_bytes(run, at_once, recomputes, num_ranks)
     if num_ranks == 1 and at_once >= run.inner.batch_sequences:
@@ -144,6 +146,11 @@ def estimate(
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def positions_bytes(run: RunFile) -> int:
+    """Return the bytes of the built-in model's table of positions, of which each stage and rank has one."""
+    return 4 * position_numbers(run.model)
 
 
 def own_program_bytes(run: RunFile) -> int:

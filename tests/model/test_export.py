@@ -206,10 +206,15 @@ def test_a_description_larger_than_the_weights_takes_no_memory(tmp_path: Path) -
     export(tmp_path / "model", 1)
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
-    config["swarmtrain"]["model"] = {"width": 2**16, "context_tokens": 2**20, "num_heads": 1}
-    path.write_text(json.dumps(config))
-    with raises_code("not-a-model", UserError, "larger model than the weights"):
-        load_exported(tmp_path / "model")
+    vast: list[dict[str, int]] = [
+        {"width": 2**16, "context_tokens": 2**20, "num_heads": 1},
+        {"width": 2**9, "context_tokens": 2**20, "num_heads": 1, "num_layers": 1},  # only its positions
+    ]
+    for section in vast:
+        config["swarmtrain"]["model"] = section
+        path.write_text(json.dumps(config))
+        with raises_code("not-a-model", UserError, "larger model than the weights"):
+            load_exported(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from swarmtrain.data.prepare import TrainingData, training_data
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent
+from swarmtrain.model.run_model import check_positions
 from swarmtrain.model.run_stages import RunStageShape, run_stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
@@ -80,6 +81,7 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     limits = settings.limits
     assert run.published is not None and run.published.boundaries is not None
     context.control.starting("preparing the text, and measuring how fast this machine is")
+    check_positions(run.model)
     shapes = run_stage_shapes(run, context.model_folder, run.published.boundaries)
     chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
     ComputeReport(run, chosen, context.emit).start()

@@ -19,6 +19,7 @@ from swarmtrain.peer.estimate import (
     activation_bytes,
     merge_bytes,
     own_program_bytes,
+    positions_bytes,
 )
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
@@ -40,7 +41,7 @@ class StageRoom:
 def stage_bytes(run: RunFile, shape: RunStageShape) -> int:
     """Return the bytes that a peer's memory holds of one stage, without graphs of microbatches."""
     _, merging = merge_bytes(run, shape.num_parameters, run.merge.num_partners)
-    return STAGE_BYTES_PER_PARAMETER * shape.num_parameters + merging
+    return STAGE_BYTES_PER_PARAMETER * shape.num_parameters + positions_bytes(run) + merging
 
 
 def graph_bytes(run: RunFile, shape: RunStageShape) -> int:

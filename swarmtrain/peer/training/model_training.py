@@ -21,7 +21,7 @@ from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.parameter_count import num_parameters, num_trained_parameters
-from swarmtrain.model.run_model import build_run_model
+from swarmtrain.model.run_model import build_run_model, check_positions
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.swarm import Swarm
@@ -82,6 +82,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     run, published = context.run, context.published
     settings = context.settings
     run.adapter.groups_worth(settings.adapter_rank)  # raises before anything takes time
+    check_positions(run.model)
     check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
     chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
     compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from patience import PATIENCE_S
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import Event, WarningEvent
+from swarmtrain.model.gpt import GPT
+from swarmtrain.model.parameter_count import position_numbers
+from swarmtrain.model.run_model import build_run_model, check_positions, empty_model, spec_of
 from swarmtrain.network.node import TrafficCount
 from swarmtrain.peer.control import limits as module
 from swarmtrain.peer.control import usage as usage_module
@@ -29,7 +33,7 @@ from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.protocol.limits import Limits, parse_hours
 from swarmtrain.protocol.watches import COOL_S, PLUGGED_S, QUIET_S, CardMeasurement
-from swarmtrain.run import NetworkSection, parse_run
+from swarmtrain.run import ModelSection, NetworkSection, parse_run
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
 
@@ -395,6 +399,21 @@ def test_a_run_that_fits_if_blocks_are_computed_again_is_not_refused() -> None:
     check_memory(run, 10**6, less)
     with raises_code("too-little-memory", UserError, "2 peers"):
         check_memory(run, 10**6, less - 1)
+
+
+def test_a_table_of_positions_larger_than_the_machine_is_refused_before_it_is_made() -> None:
+    """It follows the sequences of a stranger's run, and not its number of parameters."""
+    vast = ModelSection(context_tokens=2**20, width=2**15, num_heads=1, num_layers=1)
+    run = parse_run("[run]\ntotal_tokens = 50_000_000", "r").model_copy(update={"model": vast})
+    builders = [partial(build_run_model, run, None), partial(empty_model, spec_of(run, None))]
+    for build in (*builders, partial(check_positions, vast)):
+        with raises_code("too-little-memory", UserError, "825 GB", "table of positions"):
+            build()
+    small = ModelSection()
+    assert position_numbers(vast) == 2**35 and position_numbers(small) == GPT(small).rotary.numel()
+    narrow = run.model_copy(update={"model": vast.model_copy(update={"num_heads": 1024})})
+    costs = [estimate(each, 10**6, 2).memory_bytes for each in (run, narrow)]
+    assert costs[0] - costs[1] == 4 * (2**35 - 2**25)
 
 
 def test_usage_counts_this_process_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from swarmtrain.peer.devices.machine import (
     num_trained,
     part_bytes,
 )
-from swarmtrain.peer.estimate import RECOMPUTING_BYTES, activation_bytes, estimate
+from swarmtrain.peer.estimate import RECOMPUTING_BYTES, activation_bytes, estimate, positions_bytes
 from swarmtrain.protocol.devices import (
     DeviceRequest,
     FoundDevice,
@@ -312,7 +312,8 @@ def test_ranks_on_the_processor_share_its_memory(machine_with: Callable[..., Pro
     assert choose_compute(run_file(microbatch=16), request, "auto").compute.microbatch_sequences == 8, "its part"
     one = activation_bytes(run, 1, 2, has_head=True)
     alone, cost = (estimate(run, num_parameters(run.model), 2, num_ranks=number) for number in (1, 2))
-    assert cost.memory_parameters_bytes - alone.memory_parameters_bytes == 16 * num_parameters(run.model)
+    own = 16 * num_parameters(run.model) + positions_bytes(run)
+    assert cost.memory_parameters_bytes - alone.memory_parameters_bytes == own
     assert cost.memory_activations_bytes == 2 * alone.memory_activations_bytes == pytest.approx(16 * one)
     assert cost.memory_program_bytes > alone.memory_program_bytes
     for fewer in range(1, 8):
