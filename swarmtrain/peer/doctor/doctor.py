@@ -59,6 +59,7 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, ProbeResult, fastest_precision, matching_devices
 from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
+from swarmtrain.protocol.pinned_files.file_list import PinnedFiles, files_of_run_untrusted
 from swarmtrain.run import MAX_RUN_FILE_BYTES, DataSource, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 
@@ -78,7 +79,8 @@ _START_S = 20.0
 _MAX_OTHERS = 6
 _MAX_HELPERS = 3
 _NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
-_NEED_TORCH = frozenset({"daemon", "peers", "data", "device", "speed"})  # daemon and peers too: hivemind imports torch
+_NEED_TORCH = frozenset({"daemon", "peers", "model", "data", "device", "speed"})
+"""Daemon and peers too: hivemind imports torch."""
 _ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -169,6 +171,7 @@ class Doctor:
             ("clock", self.look_at_clock),
         ]
         cost: list[DoctorStep] = [
+            ("model", self.look_at_model),
             ("data", self.look_at_data),
             ("memory", lambda: [self.look_at_memory()]),
             ("device", self.look_at_devices),
@@ -392,10 +395,43 @@ class Doctor:
             yield finding
         yield check_card_watch(best.name, card_problem(best.name))
 
+    def look_at_model(self) -> Iterator[Finding]:
+        """Check whether the library and the files of the run's model are here, or can be fetched."""
+        run = self.run
+        if run is None or run.published is None or not run.published.model_files_sha256:
+            return
+        yield from check_model(run)
+        files = self._model_files(run, run.published.model_files_sha256, run.published.model_files_bytes)
+        if files is None:
+            found = "nobody who answers delivers the list of the model's files"
+            yield Finding("model", "warning", found, "try again when other peers are there")
+            return
+        from swarmtrain.peer.doctor.model_files import check_model_files, find_model_files
+
+        yield check_model_files(run, find_model_files(run, files, self.settings.cache_folder), len(self.answers))
+
+    def _model_files(self, run: RunFile, sha256: str, num_bytes: int) -> PinnedFiles | None:
+        """Return the list of the model's files, as a peer delivers it or the folder keeps it; None without one."""
+        for answer in self.answers[:3]:
+            assert self._caller is not None and self.invite is not None
+            calls = PeerCalls(self._caller, self.invite.run_sha256)
+            try:
+                data = self.network.run(calls.blob_untrusted(answer.peer, sha256, num_bytes), _FETCH_S)
+                return files_of_run_untrusted(data, run.model.num_parameters)
+            except (PeerError, TimeoutError) as error:
+                _log.debug("fetching the list of files from %s failed: %s", answer.peer, error)
+        try:
+            kept = PeerFolder(self.settings.directory).kept_run()
+        except (UserError, OSError) as error:
+            _log.debug("no saved list of files: %s", error)
+            return None
+        if kept is None or kept.run.published is None or kept.run.published.model_files_sha256 != sha256:
+            return None
+        return PinnedFiles.from_bytes_untrusted(kept.model_files)
+
     def look_at_data(self) -> Iterator[Finding]:
         """Check whether the text that the run trains on is on this machine."""
         if self.run is not None:
-            yield from check_model(self.run)
             yield check_data(self.run, self.settings.data_folder)
             if self.has_torch:
                 yield from check_rule(self.run)
