@@ -600,6 +600,8 @@ class RunFile(Section):
         method = f'adapter.method: "{adapter.method}"'
         if self.model.is_built_in:
             raise ValueError(f'{method} with model.source = "built-in"; allowed: with "huggingface"')
+        if self.model.from_scratch:
+            raise ValueError(f"{method} with model.from_scratch = true, which leaves nothing to adapt; allowed: false")
         if not merge.kind.adapters:
             allowed = " or ".join(f'"{name}"' for name, kind in METHODS.items() if kind.adapters)
             raise ValueError(f'{method} with merge.method = "{merge.method}"; allowed: with {allowed}')

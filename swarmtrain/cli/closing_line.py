@@ -42,7 +42,9 @@ def last_line(reason: str, status: PeerStatus, folder: Path, *, is_usual: bool =
 
 def model_line(model: Path) -> str:
     """Say where the run's model is and how to use it; empty without one, as for peers that held stages of it."""
-    if not (model / "config.json").exists():
+    from swarmtrain.model.provenance import description_of
+
+    if description_of(model) is None:
         return ""
     where = shlex.quote(one_line(str(model)))
     return f"the model is in {where}; try: swarmtrain generate {where}"

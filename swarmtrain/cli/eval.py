@@ -10,13 +10,14 @@ import click
 
 from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
+from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.model.task_scores import TaskRequest, score_lines, task_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from swarmtrain.model.evaluation import TextLoss
+    from swarmtrain.model.task_scores import TaskRequest
     from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
@@ -37,6 +38,7 @@ _BATCH_SEQUENCES = 16
 @click.option("--text", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Text to measure on.  [default: the run's held-out text]")  # fmt: skip
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness to score the model on instead, such as arc_easy,hellaswag (needs the extra `eval`).")  # fmt: skip
 @click.option("--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of more task files for --tasks.")  # fmt: skip
+@MODEL_DIR
 @THREADS
 @DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -45,6 +47,7 @@ def command(
     text: Path | None,
     tasks: str | None,
     include_path: Path | None,
+    model_dir: Path | None,
     threads: int | None,
     device: DeviceRequest,
     as_json: bool,
@@ -55,6 +58,8 @@ def command(
     lm-evaluation-harness.
     """
     if tasks is not None:
+        from swarmtrain.model.task_scores import TaskRequest
+
         if text is not None:
             raise OptionsError("give either --text or --tasks", code="options-conflict")
         names = tuple(name for part in tasks.split(",") if (name := part.strip()))
@@ -64,10 +69,17 @@ def command(
     elif include_path is not None:
         raise OptionsError("--include-path: belongs to --tasks, which is missing; give both", code="options-conflict")
     else:
-        _measure(model, text, threads, device, as_json)
+        _measure(model, text, model_dir, threads, device, as_json)
 
 
-def _measure(model: Path, text: Path | None, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
+def _measure(
+    model: Path,
+    text: Path | None,
+    model_dir: Path | None,
+    threads: int | None,
+    device: DeviceRequest,
+    as_json: bool,
+) -> None:
     import json
 
     from swarmtrain.cli.background import say
@@ -75,12 +87,11 @@ def _measure(model: Path, text: Path | None, threads: int | None, device: Device
     from swarmtrain.data.batches import held_out_batches
     from swarmtrain.errors import UserError
     from swarmtrain.model.evaluation import TextLoss, evaluate
-    from swarmtrain.model.export import load_exported
     from swarmtrain.peer.checkpoints.export import tokenizer_of
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
-    exported = load_exported(model)
+    exported = load_for_use(model, model_dir)
     try:
         data = exported.held_out if text is None else text.read_bytes()
     except OSError as error:
@@ -145,10 +156,17 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
     from swarmtrain.data.batches import START_TOKEN
     from swarmtrain.data.tokenizer_json import own_tokenizer
     from swarmtrain.errors import UserError
-    from swarmtrain.model.export import is_first_format, load_exported
+    from swarmtrain.model.export import adapted_model, is_first_format, load_exported
+    from swarmtrain.model.task_scores import score_lines, task_scores
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
+    if adapted_model(model) is not None:
+        raise OptionsError(
+            f"--tasks: {model} is an adapter, and whole models are scored; make one with `swarmtrain export --dir FOLDER "
+            "--merge --to MODEL`",
+            code="options-conflict",
+        )
     exported = load_exported(model)
     if is_first_format(model):
         raise UserError(

@@ -18,6 +18,7 @@ __all__ = ["command"]
         "swarmtrain export INVITE --to my-model",
         "swarmtrain export --dir my-run --to my-model",
         "swarmtrain export --dir my-run --push me/my-model",
+        "swarmtrain export --dir my-run --merge --to my-model",
     ),
 )
 @click.argument("invite", metavar="[INVITE]", required=False)
@@ -54,6 +55,12 @@ __all__ = ["command"]
     help="Folder with the files of the run's model, if it is one of Hugging Face and they are nowhere else.",
 )
 @click.option(
+    "--merge",
+    "is_merged",
+    is_flag=True,
+    help="Merge the run's adapter into the model that it belongs to, and write that.",
+)
+@click.option(
     "--accept-clock",
     is_flag=True,
     help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
@@ -65,12 +72,14 @@ def command(
     repository: str | None,
     is_private: bool,
     model_dir: Path | None,
+    is_merged: bool,
     accept_clock: bool,
 ) -> None:
     """Write the model as files that anyone can load.
 
     Writes what transformers' AutoModelForCausalLM and AutoTokenizer load, a model card, the run file and the held-out
-    text. With INVITE, takes the newest state from any live peer of the run; the bootstrap is not needed.
+    text. An adapter is written as peft loads it, unless --merge makes a whole model of it. With INVITE, takes the
+    newest state from any live peer of the run; the bootstrap is not needed.
     """
     if (invite is None) == (directory is None):
         raise OptionsError("give either INVITE or --dir FOLDER", code="options-conflict")
@@ -80,7 +89,7 @@ def command(
         raise OptionsError("--private: belongs to --push, which is missing; give both", code="options-conflict")
     if repository is None:
         assert target is not None
-        tokens = _exported(invite, directory, model_dir, target, accept_clock)
+        tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged)
         click.echo(f"wrote the model after {tokens} tokens to {target}")
         return
     from swarmtrain.cli.background import say
@@ -94,7 +103,7 @@ def command(
 
     check_login(repository)
     with kept_or_temporary(target) as folder:
-        tokens = _exported(invite, directory, model_dir, folder, accept_clock)
+        tokens = _exported(invite, directory, folder, model_dir, accept_clock, is_merged)
         address = upload_model(folder, repository, is_private=is_private)
         if has_own_text(folder):
             say(f"{HELD_OUT} is not uploaded: it is a piece of the run's text, which may be private")
@@ -103,7 +112,12 @@ def command(
 
 
 def _exported(
-    invite: str | None, directory: Path | None, model_dir: Path | None, target: Path, accept_clock: bool
+    invite: str | None,
+    directory: Path | None,
+    target: Path,
+    model_dir: Path | None,
+    accept_clock: bool,
+    is_merged: bool,
 ) -> int:
     """Export from the swarm of `invite`, or from `directory`; return the run's tokens."""
     import platformdirs
@@ -118,8 +132,8 @@ def _exported(
         with stop_on_signals() as stop:
             place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
             if parsed is not None:
-                return export_from_swarm(parsed, target, place, accept_clock=accept_clock)
+                return export_from_swarm(parsed, target, place, accept_clock=accept_clock, is_merged=is_merged)
             assert directory is not None
-            return export_from_folder(directory, target, place)
+            return export_from_folder(directory, target, place, is_merged=is_merged)
     except Interrupted:
         raise click.Abort from None

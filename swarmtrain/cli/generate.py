@@ -9,6 +9,7 @@ import click
 
 from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
+from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 
 if TYPE_CHECKING:
     from swarmtrain.model.export import ExportedModel
@@ -55,6 +56,7 @@ _LEAST_INVITE = 40
     metavar="N",
     help="Random seed; the same seed writes the same text.",
 )
+@MODEL_DIR
 @THREADS
 @DEVICE
 @click.option(
@@ -68,6 +70,7 @@ def command(
     tokens: int,
     temperature: float,
     seed: int,
+    model_dir: Path | None,
     threads: int | None,
     device: DeviceRequest,
     accept_clock: bool,
@@ -83,30 +86,28 @@ def command(
 
     if not prompt:
         raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
-    exported = _exported(source, accept_clock)
+    exported = _exported(source, model_dir, accept_clock)
     with long_work("writing", tokens, "tokens") as advance:
         text = sample_text(exported, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
     click.echo(text)
 
 
-def _exported(source: str, accept_clock: bool) -> ExportedModel:
+def _exported(source: str, model_dir: Path | None, accept_clock: bool) -> ExportedModel:
     """Return the model of a folder, or that of a swarm as it is now."""
-    from swarmtrain.cli.background import say
-    from swarmtrain.model.export import load_exported
-    from swarmtrain.network.discovery.invite import invite_in, parse_invite
-
-    if Path(source).exists() or len(invite_in(source)) < _LEAST_INVITE or not invite_in(source).startswith("st"):
-        return load_exported(Path(source))
     import platformdirs
 
+    from swarmtrain.cli.background import say
     from swarmtrain.cli.stop_signals import stop_on_signals
+    from swarmtrain.network.discovery.invite import invite_in, parse_invite
     from swarmtrain.peer.checkpoints.export import model_of_swarm, onlooker_place
     from swarmtrain.peer.lifecycle.node import Interrupted
 
+    if Path(source).exists() or len(invite_in(source)) < _LEAST_INVITE or not invite_in(source).startswith("st"):
+        return load_for_use(Path(source), model_dir)
     invite = parse_invite(source)
     try:
         with stop_on_signals() as stop:
-            place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), None, stop)
+            place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
             exported = model_of_swarm(invite, place, accept_clock=accept_clock)
     except Interrupted:
         raise click.Abort from None

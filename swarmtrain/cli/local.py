@@ -398,13 +398,13 @@ def _watch(
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     model = directory / "bootstrap" / "model"
     click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
+    from swarmtrain.cli.exported_model import load_for_use
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.model.export import load_exported  # with PyTorch: some seconds
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text
 
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
-        text = sample_text(load_exported(model), "def ", sampling, advance)
+        text = sample_text(load_for_use(model), "def ", sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

@@ -14,9 +14,8 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -206,35 +205,57 @@ class LoraAdapter:
                 originals = getattr(layer, name)[_NAME].parametrizations.weight
                 yield place, name, [getattr(originals, f"original{n}") for n in range(self.section.num_groups)]
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the whole factors by the names that a checkpoint of peft has."""
+    def whole_factors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the factors of all groups, joined, by the names that a checkpoint of peft has.
+
+        `weights` has the groups' parts by the names of `named`.
+        """
         return {
-            f"base_model.model.{place}.{name}.weight": torch.cat(
-                [part.detach() for part in parts], int(name == "lora_B")
+            _name_of_peft(place, factor): torch.cat(
+                [weights[tensor_name(n, f"{place}.{factor}")] for n in range(len(parts))], int(factor == "lora_B")
             )
-            for place, name, parts in self._factors()
+            for place, factor, parts in self._factors()
         }
 
-    def config(self, base: str) -> dict[str, Any]:
-        """Return what `adapter_config.json` says of the adapter of the model `base`, as peft writes it."""
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the factors of a checkpoint of peft, by its names. Raises ValueError if they are not this adapter's."""
+        factors = {_name_of_peft(place, factor): (factor, parts) for place, factor, parts in self._factors()}
+        if factors.keys() != weights.keys():
+            raise ValueError("its tensors are not those of its layers")
+        for name, (factor, parts) in factors.items():
+            dim = int(factor == "lora_B")
+            if weights[name].shape[dim] != self.section.rank:
+                raise ValueError(f"{name} has another rank than {self.section.rank}")
+            for part, loaded in zip(parts, weights[name].chunk(self.section.num_groups, dim), strict=True):
+                if part.shape != loaded.shape:
+                    raise ValueError(f"{name} has another shape than its layer")
+                part.copy_(loaded)
+
+    def config(self, base: str, revision: str | None) -> dict[str, Any]:
+        """Return what `adapter_config.json` says of an adapter of the model `base`, as peft writes it."""
         config = _config(self.section, self.section.modules)
-        config.base_model_name_or_path, config.inference_mode = base, True
+        config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
         config.fan_in_fan_out = any(layer.fan_in_fan_out for layer in self.layers.values())
         return cast(dict[str, Any], json.loads(json.dumps(config.to_dict(), default=_plain)))
 
-    def save(self, folder: Path, base: str, write: Callable[[Path, Mapping[str, Tensor]], None]) -> None:
-        """Write the adapter as `PeftModel.from_pretrained` loads it; `write` writes a file of safetensors."""
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(self.config(base), indent=2, sort_keys=True) + "\n")
-        write(folder / ADAPTER_WEIGHTS, self.weights())
-
     @torch.no_grad()
-    def merge(self) -> None:
-        """Add each product to its layer's own weights, in place, and take the adapter's factors to zero."""
+    def merged_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Add each product to its layer's own weights, in place; return all weights of `model`, which has the adapter,
+        by the names that they have without it."""
         for layer in self.layers.values():
             base = layer.get_base_layer()
             base.weight.add_(layer.get_delta_weight(_NAME).to(base.weight.dtype))
-        for _, part in self.named():
-            part.zero_()
+        factors = {id(part) for _, part in self.named()}
+        return {
+            name.replace(".base_layer.", "."): parameter.detach()
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in factors
+        }
+
+
+def _name_of_peft(place: str, factor: str) -> str:
+    return f"base_model.model.{place}.{factor}.weight"
 
 
 def _plain(value: object) -> object:

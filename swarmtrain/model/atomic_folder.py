@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from swarmtrain.errors import UserError
+from swarmtrain.model.provenance import description_of
 
 __all__ = ["atomic_folder"]
 
@@ -27,7 +28,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     If anything is raised, nothing is replaced or left. Raises UserError when `folder` holds something else than a
     model, and the file system's OSError.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    if folder.exists() and any(folder.iterdir()) and description_of(folder) is None:
         raise UserError(f"{folder} holds other files; give an empty or new folder", code="folder-not-empty")
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.new-"

@@ -11,6 +11,9 @@ run.toml                the run that it comes from
 The built-in model is written as a Qwen3 (`qwen3.py`) and read back as itself. A model of Hugging Face is written with
 the configuration that it came with, and any folder with such a model is read. Exports of the first format, which only
 swarmtrain reads, are read too.
+
+An adapter is written as peft loads it, the groups joined to one adapter of the whole rank: adapter_config.json and
+adapter_model.safetensors, beside swarmtrain.json in place of config.json. To read it one needs its model's folder.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 import shlex
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,31 +36,49 @@ from torch import Tensor
 from swarmtrain.errors import UserError
 from swarmtrain.model.atomic_folder import atomic_folder
 from swarmtrain.model.gpt import GPT
+from swarmtrain.model.hub import HubModel
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, position_numbers
-from swarmtrain.model.provenance import Provenance, provenance_in
+from swarmtrain.model.provenance import CONFIG, Provenance, description_of, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
-from swarmtrain.model.weight_files import INDEX, check_hashes, file_sha256, read_weights, write_weights
+from swarmtrain.model.weight_files import (
+    INDEX,
+    check_hashes,
+    file_sha256,
+    read_weights,
+    write_tensors,
+    write_weights,
+)
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
 
-__all__ = ["ExportedModel", "copy_exported", "export_model", "is_first_format", "load_exported", "open_regular"]
+__all__ = [
+    "ExportedModel",
+    "adapted_model",
+    "copy_exported",
+    "export_merged",
+    "export_model",
+    "is_first_format",
+    "load_exported",
+    "open_regular",
+]
 
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
-_CONFIG = "config.json"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _GENERATION = "generation_config.json"
-_FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT = "tokenizer.bin", "tokenizer.json", "held-out.txt"
+_FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
 _TORN_PARAMETERS = 2**26
 """Parameters for which memory is taken although their weights may not be there: 256 MiB. It is said then which are
 not."""
 _BESIDE = (
     INDEX,
+    _ADAPTER_CONFIG,
     _TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     _GENERATION,
-    "README.md",
+    _CARD,
     _HELD_OUT,
     "run.toml",
 )
@@ -87,6 +108,9 @@ def export_model(
     OSError.
     """
     section = spec.section
+    if spec.adapter.is_used:
+        _export_adapter(folder, weights, spec, run_tokens, files)
+        return
     config, generation = _described(spec)
     with atomic_folder(folder) as temporary:
         hashes = write_weights(temporary, as_qwen3(weights, section) if section.is_built_in else weights)
@@ -96,9 +120,43 @@ def export_model(
             run_tokens=run_tokens,
             weights_sha256=hashes,
         )
-        written = {_CONFIG: _json(provenance.into(config)), **generation, **files}
+        written = {CONFIG: _json(provenance.into(config)), **generation, **files}
         for name, content in written.items():
             (temporary / name).write_bytes(content)
+
+
+def _export_adapter(
+    folder: Path, weights: Mapping[str, Tensor], spec: ModelSpec, run_tokens: int, files: Mapping[str, bytes]
+) -> None:
+    """Write an adapter, whose parts are in `weights`; see `export_model`."""
+    from swarmtrain.model.huggingface_model import adapter_of
+
+    _check_files(spec)
+    adapter, base = adapter_of(spec), HubModel.parse(spec.section.base)
+    name, revision = (spec.section.base, None) if base is None or not base.is_pinned else (base.name, base.revision)
+    with atomic_folder(folder) as temporary:
+        sha256 = write_tensors(temporary / _ADAPTER_WEIGHTS, adapter.whole_factors(weights))
+        provenance = Provenance(
+            section=spec.section,
+            context_tokens=spec.section.context_tokens,
+            run_tokens=run_tokens,
+            weights_sha256={_ADAPTER_WEIGHTS: sha256},
+            adapter=spec.adapter,
+        )
+        written = {provenance.file_name: _json(provenance.into({})), **files}
+        written[_ADAPTER_CONFIG] = _json(adapter.config(name, revision))
+        for file_name, content in written.items():
+            (temporary / file_name).write_bytes(content)
+
+
+def _check_files(spec: ModelSpec) -> Path:
+    """Return the folder of the files of a model of Hugging Face. Raises UserError if they are not here."""
+    if spec.files is None or not (spec.files / CONFIG).exists():
+        raise UserError(
+            f"this run trains {spec.section.base}, whose files are not here; give their folder with --model-dir",
+            code="model-files-needed",
+        )
+    return spec.files
 
 
 def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
@@ -109,17 +167,13 @@ def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]
     if spec.section.is_built_in:
         drawn = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 256}
         return qwen3_config(spec.section), {_GENERATION: _json(drawn)}
-    if spec.files is None or not (spec.files / _CONFIG).exists():
-        raise UserError(
-            f"this run trains {spec.section.base}, whose files are not here; give their folder with --model-dir",
-            code="model-files-needed",
-        )
     from swarmtrain.model.huggingface_config import whole_config
 
+    files = _check_files(spec)
     # Without what is never read here, such as kernels on the hub, or a path on another machine.
-    kept = {key: value for key, value in _config(spec.files).items() if key in ("architectures", "use_cache")}
-    config = {**whole_config(spec.files), **kept}
-    drawn_as = _beside(spec.files, _GENERATION)
+    kept = {key: value for key, value in _config(files).items() if key in ("architectures", "use_cache")}
+    config = {**whole_config(files), **kept}
+    drawn_as = _beside(files, _GENERATION)
     return (
         # Stages have a head of their own, also of a model whose head is its embedding.
         {**config, "tie_word_embeddings": spec.section.tied_embeddings, "torch_dtype": "float32"},
@@ -142,7 +196,7 @@ def copy_exported(source: Path, target: Path) -> int:
         raise UserError(f"{source}: swarmtrain did not export this model; copy its folder", code="not-a-model")
     with atomic_folder(target) as temporary, ExitStack() as stack:
         opened = {}
-        for name in (_CONFIG, *provenance.weights_sha256, *_BESIDE):
+        for name in (provenance.file_name, *provenance.weights_sha256, *_BESIDE):
             with contextlib.suppress(FileNotFoundError):
                 # All at once: a running bootstrap may replace them at any time.
                 opened[name] = stack.enter_context(open_regular(source / name))
@@ -152,9 +206,30 @@ def copy_exported(source: Path, target: Path) -> int:
         for name, sha256 in provenance.weights_sha256.items():
             if name not in opened or file_sha256(temporary / name) != sha256:
                 raise UserError(
-                    f"{source}: the weights do not match config.json; export the model again", code="not-a-model"
+                    f"{source}: the weights do not match {provenance.file_name}; export the model again",
+                    code="not-a-model",
                 )
     return provenance.run_tokens
+
+
+def export_merged(source: Path, target: Path, base: Path, card: Callable[[str], str]) -> int:
+    """Write the model that the adapter in `source` makes of the model in `base`; return the run's tokens.
+
+    `card` returns the model card of the result, given the adapter's. Raises UserError as `load_exported` and
+    `export_model` do, and OSError.
+    """
+    exported = load_exported(source, base)
+    model = exported.model
+    assert model.adapter is not None
+    files = dict[str, bytes]()
+    for name in _BESIDE:
+        if name != _ADAPTER_CONFIG:
+            with contextlib.suppress(FileNotFoundError), open_regular(source / name) as file:
+                files[name] = file.read()
+    files[_CARD] = card(files.get(_CARD, b"").decode()).encode()
+    weights, spec = model.adapter.merged_weights(model), ModelSpec(model.section, base)
+    export_model(target, weights, spec, exported.run_tokens, files)
+    return exported.run_tokens
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -188,24 +263,34 @@ def is_first_format(folder: Path) -> bool:
     return provenance is not None and provenance.is_first_format
 
 
-def load_exported(folder: Path) -> ExportedModel:
-    """Load the model in `folder`. Raises UserError, one line, when it is missing, torn or altered."""
+def adapted_model(folder: Path) -> ModelSection | None:
+    """Return the model that the adapter in `folder` belongs to; None if a whole model is there. Raises UserError."""
+    provenance = _provenance(folder, _config(folder))
+    return None if provenance is None or provenance.adapter is None else provenance.section
+
+
+def load_exported(folder: Path, base: Path | None = None) -> ExportedModel:
+    """Load the model in `folder`; of an adapter, `base` is the folder of the model that it belongs to.
+
+    Raises UserError, one line, when it is missing, torn or altered.
+    """
     config = _config(folder)
     try:
-        return _loaded(folder, config)
+        return _loaded(folder, config, base)
     except UserError:
         # A running bootstrap may have replaced the folder meanwhile.
         if (now := _config(folder)) == config:
             raise
-        return _loaded(folder, now)
+        return _loaded(folder, now, base)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Read the configuration. Raises UserError."""
+    """Read the file that says what the model is. Raises UserError."""
+    file = description_of(folder) or folder / CONFIG
     try:
-        content = (folder / _CONFIG).read_bytes()
+        content = file.read_bytes()
     except FileNotFoundError:
-        raise _missing(folder, _CONFIG) from None
+        raise _missing(folder, CONFIG) from None
     except OSError as error:
         raise _not_ours(folder, error) from None
     try:
@@ -213,7 +298,7 @@ def _config(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _not_ours(folder, error) from None
     if not isinstance(config, dict):
-        raise _not_ours(folder, ValueError(f"{_CONFIG} is no JSON object"))
+        raise _not_ours(folder, ValueError(f"{file.name} is no JSON object"))
     return config
 
 
@@ -238,7 +323,7 @@ def _instead(folder: Path) -> str:
     places = (("model", "the run's model"), ("archive", "its newest archive"))
     for peer in (folder, folder / "bootstrap"):
         for name, what in places:
-            if (peer / name / _CONFIG).exists():
+            if description_of(peer / name) is not None:
                 return f"{what} is in {peer / name}: give that"
     for peer in (folder, folder / "bootstrap", *sorted(folder.glob("*"))):
         if any((peer / "checkpoints").glob("*.safetensors")):
@@ -247,12 +332,14 @@ def _instead(folder: Path) -> str:
     return _GIVE
 
 
-def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
+def _loaded(folder: Path, config: Mapping[str, Any], base: Path | None) -> ExportedModel:
     """Load the model whose configuration is `config`. Raises UserError."""
     provenance = _provenance(folder, config)
     try:
-        if provenance is None or provenance.section is None:
-            model: LanguageModel = _of_hugging_face(folder, provenance)
+        if provenance is not None and provenance.adapter is not None:
+            model: LanguageModel = _adapted(folder, provenance, base)
+        elif provenance is None or provenance.section is None:
+            model = _of_hugging_face(folder, provenance)
         else:
             model = _built_in(folder, provenance.section, provenance)
     except FileNotFoundError as error:
@@ -268,11 +355,32 @@ def _loaded(folder: Path, config: Mapping[str, Any]) -> ExportedModel:
     )
 
 
+def _adapted(folder: Path, provenance: Provenance, base: Path | None) -> LanguageModel:
+    """Load an adapter into the model that it belongs to, in the folder `base`. Raises UserError."""
+    from swarmtrain.model.huggingface_model import build_huggingface_model
+
+    section, adapter = provenance.section, provenance.adapter
+    assert section is not None and adapter is not None
+    if adapter.num_parameters > (folder / _ADAPTER_WEIGHTS).stat().st_size + _TORN_PARAMETERS:
+        raise ValueError(f"{provenance.file_name} describes a larger adapter than the weights")
+    if base is None:
+        raise UserError(
+            f"{folder}: is an adapter of {one_line(section.base)}; give the folder of that model with --model-dir",
+            code="model-files-needed",
+        )
+    model = build_huggingface_model(ModelSpec(section, base, adapter), seed=0)
+    weights: dict[str, Tensor] = {}
+    read_weights(folder, provenance.weights_sha256, weights.__setitem__)
+    assert model.adapter is not None
+    model.adapter.load(weights)
+    return model
+
+
 def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GPT:
     weights_bytes = sum((folder / name).stat().st_size for name in provenance.weights_sha256)
     numbers = num_parameters(section) + position_numbers(section)
     if not section.is_built_in or numbers > weights_bytes + _TORN_PARAMETERS:
-        raise ValueError(f"{_CONFIG} describes a larger model than the weights")
+        raise ValueError(f"{CONFIG} describes a larger model than the weights")
     model = GPT(section)
     if provenance.is_first_format:
         weights: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,13 @@ from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_leng
 from swarmtrain.run import AdapterSection, ModelSection
 from swarmtrain.words import one_line
 
+if TYPE_CHECKING:
+    from swarmtrain.model.adapter import LoraAdapter
+
 __all__ = [
     "HuggingFaceLanguageModel",
     "adapter_keys",
+    "adapter_of",
     "build_huggingface_model",
     "cut_model",
     "empty_huggingface_model",
@@ -262,6 +266,14 @@ def _with_adapter(model: HuggingFaceLanguageModel, seed: int) -> HuggingFaceLang
 
         model.adapter = LoraAdapter.added_to(model.library_model, model.head, model.spec.adapter, seed)
     return model
+
+
+def adapter_of(spec: ModelSpec) -> LoraAdapter:
+    """Return the adapter that a spec describes, in a model without memory for weights. Raises UserError."""
+    from swarmtrain.model.adapter import LoraAdapter
+
+    model = empty_library_model(_checked_config(spec)[0], on_meta=True)
+    return LoraAdapter.added_to(model, model.get_output_embeddings(), spec.adapter, 0)
 
 
 def adapter_keys(section: ModelSection, folder: Path, adapter: AdapterSection) -> dict[str, Any]:

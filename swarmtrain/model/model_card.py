@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tomli_w
 
 from swarmtrain.model.base import base_in_words
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.hub import HubModel
-from swarmtrain.run import DataSource, RunFile
+from swarmtrain.run import AdapterSection, DataSource, RunFile
+from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS
 from swarmtrain.run_model import FILLED_MODEL_KEYS
 from swarmtrain.words import count_in_words, counted, one_line
 
 __all__ = ["ModelCard"]
 
 _MOST_CONTRIBUTORS = 1000
+_MOST_LAYERS = 8
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,14 +39,29 @@ class ModelCard:
     """Tokens by the PeerID of who trained on them; empty if they were not counted."""
     loss: TextLoss | None = None
     """Held-out loss; None if it was not measured."""
+    is_merged: bool = False
+    """True if the run's adapter was merged into the model that it belongs to."""
 
     def text(self) -> str:
         """Return the card."""
         parts = [self._head(), self._what(), self._use(), self._data(), self._contributors(), self._again()]
         return "\n".join(part for part in parts if part)
 
+    def as_merged(self, text: str) -> str:
+        """Return the card of the model that an adapter with the card `text`, of this run, was merged into."""
+        merged = replace(self, is_merged=True)
+        pieces = (ModelCard._head, ModelCard._sentence, ModelCard._use)
+        for piece in pieces:
+            text = text.replace(piece(self), piece(merged))
+        return text
+
+    @property
+    def _is_adapter(self) -> bool:
+        return self.run.adapter.is_used and not self.is_merged
+
     def _head(self) -> str:
-        lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- swarmtrain"]
+        library = "peft" if self._is_adapter else "transformers"
+        lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- swarmtrain"]
         if (base := HubModel.parse(self.run.model.base)) is not None:
             lines.append(f"base_model: {json.dumps(base.name)}")
         named = dict.fromkeys(source.dataset for source in self.run.data.mixture if source.source == "datasets")
@@ -56,7 +73,8 @@ class ModelCard:
         run, model = self.run, self.run.model
         rows = {
             **({} if model.is_built_in else {"trained from": f"`{base_in_words(model)}`"}),
-            "parameters": f"{self.num_parameters:,}",
+            **({"adapter": _adapter_in_words(run.adapter)} if run.adapter.is_used else {}),
+            "parameters": f"{run.model.num_parameters if run.adapter.is_used else self.num_parameters:,}",
             "trained on": f"{self.run_tokens:,} tokens of {run.run.total_tokens:,}",
             "context": f"{model.context_tokens:,} tokens",
             "tokenizer": f"{model.tokenizer}, {model.vocabulary_size:,} tokens",
@@ -68,8 +86,7 @@ class ModelCard:
             [
                 f"# {run.run.name}",
                 "",
-                f"A language model of {count_in_words(self.num_parameters)} parameters, trained by volunteers with "
-                "swarmtrain.",
+                self._sentence(),
                 "",
                 "| | |",
                 "|---|---|",
@@ -78,25 +95,50 @@ class ModelCard:
             ]
         )
 
+    def _sentence(self) -> str:
+        if self._is_adapter:
+            return (
+                f"A LoRA adapter of rank {self.run.adapter.rank} for {base_in_words(self.run.model)}, trained by "
+                "volunteers with swarmtrain."
+            )
+        number = self.run.model.num_parameters if self.is_merged else self.num_parameters
+        merged = " It is its base with a LoRA adapter, merged." if self.is_merged else ""
+        return (
+            f"A language model of {count_in_words(number)} parameters, trained by volunteers with swarmtrain.{merged}"
+        )
+
     def _loss(self) -> str:
         if self.loss is None:
             return "not measured yet: `swarmtrain eval` of this folder measures it"
         return f"{_loss_in_words(self.loss)}, on `held-out.txt`"
 
     def _use(self) -> str:
+        loading = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this folder, or owner/name of the hub',
+        ]
+        base = HubModel.parse(self.run.model.base)
+        if self._is_adapter:
+            of = f'"{self.run.model.base}"' if base is None else f'"{base.name}", revision="{base.revision}"'
+            loading = [
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                f"base = AutoModelForCausalLM.from_pretrained({of})",
+                'model = PeftModel.from_pretrained(base, "FOLDER")  # this folder, or owner/name of the hub',
+            ]
         return "\n".join(
             [
                 "## Use",
                 "",
                 "```python",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                'model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this folder, or owner/name of the hub',
+                *loading,
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
                 'tokens = tokenizer("def ", return_tensors="pt")',
                 "print(tokenizer.decode(model.generate(**tokens)[0]))",
                 "```",
                 "",
                 "Or `swarmtrain generate FOLDER --prompt 'def '`, and `swarmtrain eval FOLDER` for its loss.",
+                *(["`swarmtrain export --dir FOLDER --merge --to MODEL` makes one model of both."] * self._is_adapter),
                 "",
             ]
         )
@@ -141,6 +183,9 @@ class ModelCard:
         written = run.model_dump(mode="json", exclude={"published"}, exclude_defaults=True, exclude_none=True)
         if not run.model.is_built_in:
             written["model"] = {key: value for key, value in written["model"].items() if key not in FILLED_MODEL_KEYS}
+        if run.adapter.is_used:
+            adapter = written["adapter"]
+            written["adapter"] = {key: value for key, value in adapter.items() if key not in FILLED_ADAPTER_KEYS}
         return "\n".join(
             [
                 "## Train it again",
@@ -163,6 +208,15 @@ def _loss_in_words(loss: TextLoss | None) -> str:
     if loss is None:
         return "not measured"
     return f"{loss.nats_per_byte:.4f} nats a byte ({loss.bits_per_byte:.4f} bits a byte)"
+
+
+def _adapter_in_words(adapter: AdapterSection) -> str:
+    layers = ", ".join(f"`{one_line(name)}`" for name in adapter.modules[:_MOST_LAYERS])
+    more = ", ..." if len(adapter.modules) > _MOST_LAYERS else ""
+    return (
+        f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on {layers}{more}: {adapter.num_parameters:,} numbers, "
+        f"merged in {counted(adapter.num_groups, 'group')}"
+    )
 
 
 def _source_in_words(source: DataSource, revision: str) -> str:

@@ -2,7 +2,8 @@
 
 Other programs leave the key alone. It names the version that wrote the model, the run's tokens, the SHA-256 of each
 file of weights, and, where the model is the built-in one, its shape as in the run file. The first format of exports
-had all this at the top of a config.json that no other program read.
+had all this at the top of a config.json that no other program read. An adapter has no config.json, and peft warns of
+keys that it does not know, so it says the same in a file of its own, swarmtrain.json, with the model that it adapts.
 
 Imports no torch: the last line of a peer's command needs only the tokens.
 """
@@ -13,17 +14,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from swarmtrain import __version__
-from swarmtrain.run import ModelSection
+from swarmtrain.run import AdapterSection, ModelSection
 
-__all__ = ["LIBRARY_VERSION_KEY", "Provenance", "provenance_in", "tokens_of_export"]
+__all__ = ["CONFIG", "LIBRARY_VERSION_KEY", "Provenance", "description_of", "provenance_in", "tokens_of_export"]
 
 _KEY, _FORMAT, _FIRST_FORMAT = "swarmtrain", "swarmtrain-2", "swarmtrain-gpt-1"
 _WHOLE = "model.safetensors"
+_S = TypeVar("_S", ModelSection, AdapterSection)
+CONFIG, _ADAPTER = "config.json", "swarmtrain.json"
 LIBRARY_VERSION_KEY = "transformers_version"
 
 
@@ -32,20 +35,34 @@ class Provenance:
     """What an exported model says about itself."""
 
     section: ModelSection | None
-    """Shape of the built-in model; None for a model of Hugging Face."""
+    """Shape of the built-in model, or the model that an adapter belongs to; None for a model of Hugging Face."""
     context_tokens: int
     """Length of the sequences that it was trained on."""
     run_tokens: int
     weights_sha256: Mapping[str, str]
     """SHA-256 (hex) of each file of weights."""
     is_first_format: bool = False
+    adapter: AdapterSection | None = None
+    """What the adapter is, if the weights are those of one."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file that has it."""
+        return CONFIG if self.adapter is None else _ADAPTER
 
     def into(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a model's configuration with this provenance, whatever it had."""
         model = {} if self.section is None else {"model": self.section.model_dump(mode="json")}
         told = {"format": _FORMAT, "version": __version__, **model, "context_tokens": self.context_tokens}
         told |= {"run_tokens": self.run_tokens, "weights_sha256": dict(self.weights_sha256)}
+        if self.adapter is not None:
+            told["adapter"] = self.adapter.model_dump(mode="json")
         return {**config, _KEY: told}
+
+
+def description_of(folder: Path) -> Path | None:
+    """Return the file that says what the model in `folder` is, and has its provenance; None without a model."""
+    return next((path for name in (CONFIG, _ADAPTER) if (path := folder / name).exists()), None)
 
 
 def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
@@ -63,19 +80,23 @@ def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
     hashes = {_WHOLE: told["weights_sha256"]} if is_first else dict(told["weights_sha256"])
     if not hashes or not all(_is_plain(name) and isinstance(sha256, str) for name, sha256 in hashes.items()):
         raise ValueError("weights_sha256 does not name files of this folder")
-    section = _section(told["model"]) if is_first or "model" in told else None
+    section = _section(ModelSection, told["model"]) if is_first or "model" in told else None
+    adapter = _section(AdapterSection, told["adapter"]) if "adapter" in told else None
+    if (section is not None and not section.is_built_in) != (adapter is not None and adapter.is_resolved):
+        raise ValueError("it does not say which model the adapter belongs to")
     return Provenance(
         section=section,
         context_tokens=int(told["context_tokens"]) if section is None else section.context_tokens,
         run_tokens=int(told["run_tokens"]),
         weights_sha256=hashes,
         is_first_format=is_first,
+        adapter=adapter,
     )
 
 
-def _section(model: object) -> ModelSection:
+def _section(kind: type[_S], table: object) -> _S:
     try:
-        return ModelSection.model_validate(model)
+        return kind.model_validate(table)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"]) from None
 
@@ -87,8 +108,10 @@ def _is_plain(name: object) -> bool:
 def tokens_of_export(folder: Path) -> int:
     """Return the run's tokens when the model in `folder` was written; 0 if there is none. The peer may count more by
     now."""
+    if (file := description_of(folder)) is None:
+        return 0
     try:
-        found = provenance_in(json.loads((folder / "config.json").read_bytes()))
+        found = provenance_in(json.loads(file.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0
     return 0 if found is None else found.run_tokens

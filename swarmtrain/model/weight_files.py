@@ -18,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["INDEX", "MAX_FILE_BYTES", "WHOLE", "check_hashes", "file_sha256", "read_weights", "write_weights"]
+__all__ = [
+    "INDEX",
+    "MAX_FILE_BYTES",
+    "WHOLE",
+    "check_hashes",
+    "file_sha256",
+    "read_weights",
+    "write_tensors",
+    "write_weights",
+]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 2_000_000_000
@@ -36,12 +45,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, str]
     files = _cut(weights)
     hashes = {}
     for file_name, names in files.items():
-        tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
-        try:
-            save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise _os_error(error) from None
-        hashes[file_name] = file_sha256(folder / file_name)
+        hashes[file_name] = write_tensors(folder / file_name, {name: weights[name] for name in names})
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
@@ -49,6 +53,19 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, str]
         }
         (folder / INDEX).write_bytes((json.dumps(index, indent=2) + "\n").encode())
     return hashes
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors by name into one file; return its SHA-256 (hex). Raises the file system's OSError."""
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
+    except SafetensorError as error:
+        raise _os_error(error) from None
+    return file_sha256(path)
 
 
 def _cut(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -92,10 +92,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--model-dir", "--accept-clock"),
-    "eval": ("MODEL", "--text", "--tasks", "--include-path", "--threads", "--device", "--json"),
+    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--model-dir", "--merge", "--accept-clock"),
+    "eval": ("MODEL", "--text", "--tasks", "--include-path", "--model-dir", "--threads", "--device", "--json"),
     "generate": (
-        *("MODEL|INVITE", "--prompt", "--tokens", "--temperature", "--seed", "--threads", "--device"),
+        *("MODEL|INVITE", "--prompt", "--tokens", "--temperature", "--seed", "--model-dir", "--threads", "--device"),
         "--accept-clock",
     ),
     "explain": ("[CODE]",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from codes import raises_code
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_models import CONFIGS, run_of, saved
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import flatten, unflatten_into
 from swarmtrain.data.batches import Batches
-from swarmtrain.errors import RunFileError
-from swarmtrain.model.adapter import LoraAdapter
+from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model.base import is_published_from, published_base, resolved_run
+from swarmtrain.model.export import adapted_model, copy_exported, export_merged, export_model, load_exported
 from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_json, spec_of, spec_to_json
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.run import RunFile
@@ -31,11 +33,6 @@ def resolved(family: str, folder: Path, keys: str = "", **tables: str) -> RunFil
     """Return the resolved run of an adapter on a small model of `family`, whose files are in `folder`."""
     saved(family, folder)
     return resolved_run(run_of(str(folder), adapter=LORA + keys, **tables), folder)
-
-
-def adapter_of(model: LanguageModel) -> LoraAdapter:
-    assert model.adapter is not None
-    return model.adapter
 
 
 def drawn(model: LanguageModel) -> None:
@@ -53,20 +50,48 @@ def loss_of(model: LanguageModel) -> Tensor:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_it_computes_what_peft_does_with_one_adapter_of_the_whole_rank(family: str, tmp_path: Path) -> None:
     peft: Any = pytest.importorskip("peft")
-    run = resolved(family, tmp_path, 'targets = ["all-linear"]' if family in ("gpt2", "gemma2") else "")
-    model, plain = build_run_model(run, tmp_path), saved(family, tmp_path)
+    base = tmp_path / "base"
+    run = resolved(family, base, 'targets = ["all-linear"]' if family in ("gpt2", "gemma2") else "")
+    model, plain = build_run_model(run, base), saved(family, base)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), plain(TOKENS).logits), "as its base at first"
         drawn(model)
-        (adapter := tmp_path / "adapter").mkdir()
-        adapter_of(model).save(adapter, "owner/base", lambda path, weights: save_file(dict(weights), path))
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, about peft
-            theirs = peft.PeftModel.from_pretrained(plain, adapter)
+        export_model(tmp_path / "adapter", dict(model.trained_parameters()), model.spec, 7, {"README.md": b"card"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
+            theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
         expected, found = theirs(TOKENS).logits, model(TOKENS)
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(found, theirs.merge_and_unload()(TOKENS).logits * 0.9, atol=1e-3)
-        adapter_of(model).merge()
-        assert torch.allclose(model(TOKENS), expected, rtol=1e-4, atol=1e-4), "merged into the base"
+    exported = load_exported(tmp_path / "adapter", base)
+    assert export_merged(tmp_path / "adapter", tmp_path / "merged", base, lambda card: card + "!") == 7
+    whole = load_exported(tmp_path / "merged")
+    assert whole.model.adapter is None and (tmp_path / "merged" / "README.md").read_text() == "card!"
+    with torch.no_grad():
+        assert exported.run_tokens == 7 and torch.equal(exported.model(TOKENS), found)
+        assert torch.allclose(whole.model(TOKENS), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(whole.model(TOKENS), theirs.merge_and_unload()(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_adapter_needs_the_model_that_it_belongs_to(tmp_path: Path) -> None:
+    run = resolved("llama", base := tmp_path / "base", "group_rank = 8")
+    model, adapter = build_run_model(run, base), tmp_path / "adapter"
+    with raises_code("model-files-needed", UserError, "--model-dir"):
+        export_model(adapter, dict(model.trained_parameters()), spec_of(run, None), 7, {})
+    export_model(adapter, dict(model.trained_parameters()), model.spec, 7, {})
+    assert adapted_model(adapter) == run.model and adapted_model(base) is None
+    assert not (adapter / "config.json").exists() and tokens_of_export(adapter) == 7
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["target_modules"]) == ("LORA", 8, ["q_proj", "v_proj"])
+    with raises_code("model-files-needed", UserError, "--model-dir"):
+        load_exported(adapter)
+    saved("llama", tmp_path / "other", hidden_size=64)
+    with raises_code("checkpoint-mismatch", UserError):
+        load_exported(adapter, tmp_path / "other")
+    assert copy_exported(adapter, tmp_path / "copy") == 7
+    save_file(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors", {"a": "b"})
+    with raises_code("not-a-model", UserError, "was altered"):
+        load_exported(adapter, base)
 
 
 def test_its_parts_are_named_by_groups_and_begin_with_the_same_bits_everywhere(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def preloaded() -> Iterator[Preloaded]:
 @pytest.fixture(scope="session")
 def preloaded_with_transformers() -> Iterator[Preloaded]:
     """Provide peers of runs with a Llama, which start without importing anything."""
-    preloaded = Preloaded("transformers.models.llama.modeling_llama", "swarmtrain.model.huggingface_model")
+    preloaded = Preloaded(
+        "transformers.models.llama.modeling_llama", "swarmtrain.model.huggingface_model", "peft.tuners.lora"
+    )
     yield preloaded
     preloaded.close()
 

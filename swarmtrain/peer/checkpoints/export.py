@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,9 @@ from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
-from swarmtrain.model.language_model import ModelSpec
-from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.model.run_model import empty_model
+from swarmtrain.model.parameter_count import num_trained_parameters
+from swarmtrain.model.provenance import description_of
+from swarmtrain.model.run_model import build_run_model, empty_model, spec_of
 from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
@@ -29,6 +30,7 @@ from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.peer.checkpoints.adapter_base import merged_export
 from swarmtrain.peer.checkpoints.checkpoint import load_newest
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
 from swarmtrain.peer.control.arrival import FileProgress
@@ -80,18 +82,23 @@ def onlooker_place(cache: Path, model_dir: Path | None, stop: StopFlag) -> Files
     return FilesPlace(cache=cache, given=model_dir, progress=progress, emit=emit, stop=stop)
 
 
-def export_from_folder(folder: Path, target: Path, place: FilesPlace) -> int:
+def export_from_folder(folder: Path, target: Path, place: FilesPlace, *, is_merged: bool = False) -> int:
     """Copy the model in a peer's folder to `target`; return the run's tokens.
 
     Taken is the final model, else the archive, else the newest checkpoint, to which `place` has the description of a
-    model of Hugging Face; the folder may be an export itself. Raises UserError if there is none, RunTimeError if it
-    cannot be written.
+    model of Hugging Face; the folder may be an export itself. With `is_merged`, an adapter is merged into the model
+    that it belongs to, which `place` has. Raises UserError if there is none, RunTimeError if it cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists; give a new folder with --to", code="folder-not-empty")
+    if is_merged:
+        with _temporary_folder() as temporary:
+            export_from_folder(folder, temporary / "adapter", place)
+            with _writing(target):
+                return merged_export(temporary / "adapter", target, place)
     with _writing(target):
         for source in (folder / "model", folder / "archive", folder):
-            if (source / "config.json").exists():
+            if description_of(source) is not None:
                 try:
                     return _copied(source, target)
                 except UserError as error:
@@ -143,10 +150,10 @@ def _export_checkpoint(folder: PeerFolder, target: Path, place: FilesPlace) -> i
         )
     if published is not None:
         run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
-        found = load_newest(files, run, num_parameters(run.model), lambda message: _log.warning("%s", message))
+        found = load_newest(files, run, num_trained_parameters(run), lambda message: _log.warning("%s", message))
         if found is not None:
             kept, _ = found
-            model = empty_model(ModelSpec(run.model, described_model(published, place, None)))
+            model = empty_model(spec_of(run, described_model(published, place, None)))
             save_model(target, model, kept.state.theta, published, kept.progress)
             return kept.progress.run_tokens
     raise UserError(
@@ -155,15 +162,24 @@ def _export_checkpoint(folder: PeerFolder, target: Path, place: FilesPlace) -> i
     )
 
 
-def export_from_swarm(invite: Invite, target: Path, place: FilesPlace, *, accept_clock: bool = False) -> int:
+def export_from_swarm(
+    invite: Invite, target: Path, place: FilesPlace, *, accept_clock: bool = False, is_merged: bool = False
+) -> int:
     """Join as an onlooker, take the newest state and write it as a model; return the run's tokens.
+
+    With `is_merged`, an adapter is merged into the model that it belongs to.
 
     Raises RunTimeError if nobody answers, nobody has trained yet, or the model cannot be written, and as
     `StopFlag.check` does if the stop of `place` asks for an end.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder with --to", code="folder-not-empty")
-    pulled = _pulled(invite, place, accept_clock)
+    pulled = _pulled(invite, place, accept_clock, has_base=is_merged)
+    if is_merged:
+        with _temporary_folder() as temporary:
+            save_weights(temporary / "adapter", pulled.weights, pulled.published, pulled.progress, pulled.files)
+            with _writing(target):
+                return merged_export(temporary / "adapter", target, dataclasses.replace(place, given=pulled.files))
     with _writing(target):
         save_weights(target, pulled.weights, pulled.published, pulled.progress, pulled.files)
     return pulled.progress.run_tokens
@@ -171,10 +187,11 @@ def export_from_swarm(invite: Invite, target: Path, place: FilesPlace, *, accept
 
 def model_of_swarm(invite: Invite, place: FilesPlace, *, accept_clock: bool = False) -> ExportedModel:
     """Join as an onlooker and return the model of the newest state. Raises as `export_from_swarm` does."""
-    pulled = _pulled(invite, place, accept_clock)
-    model = empty_model(ModelSpec(pulled.published.run.model, pulled.files))
+    pulled = _pulled(invite, place, accept_clock, has_base=True)
+    run = pulled.published.run
+    model = build_run_model(run, pulled.files) if run.adapter.is_used else empty_model(spec_of(run, pulled.files))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.trained_parameters():
             parameter.copy_(pulled.weights[name])
     return ExportedModel(
         model=model,
@@ -190,22 +207,28 @@ class _Pulled:
 
     published: PublishedRun
     files: Path | None
-    """Folder with what describes a model of Hugging Face."""
+    """Folder with what describes a model of Hugging Face, and with its weights if an adapter's base was asked for."""
     weights: dict[str, Tensor]
     progress: Progress
     """Counters, of a pipeline those of its first stage."""
 
 
-def _pulled(invite: Invite, place: FilesPlace, accept_clock: bool) -> _Pulled:
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
     with (
         _in_words("no temporary folder can be used", "make room, or name another place with TMPDIR"),
         tempfile.TemporaryDirectory(prefix="swarmtrain-") as directory,
-        peer_folder(Path(directory)) as folder,
     ):
-        return _pulled_from(invite, folder, place, accept_clock)
+        yield Path(directory)
 
 
-def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_clock: bool) -> _Pulled:
+def _pulled(invite: Invite, place: FilesPlace, accept_clock: bool, *, has_base: bool) -> _Pulled:
+    """Return what the peers have; with `has_base` the files of an adapter's base too."""
+    with _temporary_folder() as directory, peer_folder(directory) as folder:
+        return _pulled_from(invite, folder, place, accept_clock, has_base)
+
+
+def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_clock: bool, has_base: bool) -> _Pulled:
     network, stop = NetworkThread(), place.stop
     swarm = node = None
     try:
@@ -215,11 +238,12 @@ def _pulled_from(invite: Invite, folder: PeerFolder, place: FilesPlace, accept_c
         calls = PeerCalls(node, invite.run_sha256)
         published = wait_for(network.submit(fetch_published(calls, source, parse_published_untrusted, {})), stop)
         _check_tokenizer_untrusted(published.tokenizer)
-        files = described_model(published, place, SwarmSource(network, node, invite.peers))
+        has_base = has_base and published.run.adapter.is_used
+        files = described_model(published, place, SwarmSource(network, node, invite.peers), weights=has_base)
         weights: dict[str, Tensor] = {}
         counters: list[Progress] = []
-        for part, module in _parts(published, files):
-            specs = tensor_specs(module.named_parameters())
+        for part, named in _parts(published, files):
+            specs = tensor_specs(named)
             # Never announced: nobody should count on an onlooker.
             me = PeerInfo(peer=node.identity.peer_id)
             swarm = Swarm(node, part, specs, average_bytes_untrusted, lambda event: None, me)
@@ -254,16 +278,18 @@ def _check_tokenizer_untrusted(tokenizer: bytes) -> None:
         raise BadBytesError(f"a tokenizer that cannot be used ({error})", code="bad-format") from None
 
 
-def _parts(published: PublishedRun, files: Path | None) -> Iterator[tuple[PublishedRun, nn.Module]]:
-    """Yield each swarm whose weights make up the model, with a module of its shapes: the run's own, or one for each
-    stage.
+def _parts(
+    published: PublishedRun, files: Path | None
+) -> Iterator[tuple[PublishedRun, Iterable[tuple[str, nn.Parameter]]]]:
+    """Yield each swarm whose weights make up the model, with tensors of their shapes by name: the run's own, or one for
+    each stage.
     """
     run = published.run
     if run.published is None or run.published.boundaries is None:
-        yield published, empty_model(ModelSpec(run.model, files))
+        yield published, empty_model(spec_of(run, files)).trained_parameters()
         return
     for number, shape in enumerate(run_stage_shapes(run, files, run.published.boundaries)):
-        yield published.of_stage(number), empty_run_stage(shape)
+        yield published.of_stage(number), empty_run_stage(shape).named_parameters()
 
 
 @dataclass(frozen=True)

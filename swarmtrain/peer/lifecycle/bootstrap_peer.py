@@ -139,15 +139,15 @@ class BootstrapPeer:
 
         A final model that an earlier process left in the folder stays as it is if nothing was archived since.
         """
-        if (kept := None if self.has_news else kept_final_model(self.folder, self.published)) is not None:
-            model = kept
+        kept = None if self.has_news else kept_final_model(self.folder, self.published, self.model_folder)
+        model = model if kept is None else kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
         loss = self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
         self.emit(eval_event(max(0, progress.round - 1), loss))
         if kept is not None:
             self.emit(had_ended(self.folder))
             return
-        weights = dict(model.named_parameters())
+        weights = dict(model.trained_parameters())
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)

@@ -24,8 +24,9 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
 from swarmtrain.model.evaluation import TextLoss, evaluate
 from swarmtrain.model.export import export_model, load_exported
-from swarmtrain.model.language_model import LanguageModel, ModelSpec
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.model_card import ModelCard
+from swarmtrain.model.run_model import spec_of
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
@@ -311,14 +312,16 @@ def save_final_weights(
     return None
 
 
-def kept_final_model(folder: PeerFolder, published: PublishedRun) -> LanguageModel | None:
+def kept_final_model(folder: PeerFolder, published: PublishedRun, files: Path | None = None) -> LanguageModel | None:
     """Return the model that the run ended with, if an earlier process of this peer left it in the folder.
+
+    An adapter is put into the model in `files`.
 
     Returns None if there is no model, or it is damaged, of another run, or from before the end.
     """
     path, run = folder.model_path, published.run
     try:
-        exported, data = load_exported(path), (path / "run.toml").read_bytes()
+        exported, data = load_exported(path, files), (path / "run.toml").read_bytes()
     except (UserError, OSError) as error:
         _log.info("no final model: %s", error)
         return None
@@ -347,9 +350,9 @@ def save_model(folder: Path, model: LanguageModel, theta: Tensor, published: Pub
 
 
 def weights_in(model: LanguageModel, theta: Tensor) -> dict[str, Tensor]:
-    """Load `theta` (P,) into the model; return its weights by name."""
+    """Load `theta` (P,) into the model; return the trained weights by name."""
     unflatten_into(theta, model.trained_tensors())
-    return dict(model.named_parameters())
+    return dict(model.trained_parameters())
 
 
 def save_weights(
@@ -382,7 +385,7 @@ def save_weights(
         "held-out.txt": published.held_out,
         "run.toml": published.data,
     }
-    export_model(folder, weights, ModelSpec(run.model, files), progress.run_tokens, beside)
+    export_model(folder, weights, spec_of(run, files), progress.run_tokens, beside)
 
 
 def invite_event(invite: Invite) -> InviteEvent:

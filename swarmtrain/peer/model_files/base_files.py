@@ -57,15 +57,17 @@ def place_of_base(run: RunFile, folder: Path, place: FilesPlace) -> FilesPlace |
     return dataclasses.replace(place, given=base if isinstance(base, Path) else None)
 
 
-def described_model(published: PublishedRun, place: FilesPlace, swarm: SwarmSource | None) -> Path | None:
+def described_model(
+    published: PublishedRun, place: FilesPlace, swarm: SwarmSource | None, *, weights: bool = False
+) -> Path | None:
     """Return a folder with the files that describe the run's model, for who has its weights already; None for a
-    built-in model.
+    built-in model. With `weights` those that the run begins with are there too.
 
     Raises RunTimeError if neither this machine nor the hub has them, nor peers of `swarm`, if there is one.
     """
     if not published.model_files:
         return None
-    return ModelFileFetcher(published, place).fetch(swarm, weights=False).path
+    return ModelFileFetcher(published, place).fetch(swarm, weights=weights).path
 
 
 def kept_model_folder(published: PublishedRun, settings: PeerSettings) -> Path | None:

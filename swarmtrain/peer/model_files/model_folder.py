@@ -27,7 +27,7 @@ from swarmtrain.peer.model_files.file_hashes import Advance, FileHashes
 from swarmtrain.peer.model_files.part_file import PartFile
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile, PinnedFiles
 
-__all__ = ["ModelFolder", "pinned_list"]
+__all__ = ["ModelFolder", "path_of_list", "pinned_list"]
 
 _log = logging.getLogger(__name__)
 _CHUNKS = ".chunks"
@@ -38,12 +38,17 @@ def pinned_list(folder: Path, names: Sequence[str], hashes: FileHashes, advance:
     return PinnedFiles(tuple(hashes.of(folder / name, advance).pinned(name) for name in sorted(names)))
 
 
+def path_of_list(cache: Path, list_sha256: str) -> Path:
+    """Return where the cache has the files of a list with this SHA-256 (hex)."""
+    return cache / "models" / list_sha256[:32]
+
+
 class ModelFolder:
     """Folder of the files in one list, below the folder `cache`. Methods raise the file system's OSError."""
 
     def __init__(self, cache: Path, files: PinnedFiles) -> None:
         self.files = files
-        self.path = cache / "models" / files.sha256[:32]
+        self.path = path_of_list(cache, files.sha256)
         self.hashes = FileHashes(cache / "models" / "hashes")
         self._checked: dict[str, ServedFile] = {}
 

@@ -422,7 +422,7 @@ class ModelTraining:
         context, theta = self.context, self.exchange.final_theta(own)
         if theta is not own or self._took_state:
             return theta, False
-        kept = kept_final_model(context.folder, context.published)
+        kept = kept_final_model(context.folder, context.published, context.model_folder)
         if kept is not None:
             context.emit(had_ended(context.folder))
             theta = flatten(kept.trained_tensors())
