@@ -11,12 +11,12 @@ import click
 from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.model.task_scores import TaskRequest, score_lines, task_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from swarmtrain.model.evaluation import TextLoss
+    from swarmtrain.model.task_scores import TaskRequest
     from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
@@ -55,6 +55,8 @@ def command(
     lm-evaluation-harness.
     """
     if tasks is not None:
+        from swarmtrain.model.task_scores import TaskRequest
+
         if text is not None:
             raise OptionsError("give either --text or --tasks", code="options-conflict")
         names = tuple(name for part in tasks.split(",") if (name := part.strip()))
@@ -146,6 +148,7 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
     from swarmtrain.data.tokenizer_json import own_tokenizer
     from swarmtrain.errors import UserError
     from swarmtrain.model.export import is_first_format, load_exported
+    from swarmtrain.model.task_scores import score_lines, task_scores
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
 
