@@ -164,9 +164,9 @@ import fcntl, os, signal, sys
 lock = os.open(sys.argv[1] + "/lock", os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
 os.write(lock, str(os.getpid()).encode())
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it may come before anybody waits for it
 print("held", flush=True)
-signal.pause()
+signal.sigwait({signal.SIGTERM})
 """
 
 
