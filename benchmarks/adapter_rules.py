@@ -49,7 +49,7 @@ from swarmtrain.run import DataSection, ModelSection
 
 RANKS = (4, 8, 16)
 RANK, GROUP_RANK, ALPHA = 16, 4, 32.0
-GRID = tuple(itertools.product((1e-3, 3e-3, 1e-2, 3e-2), ((1.0, 0.0), (0.7, 0.8))))
+GRID = tuple(itertools.product((1e-3, 3e-3, 1e-2), ((1.0, 0.0), (0.7, 0.8))))
 """Inner learning rate, and outer learning rate with momentum."""
 HELD_OUT_BYTES = 65_536
 Factors = list[tuple[Tensor, Tensor]]
@@ -407,10 +407,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--pretrain", type=int, default=1500, help="steps of the base, of 16 sequences")
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--pretrain", type=int, default=1000, help="steps of the base, of 16 sequences")
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--inner-steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a volunteer's step")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a volunteer's step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--threads", type=int, default=1)

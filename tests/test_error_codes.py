@@ -40,7 +40,7 @@ no-such-peer no-such-split no-such-volunteer no-text nobody-answers nobody-at-ad
 not-a-config not-a-model not-a-number not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for
 not-decompressed
 bad-repository hub-login hub-upload tasks-not-scored unknown-task
-adapter-differs adapter-on-one-device adapter-targets rank-count rank-not-possible
+adapter-differs adapter-on-one-device adapter-targets base-bits rank-count rank-not-possible
 not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced
 nothing-to-resume only-held-out-text options-conflict other-projects-word other-user out-of-memory out-of-range
 package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-not-running peer-of-another-version

@@ -1,5 +1,5 @@
-"""Options by which a person chooses what to compute on: `--device`, and for a peer `--precision`, `--compile` and
-`--vram`."""
+"""Options by which a person chooses what to compute on: `--device`, and for a peer `--precision`, `--compile`,
+`--base-bits` and `--vram`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["DEVICE", "DeviceOptions", "device_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_FIELDS = {"device": "device", "precision": "precision", "compile": "compile", "vram": "vram_bytes"}
+_FIELDS = {
+    "device": "device",
+    "precision": "precision",
+    "compile": "compile",
+    "base_bits": "base_bits",
+    "vram": "vram_bytes",
+}
 """Options, by their parameters' names, and the fields of `DeviceOptions` that they set."""
 _ALLOWED = "auto: the best one that works; cpu, cuda, cuda:N (mps and xpu: nobody has tested them)."
 _SEVERAL = "Several, with the batch shared between them: cuda:0,1, or cpu,cpu for two processes."
@@ -34,6 +40,7 @@ class DeviceOptions:
     precision: PrecisionRequest
     compile: CompileRequest
     vram_bytes: int
+    base_bits: str = "32"
 
     def with_kept(self, kept: Mapping[str, Any]) -> DeviceOptions:
         """Return these options with those that the peer's folder remembers, by parameter name."""
@@ -61,6 +68,7 @@ class DeviceOptions:
         words = ["--device", str(self.device)] if str(self.device) != "auto" else []
         words += ["--precision", self.precision] if self.precision != "auto" else []
         words += ["--compile", self.compile] if self.compile != "auto" else []
+        words += ["--base-bits", self.base_bits] if self.base_bits != "32" else []
         return words + (["--vram", exact_size(self.vram_bytes)] if self.vram_bytes else [])
 
 
@@ -96,6 +104,7 @@ def device_options(kind: type[click.Option]) -> Callable[[_F], _F]:
         click.option("--device", cls=kind, callback=_device, default="auto", show_default=True, metavar="DEVICE", help=f"Device to train on. {_ALLOWED} {_SEVERAL}"),
         click.option("--precision", cls=kind, type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True, help="Precision to compute in; the weights are fp32 whatever it is. auto: a lower one where a probe finds it faster."),
         click.option("--compile", cls=kind, type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="Compile the model (torch.compile), beside training, and use it if its steps are faster. auto: on a graphics card, models of 10 million parameters and more."),
+        click.option("--base-bits", cls=kind, type=click.Choice(["32", "4"]), default="32", show_default=True, help="Bits of each weight of the frozen model of an adapter; 4 on a graphics card, with the package bitsandbytes (untested)."),
         click.option("--vram", cls=kind, callback=limit("parse_size"), default="none", metavar="SIZE", help="Memory of the graphics card that this peer may use, such as 8GB; none: no limit.  [default: none]"),
     )  # fmt: skip
 

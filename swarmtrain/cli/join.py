@@ -183,6 +183,7 @@ def command(
         precision=on.precision,
         compile=on.compile,
         vram_bytes=on.vram_bytes,
+        base_bits=int(on.base_bits),
         adapter_rank=rank or 0,
         log_descriptors=outputs_to_log(),
         control=options.control,

@@ -436,6 +436,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
         precision=on.precision,
         compile=on.compile,
         vram_bytes=on.vram_bytes,
+        base_bits=int(on.base_bits),
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"

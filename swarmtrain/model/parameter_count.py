@@ -7,6 +7,7 @@ from swarmtrain.run import ModelSection, RunFile
 __all__ = [
     "FROZEN_BYTES_PER_PARAMETER",
     "block_parameters",
+    "frozen_bytes",
     "hidden_width",
     "num_frozen_parameters",
     "num_parameters",
@@ -18,6 +19,8 @@ __all__ = [
 
 FROZEN_BYTES_PER_PARAMETER = 4
 """Memory of a parameter that is frozen beside an adapter: the weight alone, fp32."""
+_BYTES_IN_FOUR_BITS = 0.5625
+"""Memory of a weight in 4 bits: a scale, fp32, belongs to every 64."""
 
 
 def num_parameters(section: ModelSection) -> int:
@@ -37,6 +40,13 @@ def num_trained_parameters(run: RunFile) -> int:
 def num_frozen_parameters(run: RunFile) -> int:
     """Return the number of parameters that stay as they are."""
     return num_parameters(run.model) if run.adapter.is_used else 0
+
+
+def frozen_bytes(run: RunFile, base_bits: int = 32) -> int:
+    """Return the memory of the parameters that stay as they are, if those in blocks have so many bits, 32 or 4."""
+    total = num_frozen_parameters(run)
+    in_blocks = run.model.num_layers * block_parameters(run.model) if total and base_bits == 4 else 0
+    return FROZEN_BYTES_PER_PARAMETER * (total - in_blocks) + int(_BYTES_IN_FOUR_BITS * in_blocks)
 
 
 def position_numbers(section: ModelSection) -> int:

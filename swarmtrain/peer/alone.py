@@ -72,12 +72,13 @@ def train_alone(
     """
     use_threads(settings.limits.threads)
     run = _lone_run(published.run, inner_steps)
-    chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
+    limits = (settings.limits.memory_bytes, settings.vram_bytes)
+    chosen = choose_compute(run, settings.device, settings.precision, *limits, settings.base_bits)
     compute, told = chosen.compute, ComputeReport(run, chosen, emit)
     told.start()
     base = data_base(run, settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, settings.cache_folder)
-    model = build_run_model(run, kept_model_folder(published, settings)).to(compute.model_device)
+    model = compute.placed(build_run_model(run, kept_model_folder(published, settings)))
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
     batches = training_batches(run, data, place)
 

@@ -46,7 +46,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--threads", "--memory", "--nice", "--only-when-idle"),
         *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
         *("--hours", "--up", "--down", "--slowdown"),
-        *("--device", "--precision", "--compile", "--vram"),
+        *("--device", "--precision", "--compile", "--base-bits", "--vram"),
         *("--data", "--model-dir", "--rank"),
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
@@ -59,6 +59,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--device",
             "--precision",
             "--compile",
+            "--base-bits",
             "--vram",
             "--slowdown",
             "--ranks",

@@ -115,7 +115,9 @@ def test_help_and_a_mistake_need_no_torch() -> None:
 def test_options_are_passed_on_as_they_are_typed() -> None:
     unchosen = DeviceOptions(device=DeviceRequest(), precision="auto", compile="auto", vram_bytes=0)
     assert unchosen.words() == []
-    chosen = DeviceOptions(device=DeviceRequest("cuda", 1), precision="fp16", compile="off", vram_bytes=1_500_000_001)
+    chosen = DeviceOptions(
+        device=DeviceRequest("cuda", 1), precision="fp16", compile="off", vram_bytes=1_500_000_001, base_bits="4"
+    )
     assert chosen.words() == [
         "--device",
         "cuda:1",
@@ -123,6 +125,8 @@ def test_options_are_passed_on_as_they_are_typed() -> None:
         "fp16",
         "--compile",
         "off",
+        "--base-bits",
+        "4",
         "--vram",
         "1500000.001kB",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -19,7 +20,9 @@ from swarmtrain.data.batches import Batches
 from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model.base import is_published_from, published_base, resolved_run
 from swarmtrain.model.export import adapted_model, copy_exported, export_merged, export_model, load_exported
+from swarmtrain.model.four_bits import check_card_for_four_bits, check_four_bits, convert_frozen_layers
 from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.model.parameter_count import frozen_bytes
 from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_json, spec_of, spec_to_json
 from swarmtrain.peer.training.loop import ModelLoop
@@ -151,6 +154,35 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(dropout: float, 
     with torch.no_grad():
         assert torch.equal(loss_of(model), loss_of(model)), "nothing is dropped where a model is measured"
     assert bool(loss_of(model).isclose(loss_of(model), rtol=1e-7, atol=0)) is (dropout == 0)
+
+
+def test_frozen_layers_in_four_bits_give_about_the_same_loss_and_train(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = resolved("llama", tmp_path)
+    model, converted = (build_run_model(run, tmp_path) for _ in "12")
+    for each in (model, converted):
+        drawn(each)
+    convert_frozen_layers(converted, torch.float32)
+    converted.to("cpu")  # which packs them
+    packed = [name for name, tensor in converted.named_parameters() if tensor.dtype is torch.uint8]
+    assert len(packed) == 3 * 7 and not any("lora" in name or "lm_head" in name for name in packed)
+    loss, exact = loss_of(converted), loss_of(model)
+    loss.backward()
+    assert 0 < abs(float((loss - exact).detach())) < 0.3
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in converted.trained_tensors())
+
+
+def test_four_bits_are_refused_where_they_are_of_no_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, whole = resolved("llama", tmp_path), resolved_run(run_of(str(tmp_path)), tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with raises_code("base-bits", UserError, "trains all weights"):
+        check_four_bits(whole)
+    with raises_code("base-bits", UserError, "bitsandbytes, which is not installed"):
+        check_four_bits(run)
+    with raises_code("base-bits", UserError, "computes on cpu"):
+        check_card_for_four_bits("cpu")
+    check_card_for_four_bits("cuda:0")
+    assert frozen_bytes(run, 4) < frozen_bytes(run) == 4 * run.model.num_parameters and frozen_bytes(whole) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from swarmtrain.errors import UserError
+from swarmtrain.model.four_bits import check_card_for_four_bits, check_four_bits
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.machine import (
@@ -68,28 +69,41 @@ def check_device(request: DeviceRequest) -> None:
 
 
 def choose_compute(
-    run: RunFile, request: DeviceRequest, wanted: PrecisionRequest, memory_bytes: int = 0, vram_bytes: int = 0
+    run: RunFile,
+    request: DeviceRequest,
+    wanted: PrecisionRequest,
+    memory_bytes: int = 0,
+    vram_bytes: int = 0,
+    base_bits: int = 32,
 ) -> ChosenCompute:
     """Choose device, precision and microbatch for a run, whose model may be cut into stages.
 
-    `memory_bytes` limits main memory and `vram_bytes` a card's; 0: no limit. Raises UserError if the device asked for
-    does not work, or if the precision asked for is not the one that the run demands, or none for stages.
+    `memory_bytes` limits main memory and `vram_bytes` a card's; 0: no limit. The weights of an adapter's frozen model
+    have `base_bits`. Raises UserError if the device asked for does not work, or if the precision asked for is not the
+    one that the run demands, or none for stages.
     """
     wanted = _checked_precision(run, wanted)
+    if base_bits == 4:
+        check_four_bits(run)
     check_num_ranks(request, run)
     found = [_within(vram_bytes, each) for each in find_devices(num_trained(run))]
     found = [replace(each, precisions=precisions_of(run, each)) for each in found]
-    needed = least_bytes(run)
+    needed = least_bytes(run, base_bits)
     if small := fits_no_single(request, found, needed):
         _check_sharding(request, small)
         needed = least_part_bytes(run, request.num_ranks)
     choice = choose_device(request, wanted, found, needed, partial(probe_device, run), missing=missing_card())
+    if base_bits == 4:
+        check_card_for_four_bits(choice.device)
     if small:
         why = f"{choice.why}; each card holds a part of the model (fully_shard), since {small} does not hold all of it"
         choice = replace(choice, why=why)
     names = (choice.device, *choice.others)
     devices = [each for each in found if each.name in names]
-    fittings = [fitting_microbatch(run, each, memory_bytes, len(names), shards=bool(small)) for each in devices]
+    fittings = [
+        fitting_microbatch(run, each, memory_bytes, len(names), shards=bool(small), base_bits=base_bits)
+        for each in devices
+    ]
     fitting = min(fittings, key=lambda each: (not each.recomputes, each.sequences))
     shares = [_memory_share(vram_bytes, name) for name in names]
     if choice.device.startswith("cuda") and vram_bytes:
@@ -101,6 +115,7 @@ def choose_compute(
         recomputes=fitting.recomputes,
         others=tuple(torch.device(name) for name in choice.others),
         shards=bool(small),
+        base_bits=base_bits,
         memory_share=min(shares),
     )
     card_bytes = [int(_SHARE_OF_CARD * each.free_bytes) for each in devices if each.free_bytes is not None]
@@ -169,7 +184,13 @@ class FittingMicrobatch:
 
 
 def fitting_microbatch(
-    run: RunFile, device: FoundDevice, memory_bytes: int, num_ranks: int = 1, *, shards: bool = False
+    run: RunFile,
+    device: FoundDevice,
+    memory_bytes: int,
+    num_ranks: int = 1,
+    *,
+    shards: bool = False,
+    base_bits: int = 32,
 ) -> FittingMicrobatch:
     """Return how many sequences to compute at once, by the estimate, on each of `num_ranks` such devices, each of which
     holds the whole model, or with `shards` a part of it.
@@ -184,7 +205,7 @@ def fitting_microbatch(
         return FittingMicrobatch(wanted)
     if device.free_bytes is not None:
         most, place = part, "the card"
-        fixed = part_bytes(run, num_ranks) if shards else parameters_bytes(run)
+        fixed = part_bytes(run, num_ranks) if shards else parameters_bytes(run, base_bits)
         free = int(_SHARE_OF_CARD * device.free_bytes) - fixed
     elif memory_bytes:
         most, place = wanted, "--memory"

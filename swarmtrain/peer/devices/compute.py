@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from swarmtrain.errors import RunTimeError
+from swarmtrain.model.four_bits import convert_frozen_layers
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.protocol.devices import Precision
 
 __all__ = [
@@ -46,6 +48,8 @@ class ComputeDevice:
     """Further devices, each of which computes a part of every batch (data parallel)."""
     shards: bool = False
     """Whether each device holds a part of the weights only, because no device holds all of them."""
+    base_bits: int = 32
+    """Bits of each weight of an adapter's frozen model, 32 or 4."""
     memory_share: float = 1.0
     """Share of a card's memory that may be used."""
 
@@ -63,6 +67,12 @@ class ComputeDevice:
     def num_host_ranks(self) -> int:
         """Number of ranks that share the processor; 1 if the devices are cards."""
         return 1 + len(self.others) if self.is_host else 1
+
+    def placed(self, model: LanguageModel) -> LanguageModel:
+        """Move a whole model to the device, its frozen weights in as many bits as they have. Raises UserError."""
+        if self.base_bits == 4:
+            convert_frozen_layers(model, _DTYPES.get(self.precision, torch.float32))
+        return model.to(self.model_device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model is called."""

@@ -14,9 +14,8 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.parameter_count import (
-    FROZEN_BYTES_PER_PARAMETER,
     block_parameters,
-    num_frozen_parameters,
+    frozen_bytes,
     num_parameters,
     num_trained_parameters,
     similar_built_in,
@@ -155,8 +154,8 @@ def card_bytes_of_graph(run: RunFile, shape: RunStageShape) -> int:
     return activations + _LOW_PRECISION_BYTES * shape.num_parameters
 
 
-def least_bytes(run: RunFile) -> int:
-    """Return the least memory that training takes on a card.
+def least_bytes(run: RunFile, base_bits: int = 32) -> int:
+    """Return the least memory that training takes on a card; frozen weights in blocks have so many bits.
 
     A whole model's microbatches are then of one sequence, and its blocks computed again in the backward pass. Of a
     model that is cut it is what the largest stage takes with one microbatch: peers move, so any stage must fit.
@@ -166,12 +165,12 @@ def least_bytes(run: RunFile) -> int:
     from swarmtrain.peer.estimate import activation_bytes
 
     activations = activation_bytes(run, 1, run.model.num_layers, has_head=True, recomputes=True, on_card=True)
-    return parameters_bytes(run) + activations
+    return parameters_bytes(run, base_bits) + activations
 
 
-def parameters_bytes(run: RunFile) -> int:
+def parameters_bytes(run: RunFile, base_bits: int = 32) -> int:
     """Return the memory on a card of weights, gradients and moments; of a frozen weight there is nothing else."""
-    return BYTES_PER_PARAMETER * num_trained_parameters(run) + FROZEN_BYTES_PER_PARAMETER * num_frozen_parameters(run)
+    return BYTES_PER_PARAMETER * num_trained_parameters(run) + frozen_bytes(run, base_bits)
 
 
 def part_bytes(run: RunFile, num_ranks: int) -> int:

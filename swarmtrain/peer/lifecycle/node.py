@@ -104,6 +104,8 @@ class PeerSettings:
     device: DeviceRequest = field(default_factory=DeviceRequest)
     precision: PrecisionRequest = "auto"
     compile: CompileRequest = "auto"
+    base_bits: int = 32
+    """Bits of each weight of an adapter's frozen model, 32 or 4."""
     adapter_rank: int = 0
     """Components of the run's adapter, by their number, to train in each round; 0: all."""
     vram_bytes: int = 0

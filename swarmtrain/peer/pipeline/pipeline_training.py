@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from swarmtrain.data.prepare import TrainingData, training_data
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent
+from swarmtrain.model.four_bits import check_four_bits
 from swarmtrain.model.run_model import check_positions
 from swarmtrain.model.run_stages import RunStageShape, run_stage_shapes
 from swarmtrain.network.codec import average_bytes_untrusted
@@ -83,6 +84,8 @@ def prepare_pipeline(context: VolunteerContext) -> PipelineTraining:
     context.control.starting("preparing the text, and measuring how fast this machine is")
     check_positions(run.model)
     shapes = run_stage_shapes(run, context.model_folder, run.published.boundaries)
+    if settings.base_bits == 4:
+        check_four_bits(run)
     chosen = choose_compute(run, settings.device, settings.precision, vram_bytes=settings.vram_bytes)
     ComputeReport(run, chosen, context.emit).start()
     context.limits.trains_on([chosen.choice.device])

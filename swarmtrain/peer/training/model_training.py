@@ -84,13 +84,14 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     run.adapter.groups_worth(settings.adapter_rank)  # raises before anything takes time
     check_positions(run.model)
     check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
-    chosen = choose_compute(run, settings.device, settings.precision, settings.limits.memory_bytes, settings.vram_bytes)
+    limits = (settings.limits.memory_bytes, settings.vram_bytes)
+    chosen = choose_compute(run, settings.device, settings.precision, *limits, settings.base_bits)
     compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)
     told.start()
     base = data_base(run, context.settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
     context.stop.check()
-    model = build_run_model(run, context.model_folder, initial_seed(run, context.me)).to(compute.model_device)
+    model = compute.placed(build_run_model(run, context.model_folder, initial_seed(run, context.me)))
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)
     kept = checkpointer.load(run, num_trained_parameters(run))
     if kept is not None and kept.own is None:
@@ -106,7 +107,7 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     context.limits.trains_on([str(device) for device in (compute.device, *compute.others)])
     context.stop.check()
     training = ModelTraining(context, data, loop, checkpointer)
-    if not compute.shards:  # its loss cannot be replaced
+    if not compute.shards and compute.base_bits == 32:  # else its loss cannot be replaced
         training.compiled = CompiledLoss(loop, settings.cache_folder, told.compiled)
     training.resume(kept)
     return training
