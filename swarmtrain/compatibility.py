@@ -55,6 +55,8 @@ KEYS_SINCE: Mapping[str, int] = {
     "adapter.group_rank": 2,
     "adapter.modules": 2,
     "adapter.num_parameters": 2,
+    "data.format": 2,
+    "data.packing": 2,
     "data.source=parquet": 2,
     "data.sources": 2,
     "inner.precision": 2,
@@ -64,6 +66,9 @@ KEYS_SINCE: Mapping[str, int] = {
     "model.num_parameters": 2,
     "model.source": 2,
     "model.tied_embeddings": 2,
+    "model.tokenizer=OWNER/NAME": 2,
+    "model.tokenizer=PATH/tokenizer.json": 2,
+    "model.tokenizer=model": 2,
     "published.dataset_revision": 2,
     "published.dataset_revisions": 2,
     "published.held_out_source_bytes": 2,
@@ -72,7 +77,7 @@ KEYS_SINCE: Mapping[str, int] = {
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "2b46631379949b58b808efd9d41612898d40f97bb883052946f61ec03918d604"
+WIRE_SHA256 = "ea42c2a81921ae65c8fe361f3a4364a802e868a419ceb0bbb3aaa00549b193e5"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -10,10 +10,11 @@ __all__ = ["EXTRAS", "install_in_words"]
 
 EXTRAS = {
     "bpe": "tokenizers>=0.20",
+    "chat": "jinja2>=3.1.6",
     "datasets": "datasets>=3.1",
     "eval": "lm-eval[hf]>=0.4.9",
     "finetune": "peft>=0.17",
-    "hf": "transformers>=4.51",
+    "hf": "transformers>=4.55",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
     "zstd": "zstandard>=0.19",

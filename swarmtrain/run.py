@@ -38,6 +38,7 @@ from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSect
 __all__ = [
     "CHUNK_BYTES",
     "MAX_RUN_FILE_BYTES",
+    "MAX_TOKENIZER_BYTES",
     "METHODS_OF_KEYS",
     "AdapterSection",
     "DataSection",
@@ -64,6 +65,8 @@ __all__ = [
 ]
 
 MAX_RUN_FILE_BYTES = 65_536
+MAX_TOKENIZER_BYTES = 67_108_864
+"""Largest tokenizer that a run pins: the largest public ones have a third of it."""
 _MOST_STEP_BATCHES = 4
 """Most batches in one step of a stage: two, and what was in flight when they were full."""
 _MOST_IN_STEP = 1.5
@@ -82,7 +85,7 @@ class RunSection(Section):
 
     name: str = Field("stdlib-gpt", min_length=1, max_length=64, pattern=_NAME, json_schema_extra={"allowed": _NAMES}, description="A short name people recognise: lower-case letters, digits and hyphens.")  # fmt: skip
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
-    total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens.", gt=0, lt=2**63)  # fmt: skip
+    total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens; of samples those count that are to be learnt.", gt=0, lt=2**63)  # fmt: skip
 
     @field_validator("name", mode="before")
     @classmethod
@@ -404,8 +407,8 @@ class PublishedSection(Section):
     )
     held_out_sha256: _Sha256 = Field(description="SHA-256 of the held-out text.")
     held_out_bytes: int = Field(gt=0, le=4_194_304, description="Its size in bytes.")
-    tokenizer_sha256: _Sha256 | None = Field(None, description="SHA-256 of the learnt tokenizer; absent with bytes.")
-    tokenizer_bytes: int = Field(0, ge=0, le=16_777_216, description="Its size in bytes.")
+    tokenizer_sha256: _Sha256 | None = Field(None, description="SHA-256 of the tokenizer; absent with bytes.")
+    tokenizer_bytes: int = Field(0, ge=0, le=MAX_TOKENIZER_BYTES, description="Its size in bytes.")
     boundaries: tuple[int, ...] | None = Field(None, strict=False, description="With pipeline.stages: where the model is cut, the number of blocks before each cut.")  # fmt: skip
     stage_costs: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, strict=False, description="With pipeline.stages: the part of the model's computing that each stage is, as measured by the bootstrap.")  # fmt: skip
     protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
@@ -475,6 +478,14 @@ class RunFile(Section):
         return self.inner.microbatch_sequences or (batch if self.pipeline.stages == 1 else max(1, batch // 32))
 
     @property
+    def batch_rows(self) -> int:
+        """Rows of a sequence of training (`algorithm/batch.py`): tokens, with samples labels too, and positions where
+        documents are kept apart."""
+        if self.data.packing == "documents":
+            return 3
+        return 2 if any(source.has_samples for source in self.data.mixture) else 1
+
+    @property
     def batch_microbatches(self) -> int:
         """Microbatches of a batch; the last one may be smaller."""
         return -(-self.inner.batch_sequences // self.microbatch_sequences)
@@ -532,7 +543,7 @@ class RunFile(Section):
         if self.published is not None:
             self._check_published_model(self.published)
             learnt = self.published.tokenizer_sha256 is not None
-            if learnt != (self.model.tokenizer == "bpe") or learnt != (self.published.tokenizer_bytes > 0):
+            if learnt == (self.model.tokenizer == "bytes") or learnt != (self.published.tokenizer_bytes > 0):
                 raise ValueError(f'published.tokenizer_sha256: does not fit model.tokenizer = "{self.model.tokenizer}"')
             if (self.published.model_files_sha256 is not None) != (self.published.model_files_bytes > 0):
                 raise ValueError(
@@ -575,6 +586,10 @@ class RunFile(Section):
             raise ValueError(
                 f'pipeline.stages: {stages} with merge.method = "{self.merge.method}"; allowed: with {allowed}'
             )
+        if self.data.packing != "stream":
+            raise ValueError(f'data.packing: "{self.data.packing}" with pipeline.stages = {stages}; allowed: "stream"')
+        if any(source.has_samples for source in self.data.mixture):
+            raise ValueError(f'data.format: not "text" with pipeline.stages = {stages}; allowed: "text"')
         if self.evaluation.every_rounds:
             raise ValueError(
                 f"evaluation.every_rounds: {self.evaluation.every_rounds} with pipeline.stages = {stages}; allowed: 0, "
@@ -739,7 +754,8 @@ def needs_of(run: RunFile) -> Needs:
     written = [
         (f"{name}.{key}", value) for name, section in _written_table(run).items() for key, value in section.items()
     ]
-    return needs_with({key: 0 for name, value in written for key in (name, f"{name}={value}")})
+    kinds = ((name, run.model.tokenizer_kind if name == "model.tokenizer" else value) for name, value in written)
+    return needs_with({key: 0 for name, value in kinds for key in (name, f"{name}={value}")})
 
 
 _SECTIONS_SINCE = {"adapter"}

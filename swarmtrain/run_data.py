@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ LEAST_HELD_OUT_BYTES = 4096
 
 _KEYS_OF_SOURCES = {
     "paths": ("text", "jsonl", "parquet"),
+    "format": ("jsonl", "parquet", "datasets"),
     "field": ("jsonl", "parquet", "datasets"),
     "dataset": ("datasets",),
     "subset": ("datasets",),
@@ -45,10 +46,21 @@ class SourceKeys(Section):
         ),
     )
     paths: tuple[str, ...] = Field((), strict=False, description='For "text", "jsonl" and "parquet": files or globs (`**` too) below the run file\'s folder; on a volunteer, below `--data`. Never absolute, never with `..`.')  # fmt: skip
+    format: Literal["text", "chat", "prompt-completion"] = Field(
+        "text",
+        description=with_values(
+            'For "jsonl", "parquet" and "datasets": what a row holds, and what of it is learnt.',
+            {
+                "text": "A text, all of which is learnt.",
+                "chat": "A conversation, a list of `{role, content}`, written by the tokenizer's chat template; the assistant's turns are learnt.",
+                "prompt-completion": "A `prompt` and a `completion`, of which the completion is learnt.",
+            },
+        ),
+    )
     field: str = Field(
         "text",
         min_length=1,
-        description='For "jsonl", "parquet" and "datasets": the field or column that holds the text.',
+        description='For "jsonl", "parquet" and "datasets": the field or column that holds the text; with data.format = "chat" the conversation, and the default is `messages`.',
     )
     dataset: str = Field(
         "",
@@ -61,13 +73,29 @@ class SourceKeys(Section):
     streaming: bool = Field(False, description='For "datasets": read while training rather than download first.')
 
     @property
+    def has_samples(self) -> bool:
+        """True if a row is a sample, of which only a part is learnt, and not a text."""
+        return self.format != "text"
+
+    @property
     def is_streamed(self) -> bool:
         """True if the text is read while training, so that its length is not known."""
         return self.streaming and self.source == "datasets"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _field_of_conversations(cls, data: Any) -> Any:
+        is_chat = isinstance(data, dict) and data.get("format") == "chat"
+        return {"field": "messages", **data} if is_chat else data
+
     def _check_source(self) -> None:
         """Raise ValueError unless each key fits the source."""
         place = self.place
+        if self.format == "prompt-completion" and self.field != type(self).model_fields["field"].default:
+            raise ValueError(
+                f'{place}field: has no meaning with {place}format = "prompt-completion", whose fields are prompt and '
+                "completion; allowed: with other formats"
+            )
         for key, sources in _KEYS_OF_SOURCES.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.source not in sources:
                 wanted = " or ".join(f'"{source}"' for source in sources)
@@ -108,6 +136,16 @@ class DataSection(SourceKeys):
 
     shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": number of shards of the data, fewer if a round of merge.inner_steps would read one more than once; a peer takes each round from the shard that has been seen least, of each source. 0: from everywhere. Streamed data have none.')  # fmt: skip
     held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes; the bootstrap cuts it once, and it travels with the run. Of several sources each gives a part in proportion to its weight, but at least 4,096 bytes.")  # fmt: skip
+    packing: Literal["stream", "documents"] = Field(
+        "stream",
+        description=with_values(
+            "What the sequences of training are cut from.",
+            {
+                "stream": "The text as it runs on, from document to document.",
+                "documents": "Documents that know nothing of each other: a sequence begins with one, and attention stays inside each. Long ones are cut into pieces. Not for pipelines.",
+            },
+        ),
+    )
     sources: tuple[DataSource, ...] = Field((), strict=False, max_length=64, json_schema_extra={"allowed": "tables `[[data.sources]]`"}, description="Several sources of text instead of the one that the keys above describe; each has a name, a weight and keys of its own.")  # fmt: skip
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,10 @@ FILLED_MODEL_KEYS = ("vocabulary_size", "num_layers", "width", "num_heads", "fee
 """Keys of `[model]` that are read from the configuration of `model.base`."""
 
 
+_TOKENIZER = rf"^(bytes|bpe|model|{_HUB_NAME}(@[A-Za-z0-9][A-Za-z0-9._/-]{{0,95}})?|.*\.json)$"
+_TOKENIZERS = '"bytes", "bpe", "model", "OWNER/NAME" of the hub (@REVISION too) or "PATH/tokenizer.json"'
+
+
 class ModelSection(Section):
     """Model: the built-in GPT, of this shape, or one of Hugging Face, from whose configuration the shape is read."""
 
@@ -36,17 +40,23 @@ class ModelSection(Section):
     )
     base: str = Field("", max_length=1024, description='With "huggingface": `owner/name` of the hub, or `owner/name@revision`; or a folder with `config.json` and `*.safetensors`, such as an export, relative to the run file\'s. The bootstrap fixes the commit and the SHA-256 of each file; code of a model is never run.')  # fmt: skip
     from_scratch: bool = Field(False, description='With "huggingface": only the configuration of `base` is used, and the weights begin at random, by run.seed.')  # fmt: skip
-    tokenizer: Literal["bytes", "bpe"] = Field(
+    tokenizer: str = Field(
         "bytes",
+        max_length=1024,
+        pattern=_TOKENIZER,
+        json_schema_extra={"allowed": _TOKENIZERS},
         description=with_values(
-            "What a token is.",
+            'What a token is. With model.source = "huggingface" the default is "model".',
             {
                 "bytes": "A byte: 256 tokens, nothing to learn or download.",
                 "bpe": "A piece of text; the bootstrap learns the pieces on its corpus (needs the extra `bpe`).",
+                "model": "What it is for the model in `base`.",
+                "OWNER/NAME": "What it is for that model of the hub, or `OWNER/NAME@REVISION`; the bootstrap fixes the commit (needs the extra `hf`).",
+                "PATH/tokenizer.json": "What that file says, relative to the run file's folder (needs the extra `bpe`).",
             },
         ),
     )
-    vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens; 256 with "bytes".')
+    vocabulary_size: int = Field(256, ge=256, le=1_000_000, description='Number of distinct tokens: 256 with "bytes", as many as are learnt with "bpe", at least as many as a named tokenizer has.')  # fmt: skip
     context_tokens: int = Field(128, ge=2, le=1_048_576, description="Length of a training sequence, in tokens.")
     num_layers: int = Field(4, ge=1, le=512, description="Number of transformer blocks.")
     width: int = Field(128, ge=8, le=65_536, description="Width of the residual stream, in numbers per token.")
@@ -67,6 +77,19 @@ class ModelSection(Section):
         yet."""
         return self.is_built_in or self.num_parameters > 0
 
+    @property
+    def tokenizer_kind(self) -> str:
+        """Kind of the tokenizer, as the description of its key lists them."""
+        if self.tokenizer in ("bytes", "bpe", "model"):
+            return self.tokenizer
+        return "PATH/tokenizer.json" if self.tokenizer.endswith(".json") else "OWNER/NAME"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_base(cls, data: Any) -> Any:
+        is_of_base = isinstance(data, dict) and data.get("source") == "huggingface"
+        return {"tokenizer": "model", **data} if is_of_base else data
+
     @model_validator(mode="after")
     def _fits(self) -> ModelSection:
         if not self.is_built_in:
@@ -77,6 +100,11 @@ class ModelSection(Section):
                 raise ValueError(
                     f'model.{key}: has no meaning with model.source = "built-in"; allowed: with "huggingface"'
                 )
+        if self.tokenizer == "model":
+            allowed = _TOKENIZERS.replace('"model", ', "")
+            raise ValueError(
+                f'model.tokenizer: "model" with model.source = "built-in", which has none; allowed: {allowed}'
+            )
         if self.tokenizer == "bytes" and self.vocabulary_size != 256:
             raise ValueError(
                 f'model.vocabulary_size: {self.vocabulary_size} with model.tokenizer = "bytes"; allowed: 256'

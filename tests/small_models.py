@@ -55,9 +55,10 @@ def saved(family: str, folder: Path, **changes: Any) -> Any:
 
 def run_of(base: str, model: str = "", **tables: str) -> RunFile:
     """Return a run file that trains the model in folder `base`, with more keys of `[model]` and other tables."""
+    tokenizer = "" if "tokenizer" in model else 'tokenizer = "bytes"\n'
     sections = "".join(f"[{name}]\n{keys}\n" for name, keys in tables.items() if name != "run")
     return parse_run(
         f"[run]\ntotal_tokens = 100_000\n{tables.get('run', '')}\n"
-        f'[model]\nsource = "huggingface"\nbase = "{base}"\ncontext_tokens = 24\n{model}\n{sections}',
+        f'[model]\nsource = "huggingface"\nbase = "{base}"\ncontext_tokens = 24\n{tokenizer}{model}\n{sections}',
         "run.toml",
     )

@@ -47,7 +47,7 @@ def test_each_value_of_a_key_is_an_item_of_a_list(section: str) -> None:
     """A field that takes one of a few values says what each of them means (`problems.with_values`)."""
     for key, field in generator().section_of(RunFile.model_fields[section]).model_fields.items():
         _, *items = (field.description or "").split("\n")
-        listed = re.findall(r'^- `"([\w:-]+)"`: [A-Z0-9].*\.$', "\n".join(items), re.MULTILINE)
+        listed = re.findall(r'^- `"([\w:./-]+)"`: [A-Z0-9].*\.$', "\n".join(items), re.MULTILINE)
         assert len(listed) == len(items), f"{section}.{key}"
         if get_origin(field.annotation) is Literal:
             assert sorted(listed) == sorted(get_args(field.annotation)), f"{section}.{key}"

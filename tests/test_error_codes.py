@@ -28,6 +28,8 @@ bad-time bad-tokens bad-trace bad-value broken-off bug busy card-not-watched che
 checkpoint-not-written checkpoint-partly-used checkpoint-unusable checkpoints-again clock-differs clock-outlier
 clock-skew crowded-machine daemon-died daemon-not-started data-folder-needed dataset-foreign-file dataset-format
 dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined empty-prompt far-from-usual
+bad-chat-template bad-tokenizer chat-refused no-chat-template no-tokenizer-file not-a-sample nothing-to-learn
+samples-left-out tokenizer-misfit tokenizer-not-loaded
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
 bad-model-file disk-full files-not-delivered hub-failed model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor

@@ -51,13 +51,14 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
+    from swarmtrain.model.base import base_description
     from swarmtrain.model.parameter_count import num_trained_parameters
     from swarmtrain.peer.devices.expected_device import (
         expected_device,
     )  # takes a second: after the file is known to be good
 
     cost = estimate(run, num_trained_parameters(run), peers)
-    look = first_look(run, data or given.base)
+    look = first_look(run, data or given.base, base_description(run, given.base))
     refused = (*_refused(run), *look.problems)
     found = doubts(run, cost, look.sizes, _machine_bytes())
     on = expected_device(run)
@@ -128,6 +129,8 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     model, peers = run.model, counted(cost.num_peers, "peer")
     below = cost.times_below_allreduce
     stages, sequences = run.pipeline.stages, run.microbatch_sequences
+    has_samples = any(source.has_samples for source in run.data.mixture)
+    least, why = ("at least ", "; only tokens that are learnt count") if has_samples else ("", "")
     rows = {
         "model": base_in_words(model),
         "parameters": f"{count(num_parameters(model))} ({counted(model.num_layers, 'layer')}, width "
@@ -139,8 +142,8 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
         "stages": f"{stages}, each about {count(cost.num_parameters)} parameters and held by {peers}; "
         f"{size(activation_wire_bytes(run))} between two of them for {count(sequences * model.context_tokens)} tokens",
         "round": f"{counted(run.merge.inner_steps, 'inner step')}, {count(cost.tokens_per_round)} tokens with {peers}",
-        "whole run": f"{count(run.run.total_tokens)} tokens: {counted(cost.num_rounds, 'round')}, "
-        f"{counted(cost.inner_steps_per_peer, 'inner step')} of each of {peers}",
+        "whole run": f"{count(run.run.total_tokens)} tokens: {least}{counted(cost.num_rounds, 'round')}, "
+        f"{counted(cost.inner_steps_per_peer, 'inner step')} of each of {peers}{why}",
         "sent": ("up to " if len(run.merge.gradient_formats) > 1 else "")
         + f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"
         + ("" if below is None else f", {below:.1f} times below an all-reduce at every step")

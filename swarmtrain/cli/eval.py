@@ -16,6 +16,8 @@ from swarmtrain.cli.option_errors import OptionsError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from swarmtrain.data.held_out import HeldOutTokens
+    from swarmtrain.data.tokens import Tokenizer
     from swarmtrain.model.evaluation import TextLoss
     from swarmtrain.model.task_scores import TaskRequest
     from swarmtrain.protocol.devices import DeviceRequest
@@ -84,7 +86,7 @@ def _measure(
 
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.data.batches import held_out_batches
+    from swarmtrain.data.held_out import held_out_tokens
     from swarmtrain.errors import UserError
     from swarmtrain.model.evaluation import TextLoss, evaluate
     from swarmtrain.peer.checkpoints.export import tokenizer_of
@@ -105,13 +107,16 @@ def _measure(
     trained, tokenizer = exported.model, tokenizer_of(exported)
     use_threads(threads or useful_threads(exported.model))
     place = move_model(exported.model, device, _BATCH_SEQUENCES, say)
-    texts = {"": data} if text is not None else _held_out_parts(model, data)
-    tokens = {source: tokenizer.encode(part) for source, part in texts.items()}
+    if text is None:
+        texts = _held_out_parts(model, data, tokenizer)
+    else:
+        texts = {"": held_out_tokens("text", data, tokenizer)}
     parts = {}
-    with long_work("measuring", sum(map(len, tokens.values())) - 1, "tokens") as advance:
-        for source, part in tokens.items():
-            batches = _told(held_out_batches(part, trained.context_tokens, _BATCH_SEQUENCES), advance)
-            parts[source] = TextLoss(*evaluate(exported.model, batches), len(texts[source]))
+    with long_work("measuring", sum(part.num_targets for part in texts.values()), "tokens") as advance:
+        for source, part in texts.items():
+            batches = _told(part.batches(trained.context_tokens, _BATCH_SEQUENCES), advance)
+            nats, number = evaluate(exported.model, batches)
+            parts[source] = TextLoss(nats + part.unspelt_nats, number, part.num_bytes)
     loss = TextLoss.of_parts(parts)
     if as_json:
         fields: dict[str, object] = {
@@ -135,18 +140,22 @@ def _measure(
             click.echo(f"  {_in_words(name, each)}")
 
 
-def _held_out_parts(model: Path, held_out: bytes) -> dict[str, bytes]:
+def _held_out_parts(model: Path, held_out: bytes, tokenizer: Tokenizer) -> dict[str, HeldOutTokens]:
     """Return the part of each source of the exported model's run; the whole text, as "", if it has one source."""
     from swarmtrain.data.corpus import held_out_of_sources
+    from swarmtrain.data.held_out import held_out_parts, held_out_tokens
     from swarmtrain.errors import BadBytesError, RunFileError
     from swarmtrain.run import parse_published_untrusted, run_sha256
 
     try:
         data = (model / "run.toml").read_bytes()
-        parts = held_out_of_sources(parse_published_untrusted(data, run_sha256(data)), held_out)
+        run = parse_published_untrusted(data, run_sha256(data))
     except (OSError, BadBytesError, RunFileError):  # another program's folder, or a method that is not installed
-        return {"": held_out}
-    return parts if sum(map(len, parts.values())) == len(held_out) and all(parts.values()) else {"": held_out}
+        return {"": held_out_tokens("text", held_out, tokenizer)}
+    parts = held_out_of_sources(run, held_out)
+    if sum(map(len, parts.values())) == len(held_out) and all(parts.values()):
+        return held_out_parts(run, held_out, tokenizer)
+    return {"": held_out_tokens(run.data.mixture[0].format, held_out, tokenizer)}
 
 
 def _score(model: Path, request: TaskRequest, threads: int | None, device: DeviceRequest, as_json: bool) -> None:
@@ -194,6 +203,8 @@ def _in_words(what: str, loss: TextLoss) -> str:
 
 def _told(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
     """Yield `batches` (B, T + 1), and call `advance` after each with its number of targets."""
+    from swarmtrain.algorithm.batch import num_targets
+
     for batch in batches:
         yield batch
-        advance(batch[:, 1:].numel())
+        advance(num_targets(batch))

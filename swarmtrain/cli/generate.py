@@ -38,7 +38,7 @@ _LEAST_INVITE = 40
     default=256,
     show_default=True,
     metavar="N",
-    help="Number of tokens to write.",
+    help="Most tokens to write. A model that writes the token that ends a text stops there.",
 )
 @click.option(
     "--temperature",

@@ -20,7 +20,8 @@ from swarmtrain.errors import RunFileError
 
 __all__ = ["BatchSource", "Batches", "Shards", "Windows", "held_out_batches"]
 
-START_TOKEN = ord("\n")  # the same byte in every tokenizer
+START_TOKEN = ord("\n")
+"""Token that begins a text for tokenizers in which every byte is a token."""
 _BLOCKS_A_SHARD = 8
 """Least number of blocks in a shard, however small the corpus."""
 
@@ -81,9 +82,13 @@ class Windows:
 
     is_stream = False
 
-    def __init__(self, tokens: Tokens, context_tokens: int) -> None:
-        """Take `tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1."""
-        if len(tokens) < context_tokens + 1:
+    def __init__(self, tokens: Tokens, context_tokens: int, *, runs_on: bool = False) -> None:
+        """Take `tokens` (n,), any integer type. Raises RunFileError if n is less than one sequence, T + 1.
+
+        With `runs_on` a window goes on at the corpus' beginning, so that one token is enough.
+        """
+        self._runs_on = runs_on
+        if len(tokens) < (1 if runs_on else context_tokens + 1):
             raise RunFileError(
                 f"the corpus has {len(tokens)} tokens and a sequence needs {context_tokens + 1}: lower "
                 "model.context_tokens or give more text",
@@ -109,15 +114,17 @@ class Windows:
 
     def sequences(self, first: int, numbers: npt.NDArray[np.uint64]) -> torch.Tensor:
         """Return the windows of these random numbers (n,), int64 (n, T + 1)."""
-        num_starts = len(self._tokens) - len(self._offsets) + 1
-        if self._shards is None or self._shard is None:
-            starts = _modulo(numbers, num_starts)
-        else:
-            of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
-            # A window that would run over the corpus' end starts where the last whole window does.
-            starts = self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
-        places = starts[:, None] + self._offsets
+        places = self._starts(numbers)[:, None] + self._offsets
         return torch.from_numpy(self._tokens[places].astype(np.int64))
+
+    def _starts(self, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Return the tokens (n,) that these random numbers (n,) choose, at which windows may start."""
+        num_starts = len(self._tokens) - (0 if self._runs_on else len(self._offsets) - 1)
+        if self._shards is None or self._shard is None:
+            return _modulo(numbers, num_starts)
+        of_shard = _modulo(numbers, self._shards.num_tokens(self._shard))
+        # A window that would run over the corpus' end starts where the last whole window does.
+        return self._shards.places(self._shard, of_shard).clip(max=num_starts - 1)
 
 
 class Batches(MixedBatches):
@@ -148,16 +155,18 @@ def _modulo(numbers: npt.NDArray[np.uint64], limit: int) -> npt.NDArray[np.int64
     return (numbers % np.uint64(limit)).astype(np.int64)
 
 
-def held_out_batches(tokens: Tokens, context_tokens: int, batch_sequences: int) -> Iterator[torch.Tensor]:
+def held_out_batches(
+    tokens: Tokens, context_tokens: int, batch_sequences: int, start_token: int = START_TOKEN
+) -> Iterator[torch.Tensor]:
     """Yield windows (B, T + 1) in which every token of the held-out text is a target exactly once.
 
-    A newline precedes the text, so that its first token is a target too, and each window begins with the last target of
-    the one before. All windows are full except the last, which comes by itself as (1, r + 1); the last batch of full
-    windows may have fewer. Exactly, then:
+    The start token precedes the text, so that its first token is a target too, and each window begins with the last
+    target of the one before. All windows are full except the last, which comes by itself as (1, r + 1); the last batch
+    of full windows may have fewer. Exactly, then:
 
-        nats per byte = sum over the batches of the summed cross entropy of `[:, 1:]` / bytes of the text
+        nats per byte = sum over the batches of the summed cross entropy of their targets / bytes of the text
     """
-    text = np.concatenate([np.array([START_TOKEN]), tokens]).astype(np.int64)
+    text = np.concatenate([np.array([start_token]), tokens]).astype(np.int64)
     num_windows, rest = divmod(len(tokens), context_tokens)
     offsets = np.arange(context_tokens + 1)
     for first in range(0, num_windows, batch_sequences):

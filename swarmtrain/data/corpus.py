@@ -39,7 +39,8 @@ __all__ = [
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
 HELD_OUT_ONE_IN = 10  # the held-out text is at most one part in so many of the corpus
-_CACHE_FORM = 1  # increases whenever the same files give another corpus
+_ALIGNED_BYTES = 8
+_CACHE_FORM = 2  # increases whenever the same files give another corpus
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Corpus:
 
     text: npt.NDArray[np.uint8]  # (num_bytes,), read-only; documents each ending with a newline; empty if streamed
     digest: str  # SHA-256 of the text, in hexadecimal; of the data set's description if streamed
+    ends: npt.NDArray[np.int64]  # (num_documents,), the end of each document in the text
     num_documents: int
     dropped_documents: int  # wholly dropped for what they share with the held-out text
     dropped_bytes: int  # dropped for that reason, single passages included
@@ -66,19 +68,30 @@ class Corpus:
         """Size of the text in bytes."""
         return len(self.text)
 
+    def documents(self) -> Iterator[bytes]:
+        """Yield each document, which ends with a newline."""
+        begin = 0
+        for end in self.ends.tolist():
+            yield self.text[begin:end].tobytes()
+            begin = end
 
-def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) -> HeldOut:
+
+def cut_held_out(
+    documents: Iterable[Document], held_out_bytes: int, seed: int, *, are_samples: bool = False
+) -> HeldOut:
     """Cut the held-out text: at most `held_out_bytes`, from pieces that `seed` picks all over the corpus.
 
     A piece is a document, or an eighth of `held_out_bytes` of a longer one, and ends with a line where there are lines.
-    Raises RunFileError if the corpus is smaller than ten times the held-out text.
+    Samples stay whole. Raises RunFileError if the corpus is smaller than ten times the held-out text, or no sample is
+    as small as that.
     """
     pieces: list[tuple[str, bytes]] = []
     num_bytes = 0
     piece_bytes = max(MIN_PIECE_BYTES, held_out_bytes // HELD_OUT_PIECES)
     for document in documents:
         num_bytes += len(document.text)
-        pieces += [(document.name, piece) for piece in _pieces(document.text, piece_bytes)]
+        texts = [document.text] if are_samples else _pieces(document.text, piece_bytes)
+        pieces += [(document.name, piece) for piece in texts]
     if problem := too_little_text(num_bytes, held_out_bytes):
         raise RunFileError(problem)
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(pieces)), kind="stable")
@@ -91,9 +104,18 @@ def cut_held_out(documents: Iterable[Document], held_out_bytes: int, seed: int) 
         room = held_out_bytes - len(text)
         if room < MIN_PIECE_BYTES // 2:
             break
-        piece = piece if len(piece) <= room else piece[: _cut_before(piece, room)]
+        if len(piece) > room:
+            if are_samples:
+                continue
+            piece = piece[: _cut_before(piece, room)]
         text += piece
         chosen[name] = None
+    if not text:
+        raise RunFileError(
+            f"data.held_out_bytes = {held_out_bytes} is less than any sample has; raise it to a few times that of a "
+            "sample",
+            code="too-little-text",
+        )
     return HeldOut(bytes(text), tuple(chosen))
 
 
@@ -140,19 +162,15 @@ def prepare_corpus(
     description = json.dumps(described + ([revision] if revision else []))
     if section.is_streamed:
         digest = hashlib.sha256(description.encode()).hexdigest()
-        return Corpus(text=_read_only(b""), digest=digest, num_documents=0, dropped_documents=0, dropped_bytes=0)
-    cached = None if cache_dir is None else _cache_path(section, base, revision, description, cache_dir)
-    found = None if cached is None else load_array(cached)
-    if found is not None and "num_documents" in found[1]:
-        array, header = found
+        ends = np.empty(0, np.int64)
         return Corpus(
-            text=array,
-            digest=header["sha256"],
-            num_documents=header["num_documents"],
-            dropped_documents=header["dropped_documents"],
-            dropped_bytes=header["dropped_bytes"],
+            text=_read_only(b""), digest=digest, ends=ends, num_documents=0, dropped_documents=0, dropped_bytes=0
         )
-    cut = HeldOutIndex(held_out).cut([document.text for document in read_documents(section, base, revision)])
+    cached = None if cache_dir is None else _cache_path(section, base, revision, description, cache_dir)
+    if cached is not None and (corpus := _kept(cached)) is not None:
+        return corpus
+    texts = [document.text for document in read_documents(section, base, revision)]
+    cut = HeldOutIndex(held_out).cut(texts, are_samples=section.has_samples)
     if not len(cut.text):
         raise RunFileError(
             "data: every document shares passages with the run's held-out text, so nothing is left to train on; "
@@ -162,19 +180,39 @@ def prepare_corpus(
     corpus = Corpus(
         text=_read_only(cut.text),
         digest=hashlib.sha256(cut.text.data).hexdigest(),
+        ends=np.unique(cut.ends[cut.ends > 0]),
         num_documents=cut.num_documents,
         dropped_documents=cut.dropped_documents,
         dropped_bytes=cut.dropped_bytes,
     )
     if cached is not None:
         counts = {name: getattr(corpus, name) for name in ("num_documents", "dropped_documents", "dropped_bytes")}
-        store_array(cached, corpus.text, counts)
+        padding = np.zeros(-len(corpus.text) % _ALIGNED_BYTES, np.uint8)
+        array = np.concatenate([corpus.text, padding, corpus.ends.view(np.uint8)])
+        store_array(cached, array, {**counts, "num_bytes": corpus.num_bytes, "digest": corpus.digest})
     return corpus
+
+
+def _kept(path: Path) -> Corpus | None:
+    """Return the corpus that the cache has at `path`: its text, and after it the ends of its documents."""
+    if (found := load_array(path)) is None or "digest" not in found[1]:
+        return None
+    array, header = found
+    num_bytes = header["num_bytes"]
+    return Corpus(
+        text=array[:num_bytes],
+        digest=header["digest"],
+        ends=array[num_bytes + -num_bytes % _ALIGNED_BYTES :].view(np.int64),
+        num_documents=header["num_documents"],
+        dropped_documents=header["dropped_documents"],
+        dropped_bytes=header["dropped_bytes"],
+    )
 
 
 def _keys(section: SourceKeys) -> dict[str, object]:
     """Return the keys that say which text a source has, whatever else its section has."""
-    return section.model_dump(mode="json", include=set(SourceKeys.model_fields))
+    kept = set(SourceKeys.model_fields) - (set() if section.has_samples else {"format"})
+    return section.model_dump(mode="json", include=kept)
 
 
 def first_documents(section: SourceKeys, base: Path, num_bytes: int, revision: str = "") -> Iterator[Document]:

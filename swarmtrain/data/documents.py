@@ -20,6 +20,7 @@ from swarmtrain.data import huggingface, parquet
 from swarmtrain.data.below import below
 from swarmtrain.data.compression import CompressionError, is_compressed, opened
 from swarmtrain.data.overlap import near_duplicates
+from swarmtrain.data.rows import columns_of, text_of_row
 from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import SourceKeys
 
@@ -173,7 +174,7 @@ class _Sizes:
 
 
 def _size(file: SourceFile, section: SourceKeys) -> int:
-    return parquet.column_bytes(file.path, section.field) if section.source == "parquet" else file.path.stat().st_size
+    return parquet.column_bytes(file.path, section) if section.source == "parquet" else file.path.stat().st_size
 
 
 def _all_empty(paths: list[Path]) -> str:
@@ -184,9 +185,9 @@ def _all_empty(paths: list[Path]) -> str:
 def _read_file(file: SourceFile, section: SourceKeys) -> Iterator[Document]:
     match section.source:
         case "jsonl":
-            return _read_jsonl(file, section.field)
+            return _read_jsonl(file, section)
         case "parquet":
-            texts = parquet.read_texts(file.path, section.field)
+            texts = parquet.read_texts(file.path, section)
             return (Document(f"{file.name}:{number}", text) for number, text in texts)
         case _:
             return _read_text(file)
@@ -304,8 +305,8 @@ def _read_text(file: SourceFile) -> Iterator[Document]:
         yield Document(file.name, text)
 
 
-def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
-    """Yield the text field of each line of a JSON lines file. Raises RunFileError for a line without one."""
+def _read_jsonl(file: SourceFile, section: SourceKeys) -> Iterator[Document]:
+    """Yield the document of each line of a JSON lines file. Raises RunFileError for a line without one."""
     with _readable(file) as source:
         for number, line in enumerate(iter(lambda: source.readline(_MOST_LINE_BYTES + 1), b""), start=1):
             if len(line) > _MOST_LINE_BYTES:
@@ -314,12 +315,12 @@ def _read_jsonl(file: SourceFile, field: str) -> Iterator[Document]:
                     "or leave the file out of the pattern",
                     code="file-too-long",
                 )
-            if text := _text_of_line(line, number, file, field):
+            if text := _text_of_line(line, number, file, section):
                 yield Document(f"{file.name}:{number}", text)
 
 
-def _text_of_line(line: bytes, number: int, file: SourceFile, field: str) -> bytes:
-    """Return the text field of line `number` of a JSON lines file; b"" for a line without text. Raises RunFileError."""
+def _text_of_line(line: bytes, number: int, file: SourceFile, section: SourceKeys) -> bytes:
+    """Return the document of line `number` of a JSON lines file; b"" for a line without text. Raises RunFileError."""
     if not line.strip():
         return b""
     try:
@@ -330,25 +331,12 @@ def _text_of_line(line: bytes, number: int, file: SourceFile, field: str) -> byt
             code="not-json-lines",
         ) from None
     if not isinstance(row, dict):
+        fields = ", ".join(f'"{name}": ...' for name in columns_of(section))
         raise RunFileError(
-            f'data.paths: line {number} of {file.path} is not a JSON object; write {{"{field}": "..."}} on each line',
+            f"data.paths: line {number} of {file.path} is not a JSON object; write {{{fields}}} on each line",
             code="not-json-lines",
         )
-    if field not in row:
-        has = ", ".join(sorted(row)) or "none"
-        raise RunFileError(
-            f'data.field: line {number} of {file.path} has no field "{field}" (it has: {has}); set data.field to '
-            "the one that holds the text",
-            code="no-such-field",
-        )
-    if not isinstance(row[field], str):
-        raise RunFileError(
-            f'data.field: "{field}" in line {number} of {file.path} is not a string; set data.field to the one '
-            "that holds the text",
-            code="field-not-text",
-        )
-    text: str = row[field]
-    return text.encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
+    return text_of_row(row, section, f"line {number} of {file.path}")
 
 
 @contextlib.contextmanager

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from swarmtrain.data.below import below, is_plain_name
+from swarmtrain.data.rows import columns_of, no_such_field, text_of_row
 from swarmtrain.errors import RunFileError, SwarmtrainError
 from swarmtrain.extras import install_in_words
 from swarmtrain.run import SourceKeys
 
-__all__ = ["HubRows", "fingerprint", "newest_revision", "read_texts"]
+__all__ = ["HubRows", "fingerprint", "hub_token", "newest_revision", "read_texts"]
 
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Loaders of the library that read text from named files, and nothing else."""
@@ -172,7 +173,7 @@ def _load(section: SourceKeys, base: Path, revision: str) -> Any:
             else:
                 builder.download_and_prepare()
                 rows = builder.as_dataset(split=section.split)
-    return _only_text(rows, section, library)
+    return _only_columns(rows, section, library)
 
 
 def _hub_builder(section: SourceKeys, revision: str, library: Any) -> tuple[Any, str]:
@@ -191,7 +192,7 @@ def _hub_builder(section: SourceKeys, revision: str, library: Any) -> tuple[Any,
             raise
         except errors.EntryNotFoundError:  # it has none
             continue  # it has none
-    builder = _builder(section, section.dataset, library, revision=commit, token=_token())
+    builder = _builder(section, section.dataset, library, revision=commit, token=hub_token())
     return builder, f"hf://datasets/{section.dataset}@{commit}/"
 
 
@@ -296,50 +297,51 @@ def _saved_split(section: SourceKeys, folder: Path, base: Path) -> Path:
     return folder
 
 
-def _only_text(rows: Any, section: SourceKeys, library: Any) -> Any:
-    """Select the text column alone: a column of images opens the files that its rows name."""
+def _only_columns(rows: Any, section: SourceKeys, library: Any) -> Any:
+    """Select the columns that are read alone: a column of images opens the files that its rows name."""
     if rows.features is None:
-        return rows  # such rows are strings and numbers, as they are in the file
-    if section.field not in rows.features:
-        raise _no_field(section, rows.features)
-    if not isinstance(rows.features[section.field], library.Value):
-        raise RunFileError(
-            f'data.field: "{section.field}" of "{section.dataset}" is not a string; set data.field to the one that '
-            "holds the text",
-            code="field-not-text",
-        )
-    return rows.select_columns([section.field])
+        return rows  # such rows are strings, numbers, lists and tables, as they are in the file
+    columns = columns_of(section)
+    for name in columns:
+        if name not in rows.features:
+            raise no_such_field(name, section, f'"{section.dataset}"', rows.features)
+        kind = rows.features[name]
+        if not (isinstance(kind, library.Value) if section.format == "text" else _is_plain(kind, library)):
+            if section.has_samples:
+                raise RunFileError(
+                    f'data.field: "{name}" of "{section.dataset}" is not made of strings and numbers; name another '
+                    "data set, or another field",
+                    code="field-not-text",
+                )
+            raise RunFileError(
+                f'data.field: "{name}" of "{section.dataset}" is not a string; set data.field to the one that holds '
+                "the text",
+                code="field-not-text",
+            )
+    return rows.select_columns(list(columns))
+
+
+def _is_plain(kind: Any, library: Any) -> bool:
+    """Return whether a column is made of strings and numbers alone, in lists and tables."""
+    if isinstance(kind, dict):
+        return all(_is_plain(each, library) for each in kind.values())
+    if isinstance(kind, list):
+        return all(_is_plain(each, library) for each in kind)
+    if type(kind).__name__ in ("List", "LargeList", "Sequence"):
+        return _is_plain(kind.feature, library)
+    return isinstance(kind, library.Value) or type(kind).__name__ == "Json"
 
 
 def _texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
-    """Yield the text of each row that has some: public data sets have rows without."""
+    """Yield the document of each row that has some text: public data sets have rows without."""
     return filter(None, _all_texts(rows, section))
 
 
 def _all_texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
-    """Yield the text of each row; b"" for a row without text."""
+    """Yield the document of each row; b"" for a row without text."""
     with _errors_in_words(section):
         for number, row in enumerate(rows):
-            if section.field not in row:
-                raise _no_field(section, row)
-            text = row[section.field]
-            if text is None:
-                text = ""
-            if not isinstance(text, str):
-                raise RunFileError(
-                    f'data.field: "{section.field}" in row {number} of "{section.dataset}" is not a string; set '
-                    "data.field to the one that holds the text",
-                    code="field-not-text",
-                )
-            yield text.encode(errors="replace")
-
-
-def _no_field(section: SourceKeys, has: Iterable[str]) -> RunFileError:
-    return RunFileError(
-        f'data.field: "{section.dataset}" has no field "{section.field}" (it has: {", ".join(sorted(has))}); '
-        "set data.field to the one that holds the text",
-        code="no-such-field",
-    )
+            yield text_of_row(row, section, f'row {number} of "{section.dataset}"')
 
 
 # ---------------------------------------------------------------- the library
@@ -357,10 +359,10 @@ def _library() -> Any:
 
 
 def _hub(library: Any) -> Any:
-    return importlib.import_module("huggingface_hub").HfApi(endpoint=library.config.HF_ENDPOINT, token=_token())
+    return importlib.import_module("huggingface_hub").HfApi(endpoint=library.config.HF_ENDPOINT, token=hub_token())
 
 
-def _token() -> str | bool:
+def hub_token() -> str | bool:
     """Return the login given to this program, if any.
 
     One that is only stored in the home folder is not used: a run file could name a data set that only its owner can

@@ -15,6 +15,9 @@ decision 6 has what they drop on real corpora.
 *Boilerplate* never counts: windows with fewer than 8 different bytes (rules, tables of zeros), and windows that are in
 more than 8 documents and in more than one document of 200 (licence headers, templates). A document too short for a
 sampled window is dropped if each of its lines of 16 bytes or more is a line of the held-out text.
+
+A *sample*, such as a conversation, is a document of one line that is never taken apart: it is dropped as a whole for a
+held-out passage too, and always if the same line is held out.
 """
 
 from __future__ import annotations
@@ -117,14 +120,17 @@ class HeldOutIndex:
         self._hashes = hashes  # sorted, each once
         self._lines = {line for line in held_out.split(b"\n") if len(line) >= LINE_BYTES}
 
-    def cut(self, texts: Sequence[bytes]) -> Cut:
+    def cut(self, texts: Sequence[bytes], *, are_samples: bool = False) -> Cut:
         """Return the documents without what they share with the held-out text, by the rules of this module."""
         joined, ends = _join(texts)
         hits, num_windows = self._hits(joined, ends)
         documents = np.searchsorted(ends, hits[:, 0], side="right")
         num_documents_with = np.bincount(_distinct(documents, hits[:, 1])[1], minlength=len(self._hashes))
         boilerplate = num_documents_with > _boilerplate_documents(len(texts))
-        return self._without(joined, ends, hits[~boilerplate[hits[:, 1]]], num_windows)
+        hits = hits[~boilerplate[hits[:, 1]]]
+        if are_samples:
+            return self._whole_without(texts, joined, ends, hits, num_windows)
+        return self._without(joined, ends, hits, num_windows)
 
     def _hits(self, joined: Bytes, ends: Indices) -> tuple[Indices, Indices]:
         """Return (positions and held-out window numbers (n, 2), in order; number of sampled windows per document)."""
@@ -166,6 +172,26 @@ class HeldOutIndex:
             ends=np.cumsum(left),
             num_documents=num_documents,
             dropped_documents=len(ends) - num_documents,
+            dropped_bytes=len(joined) - len(text),
+        )
+
+    def _whole_without(
+        self, texts: Sequence[bytes], joined: Bytes, ends: Indices, hits: Indices, num_windows: Indices
+    ) -> Cut:
+        """Drop the samples that share a passage with the held-out text, or are held out. See `_without`."""
+        starts = ends - np.diff(ends, prepend=0)
+        dropped = self._dropped_documents(joined, np.stack([starts, ends], axis=1), hits, num_windows)
+        documents = np.searchsorted(ends, hits[:, 0], side="right")
+        num_shared = np.bincount(_distinct(documents, hits[:, 1])[0], minlength=len(ends))
+        dropped |= num_shared >= PASSAGE_WINDOWS
+        dropped |= np.array([text.rstrip(b"\n") in self._lines for text in texts], np.bool_)
+        lengths = np.where(dropped, 0, ends - starts)
+        text = joined[np.repeat(~dropped, ends - starts)] if dropped.any() else joined
+        return Cut(
+            text=text,
+            ends=np.cumsum(lengths),
+            num_documents=int(np.count_nonzero(~dropped)),
+            dropped_documents=int(np.count_nonzero(dropped)),
             dropped_bytes=len(joined) - len(text),
         )
 

@@ -1,4 +1,4 @@
-"""Read the texts of a Parquet file's column. Needs pyarrow, which is imported when a run file asks for it."""
+"""Read the documents of a Parquet file's columns. Needs pyarrow, which is imported when a run file asks for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from swarmtrain.data.rows import columns_of, no_such_field, text_of_row
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
+from swarmtrain.run import SourceKeys
 
 __all__ = ["column_bytes", "read_texts"]
 
@@ -16,18 +18,18 @@ _ROWS = 1024
 """Rows held in memory at once."""
 
 
-def read_texts(path: Path, field: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (row number from 1, text) for each row of `path` whose column `field` is not empty. Raises RunFileError."""
-    arrow = _library()
+def read_texts(path: Path, section: SourceKeys) -> Iterator[tuple[int, bytes]]:
+    """Yield (row number from 1, document) for each row of `path` that is not empty. Raises RunFileError."""
+    arrow, columns = _library(), list(columns_of(section))
     with _opened(path, arrow) as file:
-        _check_column(path, file, field, arrow)
+        _check_columns(path, file, section, arrow)
         number = 0
         try:
-            for batch in file.iter_batches(_ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    if text:
-                        yield number, text.encode(errors="replace")
+                    if text := text_of_row(row, section, f"row {number} of {path}"):
+                        yield number, text
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise RunFileError(
                 f"data.paths: {path} cannot be read after row {number}: {_one_line(error)}; convert it again, or leave "
@@ -36,14 +38,16 @@ def read_texts(path: Path, field: str) -> Iterator[tuple[int, bytes]]:
             ) from None
 
 
-def column_bytes(path: Path, field: str) -> int:
-    """Return the approximate size of column `field` in bytes, by the file's index. Raises RunFileError."""
-    arrow = _library()
+def column_bytes(path: Path, section: SourceKeys) -> int:
+    """Return the approximate size of the columns that are read, in bytes, by the file's index. Raises RunFileError."""
+    arrow, wanted = _library(), columns_of(section)
     with _opened(path, arrow) as file:
-        _check_column(path, file, field, arrow)
+        _check_columns(path, file, section, arrow)
         groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
         columns = (group.column(number) for group in groups for number in range(group.num_columns))
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+        return sum(
+            column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in wanted
+        )
 
 
 def _opened(path: Path, arrow: Any) -> Any:
@@ -55,22 +59,19 @@ def _opened(path: Path, arrow: Any) -> Any:
         ) from None
 
 
-def _check_column(path: Path, file: Any, field: str, arrow: Any) -> None:
-    """Raise RunFileError unless the file has a column `field` of strings."""
+def _check_columns(path: Path, file: Any, section: SourceKeys, arrow: Any) -> None:
+    """Raise RunFileError unless the file has the columns that are read, of strings where a row is a text."""
     schema = file.schema_arrow
-    if field not in schema.names:
-        raise RunFileError(
-            f'data.field: {path} has no column "{field}" (it has: {", ".join(sorted(schema.names)) or "none"}); set '
-            "data.field to the one that holds the text",
-            code="no-such-field",
-        )
-    kind = schema.field(field).type
+    for name in columns_of(section):
+        if name not in schema.names:
+            raise no_such_field(name, section, str(path), schema.names, "column")
+    kind = schema.field(section.field).type if section.format == "text" else arrow.string()
     if arrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
         raise RunFileError(
-            f'data.field: column "{field}" of {path} holds {kind}, not strings; set data.field to the one that holds '
-            "the text",
+            f'data.field: column "{section.field}" of {path} holds {kind}, not strings; set data.field to the one that '
+            "holds the text",
             code="field-not-text",
         )
 

@@ -1,18 +1,19 @@
 """Prepare a run's data for bootstrap and volunteers; the entry points of this package.
 
 The bootstrap calls `publishable_data` before it publishes the run file. Every peer calls `training_data`, then
-`training_batches`, and `batches.held_out_batches` to measure the loss.
+`training_batches`, and `held_out.held_out_parts` to measure the loss.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,14 @@ from swarmtrain.data.corpus import (
     read_documents,
     too_little_text,
 )
+from swarmtrain.data.document_encoder import DocumentEncoder, EncodedCorpus, joined_documents
 from swarmtrain.data.documents import survey
+from swarmtrain.data.held_out import held_out_tokens
 from swarmtrain.data.mixture import MixedBatches, PeerPlace, SequenceSource, peer_seed
 from swarmtrain.data.overlap import HeldOutIndex
-from swarmtrain.data.streams import PlaceLog, SequenceStream, TextBlocks
+from swarmtrain.data.streams import PlaceLog, SequenceStream, TextBlocks, stacked
+from swarmtrain.data.tokenizer_file import TokenizerFile
+from swarmtrain.data.tokenizer_source import NamedTokenizer, find_tokenizer
 from swarmtrain.data.tokens import (
     LEARNT_FROM_BYTES,
     BpeTokenizer,
@@ -45,9 +50,10 @@ from swarmtrain.data.tokens import (
     require_bpe,
     tokenizer_from_bytes_untrusted,
 )
+from swarmtrain.data.windows import CorpusWindows
 from swarmtrain.errors import Problem, RunFileError
 from swarmtrain.run import DataSource, RunFile
-from swarmtrain.words import counted
+from swarmtrain.words import counted, percent_in_words
 
 __all__ = [
     "FirstLook",
@@ -64,6 +70,7 @@ __all__ = [
 STREAM_SAMPLE_BYTES = 1 << 25  # bytes that the bootstrap reads of a streamed data set; more for a large held-out text
 LOOK_DOCUMENTS = 8  # documents read of a data set that is only looked at
 LOOK_BPE_BYTES = 1 << 22  # learning a tokenizer from more takes many seconds
+_MOST_UNSPELT = 0.1  # share of the held-out text that a named tokenizer may not know
 
 
 class PublishableData(NamedTuple):
@@ -72,6 +79,7 @@ class PublishableData(NamedTuple):
     held_out: HeldOut
     tokenizer_bytes: bytes  # empty for bytes
     revisions: tuple[str, ...] = ("",)  # the commit of each source's data set of the hub; empty for other text
+    tokenizer_name: str = ""  # model.tokenizer as the published run has it
 
 
 class FirstLook(NamedTuple):
@@ -92,8 +100,13 @@ class FirstLook(NamedTuple):
 class SourceText:
     """Text of one source that a peer trains on."""
 
-    tokens: Tokens  # (n,); the corpus' own memory for bytes; empty if streamed
+    encoded: EncodedCorpus  # its tokens are the corpus' own memory for bytes; empty if streamed
     corpus: Corpus
+
+    @property
+    def tokens(self) -> Tokens:
+        """Tokens (n,)."""
+        return self.encoded.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +125,26 @@ class TrainingData:
         digests = [source.corpus.digest for source in self.sources]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
+    @property
+    def num_left_out(self) -> int:
+        """Samples without anything to learn."""
+        return sum(source.encoded.num_left_out for source in self.sources)
+
     def part(self, number: int, num_parts: int) -> TrainingData:
         """Return one of so many equal parts of each corpus."""
         parts = []
         for source in self.sources:
             begin, end = (len(source.tokens) * each // num_parts for each in (number, number + 1))
-            parts.append(dataclasses.replace(source, tokens=source.tokens[begin:end]))
+            parts.append(dataclasses.replace(source, encoded=source.encoded.part(begin, end)))
         return dataclasses.replace(self, sources=tuple(parts))
 
 
-def publishable_data(run: RunFile, base: Path) -> PublishableData:
-    """Cut a run's held-out text and learn its tokenizer on the rest. Raises RunFileError."""
+def publishable_data(run: RunFile, base: Path, model_files: Path | None = None) -> PublishableData:
+    """Cut a run's held-out text, and learn its tokenizer on the rest or find the one that it names.
+
+    `model_files` is the folder of the model's files, if it has some. Raises RunFileError.
+    """
+    named = _named_tokenizer(run, base, model_files)
     data, is_learnt = run.data, run.model.tokenizer == "bpe"
     revisions, parts, kept = [], [], []
     for source, limit in zip(data.mixture, data.held_out_limits, strict=True):
@@ -132,12 +154,51 @@ def publishable_data(run: RunFile, base: Path) -> PublishableData:
                 documents = list(first_documents(source, base, _sample_bytes(limit), revision))
             else:
                 documents = list(read_documents(source, base, revision))
-            parts.append(cut_held_out(documents, limit, run.run.seed))
+            parts.append(cut_held_out(documents, limit, run.run.seed, are_samples=source.has_samples))
             revisions.append(revision)
             kept.append([document.text for document in documents] if is_learnt else [])
     held_out = joined_held_out(parts) if data.sources else parts[0]
-    tokenizer = ByteTokenizer() if not is_learnt else _learnt(run, held_out.text, kept)
-    return PublishableData(held_out, tokenizer.to_bytes(), tuple(revisions))
+    tokenizer: Tokenizer
+    if named is not None:
+        tokenizer = named.tokenizer
+    else:
+        tokenizer = _learnt(run, held_out.text, kept) if is_learnt else ByteTokenizer()
+    for source, part in zip(data.mixture, parts, strict=True):
+        with _naming(source):
+            _check_held_out(source, part.text, tokenizer)
+    name = run.model.tokenizer if named is None else named.name
+    return PublishableData(held_out, tokenizer.to_bytes(), tuple(revisions), name)
+
+
+def _named_tokenizer(run: RunFile, base: Path, model_files: Path | None) -> NamedTokenizer | None:
+    """Return the tokenizer that the run names; None if it is bytes, or is learnt. Raises RunFileError."""
+    if run.model.tokenizer in ("bytes", "bpe"):
+        return None
+    found = find_tokenizer(run.model.tokenizer, base, model_files)
+    if found.tokenizer.vocabulary_size > run.model.vocabulary_size:
+        raise RunFileError(
+            f"model.vocabulary_size: {run.model.vocabulary_size} with model.tokenizer = {run.model.tokenizer}, which "
+            f"has {found.tokenizer.vocabulary_size} tokens; allowed: {found.tokenizer.vocabulary_size} or more",
+            code="keys-disagree",
+        )
+    return found
+
+
+def _check_held_out(source: DataSource, text: bytes, tokenizer: Tokenizer) -> None:
+    """Raise RunFileError unless the tokenizer can write the held-out text or samples."""
+    held_out = held_out_tokens(source.format, text, tokenizer)
+    if held_out.unspelt_bytes > _MOST_UNSPELT * held_out.num_bytes:
+        share = percent_in_words(held_out.unspelt_bytes, held_out.num_bytes)
+        raise RunFileError(
+            f"model.tokenizer: it cannot spell {share} of the held-out text; use one that is made for such text",
+            code="tokenizer-misfit",
+        )
+    if source.has_samples and not held_out.num_targets:
+        raise RunFileError(
+            "data.format: no held-out sample has anything to learn, such as a turn of the assistant; check the roles, "
+            "or raise data.held_out_bytes",
+            code="nothing-to-learn",
+        )
 
 
 def _learnt(run: RunFile, held_out: bytes, texts: Sequence[list[bytes]]) -> BpeTokenizer:
@@ -179,15 +240,17 @@ class _SourceLook:
     is_estimated: bool = False
 
 
-def first_look(run: RunFile, base: Path) -> FirstLook:
+def first_look(run: RunFile, base: Path, model_files: Path | None = None) -> FirstLook:
     """Try what `publishable_data` would do on the first documents; of a data set only a few are downloaded.
 
     Raises nothing for unusable data: all problems found are listed in the result.
     """
     problems: list[Problem] = []
+    named: NamedTokenizer | None = None
     try:
         if run.model.tokenizer == "bpe":
             require_bpe()
+        named = _named_tokenizer(run, base, model_files)
     except RunFileError as error:
         problems += error.problems
     looks, unseen, can_learn = [], list[str](), not problems
@@ -197,6 +260,8 @@ def first_look(run: RunFile, base: Path) -> FirstLook:
             if source.source == "datasets"
             else _look_at_files(source, base, limit, run.run.seed)
         )
+        if look.held_out and (named is not None or source.has_samples):
+            look = _looked_at_by(source, look, ByteTokenizer() if named is None else named.tokenizer)
         looks.append(look)
         problems += _named(source, look.problems)
         unseen += [f"source {source.name}: {each}" if source.name else each for each in look.unseen]
@@ -211,6 +276,15 @@ def first_look(run: RunFile, base: Path) -> FirstLook:
             unseen.append(f"whether model.vocabulary_size = {run.model.vocabulary_size} can be learnt from this text")
     sizes = tuple(look.num_bytes for look in looks)
     return FirstLook(sizes, tuple(problems), tuple(unseen), any(look.is_estimated for look in looks))
+
+
+def _looked_at_by(source: DataSource, look: _SourceLook, tokenizer: Tokenizer) -> _SourceLook:
+    """Return the findings, and what the tokenizer finds in the held-out text."""
+    try:
+        _check_held_out(source, look.held_out, tokenizer)
+    except RunFileError as error:
+        return dataclasses.replace(look, problems=(*look.problems, *error.problems))
+    return look
 
 
 def _look_at_data_set(source: DataSource, base: Path) -> _SourceLook:
@@ -240,7 +314,7 @@ def _look_at_files(source: DataSource, base: Path, held_out_bytes: int, seed: in
         unseen = f"the text after its first {read >> 20} MiB"
         return _SourceLook(found.num_bytes, (), (unseen,), is_estimated=found.is_estimated)
     try:
-        held_out = cut_held_out(found.documents, held_out_bytes, seed)
+        held_out = cut_held_out(found.documents, held_out_bytes, seed, are_samples=source.has_samples)
     except RunFileError as error:
         return _SourceLook(found.num_bytes, error.problems, is_estimated=found.is_estimated)
     return _SourceLook(found.num_bytes, texts=texts, held_out=held_out.text, is_estimated=found.is_estimated)
@@ -258,14 +332,16 @@ def training_data(
     for source, revision in zip(run.data.mixture, run.dataset_revisions, strict=True):
         with _naming(source):
             corpus = prepare_corpus(source, base, held_out, cache_dir, revision)
-        texts.append(SourceText(tokens=_encoded(corpus, tokenizer, cache_dir), corpus=corpus))
+            name_of = functools.partial(_name_of, source, base, revision)
+            encoded = _encoded(corpus, _How(source.format, run.data.packing, name_of), tokenizer, cache_dir)
+        texts.append(SourceText(encoded=encoded, corpus=corpus))
     return TrainingData(sources=tuple(texts), tokenizer=tokenizer, held_out=held_out, base=base, cache_dir=cache_dir)
 
 
 def training_batches(run: RunFile, data: TrainingData, place: PeerPlace) -> MixedBatches:
     """Return a peer's batches, from its corpora and, with `data.streaming`, from streams. Raises RunFileError."""
     num_shards = run.num_shards(*(len(text.tokens) for text in data.sources))
-    if not run.data.sources and not run.data.is_streamed:
+    if not run.data.sources and not run.data.is_streamed and run.batch_rows == 1:
         batches = Batches(
             data.sources[0].tokens,
             context_tokens=run.model.context_tokens,
@@ -283,12 +359,18 @@ def training_batches(run: RunFile, data: TrainingData, place: PeerPlace) -> Mixe
             if source.is_streamed:
                 sources.append(_stream(run, data, place, number))
             else:
-                windows = Windows(data.sources[number].tokens, run.model.context_tokens)
+                windows = _windows(data.sources[number].encoded, run)
                 if num_shards[number]:
                     windows.cut(num_shards[number])
                 sources.append(windows)
     weights = [source.weight for source in run.data.mixture]
     return MixedBatches(sources, weights, run.inner.batch_sequences, place)
+
+
+def _windows(encoded: EncodedCorpus, run: RunFile) -> Windows:
+    if run.batch_rows == 1:
+        return Windows(encoded.tokens, run.model.context_tokens)
+    return CorpusWindows(encoded, run.model.context_tokens, run.batch_rows)
 
 
 def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> SequenceStream:
@@ -298,17 +380,73 @@ def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> 
     rows = huggingface.HubRows(source, data.base, revision)
     path = None
     if data.cache_dir is not None:
-        told = [seed, rows.fingerprint, data.sources[number].corpus.digest, data.tokenizer.to_bytes().hex()]
+        told = [seed, rows.fingerprint, data.sources[number].corpus.digest]
+        told.append(hashlib.sha256(data.tokenizer.to_bytes()).hexdigest())
+        told += [source.format] if source.has_samples else []
         path = data.cache_dir / f"stream-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}.array"
-    blocks = TextBlocks(rows, data.held_out, seed)
-    return SequenceStream(blocks, data.tokenizer.encode, run.model.context_tokens, PlaceLog(path))
+    blocks = TextBlocks(rows, data.held_out, seed, are_samples=source.has_samples)
+    encoder = DocumentEncoder(source.format, data.tokenizer)  # a template's process ends with this one
+
+    def encode(document: bytes) -> Tokens:
+        (documents,) = encoder.encode([document])
+        return documents[0].tokens if run.batch_rows == 1 else stacked(documents)
+
+    return SequenceStream(blocks, encode, run.model.context_tokens, PlaceLog(path), run.batch_rows)
 
 
 def _sample_bytes(held_out_bytes: int) -> int:
     return max(STREAM_SAMPLE_BYTES, 16 * held_out_bytes)
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None) -> Tokens:
+@dataclass(frozen=True)
+class _How:
+    """How a source's documents are encoded."""
+
+    format: str
+    packing: str
+    name_of: Callable[[bytes], str]
+
+
+def _name_of(source: DataSource, base: Path, revision: str, sample: bytes) -> str:
+    """Return where a sample comes from: its data are read once more, since nothing else needs to know."""
+    wanted = sample.rstrip(b"\n")
+    documents = read_documents(source, base, revision)
+    name = next((document.name for document in documents if document.text == wanted), "")
+    return f"the conversation at {name}" if name else "a conversation"
+
+
+def _encoded(corpus: Corpus, how: _How, tokenizer: Tokenizer, cache_dir: Path | None) -> EncodedCorpus:
+    """Return the encoded corpus, which the cache keeps, unless encoding costs nothing."""
+    if how.format == "text" and isinstance(tokenizer, ByteTokenizer):
+        starts = np.concatenate([[0], corpus.ends[:-1]]).astype(np.int64)
+        return EncodedCorpus(tokenizer.encode(corpus.text), starts=starts)
+    if how.format == "text" and how.packing == "stream" and not isinstance(tokenizer, TokenizerFile):
+        return EncodedCorpus(_encoded_stream(corpus, tokenizer, cache_dir))
+    identity = hashlib.sha256(f"{how.format} {corpus.digest} ".encode() + tokenizer.to_bytes()).hexdigest()[:32]
+    names = ("tokens", "targets", "starts")
+    paths = [] if cache_dir is None else [cache_dir / f"encoded-{identity}.{name}.array" for name in names]
+    if found := _kept(paths):
+        return found
+    with DocumentEncoder(how.format, tokenizer, how.name_of) as encoder:
+        encoded = joined_documents(encoder.encode(corpus.documents()))
+    wanted = np.empty(0, np.bool_) if encoded.is_target is None else encoded.is_target
+    starts = np.empty(0, np.int64) if encoded.starts is None else encoded.starts
+    for path, array in zip(paths, (encoded.tokens, wanted, starts), strict=False):
+        store_array(path, array, {"num_left_out": encoded.num_left_out})
+    return encoded
+
+
+def _kept(paths: Sequence[Path]) -> EncodedCorpus | None:
+    """Return the encoded corpus in these files of the cache; None unless all of them are there."""
+    found = [load_array(path) for path in paths]
+    if not found or any(each is None for each in found):
+        return None
+    (tokens, header), (is_target, _), (starts, _) = (each for each in found if each is not None)
+    return EncodedCorpus(tokens, is_target if len(is_target) else None, starts, int(header.get("num_left_out", 0)))
+
+
+def _encoded_stream(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path | None) -> Tokens:
+    """Return the tokens of a corpus as one text."""
     tokenizer_bytes = tokenizer.to_bytes()
     if not tokenizer_bytes or cache_dir is None:
         return tokenizer.encode(corpus.text)

@@ -27,12 +27,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.data.cache import load_array, store_array
+from swarmtrain.data.document_encoder import EncodedDocument
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.data.tokens import Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["BLOCK_ROWS", "PlaceLog", "SequenceStream", "StreamPlace", "StreamedRows", "TextBlocks"]
+__all__ = ["BLOCK_ROWS", "PlaceLog", "SequenceStream", "StreamPlace", "StreamedRows", "TextBlocks", "stacked"]
 
 BLOCK_ROWS = 1000
 """Rows that are read, shuffled and compared with the held-out text at once."""
@@ -83,8 +85,8 @@ class StreamPlace(NamedTuple):
 class TextBlocks:
     """Documents of a stream, block by block, in the order of one peer, for ever."""
 
-    def __init__(self, rows: StreamedRows, held_out: bytes, seed: int) -> None:
-        self._rows, self._index, self._seed = rows, HeldOutIndex(held_out), seed
+    def __init__(self, rows: StreamedRows, held_out: bytes, seed: int, *, are_samples: bool = False) -> None:
+        self._rows, self._index, self._seed, self._are_samples = rows, HeldOutIndex(held_out), seed, are_samples
 
     def from_place(self, place: StreamPlace) -> Iterator[tuple[StreamPlace, list[bytes]]]:
         """Yield (place, documents) of each block from `place` on. A document may be b"".
@@ -130,7 +132,7 @@ class TextBlocks:
         """Return the documents of a block in shuffled order, without what they share with the held-out text."""
         order = _shuffled(len(texts), f"rows {self._seed} {place}").tolist()
         documents = [texts[number] for number in order if texts[number]]
-        cut = self._index.cut(documents)
+        cut = self._index.cut(documents, are_samples=self._are_samples)
         text, begins = cut.text.tobytes(), [0, *cut.ends.tolist()]
         return [text[begin:end] for begin, end in itertools.pairwise(begins)]
 
@@ -184,15 +186,23 @@ class SequenceStream:
     """A stream has no shards, since its length is unknown."""
 
     def __init__(
-        self, blocks: TextBlocks, encode: Callable[[bytes], Tokens], context_tokens: int, log: PlaceLog | None = None
+        self,
+        blocks: TextBlocks,
+        encode: Callable[[bytes], Tokens],
+        context_tokens: int,
+        log: PlaceLog | None = None,
+        rows: int = 1,
     ) -> None:
-        self._blocks, self._encode, self._sequence_tokens = blocks, encode, context_tokens + 1
+        """`encode` returns the tokens (n,) of a document. With 2 or 3 `rows` (`algorithm/batch.py`) it returns an array
+        (3, n) of its tokens, of 1 where one is a target, and of positions (see `stacked`)."""
+        self._blocks, self._encode, self._sequence_tokens, self._rows = blocks, encode, context_tokens + 1, rows
         self._log = PlaceLog(None) if log is None else log
         self._parts: Iterator[Tokens] = iter(())
-        self._rest: Tokens = np.empty(0, np.uint8)
+        self._rest: Tokens = np.empty(0 if rows == 1 else (3, 0), np.uint8)
         self._next = -1
         """Number of the sequence that is cut next; -1 before the first."""
-        self._kept = torch.empty((0, context_tokens + 1), dtype=torch.int64)
+        shape = (context_tokens + 1,) if rows == 1 else (rows, context_tokens + 1)
+        self._kept = torch.empty((0, *shape), dtype=torch.int64)
         """Last sequences, up to the next one."""
         self._firsts: deque[int] = deque(maxlen=_REWOUND_CALLS)
 
@@ -200,7 +210,8 @@ class SequenceStream:
         """Do nothing: a stream is read in its own order."""
 
     def sequences(self, first: int, numbers: npt.NDArray[np.uint64]) -> torch.Tensor:
-        """Return the sequences from number `first` on, as many as there are `numbers`, int64 (n, T + 1).
+        """Return the sequences from number `first` on, as many as there are `numbers`, int64 (n, T + 1) or
+        (n, rows, T + 1).
 
         Sequences of the last few calls may be asked for again. Raises RunFileError if the data set is unreadable or has
         no text; the next call then begins with the same sequences.
@@ -220,18 +231,18 @@ class SequenceStream:
 
     def _cut(self, num_sequences: int) -> torch.Tensor:
         needed = num_sequences * self._sequence_tokens
-        parts, num_tokens = [self._rest], len(self._rest)
+        parts, num_tokens = [self._rest], self._rest.shape[-1]
         try:
             while num_tokens < needed:
                 parts.append(next(self._parts))
-                num_tokens += len(parts[-1])
+                num_tokens += parts[-1].shape[-1]
         except BaseException:
             self._next = -1  # the next call looks for its place again
             raise
-        tokens = np.concatenate(parts)
-        self._rest = tokens[needed:]
-        tokens = tokens[:needed]
-        return torch.from_numpy(tokens.astype(np.int64).reshape(num_sequences, self._sequence_tokens))
+        joined = np.concatenate(parts, axis=-1)
+        self._rest = joined[..., needed:]
+        cut = joined[..., :needed].astype(np.int64).reshape(*joined.shape[:-1], num_sequences, self._sequence_tokens)
+        return torch.from_numpy(cut) if self._rows == 1 else _with_rows(cut, self._rows)
 
     def _seek(self, first: int) -> None:
         """Go to sequence number `first`, from the last block before it whose place is known."""
@@ -240,13 +251,13 @@ class SequenceStream:
         _log.debug(
             "to token %d of a stream: %d of them from %s on are encoded again", target, target - num_tokens, place
         )
-        self._parts, self._rest = self._encoded(num_tokens, place), self._rest[:0]
+        self._parts, self._rest = self._encoded(num_tokens, place), self._rest[..., :0]
         self._kept, self._next = self._kept[:0], -1
         self._firsts.clear()
         while num_tokens < target:
             self._rest = next(self._parts)
-            num_tokens += len(self._rest)
-        self._rest = self._rest[len(self._rest) - (num_tokens - target) :]
+            num_tokens += self._rest.shape[-1]
+        self._rest = self._rest[..., self._rest.shape[-1] - (num_tokens - target) :]
         self._next = first
 
     def _encoded(self, num_tokens: int, place: StreamPlace) -> Iterator[Tokens]:
@@ -256,5 +267,33 @@ class SequenceStream:
             for text in documents:
                 if text:
                     tokens = self._encode(text if text.endswith(b"\n") else text + b"\n")
-                    num_tokens += len(tokens)
+                    num_tokens += tokens.shape[-1]
                     yield tokens
+
+
+def stacked(documents: Sequence[EncodedDocument]) -> Tokens:
+    """Return what a document has become as an array (3, n) of tokens, of 1 where one is a target, and of positions."""
+    parts = [
+        np.stack(
+            [
+                tokens.astype(np.int64),
+                np.ones_like(tokens, np.int64) if wanted is None else wanted,
+                np.arange(len(tokens)),
+            ]
+        )
+        for tokens, wanted in documents
+    ]
+    return np.concatenate([np.empty((3, 0), np.int64), *parts], axis=1)
+
+
+def _with_rows(cut: npt.NDArray[np.int64], rows: int) -> torch.Tensor:
+    """Return sequences (n, rows, T + 1) of tokens, targets and positions (3, n, T + 1).
+
+    A document that a sequence begins within begins anew in it.
+    """
+    tokens, is_target, positions = cut
+    if rows == 2:
+        return join_rows(tokens, is_target > 0)
+    places = np.arange(tokens.shape[1])
+    positions = places - (places - positions).clip(min=0)
+    return join_rows(tokens, (is_target > 0) & (positions > 0), positions)

@@ -15,19 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from swarmtrain.data.tokenizer_file import TokenizerBundle
 from swarmtrain.data.tokens import MAGIC, byte_letters, merges_of, spellings_of
 
-__all__ = ["own_tokenizer", "tokenizer_config", "tokenizer_json"]
+__all__ = ["own_tokenizer", "tokenizer_config", "tokenizer_files", "tokenizer_json"]
 
 
 def tokenizer_json(tokenizer: bytes) -> bytes:
-    """Return the `tokenizer.json` of a run's tokenizer: empty means bytes, and one that is such a file stays as it is.
+    """Return the `tokenizer.json` of a run's tokenizer: empty means bytes, and one that has such a file keeps it.
 
     Raises ValueError for invalid merges.
     """
     if tokenizer.startswith(b"{"):
-        return tokenizer
+        return TokenizerBundle.from_bytes_untrusted(tokenizer).tokenizer_json.encode()
     return (json.dumps(_as_json(tokenizer), ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def tokenizer_files(tokenizer: bytes, context_tokens: int) -> dict[str, bytes]:
+    """Return the files that Hugging Face's libraries load a run's tokenizer from, by their names."""
+    if tokenizer.startswith(b"{"):
+        return TokenizerBundle.from_bytes_untrusted(tokenizer).files(context_tokens)
+    return {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context_tokens)}
 
 
 def tokenizer_config(context_tokens: int) -> bytes:

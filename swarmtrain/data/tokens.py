@@ -1,8 +1,8 @@
-"""Convert text to tokens and back: bytes themselves, or a byte-level BPE that the bootstrap learns and serves.
+"""Convert text to tokens and back: bytes, a byte-level BPE that the bootstrap learns, or a file of Hugging Face's form.
 
-In both, tokens 0 to 255 are the bytes, so every text has an encoding and every encoding a text. A learnt tokenizer
-travels as its list of merges and nothing else: a peer receives numbers in a range, never a pattern or a program, and
-each side builds the same encoder from them.
+In the first two, tokens 0 to 255 are the bytes, so every text has an encoding and every encoding a text; the third is
+in `tokenizer_file.py`. A learnt tokenizer travels as its list of merges and nothing else: a peer receives numbers in a
+range, never a pattern or a program, and each side builds the same encoder from them.
 
 Form of the merges: `MAGIC`, then two little-endian uint32 per merge, the tokens that it joins. A merge makes the next
 free token; if an earlier merge made the same bytes, it makes that token again.
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from swarmtrain.data.text_chunks import CHUNKS_AT_ONCE, chunks
+from swarmtrain.data.tokenizer_file import TokenizerBundle, TokenizerFile
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.extras import install_in_words
 
@@ -27,8 +29,6 @@ MAGIC = b"swarmtrain-bpe-1"
 MAX_TOKEN_BYTES = 64
 NUM_BYTES = 256
 LEARNT_FROM_BYTES = 1 << 25  # the most text that a BPE is learnt from
-_CHUNK_BYTES = 1 << 16
-_CHUNKS_AT_ONCE = 16  # an encoder's result takes a hundred times the memory of its text
 
 Tokens = npt.NDArray[Any]  # (n,), unsigned integers
 
@@ -36,13 +36,43 @@ Tokens = npt.NDArray[Any]  # (n,), unsigned integers
 class Tokenizer(Protocol):
     """Vocabulary of the model."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def vocabulary_size(self) -> int:
         """Number of distinct tokens."""
         ...
 
+    @property
+    def start_token(self) -> int:
+        """Token before the first one of a text that is measured or continued."""
+        ...
+
+    @property
+    def document_begin(self) -> tuple[int, ...]:
+        """Tokens before each document that is trained on."""
+        ...
+
+    @property
+    def document_end(self) -> tuple[int, ...]:
+        """Tokens after each document that is trained on, in place of its last newline; empty: the newline stays."""
+        ...
+
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
         """Return the tokens of `text` (n,): uint8, uint16 or uint32, the smallest that holds the vocabulary."""
+        ...
+
+    def encode_all(self, texts: Iterable[bytes | npt.NDArray[np.uint8]]) -> Iterator[Tokens]:
+        """Yield what `encode` returns for each text."""
+        ...
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Return the tokens (n,) of what a person asks with: special tokens in it are what they are, and what begins a
+        document begins it."""
+        ...
+
+    def num_unspelt_bytes(self, text: bytes) -> int:
+        """Return how many bytes of `text` no token spells; 0 if every text can be spelt."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> bytes:
@@ -54,7 +84,20 @@ class Tokenizer(Protocol):
         ...
 
 
-class ByteTokenizer:
+class _EveryByte:
+    """What tokenizers have in common in which every byte is a token."""
+
+    start_token = ord("\n")
+    document_begin: tuple[int, ...] = ()
+    document_end: tuple[int, ...] = ()
+    """Empty: a newline ends a document."""
+
+    def num_unspelt_bytes(self, text: bytes) -> int:
+        """Return 0: every text can be spelt."""
+        return 0
+
+
+class ByteTokenizer(_EveryByte):
     """Tokenizer whose tokens are the bytes."""
 
     vocabulary_size = NUM_BYTES
@@ -62,6 +105,14 @@ class ByteTokenizer:
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
         """Return the bytes of `text` as uint8, without a copy."""
         return np.frombuffer(text, np.uint8)
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Return the bytes of `text`."""
+        return self.encode(text.encode())
+
+    def encode_all(self, texts: Iterable[bytes | npt.NDArray[np.uint8]]) -> Iterator[Tokens]:
+        """Yield the bytes of each text."""
+        return map(self.encode, texts)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         """Return the text of `tokens`. Raises ValueError for a number that is no byte."""
@@ -72,7 +123,7 @@ class ByteTokenizer:
         return b""
 
 
-class BpeTokenizer:
+class BpeTokenizer(_EveryByte):
     """Tokenizer whose tokens are bytes, and byte sequences that were frequent in the bootstrap's corpus.
 
     Bytes that are not UTF-8 are encoded one by one. Encoding needs the library `tokenizers`, decoding does not.
@@ -101,8 +152,7 @@ class BpeTokenizer:
             show_progress=False,
         )
         read = np.frombuffer(text, np.uint8)[:LEARNT_FROM_BYTES].data
-        chunks = (str(chunk, errors="ignore") for chunk in _chunks(read))
-        learner.train_from_iterator(chunks, trainer)
+        learner.train_from_iterator((str(chunk, errors="ignore") for chunk in chunks(read)), trainer)
         ids = {letter: byte for byte, letter in enumerate(byte_letters())}
         merges = []
         for pair in json.loads(learner.to_str())["model"]["merges"]:
@@ -127,12 +177,20 @@ class BpeTokenizer:
         not matter."""
         parts = [np.empty(0, self._dtype)]
         waiting: list[str | bytes] = []
-        for chunk in _chunks(np.frombuffer(text, np.uint8).data):
+        for chunk in chunks(np.frombuffer(text, np.uint8).data):
             waiting += _valid_and_invalid(chunk)
-            if len(waiting) >= _CHUNKS_AT_ONCE:
+            if len(waiting) >= CHUNKS_AT_ONCE:
                 parts += self._encode_parts(waiting)
                 waiting = []
         return np.concatenate(parts + self._encode_parts(waiting))
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Return the tokens of `text` (n,)."""
+        return self.encode(text.encode())
+
+    def encode_all(self, texts: Iterable[bytes | npt.NDArray[np.uint8]]) -> Iterator[Tokens]:
+        """Yield what `encode` returns for each text."""
+        return map(self.encode, texts)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
         """Return the text of `tokens`. Raises ValueError for a number that is no token."""
@@ -161,15 +219,17 @@ def require_bpe() -> None:
 def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokenizer:
     """Return the tokenizer that a peer sent; empty `data` means bytes.
 
-    Raises BadBytesError if the form is wrong or the vocabulary is not `vocabulary_size`, and RunFileError if the
-    library for it is missing on this machine.
+    Raises BadBytesError if the form is wrong, the vocabulary is not `vocabulary_size`, or a `tokenizer.json` has tokens
+    beyond it, and RunFileError if the library for it is missing on this machine.
     """
     if not data:
-        if vocabulary_size != NUM_BYTES:
+        if vocabulary_size < NUM_BYTES:
             raise BadBytesError(
                 f"a run with a vocabulary of {vocabulary_size} tokens came without its tokenizer", code="bad-format"
             )
         return ByteTokenizer()
+    if data.startswith(b"{"):
+        return _from_file_untrusted(data, vocabulary_size)
     num_words, rest = divmod(len(data) - len(MAGIC), 4)
     if not data.startswith(MAGIC) or rest or num_words % 2 or num_words // 2 > 2 * vocabulary_size:
         raise BadBytesError(f"{len(data)} bytes are not a tokenizer of {vocabulary_size} tokens", code="bad-format")
@@ -186,6 +246,19 @@ def tokenizer_from_bytes_untrusted(data: bytes, vocabulary_size: int) -> Tokeniz
 def merges_of(tokenizer: bytes) -> npt.NDArray[np.uint32]:
     """Return the merges (n, 2) of a tokenizer in the form above; none if it is empty, which means bytes."""
     return np.frombuffer(tokenizer, "<u4", offset=len(MAGIC) if tokenizer else 0).reshape(-1, 2)
+
+
+def _from_file_untrusted(data: bytes, vocabulary_size: int) -> TokenizerFile:
+    try:
+        found = TokenizerFile(TokenizerBundle.from_bytes_untrusted(data))
+    except ValueError as error:
+        raise BadBytesError(f"{len(data)} bytes are not a usable tokenizer.json: {error}", code="bad-format") from None
+    if found.vocabulary_size > vocabulary_size:
+        raise BadBytesError(
+            f"a tokenizer with token {found.vocabulary_size - 1} for a model of {vocabulary_size} tokens",
+            code="bad-format",
+        )
+    return found
 
 
 def spellings_of(merges: npt.NDArray[np.uint32]) -> list[bytes]:
@@ -222,21 +295,6 @@ def byte_letters() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(NUM_BYTES)]
-
-
-def _chunks(text: memoryview) -> Iterator[memoryview]:
-    """Yield `text` in pieces of about 64 KiB that end with a line, or else between two UTF-8 characters."""
-    begin = 0
-    while len(text) - begin > _CHUNK_BYTES:
-        end = begin + _CHUNK_BYTES
-        line = bytes(text[end - _CHUNK_BYTES // 2 : end]).rfind(b"\n") + 1
-        if line:
-            end = end - _CHUNK_BYTES // 2 + line
-        else:
-            end -= next((back for back in range(4) if text[end - back] & 0xC0 != 0x80), 0)
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
 
 
 def _valid_and_invalid(chunk: memoryview) -> Iterator[str | bytes]:

@@ -19,6 +19,7 @@ from swarmtrain.run_model import FILLED_MODEL_KEYS, PUBLISHED_BASE
 from swarmtrain.words import one_line
 
 __all__ = [
+    "base_description",
     "base_files",
     "base_in_words",
     "base_of",
@@ -49,10 +50,16 @@ def base_of(section: ModelSection, folder: Path) -> HubModel | Path:
 
 
 def with_base_path(run: RunFile, folder: Path) -> RunFile:
-    """Return `run`, of a run file in `folder`, with the absolute path of its base if that is a folder."""
-    if run.model.is_built_in or run.published is not None or not isinstance(path := base_of(run.model, folder), Path):
+    """Return `run`, of a run file in `folder`, with the absolute paths of its base and its tokenizer, where they are in
+    folders."""
+    if run.published is not None:
         return run
-    return run.model_copy(update={"model": run.model.model_copy(update={"base": str(path.resolve())})})
+    paths: dict[str, str] = {}
+    if not run.model.is_built_in and isinstance(path := base_of(run.model, folder), Path):
+        paths["base"] = str(path.resolve())
+    if run.model.tokenizer_kind == "PATH/tokenizer.json":
+        paths["tokenizer"] = str((folder / run.model.tokenizer).expanduser().resolve())
+    return run.model_copy(update={"model": run.model.model_copy(update=paths)}) if paths else run
 
 
 def resolved_run(run: RunFile, folder: Path) -> RunFile:
@@ -77,7 +84,7 @@ def resolved_run(run: RunFile, folder: Path) -> RunFile:
         raise RunFileError(*told) from None
     if not run.model.from_scratch:
         found.pop("constants_sha256", None)
-    if not found.pop("keeps_documents_apart", True) and getattr(run.data, "packing", "stream") == "documents":
+    if not found.pop("keeps_documents_apart", True) and run.data.packing == "documents":
         raise RunFileError(
             f'data.packing: "documents" with model.base = {one_line(run.model.base)}, whose tokens see the documents '
             'before theirs in a sequence; allowed: "stream"',
@@ -116,6 +123,17 @@ def base_files(run: RunFile, folder: Path) -> Path:
     return base if isinstance(base, Path) else downloaded(run.model, base, lambda done, total: None).folder
 
 
+def base_description(run: RunFile, folder: Path) -> Path | None:
+    """Return the folder with what describes a resolved run's base, its tokenizer included; None for a built-in model.
+
+    Raises RunFileError.
+    """
+    if run.model.is_built_in:
+        return None
+    base = base_of(run.model, folder)
+    return base if isinstance(base, Path) else base.download(weights=False, advance=lambda done, total: None).folder
+
+
 def downloaded(
     section: ModelSection,
     model: HubModel,
@@ -141,19 +159,31 @@ def base_in_words(section: ModelSection) -> str:
 
 
 def is_published_from(published: RunFile, run: RunFile) -> bool:
-    """Return whether `run`, as a person wrote it, is the one that was published; its base need not be read again."""
+    """Return whether `run`, as a person wrote it, is the one that was published; its base and its tokenizer need not be
+    read again."""
     ours, theirs = run.model, published.model
+    filled: dict[str, object] = {}
     if not ours.is_built_in and theirs.source == ours.source and _is_same_base(theirs.base, ours.base):
         filled = {key: getattr(theirs, key) for key in (*FILLED_MODEL_KEYS, "base")}
         adapter = {key: getattr(published.adapter, key) for key in FILLED_ADAPTER_KEYS}
-        changed = {"model": ours.model_copy(update=filled), "adapter": run.adapter.model_copy(update=adapter)}
-        run = run.model_copy(update=changed)
+        run = run.model_copy(update={"adapter": run.adapter.model_copy(update=adapter)})
+    if ours.tokenizer_kind == theirs.tokenizer_kind and _is_same_tokenizer(ours, theirs):
+        filled["tokenizer"] = theirs.tokenizer
+    run = run.model_copy(update={"model": ours.model_copy(update=filled)})
     return published.model_copy(update={"published": None}) == run
 
 
+def _is_same_tokenizer(written: ModelSection, published: ModelSection) -> bool:
+    """Return whether a tokenizer of the same kind may be the published one, which has a commit and no folder."""
+    return written.tokenizer_kind != "OWNER/NAME" or _is_same_of_hub(published.tokenizer, written.tokenizer)
+
+
 def _is_same_base(published: str, written: str) -> bool:
-    if published == published_base(written):
-        return True
+    return published == published_base(written) or _is_same_of_hub(published, written)
+
+
+def _is_same_of_hub(published: str, written: str) -> bool:
+    """Return whether a name of the hub may mean the published one, which is at a commit."""
     ours, theirs = HubModel.parse(written), HubModel.parse(published)
     if ours is None or theirs is None or ours.name != theirs.name:
         return False

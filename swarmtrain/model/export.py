@@ -26,7 +26,7 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,6 +67,7 @@ _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
+_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TORN_PARAMETERS = 2**26
 """Parameters for which memory is taken although their weights may not be there: 256 MiB. It is said then which are
 not."""
@@ -74,9 +75,7 @@ _BESIDE = (
     INDEX,
     _ADAPTER_CONFIG,
     _TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *_OF_TOKENIZER,
     _GENERATION,
     _CARD,
     _HELD_OUT,
@@ -97,6 +96,8 @@ class ExportedModel:
     held_out: bytes
     run_tokens: int
     """0 if swarmtrain did not export it."""
+    beside_tokenizer: Mapping[str, bytes] = field(default_factory=dict)
+    """Other files of the tokenizer, by name: its configuration, its chat template."""
 
 
 def export_model(
@@ -352,6 +353,7 @@ def _loaded(folder: Path, config: Mapping[str, Any], base: Path | None) -> Expor
         tokenizer=_beside(folder, _FIRST_TOKENIZER if is_first else _TOKENIZER),
         held_out=_beside(folder, _HELD_OUT),
         run_tokens=0 if provenance is None else provenance.run_tokens,
+        beside_tokenizer={name: content for name in _OF_TOKENIZER if (content := _beside(folder, name))},
     )
 
 

@@ -19,14 +19,15 @@ def generate(
     num_tokens: int,
     temperature: float,
     seed: int,
-    advance: Callable[[int], None] = lambda number: None,
+    goes_on: Callable[[int], bool] = lambda token: True,
 ) -> list[int]:
-    """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`.
+    """Return `num_tokens` tokens that continue the prompt, each drawn given the last `context_tokens`; fewer if
+    `goes_on`, which is called with each, returns False.
 
     While all of them fit the context, each is computed alone, after the others' keys and values; later the context
     moves, and with it every position in it. Temperature 0 takes the likeliest token. The same arguments give the same
-    tokens on one machine. Calls `advance` for each token. Raises ValueError when the prompt is empty or has an unknown
-    token, or the temperature is negative.
+    tokens on one machine. Raises ValueError when the prompt is empty or has an unknown token, or the temperature is
+    negative.
     """
     vocabulary_size, context_tokens = model.vocabulary_size, model.context_tokens
     if not prompt_tokens or not all(0 <= token < vocabulary_size for token in prompt_tokens):
@@ -46,5 +47,6 @@ def generate(
         else:
             chances = torch.softmax(logits / temperature, dim=-1)
             tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-        advance(1)
+        if not goes_on(tokens[-1]):
+            break
     return tokens[len(prompt_tokens) :]

@@ -101,8 +101,9 @@ def publish_run(
     Hugging Face, whose weights are read once. Raises UserError.
     """
     mean_of(run.merge.robust)  # the publisher of a rule must have it too
-    files = publishable_data(run, base)
+    files = publishable_data(run, base, None if model is None else model.folder)
     tokenizer = files.tokenizer_bytes
+    run = run.model_copy(update={"model": run.model.model_copy(update={"tokenizer": files.tokenizer_name})})
     boundaries, costs = cut_and_measure(run) if run.pipeline.stages > 1 else (None, None)
     section = PublishedSection(
         created=created.isoformat(timespec="microseconds"),

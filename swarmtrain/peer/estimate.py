@@ -211,7 +211,9 @@ def activation_bytes(
     blocks_bytes = num_layers * block_bytes
     if recomputes:  # one block's are there at a time, and its backward pass's; with few blocks that gains nothing
         blocks_bytes = min(blocks_bytes, num_layers * width_bytes + _IN_BACKWARD * block_bytes)
-    return round(blocks_bytes + head_bytes * has_head)
+    # Where documents are kept apart, attention has a mask, one for all blocks.
+    mask_bytes = 4 * num_tokens * model.context_tokens if run.data.packing == "documents" else 0
+    return round(blocks_bytes + head_bytes * has_head + mask_bytes)
 
 
 def _head_bytes(run: RunFile, num_tokens: int, chunk_bytes: int) -> int:

@@ -153,6 +153,13 @@ def test_one_of_a_thing_is_said_as_one() -> None:
     assert "  round       1 inner step, 2.05 k tokens with 1 peer\n" in text
 
 
+def test_of_samples_the_steps_are_told_as_the_least() -> None:
+    data = '[data]\nsource = "jsonl"\npaths = ["x.jsonl"]\nformat = "prompt-completion"\n'
+    run = parse_run(f"[run]\ntotal_tokens = 30_000\n{data}", "r")
+    text = "\n".join(report(run, estimate(run, P, 1), FirstLook((None,))))
+    assert "  whole run   30 k tokens: at least 1 round, 15 inner steps of each of 1 peer; only tokens that" in text
+
+
 def test_doubts_about_the_corpus_and_the_machine() -> None:
     assert "each byte is read 50 times" in doubts_of(GOOD, corpus_bytes=1_000_000)
     assert "this machine has 256 MB" in doubts_of(GOOD, machine_bytes=256_000_000)

@@ -47,7 +47,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_local_folder_is_read_and_cut(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes, _ = publishable_data(run, base)
+    held_out, tokenizer_bytes, *_ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, base / "cache")
     (text,) = data.sources
     assert 0.8 * 1024 < len(held_out.text) <= 1024 and tokenizer_bytes == b""
@@ -103,7 +103,7 @@ def test_each_pass_of_a_stream_reads_every_text_once(base: Path) -> None:
 
 def test_a_stream_never_shows_the_held_out_text(base: Path) -> None:
     run = _run(streaming=True)
-    held_out, _, _ = publishable_data(run, base)
+    held_out, *_ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, b"", None)
     assert len(data.sources[0].tokens) == 0 and len(data.digest) == 64
     source = training_batches(run, data, PeerPlace(run_sha256="a", peer_id="p"))

@@ -34,7 +34,7 @@ def base(tmp_path: Path) -> Path:
 
 def test_bytes_are_the_corpus_itself(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes, _ = publishable_data(run, base)
+    held_out, tokenizer_bytes, *_ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
     (text,) = data.sources
     assert np.shares_memory(text.tokens, text.corpus.text)
@@ -50,7 +50,7 @@ def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_t
     run = _run(context_tokens=16)
     section = {"method": method, "inner_steps": 10}
     run = RunFile.model_validate_json(json.dumps(json.loads(run.model_dump_json()) | {"merge": section}))
-    held_out, tokenizer_bytes, _ = publishable_data(run, base)
+    held_out, tokenizer_bytes, *_ = publishable_data(run, base)
     data = training_data(run, base, held_out.text, tokenizer_bytes, None)
     source = training_batches(run, data, PeerPlace(run_sha256="r", peer_id="p"))
     assert source.num_shards == num_shards
@@ -59,7 +59,7 @@ def test_data_have_shards_where_peers_merge_at_their_own_pace_and_none_is_less_t
 
 def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
     run = _run()
-    held_out, tokenizer_bytes, _ = publishable_data(run, base)
+    held_out, tokenizer_bytes, *_ = publishable_data(run, base)
     other = run.model_copy(update={"data": run.data.model_copy(update={"shards": 7})})
     first, second = (training_data(r, base, held_out.text, tokenizer_bytes, base / "cache") for r in (run, other))
     assert first.digest == second.digest and len(list((base / "cache").iterdir())) == 1
@@ -67,7 +67,7 @@ def test_shards_change_neither_the_corpus_nor_its_cache(base: Path) -> None:
 
 def test_a_learnt_tokenizer_is_used_by_every_peer_and_its_tokens_are_kept(base: Path) -> None:
     run = _run(tokenizer="bpe", vocabulary_size=300)
-    held_out, tokenizer_bytes, _ = publishable_data(run, base)
+    held_out, tokenizer_bytes, *_ = publishable_data(run, base)
     first, second = (training_data(run, base, held_out.text, tokenizer_bytes, base / "cache") for _ in range(2))
     assert first.tokenizer.vocabulary_size == 300 and np.array_equal(tokens_of(first), tokens_of(second))
     assert first.tokenizer.decode(tokens_of(first)) == first.sources[0].corpus.text.tobytes()

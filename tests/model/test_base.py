@@ -138,7 +138,7 @@ def _published(run: RunFile, folder: Path) -> PublishedRun:
 
 
 def _published_with(**keys: Any) -> bytes:
-    section = {"source": "huggingface", "base": "small", "num_parameters": 9, "width": 32, **keys}
+    section = {"source": "huggingface", "base": "small", "num_parameters": 9, "width": 32, "tokenizer": "bytes", **keys}
     published = {
         "created": "2030-01-02T00:00:00Z",
         "swarmtrain": "0.2.0",

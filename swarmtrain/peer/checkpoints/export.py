@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
+from swarmtrain.data.tokenizer_source import bundle_of_files
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
@@ -310,24 +311,34 @@ def sample_text(
     advance: Callable[[int], None] = lambda number: None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model writes after it. `advance` is called with each token's number, `tell` with
-    why a device was passed over.
+    """Return the prompt and what the model writes after it, up to the token that ends a text. `advance` is called with
+    1 for each token, `tell` with why a device was passed over.
 
     Raises UserError if the device asked for is not there or does not work.
     """
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
     tokenizer = tokenizer_of(exported)
-    tokens = [int(token) for token in tokenizer.encode(prompt.encode())]
+    tokens = [int(token) for token in tokenizer.encode_prompt(prompt)]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
-    written = generate(exported.model, tokens, number, temperature, seed, advance)
+    ends = tokenizer.document_end[-1:]
+
+    def goes_on(token: int) -> bool:
+        advance(1)
+        return token not in ends
+
+    written = generate(exported.model, tokens, number, temperature, seed, goes_on)
+    if written and written[-1] in ends:
+        written.pop()
     return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")
 
 
 def tokenizer_of(exported: ExportedModel) -> Tokenizer:
     """Return the model's tokenizer. Raises UserError if it is invalid, or its library is missing."""
-    own = own_tokenizer(exported.tokenizer)
-    data = exported.tokenizer if own is None else own
+    data = own_tokenizer(exported.tokenizer)
+    if data is None:
+        files = {"tokenizer.json": exported.tokenizer, **exported.beside_tokenizer}
+        data = bundle_of_files(files.get, "the model's folder").to_bytes() if len(files) > 1 else exported.tokenizer
     try:
         return tokenizer_from_bytes_untrusted(data, exported.model.vocabulary_size)
     except BadBytesError as error:

@@ -89,6 +89,7 @@ class CompiledLoss:
             "device": str(compute.device),
             "precision": compute.precision,
             "sequences": self._sequences,
+            "rows": self.loop.run.batch_rows,
         }
         command = [sys.executable, "-m", "swarmtrain.peer.devices.compiled_loss"]
         try:
@@ -129,7 +130,7 @@ class CompiledLoss:
                 return
             self._eager_s = statistics.median(times_s)
             os.environ.update({name: value for name, value in self._environment.items() if name == CACHE_VARIABLE})
-            self.loop.compiled_loss = compiled(self.loop.model, self._failed)
+            self.loop.compiled_loss = compiled(self.loop.model, self._failed, self.loop.run.batch_rows)
             self._is_trying = True
 
     def _compare(self, compiled_s: float) -> None:
@@ -209,7 +210,7 @@ def _compile(task: dict[str, Any]) -> None:
     model = build_from_spec(spec_from_json(task["model"]), 0).to(compute.device)
     batch = torch.zeros((task["sequences"], model.context_tokens + 1), dtype=torch.int64, device=compute.device)
     with compute.autocast():
-        loss = _function(model, task.get("rows", 1))(batch)
+        loss = _function(model, task["rows"])(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     finish(compute.device)
 

@@ -617,7 +617,7 @@ def check_data(run: RunFile, data_folder: Path | None) -> Finding:
     from swarmtrain.peer.lifecycle.preparation import data_base
 
     sources = run.data.mixture
-    wanted: set[str] = {run.model.tokenizer, *(source.source for source in sources)}
+    wanted: set[str] = {"bpe" if run.model.tokenizer != "bytes" else "", *(source.source for source in sources)}
     wanted |= {"zstd" for source in sources if any(path.endswith(".zst") for path in source.paths)}
     for module, extra in (
         ("datasets", "datasets"),

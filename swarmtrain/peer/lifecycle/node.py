@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from swarmtrain.algorithm.outer import OuterState, flatten, unflatten_into
-from swarmtrain.data.batches import held_out_batches
-from swarmtrain.data.corpus import held_out_of_sources
-from swarmtrain.data.tokenizer_json import tokenizer_config, tokenizer_json
+from swarmtrain.data.held_out import held_out_parts
+from swarmtrain.data.tokenizer_json import tokenizer_files, tokenizer_json
 from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import EvalEvent, Event, InviteEvent, WarningEvent, stamped
@@ -264,9 +263,9 @@ def held_out_loss_of(
     """Return the held-out loss of the model's present weights, as a whole and by source."""
     run = published.run
     sizes, parts = (run.model.context_tokens, run.evaluation.batch_sequences), {}
-    for source, text in held_out_of_sources(run, published.held_out).items():
-        batches = held_out_batches(tokenizer.encode(text), *sizes)
-        parts[source] = TextLoss(*evaluate(model, _checked(batches, check)), len(text))
+    for source, part in held_out_parts(run, published.held_out, tokenizer).items():
+        nats, number = evaluate(model, _checked(part.batches(*sizes), check))
+        parts[source] = TextLoss(nats + part.unspelt_nats, number, part.num_bytes)
     return TextLoss.of_parts(parts)
 
 
@@ -381,8 +380,7 @@ def save_weights(
         loss=loss,
     )
     beside = {
-        "tokenizer.json": tokenizer_json(published.tokenizer),
-        "tokenizer_config.json": tokenizer_config(run.model.context_tokens),
+        **tokenizer_files(published.tokenizer, run.model.context_tokens),
         "README.md": card.text().encode(),
         "held-out.txt": published.held_out,
         "run.toml": published.data,

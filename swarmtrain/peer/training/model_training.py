@@ -61,6 +61,7 @@ from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
 from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import RunFile
+from swarmtrain.words import counted
 
 __all__ = ["ModelTraining", "merge_thread", "prepare_model"]
 
@@ -90,6 +91,10 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     told.start()
     base = data_base(run, context.settings.data_folder)
     data = training_data(run, base, published.held_out, published.tokenizer, context.settings.cache_folder)
+    if data.num_left_out:
+        without = f"{counted(data.num_left_out, 'sample')} of the data without anything to learn"
+        message = f"{without} (a conversation without a turn of the assistant, for example); they are left out"
+        context.emit(WarningEvent(message=message, code="samples-left-out"))
     context.stop.check()
     model = compute.placed(build_run_model(run, context.model_folder, initial_seed(run, context.me)))
     checkpointer = checkpointer_of(context.folder, published, context.me, context.emit)

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import unflatten_into
-from swarmtrain.data.batches import BatchSource, held_out_batches
+from swarmtrain.data.batches import BatchSource
+from swarmtrain.data.held_out import held_out_parts
 from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.model.base import base_files
 from swarmtrain.model.evaluation import evaluate
@@ -38,10 +39,11 @@ class Text:
     @classmethod
     def of(cls, run: RunFile, base: Path, num_parts: int = 1) -> Text:
         """Prepare the text of a run; `base` is the folder that the run file's paths are relative to."""
-        published = publishable_data(run, base)
+        model_files = None if run.model.is_built_in else base_files(run, base)
+        published = publishable_data(run, base, model_files)
         held_out = published.held_out.text
         data = training_data(run, base, held_out, published.tokenizer_bytes, None)
-        return cls(run, data, held_out, num_parts, None if run.model.is_built_in else base_files(run, base))
+        return cls(run, data, held_out, num_parts, model_files)
 
     def share_of(self, number: int) -> int:
         """Return which part of the corpus volunteer `number` learns from."""
@@ -57,9 +59,10 @@ class Text:
         """Return the held-out loss of weights (P,), in nats per byte."""
         model = build_run_model(self.run, self.model_folder)
         unflatten_into(theta, model.trained_tensors())
-        tokens = self.data.tokenizer.encode(self.held_out)
         sizes = self.run.model.context_tokens, self.run.evaluation.batch_sequences
-        return evaluate(model, held_out_batches(tokens, *sizes))[0] / len(self.held_out)
+        parts = held_out_parts(self.run, self.held_out, self.data.tokenizer).values()
+        nats = sum(evaluate(model, part.batches(*sizes))[0] + part.unspelt_nats for part in parts)
+        return nats / sum(part.num_bytes for part in parts)
 
 
 class Learner:

@@ -1,0 +1,326 @@
+"""Tokenizer of a Hugging Face model, as a run pins and serves it, and encoding by it.
+
+What travels is one JSON object, a *bundle*: the file `tokenizer.json` as its authors wrote it, the names of its special
+tokens, and the chat template. The template is beside the tokenizer and not among the model's files, because a run may
+train a model of its own with a named tokenizer, and because whoever encodes needs both and nothing else. A bundle
+without the two others is a bare `tokenizer.json`.
+
+It comes from a stranger. The library `tokenizers` builds tables from it and runs no code; what would let a few bytes of
+text grow into gigabytes of tokens is refused here, and padding, truncation and random merges are turned off.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swarmtrain.data.text_chunks import CHUNK_BYTES, CHUNKS_AT_ONCE, chunks
+from swarmtrain.errors import RunFileError
+from swarmtrain.extras import install_in_words
+from swarmtrain.run import MAX_TOKENIZER_BYTES
+from swarmtrain.words import one_line
+
+__all__ = ["TokenizerBundle", "TokenizerFile"]
+
+_MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_SPECIAL_TOKENS = 64
+_MAX_SPECIAL_BYTES = 256
+_MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+_MAX_DEPTH = 16
+_MAX_PARTS = 512
+_MAX_REPLACEMENT = 64
+"""Characters by which a normalizer may replace one."""
+_MAX_PATTERN = 4096
+_LETTERS_AT_ONCE = CHUNKS_AT_ONCE * CHUNK_BYTES
+_log = logging.getLogger(__name__)
+
+Tokens = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TokenizerBundle:
+    """Tokenizer file and what else those need who encode with it."""
+
+    tokenizer_json: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Text of each special token by its role, such as `eos_token`."""
+    chat_template: str = ""
+    """Jinja template that writes a conversation as text; empty if there is none."""
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes that a run pins."""
+        table = {
+            "chat_template": self.chat_template,
+            "special_tokens": dict(sorted(self.special_tokens.items())),
+            "tokenizer_json": self.tokenizer_json,
+        }
+        return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes_untrusted(cls, data: bytes) -> TokenizerBundle:
+        """Read the bytes that a run pins, or a bare `tokenizer.json`. Raises ValueError if they are neither."""
+        if len(data) > MAX_TOKENIZER_BYTES:
+            raise ValueError(f"it has {len(data)} bytes; at most {MAX_TOKENIZER_BYTES} are accepted")
+        try:
+            text = data.decode()
+            table = json.loads(text)
+        except RecursionError:
+            raise ValueError("its JSON is too deep") from None
+        if not isinstance(table, dict):
+            raise ValueError("it is not a JSON object")
+        if "tokenizer_json" not in table:
+            return cls(text)
+        inner, special, template = table["tokenizer_json"], table.get("special_tokens"), table.get("chat_template")
+        if not isinstance(inner, str) or not isinstance(template, str) or not isinstance(special, dict):
+            raise ValueError("a part of it is missing or of another type")
+        if len(template) > _MAX_TEMPLATE_BYTES:
+            raise ValueError(f"its chat template has {len(template)} characters")
+        if len(special) > _MAX_SPECIAL_TOKENS or not all(
+            isinstance(token, str) and len(role) + len(token) <= _MAX_SPECIAL_BYTES for role, token in special.items()
+        ):
+            raise ValueError("its special tokens are too many or too long")
+        return cls(inner, special, template)
+
+    def files(self, context_tokens: int) -> dict[str, bytes]:
+        """Return the files that Hugging Face's libraries load, by their names."""
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context_tokens,
+            "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
+        }
+        files = {
+            "tokenizer.json": self.tokenizer_json.encode(),
+            "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode(),
+        }
+        return files | ({"chat_template.jinja": self.chat_template.encode()} if self.chat_template else {})
+
+
+class TokenizerFile:
+    """Tokenizer that a `tokenizer.json` describes.
+
+    Text that it cannot spell becomes its unknown token, if it has one, or nothing. Special tokens that stand in a text
+    are its letters like any others: only where a chat template wrote them do they mean something.
+    """
+
+    def __init__(self, bundle: TokenizerBundle) -> None:
+        """Build it from an untrusted bundle.
+
+        Raises ValueError if that is impossible or refused, RunFileError if the library is missing.
+        """
+        self.bundle = bundle
+        table = _checked(bundle.tokenizer_json)
+        self._encoder = _built(table)
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+        self._lock = threading.Lock()
+        """Held while the encoder reads special tokens as letters, or does not."""
+        ids = self._encoder.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise ValueError("it has no tokens")
+        self.vocabulary_size = max(ids.values()) + 1
+        self._dtype = np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
+        self._unknown = _unknown_token(table["model"], ids)
+        self.document_begin, added_end = self._frame()
+        end = self._special("eos_token")
+        self.document_end = added_end if end is None else (end,)
+        begin = self._special("bos_token")
+        first = (*self.document_begin, *(() if begin is None else (begin,)), *self.document_end)
+        self.start_token = first[0] if first else int((*self.encode(b"\n"), 0)[0])
+
+    def _special(self, role: str) -> int | None:
+        found = self.bundle.special_tokens.get(role)
+        return None if found is None else self._encoder.token_to_id(found)
+
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens that the file's post-processor puts before and after a text."""
+        bare = self._encoder.encode("a", add_special_tokens=False).ids
+        framed = self._encoder.encode("a").ids
+        for begin in range(len(framed) - len(bare) + 1):
+            if framed[begin : begin + len(bare)] == bare:
+                return tuple(framed[:begin]), tuple(framed[begin + len(bare) :])
+        return (), ()
+
+    def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
+        """Return the tokens of `text` (n,), uint16 or uint32, without those that begin or end a document.
+
+        Bytes that are not UTF-8 are read as U+FFFD. A long text is cut after lines.
+        """
+        return next(self.encode_all([text]))
+
+    def encode_all(self, texts: Iterable[bytes | npt.NDArray[np.uint8]]) -> Iterator[Tokens]:
+        """Yield what `encode` returns for each text, a few texts at once."""
+        waiting, counts, num_letters = list[str](), list[int](), 0
+        for text in texts:
+            parts = [str(part, "utf-8", "replace") for part in chunks(np.frombuffer(text, np.uint8).data)]
+            waiting += parts
+            counts.append(len(parts))
+            num_letters += sum(map(len, parts))
+            if num_letters >= _LETTERS_AT_ONCE:
+                yield from self._encoded(waiting, counts)
+                waiting, counts, num_letters = [], [], 0
+        yield from self._encoded(waiting, counts)
+
+    def _encoded(self, parts: Sequence[str], counts: Sequence[int]) -> Iterator[Tokens]:
+        """Yield the tokens of texts, given all their parts and how many each has."""
+        ends = np.cumsum([len(part) for part in parts]) // _LETTERS_AT_ONCE
+        cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(parts)]
+        encodings = (
+            np.array(each.ids, self._dtype)
+            for begin, end in itertools.pairwise(cuts)
+            for each in self._batch(parts[begin:end], True)
+        )
+        for count in counts:
+            yield np.concatenate([np.empty(0, self._dtype), *itertools.islice(encodings, count)])
+
+    def _batch(self, parts: Sequence[str], as_letters: bool) -> list[Any]:
+        """Encode parts; special tokens in them are their letters, or themselves."""
+        with self._lock:
+            self._encoder.encode_special_tokens = as_letters
+            try:
+                return list(self._encoder.encode_batch(list(parts), add_special_tokens=False))
+            finally:
+                self._encoder.encode_special_tokens = False
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, npt.NDArray[np.bool_]]:
+        """Return the tokens (n,) of what a template wrote, special tokens included, and which of them (n,) have
+        characters in one of the `spans` (begin, end), as Hugging Face's libraries do."""
+        (encoding,) = self._batch([text], False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        is_in = np.zeros(len(offsets), np.bool_)
+        for begin, end in spans:
+            is_in |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        return np.array(encoding.ids, self._dtype), is_in
+
+    def encode_prompt(self, text: str) -> Tokens:
+        """Return the tokens (n,) of what a person asks with: special tokens in it are what they are, and what begins a
+        document begins it."""
+        tokens, _ = self.encode_spans(text, ())
+        return np.concatenate([np.array(self.document_begin, self._dtype), tokens])
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
+        """Return the tokens (n,) of a prompt and its completion, and how many of them are the prompt's.
+
+        The prompt's are those that it has alone, since the model will be asked with them. Where the two have a token
+        together they are encoded apart, unless that changes the text.
+        """
+        alone, whole, rest = self._batch([prompt, prompt + completion, completion], False)
+        if whole.ids[: len(alone.ids)] == alone.ids:
+            return np.array(whole.ids, self._dtype), len(alone.ids)
+        apart = [*alone.ids, *rest.ids]
+        if self.decode(apart) == (prompt + completion).encode():
+            return np.array(apart, self._dtype), len(alone.ids)
+        pairs = zip(alone.ids, whole.ids, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return np.array(whole.ids, self._dtype), common
+
+    def num_unspelt_bytes(self, text: bytes) -> int:
+        """Return how many bytes of `text` are in no token, or only in unknown ones."""
+        missing = 0
+        for chunk in chunks(np.frombuffer(text, np.uint8).data):
+            part = str(chunk, "utf-8", "replace")
+            (encoding,) = self._batch([part], True)
+            spelt = np.zeros(len(part), np.bool_)
+            for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                spelt[begin:end] |= token != self._unknown
+            missing += sum(
+                len(letter.encode())
+                for letter, is_spelt in zip(part, spelt, strict=True)
+                if not is_spelt and not letter.isspace()
+            )
+        return missing
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """Return the text of `tokens`, special ones included. Raises ValueError for a number that is no token."""
+        numbers = [int(token) for token in tokens]
+        if numbers and not 0 <= min(numbers) <= max(numbers) < self.vocabulary_size:
+            raise ValueError(f"a token is at least 0 and below {self.vocabulary_size}")
+        text: str = self._encoder.decode(numbers, skip_special_tokens=False)
+        return text.encode()
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes from which a peer builds the same tokenizer."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return self.bundle.to_bytes()
+
+
+def _unknown_token(model: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
+    if model["type"] == "Unigram":
+        found = model.get("unk_id")
+        return found if isinstance(found, int) else None
+    return ids.get(str(model.get("unk_token")))
+
+
+# ---------------------------------------------------------------- what a stranger may not ask for
+
+
+def _checked(text: str) -> dict[str, Any]:
+    """Return the file as a table without padding, truncation and random merges. Raises ValueError if it is refused."""
+    try:
+        table = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is too deep") from None
+    model = table.get("model") if isinstance(table, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError("it has no model")
+    model.setdefault("type", "BPE" if "merges" in model else "")
+    if model["type"] not in _MODELS:
+        raise ValueError(f"its model is {one_line(str(model['type']))[:40]}; allowed: {', '.join(_MODELS)}")
+    if model.get("dropout") is not None:
+        model["dropout"] = None
+    parts = 0
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        parts += _num_parts(table.get(name), 0)
+    if parts > _MAX_PARTS:
+        raise ValueError(f"it has {parts} normalizers and the like; at most {_MAX_PARTS} are accepted")
+    checked: dict[str, Any] = {**table, "truncation": None, "padding": None}
+    return checked
+
+
+def _num_parts(part: Any, depth: int) -> int:
+    """Return how many parts a normalizer or the like consists of. Raises ValueError if one of them is refused."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("its normalizers or the like are too deep")
+    if isinstance(part, list):
+        return sum(_num_parts(each, depth + 1) for each in part)
+    if not isinstance(part, dict):
+        return 0
+    for name, most in (("content", _MAX_REPLACEMENT), ("prepend", _MAX_REPLACEMENT), ("Regex", _MAX_PATTERN)):
+        if isinstance(part.get(name), str) and len(part[name]) > most:
+            raise ValueError(f"a part of it has {len(part[name])} characters in {name}; at most {most} are accepted")
+    return 1 + sum(_num_parts(each, depth + 1) for each in part.values())
+
+
+def _built(table: dict[str, Any]) -> Any:
+    """Return the library's tokenizer. Raises ValueError if the library refuses the file, whatever it raises."""
+    library = _library()
+    try:
+        return library.Tokenizer.from_str(json.dumps(table, ensure_ascii=False))
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        # A panic of the library is no Exception.
+        _log.info("the library tokenizers refuses a file: %r", error)
+        raise ValueError(one_line(str(error))[:200] or "the library tokenizers refuses it") from None
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError:
+        raise RunFileError(
+            f"model.tokenizer: a tokenizer.json needs tokenizers: {install_in_words('bpe')}", code="package-missing"
+        ) from None
