@@ -76,6 +76,11 @@ class HuggingFaceLanguageModel(LanguageModel):
         return cast(nn.Linear, self.library_model.get_output_embeddings())
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """See `LanguageModel`."""
+        return self.traits.keeps_documents_apart
+
+    @property
     def blocks(self) -> Iterable[nn.Module]:  # type: ignore[override]
         """Blocks in their order; none if they are not found."""
         return self._blocks

@@ -70,6 +70,12 @@ class LanguageModel(nn.Module, ABC):
         return self.section.context_tokens
 
     @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether tokens see only their own document where `features` is given positions, with this machine's
+        libraries."""
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.parameters()).device

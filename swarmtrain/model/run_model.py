@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from swarmtrain.errors import UserError
+from swarmtrain.extras import install_in_words
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import position_numbers, similar_built_in
@@ -34,8 +35,18 @@ _MADE_BYTES = 24
 
 
 def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -> LanguageModel:
-    """Build the model of `run` with its initial weights, on the processor, fp32. `seed` replaces the run's."""
-    return build_from_spec(spec_of(run, files), run.run.seed if seed is None else seed)
+    """Build the model of `run` with its initial weights, on the processor, fp32. `seed` replaces the run's.
+
+    Raises UserError as `build_from_spec` does, and if this machine's libraries would train it otherwise.
+    """
+    model = build_from_spec(spec_of(run, files), run.run.seed if seed is None else seed)
+    if run.data.packing == "documents" and not model.keeps_documents_apart:
+        raise UserError(
+            "this transformers cannot be used: with this torch it does not keep documents apart (data.packing = "
+            f'"documents"); install newer ones: {install_in_words("hf")} "torch>=2.6"',
+            code="package-missing",
+        )
+    return model
 
 
 def check_positions(section: ModelSection) -> None:

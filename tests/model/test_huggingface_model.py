@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -424,9 +423,13 @@ def test_traits_of_families_are_seen(folder: Path) -> None:
 def test_a_family_whose_tokens_see_earlier_documents_is_refused_where_they_are_packed(tmp_path: Path) -> None:
     saved("bloom", tmp_path / "small", vocab_size=288, hidden_size=32, n_layer=2, n_head=4)
     assert not _built(tmp_path, "small").traits.keeps_documents_apart
-    packed: Any = SimpleNamespace(packing="documents")
+    plain = run_of("small")
+    packed = {"data": plain.data.model_copy(update={"packing": "documents"})}
     with raises_code("keys-disagree", RunFileError, "data.packing"):
-        resolved_run(run_of("small").model_copy(update={"data": packed}), tmp_path)
+        resolved_run(plain.model_copy(update=packed), tmp_path)
+    elsewhere = resolved_run(plain, tmp_path).model_copy(update=packed)
+    with raises_code("package-missing", UserError, "does not keep documents apart"):
+        build_run_model(elsewhere, tmp_path / "small")
 
 
 def test_parameters_that_begin_with_a_pattern_are_no_constants() -> None:
