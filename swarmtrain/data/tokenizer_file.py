@@ -95,6 +95,7 @@ class TokenizerBundle:
         """Return the files that Hugging Face's libraries load, by their names."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": context_tokens,
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,

@@ -67,7 +67,10 @@ _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
-_OF_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+_NOT_OF_A_TOKENIZER = ("auto_map", "name_or_path", "tokenizer_file")
+"""Keys of a tokenizer's configuration that name code, or files on another machine."""
+_OF_TOKENIZER = (*_TOKENIZER_CONFIGS, "chat_template.jinja")
 _TORN_PARAMETERS = 2**26
 """Parameters for which memory is taken although their weights may not be there: 256 MiB. It is said then which are
 not."""
@@ -121,7 +124,7 @@ def export_model(
             run_tokens=run_tokens,
             weights_sha256=hashes,
         )
-        written = {CONFIG: _json(provenance.into(config)), **generation, **files}
+        written = {CONFIG: _json(provenance.into(config)), **generation, **files, **_tokenizer_as_it_came(spec)}
         for name, content in written.items():
             (temporary / name).write_bytes(content)
 
@@ -144,7 +147,7 @@ def _export_adapter(
             weights_sha256={_ADAPTER_WEIGHTS: sha256},
             adapter=spec.adapter,
         )
-        written = {provenance.file_name: _json(provenance.into({})), **files}
+        written = {provenance.file_name: _json(provenance.into({})), **files, **_tokenizer_as_it_came(spec)}
         written[_ADAPTER_CONFIG] = _json(adapter.config(name, revision))
         for file_name, content in written.items():
             (temporary / file_name).write_bytes(content)
@@ -180,6 +183,22 @@ def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]
         {**config, "tie_word_embeddings": spec.section.tied_embeddings, "torch_dtype": "float32"},
         {_GENERATION: drawn_as} if drawn_as else {},
     )
+
+
+def _tokenizer_as_it_came(spec: ModelSpec) -> dict[str, bytes]:
+    """Return the configuration of a model's own tokenizer, which says more than a run needs to know of it."""
+    if spec.section.is_built_in or spec.section.tokenizer != "model" or spec.files is None:
+        return {}
+    found = {}
+    for name in _TOKENIZER_CONFIGS:
+        if content := _beside(spec.files, name):
+            try:
+                config = json.loads(content)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(config, dict):
+                found[name] = _json({key: value for key, value in config.items() if key not in _NOT_OF_A_TOKENIZER})
+    return found
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

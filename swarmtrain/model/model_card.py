@@ -25,6 +25,13 @@ __all__ = ["ModelCard"]
 _MOST_CONTRIBUTORS = 1000
 _MOST_LAYERS = 8
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_TEXT = ('tokens = tokenizer("def ", return_tensors="pt")',)
+_CHAT = (
+    'messages = [{"role": "user", "content": "Hello!"}]',
+    'given = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+    "tokens = tokenizer.apply_chat_template(messages, **given)",
+)
+"""How the tokens of a text, or of a conversation, are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,7 @@ class ModelCard:
                 "```python",
                 *loading,
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-                'tokens = tokenizer("def ", return_tensors="pt")',
+                *(_CHAT if any(source.format == "chat" for source in self.run.data.mixture) else _TEXT),
                 "print(tokenizer.decode(model.generate(**tokens)[0]))",
                 "```",
                 "",

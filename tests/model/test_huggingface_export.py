@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from codes import raises_code
+from made_tokenizers import bundle, made_tokenizer, write_tokenizer
 from small_models import CONFIGS, run_of, saved
 
+from swarmtrain.cli.main import run as main
+from swarmtrain.data.tokenizer_json import tokenizer_files
 from swarmtrain.errors import UserError
 from swarmtrain.model.base import base_files, resolved_run
 from swarmtrain.model.export import copy_exported, export_model, load_exported
@@ -23,6 +27,7 @@ from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import joined_weights
+from swarmtrain.peer.checkpoints.export import tokenizer_of
 from swarmtrain.run import ModelSection, RunFile
 
 pytestmark = pytest.mark.slow  # importing the library alone takes seconds
@@ -152,3 +157,46 @@ def test_without_the_files_of_its_model_an_export_says_how_to_get_them(tmp_path:
         with raises_code("model-files-needed", UserError, "--model-dir"):
             export_model(tmp_path / "out", {}, ModelSpec(run.model, files), 7, {})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_models_own_tokenizer_is_exported_as_it_came_without_code_and_paths(tmp_path: Path) -> None:
+    import transformers
+
+    saved("llama", tmp_path / "llama", vocab_size=320)
+    write_tokenizer(tmp_path / "llama")
+    path = tmp_path / "llama" / "tokenizer_config.json"
+    hidden = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "name_or_path": "/home/anna/secret"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left", **hidden}))
+    run = resolved_run(run_of("llama", 'tokenizer = "model"'), tmp_path)
+    model = build_run_model(run, base_files(run, tmp_path))
+    beside = tokenizer_files(bundle().to_bytes(), 24)
+    export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, beside)
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert not hidden.keys() & written.keys() and written["padding_side"] == "left"
+    path.write_text(json.dumps(written))
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "llama"))
+    turns = [{"role": "user", "content": "how are you?"}]
+    assert ours.apply_chat_template(turns) == theirs.apply_chat_template(turns)
+    assert ours.padding_side == "left" and ours.get_vocab() == theirs.get_vocab()
+    tokens = ours("how are you?", return_tensors="pt")
+    assert tokens.keys() == {"input_ids", "attention_mask"}
+    found = tokenizer_of(load_exported(tmp_path / "out"))
+    assert found.encode(b"how are you?").tolist() == tokens["input_ids"][0].tolist() and found.document_end == (0,)
+
+
+def test_a_folder_that_others_wrote_is_measured_and_continued_by_its_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library_model = saved("llama", tmp_path / "llama", vocab_size=320)
+    write_tokenizer(tmp_path / "llama")
+    (text := tmp_path / "text.txt").write_bytes(b"how are you? all is well")
+    command = ["eval", str(tmp_path / "llama"), "--text", str(text), "--device", "cpu", "--json"]
+    assert main(command) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    tokens = torch.tensor([[0, *made_tokenizer().encode(text.read_bytes()).tolist()]])
+    with torch.no_grad():
+        loss = library_model(tokens, labels=tokens).loss
+    assert found["tokens"] == tokens.shape[1] - 1 and found["run_tokens"] == 0
+    assert found["bits_per_byte"] == pytest.approx(float(loss) * found["tokens"] / 24 / math.log(2), rel=1e-5)
+    assert main(["generate", str(tmp_path / "llama"), "--prompt", "how", "--tokens", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("how")

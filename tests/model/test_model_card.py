@@ -74,3 +74,8 @@ def test_the_model_that_it_comes_from_is_named_and_its_shape_is_not_the_readers_
     text = card(run_file(model=written | filled))
     assert 'base_model: "owner/tiny"\n' in text and "| trained from | `owner/tiny@0123456, from its weights` |" in text
     assert parse_run(text.split("```toml\n")[1].split("\n```\n")[0], "card") == run_file(model=written)
+
+
+def test_who_loads_a_model_for_chat_is_shown_a_conversation() -> None:
+    text = card(run_file(data={"source": "jsonl", "paths": ("a.jsonl",), "format": "chat"}))
+    assert "apply_chat_template(messages" in text and "apply_chat_template" not in card(run_file())
