@@ -122,7 +122,7 @@ def _limit_options(function: _F) -> _F:
     help="Folder of your own text, for runs that train on text or JSON lines.",
 )
 @click.option("--model-dir", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, which are then not fetched if they are the run's.")  # fmt: skip
-@click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Less memory, and less to send.  [default: all]")  # fmt: skip
+@click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Fewer gradients to compute and to send.  [default: all]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
 @peer_options

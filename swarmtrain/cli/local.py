@@ -373,9 +373,7 @@ def _watch(
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
-    invite, seen = swarm.wait_for_invite()
-    for event in seen:
-        emit(event)
+    invite, _ = swarm.wait_for_invite(show=emit)
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
