@@ -80,7 +80,7 @@ _LOST_TIMES = 8
 @swarm_options.LOSS
 @swarm_options.CHURN
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="Rehearsal file with links, churn and timed faults; the options above override it.")  # fmt: skip
-@click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, for as many steps as the fastest volunteer took.")  # fmt: skip
+@click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, on as many tokens as the fastest volunteer.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
@@ -408,7 +408,7 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, stop: StopFlag) -> tuple[_Part, float]:
-    """Train one volunteer alone at full speed for as many inner steps as the fastest took, with a progress bar.
+    """Train one volunteer alone at full speed on as many tokens as the fastest, with a progress bar.
 
     Return (its work, its held-out loss).
     """
@@ -423,6 +423,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     from swarmtrain.peer.lifecycle.folder import PeerFolder
     from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.protocol.limits import Limits
+    from swarmtrain.words import count_in_words
 
     settings = PeerSettings(
         directory=directory,
@@ -438,13 +439,13 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
-    steps, began_s = trained.most_tokens // published.run.tokens_per_step, time.monotonic()
+    tokens, began_s = trained.most_tokens, time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
+        bar = progress.add_task(f"one volunteer alone, {count_in_words(tokens)} tokens", total=tokens)
 
-        def advance(num_steps: int) -> None:
+        def advance(num_tokens: int) -> None:
             stop.check()
-            progress.advance(bar, num_steps)
+            progress.advance(bar, num_tokens)
 
         def tell(event: Event) -> None:
             event = stamped(event, time.time(), "", settings.name)
@@ -453,7 +454,8 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
             else:
                 progress.console.print(to_plain_line(event), markup=False, highlight=False)
 
-        loss = train_alone(published, steps, settings, advance, tell)
+        found = train_alone(published, tokens, settings, advance, tell)
     if trained.emit.display is None:
-        trained.emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
-    return _Part(settings.name, tokens=steps * published.run.tokens_per_step), loss
+        wall_s = time.monotonic() - began_s
+        trained.emit(AloneEvent(held_out_loss=found.loss, inner_steps=found.inner_steps, wall_s=wall_s))
+    return _Part(settings.name, tokens=found.tokens), found.loss
