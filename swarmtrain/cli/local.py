@@ -117,8 +117,9 @@ def command(
     """Run a bootstrap and volunteers here until the run ends.
 
     The peers are real processes that talk over real sockets; one display shows them all. At the end it prints a sample
-    of generated text, each volunteer's share and the held-out loss. Press Ctrl-C once to end the volunteers and then
-    the bootstrap, twice to end all at once. To continue the run, start it again with the same --dir.
+    of generated text (of conversations, an answer to a held-out question), each volunteer's share and the held-out
+    loss. Press Ctrl-C once to end the volunteers and then the bootstrap, twice to end all at once. To continue the run,
+    start it again with the same --dir.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
@@ -394,15 +395,22 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
+    """Print what the model writes after the beginning of a held-out document, and how to let it write more."""
     model = directory / "bootstrap" / "model"
-    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.exported_model import load_for_use
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.data.sample_prompt import sample_prompt
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text, tokenizer_of
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
 
+    published = PeerFolder(directory / "bootstrap").kept_run()
+    assert published is not None, "the bootstrap kept its run"
+    exported = load_for_use(model)
+    prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
+    click.echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
-        text = sample_text(load_for_use(model), "def ", sampling, advance)
+        text = sample_text(exported, prompt, sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 
