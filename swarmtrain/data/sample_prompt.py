@@ -51,7 +51,7 @@ def _of_samples(source: DataSource, text: bytes, tokenizer: Tokenizer) -> Tokens
     prompts = list[Tokens]()
     with DocumentEncoder(source.format, tokenizer) as encoder:
         for documents in encoder.encode(samples):
-            if documents and documents[0].is_target is not None:
-                tokens, is_target = documents[0]
+            for tokens, is_target in documents[:1]:
+                assert is_target is not None, "of a sample a part is learnt"
                 prompts.append(tokens[: int(np.argmax(is_target))])
     return min(filter(len, prompts), key=len, default=None)
