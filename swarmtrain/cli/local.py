@@ -369,13 +369,13 @@ def _watch(
 ) -> tuple[dict[str, _Part], DoneEvent | None]:
     """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
     measured the model)."""
+    from swarmtrain.cli.progress import said_meanwhile
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
-    invite, seen = swarm.wait_for_invite()
-    for event in seen:
-        emit(event)
+    with said_meanwhile(lambda: "the bootstrap is preparing the run"):
+        invite = swarm.wait_for_invite(emit)
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])

@@ -243,13 +243,15 @@ class LocalSwarm:
         """Show a message to the person, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
-    def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
-        """Return the bootstrap's invite and the events before it."""
-        seen: list[Event] = []
-        for event in self.events(limit_s):
-            seen.append(event)
+    def wait_for_invite(self, show: Callable[[Event], None] = lambda event: None) -> InviteEvent:
+        """Return the bootstrap's invite, however long it prepares the run; `show` gets the events until then.
+
+        Raises RunTimeError if it ends without one.
+        """
+        for event in self.events():
+            show(event)
             if isinstance(event, InviteEvent):
-                return event, seen
+                return event
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log", code="peer-failed")
 
     def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:
