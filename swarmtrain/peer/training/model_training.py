@@ -236,7 +236,8 @@ class ModelTraining:
             recomputes=loop.compute.recomputes,
             num_ranks=loop.compute.num_host_ranks,
         )
-        control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.manager, estimates)
+        pulse = volunteer_pulse(control.board, self.exchange, lambda: self.session.learnt_share)
+        control.watch(swarm, pulse, self.manager, estimates)
 
     def _look_for_others(self) -> None:
         """Search for others for `_ALONE_AFTER_S`, then go on alone. They may just be restarting too, and this peer
