@@ -446,7 +446,7 @@ class Swarm:
         path.write_text(tomli_w.dumps(run.model_dump(mode="json", exclude_none=True, exclude_unset=True)))
         with self.cores.of_children(is_measured=False):
             self._swarm.start(BOOTSTRAP, ["bootstrap", str(path), *self._swarm.place(BOOTSTRAP, limited=False)])
-        self._invite = self._swarm.wait_for_invite().invite
+        self._invite = self._swarm.wait_for_invite(600.0)[0].invite
         if self.options.halves:
             return
         with self.cores.of_children(is_measured=False):

@@ -137,7 +137,7 @@ class Hour:
             stack.callback(self._swarm.stop)
             place = self._swarm.place(BOOTSTRAP, limited=False)
             self._swarm.start(BOOTSTRAP, ["bootstrap", str(self._folder / "run.toml"), *place])
-            invite = self._swarm.wait_for_invite().invite
+            invite = self._swarm.wait_for_invite(600.0)[0].invite
             for name, core in zip(NAMES, self._cores, strict=False):
                 self._start(name, core, invite)
             while not all(self._has_ended(name) for name in NAMES):

@@ -37,7 +37,7 @@ def trained(run: RunFile, num_peers: int, *, dies: bool) -> tuple[float, float]:
         try:
             company = ["--wait-for", str(num_peers)]
             swarm.start("bootstrap", ["bootstrap", str(path), *swarm.place("bootstrap", limited=False), *company])
-            invite = swarm.wait_for_invite()
+            invite, _ = swarm.wait_for_invite()
 
             def join(number: int) -> None:
                 name = f"volunteer-{number}"

@@ -80,7 +80,7 @@ def trained(run_file: Path, changes: Sequence[str], num_stages: int, data_bytes:
         try:
             company = ["--wait-for", str(num_stages)]
             swarm.start("bootstrap", ["bootstrap", str(path), *swarm.place("bootstrap", limited=False), *company])
-            invite = swarm.wait_for_invite()
+            invite, _ = swarm.wait_for_invite()
             volunteers = [f"volunteer-{number}" for number in range(num_stages)]
             for number, name in enumerate(volunteers):
                 stage = [f"--first-stages={number}"] if num_stages > 1 else []

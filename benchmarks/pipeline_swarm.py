@@ -126,7 +126,7 @@ def started(
         try:
             company = ["--wait-for", str(len(stages))]
             swarm.start("bootstrap", ["bootstrap", str(path), *swarm.place("bootstrap", limited=False), *company])
-            invite = swarm.wait_for_invite()
+            invite, _ = swarm.wait_for_invite()
             for number, stage in enumerate(stages):
                 name = f"volunteer-{number}"
                 this = odd if odd is not None and odd.number == number else Odd(number=number)

@@ -243,15 +243,20 @@ class LocalSwarm:
         """Show a message to the person, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
-    def wait_for_invite(self, show: Callable[[Event], None] = lambda event: None) -> InviteEvent:
-        """Return the bootstrap's invite, however long it prepares the run; `show` gets the events until then.
+    def wait_for_invite(
+        self, limit_s: float | None = None, show: Callable[[Event], None] = lambda event: None
+    ) -> tuple[InviteEvent, list[Event]]:
+        """Return the bootstrap's invite and the events up to it; `show` gets them as they come.
 
-        Raises RunTimeError if it ends without one.
+        Without a limit it waits as long as the bootstrap works: to download a large model takes hours. Raises
+        RunTimeError if the bootstrap ends first.
         """
-        for event in self.events():
+        seen: list[Event] = []
+        for event in self.events(limit_s):
+            seen.append(event)
             show(event)
             if isinstance(event, InviteEvent):
-                return event
+                return event, seen
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log", code="peer-failed")
 
     def stop(self, show: Callable[[Event], None] = lambda event: None) -> None:

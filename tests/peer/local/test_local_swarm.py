@@ -10,7 +10,7 @@ from codes import raises_code
 
 from swarmtrain.cli.local import _again
 from swarmtrain.errors import RunTimeError
-from swarmtrain.events import ArrivingEvent, DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent
 from swarmtrain.peer.local.swarm import LocalSwarm
 
 _PEER = """
@@ -93,33 +93,25 @@ def test_a_bootstrap_whose_volunteers_have_all_failed_is_not_waited_for(tmp_path
         swarm.stop()
 
 
-_FETCHING = """
-import json, os, sys, time
-print(json.dumps({"event": "arriving", "doing": "fetching the model's files from the hub", "received_bytes": 1,
-    "total_bytes": 2, "seconds": 3.0}), flush=True)
-while not os.path.exists(sys.argv[1]):
-    time.sleep(0.01)
-if sys.argv[2] == "invites":
-    print(json.dumps({"event": "invite", "line": "", "invite": "st1", "run_sha256": "", "addresses": []}), flush=True)
+_PREPARING = """
+import json
+print(json.dumps({"event": "warning", "message": "the model is downloaded"}), flush=True)
+print(json.dumps({"event": "invite", "line": "", "invite": "st1", "run_sha256": "", "addresses": []}), flush=True)
 """
 
 
-@pytest.mark.parametrize("then", ["invites", "ends"])
-def test_what_the_bootstrap_prepares_is_shown_until_it_invites(tmp_path: Path, then: str) -> None:
-    swarm, is_shown = LocalSwarm(tmp_path), tmp_path / "shown"
-    shown: list[Event] = []
-
-    def show(event: Event) -> None:
-        shown.append(event)
-        is_shown.touch()
-
-    swarm.start("bootstrap", [str(is_shown), then], ("-c", _FETCHING))
-    if then == "invites":
-        assert swarm.wait_for_invite(show).invite == "st1"
-    else:
-        with raises_code("peer-failed", RunTimeError, "bootstrap"):
-            swarm.wait_for_invite(show)
-    assert isinstance(shown[0], ArrivingEvent)
+def test_the_invite_is_waited_for_as_long_as_the_bootstrap_works(tmp_path: Path) -> None:
+    """However long that is: what it says meanwhile is shown."""
+    swarm, shown = LocalSwarm(tmp_path), list[Event]()
+    swarm.start("bootstrap", [], ("-c", _PREPARING))
+    invite, seen = swarm.wait_for_invite(show=shown.append)
+    assert invite.invite == "st1" and seen == shown
+    assert [type(event) for event in shown] == [WarningEvent, InviteEvent]
+    swarm.stop()
+    swarm = LocalSwarm(tmp_path)
+    swarm.start("bootstrap", [], ("-c", _FAILING))
+    with raises_code("device-unusable", RunTimeError):
+        swarm.wait_for_invite()
     swarm.stop()
 
 
