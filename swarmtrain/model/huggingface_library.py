@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def load_library_model(config: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _in_words(found: str | Sequence[Any]) -> tuple[str, ...]:
+def _in_words(found: Any) -> tuple[str, ...]:
     """Return the name of a tensor that does not fit, and its shapes in the files and by the configuration, if told."""
     name, *shapes = (found,) if isinstance(found, str) else found
     return (one_line(str(name))[:200], *(one_line(str(list(shape)))[:100] for shape in shapes))
