@@ -377,7 +377,7 @@ class FinishingEvent(_Event):
 
 
 class AloneEvent(_Event):
-    """One volunteer alone has trained for as many inner steps as the swarm's fastest, for comparison."""
+    """One volunteer alone has trained on as many tokens as the swarm's fastest, for comparison."""
 
     event: Literal["alone"] = "alone"
     held_out_loss: float = Field(description="Loss on the held-out text, in nats per byte.")

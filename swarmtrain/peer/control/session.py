@@ -273,8 +273,12 @@ def _curves(
 # ---------------------------------------------------------------- where the board looks
 
 
-def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[], Pulse]:
-    """Return a function that describes what a volunteer is doing in its rounds, read from where it happens."""
+def volunteer_pulse(
+    board: StatusBoard, exchange: SwarmExchange, learnt_share: Callable[[], float]
+) -> Callable[[], Pulse]:
+    """Return a function that describes what a volunteer is doing in its rounds, read from where it happens.
+
+    `learnt_share` returns that of its steps, see `Pulse`."""
     rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
 
     def pulse() -> Pulse:
@@ -298,6 +302,7 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
             inner_steps_done=done,
             inner_steps=steps,
             num_steps=exchange.num_steps,
+            learnt_share=learnt_share(),
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
             patience_s=patience_s,
@@ -317,7 +322,8 @@ def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
 
 def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
     """Return a function that describes what a bootstrap is doing: serving, or waiting for volunteers."""
-    min_peers = swarm.published.run.merge.min_peers
+    run = swarm.published.run
+    min_peers, is_all_learnt = run.merge.min_peers, run.batch_rows == 1
 
     def pulse() -> Pulse:
         volunteers = swarm.membership.volunteers()
@@ -334,6 +340,7 @@ def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[
             state=pb.PEER_STATE_SERVING,
             doing=doing,
             round=round,
+            learnt_share=float(is_all_learnt),
             sent_bytes=swarm.node.traffic.sent_bytes,
             received_bytes=swarm.node.traffic.received_bytes,
         )
