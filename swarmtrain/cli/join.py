@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
-__all__ = ["command"]
+__all__ = ["command", "free_directory"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _POLL_INTERVAL_S = 0.5
@@ -157,12 +157,16 @@ def command(
             )
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
-        directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
+        directory = free_directory(options, parsed.run_sha256 if parsed is not None else None)
         parsed = parsed or _of_folder(directory)
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
         model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
+        from swarmtrain.peer.service.managers import keep_service_limits
+
+        if problem := keep_service_limits(directory, started.options):
+            say(problem)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -188,6 +192,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         only_announced=options.only_announced,
         num_served_by=_serving(fail_pulls / 100),
         model_folder=model_dir,
@@ -265,7 +270,7 @@ def _of_folder(directory: Path) -> Invite:
     return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
-def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
+def free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """Choose the peer's folder: `--dir`, else this user's folder for volunteers, or a numbered one beside it.
 
     A numbered one is used while the usual one is in use or holds another run than `run_sha256`. Without a run and a

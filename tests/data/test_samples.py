@@ -179,6 +179,24 @@ def test_a_streamed_data_set_of_conversations_is_cut_alike_after_a_resume(tmp_pa
             assert (tokens[:, 1:][positions[:, 1:] == 0] == first).all(), "conversations begin with a role"
 
 
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_own_conversations_of_which_nothing_is_learnt_are_named_and_counted(tmp_path: Path, streaming: str) -> None:
+    library = pytest.importorskip("datasets")
+    rows = [chat(number) for number in range(300)]
+    asks = [{"messages": chat(number)["messages"][:2]} for number in range(1000, 1200)]
+    for name, each in (("good", rows), ("asks", asks)):
+        library.Dataset.from_list(each).save_to_disk(str(tmp_path / name / "set"))
+        write_tokenizer(tmp_path / name / "base", PLAIN)
+    run = run_of(
+        'held_out_bytes = 4096\n[[data.sources]]\nname = "talk"\nsource = "datasets"\ndataset = "set"\n'
+        f'format = "chat"\nstreaming = {streaming}\n'
+    )
+    published = publishable_data(run, tmp_path / "good")
+    with raises_code("nothing-to-learn", RunFileError, "source talk", "200 samples", '"set"'):
+        text, tokenizer = published.held_out.text, published.tokenizer_bytes
+        batches_of(run, training_data(run, tmp_path / "asks", text, tokenizer, None)).next_batch()
+
+
 @pytest.mark.parametrize(
     ("data", "model", "code"),
     [
