@@ -17,6 +17,9 @@ EXTRAS = {
     "hf": "transformers>=4.55",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
+    "tensorboard": "tensorboard>=2.16",
+    "trackio": "trackio>=0.40",
+    "wandb": "wandb>=0.22",
     "zstd": "zstandard>=0.19",
 }
 """Library that each extra in pyproject.toml installs."""

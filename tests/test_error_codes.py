@@ -31,7 +31,7 @@ dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined 
 bad-chat-template bad-tokenizer chat-refused no-chat-template no-tokenizer-file not-a-sample nothing-to-learn
 samples-left-out tokenizer-misfit tokenizer-not-loaded
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
-bad-model-file disk-full files-not-delivered hub-failed model-files-differ
+bad-model-file disk-full files-not-delivered hub-failed hub-file-damaged model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
 heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
@@ -53,6 +53,7 @@ several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 s
 stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
+bad-tracker tracker-failed tracker-offline
 model-files-needed model-has-code model-quantised model-refused no-such-base
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""

@@ -192,6 +192,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         only_announced=options.only_announced,
         num_served_by=_serving(fail_pulls / 100),
         model_folder=model_dir,

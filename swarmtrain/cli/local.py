@@ -20,6 +20,7 @@ from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
+from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import RunTimeError, with_code
 from swarmtrain.words import counted
 
@@ -84,6 +85,7 @@ _LOST_TIMES = 8
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
+@report_to_option(click.Option)
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
 @click.option(
     "--log-level",
@@ -111,14 +113,16 @@ def command(
     data: Path | None,
     model_dir: Path | None,
     directory: Path | None,
+    report_to: tuple[str, ...],
     as_json: bool,
     log_level: str,
 ) -> None:
     """Run a bootstrap and volunteers here until the run ends.
 
     The peers are real processes that talk over real sockets; one display shows them all. At the end it prints a sample
-    of generated text, each volunteer's share and the held-out loss. Press Ctrl-C once to end the volunteers and then
-    the bootstrap, twice to end all at once. To continue the run, start it again with the same --dir.
+    of generated text (of conversations, an answer to a held-out question), each volunteer's share and the held-out
+    loss. Press Ctrl-C once to end the volunteers and then the bootstrap, twice to end all at once. To continue the run,
+    start it again with the same --dir.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
@@ -157,13 +161,17 @@ def command(
         common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         common += ["--model-dir", str(model_dir)] if model_dir is not None else []
+        tracked = [f"--report-to={tracker}" for tracker in report_to]
+        common += tracked
+        if "tensorboard" in report_to:
+            click.echo(f"curves of all peers: tensorboard --logdir {shlex.quote(str(directory))}", err=True)
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         extra = [
             each + ([f"--rank={rank}"] if rank else []) for each, rank in zip(extra, ranks or peers * (0,), strict=True)
         ]
         try:
             trained = _train(
-                _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal), stop
+                _Plan([given.argument, "--data", str(base), *tracked], run, directory, extra, as_json, rehearsal), stop
             )
             _show_sample(directory, as_json, on)
             for part in trained.parts.values():
@@ -369,11 +377,13 @@ def _watch(
 ) -> tuple[dict[str, _Part], DoneEvent | None]:
     """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
     measured the model)."""
+    from swarmtrain.cli.progress import said_meanwhile
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
-    invite, _ = swarm.wait_for_invite(show=emit)
+    with said_meanwhile(lambda: "the bootstrap is preparing the run"):
+        invite, _ = swarm.wait_for_invite(show=emit)
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
@@ -394,15 +404,22 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
+    """Print what the model writes after the beginning of a held-out document, and how to let it write more."""
     model = directory / "bootstrap" / "model"
-    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.exported_model import load_for_use
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.data.sample_prompt import sample_prompt
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text, tokenizer_of
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
 
+    published = PeerFolder(directory / "bootstrap").kept_run()
+    assert published is not None, "the bootstrap kept its run"
+    exported = load_for_use(model)
+    prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
+    click.echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
-        text = sample_text(load_for_use(model), "def ", sampling, advance)
+        text = sample_text(exported, prompt, sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

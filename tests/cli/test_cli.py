@@ -31,7 +31,18 @@ from swarmtrain.errors import ClockError, InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = (
-    *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+    *(
+        "--dir",
+        "--name",
+        "--json",
+        "--listen",
+        "--announce",
+        "--control",
+        "--metrics",
+        "--report-to",
+        "--log-level",
+        "--background",
+    ),
     "--accept-clock",
     "--only-announced",  # hidden, for rehearsals
 )
@@ -69,7 +80,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--log-level"),
+        *("--compare-alone", "--data", "--model-dir", "--dir", "--report-to", "--json", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json"),
