@@ -17,9 +17,9 @@ EXTRAS = {
     "hf": "transformers>=4.55",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
-    "tensorboard": "tensorboard>=2.16",
-    "trackio": "trackio>=0.40",
-    "wandb": "wandb>=0.22",
+    "tensorboard": "tensorboard>=2.18",
+    "trackio": "trackio>=0.43",
+    "wandb": "wandb>=0.31",
     "zstd": "zstandard>=0.19",
 }
 """Library that each extra in pyproject.toml installs."""
