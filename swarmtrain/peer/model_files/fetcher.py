@@ -277,6 +277,7 @@ class ModelFileFetcher:
             sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
                 sizes = model.reach(place.stop.check)
+                model.check_room({file.name: file.size_bytes for file in missing})
             for file in missing:
                 if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
                     raise HubError(f"its {file.name} has another size than the run pins")
