@@ -72,8 +72,8 @@ def command(
 
     Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
+    from swarmtrain.cli.facts import limits_in_words
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
-    from swarmtrain.cli.screen import limits_in_words
 
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}

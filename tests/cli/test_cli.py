@@ -31,7 +31,8 @@ from swarmtrain.errors import ClockError, InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = (
-    *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+    *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--web"),
+    *("--log-level", "--background"),
     "--accept-clock",
     "--only-announced",  # hidden, for rehearsals
 )
@@ -69,10 +70,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--log-level"),
+        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--web", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
-    "watch": (*WHICH_PEER, "--json"),
+    "watch": (*WHICH_PEER, "--json", "--web", "--page-socket"),  # the last one is hidden
     "logs": ("[NAME]", "--dir", "--follow", "--lines"),
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,
